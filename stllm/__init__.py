@@ -1,0 +1,34 @@
+"""ST-LLM: a video LLM that lets the language model do the temporal modelling (arXiv 2404.00308).
+
+The public functions are imported when they are first used (PEP 562), so that `import stllm` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stllm.conversation.chat import load_chat
+    from stllm.models.checkpoints.loading import load_model
+    from stllm.models.factory import build_model
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "build_model", "load_chat", "load_model"]
+
+_HOMES = {
+    "build_model": "stllm.models.factory",
+    "load_chat": "stllm.conversation.chat",
+    "load_model": "stllm.models.checkpoints.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stllm' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,1 @@
+"""What every part shares: registry, errors, configuration, device, logging, process ranks."""

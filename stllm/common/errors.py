@@ -1,0 +1,31 @@
+"""What a user can get wrong, said in one sentence: what was found, what was expected, what to do.
+
+The command line prints a `UserError` as that one sentence and exits with 1; anything else is a defect of ours.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something that the user can put right: a name, a file, a value, a device."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` most likely meant, whatever its case; None when nothing is close."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[matches[0]] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing when no known name is close: the end of a message."""
+    guess = nearest(name, known)
+    return f"; did you mean {guess!r}?" if guess is not None else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not among `known`: lists them all, and the nearest."""
+    names = sorted(known)
+    listed = ", ".join(names) if names else "none so far"
+    return f"unknown {kind} {name!r}: known are {listed}{did_you_mean(name, names)}"

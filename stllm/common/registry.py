@@ -1,0 +1,91 @@
+"""Names to things: one generic registry, one instance a kind.
+
+An instance knows the modules that register into it and imports them at the first lookup, so that importing the
+package stays cheap and nobody needs an `import *` to register.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from threading import RLock
+from typing import Any, Generic, TypeVar
+
+from stllm.common.errors import UserError, unknown_name
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+class Registry(Generic[T]):
+    """A mapping from names (and their aliases) to classes, functions or data.
+
+    kind: what the entries are, for messages ("video input").
+    modules: imported at the first lookup; importing them registers the entries.
+    """
+
+    def __init__(self, kind: str, *, modules: tuple[str, ...] = ()) -> None:
+        self.kind = kind
+        self.modules = modules
+        self._entries: dict[str, T] = {}
+        self._aliases: dict[str, str] = {}
+        self._loaded = False
+        self._loading = False
+        self._lock = RLock()  # re-entrant: a module may look something up while it is being imported
+
+    def register(self, name: str, *aliases: str) -> Callable[[V], V]:
+        """Decorator that enters a class or function; data is entered by `register("name")(value)`.
+
+        Raises ValueError when a name or alias is taken.
+        """
+
+        def enter(value: V) -> V:
+            for new in (name, *aliases):
+                if new in self._entries or new in self._aliases:
+                    raise ValueError(f"{self.kind} {new!r} is registered twice: choose another name for {value!r}")
+            self._entries[name] = value  # type: ignore[assignment]  # V is T, kept as given for the decorated name
+            self._aliases.update(dict.fromkeys(aliases, name))
+            return value
+
+        return enter
+
+    def get(self, name: str) -> T:
+        """The entry of that name or alias. Raises UserError, listing the known names and the nearest."""
+        self._load()
+        canonical = self._aliases.get(name, name)
+        if canonical not in self._entries:
+            raise UserError(unknown_name(self.kind, name, [*self._entries, *self._aliases]))
+        return self._entries[canonical]
+
+    def names(self) -> list[str]:
+        """The registered names in order, without aliases."""
+        self._load()
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._entries or name in self._aliases
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        with self._lock:
+            if self._loading:
+                return
+            self._loading = True
+            try:
+                for module in self.modules:
+                    import_module(module)
+                self._loaded = True
+            finally:
+                self._loading = False
+
+
+models: Registry[Any] = Registry("model", modules=("stllm.models.st_llm",))
+vision_encoders: Registry[Any] = Registry("vision encoder", modules=("stllm.models.vision",))
+video_inputs: Registry[Any] = Registry("video input", modules=("stllm.models.video_inputs",))
+processors: Registry[Any] = Registry("processor", modules=("stllm.processors.vision",))
+datasets: Registry[Any] = Registry("data set")
+tasks: Registry[Any] = Registry("task")
+runners: Registry[Any] = Registry("runner")
+readers: Registry[Any] = Registry("reader", modules=("stllm.datasets.readers",))
+benchmarks: Registry[Any] = Registry("benchmark")
+templates: Registry[Any] = Registry("prompt template", modules=("stllm.conversation.templates",))

@@ -1,0 +1,132 @@
+"""`STLLMConfig`: every size and choice of one ST-LLM model, as saved in its `config.json`.
+
+Only `from_config` functions and the composition in st_llm.py read it; the parts take flat keyword arguments.
+Sizes and names: paper (arXiv 2404.00308) section 3; defaults are the published 7B model's.
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, InstructBlipQFormerConfig, PretrainedConfig
+
+VISION_DEFAULTS: dict[str, Any] = {
+    "encoder": "eva_clip_g",  # or eva_btadapter_g: with the branching temporal adapter
+    "image_size": 224,
+    "patch_size": 14,
+    "embed_dim": 1408,
+    "depth": 39,
+    "num_heads": 16,
+    "mlp_ratio": 4.3637,
+    "drop_path_rate": 0.0,
+    "adapter_depth": 3,  # temporal + spatial layers beside the last blocks
+    "max_frames": 64,  # entries of the adapter's time embedding
+    "ln_eps": 1e-5,  # of ln_vision; InstructBLIP's transformers checkpoints keep 1e-6
+}
+QFORMER_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30523,  # bert-base-uncased and the added [DEC]
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "cross_attention_frequency": 2,
+}
+MASK_RATE_DEFAULTS = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
+
+
+def _known(kind: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise ValueError(f"{kind} has unknown keys {unknown}: known are {sorted(defaults)}")
+    return {**defaults, **given}
+
+
+class STLLMConfig(PretrainedConfig):
+    """Sizes and choices of an ST-LLM.
+
+    vision_config: the encoder's sizes, see `VISION_DEFAULTS`.
+    qformer_config: `InstructBlipQFormerConfig` or its dictionary; ignored without `has_qformer`.
+    text_config: the causal language model's own configuration (any of transformers').
+    video_input: mean, all or residual; `residual_size` local frames, `residual_bottleneck` its inner width
+        (default: a quarter of the language model's).
+    mask_rate: mean, std, min and max of the share of visual tokens dropped in training (paper section 3.3).
+    lora: {r, alpha, dropout, target_modules}, or None.
+    template, system, max_txt_len, end_sym: how prompts are written for these weights (conversation/templates.py).
+    """
+
+    model_type = "stllm"
+    sub_configs = {"text_config": AutoConfig, "qformer_config": InstructBlipQFormerConfig}  # noqa: RUF012
+    has_no_defaults_at_init = True  # a language model must be named
+
+    def __init__(
+        self,
+        *,
+        vision_config: dict[str, Any] | None = None,
+        qformer_config: dict[str, Any] | InstructBlipQFormerConfig | None = None,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        has_qformer: bool = True,
+        qformer_text_input: bool = True,
+        num_query_tokens: int = 32,
+        video_input: str = "all",
+        residual_size: int = 16,
+        residual_bottleneck: int | None = None,
+        use_mask: bool = False,
+        mvm_decode: bool = False,
+        mask_rate: dict[str, float] | None = None,
+        freeze_vit: bool = True,
+        freeze_qformer: bool = True,
+        freeze_llm: bool = False,
+        lora: dict[str, Any] | None = None,
+        vit_chunk_size: int = 16,
+        template: str = "instructblip",
+        system: str | None = None,
+        max_txt_len: int = 512,
+        end_sym: str = "###",
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _known("vision_config", vision_config or {}, VISION_DEFAULTS)
+        self.qformer_config = _qformer_config(qformer_config, self.vision_config["embed_dim"])
+        self.text_config = _text_config(text_config)
+        self.has_qformer = has_qformer
+        self.qformer_text_input = qformer_text_input and has_qformer
+        self.num_query_tokens = num_query_tokens
+        self.video_input = video_input
+        self.residual_size = residual_size
+        self.residual_bottleneck = residual_bottleneck or self.text_config.hidden_size // 4
+        self.use_mask = use_mask
+        self.mvm_decode = mvm_decode
+        self.mask_rate = _known("mask_rate", mask_rate or {}, MASK_RATE_DEFAULTS)
+        self.freeze_vit = freeze_vit
+        self.freeze_qformer = freeze_qformer
+        self.freeze_llm = freeze_llm
+        self.lora = lora
+        self.vit_chunk_size = vit_chunk_size
+        self.template = template
+        self.system = system
+        self.max_txt_len = max_txt_len
+        self.end_sym = end_sym
+        kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of one frame, the class token left out."""
+        return int(self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens of one frame before the video input: K queries, or P/4 merged patches without a Q-Former."""
+        return self.num_query_tokens if self.has_qformer else self.num_patches // 4
+
+
+def _qformer_config(given: dict[str, Any] | PretrainedConfig | None, vision_width: int) -> InstructBlipQFormerConfig:
+    if isinstance(given, InstructBlipQFormerConfig):
+        return given
+    sizes = {**QFORMER_DEFAULTS, "encoder_hidden_size": vision_width, **(given or {})}
+    return InstructBlipQFormerConfig(**sizes)
+
+
+def _text_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    if isinstance(given, PretrainedConfig):
+        return given
+    fields = dict(given or {"model_type": "llama"})
+    return AutoConfig.for_model(fields.pop("model_type", "llama"), **fields)

@@ -1,0 +1,67 @@
+"""The language model: any causal LM of transformers, asked for hidden states and for logits apart.
+
+Training needs the last hidden states at visual positions and logits only where a label is; calling the decoder and the
+output head one after the other gives both without keeping every layer's states or a (B, S, vocabulary) tensor.
+LoRA is peft's, injected into the model in place (`peft.inject_adapter_in_model`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from stllm.models.sequences import IGNORE_INDEX
+
+
+def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The causal LM of that configuration, weights not loaded. lora: {r, alpha, dropout, target_modules} or None."""
+    model = AutoModelForCausalLM.from_config(config)
+    if lora is not None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        model = inject_adapter_in_model(
+            LoraConfig(
+                r=lora["r"],
+                lora_alpha=lora["alpha"],
+                lora_dropout=lora["dropout"],
+                target_modules=list(lora["target_modules"]),
+                task_type="CAUSAL_LM",
+            ),
+            model,
+        )
+    return model
+
+
+def last_hidden_states(model: PreTrainedModel, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    """States after the final norm, (B, S, D). inputs_embeds: (B, S, D); attention_mask: (B, S)."""
+    decoder = model.get_decoder()
+    return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (..., vocabulary) of hidden states (..., D), with the scaling that some architectures put after the head."""
+    config = model.config
+    logits = model.get_output_embeddings()(hidden)
+    if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def language_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token cross entropy, mean over the labelled tokens, in float32.
+
+    hidden: (B, S, D); labels: (B, S), -100 where there is none.
+    Returns the loss and the logits (labelled tokens, vocabulary); logits are computed nowhere else.
+    """
+    targets = labels[:, 1:]
+    wanted = targets != IGNORE_INDEX  # (B, S-1)
+    logits = logits_of(model, hidden[:, :-1][wanted])
+    if not wanted.any():  # every answer was cut off: no loss, but a graph that distributed training can reduce
+        return logits.float().sum(), logits
+    return F.cross_entropy(logits.float(), targets[wanted]), logits

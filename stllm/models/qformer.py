@@ -1,0 +1,64 @@
+"""Frames to query tokens: transformers' Q-Former, with the question's text (InstructBLIP) or without (BLIP-2).
+
+Sources: BLIP-2 (arXiv 2301.12597), InstructBLIP (arXiv 2305.06500), `transformers.InstructBlipQFormerModel`.
+B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, L text tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
+
+
+class FrameQFormer(nn.Module):
+    """K learned queries read each frame; with `text_input` they read the question as well."""
+
+    def __init__(self, *, config: InstructBlipQFormerConfig, num_query_tokens: int, text_input: bool) -> None:
+        super().__init__()
+        self.text_input = text_input
+        self.query_tokens = nn.Parameter(torch.zeros(1, num_query_tokens, config.hidden_size))
+        self.bert = InstructBlipQFormerModel(config)
+        if not text_input:
+            _drop_text_modules(self.bert)
+
+    def forward(
+        self, features: Tensor, text_ids: Tensor | None = None, text_attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """features: (B, T, 1+P, C); text_ids, text_attention_mask: (B, L), the same for all frames of a clip.
+
+        Returns (B, T, K, Q). Raises ValueError when the text that this Q-Former reads is missing.
+        """
+        num_clips, num_frames = features.shape[:2]
+        frames = features.flatten(0, 1)  # (B*T, 1+P, C)
+        queries = self.query_tokens.expand(len(frames), -1, -1)
+        mask = None
+        if self.text_input:
+            if text_ids is None or text_attention_mask is None:
+                raise ValueError("this Q-Former reads the question, but no text was given: pass qformer_input_ids")
+            text_ids = text_ids.repeat_interleave(num_frames, dim=0)  # (B*T, L)
+            text_attention_mask = text_attention_mask.repeat_interleave(num_frames, dim=0)
+            mask = torch.cat([text_attention_mask.new_ones(queries.shape[:2]), text_attention_mask], dim=1)
+        out = self.bert(
+            input_ids=text_ids if self.text_input else None,
+            attention_mask=mask,
+            query_embeds=queries,
+            encoder_hidden_states=frames,
+        ).last_hidden_state[:, : queries.shape[1]]  # (B*T, K, Q): what follows the queries is the text's
+        return out.unflatten(0, (num_clips, num_frames))
+
+
+class PatchMerger(nn.Module):
+    """`has_qformer: False`: drops the class token and joins every 4 neighbouring patch tokens into one."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features: (B, T, 1+P, C). Returns (B, T, P/4, 4*C)."""
+        patches = features[:, :, 1:]
+        return patches.reshape(*patches.shape[:2], patches.shape[2] // 4, 4 * patches.shape[3])
+
+
+def _drop_text_modules(bert: InstructBlipQFormerModel) -> None:
+    """Removes what only text passes through: BLIP-2's checkpoints lack it, and it is half of the Q-Former."""
+    bert.embeddings.word_embeddings = None
+    bert.embeddings.position_embeddings = None
+    for layer in bert.encoder.layer:
+        layer.intermediate = None
+        layer.output = None

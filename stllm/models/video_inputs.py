@@ -1,0 +1,77 @@
+"""How a clip's frame tokens enter the language model: pooled, all of them, or local frames with a global residual.
+
+Source: paper section 3.2 (joint spatial-temporal tokens) and 3.5 (global-local module for long videos).
+B clips, T frames, K tokens a frame, D language-model width, R local frames. A single image enters as its K tokens.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stllm.common.registry import video_inputs
+
+
+@video_inputs.register("mean")
+class MeanInput(nn.Module):
+    """The mean over time: K tokens whatever T is. The baseline that cannot see order."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, frame_tokens: Tensor) -> Tensor:
+        """frame_tokens: (B, T, K, D). Returns (B, K, D)."""
+        return frame_tokens.mean(dim=1)
+
+    def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
+        """Tokens that enter the language model."""
+        return tokens_per_frame
+
+
+@video_inputs.register("all")
+class AllInput(nn.Module):
+    """All T*K joint spatial-temporal tokens, frame after frame: the paper's point."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, frame_tokens: Tensor) -> Tensor:
+        """frame_tokens: (B, T, K, D). Returns (B, T*K, D)."""
+        return frame_tokens.flatten(1, 2)
+
+    def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
+        """Tokens that enter the language model."""
+        return num_frames * tokens_per_frame
+
+
+@video_inputs.register("residual")
+class ResidualInput(nn.Module):
+    """R local frames, each plus a bottleneck of the mean over all T: long videos at the price of short ones."""
+
+    def __init__(self, *, width: int, bottleneck: int, residual_size: int) -> None:
+        super().__init__()
+        self.residual_size = residual_size
+        self.down_proj = nn.Linear(width, bottleneck)
+        self.up_proj = nn.Linear(bottleneck, width)  # starts at zero: local frames only
+
+    def forward(self, frame_tokens: Tensor) -> Tensor:
+        """frame_tokens: (B, T, K, D). Returns (B, R*K, D), or (B, K, D) for a single image."""
+        if frame_tokens.shape[1] == 1:
+            return frame_tokens[:, 0]
+        local = frame_tokens[:, residual_frame_indices(frame_tokens.shape[1], self.residual_size)]  # (B, R, K, D)
+        pooled = self.up_proj(F.relu(self.down_proj(frame_tokens.mean(dim=1))))  # (B, K, D)
+        return (local + pooled[:, None]).flatten(1, 2)
+
+    def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
+        """Tokens that enter the language model."""
+        return min(num_frames, self.residual_size) * tokens_per_frame
+
+
+def residual_frame_indices(num_frames: int, residual_size: int) -> list[int]:
+    """The local frames r_i = int(seg/2 + round(seg*i)), seg = T/R, round half to even (paper section 3.5).
+
+    They depend on T, so they are computed for each clip. A clip of fewer than R frames gives all its frames once.
+    """
+    count = min(num_frames, residual_size)
+    segment = num_frames / count
+    return [int(segment / 2 + round(segment * i)) for i in range(count)]

@@ -1,0 +1,98 @@
+"""The image encoder: timm's EVA-ViT-g, frame by frame and in chunks, with or without the temporal adapter.
+
+timm loads the published encoder's keys one to one (`timm.models.eva.Eva`, EVA-CLIP, arXiv 2211.07636); the final norm is
+replaced by `ln_vision` (BLIP-2), which runs in float32 whatever the model's precision.
+
+B clips, T frames, P patches, C width.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from stllm.common.registry import vision_encoders
+from stllm.models.temporal_adapter import TemporalAdapter
+
+
+class Float32LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 and returned in the input's precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(
+            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
+        ).type_as(x)
+
+
+class VisionEncoder(nn.Module):
+    """Frames to patch tokens: backbone, then the adapter where there is one, then `ln_vision`.
+
+    chunk_size: frames encoded at once, so that activation memory does not grow with T.
+    """
+
+    def __init__(self, *, backbone: Eva, adapter: TemporalAdapter | None, ln_eps: float, chunk_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.ln_vision = Float32LayerNorm(backbone.embed_dim, eps=ln_eps)
+        self.chunk_size = chunk_size
+        self.gradient_checkpointing = False  # transformers sets it; passed on to timm's blocks
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C)."""
+        return self.ln_vision(self.encode(video)).unflatten(0, video.shape[:2])
+
+    def encode(self, video: Tensor) -> Tensor:
+        """The tokens before `ln_vision`: (B*T, 1+P, C)."""
+        frames = video.flatten(0, 1)  # (B*T, 3, H, W)
+        self.backbone.set_grad_checkpointing(self.gradient_checkpointing and self.training)
+        chunks = frames.split(self.chunk_size)
+        if self.adapter is None:
+            return torch.cat([self.backbone.forward_features(chunk) for chunk in chunks])
+        blocks = zip(*(self._last_blocks(chunk, self.adapter.depth) for chunk in chunks), strict=True)
+        return self.adapter([torch.cat(block) for block in blocks], self.backbone.pos_embed, video.shape[1])
+
+    def _last_blocks(self, frames: Tensor, count: int) -> list[Tensor]:
+        outputs = self.backbone.forward_intermediates(
+            frames, indices=count, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
+        return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
+
+
+def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> VisionEncoder:
+    sizes = {key: vision[key] for key in ("embed_dim", "num_heads", "mlp_ratio")}
+    backbone = Eva(
+        img_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        depth=vision["depth"],
+        drop_path_rate=vision["drop_path_rate"],
+        qkv_bias=True,
+        init_values=None,
+        use_rot_pos_emb=False,
+        use_abs_pos_emb=True,
+        class_token=True,
+        num_classes=0,
+        global_pool="",
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **sizes,
+    )
+    backbone.norm = nn.Identity()  # ln_vision takes its place
+    adapter = None
+    if with_adapter:
+        adapter = TemporalAdapter(depth=vision["adapter_depth"], max_frames=vision["max_frames"], **sizes)
+    return VisionEncoder(backbone=backbone, adapter=adapter, ln_eps=vision["ln_eps"], chunk_size=chunk_size)
+
+
+@vision_encoders.register("eva_clip_g")
+def eva_clip_g(*, vision: dict[str, Any], chunk_size: int) -> VisionEncoder:
+    """EVA-ViT-g/14 as it is, each frame by itself. vision: see configuration.VISION_DEFAULTS."""
+    return _build(vision=vision, chunk_size=chunk_size, with_adapter=False)
+
+
+@vision_encoders.register("eva_btadapter_g")
+def eva_btadapter_g(*, vision: dict[str, Any], chunk_size: int) -> VisionEncoder:
+    """EVA-ViT-g/14 with the branching temporal adapter beside its last blocks."""
+    return _build(vision=vision, chunk_size=chunk_size, with_adapter=True)
