@@ -10,20 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from stllm.common.registry import models, video_inputs, vision_encoders
 from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
+from stllm.models.initialization import initialize_parts
 from stllm.models.masking import MVMDecoder, draw_token_mask, keep_tokens, kept_positions, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
 from stllm.models.sequences import VISUAL_TOKEN_ID, JoinedSequence, join_visual_tokens
-from stllm.models.temporal_adapter import TemporalAdapter
-from stllm.models.video_inputs import ResidualInput
 from stllm.models.vision import VisionEncoder
 
 
@@ -240,46 +237,23 @@ class STLLM(PreTrainedModel):
             frozen += [self.vision_encoder.backbone, self.vision_encoder.ln_vision]
         if self.config.freeze_qformer:
             frozen.append(self.qformer)
+        if self.config.freeze_llm and self.config.lora is None:
+            frozen.append(self.language_model)
         return frozen
 
     def _freeze(self) -> None:
         for part in self.frozen_parts():
             part.requires_grad_(False)
-        if self.config.freeze_llm or self.config.lora is not None:
+        if self.config.lora is not None:
             for name, parameter in self.language_model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Fresh weights; called for children first. `init` leaves alone what was loaded from a file."""
-        super()._init_weights(module)
-        std = getattr(self.config.text_config, "initializer_range", 0.02)
-        if isinstance(module, EvaAttention):
-            for bias in (module.q_bias, module.k_bias, module.v_bias):
-                init.zeros_(bias)
-        elif isinstance(module, Eva):
-            init.trunc_normal_(module.cls_token, std=0.02)
-            init.trunc_normal_(module.pos_embed, std=0.02)
-        elif isinstance(module, TemporalAdapter):
-            init.zeros_(module.class_token)
-            for layer in module.temporal:
-                init.zeros_(layer.temporal_fc.weight)
-        elif isinstance(module, VisionEncoder) and module.adapter is not None:
-            _copy_last_blocks(module)
-        elif isinstance(module, FrameQFormer):
-            init.normal_(module.query_tokens, std=std)
-        elif isinstance(module, ResidualInput):
-            init.zeros_(module.up_proj.weight)
-
-
-def _copy_last_blocks(encoder: VisionEncoder) -> None:
-    """The adapter's spatial layers start as copies of the backbone's last blocks."""
-    for layer, block in zip(
-        encoder.adapter.spatial, encoder.backbone.blocks[-encoder.adapter.depth :], strict=True
-    ):
-        source = dict(block.named_parameters())
-        for name, parameter in layer.named_parameters():
-            init.copy_(parameter, source[name])
+    def initialize_weights(self) -> None:
+        """Fresh values for whatever was not loaded from a file; transformers calls it once."""
+        done = getattr(self, "_is_hf_initialized", False)
+        super().initialize_weights()
+        if not done:
+            initialize_parts(self)
 
 
 def _gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,296 @@
+"""The engine: questions about videos and images, answered. Chat, demos and benchmarks all go through it.
+
+A video is read and encoded once; the encoder's output is kept (content-keyed, bounded) for every further question, and
+only what depends on the question runs again. Letters: T frames, K tokens a frame, N visual tokens, D width.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stllm.common.errors import UserError
+from stllm.conversation.cache import FeatureCache
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.streaming import stream_answer
+from stllm.conversation.templates import Turn
+from stllm.datasets.media import Clip, load_clip
+from stllm.models.st_llm import STLLM
+from stllm.processors.prompts import PromptProcessor
+from stllm.processors.vision import EvalTransform
+
+DEFAULT_CACHE_BYTES = 2 << 30
+MAX_KNOWN_FILES = 10_000
+SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the global-local module, 16 without
+
+
+@dataclass(frozen=True)
+class Media:
+    """A video, gif, frame folder or image on disk, and the part of it that is meant.
+
+    num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
+    sampling: a rule of datasets/sampling.py; fps: of a frame folder.
+    """
+
+    path: str
+    num_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+    sampling: str = "uniform"
+    reader: str = "auto"
+    fps: float | None = None
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Changes when the file (or a file of the folder) changes: path, size and time of change."""
+        path = Path(self.path)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        stats = tuple((file.name, (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files)
+        return (self, stats)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be generated. turns: the conversation, the last one open; system: None for the template's own."""
+
+    turns: tuple[Turn, ...]
+    media: Media | None = None
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text; video: path or None; frame_times: seconds of the frames seen; visual_tokens: N; seconds by stage."""
+
+    text: str
+    question: str
+    video: str | None
+    frame_times: list[float]
+    visual_tokens: int
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Seen:
+    """An encoded clip and how long it took. encoded: (1, T, 1+P, C) or (1, T, K, D)."""
+
+    encoded: Tensor
+    kind: str
+    times: list[float]
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "encode": 0.0})
+
+
+_Prepared = tuple[_Seen | None, Tensor | None]  # and its visual tokens (N, D); neither for text alone
+
+
+class Chat:
+    """A loaded model that answers questions.
+
+    decoding: None for the published settings of this family. cache_bytes: room for encoded videos in main memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: STLLM,
+        processor: PromptProcessor,
+        decoding: Decoding | None = None,
+        num_frames: int | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.decoding = decoding or Decoding.published(processor.template)
+        usual = LONG_CLIP_FRAMES if model.config.video_input == "residual" else SHORT_CLIP_FRAMES
+        self.num_frames = num_frames or usual
+        self.transform = EvalTransform(model.config.vision_config["image_size"])
+        self.cache = FeatureCache(cache_bytes)
+        self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
+        self._lock = Lock()  # one generation at a time
+
+    # ---- asking -----------------------------------------------------------------------------------------------------
+
+    def ask(self, path: str | Path | None, question: str, **options: Any) -> Answer:
+        """Answers one question. path: video, gif, frame folder or image; None for text alone.
+
+        options: `Media` fields (num_frames, start, end, ...) and `Decoding.with_options` ones (num_beams, ...).
+        Raises UserError (MediaError for an unreadable file).
+        """
+        return self.conversation(path, **options).ask(question)
+
+    def conversation(self, path: str | Path | None = None, **options: Any) -> "Conversation":
+        """A conversation of several turns about one video; options as for `ask`."""
+        media_options = {name: options.pop(name) for name in list(options) if name in Media.__dataclass_fields__}
+        media = None if path is None else Media(path=str(path), **media_options)
+        return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
+
+    @torch.inference_mode()
+    def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
+        """Answers a batch of requests in one generation; the same answers as one at a time."""
+        prepared = [self._prepare(request) for request in requests]
+        start = time.perf_counter()
+        ids = self._generate(requests, prepared, decoding or self.decoding)
+        seconds = (time.perf_counter() - start) / len(requests)
+        texts = [self.processor.decode(row) for row in ids]
+        return [
+            _answer(request, seen, visual, text, seconds)
+            for request, (seen, visual), text in zip(requests, prepared, texts, strict=True)
+        ]
+
+    def stream(self, request: Request, decoding: Decoding) -> Iterator[str]:
+        """The answer's text, piece by piece. Closing the iterator ends the generation."""
+        with torch.inference_mode():
+            prepared = self._prepare(request)
+
+        def generate(**more: Any) -> Tensor:
+            return self._generate([request], [prepared], decoding, **more)
+
+        yield from stream_answer(generate, self.processor.tokenizer, self.processor.end_sym)
+
+    # ---- seeing -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def see(self, media: Media) -> _Seen:
+        """Reads and encodes a video, or finds it encoded."""
+        media = media if media.num_frames else replace(media, num_frames=self.num_frames)
+        stamp = media.stamp() if os.path.exists(media.path) else None
+        if stamp in self._known:
+            digest, kind, times = self._known[stamp]
+            if (encoded := self.cache.get(digest)) is not None:
+                return _Seen(encoded, kind, times)
+        start = time.perf_counter()
+        clip = self._read(media)
+        read = time.perf_counter() - start
+        if (encoded := self.cache.get(clip.digest)) is None:
+            encoded = self.model.encode_video(clip.frames[None].to(self.model.device))
+            self.cache.put(clip.digest, encoded)
+        self._remember(stamp, clip)
+        encode = time.perf_counter() - start - read
+        return _Seen(encoded, clip.info.kind, clip.times, {"read": read, "encode": encode})
+
+    def _remember(self, stamp: tuple[Any, ...] | None, clip: Clip) -> None:
+        if stamp is not None:
+            self._known[stamp] = (clip.digest, clip.info.kind, clip.times)
+        while len(self._known) > MAX_KNOWN_FILES:
+            del self._known[next(iter(self._known))]
+
+    def _read(self, media: Media) -> Clip:
+        bounds = None
+        if media.start is not None or media.end is not None:
+            bounds = (media.start or 0.0, float("inf") if media.end is None else media.end)
+        return load_clip(
+            media.path,
+            num_frames=media.num_frames or self.num_frames,
+            sampling=media.sampling,
+            bounds=bounds,
+            transform=self.transform,
+            reader=media.reader,
+            fps=media.fps,
+        )
+
+    def _prepare(self, request: Request) -> _Prepared:
+        """The encoded clip and its visual tokens (N, D), which may depend on the question."""
+        turn = request.turns[-1]
+        if not turn.question.strip():
+            raise UserError("the question is empty: ask something about the video")
+        if request.media is None:
+            return None, None
+        seen = self.see(request.media)
+        start = time.perf_counter()
+        encoded = seen.encoded.to(self.model.device)
+        texts = self.processor.qformer_inputs([self.processor.template.text(turn)])
+        texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
+        visual = self.model.video_input(self.model.frame_tokens(encoded, **texts))[0]  # (N, D)
+        seen.seconds["encode"] += time.perf_counter() - start
+        return seen, visual
+
+    @torch.inference_mode()
+    def _generate(
+        self, requests: Sequence[Request], prepared: Sequence[_Prepared], decoding: Decoding, **more: Any
+    ) -> Tensor:
+        visual = [tokens for _, tokens in prepared]
+        kinds = [None if seen is None else "image" if seen.kind == "image" else "video" for seen, _ in prepared]
+        if len({tokens is None for tokens in visual}) > 1:
+            raise ValueError("a batch has questions with and without a video: ask them apart")
+        rows = [
+            self.processor.prompt_ids(request.turns, media=kind, system=request.system)
+            for request, kind in zip(requests, kinds, strict=True)
+        ]
+        batch = {name: tensor.to(self.model.device) for name, tensor in self.processor.pad(rows, side="left").items()}
+        with self._lock:
+            return self.model.generate(
+                **batch,
+                visual_tokens=None if visual[0] is None else list(visual),
+                generation_config=decoding.generation_config(**self.processor.stopping()),
+                tokenizer=self.processor.tokenizer,
+                **more,
+            )
+
+
+@dataclass
+class Conversation:
+    """Several questions and answers about one video. media and turns may be looked at and replaced."""
+
+    chat: Chat
+    media: Media | None
+    decoding: Decoding
+    turns: list[Turn] = field(default_factory=list)
+
+    def ask(self, question: str) -> Answer:
+        """Answers with everything said before in view."""
+        answer = self.chat.answer([self._request(question)], self.decoding)[0]
+        self.turns.append(Turn(question, answer.text))
+        return answer
+
+    def stream(self, question: str) -> Iterator[str]:
+        """The answer piece by piece; what was said joins the conversation when the iterator ends or is closed."""
+        pieces: list[str] = []
+        try:
+            for piece in self.chat.stream(self._request(question), self.decoding):
+                pieces.append(piece)
+                yield piece
+        except GeneratorExit:  # the listener has heard enough
+            pass
+        self.turns.append(Turn(question, "".join(pieces)))
+
+    def reset(self, media: Media | None = None) -> None:
+        """Begins anew, about another video or about none."""
+        self.turns.clear()
+        self.media = media
+
+    def _request(self, question: str) -> Request:
+        return Request(turns=(*self.turns, Turn(question)), media=self.media)
+
+
+def load_chat(
+    path: str | Path,
+    *,
+    cfg_path: str | Path | None = None,
+    options: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    num_frames: int | None = None,
+    cache_bytes: int = DEFAULT_CACHE_BYTES,
+) -> Chat:
+    """Loads a checkpoint folder of any known format, ready for questions. Raises UserError."""
+    from stllm.models.checkpoints.loading import load_pretrained
+
+    model, processor = load_pretrained(path, cfg_path, options=options, device=device, dtype=dtype)
+    return Chat(model=model, processor=processor, num_frames=num_frames, cache_bytes=cache_bytes)
+
+
+def _answer(request: Request, seen: _Seen | None, visual: Tensor | None, text: str, seconds: float) -> Answer:
+    spent = dict(seen.seconds) if seen else {"read": 0.0, "encode": 0.0}
+    return Answer(
+        text=text,
+        question=request.turns[-1].question,
+        video=request.media.path if request.media else None,
+        frame_times=seen.times if seen else [],
+        visual_tokens=0 if visual is None else len(visual),
+        seconds={**spent, "answer": seconds},
+    )

@@ -1,0 +1,77 @@
+"""How an answer is generated: beams, length, sampling; transformers' `generate` does the work."""
+
+from dataclasses import dataclass, replace
+
+from transformers import GenerationConfig
+
+from stllm.common.errors import UserError
+from stllm.conversation.templates import PromptTemplate
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """num_beams; max_new_tokens; temperature (0: no sampling); top_p; repetition_penalty (1: none)."""
+
+    num_beams: int = 5
+    max_new_tokens: int = 300
+    temperature: float = 0.0
+    top_p: float = 0.9
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError on a number that cannot be meant."""
+        if self.num_beams < 1 or self.max_new_tokens < 1:
+            raise UserError(
+                f"num_beams is {self.num_beams} and max_new_tokens {self.max_new_tokens}: both must be at least 1"
+            )
+        if self.temperature < 0 or self.repetition_penalty <= 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"temperature is {self.temperature}, repetition_penalty {self.repetition_penalty} and top_p "
+                f"{self.top_p}: expected at least 0, above 0, and above 0 up to 1"
+            )
+
+    @classmethod
+    def published(cls, template: PromptTemplate) -> "Decoding":
+        """The settings that the published demo and open-ended benchmarks use with this family of weights."""
+        return cls(
+            num_beams=template.num_beams,
+            max_new_tokens=template.max_new_tokens,
+            repetition_penalty=template.repetition_penalty,
+        )
+
+    def with_options(
+        self,
+        *,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        stream: bool = False,
+    ) -> "Decoding":
+        """These settings with a user's wishes over them.
+
+        Sampling and streaming follow one beam, so either sets `num_beams` to 1 unless the user named a number.
+        Raises UserError for streaming with several beams.
+        """
+        if num_beams is None and (stream or temperature):
+            num_beams = 1
+        given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "temperature": temperature}
+        wanted = replace(self, **{name: value for name, value in given.items() if value is not None})
+        if stream and wanted.num_beams > 1:
+            raise UserError(
+                f"streaming follows one beam, but {wanted.num_beams} were asked for: drop --stream or use 1 beam"
+            )
+        return wanted
+
+    def generation_config(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> GenerationConfig:
+        """The same in transformers' words; a checkpoint's own generation defaults play no part."""
+        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+        return GenerationConfig(
+            num_beams=self.num_beams,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            repetition_penalty=self.repetition_penalty,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            stop_strings=stop_strings,
+            **sampling,
+        )

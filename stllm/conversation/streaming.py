@@ -1,0 +1,87 @@
+"""An answer as it is written: transformers' iterator streamer, with the end mark and outer spaces held back."""
+
+from collections.abc import Callable, Iterator
+from threading import Event, Thread
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+
+class AnswerStream:
+    """Cuts a growing text as `PromptProcessor.clean` cuts a finished one, so that the pieces join to the answer.
+
+    What may still turn out to be the end mark, or space at the very end, waits until the next piece decides.
+    """
+
+    def __init__(self, end_sym: str) -> None:
+        self.end_sym = end_sym
+        self._text = ""
+        self._shown = 0
+        self.ended = False
+
+    def feed(self, piece: str) -> str:
+        """What may be shown now that `piece` has come."""
+        self._text = (self._text + piece).lstrip() if not self._shown else self._text + piece
+        before, mark, _ = self._text.partition(self.end_sym)
+        self.ended = bool(mark)
+        certain = before if mark else before[: len(before) - self._possible_mark(before)]
+        certain = certain.rstrip()
+        new = certain[self._shown :]
+        self._shown += len(new)
+        return new
+
+    def close(self) -> str:
+        """What was held back and turned out not to be the end mark."""
+        rest = self._text.split(self.end_sym)[0].rstrip()[self._shown :]
+        self._shown += len(rest)
+        return rest
+
+    def _possible_mark(self, text: str) -> int:
+        """Characters at the end of `text` that may be the beginning of the end mark."""
+        lengths = range(len(self.end_sym) - 1, 0, -1)
+        return next((n for n in lengths if text.endswith(self.end_sym[:n])), 0)
+
+
+class _Stop(StoppingCriteria):
+    """Ends generation when nobody listens any more."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=bool)
+
+
+def stream_answer(
+    generate: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, end_sym: str
+) -> Iterator[str]:
+    """Runs `generate(streamer=..., stopping_criteria=...)` in a thread and yields the answer's text piece by piece.
+
+    Closing the iterator ends the generation. What `generate` raises is raised here.
+    """
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    abandoned = Event()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([_Stop(abandoned)]))
+        except BaseException as error:  # handed to the listener, who raises it
+            failure.append(error)
+        finally:
+            streamer.end()
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    answer = AnswerStream(end_sym)
+    try:
+        for piece in streamer:
+            if not answer.ended and (new := answer.feed(piece)):
+                yield new
+        if rest := answer.close():
+            yield rest
+    finally:
+        abandoned.set()
+        thread.join()
+    if failure:
+        raise failure[0]

@@ -1,0 +1,231 @@
+"""Text to token ids and back: the one place where prompts are tokenized, for training, chat and benchmarks.
+
+Pieces on either side of the visual tokens are tokenized apart, each with sentencepiece's leading space, as published.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+from stllm.common.errors import UserError
+from stllm.common.registry import templates
+from stllm.conversation.templates import BOS, VISUAL, PromptTemplate, Turn
+from stllm.models.configuration import STLLMConfig
+from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+
+QFORMER_FOLDER = "qformer_tokenizer"  # beside the weights, as in transformers' InstructBLIP
+DEFAULT_QFORMER_TOKENIZER = "bert-base-uncased"
+
+
+class PromptProcessor:
+    """The language model's tokenizer, the Q-Former's (where it reads text) and the prompt template.
+
+    max_txt_len: longest answer and longest Q-Former text, in tokens; the latter also ends at `max_qformer_len`, the
+        Q-Former's positions. end_sym: where a generated answer ends.
+    system: the sentence before the first question in chat; None for the template's own, "" for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        qformer_tokenizer: PreTrainedTokenizerBase | None,
+        template: PromptTemplate,
+        max_txt_len: int,
+        max_qformer_len: int = 512,
+        end_sym: str = "###",
+        system: str | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.qformer_tokenizer = qformer_tokenizer
+        self.template = template
+        self.max_txt_len = max_txt_len
+        self.max_qformer_len = max_qformer_len
+        self.end_sym = end_sym
+        self.system = template.system if system is None else system
+        self._set_special_tokens()
+
+    def _set_special_tokens(self) -> None:
+        tokenizer = self.tokenizer
+        self.eos_token_id: int = tokenizer.eos_token_id
+        if self.template.bos_is_eos:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+            self.bos_token_id: int = self.eos_token_id
+            self.pad_token_id: int = tokenizer.pad_token_id
+            return
+        self.bos_token_id = _first_known(tokenizer.bos_token_id, self.eos_token_id)
+        dollars = tokenizer.get_vocab().get("$$")
+        self.pad_token_id = _first_known(dollars, tokenizer.unk_token_id, tokenizer.pad_token_id, self.eos_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the language model must know, the added pad token included."""
+        return len(self.tokenizer)
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, config: STLLMConfig, qformer_tokenizer: str | Path | None = None
+    ) -> "PromptProcessor":
+        """Tokenizers of a checkpoint folder.
+
+        qformer_tokenizer: a folder, a `vocab.txt` or a hub name; by default the checkpoint's own `qformer_tokenizer/`,
+        then bert-base-uncased from the local hub cache. Raises UserError when a tokenizer can't be read.
+        """
+        folder = Path(folder)
+        reader = None
+        if config.qformer_text_input:
+            reader = load_qformer_tokenizer(folder, qformer_tokenizer)
+            if len(reader) != config.qformer_config.vocab_size:
+                raise UserError(
+                    f"the Q-Former's tokenizer {reader.name_or_path or qformer_tokenizer} has {len(reader)} tokens "
+                    f"with [DEC], but the Q-Former knows {config.qformer_config.vocab_size}: name the tokenizer that these "
+                    "weights were trained with in model.qformer_tokenizer"
+                )
+        return cls(
+            tokenizer=_load_tokenizer(folder, config),
+            qformer_tokenizer=reader,
+            template=templates.get(config.template),
+            max_txt_len=config.max_txt_len,
+            max_qformer_len=config.qformer_config.max_position_embeddings,
+            end_sym=config.end_sym,
+            system=config.system,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes both tokenizers beside the weights."""
+        self.tokenizer.save_pretrained(folder)
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(Path(folder) / QFORMER_FOLDER)
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, turns: Sequence[Turn], *, media: str | None = "video", system: str | None = None) -> list[int]:
+        """Ids of a conversation up to where the next answer begins, `VISUAL_TOKEN_ID` for the visual block.
+
+        turns: all but the last with their answers. system: overrides this processor's sentence; "" for none.
+        """
+        return self._conversation(turns, media=media, system=self.system if system is None else system)[0]
+
+    def training_ids(
+        self, turns: Sequence[Turn], *, media: str | None = "video", system: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """(ids, labels) of answered turns; labels cover each answer and its end mark, -100 elsewhere."""
+        return self._conversation(turns, media=media, system=system)
+
+    def _conversation(self, turns: Sequence[Turn], *, media: str | None, system: str) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        labels: list[int] = []
+        for number, turn in enumerate(turns):
+            pieces = self.template.render(turn, first=number == 0, media=media, system=system)
+            prompt = [token for piece in pieces for token in self._piece_ids(piece)]
+            answer = [] if turn.answer is None else self._answer_ids(turn.answer)
+            ids += prompt + answer
+            labels += [IGNORE_INDEX] * len(prompt) + answer
+        return ids, labels
+
+    def _piece_ids(self, piece: str) -> list[int]:
+        if piece == VISUAL:
+            return [VISUAL_TOKEN_ID]
+        if piece == BOS:
+            return [self.bos_token_id]
+        return self._encode(piece)
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        if self.template.ends_with_eos:
+            return [*self._encode(answer)[: self.max_txt_len], self.eos_token_id]
+        return self._encode(answer + self.end_sym)[: self.max_txt_len]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    # ---- batches ----------------------------------------------------------------------------------------------------
+
+    def pad(
+        self, rows: Sequence[Sequence[int]], *, labels: Sequence[Sequence[int]] | None = None, side: str = "right"
+    ) -> dict[str, Tensor]:
+        """input_ids, attention_mask (and labels), (B, L). side: right for training, left for generation."""
+        padded = {
+            "input_ids": _pad(rows, self.pad_token_id, side),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, side),
+        }
+        return padded if labels is None else {**padded, "labels": _pad(labels, IGNORE_INDEX, side)}
+
+    def qformer_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """qformer_input_ids, qformer_attention_mask (B, L), cut on the left to `max_txt_len`; {} without such text."""
+        if self.qformer_tokenizer is None:
+            return {}
+        longest = min(self.max_txt_len, self.max_qformer_len)
+        batch = self.qformer_tokenizer(
+            list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        )
+        return {"qformer_input_ids": batch["input_ids"], "qformer_attention_mask": batch["attention_mask"]}
+
+    # ---- answers ----------------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """The answer's text: cut at the end mark, what follows the last `Assistant:`, stripped (as published)."""
+        return self.clean(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def clean(self, text: str) -> str:
+        """The same cuts on text that is already decoded."""
+        return text.split(self.end_sym)[0].split("Assistant:")[-1].strip()
+
+    def stopping(self) -> dict[str, Any]:
+        """What ends an answer: EOS, or the end mark however the tokenizer spells it."""
+        return {
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+            "stop_strings": [self.end_sym],
+        }
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
+    """(B, L) of the rows' values, filled up on that side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def _first_known(*ids: int | None) -> int:
+    return next(i for i in ids if i is not None)
+
+
+def _load_tokenizer(folder: Path, config: STLLMConfig) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config.text_config, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds; the sentence keeps the cause
+        raise UserError(
+            f"no tokenizer could be read in {folder} ({_first_line(error)}): a checkpoint folder needs tokenizer.model "
+            "(with sentencepiece and protobuf installed) or tokenizer.json beside its weights"
+        ) from error
+
+
+def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:
+    """The Q-Former's BERT tokenizer with `[DEC]` added as BOS, cutting on the left. Raises UserError."""
+    own = folder / QFORMER_FOLDER
+    source = str(named) if named is not None else str(own) if own.is_dir() else DEFAULT_QFORMER_TOKENIZER
+    try:
+        if Path(source).is_file():
+            tokenizer: PreTrainedTokenizerBase = BertTokenizer(source, do_lower_case=True)
+        else:
+            # only a hub model that the user named is worth a download
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=named is None)
+    except Exception as error:
+        raise UserError(
+            f"the Q-Former reads the question, but its tokenizer was not found as {source!r} ({_first_line(error)}): "
+            f"put one into {own}, or name a folder, a vocab.txt or a hub model with "
+            "--options model.qformer_tokenizer=..."
+        ) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.truncation_side = "left"
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

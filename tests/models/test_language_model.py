@@ -1,0 +1,70 @@
+"""Hidden states, then logits where they are wanted: the same numbers as the whole model, for every architecture."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from stllm.models.language_model import build_language_model, language_loss, last_hidden_states, logits_of
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "mistral": SMALL,
+    "qwen2": SMALL,
+    "gemma2": {**SMALL, "head_dim": 8, "final_logit_softcapping": 5.0},
+    "granite": {**SMALL, "logits_scaling": 4.0},
+    "cohere": {**SMALL, "logit_scale": 0.25},
+    "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def build(name: str, **options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return build_language_model(AutoConfig.for_model(name, **ARCHITECTURES[name]), **options).eval()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
+    model = build(name)
+    embeds = torch.randn(2, 9, 32)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 7:] = 0
+    labels = torch.randint(3, 64, (2, 9)).masked_fill(mask == 0, -100)
+    labels[:, :4] = -100
+    whole = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
+    hidden = last_hidden_states(model, embeds, mask)
+    assert torch.allclose(logits_of(model, hidden), whole.logits, atol=1e-5)
+    loss, logits = language_loss(model, hidden, labels)
+    assert torch.allclose(loss, whole.loss, atol=1e-5)
+    assert logits.shape == ((labels[:, 1:] != -100).sum(), 64)
+
+
+def test_no_label_gives_a_loss_of_nothing_that_still_has_a_graph() -> None:
+    model = build("llama")
+    hidden = last_hidden_states(model, torch.randn(1, 5, 32), torch.ones(1, 5, dtype=torch.long))
+    loss, _ = language_loss(model, hidden, torch.full((1, 5), -100))
+    assert loss.item() == 0
+    loss.backward()
+
+
+def test_lora_starts_as_the_plain_model_and_only_it_is_added() -> None:
+    lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+    plain, adapted = build("llama"), build("llama", lora=lora)
+    source = {name.replace(".base_layer", ""): value for name, value in adapted.state_dict().items()}
+    plain.load_state_dict({name: value for name, value in source.items() if "lora_" not in name})
+    ids = torch.randint(3, 64, (1, 6))
+    assert torch.allclose(plain(ids).logits, adapted(ids).logits, atol=1e-6)
+    added = {name.split(".")[-4] for name in source if "lora_A" in name}
+    assert added == {"q_proj", "v_proj"} or any("q_proj.lora_A" in name for name in source)

@@ -1,0 +1,61 @@
+"""The encoder: chunks, clips, time."""
+
+import pytest
+import torch
+
+from stllm.models.vision import Float32LayerNorm
+from tests.helpers.tiny import tiny_model
+
+VIDEO = torch.randn(2, 6, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("encoder", ["eva_clip_g", "eva_btadapter_g"])
+@pytest.mark.parametrize("chunk_size", [1, 5, 64])
+def test_chunked_equals_whole(encoder: str, chunk_size: int) -> None:
+    vision = tiny_model(encoder=encoder).vision_encoder
+    vision.chunk_size = 12
+    whole = vision(VIDEO)
+    vision.chunk_size = chunk_size
+    assert whole.shape == (2, 6, 5, 32)
+    assert torch.allclose(vision(VIDEO), whole, atol=1e-6)
+
+
+def test_without_the_adapter_each_frame_is_by_itself() -> None:
+    vision = tiny_model(encoder="eva_clip_g").vision_encoder
+    assert torch.allclose(vision(VIDEO[:, :1]), vision(VIDEO)[:, :1], atol=1e-6)
+
+
+def test_with_the_adapter_a_frame_sees_the_others_and_their_order() -> None:
+    vision = tiny_model(encoder="eva_btadapter_g").vision_encoder
+    alone, together = vision(VIDEO[:, :1]), vision(VIDEO)[:, :1]
+    assert not torch.allclose(alone, together, atol=1e-3)
+    assert not torch.allclose(vision(VIDEO.flip(1)).flip(1), vision(VIDEO), atol=1e-3)
+
+
+def test_a_fresh_adapter_leaves_time_out() -> None:
+    """temporal_fc starts at zero, spatial layers as copies of the backbone's last blocks."""
+    from stllm.models.st_llm import STLLM
+    from tests.helpers.tiny import tiny_config
+
+    torch.manual_seed(0)
+    vision = STLLM(tiny_config(encoder="eva_btadapter_g")).eval().vision_encoder
+    patches = torch.randn(1, 3, 4, 32)
+    for layer in vision.adapter.temporal:
+        assert torch.equal(layer(patches), patches)
+    for layer, block in zip(vision.adapter.spatial, vision.backbone.blocks[-3:], strict=True):
+        assert torch.equal(layer.attn.qkv.weight, block.attn.qkv.weight)
+        assert torch.equal(layer.mlp.fc2.bias, block.mlp.fc2.bias)
+
+
+def test_more_frames_than_positions_in_time_is_refused_with_a_sentence() -> None:
+    vision = tiny_model(encoder="eva_btadapter_g").vision_encoder
+    with pytest.raises(ValueError, match="17 frames were given, but the temporal adapter knows 16"):
+        vision(torch.randn(1, 17, 3, 28, 28))
+
+
+def test_layer_norm_runs_in_float32() -> None:
+    norm, x = Float32LayerNorm(64, eps=1e-5), torch.randn(4, 64) * 100
+    expected = torch.nn.functional.layer_norm(x.bfloat16().float(), (64,), eps=1e-5)
+    half = norm.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, expected.bfloat16())
