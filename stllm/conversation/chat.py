@@ -226,7 +226,7 @@ class Chat:
             return self.model.generate(
                 **batch,
                 visual_tokens=None if visual[0] is None else list(visual),
-                generation_config=decoding.generation_config(**self.processor.stopping()),
+                **decoding.arguments(**self.processor.stopping()),
                 tokenizer=self.processor.tokenizer,
                 **more,
             )

@@ -1,8 +1,9 @@
 """How an answer is generated: beams, length, sampling; transformers' `generate` does the work."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from stllm.common.errors import UserError
 from stllm.conversation.templates import PromptTemplate
@@ -54,24 +55,33 @@ class Decoding:
         """
         if num_beams is None and (stream or temperature):
             num_beams = 1
-        given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "temperature": temperature}
-        wanted = replace(self, **{name: value for name, value in given.items() if value is not None})
+        wanted = replace(
+            self,
+            num_beams=self.num_beams if num_beams is None else num_beams,
+            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            temperature=self.temperature if temperature is None else temperature,
+        )
         if stream and wanted.num_beams > 1:
             raise UserError(
                 f"streaming follows one beam, but {wanted.num_beams} were asked for: drop --stream or use 1 beam"
             )
         return wanted
 
-    def generation_config(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> GenerationConfig:
-        """The same in transformers' words; a checkpoint's own generation defaults play no part."""
+    def arguments(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> dict[str, Any]:
+        """The same as arguments of `generate`; a checkpoint's own generation defaults play no part."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
-        return GenerationConfig(
+        config = GenerationConfig(
             num_beams=self.num_beams,
             max_new_tokens=self.max_new_tokens,
             do_sample=self.temperature > 0,
-            repetition_penalty=self.repetition_penalty,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             stop_strings=stop_strings,
             **sampling,
         )
+        # Not by `config.repetition_penalty`: given embeddings instead of ids, transformers 5.23 takes the left padding of
+        # a batch for already generated tokens and leaves as many of them without a penalty.
+        penalties = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            penalties.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        return {"generation_config": config, "logits_processor": penalties}

@@ -52,9 +52,7 @@ class _Stop(StoppingCriteria):
         return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=bool)
 
 
-def stream_answer(
-    generate: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, end_sym: str
-) -> Iterator[str]:
+def stream_answer(generate: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, end_sym: str) -> Iterator[str]:
     """Runs `generate(streamer=..., stopping_criteria=...)` in a thread and yields the answer's text piece by piece.
 
     Closing the iterator ends the generation. What `generate` raises is raised here.

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import initialization as init
 
 from stllm.models.qformer import FrameQFormer
-from stllm.models.temporal_adapter import TemporalAdapter
+from stllm.models.temporal_adapter import TemporalAdapter, TemporalLayer
 from stllm.models.video_inputs import ResidualInput
 from stllm.models.vision import VisionEncoder
 
@@ -22,15 +22,17 @@ def initialize_parts(model: nn.Module) -> None:
     """Starts every part of `model` that holds parameters of its own; Linear and norm layers are transformers' work."""
     for module in model.modules():
         if isinstance(module, EvaAttention):
+            assert module.q_bias is not None and module.v_bias is not None
             for bias in (module.q_bias, module.k_bias, module.v_bias):  # k_bias is a buffer that stays zero
                 init.zeros_(bias)
         elif isinstance(module, Eva):
+            assert module.cls_token is not None and module.pos_embed is not None
             init.trunc_normal_(module.cls_token, std=STD)
             init.trunc_normal_(module.pos_embed, std=STD)
         elif isinstance(module, TemporalAdapter):
             init.zeros_(module.class_token)
-            for layer in module.temporal:
-                init.zeros_(layer.temporal_fc.weight)
+        elif isinstance(module, TemporalLayer):
+            init.zeros_(module.temporal_fc.weight)
         elif isinstance(module, FrameQFormer):
             init.normal_(module.query_tokens, std=STD)
         elif isinstance(module, ResidualInput):

@@ -57,8 +57,7 @@ class PatchMerger(nn.Module):
 
 def _drop_text_modules(bert: InstructBlipQFormerModel) -> None:
     """Removes what only text passes through: BLIP-2's checkpoints lack it, and it is half of the Q-Former."""
-    bert.embeddings.word_embeddings = None
-    bert.embeddings.position_embeddings = None
+    embeddings: nn.Module = bert.embeddings
+    embeddings.word_embeddings = embeddings.position_embeddings = None  # type: ignore[assignment]
     for layer in bert.encoder.layer:
-        layer.intermediate = None
-        layer.output = None
+        layer.intermediate = layer.output = None  # type: ignore[assignment]

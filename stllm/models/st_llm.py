@@ -54,9 +54,7 @@ class STLLM(PreTrainedModel):
         super().__init__(config)
         width = config.text_config.hidden_size
         build_vision = vision_encoders.get(config.vision_config["encoder"])
-        self.vision_encoder: VisionEncoder = build_vision(
-            vision=config.vision_config, chunk_size=config.vit_chunk_size
-        )
+        self.vision_encoder: VisionEncoder = build_vision(vision=config.vision_config, chunk_size=config.vit_chunk_size)
         self.qformer: nn.Module = PatchMerger()
         frame_width = 4 * config.vision_config["embed_dim"]
         if config.has_qformer:
@@ -71,7 +69,7 @@ class STLLM(PreTrainedModel):
             width=width, bottleneck=config.residual_bottleneck, residual_size=config.residual_size
         )
         self.mvm_decoder = MVMDecoder(width) if config.mvm_decode else nn.Identity()
-        self.language_model = lm.build_language_model(config.text_config, lora=config.lora)
+        self.language_model: Any = lm.build_language_model(config.text_config, lora=config.lora)
         self.post_init()
         self._freeze()
 

@@ -22,9 +22,9 @@ class Float32LayerNorm(nn.LayerNorm):
     """LayerNorm computed in float32 and returned in the input's precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(
-            x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        ).type_as(x)
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps).type_as(
+            x
+        )
 
 
 class VisionEncoder(nn.Module):

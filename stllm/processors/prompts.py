@@ -169,9 +169,9 @@ class PromptProcessor:
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
+    def decode(self, ids: list[int] | Tensor) -> str:
         """The answer's text: cut at the end mark, what follows the last `Assistant:`, stripped (as published)."""
-        return self.clean(self.tokenizer.decode(ids, skip_special_tokens=True))
+        return self.clean(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
     def clean(self, text: str) -> str:
         """The same cuts on text that is already decoded."""

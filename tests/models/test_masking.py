@@ -30,9 +30,7 @@ def test_the_same_generator_seed_draws_the_same_mask() -> None:
 
 def test_rates_follow_the_published_distribution() -> None:
     generator = torch.Generator().manual_seed(0)
-    rates = torch.stack(
-        [draw_token_mask(1, 1000, **PUBLISHED, generator=generator).float().mean() for _ in range(400)]
-    )
+    rates = torch.stack([draw_token_mask(1, 1000, **PUBLISHED, generator=generator).float().mean() for _ in range(400)])
     assert abs(rates.mean() - 0.5) < 0.02
     assert abs(rates.std() - 0.1) < 0.02
 

@@ -12,7 +12,7 @@ QFORMER_INNER: Pairs = (
     ("embeddings.LayerNorm.", "embeddings.layernorm."),
 )
 QFORMER_IGNORED = (r".*Qformer\.cls\.", r".*\.position_ids$")
-OLD_BUFFERS = (r".*rotary_emb\.inv_freq$", r".*\.attn\.(?:masked_)?bias$")  # saved by old libraries
+OLD_BUFFERS = (r".*rotary_emb\.inv_freq$",)  # saved by old libraries
 
 
 def _lavis_parts(prefix: str) -> Pairs:

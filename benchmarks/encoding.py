@@ -1,0 +1,104 @@
+"""Encoding: real-size EVA-ViT-g on 8 frames, ours against one frame at a time with eager attention in float32.
+
+Beside it the share of the machine's own matrix-multiply peak, measured on the same shapes in the same run: the linear
+layers' products alone, nothing between them.
+
+    python -m benchmarks.encoding [--quick]
+"""
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import arguments, report, seconds
+from stllm.common.device import resolve_device
+from stllm.common.registry import vision_encoders
+from stllm.models.configuration import VISION_DEFAULTS
+from stllm.models.initialization import initialize_parts
+from stllm.models.vision import VisionEncoder
+
+NUM_FRAMES = 8
+
+
+def build(sizes: dict, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
+    """The encoder with random weights."""
+    torch.manual_seed(0)
+    with device:
+        encoder = vision_encoders.get("eva_clip_g")(vision=sizes, chunk_size=16)
+    initialize_parts(encoder)
+    return encoder.eval().to(dtype)
+
+
+def products(sizes: dict, rows: int) -> list[tuple[int, int, int, int]]:
+    """(count, rows, inner, columns) of the linear layers for that many tokens."""
+    width, depth = sizes["embed_dim"], sizes["depth"]
+    hidden = int(width * sizes["mlp_ratio"])
+    shapes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
+    return [(depth, rows, inner, columns) for inner, columns in shapes]
+
+
+def matmul_peak(shapes: list[tuple[int, int, int, int]], device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s over exactly these products, one after the other."""
+    flops = time = 0.0
+    for count, rows, inner, columns in shapes:
+        x = torch.randn(rows, inner, device=device, dtype=dtype)
+        layer = torch.nn.Linear(inner, columns, device=device, dtype=dtype)
+        time += count * seconds(lambda layer=layer, x=x: layer(x), repeats=5, device=device)
+        flops += count * 2 * rows * inner * columns
+    return flops / time
+
+
+def attention_flops(sizes: dict, frames: int, tokens: int) -> float:
+    """FLOP of q·k and attention·v in all blocks."""
+    return 4.0 * frames * sizes["depth"] * tokens * tokens * sizes["embed_dim"]
+
+
+def eager_one_by_one(encoder: VisionEncoder, video: Tensor) -> Tensor:
+    """The baseline: explicit softmax attention, one frame at a time."""
+    for block in encoder.backbone.blocks:
+        block.attn.fused_attn = False
+    encoder.chunk_size = 1
+    return encoder(video)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measures, prints and writes."""
+    args = arguments(__doc__ or "")
+    device = resolve_device(args.device)
+    sizes = {**VISION_DEFAULTS, **({"depth": 6} if args.quick else {})}
+    tokens = (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1
+    shapes = products(sizes, NUM_FRAMES * tokens)
+    flops = sum(c * 2 * r * i * o for c, r, i, o in shapes) + attention_flops(sizes, NUM_FRAMES, tokens)
+    video = torch.randn(1, NUM_FRAMES, 3, sizes["image_size"], sizes["image_size"], device=device)
+
+    encoder = build(sizes, device, torch.float32)
+    baseline = seconds(lambda: eager_one_by_one(encoder, video), repeats=2, device=device)
+    rows = [_row("eager, float32, frame by frame", baseline, baseline, flops, None)]
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = build(sizes, device, dtype)
+        time = seconds(lambda e=encoder, x=video.to(dtype): e(x), device=device)
+        name = f"ours, {str(dtype).removeprefix('torch.')}"
+        rows.append(_row(name, time, baseline, flops, matmul_peak(shapes, device, dtype)))
+    measured = {key: sizes[key] for key in ("embed_dim", "depth", "num_heads", "image_size")}
+    report(
+        "encoding",
+        "eager softmax attention in float32, one frame at a time",
+        rows,
+        {"frames": NUM_FRAMES, **measured},
+        args.output_dir,
+    )
+
+
+def _row(name: str, time: float, baseline: float, flops: float, peak: float | None) -> dict:
+    return {
+        "": name,
+        "seconds": time,
+        "speed-up": baseline / time,
+        "GFLOP/s": flops / time / 1e9,
+        "matmul peak GFLOP/s": "-" if peak is None else peak / 1e9,
+        "share of peak": "-" if peak is None else flops / time / peak,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`AuditReport`: what became of every weight, part by part: loaded, fresh, missing, unexpected, of a wrong shape, ignored.
+
+Anything missing or of a wrong shape that the model needs is an error that names the keys, never a warning.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stllm.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# our keys, first fit; the order is the way of a video
+PARTS: dict[str, str] = {
+    "vision_encoder.adapter.": "temporal adapter",
+    "vision_encoder.ln_vision.": "ln_vision",
+    "vision_encoder.": "vision encoder",
+    "qformer.": "qformer",
+    "projection.": "projection",
+    "video_input.": "video input",
+    "mvm_decoder.": "mvm decoder",
+    "language_model.": "language model",
+}
+PART_NAMES = ("vision encoder", "temporal adapter", "ln_vision", *tuple(PARTS.values())[3:])
+OTHER = "other"
+
+# their keys that are ignored or fit nothing, to find the part they would have belonged to
+_HINTS = (
+    (r"BTAdapter", "temporal adapter"),
+    (r"Qformer|qformer", "qformer"),
+    (r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b", "vision encoder"),
+    (r"(?:llama|llm|t5|opt|language)_proj", "projection"),
+    (r"residual_index|down_proj|up_proj", "video input"),
+    (r"mvm", "mvm decoder"),
+    (r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\.", "language model"),
+)
+MAX_NAMED = 6
+STATES = ("loaded", "fresh", "missing", "wrong_shape", "unexpected", "ignored")
+
+
+def part_of(key: str) -> str:
+    """The part that one of our keys belongs to."""
+    return next((part for prefix, part in PARTS.items() if key.startswith(prefix)), OTHER)
+
+
+def part_of_theirs(key: str) -> str:
+    """The part that a key of a foreign format looks like."""
+    return next((part for pattern, part in _HINTS if re.search(pattern, key)), OTHER)
+
+
+@dataclass
+class PartAudit:
+    """Keys of one part. wrong_shape: `key: found (...), expected (...)`."""
+
+    loaded: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AuditReport:
+    """The audit of one loading. source: what was loaded; notes: what else should be known (resized, grown, ...)."""
+
+    source: str
+    parts: dict[str, PartAudit] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, state: str, part: str, entry: str) -> None:
+        """Enters a key under one of `STATES`."""
+        getattr(self.parts.setdefault(part, PartAudit()), state).append(entry)
+
+    def keys(self, state: str) -> list[str]:
+        """All entries of one state, part after part."""
+        return [entry for _, audit in self._ordered() for entry in getattr(audit, state)]
+
+    def raise_for_problems(self) -> None:
+        """Raises UserError naming what is missing or of a wrong shape."""
+        wrong, missing = self.keys("wrong_shape"), self.keys("missing")
+        if wrong:
+            raise UserError(
+                f"{self.source}: {_counted(wrong, 'weight')} of another size than the configuration asks for: "
+                f"{_named(wrong)}; use the configuration that these weights were made with"
+            )
+        if missing:
+            raise UserError(
+                f"{self.source}: {_counted(missing, 'weight')} missing that the configuration needs: {_named(missing)}; "
+                f"{_advice({part for part, audit in self.parts.items() if audit.missing})}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts of what was loaded, names of everything else."""
+        parts = {
+            part: {"loaded": len(audit.loaded), **{state: getattr(audit, state) for state in STATES[1:]}}
+            for part, audit in self._ordered()
+        }
+        return {"source": self.source, "parts": parts, "notes": self.notes}
+
+    def table(self) -> "Table":
+        """The counts as a table for the terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"audit of {self.source}")
+        table.add_column("part")
+        for state in STATES:
+            table.add_column(state.replace("_", " "), justify="right")
+        for part, audit in self._ordered():
+            counts = [len(getattr(audit, state)) for state in STATES]
+            table.add_row(part, *(str(count) if count else "" for count in counts))
+        return table
+
+    def details(self) -> list[str]:
+        """One line for each kind of exception, and the notes."""
+        lines = [
+            f"{part}, {state.replace('_', ' ')}: {_named(getattr(audit, state))}"
+            for part, audit in self._ordered()
+            for state in STATES[1:]
+            if getattr(audit, state)
+        ]
+        return [*lines, *self.notes]
+
+    def _ordered(self) -> list[tuple[str, PartAudit]]:
+        order = {part: number for number, part in enumerate((*PART_NAMES, OTHER))}
+        return sorted(self.parts.items(), key=lambda item: order[item[0]])
+
+
+def _named(keys: list[str]) -> str:
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(keys[:MAX_NAMED]) + more
+
+
+def _counted(keys: list[str], what: str) -> str:
+    return f"1 {what} is" if len(keys) == 1 else f"{len(keys)} {what}s are"
+
+
+def _advice(parts: set[str]) -> str:
+    """What to do when these parts are missing."""
+    names = {
+        "vision encoder": "model.vit_ckpt (eva_vit_g.pth)",
+        "ln_vision": "model.q_former_model",
+        "qformer": "model.q_former_model",
+        "projection": "model.ckpt (or an InstructBLIP file as model.q_former_model)",
+        "language model": "model.llama_model",
+    }
+    named = sorted({names[part] for part in parts if part in names})
+    if not named:
+        return "switch off what needs them in the configuration, or use a checkpoint that has them"
+    return f"the download may be incomplete; when building from pieces, name them with {', '.join(named)}"

@@ -1,0 +1,229 @@
+"""What a file or folder is, told by itself: its config.json and the names of its weights.
+
+`open_source` gives a `Source`: format, key table, shapes, and the tensors on demand. A path that is not here and looks
+like `org/name` is fetched from the hub; that and a URL are the only reasons to use the network.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from stllm.common.errors import UserError
+from stllm.models.checkpoints import tables
+from stllm.models.checkpoints.keys import KeyTable, Target, UnknownKeyError
+from stllm.models.checkpoints.shards import Weights, open_weights
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
+HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors", "*.bin", "*.jinja", "qformer_tokenizer/*")
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.(?:bin|safetensors)$")
+
+
+class Format(Enum):
+    """The layouts of model.md, section 7; the values are their names for people."""
+
+    STLLM = "stllm"
+    RELEASED = "released ST-LLM"
+    EVA = "EVA-ViT-g"
+    INSTRUCTBLIP = "InstructBLIP (LAVIS)"
+    BLIP2 = "BLIP-2 (LAVIS)"
+    MINIGPT4 = "MiniGPT-4"
+    TRANSFORMERS_BLIP = "InstructBLIP or BLIP-2 (transformers)"
+    CAUSAL_LM = "causal language model"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our tensors in a source: their key, which part of it, its shape once taken."""
+
+    key: str
+    target: Target
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Source:
+    """A file or folder of weights in one format. config, meta: its config.json and meta.json, {} where there is none."""
+
+    path: Path
+    format: Format
+    table: KeyTable
+    weights: Weights
+    config: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Whether it holds every part, so that nothing else needs to be named."""
+        if self.format is Format.TRANSFORMERS_BLIP:
+            return not self.table.ignores("language_model.")
+        return self.format in (Format.STLLM, Format.RELEASED)
+
+    def entries(self) -> dict[str, Entry]:
+        """Our keys and where they are found; keys that are ignored or unknown are left out."""
+        found: dict[str, Entry] = {}
+        for key, spec in self.weights.specs.items():
+            try:
+                targets = self.table.targets(key)
+            except UnknownKeyError:
+                continue
+            for target in targets:
+                if target.key is not None:
+                    found[target.key] = Entry(key, target, target.shape(spec.shape))
+        return found
+
+    def ignored_keys(self) -> list[str]:
+        """Their keys that are known and not ours."""
+        return [key for key in self.weights.specs if self.table.ignores(key)]
+
+    def unknown_keys(self) -> list[str]:
+        """Their keys that fit nothing in the table."""
+        return [key for key in self.weights.specs if not self.table.ignores(key) and not _is_known(self.table, key)]
+
+
+def open_source(path: str | Path, *, depth: int | None = None) -> Source:
+    """Opens weights of any known format; nothing but names and shapes is read.
+
+    depth: blocks of the vision encoder that are used, where the configuration says so.
+    Raises UserError: nothing there, no checkpoint, a shard missing, a file damaged.
+    """
+    place = locate(path)
+    if place.is_file():
+        return _file_source(place, open_weights([place]), depth)
+    config, meta = read_json(place / "config.json"), read_json(place / "meta.json")
+    weights = open_weights(weight_files(place))
+    kind = config.get("model_type")
+    if kind == "stllm":
+        return Source(place, Format.STLLM, tables.OURS, weights, config, meta)
+    if kind == "st_llm_hf" or any(key.startswith("model.stllm_model.") for key in weights.specs):
+        return Source(place, Format.RELEASED, tables.RELEASED, weights, config, meta)
+    if kind in ("instructblip", "instructblipvideo", "blip-2"):
+        return Source(place, Format.TRANSFORMERS_BLIP, _blip_table(config), weights, config, meta)
+    if kind is None:
+        return _file_source(place, weights, depth)
+    from stllm.models.checkpoints.causal_lm import causal_lm_weights
+
+    table, weights = causal_lm_weights(place, weights)
+    return Source(place, Format.CAUSAL_LM, table, weights, config, meta)
+
+
+def locate(path: str | Path) -> Path:
+    """The file or folder of that name: here, behind a URL, or on the hub. Raises UserError."""
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    name = str(path)
+    if name.startswith(("https://", "http://")):
+        return _download(name)
+    if not HUB_NAME.match(name) or name.startswith("."):
+        raise UserError(f"{path}: no such file or folder, expected weights or a hub name (organisation/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # a missing repository, no network, no permission: many kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name} is neither a file or folder here nor could it be fetched from the hub ({reason}): check the path, "
+            "or download it to a folder and name that"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder, complete and in order. Raises UserError when there are none or one is missing."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            return _complete(folder, read_json(index).get("weight_map", {}).values())
+        shards = [path.name for path in folder.glob(f"{stem}-*-of-*.{ending}") if SHARD.match(path.name)]
+        if shards:
+            total = max(int(match["total"]) for name in shards if (match := SHARD.match(name)))
+            return _complete(folder, [f"{stem}-{i:05d}-of-{total:05d}.{ending}" for i in range(1, total + 1)])
+        if (folder / f"{stem}.{ending}").is_file():
+            return [folder / f"{stem}.{ending}"]
+    others = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name != "training_args.bin")
+    if len(others) == 1:
+        return others
+    if others:
+        raise UserError(f"{folder} holds several weight files ({', '.join(p.name for p in others)}): name one of them")
+    raise UserError(
+        f"{folder} holds no weights: expected model*.safetensors or pytorch_model*.bin beside a config.json"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when there is no such file. Raises UserError when it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object, expected the keys of a configuration")
+    return content
+
+
+def _file_source(path: Path, weights: Weights, depth: int | None) -> Source:
+    """A file without a config.json beside it: its key names tell what it is."""
+    keys = weights.specs
+    if any(key.startswith("model.stllm_model.") for key in keys):
+        return Source(path, Format.RELEASED, tables.RELEASED, weights)
+    if "patch_embed.proj.weight" in keys and "blocks.0.attn.qkv.weight" in keys:
+        blocks = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
+        return Source(path, Format.EVA, tables.eva_table(depth or blocks - 1), weights)
+    if any(key.startswith("Qformer.") for key in keys):
+        if "llm_proj.weight" in keys:
+            return Source(path, Format.INSTRUCTBLIP, tables.INSTRUCTBLIP_LAVIS, weights)
+        return Source(path, Format.BLIP2, tables.BLIP2_LAVIS, weights)
+    if "llama_proj.weight" in keys:
+        return Source(path, Format.MINIGPT4, tables.MINIGPT4, weights)
+    if any(key.startswith(("vision_encoder.", "language_model.", "model.layers.")) for key in keys):
+        raise UserError(f"{path} has no config.json beside it: name the folder that holds both")
+    first = ", ".join(list(keys)[:3])
+    raise UserError(
+        f"{path} is no known checkpoint (its first weights are {first}): expected one of "
+        f"{', '.join(known.value for known in Format)}"
+    )
+
+
+def _blip_table(config: dict[str, Any]) -> KeyTable:
+    text = config.get("text_config") or {}
+    is_causal = text.get("model_type", "opt") not in ("t5", "mt5", "bart") and not text.get("is_encoder_decoder", False)
+    return tables.TRANSFORMERS_BLIP if is_causal else tables.TRANSFORMERS_BLIP.ignoring(*tables.FOREIGN_LANGUAGE_MODEL)
+
+
+def _complete(folder: Path, names: Iterable[str]) -> list[Path]:
+    ordered = sorted(set(names))
+    for number, name in enumerate(ordered, start=1):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"shard {number} of {len(ordered)}, {name}, is missing in {folder}: copy or download it again"
+            )
+    return [folder / name for name in ordered]
+
+
+def _download(url: str) -> Path:
+    """A published file behind a URL, kept in torch's own cache."""
+    import torch
+
+    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(target))
+        except OSError as error:
+            raise UserError(f"{url} could not be downloaded ({error}): download it and name the file") from error
+    return target
+
+
+def _is_known(table: KeyTable, key: str) -> bool:
+    try:
+        table.to_ours(key)
+    except UnknownKeyError:
+        return False
+    return True

@@ -1,0 +1,156 @@
+"""From a configuration's `model` section to a model: the only place that reads the section's published key names.
+
+`build_model` puts pieces together: weights named by `vit_ckpt`, `q_former_model`, `llama_model` and `ckpt` are streamed in,
+later ones over earlier ones; what no file gives starts fresh only where training is meant to start it fresh.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from stllm.models.checkpoints.audit import AuditReport
+    from stllm.models.configuration import STLLMConfig
+    from stllm.models.st_llm import STLLM
+
+log = logging.getLogger(__name__)
+
+Fields = dict[str, Any]
+
+PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later ones over earlier ones
+# published names -> ours; those of `vision`, `qformer`, `llm`, LoRA and the mask rate are grouped in `settings_to_fields`
+RENAMED = {
+    "has_qformer": "has_qformer",
+    "qformer_text_input": "qformer_text_input",
+    "num_query_token": "num_query_tokens",
+    "video_input": "video_input",
+    "residual_size": "residual_size",
+    "residual_bottleneck": "residual_bottleneck",
+    "use_mask": "use_mask",
+    "mvm_decode": "mvm_decode",
+    "freeze_vit": "freeze_vit",
+    "freeze_qformer": "freeze_qformer",
+    "freeze_LLM": "freeze_llm",
+    "vit_chunk_size": "vit_chunk_size",
+    "template": "template",
+    "system": "system",
+    "max_txt_len": "max_txt_len",
+    "end_sym": "end_sym",
+}
+VISION_RENAMED = {"vit_model": "encoder", "image_size": "image_size", "drop_path_rate": "drop_path_rate"}
+
+
+def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
+    """The `model` section's settings as fields of `STLLMConfig`; an unset key (None or absent) settles nothing."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    fields: Fields = {ours: given[theirs] for theirs, ours in RENAMED.items() if theirs in given}
+    vision = {ours: given[theirs] for theirs, ours in VISION_RENAMED.items() if theirs in given}
+    groups = {
+        "vision_config": {**vision, **_set(given.get("vision"))},
+        "qformer_config": _set(given.get("qformer")),
+        "text_config": _set(given.get("llm")),
+        "mask_rate": {
+            name: given[f"mask_rate_{name}"] for name in ("mean", "std", "min", "max") if f"mask_rate_{name}" in given
+        },
+    }
+    fields |= {name: group for name, group in groups.items() if group}
+    if "lora_r" in given:
+        fields["lora"] = _lora(given) if given["lora_r"] else None
+    return fields
+
+
+def piece_paths(settings: Mapping[str, Any]) -> list[str]:
+    """The weights that the section names, in the order in which they are read."""
+    return [settings[name] for name in PIECES if settings.get(name)]
+
+
+def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str] = ()) -> Fields:
+    """What the user's YAML and options say about the model, checked, without the defaults below them.
+
+    The shipped defaults of a `model_type` that the user names count as said. Raises UserError as `load_config` does.
+    """
+    from omegaconf import OmegaConf
+
+    from stllm.common.config import SHIPPED, load_config, yaml_layer
+
+    if cfg_path is None and not options:
+        return {}
+    cfg = load_config(cfg_path, options, model_type="instructblip_vicuna0")
+    raw: list[Any] = [yaml_layer(cfg_path).values] if cfg_path is not None else []
+    raw.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(options))))
+    said = [layer.get("model") or {} for layer in raw]
+    if any("model_type" in layer for layer in said):
+        said.insert(0, yaml_layer(SHIPPED / f"{cfg.model.model_type}.yaml").values["model"])
+    model = OmegaConf.to_container(cfg.model)
+    assert isinstance(model, dict)  # the section is a mapping
+    explicit: Fields = {}
+    for layer in said:
+        for key, value in layer.items():
+            if key not in model:
+                continue
+            resolved = model[key]
+            # `llm` is free-form, so all of it was said; of `vision` and `qformer`, the named sizes
+            part = {name: resolved[name] for name in value} if isinstance(value, dict) and key != "llm" else None
+            explicit[key] = resolved if part is None else {**explicit.get(key, {}), **part}
+    return explicit
+
+
+def config_from_settings(settings: Mapping[str, Any]) -> "STLLMConfig":
+    """The configuration that the section and the weights it names ask for. Raises UserError."""
+    from stllm.models.checkpoints.deciding import decide_config, open_pieces
+
+    return decide_config(open_pieces(piece_paths(settings), settings), settings)
+
+
+def build_model(cfg: "DictConfig | Mapping[str, Any]", *, device: str = "auto", dtype: str = "auto") -> "STLLM":
+    """The model of a configuration, weights from the files that it names, in evaluation mode.
+
+    cfg: what `load_config` returns, or its `model` section.
+    Fresh may be: the temporal adapter, the global-local module, the MVM decoder, LoRA; the projection when no named
+    file is of a kind that has one; everything when no file is named. Raises UserError for anything else.
+    """
+    model, report = build_audited(cfg, device=device, dtype=dtype)
+    for line in report.details():
+        log.info(line)
+    return model
+
+
+def build_audited(
+    cfg: "DictConfig | Mapping[str, Any]", *, device: str = "auto", dtype: str = "auto"
+) -> tuple["STLLM", "AuditReport"]:
+    """As `build_model`, with the audit."""
+    from stllm.models.checkpoints.assembly import assemble
+    from stllm.models.checkpoints.deciding import decide_config, open_pieces
+
+    settings = model_section(cfg)
+    sources = open_pieces(piece_paths(settings), settings)
+    model, report = assemble(decide_config(sources, settings), sources, device=device, dtype=dtype, training=True)
+    if settings.get("use_grad_checkpoint"):
+        model.gradient_checkpointing_enable()
+    return model, report
+
+
+def model_section(cfg: "DictConfig | Mapping[str, Any]") -> Fields:
+    """The `model` section as a plain dictionary, from a whole configuration or from the section itself."""
+    from omegaconf import DictConfig, OmegaConf
+
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    assert isinstance(plain, dict)  # a configuration is a mapping
+    section = plain.get("model", plain)
+    return {str(key): value for key, value in section.items()}
+
+
+def _set(values: Mapping[str, Any] | None) -> Fields:
+    return {str(key): value for key, value in (values or {}).items() if value is not None}
+
+
+def _lora(given: Mapping[str, Any]) -> Fields:
+    return {
+        "r": given["lora_r"],
+        "alpha": given.get("lora_alpha", 16),
+        "dropout": given.get("lora_dropout", 0.05),
+        "target_modules": list(given.get("lora_target_modules", ("q_proj", "v_proj"))),
+    }

@@ -1,0 +1,211 @@
+"""The engine: cached equals uncached, batched equals single, streamed equals whole, and what it says about an answer."""
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stllm.common.errors import UserError
+from stllm.conversation.chat import Chat, Media, Request
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.templates import Turn
+from stllm.datasets.media import MediaError
+from stllm.models.configuration import STLLMConfig
+from stllm.models.st_llm import STLLM
+from stllm.processors.prompts import PromptProcessor
+from tests.helpers.tiny import LLAMA, QFORMER, VISION
+from tests.helpers.videos import write_video
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+QUESTIONS = ["what moves first", "which color is the square", "how many times does the object move"]
+SHORT = Decoding(num_beams=1, max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("clips")
+    return [write_video(folder / f"{count}.mp4", num_frames=count, size=(64, 48)) for count in (20, 31)]
+
+
+def new_chat(family: str = "instructblip", *, seed: int = 0, **options) -> Chat:
+    """A tiny model with the golden tokenizers.
+
+    Its weights are large, so that questions and videos matter; in float64, so that rounding does not decide.
+    """
+    text = family == "instructblip"
+    config = STLLMConfig(
+        vision_config=VISION,
+        qformer_config={**QFORMER, "vocab_size": 163},
+        text_config={**LLAMA, "vocab_size": 513 if text else 512},
+        qformer_text_input=text,
+        num_query_tokens=4,
+        residual_size=4,
+        template=family,
+        system="",
+        max_txt_len=32,
+        video_input=options.pop("video_input", "all"),
+    )
+    torch.manual_seed(seed)
+    model = STLLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6)
+    model.double()
+    folder = GOLDEN / ("instructblip_residual_mvm" if text else "minigpt4_plain_all")
+    processor = PromptProcessor.from_pretrained(
+        folder, config=config, qformer_tokenizer=GOLDEN / "foreign" / "bert" / "vocab.txt"
+    )
+    return Chat(model=model, processor=processor, decoding=SHORT, num_frames=6, **options)
+
+
+def requests_for(clips: list[Path]) -> list[Request]:
+    return [
+        Request(turns=(Turn(question),), media=Media(str(clip), num_frames=frames))
+        for (clip, frames), question in itertools.product(zip(clips, (4, 6), strict=True), QUESTIONS)
+    ]
+
+
+@pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_batch_gives_the_answers_of_one_at_a_time(clips: list[Path], family: str, num_beams: int) -> None:
+    chat = new_chat(family)
+    decoding = Decoding(num_beams=num_beams, max_new_tokens=8, repetition_penalty=1.5)
+    requests = requests_for(clips)
+    together = chat.answer(requests, decoding)
+    alone = [chat.answer([request], decoding)[0] for request in requests]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert len({answer.text for answer in together}) > 1  # the test would be idle on equal answers
+
+
+@pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
+def test_cached_equals_uncached_and_encodes_once(clips: list[Path], family: str) -> None:
+    cached, uncached = new_chat(family), new_chat(family, cache_bytes=0)
+    calls = {"cached": 0, "uncached": 0}
+    for name, chat in (("cached", cached), ("uncached", uncached)):
+        chat.model.vision_encoder.register_forward_pre_hook(
+            lambda *_, name=name: calls.update({name: calls[name] + 1})
+        )
+    requests = requests_for(clips)
+    texts = [[chat.answer([request])[0].text for request in requests] for chat in (cached, uncached)]
+    assert texts[0] == texts[1]
+    assert calls == {"cached": 2, "uncached": 6}
+
+
+def test_the_same_content_under_another_name_is_not_encoded_again(clips: list[Path], tmp_path: Path) -> None:
+    chat = new_chat()
+    copy = Path(shutil.copy(clips[0], tmp_path / "copy.mp4"))
+    first, second = chat.ask(clips[0], QUESTIONS[0]), chat.ask(copy, QUESTIONS[0])
+    assert first.text == second.text
+    assert len(chat.cache) == 1
+
+
+def test_a_file_that_changed_is_read_again(clips: list[Path], tmp_path: Path) -> None:
+    chat = new_chat()
+    path = Path(shutil.copy(clips[0], tmp_path / "clip.mp4"))
+    chat.ask(path, QUESTIONS[0])
+    shutil.copy(clips[1], path)
+    os.utime(path, ns=(1, 1))
+    assert chat.ask(path, QUESTIONS[0]).text == chat.ask(clips[1], QUESTIONS[0]).text
+    assert len(chat.cache) == 2
+
+
+@pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
+def test_a_stream_joins_to_the_answer(clips: list[Path], family: str) -> None:
+    chat = new_chat(family)
+    for question in QUESTIONS:
+        pieces = list(chat.conversation(clips[0]).stream(question))
+        assert "".join(pieces) == chat.ask(clips[0], question).text
+
+
+def test_a_stream_can_be_left(clips: list[Path]) -> None:
+    chat = new_chat()
+    chat.decoding = Decoding(num_beams=1, max_new_tokens=200)
+    conversation = chat.conversation(clips[0])
+    stream = conversation.stream(QUESTIONS[0])
+    first = next(stream)
+    stream.close()
+    assert conversation.turns == [Turn(QUESTIONS[0], first)]
+    assert chat.ask(clips[0], QUESTIONS[1]).text  # the model is free again
+
+
+def test_a_conversation_is_remembered_and_can_begin_anew(clips: list[Path]) -> None:
+    chat = new_chat()
+    conversation = chat.conversation(clips[0])
+    answers = [conversation.ask(question).text for question in QUESTIONS[:2]]
+    assert [turn.answer for turn in conversation.turns] == answers
+    conversation.reset(conversation.media)
+    assert conversation.ask(QUESTIONS[0]).text == answers[0]
+    turns = (Turn(QUESTIONS[0], answers[0]), Turn(QUESTIONS[1]))
+    assert chat.answer([Request(turns, Media(str(clips[0])))])[0].text == answers[1]
+
+
+def test_what_an_answer_says_about_itself(clips: list[Path]) -> None:
+    answer = new_chat(video_input="residual").ask(clips[0], QUESTIONS[0])
+    assert answer.video == str(clips[0])
+    assert len(answer.frame_times) == 6
+    assert answer.frame_times == sorted(answer.frame_times)
+    assert answer.visual_tokens == 4 * 4
+    assert set(answer.seconds) == {"read", "encode", "answer"}
+
+
+def test_a_part_of_the_video_can_be_meant(clips: list[Path]) -> None:
+    answer = new_chat().ask(clips[1], QUESTIONS[0], start=0.4, end=0.8)
+    assert all(0.35 <= seconds <= 0.85 for seconds in answer.frame_times)
+
+
+def test_an_image_and_text_alone_are_answered(tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(path)
+    chat = new_chat("minigpt4")
+    assert chat.ask(path, QUESTIONS[0]).visual_tokens == 4
+    assert chat.ask(None, QUESTIONS[0]).visual_tokens == 0
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question_is_refused(clips: list[Path], question: str) -> None:
+    with pytest.raises(UserError, match="the question is empty"):
+        new_chat().ask(clips[0], question)
+
+
+def test_an_unreadable_video_leaves_the_conversation_as_it_was(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"")
+    conversation = new_chat().conversation(broken)
+    with pytest.raises(MediaError):
+        conversation.ask(QUESTIONS[0])
+    assert conversation.turns == []
+
+
+def test_the_stop_string_ends_an_answer(clips: list[Path]) -> None:
+    """The end mark's tokens, forced by a biased head, end the generation at once."""
+    chat = new_chat("minigpt4")
+    ends = chat.processor.tokenizer.encode("###", add_special_tokens=False)
+    seen = []
+    original = chat.model.language_model.generate
+
+    def spy(**options):
+        seen.append(original(**options))
+        return seen[-1]
+
+    chat.model.language_model.generate = spy
+    with torch.no_grad():
+        chat.model.language_model.lm_head.weight.zero_()
+        chat.model.language_model.lm_head.weight[ends[0]] = 0
+        bias = torch.zeros(512, dtype=torch.float64)
+        bias[ends[0]] = 100.0
+    chat.model.language_model.lm_head.bias = torch.nn.Parameter(bias)
+    assert chat.ask(clips[0], QUESTIONS[0]).text == ""
+    assert seen[0].shape == (1, 1)
+
+
+def test_answers_survive_json(clips: list[Path]) -> None:
+    from stllm.conversation.command import _json_line
+
+    line = json.loads(_json_line(new_chat().ask(clips[0], QUESTIONS[0])))
+    assert set(line) == {"video", "question", "answer", "frame_times", "visual_tokens", "seconds"}

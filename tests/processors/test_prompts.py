@@ -1,0 +1,160 @@
+"""Prompts as token ids: the golden ids, labels, truncation, and answers cut as published."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from stllm.common.errors import UserError
+from stllm.conversation.templates import Turn
+from stllm.models.configuration import STLLMConfig
+from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+from stllm.processors.prompts import PromptProcessor
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+FOLDERS = {"instructblip": GOLDEN / "instructblip_residual_mvm", "minigpt4": GOLDEN / "minigpt4_plain_all"}
+BERT = GOLDEN / "foreign" / "bert" / "vocab.txt"
+QUESTION = "what moves first? the red circle or the blue square"
+
+
+def processor(family: str, *, vocab_size: int = 163, **changes) -> PromptProcessor:
+    config = STLLMConfig(
+        text_config={"model_type": "llama", "hidden_size": 48, "num_attention_heads": 4},
+        qformer_config={"vocab_size": vocab_size, "max_position_embeddings": 64},
+        qformer_text_input=family == "instructblip",
+        template=family,
+        max_txt_len=changes.pop("max_txt_len", 64),
+    )
+    return PromptProcessor.from_pretrained(FOLDERS[family], config=config, **{"qformer_tokenizer": BERT, **changes})
+
+
+def meta(family: str) -> dict:
+    return json.loads((FOLDERS[family] / "meta.json").read_text())
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_prompt_ids_are_the_golden_ones(family: str) -> None:
+    expected = load_file(FOLDERS[family] / "expected.safetensors")
+    ids = processor(family).prompt_ids([Turn(QUESTION)], system="")
+    if family == "instructblip":
+        assert ids == [VISUAL_TOKEN_ID, *expected["prompt_ids"][0].tolist()]
+    else:
+        before, after = expected["prompt_ids_before"][0].tolist(), expected["prompt_ids_after"][0].tolist()
+        assert ids == [*before, VISUAL_TOKEN_ID, *after]
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_special_tokens_are_the_published_ones(family: str) -> None:
+    prompts, published = processor(family), meta(family)
+    assert prompts.vocab_size == published["vocab"]
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        assert getattr(prompts, name) == published[name]
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_labels_cover_answer_and_end_mark_only(family: str) -> None:
+    prompts = processor(family)
+    ids, labels = prompts.training_ids([Turn(QUESTION, "yellow square")])
+    end = [2] if family == "instructblip" else [261]  # </s>, ###
+    assert [label for label in labels if label != IGNORE_INDEX] == [314, 331, 300, 371, *end]
+    assert ids[-5:] == labels[-5:]
+    assert set(labels[:-5]) == {IGNORE_INDEX}
+
+
+def test_every_turn_of_a_conversation_is_labelled() -> None:
+    prompts = processor("instructblip")
+    turns = [Turn("what moves", "the red circle"), Turn("and then", "yellow square")]
+    ids, labels = prompts.training_ids(turns)
+    assert labels.count(prompts.eos_token_id) == 2
+    assert ids.count(VISUAL_TOKEN_ID) == 1
+
+
+@pytest.mark.parametrize(("family", "length"), [("instructblip", 4), ("minigpt4", 3)])
+def test_answers_are_cut_to_max_txt_len(family: str, length: int) -> None:
+    prompts = processor(family, max_txt_len=3)
+    _, labels = prompts.training_ids([Turn(QUESTION, "the red circle moves first and then the blue square")])
+    assert sum(label != IGNORE_INDEX for label in labels) == length
+
+
+def test_qformer_text_is_cut_on_the_left_and_the_shorter_limit_counts() -> None:
+    text = "what " * 80 + "moves first"
+    ids = processor("instructblip").qformer_inputs([text])["qformer_input_ids"][0]
+    assert len(ids) == 64
+    short = processor("instructblip", max_txt_len=6).qformer_inputs([text])["qformer_input_ids"][0]
+    assert len(short) == 6
+    assert short[-3:].tolist() == ids[-3:].tolist()  # moves, first, [SEP]
+
+
+def test_without_text_the_qformer_gets_nothing() -> None:
+    assert processor("minigpt4").qformer_inputs(["what"]) == {}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(side: str) -> None:
+    prompts = processor("instructblip")
+    batch = prompts.pad([[5, 6, 7], [8]], labels=[[-100, 6, 7], [8]], side=side)
+    padding = prompts.pad_token_id
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 7],
+        [8, padding, padding] if side == "right" else [padding, padding, 8],
+    ]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 1]
+    assert torch.equal(
+        batch["labels"] != IGNORE_INDEX, torch.tensor([[False, True, True], batch["attention_mask"][1].tolist()]).bool()
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts() -> PromptProcessor:
+    return processor("minigpt4")
+
+
+@given(answer=st.text(alphabet="abc \n", max_size=30), rest=st.text(max_size=10))
+def test_answers_are_cut_at_the_end_mark(prompts: PromptProcessor, answer: str, rest: str) -> None:
+    assert prompts.clean(answer + "###" + rest) == answer.strip()
+
+
+def test_what_follows_the_last_assistant_is_the_answer() -> None:
+    assert processor("minigpt4").clean("###Human: a? ###Assistant: no ### yes") == ""
+    assert processor("minigpt4").clean("Human: a? Assistant: no Assistant:  yes ") == "yes"
+
+
+def test_decoding_the_golden_labels_gives_the_answer() -> None:
+    prompts = processor("minigpt4")
+    _, labels = prompts.training_ids([Turn(QUESTION, "the red circle moves first.")])
+    assert prompts.decode([label for label in labels if label != IGNORE_INDEX]) == "the red circle moves first."
+
+
+def test_saved_tokenizers_load_again(tmp_path: Path) -> None:
+    first = processor("instructblip")
+    first.save_pretrained(tmp_path)
+    config = STLLMConfig(
+        text_config={"model_type": "llama", "hidden_size": 48, "num_attention_heads": 4},
+        qformer_config={"vocab_size": 163, "max_position_embeddings": 64},
+    )
+    again = PromptProcessor.from_pretrained(tmp_path, config=config)
+    assert again.prompt_ids([Turn(QUESTION)]) == first.prompt_ids([Turn(QUESTION)])
+    assert torch.equal(
+        again.qformer_inputs([QUESTION])["qformer_input_ids"], first.qformer_inputs([QUESTION])["qformer_input_ids"]
+    )
+    assert (again.vocab_size, again.pad_token_id) == (first.vocab_size, first.pad_token_id)
+
+
+def test_a_folder_without_tokenizer_is_said_so(tmp_path: Path) -> None:
+    config = STLLMConfig(text_config={"model_type": "llama"}, qformer_text_input=False, template="minigpt4")
+    with pytest.raises(UserError, match=r"no tokenizer could be read in .* needs tokenizer.model"):
+        PromptProcessor.from_pretrained(tmp_path, config=config)
+
+
+def test_a_missing_qformer_tokenizer_says_where_it_may_be_put() -> None:
+    with pytest.raises(UserError, match="model.qformer_tokenizer"):
+        processor("instructblip", qformer_tokenizer=None)
+
+
+def test_a_qformer_tokenizer_of_another_size_is_refused() -> None:
+    with pytest.raises(UserError, match=r"has 163 tokens with \[DEC\], but the Q-Former knows 30523"):
+        processor("instructblip", vocab_size=30523)
