@@ -76,7 +76,8 @@ def main() -> None:
     rows = [_row("eager, float32, frame by frame", baseline, baseline, flops, None)]
     for dtype in (torch.float32, torch.bfloat16):
         encoder = build(sizes, device, dtype)
-        time = seconds(lambda e=encoder, x=video.to(dtype): e(x), device=device)
+        pixels = video.to(dtype)
+        time = seconds(lambda encoder=encoder, pixels=pixels: encoder(pixels), device=device)
         name = f"ours, {str(dtype).removeprefix('torch.')}"
         rows.append(_row(name, time, baseline, flops, matmul_peak(shapes, device, dtype)))
     measured = {key: sizes[key] for key in ("embed_dim", "depth", "num_heads", "image_size")}

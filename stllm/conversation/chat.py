@@ -6,7 +6,7 @@ only what depends on the question runs again. Letters: T frames, K tokens a fram
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -142,7 +142,7 @@ class Chat:
             for request, (seen, visual), text in zip(requests, prepared, texts, strict=True)
         ]
 
-    def stream(self, request: Request, decoding: Decoding) -> Iterator[str]:
+    def stream(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
         """The answer's text, piece by piece. Closing the iterator ends the generation."""
         with torch.inference_mode():
             prepared = self._prepare(request)
@@ -247,7 +247,7 @@ class Conversation:
         self.turns.append(Turn(question, answer.text))
         return answer
 
-    def stream(self, question: str) -> Iterator[str]:
+    def stream(self, question: str) -> Generator[str, None, None]:
         """The answer piece by piece; what was said joins the conversation when the iterator ends or is closed."""
         pieces: list[str] = []
         try:

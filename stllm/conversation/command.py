@@ -16,11 +16,7 @@ def run(args: argparse.Namespace) -> int:
     """Answers the questions named, or opens the interactive prompt. Raises UserError."""
     if args.ckpt_path is None:
         raise UserError("no checkpoint was named: give one with --ckpt-path DIR")
-    if args.stream and args.json:
-        raise UserError("--stream writes text as it comes and --json one line an answer: choose one of them")
     path = args.video or args.image
-    if path is None and args.question:
-        raise UserError("a question was given but no video: name one with --video PATH or --image PATH")
     if path is not None and not Path(path).exists():
         raise UserError(f"{path} was not found: check the path given to --video or --image")
     with _working("loading the model"):
@@ -41,7 +37,7 @@ def _begin(chat: Chat, args: argparse.Namespace, path: str | None) -> Conversati
         num_frames=args.num_frames,
         start=args.start,
         end=args.end,
-        reader=args.reader,
+        reader=args.reader or "auto",
         num_beams=args.num_beams,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -98,7 +94,7 @@ def _obey(conversation: Conversation, line: str, args: argparse.Namespace) -> No
     elif command in ("/video", "/image"):
         if not Path(rest.strip()).exists():
             raise UserError(f"{rest.strip() or 'nothing'} was not found: write {command} and the path of a file")
-        conversation.reset(Media(path=rest.strip(), num_frames=args.num_frames, reader=args.reader))
+        conversation.reset(Media(path=rest.strip(), num_frames=args.num_frames, reader=args.reader or "auto"))
     elif command.startswith("/"):
         raise UserError(f"{command} is not a command: {HELP}")
     elif line and conversation.media is None:

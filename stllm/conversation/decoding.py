@@ -79,8 +79,8 @@ class Decoding:
             stop_strings=stop_strings,
             **sampling,
         )
-        # Not by `config.repetition_penalty`: given embeddings instead of ids, transformers 5.23 takes the left padding of
-        # a batch for already generated tokens and leaves as many of them without a penalty.
+        # Not by `config.repetition_penalty`: given embeddings instead of ids, transformers 5.23 takes the left padding
+        # of a batch for already generated tokens and leaves as many of them without a penalty.
         penalties = LogitsProcessorList()
         if self.repetition_penalty != 1:
             penalties.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))

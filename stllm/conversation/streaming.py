@@ -1,6 +1,6 @@
 """An answer as it is written: transformers' iterator streamer, with the end mark and outer spaces held back."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from threading import Event, Thread
 from typing import Any
 
@@ -52,7 +52,9 @@ class _Stop(StoppingCriteria):
         return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=bool)
 
 
-def stream_answer(generate: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, end_sym: str) -> Iterator[str]:
+def stream_answer(
+    generate: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, end_sym: str
+) -> Generator[str, None, None]:
     """Runs `generate(streamer=..., stopping_criteria=...)` in a thread and yields the answer's text piece by piece.
 
     Closing the iterator ends the generation. What `generate` raises is raised here.

@@ -24,7 +24,7 @@ class Turn:
 class PromptTemplate:
     """How one family of weights is prompted.
 
-    opening: the first turn with a video or image, as pieces that are tokenized apart; `VISUAL` and `BOS` are themselves.
+    opening: the first turn with a video or image, as pieces that are tokenized apart; `VISUAL`, `BOS` as they are.
     text_opening: the first turn without one. followup: a later turn.
     {context}: system sentence (or instruction, see below) and what separates it; {media}: Video or Image;
     {text}: the question.

@@ -62,6 +62,14 @@ def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
     return fields
 
 
+def published_settings(config: "STLLMConfig") -> Fields:
+    """A configuration under the published key names: what `settings_to_fields` reads, sizes and LoRA left out."""
+    settings: Fields = {"arch": "st_llm_hf"}
+    settings |= {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
+    settings |= {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}
+    return settings | {f"mask_rate_{name}": value for name, value in config.mask_rate.items()}
+
+
 def piece_paths(settings: Mapping[str, Any]) -> list[str]:
     """The weights that the section names, in the order in which they are read."""
     return [settings[name] for name in PIECES if settings.get(name)]
@@ -129,7 +137,8 @@ def build_audited(
     sources = open_pieces(piece_paths(settings), settings)
     model, report = assemble(decide_config(sources, settings), sources, device=device, dtype=dtype, training=True)
     if settings.get("use_grad_checkpoint"):
-        model.gradient_checkpointing_enable()
+        # newer releases of transformers have renamed it, and warn at the old name
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, report
 
 

@@ -22,8 +22,8 @@ def initialize_parts(model: nn.Module) -> None:
     """Starts every part of `model` that holds parameters of its own; Linear and norm layers are transformers' work."""
     for module in model.modules():
         if isinstance(module, EvaAttention):
-            assert module.q_bias is not None and module.v_bias is not None
             for bias in (module.q_bias, module.k_bias, module.v_bias):  # k_bias is a buffer that stays zero
+                assert bias is not None
                 init.zeros_(bias)
         elif isinstance(module, Eva):
             assert module.cls_token is not None and module.pos_embed is not None

@@ -41,7 +41,7 @@ def last_hidden_states(model: PreTrainedModel, inputs_embeds: Tensor, attention_
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (..., vocabulary) of hidden states (..., D), with the scaling that some architectures put after the head."""
+    """Logits (..., vocabulary) of hidden states (..., D), with the scaling that some architectures put after it."""
     config = model.config
     logits = model.get_output_embeddings()(hidden)
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere

@@ -1,8 +1,8 @@
 """The branching temporal adapter: a side branch that lets the frozen image encoder see time.
 
-Temporal attention (each patch over its frames), then spatial attention (each frame), beside the encoder's last blocks;
-the branch reads those blocks' outputs and is averaged with the last one. Sources: ST-LLM (arXiv 2404.00308) section 3.4,
-BT-Adapter (arXiv 2309.15785); attention and MLP are timm's.
+Temporal attention (each patch over its frames), then spatial attention (each frame), beside the encoder's last
+blocks; the branch reads those blocks' outputs and is averaged with the last one. Sources: ST-LLM (arXiv 2404.00308)
+section 3.4, BT-Adapter (arXiv 2309.15785); attention and MLP are timm's.
 
 B clips, T frames, P patches, C width.
 """

@@ -1,7 +1,7 @@
 """The image encoder: timm's EVA-ViT-g, frame by frame and in chunks, with or without the temporal adapter.
 
-timm loads the published encoder's keys one to one (`timm.models.eva.Eva`, EVA-CLIP, arXiv 2211.07636); the final norm is
-replaced by `ln_vision` (BLIP-2), which runs in float32 whatever the model's precision.
+timm loads the published encoder's keys one to one (`timm.models.eva.Eva`, EVA-CLIP, arXiv 2211.07636); the final norm
+is replaced by `ln_vision` (BLIP-2), which runs in float32 whatever the model's precision.
 
 B clips, T frames, P patches, C width.
 """

@@ -19,6 +19,7 @@ from stllm.models.configuration import STLLMConfig
 from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 
 QFORMER_FOLDER = "qformer_tokenizer"  # beside the weights, as in transformers' InstructBLIP
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
 DEFAULT_QFORMER_TOKENIZER = "bert-base-uncased"
 
 
@@ -85,8 +86,8 @@ class PromptProcessor:
             if len(reader) != config.qformer_config.vocab_size:
                 raise UserError(
                     f"the Q-Former's tokenizer {reader.name_or_path or qformer_tokenizer} has {len(reader)} tokens "
-                    f"with [DEC], but the Q-Former knows {config.qformer_config.vocab_size}: name the tokenizer that these "
-                    "weights were trained with in model.qformer_tokenizer"
+                    f"with [DEC], but the Q-Former knows {config.qformer_config.vocab_size}: name the tokenizer that "
+                    "these weights were trained with in model.qformer_tokenizer"
                 )
         return cls(
             tokenizer=_load_tokenizer(folder, config),
@@ -197,13 +198,16 @@ def _first_known(*ids: int | None) -> int:
 
 
 def _load_tokenizer(folder: Path, config: STLLMConfig) -> PreTrainedTokenizerBase:
+    expected = (
+        "a checkpoint folder needs tokenizer.model (with sentencepiece and protobuf installed) or tokenizer.json "
+        "beside its weights"
+    )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"no tokenizer was found in {folder}: {expected}")
     try:
         return AutoTokenizer.from_pretrained(folder, config=config.text_config, local_files_only=True)
     except Exception as error:  # transformers raises many kinds; the sentence keeps the cause
-        raise UserError(
-            f"no tokenizer could be read in {folder} ({_first_line(error)}): a checkpoint folder needs tokenizer.model "
-            "(with sentencepiece and protobuf installed) or tokenizer.json beside its weights"
-        ) from error
+        raise UserError(f"the tokenizer in {folder} could not be read ({_first_line(error)}): {expected}") from error
 
 
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:

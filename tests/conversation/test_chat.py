@@ -1,4 +1,4 @@
-"""The engine: cached equals uncached, batched equals single, streamed equals whole, and what it says about an answer."""
+"""The engine: cached equals uncached, batched equals single, streamed equals whole; what an answer says of itself."""
 
 import itertools
 import json
@@ -86,9 +86,7 @@ def test_cached_equals_uncached_and_encodes_once(clips: list[Path], family: str)
     cached, uncached = new_chat(family), new_chat(family, cache_bytes=0)
     calls = {"cached": 0, "uncached": 0}
     for name, chat in (("cached", cached), ("uncached", uncached)):
-        chat.model.vision_encoder.register_forward_pre_hook(
-            lambda *_, name=name: calls.update({name: calls[name] + 1})
-        )
+        chat.model.vision_encoder.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     requests = requests_for(clips)
     texts = [[chat.answer([request])[0].text for request in requests] for chat in (cached, uncached)]
     assert texts[0] == texts[1]

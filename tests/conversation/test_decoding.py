@@ -28,7 +28,7 @@ def test_streaming_several_beams_is_refused() -> None:
 
 @pytest.mark.parametrize("wrong", [{"num_beams": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}])
 def test_impossible_numbers_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="must be at least 1|expected"):
+    with pytest.raises(UserError, match=r"must be at least 1|expected"):
         Decoding().with_options(**wrong)
 
 

@@ -1,0 +1,127 @@
+"""One source of settings, a YAML file or `--options`: read, and its keys checked, before anything is merged.
+
+Each layer keeps its name, so that a message can say where a mistake stands.
+"""
+
+import dataclasses
+import logging
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from stllm.common.errors import UserError, did_you_mean, nearest
+from stllm.common.run_section import translate_run
+from stllm.common.schema import ModelSettings, RunSettings
+
+log = logging.getLogger(__name__)
+
+SECTIONS = ("model", "datasets", "run")
+UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # of published YAMLs
+
+
+@dataclass
+class Layer:
+    """One source of settings: its name in messages, what its relative paths are relative to, its raw values."""
+
+    name: str
+    folder: Path
+    values: dict[str, Any]
+
+
+def yaml_layer(path: str | Path) -> Layer:
+    """The raw content of a YAML file. Raises UserError when it is missing, unreadable, or no mapping of keys."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path}: {'a folder' if file.is_dir() else 'no such file'}, expected a YAML configuration")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({error.problem})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: not valid YAML ({first_line(error)})") from error
+    except OSError as error:  # OmegaConf's word for a file that holds a bare value
+        raise UserError(f"{path}: cannot be read as a configuration ({first_line(error)})") from error
+    return Layer(str(path), file.absolute().parent, _mapping(values, str(path), "the file"))
+
+
+def options_layer(options: Sequence[str]) -> Layer:
+    """The raw values of `key=value` overrides. Raises UserError for one without `=` or whose value is no YAML."""
+    for option in options:
+        key, equals, _ = option.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
+            raise UserError(f"--options: found {option!r}, expected key=value, e.g. model.video_input=residual")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"--options: {' '.join(options)!r} has a value that is not valid YAML") from error
+    return Layer("--options", Path.cwd(), typing.cast(dict[str, Any], values))
+
+
+def check_layer(layer: Layer) -> None:
+    """Checks the keys of one layer, and leaves out those without an effect, with a note."""
+    for section in list(layer.values):
+        if section in UNUSED_SECTIONS:
+            log.info("%s: section %s has no effect: %s", layer.name, section, UNUSED_SECTIONS[section])
+            del layer.values[section]
+        elif section not in SECTIONS:
+            hint = did_you_mean(section, SECTIONS)
+            for home, schema in (("model", ModelSettings), ("run", RunSettings)):
+                meant = nearest(section, [f.name for f in dataclasses.fields(schema)])
+                hint = hint or (f"; did you mean '{home}.{meant}'?" if meant else "")
+            raise UserError(f"{layer.name}: unknown section {section!r}, expected {', '.join(SECTIONS)}{hint}")
+        elif layer.values[section] is None:  # `model:` with nothing under it
+            del layer.values[section]
+        else:
+            layer.values[section] = _mapping(layer.values[section], layer.name, f"'{section}'")
+    _check_keys(layer.values.get("model", {}), ModelSettings, "model", layer)
+    if layer.values.get("run"):
+        layer.values["run"] = translate_run(layer.values["run"], layer.name)
+
+
+def _check_keys(values: dict[str, Any], schema: type, prefix: str, layer: Layer) -> None:
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    types = typing.get_type_hints(schema)
+    for key in list(values):
+        dotted, value = f"{prefix}.{key}", values[key]
+        if key not in fields:
+            listed = "" if nearest(key, fields) else f"; known are {', '.join(sorted(fields))}"
+            raise UserError(f"{layer.name}: unknown key {dotted!r}{did_you_mean(key, fields)}{listed}")
+        if "unused" in fields[key].metadata:
+            if value is not None:
+                log.info("%s: %s has no effect: %s", layer.name, dotted, fields[key].metadata["unused"])
+            del values[key]
+        elif dataclasses.is_dataclass(types[key]) or typing.get_origin(types[key]) is dict:
+            values[key] = _mapping({} if value is None else value, layer.name, f"'{dotted}'")
+            if dataclasses.is_dataclass(types[key]):
+                _check_keys(values[key], typing.cast(type, types[key]), dotted, layer)
+
+
+def source_of(layers: Sequence[Layer], dotted: str) -> Layer:
+    """The last layer that sets the key."""
+    for layer in reversed(layers):
+        found: Any = layer.values
+        for part in dotted.replace("[", ".").replace("]", "").split("."):
+            if not isinstance(found, Mapping) or part not in found:
+                break
+            found = found[part]
+        else:
+            return layer
+    return Layer("the defaults", Path.cwd(), {})
+
+
+def _mapping(value: Any, source: str, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {what} must be a mapping of keys, found {value!r}")
+    return {str(key): entry for key, entry in value.items()}
+
+
+def first_line(error: BaseException) -> str:
+    """A library's message cut to its first line: ours are one sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,159 @@
+"""The keys of a configuration, one comment each: what `model` may say, and what is ours under `run`.
+
+The names are those of the published ST-LLM recipes, so that an existing YAML loads as it is; the defaults are the
+published sizes (arXiv 2404.00308). Types are checked by OmegaConf, names and files by config.py.
+"""
+
+from dataclasses import Field, dataclass, field
+from typing import Any
+
+from stllm.common.errors import unknown_name
+
+
+def _one_of(default: str | None, *choices: str) -> Any:
+    """A field whose values are enumerated; config.py checks them."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def _within(default: float, low: float, high: float | None = None) -> Any:
+    """A number with bounds, both allowed; config.py checks them."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def _path(default: str | None = None) -> Any:
+    """A file or folder: a relative one is relative to the YAML it stands in."""
+    return field(default=default, metadata={"path": True})
+
+
+def _unused(reason: str) -> Any:
+    """A published key that is accepted, with a note that says why it has no effect."""
+    return field(default=None, metadata={"unused": reason})
+
+
+def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
+    """What is wrong with a field's value, by its enumeration or bounds; None when nothing is."""
+    choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
+    if value is None:
+        return None
+    if choices and value not in choices:
+        return unknown_name(key, str(value), choices)
+    if (low is not None and value < low) or (high is not None and value > high):
+        return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"
+    return None
+
+
+_PROMPTS = "prompts come from `template`"
+
+
+@dataclass
+class VisionSettings:
+    """Sizes of the image encoder and its adapter; unset ones are EVA-ViT-g's."""
+
+    patch_size: int | None = None  # pixels a side of a patch (14)
+    embed_dim: int | None = None  # width C (1408)
+    depth: int | None = None  # blocks (39)
+    num_heads: int | None = None  # attention heads (16)
+    mlp_ratio: float | None = None  # MLP width / C (4.3637)
+    adapter_depth: int | None = None  # temporal + spatial layers beside the last blocks (3)
+    max_frames: int | None = None  # entries of the adapter's time embedding (64)
+    ln_eps: float | None = None  # epsilon of ln_vision (1e-5; InstructBLIP's own checkpoints keep 1e-6)
+
+
+@dataclass
+class QFormerSettings:
+    """Sizes of the Q-Former; unset ones are BERT-base's."""
+
+    hidden_size: int | None = None  # width (768)
+    num_hidden_layers: int | None = None  # layers (12)
+    num_attention_heads: int | None = None  # attention heads (12)
+    intermediate_size: int | None = None  # feed-forward width (3072)
+    max_position_embeddings: int | None = None  # text positions (512)
+    cross_attention_frequency: int | None = None  # every so many layers look at the image (2)
+    vocab_size: int | None = None  # text tokens, the added [DEC] included (30523)
+
+
+@dataclass
+class ModelSettings:
+    """Section `model`."""
+
+    arch: str = _one_of("st_llm_hf", "st_llm_hf")  # the model class, by its registered name
+    model_type: str | None = None  # picks the shipped defaults: stllm/configs/models/<model_type>.yaml
+
+    # Image encoder
+    image_size: int = _within(224, 1)  # pixels a side; of other weights, position embeddings are interpolated
+    vit_model: str = _one_of("eva_clip_g", "eva_clip_g", "eva_btadapter_g")  # plain, or with the temporal adapter
+    vit_ckpt: str | None = _path()  # eva_vit_g.pth, when the encoder's weights come from a file of their own
+    drop_path_rate: float = _within(0.0, 0, 1)  # stochastic depth of the encoder's blocks in training
+    use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
+    vit_precision: str | None = _one_of(None, "fp32", "fp16", "bf16")  # of the frozen encoder; unset: as the model
+    freeze_vit: bool = True  # backbone and ln_vision are not trained (the temporal adapter still is)
+    vit_chunk_size: int = _within(16, 1)  # frames encoded at once; less: less memory
+    vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's
+
+    # Q-Former
+    has_qformer: bool = True  # False: every 4 neighbouring patch tokens are concatenated and projected instead
+    q_former_model: str | None = _path()  # Q-Former weights: a .pth in InstructBLIP's or BLIP-2's layout
+    qformer_text_input: bool = False  # the Q-Former reads the question too (InstructBLIP family)
+    qformer_tokenizer: str = _path("bert-base-uncased")  # its tokenizer: a folder or a hub name
+    num_query_token: int = _within(32, 1)  # query tokens a frame, K
+    freeze_qformer: bool = True  # Q-Former and queries are not trained
+    qformer: QFormerSettings = field(default_factory=QFormerSettings)  # sizes that differ from BERT-base's
+
+    # Language model
+    llama_model: str | None = _path()  # any causal LM: a folder or a hub name
+    llm: dict[str, Any] = field(default_factory=dict)  # its transformers config, used when no llama_model is named
+    freeze_LLM: bool = True  # the language model is not trained (LoRA, when on, is)
+    lora_r: int = _within(0, 0)  # rank of LoRA; 0: no LoRA
+    lora_alpha: int = 16  # LoRA's scale is alpha / r
+    lora_dropout: float = _within(0.05, 0, 1)  # dropout on LoRA's input in training
+    lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # layers that LoRA adapts
+    low_resource: bool = False  # 8-bit language model (bitsandbytes, needs CUDA)
+    device_8bit: int = 0  # the CUDA device that holds it
+
+    # Video tokens and masking
+    video_input: str = _one_of("all", "mean", "all", "residual")  # how T frames of tokens enter the language model
+    residual_size: int = _within(16, 1)  # local frames of `residual`, R
+    residual_bottleneck: int | None = None  # inner width of `residual`; unset: a quarter of the language model's
+    use_mask: bool = False  # drop a random part of the visual tokens in training
+    mvm_decode: bool = False  # a linear decoder before the masked-video-modelling loss, not the identity
+    mask_rate_mean: float = _within(0.5, 0, 1)  # the share dropped: Normal(mean, std), clipped to [min, max]
+    mask_rate_std: float = _within(0.1, 0)
+    mask_rate_min: float = _within(0.1, 0, 1)
+    mask_rate_max: float = _within(0.7, 0, 1)
+
+    # Text
+    template: str | None = _one_of(None, "instructblip", "minigpt4")  # prompt strings; unset: by qformer_text_input
+    system: str | None = None  # a system sentence before the question
+    max_txt_len: int = _within(512, 1)  # tokens of an answer in training, and of the Q-Former's text
+    end_sym: str = "###"  # what ends an answer
+
+    # Weights
+    ckpt: str | None = _path()  # weights to start from: a folder or file, loaded over the parts named above
+    pre_encoding: bool = False  # inputs are the frozen encoder's precomputed features, not pixels
+
+    # Published keys without an effect here
+    prompt_template: str | None = _unused(_PROMPTS)
+    prompt_path: str | None = _unused(_PROMPTS)
+    prompt: str | None = _unused(_PROMPTS)
+    pretrained: str | None = _unused("weights come from `ckpt`, `q_former_model`, `vit_ckpt` and `llama_model`")
+
+
+_LAUNCHER = "the launcher (torchrun) and --device decide"
+
+
+@dataclass
+class RunSettings:
+    """Our own keys of section `run`; the others are transformers' TrainingArguments (run_section.py)."""
+
+    task: str = "video_text_it"  # what is learned, by its registered name
+    runner: str | None = None  # how it is learned, by its registered name; unset: the task's own
+    max_tries: int = _within(10, 1)  # samples tried in place of an unreadable one before giving up
+    max_bad_fraction: float = _within(0.1, 0, 1)  # a larger share of unreadable samples stops the run
+    qa_sampling: str = _one_of("one", "one", "all")  # of a record's QA pairs, one an epoch at random or each
+    projection_lr: float | None = None  # learning rate of llama_proj; unset: learning_rate
+
+    # Old LAVIS keys without an effect here
+    distributed: bool | None = _unused(_LAUNCHER)
+    dist_url: str | None = _unused(_LAUNCHER)
+    world_size: int | None = _unused(_LAUNCHER)
+    device: str | None = _unused(_LAUNCHER)

@@ -1,0 +1,216 @@
+"""The command line: exit codes, one sentence an error, aliases, and nothing heavy before a command runs."""
+
+import errno
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from stllm.cli import COMMANDS, main
+from stllm.common.errors import UserError
+
+HEAVY = ("torch", "transformers", "timm", "omegaconf", "numpy", "PIL", "av", "decord", "rich")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Replaces every command by one that keeps its arguments, and fails with `ran.error` when that is set."""
+    record = SimpleNamespace(args=None, error=None, code=0)
+
+    def run(args) -> int:
+        record.args = args
+        if record.error is not None:
+            raise record.error
+        return record.code
+
+    record.run = run
+    monkeypatch.setitem(sys.modules, "command_for_test", record)
+    for name, command in COMMANDS.items():
+        fake = {**vars(command), "target": "command_for_test:run"}
+        monkeypatch.setitem(COMMANDS, name, type(command)(**fake))
+    return record
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(argv) -> None:
+    code = (
+        "import sys; from stllm.cli import main; code = main(sys.argv[1:]);"
+        f"print('heavy:', sorted(set({HEAVY}) & set(sys.modules))); sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_the_package_itself_is_cheap_and_its_exports_are_listed() -> None:
+    code = f"import sys, stllm; print(sorted(set({HEAVY}) & set(sys.modules)), dir(stllm))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("[] ")
+    assert all(f"'{name}'" in result.stdout for name in ("build_model", "load_chat", "load_model", "__version__"))
+
+
+def test_an_unknown_export_is_an_attribute_error() -> None:
+    import stllm
+
+    with pytest.raises(AttributeError, match="no attribute 'load_chatt'"):
+        _ = stllm.load_chatt
+
+
+@pytest.mark.parametrize("launch", [["-m", "stllm"], ["demo.py"]])
+def test_the_other_ways_in(launch, request) -> None:
+    command = [sys.executable, *launch, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=request.config.rootpath)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: stllm chat" if launch == ["demo.py"] else "usage: stllm")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["chatt"],
+        ["chat", "--vidoe", "x.mp4"],
+        ["chat", "--video", "x.mp4", "--image", "y.png"],
+        ["chat", "--question", "What?"],
+        ["chat", "--video", "x.mp4", "--num-frames", "0"],
+        ["chat", "--video", "x.mp4", "--num-frames", "²"],
+        ["chat", "--video", "x.mp4", "--temperature", "nan"],
+        ["chat", "--video", "x.mp4", "--start", "5", "--end", "5"],
+        ["chat", "--video", "x.mp4", "--device", "fridge"],
+        ["chat", "--video", "x.mp4", "--dtype", "float64"],
+        ["chat", "--video", "x.mp4", "--device", "cpu", "--gpu-id", "0"],
+        ["chat", "--video", "x.mp4", "--stream", "--json"],
+        ["convert", "weights.pth"],
+        ["inspect"],
+        ["verify"],
+    ],
+)
+def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
+    assert main(argv) == 2
+    assert ran.args is None
+    assert "error: " in capsys.readouterr().err
+
+
+def test_chat_takes_every_option(ran) -> None:
+    argv = "chat --video a.mp4 --question one --question two --ckpt-path d --cfg-path c --reader pyav --start 1.5"
+    argv += " --end 2 --num-frames 8 --num-beams 5 --max-new-tokens 300 --temperature 0 --json --dtype bf16 --seed 3"
+    assert main([*argv.split(), "--options", "model.video_input=mean", "model.residual_size=4", "--debug"]) == 0
+    expected = {
+        "video": "a.mp4",
+        "image": None,
+        "question": ["one", "two"],
+        "ckpt_path": "d",
+        "cfg_path": "c",
+        "reader": "pyav",
+        "start": 1.5,
+        "end": 2.0,
+        "num_frames": 8,
+        "num_beams": 5,
+        "max_new_tokens": 300,
+        "temperature": 0.0,
+        "stream": False,
+        "json": True,
+        "device": "auto",
+        "dtype": "bf16",
+        "seed": 3,
+        "options": ["model.video_input=mean", "model.residual_size=4"],
+        "debug": True,
+        "command": "chat",
+    }
+    assert vars(ran.args) == expected
+
+
+def test_the_other_commands_take_their_options(ran) -> None:
+    assert main(["convert", "a.pth", "b", "--to", "out", "--format", "released"]) == 0
+    assert (ran.args.source, ran.args.to, ran.args.format) == (["a.pth", "b"], "out", "released")
+    assert main(["inspect", "--cfg-path", "c.yaml", "--json"]) == 0
+    assert ran.args.path is None and ran.args.cfg_path == "c.yaml" and ran.args.json
+    assert main(["verify", "a", "b", "--atol", "1e-3"]) == 0
+    assert (ran.args.dir, ran.args.atol, ran.args.rtol) == (["a", "b"], 1e-3, 1e-3)
+
+
+def test_published_spellings(ran) -> None:
+    argv = "chat --video x_y.mp4 --ckpt_path=my_dir --cfg_path a_b --gpu_id 2 --cfg-options a.b_c=1"
+    assert main(argv.split()) == 0
+    args = ran.args
+    assert (args.video, args.ckpt_path, args.cfg_path) == ("x_y.mp4", "my_dir", "a_b")
+    assert (args.device, args.options) == ("cuda:2", ["a.b_c=1"])
+
+
+def test_overrides_add_up_and_do_not_leak_into_the_next_call(ran) -> None:
+    assert main(["inspect", "d", "--options", "a=1", "b=2", "--cfg-options", "c=3"]) == 0
+    assert ran.args.options == ["a=1", "b=2", "c=3"]
+    assert main(["inspect", "d"]) == 0
+    assert ran.args.options == []
+
+
+def test_the_command_decides_the_exit_code(ran) -> None:
+    ran.code = 1
+    assert main(["verify", "d"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (UserError("no file x.mp4:\n  name another"), "error: no file x.mp4: name another"),
+        (MemoryError(), "error: not enough memory on this machine: use fewer frames"),
+        (RuntimeError("CUDA out of memory."), "error: not enough memory on the GPU: use fewer frames"),
+        (OSError(errno.ENOSPC, "No space", "a.bin"), "error: no space left on the disk (a.bin): free some"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "error: no space left on the disk: free"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: no permission (/root/x): give"),
+        (
+            ZeroDivisionError("division by zero"),
+            "error: unexpected ZeroDivisionError: division by zero; run again",
+        ),
+    ],
+)
+def test_a_failure_is_one_sentence(ran, capsys, error, sentence) -> None:
+    ran.error = error
+    assert main(["inspect", "d"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(sentence)
+    assert captured.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(ran) -> None:
+    ran.error = UserError("no such thing")
+    with pytest.raises(UserError):
+        main(["inspect", "d", "--debug"])
+
+
+def test_interruption(ran, capsys) -> None:
+    ran.error = KeyboardInterrupt()
+    assert main(["inspect", "d"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    code = (
+        "import sys, types; from stllm.cli import main\n"
+        "def run(args):\n    print('x\\n' * 100_000)\n    return 0\n"
+        "sys.modules['stllm.models.checkpoints.inspect'] = types.SimpleNamespace(run=run)\n"
+        "sys.exit(main(['inspect', 'd']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+
+
+def test_notes_go_to_stderr(ran, capsys) -> None:
+    import logging
+
+    def run(args) -> int:
+        logging.getLogger("stllm.common.layers").info("a.yaml: model.prompt has no effect")
+        print("result")
+        return 0
+
+    ran.run = run
+    assert main(["inspect", "d"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "result\n"
+    assert captured.err == "note: a.yaml: model.prompt has no effect\n"
