@@ -1,0 +1,1 @@
+"""Data: frame sampling, media readers, clips, and the data sets made of them."""

@@ -1,0 +1,95 @@
+"""A clip: the frames of a video, gif, frame folder or image, sampled and prepared for the model.
+
+Letters: T frames, S the model's image size.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stllm.common.errors import UserError
+from stllm.datasets.media_info import MediaError, MediaInfo
+from stllm.datasets.readers import open_media
+from stllm.datasets.sampling import Bounds, Generator, sample_indices
+from stllm.processors.vision import FrameTransform
+
+__all__ = ["Clip", "MediaError", "MediaInfo", "load_clip"]
+
+
+@dataclass
+class Clip:
+    """Prepared frames and where they come from.
+
+    frames: (T, 3, S, S) float32, normalised. indices: as the reader counts. times: seconds after the first frame.
+    """
+
+    frames: Tensor
+    indices: list[int]
+    times: list[float]
+    info: MediaInfo
+    path: str
+
+    @property
+    def digest(self) -> str:
+        """A key for the content: equal for equal prepared frames, whatever file they came from (32 hex digits)."""
+        frames = self.frames.detach().cpu().contiguous()
+        key = hashlib.blake2b(f"{tuple(frames.shape)} {frames.dtype}".encode(), digest_size=16)
+        key.update(frames.numpy().data)
+        return key.hexdigest()
+
+
+def load_clip(
+    path: str | Path,
+    *,
+    num_frames: int,
+    sampling: str = "uniform",
+    bounds: Bounds | None = None,
+    transform: FrameTransform,
+    reader: str = "auto",
+    fps: float | None = None,
+    generator: Generator | None = None,
+) -> Clip:
+    """Opens a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
+
+    num_frames, sampling, bounds (start and end in seconds), generator: see `sampling.sample_indices`. An image gives
+        one frame (T = 1) whatever they say.
+    transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.vision.EvalTransform`.
+    reader, fps: see `readers.open_media`.
+    Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
+    """
+    with open_media(path, reader=reader, fps=fps) as medium:
+        info = medium.info
+        if info.kind == "image":
+            indices = [info.first_index]
+        else:
+            try:
+                indices = sample_indices(
+                    sampling,
+                    num_frames=num_frames,
+                    total_frames=info.num_frames,
+                    fps=info.fps,
+                    bounds=bounds,
+                    first_index=info.first_index,
+                    generator=generator,
+                )
+            except UserError as error:
+                raise MediaError(f"{path}: {error}") from None
+        times = medium.times(indices)
+        frames = _prepare(medium.frames(indices), len(indices), transform)
+    return Clip(frames=frames, indices=indices, times=times, info=info, path=str(path))
+
+
+def _prepare(frames: Iterator[np.ndarray], count: int, transform: FrameTransform) -> Tensor:
+    """`count` frames through the transform into one tensor, (T, 3, S, S)."""
+    prepared = np.empty(0, np.float32)  # filled by numpy: torch's copy would start threads for every frame
+    for position, frame in enumerate(frames):
+        pixels = transform(frame).numpy()
+        if position == 0:
+            prepared = np.empty((count, *pixels.shape), pixels.dtype)
+        prepared[position] = pixels
+    return torch.from_numpy(prepared)

@@ -1,0 +1,85 @@
+"""What every reader of media offers: what the medium is, its frames by index, their times."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from stllm.common.errors import UserError
+
+Frame = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3) RGB
+
+
+class MediaError(UserError):
+    """A file that cannot be read as asked: names the path, what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a medium is.
+
+    kind: "video" (a container file), "gif" (any animated picture), "frames" (a folder of pictures) or "image".
+    num_frames: frames the medium promises; a file that was cut promises more than can be read.
+    fps: average frames a second (1 for an image).
+    width, height: pixels as shown, after rotation; of the first frame.
+    first_index: what the first frame is called. 0, but 1 for frame folders, whose indices are the file numbers
+        themselves: valid indices are first_index .. first_index + num_frames - 1 for every reader.
+    """
+
+    kind: str
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    first_index: int = 0
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_frames / self.fps
+
+
+ReaderT = TypeVar("ReaderT", bound="Reader")
+
+
+class Reader(Protocol):
+    """Frames of one medium. Use it as a context manager, or call `close`."""
+
+    info: MediaInfo
+
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
+        """The frames of those indices, (H, W, 3) uint8 RGB, in the order asked, one at a time; repeats are allowed.
+
+        Ascending indices are the fast way. Raises MediaError for an index outside the medium or a frame that cannot be
+        decoded.
+        """
+        ...
+
+    def times(self, indices: Sequence[int]) -> list[float]:
+        """When those frames are shown, in seconds after the first frame."""
+        ...
+
+    def close(self) -> None:
+        """Gives back the file and the decoder; calling it twice does no harm."""
+        ...
+
+    def __enter__(self: ReaderT) -> ReaderT:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_indices(path: object, info: MediaInfo, indices: Sequence[int]) -> None:
+    """Raises MediaError when an index lies outside the medium."""
+    first, last = info.first_index, info.first_index + info.num_frames - 1
+    for index in indices:
+        if not first <= index <= last:
+            raise MediaError(
+                f"{path}: frame {index} was asked for, but the {info.kind} has frames {first} to {last}; "
+                "sample indices by the reader's own info"
+            )

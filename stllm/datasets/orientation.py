@@ -1,0 +1,48 @@
+"""Turning decoded pictures as players show them: the display matrix of phone videos.
+
+Source: ISO/IEC 14496-12, the matrix of the track header: a picture point (x, y) is shown at (a x + c y, b x + d y).
+"""
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from stllm.datasets.media_info import Frame
+
+if TYPE_CHECKING:
+    from av.video.frame import VideoFrame
+
+Turn = tuple[bool, bool, bool]  # (transpose, then flip left-right, then flip top-bottom)
+UPRIGHT: Turn = (False, False, False)
+MIRRORING = frozenset(turn for turn in np.ndindex(2, 2, 2) if sum(turn) % 2)  # an odd number of reflections
+
+
+def turn_of(frame: "VideoFrame") -> Turn:
+    """How to turn this frame, by the quarter turn and mirroring nearest to its display matrix."""
+    # Asked of a thumbnail, which carries the matrix too: `side_data` makes a reference cycle, and a full frame in it
+    # would stay in memory until the garbage collector comes by.
+    thumbnail = frame.reformat(width=16, height=16)
+    data = cast(Any, thumbnail.side_data.get("DISPLAYMATRIX"))
+    if data is None:
+        return UPRIGHT
+    a, b, _, c, d = np.frombuffer(data, np.int32, count=5).tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+def turned(picture: "np.ndarray[Any, Any]", turn: Turn) -> "np.ndarray[Any, Any]":
+    """(H, W, C) -> the same or (W, H, C)."""
+    transpose, left_right, top_bottom = turn
+    if transpose:
+        picture = picture.swapaxes(0, 1)
+    if left_right:
+        picture = picture[:, ::-1]
+    if top_bottom:
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)
+
+
+def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
+    """The decoded frame as shown, (H, W, 3) uint8 RGB. Non-square pixels stay as stored, as in the published system."""
+    return turned(frame.to_ndarray(format="rgb24"), turn)

@@ -1,0 +1,52 @@
+"""Opening media: one function for videos, gifs, images and frame folders, whichever library reads them.
+
+The registry `readers` names the libraries that decode container videos (`pyav`, `decord`); pictures are always read
+with Pillow. A file is judged by its content, so a wrong extension does no harm.
+"""
+
+from pathlib import Path
+
+from stllm.common.registry import readers
+from stllm.datasets.decord_reader import DecordReader
+from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader
+from stllm.datasets.picture_readers import GIF_FPS, FrameFolderReader, GifReader, ImageReader
+from stllm.datasets.pyav_reader import PyAvReader
+from stllm.datasets.sniff import kind_of, read_head
+
+__all__ = [
+    "DecordReader",
+    "Frame",
+    "FrameFolderReader",
+    "GifReader",
+    "ImageReader",
+    "MediaError",
+    "MediaInfo",
+    "PyAvReader",
+    "Reader",
+    "open_media",
+]
+
+AUTO = "pyav"  # exact on every file tried; decord is not (see decord_reader.py)
+
+
+def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = None) -> Reader:
+    """A reader for whatever lies at `path`; close it, or use it in a `with`.
+
+    reader: which library decodes container videos: "auto", "pyav" or "decord".
+    fps: how fast a frame folder (default 3; 5 for six-digit names) or a gif (default 25) plays; a container video and
+        an image know better, and it is not used there.
+    Raises MediaError when nothing there can be read, UserError for an unknown reader.
+    """
+    path = Path(path).expanduser()
+    video_reader = readers.get(AUTO if reader == "auto" else reader)
+    if fps is not None and not 0 < fps < float("inf"):
+        raise MediaError(f"{path}: fps is {fps}; expected a positive number of frames a second")
+    if path.is_dir():
+        return FrameFolderReader(path, fps=fps)
+    kind = kind_of(read_head(path))
+    if kind == "gif":
+        return GifReader(path, fps=GIF_FPS if fps is None else fps)
+    if kind == "image":
+        return ImageReader(path)
+    opened: Reader = video_reader(path)
+    return opened

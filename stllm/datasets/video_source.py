@@ -1,0 +1,147 @@
+"""One open container video under PyAV: opening it, and passes of decoding from a keyframe or from the start.
+
+A pass gives (stamp, frame) pairs in presentation order. Which frames to take is `pyav_reader.py`'s business.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from stllm.datasets.media_info import MediaError
+from stllm.datasets.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
+
+if TYPE_CHECKING:
+    from av import Packet
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+MAX_THREADS = 4  # more threads hold more frames in memory and speed up little; a data loader opens many readers
+COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
+SKIPPABLE = ("h264", "hevc")  # decoders that can leave out frames to which no other frame refers (a quarter faster)
+
+
+class VideoSource:
+    """A container file and its main video stream. Keep neither: `decode` may open them anew.
+
+    num_decoded and num_seeks count the work done, num_damaged the packets that the decoder refused.
+    strict: from the next pass on, the decoder refuses damaged data instead of mending it by guesses. Open GOPs look
+        damaged after a seek, and some encoders write streams that are never clean: the caller decides.
+    Raises MediaError when the file cannot be opened or holds no video.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_decoded = 0
+        self.num_seeks = 0
+        self.num_damaged = 0
+        self.strict = False
+        self._head = read_head(path)
+        self.container, self.stream = open_stream(path, self._head, strict=self.strict)
+
+    @property
+    def is_cut(self) -> bool:
+        return is_cut(self.path, self._head)
+
+    def close(self) -> None:
+        self.container.close()
+
+    def reopen(self) -> None:
+        """Back to the first packet; a changed `strict` takes effect."""
+        self.close()
+        self.container, self.stream = open_stream(self.path, self._head, strict=self.strict)
+
+    def decode(
+        self, key: int | None, *, wanted: Collection[int] | None = None, counted: bool = False
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
+        """(stamp, frame) pairs from the keyframe with the stamp `key` on; None: from the start of the file.
+
+        wanted: stamps that must come; others may be left out. None: all must.
+        counted: stamps are 0, 1, ... instead of presentation times (with key None only).
+        Gives nothing when the seek lands anywhere but on a keyframe at or before `key`, and ends early where the file
+        does: whoever waits for a frame sees that it did not come.
+        """
+        from av.error import FFmpegError
+
+        try:
+            first_packet = self._start(key)
+            landing: int | None = None
+            count = 0
+            for packet in self.container.demux(self.stream):
+                if first_packet:
+                    first_packet = False
+                    if packet.pts is None or key is None or packet.pts > key or not packet.is_keyframe:
+                        return
+                    landing = packet.pts
+                for frame in self._decode_packet(packet, wanted):
+                    stamp = count if counted else frame.pts
+                    count += 1
+                    if stamp is None or (landing is not None and stamp < landing):
+                        continue  # a leading picture of an open GOP: what it refers to was not decoded
+                    if landing is not None and (stamp > landing or not frame.key_frame):
+                        return  # the index says keyframe, the decoder does not
+                    if landing is not None:
+                        landing = None
+                    yield stamp, frame
+        except FFmpegError:
+            return
+
+    def _start(self, key: int | None) -> bool:
+        """Goes to the keyframe, or to the very first packet; True when the landing has to be checked."""
+        if key is None:  # no seek is sure to find the first packet; opening the file again is
+            self.reopen()
+            return False
+        self.num_seeks += 1
+        self.container.seek(key, stream=self.stream, backward=True)
+        return True
+
+    def _decode_packet(self, packet: "Packet[VideoStream]", wanted: Collection[int] | None) -> "list[VideoFrame]":
+        from av.error import FFmpegError
+
+        context = self.stream.codec_context
+        if context.name in SKIPPABLE:
+            needed = wanted is None or packet.pts is None or packet.pts in wanted
+            context.skip_frame = "DEFAULT" if needed else "NONREF"
+        try:
+            frames = packet.decode()
+        except FFmpegError:
+            self.num_damaged += 1
+            return []
+        self.num_decoded += len(frames)
+        return frames
+
+
+def open_stream(path: Path, head: bytes, *, strict: bool) -> "tuple[InputContainer, VideoStream]":
+    """The container and its main video stream, cover pictures left aside. Raises MediaError."""
+    import av
+    from av.error import FFmpegError
+
+    if kind_of(head) == "text":
+        raise MediaError(f"{path}: found text ({first_words(head)!r}), expected {EXPECTED}: download it again")
+    try:
+        # An absolute path has no protocol, and a playlist inside the file must not reach the network.
+        container = av.open(
+            str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file,crypto,data"}
+        )
+    except (FFmpegError, ValueError) as error:
+        found = explain_unreadable(path, head)
+        raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error
+    stream = cast("VideoStream | None", container.streams.best("video"))
+    if stream is None or _is_cover(stream):
+        kinds = ", ".join(sorted({other.type for other in container.streams if other.type != "video"})) or "no stream"
+        container.close()
+        raise MediaError(f"{path}: found no video in it, only {kinds}; expected {EXPECTED}: name another file")
+    if cast(Any, stream).codec_context is None:
+        container.close()
+        raise MediaError(f"{path}: its video codec is unknown to PyAV {av.__version__}; convert it to H.264 mp4")
+    stream.thread_type = "AUTO"
+    stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
+    if strict:
+        stream.codec_context.options = {"err_detect": "explode"}
+    return container, stream
+
+
+def _is_cover(stream: "VideoStream") -> bool:
+    disposition: Any = stream.disposition  # an enum or a number, as PyAV's versions have it
+    return bool(getattr(disposition, "value", disposition) & COVER_PICTURE)

@@ -1,0 +1,247 @@
+"""Frame accuracy of container videos: every frame carries its number, whatever codec, container and access order."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stllm.datasets.pyav_reader import PyAvReader
+from stllm.datasets.sampling import uniform
+from stllm.datasets.timeline import _is_hidden
+from tests.helpers.videos import copy_packets, frame_code, read_code, write_video
+
+OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"}
+X265 = {"x265-params": "keyint=12:min-keyint=12:log-level=none"}
+VARIABLE = [index * 40 + index * index % 7 * 5 for index in range(60)]
+
+VIDEOS: dict[str, dict[str, Any]] = {
+    "h264_b_frames.mp4": {"b_frames": 3},
+    "h264_no_b_frames.mov": {"b_frames": 0},
+    "h264_open_gop.mp4": {"options": OPEN_GOP},
+    "h264_open_gop.mkv": {"options": OPEN_GOP},
+    "h264_variable_rate.mp4": {"times": VARIABLE, "b_frames": 3},
+    "h264_variable_rate.mkv": {"times": VARIABLE, "b_frames": 3},
+    "h264_late_start.mp4": {"start": 50},
+    "h264_late_start.mkv": {"start": 50},
+    "h264_one_gop.mp4": {"gop": 1000},
+    "h264_all_keyframes.mp4": {"gop": 1},
+    "h264_fragments.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "hevc_open_gop.mp4": {"codec": "libx265", "options": X265},
+    "mpeg4.avi": {"codec": "mpeg4"},
+    "mpeg4_b_frames.avi": {"codec": "mpeg4", "b_frames": 2},
+    "msmpeg4.avi": {"codec": "msmpeg4"},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
+    "vp8.webm": {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}},
+}
+
+
+@pytest.fixture(params=VIDEOS)
+def video(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    options = VIDEOS[request.param]
+    try:
+        av.Codec(options.get("codec", "libx264"), "w")
+    except ValueError:
+        pytest.skip(f"this PyAV has no encoder {options['codec']}")
+    return write_video(tmp_path / request.param, num_frames=60, **options)
+
+
+def codes(reader: PyAvReader, indices: list[int]) -> list[int]:
+    return [read_code(frame) for frame in reader.frames(indices)]
+
+
+def test_every_order_of_access_gives_the_frames_asked_for(video: Path) -> None:
+    with PyAvReader(video) as reader:
+        assert reader.info.num_frames == 60
+        assert (reader.info.width, reader.info.height) == (64, 64)
+        everything = list(range(60))
+        assert codes(reader, everything) == everything
+        shuffled = np.random.default_rng(0).permutation(60).tolist()
+        assert codes(reader, shuffled) == shuffled
+        assert codes(reader, [59]) == [59]
+        assert codes(reader, [0, 0, 31, 31, 31, 5]) == [0, 0, 31, 31, 31, 5]
+        assert codes(reader, uniform(7, total_frames=60)) == uniform(7, total_frames=60)
+
+
+@settings(deadline=None, max_examples=40)
+@given(indices=st.lists(st.integers(0, 59), max_size=12))
+def test_any_indices_give_their_frames(tmp_path_factory: pytest.TempPathFactory, indices: list[int]) -> None:
+    video = tmp_path_factory.getbasetemp() / "any_indices.mp4"
+    if not video.exists():
+        write_video(video, num_frames=60, options=OPEN_GOP)
+    with PyAvReader(video) as reader:
+        assert codes(reader, indices) == indices
+
+
+def test_pixels_are_those_of_plain_decoding(video: Path) -> None:
+    with av.open(str(video)) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    wanted = [57, 3, 22, 41]
+    with PyAvReader(video) as reader:
+        for index, frame in zip(wanted, reader.frames(wanted), strict=True):
+            assert frame.dtype == np.uint8 and frame.flags.c_contiguous
+            np.testing.assert_array_equal(frame, decoded[index])
+
+
+def test_times_start_at_zero_and_follow_the_file(video: Path) -> None:
+    with PyAvReader(video) as reader:
+        times = reader.times(range(60))
+        if "variable" in video.name:
+            assert times == pytest.approx([stamp / 1000 for stamp in VARIABLE], abs=1e-6)
+            assert reader.info.fps == pytest.approx(59 / times[-1], rel=0.02)
+        else:
+            assert times == pytest.approx([index / 25 for index in range(60)], abs=1e-6)
+            assert reader.info.fps == 25
+            assert reader.info.duration == pytest.approx(2.4)
+
+
+def test_seeking_decodes_a_part_of_the_file(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "long.mp4", num_frames=500, gop=20)
+    with PyAvReader(video) as reader:
+        wanted = uniform(6, total_frames=500)
+        assert codes(reader, wanted) == wanted
+        assert reader.source.num_seeks == 6
+        assert reader.source.num_decoded < 6 * 20
+        assert codes(reader, [499, 250]) == [499, 250]
+        assert reader.source.num_decoded < 8 * 20
+
+
+def test_near_frames_are_reached_by_decoding_on(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "short.mp4", num_frames=60, gop=4)
+    with PyAvReader(video) as reader:
+        assert codes(reader, list(range(0, 60, 3))) == list(range(0, 60, 3))
+        assert reader.source.num_seeks == 0
+
+
+def test_frames_are_decoded_as_they_are_taken(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "long.mp4", num_frames=300, gop=20)
+    with PyAvReader(video) as reader:
+        frames = reader.frames([5, 295])
+        next(frames)
+        assert reader.source.num_decoded < 40
+        assert read_code(next(frames)) == 295
+
+
+def test_frames_are_let_go_at_once(tmp_path: Path) -> None:
+    """A full picture that waits for the garbage collector costs memory in proportion to the frames taken."""
+    video = write_video(tmp_path / "turned.mp4", num_frames=200, gop=10, rotation=90)
+    gc.collect()
+    gc.disable()
+    try:
+        with PyAvReader(video) as reader:
+            for _ in reader.frames(uniform(20, total_frames=200)):
+                alive = sum(type(thing) is av.VideoFrame and thing.width > 16 for thing in gc.get_objects())
+                assert alive < 8
+    finally:
+        gc.enable()
+
+
+def test_two_passes_may_be_interleaved(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "video.mp4", num_frames=100, b_frames=3)
+    with PyAvReader(video) as reader:
+        ahead, behind = reader.frames([50, 51, 95]), reader.frames([10, 11, 12])
+        found = [read_code(next(frames)) for frames in (ahead, behind, ahead, behind, ahead, behind)]
+        assert found == [50, 10, 51, 11, 95, 12]
+
+
+def test_writing_into_a_frame_does_not_reach_its_repeat(tmp_path: Path) -> None:
+    with PyAvReader(write_video(tmp_path / "video.mp4")) as reader:
+        found = []
+        for frame in reader.frames([7, 7, 7]):
+            found.append(read_code(frame))
+            frame[:] = 0
+        assert found == [7, 7, 7]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "libx265"])
+def test_an_index_that_calls_every_frame_a_keyframe_misleads_nobody(tmp_path: Path, codec: str) -> None:
+    options = X265 if codec == "libx265" else None
+    video = write_video(tmp_path / "video.mp4", num_frames=60, codec=codec, options=options)
+    data = video.read_bytes()
+    assert data.count(b"stss") == 1  # the table of keyframes; without it all frames count as such
+    video.write_bytes(data.replace(b"stss", b"free"))
+    with PyAvReader(video) as reader:
+        shuffled = np.random.default_rng(1).permutation(60)[:20].tolist()
+        assert codes(reader, shuffled) == shuffled
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_film_cut_inside_an_open_gop_starts_at_its_first_whole_frame(tmp_path: Path, suffix: str) -> None:
+    whole = write_video(tmp_path / "whole.mp4", num_frames=96, options=OPEN_GOP)
+    part = copy_packets(whole, tmp_path / f"part.{suffix}", first_keyframe=3)
+    with av.open(str(part)) as container:
+        shown = [read_code(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    with PyAvReader(part) as reader:
+        assert reader.info.num_frames == len(shown)
+        assert codes(reader, list(range(len(shown)))) == shown
+        assert codes(reader, [40, 2, 30]) == [shown[40], shown[2], shown[30]]
+
+
+def test_an_edit_list_hides_the_frames_before_it(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "video.mp4", num_frames=60, start=-5)
+    with PyAvReader(video) as reader:
+        assert reader.info.num_frames == 55
+        assert codes(reader, [0, 30, 54, 12]) == [5, 35, 59, 17]
+        assert reader.times([0, 25]) == [0.0, 1.0]
+
+
+def test_a_stream_without_times_is_counted(tmp_path: Path) -> None:
+    with PyAvReader(write_video(tmp_path / "bare.h264", num_frames=40)) as reader:
+        assert reader.timeline.counted and reader.info.fps == 25
+        assert codes(reader, [3, 30, 29, 0, 39]) == [3, 30, 29, 0, 39]
+
+
+def test_frames_that_share_a_time_are_counted(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "fast.mkv", num_frames=60, fps=3000, b_frames=3)  # its clock counts milliseconds
+    with PyAvReader(video) as reader:
+        assert reader.timeline.counted and reader.info.num_frames == 60
+        assert codes(reader, [59, 20, 21, 40]) == [59, 20, 21, 40]
+
+
+def test_hidden_vp8_frames_are_no_frames() -> None:
+    shown, hidden = b"\x10\x02\x00", b"\x00\x02\x00"  # bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)
+    assert not _is_hidden(shown, "vp8") and _is_hidden(hidden, "vp8")  # type: ignore[arg-type]
+    assert not _is_hidden(hidden, "h264")  # type: ignore[arg-type]
+
+
+def test_one_frame_is_a_video(tmp_path: Path) -> None:
+    with PyAvReader(write_video(tmp_path / "one.mp4", num_frames=1)) as reader:
+        assert reader.info.num_frames == 1
+        assert codes(reader, [0, 0]) == [0, 0]
+        assert reader.times([0]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("rotation", "mirrored", "expected"),
+    [
+        (0, False, "WRGK"),
+        (90, False, "RKWG"),  # a quarter turn counter-clockwise
+        (180, False, "KGRW"),
+        (-90, False, "GWKR"),
+        (0, True, "RWKG"),
+        (90, True, "KRGW"),
+    ],
+)
+def test_phone_videos_are_shown_upright(tmp_path: Path, rotation: int, mirrored: bool, expected: str) -> None:
+    corners = np.zeros((32, 64, 3), np.uint8)
+    corners[:16, :32], corners[:16, 32:], corners[16:, :32] = 255, (255, 0, 0), (0, 255, 0)
+    video = write_video(
+        tmp_path / "phone.mp4", frames=[corners] * 3, size=(64, 32), rotation=rotation, mirrored=mirrored
+    )
+    with PyAvReader(video) as reader:
+        frame = next(reader.frames([1]))
+    height, width = frame.shape[:2]
+    assert (reader.info.height, reader.info.width) == (height, width)
+    assert (width, height) == ((32, 64) if abs(rotation) == 90 else (64, 32))
+    quarters = [frame[y, x] > 128 for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
+    names = {(True, True, True): "W", (True, False, False): "R", (False, True, False): "G"}
+    assert "".join(names.get(tuple(quarter.tolist()), "K") for quarter in quarters) == expected
+
+
+def test_the_helper_s_codes_survive_encoding() -> None:
+    for index in (0, 1, 255, 65535):
+        assert read_code(frame_code(index, (64, 48))) == index
