@@ -1,7 +1,7 @@
 """From a configuration's `model` section to a model: the only place that reads the section's published key names.
 
-`build_model` puts pieces together: weights named by `vit_ckpt`, `q_former_model`, `llama_model` and `ckpt` are streamed in,
-later ones over earlier ones; what no file gives starts fresh only where training is meant to start it fresh.
+`build_model` puts pieces together: weights named by `vit_ckpt`, `q_former_model`, `llama_model` and `ckpt` are streamed
+in, later ones over earlier ones; what no file gives starts fresh only where training is meant to start it fresh.
 """
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 Fields = dict[str, Any]
 
 PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later ones over earlier ones
-# published names -> ours; those of `vision`, `qformer`, `llm`, LoRA and the mask rate are grouped in `settings_to_fields`
+# published names -> ours; `vision`, `qformer`, `llm`, LoRA and the mask rate are grouped in `settings_to_fields`
 RENAMED = {
     "has_qformer": "has_qformer",
     "qformer_text_input": "qformer_text_input",
@@ -108,9 +108,9 @@ def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str]
 
 def config_from_settings(settings: Mapping[str, Any]) -> "STLLMConfig":
     """The configuration that the section and the weights it names ask for. Raises UserError."""
-    from stllm.models.checkpoints.deciding import decide_config, open_pieces
+    from stllm.models.checkpoints.deciding import decide_config, open_named
 
-    return decide_config(open_pieces(piece_paths(settings), settings), settings)
+    return decide_config(open_named(settings), settings)
 
 
 def build_model(cfg: "DictConfig | Mapping[str, Any]", *, device: str = "auto", dtype: str = "auto") -> "STLLM":
@@ -131,11 +131,17 @@ def build_audited(
 ) -> tuple["STLLM", "AuditReport"]:
     """As `build_model`, with the audit."""
     from stllm.models.checkpoints.assembly import assemble
-    from stllm.models.checkpoints.deciding import decide_config, open_pieces
+    from stllm.models.checkpoints.deciding import decide_config, open_named
+    from stllm.models.checkpoints.placing import place
 
     settings = model_section(cfg)
-    sources = open_pieces(piece_paths(settings), settings)
-    model, report = assemble(decide_config(sources, settings), sources, device=device, dtype=dtype, training=True)
+    sources = open_named(settings)
+    config = decide_config(sources, settings)
+    if settings.get("low_resource"):
+        device = f"cuda:{settings.get('device_8bit', 0)}"
+        model, report = place(config, sources, device=device, dtype=dtype, quantization="8bit", training=True)
+    else:
+        model, report = assemble(config, sources, device=device, dtype=dtype, training=True)
     if settings.get("use_grad_checkpoint"):
         # newer releases of transformers have renamed it, and warn at the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -1,1 +1,1 @@
-"""Weights on disk: one key table a format, audited loading, conversion, inspection, verification against golden numbers."""
+"""Weights on disk: one key table a format, audited loading, conversion, inspection, verification."""

@@ -1,10 +1,11 @@
 """A model built on the meta device and filled weight by weight: no copy of the whole is ever held twice.
 
-First a plan from names and shapes alone (which tensor of which file goes where; the audit), then the copying, straight to
-the device and type of the model; what no file gives and may start fresh is initialised last.
+First a plan from names and shapes alone (which tensor of which file goes where; the audit), then the copying, straight
+to the device and type of the model; what no file gives and may start fresh is initialised last.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from stllm.models.checkpoints.keys import check_zero
 from stllm.models.configuration import STLLMConfig
 from stllm.models.st_llm import STLLM
 
+LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
 POS_EMBED = "vision_encoder.backbone.pos_embed"
 FRESH_PARTS = ("temporal adapter", "video input", "mvm decoder")  # what training may start without
 GIVES_PROJECTION = {Format.STLLM, Format.RELEASED, Format.INSTRUCTBLIP, Format.MINIGPT4}
@@ -60,8 +62,8 @@ def assemble(
             raise
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()) / 2**30
         raise UserError(
-            f"not enough memory on {place}: the weights need {size:.1f} GiB as {str(kind).removeprefix('torch.')}; use a "
-            "smaller type (--dtype bfloat16), quantized loading, or another --device"
+            f"not enough memory on {place}: the weights need {size:.1f} GiB as {str(kind).removeprefix('torch.')}; "
+            "use a smaller type (--dtype bfloat16), quantized loading, or another --device"
         ) from error
     return model.eval(), plan.report
 
@@ -79,16 +81,25 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
     return model
 
 
+def config_of(model: STLLM) -> STLLMConfig:
+    """The model's configuration under its own type, which transformers' annotations don't keep."""
+    assert isinstance(model.config, STLLMConfig)
+    return model.config
+
+
 def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False) -> Plan:
-    """Matches the sources' weights, later ones over earlier ones, with the model's. Raises UserError, see contradictions."""
-    config: STLLMConfig = model.config
+    """Matches the sources' weights, later ones over earlier ones, with the model's.
+
+    Raises UserError for what does not belong together, see contradictions.py.
+    """
+    config = config_of(model)
     name = names_of(sources) or "the model"
     contradictions.check_adapter(name, merged_shapes(sources), config, fresh_allowed=training)
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
     plan = Plan(AuditReport(source=name))
     plain = {key.replace(".base_layer.", "."): key for key in wanted}  # LoRA wraps the layers that it adapts
     for source in sources:
-        for key, entry in source.entries().items():
+        for key, entry in source.entries.items():
             if plain.get(key, key) in wanted:
                 plan.origins[plain.get(key, key)] = (source, entry)
             elif key not in wanted:
@@ -97,6 +108,8 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
             plan.report.add("ignored", part_of_theirs(key), key)
         for key in source.unknown_keys():
             plan.report.add("unexpected", part_of_theirs(key) if source.is_whole_model else OTHER, key)
+    for layer in _surplus_layers(wanted, sources):
+        plan.report.add("wrong_shape", part_of(layer), f"{layer}: found, but the configuration has fewer layers")
     _swap_tied(model, plan)
     _check_vocabulary(model, plan)
     tied = set(model.all_tied_weights_keys)
@@ -142,7 +155,7 @@ def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
     if tensor.shape == new.shape:
         new.copy_(tensor)
     elif key == POS_EMBED:
-        new.copy_(_resample(tensor, new.shape[1] - 1))
+        new.copy_(_resample(tensor.float(), new.shape[1] - 1))
     else:  # the vocabulary grew: what is added is the mean of what was there
         rows = len(tensor)
         new[:rows].copy_(tensor)
@@ -192,7 +205,7 @@ def _check_vocabulary(model: STLLM, plan: Plan) -> None:
         return
     adds_pad = model.config.template == "instructblip"
     tokens = family_tokens(source.path, adds_pad=adds_pad, config=model.config.text_config)
-    contradictions.check_vocabulary(str(source.path), entry.shape[0], model.config, tokens)
+    contradictions.check_vocabulary(str(source.path), entry.shape[0], config_of(model), tokens)
 
 
 def _may_be_fresh(key: str, sources: Sequence[Source], training: bool) -> bool:
@@ -205,6 +218,14 @@ def _may_be_fresh(key: str, sources: Sequence[Source], training: bool) -> bool:
         for source in sources
     )
     return part_of(key) == "projection" and not given
+
+
+def _surplus_layers(wanted: Mapping[str, Tensor], sources: Sequence[Source]) -> list[str]:
+    """Layers of the weights beyond the last one of the model, as `language_model.model.layers.32`."""
+    kept = {match[0] for key in wanted if (match := LAYER.match(key))}
+    found = {match[0] for source in sources for key in source.entries if (match := LAYER.match(key))}
+    stacks = {layer.rpartition(".")[0] for layer in kept}
+    return sorted(layer for layer in found - kept if layer.rpartition(".")[0] in stacks)
 
 
 def _swap_tied(model: STLLM, plan: Plan) -> None:
@@ -238,7 +259,7 @@ def _set_tensor(model: STLLM, key: str, tensor: Tensor, *, loaded: bool) -> None
     parent = model.get_submodule(parent_name)
     old = getattr(parent, name)
     new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    new._is_hf_initialized = loaded  # type: ignore[union-attr]  # transformers' own mark: leave it as it is
+    new._is_hf_initialized = loaded  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
     setattr(parent, name, new)
 
 

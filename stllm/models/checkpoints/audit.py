@@ -1,4 +1,4 @@
-"""`AuditReport`: what became of every weight, part by part: loaded, fresh, missing, unexpected, of a wrong shape, ignored.
+"""`AuditReport`: what became of every weight, part by part.
 
 Anything missing or of a wrong shape that the model needs is an error that names the keys, never a warning.
 """
@@ -30,7 +30,10 @@ OTHER = "other"
 _HINTS = (
     (r"BTAdapter", "temporal adapter"),
     (r"Qformer|qformer", "qformer"),
-    (r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b", "vision encoder"),
+    (
+        r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b",
+        "vision encoder",
+    ),
     (r"(?:llama|llm|t5|opt|language)_proj", "projection"),
     (r"residual_index|down_proj|up_proj", "video input"),
     (r"mvm", "mvm decoder"),
@@ -81,15 +84,17 @@ class AuditReport:
     def raise_for_problems(self) -> None:
         """Raises UserError naming what is missing or of a wrong shape."""
         wrong, missing = self.keys("wrong_shape"), self.keys("missing")
-        if wrong:
+        # a part without any weights also leaves its sizes unknown, which makes others look wrong
+        part_missing = any(audit.missing and not audit.loaded for audit in self.parts.values())
+        if wrong and not part_missing:
             raise UserError(
                 f"{self.source}: {_counted(wrong, 'weight')} of another size than the configuration asks for: "
                 f"{_named(wrong)}; use the configuration that these weights were made with"
             )
         if missing:
             raise UserError(
-                f"{self.source}: {_counted(missing, 'weight')} missing that the configuration needs: {_named(missing)}; "
-                f"{_advice({part for part, audit in self.parts.items() if audit.missing})}"
+                f"{self.source}: {_counted(missing, 'weight')} missing that the configuration needs: "
+                f"{_named(missing)}; {_advice({part for part, audit in self.parts.items() if audit.missing})}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,10 +107,13 @@ class AuditReport:
 
     def table(self) -> "Table":
         """The counts as a table for the terminal."""
+        from rich.box import SIMPLE
+        from rich.markup import escape
         from rich.table import Table
 
-        table = Table(title=f"audit of {self.source}")
-        table.add_column("part")
+        # seven columns have to fit 80 characters
+        table = Table(title=escape(f"audit of {self.source}"), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        table.add_column("part", no_wrap=True)
         for state in STATES:
             table.add_column(state.replace("_", " "), justify="right")
         for part, audit in self._ordered():

@@ -1,10 +1,11 @@
-"""Causal language models in transformers' own folders: streamed when the names on disk are the model's, else by transformers.
+"""Causal language models in transformers' own folders: streamed when the names on disk are the model's.
 
-Many architectures rename or merge weights while they load (GPT-2's missing prefix, experts of mixtures); what transformers
-knows about them is not repeated here.
+Else transformers reads them: many architectures rename or merge weights while they load (GPT-2's missing prefix, the
+experts of mixtures), and what transformers knows about them is not repeated here.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder} is no language model that transformers can read ({reason})") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{folder} holds a {config.model_type} model, expected a causal language model or ST-LLM weights")
+        raise UserError(
+            f"{folder} holds a {config.model_type} model, expected a causal language model or ST-LLM weights"
+        )
     return config
 
 
@@ -59,9 +62,11 @@ class TransformersWeights(Weights):
 
 
 def _load(folder: Path) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
+    model: PreTrainedModel = loaded[0]
+    info = loaded[1]
     if info["missing_keys"]:
         named = ", ".join(sorted(info["missing_keys"])[:6])
         raise UserError(f"{folder}: the language model's weights are not complete, missing are {named}")

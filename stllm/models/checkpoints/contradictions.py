@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 # what shapes settle, and the published name of each; image_size is not among them: position embeddings are interpolated
 SIZE_KEYS = {
-    "vision_config": {key: f"vision.{key}" for key in ("patch_size", "embed_dim", "depth", "adapter_depth", "max_frames")},
+    "vision_config": {
+        key: f"vision.{key}" for key in ("patch_size", "embed_dim", "depth", "adapter_depth", "max_frames")
+    },
     "qformer_config": {
         key: f"qformer.{key}"
         for key in (
@@ -28,7 +30,11 @@ SIZE_KEYS = {
             "vocab_size",
         )
     },
-    "": {"num_query_tokens": "num_query_token", "residual_bottleneck": "residual_bottleneck", "has_qformer": "has_qformer"},
+    "": {
+        "num_query_tokens": "num_query_token",
+        "residual_bottleneck": "residual_bottleneck",
+        "has_qformer": "has_qformer",
+    },
 }
 LLM_SIZES = {4096: " (7B)", 5120: " (13B)"}
 FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # by whether the Q-Former reads text
@@ -52,11 +58,13 @@ def check_sizes(name: str, told: Fields, said: Fields) -> None:
 
 
 def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any], asked: Fields | None) -> None:
-    """7B against 13B: every word about the language model's width, from weights, config.json, `llama_model` and `llm`."""
+    """7B against 13B: all that weights, config.json, `llama_model` and `llm` say about the language model's width."""
     facts: list[tuple[str, Any]] = []
     for source in sources:
         text = source.config.get("text_config") or source.config
         facts.append((f"the weights in {source.path}", _hidden_size(source, text)))
+        projection = source.entries.get("projection.weight")
+        facts.append((f"the projection in {source.path}", projection and projection.shape[0]))
         if source.is_whole_model or source.format is Format.CAUSAL_LM:
             facts.append((f"{source.path}/config.json", text.get("hidden_size")))
     if (named := settings.get("llama_model")) and Path(named).is_dir():
@@ -83,8 +91,8 @@ def check_family(name: str, shapes: Shapes, config: "STLLMConfig", whole: bool) 
         takes = "takes" if config.qformer_text_input else "takes no"
         raise UserError(
             f"{name} is of the {FAMILIES[reads]} family (its Q-Former {has} text embeddings), but the configuration "
-            f"{takes} text (the {FAMILIES[config.qformer_text_input]} family): set model.qformer_text_input={reads}, or use "
-            f"{FAMILIES[config.qformer_text_input]} weights"
+            f"{takes} text (the {FAMILIES[config.qformer_text_input]} family): set model.qformer_text_input={reads}, "
+            f"or use {FAMILIES[config.qformer_text_input]} weights"
         )
 
 
@@ -95,7 +103,8 @@ def check_adapter(name: str, shapes: Shapes, config: "STLLMConfig", *, fresh_all
     if saved and not wanted:
         raise UserError(
             f"{name} is a QA checkpoint (it has the temporal adapter), but the configuration is for conversation "
-            "(model.vit_model: eva_clip_g, without one): set model.vit_model=eva_btadapter_g, or use conversation weights"
+            "(model.vit_model: eva_clip_g, without one): set model.vit_model=eva_btadapter_g, or use conversation "
+            "weights"
         )
     if wanted and not saved and not fresh_allowed and any(key.startswith(BACKBONE) for key in shapes):
         raise UserError(
@@ -128,7 +137,8 @@ def _vocabulary(name: str, found: int, expected: int, adds_pad: bool) -> str:
         guess = " (as many as in the InstructBLIP family)"
     return (
         f"{name} has a vocabulary of {found} tokens{guess}, but its configuration and tokenizer, of the "
-        f"{FAMILIES[adds_pad]} family, expect {expected} ({pad}): use weights, tokenizer and configuration of one family"
+        f"{FAMILIES[adds_pad]} family, expect {expected} ({pad}): use weights, tokenizer and configuration of one "
+        "family"
     )
 
 
@@ -138,7 +148,7 @@ def _hidden_size(source: Source, config: Mapping[str, Any]) -> int | None:
         return None
     widths = [
         entry.shape[1]
-        for key, entry in source.entries().items()
+        for key, entry in source.entries.items()
         if key.startswith("language_model.") and key.endswith((".embed_tokens.weight", ".wte.weight"))
     ]
     return widths[0] if widths else None

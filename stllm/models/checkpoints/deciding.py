@@ -5,6 +5,7 @@ settings. Where the user contradicts what the weights settle, that is an error w
 """
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from transformers import AutoTokenizer, PretrainedConfig
 from stllm.common.errors import UserError
 from stllm.models.checkpoints import contradictions
 from stllm.models.checkpoints.formats import Format, Source, open_source
-from stllm.models.checkpoints.sizes import Fields, sizes_from_weights, with_head_counts
+from stllm.models.checkpoints.sizes import BACKBONE, Fields, sizes_from_weights, with_head_counts
 from stllm.models.configuration import VISION_DEFAULTS, STLLMConfig
 from stllm.models.factory import piece_paths, settings_to_fields
 
+log = logging.getLogger(__name__)
+
+EVA_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+LN_VISION = "vision_encoder.ln_vision.weight"
 NESTED = ("vision_config", "qformer_config", "mask_rate")  # merged key by key
 NOT_THE_MODELS = ("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version")
 RESIDUAL_INDEX = "model.stllm_model.residual_index"  # (R,): not a weight of ours, but its length tells R
@@ -29,15 +34,26 @@ def open_pieces(paths: Sequence[str | Path], settings: Mapping[str, Any]) -> lis
     return [open_source(path, depth=depth) for path in paths]
 
 
+def open_named(settings: Mapping[str, Any], *further: str | Path) -> list[Source]:
+    """Opens the pieces that the settings name, then the further ones.
+
+    As published, the encoder of the published size need not be named: it is downloaded once. Raises UserError.
+    """
+    sources = open_pieces([*piece_paths(settings), *further], settings)
+    shapes = merged_shapes(sources)
+    if shapes.get(LN_VISION) == (VISION_DEFAULTS["embed_dim"],) and f"{BACKBONE}pos_embed" not in shapes:
+        log.info("model.vit_ckpt is not set: the vision encoder is the published one, %s", EVA_URL)
+        return [*open_pieces([EVA_URL], settings), *sources]
+    return sources
+
+
 def open_checkpoint(path: str | Path, settings: Mapping[str, Any]) -> list[Source]:
     """Opens a checkpoint to be used; where it is only a part, the pieces that the settings name come before it."""
     source = open_pieces([path], settings)[0]
-    return [source] if source.is_whole_model else [*open_pieces(piece_paths(settings), settings), source]
+    return [source] if source.is_whole_model else open_named(settings, path)
 
 
-def decide_config(
-    sources: Sequence[Source], settings: Mapping[str, Any], *, default_llm: bool = False
-) -> STLLMConfig:
+def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, default_llm: bool = False) -> STLLMConfig:
     """The configuration for these weights (later sources over earlier ones) and settings.
 
     default_llm: without any word about the language model, take the published 7B shape instead of refusing.
@@ -82,7 +98,7 @@ def merge_fields(below: Fields, above: Fields) -> Fields:
 
 def merged_shapes(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
     """Our keys and their shapes over all sources, later ones over earlier ones."""
-    return {key: entry.shape for source in sources for key, entry in source.entries().items()}
+    return {key: entry.shape for source in sources for key, entry in source.entries.items()}
 
 
 def names_of(sources: Sequence[Source]) -> str:

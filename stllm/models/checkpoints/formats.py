@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Entry:
 
 @dataclass
 class Source:
-    """A file or folder of weights in one format. config, meta: its config.json and meta.json, {} where there is none."""
+    """A file or folder of weights in one format. config, meta: its config.json and meta.json, {} without one."""
 
     path: Path
     format: Format
@@ -63,6 +64,7 @@ class Source:
             return not self.table.ignores("language_model.")
         return self.format in (Format.STLLM, Format.RELEASED)
 
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """Our keys and where they are found; keys that are ignored or unknown are left out."""
         found: dict[str, Entry] = {}
@@ -145,7 +147,9 @@ def weight_files(folder: Path) -> list[Path]:
             return _complete(folder, [f"{stem}-{i:05d}-of-{total:05d}.{ending}" for i in range(1, total + 1)])
         if (folder / f"{stem}.{ending}").is_file():
             return [folder / f"{stem}.{ending}"]
-    others = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name != "training_args.bin")
+    others = sorted(
+        path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name != "training_args.bin"
+    )
     if len(others) == 1:
         return others
     if others:
@@ -217,7 +221,7 @@ def _download(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(target))
         except OSError as error:
-            raise UserError(f"{url} could not be downloaded ({error}): download it and name the file") from error
+            raise UserError(f"{url} could not be downloaded ({error}): fetch it and name the file instead") from error
     return target
 
 

@@ -51,7 +51,7 @@ class Target:
 class KeyTable:
     """One format's names.
 
-    prefixes: (theirs, ours), the first that fits is replaced; longer ones stand before the shorter ones they begin with.
+    prefixes: (theirs, ours), the first that fits is replaced; longer ones stand before those that they begin with.
     inner: (theirs, ours) replaced anywhere behind one of `inner_prefixes` (theirs).
     splits: fused tensors.
     ignored: regular expressions of keys that are known and not ours, matched from the start.

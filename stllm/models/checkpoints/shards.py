@@ -1,7 +1,8 @@
 """Weight files read with bounded memory: shapes from the header, tensors copied out of a short-lived memory mapping.
 
 Pages of a mapping that were touched count as the process's memory for as long as it lives, so the file is mapped anew
-after every `MAPPED_BYTES`. What is handed out is a copy: the file may be replaced as soon as loading is over.
+after every `MAPPED_BYTES` or thirty-second part of it. What is handed out is a copy: the file may be replaced as soon
+as loading is over.
 """
 
 import math
@@ -67,6 +68,7 @@ class WeightFile(Weights):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._budget = max(MAPPED_BYTES, path.stat().st_size // 32)
         self._mapped: Any = None
         self._touched = 0
         try:
@@ -82,20 +84,20 @@ class WeightFile(Weights):
         self._release()
 
     def copy_to(self, key: str, destination: Tensor) -> None:
-        """In slices of at most `MAPPED_BYTES`, so that the largest tensor costs no more than the smallest."""
+        """In slices that fit the budget, so that the largest tensor costs no more than the smallest."""
         spec = self.specs[key]
         size = math.prod(spec.shape) * spec.dtype.itemsize
-        if not spec.shape or size <= MAPPED_BYTES:
+        if not spec.shape or size <= self._budget:
             destination.copy_(self._slice(key, None, size))
             return
-        rows = max(1, MAPPED_BYTES * spec.shape[0] // size)
+        rows = max(1, self._budget * spec.shape[0] // size)
         for start in range(0, spec.shape[0], rows):
             stop = min(start + rows, spec.shape[0])
             part = self._slice(key, slice(start, stop), size * (stop - start) // spec.shape[0])
             destination[start:stop].copy_(part)
 
     def _slice(self, key: str, rows: slice | None, size: int) -> Tensor:
-        if self._touched + size > MAPPED_BYTES:
+        if self._touched + size > self._budget:
             self._release()
         if self._mapped is None:
             self._mapped = self._map()
@@ -219,7 +221,9 @@ def _no_torch_file(path: Path) -> str:
 def _unreadable(path: Path, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     size = path.stat().st_size if path.exists() else 0
-    return f"{path} can't be read as weights ({size} bytes; {reason}): it is damaged or cut off, copy or download it again"
+    return (
+        f"{path} can't be read as weights ({size} bytes; {reason}): it is damaged or cut off, copy or download it again"
+    )
 
 
 def _not_only_tensors(path: Path, error: Exception) -> str:

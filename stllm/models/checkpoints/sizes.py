@@ -24,11 +24,15 @@ def sizes_from_weights(shapes: Shapes) -> Fields:
     fields: Fields = {}
     if f"{BACKBONE}patch_embed.proj.weight" in shapes:
         fields["vision_config"] = _vision(shapes)
+    elif "vision_encoder.ln_vision.weight" in shapes:  # a Q-Former's file: it knows the encoder's width
+        fields["vision_config"] = {"embed_dim": shapes["vision_encoder.ln_vision.weight"][0]}
     if f"{ADAPTER}class_token" in shapes:
         fields.setdefault("vision_config", {}).update(_adapter(shapes))
     if any(key.startswith(BERT) for key in shapes):
         fields |= {"has_qformer": True, "qformer_text_input": TEXT_KEY in shapes, "qformer_config": _qformer(shapes)}
-    elif "vision_config" in fields and _reads_patches(shapes, fields["vision_config"]["embed_dim"]):
+    elif f"{BACKBONE}patch_embed.proj.weight" in shapes and _reads_patches(
+        shapes, fields["vision_config"]["embed_dim"]
+    ):
         fields |= {"has_qformer": False, "qformer_text_input": False}
     if "qformer.query_tokens" in shapes:
         fields["num_query_tokens"] = shapes["qformer.query_tokens"][1]
@@ -52,8 +56,18 @@ def with_head_counts(fields: Fields, source: str) -> Fields:
         width = qformer.get("hidden_size", QFORMER_DEFAULTS["hidden_size"])
         key = "qformer.num_attention_heads"
         qformer["num_attention_heads"] = _heads(width, BERT_HEAD_WIDTH, key, "Q-Former", source)
-        filled["qformer_config"] = qformer
+    filled["qformer_config"] = qformer
+    _check_heads(vision, "embed_dim", "num_heads", "vision")
+    _check_heads(qformer, "hidden_size", "num_attention_heads", "qformer")
     return filled
+
+
+def _check_heads(sizes: Fields, width: str, heads: str, group: str) -> None:
+    if width in sizes and heads in sizes and sizes[width] % sizes[heads]:
+        raise UserError(
+            f"model.{group}.{heads} is {sizes[heads]}, which does not divide the width {sizes[width]}: name another "
+            "number"
+        )
 
 
 def _heads(width: int, head_width: int, key: str, part: str, source: str) -> int:
@@ -101,10 +115,12 @@ def _qformer(shapes: Shapes) -> Fields:
     ):
         if key in shapes:
             fields[name] = shapes[key][axis]
-    crossing = sorted({int(n) for key in shapes for n in re.findall(rf"^{re.escape(layers)}(\d+)\.crossattention", key)})
+    crossing = sorted(
+        {int(n) for key in shapes for n in re.findall(rf"^{re.escape(layers)}(\d+)\.crossattention", key)}
+    )
     if crossing:
-        fields["cross_attention_frequency"] = crossing[1] - crossing[0] if len(crossing) > 1 else max(
-            fields["num_hidden_layers"], 1
+        fields["cross_attention_frequency"] = (
+            crossing[1] - crossing[0] if len(crossing) > 1 else max(fields["num_hidden_layers"], 1)
         )
     return fields
 

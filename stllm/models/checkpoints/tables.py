@@ -54,7 +54,9 @@ RELEASED = KeyTable(
 
 _EVA = KeyTable(
     name="EVA-ViT-g",
-    prefixes=tuple((key, f"vision_encoder.backbone.{key}") for key in ("cls_token", "pos_embed", "patch_embed.", "blocks.")),
+    prefixes=tuple(
+        (key, f"vision_encoder.backbone.{key}") for key in ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+    ),
     ignored=(r"(?:norm|fc_norm|head)\.", r"mask_token$", r"rel_pos_bias\."),  # of its pre-training; ln_vision follows
 )
 

@@ -34,7 +34,7 @@ MARK = "\x00"  # stands for the question while a template is taken apart
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. kind: tensor (absolute), gradient (relative to its largest entry) or equal; difference: the largest."""
+    """One comparison. difference: the largest; kind: tensor (absolute), gradient (relative to its largest), equal."""
 
     name: str
     kind: str
@@ -64,11 +64,13 @@ def run(args: argparse.Namespace) -> int:
 def verify_folder(
     folder: str | Path, *, checkpoint: str | Path | None = None, atol: float = 1e-4, rtol: float = 1e-3
 ) -> list[Row]:
-    """Every comparison that the golden folder allows. checkpoint: take the weights from there, e.g. after conversion."""
+    """Every comparison that the golden folder allows. checkpoint: where to take the weights from instead."""
     place = locate(folder)
     meta = read_json(place / "meta.json")
     if not (place / "expected.safetensors").is_file() or "instructions" not in meta:
-        raise UserError(f"{folder} is no golden folder: expected expected.safetensors and meta.json with instructions in it")
+        raise UserError(
+            f"{folder} is no golden folder: expected expected.safetensors and meta.json with instructions in it"
+        )
     expected = load_file(place / "expected.safetensors")
     model, processor = load_pretrained(checkpoint or place, device="cpu", dtype="float32")
     golden = _Golden(model, processor, meta, expected, atol, rtol)
@@ -128,7 +130,7 @@ class _Golden:
         mask = self.expected.get("mask")
         with torch.no_grad():
             kept = self.visual if mask is None else keep_tokens(self.visual, mask)
-            student = self.model.join(list(kept), **batch)
+            student = self.model.join(list(kept), batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
             self._sequence(student)
             hidden = lm.last_hidden_states(self.model.language_model, student.inputs_embeds, student.attention_mask)
             logits = lm.logits_of(self.model.language_model, hidden)
@@ -138,9 +140,8 @@ class _Golden:
                 self._teacher(batch)
         self.output = self.model(pixel_values=self.expected["video"], token_mask=mask, **batch, **self.texts)
         for name in ("loss", "loss_lm", "loss_mvm"):
-            found = getattr(self.output, name)
-            if found is not None:
-                self._tensor(name, found.detach())
+            found = getattr(self.output, name)  # None without masking: no such loss
+            self._tensor(name, torch.zeros(()) if found is None else found.detach())
         wanted = self.expected["labels"][:, 1:] != -100
         self._tensor("logits (labels only)", self.output.logits.detach(), self.expected["logits"][:, :-1][wanted])
 
@@ -164,7 +165,7 @@ class _Golden:
         self._equal("prompt_ids", [token for token in prompt if token >= 0], self._expected_prompt())
         batch = self.processor.pad([prompt], side="left")
         with torch.no_grad():
-            sequence = self.model.join(list(self.visual[:1]), **batch)
+            sequence = self.model.join(list(self.visual[:1]), batch["input_ids"], batch["attention_mask"])
         self._tensor("generate_inputs_embeds", sequence.inputs_embeds)
         for name, beams in (("greedy_ids", 1), ("beam3_ids", 3)):
             expected = self.expected[name][0, 1:].tolist()  # the first id is an artefact of the old library
@@ -184,7 +185,9 @@ class _Golden:
         ids, attention = batch["input_ids"], batch["attention_mask"]
         teacher = self.model.join(list(self.visual), ids, attention)
         self._tensor("teacher_inputs_embeds", teacher.inputs_embeds)
-        self._equal("teacher_attention_mask", teacher.attention_mask.tolist(), self.expected["teacher_attention_mask"].tolist())
+        self._equal(
+            "teacher_attention_mask", teacher.attention_mask.tolist(), self.expected["teacher_attention_mask"].tolist()
+        )
         whole = lm.last_hidden_states(self.model.language_model, teacher.inputs_embeds, teacher.attention_mask)
         positions = teacher.visual_positions(self.visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
         prefix = self.model.teacher_hidden_states(self.visual, ids, attention)
@@ -206,7 +209,9 @@ class _Golden:
         return [token for name in names for token in self.expected[name][0].tolist()]
 
     def _tensor(self, name: str, found: Tensor, expected: Tensor | None = None) -> None:
-        self.rows.append(Row(name, "tensor", _largest(found, self.expected[name] if expected is None else expected), self.atol))
+        self.rows.append(
+            Row(name, "tensor", _largest(found, self.expected[name] if expected is None else expected), self.atol)
+        )
 
     def _equal(self, name: str, found: list[Any], expected: list[Any]) -> None:
         self.rows.append(Row(name, "equal", 0.0 if found == expected else float("inf"), 0.0))
@@ -218,7 +223,9 @@ def _question(processor: PromptProcessor, instruction: str) -> str:
     around = "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)
     before, after = around.split(MARK)
     if not (instruction.startswith(before) and instruction.endswith(after)):
-        raise UserError(f"meta.json's instruction {instruction!r} does not have the form {around.replace(MARK, '{question}')!r}")
+        raise UserError(
+            f"meta.json's instruction {instruction!r} does not have the form {around.replace(MARK, '{question}')!r}"
+        )
     return instruction[len(before) : len(instruction) - len(after)]
 
 
@@ -231,13 +238,21 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def _table(title: str, rows: Iterable[Row]) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for column in ("tensor", "compared", "largest difference", "tolerance", ""):
-        table.add_column(column, justify="right" if column in ("largest difference", "tolerance") else "left")
+        numeric = column in ("largest difference", "tolerance")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         words = {"tensor": "absolute", "gradient": "relative", "equal": "equality"}[row.kind]
         difference = ("same" if row.passed else "differs") if row.kind == "equal" else f"{row.difference:.1e}"
-        table.add_row(row.name, words, difference, f"{row.tolerance:.0e}" if row.tolerance else "", "ok" if row.passed else "[red]FAIL")
+        table.add_row(
+            row.name,
+            words,
+            difference,
+            f"{row.tolerance:.0e}" if row.tolerance else "",
+            "ok" if row.passed else "[red]FAIL",
+        )
     return table

@@ -1,0 +1,165 @@
+"""Loading: peak memory against the size of the loaded weights, as stored and converting, each in its own process.
+
+A synthetic checkpoint in the released layout (float16, one big shard and three small ones), and the same in our format;
+the baseline is transformers' `from_pretrained` on ours. Goal: a ratio of at most 1.15.
+
+    python -m benchmarks.loading [--quick] [--gib 2.2]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, report
+from stllm.models.checkpoints.assembly import meta_model
+from stllm.models.checkpoints.released import meta_of
+from stllm.models.checkpoints.tables import RELEASED
+from stllm.models.configuration import STLLMConfig
+
+GIB = 2**30
+SHARES = (0.6, 0.15, 0.15, 0.1)  # of the weights, in each shard
+LAYER_BYTES = 2 * (4 * 2048**2 + 3 * 2048 * 5504)  # float16
+VOCABULARY_BYTES = 2 * 2 * 32000 * 2048
+CASES = (  # layout, what loads it, type
+    ("released", "ours", "float16"),
+    ("released", "ours", "float32"),
+    ("released", "ours", "bfloat16"),
+    ("stllm", "ours", "float16"),
+    ("stllm", "ours", "float32"),
+    ("stllm", "transformers", "float16"),
+    ("stllm", "transformers", "float32"),
+)
+
+
+def new_config(size: float) -> STLLMConfig:
+    """Tiny vision, a LLaMA of about `size` bytes in float16."""
+    layers = max(1, round((size - VOCABULARY_BYTES) / LAYER_BYTES))
+    return STLLMConfig(
+        vision_config={"image_size": 28, "embed_dim": 32, "depth": 4, "num_heads": 4},
+        qformer_config={"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64},
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 32000,
+            "hidden_size": 2048,
+            "intermediate_size": 5504,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 16,
+        },
+        qformer_text_input=False,
+        template="minigpt4",
+    )
+
+
+def write_released(config: STLLMConfig, folder: Path) -> None:
+    """The checkpoint, never more than one shard of it in memory."""
+    specs = {
+        RELEASED.to_theirs(key): tensor.shape for key, tensor in meta_model(config, torch.float16).state_dict().items()
+    }
+    total = sum(shape.numel() for shape in specs.values())
+    shards: list[list[str]] = [[] for _ in SHARES]
+    number, written = 0, 0
+    for key, shape in specs.items():
+        if number + 1 < len(SHARES) and written >= total * sum(SHARES[: number + 1]):
+            number += 1
+        shards[number].append(key)
+        written += shape.numel()
+    for number, keys in enumerate(shards, start=1):
+        path = folder / f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
+        torch.save({key: torch.full(specs[key], 0.01, dtype=torch.float16) for key in keys}, path)
+    (folder / "config.json").write_text(json.dumps({**config.text_config.to_dict(), "model_type": "st_llm_hf"}))
+    (folder / "meta.json").write_text(json.dumps(meta_of(config)))
+
+
+def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
+    """Loads once in this process. peak_ratio: growth of the resident memory at its peak, over the weights."""
+    from stllm.models.checkpoints.loading import load_model
+    from stllm.models.st_llm import STLLM
+
+    before = _status("VmRSS")
+    start = time.perf_counter()
+    if loader == "ours":
+        model = load_model(folder, device="cpu", dtype=dtype)
+    else:
+        model = STLLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": "cpu"})
+    spent = time.perf_counter() - start
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    # touches what is only mapped, in pieces: a sum in float32 converts what it is given
+    checksum = sum(piece.sum().item() for tensor in model.parameters() for piece in tensor.flatten().split(1 << 20))
+    peak = _status("VmHWM") - before
+    return {"weights": weights, "peak": peak, "peak_ratio": peak / weights, "seconds": spent, "checksum": checksum}
+
+
+def _status(name: str) -> int:
+    """Bytes of one line of /proc/self/status; without /proc, the peak so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_new_process(*words: str) -> dict[str, float]:
+    """`measure` where nothing was loaded before."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.loading", "--measure", *words], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Writes the checkpoints, measures, prints and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=2.2, help="size of the float16 weights (default: 2.2)")
+    parser.add_argument("--quick", action="store_true", help="0.5 GiB, a rough figure")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--measure", nargs=3, metavar=("DIR", "LOADER", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(*args.measure)))
+        return
+    size = 0.5 if args.quick else args.gib
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        released, ours = Path(folder) / "released", Path(folder) / "stllm"
+        released.mkdir()
+        write_released(new_config(size * GIB), released)
+        from stllm.models.checkpoints.loading import load_model
+
+        load_model(released, device="cpu", dtype="float16").save_pretrained(ours, max_shard_size="5GB")
+        for layout, loader, dtype in CASES:
+            found = in_new_process(str(released if layout == "released" else ours), loader, dtype)
+            rows.append(
+                {
+                    "layout": f"{layout}, float16",
+                    "loaded by": loader,
+                    "as": dtype,
+                    "weights GiB": found["weights"] / GIB,
+                    "peak GiB": found["peak"] / GIB,
+                    "peak / weights": found["peak_ratio"],
+                    "seconds": found["seconds"],
+                }
+            )
+    shards = [f"{share:.0%}" for share in SHARES]
+    report(
+        "loading", "transformers' from_pretrained on our format", rows, {"GiB": size, "shards": shards}, args.output_dir
+    )
+    print(
+        json.dumps(
+            {"peak_ratio": max(row["peak / weights"] for row in rows if row["loaded by"] == "ours"), "rows": rows}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

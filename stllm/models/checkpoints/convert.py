@@ -1,0 +1,152 @@
+"""`stllm convert SOURCE... --to DIR`: weights of any known layout to ours, and to the released layout.
+
+Everything is written into a temporary folder beside the target and renamed at the end: a target is whole or not there.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from stllm.common.errors import UserError
+from stllm.models.checkpoints.assembly import assemble
+from stllm.models.checkpoints.audit import AuditReport
+from stllm.models.checkpoints.deciding import decide_config, open_checkpoint, open_named, open_pieces
+from stllm.models.checkpoints.formats import Source, locate
+from stllm.models.checkpoints.loading import Opened, processor_of
+from stllm.models.checkpoints.released import save_released
+from stllm.models.factory import explicit_settings
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("stllm", "released")
+LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: converts, prints the audit, says where the result is."""
+    from rich.console import Console
+
+    report = convert(
+        args.source, args.to, cfg_path=args.cfg_path, options=args.options, format=args.format, dtype=args.dtype
+    )
+    console = Console()
+    console.print(report.table())
+    for line in report.details():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print(f"written to {args.to} ({args.format})")
+    return 0
+
+
+def convert(
+    sources: Sequence[str | Path],
+    to: str | Path,
+    *,
+    cfg_path: str | Path | None = None,
+    options: Sequence[str] = (),
+    format: str = "stllm",
+    dtype: str = "auto",
+) -> AuditReport:
+    """Puts the sources together (later ones over earlier ones) and writes them to the new folder `to`.
+
+    dtype: auto keeps the type that most of the weights have. Raises UserError for anything missing or contradictory,
+    for a target that is not empty, for a full disk; the target is then as it was.
+    """
+    assert format in FORMATS
+    target = Path(to).expanduser()
+    check_target(target)
+    opened = open_for_conversion(sources, cfg_path, options)
+    processor = processor_of(opened)
+    kind: str | torch.dtype = stored_dtype(opened.sources) if dtype == "auto" else dtype
+    model, report = assemble(opened.config, opened.sources, device="cpu", dtype=kind)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    with new_folder(target, needed) as folder:
+        if format == "released":
+            save_released(model, folder)
+        else:
+            model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        _copy_sentencepiece(opened.sources, folder)
+    return report
+
+
+def open_for_conversion(paths: Sequence[str | Path], cfg_path: str | Path | None, options: Sequence[str]) -> Opened:
+    """Opens the sources, and before them the pieces that the configuration names, unless one is a whole model."""
+    settings = explicit_settings(cfg_path, options)
+    places = [locate(path) for path in paths]
+    if len(places) == 1:
+        sources = open_checkpoint(places[0], settings)
+    else:
+        sources = open_pieces(places, settings)
+        if not any(source.is_whole_model for source in sources):
+            sources = open_named(settings, *places)
+    return Opened(places[-1], sources, settings, decide_config(sources, settings))
+
+
+def check_target(target: Path) -> None:
+    """Raises UserError unless the folder can be made: it is not there, or it is empty."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "holds files" if target.is_dir() else "is a file"
+        raise UserError(
+            f"{target} {what} already, expected a new or an empty folder: name another with --to, or empty it"
+        )
+
+
+@contextmanager
+def new_folder(target: Path, needed: int) -> Iterator[Path]:
+    """A temporary folder beside the target, which becomes the target when the block succeeds and is removed when not.
+
+    needed: bytes that will be written. Raises UserError when the disk has no room for them.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise UserError(_no_space(target, needed, free))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()  # empty, see check_target
+        partial.rename(target)
+    except Exception as error:
+        free = shutil.disk_usage(target.parent).free
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full or (free < LITTLE_SPACE and not isinstance(error, UserError)):
+            raise UserError(_no_space(target, needed, free)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
+    """The floating-point type of most of the weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for source in sources:
+        for spec in source.weights.specs.values():
+            if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
+                sizes[spec.dtype] += torch.Size(spec.shape).numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _no_space(target: Path, needed: int, free: int) -> str:
+    return (
+        f"no space left on the disk for {target}: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are "
+        "free; nothing was written, free some space or name another folder"
+    )
+
+
+def _copy_sentencepiece(sources: Sequence[Source], folder: Path) -> None:
+    """The sentencepiece file as well, for libraries that read no tokenizer.json."""
+    for source in reversed(sources):
+        file = source.path / "tokenizer.model"
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+            return

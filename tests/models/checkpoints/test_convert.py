@@ -1,0 +1,157 @@
+"""`stllm convert`: whole targets or none, both layouts, LoRA merged, sentences for what can't be done."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stllm.cli import main
+from stllm.common.errors import UserError
+from stllm.models.checkpoints import convert as convert_module
+from stllm.models.checkpoints.convert import convert
+from stllm.models.checkpoints.loading import load_model, load_pretrained, load_processor
+from stllm.models.checkpoints.released import released_state, save_released
+from stllm.models.factory import build_audited
+from tests.helpers.tiny import tiny_model
+from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, GOLDEN, HEADS, golden_weights
+
+NAME = "instructblip_residual_mvm"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_ours_to_released_gives_the_published_keys_and_values(name: str) -> None:
+    state = released_state(load_model(GOLDEN / name, device="cpu"))
+    published = golden_weights(name)
+    computed = {key for key in published if "inv_freq" in key or "position_ids" in key or "residual_index" in key}
+    assert set(state) == set(published) - computed
+    for key, tensor in state.items():
+        assert torch.equal(tensor, published[key]), key
+
+
+def test_released_shards_have_an_index_and_load_without_a_configuration(tmp_path: Path) -> None:
+    model, processor = load_pretrained(GOLDEN / NAME, device="cpu")
+    save_released(model, tmp_path, shard_bytes=300_000)
+    processor.save_pretrained(tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.bin"))
+    assert len(files) > 2 and files[0] == f"pytorch_model-00001-of-{len(files):05d}.bin"
+    index = json.loads((tmp_path / "pytorch_model.bin.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["weight_map"]["model.stllm_model.embed_tokens.weight"]
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "st_llm_hf"
+    again = load_model(tmp_path, device="cpu")
+    assert again.config.to_dict() == model.config.to_dict()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+
+
+def test_the_prompts_are_the_same_after_conversion(tmp_path: Path) -> None:
+    convert([GOLDEN / NAME], tmp_path / "ours")
+    convert([tmp_path / "ours"], tmp_path / "released", format="released")
+    from stllm.conversation.templates import Turn
+
+    ids = [
+        load_processor(place).prompt_ids([Turn("what moves first?", "the red circle"), Turn("and then?")])
+        for place in (GOLDEN / NAME, tmp_path / "ours", tmp_path / "released")
+    ]
+    assert ids[0] == ids[1] == ids[2]
+    for place in ("ours", "released"):
+        assert (tmp_path / place / "tokenizer.model").is_file()
+        assert (tmp_path / place / "qformer_tokenizer").is_dir()
+
+
+def test_pieces_become_one_checkpoint(
+    vicuna: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = [FOREIGN / "eva_vit_g.pth", FOREIGN / "instruct_blip_vicuna7b_trimmed.pth", vicuna("instructblip")]
+    bert = FOREIGN / "bert" / "vocab.txt"
+    arguments = [*pieces, "--to", tmp_path / "ours", "--options", *HEADS, f"model.qformer_tokenizer={bert}"]
+    assert main(["convert", *(str(argument) for argument in arguments)]) == 0
+    out = capsys.readouterr().out
+    assert "grows from 512 to 513 rows" in out and "head.weight" in out
+    model, processor = load_pretrained(tmp_path / "ours", device="cpu")
+    assert processor.vocab_size == model.config.text_config.vocab_size == 513
+
+
+def test_the_configuration_may_name_the_pieces(vicuna: Callable[[str], Path], tmp_path: Path) -> None:
+    cfg = tmp_path / "model.yaml"
+    cfg.write_text(f"""
+model:
+  model_type: minigpt4_vicuna0
+  image_size: 28
+  vision: {{num_heads: 4}}
+  qformer: {{num_attention_heads: 4}}
+  num_query_token: 4
+  vit_ckpt: {FOREIGN / "eva_vit_g.pth"}
+  q_former_model: {FOREIGN / "blip2_pretrained_flant5xxl.pth"}
+  llama_model: {vicuna("minigpt4")}
+""")
+    convert([FOREIGN / "pretrained_minigpt4.pth"], tmp_path / "ours", cfg_path=cfg)
+    assert load_model(tmp_path / "ours", device="cpu").config.template == "minigpt4"
+
+
+def test_lora_is_merged_into_the_released_layout() -> None:
+    settings = {"ckpt": str(GOLDEN / "minigpt4_plain_all"), "image_size": 28, "lora_r": 2, "qformer_text_input": False}
+    model, _ = build_audited(settings, device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    layer: Any = model.get_submodule("language_model.model.layers.0.self_attn.q_proj")
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+    key = "model.layers.0.self_attn.q_proj.weight"
+    expected = golden_weights("minigpt4_plain_all")[key] + update.detach()
+    state = released_state(model)
+    torch.testing.assert_close(state[key], expected)
+    assert not any("lora" in name or "base_layer" in name for name in state)
+
+
+def test_the_released_layout_takes_llama_alone(tmp_path: Path) -> None:
+    opt = {"model_type": "opt", "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(UserError, match="LLaMA models alone, but this one's is opt"):
+        save_released(tiny_model(text_config={**opt, "ffn_dim": 64, "word_embed_proj_dim": 48}), tmp_path)
+
+
+def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "ours"
+    target.mkdir()
+    convert([GOLDEN / NAME], target)  # an empty folder is taken
+    before = sorted(path.name for path in target.iterdir())
+    with pytest.raises(UserError, match="holds files already, expected a new or an empty folder"):
+        convert([GOLDEN / NAME], target)
+    assert sorted(path.name for path in target.iterdir()) == before
+    with pytest.raises(UserError, match="is a file already"):
+        convert([GOLDEN / NAME], target / "config.json")
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: object, folder: Path) -> None:
+        (folder / "half.bin").write_bytes(b"0" * 100)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(convert_module, "save_released", fail)
+    with pytest.raises(UserError, match=r"no space left on the disk .*nothing was written"):
+        convert([GOLDEN / NAME], tmp_path / "new", format="released")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_small_a_disk_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = convert_module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"GiB are needed, 0\.00 GiB are free"):
+        convert([GOLDEN / NAME], tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_failure_leaves_nothing_behind_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: object, folder: Path) -> None:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(convert_module, "save_released", fail)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        convert([GOLDEN / NAME], tmp_path / "new", format="released")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,127 @@
+"""What a file or folder is: detection by itself, complete shards, the hub and its failures."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from stllm.common.errors import UserError
+from stllm.models.checkpoints.formats import Format, locate, open_source, weight_files
+from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, GOLDEN
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_released_folders_are_recognised(name: str) -> None:
+    source = open_source(GOLDEN / name)
+    assert source.format is Format.RELEASED
+    assert source.is_whole_model
+    assert not source.unknown_keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("eva_vit_g.pth", Format.EVA),
+        ("instruct_blip_vicuna7b_trimmed.pth", Format.INSTRUCTBLIP),
+        ("blip2_pretrained_flant5xxl.pth", Format.BLIP2),
+        ("pretrained_minigpt4.pth", Format.MINIGPT4),
+    ],
+)
+def test_single_files_are_recognised_by_their_keys(name: str, format: Format, tmp_path: Path) -> None:
+    renamed = tmp_path / "weights.pth"  # the name does not matter
+    renamed.write_bytes((FOREIGN / name).read_bytes())
+    for path in (FOREIGN / name, renamed, tmp_path):  # nor does a folder around it
+        source = open_source(path)
+        assert source.format is format
+        assert not source.is_whole_model
+        assert not source.unknown_keys()
+
+
+def test_a_language_model_is_recognised(vicuna: Callable[[str], Path]) -> None:
+    source = open_source(vicuna("minigpt4"))
+    assert source.format is Format.CAUSAL_LM
+    assert "language_model.model.layers.2.mlp.up_proj.weight" in source.entries
+    assert all("inv_freq" in key for key in source.ignored_keys())
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_missing_shard_is_told(golden_copy: Callable[[str], Path], with_index: bool) -> None:
+    folder = golden_copy("minigpt4_plain_all")
+    lost = "pytorch_model-00002-of-00002.bin"
+    if with_index:
+        index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": lost}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / lost).unlink()
+    with pytest.raises(UserError, match=rf"shard 2 of 2, {lost}, is missing in .*minigpt4_plain_all"):
+        open_source(folder)
+
+
+def test_safetensors_shards_are_found(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / f"model-{number:05d}-of-00002.safetensors").touch()
+    assert [path.name[:11] for path in weight_files(tmp_path)] == ["model-00001", "model-00002"]
+
+
+def test_the_trainers_own_file_is_no_weight_file(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "training_args.bin")
+    with pytest.raises(UserError, match="holds no weights"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("make", ["empty", "two", "unknown", "orphan", "bad json"])
+def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: str) -> None:
+    expected = "holds no weights"
+    if make == "two":
+        for name in ("a.pth", "b.pth"):
+            torch.save({"x": torch.ones(1)}, tmp_path / name)
+        expected = "several weight files"
+    elif make == "unknown":
+        torch.save({"backbone.conv1.weight": torch.ones(1)}, tmp_path / "resnet.pth")
+        expected = "no known checkpoint .*backbone.conv1"
+    elif make == "orphan":
+        torch.save({"language_model.lm_head.weight": torch.ones(1)}, tmp_path / "model.bin")
+        expected = "no config.json beside it"
+    elif make == "bad json":
+        (tmp_path / "config.json").write_text("{")
+        expected = "not valid JSON"
+    with pytest.raises(UserError, match=expected):
+        open_source(tmp_path)
+
+
+def test_another_kind_of_model_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8}))
+    torch.save({"shared.weight": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="holds a t5 model, expected a causal language model"):
+        open_source(tmp_path)
+
+
+def test_a_path_that_is_not_there_is_told() -> None:
+    with pytest.raises(UserError, match="no such file or folder"):
+        locate("/nowhere/at/all")
+
+
+def test_the_hub_is_asked_for_names_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert locate("org/name") == tmp_path
+    assert asked == ["org/name"]
+
+
+def test_a_failure_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(name: str, allow_patterns: list[str]) -> str:
+        raise OSError("no network\nlong\ntext")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"org/name is neither a file or folder here nor .*\(no network\)"):
+        locate("org/name")
