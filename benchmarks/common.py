@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -26,8 +25,8 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seconds(work: Callable[[], Any], *, repeats: int = 3, device: torch.device | None = None) -> float:
-    """Median wall-clock seconds of `work` after one warm-up."""
+def seconds(work: Callable[[], Any], *, repeats: int = 5, device: torch.device | None = None) -> float:
+    """Least wall-clock seconds of `work` after one warm-up: what else the machine does only ever adds to it."""
     times = []
     for _ in range(repeats + 1):
         _wait(device)
@@ -35,7 +34,7 @@ def seconds(work: Callable[[], Any], *, repeats: int = 3, device: torch.device |
         work()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def _wait(device: torch.device | None) -> None:

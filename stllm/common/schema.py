@@ -85,7 +85,7 @@ class ModelSettings:
     vit_ckpt: str | None = _path()  # eva_vit_g.pth, when the encoder's weights come from a file of their own
     drop_path_rate: float = _within(0.0, 0, 1)  # stochastic depth of the encoder's blocks in training
     use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
-    vit_precision: str | None = _one_of(None, "fp32", "fp16", "bf16")  # of the frozen encoder; unset: as the model
+    vit_precision: str | None = _unused("the encoder runs in the model's own type (--dtype, or bf16/fp16 under `run`)")
     freeze_vit: bool = True  # backbone and ln_vision are not trained (the temporal adapter still is)
     vit_chunk_size: int = _within(16, 1)  # frames encoded at once; less: less memory
     vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's

@@ -31,6 +31,9 @@ def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | Non
             ),
             model,
         )
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # peft has started them; transformers' own start would undo that
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     return model
 
 

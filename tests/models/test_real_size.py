@@ -13,8 +13,10 @@ def test_vit_g_and_qformer_run_on_four_frames(encoder: str) -> None:
     """About 1.2 billion parameters in bfloat16: 2.5 GB, under a minute on two cores."""
     config = tiny_config(vision_config={"encoder": encoder}, qformer_config={}, num_query_tokens=32, text_config=LLAMA)
     with torch.device("meta"):
-        model = STLLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu").initialize_weights()
+        model = STLLM(config)
+    model.bfloat16()
+    model.to_empty(device="cpu")
+    model.initialize_weights()
     text = {"qformer_input_ids": torch.randint(1, 30000, (1, 12)), "qformer_attention_mask": torch.ones(1, 12).long()}
     with torch.inference_mode():
         encoded = model.eval().encode_video(torch.randn(1, 4, 3, 224, 224))

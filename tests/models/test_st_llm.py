@@ -10,7 +10,7 @@ from stllm.common.registry import video_inputs, vision_encoders
 from stllm.models import language_model as lm
 from stllm.models.masking import draw_token_mask
 from stllm.models.st_llm import STLLM
-from tests.helpers.tiny import tiny_batch, tiny_model
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_model
 
 CHOICES = (
     "vision_config",
@@ -207,3 +207,9 @@ def test_batched_generation_equals_one_at_a_time(num_beams: int) -> None:
     for row, single in zip(both, (first[0], second[0]), strict=True):
         assert torch.equal(row[: len(single)], single)
         assert not row[len(single) :].any()  # padding after an answer that ended earlier
+
+
+def test_a_fresh_lora_changes_nothing_yet() -> None:
+    model = STLLM(tiny_config(lora={"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}))
+    started = {name: p.any().item() for name, p in model.named_parameters() if "lora_" in name}
+    assert started == {name: "lora_A" in name for name in started}

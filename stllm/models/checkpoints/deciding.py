@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
 from stllm.common.errors import UserError
@@ -37,13 +38,19 @@ def open_pieces(paths: Sequence[str | Path], settings: Mapping[str, Any]) -> lis
 def open_named(settings: Mapping[str, Any], *further: str | Path) -> list[Source]:
     """Opens the pieces that the settings name, then the further ones.
 
-    As published, the encoder of the published size need not be named: it is downloaded once. Raises UserError.
+    The published encoder need not be named where the published code has left it, in torch's cache. Raises UserError.
     """
     sources = open_pieces([*piece_paths(settings), *further], settings)
     shapes = merged_shapes(sources)
     if shapes.get(LN_VISION) == (VISION_DEFAULTS["embed_dim"],) and f"{BACKBONE}pos_embed" not in shapes:
-        log.info("model.vit_ckpt is not set: the vision encoder is the published one, %s", EVA_URL)
-        return [*open_pieces([EVA_URL], settings), *sources]
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(EVA_URL).name
+        if not cached.is_file():
+            raise UserError(
+                f"the vision encoder's weights are not named: set model.vit_ckpt to {cached.name}, or to {EVA_URL} to "
+                "download it once"
+            )
+        log.info("model.vit_ckpt is not set: the vision encoder is the published one, %s", cached)
+        return [*open_pieces([cached], settings), *sources]
     return sources
 
 

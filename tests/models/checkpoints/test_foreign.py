@@ -17,7 +17,7 @@ from transformers import (
 
 from stllm.common.errors import UserError
 from stllm.models.checkpoints.assembly import assemble
-from stllm.models.checkpoints.deciding import decide_config, open_pieces
+from stllm.models.checkpoints.deciding import EVA_URL, decide_config, open_named, open_pieces
 from stllm.models.checkpoints.loading import load_model, load_processor
 from stllm.models.factory import build_audited
 from stllm.models.st_llm import STLLM
@@ -111,20 +111,25 @@ def test_a_forgotten_piece_is_named(vicuna: Callable[[str], Path]) -> None:
         build_audited({**settings, "llama_model": None}, device="cpu")
 
 
-def test_the_published_encoder_need_not_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Published YAMLs don't name it: it is downloaded when a Q-Former of the published width stands without one."""
+def test_the_published_encoder_is_taken_from_the_cache_and_never_fetched_unasked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Published YAMLs don't name it; the published code has left it in torch's cache."""
     torch.save({"Qformer.bert.x": torch.ones(1), "ln_vision.weight": torch.ones(1408)}, tmp_path / "qformer.pth")
-    asked = []
+    settings = {"q_former_model": str(tmp_path / "qformer.pth")}
 
     def download(url: str, path: str) -> None:
-        asked.append(url)
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"the vision encoder's weights are not named: set model\.vit_ckpt"):
+        build_audited(settings, device="cpu")
     with pytest.raises(UserError, match=r"eva_vit_g\.pth could not be downloaded \(no network\)"):
-        build_audited({"q_former_model": str(tmp_path / "qformer.pth")}, device="cpu")
-    assert len(asked) == 1
+        build_audited({**settings, "vit_ckpt": EVA_URL}, device="cpu")
+    (tmp_path / "cache" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.save({"pos_embed": torch.ones(1, 257, 1408)}, tmp_path / "cache" / "checkpoints" / "eva_vit_g.pth")
+    assert [source.path.name for source in open_named(settings)] == ["eva_vit_g.pth", "qformer.pth"]
 
 
 def test_a_projection_may_start_fresh_only_where_no_file_has_one(vicuna: Callable[[str], Path]) -> None:
