@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import AutoConfig, InstructBlipQFormerConfig, PretrainedConfig
 
+from stllm.common.errors import UserError
+
 VISION_DEFAULTS: dict[str, Any] = {
     "encoder": "eva_clip_g",  # or eva_btadapter_g: with the branching temporal adapter
     "image_size": 224,
@@ -86,6 +88,7 @@ class STLLMConfig(PretrainedConfig):
         self.vision_config = _known("vision_config", vision_config or {}, VISION_DEFAULTS)
         self.qformer_config = _qformer_config(qformer_config, self.vision_config["embed_dim"])
         self.text_config = _text_config(text_config)
+        _check_patches(self.vision_config["image_size"], self.vision_config["patch_size"], has_qformer)
         self.has_qformer = has_qformer
         self.qformer_text_input = qformer_text_input and has_qformer
         self.num_query_tokens = num_query_tokens
@@ -116,6 +119,17 @@ class STLLMConfig(PretrainedConfig):
     def tokens_per_frame(self) -> int:
         """Visual tokens of one frame before the video input: K queries, or P/4 merged patches without a Q-Former."""
         return self.num_query_tokens if self.has_qformer else self.num_patches // 4
+
+
+def _check_patches(image_size: int, patch_size: int, has_qformer: bool) -> None:
+    """Raises UserError when an image does not divide into patches, or these not into fours where they are merged."""
+    if image_size % patch_size:
+        raise UserError(f"image_size {image_size} is no multiple of patch_size {patch_size}: choose one that is")
+    if not has_qformer and (image_size // patch_size) ** 2 % 4:
+        raise UserError(
+            f"an image of {image_size} pixels has {(image_size // patch_size) ** 2} patches; without a Q-Former every "
+            "4 are merged: choose an image_size with an even number of patches a side"
+        )
 
 
 def _qformer_config(given: dict[str, Any] | PretrainedConfig | None, vision_width: int) -> InstructBlipQFormerConfig:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from stllm.common.errors import UserError
 from stllm.common.registry import video_inputs, vision_encoders
 from stllm.models import language_model as lm
 from stllm.models.masking import draw_token_mask
 from stllm.models.st_llm import STLLM
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_model
+from tests.helpers.tiny import VISION, tiny_batch, tiny_config, tiny_model
 
 CHOICES = (
     "vision_config",
@@ -207,6 +208,15 @@ def test_batched_generation_equals_one_at_a_time(num_beams: int) -> None:
     for row, single in zip(both, (first[0], second[0]), strict=True):
         assert torch.equal(row[: len(single)], single)
         assert not row[len(single) :].any()  # padding after an answer that ended earlier
+
+
+@pytest.mark.parametrize(
+    ("image_size", "has_qformer", "sentence"),
+    [(30, True, "no multiple of patch_size 14"), (42, False, "has 9 patches; without a Q-Former every 4")],
+)
+def test_images_divide_into_patches(image_size: int, has_qformer: bool, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        tiny_config(has_qformer=has_qformer, vision_config={**VISION, "image_size": image_size})
 
 
 def test_a_fresh_lora_changes_nothing_yet() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
 from stllm.common.errors import UserError
@@ -126,14 +127,20 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
 
 def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
     """Copies every planned weight into place, then initialises the rest and ties what is tied."""
-    for source, keys in _in_file_order(plan):
-        for key in keys:
-            entry = plan.origins[key][1]
-            old = model.get_parameter_or_buffer(key)
-            new = torch.empty(old.shape, dtype=old.dtype, device=device)
-            _copy(source, entry, key, new)
-            _set_tensor(model, key, new, loaded=True)
-        _check_zero_parts(source, {plan.origins[key][1].key for key in keys})
+    total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
+    # disable=None: no bar where nobody looks; delay: none for what is quick
+    with tqdm(
+        desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
+    ) as bar:
+        for source, keys in _in_file_order(plan):
+            for key in keys:
+                entry = plan.origins[key][1]
+                old = model.get_parameter_or_buffer(key)
+                new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                _copy(source, entry, key, new)
+                _set_tensor(model, key, new, loaded=True)
+                bar.update(new.nbytes)
+            _check_zero_parts(source, {plan.origins[key][1].key for key in keys})
     tied = set(model.all_tied_weights_keys)
     for key, old in [*model.named_parameters(), *model.named_buffers()]:
         if old.is_meta and key not in tied:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from stllm.common.errors import UserError
@@ -32,11 +33,12 @@ def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES)
     state = released_state(model)
     shards = _sharded(state, shard_bytes)
     names = [f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin" for number in range(1, len(shards) + 1)]
-    for name, keys in zip(names, shards, strict=True):
+    files = list(zip(names, shards, strict=True))
+    for name, keys in tqdm(files, desc="writing weights", unit="file", disable=None, delay=1, leave=False):
         torch.save({key: state[key] for key in keys}, folder / name)
     index = {
         "metadata": {"total_size": sum(_size(tensor) for tensor in state.values())},
-        "weight_map": {key: name for name, keys in zip(names, shards, strict=True) for key in keys},
+        "weight_map": {key: name for name, keys in files for key in keys},
     }
     _write_json(folder / INDEX, index)
     _write_json(folder / "config.json", _config(model))
