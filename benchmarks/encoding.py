@@ -80,7 +80,11 @@ def main() -> None:
         peak = matmul_peak(shapes, device, dtype)
         time = seconds(lambda encoder=encoder, pixels=pixels: encoder(pixels), device=device)
         peak = max(peak, matmul_peak(shapes, device, dtype))  # before and after: the machine may have been busy
-        rows.append(_row(f"ours, {str(dtype).removeprefix('torch.')}", time, baseline, flops, peak))
+        name = f"ours, {str(dtype).removeprefix('torch.')}"
+        rows.append(_row(name, time, baseline, flops, peak))
+        encoder.compile_backbone()
+        compiled = seconds(lambda encoder=encoder, pixels=pixels: encoder(pixels), device=device)
+        rows.append(_row(f"{name}, compiled", compiled, baseline, flops, peak))
     measured = {key: sizes[key] for key in ("embed_dim", "depth", "num_heads", "image_size")}
     report(
         "encoding",

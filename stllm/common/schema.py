@@ -87,6 +87,7 @@ class ModelSettings:
     use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
     vit_precision: str | None = _unused("the encoder runs in the model's own type (--dtype, or bf16/fp16 under `run`)")
     freeze_vit: bool = True  # backbone and ln_vision are not trained (the temporal adapter still is)
+    compile_vit: bool = False  # compile the encoder for inference: the first video waits for it, later ones are faster
     vit_chunk_size: int = _within(16, 1)  # frames encoded at once; less: less memory
     vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's
 
