@@ -193,7 +193,8 @@ def _inspect_options(parser: Parser) -> None:
 
 
 def _inspect_fault(args: argparse.Namespace) -> str | None:
-    return "name a PATH, or a --cfg-path" if args.path is None and args.cfg_path is None else None
+    named = args.path or args.cfg_path or args.options
+    return None if named else "name a PATH, a --cfg-path, or --options model.model_type=..."
 
 
 def _verify_options(parser: Parser) -> None:
