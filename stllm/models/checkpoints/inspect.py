@@ -64,7 +64,9 @@ def inspect_path(
     return {**found, "assumed": assumptions(sources, settings, config)}, report
 
 
-def inspect_config(cfg_path: str | Path | None, options: Sequence[str] = ()) -> tuple[dict[str, Any], AuditReport | None]:
+def inspect_config(
+    cfg_path: str | Path | None, options: Sequence[str] = ()
+) -> tuple[dict[str, Any], AuditReport | None]:
     """The model that a configuration asks for, with the weights that it names, as far as they are here."""
     from stllm.common.config import load_config
 
