@@ -25,7 +25,7 @@ from tests.helpers.videos import write_video
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 NUM_QUESTIONS = 25
 DECODING = Decoding(num_beams=1, max_new_tokens=8)  # VideoQA's answers are a few words
-VIDEO = {"num_frames": 750, "size": (640, 360)}
+VIDEO = {"num_frames": 1500, "size": (1280, 720), "gop": 250}  # a minute of 720p, as in VcgBench; x264's usual GOP
 
 
 def new_model(image_size: int) -> STLLM:

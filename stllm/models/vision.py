@@ -6,7 +6,6 @@ is replaced by `ln_vision` (BLIP-2), which runs in float32 whatever the model's 
 B clips, T frames, P patches, C width.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,17 +40,6 @@ class VisionEncoder(nn.Module):
         self.ln_vision = Float32LayerNorm(backbone.embed_dim, eps=ln_eps)
         self.chunk_size = chunk_size
         self.gradient_checkpointing = False  # transformers sets it; passed on to timm's blocks
-        self._forward_features = backbone.forward_features
-        self._forward_intermediates = backbone.forward_intermediates
-
-    def compile_backbone(self) -> None:
-        """Compiles the backbone for inference, weights folded in: the first clip waits for it, later ones are faster.
-
-        For a model whose backbone will not change any more, nor move to another device or type. Needs a C++ compiler.
-        """
-        options: dict[str, str | int | bool | Callable[..., Any]] = {"freezing": True}
-        self._forward_features = torch.compile(self.backbone.forward_features, options=options)
-        self._forward_intermediates = torch.compile(self.backbone.forward_intermediates, options=options)
 
     def forward(self, video: Tensor) -> Tensor:
         """video: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C)."""
@@ -63,12 +51,12 @@ class VisionEncoder(nn.Module):
         self.backbone.set_grad_checkpointing(self.gradient_checkpointing and self.training)
         chunks = frames.split(self.chunk_size)
         if self.adapter is None:
-            return torch.cat([self._forward_features(chunk) for chunk in chunks])
+            return torch.cat([self.backbone.forward_features(chunk) for chunk in chunks])
         blocks = zip(*(self._last_blocks(chunk, self.adapter.depth) for chunk in chunks), strict=True)
         return self.adapter([torch.cat(block) for block in blocks], self.backbone.pos_embed, video.shape[1])
 
     def _last_blocks(self, frames: Tensor, count: int) -> list[Tensor]:
-        outputs = self._forward_intermediates(
+        outputs = self.backbone.forward_intermediates(
             frames, indices=count, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]

@@ -1,7 +1,5 @@
 """The encoder: chunks, clips, time."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -20,26 +18,6 @@ def test_chunked_equals_whole(encoder: str, chunk_size: int) -> None:
     vision.chunk_size = chunk_size
     assert whole.shape == (2, 6, 5, 32)
     assert torch.allclose(vision(VIDEO), whole, atol=1e-6)
-
-
-@pytest.mark.parametrize("encoder", ["eva_clip_g", "eva_btadapter_g"])
-def test_a_compiled_backbone_is_what_runs(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def compile(function, **options):
-        def run(*args, **kwargs):
-            asked.append("run")
-            return function(*args, **kwargs)
-
-        asked.append(options)
-        return run
-
-    monkeypatch.setattr(torch, "compile", compile)
-    vision = tiny_model(encoder=encoder).vision_encoder
-    plain = vision(VIDEO)
-    vision.compile_backbone()
-    assert torch.equal(vision(VIDEO), plain)
-    assert asked == [{"options": {"freezing": True}}] * 2 + ["run"] * 2  # 12 frames in chunks of 8
 
 
 def test_without_the_adapter_each_frame_is_by_itself() -> None:

@@ -134,8 +134,6 @@ def load_opened(
             quantization=quantization,
             device_map=device_map,
         )
-    if opened.settings.get("compile_vit"):
-        model.vision_encoder.compile_backbone()
     for line in report.details():
         log.debug(line)
     if unexpected := report.keys("unexpected"):
