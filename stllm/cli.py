@@ -5,7 +5,7 @@ Standard library only up to the moment a command runs, so that `--help` answers 
 """
 
 import argparse
-import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from stllm import __version__
-from stllm.common.device import DEVICE_PATTERN, DTYPE_ALIASES, DTYPES, out_of_memory, seed_everything
-from stllm.common.errors import UserError
+from stllm.common.arguments import device_name, gpu_number, number, path, whole
+from stllm.common.device import DTYPE_ALIASES, DTYPES, seed_everything
+from stllm.common.failures import sentence
 
 Parser = argparse.ArgumentParser
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
 
 
@@ -59,32 +60,15 @@ def _run(args: argparse.Namespace) -> int:
     from stllm.common.logging import setup_logging
 
     setup_logging(debug=args.debug)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks is escaped, not fatal
+            stream.reconfigure(errors="backslashreplace")
     module, function = COMMANDS[args.command].target.split(":")
     run = getattr(import_module(module), function)
     seed_everything(args.seed)
     code = int(run(args))
     sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     return code
-
-
-def _sentence(error: Exception) -> str:
-    """What to print for an exception: what was found and what to do, on one line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if out_of_memory(error):
-        where = "on the GPU" if any(name in text for name in ("CUDA", "CUBLAS", "HIP", "MPS")) else "on this machine"
-        return (
-            f"not enough memory {where}: use fewer frames (--num-frames), a smaller type (--dtype bfloat16), "
-            "--options model.vit_chunk_size=1, or another --device"
-        )
-    name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-    code = error.errno if isinstance(error, OSError) else None
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:  # torch and safetensors say it so
-        return f"no space left on the disk{name}: free some, or write to another folder, then run again"
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission{name}: give this user access, or name another path"
-    return f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback"
 
 
 def _hyphenated(argv: Sequence[str]) -> list[str]:
@@ -120,14 +104,25 @@ def build_parser() -> Parser:
 def _add_common(parser: Parser) -> None:
     group = parser.add_argument_group("common options")
     device = group.add_mutually_exclusive_group()
-    device.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     device.add_argument(
-        "--gpu-id", dest="device", type=_gpu, metavar="N", default=argparse.SUPPRESS, help="the same as --device cuda:N"
+        "--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
+    )
+    device.add_argument(
+        "--gpu-id",
+        dest="device",
+        type=gpu_number,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="the same as --device cuda:N",
     )
     group.add_argument(
-        "--dtype", choices=(*DTYPES, *DTYPE_ALIASES), default="auto", metavar="TYPE", help=f"{', '.join(DTYPES)}"
+        "--dtype",
+        choices=(*DTYPES, *DTYPE_ALIASES),
+        default="auto",
+        metavar="TYPE",
+        help=f"{', '.join(DTYPES)} (default: auto)",
     )
-    group.add_argument("--seed", type=_whole(0), default=0, help="seed of everything random (default: 0)")
+    group.add_argument("--seed", type=whole(0), default=0, help="seed of everything random (default: 0)")
     group.add_argument(
         "--options",
         "--cfg-options",
@@ -141,13 +136,13 @@ def _add_common(parser: Parser) -> None:
 
 
 def _add_config(parser: Parser, default: str) -> None:
-    parser.add_argument("--cfg-path", metavar="YAML", help=f"the model's configuration (default: {default})")
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", help=f"the model's configuration (default: {default})")
 
 
 def _chat_options(parser: Parser) -> None:
     media = parser.add_mutually_exclusive_group()
-    media.add_argument("--video", metavar="PATH", help="a video, a gif, or a folder of frames")
-    media.add_argument("--image", metavar="PATH", help="an image")
+    media.add_argument("--video", type=path, metavar="PATH", help="a video, a gif, or a folder of frames")
+    media.add_argument("--image", type=path, metavar="PATH", help="an image")
     parser.add_argument(
         "--question",
         action="append",
@@ -155,17 +150,33 @@ def _chat_options(parser: Parser) -> None:
         metavar="TEXT",
         help="repeat it for several questions in one conversation; without it: an interactive prompt",
     )
-    parser.add_argument("--ckpt-path", metavar="DIR", help="weights: a folder or file of any known layout")
+    parser.add_argument(
+        "--ckpt-path",
+        type=path,
+        metavar="DIR",
+        help="weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path)",
+    )
     _add_config(parser, "what the checkpoint says")
-    parser.add_argument("--reader", metavar="NAME", help="what decodes the video (default: by its type)")
-    parser.add_argument("--start", type=_number(0), metavar="SECONDS", help="use the video from here on")
-    parser.add_argument("--end", type=_number(0), metavar="SECONDS", help="use the video up to here")
-    parser.add_argument("--num-frames", type=_whole(1), metavar="N", help="frames taken from the video")
-    parser.add_argument("--num-beams", type=_whole(1), metavar="N", help="beams of the search; 1: greedy")
-    parser.add_argument("--max-new-tokens", type=_whole(1), metavar="N", help="the longest answer")
-    parser.add_argument("--temperature", type=_number(0), metavar="T", help="sample at this temperature; 0: do not")
+    parser.add_argument(
+        "--reader", metavar="NAME", help="what decodes a video file: auto, pyav or decord (default: auto)"
+    )
+    parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video from here on")
+    parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video up to here")
+    parser.add_argument(
+        "--num-frames",
+        type=whole(1),
+        metavar="N",
+        help="frames taken from the video (default: 64 if residual, else 16)",
+    )
+    parser.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy (default: 5)")
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer (default: 300)"
+    )
+    parser.add_argument(
+        "--temperature", type=number(0), metavar="T", help="sample, at this temperature (default: 0, do not)"
+    )
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--stream", action="store_true", help="print the answer as it is made")
+    output.add_argument("--stream", action="store_true", help="print the answer as it is made (with 1 beam)")
     output.add_argument("--json", action="store_true", help="print one JSON line an answer")
 
 
@@ -178,8 +189,10 @@ def _chat_fault(args: argparse.Namespace) -> str | None:
 
 
 def _convert_options(parser: Parser) -> None:
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help="weights in any known layout; later ones go on top")
-    parser.add_argument("--to", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "source", nargs="+", type=path, metavar="SOURCE", help="weights in any known layout; later ones go on top"
+    )
+    parser.add_argument("--to", required=True, type=path, metavar="DIR", help="the folder to write: new, or empty")
     _add_config(parser, "what the sources say")
     parser.add_argument(
         "--format", choices=("stllm", "released"), default="stllm", help="the layout to write (default: stllm)"
@@ -187,7 +200,9 @@ def _convert_options(parser: Parser) -> None:
 
 
 def _inspect_options(parser: Parser) -> None:
-    parser.add_argument("path", nargs="?", metavar="PATH", help="a checkpoint: a file or folder of any known layout")
+    parser.add_argument(
+        "path", nargs="?", type=path, metavar="PATH", help="a checkpoint: a file or folder of any known layout"
+    )
     _add_config(parser, "what the checkpoint says")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -198,45 +213,23 @@ def _inspect_fault(args: argparse.Namespace) -> str | None:
 
 
 def _verify_options(parser: Parser) -> None:
-    parser.add_argument("dir", nargs="+", metavar="DIR", help="a folder with weights and expected.safetensors")
     parser.add_argument(
-        "--atol", type=_number(0), default=1e-4, help="largest absolute difference of a tensor (default: 1e-4)"
+        "dir", nargs="+", type=path, metavar="DIR", help="a folder with weights and expected.safetensors"
     )
     parser.add_argument(
-        "--rtol", type=_number(0), default=1e-3, help="largest relative difference of a gradient (default: 1e-3)"
+        "--atol", type=number(0), default=1e-4, help="largest absolute difference of a tensor (default: 1e-4)"
+    )
+    parser.add_argument(
+        "--rtol", type=number(0), default=1e-3, help="largest relative difference of a gradient (default: 1e-3)"
     )
 
 
-def _whole(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least {low}")
-        return int(text)
-
-    return parse
-
-
-def _number(low: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a number of at least {low}")
-        return value
-
-    return parse
-
-
-def _device(text: str) -> str:
-    if not DEVICE_PATTERN.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected auto, cpu, cuda, cuda:N or mps")
-    return text
-
-
-def _gpu(text: str) -> str:
-    return f"cuda:{_whole(0)(text)}"
+def _verify_fault(args: argparse.Namespace) -> str | None:
+    if args.options or args.device not in ("auto", "cpu") or args.dtype not in ("auto", "float32", "fp32"):
+        return (
+            "it recomputes in float32 on the CPU, with the folder's own settings: drop --options, --device and --dtype"
+        )
+    return None
 
 
 COMMANDS = {
@@ -261,9 +254,10 @@ COMMANDS = {
         check=_inspect_fault,
     ),
     "verify": Command(
-        help="recomputes a folder of golden tensors and prints the largest difference of each",
+        help="recomputes folders of golden tensors, in float32 on the CPU, and prints the largest difference of each",
         target="stllm.models.checkpoints.verify:run",
         add_options=_verify_options,
         example="stllm verify golden/instructblip_residual_mvm",
+        check=_verify_fault,
     ),
 }

@@ -94,6 +94,8 @@ def out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
             return True
+        if isinstance(cause, ImportError) and "failed to map segment" in str(cause):  # of a library that does not fit
+            return True
         if isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in _MEMORY_WORDS):
             return True
         cause = cause.__cause__

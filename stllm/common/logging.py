@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 
 from stllm.common.distributed import is_main
@@ -16,13 +17,23 @@ class _Formatter(logging.Formatter):
         return f"{prefix}: {super().format(record)}"
 
 
+class _Handler(logging.Handler):
+    """Writes to what stderr is at that moment: under a spinner, that is what keeps the two apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # as every handler: a note that cannot be written stops nothing
+            self.handleError(record)
+
+
 def setup_logging(*, debug: bool = False) -> None:
     """Sends stllm's notes to stderr, those of the main process alone; call it before a heavy library is imported.
 
     Unless `debug`, libraries' advisory messages and deprecation warnings are off. A verbosity that the user set
     through the libraries' own environment variables is respected.
     """
-    handler = logging.StreamHandler()
+    handler = _Handler()
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("stllm")
     logger.handlers = [handler]  # not one more with each call

@@ -25,13 +25,18 @@ def _path(default: str | None = None) -> Any:
     return field(default=default, metadata={"path": True})
 
 
+def _filled(default: str) -> Any:
+    """A text that must not be empty; config.py checks it."""
+    return field(default=default, metadata={"filled": True})
+
+
 def _unused(reason: str) -> Any:
     """A published key that is accepted, with a note that says why it has no effect."""
     return field(default=None, metadata={"unused": reason})
 
 
 def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
-    """What is wrong with a field's value, by its enumeration or bounds; None when nothing is."""
+    """What is wrong with a field's value, by its enumeration, bounds or emptiness; None when nothing is."""
     choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
     if value is None:
         return None
@@ -39,6 +44,8 @@ def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
         return unknown_name(key, str(value), choices)
     if (low is not None and value < low) or (high is not None and value > high):
         return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"
+    if f.metadata.get("filled") and not value:
+        return f"'{key}' must not be empty, found {value!r}"
     return None
 
 
@@ -87,7 +94,6 @@ class ModelSettings:
     use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
     vit_precision: str | None = _unused("the encoder runs in the model's own type (--dtype, or bf16/fp16 under `run`)")
     freeze_vit: bool = True  # backbone and ln_vision are not trained (the temporal adapter still is)
-    compile_vit: bool = False  # compile the encoder for inference: the first video waits for it, later ones are faster
     vit_chunk_size: int = _within(16, 1)  # frames encoded at once; less: less memory
     vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's
 
@@ -126,7 +132,7 @@ class ModelSettings:
     template: str | None = _one_of(None, "instructblip", "minigpt4")  # prompt strings; unset: by qformer_text_input
     system: str | None = None  # a system sentence before the question
     max_txt_len: int = _within(512, 1)  # tokens of an answer in training, and of the Q-Former's text
-    end_sym: str = "###"  # what ends an answer
+    end_sym: str = _filled("###")  # what ends an answer
 
     # Weights
     ckpt: str | None = _path()  # weights to start from: a folder or file, loaded over the parts named above

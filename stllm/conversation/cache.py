@@ -30,10 +30,15 @@ class FeatureCache:
             return self._entries.get(key)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keeps a copy in main memory and drops the least recently used beyond `max_bytes`."""
+        """Keeps a copy in main memory and drops the least recently used beyond `max_bytes`.
+
+        What alone is larger than that is not kept, and drops nothing else.
+        """
         tensor = tensor.detach().cpu()
         with self._lock:
             self._drop(key)
+            if tensor.nbytes > self.max_bytes:
+                return
             self._entries[key] = tensor
             self.num_bytes += tensor.nbytes
             while self.num_bytes > self.max_bytes:

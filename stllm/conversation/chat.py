@@ -4,7 +4,6 @@ A video is read and encoded once; the encoder's output is kept (content-keyed, b
 only what depends on the question runs again. Letters: T frames, K tokens a frame, N visual tokens, D width.
 """
 
-import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from torch import Tensor
 from stllm.common.errors import UserError
 from stllm.conversation.cache import FeatureCache
 from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import Answer, Media, Request
 from stllm.conversation.streaming import stream_answer
 from stllm.conversation.templates import Turn
 from stllm.datasets.media import Clip, load_clip
@@ -28,51 +28,6 @@ from stllm.processors.vision import EvalTransform
 DEFAULT_CACHE_BYTES = 2 << 30
 MAX_KNOWN_FILES = 10_000
 SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the global-local module, 16 without
-
-
-@dataclass(frozen=True)
-class Media:
-    """A video, gif, frame folder or image on disk, and the part of it that is meant.
-
-    num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
-    sampling: a rule of datasets/sampling.py; fps: of a frame folder.
-    """
-
-    path: str
-    num_frames: int | None = None
-    start: float | None = None
-    end: float | None = None
-    sampling: str = "uniform"
-    reader: str = "auto"
-    fps: float | None = None
-
-    def stamp(self) -> tuple[Any, ...]:
-        """Changes when the file (or a file of the folder) changes: path, size and time of change."""
-        path = Path(self.path)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        stats = tuple((file.name, (stat := os.stat(file)).st_size, stat.st_mtime_ns) for file in files)
-        return (self, stats)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One answer to be generated. turns: the conversation, the last one open; system: None for the template's own."""
-
-    turns: tuple[Turn, ...]
-    media: Media | None = None
-    system: str | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """text; video: path or None; frame_times: seconds of the frames seen; visual_tokens: N; seconds by stage."""
-
-    text: str
-    question: str
-    video: str | None
-    frame_times: list[float]
-    visual_tokens: int
-    seconds: dict[str, float]
 
 
 @dataclass
@@ -132,6 +87,8 @@ class Chat:
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
         """Answers a batch of requests in one generation; the same answers as one at a time."""
+        if not requests:
+            return []
         prepared = [self._prepare(request) for request in requests]
         start = time.perf_counter()
         ids = self._generate(requests, prepared, decoding or self.decoding)
@@ -143,7 +100,8 @@ class Chat:
         ]
 
     def stream(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
-        """The answer's text, piece by piece. Closing the iterator ends the generation."""
+        """The answer's text, piece by piece. Closing the iterator ends the generation. Raises UserError."""
+        decoding.check_streaming()
         with torch.inference_mode():
             prepared = self._prepare(request)
 
@@ -157,10 +115,11 @@ class Chat:
     @torch.inference_mode()
     def see(self, media: Media) -> _Seen:
         """Reads and encodes a video, or finds it encoded."""
-        media = media if media.num_frames else replace(media, num_frames=self.num_frames)
-        stamp = media.stamp() if os.path.exists(media.path) else None
-        if stamp in self._known:
-            digest, kind, times = self._known[stamp]
+        if media.num_frames is None:
+            media = replace(media, num_frames=self.num_frames)
+        stamp = media.stamp()
+        if (known := self._known.get(stamp)) is not None:
+            digest, kind, times = known
             if (encoded := self.cache.get(digest)) is not None:
                 return _Seen(encoded, kind, times)
         start = time.perf_counter()
@@ -169,25 +128,18 @@ class Chat:
         if (encoded := self.cache.get(clip.digest)) is None:
             encoded = self.model.encode_video(clip.frames[None].to(self.model.device))
             self.cache.put(clip.digest, encoded)
-        self._remember(stamp, clip)
+        self._known[stamp] = (clip.digest, clip.info.kind, clip.times)
+        while len(self._known) > MAX_KNOWN_FILES:
+            self._known.pop(next(iter(self._known)), None)
         encode = time.perf_counter() - start - read
         return _Seen(encoded, clip.info.kind, clip.times, {"read": read, "encode": encode})
 
-    def _remember(self, stamp: tuple[Any, ...] | None, clip: Clip) -> None:
-        if stamp is not None:
-            self._known[stamp] = (clip.digest, clip.info.kind, clip.times)
-        while len(self._known) > MAX_KNOWN_FILES:
-            del self._known[next(iter(self._known))]
-
     def _read(self, media: Media) -> Clip:
-        bounds = None
-        if media.start is not None or media.end is not None:
-            bounds = (media.start or 0.0, float("inf") if media.end is None else media.end)
         return load_clip(
             media.path,
-            num_frames=media.num_frames or self.num_frames,
+            num_frames=self.num_frames if media.num_frames is None else media.num_frames,
             sampling=media.sampling,
-            bounds=bounds,
+            bounds=media.bounds,
             transform=self.transform,
             reader=media.reader,
             fps=media.fps,
@@ -195,17 +147,22 @@ class Chat:
 
     def _prepare(self, request: Request) -> _Prepared:
         """The encoded clip and its visual tokens (N, D), which may depend on the question."""
-        turn = request.turns[-1]
-        if not turn.question.strip():
-            raise UserError("the question is empty: ask something about the video")
+        request.check()
         if request.media is None:
             return None, None
         seen = self.see(request.media)
         start = time.perf_counter()
         encoded = seen.encoded.to(self.model.device)
-        texts = self.processor.qformer_inputs([self.processor.template.text(turn)])
+        texts = self.processor.qformer_inputs([self.processor.template.text(request.turns[-1])])
         texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
         visual = self.model.video_input(self.model.frame_tokens(encoded, **texts))[0]  # (N, D)
+        if not bool(visual.isfinite().all()):
+            kind = str(visual.dtype).removeprefix("torch.")
+            hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
+            raise UserError(
+                f"{request.media.path}: the model's visual tokens are no numbers (NaN or infinite): its weights are "
+                f"damaged, get them again{hint}"
+            )
         seen.seconds["encode"] += time.perf_counter() - start
         return seen, visual
 
@@ -216,11 +173,13 @@ class Chat:
         visual = [tokens for _, tokens in prepared]
         kinds = [None if seen is None else "image" if seen.kind == "image" else "video" for seen, _ in prepared]
         if len({tokens is None for tokens in visual}) > 1:
-            raise ValueError("a batch has questions with and without a video: ask them apart")
+            raise UserError("a batch has questions with and without a video: ask them apart")
         rows = [
             self.processor.prompt_ids(request.turns, media=kind, system=request.system)
             for request, kind in zip(requests, kinds, strict=True)
         ]
+        for row, tokens in zip(rows, visual, strict=True):
+            self._check_length(len(row), 0 if tokens is None else len(tokens))
         batch = {name: tensor.to(self.model.device) for name, tensor in self.processor.pad(rows, side="left").items()}
         with self._lock:
             return self.model.generate(
@@ -229,6 +188,16 @@ class Chat:
                 **decoding.arguments(**self.processor.stopping()),
                 tokenizer=self.processor.tokenizer,
                 **more,
+            )
+
+    def _check_length(self, num_text: int, num_visual: int) -> None:
+        """Beyond its positions a language model gives noise, or none at all."""
+        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if positions is not None and num_text + num_visual > positions:
+            raise UserError(
+                f"the prompt has {num_text + num_visual} tokens ({num_visual} of the video), but the language model "
+                f"has {positions} positions: ask a shorter question, begin a new conversation, or use fewer frames "
+                "(--num-frames)"
             )
 
 
@@ -256,7 +225,7 @@ class Conversation:
                 yield piece
         except GeneratorExit:  # the listener has heard enough
             pass
-        self.turns.append(Turn(question, "".join(pieces)))
+        self.turns.append(Turn(question, self.chat.processor.clean("".join(pieces))))
 
     def reset(self, media: Media | None = None) -> None:
         """Begins anew, about another video or about none."""

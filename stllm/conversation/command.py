@@ -1,29 +1,36 @@
 """`stllm chat`: questions on the command line, at an interactive prompt, as a stream, or as JSON lines."""
 
 import argparse
+import io
 import json
+import shlex
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
-from stllm.common.errors import UserError
-from stllm.conversation.chat import Answer, Chat, Conversation, Media, load_chat
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.failures import sentence
+from stllm.conversation.chat import Chat, Conversation, load_chat
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import Answer, Media
+from stllm.models.factory import explicit_settings
 
-HELP = "Ask about the video. /video PATH takes another, /new begins anew, /quit leaves."
+COMMANDS = ("/video", "/image", "/new", "/help", "/quit")
+HELP = "Ask about the video. /video PATH or /image PATH takes another, /new begins anew, /quit leaves."
 
 
 def run(args: argparse.Namespace) -> int:
     """Answers the questions named, or opens the interactive prompt. Raises UserError."""
-    if args.ckpt_path is None:
-        raise UserError("no checkpoint was named: give one with --ckpt-path DIR")
+    checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
+    if checkpoint is None:
+        raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
     path = args.video or args.image
-    if path is not None and not Path(path).exists():
-        raise UserError(f"{path} was not found: check the path given to --video or --image")
+    media = None if path is None else _media(path, args, start=args.start, end=args.end)
+    Decoding().with_options(**_decoding_options(args))  # a contradiction shows before the model is loaded
     with _working("loading the model"):
-        chat = load_chat(
-            args.ckpt_path, cfg_path=args.cfg_path, options=args.options, device=args.device, dtype=args.dtype
-        )
-    conversation = _begin(chat, args, path)
+        chat = load_chat(checkpoint, cfg_path=args.cfg_path, options=args.options, device=args.device, dtype=args.dtype)
+    conversation = _begin(chat, args, media)
     if not args.question:
         return _interactive(conversation, args)
     for question in args.question:
@@ -31,23 +38,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _begin(chat: Chat, args: argparse.Namespace, path: str | None) -> Conversation:
-    return chat.conversation(
-        path,
-        num_frames=args.num_frames,
-        start=args.start,
-        end=args.end,
-        reader=args.reader or "auto",
-        num_beams=args.num_beams,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        stream=args.stream,
-    )
+def _media(path: str, args: argparse.Namespace, *, start: float | None = None, end: float | None = None) -> Media:
+    """The medium of that path, looked into. Raises UserError."""
+    media = Media(path=path, num_frames=args.num_frames, start=start, end=end, reader=args.reader or "auto")
+    with _working("looking"):
+        media.check()
+    return media
+
+
+def _decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "num_beams": args.num_beams,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "stream": args.stream,
+    }
+
+
+def _begin(chat: Chat, args: argparse.Namespace, media: Media | None) -> Conversation:
+    conversation = chat.conversation(**_decoding_options(args))
+    conversation.reset(media)
+    return conversation
 
 
 def _answer(conversation: Conversation, question: str, args: argparse.Namespace) -> None:
     if args.stream:
-        for piece in conversation.stream(question):
+        pieces = conversation.stream(question)
+        with _working("looking and answering"):
+            piece = next(pieces, "")
+        print(piece, end="", flush=True)
+        for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return
@@ -66,41 +86,83 @@ def _json_line(answer: Answer) -> str:
             "visual_tokens": answer.visual_tokens,
             "seconds": {stage: round(seconds, 3) for stage, seconds in answer.seconds.items()},
         },
-        ensure_ascii=False,
+        ensure_ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"),
     )
 
 
 def _interactive(conversation: Conversation, args: argparse.Namespace) -> int:
-    """Reads lines until /quit or the end of input; a question that fails leaves the conversation as it was."""
-    print(HELP, file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return 0
-        try:
-            if line == "/quit":
-                return 0
-            _obey(conversation, line, args)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+    """Reads lines until /quit or the end of input; what fails or is interrupted leaves the conversation as it was.
+
+    A person goes on after an error and leaves with 0; lines from a pipe are all tried, and the code is 1 if one failed.
+    """
+    person = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are the engine's to refuse
+    if person:
+        print(HELP, file=sys.stderr)
+        with suppress(ImportError):
+            import readline  # noqa: F401  # `input` gets line editing and a history by it
+    failed = False
+    while (line := _next_line(person)) not in (None, "/quit"):
+        failed |= not _succeeds(conversation, line, args)
+    return int(failed and not person)
+
+
+def _succeeds(conversation: Conversation, line: str, args: argparse.Namespace) -> bool:
+    try:
+        _obey(conversation, line, args)
+    except Exception as error:
+        if args.debug or isinstance(error, BrokenPipeError):
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def _next_line(person: bool) -> str | None:
+    """The next line, None at the end of input. The prompt goes to the terminal and never among the answers."""
+    prompt = "> " if person else ""
+    if not sys.stdout.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        if person:
+            print(file=sys.stderr)
+        return None
 
 
 def _obey(conversation: Conversation, line: str, args: argparse.Namespace) -> None:
-    """One line of the interactive prompt: a command or a question."""
+    """One line of the interactive prompt: a command or a question. Ctrl-C ends the answer, not the session."""
     command, _, rest = line.partition(" ")
     if command == "/new":
         conversation.reset(conversation.media)
     elif command in ("/video", "/image"):
-        if not Path(rest.strip()).exists():
-            raise UserError(f"{rest.strip() or 'nothing'} was not found: write {command} and the path of a file")
-        conversation.reset(Media(path=rest.strip(), num_frames=args.num_frames, reader=args.reader or "auto"))
+        conversation.reset(_media(_path(rest.strip()), args))
+    elif command == "/help":
+        print(HELP, file=sys.stderr)
     elif command.startswith("/"):
-        raise UserError(f"{command} is not a command: {HELP}")
+        raise UserError(unknown_name("command", command, COMMANDS))
     elif line and conversation.media is None:
         raise UserError("there is no video yet: name one with /video PATH")
     elif line:
-        _answer(conversation, line, args)
+        try:
+            _answer(conversation, line, args)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print("\ninterrupted; /quit leaves", file=sys.stderr)
+
+
+def _path(text: str) -> str:
+    """A path as typed, or quoted or escaped as a shell would have it (terminals do so with dropped files)."""
+    if text and not Path(text).exists():
+        with suppress(ValueError):
+            words = shlex.split(text)
+            if len(words) == 1:
+                return words[0]
+    return text
 
 
 def _working(what: str) -> AbstractContextManager[object]:

@@ -1,5 +1,6 @@
 """How an answer is generated: beams, length, sampling; transformers' `generate` does the work."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,8 @@ class Decoding:
             raise UserError(
                 f"num_beams is {self.num_beams} and max_new_tokens {self.max_new_tokens}: both must be at least 1"
             )
-        if self.temperature < 0 or self.repetition_penalty <= 0 or not 0 < self.top_p <= 1:
+        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
+        if not finite or self.temperature < 0 or self.repetition_penalty <= 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 f"temperature is {self.temperature}, repetition_penalty {self.repetition_penalty} and top_p "
                 f"{self.top_p}: expected at least 0, above 0, and above 0 up to 1"
@@ -61,11 +63,17 @@ class Decoding:
             max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             temperature=self.temperature if temperature is None else temperature,
         )
-        if stream and wanted.num_beams > 1:
-            raise UserError(
-                f"streaming follows one beam, but {wanted.num_beams} were asked for: drop --stream or use 1 beam"
-            )
+        if stream:
+            wanted.check_streaming()
         return wanted
+
+    def check_streaming(self) -> None:
+        """Raises UserError for several beams: which of them wins is known only at the end."""
+        if self.num_beams > 1:
+            raise UserError(
+                f"streaming follows one beam, but {self.num_beams} were asked for: name 1 beam (--num-beams 1, "
+                "num_beams=1), or do not stream"
+            )
 
     def arguments(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> dict[str, Any]:
         """The same as arguments of `generate`; a checkpoint's own generation defaults play no part."""

@@ -31,7 +31,6 @@ class PromptTemplate:
     instruction_in_context: the instruction stands before the first turn instead of before the question.
     bos_is_eos: the published tokenizer sets BOS = EOS = UNK = `</s>` and adds `[PAD]`.
     ends_with_eos: the answer's end mark is EOS; otherwise it is `end_sym`, written on to the answer's text.
-    qformer_reads: the Q-Former reads the question.
     num_beams, max_new_tokens, repetition_penalty: published decoding.
     """
 
@@ -44,7 +43,6 @@ class PromptTemplate:
     instruction_in_context: bool
     bos_is_eos: bool
     ends_with_eos: bool
-    qformer_reads: bool
     num_beams: int = 5
     max_new_tokens: int = 300
     repetition_penalty: float = 1.0
@@ -89,7 +87,6 @@ INSTRUCTBLIP = templates.register("instructblip")(
         instruction_in_context=False,
         bos_is_eos=True,
         ends_with_eos=True,
-        qformer_reads=True,
         repetition_penalty=1.5,
     )
 )
@@ -108,6 +105,5 @@ MINIGPT4 = templates.register("minigpt4")(
         instruction_in_context=True,
         bos_is_eos=False,
         ends_with_eos=False,
-        qformer_reads=False,
     )
 )

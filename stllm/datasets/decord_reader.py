@@ -6,21 +6,17 @@ avi with B-frames), knows no mirrored display matrix and no AV1; it is also unma
 H.264 both give the same bytes. So PyAV's timeline decides here what decord may be trusted with.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stllm.common.registry import readers
-from stllm.datasets.media_info import Frame, Reader
+from stllm.datasets.media_info import Frame, Reader, warn_once
 from stllm.datasets.orientation import MIRRORING
 from stllm.datasets.pyav_reader import PyAvReader
 from stllm.datasets.video_source import MAX_THREADS
-
-logger = logging.getLogger(__name__)
 
 
 @readers.register("decord")
@@ -37,7 +33,7 @@ class DecordReader(Reader):
         self._decord: Any = None
         doubt = self._doubt()
         if doubt:
-            _note(str(self.path), doubt)
+            _note(self.path, doubt)
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         self._pyav.check(indices)
@@ -48,7 +44,7 @@ class DecordReader(Reader):
             try:
                 frame = self._decord[index]
             except Exception as error:  # decord raises its own, IndexError, StopIteration, ...
-                _note(str(self.path), f"decord failed at frame {index} ({_first_line(error)})")
+                _note(self.path, f"decord failed at frame {index} ({_first_line(error)})")
                 self._decord = None
                 yield from self._pyav.frames(indices[done:])
                 return
@@ -79,10 +75,8 @@ class DecordReader(Reader):
         return None
 
 
-@lru_cache(maxsize=4096)
-def _note(path: str, why: str) -> None:
-    """One note a file, however often it is read."""
-    logger.warning("%s: %s; PyAV reads it instead", path, why)
+def _note(path: Path, why: str) -> None:
+    warn_once(str(path), f"{why}; PyAV reads it instead")
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from stllm.common.errors import UserError
-from stllm.datasets.media_info import MediaError, MediaInfo
+from stllm.datasets.media_info import MediaError, MediaInfo, Reader
 from stllm.datasets.readers import open_media
 from stllm.datasets.sampling import Bounds, Generator, sample_indices
 from stllm.processors.vision import FrameTransform
 
-__all__ = ["Clip", "MediaError", "MediaInfo", "load_clip"]
+__all__ = ["Clip", "MediaError", "MediaInfo", "check_clip", "load_clip"]
 
 
 @dataclass
@@ -63,25 +63,50 @@ def load_clip(
     Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
     """
     with open_media(path, reader=reader, fps=fps) as medium:
-        info = medium.info
-        if info.kind == "image":
-            indices = [info.first_index]
-        else:
-            try:
-                indices = sample_indices(
-                    sampling,
-                    num_frames=num_frames,
-                    total_frames=info.num_frames,
-                    fps=info.fps,
-                    bounds=bounds,
-                    first_index=info.first_index,
-                    generator=generator,
-                )
-            except UserError as error:
-                raise MediaError(f"{path}: {error}") from None
+        indices = _sample(medium, path, sampling, num_frames, bounds, generator)
         times = medium.times(indices)
         frames = _prepare(medium.frames(indices), len(indices), transform)
-    return Clip(frames=frames, indices=indices, times=times, info=info, path=str(path))
+        return Clip(frames=frames, indices=indices, times=times, info=medium.info, path=str(path))
+
+
+def check_clip(
+    path: str | Path,
+    *,
+    num_frames: int,
+    sampling: str = "uniform",
+    bounds: Bounds | None = None,
+    reader: str = "auto",
+    fps: float | None = None,
+) -> None:
+    """Raises what `load_clip` would raise, as far as it shows without decoding the frames; arguments as there."""
+    with open_media(path, reader=reader, fps=fps) as medium:
+        medium.times(_sample(medium, path, sampling, num_frames, bounds, None))
+
+
+def _sample(
+    medium: Reader,
+    path: str | Path,
+    sampling: str,
+    num_frames: int,
+    bounds: Bounds | None,
+    generator: Generator | None,
+) -> list[int]:
+    """The indices of a clip's frames, as the reader counts; an error names the path."""
+    info = medium.info
+    if info.kind == "image":
+        return [info.first_index]
+    try:
+        return sample_indices(
+            sampling,
+            num_frames=num_frames,
+            total_frames=info.num_frames,
+            fps=info.fps,
+            bounds=bounds,
+            first_index=info.first_index,
+            generator=generator,
+        )
+    except UserError as error:
+        raise MediaError(f"{path}: {error}") from None
 
 
 def _prepare(frames: Iterator[np.ndarray], count: int, transform: FrameTransform) -> Tensor:

@@ -1,13 +1,17 @@
 """What every reader of media offers: what the medium is, its frames by index, their times."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from stllm.common.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Frame = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3) RGB
 
@@ -39,6 +43,12 @@ class MediaInfo:
     def duration(self) -> float:
         """Seconds."""
         return self.num_frames / self.fps
+
+
+@lru_cache(maxsize=4096)
+def warn_once(path: str, what: str) -> None:
+    """One note a file and fault, however often the file is read."""
+    logger.warning("%s: %s", path, what)
 
 
 ReaderT = TypeVar("ReaderT", bound="Reader")

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 Turn = tuple[bool, bool, bool]  # (transpose, then flip left-right, then flip top-bottom)
 UPRIGHT: Turn = (False, False, False)
+BY_ROTATION: dict[int, Turn] = {  # quarter turns counterclockwise
+    1: (True, False, True),
+    2: (False, True, True),
+    3: (True, True, False),
+}
 MIRRORING = frozenset(turn for turn in np.ndindex(2, 2, 2) if sum(turn) % 2)  # an odd number of reflections
 
 
@@ -22,7 +27,10 @@ def turn_of(frame: "VideoFrame") -> Turn:
     # Asked of a thumbnail, which carries the matrix too: `side_data` makes a reference cycle, and a full frame in it
     # would stay in memory until the garbage collector comes by.
     thumbnail = frame.reformat(width=16, height=16)
-    data = cast(Any, thumbnail.side_data.get("DISPLAYMATRIX"))
+    try:
+        data = cast(Any, thumbnail.side_data.get("DISPLAYMATRIX"))
+    except ValueError:  # PyAV refuses all side data beside a kind that it does not know: EXIF in a camera's MJPEG
+        return BY_ROTATION.get(round(thumbnail.rotation / 90) % 4, UPRIGHT)
     if data is None:
         return UPRIGHT
     a, b, _, c, d = np.frombuffer(data, np.int32, count=5).tolist()

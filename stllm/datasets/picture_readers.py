@@ -3,7 +3,6 @@
 Transparency is shown over white, as a page would: logos and diagrams are mostly dark on nothing.
 """
 
-import logging
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, check_indices
+from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, check_indices, warn_once
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,8 +21,6 @@ FOLDER_FPS = 3.0  # TVQA's `%05d.jpg`
 RAW_FOLDER_FPS = 5.0  # raw training frames' `%06d.jpg`
 GIF_END = b";"
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-logger = logging.getLogger(__name__)
 
 
 def to_rgb(image: "Image") -> Frame:
@@ -76,7 +73,7 @@ class GifReader(Reader):
             width, height = self._image.size
             num_frames = getattr(self._image, "n_frames", 1)
         if self._image.format == "GIF" and not _has_end(self.path):
-            logger.warning("%s: the gif ends early; the %d frames in it are used", self.path, num_frames)
+            warn_once(str(self.path), f"the gif ends early; the {num_frames} frames in it are used")
         self.info = MediaInfo("gif", num_frames=num_frames, fps=fps, width=width, height=height)
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:

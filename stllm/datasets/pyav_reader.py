@@ -5,14 +5,13 @@ it, and is taken only by its presentation time. Where a seek lands wrong (a brok
 earlier keyframe and at last the start of the file serve instead; a wrong frame is never handed out.
 """
 
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stllm.common.registry import readers
-from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, check_indices
+from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, check_indices, warn_once
 from stllm.datasets.orientation import to_rgb, turn_of
 from stllm.datasets.timeline import Timeline, average_fps, decoded_timeline, demuxed_timeline
 from stllm.datasets.video_source import VideoSource
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 SEEK_COST = 8  # frames: a flushed decoder has to fill its threads and its reorder buffer again
 NUM_CHECKED = 3  # frames decoded at opening, to see whether the timeline is what the decoder gives
-
-logger = logging.getLogger(__name__)
 
 
 @readers.register("pyav")
@@ -107,7 +104,7 @@ class PyAvReader(Reader):
             every_stamp = [frame.pts for _, frame in source.decode(None, counted=True)]
             timeline = decoded_timeline(source.stream, every_stamp)  # after decoding, which opens the file again
         if source.is_cut and timeline.num_promised == timeline.num_readable:
-            logger.warning("%s: the file ends early; the %d frames in it are used", self.path, timeline.num_readable)
+            warn_once(str(self.path), f"the file ends early; the {timeline.num_readable} frames in it are used")
         return timeline, start[0]
 
     def _first_frames(self) -> "list[VideoFrame]":
@@ -130,7 +127,7 @@ class PyAvReader(Reader):
             )
         if self.source.num_damaged and not self._warned:
             self._warned = True
-            logger.warning("%s: damaged data up to frame %d; pictures are shown as far as mended", self.path, index)
+            warn_once(str(self.path), f"damaged data up to frame {index}; pictures are shown as far as mended")
         return frame
 
     def _find(self, stamp: int) -> "VideoFrame | None":

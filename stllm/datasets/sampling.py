@@ -104,7 +104,7 @@ def bounded(bounds: Bounds, *, total_frames: int, fps: float) -> tuple[int, int]
     if stop <= first:
         raise UserError(
             f"the bound {_seconds(bounds)} holds no frame of a video of {total_frames} frames at {fps:g} fps; "
-            f"expected at least {1 / fps:.3g} s: widen it or leave the record out"
+            f"expected at least {1 / fps:.3g} s: widen it, or leave this part out"
         )
     return first, stop - first
 
@@ -178,7 +178,7 @@ def _check_bounds(bounds: Bounds, duration: float) -> Bounds:
     """The bound with its start at 0 at the least; UserError when nothing of the video (in seconds) lies in it."""
     start, end = bounds
     if math.isnan(start) or math.isnan(end) or end <= start:
-        raise UserError(f"the bound {_seconds(bounds)} is empty; expected start < end in seconds: correct the record")
+        raise UserError(f"the bound {_seconds(bounds)} is empty; expected start < end in seconds: correct it")
     if end <= 0 or start >= duration:
         raise UserError(
             f"the bound {_seconds(bounds)} lies outside the video, which lasts {duration:.2f} s; "
@@ -188,7 +188,7 @@ def _check_bounds(bounds: Bounds, duration: float) -> Bounds:
 
 
 def _seconds(bounds: Bounds) -> str:
-    return f"[{bounds[0]:g}, {bounds[1]:g}] s"
+    return f"[{bounds[0]:g}, {'end' if math.isinf(bounds[1]) else f'{bounds[1]:g}'}] s"
 
 
 def _check_total(total_frames: int) -> None:

@@ -13,11 +13,15 @@ from stllm.datasets.media_info import MediaError
 HEAD_BYTES = 4096
 BMP_HEADERS = (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")  # their sizes; two letters prove little
 FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # with which an mp4 or mov may begin
-EXPECTED = "a video (mp4, webm, avi, mov, mkv), a gif, an image (png, jpg, webp, bmp) or a folder of numbered frames"
+EXPECTED = (
+    "a video (mp4, webm, avi, mov, mkv), a gif, an image (png, jpg, webp, bmp, tiff) or a folder of numbered frames"
+)
 
 
 def read_head(path: Path) -> bytes:
     """The file's first bytes. Raises MediaError when it is missing, a folder, empty or may not be read."""
+    if path.is_fifo():  # it would wait for a writer, and cannot be read twice
+        raise MediaError(f"{path}: found a pipe, expected {EXPECTED}: write it to a file first")
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -42,7 +46,7 @@ def kind_of(head: bytes) -> str:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         animated = head[12:16] == b"VP8X" and len(head) > 20 and bool(head[20] & 0x02)
         return "gif" if animated else "image"
-    if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+    if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")):
         return "image"
     if head[:2] == b"BM" and head[14:18] in BMP_HEADERS:
         return "image"

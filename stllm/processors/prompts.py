@@ -53,6 +53,11 @@ class PromptProcessor:
 
     def _set_special_tokens(self) -> None:
         tokenizer = self.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no end-of-text token, which "
+                "every answer ends with: name it as eos_token in its tokenizer_config.json"
+            )
         self.eos_token_id: int = tokenizer.eos_token_id
         if self.template.bos_is_eos:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -110,23 +115,30 @@ class PromptProcessor:
     def prompt_ids(self, turns: Sequence[Turn], *, media: str | None = "video", system: str | None = None) -> list[int]:
         """Ids of a conversation up to where the next answer begins, `VISUAL_TOKEN_ID` for the visual block.
 
-        turns: all but the last with their answers. system: overrides this processor's sentence; "" for none.
+        turns: all but the last with their answers, which stand there whole. system: overrides this processor's
+            sentence; "" for none.
         """
-        return self._conversation(turns, media=media, system=self.system if system is None else system)[0]
+        sentence = self.system if system is None else system
+        return self._conversation(turns, media=media, system=sentence, longest_answer=None)[0]
 
     def training_ids(
         self, turns: Sequence[Turn], *, media: str | None = "video", system: str = ""
     ) -> tuple[list[int], list[int]]:
-        """(ids, labels) of answered turns; labels cover each answer and its end mark, -100 elsewhere."""
-        return self._conversation(turns, media=media, system=system)
+        """(ids, labels) of answered turns; labels cover each answer and its end mark, -100 elsewhere.
 
-    def _conversation(self, turns: Sequence[Turn], *, media: str | None, system: str) -> tuple[list[int], list[int]]:
+        Answers are cut to `max_txt_len`, as published.
+        """
+        return self._conversation(turns, media=media, system=system, longest_answer=self.max_txt_len)
+
+    def _conversation(
+        self, turns: Sequence[Turn], *, media: str | None, system: str, longest_answer: int | None
+    ) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
         for number, turn in enumerate(turns):
             pieces = self.template.render(turn, first=number == 0, media=media, system=system)
             prompt = [token for piece in pieces for token in self._piece_ids(piece)]
-            answer = [] if turn.answer is None else self._answer_ids(turn.answer)
+            answer = [] if turn.answer is None else self._answer_ids(turn.answer, longest_answer)
             ids += prompt + answer
             labels += [IGNORE_INDEX] * len(prompt) + answer
         return ids, labels
@@ -138,10 +150,10 @@ class PromptProcessor:
             return [self.bos_token_id]
         return self._encode(piece)
 
-    def _answer_ids(self, answer: str) -> list[int]:
+    def _answer_ids(self, answer: str, longest: int | None) -> list[int]:
         if self.template.ends_with_eos:
-            return [*self._encode(answer)[: self.max_txt_len], self.eos_token_id]
-        return self._encode(answer + self.end_sym)[: self.max_txt_len]
+            return [*self._encode(answer)[:longest], self.eos_token_id]
+        return self._encode(answer + self.end_sym)[:longest]
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -204,10 +216,19 @@ def _load_tokenizer(folder: Path, config: STLLMConfig) -> PreTrainedTokenizerBas
     )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"no tokenizer was found in {folder}: {expected}")
+    again = "where it is there, it may be damaged or cut off: copy or download it again"
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config.text_config, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=config.text_config, local_files_only=True
+        )
     except Exception as error:  # transformers raises many kinds; the sentence keeps the cause
-        raise UserError(f"the tokenizer in {folder} could not be read ({_first_line(error)}): {expected}") from error
+        # what is no sentencepiece model is taken for a tiktoken file: a package to install would mislead
+        reason = "" if "tiktoken" in str(error) else f" ({_first_line(error)})"
+        raise UserError(f"the tokenizer in {folder} could not be read{reason}: {expected}; {again}") from error
+    if not set(tokenizer.encode("a video", add_special_tokens=False)) - {tokenizer.unk_token_id}:
+        # of an empty or foreign tokenizer.model transformers makes a tokenizer of special tokens alone
+        raise UserError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens and no words: {expected}; {again}")
+    return tokenizer
 
 
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:
@@ -221,10 +242,13 @@ def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrained
             # only a hub model that the user named is worth a download
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=named is None)
     except Exception as error:
+        where = f"found as {source!r} ({_first_line(error)})"
+        if source == DEFAULT_QFORMER_TOKENIZER and named is None:
+            where = f"found: {own} is not there, and {source} is not in the hub's cache on this machine"
         raise UserError(
-            f"the Q-Former reads the question, but its tokenizer was not found as {source!r} ({_first_line(error)}): "
-            f"put one into {own}, or name a folder, a vocab.txt or a hub model with "
-            "--options model.qformer_tokenizer=..."
+            f"the Q-Former reads the question, but its tokenizer was not {where}; put one into {own}, or name a "
+            "folder, a vocab.txt or a hub model "
+            f"(--options model.qformer_tokenizer={DEFAULT_QFORMER_TOKENIZER} downloads it)"
         ) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.truncation_side = "left"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stllm.datasets import decord_reader
+from stllm.datasets import media_info
 from stllm.datasets.decord_reader import DecordReader
 from stllm.datasets.pyav_reader import PyAvReader
 from tests.helpers.videos import read_code, write_video
@@ -16,7 +16,7 @@ from tests.helpers.videos import read_code, write_video
 
 @pytest.fixture(autouse=True)
 def notes(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    decord_reader._note.cache_clear()
+    media_info.warn_once.cache_clear()
     caplog.set_level(logging.WARNING)
     return caplog
 

@@ -118,7 +118,7 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
         if key in plan.origins:
             _check_shape(plan, key, tensor, config)
         elif key not in tied:
-            state = "fresh" if _may_be_fresh(key, sources, training) else "missing"
+            state = "fresh" if _may_be_fresh(key, sources, config, training) else "missing"
             plan.report.add(state, part_of(key), key)
             if state == "fresh":
                 plan.fresh.add(key)
@@ -215,7 +215,9 @@ def _check_vocabulary(model: STLLM, plan: Plan) -> None:
     contradictions.check_vocabulary(str(source.path), entry.shape[0], config_of(model), tokens)
 
 
-def _may_be_fresh(key: str, sources: Sequence[Source], training: bool) -> bool:
+def _may_be_fresh(key: str, sources: Sequence[Source], config: STLLMConfig, training: bool) -> bool:
+    if part_of(key) == "ln_vision" and not config.has_qformer and not any(source.is_whole_model for source in sources):
+        return True  # it lies in the Q-Former's file: as published, it starts as the identity without one
     if not training:
         return False
     if not sources or part_of(key) in FRESH_PARTS or "lora_" in key:

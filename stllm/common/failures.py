@@ -1,0 +1,41 @@
+"""Any exception as the one sentence that a user reads: what was found and what to do, on one line.
+
+Standard library only: the command line asks it before anything heavy is imported, and of any exception.
+"""
+
+import errno
+
+from stllm.common.device import out_of_memory
+from stllm.common.errors import UserError
+
+_GPU_WORDS = ("CUDA", "CUBLAS", "HIP", "MPS")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+
+
+def sentence(error: Exception) -> str:
+    """What to print for an exception. A kind that is none of ours is called unexpected: it is a defect."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if out_of_memory(error):
+        where = "on the GPU" if any(word in text for word in _GPU_WORDS) else "on this machine"
+        return (
+            f"not enough memory {where}: use fewer frames (--num-frames) or beams (--num-beams), a smaller type "
+            "(--dtype bfloat16), --options model.vit_chunk_size=1, or another --device"
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "stllm":
+        return (
+            f"the package {error.name!r} is not installed here: run `pip install -r requirement.txt`, or activate the "
+            "environment that has it"
+        )
+    name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _FULL or "No space left on device" in text:  # torch and safetensors say it so
+        return f"no space left on the disk{name}: free some, or write to another folder, then run again"
+    if code in _FORBIDDEN:
+        return f"no permission{name}: give this user access, or name another path"
+    if code in _IN_THE_WAY:
+        return f"a file stands where a folder is needed{name}: name another path, or move the file"
+    return f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback"

@@ -1,0 +1,97 @@
+"""What is asked and what is answered: a medium and the part of it that is meant, one request, one answer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stllm.common.errors import UserError
+from stllm.conversation.templates import Turn
+from stllm.datasets.media import check_clip
+from stllm.datasets.sampling import Bounds
+
+
+@dataclass(frozen=True)
+class Media:
+    """A video, gif, frame folder or image on disk, and the part of it that is meant.
+
+    num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
+    sampling: a rule of datasets/sampling.py; fps: of a frame folder.
+    """
+
+    path: str
+    num_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+    sampling: str = "uniform"
+    reader: str = "auto"
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an empty path, which would mean the current folder."""
+        if not self.path.strip():
+            raise UserError("the path of the video is empty: name a file or a folder of frames")
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """(start, end) in seconds, None for the whole."""
+        if self.start is None and self.end is None:
+            return None
+        return self.start or 0.0, float("inf") if self.end is None else self.end
+
+    def check(self) -> None:
+        """Raises now what reading it would raise later: opens it and looks for the part that is meant."""
+        check_clip(
+            self.path,
+            num_frames=1 if self.num_frames is None else self.num_frames,
+            sampling=self.sampling,
+            bounds=self.bounds,
+            reader=self.reader,
+            fps=self.fps,
+        )
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Changes when the file (or a file of the folder) changes: path, size and time of change."""
+        path = Path(self.path).expanduser()
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return (self, tuple(_marks(files)))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be generated. turns: the conversation, the last one open; system: None for the template's own."""
+
+    turns: tuple[Turn, ...]
+    media: Media | None = None
+    system: str | None = None
+
+    def check(self) -> None:
+        """Raises UserError when the question is nothing, or no text."""
+        question = self.turns[-1].question
+        if not question.strip():
+            raise UserError("the question is empty: ask something about the video")
+        try:
+            question.encode()
+        except UnicodeEncodeError:  # bytes of a command line or a pipe in another encoding
+            raise UserError(f"the question {question!r} is no valid text: write it in UTF-8") from None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text; video: path or None; frame_times: seconds of the frames seen; visual_tokens: N; seconds by stage."""
+
+    text: str
+    question: str
+    video: str | None
+    frame_times: list[float]
+    visual_tokens: int
+    seconds: dict[str, float]
+
+
+def _marks(files: list[Path]) -> Iterator[tuple[str, int, int]]:
+    for file in files:
+        try:
+            stat = file.stat()
+        except (OSError, ValueError):  # gone, a dead link, no path at all: no frame, or reading it says what is wrong
+            continue
+        yield file.name, stat.st_size, stat.st_mtime_ns
