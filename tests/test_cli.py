@@ -1,6 +1,5 @@
 """The command line: exit codes, one sentence an error, aliases, and nothing heavy before a command runs."""
 
-import errno
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -83,7 +82,14 @@ def test_the_other_ways_in(launch, request) -> None:
         ["chat", "--video", "x.mp4", "--stream", "--json"],
         ["convert", "weights.pth"],
         ["inspect"],
+        ["inspect", ""],
         ["verify"],
+        ["verify", "d", "--options", "model.video_input=mean"],
+        ["verify", "d", "--dtype", "bf16"],
+        ["chat", "--video", ""],
+        ["chat", "--video", "x.mp4", "--ckpt-path", ""],
+        ["chat", "--video", "x.mp4", "--max-new-tokens", "99999999999999999999"],
+        ["convert", "weights.pth", "--to", ""],
     ],
 )
 def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
@@ -155,10 +161,6 @@ def test_the_command_decides_the_exit_code(ran) -> None:
     [
         (UserError("no file x.mp4:\n  name another"), "error: no file x.mp4: name another"),
         (MemoryError(), "error: not enough memory on this machine: use fewer frames"),
-        (RuntimeError("CUDA out of memory."), "error: not enough memory on the GPU: use fewer frames"),
-        (OSError(errno.ENOSPC, "No space", "a.bin"), "error: no space left on the disk (a.bin): free some"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "error: no space left on the disk: free"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "error: no permission (/root/x): give"),
         (
             ZeroDivisionError("division by zero"),
             "error: unexpected ZeroDivisionError: division by zero; run again",

@@ -166,6 +166,7 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("run.lerning_rate=1", "unknown key 'run.lerning_rate'; did you mean 'learning_rate'?"),
         ("run.learning_rate=fast", "'run.learning_rate' must be a number, found 'fast'"),
         ("run.qa_sampling=some", "unknown run.qa_sampling 'some': known are all, one"),
+        ("model.end_sym=''", "'model.end_sym' must not be empty, found ''"),
         ("run.max_tries=0", "'run.max_tries' must be at least 1, found 0"),
     ],
 )

@@ -27,6 +27,15 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [cache.get(key) is not None for key in "abc"] == [True, False, True]
 
 
+def test_what_has_no_room_drops_nothing_else() -> None:
+    cache = FeatureCache(max_bytes=4)
+    cache.put("small", torch.zeros(3, dtype=torch.uint8))
+    cache.put("large", torch.zeros(5, dtype=torch.uint8))
+    assert [cache.get(key) is not None for key in ("small", "large")] == [True, False]
+    cache.put("small", torch.zeros(5, dtype=torch.uint8))  # a larger one of that key leaves no old one
+    assert (len(cache), cache.num_bytes) == (0, 0)
+
+
 def test_a_key_put_twice_counts_once() -> None:
     cache = FeatureCache(max_bytes=10)
     for size in (3, 4):

@@ -130,6 +130,19 @@ def test_a_stream_can_be_left(clips: list[Path]) -> None:
     assert chat.ask(clips[0], QUESTIONS[1]).text  # the model is free again
 
 
+def test_a_stream_of_several_beams_is_refused(clips: list[Path]) -> None:
+    with pytest.raises(UserError, match="streaming follows one beam, but 3 were asked for"):
+        list(new_chat().conversation(clips[0], num_beams=3).stream(QUESTIONS[0]))
+
+
+def test_what_was_streamed_is_remembered_as_it_would_be_answered(clips: list[Path], monkeypatch) -> None:
+    chat = new_chat()
+    monkeypatch.setattr(chat, "stream", lambda *_: iter(["Assistant: a ", "dog"]))
+    conversation = chat.conversation(clips[0])
+    assert list(conversation.stream("what")) == ["Assistant: a ", "dog"]
+    assert conversation.turns == [Turn("what", "a dog")]
+
+
 def test_a_conversation_is_remembered_and_can_begin_anew(clips: list[Path]) -> None:
     chat = new_chat()
     conversation = chat.conversation(clips[0])
@@ -169,6 +182,32 @@ def test_an_image_and_text_alone_are_answered(tmp_path: Path) -> None:
 def test_an_empty_question_is_refused(clips: list[Path], question: str) -> None:
     with pytest.raises(UserError, match="the question is empty"):
         new_chat().ask(clips[0], question)
+
+
+def test_a_prompt_beyond_the_positions_is_refused(clips: list[Path]) -> None:
+    chat = new_chat("minigpt4")
+    fits = next(n for n in range(512, 0, -1) if len(chat.processor.prompt_ids([Turn("what " * n)])) <= 512 - 24 + 1)
+    chat.ask(clips[0], "what " * (fits - 1), max_new_tokens=1)
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens \(24 of the video\), but .* has 512 positions"):
+        chat.ask(clips[0], "what " * (fits + 1))
+
+
+def test_weights_that_are_no_numbers_are_said_so(clips: list[Path]) -> None:
+    chat = new_chat()
+    with torch.no_grad():
+        chat.model.projection.bias[0] = float("nan")
+    with pytest.raises(UserError, match="visual tokens are no numbers"):
+        chat.ask(clips[0], QUESTIONS[0])
+
+
+def test_one_frame_a_second_can_be_asked_for(clips: list[Path]) -> None:
+    assert len(new_chat().ask(clips[0], QUESTIONS[0], num_frames=0, sampling="segment").frame_times) == 4
+    with pytest.raises(MediaError, match="num_frames is 0"):
+        new_chat().ask(clips[0], QUESTIONS[0], num_frames=0)
+
+
+def test_no_requests_no_answers() -> None:
+    assert new_chat().answer([]) == []
 
 
 def test_an_unreadable_video_leaves_the_conversation_as_it_was(tmp_path: Path) -> None:

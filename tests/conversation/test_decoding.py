@@ -22,11 +22,15 @@ def test_sampling_and_streaming_follow_one_beam_unless_told() -> None:
 
 
 def test_streaming_several_beams_is_refused() -> None:
+    with pytest.raises(UserError, match="streaming follows one beam, but 5 were asked for"):
+        Decoding().check_streaming()
     with pytest.raises(UserError, match="streaming follows one beam, but 3 were asked for"):
         Decoding().with_options(stream=True, num_beams=3)
 
 
-@pytest.mark.parametrize("wrong", [{"num_beams": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_beams": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
+)
 def test_impossible_numbers_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"must be at least 1|expected"):
         Decoding().with_options(**wrong)

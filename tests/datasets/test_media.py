@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stllm.datasets.media import Clip, MediaError, load_clip
+from stllm.datasets.media import Clip, MediaError, check_clip, load_clip
 from stllm.datasets.readers import open_media
 from stllm.datasets.sampling import segment, uniform
 from stllm.processors.vision import CLIP_MEAN, CLIP_STD, EvalTransform, TrainTransform
@@ -60,6 +60,17 @@ def test_random_sampling_takes_its_generator(video: Path) -> None:
 def test_a_bound_outside_the_video_has_its_sentence(video: Path, sampling: str) -> None:
     with pytest.raises(MediaError, match=r"video.mp4: the bound \[9, 12\] s lies outside the video, which lasts 4"):
         load_clip(video, num_frames=4, sampling=sampling, bounds=(9, 12), transform=TRANSFORM)
+
+
+def test_a_clip_can_be_checked_without_decoding_it(video: Path, tmp_path: Path) -> None:
+    check_clip(video, num_frames=4, bounds=(2.0, 3.0))
+    with pytest.raises(MediaError, match=r"video.mp4: the bound \[9, end\] s lies outside"):
+        check_clip(video, num_frames=4, bounds=(9, float("inf")))
+    cut = tmp_path / "cut.mp4"
+    write_video(cut, num_frames=100, container_options={"movflags": "faststart"})
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
+    with pytest.raises(MediaError, match="the file is cut short"):
+        check_clip(cut, num_frames=16)
 
 
 def test_frame_folders_give_file_numbers(tmp_path: Path) -> None:

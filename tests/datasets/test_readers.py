@@ -89,6 +89,7 @@ def nothing_decodable(path: Path) -> None:
         (lambda path: path.write_bytes(b""), r"the file is empty \(0 bytes\); expected .*download it again"),
         (text, "found text .'<!DOCTYPE html><title>404 Not Found</tit'., expected a video"),
         (playlist, "found text .'#EXTM3U http://example.org/stream.ts'., expected a video"),
+        (os.mkfifo, "found a pipe, expected .*: write it to a file first"),
         (noise, "found neither video nor image .it begins with the bytes"),
         (no_index, r"found an mp4 without its index \(no moov box\): the recording or download ended early"),
         (write_audio, "found no video in it, only audio; expected a video"),

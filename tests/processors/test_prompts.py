@@ -80,6 +80,12 @@ def test_answers_are_cut_to_max_txt_len(family: str, length: int) -> None:
     assert sum(label != IGNORE_INDEX for label in labels) == length
 
 
+@pytest.mark.parametrize("family", FOLDERS)
+def test_what_was_said_stands_whole_in_a_conversation(family: str) -> None:
+    turns = [Turn("what", "the red circle moves first and then the blue square"), Turn("and then")]
+    assert processor(family, max_txt_len=3).prompt_ids(turns) == processor(family).prompt_ids(turns)
+
+
 def test_qformer_text_is_cut_on_the_left_and_the_shorter_limit_counts() -> None:
     text = "what " * 80 + "moves first"
     ids = processor("instructblip").qformer_inputs([text])["qformer_input_ids"][0]
@@ -148,6 +154,23 @@ def test_a_folder_without_tokenizer_is_said_so(tmp_path: Path) -> None:
     config = STLLMConfig(text_config={"model_type": "llama"}, qformer_text_input=False, template="minigpt4")
     with pytest.raises(UserError, match=r"no tokenizer was found in .* needs tokenizer.model"):
         PromptProcessor.from_pretrained(tmp_path, config=config)
+
+
+@pytest.mark.parametrize("size", [0, 2, 4000])
+def test_a_damaged_tokenizer_is_said_so(tmp_path: Path, size: int) -> None:
+    content = (FOLDERS["minigpt4"] / "tokenizer.model").read_bytes()[:size]
+    (tmp_path / "tokenizer.model").write_bytes(b"x\n" if size == 2 else content)
+    config = STLLMConfig(text_config={"model_type": "llama"}, qformer_text_input=False, template="minigpt4")
+    with pytest.raises(UserError, match="damaged or cut off: copy or download it again") as caught:
+        PromptProcessor.from_pretrained(tmp_path, config=config)
+    assert "tiktoken" not in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    prompts = processor("minigpt4")
+    prompts.tokenizer.eos_token = None
+    with pytest.raises(UserError, match="has no end-of-text token"):
+        PromptProcessor(tokenizer=prompts.tokenizer, qformer_tokenizer=None, template=prompts.template, max_txt_len=8)
 
 
 def test_a_missing_qformer_tokenizer_says_where_it_may_be_put() -> None:

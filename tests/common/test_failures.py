@@ -1,0 +1,34 @@
+"""Any exception as one sentence; the command line's own tests show how it is printed."""
+
+import errno
+
+import pytest
+
+from stllm.common.errors import UserError
+from stllm.common.failures import sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "start"),
+    [
+        (UserError("no file x.mp4:\n  name another"), "no file x.mp4: name another"),
+        (MemoryError(), "not enough memory on this machine: use fewer frames"),
+        (RuntimeError("CUDA out of memory."), "not enough memory on the GPU: use fewer frames"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "not enough memory on this machine"),
+        (
+            ModuleNotFoundError("No module named 'av'", name="av.error"),
+            "the package 'av.error' is not installed here: run",
+        ),
+        (ModuleNotFoundError("No module named 'stllm.x'", name="stllm.x"), "unexpected ModuleNotFoundError"),
+        (OSError(errno.ENOSPC, "No space", "a.bin"), "no space left on the disk (a.bin): free some"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the disk: free"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "no permission (/root/x): give"),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), "a file stands where a folder is needed (a): name another"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a file stands where a folder is needed (a/b)"),
+        (ZeroDivisionError("division by zero"), "unexpected ZeroDivisionError: division by zero; run again"),
+    ],
+)
+def test_every_failure_is_one_line(error: Exception, start: str) -> None:
+    found = sentence(error)
+    assert found.startswith(start)
+    assert "\n" not in found

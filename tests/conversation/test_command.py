@@ -1,0 +1,180 @@
+"""`stllm chat` as it is typed: whole runs of the command on a golden checkpoint, and the interactive prompt."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stllm.cli import main
+from stllm.conversation import command
+from stllm.conversation.chat import Chat, Conversation, load_chat
+from tests.helpers.videos import write_video
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("a folder") / "clip.mp4", num_frames=20)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Chat:
+    return load_chat(CHECKPOINT, device="cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, loaded: Chat) -> None:
+    """The model is loaded once for all tests."""
+    monkeypatch.setattr(command, "load_chat", lambda *_, **__: loaded)
+
+
+def chat(*argv: str | Path) -> int:
+    return main(["chat", "--ckpt-path", str(CHECKPOINT), "--max-new-tokens", "4", *map(str, argv)])
+
+
+class Typed(io.StringIO):
+    """Lines typed by a person."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str, person: bool = True) -> None:
+    text = "".join(f"{line}\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", Typed(text) if person else io.StringIO(text))
+
+
+def test_questions_are_answered_one_line_each(clip: Path, capsys) -> None:
+    assert chat("--video", clip, "--question", "What happens?", "--question", "And then?", "--json") == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["question"] for line in lines] == ["What happens?", "And then?"]
+    assert set(lines[0]) == {"video", "question", "answer", "frame_times", "visual_tokens", "seconds"}
+    assert lines[1]["seconds"]["read"] == 0
+    assert captured.err == ""
+
+
+def test_a_stream_is_the_answer_of_one_beam(quick, clip: Path, capsys) -> None:
+    assert chat("--video", clip, "--question", "What happens?", "--stream") == 0
+    streamed = capsys.readouterr().out
+    assert chat("--video", clip, "--question", "What happens?", "--num-beams", "1") == 0
+    assert capsys.readouterr().out == streamed
+
+
+def test_the_configuration_may_name_the_checkpoint(clip: Path, capsys) -> None:
+    argv = ["chat", "--video", str(clip), "--question", "What?", "--max-new-tokens", "2"]
+    assert main([*argv, "--options", f"model.ckpt={CHECKPOINT}"]) == 0
+    assert main(argv) == 1
+    assert "no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--video", "nosuch.mp4"], "nosuch.mp4: there is no such file"),
+        (["--start", "9"], "the bound [9, end] s lies outside the video, which lasts 0.80 s"),
+        (["--reader", "nosuch"], "unknown reader 'nosuch'"),
+        (["--stream", "--num-beams", "2"], "streaming follows one beam, but 2 were asked for"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, clip: Path, capsys, argv, words) -> None:
+    monkeypatch.setattr(command, "load_chat", lambda *_, **__: pytest.fail("loaded"))
+    media = () if "--video" in argv else ("--video", str(clip))
+    assert chat(*media, *argv, "--question", "What?") == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_question_that_is_no_text_is_refused(quick, clip: Path, capsys) -> None:
+    assert chat("--video", clip, "--question", "\udcff what") == 1
+    assert capsys.readouterr().err == "error: the question '\\udcff what' is no valid text: write it in UTF-8\n"
+
+
+def test_output_in_a_narrow_encoding_is_escaped(quick, clip: Path, monkeypatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert chat("--video", clip, "--question", "Was läuft?", "--json") == 0
+    assert chat("--video", clip, "--question", "Was läuft?") == 0
+    out.seek(0)
+    assert json.loads(out.readline())["question"] == "Was läuft?"
+
+
+def test_the_prompt_goes_on_after_errors(quick, clip: Path, capsys, monkeypatch) -> None:
+    escaped = str(clip).replace(" ", "\\ ")
+    lines = [
+        "What?",
+        f"/video {escaped}",
+        "/video",
+        "/vidoe x",
+        f'/image "{clip}"',
+        "What?",
+        "/help",
+        "",
+        "/quit",
+        "no",
+    ]
+    type_in(monkeypatch, *lines)
+    assert chat() == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1  # and no prompt among the answers
+    errors = [line.removeprefix("> ") for line in captured.err.replace("> ", "").splitlines() if "error" in line]
+    assert [error.split(":")[1].strip() for error in errors] == [
+        "there is no video yet",
+        "the path of the video is empty",
+        "unknown command '/vidoe'",
+    ]
+    assert captured.err.count("/new begins anew") == 2  # at the start, and for /help
+
+
+def test_a_video_that_cannot_be_read_leaves_the_old_one(quick, clip: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "empty.mp4").touch()
+    type_in(monkeypatch, f"/video {tmp_path / 'empty.mp4'}", "What?")
+    assert chat("--video", clip, "--json") == 0
+    captured = capsys.readouterr()
+    assert "the file is empty" in captured.err
+    assert json.loads(captured.out)["video"] == str(clip)
+
+
+def test_new_forgets_what_was_said(quick, clip: Path, monkeypatch, capsys) -> None:
+    type_in(monkeypatch, "What?", "And?", "/new", "What?")
+    assert chat("--video", clip) == 0
+    first, _, again = capsys.readouterr().out.splitlines()
+    assert first == again
+
+
+def test_lines_from_a_pipe_are_all_tried_and_a_failure_shows_in_the_code(quick, clip, monkeypatch, capsys) -> None:
+    type_in(monkeypatch, "What?", "/video nosuch.mp4", "And?", person=False)
+    assert chat("--video", clip) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert captured.err.startswith("error: nosuch.mp4")  # no help, no prompt: nobody reads them
+    type_in(monkeypatch, "What?", person=False)
+    assert chat("--video", clip) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_interrupting_an_answer_keeps_the_session(quick, clip: Path, monkeypatch, capsys, stream: bool) -> None:
+    def interrupted(self: Conversation, question: str) -> Iterator[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "stream" if stream else "ask", interrupted)
+    type_in(monkeypatch, "What?", "/new", "/quit")
+    assert chat("--video", clip, *(["--stream"] if stream else [])) == 0
+    assert "interrupted" in capsys.readouterr().err
+    type_in(monkeypatch, "What?", person=False)
+    assert chat("--video", clip, *(["--stream"] if stream else [])) == 130
+
+
+def test_an_unexpected_failure_ends_the_answer_alone(quick, clip: Path, monkeypatch, capsys) -> None:
+    def fails(self: Conversation, question: str) -> None:
+        raise MemoryError if question == "big" else ZeroDivisionError("none")
+
+    monkeypatch.setattr(Conversation, "ask", fails)
+    type_in(monkeypatch, "big", "other")
+    assert chat("--video", clip) == 0
+    errors = capsys.readouterr().err
+    assert "error: not enough memory on this machine" in errors
+    assert "error: unexpected ZeroDivisionError: none" in errors
