@@ -216,3 +216,20 @@ def test_notes_go_to_stderr(ran, capsys) -> None:
     captured = capsys.readouterr()
     assert captured.out == "result\n"
     assert captured.err == "note: a.yaml: model.prompt has no effect\n"
+
+
+def test_notes_follow_stderr_to_where_a_spinner_takes_it(ran, capsys) -> None:
+    import contextlib
+    import io
+    import logging
+
+    taken = io.StringIO()
+
+    def run(args) -> int:
+        with contextlib.redirect_stderr(taken):
+            logging.getLogger("stllm.datasets").warning("a.gif: it ends early")
+        return 0
+
+    ran.run = run
+    assert main(["inspect", "d"]) == 0
+    assert (taken.getvalue(), capsys.readouterr().err) == ("warning: a.gif: it ends early\n", "")

@@ -167,5 +167,7 @@ def test_a_cut_gif_is_refused_or_noted(tmp_path: Path, caplog: pytest.LogCapture
                 assert f"{percent}.gif: the gif ends early" in caplog.text
                 assert 10 < reader.info.num_frames < 40
                 list(reader.frames(range(reader.info.num_frames)))
+            GifReader(path).close()
+            assert len(caplog.records) == 1  # however often it is read
         except MediaError as error:
             assert f"{percent}.gif: found a damaged or cut image" in str(error)
