@@ -22,7 +22,7 @@ from stllm.common.failures import sentence
         (ModuleNotFoundError("No module named 'stllm.x'", name="stllm.x"), "unexpected ModuleNotFoundError"),
         (OSError(errno.ENOSPC, "No space", "a.bin"), "no space left on the disk (a.bin): free some"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the disk: free"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "no permission (/root/x): give"),
+        (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), "no permission (/locked/x): give"),
         (FileExistsError(errno.EEXIST, "File exists", "a"), "a file stands where a folder is needed (a): name another"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a file stands where a folder is needed (a/b)"),
         (ZeroDivisionError("division by zero"), "unexpected ZeroDivisionError: division by zero; run again"),
