@@ -7,6 +7,7 @@ only what depends on the question runs again. Letters: T frames, K tokens a fram
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.cache import FeatureCache
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Request
@@ -80,6 +81,10 @@ class Chat:
 
     def conversation(self, path: str | Path | None = None, **options: Any) -> "Conversation":
         """A conversation of several turns about one video; options as for `ask`."""
+        known = {*Media.__dataclass_fields__, *signature(Decoding.with_options).parameters} - {"path", "self"}
+        for name in options:
+            if name not in known:
+                raise UserError(unknown_name("option", name, known))
         media_options = {name: options.pop(name) for name in list(options) if name in Media.__dataclass_fields__}
         media = None if path is None else Media(path=str(path), **media_options)
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))

@@ -206,6 +206,11 @@ def test_one_frame_a_second_can_be_asked_for(clips: list[Path]) -> None:
         new_chat().ask(clips[0], QUESTIONS[0], num_frames=0)
 
 
+def test_a_misspelled_option_is_named(clips: list[Path]) -> None:
+    with pytest.raises(UserError, match=r"unknown option 'num_frame': known are .*; did you mean 'num_frames'\?"):
+        new_chat().ask(clips[0], QUESTIONS[0], num_frame=4)
+
+
 def test_no_requests_no_answers() -> None:
     assert new_chat().answer([]) == []
 
