@@ -14,6 +14,8 @@ from timm.layers import DropPath, Mlp
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
+from stllm.common.errors import UserError
+
 MAX_DROP_PATH = 0.1  # rates rise linearly from 0: 0, 0.05, 0.1 for the published three layers
 
 
@@ -86,10 +88,10 @@ class TemporalAdapter(nn.Module):
 
         features: `depth` outputs of the encoder's last blocks, each (B*T, 1+P, C).
         pos_embed: (1, 1+P, C), the encoder's position embedding, class token first.
-        Returns (B*T, 1+P, C). Raises ValueError for more frames than the time embedding has.
+        Returns (B*T, 1+P, C). Raises UserError for more frames than the time embedding has.
         """
         if num_frames > self.max_frames:
-            raise ValueError(
+            raise UserError(
                 f"{num_frames} frames were given, but the temporal adapter knows {self.max_frames} positions in time: "
                 f"use at most {self.max_frames} frames"
             )

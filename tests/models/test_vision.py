@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stllm.common.errors import UserError
 from stllm.models.vision import Float32LayerNorm
 from tests.helpers.tiny import tiny_model
 
@@ -49,7 +50,7 @@ def test_a_fresh_adapter_leaves_time_out() -> None:
 
 def test_more_frames_than_positions_in_time_is_refused_with_a_sentence() -> None:
     vision = tiny_model(encoder="eva_btadapter_g").vision_encoder
-    with pytest.raises(ValueError, match="17 frames were given, but the temporal adapter knows 16"):
+    with pytest.raises(UserError, match="17 frames were given, but the temporal adapter knows 16"):
         vision(torch.randn(1, 17, 3, 28, 28))
 
 
