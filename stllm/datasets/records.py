@@ -1,0 +1,36 @@
+"""What an annotation file says, one record a medium: the common form of every training and doctoring format."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from stllm.conversation.templates import Turn
+from stllm.datasets.sampling import Bounds
+
+
+@dataclass(frozen=True)
+class Record:
+    """One medium and what is asked about it.
+
+    turns: instruction, question and answer of each pair. media: absolute path; None for text alone.
+    kind: "video" or "image". bounds: start and end in seconds, `math.inf` for an open end. where: file and place in
+    it, for messages. num_frames: of a raw-frame folder, as annotated.
+    """
+
+    turns: tuple[Turn, ...]
+    media: str | None
+    kind: str
+    where: str
+    bounds: Bounds | None = None
+    num_frames: int | None = None
+
+
+class Records(Protocol):
+    """An annotation file that was read: records by index, held compactly."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises AnnotationError for a record that cannot be used."""
+        ...
+
+

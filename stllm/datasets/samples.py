@@ -1,0 +1,85 @@
+"""What passes between a data set, the mixture and the collator, and how everything random is keyed.
+
+Randomness is never taken from a process or worker: each draw has its own generator, made from the seed, the epoch and
+the sample, so that any worker count, process count or resumed run draws the same.
+
+Letters: T frames, S the model's image size, P patches, C encoder width, K tokens a frame, Q Q-Former width.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stllm.conversation.templates import Turn
+
+
+class SampleKey(NamedTuple):
+    """Which sample, at which place of the run.
+
+    epoch: of the run. batch: number of the global batch within the epoch. corpus: number of the data set in the
+    mixture. index: of the sample in it. round: how many times the data set has been gone through in this epoch.
+    """
+
+    epoch: int
+    batch: int
+    corpus: int
+    index: int
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that could not be read. cause: missing, unreadable, bounds or annotation; subject: the file."""
+
+    corpus: str
+    cause: str
+    subject: str
+    sentence: str
+
+
+@dataclass
+class Sample:
+    """One prepared sample: what is seen, what is asked and answered.
+
+    media: "video", "image", or None for text alone. pixel_values: (T, 3, S, S), normalised; or one of vision_features
+    (T, 1+P, C) and query_features (T, K, Q), both precomputed. name: file and record, for messages.
+    failures: what was tried in this sample's place and could not be read.
+    """
+
+    key: SampleKey
+    name: str
+    turns: tuple[Turn, ...]
+    media: str | None = None
+    pixel_values: Tensor | None = None
+    vision_features: Tensor | None = None
+    query_features: Tensor | None = None
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Corpus(Protocol):
+    """One data set of the mixture: samples by index, each prepared whole (media, question, answer, bounds together)."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+        """The sample `key.index`. generator: for whatever is random in it (frames, crop, choice of a QA pair).
+
+        Raises MediaError or AnnotationError when it cannot be read as annotated.
+        """
+        ...
+
+
+def keyed_numpy(seed: int, *parts: int) -> np.random.Generator:
+    """numpy's generator for these numbers and no other."""
+    return np.random.default_rng([seed, *parts])
+
+
+def keyed_torch(seed: int, *parts: int) -> torch.Generator:
+    """torch's generator (CPU) for these numbers and no other."""
+    state = np.random.SeedSequence([seed, *parts]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
