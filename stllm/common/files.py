@@ -1,9 +1,15 @@
-"""Files written whole or not at all."""
+"""Files and folders written whole or not at all."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from stllm.common.errors import UserError
+
+LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
 
 
 @contextmanager
@@ -28,3 +34,46 @@ def write_text(path: str | Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def check_new(target: Path, option: str) -> None:
+    """Raises UserError unless the folder can be made: it is not there, or it is empty. option: what named it."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "holds files" if target.is_dir() else "is a file"
+        raise UserError(
+            f"{target} {what} already, expected a new or an empty folder: name another with {option}, or empty it"
+        )
+
+
+@contextmanager
+def new_folder(target: Path, needed: int) -> Iterator[Path]:
+    """A temporary folder beside the target, which becomes the target when the block succeeds and is removed when not.
+
+    needed: bytes that will be written. Raises UserError when the disk has no room for them.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise UserError(_no_space(target, needed, free))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()  # empty, see check_new
+        partial.rename(target)
+    except Exception as error:
+        free = shutil.disk_usage(target.parent).free
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if full or (free < LITTLE_SPACE and not isinstance(error, UserError)):
+            raise UserError(_no_space(target, needed, free)) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _no_space(target: Path, needed: int, free: int) -> str:
+    return (
+        f"no space left on the disk for {target}: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are "
+        "free; nothing was written, free some space or name another folder"
+    )

@@ -4,18 +4,15 @@ Everything is written into a temporary folder beside the target and renamed at t
 """
 
 import argparse
-import errno
 import logging
-import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from stllm.common.errors import UserError
+from stllm.common.files import check_new, new_folder
 from stllm.models.checkpoints.assembly import assemble
 from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.deciding import decide_config, open_checkpoint, open_named, open_pieces
@@ -27,7 +24,6 @@ from stllm.models.factory import explicit_settings
 log = logging.getLogger(__name__)
 
 FORMATS = ("stllm", "released")
-LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +57,7 @@ def convert(
     """
     assert format in FORMATS
     target = Path(to).expanduser()
-    check_target(target)
+    check_new(target, "--to")
     opened = open_for_conversion(sources, cfg_path, options)
     processor = processor_of(opened)
     kind: str | torch.dtype = stored_dtype(opened.sources) if dtype == "auto" else dtype
@@ -90,42 +86,6 @@ def open_for_conversion(paths: Sequence[str | Path], cfg_path: str | Path | None
     return Opened(places[-1], sources, settings, decide_config(sources, settings))
 
 
-def check_target(target: Path) -> None:
-    """Raises UserError unless the folder can be made: it is not there, or it is empty."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        what = "holds files" if target.is_dir() else "is a file"
-        raise UserError(
-            f"{target} {what} already, expected a new or an empty folder: name another with --to, or empty it"
-        )
-
-
-@contextmanager
-def new_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside the target, which becomes the target when the block succeeds and is removed when not.
-
-    needed: bytes that will be written. Raises UserError when the disk has no room for them.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < needed:
-        raise UserError(_no_space(target, needed, free))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        if target.exists():
-            target.rmdir()  # empty, see check_target
-        partial.rename(target)
-    except Exception as error:
-        free = shutil.disk_usage(target.parent).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full or (free < LITTLE_SPACE and not isinstance(error, UserError)):
-            raise UserError(_no_space(target, needed, free)) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
     """The floating-point type of most of the weights."""
     sizes: Counter[torch.dtype] = Counter()
@@ -134,13 +94,6 @@ def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
             if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
                 sizes[spec.dtype] += torch.Size(spec.shape).numel()
     return sizes.most_common(1)[0][0] if sizes else torch.float32
-
-
-def _no_space(target: Path, needed: int, free: int) -> str:
-    return (
-        f"no space left on the disk for {target}: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are "
-        "free; nothing was written, free some space or name another folder"
-    )
 
 
 def _copy_sentencepiece(sources: Sequence[Source], folder: Path) -> None:
