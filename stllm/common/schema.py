@@ -4,6 +4,7 @@ The names are those of the published ST-LLM recipes, so that an existing YAML lo
 published sizes (arXiv 2404.00308). Types are checked by OmegaConf, names and files by config.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
 
@@ -13,6 +14,11 @@ from stllm.common.errors import unknown_name
 def _one_of(default: str | None, *choices: str) -> Any:
     """A field whose values are enumerated; config.py checks them."""
     return field(default=default, metadata={"choices": choices})
+
+
+def _some_of(*choices: str) -> Any:
+    """A list, empty by default, of enumerated values; config.py checks them."""
+    return field(default_factory=list, metadata={"choices": choices})
 
 
 def _within(default: float, low: float, high: float | None = None) -> Any:
@@ -40,8 +46,10 @@ def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
     choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
     if value is None:
         return None
-    if choices and value not in choices:
-        return unknown_name(key, str(value), choices)
+    named = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    wrong = [name for name in named if choices and name not in choices]
+    if wrong:
+        return unknown_name(key, str(wrong[0]), choices)
     if (low is not None and value < low) or (high is not None and value > high):
         return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"
     if f.metadata.get("filled") and not value:
@@ -136,6 +144,8 @@ class ModelSettings:
 
     # Weights
     ckpt: str | None = _path()  # weights to start from: a folder or file, loaded over the parts named above
+    # parts that training starts from random weights when no file gives them
+    fresh: list[str] = _some_of("vision_encoder", "qformer", "projection", "language_model")
     pre_encoding: bool = False  # inputs are the frozen encoder's precomputed features, not pixels
 
     # Published keys without an effect here

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from omegaconf import DictConfig
 
     from stllm.models.checkpoints.audit import AuditReport
@@ -118,7 +119,8 @@ def build_model(cfg: "DictConfig | Mapping[str, Any]", *, device: str = "auto", 
 
     cfg: what `load_config` returns, or its `model` section.
     Fresh may be: the temporal adapter, the global-local module, the MVM decoder, LoRA; the projection when no named
-    file is of a kind that has one; everything when no file is named. Raises UserError for anything else.
+    file is of a kind that has one; what `model.fresh` names; everything when no file is named. Raises UserError for
+    anything else.
     """
     model, report = build_audited(cfg, device=device, dtype=dtype)
     for line in report.details():
@@ -127,9 +129,13 @@ def build_model(cfg: "DictConfig | Mapping[str, Any]", *, device: str = "auto", 
 
 
 def build_audited(
-    cfg: "DictConfig | Mapping[str, Any]", *, device: str = "auto", dtype: str = "auto"
+    cfg: "DictConfig | Mapping[str, Any]",
+    *,
+    device: "str | torch.device" = "auto",
+    dtype: "str | torch.dtype" = "auto",
+    trained_dtype: "torch.dtype | None" = None,
 ) -> tuple["STLLM", "AuditReport"]:
-    """As `build_model`, with the audit."""
+    """As `build_model`, with the audit. trained_dtype: of what trains, where it is another than the rest's."""
     from stllm.models.checkpoints.assembly import assemble
     from stllm.models.checkpoints.deciding import decide_config, open_named
     from stllm.models.checkpoints.placing import place
@@ -138,10 +144,19 @@ def build_audited(
     sources = open_named(settings)
     config = decide_config(sources, settings)
     if settings.get("low_resource"):
-        device = f"cuda:{settings.get('device_8bit', 0)}"
-        model, report = place(config, sources, device=device, dtype=dtype, quantization="8bit", training=True)
+        gpu = f"cuda:{settings.get('device_8bit', 0)}"
+        name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+        model, report = place(config, sources, device=gpu, dtype=name, quantization="8bit", training=True)
     else:
-        model, report = assemble(config, sources, device=device, dtype=dtype, training=True)
+        model, report = assemble(
+            config,
+            sources,
+            device=device,
+            dtype=dtype,
+            training=True,
+            fresh=settings.get("fresh") or (),
+            trained_dtype=trained_dtype,
+        )
     if settings.get("use_grad_checkpoint"):
         # newer releases of transformers have renamed it, and warn at the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

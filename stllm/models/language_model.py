@@ -56,10 +56,13 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def language_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token cross entropy, mean over the labelled tokens, in float32.
+def language_loss(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Next-token cross entropy in float32: the labelled tokens' sum over `num_items`, by default their own number.
 
-    hidden: (B, S, D); labels: (B, S), -100 where there is none.
+    hidden: (B, S, D); labels: (B, S), -100 where there is none. num_items: labelled tokens of the whole optimizer step,
+        all processes' and micro-batches', so that the loss does not depend on how it is divided among them.
     Returns the loss and the logits (labelled tokens, vocabulary); logits are computed nowhere else.
     """
     targets = labels[:, 1:]
@@ -67,4 +70,5 @@ def language_loss(model: PreTrainedModel, hidden: Tensor, labels: Tensor) -> tup
     logits = logits_of(model, hidden[:, :-1][wanted])
     if not wanted.any():  # every answer was cut off: no loss, but a graph that distributed training can reduce
         return logits.float().sum(), logits
-    return F.cross_entropy(logits.float(), targets[wanted]), logits
+    total = F.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+    return total / (wanted.sum() if num_items is None else num_items), logits

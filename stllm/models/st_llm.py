@@ -81,8 +81,12 @@ class STLLM(PreTrainedModel):
         pixel_values: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C) when the Q-Former reads text, else the
         finished frame tokens (B, T, K, D).
         """
-        features = self.vision_encoder(pixel_values.to(self.projection.weight.dtype))
+        features = self.vision_features(pixel_values)
         return features if self.config.qformer_text_input else self.projection(self.qformer(features))
+
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """The encoder's output. pixel_values: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C)."""
+        return self.vision_encoder(pixel_values.to(self.vision_encoder.ln_vision.weight.dtype))
 
     def frame_tokens(
         self, encoded: Tensor, qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None
@@ -93,7 +97,7 @@ class STLLM(PreTrainedModel):
         """
         if not self.config.qformer_text_input:
             return encoded
-        return self.projection(self.qformer(encoded, qformer_input_ids, qformer_attention_mask))
+        return self.projection(self._query_features(encoded, qformer_input_ids, qformer_attention_mask))
 
     def join(
         self,
@@ -117,38 +121,58 @@ class STLLM(PreTrainedModel):
         attention_mask: Tensor,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        encoded: Tensor | None = None,
+        vision_features: Tensor | None = None,
+        query_features: Tensor | None = None,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
         mask_generator: torch.Generator | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> STLLMOutput:
         """One training (or scoring) pass.
 
         input_ids, attention_mask, labels: (B, L), one `VISUAL_TOKEN_ID` a row where the video goes; none: text alone.
-        pixel_values: (B, T, 3, H, W), or `encoded`: what `encode_video` made of them.
+        pixel_values: (B, T, 3, H, W); or, precomputed, what the frozen encoder made of them, vision_features
+            (B, T, 1+P, C), or a Q-Former that reads no text, query_features (B, T, K, Q).
         token_mask: (B, N) bool, True = dropped; drawn with `mask_generator` in training when the configuration says so.
+        num_items_in_batch: what the language loss is divided by; the labelled tokens of this batch by default.
         """
-        if encoded is None and pixel_values is not None:
-            encoded = self.encode_video(pixel_values)
-        if encoded is None:
-            return self._score(self.join(None, input_ids, attention_mask, labels=labels))
-        frames = self.frame_tokens(encoded, qformer_input_ids, qformer_attention_mask)  # (B, T, K, D)
+        if pixel_values is not None:
+            vision_features = self.vision_features(pixel_values)
+        if vision_features is not None:
+            query_features = self._query_features(vision_features, qformer_input_ids, qformer_attention_mask)
+        if query_features is None:
+            sequence = self.join(None, input_ids, attention_mask, labels=labels)
+            return self._score(sequence, num_items=num_items_in_batch)
+        frames = self.projection(query_features.to(self.projection.weight.dtype))  # (B, T, K, D)
         visual = self.video_input(frames)  # (B, N, D)
         if token_mask is None and self.training and self.config.use_mask and frames.shape[1] > 1:
             token_mask = draw_token_mask(*visual.shape[:2], **self.config.mask_rate, generator=mask_generator)
         if token_mask is None:
-            output = self._score(self.join(list(visual), input_ids, attention_mask, labels=labels))
+            sequence = self.join(list(visual), input_ids, attention_mask, labels=labels)
+            output = self._score(sequence, num_items=num_items_in_batch)
             return STLLMOutput(**{**output, "kept_visual_tokens": visual.shape[1]})
-        return self._masked_forward(visual, token_mask.to(visual.device), input_ids, attention_mask, labels)
+        mask = token_mask.to(visual.device)
+        return self._masked_forward(visual, mask, input_ids, attention_mask, labels, num_items_in_batch)
+
+    def _query_features(self, features: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """vision features (B, T, 1+P, C) through the Q-Former, with the question where it reads one: (B, T, K, Q)."""
+        features = features.to(self.vision_encoder.ln_vision.weight.dtype)
+        return self.qformer(features, text_ids, text_mask) if self.config.has_qformer else self.qformer(features)
 
     def _masked_forward(
-        self, visual: Tensor, mask: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None
+        self,
+        visual: Tensor,
+        mask: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
     ) -> STLLMOutput:
         """Student on the kept tokens, teacher on all of them up to the last visual one (paper section 3.3)."""
         student = self.join(list(keep_tokens(visual, mask)), input_ids, attention_mask, labels=labels)
         hidden = lm.last_hidden_states(self.language_model, student.inputs_embeds, student.attention_mask)
-        output = self._score(student, hidden)
+        output = self._score(student, hidden, num_items)
         kept = kept_positions(mask)  # (B, M)
         teacher_hidden = self.teacher_hidden_states(visual.detach(), input_ids, attention_mask)  # (B, N, D)
         student_hidden = _gather_positions(hidden, student.visual_positions(kept.shape[1]))  # (B, M, D)
@@ -176,12 +200,14 @@ class STLLM(PreTrainedModel):
         )
         return _gather_positions(hidden, positions)
 
-    def _score(self, sequence: JoinedSequence, hidden: Tensor | None = None) -> STLLMOutput:
+    def _score(
+        self, sequence: JoinedSequence, hidden: Tensor | None = None, num_items: Tensor | int | None = None
+    ) -> STLLMOutput:
         if hidden is None:
             hidden = lm.last_hidden_states(self.language_model, sequence.inputs_embeds, sequence.attention_mask)
         if sequence.labels is None:
             return STLLMOutput(logits=lm.logits_of(self.language_model, hidden))
-        loss, logits = lm.language_loss(self.language_model, hidden, sequence.labels)
+        loss, logits = lm.language_loss(self.language_model, hidden, sequence.labels, num_items)
         return STLLMOutput(loss=loss, logits=logits, loss_lm=loss)
 
     @torch.no_grad()

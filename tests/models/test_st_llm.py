@@ -149,13 +149,25 @@ def test_text_alone_trains_the_language_model() -> None:
     assert output.loss.isfinite()
 
 
-def test_encoded_video_equals_pixels() -> None:
+def test_precomputed_features_equal_pixels() -> None:
     for text_input in (True, False):
         model = tiny_model(qformer_text_input=text_input)
         batch = batch_for(model)
-        encoded = model.encode_video(batch["pixel_values"])
+        features = model.vision_features(batch["pixel_values"])
         rest = {key: value for key, value in batch.items() if key != "pixel_values"}
-        assert torch.equal(model(**rest, encoded=encoded).loss, model(**batch).loss)
+        assert torch.equal(model(**rest, vision_features=features).loss, model(**batch).loss)
+    queries = model.qformer(features)
+    assert torch.equal(model(**rest, query_features=queries).loss, model(**batch).loss)
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_divided() -> None:
+    """Answers of different lengths: the rows' losses, each over all labelled tokens, add up to the batch's."""
+    model = tiny_model()
+    batch = batch_for(model)
+    batch["labels"][1, :-1] = -100
+    rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in (0, 1)]
+    divided = sum(model(**row, num_items_in_batch=4).loss for row in rows)
+    torch.testing.assert_close(divided, model(**batch).loss)
 
 
 def test_a_batch_is_its_rows() -> None:

@@ -27,6 +27,13 @@ from stllm.models.st_llm import STLLM
 LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
 POS_EMBED = "vision_encoder.backbone.pos_embed"
 FRESH_PARTS = ("temporal adapter", "video input", "mvm decoder")  # what training may start without
+# model.fresh: what training may start without when the user says so
+ASKED_FRESH = {
+    "vision_encoder": ("vision encoder", "ln_vision"),
+    "qformer": ("qformer",),
+    "projection": ("projection",),
+    "language_model": ("language model",),
+}
 GIVES_PROJECTION = {Format.STLLM, Format.RELEASED, Format.INSTRUCTBLIP, Format.MINIGPT4}
 
 
@@ -46,15 +53,23 @@ def assemble(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     training: bool = False,
+    fresh: Sequence[str] = (),
+    trained_dtype: torch.dtype | None = None,
 ) -> tuple[STLLM, AuditReport]:
-    """The filled model in evaluation mode, and its audit. training: allow fresh parts, see `factory.build_model`.
+    """The filled model in evaluation mode, and its audit.
 
+    training: allow fresh parts, see `factory.build_model`; fresh: further ones, names of `ASKED_FRESH`.
+    trained_dtype: the type of what trains, where it is another than the rest's (float32 masters).
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
     kind = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
     model = meta_model(config, kind)
-    plan = make_plan(model, sources, training=training)
+    if trained_dtype is not None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(trained_dtype)
+    plan = make_plan(model, sources, training=training, fresh=fresh)
     plan.report.raise_for_problems()
     try:
         fill(model, plan, place)
@@ -88,8 +103,8 @@ def config_of(model: STLLM) -> STLLMConfig:
     return model.config
 
 
-def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False) -> Plan:
-    """Matches the sources' weights, later ones over earlier ones, with the model's.
+def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
+    """Matches the sources' weights, later ones over earlier ones, with the model's; training, fresh: as in `assemble`.
 
     Raises UserError for what does not belong together, see contradictions.py.
     """
@@ -114,11 +129,13 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     _swap_tied(model, plan)
     _check_vocabulary(model, plan)
     tied = set(model.all_tied_weights_keys)
+    asked = {part for name in fresh for part in ASKED_FRESH[name]}
     for key, tensor in wanted.items():
         if key in plan.origins:
             _check_shape(plan, key, tensor, config)
         elif key not in tied:
-            state = "fresh" if _may_be_fresh(key, sources, config, training) else "missing"
+            may = part_of(key) in asked or _may_be_fresh(key, sources, config, training)
+            state = "fresh" if may else "missing"
             plan.report.add(state, part_of(key), key)
             if state == "fresh":
                 plan.fresh.add(key)

@@ -74,7 +74,8 @@ def inspect_config(
     paths = piece_paths(settings)
     here = [path for path in paths if Path(path).exists()]
     sources = open_pieces(here, settings)
-    found, report = _describe(decide_config(sources, settings, default_llm=True), sources, training=True)
+    config = decide_config(sources, settings, default_llm=True)
+    found, report = _describe(config, sources, training=True, fresh=settings.get("fresh") or ())
     absent = [
         f"{path} is not here: its sizes are those of model.llm, or the published ones"
         for path in paths
@@ -111,9 +112,11 @@ def memory_by_dtype(model: STLLM) -> dict[str, int]:
     return {name: int(size) for name, size in sizes.items()}
 
 
-def _describe(config: STLLMConfig, sources: Sequence[Source], *, training: bool) -> tuple[dict[str, Any], AuditReport]:
+def _describe(
+    config: STLLMConfig, sources: Sequence[Source], *, training: bool, fresh: Sequence[str] = ()
+) -> tuple[dict[str, Any], AuditReport]:
     model = meta_model(config, torch.float32)
-    report = make_plan(model, sources, training=training).report
+    report = make_plan(model, sources, training=training, fresh=fresh).report
     parts = parameters_by_part(model)
     return {
         **(_stored(sources) if sources else {}),
