@@ -15,7 +15,7 @@ from torch import Tensor
 from stllm.common.errors import UserError
 from stllm.datasets.media_info import MediaError, MediaInfo, Reader
 from stllm.datasets.readers import open_media
-from stllm.datasets.sampling import Bounds, Generator, sample_indices
+from stllm.datasets.sampling import Bounds, BoundsError, Generator, sample_indices
 from stllm.processors.vision import FrameTransform
 
 __all__ = ["Clip", "MediaError", "MediaInfo", "check_clip", "load_clip"]
@@ -106,7 +106,8 @@ def _sample(
             generator=generator,
         )
     except UserError as error:
-        raise MediaError(f"{path}: {error}") from None
+        cause = "bounds" if isinstance(error, BoundsError) else "unreadable"
+        raise MediaError(f"{path}: {error}", cause=cause) from None
 
 
 def _prepare(frames: Iterator[np.ndarray], count: int, transform: FrameTransform) -> Tensor:

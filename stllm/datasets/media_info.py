@@ -17,7 +17,14 @@ Frame = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3) RGB
 
 
 class MediaError(UserError):
-    """A file that cannot be read as asked: names the path, what was found, what was expected, what to do."""
+    """A file that cannot be read as asked: names the path first, what was found, what was expected, what to do.
+
+    cause: "missing", "unreadable" or "bounds" (the part asked for lies outside the medium).
+    """
+
+    def __init__(self, message: str, *, cause: str = "unreadable") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 @dataclass(frozen=True)

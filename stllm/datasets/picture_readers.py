@@ -6,6 +6,7 @@ Transparency is shown over white, as a page would: logos and diagrams are mostly
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,11 +122,20 @@ class FrameFolderReader(Reader):
 
 
 def read_image(path: Path) -> Frame:
-    """(H, W, 3) uint8. Raises MediaError when the file is no whole image."""
+    """(H, W, 3) uint8, upright. Raises MediaError when the file is no whole image."""
+    return _upright(path, path)
+
+
+def decode_image(data: bytes, name: str) -> Frame:
+    """(H, W, 3) uint8, upright, of an image file's bytes. Raises MediaError, beginning with `name`, as `read_image`."""
+    return _upright(BytesIO(data), name)
+
+
+def _upright(file: Path | BytesIO, name: object) -> Frame:
     from PIL import Image as images
     from PIL import ImageOps
 
-    with _damage(path), images.open(path) as image:
+    with _damage(name), images.open(file) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
@@ -164,14 +174,16 @@ def _is_numbered(name: Path) -> bool:
 
 
 @contextmanager
-def _damage(path: Path, so_far: str = "") -> Iterator[None]:
+def _damage(path: object, so_far: str = "") -> Iterator[None]:
     """Turns whatever Pillow raises on bad files into a MediaError; so_far: what could be read of it."""
     from PIL import Image as images
 
     try:
         yield
     except FileNotFoundError:
-        raise MediaError(f"{path}: there is no such file; expected an image: check the path") from None
+        raise MediaError(
+            f"{path}: there is no such file; expected an image: check the path", cause="missing"
+        ) from None
     except PermissionError:
         raise MediaError(f"{path}: permission to read it is denied; expected a readable file: run chmod +r") from None
     except images.DecompressionBombError as error:

@@ -7,6 +7,7 @@ Letters: T frames, S the model's image size, P patches, C encoder width, K token
 """
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -74,12 +75,23 @@ class Corpus(Protocol):
         ...
 
 
+class Stream(IntEnum):
+    """What is drawn: the first part of every key, so that no two kinds of draws share a generator."""
+
+    ORDER = 1  # which data set each batch comes from
+    PERMUTATION = 2  # the order of a data set's samples
+    SAMPLE = 3  # frames, crop, choice of a QA pair
+    REPLACEMENT = 4  # the sample in place of an unreadable one
+    MASK_RATE = 5  # the share of visual tokens that a batch drops
+    MASK = 6  # which of a sample's visual tokens are dropped
+
+
 def keyed_numpy(seed: int, *parts: int) -> np.random.Generator:
-    """numpy's generator for these numbers and no other."""
+    """numpy's generator for these numbers (a `Stream` first) and no other."""
     return np.random.default_rng([seed, *parts])
 
 
 def keyed_torch(seed: int, *parts: int) -> torch.Generator:
-    """torch's generator (CPU) for these numbers and no other."""
+    """torch's generator (CPU) for these numbers (a `Stream` first) and no other."""
     state = np.random.SeedSequence([seed, *parts]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))

@@ -20,6 +20,10 @@ Bounds = tuple[float, float]
 Generator = np.random.Generator | random.Random
 
 
+class BoundsError(UserError):
+    """A bound in seconds that is empty, lies outside the video or holds no frame of it."""
+
+
 def rand(num_frames: int, *, total_frames: int, generator: Generator) -> list[int]:
     """One random index in each of n equal intervals (training).
 
@@ -94,7 +98,7 @@ def bounded(bounds: Bounds, *, total_frames: int, fps: float) -> tuple[int, int]
     """The frames shown within [start, end) seconds, as (first, count): those i with start*fps <= i < end*fps.
 
     For training clips: sample `count` frames by any rule and add `first`. An end past the video's is cut to it.
-    Raises UserError for a bound that is empty, lies outside the video or holds no frame.
+    Raises BoundsError (a UserError) for a bound that is empty, lies outside the video or holds no frame.
     """
     _check_total(total_frames)
     _check_rate(fps, "the video's frame rate")
@@ -102,7 +106,7 @@ def bounded(bounds: Bounds, *, total_frames: int, fps: float) -> tuple[int, int]
     first = math.ceil(start * fps)
     stop = math.ceil(end * fps) if end * fps < total_frames else total_frames
     if stop <= first:
-        raise UserError(
+        raise BoundsError(
             f"the bound {_seconds(bounds)} holds no frame of a video of {total_frames} frames at {fps:g} fps; "
             f"expected at least {1 / fps:.3g} s: widen it, or leave this part out"
         )
@@ -178,9 +182,9 @@ def _check_bounds(bounds: Bounds, duration: float) -> Bounds:
     """The bound with its start at 0 at the least; UserError when nothing of the video (in seconds) lies in it."""
     start, end = bounds
     if math.isnan(start) or math.isnan(end) or end <= start:
-        raise UserError(f"the bound {_seconds(bounds)} is empty; expected start < end in seconds: correct it")
+        raise BoundsError(f"the bound {_seconds(bounds)} is empty; expected start < end in seconds: correct it")
     if end <= 0 or start >= duration:
-        raise UserError(
+        raise BoundsError(
             f"the bound {_seconds(bounds)} lies outside the video, which lasts {duration:.2f} s; "
             f"expected a part of [0, {duration:.2f}] s: correct the bound or the video's name"
         )

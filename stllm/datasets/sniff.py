@@ -26,7 +26,9 @@ def read_head(path: Path) -> bytes:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except FileNotFoundError:
-        raise MediaError(f"{path}: there is no such file; expected {EXPECTED}: {_where(path)}") from None
+        raise MediaError(
+            f"{path}: there is no such file; expected {EXPECTED}: {_where(path)}", cause="missing"
+        ) from None
     except IsADirectoryError:
         raise MediaError(f"{path}: found a folder, expected one file: name a file in it") from None
     except PermissionError:
