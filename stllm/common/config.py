@@ -1,8 +1,8 @@
 """Configuration: shipped defaults <- the user's YAML <- `--options`, merged in that order and checked.
 
-A configuration has three sections: `model` (schema.py), `datasets` (name -> settings; each data set checks its own
-entry when it is built) and `run` (run_section.py). The overrides are read before the defaults are chosen, so that
-`--options model.model_type=tiny` picks tiny's.
+A YAML's `base` comes right below it (layers.py). A configuration has three sections: `model` (schema.py), `datasets`
+(name -> settings; each data set checks its own entry when it is built) and `run` (run_section.py). The overrides are
+read before the defaults are chosen, so that `--options model.model_type=tiny` picks tiny's.
 """
 
 import dataclasses
@@ -18,7 +18,16 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import write_text
-from stllm.common.layers import Layer, check_layer, first_line, options_layer, source_of, yaml_layer
+from stllm.common.layers import (
+    OPTIONS,
+    Layer,
+    check_layer,
+    first_line,
+    options_layer,
+    source_of,
+    yaml_layer,
+    yaml_layers,
+)
 from stllm.common.run_section import check_run, expected
 from stllm.common.schema import ModelSettings, field_fault
 
@@ -38,7 +47,7 @@ def load_config(
     Raises UserError, naming the file and the nearest known key or value: a file that is missing or no YAML, an
     unknown key or name, a value of a wrong type, an option without `=`, an environment variable that is not set.
     """
-    given = [yaml_layer(cfg_path)] if cfg_path is not None else []
+    given = yaml_layers(cfg_path) if cfg_path is not None else []
     if options:
         given.append(options_layer(options))
     for layer in given:
@@ -82,7 +91,8 @@ def _model_type(given: Sequence[Layer], fallback: str | None) -> str:
         if asked is not None:
             name, source = asked, layer.name
     if name is None:
-        where = f"{given[0].name}: " if given else ""
+        files = [layer.name for layer in given if layer.name != OPTIONS] or [layer.name for layer in given]
+        where = f"{files[-1]}: " if files else ""
         raise UserError(f"{where}model.model_type is not set: name one of {', '.join(model_types())}")
     if "${" in str(name):
         merged = OmegaConf.merge(*(OmegaConf.create(layer.values) for layer in given))

@@ -1,10 +1,12 @@
 """One source of settings, a YAML file or `--options`: read, and its keys checked, before anything is merged.
 
-Each layer keeps its name, so that a message can say where a mistake stands.
+Each layer keeps its name, so that a message can say where a mistake stands. A YAML may stand on another one, its
+`base`: what recipes share is written once.
 """
 
 import dataclasses
 import logging
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from stllm.common.schema import ModelSettings, RunSettings
 log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run")
+OPTIONS = "--options"  # the name of that layer
+BASE = "base"  # top-level key of a YAML: the file below it
 UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # of published YAMLs
 
 
@@ -51,6 +55,26 @@ def yaml_layer(path: str | Path) -> Layer:
     return Layer(str(path), file.absolute().parent, _mapping(values, str(path), "the file"))
 
 
+def yaml_layers(path: str | Path) -> list[Layer]:
+    """A YAML file after the file that its `base` names (relative to the file it stands in), that one's base, and so on.
+
+    Raises UserError as `yaml_layer` does, for a base that is no file, and for files that name each other in a circle.
+    """
+    layers, files = [yaml_layer(path)], [os.path.expanduser(path)]
+    while (base := layers[0].values.pop(BASE, None)) is not None:
+        name = layers[0].name
+        if not isinstance(base, str) or not base:
+            raise UserError(f"{name}: '{BASE}' must be the path of a YAML file, found {base!r}")
+        below = os.path.normpath(os.path.join(os.path.dirname(files[0]), os.path.expanduser(base)))
+        if not os.path.isfile(below):
+            raise UserError(f"{name}: '{BASE}' names {below}, which is no file: give its path relative to this YAML")
+        if any(os.path.samefile(below, file) for file in files):
+            raise UserError(f"{name}: '{BASE}' names {below}, which is based on this file in turn: drop one of the two")
+        layers.insert(0, yaml_layer(below))
+        files.insert(0, below)
+    return layers
+
+
 def options_layer(options: Sequence[str]) -> Layer:
     """The raw values of `key=value` overrides. Raises UserError for one without `=` or whose value is no YAML."""
     for option in options:
@@ -61,7 +85,7 @@ def options_layer(options: Sequence[str]) -> Layer:
         values = OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--options: {' '.join(options)!r} has a value that is not valid YAML") from error
-    return Layer("--options", Path.cwd(), typing.cast(dict[str, Any], values))
+    return Layer(OPTIONS, Path.cwd(), typing.cast(dict[str, Any], values))
 
 
 def check_layer(layer: Layer) -> None:
@@ -71,7 +95,7 @@ def check_layer(layer: Layer) -> None:
             log.info("%s: section %s has no effect: %s", layer.name, section, UNUSED_SECTIONS[section])
             del layer.values[section]
         elif section not in SECTIONS:
-            hint = did_you_mean(section, SECTIONS)
+            hint = did_you_mean(section, {*SECTIONS, BASE} - {section})
             for home, schema in (("model", ModelSettings), ("run", RunSettings)):
                 meant = nearest(section, [f.name for f in dataclasses.fields(schema)])
                 hint = hint or (f"; did you mean '{home}.{meant}'?" if meant else "")

@@ -212,6 +212,44 @@ def test_empty_files_and_sections_are_fine(write) -> None:
     assert load_config(write("model:\nrun:\ndatasets:\n"), model_type="tiny").run == {}
 
 
+def test_a_file_goes_over_its_base(write, tmp_path) -> None:
+    (tmp_path / "base").mkdir()
+    write(TINY + "datasets: {a: {n: 1, m: 2}}\nrun: {learning_rate: 1e-4, warmup_ratio: 0.5}", "base/common.yaml")
+    write("base: base/common.yaml\nmodel: {video_input: mean, ckpt: ./w}", "middle.yaml")
+    path = write("base: ./middle.yaml\ndatasets: {a: {n: 3}}\nrun: {warmup_steps: 7}")
+    cfg = load_config(path, ["run.learning_rate=1e-5"])
+    assert (cfg.model.model_type, cfg.model.video_input, cfg.model.ckpt) == ("tiny", "mean", str(tmp_path / "w"))
+    assert cfg.datasets == {"a": {"n": 3, "m": 2}}
+    assert (cfg.run.learning_rate, cfg.run.warmup_steps) == (1e-5, 7)
+
+
+def test_paths_in_a_base_are_relative_to_it(write, tmp_path, monkeypatch) -> None:
+    (tmp_path / "base").mkdir()
+    write("model: {model_type: tiny, ckpt: ../weights}", "base/common.yaml")
+    path = write("base: base/common.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("my.yaml").model.ckpt == str(tmp_path / "weights") == load_config(path).model.ckpt
+
+
+def test_a_mistake_in_a_base(write, tmp_path, monkeypatch) -> None:
+    write(TINY + "run: {bf17: True}", "base.yaml")
+    path = write("base: base.yaml")
+    assert message(path).startswith(f"{tmp_path}/base.yaml: unknown key 'run.bf17'")
+    monkeypatch.chdir(tmp_path)
+    assert message("my.yaml").startswith("base.yaml: unknown key 'run.bf17'")
+    assert message(write("base: bases.yaml")) == (
+        f"{path}: 'base' names {tmp_path}/bases.yaml, which is no file: give its path relative to this YAML"
+    )
+    assert message(write("base: [a, b]")) == f"{path}: 'base' must be the path of a YAML file, found ['a', 'b']"
+    assert message(write("bas: base.yaml")).endswith("did you mean 'base'?")
+    assert message(options=["base=x.yaml"]).startswith(
+        "--options: unknown section 'base', expected model, datasets, run"
+    )
+    write("base: my.yaml", "base.yaml")
+    assert "base.yaml: 'base' names " in message(write("base: base.yaml")) and "in turn" in message(path)
+    assert "in turn" in message(write("base: my.yaml"))
+
+
 def test_a_model_type_must_be_named_somewhere(write) -> None:
     assert message(model_type=None).startswith("model.model_type is not set: name one of instructblip_vicuna0, ")
     path = write("model: {video_input: all}")

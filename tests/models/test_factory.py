@@ -103,6 +103,9 @@ def test_only_what_the_user_said_counts_as_said(tmp_path: Path) -> None:
     said = explicit_settings(cfg)
     assert said["vit_model"] == "eva_btadapter_g" and said["qformer_text_input"] is False
     assert "image_size" not in said
+    top = tmp_path / "top.yaml"  # what its base says was said too
+    top.write_text("base: user.yaml\nmodel: {residual_size: 3}")
+    assert explicit_settings(top) == {**said, "residual_size": 3}
 
 
 def test_a_mistyped_key_is_refused() -> None:
