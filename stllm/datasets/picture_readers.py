@@ -181,9 +181,7 @@ def _damage(path: object, so_far: str = "") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise MediaError(
-            f"{path}: there is no such file; expected an image: check the path", cause="missing"
-        ) from None
+        raise MediaError(f"{path}: there is no such file; expected an image: check the path", cause="missing") from None
     except PermissionError:
         raise MediaError(f"{path}: permission to read it is denied; expected a readable file: run chmod +r") from None
     except images.DecompressionBombError as error:

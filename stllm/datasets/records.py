@@ -32,5 +32,3 @@ class Records(Protocol):
     def __getitem__(self, index: int) -> Record:
         """Raises AnnotationError for a record that cannot be used."""
         ...
-
-

@@ -27,7 +27,7 @@ class SampleKey(NamedTuple):
     epoch: int
     batch: int
     corpus: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a key for
     round: int = 0
 
 

@@ -1,0 +1,280 @@
+"""Annotation files of training: VideoChat2-IT's JSON, pairs of a medium and its caption, JSONL of one's own.
+
+A file is a JSON list of records, or one record a line; a record is {"video" or "image": path, "QA": [{"i": instruction,
+"q": question, "a": answer}]} with optional "start" and "end" in seconds and "num_frames", or {"video" or "image": path,
+"caption": text}. Keys beyond these are left alone. Files reach millions of records: the file's bytes stay as they are,
+with the records' offsets beside them, and a record becomes an object when it is asked for.
+"""
+
+import json
+import math
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stllm.common.errors import UserError
+from stllm.conversation.templates import Turn
+from stllm.datasets.records import Record
+from stllm.datasets.sampling import Bounds
+
+KINDS = ("video", "image", "text")
+VIDEO, IMAGE, TEXT = range(3)
+EXPECTED = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}"
+# Fields by which the files of benchmarks and of other projects are recognised.
+FOREIGN = {
+    "candidates": "an MVBench task",
+    "Q": "a VcgBench ground truth",
+    "Q1": "a VcgBench ground truth",
+    "question": "a VideoQA ground truth",
+    "conversations": "LLaVA's conversations",
+}
+
+Fields = dict[str, Any]
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+class AnnotationError(UserError):
+    """A record that cannot be used: names the file and record first. cause: "annotation" or "bounds"."""
+
+    def __init__(self, message: str, *, cause: str = "annotation") -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+class JsonRecords:
+    """The records of one annotation file, held as the file's bytes and offsets into them.
+
+    media_dir: what the records' media are relative to.
+    kind: "video", "image" or "text" (records without a medium); records of another kind are left out. None: whatever
+        the file holds, which must be one kind.
+    num_pairs: (records,) answered pairs of each record, 0 where it cannot be used for lack of any.
+
+    Raises UserError for what concerns the whole file: missing, no JSON (with line and column), no list, a record that
+    is no mapping or of another benchmark, no record, no question and answer anywhere, videos and images mixed.
+    """
+
+    def __init__(self, path: str | Path, *, media_dir: str | Path = "", kind: str | None = None) -> None:
+        self.path = Path(path).expanduser()
+        self.media_dir = str(media_dir)
+        self._data, text = _read(self.path)
+        starts, ends, pairs, kinds = _scan(self.path, text)
+        self.kind = _one_kind(self.path, kinds, kind)
+        # A record without a medium stays among those with one: it is a fault to be told.
+        chosen = (kinds == KINDS.index(self.kind)) | (kinds == TEXT)
+        if not chosen.any():
+            raise UserError(f"{self.path}: found no {self.kind} record among {len(kinds)}: name another file or medium")
+        self._numbers = np.flatnonzero(chosen)  # of the records in the file
+        self._starts, self._ends, self.num_pairs = starts[chosen], ends[chosen], pairs[chosen]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        """The record; a pair without an answer keeps its place, with None as its answer.
+
+        Raises AnnotationError when the record names no medium, has no pair, no answer, or an impossible bound.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        fields = json.loads(self._data[self._starts[index] : self._ends[index]])
+        where = f"{self.path}, record {self._numbers[index] + 1}"
+        return Record(
+            turns=_turns(fields, where),
+            media=self._media(fields, where),
+            kind="video" if self.kind == "text" else self.kind,
+            where=where,
+            bounds=_bounds(fields, where),
+            num_frames=_count(fields.get("num_frames")),
+        )
+
+    def _media(self, fields: Fields, where: str) -> str | None:
+        if self.kind == "text":
+            return None
+        named = fields.get(self.kind)
+        if not isinstance(named, str) or not named.strip():
+            raise AnnotationError(
+                f"{where}: found {self.kind} {named!r}, expected a path relative to the media folder; correct it, or "
+                "say media: text for records without a medium"
+            )
+        return os.path.join(self.media_dir, named)
+
+
+def _read(path: Path) -> tuple[bytes, str]:
+    """The file's bytes, and the same as text. Raises UserError."""
+    try:
+        data = path.read_bytes()
+        # A byte order mark would be one character and three bytes; it is no part of the JSON.
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        return data, data.decode()
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such annotation file; expected {EXPECTED}: check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: found a folder, expected {EXPECTED}: name the file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}), expected {EXPECTED}") from None
+    except OSError as error:
+        raise UserError(f"{path}: the annotation file cannot be read ({error.strerror}); check it") from None
+
+
+def _scan(path: Path, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each record: its first byte, the byte after its last, its answered pairs, its kind."""
+    spans, pairs, kinds = array("q"), array("i"), array("b")  # a few bytes a record, however many there are
+    num_asking = 0
+    first: Fields = {}
+    for start, end, record in _records(path, text):
+        if not isinstance(record, dict):
+            where = f"{path}, record {len(kinds) + 1}"
+            raise UserError(f"{where}: found {_short(record)}, expected a mapping: {EXPECTED}")
+        if "QA" in record or "caption" in record:
+            num_asking += 1
+        elif foreign := next((name for key, name in FOREIGN.items() if key in record), None):
+            where = f"{path}, record {len(kinds) + 1}"
+            raise UserError(f"{where}: found {foreign} (fields {', '.join(record)}), expected {EXPECTED}")
+        first = first or record
+        spans.extend((start, end))
+        pairs.append(sum(_is_text(pair[2]) for pair in _raw_pairs(record)))
+        kinds.append(VIDEO if record.get("video") is not None else IMAGE if record.get("image") is not None else TEXT)
+    if not spans:
+        raise UserError(f"{path}: found no record, expected {EXPECTED}")
+    if not num_asking:
+        raise UserError(f"{path}: no record has QA or caption (the first has {', '.join(first)}), expected {EXPECTED}")
+    if not any(pairs):
+        raise UserError(f"{path}: found {len(pairs)} records and not one answer, expected {EXPECTED}")
+    starts, ends = _byte_offsets(text, np.array(spans))
+    return starts, ends, np.array(pairs), np.array(kinds)
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, value) of each record of a JSON list, or of values one after another."""
+    position = _skip(text, 0)
+    listed = text.startswith("[", position) and path.suffix.lower() != ".jsonl"
+    try:
+        if listed:
+            position = _skip(text, position + 1)
+        while position < len(text) and not (listed and text[position] == "]"):
+            value, end = _DECODER.raw_decode(text, position)
+            yield position, end, value
+            position = _skip(text, end)
+            if listed and text.startswith(",", position):
+                position = _skip(text, position + 1)
+            elif listed and not text.startswith("]", position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        if listed and text[position + 1 :].strip():
+            raise json.JSONDecodeError("Extra data", text, position + 1)
+        if listed and position == len(text):
+            raise json.JSONDecodeError("The list does not end", text, position)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}), expected {EXPECTED}"
+        ) from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        raise UserError(f"{path}: found a value that cannot be read ({error}), expected {EXPECTED}") from None
+
+
+def _skip(text: str, position: int) -> int:
+    space = _SPACE.match(text, position)
+    assert space is not None  # it matches nothing, too
+    return space.end()
+
+
+def _byte_offsets(text: str, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends in UTF-8 bytes; spans: start, end, start, end, ... in characters."""
+    if not text.isascii():
+        lengths = (len(text[start:end].encode()) for start, end in pairwise([0, *spans.tolist()]))
+        spans = np.fromiter(lengths, np.int64, len(spans)).cumsum()
+    return spans[::2], spans[1::2]
+
+
+def _one_kind(path: Path, kinds: np.ndarray, asked: str | None) -> str:
+    found = [KINDS[number] for number in sorted(set(kinds.tolist()) - {TEXT})]
+    if asked is not None:
+        return asked
+    if not found:
+        raise UserError(
+            f"{path}: no record names a video or image; expected {EXPECTED}, or say media: text for records without one"
+        )
+    if len(found) > 1:
+        raise UserError(
+            f"{path}: found videos and images in one file, which do not fit into one batch: name the file in two "
+            "entries, one with media: video and one with media: image"
+        )
+    return found[0]
+
+
+def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
+    """(instruction, question, answer) of each pair as they stand; a caption answers an empty question."""
+    pairs = fields.get("QA")
+    if isinstance(pairs, list):
+        return [(pair.get("i"), pair.get("q"), pair.get("a")) for pair in pairs if isinstance(pair, dict)]
+    captions = fields.get("caption")
+    return [("", "", caption) for caption in (captions if isinstance(captions, list) else [captions])]
+
+
+def _turns(fields: Fields, where: str) -> tuple[Turn, ...]:
+    pairs = _raw_pairs(fields) if "QA" in fields or "caption" in fields else []
+    if not pairs:
+        raise AnnotationError(
+            f"{where}: found no QA (fields {', '.join(fields)}), expected {EXPECTED}: leave the record out"
+        )
+    turns = tuple(
+        Turn(question=_text(question) or "", answer=_text(answer), instruction=_text(instruction) or "")
+        for instruction, question, answer in pairs
+    )
+    if all(turn.answer is None for turn in turns):
+        raise AnnotationError(f"{where}: found an empty answer, expected a text to learn: leave the record out")
+    return turns
+
+
+def _is_text(value: Any) -> bool:
+    """Whether there is something to read: a text that is not blank, or a number."""
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, (int, float))
+
+
+def _text(value: Any) -> str | None:
+    """A text as it stands, a number as text; None for anything else."""
+    # Half a surrogate pair, which JSON can spell, is no text to a tokenizer.
+    return str(value).encode("utf-8", "replace").decode() if _is_text(value) else None
+
+
+def _bounds(fields: Fields, where: str) -> Bounds | None:
+    start, end = (_seconds(fields.get(key), key, where) for key in ("start", "end"))
+    if start is None and end is None:
+        return None
+    start, end = 0.0 if start is None else start, math.inf if end is None else end
+    if start < 0 or end <= start:
+        raise AnnotationError(
+            f"{where}: found start {start:g} and end {end:g}, expected 0 <= start < end in seconds: correct them",
+            cause="bounds",
+        )
+    return start, end
+
+
+def _seconds(value: Any, key: str, where: str) -> float | None:
+    try:
+        if value is None:
+            return None
+        seconds = float(value)
+        if not math.isfinite(seconds) or isinstance(value, bool):
+            raise ValueError
+        return seconds
+    except (TypeError, ValueError, OverflowError):
+        raise AnnotationError(
+            f"{where}: found {key} {value!r}, expected a number of seconds: correct it", cause="bounds"
+        ) from None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
