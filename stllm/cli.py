@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
             stream.reconfigure(errors="backslashreplace")
     module, function = COMMANDS[args.command].target.split(":")
     run = getattr(import_module(module), function)
-    seed_everything(args.seed)
+    seed_everything(args.seed or 0)
     code = int(run(args))
     sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     return code
@@ -122,7 +122,7 @@ def _add_common(parser: Parser) -> None:
         metavar="TYPE",
         help=f"{', '.join(DTYPES)} (default: auto)",
     )
-    group.add_argument("--seed", type=whole(0), default=0, help="seed of everything random (default: 0)")
+    group.add_argument("--seed", type=whole(0), help="seed of everything random (default: 0, in training run.seed)")
     group.add_argument(
         "--options",
         "--cfg-options",
@@ -232,6 +232,10 @@ def _verify_fault(args: argparse.Namespace) -> str | None:
     return None
 
 
+def _train_options(parser: Parser) -> None:
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the run's configuration")
+
+
 COMMANDS = {
     "chat": Command(
         help="answers questions about a video or an image",
@@ -239,6 +243,12 @@ COMMANDS = {
         add_options=_chat_options,
         example='stllm chat --ckpt-path DIR --video clip.mp4 --question "What happens?"',
         check=_chat_fault,
+    ),
+    "train": Command(
+        help="trains a model from a YAML, alone or under torchrun; the same command continues a run",
+        target="stllm.runners.train:run",
+        add_options=_train_options,
+        example="torchrun --nproc_per_node=8 -m stllm train --cfg-path configs/train/instructblip_qa.yaml",
     ),
     "convert": Command(
         help="writes weights of any known layout as ours, or ours in the released layout",

@@ -16,11 +16,6 @@ def _one_of(default: str | None, *choices: str) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
-def _some_of(*choices: str) -> Any:
-    """A list, empty by default, of enumerated values; config.py checks them."""
-    return field(default_factory=list, metadata={"choices": choices})
-
-
 def _within(default: float, low: float, high: float | None = None) -> Any:
     """A number with bounds, both allowed; config.py checks them."""
     return field(default=default, metadata={"low": low, "high": high})
@@ -57,6 +52,7 @@ def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
     return None
 
 
+_PARTS = ("vision_encoder", "qformer", "projection", "language_model")
 _PROMPTS = "prompts come from `template`"
 
 
@@ -145,7 +141,7 @@ class ModelSettings:
     # Weights
     ckpt: str | None = _path()  # weights to start from: a folder or file, loaded over the parts named above
     # parts that training starts from random weights when no file gives them
-    fresh: list[str] = _some_of("vision_encoder", "qformer", "projection", "language_model")
+    fresh: list[str] = field(default_factory=list, metadata={"choices": _PARTS})
     pre_encoding: bool = False  # inputs are the frozen encoder's precomputed features, not pixels
 
     # Published keys without an effect here

@@ -2,7 +2,7 @@
 
 Training needs the last hidden states at visual positions and logits only where a label is; calling the decoder and the
 output head one after the other gives both without keeping every layer's states or a (B, S, vocabulary) tensor.
-LoRA is peft's, injected into the model in place (`peft.inject_adapter_in_model`).
+LoRA is peft's, injected into the model in place (lora.py).
 """
 
 from typing import Any
@@ -19,21 +19,9 @@ def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | Non
     """The causal LM of that configuration, weights not loaded. lora: {r, alpha, dropout, target_modules} or None."""
     model = AutoModelForCausalLM.from_config(config)
     if lora is not None:
-        from peft import LoraConfig, inject_adapter_in_model
+        from stllm.models.lora import inject_lora
 
-        model = inject_adapter_in_model(
-            LoraConfig(
-                r=lora["r"],
-                lora_alpha=lora["alpha"],
-                lora_dropout=lora["dropout"],
-                target_modules=list(lora["target_modules"]),
-                task_type="CAUSAL_LM",
-            ),
-            model,
-        )
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:  # peft has started them; transformers' own start would undo that
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        model = inject_lora(model, lora)
     return model
 
 

@@ -1,0 +1,1 @@
+"""How it is learned: the training loop, on transformers' Trainer and accelerate."""

@@ -1,0 +1,210 @@
+"""A run's output folder: its configuration, its checkpoints and its log, so that a run continues or refuses.
+
+Checkpoints are written beside their place and renamed when they are complete; nothing that bears a checkpoint's name
+is ever half there.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import distributed as dist
+
+from stllm.common.config import save_config
+from stllm.common.distributed import is_main
+from stllm.common.errors import UserError
+from stllm.common.failures import sentence
+from stllm.common.files import write_text
+from stllm.runners.meter import is_distributed
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+STATE = "trainer_state.json"  # transformers writes it last
+# what may differ when a run is continued: none of it changes what is learned
+FREE = re.compile(
+    r"run\.(output_dir|resume_from_checkpoint|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+"
+    r"|max_bad_fraction|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
+    r"|model\.(vit_chunk_size|use_grad_checkpoint|qformer_tokenizer)|datasets\.\w+_root|datasets\..*(_dir|_path|reader)"
+)
+
+
+class RunFolder:
+    """The output folder of one training run, the same on every process. path: `run.output_dir`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.log_path = self.path / "log.jsonl"
+        self.config_path = self.path / "config.yaml"
+        self._partial = self.path / ".checkpoint.partial"
+
+    # ---- beginning and continuing -------------------------------------------------------------------------------
+
+    def begin(self, cfg: DictConfig) -> None:
+        """Makes the folder and writes `config.yaml`, or sees that the run in it is this one.
+
+        Raises UserError, naming the first setting that differs, when the folder holds another run.
+        """
+        if self.last_checkpoint() is None and not self.is_finished():
+            if is_main():
+                save_config(cfg, self.config_path)
+        elif self.config_path.is_file():
+            self._check_same(cfg)
+        else:
+            raise UserError(
+                f"{self.path} holds a model that no run made there: name another folder with run.output_dir"
+            )
+
+    def _check_same(self, cfg: Any) -> None:
+        old, new = (_flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(self.config_path), cfg))
+        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and not FREE.fullmatch(key)]
+        if changed:
+            key = changed[0]
+            more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if len(changed) > 1 else ""
+            raise UserError(
+                f"{self.path} holds a run with another configuration: {key} was {old.get(key)!r} and is now "
+                f"{new.get(key)!r}{more}; set it back to continue, or name another run.output_dir to begin anew"
+            )
+
+    def last_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the most steps, None when there is none."""
+        found = self.checkpoints()
+        return found[-1] if found else None
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, by their steps."""
+        if not self.path.is_dir():
+            return []
+        found = [(int(match[1]), entry) for entry in self.path.iterdir() if (match := CHECKPOINT.fullmatch(entry.name))]
+        return [entry for _, entry in sorted(found) if (entry / STATE).is_file()]
+
+    def is_finished(self) -> bool:
+        """Whether the trained model is here: its config.json is moved in last."""
+        return (self.path / "config.json").is_file()
+
+    def rewind_log(self, step: int) -> None:
+        """Drops the log's lines of steps after `step`: they are about to be made again."""
+        if not self.log_path.is_file():
+            return
+        lines = [
+            line for line in self.log_path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)
+        ]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_text(self.log_path, "".join(kept))
+
+    def append_log(self, line: Mapping[str, Any]) -> None:
+        """One line of `log.jsonl`."""
+        with self.log_path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    # ---- writing ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def new_checkpoint(self, step: int, *, limit: int | None) -> Iterator[Path]:
+        """A folder in which the block writes `checkpoint-<step>`; it is moved into place when all processes are done.
+
+        limit: checkpoints to keep; older ones go once the new one is there. A collective call.
+        Raises UserError, on every process, when one of them could not write; the checkpoints before stay whole.
+        """
+        self._clear()
+        error: Exception | None = None
+        try:
+            yield self._partial
+        except Exception as caught:
+            error = caught
+        if anywhere(error is not None):
+            if is_main():
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise UserError(self._lost(step, error)) from error
+        if is_main():
+            target = self.path / f"checkpoint-{step}"
+            _flush(self._partial / target.name)
+            _remove(target)
+            os.replace(self._partial / target.name, target)
+            self._rotate(limit)
+            shutil.rmtree(self._partial, ignore_errors=True)
+        _wait()
+
+    def place_final(self, folder: Path) -> None:
+        """Moves a complete model's files from `folder` into the run's own, config.json last. On the main process."""
+        _flush(folder)
+        entries = sorted(folder.iterdir(), key=lambda entry: entry.name == "config.json")
+        for entry in entries:
+            target = self.path / entry.name
+            _remove(target)
+            os.replace(entry, target)
+        folder.rmdir()
+
+    def _clear(self) -> None:
+        if is_main():
+            self.path.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir()
+        _wait()
+
+    def _rotate(self, limit: int | None) -> None:
+        if limit is not None and limit > 0:
+            for old in self.checkpoints()[:-limit]:
+                _remove(old)
+
+    def _lost(self, step: int, error: Exception | None) -> str:
+        last = self.last_checkpoint()
+        kept = f"{last.name} before it is whole" if last else "there is none before it"
+        cause = "another process could not write its part" if error is None else sentence(error)
+        return f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}: run again to continue from it"
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is so on any process. A collective call."""
+    if not is_distributed():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def _wait() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def _flush(folder: Path) -> None:
+    """Until here a power cut may lose the files; from here on it does not."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Takes a folder out of sight first, so that one half deleted is never taken for whole."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat |= _flat(entry, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _is_whole(line: str) -> bool:
+    """A process that was killed while it wrote leaves half a line."""
+    return line.endswith("}\n")

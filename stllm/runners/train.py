@@ -1,0 +1,159 @@
+"""`stllm train`: a configuration to a trained model, alone or under torchrun; the same command continues a run.
+
+configuration -> task (data sets, prompts, model) -> trainer -> checkpoints, log, the model in the output folder
+"""
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import distributed as dist
+from transformers import TrainingArguments
+
+from stllm.common.config import load_config
+from stllm.common.device import out_of_memory, seed_everything
+from stllm.common.distributed import is_main
+from stllm.common.errors import UserError
+from stllm.common.registry import runners, tasks
+from stllm.datasets.bad_samples import BadSampleLog
+from stllm.models.lora import save_adapter
+from stllm.models.st_llm import STLLM
+from stllm.runners.arguments import training_arguments
+from stllm.runners.run_folder import RunFolder
+from stllm.runners.signals import StopRequest, stopping_at_signals
+from stllm.runners.trainer import STLLMTrainer
+
+log = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "lora_adapter"
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Exit code 0 when the model is trained, 130 or 143 when a signal stopped the run."""
+    cfg = load_config(args.cfg_path, args.options)
+    if not cfg.run:
+        raise UserError(f"{args.cfg_path or 'the options'}: there is no run section: say at least run.output_dir")
+    settings = _plain(cfg.run)
+    arguments = training_arguments(settings, device=args.device, dtype=args.dtype, seed=args.seed)
+    cfg.run.seed = arguments.seed
+    task = tasks.get(cfg.run.task)
+    runner = runners.get(cfg.run.runner or task.runner)
+    try:
+        with stopping_at_signals() as stop:
+            seed_everything(arguments.seed)
+            return int(runner(task.from_config(cfg, seed=arguments.seed), arguments, cfg, stop))
+    except Exception as error:
+        if not out_of_memory(error) or isinstance(error, UserError):
+            raise
+        raise UserError(_too_large(arguments)) from error
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@runners.register("trainer", "runner_base")
+def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest) -> int:
+    """Trains the task's model on transformers' Trainer. Raises UserError; returns the exit code."""
+    folder = RunFolder(args.output_dir)
+    folder.begin(cfg)
+    checkpoint = _checkpoint(args, folder)
+    if folder.is_finished():
+        log.info("%s: this run is finished; name another run.output_dir to train again", folder.path)
+        return 0
+    sampler = task.sampler(
+        batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
+    )
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = task.some_parts_idle()
+    trainer = STLLMTrainer(
+        model=task.build_model(device=_home(args), **_dtypes(args)),
+        args=args,
+        dataset=task.mixture,
+        sampler=sampler,
+        collator=task.collator(),
+        processor=task.processor,
+        folder=folder,
+        bad_samples=BadSampleLog(
+            max_bad_fraction=cfg.run.max_bad_fraction, epoch_size=len(sampler) * sampler.global_batch
+        ),
+        stop=stop,
+        projection_lr=cfg.run.projection_lr,
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+        log.info("continuing from %s", checkpoint)
+    if is_main():
+        folder.rewind_log(trainer.logged_step)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
+        step = trainer.state.global_step
+        log.info("stopped at step %d; checkpoint-%d is written: the same command continues from it", step, step)
+        return stop.exit_code
+    _finish(trainer, folder)
+    return 0
+
+
+def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
+    """Where to continue: what the user names, else the run's own last checkpoint."""
+    named = args.resume_from_checkpoint
+    if named in (None, "", "True", "true", True):
+        return folder.last_checkpoint()
+    path = Path(str(named))
+    if not (path / "trainer_state.json").is_file():
+        raise UserError(f"run.resume_from_checkpoint: {path} is no checkpoint of a run (it has no trainer_state.json)")
+    return path
+
+
+def _dtypes(args: TrainingArguments) -> dict[str, Any]:
+    """Half precision for what is frozen; what trains stays in float32 and is computed on in half (autocast).
+
+    FSDP shards units of one type, so there everything is float32 until it computes; DeepSpeed keeps its own masters.
+    """
+    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if half is None or args.fsdp:
+        return {"dtype": torch.float32, "trained_dtype": None}
+    return {"dtype": half, "trained_dtype": None if args.deepspeed else torch.float32}
+
+
+def _home(args: TrainingArguments) -> torch.device:
+    """Where the model is filled: on its device, unless it will be divided among several."""
+    return torch.device("cpu") if args.fsdp or args.deepspeed else args.device
+
+
+def _finish(trainer: STLLMTrainer, folder: RunFolder) -> None:
+    """The trained model in our format in the output folder, and the LoRA adapter apart. A collective call."""
+    partial = folder.path / ".model.partial"
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(partial))
+    if is_main():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        assert isinstance(model, STLLM)
+        if model.config.lora is not None and not trainer.is_fsdp_enabled:
+            save_adapter(model, partial / ADAPTER_FOLDER)
+        folder.place_final(partial)
+        log.info("the trained model is in %s", folder.path)
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def _too_large(args: TrainingArguments) -> str:
+    size = args.per_device_train_batch_size
+    where = "on the GPU" if args.device.type == "cuda" else "on this machine"
+    return (
+        f"not enough memory {where} for batches of {size}: lower run.per_device_train_batch_size (and raise "
+        "run.gradient_accumulation_steps), use fewer frames, model.use_grad_checkpoint=True, run.bf16=True, LoRA "
+        "(model.lora_r), FSDP or DeepSpeed; the checkpoints written so far are whole"
+    )
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    plain = OmegaConf.to_container(section, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,278 @@
+"""transformers' Trainer, with what ST-LLM needs of it: keyed batches, a loss of two parts, exact continuation, guards.
+
+The loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision are transformers' and accelerate's.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from stllm.common.errors import UserError
+from stllm.common.files import write_text
+from stllm.datasets.bad_samples import BadSampleLog
+from stllm.datasets.mixture import MixtureSampler
+from stllm.models.st_llm import STLLM
+from stllm.processors.prompts import PromptProcessor
+from stllm.runners.meter import StepMeter, is_distributed
+from stllm.runners.optimizer import parameter_groups
+from stllm.runners.progress import Progress
+from stllm.runners.run_folder import RunFolder
+from stllm.runners.signals import StopRequest
+
+RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
+
+
+class KeyedLoader(DataLoader[Any]):
+    """A DataLoader that tells its batch sampler which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the beginning of each epoch."""
+        assert isinstance(self.batch_sampler, MixtureSampler)
+        self.batch_sampler.set_epoch(epoch)
+
+
+class STLLMTrainer(Trainer):
+    """Trains `model` on batches of `dataset` in the order of `sampler`.
+
+    collator: list of samples -> model arguments, and `names` and `failures`. folder: where checkpoints and log go.
+    bad_samples: counts what could not be read and stops the run when it is too much. stop: a signal's request.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: STLLM,
+        args: TrainingArguments,
+        dataset: Dataset[Any],
+        sampler: MixtureSampler,
+        collator: Any,
+        processor: PromptProcessor,
+        folder: RunFolder,
+        bad_samples: BadSampleLog,
+        stop: StopRequest,
+        projection_lr: float | None = None,
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
+        self.model_accepts_loss_kwargs = True  # forward takes num_items_in_batch
+        self.sampler, self.prompts, self.folder = sampler, processor, folder
+        self.bad_samples, self.stop, self.projection_lr = bad_samples, stop, projection_lr
+        self.meter = StepMeter(args.device)
+        self.stopping = False  # as agreed on by all processes
+        self.new_failures: list[Any] = []
+        self.logged_step = 0
+        self._save_to: Path | None = None
+        self.progress = Progress()
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(self.progress)
+        self.add_callback(_Stopper(self))
+
+    # ---- batches ------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This process's rows of every batch; the sampler has divided them, accelerate must not again."""
+        args = self.args
+        workers = args.dataloader_num_workers
+        return KeyedLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss: answers' tokens over all of the step's, MVM over its batches."""
+        batch = {key: value for key, value in inputs.items() if key not in ("names", "failures")}
+        self.new_failures += inputs["failures"]
+        outputs = model(**batch, num_items_in_batch=num_items_in_batch)
+        world = self.accelerator.num_processes  # gradients are averaged over processes, and the sum is wanted
+        loss_lm = outputs["loss_lm"] * (1 if num_items_in_batch is None else world)
+        loss_mvm = outputs.get("loss_mvm")
+        if loss_mvm is not None:
+            loss_mvm = loss_mvm / self.current_gradient_accumulation_steps
+        loss = loss_lm if loss_mvm is None else loss_lm + loss_mvm
+        self._agree(loss, inputs["names"])
+        self.meter.add(
+            loss=loss,
+            loss_lm=loss_lm,
+            loss_mvm=loss_mvm,
+            kept_visual_tokens=outputs.get("kept_visual_tokens"),
+            samples=len(inputs["names"]),
+        )
+        return (loss, outputs) if return_outputs else loss
+
+    def _agree(self, loss: Tensor, names: list[str]) -> None:
+        """All processes stop together: at a loss that is no number, which raises UserError, or at a signal."""
+        flags = torch.stack([~loss.detach().isfinite().all(), torch.tensor(bool(self.stop), device=loss.device)]).int()
+        own = bool(flags[0])
+        if is_distributed():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        broken, stopping = flags.tolist()
+        self.stopping = bool(stopping)
+        if broken:
+            self._fail("its loss is no number", gathered(names if own else []))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """The norm is the same on all processes; with fp16's scaler an overflow only skips the step."""
+        norm = super()._clip_grad_norm(model)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+            self._fail("its gradient is no number", [])
+        return norm
+
+    def _fail(self, what: str, names: list[str]) -> None:
+        last = self.folder.last_checkpoint()
+        kept = f"{last.name} is kept" if last else "no checkpoint was written yet"
+        batch = f", with {'; '.join(names[:8])}" if names else ""
+        raise UserError(
+            f"step {self.state.global_step + 1} can't be learned from: {what} (NaN or infinite){batch}; {kept}: look "
+            "at these samples, or lower run.learning_rate, or train in bf16 or float32"
+        )
+
+    # ---- learning rates -----------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """transformers' choice of optimizer, with the projection's own learning rate."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            groups = parameter_groups(
+                trained,
+                decayed=set(self.get_decay_parameter_names(trained)),
+                weight_decay=self.args.weight_decay,
+                learning_rate=self.args.learning_rate,
+                projection_lr=self.projection_lr,
+            )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    # ---- the log ------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A line of log.jsonl a logging step; all processes come here together."""
+        if "loss" in logs:
+            self._count_failures()
+            logs = {**logs, **self._line(logs)}
+            self.logged_step = self.state.global_step
+        super().log({key: value for key, value in logs.items() if value is not None}, start_time)
+
+    def _line(self, logs: Mapping[str, Any]) -> dict[str, Any]:
+        figures = self.meter.read(self.state.global_step - self.logged_step)
+        line = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            **figures,
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "skipped_samples": self.bad_samples.total,
+        }
+        if self.is_world_process_zero():
+            self.folder.append_log(line)
+            self.progress.show(self.state.global_step, self.state.max_steps, line)
+        return {key: value for key, value in line.items() if key not in ("step", "epoch")}
+
+    def _count_failures(self) -> None:
+        """Adds all processes' unreadable samples; raises UserError on all of them when they are too many."""
+        for failure in gathered(self.new_failures):
+            self.bad_samples.add(failure)
+        self.new_failures = []
+        self.bad_samples.check(self.state.global_step * self.args.gradient_accumulation_steps * self.global_batch)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one micro-batch, over all processes."""
+        return self.args.per_device_train_batch_size * self.accelerator.num_processes
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """transformers' checkpoint and our own state, whole or not there."""
+        self.meter.gather()
+        self._count_failures()
+        step = self.state.global_step
+        with self.folder.new_checkpoint(step, limit=self.args.save_total_limit) as partial:
+            self._save_to = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._save_to = None
+            if self.is_world_process_zero():
+                write_text(partial / f"checkpoint-{step}" / RUN_STATE, json.dumps(self._run_state()))
+
+    def _run_state(self) -> dict[str, Any]:
+        return {
+            "meter": self.meter.state_dict(),
+            "logged_step": self.logged_step,
+            "bad_samples": self.bad_samples.state_dict(),
+            "global_batch": self.global_batch,
+        }
+
+    def resume(self, checkpoint: Path) -> None:
+        """Takes up our own state of a checkpoint, before `train(resume_from_checkpoint=...)` takes up the rest.
+
+        Raises UserError when the batches would be others.
+        """
+        state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+        found, expected = self.global_batch, state["global_batch"]
+        if found != expected:
+            raise UserError(
+                f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}: the "
+                "run would see other batches; set run.per_device_train_batch_size so that times the number of processes it "
+                f"is {expected}"
+            )
+        if self.is_world_process_zero():
+            self.meter.load_state_dict(state["meter"])
+        self.logged_step = state["logged_step"]
+        self.bad_samples.load_state_dict(state["bad_samples"])
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._save_to is None else str(self._save_to)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The model in our format, tokenizers beside it."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
+            self.prompts.save_pretrained(folder)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the masked sequence is shorter than any formula knows."""
+        return 0
+
+
+class _Stopper(TrainerCallback):
+    """Ends the run after a step, with a checkpoint, when a signal asked for it."""
+
+    def __init__(self, trainer: STLLMTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """All processes' values, in the order of the processes. A collective call."""
+    if not is_distributed():
+        return list(values)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, values)
+    return [value for values in every for value in values]

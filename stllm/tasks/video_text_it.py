@@ -1,0 +1,84 @@
+"""Instruction tuning on videos, images and text: the task of every published recipe.
+
+Builds, from a configuration, the data sets, the prompts and the model; how they are trained is the runner's.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from stllm.common.errors import UserError
+from stllm.common.registry import tasks
+from stllm.datasets.collate import Collator, TokenMasker
+from stllm.datasets.corpora import build_corpora
+from stllm.datasets.mixture import Mixture, MixtureSampler
+from stllm.models.checkpoints.deciding import decide_config, open_named
+from stllm.models.checkpoints.loading import Opened, processor_of
+from stllm.models.configuration import STLLMConfig
+from stllm.models.factory import build_audited, model_section
+from stllm.models.st_llm import STLLM
+from stllm.processors.prompts import PromptProcessor
+
+log = logging.getLogger(__name__)
+
+
+@tasks.register("video_text_it", "video_text_pretrain", "image_text_pretrain")
+@dataclass
+class VideoTextTask:
+    """What is learned. Data sets and tokenizers are looked at before any weight is read."""
+
+    cfg: DictConfig
+    config: STLLMConfig
+    processor: PromptProcessor
+    mixture: Mixture
+
+    runner = "trainer"
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig, *, seed: int) -> "VideoTextTask":
+        """The task of a checked configuration. Raises UserError for data, weights or tokenizers that are not there."""
+        settings = model_section(cfg)
+        sources = open_named(settings)
+        config = decide_config(sources, settings)
+        named = settings.get("ckpt") or settings.get("llama_model")
+        if not named:
+            raise UserError("no tokenizer is named: set model.llama_model to a language model's folder, or model.ckpt")
+        processor = processor_of(Opened(Path(named), sources, settings, config))
+        corpora = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
+        mixture = Mixture(corpora, seed=seed, max_tries=cfg.run.max_tries)
+        return cls(cfg, config, processor, mixture)
+
+    def build_model(
+        self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None
+    ) -> STLLM:
+        """The model to train, from the weights that the configuration names; what starts fresh is noted."""
+        model, report = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
+        for line in report.details():
+            log.info(line)
+        return model
+
+    def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
+        """The order of batches; batch_size: of one process."""
+        return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
+
+    def collator(self) -> Collator:
+        """Samples to model arguments, masks included where the configuration masks."""
+        return Collator(self.processor, seed=self.mixture.seed, masker=self._masker())
+
+    def _masker(self) -> TokenMasker | None:
+        config = self.config
+        if not config.use_mask:
+            return None
+        return TokenMasker(
+            mask_rate=config.mask_rate,
+            tokens_per_frame=config.tokens_per_frame,
+            video_input=config.video_input,
+            residual_size=config.residual_size,
+        )
+
+    def some_parts_idle(self) -> bool:
+        """Whether batches exist in which something that trains takes no part (images skip the residual and MVM)."""
+        return not self.mixture.only_videos or (self.config.mvm_decode and not self.config.use_mask)

@@ -1,0 +1,79 @@
+"""LoRA: an adapter put on its base again gives the trained model; merged, it gives the same without LoRA."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stllm.common.errors import UserError
+from stllm.models.lora import load_adapter, merge_lora, save_adapter
+from stllm.models.st_llm import STLLM
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_model
+
+LORA = {"r": 2, "alpha": 4, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
+
+
+def trained(**changes) -> STLLM:
+    """A model whose adapter and projection have moved away from their start."""
+    model = tiny_model(lora=LORA, video_input="residual", **changes).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(**tiny_batch()).loss.backward()
+    optimizer.step()
+    return model.eval()
+
+
+def loss(model: STLLM) -> float:
+    with torch.no_grad():
+        return float(model(**tiny_batch(seed=5)).loss)
+
+
+def test_save_load_merge(tmp_path: Path) -> None:
+    model = trained()
+    save_adapter(model, tmp_path)
+    again = tiny_model(lora=None, video_input="residual")
+    again.load_state_dict(
+        {name.replace(".base_layer", ""): p for name, p in model.state_dict().items() if "lora_" not in name}
+    )
+    for part in (again.projection, again.video_input):  # these come from the adapter's folder
+        for parameter in part.parameters():
+            torch.nn.init.zeros_(parameter)
+    assert abs(loss(again) - loss(model)) > 1e-4
+    load_adapter(again, tmp_path)
+    assert loss(again.eval()) == loss(model)
+    merge_lora(again)
+    assert loss(again) == pytest.approx(loss(model), abs=1e-5)
+    assert not any("lora" in name or "base_layer" in name for name in again.state_dict())
+    assert again.config.lora is None
+    again.save_pretrained(tmp_path / "merged")
+    assert loss(STLLM.from_pretrained(tmp_path / "merged").eval()) == loss(again)
+
+
+def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no LoRA adapter of a run: it lacks adapter_model\.safetensors"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_an_adapter_of_another_model(tmp_path: Path) -> None:
+    save_adapter(trained(), tmp_path)
+    with pytest.raises(UserError, match="was trained on a model of other sizes"):
+        load_adapter(
+            tiny_model(
+                text_config={
+                    "model_type": "llama",
+                    "vocab_size": 64,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 3,
+                    "num_attention_heads": 4,
+                },
+                video_input="residual",
+            ),
+            tmp_path,
+        )
+    with pytest.raises(UserError, match=r"this one has no video_input\."):
+        load_adapter(tiny_model(video_input="all"), tmp_path)
+
+
+def test_layers_that_are_not_there() -> None:
+    with pytest.raises(UserError, match=r"names query, but the language model's linear layers are .*q_proj"):
+        STLLM(tiny_config(lora={**LORA, "target_modules": ["query"]}))
