@@ -224,6 +224,23 @@ def _verify_options(parser: Parser) -> None:
     )
 
 
+def _toy_options(parser: Parser) -> None:
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help="the folder to write: new, or empty")
+    parser.add_argument(
+        "--num-train", type=whole(1), default=1200, metavar="N", help="training clips, of all kinds (default: 1200)"
+    )
+    parser.add_argument(
+        "--num-test", type=whole(1), default=240, metavar="N", help="test clips, of all kinds (default: 240)"
+    )
+    parser.add_argument("--long", action="store_true", help="clips of 64 frames, not 16")
+
+
+def _toy_fault(args: argparse.Namespace) -> str | None:
+    if args.options or args.device not in ("auto", "cpu") or args.dtype != "auto":
+        return "it renders on the CPU and has no configuration: drop --options, --device and --dtype"
+    return None
+
+
 def _verify_fault(args: argparse.Namespace) -> str | None:
     if args.options or args.device not in ("auto", "cpu") or args.dtype not in ("auto", "float32", "fp32"):
         return (
@@ -269,5 +286,12 @@ COMMANDS = {
         add_options=_verify_options,
         example="stllm verify golden/instructblip_residual_mvm",
         check=_verify_fault,
+    ),
+    "toy": Command(
+        help="writes the toy world: real mp4 files with VideoChat2-IT and MVBench annotations",
+        target="stllm.datasets.toy_world:run",
+        add_options=_toy_options,
+        example="stllm toy --output toy_world --num-train 2000 --num-test 400 --seed 1",
+        check=_toy_fault,
     ),
 }

@@ -1,0 +1,219 @@
+"""Scenes of the toy world: what is in a clip and what happens when, as data; and their pictures, by numpy alone.
+
+A new shape, colour, background or kind of event is one entry of a table here.
+
+Letters: T frames, S pixels a side.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+UNITS = 64  # places and sizes are whole 64ths of the picture's side, from its upper left corner
+STEP = 28.0  # units: how far a thing moves
+HOP = 16.0  # units: how far it jumps or steps aside
+SWELLING = 0.8  # how much of its radius it gains
+TEXTURE = 22.0  # levels of 255: half the contrast of a background's pattern
+GRAIN, FLICKER = 7.0, 4.0  # levels of 255: noise of the whole clip, noise of each frame
+
+COLORS = {
+    "red": (220, 45, 45),
+    "green": (45, 185, 60),
+    "blue": (50, 80, 225),
+    "yellow": (235, 215, 50),
+    "purple": (170, 55, 200),
+    "white": (245, 245, 245),
+}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a thing does between two times. kind: a key of EVENTS; start, end: parts of the clip, from 0 to 1.
+
+    value: the direction of a move, the new colour of a change.
+    """
+
+    kind: str
+    start: float
+    end: float
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A coloured shape at (x, y), the middle of its path if it moves."""
+
+    color: str
+    shape: str
+    x: int
+    y: int
+    radius: int
+    events: tuple[Event, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As texts call it: "red circle"."""
+        return f"{self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Background:
+    """pattern: a key of PATTERNS; shade: its middle level of 255; angle: of the pattern, in degrees."""
+
+    pattern: str
+    shade: int
+    angle: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything in a clip except for its noise. Later things cover earlier ones."""
+
+    things: tuple[Thing, ...]
+    background: Background
+
+    def digest(self) -> int:
+        """A number that depends on all of the scene and on nothing else, the same on every machine."""
+        return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:8], "big")
+
+
+@dataclass
+class Track:
+    """A thing over the frames: x, y, radius (units) and opacity, each (T,); color (T, 3), levels of 255."""
+
+    x: np.ndarray
+    y: np.ndarray
+    radius: np.ndarray
+    opacity: np.ndarray
+    color: np.ndarray
+
+
+def render(scene: Scene, *, num_frames: int, size: int, generator: np.random.Generator) -> np.ndarray:
+    """The clip, (T, S, S, 3) uint8 RGB. generator: draws the noise."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)
+    times = (np.arange(num_frames) + 0.5) / num_frames
+    clip = generator.standard_normal((num_frames, size, size, 3), np.float32) * np.float32(FLICKER)
+    grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)
+    canvas = np.repeat(_background(scene.background, axis)[None, :, :, None], 3, axis=3)  # (1, S, S, 3)
+    for thing in scene.things:
+        track = follow(thing, times)
+        alpha = _coverage(thing.shape, track, axis)[..., None]  # (T, S, S, 1)
+        canvas = canvas + alpha * (track.color[:, None, None, :].astype(np.float32) - canvas)  # (T, S, S, 3)
+    clip += canvas + grain
+    return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
+
+
+def follow(thing: Thing, times: np.ndarray) -> Track:
+    """Where and how the thing is at each time. times: (T,), parts of the clip."""
+    count = len(times)
+    track = Track(
+        x=np.full(count, float(thing.x)),
+        y=np.full(count, float(thing.y)),
+        radius=np.full(count, float(thing.radius)),
+        opacity=np.ones(count),
+        color=np.tile(np.array(COLORS[thing.color], float), (count, 1)),
+    )
+    for event in thing.events:
+        progress = np.clip((times - event.start) / (event.end - event.start), 0, 1)
+        EVENTS[event.kind](track, progress, event.value)
+    return track
+
+
+# ---- events: each changes the track in place. progress: (T,), 0 before the event, 1 after it ------------------------
+
+
+def _move(track: Track, progress: np.ndarray, value: str) -> None:
+    right, down = DIRECTIONS[value]
+    track.x += right * STEP * (progress - 0.5)  # the middle frame tells nothing of the direction
+    track.y += down * STEP * (progress - 0.5)
+
+
+def _jump(track: Track, progress: np.ndarray, value: str) -> None:
+    track.y -= HOP * np.sin(np.pi * progress)
+
+
+def _step_aside(track: Track, progress: np.ndarray, value: str) -> None:
+    track.x += HOP * np.sin(np.pi * progress)
+
+
+def _grow(track: Track, progress: np.ndarray, value: str) -> None:
+    track.radius *= 1 + SWELLING * np.sin(np.pi * progress)
+
+
+def _vanish(track: Track, progress: np.ndarray, value: str) -> None:
+    track.opacity *= 1 - np.minimum(1, 1.5 * np.sin(np.pi * progress))
+
+
+def _turn(track: Track, progress: np.ndarray, value: str) -> None:
+    track.color += progress[:, None] * (np.array(COLORS[value], float) - track.color)
+
+
+EVENTS: dict[str, Callable[[Track, np.ndarray, str], None]] = {
+    "move": _move,
+    "jump": _jump,
+    "step aside": _step_aside,
+    "grow": _grow,
+    "vanish": _vanish,
+    "turn": _turn,
+}
+
+
+# ---- shapes: x, y in radii from the middle; below 1 inside, 1 at the edge -------------------------------------------
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y)
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(x), np.abs(y)) / 0.85
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(y, np.abs(x) * 0.866 - y * 0.5) / 0.55
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    across, along = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
+    return np.maximum(across / 0.33, along)
+
+
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+}
+
+
+def _coverage(shape: str, track: Track, axis: np.ndarray) -> np.ndarray:
+    """How much of each pixel the thing covers, (T, S, S), its edge softened over one pixel."""
+    radius = track.radius.astype(np.float32)[:, None, None]
+    x = (axis[None, None, :] - track.x.astype(np.float32)[:, None, None]) / radius  # (T, 1, S)
+    y = (axis[None, :, None] - track.y.astype(np.float32)[:, None, None]) / radius  # (T, S, 1)
+    pixels = radius * np.float32(len(axis) / UNITS)
+    inside = np.clip((1 - SHAPES[shape](x, y)) * pixels + 0.5, 0, 1)
+    return inside * track.opacity.astype(np.float32)[:, None, None]
+
+
+# ---- backgrounds: x along the pattern, y across it, in parts of the picture; from -1 to 1 ---------------------------
+
+PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "plain": lambda x, y: 0 * (x + y),
+    "gradient": lambda x, y: 1.4 * (x + 0 * y),
+    "stripes": lambda x, y: np.sin(30 * (x + 0 * y)),
+    "checks": lambda x, y: np.sign(np.sin(20 * x) * np.sin(20 * y)),
+    "waves": lambda x, y: np.sin(16 * x + 2 * np.sin(12 * y)),
+}
+
+
+def _background(background: Background, axis: np.ndarray) -> np.ndarray:
+    """(S, S), levels of 255."""
+    angle = np.float32(np.deg2rad(background.angle))
+    across, down = axis[None, :] / UNITS - 0.5, axis[:, None] / UNITS - 0.5
+    x = across * np.cos(angle) + down * np.sin(angle)
+    y = down * np.cos(angle) - across * np.sin(angle)
+    return background.shade + np.float32(TEXTURE) * PATTERNS[background.pattern](x, y).astype(np.float32)
