@@ -1,8 +1,8 @@
 """Configuration: shipped defaults <- the user's YAML <- `--options`, merged in that order and checked.
 
 A YAML's `base` comes right below it (layers.py). A configuration has three sections: `model` (schema.py), `datasets`
-(name -> settings; each data set checks its own entry when it is built) and `run` (run_section.py). The overrides are
-read before the defaults are chosen, so that `--options model.model_type=tiny` picks tiny's.
+(datasets_section.py) and `run` (run_section.py). The overrides are read before the defaults are chosen, so that
+`--options model.model_type=tiny` picks tiny's.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from stllm.common.datasets_section import ROOTS, check_entry
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import write_text
 from stllm.common.layers import (
@@ -55,6 +56,10 @@ def load_config(
     layers = [_shipped_layer(_model_type(given, model_type)), *given]
     cfg = _resolved(_merged(layers), layers)
     _check_model(cfg, layers)
+    for name, entry in cfg.datasets.items():
+        if name not in ROOTS:
+            values = typing.cast(dict[str, Any], OmegaConf.to_container(entry))
+            cfg.datasets[name] = check_entry(str(name), values, lambda key: source_of(layers, key).name)
     _absolute_paths(cfg, layers)
     if any(layer.values.get("run") for layer in layers):
         run = typing.cast(dict[str, Any], OmegaConf.to_container(cfg.run))
@@ -164,8 +169,8 @@ def _absolute_paths(cfg: DictConfig, layers: Sequence[Layer]) -> None:
     keys = [f"model.{f.name}" for f in dataclasses.fields(ModelSettings) if "path" in f.metadata]
     keys += [f"run.{key}" for key in RUN_PATHS]
     for name, entry in cfg.datasets.items():
-        names = map(str, entry) if isinstance(entry, DictConfig) else ()
-        keys += [f"datasets.{name!s}.{key}" for key in names if key.endswith(DATASET_PATHS)]
+        names = [f".{key!s}" for key in entry] if isinstance(entry, DictConfig) else [""]
+        keys += [f"datasets.{name!s}{key}" for key in names if f"{name!s}{key}".endswith(DATASET_PATHS)]
     for key in keys:
         value, layer = OmegaConf.select(cfg, key), source_of(layers, key)
         if isinstance(value, str):

@@ -17,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stllm.common.datasets_section import ROOTS, DatasetSettings
 from stllm.common.errors import UserError, did_you_mean, nearest
 from stllm.common.run_section import translate_run
 from stllm.common.schema import ModelSettings, RunSettings
@@ -105,8 +106,20 @@ def check_layer(layer: Layer) -> None:
         else:
             layer.values[section] = _mapping(layer.values[section], layer.name, f"'{section}'")
     _check_keys(layer.values.get("model", {}), ModelSettings, "model", layer)
+    _check_datasets(layer)
     if layer.values.get("run"):
         layer.values["run"] = translate_run(layer.values["run"], layer.name)
+
+
+def _check_datasets(layer: Layer) -> None:
+    """The keys of each data set's entry; an entry without any has its defaults."""
+    entries = layer.values.get("datasets", {})
+    for name, entry in entries.items():
+        if name not in ROOTS:
+            entries[name] = _mapping({} if entry is None else entry, layer.name, f"'datasets.{name}'")
+            _check_keys(entries[name], DatasetSettings, f"datasets.{name}", layer)
+        elif not isinstance(entry, str):
+            raise UserError(f"{layer.name}: 'datasets.{name}' must be the path of a folder, found {entry!r}")
 
 
 def _check_keys(values: dict[str, Any], schema: type, prefix: str, layer: Layer) -> None:

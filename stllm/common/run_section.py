@@ -93,7 +93,7 @@ def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any
     ours = [f for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata]
     result = {f.name: f.default for f in ours}
     for key, value in run.items():
-        result[key] = _typed(value, known[key], f"run.{key}", where)
+        result[key] = typed(value, known[key], f"run.{key}", where)
     for f in ours:
         fault = field_fault(f, result[f.name], f"run.{f.name}")
         if fault:
@@ -118,7 +118,8 @@ def expected(annotation: Any) -> str | None:
     return None if kind is None else _NODES[kind][1]
 
 
-def _typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
+def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
+    """The value converted to the type, where that is a simple one; UserError, naming the key, when it cannot be."""
     kind = _simple(annotation)
     if kind is None or value is None:
         return value

@@ -113,11 +113,12 @@ def test_shipped_defaults_load(name) -> None:
 
 
 def test_layers_go_over_one_another(write) -> None:
-    path = write("model: {model_type: tiny, video_input: mean, vision: {depth: 6}}\ndatasets: {a: {n: 1, m: 2}}")
-    cfg = load_config(path, ["model.vision.num_heads=2", "datasets.a.n=3", "model.use_mask=yes"])
+    model = "model: {model_type: tiny, video_input: mean, vision: {depth: 6}}"
+    path = write(model + "\ndatasets: {a: {fps: 1, num_frames: 2}}")
+    cfg = load_config(path, ["model.vision.num_heads=2", "datasets.a.fps=3", "model.use_mask=yes"])
     assert (cfg.model.video_input, cfg.model.vision.depth, cfg.model.vision.num_heads) == ("mean", 6, 2)
     assert cfg.model.vision.embed_dim == 32 and cfg.model.use_mask is True
-    assert cfg.datasets == {"a": {"n": 3, "m": 2}}
+    assert cfg.datasets == {"a": {"fps": 3, "num_frames": 2}}
 
 
 def test_the_defaults_are_chosen_after_the_overrides_are_read(write, monkeypatch) -> None:
@@ -214,12 +215,13 @@ def test_empty_files_and_sections_are_fine(write) -> None:
 
 def test_a_file_goes_over_its_base(write, tmp_path) -> None:
     (tmp_path / "base").mkdir()
-    write(TINY + "datasets: {a: {n: 1, m: 2}}\nrun: {learning_rate: 1e-4, warmup_ratio: 0.5}", "base/common.yaml")
+    run = "run: {learning_rate: 1e-4, warmup_ratio: 0.5}"
+    write(TINY + "datasets: {a: {fps: 1, num_frames: 2}}\n" + run, "base/common.yaml")
     write("base: base/common.yaml\nmodel: {video_input: mean, ckpt: ./w}", "middle.yaml")
-    path = write("base: ./middle.yaml\ndatasets: {a: {n: 3}}\nrun: {warmup_steps: 7}")
+    path = write("base: ./middle.yaml\ndatasets: {a: {fps: 3}}\nrun: {warmup_steps: 7}")
     cfg = load_config(path, ["run.learning_rate=1e-5"])
     assert (cfg.model.model_type, cfg.model.video_input, cfg.model.ckpt) == ("tiny", "mean", str(tmp_path / "w"))
-    assert cfg.datasets == {"a": {"n": 3, "m": 2}}
+    assert cfg.datasets == {"a": {"fps": 3, "num_frames": 2}}
     assert (cfg.run.learning_rate, cfg.run.warmup_steps) == (1e-5, 7)
 
 
@@ -285,7 +287,7 @@ def test_relative_paths_are_relative_to_the_yaml(write, tmp_path, monkeypatch) -
     (tmp_path / "data").mkdir()
     path = write(
         "model: {model_type: tiny, llama_model: vicuna, ckpt: ./new, q_former_model: ../up.pth, vit_ckpt: ~/vit.pth}\n"
-        "datasets: {a: {anno_root: data, media_root: /data, split: data}}\n"
+        "datasets: {a: {anno_root: data, media_root: /data, sampling: data}}\n"
         "run: {deepspeed: ./zero2.json, output_dir: o}"
     )
     cfg = load_config(path, ["model.qformer_tokenizer=./bert"])
@@ -294,7 +296,7 @@ def test_relative_paths_are_relative_to_the_yaml(write, tmp_path, monkeypatch) -
     assert cfg.model.q_former_model == str(tmp_path.parent / "up.pth")
     assert cfg.model.vit_ckpt == str(tmp_path / "vit.pth")
     assert cfg.model.qformer_tokenizer == str(elsewhere / "bert")
-    assert cfg.datasets.a == {"anno_root": str(tmp_path / "data"), "media_root": "/data", "split": "data"}
+    assert cfg.datasets.a == {"anno_root": str(tmp_path / "data"), "media_root": "/data", "sampling": "data"}
     assert cfg.run.deepspeed == str(tmp_path / "zero2.json") and cfg.run.output_dir == "o"
 
 
