@@ -9,11 +9,12 @@ import logging
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
 
-from stllm.common.errors import UserError, did_you_mean
+from stllm.common.errors import UserError, did_you_mean, unknown_name
 from stllm.common.schema import RunSettings, field_fault
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,14 @@ UNUSED = {
     **dict.fromkeys(("torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex", "use_mps_device"), _DROPPED),
     **{f.name: f.metadata["unused"] for f in dataclasses.fields(RunSettings) if "unused" in f.metadata},
 }
+# Of `fsdp_config`, which transformers does not check; each may begin with `fsdp_`.
+FSDP_KEYS = (
+    *("version", "reshard_after_forward", "cpu_offload", "activation_checkpointing", "cpu_ram_efficient_loading"),
+    *("state_dict_type", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"),
+    *("forward_prefetch", "backward_prefetch", "limit_all_gathers", "use_orig_params", "sync_module_states"),
+    *("xla", "xla_fsdp_v2", "xla_fsdp_settings", "xla_fsdp_grad_ckpt"),
+)
+DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repository
 _NODES: dict[Any, tuple[Callable[..., Any], str]] = {
     bool: (BooleanNode, "true or false"),
     int: (IntegerNode, "a whole number"),
@@ -98,6 +107,10 @@ def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any
         fault = field_fault(f, result[f.name], f"run.{f.name}")
         if fault:
             raise UserError(f"{where('run.' + f.name)}: {fault}")
+    _check_fsdp_config(result.get("fsdp_config"), where)
+    deepspeed: Any = result.get("deepspeed")
+    if isinstance(deepspeed, str):
+        result["deepspeed"] = _deepspeed_file(deepspeed, where("run.deepspeed"))
     return result
 
 
@@ -118,8 +131,27 @@ def expected(annotation: Any) -> str | None:
     return None if kind is None else _NODES[kind][1]
 
 
+def _check_fsdp_config(given: Any, where: Callable[[str], str]) -> None:
+    for name in given if isinstance(given, dict) else ():
+        if str(name).removeprefix("fsdp_") not in FSDP_KEYS:
+            key = f"run.fsdp_config.{name}"
+            raise UserError(f"{where(key)}: {unknown_name('key of run.fsdp_config', str(name), FSDP_KEYS)}")
+
+
+def _deepspeed_file(path: str, source: str) -> str:
+    """The file itself, or ours of the same name: published recipes say stllm/train/zero2.json, which is not here."""
+    ours = DEEPSPEED / Path(path).name
+    if Path(path).is_absolute() or Path(path).exists() or not ours.is_file():
+        return path
+    log.info("%s: run.deepspeed: %s is not here, %s is taken", source, path, ours)
+    return str(ours)
+
+
 def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
     """The value converted to the type, where that is a simple one; UserError, naming the key, when it cannot be."""
+    if key == "run.fsdp" and isinstance(value, bool):  # text by its annotation, a switch by its documentation
+        # where it is a list of words yet, the switch would not wrap layer by layer
+        return value if _simple(annotation) or not value else "full_shard auto_wrap"
     kind = _simple(annotation)
     if kind is None or value is None:
         return value

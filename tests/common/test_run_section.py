@@ -1,0 +1,56 @@
+"""Section `run` where transformers alone would not do: sharding settings, DeepSpeed files of published recipes."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stllm.common.config import load_config
+from stllm.common.errors import UserError
+from stllm.common.run_section import DEEPSPEED, check_run, run_keys
+
+
+def load_run(*options: str) -> Any:
+    return load_config(None, options, "tiny").run
+
+
+def test_fsdp_is_a_switch() -> None:
+    assert load_run("run.fsdp=True").fsdp is True
+    assert load_run("run.fsdp=False").fsdp is False
+    assert load_run("run.fsdp='full_shard auto_wrap'").fsdp == "full_shard auto_wrap"
+
+
+def test_fsdp_is_words_where_transformers_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {**run_keys(), "fsdp": list[str] | str | None}
+    monkeypatch.setattr("stllm.common.run_section.run_keys", lambda: old)
+    assert check_run({"fsdp": True}, lambda key: "x")["fsdp"] == "full_shard auto_wrap"
+    assert check_run({"fsdp": False}, lambda key: "x")["fsdp"] is False
+
+
+def test_keys_of_fsdp_config_are_checked() -> None:
+    run = load_run("run.fsdp=True", "run.fsdp_config={version: 2, fsdp_cpu_offload: True}")
+    assert run.fsdp_config == {"version": 2, "fsdp_cpu_offload": True}
+    with pytest.raises(UserError) as caught:
+        load_run("run.fsdp=True", "run.fsdp_config={cpu_ofload: True}")
+    assert str(caught.value).startswith("--options: unknown key of run.fsdp_config 'cpu_ofload': known are activation_")
+    assert str(caught.value).endswith("; did you mean 'cpu_offload'?")
+
+
+def test_a_published_deepspeed_file_is_ours(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert load_run("run.deepspeed=stllm/train/zero2.json").deepspeed == str(DEEPSPEED / "zero2.json")
+    assert (
+        f"--options: run.deepspeed: stllm/train/zero2.json is not here, {DEEPSPEED}/zero2.json is taken" in caplog.text
+    )
+    assert load_run("run.deepspeed=zero3_offload.json").deepspeed == str(DEEPSPEED / "zero3_offload.json")
+
+
+def test_any_other_deepspeed_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero2.json").write_text("{}")
+    assert load_run("run.deepspeed=zero2.json").deepspeed == str(tmp_path / "zero2.json")  # one's own goes first
+    assert load_run("run.deepspeed=/nowhere/zero2.json").deepspeed == "/nowhere/zero2.json"
+    assert load_run("run.deepspeed=other.json").deepspeed == "other.json"
+    assert load_run("run.deepspeed={zero_optimization: {stage: 2}}").deepspeed == {"zero_optimization": {"stage": 2}}
+    assert load_run("run.deepspeed=null").deepspeed is None
