@@ -4,6 +4,7 @@ Standard library only: the command line asks it before anything heavy is importe
 """
 
 import errno
+import re
 
 from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
@@ -12,18 +13,38 @@ _GPU_WORDS = ("CUDA", "CUBLAS", "HIP", "MPS")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+_IN_A_WORKER = "in DataLoader worker process"
+_WORKER_GONE = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
+_PEER_WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo/transport",
+    "ncclRemoteError",
+    "communicator was aborted",
+)
 
 
 def sentence(error: Exception) -> str:
     """What to print for an exception. A kind that is none of ours is called unexpected: it is a defect."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text
+        return _own_words(str(error)) if _IN_A_WORKER in text else text
     if out_of_memory(error):
         where = "on the GPU" if any(word in text for word in _GPU_WORDS) else "on this machine"
         return (
             f"not enough memory {where}: use fewer frames (--num-frames) or beams (--num-beams), a smaller type "
             "(--dtype bfloat16), --options model.vit_chunk_size=1, or another --device"
+        )
+    if _WORKER_GONE.search(text):
+        return (
+            "a process that reads data was ended from outside, most likely because memory ran out: lower "
+            "run.dataloader_num_workers or the number of frames, then run again"
+        )
+    if _peer_is_gone(error, text):
+        return (
+            "another process of this run has ended, and this one cannot go on alone: its own message says why; the "
+            "same command continues from the last checkpoint"
         )
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "stllm":
         return (
@@ -39,3 +60,16 @@ def sentence(error: Exception) -> str:
     if code in _IN_THE_WAY:
         return f"a file stands where a folder is needed{name}: name another path, or move the file"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback"
+
+
+def _own_words(text: str) -> str:
+    """Of an error that a data loader's process raised, its own sentence: what follows the traceback's last colon."""
+    last = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)][-1:]
+    return " ".join(last[0].partition(": ")[2].split()) if last else " ".join(text.split())
+
+
+def _peer_is_gone(error: Exception, text: str) -> bool:
+    """Whether a collective call failed because a process is no longer there."""
+    if type(error).__name__ in ("DistNetworkError", "DistBackendError"):
+        return True
+    return isinstance(error, RuntimeError) and any(words in text for words in _PEER_WORDS)

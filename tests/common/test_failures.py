@@ -25,6 +25,19 @@ from stllm.common.failures import sentence
         (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), "no permission (/locked/x): give"),
         (FileExistsError(errno.EEXIST, "File exists", "a"), "a file stands where a folder is needed (a): name another"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a file stands where a folder is needed (a/b)"),
+        (
+            UserError(
+                'Caught UserError in DataLoader worker process 0.\nTraceback:\n  File "x.py", line 1\n'
+                "stllm.common.errors.UserError: a.mp4: the file is empty\n"
+            ),
+            "a.mp4: the file is empty",
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 71, 72) exited unexpectedly"), "a process that reads data was ended"),
+        (
+            RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed."),
+            "a process that reads data was ended",
+        ),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:1"), "another process of this"),
         (ZeroDivisionError("division by zero"), "unexpected ZeroDivisionError: division by zero; run again"),
     ],
 )

@@ -1,0 +1,88 @@
+"""The runner's small parts: arguments, parameter groups, the meter, signals."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from stllm.common.errors import UserError
+from stllm.runners.arguments import training_arguments
+from stllm.runners.meter import StepMeter
+from stllm.runners.optimizer import parameter_groups
+from stllm.runners.signals import stopping_at_signals
+
+RUN = {"output_dir": "out", "task": "video_text_it", "max_tries": 3, "use_cpu": True}
+
+
+def test_arguments_leave_out_our_own_keys_and_keep_the_rest() -> None:
+    args = training_arguments({**RUN, "learning_rate": 2e-5, "dataloader_num_workers": 2}, dtype="bf16", seed=7)
+    assert (args.learning_rate, args.seed, args.bf16, args.fp16) == (2e-5, 7, True, False)
+    assert args.dataloader_persistent_workers
+    assert not args.logging_nan_inf_filter
+    assert args.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ({"output_dir": None}, r"run\.output_dir is not set"),
+        ({"report_to": "wandb"}, r"names wandb, which is not installed: `pip install wandb`"),
+        ({"deepspeed": "zero2.json"}, r"DeepSpeed is not installed"),
+        ({"lr_scheduler_type": "cosin"}, r"the run section can't be used: .*cosin"),
+    ],
+)
+def test_arguments_that_cannot_be_used(run, words, monkeypatch) -> None:
+    monkeypatch.setattr("stllm.runners.arguments.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=words):
+        training_arguments({**RUN, **run})
+
+
+def test_the_projection_learns_at_its_own_rate() -> None:
+    model = nn.ModuleDict({"projection": nn.Linear(2, 2), "rest": nn.Linear(2, 2), "frozen": nn.Linear(2, 2)})
+    model["frozen"].requires_grad_(False)
+    decayed = {"projection.weight", "rest.weight", "frozen.weight"}
+    groups = parameter_groups(model, decayed=decayed, weight_decay=0.1, learning_rate=1e-3, projection_lr=1e-4)
+    found = {(group["lr"], group["weight_decay"]): [tuple(p.shape) for p in group["params"]] for group in groups}
+    assert found == {(1e-3, 0.0): [(2,)], (1e-3, 0.1): [(2, 2)], (1e-4, 0.0): [(2,)], (1e-4, 0.1): [(2, 2)]}
+    plain = parameter_groups(model, decayed=decayed, weight_decay=0.1, learning_rate=1e-3, projection_lr=None)
+    assert [group["lr"] for group in plain] == [1e-3, 1e-3]
+
+
+def test_the_meter_is_exact_across_a_checkpoint() -> None:
+    def add(meter: StepMeter, number: int) -> None:
+        loss = torch.tensor(float(number))
+        meter.add(
+            loss=loss + 0.5,
+            loss_lm=loss,
+            loss_mvm=torch.tensor(0.5) if number % 2 else None,
+            kept_visual_tokens=10 * number,
+            samples=4,
+        )
+
+    whole, first, second = (StepMeter(torch.device("cpu")) for _ in range(3))
+    for number in (1, 2, 3):
+        add(whole, number)
+    add(first, 1)
+    second.load_state_dict(first.state_dict())
+    add(second, 2)
+    add(second, 3)
+    expected, found = whole.read(3), second.read(3)
+    for name in ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens"):
+        assert found[name] == expected[name]
+    assert (found["loss"], found["loss_lm"], found["kept_visual_tokens"]) == (2.5, 2.0, 20.0)
+    assert found["loss_mvm"] == pytest.approx(1 / 3)
+    assert second.read(1)["loss_mvm"] is None
+
+
+def test_the_first_signal_asks_and_the_second_stops() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stopping_at_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        assert stop.exit_code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
