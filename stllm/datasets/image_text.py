@@ -1,0 +1,136 @@
+"""Image-text pairs in webdataset shards, as one data set of the mixture: the first stage's millions of captions.
+
+Source: the shards of the published configurations (cc_sbu, laion, cc_sbu_align): tars of jpg or png with a txt, or a
+json with `caption`. Letters: S the model's image size.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stllm.common.distributed import is_main, rank, world_size
+from stllm.common.errors import UserError
+from stllm.common.registry import datasets
+from stllm.conversation.templates import Turn
+from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.image_text_shards import GIB, Content, ShardReader, expand_shards, is_remote
+from stllm.datasets.media_info import MediaError, warn_once
+from stllm.datasets.picture_readers import decode_image
+from stllm.datasets.samples import Sample, SampleKey
+from stllm.processors.vision import FrameTransform
+
+
+class ClipTransform(Protocol):
+    """What prepares pictures: `processors.vision.TrainTransform` or `EvalTransform`."""
+
+    def for_clip(self, generator: torch.Generator) -> FrameTransform: ...
+
+
+@datasets.register("image_text")
+class ImageTextCorpus:
+    """Image-text shards: one caption an image, answering nothing or a drawn instruction.
+
+    shards: tar files, globs, braces and URLs (see `expand_shards`). transform: prepares the image.
+    instruction: questions to draw from, such as "Describe this image in detail."; none: the caption alone is learned.
+    cache_dir, cache_gb: where indexes and fetched shards are kept, and the most GiB these may take (`ShardReader`).
+
+    The first use of a shard reads its headers, which takes seconds. A damaged shard gives the samples before the
+    damage, with a warning. Raises UserError when a shard is missing or no shard holds a sample, MediaError when one
+    cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        shards: str | Sequence[str],
+        transform: ClipTransform,
+        instruction: str | Sequence[str] = (),
+        cache_dir: str | Path | None = None,
+        cache_gb: float | None = None,
+    ) -> None:
+        self.name = name
+        self.transform = transform
+        self.instruction = (instruction,) if isinstance(instruction, str) else tuple(instruction)
+        self.shards = expand_shards(shards)
+        self.reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
+        self._ends = np.cumsum(self._count())  # numbers of the sample after each shard's last
+        if not len(self):
+            raise UserError(
+                f"{name}: found no image or caption in {len(self.shards)} shards; expected jpg + txt or json"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+        """The sample `key.index`, pixel_values (1, 3, S, S); see `samples.Corpus`.
+
+        Raises MediaError for an image that is missing or cannot be decoded, AnnotationError for a missing or empty
+        caption.
+        """
+        question = self.instruction[generator.integers(len(self.instruction))] if self.instruction else ""
+        crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
+        shard, number = self.place(key.index)
+        content = self.reader.read(shard, number)
+        name = f"{shard}: {content.name}"
+        answer = caption_of(content, name)
+        pixels = self._prepared(content, name, crops)
+        return Sample(key, name, (Turn(question, answer),), media="image", pixel_values=pixels)
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard that holds a sample, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+        position = int(np.searchsorted(self._ends, index, side="right"))
+        return self.shards[position], index - (int(self._ends[position - 1]) if position else 0)
+
+    def _prepared(self, content: Content, name: str, generator: torch.Generator) -> Tensor:
+        if content.image is None:
+            raise MediaError(
+                f"{name}: the caption has no image beside it; expected a jpg, png or webp of the same name",
+                cause="missing",
+            )
+        frame = decode_image(content.image, name)
+        return self.transform.for_clip(generator)(frame)[None]
+
+    def _count(self) -> list[int]:
+        """Samples in each shard. Several processes begin at different shards, and find what the others have indexed."""
+        counts = [0] * len(self.shards)
+        remote_bytes = 0
+        first = rank() * len(counts) // world_size()
+        order = [*range(first, len(counts)), *range(first)]
+        hidden = None if is_main() else True
+        for position in tqdm(order, desc=f"{self.name}: shards", unit="shard", disable=hidden, delay=1, leave=False):
+            shard = self.shards[position]
+            index = self.reader.index(shard)
+            counts[position] = index.num_samples
+            remote_bytes += index.size if is_remote(shard) else 0
+            if index.fault and is_main():
+                warn_once(shard, index.fault.removeprefix(f"{shard}: "))
+        limit = self.reader.cache_gb
+        if limit is not None and remote_bytes > limit * GIB:
+            what = f"its shards take {remote_bytes / GIB:.1f} GiB, the cache holds {limit:g}"
+            warn_once(self.name, f"{what}: shards will be fetched again and again; raise cache_gb, or copy them here")
+        return counts
+
+
+def caption_of(content: Content, name: str) -> str:
+    """The caption of a sample. Raises AnnotationError, beginning with `name`, when there is none."""
+    if content.caption is None:
+        raise AnnotationError(f"{name}: the image has no caption beside it; expected a txt or json of the same name")
+    try:
+        text = content.caption.decode("utf-8")
+        caption = json.loads(text).get("caption") if content.is_json else text
+    except (ValueError, AttributeError, RecursionError) as error:  # no UTF-8, no JSON, no object
+        expected = 'a JSON object with "caption"' if content.is_json else "UTF-8 text"
+        raise AnnotationError(f"{name}: the caption cannot be read ({error}); expected {expected}") from error
+    if not isinstance(caption, str) or not caption.strip():
+        raise AnnotationError(f"{name}: found the caption {caption!r}; expected text: correct or remove the sample")
+    return caption.strip().encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON, is no text
