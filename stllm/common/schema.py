@@ -43,7 +43,7 @@ def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
         return None
     named = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     wrong = [name for name in named if choices and name not in choices]
-    if wrong:
+    if choices and wrong:
         return unknown_name(key, str(wrong[0]), choices)
     if (low is not None and value < low) or (high is not None and value > high):
         return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"

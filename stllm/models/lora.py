@@ -5,7 +5,7 @@ video input and every other part that trained beside it. Source: LoRA (arXiv 210
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -23,7 +23,7 @@ LORA = "lora_"
 def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
     """Adapts the layers in place. lora: {r, alpha, dropout, target_modules}. Raises UserError for layers not there."""
     try:
-        adapted: PreTrainedModel = inject_adapter_in_model(lora_config(lora), model)
+        adapted: Any = inject_adapter_in_model(lora_config(lora), model)
     except ValueError as error:
         names = sorted(
             {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "in_features")}
@@ -34,8 +34,8 @@ def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel
         ) from error
     for name, parameter in adapted.named_parameters():
         if LORA in name:  # peft has started them; transformers' own start would undo that
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    return adapted
+            parameter._is_hf_initialized = True
+    return cast(PreTrainedModel, adapted)
 
 
 def lora_config(lora: dict[str, Any]) -> LoraConfig:
@@ -79,16 +79,19 @@ def load_adapter(model: Any, folder: str | Path) -> None:
             "target_modules": sorted(saved.target_modules or ()),
         }
         inject_lora(model.language_model, model.config.lora)
+    own = dict(model.named_parameters())
+    others = load_file(source / OTHER_WEIGHTS)
     try:
-        found = set_peft_model_state_dict(model.language_model, load_file(source / ADAPTER_WEIGHTS))
-        others = load_file(source / OTHER_WEIGHTS)
-        rest = model.load_state_dict(others, strict=False)  # what is missing is the base's; unexpected keys are refused
+        found: Any = set_peft_model_state_dict(model.language_model, load_file(source / ADAPTER_WEIGHTS))
+        unexpected = [*found.unexpected_keys, *(name for name in others if name not in own)]
+        if unexpected:
+            raise UserError(f"{source} was trained on another model: this one has no {', '.join(unexpected[:3])}")
+        with torch.no_grad():
+            for name, tensor in others.items():
+                own[name].copy_(tensor)
     except RuntimeError as error:  # of another shape
-        raise UserError(
-            f"{source} was trained on a model of other sizes ({str(error).splitlines()[-1].strip()})"
-        ) from None
-    if unexpected := [*found.unexpected_keys, *rest.unexpected_keys]:
-        raise UserError(f"{source} was trained on another model: this one has no {', '.join(unexpected[:3])}")
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{source} was trained on a model of other sizes ({reason})") from None
 
 
 def merge_lora(model: Any) -> None:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 @runners.register("trainer", "runner_base")
 def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest) -> int:
     """Trains the task's model on transformers' Trainer. Raises UserError; returns the exit code."""
-    folder = RunFolder(args.output_dir)
+    folder = RunFolder(str(args.output_dir))
     folder.begin(cfg)
     checkpoint = _checkpoint(args, folder)
     if folder.is_finished():

@@ -62,7 +62,7 @@ class STLLMTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
         self.model_accepts_loss_kwargs = True  # forward takes num_items_in_batch
-        self.sampler, self.prompts, self.folder = sampler, processor, folder
+        self.dataset, self.sampler, self.prompts, self.folder = dataset, sampler, processor, folder
         self.bad_samples, self.stop, self.projection_lr = bad_samples, stop, projection_lr
         self.meter = StepMeter(args.device)
         self.stopping = False  # as agreed on by all processes
@@ -82,7 +82,7 @@ class STLLMTrainer(Trainer):
         args = self.args
         workers = args.dataloader_num_workers
         return KeyedLoader(
-            self.train_dataset,
+            self.dataset,
             batch_sampler=self.sampler,
             collate_fn=self.data_collator,
             num_workers=workers,
@@ -151,7 +151,7 @@ class STLLMTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """transformers' choice of optimizer, with the projection's own learning rate."""
         if self.optimizer is None:
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             groups = parameter_groups(
                 trained,
                 decayed=set(self.get_decay_parameter_names(trained)),
@@ -233,9 +233,9 @@ class STLLMTrainer(Trainer):
         found, expected = self.global_batch, state["global_batch"]
         if found != expected:
             raise UserError(
-                f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}: the "
-                "run would see other batches; set run.per_device_train_batch_size so that times the number of processes it "
-                f"is {expected}"
+                f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}, and the "
+                "run would see others: set run.per_device_train_batch_size so that times the processes it is "
+                f"{expected}"
             )
         if self.is_world_process_zero():
             self.meter.load_state_dict(state["meter"])
@@ -249,7 +249,7 @@ class STLLMTrainer(Trainer):
         """The model in our format, tokenizers beside it."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.folder.path)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
             self.prompts.save_pretrained(folder)
 
