@@ -197,6 +197,8 @@ def _convert_options(parser: Parser) -> None:
     parser.add_argument(
         "--format", choices=("stllm", "released"), default="stllm", help="the layout to write (default: stllm)"
     )
+    parser.add_argument("--adapter", type=path, metavar="DIR", help="a LoRA adapter to put on top: a run's lora_adapter")
+    parser.add_argument("--merge-lora", action="store_true", help="add LoRA to the weights that it adapts")
 
 
 def _inspect_options(parser: Parser) -> None:

@@ -20,6 +20,7 @@ from stllm.models.checkpoints.formats import Source, locate
 from stllm.models.checkpoints.loading import Opened, processor_of
 from stllm.models.checkpoints.released import save_released
 from stllm.models.factory import explicit_settings
+from stllm.models.lora import load_adapter, merge_lora
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     report = convert(
-        args.source, args.to, cfg_path=args.cfg_path, options=args.options, format=args.format, dtype=args.dtype
+        args.source,
+        args.to,
+        cfg_path=args.cfg_path,
+        options=args.options,
+        format=args.format,
+        dtype=args.dtype,
+        adapter=args.adapter,
+        merge=args.merge_lora,
     )
     console = Console()
     console.print(report.table())
@@ -49,11 +57,14 @@ def convert(
     options: Sequence[str] = (),
     format: str = "stllm",
     dtype: str = "auto",
+    adapter: str | Path | None = None,
+    merge: bool = False,
 ) -> AuditReport:
     """Puts the sources together (later ones over earlier ones) and writes them to the new folder `to`.
 
-    dtype: auto keeps the type that most of the weights have. Raises UserError for anything missing or contradictory,
-    for a target that is not empty, for a full disk; the target is then as it was.
+    dtype: auto keeps the type that most of the weights have. adapter: a LoRA adapter's folder, put on top of them.
+    merge: adds LoRA to the weights that it adapts. Raises UserError for anything missing or contradictory, for a target
+    that is not empty, for a full disk; the target is then as it was.
     """
     assert format in FORMATS
     target = Path(to).expanduser()
@@ -62,6 +73,14 @@ def convert(
     processor = processor_of(opened)
     kind: str | torch.dtype = stored_dtype(opened.sources) if dtype == "auto" else dtype
     model, report = assemble(opened.config, opened.sources, device="cpu", dtype=kind)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    if merge:
+        if model.config.lora is None:
+            raise UserError(f"{' + '.join(map(str, sources))} has no LoRA to merge: leave out --merge-lora")
+        merge_lora(model)
+    elif model.config.lora is not None and format == "released":
+        raise UserError("the released layout has no place for LoRA: add --merge-lora, or leave out --format released")
     needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     with new_folder(target, needed) as folder:
         if format == "released":
