@@ -90,6 +90,11 @@ def test_the_other_ways_in(launch, request) -> None:
         ["chat", "--video", "x.mp4", "--ckpt-path", ""],
         ["chat", "--video", "x.mp4", "--max-new-tokens", "99999999999999999999"],
         ["convert", "weights.pth", "--to", ""],
+        ["toy"],
+        ["toy", "--output", ""],
+        ["toy", "--output", "d", "--num-train", "0"],
+        ["toy", "--output", "d", "--options", "model.video_input=mean"],
+        ["toy", "--output", "d", "--device", "cuda"],
     ],
 )
 def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
@@ -134,6 +139,9 @@ def test_the_other_commands_take_their_options(ran) -> None:
     assert ran.args.path is None and ran.args.cfg_path == "c.yaml" and ran.args.json
     assert main(["verify", "a", "b", "--atol", "1e-3"]) == 0
     assert (ran.args.dir, ran.args.atol, ran.args.rtol) == (["a", "b"], 1e-3, 1e-3)
+    assert main(["toy", "--output", "d", "--num_train", "30", "--num-test", "8", "--seed", "2", "--long"]) == 0
+    assert (ran.args.output, ran.args.num_train, ran.args.num_test, ran.args.seed) == ("d", 30, 8, 2)
+    assert ran.args.long
 
 
 def test_published_spellings(ran) -> None:

@@ -1,0 +1,301 @@
+"""The toy world: what is written, the same again for a seed, nothing tested that was trained on, answers that hold."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoTokenizer
+
+from stllm.cli import main
+from stllm.common.config import load_config
+from stllm.common.errors import UserError
+from stllm.datasets import toy_world
+from stllm.datasets.readers import open_media
+from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, render
+from stllm.datasets.toy_tasks import PICTURES, TASKS, options_text
+from stllm.datasets.toy_world import FPS, PAIRS, TESTED, World, shares, split_of, write_world
+from stllm.models.checkpoints.deciding import decide_config, open_named
+from stllm.models.factory import build_model, model_section
+from stllm.processors.prompts import PromptProcessor
+
+SMALL: dict[str, Any] = {"num_train": 12, "num_test": 8, "seed": 3}
+TRAIN_YAML = Path(__file__).parents[2] / "configs" / "tiny" / "train.yaml"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("toy") / "world"
+    write_world(target, **SMALL)
+    return target
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def files(root: Path, pattern: str = "*") -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob(pattern)) if path.is_file()}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with open_media(path) as reader:
+        return np.stack(list(reader.frames(range(reader.info.num_frames))))
+
+
+# ---- layout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.corpus)
+def test_training_sets_are_in_videochat2_layout(root: Path, task) -> None:
+    records = read(root / "vc2" / "video" / task.corpus / "train.json")
+    assert len(records) == 2
+    for record in records:
+        assert all(set(pair) == {"i", "q", "a"} and pair["a"] and (pair["i"] or pair["q"]) for pair in record["QA"])
+        with open_media(root / "vc2" / "media" / record["video"]) as reader:
+            info = reader.info
+        assert (info.width, info.height, info.fps) == (64, 64, FPS)
+        assert info.num_frames == (24 if "end" in record else 16)
+        assert 0 <= record.get("start", 0) < record.get("end", 1) <= info.num_frames / FPS
+
+
+@pytest.mark.parametrize("task", TESTED, ids=lambda task: task.benchmark)
+def test_test_sets_are_in_mvbench_layout(root: Path, task) -> None:
+    items = read(root / "mvbench" / "json" / f"{task.benchmark}.json")
+    assert len(items) == 2
+    for item in items:
+        assert item["answer"] in item["candidates"] and len(set(item["candidates"])) == len(item["candidates"])
+        assert (root / "mvbench" / "video" / task.media_dir / item["video"]).is_file()
+        assert ("start" in item) == ("end" in item) == (task.benchmark == "action_sequence")
+
+
+def test_videos_are_h264(root: Path) -> None:
+    for path in root.rglob("*.mp4"):
+        with av.open(str(path)) as container:
+            assert container.streams.video[0].codec_context.name == "h264"
+
+
+def test_pictures_and_shards(root: Path) -> None:
+    for record in read(root / "vc2" / "image" / PICTURES.corpus / "train.json"):
+        with Image.open(root / "vc2" / "media" / record["image"]) as picture:
+            assert picture.size == (64, 64)
+        assert record["QA"]
+    (shard,) = (root / "images").iterdir()
+    with tarfile.open(shard) as tar:
+        members = {member.name: member for member in tar}
+        assert len(members) == 2 * SMALL["num_train"]
+        for index in range(SMALL["num_train"]):
+            png, txt = (tar.extractfile(members[f"{index:06d}.{ending}"]) for ending in ("png", "txt"))
+            assert png is not None and txt is not None
+            assert Image.open(io.BytesIO(png.read())).size == (64, 64)
+            assert txt.read().decode().startswith("A ")
+
+
+def test_shares_are_even_and_nobody_goes_without() -> None:
+    assert shares(13, TESTED) == [4, 3, 3, 3]
+    assert shares(2, TESTED) == [1, 1, 1, 1]
+    assert sum(shares(1200, TASKS)) == 1200
+
+
+def test_a_long_world_has_long_clips(tmp_path: Path) -> None:
+    write_world(tmp_path / "long", num_train=1, num_test=1, seed=0, long=True)
+    item = read(tmp_path / "long" / "mvbench" / "json" / "action_sequence.json")[0]
+    clip = pixels(tmp_path / "long" / "mvbench" / "video" / "star" / "Charades_v1_480" / item["video"])
+    assert clip.shape == (96, 64, 64, 3) and item["end"] - item["start"] == 16
+
+
+# ---- the same again, and another ------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_world(root: Path, tmp_path: Path) -> None:
+    write_world(tmp_path / "again", **SMALL)
+    assert files(tmp_path / "again") == files(root)
+
+
+def test_another_seed_gives_another_world_with_the_same_words(root: Path, tmp_path: Path) -> None:
+    write_world(tmp_path / "other", **{**SMALL, "seed": 4})
+    ours, theirs = files(root), files(tmp_path / "other")
+    assert ours.keys() == theirs.keys()
+    equal = {name for name in ours if ours[name] == theirs[name]}
+    assert not any(name.endswith((".mp4", ".png", ".tar", ".safetensors", "train.json")) for name in equal)
+    assert {"qformer_tokenizer/vocab.txt", "language_model/tokenizer.json"} <= equal
+
+
+def test_a_larger_world_begins_with_the_smaller() -> None:
+    small, large = World(7, 6, 4, 16), World(7, 600, 400, 16)
+    for task in TASKS:
+        assert small.draw(task, "train", 0)[0] == large.draw(task, "train", 0)[0]
+
+
+@given(seed=st.integers(0, 2**32 - 1), other=st.integers(0, 2**32 - 1), index=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_training_and_test_never_overlap_whatever_the_seed(seed: int, other: int, index: int) -> None:
+    for task in (*TASKS, PICTURES, PAIRS):
+        trained = World(seed, 1, 1, 16).draw(task, "train", index)[0].scene
+        tested = World(other, 1, 1, 16).draw(task, "test", index)[0].scene
+        assert (split_of(trained), split_of(tested)) == ("train", "test")  # a function of the scene alone
+        assert trained != tested
+
+
+def test_no_clip_of_a_world_is_trained_and_tested() -> None:
+    world = World(0, 1, 1, 16)
+    for task in TESTED:
+        trained = {repr(world.draw(task, "train", index)[0].scene) for index in range(300)}
+        tested = {repr(world.draw(task, "test", index)[0].scene) for index in range(100)}
+        assert trained.isdisjoint(tested)
+
+
+# ---- answers are true, and not guessed from the question ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TESTED, ids=lambda task: task.benchmark)
+def test_no_answer_and_no_letter_is_preferred(task) -> None:
+    examples = [World(1, 1, 1, 16).draw(task, "test", index)[0] for index in range(400)]
+    count = len(examples[0].candidates)
+    letters = Counter(example.candidates.index(str(example.turns[0].answer)) for example in examples)
+    answers = Counter(example.turns[0].answer for example in examples)
+    for found in (letters, answers):
+        assert max(found.values()) < 1.35 * 400 / min(count, len(found))
+
+
+def test_options_are_asked_as_the_benchmark_asks() -> None:
+    example = World(0, 1, 1, 16).draw(TASKS[0], "train", 0)[0]
+    asked, chosen = example.turns
+    letter = chr(ord("A") + example.candidates.index(str(asked.answer)))
+    assert options_text("Where?", ("here", "there")) == "Question: Where?\nOptions:\n(A) here\n(B) there"
+    assert chosen.question.startswith(options_text(asked.question, example.candidates))
+    assert chosen.answer == f"Best option:({letter}) {asked.answer}"
+
+
+@pytest.mark.parametrize(("towards", "opposite"), [("left", "right"), ("up", "down")])
+def test_only_the_order_of_frames_tells_the_direction(towards: str, opposite: str) -> None:
+    times = (np.arange(16) + 0.5) / 16
+    there, back = (
+        follow(Thing("red", "circle", 32, 32, 8, (Event("move", 0, 1, way),)), times) for way in (towards, opposite)
+    )
+    np.testing.assert_allclose(there.x, back.x[::-1])
+    np.testing.assert_allclose(there.y, back.y[::-1])
+    assert np.hypot(there.x[-1] - there.x[0], there.y[-1] - there.y[0]) > 20
+
+
+@pytest.mark.parametrize("towards", DIRECTIONS)
+def test_things_move_where_they_are_said_to(towards: str) -> None:
+    track = follow(Thing("red", "circle", 32, 32, 8, (Event("move", 0, 1, towards),)), np.array([0.0, 0.5, 1.0]))
+    right, down = DIRECTIONS[towards]
+    assert np.sign(np.diff(track.x)).tolist() == [right, right]
+    assert np.sign(np.diff(track.y)).tolist() == [down, down]
+
+
+def test_the_written_video_shows_the_colors_that_the_answers_name(root: Path) -> None:
+    task = next(task for task in TESTED if task.benchmark == "state_change")
+    for index, item in enumerate(read(root / "mvbench" / "json" / "state_change.json")):
+        example = World(SMALL["seed"], 12, 8, 16).draw(task, "test", index)[0]
+        thing = example.scene.things[0]
+        clip = pixels(root / "mvbench" / "video" / task.media_dir / item["video"]).astype(int)
+        frame = clip[0 if "beginning" in item["question"] else -1]
+        seen = frame[thing.y - 2 : thing.y + 3, thing.x - 2 : thing.x + 3].mean((0, 1))
+        distances = {color: np.abs(seen - levels).sum() for color, levels in COLORS.items()}
+        assert min(distances, key=lambda color: distances[color]) == item["answer"]
+        assert item["question"].split()[4] == thing.shape
+
+
+def test_a_rendered_shape_is_where_its_scene_says() -> None:
+    scene = Scene((Thing("white", "square", 20, 40, 8),), Background("plain", 60, 0))
+    clip = render(scene, num_frames=2, size=128, generator=np.random.default_rng(0))
+    assert clip.shape == (2, 128, 128, 3) and clip.dtype == np.uint8
+    rows, columns = np.nonzero(clip[0].min(axis=2) > 150)
+    assert (rows.mean(), columns.mean()) == pytest.approx((80, 40), abs=1)
+    assert np.ptp(rows) == pytest.approx(2 * 0.85 * 16, abs=2)
+
+
+# ---- language -------------------------------------------------------------------------------------------------------
+
+
+@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_any_text_has_tokens(root: Path, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(root / "language_model", local_files_only=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert str(tokenizer.decode(ids)).removeprefix(" ") == text.removeprefix(" ")
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_the_language_model_and_both_tokenizers_load(root: Path, tmp_path: Path) -> None:
+    asked = {"llama_model": str(root / "language_model"), "qformer": {"vocab_size": 513}, "qformer_text_input": True}
+    config = decide_config(open_named(asked), asked)
+    processor = PromptProcessor.from_pretrained(
+        root / "language_model", config=config, qformer_tokenizer=root / "qformer_tokenizer"
+    )
+    tokenizer = processor.tokenizer
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert processor.vocab_size == config.text_config.vocab_size  # [PAD] included
+    assert processor.qformer_tokenizer is not None
+    words = "What does the red circle do first?"
+    assert "[UNK]" not in processor.qformer_tokenizer.tokenize(words + " (A) zebra_7!")
+    assert len(processor.qformer_tokenizer.tokenize(words)) == 8  # whole words
+    processor.save_pretrained(tmp_path)
+    again = PromptProcessor.from_pretrained(tmp_path, config=config)
+    assert again.tokenizer.encode(words) == tokenizer.encode(words)
+
+
+def test_the_tiny_training_configuration_finds_the_world(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_ROOT", str(root))
+    cfg = load_config(TRAIN_YAML)
+    model = build_model(model_section(cfg), device="cpu", dtype="float32")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert 1e6 < model.num_parameters() < 4e6
+    entries = {name: entry for name, entry in cfg.datasets.items() if not str(name).endswith("_root")}
+    assert len(entries) == len(TASKS)
+    assert all((Path(cfg.datasets.anno_root) / entry.anno_path).is_file() for entry in entries.values())
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["toy", "--output", str(tmp_path / "world"), "--num-train", "6", "--num-test", "4"]) == 0
+    captured = capsys.readouterr()
+    assert "6 training clips of 6 sets, 4 test clips of 4" in captured.out
+    assert f"TOY_ROOT={tmp_path / 'world'} stllm train" in captured.out
+    assert captured.err == ""
+
+
+def test_a_folder_that_holds_files_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(root)
+    assert main(["toy", "--output", str(root)]) == 1
+    assert f"{root} holds files already, expected a new or an empty folder" in capsys.readouterr().err
+    assert files(root) == before
+
+
+@pytest.mark.parametrize("broken", ["write_shard", "write_qformer_tokenizer"])
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(toy_world, broken, full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        write_world(tmp_path / "world", num_train=1, num_test=1, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
+    with pytest.raises(UserError, match="nothing was written"):
+        write_world(tmp_path / "world", num_train=10, num_test=4, seed=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_room_asked_for_is_enough(root: Path) -> None:
+    media = [path for path in root.rglob("*") if path.suffix in (".mp4", ".png", ".tar")]
+    clips = [path.stat().st_size for path in media if path.suffix == ".mp4"]
+    assert sum(clips) <= len(clips) * 16 * toy_world.FRAME_BYTES
+    assert sum(path.stat().st_size for path in root.glob("images/*")) <= SMALL["num_train"] * toy_world.PICTURE_BYTES
