@@ -20,10 +20,21 @@ def draw_token_mask(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """(B, N) bool, True = dropped. One rate for the batch ~ Normal(mean, std) in [min, max]; int(rate*N) a sample."""
-    rate = (torch.randn((), generator=generator) * std + mean).clamp(min, max).item()
-    num_dropped = int(rate * num_tokens)
+    rate = draw_mask_rate(mean=mean, std=std, min=min, max=max, generator=generator)
+    return draw_dropped(batch_size, num_tokens, rate=rate, generator=generator)
+
+
+def draw_mask_rate(
+    *, mean: float, std: float, min: float, max: float, generator: torch.Generator | None = None
+) -> float:
+    """The share of visual tokens to drop, ~ Normal(mean, std) in [min, max]."""
+    return (torch.randn((), generator=generator) * std + mean).clamp(min, max).item()
+
+
+def draw_dropped(batch_size: int, num_tokens: int, *, rate: float, generator: torch.Generator | None = None) -> Tensor:
+    """(B, N) bool, True = dropped: int(rate*N) in each row, any of them with equal chance."""
     order = torch.rand(batch_size, num_tokens, generator=generator).argsort(dim=1)
-    return order < num_dropped  # ranks below the count: exactly num_dropped in every row
+    return order < int(rate * num_tokens)  # ranks below the count: exactly that many in every row
 
 
 def keep_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
