@@ -61,9 +61,13 @@ class Sample:
 
 
 class Corpus(Protocol):
-    """One data set of the mixture: samples by index, each prepared whole (media, question, answer, bounds together)."""
+    """One data set of the mixture: samples by index, each prepared whole (media, question, answer, bounds together).
+
+    media: what every sample shows: "video", "image" or None (text alone).
+    """
 
     name: str
+    media: str | None
 
     def __len__(self) -> int: ...
 

@@ -8,6 +8,7 @@ Letters: H, W a frame's size in pixels, S the model's image size.
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a training crop, as torchvisio
 CROP_TRIES = 10
 
 FrameTransform = Callable[[np.ndarray], Tensor]  # (H, W, 3) uint8 -> (3, S, S) float32
+
+
+class ClipTransform(Protocol):
+    """Prepares clips: `TrainTransform` or `EvalTransform`."""
+
+    def for_clip(self, generator: torch.Generator) -> FrameTransform:
+        """The transform of one clip's frames, with whatever is random in it drawn from the generator."""
+        ...
 
 
 @processors.register("video_eval")

@@ -1,0 +1,110 @@
+"""What happens to a sample that cannot be read: another one takes its place as a whole, and it is counted.
+
+Media, question, answer and bounds are replaced together, so that a question never meets another video. The published
+code replaced the video alone and retried without end.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from stllm.common.errors import UserError
+from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.media_info import MediaError
+from stllm.datasets.samples import Corpus, Failure, Sample, SampleKey, Stream, keyed_numpy
+
+log = logging.getLogger(__name__)
+
+CAUSES = ("missing", "unreadable", "bounds", "annotation")
+NUM_NAMED = 5  # files that a message names
+MIN_TRIED = 100  # a share of fewer samples says little: one bad file among the first three is no reason to stop
+
+
+def load_with_replacement(corpus: Corpus, key: SampleKey, *, seed: int, max_tries: int) -> Sample:
+    """The sample of that key, or another of the same data set when it cannot be read; `failures` tells which could not.
+
+    The replacement depends on the key and the seed alone. Raises UserError, naming data set and last file, when
+    `max_tries` replacements could not be read either.
+    """
+    parts = (key.epoch, key.corpus, key.index, key.round)
+    generator = keyed_numpy(seed, Stream.SAMPLE, *parts)
+    failures: list[Failure] = []
+    for attempt in range(max_tries + 1):
+        if attempt:
+            generator = keyed_numpy(seed, Stream.REPLACEMENT, *parts, attempt)
+            key = key._replace(index=_another(key.index, len(corpus), generator))
+        try:
+            return replace(corpus.load(key, generator), failures=failures)
+        except (MediaError, AnnotationError) as error:
+            failures.append(_failure(corpus.name, error))
+    last = failures[-1]
+    raise UserError(
+        f"data set {corpus.name}: {len(failures)} samples drawn one after another could not be read, the last one is "
+        f"{last.sentence}; check it with `stllm doctor`, or raise run.max_tries ({max_tries})"
+    )
+
+
+def _another(index: int, size: int, generator: np.random.Generator) -> int:
+    """Any index of the data set but this one, where there is another."""
+    if size == 1:
+        return index
+    drawn = int(generator.integers(size - 1))
+    return drawn + (drawn >= index)
+
+
+def _failure(corpus: str, error: MediaError | AnnotationError) -> Failure:
+    sentence = str(error)
+    # Both kinds of error begin with the file (and its record) and a colon.
+    return Failure(corpus, error.cause, subject=sentence.split(": ", 1)[0], sentence=sentence)
+
+
+class BadSampleLog:
+    """Counts what could not be read, warns of each file once, and stops the run when it is too much.
+
+    max_bad_fraction: the share of all samples tried above which `check` raises. epoch_size: samples an epoch.
+    total: samples that could not be read; by_cause: the same by cause.
+    """
+
+    def __init__(self, *, max_bad_fraction: float, epoch_size: int) -> None:
+        self.max_bad_fraction = max_bad_fraction
+        self.epoch_size = epoch_size
+        self.by_cause: Counter[str] = Counter()
+        self._subjects: dict[str, None] = {}  # in the order they were met
+
+    @property
+    def total(self) -> int:
+        """Samples that could not be read, a file met twice counted twice."""
+        return self.by_cause.total()
+
+    def add(self, failure: Failure) -> None:
+        """Counts one; its file is named in a warning the first time."""
+        self.by_cause[failure.cause] += 1
+        if failure.subject not in self._subjects:
+            self._subjects[failure.subject] = None
+            log.warning("data set %s, left out: %s", failure.corpus, failure.sentence)
+
+    def check(self, num_seen: int) -> None:
+        """Raises UserError, naming files, when too many samples were bad. num_seen: samples trained on so far."""
+        tried = num_seen + self.total
+        if self.total <= self.max_bad_fraction * max(tried, min(MIN_TRIED, self.epoch_size)):
+            return
+        causes = ", ".join(f"{self.by_cause[cause]} {cause}" for cause in CAUSES if self.by_cause[cause])
+        named, more = "; ".join(list(self._subjects)[:NUM_NAMED]), len(self._subjects) - NUM_NAMED
+        raise UserError(
+            f"{self.total} of {tried} samples could not be read ({causes}), more than run.max_bad_fraction "
+            f"({self.max_bad_fraction:g}) allows: {named}{f' and {more} more' if more > 0 else ''}; check the data "
+            "with `stllm doctor`, mend or remove them, or raise run.max_bad_fraction"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from, as plain JSON."""
+        return {"by_cause": dict(self.by_cause), "subjects": list(self._subjects)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave."""
+        self.by_cause = Counter(state["by_cause"])
+        self._subjects = dict.fromkeys(state["subjects"])

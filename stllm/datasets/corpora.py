@@ -1,0 +1,122 @@
+"""The `datasets` section to data sets: known ones by name (configs/datasets/), the user's own by their files."""
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from stllm.common.datasets_section import ROOTS, DatasetSettings, texts
+from stllm.common.errors import UserError, did_you_mean
+from stllm.common.registry import datasets
+from stllm.datasets.mixture import Source
+from stllm.datasets.sampling import sample_indices
+from stllm.processors.vision import EvalTransform, TrainTransform
+
+SHIPPED = Path(__file__).parent.parent / "configs" / "datasets"
+
+
+def build_corpora(
+    cfg: DictConfig,
+    *,
+    image_size: int,
+    train: bool = True,
+    feature_settings: Mapping[str, Any] | None = None,
+) -> list[Source]:
+    """The data sets that a checked configuration lists, with their weights, for a `Mixture`.
+
+    image_size: pixels a side that frames are prepared to. train: random crops; else centre crops, and the middle frame
+        of an interval where training takes a random one.
+    feature_settings: what precomputed features (`features_dir`) must have been made with.
+    Raises UserError: no data set, an unknown name without a file of its own, files that are missing (all in one
+    sentence), whatever is wrong with a file as a whole.
+    """
+    transform = TrainTransform(image_size) if train else EvalTransform(image_size)
+    entries = resolved_settings(cfg, train=train)
+    _check_files(entries)
+    return [
+        Source(
+            datasets.get(settings.type).from_settings(
+                name, settings, transform=transform, feature_settings=feature_settings
+            ),
+            settings.sample_ratio,
+        )
+        for name, settings in entries.items()
+    ]
+
+
+def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, DatasetSettings]:
+    """Each entry over the shipped one of its name, with paths joined to the roots. Raises UserError."""
+    section = cast(dict[str, Any], OmegaConf.to_container(cfg.datasets, resolve=True))
+    roots = {root: section.pop(root, None) for root in ROOTS}
+    if not section:
+        raise UserError(f"no data set is named: list at least one under `datasets`, of {', '.join(shipped_entries())}")
+    result = {}
+    for name, entry in section.items():
+        settings = _settings(name, entry or {}, roots)
+        settings.qa_sampling = settings.qa_sampling or cfg.run.get("qa_sampling")
+        if not train and settings.sampling == "rand":
+            settings.sampling = "middle"
+        result[name] = settings
+    return result
+
+
+@cache
+def shipped_entries() -> dict[str, dict[str, Any]]:
+    """The known data sets' entries by name."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        entries.update(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
+    return entries
+
+
+def _settings(name: str, entry: dict[str, Any], roots: Mapping[str, str | None]) -> DatasetSettings:
+    known = shipped_entries()
+    if name not in known and not any(entry.get(key) for key in ("anno_path", "shards")):
+        raise UserError(
+            f"unknown data set {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}; a data set of your "
+            "own needs anno_path (an annotation file) or shards"
+        )
+    settings = DatasetSettings(**{**known.get(name, {}), **entry})
+    try:
+        sample_indices(settings.sampling, num_frames=1, total_frames=1, fps=1.0, generator=np.random.default_rng(0))
+    except UserError as error:
+        raise UserError(f"data set {name}: {error}") from None
+    anno_root, media_root = settings.anno_root or roots["anno_root"], settings.media_root or roots["media_root"]
+    settings.anno_path = _joined(anno_root, settings.anno_path)
+    beside = os.path.dirname(settings.anno_path or "")  # where one's own media are when nothing says otherwise
+    settings.media_dir = _joined(media_root, settings.media_dir) or media_root or beside
+    settings.shards = [_joined(media_root, shard) for shard in texts(settings.shards)]
+    if roots["features_root"] is not None and settings.features_dir is None:
+        settings.features_dir = os.path.join(roots["features_root"], name)
+    return settings
+
+
+def _joined(root: str | None, path: str | None) -> str | None:
+    """The path below the root; as it is where it is absolute, a URL, or there is no root."""
+    if path is None or "://" in path or path.startswith("pipe:"):
+        return path
+    return os.path.join(os.path.expanduser(root or ""), os.path.expanduser(path))
+
+
+def _check_files(entries: Mapping[str, DatasetSettings]) -> None:
+    """Raises UserError naming every annotation file and media folder that is not there."""
+    missing: dict[str, list[str]] = {}
+    for name, settings in entries.items():
+        needed = [settings.anno_path, settings.media_dir if _reads_media(settings) else None]
+        for path in needed:
+            if path and not os.path.exists(path):
+                missing.setdefault(path, []).append(name)
+    if missing:
+        listed = "; ".join(f"{path} ({', '.join(names)})" for path, names in missing.items())
+        raise UserError(
+            f"not found: {listed}; expected the annotation files and media folders of the data sets: set "
+            "datasets.anno_root and datasets.media_root, or anno_path and media_dir of a data set"
+        )
+
+
+def _reads_media(settings: DatasetSettings) -> bool:
+    return settings.type == "instruction" and settings.media != "text" and settings.features_dir is None

@@ -1,0 +1,176 @@
+"""Precomputed features of a data set: written in safetensors shards once, read in place of the media in training.
+
+A folder holds `features-<rank>-<number>.safetensors`, one tensor a clip under the clip's key, and `index.json`, which
+says what the features are and lists the keys.
+Letters: T frames, P patches, C encoder width, K tokens a frame, Q Q-Former width.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stllm.common.errors import UserError
+from stllm.common.files import replacing, write_text
+from stllm.datasets.media_info import MediaError
+from stllm.datasets.records import Record
+from stllm.datasets.sampling import Bounds
+
+STAGES = ("vit", "qformer")  # (T, 1+P, C) of the frozen encoder; (T, K, Q) of a Q-Former that reads no text
+INDEX = "index.json"
+SHARD_BYTES = 2**30
+
+
+def feature_key(record: Record, media_dir: str | Path) -> str:
+    """What a record's features are stored under: its medium relative to the media folder, and its bounds."""
+    assert record.media is not None  # text alone has no features
+    folder = os.path.join(media_dir, "")
+    return clip_key(record.media.removeprefix(folder), record.bounds)
+
+
+def clip_key(media: str, bounds: Bounds | None) -> str:
+    """`some/video.mp4`, or `some/video.mp4[2,7.5]` for a bounded part."""
+    return media if bounds is None else f"{media}[{bounds[0]!r},{bounds[1]!r}]"
+
+
+class FeatureWriter:
+    """Writes features shard by shard; a shard is there whole or not at all, so that an interrupted run goes on.
+
+    stage: "vit" or "qformer". settings: what the features depend on (a digest of the weights, frames, sampling, image
+        size, dtype), as plain JSON. rank: of this process; each writes shards of its own.
+    Raises UserError when the folder holds features made with other settings.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        stage: str,
+        settings: Mapping[str, Any],
+        rank: int = 0,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        assert stage in STAGES
+        self.folder, self.rank, self.shard_bytes = Path(folder), rank, shard_bytes
+        self.header: dict[str, Any] = {"stage": stage, "settings": dict(settings)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / INDEX).exists():
+            index = _read_index(self.folder)
+            _refuse_other(self.folder, index, {**self.header["settings"], "stage": stage})
+        self._done = {key for keys in _shards(self.folder).values() for key in keys}
+        self._waiting: dict[str, Tensor] = {}
+        if rank == 0:
+            write_text(self.folder / INDEX, json.dumps({**self.header, "complete": False}))
+
+    def __contains__(self, key: str) -> bool:
+        """Whether these features are there already, written or waiting to be."""
+        return key in self._done or key in self._waiting
+
+    def add(self, key: str, features: Tensor) -> None:
+        """features: (T, 1+P, C) or (T, K, Q), of any dtype, which is kept. Writes a shard when enough are waiting."""
+        self._waiting[key] = features.detach().cpu().contiguous()
+        if sum(tensor.nbytes for tensor in self._waiting.values()) >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is waiting as a shard."""
+        if not self._waiting:
+            return
+        taken = [int(path.stem.rsplit("-", 1)[1]) for path in self.folder.glob(f"features-{self.rank:05d}-*")]
+        number = max(taken, default=-1) + 1
+        with replacing(self.folder / f"features-{self.rank:05d}-{number:05d}.safetensors") as partial:
+            save_file(self._waiting, partial)
+        self._done.update(self._waiting)
+        self._waiting = {}
+
+    def finish(self) -> None:
+        """Writes the index over all shards of all ranks: call it on one process, when every one has flushed."""
+        self.flush()
+        write_text(self.folder / INDEX, json.dumps({**self.header, "complete": True, "shards": _shards(self.folder)}))
+
+
+class FeatureStore:
+    """Reads a finished folder of features.
+
+    expected: what the settings must say, as far as they are given here. stage, settings: what the folder holds.
+    Raises UserError for a folder without features, unfinished ones, and settings other than expected.
+    """
+
+    def __init__(self, folder: str | Path, *, expected: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        self.stage: str = index["stage"]
+        self.settings: dict[str, Any] = index["settings"]
+        _refuse_other(self.folder, index, expected or {})
+        if not index["complete"]:
+            raise UserError(f"{self.folder}: the features are not complete: run the same `stllm extract` again")
+        self._shards = list(index["shards"])
+        # Sorted digests, not a dict of millions of texts, which every worker would come to copy.
+        digests = np.array([_digest(key) for keys in index["shards"].values() for key in keys], np.uint64)
+        shards = np.repeat(np.arange(len(self._shards)), [len(keys) for keys in index["shards"].values()])
+        order = digests.argsort()
+        self._digests, self._shard_of = digests[order], shards[order]
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def load(self, key: str) -> Tensor:
+        """The features of a clip, (T, 1+P, C) or (T, K, Q), as they were written. Raises MediaError."""
+        place = int(np.searchsorted(self._digests, _digest(key)))
+        if place == len(self) or self._digests[place] != _digest(key):
+            raise MediaError(f"{self.folder}: found no features of {key}; run `stllm extract` again", cause="missing")
+        shard = self.folder / self._shards[self._shard_of[place]]
+        try:
+            with safe_open(shard, framework="pt") as file:
+                features: Tensor = file.get_tensor(key)
+                return features
+        except FileNotFoundError:
+            raise MediaError(f"{shard}: the shard is gone; run `stllm extract` again", cause="missing") from None
+        except (OSError, SafetensorError) as error:
+            raise MediaError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error
+
+
+def _digest(key: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return {"stage": index["stage"], "settings": dict(index["settings"]), **index}
+    except FileNotFoundError:
+        raise UserError(f"{folder}: found no features (no {INDEX}); write them with `stllm extract`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / INDEX}: the index is damaged ({error!r}); delete the folder, extract again"
+        ) from None
+
+
+def _refuse_other(folder: Path, index: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    found = {**index["settings"], "stage": index["stage"]}
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{folder}: the features there were made with {key} {found.get(key)!r}, expected {value!r}: name "
+                "another folder, or change the setting back"
+            )
+
+
+def _shards(folder: Path) -> dict[str, list[str]]:
+    """The keys in each finished shard."""
+    return {path.name: list(_keys_in(path)) for path in sorted(folder.glob("features-*.safetensors"))}
+
+
+def _keys_in(shard: Path) -> Iterator[str]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield from file.keys()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error

@@ -1,0 +1,152 @@
+"""Instruction data: a medium with questions and answers, from an annotation file to prepared samples.
+
+Letters: T frames, S the model's image size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stllm.common.datasets_section import DatasetSettings, texts
+from stllm.common.errors import UserError
+from stllm.common.registry import datasets
+from stllm.conversation.templates import Turn
+from stllm.datasets.annotations import JsonRecords
+from stllm.datasets.features import FeatureStore, feature_key
+from stllm.datasets.media import load_clip
+from stllm.datasets.records import Record
+from stllm.datasets.samples import Sample, SampleKey
+from stllm.processors.vision import ClipTransform
+
+
+@datasets.register("instruction")
+class InstructionCorpus:
+    """Videos or images with questions and answers, or text alone.
+
+    num_frames, sampling: every clip's T and which frames (sampling.py); a shorter clip is padded with its last frame.
+    transform: prepares the frames, one crop for a whole clip.
+    qa_sampling: "one" pair of a record an epoch at random (as published), or "all", each a sample of its own.
+    multi_turn: all pairs of a record are one conversation instead, with the first pair's instruction.
+    instruction: texts to draw from for pairs without an instruction, such as captions.
+    fps: of raw-frame folders. max_samples: the first ones only.
+    features: precomputed, read in place of the media.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        records: JsonRecords,
+        num_frames: int,
+        transform: ClipTransform,
+        sampling: str = "rand",
+        qa_sampling: str = "one",
+        multi_turn: bool = False,
+        instruction: Sequence[str] = (),
+        reader: str = "auto",
+        fps: float | None = None,
+        max_samples: int | None = None,
+        features: FeatureStore | None = None,
+    ) -> None:
+        self.name, self.records, self.features = name, records, features
+        self.media: str | None = None if records.kind == "text" else records.kind
+        self.num_frames = num_frames if self.media == "video" else 1
+        self.transform, self.sampling, self.reader, self.fps = transform, sampling, reader, fps
+        self.multi_turn, self.instruction = multi_turn, tuple(instruction)
+        # The sample after each record's last; a record that cannot be used is one sample, so that it is counted.
+        each_pair = qa_sampling == "all" and not multi_turn
+        self._ends = np.cumsum(np.maximum(records.num_pairs, 1)) if each_pair else None
+        num_samples = len(records) if self._ends is None else int(self._ends[-1])
+        self._num_samples = num_samples if max_samples is None else min(max_samples, num_samples)
+
+    @classmethod
+    def from_settings(
+        cls,
+        name: str,
+        settings: DatasetSettings,
+        *,
+        transform: ClipTransform,
+        feature_settings: dict[str, Any] | None = None,
+    ) -> "InstructionCorpus":
+        """The data set of an entry with absolute paths. feature_settings: what precomputed features must be made with.
+
+        Raises UserError for an annotation file or features that cannot be used.
+        """
+        if settings.anno_path is None:
+            raise UserError(f"data set {name}: no anno_path is given; name its annotation file")
+        records = JsonRecords(settings.anno_path, media_dir=settings.media_dir or "", kind=settings.media)
+        features = None
+        if settings.features_dir is not None and records.kind != "text":
+            frames = {"num_frames": settings.num_frames} if records.kind == "video" else {}
+            features = FeatureStore(settings.features_dir, expected={**(feature_settings or {}), **frames})
+        return cls(
+            name=name,
+            records=records,
+            num_frames=settings.num_frames,
+            transform=transform,
+            sampling=settings.sampling,
+            qa_sampling=settings.qa_sampling or "one",
+            multi_turn=settings.multi_turn,
+            instruction=texts(settings.instruction),
+            reader=settings.reader,
+            fps=settings.fps,
+            max_samples=settings.max_samples,
+            features=features,
+        )
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+        """The sample `key.index`; see `samples.Corpus`."""
+        number, pair = self._place(key.index)
+        record = self.records[number]
+        sample = Sample(key, name=record.where, turns=self._turns(record, pair, generator), media=self.media)
+        if record.media is not None:
+            sample.name = f"{record.media} ({record.where})"
+            if self.features is None:
+                sample.pixel_values = self.load_pixels(record, generator)
+            elif self.features.stage == "vit":
+                sample.vision_features = self.features.load(feature_key(record, self.records.media_dir))
+            else:
+                sample.query_features = self.features.load(feature_key(record, self.records.media_dir))
+        return sample
+
+    def load_pixels(self, record: Record, generator: np.random.Generator) -> Tensor:
+        """A record's frames, (T, 3, S, S), prepared; T is always `num_frames` (1 for an image). Raises MediaError."""
+        assert record.media is not None
+        crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
+        clip = load_clip(
+            record.media,
+            num_frames=self.num_frames,
+            sampling=self.sampling,
+            bounds=record.bounds,
+            transform=self.transform.for_clip(crops),
+            reader=self.reader,
+            fps=self.fps,
+            generator=generator,
+        )
+        missing = self.num_frames - len(clip.frames)
+        return torch.cat([clip.frames, clip.frames[-1:].expand(missing, -1, -1, -1)]) if missing else clip.frames
+
+    def _place(self, index: int) -> tuple[int, int | None]:
+        """The record of a sample, and which of its answered pairs it is; None: any, or all."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+        if self._ends is None:
+            return index, None
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - (int(self._ends[number - 1]) if number else 0)
+
+    def _turns(self, record: Record, pair: int | None, generator: np.random.Generator) -> tuple[Turn, ...]:
+        answered = [turn for turn in record.turns if turn.answer is not None]
+        if not self.multi_turn:
+            answered = [answered[int(generator.integers(len(answered))) if pair is None else pair]]
+        first = answered[0]
+        if not first.instruction and self.instruction:
+            first = replace(first, instruction=self.instruction[int(generator.integers(len(self.instruction)))])
+        return (first, *(replace(turn, instruction="") for turn in answered[1:]))

@@ -1,0 +1,137 @@
+"""The data sets of a run as one: which samples make which batch, and each of them loaded.
+
+Every batch, over all processes, comes from one data set, so that all ranks see the same kind of media at a step. The
+order is a function of seed, epoch, sizes, ratios and the global batch alone: worker count, process count and a resume
+change nothing. Letters: G samples of a global micro-batch, n samples of a data set.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from stllm.common.errors import UserError
+from stllm.datasets.bad_samples import load_with_replacement
+from stllm.datasets.samples import Corpus, Sample, SampleKey, Stream, keyed_numpy
+
+
+class Source(NamedTuple):
+    """A data set and its weight in the mixture; ratio None: its share of all samples."""
+
+    corpus: Corpus
+    ratio: float | None = None
+
+
+class Mixture(Dataset[Sample]):
+    """Samples by `SampleKey`; one that cannot be read is replaced (bad_samples.py).
+
+    max_tries: samples tried in place of an unreadable one. Raises UserError for no data set, or an empty one.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, seed: int, max_tries: int) -> None:
+        self.corpora = [source.corpus for source in sources]
+        self.ratios = [source.ratio for source in sources]
+        self.sizes = [len(corpus) for corpus in self.corpora]
+        self.seed, self.max_tries = seed, max_tries
+        if not sources:
+            raise UserError("no data set is named: list at least one under `datasets`")
+        for corpus, size in zip(self.corpora, self.sizes, strict=True):
+            if not size:
+                raise UserError(f"data set {corpus.name} has no samples: leave it out, or name another annotation file")
+
+    @property
+    def only_videos(self) -> bool:
+        """Whether every sample is a video."""
+        return all(corpus.media == "video" for corpus in self.corpora)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """Raises UserError when neither the sample nor any tried in its place could be read."""
+        return load_with_replacement(self.corpora[key.corpus], key, seed=self.seed, max_tries=self.max_tries)
+
+
+class MixtureSampler:
+    """This rank's rows of every global batch: lists of `SampleKey`, for a DataLoader's `batch_sampler`.
+
+    batch_size: samples of one process; G = batch_size * world_size. Rank r takes rows [r, r + 1) * batch_size of each
+    global batch, so that one process with batches of 4 and two with batches of 2 see the same.
+    A data set is gone through in a random order, and then again in another (`SampleKey.round`): in proportion to the
+    sizes it ends within its second round, which fills up the last batch.
+    """
+
+    def __init__(self, mixture: Mixture, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        assert batch_size > 0 and 0 <= rank < world_size
+        self.sizes, self.seed = mixture.sizes, mixture.seed
+        self.batch_size, self.rank = batch_size, rank
+        self.global_batch = batch_size * world_size
+        self.counts = batches_of(mixture.sizes, mixture.ratios, self.global_batch)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives, from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches an epoch, the same on every rank."""
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        epoch, done = self.epoch, [0] * len(self.sizes)
+        orders = [_Order(size, (self.seed, Stream.PERMUTATION, epoch, c)) for c, size in enumerate(self.sizes)]
+        for number, corpus in enumerate(batch_order(self.counts, self.seed, epoch).tolist()):
+            first = done[corpus] * self.global_batch + self.rank * self.batch_size
+            done[corpus] += 1
+            drawn = orders[corpus].take(first, self.batch_size)
+            yield [SampleKey(epoch, number, corpus, index, round) for index, round in drawn]
+
+
+class _Order:
+    """An endless order of a data set's samples: one permutation after another, each made when it is needed."""
+
+    def __init__(self, size: int, key: tuple[int, ...]) -> None:
+        self.size, self.key = size, key
+        self._round = -1
+        self._permutation = np.empty(0, np.int64)
+
+    def take(self, first: int, count: int) -> list[tuple[int, int]]:
+        """(index, round) at the places first, first + 1, ...; places must not go back by a round."""
+        places = (divmod(place, self.size) for place in range(first, first + count))
+        return [(int(self._of(round)[rest]), round) for round, rest in places]
+
+    def _of(self, round: int) -> np.ndarray:
+        if round != self._round:
+            self._round, self._permutation = round, keyed_numpy(*self.key, round).permutation(self.size)
+        return self._permutation
+
+
+def batches_of(sizes: Sequence[int], ratios: Sequence[float | None], global_batch: int) -> list[int]:
+    """Global batches an epoch of each data set.
+
+    Without ratios: as many as hold all its samples, ceil(n / G). With any: as many in all as without, shared out by
+    ratio (largest remainder); a data set without one counts by its share of all samples, and each gets one at least.
+    """
+    whole = [-(-size // global_batch) for size in sizes]
+    if all(ratio is None for ratio in ratios):
+        return whole
+    shares = [size / sum(sizes) for size in sizes]
+    weights = np.array([share if ratio is None else ratio for ratio, share in zip(ratios, shares, strict=True)])
+    if not weights.sum() > 0:
+        raise UserError("the sample_ratio of every data set is 0: give at least one a positive ratio")
+    exact = sum(whole) * weights / weights.sum()
+    counts = np.floor(exact).astype(int)
+    short = sum(whole) - counts.sum()
+    counts[np.argsort(counts - exact, kind="stable")[:short]] += 1
+    for left_out in np.flatnonzero((counts == 0) & (weights > 0)):
+        counts[counts.argmax()] -= 1
+        counts[left_out] += 1
+    return [int(count) for count in counts]
+
+
+def batch_order(counts: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """Which data set each global batch of an epoch comes from, (batches,)."""
+    order = np.repeat(np.arange(len(counts)), counts)
+    keyed_numpy(seed, Stream.ORDER, epoch).shuffle(order)
+    return order
