@@ -7,13 +7,14 @@ json with `caption`. Letters: S the model's image size.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
@@ -23,21 +24,16 @@ from stllm.datasets.image_text_shards import GIB, Content, ShardReader, expand_s
 from stllm.datasets.media_info import MediaError, warn_once
 from stllm.datasets.picture_readers import decode_image
 from stllm.datasets.samples import Sample, SampleKey
-from stllm.processors.vision import FrameTransform
-
-
-class ClipTransform(Protocol):
-    """What prepares pictures: `processors.vision.TrainTransform` or `EvalTransform`."""
-
-    def for_clip(self, generator: torch.Generator) -> FrameTransform: ...
+from stllm.processors.vision import ClipTransform
 
 
 @datasets.register("image_text")
 class ImageTextCorpus:
-    """Image-text shards: one caption an image, answering nothing or a drawn instruction.
+    """Image-text shards: one caption an image, answering a drawn instruction or nothing.
 
     shards: tar files, globs, braces and URLs (see `expand_shards`). transform: prepares the image.
-    instruction: questions to draw from, such as "Describe this image in detail."; none: the caption alone is learned.
+    instruction: texts to draw from, such as "Describe this image in detail."; none: the caption alone is learned.
+    max_samples: the first ones only.
     cache_dir, cache_gb: where indexes and fetched shards are kept, and the most GiB these may take (`ShardReader`).
 
     The first use of a shard reads its headers, which takes seconds. A damaged shard gives the samples before the
@@ -51,23 +47,48 @@ class ImageTextCorpus:
         name: str,
         shards: str | Sequence[str],
         transform: ClipTransform,
-        instruction: str | Sequence[str] = (),
+        instruction: Sequence[str] = (),
+        max_samples: int | None = None,
         cache_dir: str | Path | None = None,
         cache_gb: float | None = None,
     ) -> None:
         self.name = name
+        self.media: str | None = "image"
         self.transform = transform
-        self.instruction = (instruction,) if isinstance(instruction, str) else tuple(instruction)
+        self.instruction = tuple(instruction)
         self.shards = expand_shards(shards)
         self.reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
-        self._ends = np.cumsum(self._count())  # numbers of the sample after each shard's last
-        if not len(self):
-            raise UserError(
-                f"{name}: found no image or caption in {len(self.shards)} shards; expected jpg + txt or json"
-            )
+        self._ends = np.cumsum(self._count())  # the sample after each shard's last
+        num_samples = int(self._ends[-1])
+        if not num_samples:
+            found = f"found no image or caption in {len(self.shards)} shards"
+            raise UserError(f"{name}: {found}; expected jpg, png or webp with txt or json of the same name")
+        self._num_samples = num_samples if max_samples is None else min(max_samples, num_samples)
+
+    @classmethod
+    def from_settings(
+        cls,
+        name: str,
+        settings: DatasetSettings,
+        *,
+        transform: ClipTransform,
+        feature_settings: dict[str, Any] | None = None,
+    ) -> "ImageTextCorpus":
+        """The data set of an entry. feature_settings: not used, there are no precomputed features of shards."""
+        if not settings.shards:
+            raise UserError(f"data set {name}: no shards are given; name its tar files, such as {{00000..01255}}.tar")
+        return cls(
+            name=name,
+            shards=texts(settings.shards),
+            transform=transform,
+            instruction=texts(settings.instruction),
+            max_samples=settings.max_samples,
+            cache_dir=settings.cache_dir,
+            cache_gb=settings.cache_gb,
+        )
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._num_samples
 
     def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
         """The sample `key.index`, pixel_values (1, 3, S, S); see `samples.Corpus`.
@@ -75,14 +96,13 @@ class ImageTextCorpus:
         Raises MediaError for an image that is missing or cannot be decoded, AnnotationError for a missing or empty
         caption.
         """
-        question = self.instruction[generator.integers(len(self.instruction))] if self.instruction else ""
+        instruction = self.instruction[int(generator.integers(len(self.instruction)))] if self.instruction else ""
         crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
         shard, number = self.place(key.index)
         content = self.reader.read(shard, number)
-        name = f"{shard}: {content.name}"
-        answer = caption_of(content, name)
-        pixels = self._prepared(content, name, crops)
-        return Sample(key, name, (Turn(question, answer),), media="image", pixel_values=pixels)
+        name = f"{shard}/{content.name}"
+        turn = Turn(question="", answer=caption_of(content, name), instruction=instruction)
+        return Sample(key, name, (turn,), media=self.media, pixel_values=self._prepared(content, name, crops))
 
     def place(self, index: int) -> tuple[str, int]:
         """The shard that holds a sample, and its number there."""

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from stllm.common.datasets_section import DatasetSettings
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
+from stllm.conversation.templates import Turn
 from stllm.datasets import image_text_shards, media_info
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.image_text import ImageTextCorpus
@@ -97,8 +99,8 @@ def test_every_pair_is_reached_in_any_order(tmp_path, shards) -> None:
         sample = load(data, index)
         assert sample.pixel_values.shape == (1, 3, SIZE, SIZE) and sample.pixel_values.dtype == torch.float32
         assert (sample.media, grey(sample), sample.turns[0].answer) == ("image", index, f"caption {index}")
-        assert sample.turns[0].question == "" and sample.key.index == index
-        assert sample.name.endswith(f".tar: {index:05d}.png")
+        assert (sample.turns[0].question, sample.turns[0].instruction, sample.key.index) == ("", "", index)
+        assert sample.name.endswith(f".tar/{index:05d}.png")
     with pytest.raises(IndexError):
         load(data, 10)
 
@@ -131,14 +133,24 @@ def test_formats_names_and_neighbours(tmp_path) -> None:
 
 def test_the_instruction_and_the_crop_are_drawn_by_the_generator(tmp_path, shards) -> None:
     write_tar(tmp_path / "noise.tar", [("a.png", noise()), ("a.txt", b"noise")])
-    questions = [f"Describe it, {number}." for number in range(4)]
-    data = corpus(tmp_path, str(tmp_path / "noise.tar"), transform=TrainTransform(SIZE), instruction=questions)
+    texts = [f"Describe it, {number}." for number in range(4)]
+    data = corpus(tmp_path, str(tmp_path / "noise.tar"), transform=TrainTransform(SIZE), instruction=texts)
     first, again = load(data, 0, epoch=1), load(data, 0, epoch=1)
     assert first.turns == again.turns and torch.equal(first.pixel_values, again.pixel_values)
     epochs = [load(data, 0, epoch) for epoch in range(20)]
-    assert {sample.turns[0].question for sample in epochs} == set(questions)
+    assert {sample.turns[0].instruction for sample in epochs} == set(texts)
     assert len({sample.pixel_values.numpy().tobytes() for sample in epochs}) == 20
-    assert load(corpus(tmp_path, shards, instruction="Look."), 3).turns[0].question == "Look."
+
+
+def test_an_entry_of_the_configuration(tmp_path, shards) -> None:
+    entry = DatasetSettings(shards=shards, instruction="Look.", max_samples=7, cache_dir=str(tmp_path / "cache"))
+    data = datasets.get("image_text").from_settings("pairs", entry, transform=EvalTransform(SIZE))
+    assert (len(data), data.media, data.name) == (7, "image", "pairs")
+    assert load(data, 6).turns == (Turn("", "caption 6", "Look."),)
+    with pytest.raises(IndexError):
+        load(data, 7)
+    with pytest.raises(UserError, match="data set pairs: no shards are given"):
+        ImageTextCorpus.from_settings("pairs", DatasetSettings(), transform=EvalTransform(SIZE))
 
 
 def noise() -> bytes:
@@ -159,7 +171,7 @@ class AsDataset(Dataset):
 
     def __getitem__(self, index: int):
         sample = load(self.data, index)
-        return sample.turns[0].question, sample.turns[0].answer, sample.pixel_values
+        return sample.turns[0].instruction, sample.turns[0].answer, sample.pixel_values
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -167,9 +179,9 @@ def test_any_worker_gives_the_same(tmp_path, shards, num_workers) -> None:
     data = corpus(tmp_path, shards, transform=TrainTransform(SIZE), instruction=["a", "b", "c"])
     order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
     loaded = DataLoader(AsDataset(data), batch_size=None, sampler=order, num_workers=num_workers)
-    for index, (question, answer, pixels) in zip(order, loaded, strict=True):
+    for index, (instruction, answer, pixels) in zip(order, loaded, strict=True):
         here = load(data, index)
-        assert (question, answer) == (here.turns[0].question, here.turns[0].answer)
+        assert (instruction, answer) == (here.turns[0].instruction, here.turns[0].answer)
         assert torch.equal(pixels, here.pixel_values)
 
 
@@ -200,7 +212,7 @@ def test_a_bad_pair_is_said_and_the_next_one_is_read(tmp_path, members, error, w
     assert len(data) == 2
     with pytest.raises(error, match=words) as caught:
         load(data, 0)
-    assert str(caught.value).startswith(f"{tmp_path / 'x.tar'}: a.") and caught.value.cause == cause
+    assert str(caught.value).startswith(f"{tmp_path / 'x.tar'}/a.") and caught.value.cause == cause
     assert grey(load(data, 1)) == 7
 
 
