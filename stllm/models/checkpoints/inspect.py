@@ -1,6 +1,7 @@
 """`stllm inspect PATH`: what a checkpoint or a configuration is, from names and shapes alone; no weight is read.
 
-Format, family, sizes, parameters of each part, the memory they need by type, and the audit against a configuration.
+Format, family, sizes, parameters of each part, the memory they need by type and, for a configuration with a `run`, to
+train; and the audit against a configuration.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from stllm.models.checkpoints.contradictions import FAMILIES
 from stllm.models.checkpoints.deciding import assumptions, decide_config, merged_shapes, open_checkpoint, open_pieces
 from stllm.models.checkpoints.formats import Source, locate
 from stllm.models.checkpoints.sizes import sizes_from_weights
+from stllm.models.checkpoints.training_memory import count_parameters, memory_table, training_memory
 from stllm.models.configuration import STLLMConfig
 from stllm.models.factory import explicit_settings, model_section, piece_paths
 from stllm.models.st_llm import STLLM
@@ -70,12 +72,13 @@ def inspect_config(
     """The model that a configuration asks for, with the weights that it names, as far as they are here."""
     from stllm.common.config import load_config
 
-    settings = model_section(load_config(cfg_path, options))
+    cfg = load_config(cfg_path, options)
+    settings = model_section(cfg)
     paths = piece_paths(settings)
     here = [path for path in paths if Path(path).exists()]
     sources = open_pieces(here, settings)
     config = decide_config(sources, settings, default_llm=True)
-    found, report = _describe(config, sources, training=True, fresh=settings.get("fresh") or ())
+    found, report = _describe(config, sources, training=True, fresh=settings.get("fresh") or (), run=cfg.run)
     absent = [
         f"{path} is not here: its sizes are those of model.llm, or the published ones"
         for path in paths
@@ -113,7 +116,12 @@ def memory_by_dtype(model: STLLM) -> dict[str, int]:
 
 
 def _describe(
-    config: STLLMConfig, sources: Sequence[Source], *, training: bool, fresh: Sequence[str] = ()
+    config: STLLMConfig,
+    sources: Sequence[Source],
+    *,
+    training: bool,
+    fresh: Sequence[str] = (),
+    run: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], AuditReport]:
     model = meta_model(config, torch.float32)
     report = make_plan(model, sources, training=training, fresh=fresh).report
@@ -125,8 +133,17 @@ def _describe(
         "parameters": parts,
         "total": {name: sum(part[name] for part in parts.values()) for name in ("total", "trainable")},
         "memory_bytes": memory_by_dtype(model),
+        **({"training_memory_bytes": _training(model, run)} if run else {}),
         **({"audit": report.to_dict()} if sources else {}),
     }, report
+
+
+def _training(model: STLLM, run: Mapping[str, Any]) -> dict[str, Any]:
+    precision = "bfloat16" if run.get("bf16") else "float16" if run.get("fp16") else "float32"
+    return {
+        "precision": precision,
+        "strategies": training_memory(count_parameters(model), half=precision != "float32"),
+    }
 
 
 def _stored(sources: Sequence[Source]) -> dict[str, Any]:
@@ -183,6 +200,9 @@ def _print(found: Mapping[str, Any], report: AuditReport | None) -> None:
         console.print(table)
         memory = ", ".join(f"{_readable(size)} as {name}" for name, size in found["memory_bytes"].items())
         console.print(f"memory of the weights: {memory}", markup=False, soft_wrap=True)
+    if "training_memory_bytes" in found:
+        training = found["training_memory_bytes"]
+        console.print(memory_table(training["strategies"], training["precision"]))
     if report is not None:
         console.print(report.table())
         for line in report.details():
