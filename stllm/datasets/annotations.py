@@ -64,7 +64,7 @@ class JsonRecords:
     def __init__(self, path: str | Path, *, media_dir: str | Path = "", kind: str | None = None) -> None:
         self.path = Path(path).expanduser()
         self.media_dir = str(media_dir)
-        self._data, text = _read(self.path)
+        self._data, text = read_file(self.path)
         starts, ends, pairs, kinds = _scan(self.path, text)
         self.kind = _one_kind(self.path, kinds, kind)
         # A record without a medium stays among those with one: it is a fault to be told.
@@ -91,7 +91,7 @@ class JsonRecords:
             media=self._media(fields, where),
             kind="video" if self.kind == "text" else self.kind,
             where=where,
-            bounds=_bounds(fields, where),
+            bounds=bounds_of(fields, where),
             num_frames=_count(fields.get("num_frames")),
         )
 
@@ -107,7 +107,7 @@ class JsonRecords:
         return os.path.join(self.media_dir, named)
 
 
-def _read(path: Path) -> tuple[bytes, str]:
+def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
     """The file's bytes, and the same as text. Raises UserError."""
     try:
         data = path.read_bytes()
@@ -115,11 +115,11 @@ def _read(path: Path) -> tuple[bytes, str]:
         data = data.removeprefix(b"\xef\xbb\xbf")
         return data, data.decode()
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such annotation file; expected {EXPECTED}: check the path") from None
+        raise UserError(f"{path}: there is no such annotation file; expected {expected}: check the path") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: found a folder, expected {EXPECTED}: name the file in it") from None
+        raise UserError(f"{path}: found a folder, expected {expected}: name the file in it") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}), expected {EXPECTED}") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}), expected {expected}") from None
     except OSError as error:
         raise UserError(f"{path}: the annotation file cannot be read ({error.strerror}); check it") from None
 
@@ -129,7 +129,7 @@ def _scan(path: Path, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     spans, pairs, kinds = array("q"), array("i"), array("b")  # a few bytes a record, however many there are
     num_asking = 0
     first: Fields = {}
-    for start, end, record in _records(path, text):
+    for start, end, record in json_values(path, text):
         if not isinstance(record, dict):
             where = f"{path}, record {len(kinds) + 1}"
             raise UserError(f"{where}: found {_short(record)}, expected a mapping: {EXPECTED}")
@@ -152,10 +152,10 @@ def _scan(path: Path, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     return starts, ends, np.array(pairs), np.array(kinds)
 
 
-def _records(path: Path, text: str) -> Iterator[tuple[int, int, Any]]:
+def json_values(path: Path, text: str, expected: str = EXPECTED) -> Iterator[tuple[int, int, Any]]:
     """(start, end, value) of each record of a JSON list, or of values one after another."""
     position = _skip(text, 0)
-    listed = text.startswith("[", position) and path.suffix.lower() != ".jsonl"
+    listed = text.startswith("[", position)
     try:
         if listed:
             position = _skip(text, position + 1)
@@ -173,10 +173,10 @@ def _records(path: Path, text: str) -> Iterator[tuple[int, int, Any]]:
             raise json.JSONDecodeError("The list does not end", text, position)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}), expected {EXPECTED}"
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}), expected {expected}"
         ) from None
     except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
-        raise UserError(f"{path}: found a value that cannot be read ({error}), expected {EXPECTED}") from None
+        raise UserError(f"{path}: found a value that cannot be read ({error}), expected {expected}") from None
 
 
 def _skip(text: str, position: int) -> int:
@@ -225,7 +225,7 @@ def _turns(fields: Fields, where: str) -> tuple[Turn, ...]:
             f"{where}: found no QA (fields {', '.join(fields)}), expected {EXPECTED}: leave the record out"
         )
     turns = tuple(
-        Turn(question=_text(question) or "", answer=_text(answer), instruction=_text(instruction) or "")
+        Turn(question=text_of(question) or "", answer=text_of(answer), instruction=text_of(instruction) or "")
         for instruction, question, answer in pairs
     )
     if all(turn.answer is None for turn in turns):
@@ -238,13 +238,14 @@ def _is_text(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else isinstance(value, (int, float))
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """A text as it stands, a number as text; None for anything else."""
     # Half a surrogate pair, which JSON can spell, is no text to a tokenizer.
     return str(value).encode("utf-8", "replace").decode() if _is_text(value) else None
 
 
-def _bounds(fields: Fields, where: str) -> Bounds | None:
+def bounds_of(fields: Fields, where: str) -> Bounds | None:
+    """A record's start and end in seconds, `math.inf` for an open end; None without either. Raises AnnotationError."""
     start, end = (_seconds(fields.get(key), key, where) for key in ("start", "end"))
     if start is None and end is None:
         return None
