@@ -51,7 +51,7 @@ class DatasetSettings:
     # Frames
     num_frames: int = _at_least(16, 1)  # frames of every clip; a shorter one is padded with its last frame
     sampling: str = "rand"  # which frames: rand, middle, uniform or fps<x>
-    fps: float | None = None  # of raw-frame folders and gifs
+    fps: float | None = _at_least(None, 1e-3)  # of raw-frame folders and gifs
     reader: str = "auto"  # what decodes videos: auto, pyav or decord
 
     # Questions and answers

@@ -116,6 +116,9 @@ def _check_datasets(layer: Layer) -> None:
     entries = layer.values.get("datasets", {})
     for name, entry in entries.items():
         if name not in ROOTS:
+            if isinstance(entry, str):
+                hint = did_you_mean(name, ROOTS)
+                raise UserError(f"{layer.name}: 'datasets.{name}' must be a mapping of keys, found {entry!r}{hint}")
             entries[name] = _mapping({} if entry is None else entry, layer.name, f"'datasets.{name}'")
             _check_keys(entries[name], DatasetSettings, f"datasets.{name}", layer)
         elif not isinstance(entry, str):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from stllm.common.datasets_section import ROOTS, DatasetSettings, texts
 from stllm.common.errors import UserError, did_you_mean
-from stllm.common.registry import datasets
+from stllm.common.registry import datasets, readers
 from stllm.datasets.mixture import Source
 from stllm.datasets.sampling import sample_indices
 from stllm.processors.vision import EvalTransform, TrainTransform
@@ -83,6 +83,8 @@ def _settings(name: str, entry: dict[str, Any], roots: Mapping[str, str | None])
     settings = DatasetSettings(**{**known.get(name, {}), **entry})
     try:
         sample_indices(settings.sampling, num_frames=1, total_frames=1, fps=1.0, generator=np.random.default_rng(0))
+        if settings.reader != "auto":
+            readers.get(settings.reader)
     except UserError as error:
         raise UserError(f"data set {name}: {error}") from None
     anno_root, media_root = settings.anno_root or roots["anno_root"], settings.media_root or roots["media_root"]

@@ -1,0 +1,165 @@
+"""Samples to model arguments: prompts, media, masks; equal for any number of workers and processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from stllm.common.registry import video_inputs
+from stllm.conversation.templates import Turn
+from stllm.datasets.collate import Collator, TokenMasker
+from stllm.datasets.mixture import Mixture, MixtureSampler, Source
+from stllm.datasets.samples import Failure, Sample, SampleKey
+from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+from stllm.processors.vision import TrainTransform
+from tests.helpers.corpora import corpus_of, numbered_record, write_numbered_videos
+from tests.processors.test_prompts import processor
+
+RATES = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
+MASKER = TokenMasker(RATES, tokens_per_frame=4)
+
+
+def sample(index: int = 0, **fields: Any) -> Sample:
+    turns = fields.pop("turns", (Turn("what moves first?", "the red circle", "watch."),))
+    pixels = torch.full((fields.pop("num_frames", 3), 3, 8, 8), float(index))
+    defaults = {"media": "video", "pixel_values": pixels}
+    return Sample(SampleKey(0, 0, 0, index), f"sample {index}", turns, **{**defaults, **fields})
+
+
+@pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
+def test_prompts_are_the_processors_padded_on_the_right(family: str) -> None:
+    prompts = processor(family)
+    long = (Turn("what moves first? the red circle or the blue square", "the red circle"),)
+    samples = [sample(0), sample(1, turns=long, failures=[Failure("a", "missing", "b.mp4", "b.mp4: gone")])]
+    batch = Collator(prompts, seed=0)(samples)
+    for row, (ids, labels) in enumerate(prompts.training_ids(s.turns) for s in samples):
+        assert batch["input_ids"][row, : len(ids)].tolist() == ids
+        assert batch["labels"][row, : len(ids)].tolist() == labels
+        assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * (batch["input_ids"].shape[1] - len(ids))
+        assert (batch["labels"][row, len(ids) :] == IGNORE_INDEX).all()
+    assert (batch["input_ids"] == VISUAL_TOKEN_ID).sum(dim=1).tolist() == [1, 1]
+    assert batch["pixel_values"].shape == (2, 3, 3, 8, 8) and batch["pixel_values"][1].eq(1).all()
+    assert batch["names"] == ["sample 0", "sample 1"] and batch["failures"] == samples[1].failures
+    assert ("qformer_input_ids" in batch) == (family == "instructblip") and "token_mask" not in batch
+
+
+def test_the_q_former_reads_the_first_turn() -> None:
+    prompts = processor("instructblip")
+    turns = (Turn("what moves first?", "the circle", "watch."), Turn("and then?", "the square"))
+    batch = Collator(prompts, seed=0)([sample(turns=turns)])
+    assert batch["qformer_input_ids"].equal(prompts.qformer_inputs(["watch. what moves first?"])["qformer_input_ids"])
+    assert (batch["labels"] == prompts.eos_token_id).sum() == 2  # both answers are learned
+
+
+@pytest.mark.parametrize(("name", "shape"), [("vision_features", (3, 5, 8)), ("query_features", (3, 4, 6))])
+def test_stored_features_are_stacked(name: str, shape: tuple[int, ...]) -> None:
+    samples = [sample(i, **{"pixel_values": None, name: torch.full(shape, i).half()}) for i in range(2)]
+    batch = Collator(processor("minigpt4"), seed=0, masker=MASKER)(samples)
+    assert batch[name].shape == (2, *shape) and batch[name].dtype == torch.float16 and "pixel_values" not in batch
+    assert batch["token_mask"].shape == (2, 12)
+
+
+def test_text_alone_has_no_media() -> None:
+    batch = Collator(processor("instructblip"), seed=0, masker=MASKER)([sample(media=None, pixel_values=None)])
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "names", "failures"}
+    assert not (batch["input_ids"] == VISUAL_TOKEN_ID).any()
+
+
+def test_an_image_is_named_so_and_never_masked() -> None:
+    prompts = processor("minigpt4")
+    images = [sample(num_frames=1, media="image")]
+    batch = Collator(prompts, seed=0, masker=MASKER)(images)
+    assert "token_mask" not in batch
+    assert batch["input_ids"][0].tolist() == prompts.training_ids(images[0].turns, media="image")[0]
+
+
+def draw(keys: list[SampleKey], num_frames: int = 8, seed: int = 0) -> Tensor:
+    return MASKER.draw(keys, num_frames, seed=seed)
+
+
+def test_masks_are_keyed_by_batch_and_sample() -> None:
+    keys = [SampleKey(1, 7, 0, index) for index in range(4)]
+    whole = draw(keys)
+    assert whole.equal(torch.cat([draw(keys[:2]), draw(keys[2:])]))  # two processes drop what one does
+    assert whole.sum(dim=1).unique().numel() == 1 and whole.unique(dim=0).shape[0] == 4
+    assert not whole.equal(draw(keys, seed=1)) and not whole.equal(draw([key._replace(epoch=2) for key in keys]))
+    assert not draw(keys[:1]).equal(draw([keys[0]._replace(round=1)]))
+
+
+def test_masks_have_the_published_distribution() -> None:
+    rates = [draw([SampleKey(0, batch, 0, 0)], 64).float().mean().item() for batch in range(400)]
+    mean, std = torch.tensor(rates).mean().item(), torch.tensor(rates).std().item()
+    assert abs(mean - 0.5) < 0.02 and abs(std - 0.1) < 0.02 and min(rates) >= 0.09 and max(rates) <= 0.7
+    dropped = sum(draw([SampleKey(0, 0, 0, index)], 8).int() for index in range(400)) / 400
+    assert isinstance(dropped, Tensor) and dropped.std() < 0.04  # each place with equal chance
+
+
+@pytest.mark.parametrize("name", ["mean", "all", "residual"])
+@pytest.mark.parametrize("num_frames", [1, 3, 16])
+def test_masks_fit_every_video_input(name: str, num_frames: int) -> None:
+    masker = TokenMasker(RATES, tokens_per_frame=4, video_input=name, residual_size=5)
+    module = video_inputs.get(name)(width=8, bottleneck=2, residual_size=5)
+    assert masker.num_tokens(num_frames) == module.num_tokens(num_frames, 4)
+    assert masker.num_tokens(num_frames) == module(torch.zeros(1, num_frames, 4, 8)).shape[1]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Mixture:
+    """Two data sets of real videos, some of which are not there, with random frames and crops."""
+    folder: Path = tmp_path_factory.mktemp("videos")
+    write_numbered_videos(folder, range(6))
+    records = [numbered_record(number) for number in range(9)]
+    corpora = [
+        corpus_of(folder / "a.json", records, transform=TrainTransform(32)),
+        corpus_of(folder / "b.json", records[:5], transform=TrainTransform(32), qa_sampling="all"),
+    ]
+    return Mixture([Source(corpus) for corpus in corpora], seed=5, max_tries=10)
+
+
+def batches(mixture: Mixture, *, num_workers: int = 0, context: str | None = None, **division: int) -> list[dict]:
+    return list(
+        DataLoader(
+            mixture,
+            batch_sampler=MixtureSampler(mixture, **division),
+            collate_fn=Collator(processor("instructblip"), seed=5, masker=MASKER),
+            num_workers=num_workers,
+            multiprocessing_context=context,
+        )
+    )
+
+
+def check_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert value.equal(second[name]) if isinstance(value, Tensor) else value == second[name], name
+
+
+def test_workers_change_nothing(mixture: Mixture) -> None:
+    alone, with_workers = batches(mixture, batch_size=4), batches(mixture, batch_size=4, num_workers=2)
+    assert any(batch["failures"] for batch in alone)
+    for first, second in zip(alone, with_workers, strict=True):
+        check_equal(first, second)
+
+
+@pytest.mark.slow
+def test_spawned_workers_change_nothing(mixture: Mixture) -> None:
+    spawned = batches(mixture, batch_size=4, num_workers=1, context="spawn")
+    for first, second in zip(batches(mixture, batch_size=4), spawned, strict=True):
+        check_equal(first, second)
+
+
+def test_processes_share_the_batches_of_one(mixture: Mixture) -> None:
+    whole = batches(mixture, batch_size=4)
+    parts = [batches(mixture, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for name in ("names", "failures"):
+            assert batch[name] == halves[0][name] + halves[1][name]
+        for name in ("pixel_values", "token_mask"):
+            assert batch[name].equal(torch.cat([half[name] for half in halves]))
+        for half, rows in zip(halves, (slice(0, 2), slice(2, 4)), strict=True):  # padded to their own longest row
+            length = half["input_ids"].shape[1]
+            for name in ("input_ids", "labels", "attention_mask"):
+                assert batch[name][rows, :length].equal(half[name])
