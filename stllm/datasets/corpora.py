@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from stllm.common.datasets_section import ROOTS, DatasetSettings, texts
+from stllm.common.distributed import is_main
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.registry import datasets, readers
 from stllm.datasets.mixture import Source
@@ -37,15 +39,14 @@ def build_corpora(
     transform = TrainTransform(image_size) if train else EvalTransform(image_size)
     entries = resolved_settings(cfg, train=train)
     _check_files(entries)
-    return [
-        Source(
-            datasets.get(settings.type).from_settings(
-                name, settings, transform=transform, feature_settings=feature_settings
-            ),
-            settings.sample_ratio,
-        )
-        for name, settings in entries.items()
-    ]
+    sources = []
+    # Millions of records take a while to look through.
+    hidden = None if is_main() else True  # None: no bar where nobody looks
+    for name, settings in tqdm(entries.items(), desc="data sets", delay=1, leave=False, disable=hidden):
+        build = datasets.get(settings.type).from_settings
+        corpus = build(name, settings, transform=transform, feature_settings=feature_settings)
+        sources.append(Source(corpus, settings.sample_ratio))
+    return sources
 
 
 def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, DatasetSettings]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stllm.common.errors import UserError
@@ -51,6 +51,7 @@ def test_one_record_a_line(tmp_path: Path, end: str) -> None:
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
+@settings(deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1), ascii=st.booleans(), indent=st.sampled_from([None, 1]), lines=st.booleans())
 def test_any_text_comes_back(tmp_path_factory, texts: list[str], ascii: bool, indent: int | None, lines: bool) -> None:
     items = [{"video": text, "QA": [{"q": text, "a": text}]} for text in texts]

@@ -122,6 +122,7 @@ def test_a_data_set_of_high_ratio_is_gone_through_again_in_another_order() -> No
     ratios=st.lists(st.floats(0.01, 100), min_size=6, max_size=6),
     batch=st.integers(1, 32),
 )
+@settings(deadline=None)
 def test_batches_by_ratio_are_within_one_of_the_exact_share(sizes, ratios, batch) -> None:
     weights = ratios[: len(sizes)]
     counts, total = batches_of(sizes, weights, batch), sum(batches_of(sizes, [None] * len(sizes), batch))
