@@ -81,6 +81,7 @@ class QFormerSettings:
     max_position_embeddings: int | None = None  # text positions (512)
     cross_attention_frequency: int | None = None  # every so many layers look at the image (2)
     vocab_size: int | None = None  # text tokens, the added [DEC] included (30523)
+    dropout: float | None = None  # in training, where it is not frozen (0.1)
 
 
 @dataclass

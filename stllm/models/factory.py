@@ -51,7 +51,7 @@ def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
     vision = {ours: given[theirs] for theirs, ours in VISION_RENAMED.items() if theirs in given}
     groups = {
         "vision_config": {**vision, **_set(given.get("vision"))},
-        "qformer_config": _set(given.get("qformer")),
+        "qformer_config": _qformer(given.get("qformer")),
         "text_config": _set(given.get("llm")),
         "mask_rate": {
             name: given[f"mask_rate_{name}"] for name in ("mean", "std", "min", "max") if f"mask_rate_{name}" in given
@@ -175,6 +175,13 @@ def model_section(cfg: "DictConfig | Mapping[str, Any]") -> Fields:
 
 def _set(values: Mapping[str, Any] | None) -> Fields:
     return {str(key): value for key, value in (values or {}).items() if value is not None}
+
+
+def _qformer(group: Mapping[str, Any] | None) -> Fields:
+    sizes = _set(group)
+    if "dropout" in sizes:
+        sizes["hidden_dropout_prob"] = sizes["attention_probs_dropout_prob"] = sizes.pop("dropout")
+    return sizes
 
 
 def _lora(given: Mapping[str, Any]) -> Fields:

@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
 from transformers import TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 from stllm.common.config import load_config
 from stllm.common.device import out_of_memory, seed_everything
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 @runners.register("trainer", "runner_base")
 def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest) -> int:
     """Trains the task's model on transformers' Trainer. Raises UserError; returns the exit code."""
+    disable_progress_bar()  # of transformers, at every checkpoint
     folder = RunFolder(str(args.output_dir))
     folder.begin(cfg)
     checkpoint = _checkpoint(args, folder)

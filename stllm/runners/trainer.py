@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -74,6 +75,12 @@ class STLLMTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(self.progress)
         self.add_callback(_Stopper(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Of FSDP on CPUs accelerate makes DDP without a word, as if gloo could not shard: there it is told otherwise."""
+        if self.args.fsdp and self.args.device.type == "cpu" and self.args.world_size > 1:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
     # ---- batches ------------------------------------------------------------------------------------------------
 

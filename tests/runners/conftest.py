@@ -1,0 +1,14 @@
+"""A small toy world, made once for all tests of training."""
+
+from pathlib import Path
+
+import pytest
+
+from stllm.datasets.toy_world import write_world
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy") / "world"
+    write_world(folder, num_train=36, num_test=4, seed=3)
+    return folder

@@ -1,0 +1,104 @@
+"""A run that is killed and started again, and one that is asked to stop: the log is that of an uninterrupted run."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.training import ROOT, command, losses, read_log, train, write_recipe
+
+SETTINGS = {"max_steps": 14, "save_steps": 3, "logging_steps": 2, "save_total_limit": 2}
+
+
+def start(recipe: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(recipe, *options, processes=processes),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Until the log has a line of that step, or the process has ended."""
+    while process.poll() is None:
+        log = folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.02)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (1, ["run.dataloader_num_workers=0"]),
+        (1, ["run.dataloader_num_workers=2", "run.gradient_accumulation_steps=2"]),
+        (2, ["run.per_device_train_batch_size=2"]),
+        (2, ["run.per_device_train_batch_size=2", "run.fsdp=true"]),
+    ],
+    ids=["alone", "workers-and-accumulation", "ddp", "fsdp"],
+)
+def test_three_kills_change_nothing(processes: int, options: list[str], toy: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, **SETTINGS)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(recipe, *options, f"run.output_dir={whole}", processes=processes)
+    steps = sorted(random.Random(processes).sample(range(2, 13), 3))
+    for step in steps:
+        process = start(recipe, *options, f"run.output_dir={killed}", processes=processes)
+        wait_for_step(process, killed, step)
+        kill(process)
+    train(recipe, *options, f"run.output_dir={killed}", processes=processes)
+    assert [line["step"] for line in read_log(killed)] == list(range(2, 15, 2))
+    for found, expected in zip(losses(killed), losses(whole), strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_of_the_very_step(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, **{**SETTINGS, "save_steps": 100, "logging_steps": 1})
+    process = start(recipe)
+    folder = tmp_path / "run"
+    wait_for_step(process, folder, 3)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert "the same command continues from it" in errors
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert int(checkpoint.name.split("-")[1]) == read_log(folder)[-1]["step"] >= 3
+    assert not (folder / "config.json").exists()
+    train(recipe)
+    train(recipe, f"run.output_dir={tmp_path / 'whole'}")
+    for found, expected in zip(losses(folder), losses(tmp_path / "whole"), strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_with_a_sentence(toy: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=10000, save_steps=3, logging_steps=1)
+    process = start(recipe, "run.per_device_train_batch_size=2", processes=2)
+    folder = tmp_path / "run"
+    wait_for_step(process, folder, 4)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert (folder / "checkpoint-3" / "trainer_state.json").exists()
+    assert "another process of this run has ended" in errors
