@@ -84,7 +84,8 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
             if key == "warmup_ratio" and isinstance(value, (int, float)) and not 0 <= value < 1:
                 raise UserError(f"{source}: 'run.warmup_ratio' must be at least 0 and below 1, found {value!r}")
         if new not in known:
-            raise UserError(f"{source}: unknown key 'run.{key}'{did_you_mean(key, [*known, *RENAMED])}")
+            hint = did_you_mean(key, [*known, *RENAMED, *SWITCHES, *UNUSED])
+            raise UserError(f"{source}: unknown key 'run.{key}'{hint}")
         if new != key and new in given:
             raise UserError(f"{source}: 'run.{key}' is the old name of 'run.{new}' and both are given: keep one")
         # unquoted `no` is false in YAML, and the strategies' "no" is often written so
