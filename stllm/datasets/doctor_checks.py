@@ -1,0 +1,205 @@
+"""What can be wrong with a record, format by format: pure checks of one record's fields, without a look at any file.
+
+Each check yields the record's faults and, if its medium can be looked for, an `Item`. Checks of training formats hold
+for what training uses; those of benchmarks for what the official files hold.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stllm.datasets.annotations import AnnotationError, Fields, bounds_of, text_of
+from stllm.datasets.sampling import Bounds
+
+MEDIA_KEYS = ("video", "image")
+
+# Each kind of fault, with what it does to a run.
+KINDS = {
+    "annotation": "the file or record cannot be read; training skips the record or stops",
+    "incomplete": "fields are missing; the record is skipped",
+    "missing": "media that are not there; their samples are skipped, a benchmark's task is left out",
+    "empty file": "media of 0 bytes",
+    "unreadable": "media that cannot be opened or decoded, or are cut short",
+    "wrong medium": "an image where a video is expected, or the reverse",
+    "outside": "media outside the media folder, which nobody else will find there",
+    "bounds": "start and end that are no part of the video",
+    "empty answer": "nothing to learn, or nothing to score against",
+    "empty question": "nothing is asked",
+    "candidates": "options that do not hold the answer, or hold an option twice",
+    "colliding names": "names that stand for several files, here or on another system",
+    "duplicate id": "one id for several questions; their answers cannot be told apart",
+    "contradiction": "one question about one medium with different answers",
+}
+SHORT = 3  # words; longer answers may differ and both be right
+
+
+Pairs = tuple[tuple[str, str], ...]  # question, answer
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong.
+
+    kind: of KINDS. where: file and record. subject: the medium, or the field. sentence: what was found, what was
+    expected, what to do.
+    """
+
+    kind: str
+    where: str
+    subject: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """A record's medium, and what is asked about it.
+
+    name: as the record names it. stems: names without an extension, of which the first that is found is meant; none
+    where `name` is a path. expects: "video", "image", "frames", or "text" alone. num_frames, fps: of a frame folder.
+    pairs: questions and answers.
+    """
+
+    where: str
+    name: str
+    expects: str
+    stems: tuple[str, ...] = ()
+    bounds: Bounds | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    pairs: Pairs = ()
+
+
+Finding = Fault | Item
+
+
+def check_training(fields: Fields, where: str, *, media: str | None = None) -> Iterator[Finding]:
+    """A record of VideoChat2-IT, of caption pairs or of JSONL.
+
+    media: "video", "image" or "text" when the data set is of that alone: records of another kind are none of its.
+    """
+    kind = next((key for key in MEDIA_KEYS if fields.get(key) is not None), None)
+    if media is not None and kind is not None and kind != media:
+        return
+    pairs = yield from _training_pairs(fields, where)
+    bounds = yield from _checked_bounds(fields, where, needed=False)
+    if media == "text":
+        yield Item(where, "", "text", pairs=pairs)
+        return
+    name = yield from _name(fields, where, MEDIA_KEYS if media is None else (media,))
+    if name is not None:
+        count = fields.get("num_frames")
+        num_frames = count if isinstance(count, int) else None
+        yield Item(where, name, kind or "video", bounds=bounds, num_frames=num_frames, pairs=pairs)
+
+
+def _training_pairs(fields: Fields, where: str) -> Generator[Finding, None, Pairs]:
+    """Yields the faults of a record's pairs; returns (question, answer) of the others."""
+    pairs = fields.get("QA")
+    if pairs is None and "caption" in fields:
+        captions = fields["caption"] if isinstance(fields["caption"], list) else [fields["caption"]]
+        pairs = [{"a": caption} for caption in captions]
+    if not isinstance(pairs, list) or not pairs:
+        found = "is empty" if pairs == [] else "is missing" if pairs is None else "is no list"
+        yield Fault("incomplete", where, "QA", f"QA {found}; expected a list of {{i, q, a}}, or a caption")
+        return ()
+    answered = []
+    for number, pair in enumerate(pairs, start=1):
+        subject = f"QA {number}" if "QA" in fields else "caption"
+        if not isinstance(pair, dict):
+            yield Fault("incomplete", where, subject, "found no mapping; expected {i, q, a}")
+        elif text_of(pair.get("a")) is None:
+            yield Fault(
+                "empty answer", where, subject, f"found the answer {pair.get('a')!r}; give one, or drop the pair"
+            )
+        else:
+            answered.append((text_of(pair.get("q")) or "", str(text_of(pair["a"]))))
+    return tuple(answered)
+
+
+def check_mvbench(fields: Fields, where: str, *, media: str, bounded: bool, fps: float | None) -> Iterator[Finding]:
+    """An item of one of MVBench's tasks. media, bounded, fps: as in `MVBenchTask`."""
+    yield from _empty(fields, where, {"question": "empty question", "answer": "empty answer"})
+    yield from _candidate_faults(fields, where)
+    bounds = yield from _checked_bounds(fields, where, needed=bounded)
+    if name := (yield from _name(fields, where, ("video",))):
+        pairs = _pair(fields.get("question"), fields.get("answer"))
+        yield Item(where, name, media, bounds=bounds, fps=fps, pairs=pairs)
+
+
+def _candidate_faults(fields: Fields, where: str) -> Iterator[Finding]:
+    candidates, answer = fields.get("candidates"), fields.get("answer")
+    if not isinstance(candidates, list) or len(candidates) < 2 or not all(map(text_of, candidates)):
+        expected = "expected a list of two texts or more"
+        yield Fault("candidates", where, "candidates", f"found {_short(candidates)}, {expected}: correct it")
+        return
+    if text_of(answer) and answer not in candidates:
+        options = ", ".join(map(repr, candidates))
+        yield Fault("candidates", where, "answer", f"{answer!r} is none of the candidates {options}: correct either")
+    for twice in sorted({repr(option) for option in candidates if candidates.count(option) > 1}):
+        yield Fault("candidates", where, "candidates", f"{twice} stands there twice, so no letter is sure: correct it")
+
+
+def check_vcgbench(fields: Fields, where: str) -> Iterator[Finding]:
+    """An item of VcgBench: Q or Q1 and Q2, A, video_name."""
+    two = "Q1" in fields or "Q2" in fields
+    questions = ("Q1", "Q2") if two else ("Q",)
+    yield from _empty(fields, where, {**dict.fromkeys(questions, "empty question"), "A": "empty answer"})
+    if name := (yield from _name(fields, where, ("video_name",))):
+        yield Item(where, name, "video", stems=(name,), pairs=() if two else _pair(fields.get("Q"), fields.get("A")))
+
+
+def check_videoqa(fields: Fields, where: str, *, answered: bool = True) -> Iterator[Finding]:
+    """An item of MSVD-QA, MSRVTT-QA, ActivityNet-QA or TGIF-QA. answered: it must have its answer."""
+    needed = {"question": "empty question", "answer": "empty answer"}
+    yield from _empty(fields, where, needed if answered else {"question": "empty question"})
+    if name := (yield from _name(fields, where, ("video_name", "video", "video_id"))):
+        stems = (f"video{name}", name) if "video_id" in fields else (name, f"v_{name}")
+        yield Item(where, name, "video", stems=stems, pairs=_pair(fields.get("question"), fields.get("answer")))
+
+
+def _pair(question: Any, answer: Any) -> Pairs:
+    asked, answered = text_of(question), text_of(answer)
+    return ((asked, answered),) if asked and answered else ()
+
+
+def _empty(fields: Fields, where: str, needed: dict[str, str]) -> Iterator[Fault]:
+    """Faults of fields that must hold text. needed: field -> kind of the fault when it is empty."""
+    for field, kind in needed.items():
+        if field not in fields:
+            yield Fault("incomplete", where, field, f"the field is missing (found {', '.join(fields)}): add it")
+        elif text_of(fields[field]) is None:
+            yield Fault(kind, where, field, f"found {_short(fields[field])}; give one, or leave the record out")
+
+
+def _name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[Finding, None, str | None]:
+    """Yields a fault when no field names the medium; returns the name, or None."""
+    names = (text_of(fields.get(key)) for key in keys)
+    name = next((name for name in names if name is not None), None)
+    if name is None:
+        yield Fault("incomplete", where, keys[0], f"no medium is named; expected a text in {' or '.join(keys)}: add it")
+    return name
+
+
+def _checked_bounds(fields: Fields, where: str, *, needed: bool) -> Generator[Finding, None, Bounds | None]:
+    """Yields a fault of start and end; returns them, or None."""
+    try:
+        bounds = bounds_of(fields, where)
+    except AnnotationError as error:
+        yield Fault("bounds", where, "start, end", str(error).removeprefix(f"{where}: "))
+        return None
+    if needed and bounds is None:
+        yield Fault(
+            "bounds", where, "start, end", "found none, expected the part of the video that is asked about: add it"
+        )
+    return bounds
+
+
+def short_answer(answer: str) -> str | None:
+    """What an answer says, whatever its case and full stop, to compare answers by; None for one of many words."""
+    words = answer.lower().strip(" .!?\"'").split()
+    return " ".join(words) if len(words) <= SHORT else None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,81 @@
+"""Where the media that annotations name lie: by their path, or by a name without extension.
+
+Each folder is listed once and not asked for every file: on network disks that is the difference of minutes to hours.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+
+
+class Listing:
+    """The names in one folder; none when it is not there or may not be read."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.exists = os.path.isdir(folder)
+        try:
+            self.names = frozenset(os.listdir(folder)) if self.exists else frozenset()
+        except OSError:
+            self.exists, self.names = False, frozenset()
+
+    def like(self, name: str) -> list[str]:
+        """The names that are equal to this one but for their case."""
+        return self._by_lower.get(name.lower(), [])
+
+    def with_stem(self, stem: str) -> list[str]:
+        """The media called `stem` and an extension, those first that stand first in `EXTENSIONS`."""
+        return self._by_stem.get(stem, [])
+
+    @cached_property
+    def _by_lower(self) -> dict[str, list[str]]:
+        return _grouped((name.lower(), name) for name in sorted(self.names))
+
+    @cached_property
+    def _by_stem(self) -> dict[str, list[str]]:
+        split = [os.path.splitext(name) for name in sorted(self.names)]
+        media = [(stem, extension) for stem, extension in split if extension.lower() in EXTENSIONS]
+        media.sort(key=lambda parts: EXTENSIONS.index(parts[1].lower()))
+        return _grouped((stem, stem + extension) for stem, extension in media)
+
+
+class MediaFinder:
+    """Finds media below folders, and remembers what is in them."""
+
+    def __init__(self) -> None:
+        self._listings: dict[str, Listing] = {}
+
+    def listing(self, folder: str | Path) -> Listing:
+        """The names in a folder."""
+        folder = os.path.normpath(folder)
+        if folder not in self._listings:
+            self._listings[folder] = Listing(folder)
+        return self._listings[folder]
+
+    def by_path(self, name: str, folders: Sequence[str]) -> str | None:
+        """The first of the folders' files (or folders) of that relative path; None when there is none."""
+        for folder in folders:
+            parent, last = os.path.split(os.path.normpath(os.path.join(folder, name)))
+            if last in self.listing(parent or ".").names:
+                return os.path.join(parent, last)
+        return None
+
+    def by_stem(self, stems: Sequence[str], folders: Sequence[str]) -> list[str]:
+        """The files called by the first of `stems` there is, with any medium's extension, in the first such folder."""
+        for folder in folders:
+            for stem in stems:
+                parent, last = os.path.split(os.path.normpath(os.path.join(folder, stem)))
+                found = self.listing(parent or ".").with_stem(last)
+                if found:
+                    return [os.path.join(parent, name) for name in found]
+        return []
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups

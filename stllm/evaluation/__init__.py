@@ -1,0 +1,1 @@
+"""Benchmarks: what they ask, how answers are scored, what is written down."""
