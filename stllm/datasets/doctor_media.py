@@ -69,7 +69,7 @@ class Survey:
             sentence = f"several files are called so ({names}), and only the name without extension is given: keep one"
             yield Fault("colliding names", item.where, os.path.join(folders[0], item.name), sentence)
         place = found[0] if found else os.path.normpath(os.path.join(folders[0], item.name))
-        if root and not place.startswith(os.path.join(os.path.normpath(root), "")):
+        if root and _is_outside(place, root):
             sentence = f"it lies outside the media folder {root}; move it there, and name it relative to that"
             yield Fault("outside", item.where, item.name, sentence)
         yield from self._contradictions(item, place)
@@ -130,6 +130,11 @@ class Survey:
             if first != short:
                 sentence = f"{question.strip()!r} is answered {answer!r} here and {first!r} in {where}: keep one"
                 yield Fault("contradiction", item.where, place, sentence)
+
+
+def _is_outside(place: str, root: str) -> bool:
+    inside = place.startswith(os.path.join(root, ""))  # the quick answer, for most of millions
+    return not (inside and os.pardir not in place) and os.path.relpath(place, root).startswith(os.pardir)
 
 
 def check_use(use: Use, decode: str) -> list[Fault]:

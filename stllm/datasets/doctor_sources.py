@@ -27,7 +27,6 @@ EXPECTED = {
     "vcgbench": "a JSON list of {Q, A, video_name} or {Q1, Q2, A, video_name}",
     "videoqa": "a JSON list of {question, answer, video_name or video or video_id}",
 }
-FORMATS = tuple(EXPECTED)
 NAMES = {"vc2": TRAINING, "mvbench": FOREIGN["candidates"], "vcgbench": FOREIGN["Q"], "videoqa": FOREIGN["question"]}
 ID_KEYS = ("question_id", "id")
 

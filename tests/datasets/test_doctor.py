@@ -147,7 +147,7 @@ def test_decoding_no_frame_sees_sizes_and_every_frame_sees_damage(tmp_path, caps
     assert named(doctor(capsys, *argv, "all")) == {empty: 1, ("unreadable", "damaged.mp4"): 1}
 
 
-def test_healthy_data(tmp_path, video, capsys) -> None:
+def test_healthy_data(tmp_path, video, capsys, monkeypatch) -> None:
     put(video, tmp_path / "a.mp4", tmp_path / "b.mp4")
     picture(tmp_path / "c.png")
     captions = [{"image": "c.png", "caption": text} for text in ("red", "a square")]
@@ -157,7 +157,8 @@ def test_healthy_data(tmp_path, video, capsys) -> None:
     for anno in (write_json(tmp_path / "pairs.json", captions), jsonl):
         report = doctor(capsys, "--anno-path", anno, "--format", "vc2", "--decode", "all", code=0)
         assert (report["num_records"], report["faults"]) == (2, [])
-    assert main(["doctor", "--anno-path", str(jsonl), "--format", "vc2"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--anno-path", "own.jsonl", "--format", "vc2"]) == 0
     assert capsys.readouterr().out == "nothing found in 2 records, 2 media\n"
 
 
