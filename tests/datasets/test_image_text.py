@@ -25,6 +25,7 @@ from stllm.common.registry import datasets
 from stllm.conversation.templates import Turn
 from stllm.datasets import image_text_shards, media_info
 from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.bad_samples import load_with_replacement
 from stllm.datasets.image_text import ImageTextCorpus
 from stllm.datasets.image_text_index import scan
 from stllm.datasets.image_text_shards import expand_shards
@@ -214,6 +215,17 @@ def test_a_bad_pair_is_said_and_the_next_one_is_read(tmp_path, members, error, w
         load(data, 0)
     assert str(caught.value).startswith(f"{tmp_path / 'x.tar'}/a.") and caught.value.cause == cause
     assert grey(load(data, 1)) == 7
+
+
+def test_a_bad_pair_is_replaced_as_a_whole(tmp_path) -> None:
+    members = [member for number, (bad, *_) in enumerate(BAD) for member in [*pairs(number, 1), *bad]]
+    data = corpus(tmp_path, str(write_tar(tmp_path / "x.tar", members)))
+    assert len(data) == 2 * len(BAD)
+    for index in range(len(data)):
+        sample = load_with_replacement(data, SampleKey(0, 0, 0, index), seed=0, max_tries=50)
+        assert sample.turns[0].answer == f"caption {grey(sample)}" and sample.key.index == 2 * grey(sample)
+        assert bool(sample.failures) == bool(index % 2)
+        assert all(failure.subject.startswith(f"{tmp_path / 'x.tar'}/a.") for failure in sample.failures)
 
 
 @pytest.mark.parametrize("missing", [1, 300, 1000, 3000, 20 * 512])
