@@ -12,6 +12,7 @@ testing, so that nothing seen in training, of whatever seed and number of clips,
 
 import argparse
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -42,11 +43,9 @@ FRAME_BYTES, PICTURE_BYTES, LANGUAGE_BYTES = 1500, 12_000, 5_000_000
 
 @dataclass(frozen=True)
 class World:
-    """What is to be drawn. num_train, num_test: clips; num_frames: of a clip of the usual length."""
+    """What is drawn, by numbers. num_frames: of a clip of the usual length."""
 
     seed: int
-    num_train: int
-    num_test: int
     num_frames: int
 
     def draw(self, task: ToyTask, split: str, index: int) -> tuple[Example, np.random.Generator]:
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"written to {target}: {num_train} training clips of {len(TASKS)} sets, {num_test} test clips of {len(TESTED)}"
     )
-    print(f"train on it: TOY_ROOT={target} stllm train --cfg-path configs/tiny/train.yaml")
+    print(f"train on it: TOY_ROOT={shlex.quote(str(target))} stllm train --cfg-path configs/tiny/train.yaml")
     return 0
 
 
@@ -92,12 +91,10 @@ def write_world(target: Path, *, num_train: int, num_test: int, seed: int, long:
     Raises UserError for a target that is not empty and for a full disk; the target is then as it was.
     """
     check_new(target, "--output")
-    world = World(seed, num_train, num_test, NUM_LONG_FRAMES if long else NUM_FRAMES)
+    world = World(seed, NUM_LONG_FRAMES if long else NUM_FRAMES)
     num_clips = sum(shares(num_train, TASKS)) + sum(shares(num_test, TESTED))
     num_pictures = shares(num_train, TASKS)[0]
-    needed = (
-        2 * num_clips * world.num_frames * FRAME_BYTES + (num_train + num_pictures) * PICTURE_BYTES + LANGUAGE_BYTES
-    )
+    needed = num_clips * world.num_frames * FRAME_BYTES + (num_train + num_pictures) * PICTURE_BYTES + LANGUAGE_BYTES
     with (
         new_folder(target, needed) as folder,
         tqdm(desc="toy world", total=num_clips + num_pictures + num_train, disable=None, delay=1, leave=False) as bar,
@@ -108,7 +105,7 @@ def write_world(target: Path, *, num_train: int, num_test: int, seed: int, long:
         for task, count in zip(TESTED, shares(num_test, TESTED), strict=True):
             _write_benchmark(folder / "mvbench", world, task, count, bar.update)
         _write_pictures(folder / "vc2", world, num_pictures, bar.update)
-        _write_shards(folder / "images", world, bar.update)
+        _write_shards(folder / "images", world, num_train, bar.update)
 
 
 def split_of(scene: Scene) -> str:
@@ -173,15 +170,15 @@ def _write_pictures(root: Path, world: World, count: int, done: Callable[[], Any
     _write_json(root / "image" / PICTURES.corpus / "train.json", records)
 
 
-def _write_shards(folder: Path, world: World, done: Callable[[], Any]) -> None:
+def _write_shards(folder: Path, world: World, count: int, done: Callable[[], Any]) -> None:
     def pairs(first: int) -> Iterator[tuple[str, np.ndarray, str]]:
-        for index in range(first, min(first + PER_SHARD, world.num_train)):
+        for index in range(first, min(first + PER_SHARD, count)):
             example, frame = world.picture(PAIRS, index)
             yield f"{index:06d}", frame, picture_caption(example.scene.things)
             done()
 
     _folder(folder)
-    for number, first in enumerate(range(0, world.num_train, PER_SHARD)):
+    for number, first in enumerate(range(0, count, PER_SHARD)):
         write_shard(folder / f"{number:05d}.tar", pairs(first))
 
 
