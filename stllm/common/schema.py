@@ -16,7 +16,7 @@ def _one_of(default: str | None, *choices: str) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
-def _within(default: float, low: float, high: float | None = None) -> Any:
+def _within(default: float | None, low: float, high: float | None = None) -> Any:
     """A number with bounds, both allowed; config.py checks them."""
     return field(default=default, metadata={"low": low, "high": high})
 
@@ -92,7 +92,8 @@ class ModelSettings:
     model_type: str | None = None  # picks the shipped defaults: stllm/configs/models/<model_type>.yaml
 
     # Image encoder
-    image_size: int = _within(224, 1)  # pixels a side; of other weights, position embeddings are interpolated
+    # pixels a side; unset: the weights', or 224. Where they differ, position embeddings are interpolated
+    image_size: int | None = _within(None, 1)
     vit_model: str = _one_of("eva_clip_g", "eva_clip_g", "eva_btadapter_g")  # plain, or with the temporal adapter
     vit_ckpt: str | None = _path()  # eva_vit_g.pth, when the encoder's weights come from a file of their own
     drop_path_rate: float = _within(0.0, 0, 1)  # stochastic depth of the encoder's blocks in training
@@ -107,7 +108,7 @@ class ModelSettings:
     q_former_model: str | None = _path()  # Q-Former weights: a .pth in InstructBLIP's or BLIP-2's layout
     qformer_text_input: bool = False  # the Q-Former reads the question too (InstructBLIP family)
     qformer_tokenizer: str = _path("bert-base-uncased")  # its tokenizer: a folder or a hub name
-    num_query_token: int = _within(32, 1)  # query tokens a frame, K
+    num_query_token: int | None = _within(None, 1)  # query tokens a frame, K; unset: the weights', or 32
     freeze_qformer: bool = True  # Q-Former and queries are not trained
     qformer: QFormerSettings = field(default_factory=QFormerSettings)  # sizes that differ from BERT-base's
 
@@ -143,7 +144,9 @@ class ModelSettings:
     ckpt: str | None = _path()  # weights to start from: a folder or file, loaded over the parts named above
     # parts that training starts from random weights when no file gives them
     fresh: list[str] = field(default_factory=list, metadata={"choices": _PARTS})
-    pre_encoding: bool = False  # inputs are the frozen encoder's precomputed features, not pixels
+    # True: every data set must have precomputed features (datasets.features_root, stllm extract), none is read from
+    # pixels; False: those that have some are read from them all the same
+    pre_encoding: bool = False
 
     # Published keys without an effect here
     prompt_template: str | None = _unused(_PROMPTS)

@@ -163,6 +163,28 @@ def build_audited(
     return model, report
 
 
+def build_encoder(cfg: "DictConfig | Mapping[str, Any]", *, device: "torch.device", dtype: "torch.dtype") -> "STLLM":
+    """As `build_model`, with nothing in the language model's place: what a clip is encoded by."""
+    from stllm.models.checkpoints.assembly import assemble
+    from stllm.models.checkpoints.deciding import decide_config, open_named
+
+    settings = model_section(cfg)
+    sources = open_named(settings)
+    model, report = assemble(
+        decide_config(sources, settings),
+        sources,
+        device=device,
+        dtype=dtype,
+        training=True,
+        fresh=settings.get("fresh") or (),
+        with_language_model=False,
+    )
+    encoder = ("vision encoder", "ln_vision", "qformer")
+    if fresh := [part for part, audit in report.parts.items() if audit.fresh and part in encoder]:
+        log.warning("from random weights, as no file gives them: %s", ", ".join(fresh))
+    return model
+
+
 def model_section(cfg: "DictConfig | Mapping[str, Any]") -> Fields:
     """The `model` section as a plain dictionary, from a whole configuration or from the section itself."""
     from omegaconf import DictConfig, OmegaConf

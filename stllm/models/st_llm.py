@@ -70,7 +70,9 @@ class STLLM(PreTrainedModel):
         )
         self.mvm_decoder = MVMDecoder(width) if config.mvm_decode else nn.Identity()
         self.language_model: Any = lm.build_language_model(config.text_config, lora=config.lora)
-        self.post_init()
+        self.post_init()  # adds its children's own to _no_split_modules
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))  # FSDP refuses the absent
         self._freeze()
 
     # ---- the way of a video -------------------------------------------------------------------------------------

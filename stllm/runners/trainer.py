@@ -77,7 +77,7 @@ class STLLMTrainer(Trainer):
         self.add_callback(_Stopper(self))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Of FSDP on CPUs accelerate makes DDP without a word, as if gloo could not shard: there it is told otherwise."""
+        """On CPUs accelerate makes DDP of FSDP without a word, though gloo can shard: there it is told otherwise."""
         if self.args.fsdp and self.args.device.type == "cpu" and self.args.world_size > 1:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
@@ -240,9 +240,8 @@ class STLLMTrainer(Trainer):
         found, expected = self.global_batch, state["global_batch"]
         if found != expected:
             raise UserError(
-                f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}, and the "
-                "run would see others: set run.per_device_train_batch_size so that times the processes it is "
-                f"{expected}"
+                f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}, so the "
+                f"run would see others: set run.per_device_train_batch_size to {expected} over the processes' number"
             )
         if self.is_world_process_zero():
             self.meter.load_state_dict(state["meter"])

@@ -84,7 +84,7 @@ def test_a_published_recipe_loads_as_it_is(write, caplog) -> None:
     model = model_settings(cfg)
     assert isinstance(model, ModelSettings)
     assert (model.video_input, model.use_mask, model.freeze_LLM, model.ckpt) == ("residual", True, False, None)
-    assert (model.image_size, model.num_query_token, model.vit_model) == (224, 32, "eva_clip_g")
+    assert (model.image_size, model.num_query_token, model.vit_model) == (None, None, "eva_clip_g")
     assert cfg.datasets == {"caption_videochat": {"num_frames": 64}, "reasoning_next_qa": {"num_frames": 64}}
     assert cfg.run.eval_strategy == "no" and cfg.run.learning_rate == 2e-5 and cfg.run.qa_sampling == "one"
     assert "tf32" not in cfg.run and "model_max_length" not in cfg.run and "evaluation_strategy" not in cfg.run
@@ -141,10 +141,10 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("model.num_query_tokn=3", "unknown key 'model.num_query_tokn'; did you mean 'num_query_token'?"),
         ("model.freeze_llm=true", "unknown key 'model.freeze_llm'; did you mean 'freeze_LLM'?"),
         ("model.vision.dept=3", "unknown key 'model.vision.dept'; did you mean 'depth'?"),
-        ("model.qformer.zzz=3", "unknown key 'model.qformer.zzz'; known are cross_attention_frequency, hidden_size"),
+        ("model.qformer.zzz=3", "unknown key 'model.qformer.zzz'; known are cross_attention_frequency, dropout, hidden_size"),
         ("model.num_query_token=many", "'model.num_query_token' must be a whole number, found 'many'"),
         ("model.num_query_token=2.5", "'model.num_query_token' must be a whole number, found 2.5"),
-        ("model.image_size=null", "'model.image_size' must be a whole number, found None"),
+        ("model.vit_chunk_size=null", "'model.vit_chunk_size' must be a whole number, found None"),
         ("model.vision.depth=x", "'model.vision.depth' must be a whole number, found 'x'"),
         ("model.freeze_vit=maybe", "'model.freeze_vit' must be true or false, found 'maybe'"),
         ("model.drop_path_rate=[1]", "'model.drop_path_rate' must be a number, found [1]"),

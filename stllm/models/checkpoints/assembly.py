@@ -55,11 +55,13 @@ def assemble(
     training: bool = False,
     fresh: Sequence[str] = (),
     trained_dtype: torch.dtype | None = None,
+    with_language_model: bool = True,
 ) -> tuple[STLLM, AuditReport]:
     """The filled model in evaluation mode, and its audit.
 
     training: allow fresh parts, see `factory.build_model`; fresh: further ones, names of `ASKED_FRESH`.
     trained_dtype: the type of what trains, where it is another than the rest's (float32 masters).
+    with_language_model: False: it is audited, but neither read nor held; enough for all that comes before it.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
@@ -71,6 +73,8 @@ def assemble(
                 parameter.data = parameter.data.to(trained_dtype)
     plan = make_plan(model, sources, training=training, fresh=fresh)
     plan.report.raise_for_problems()
+    if not with_language_model:
+        _leave_out_language_model(model, plan)
     try:
         fill(model, plan, place)
     except (RuntimeError, MemoryError, OSError) as error:
@@ -95,6 +99,13 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
         raise UserError(f"the configuration's sizes don't make a model ({error}): correct them") from error
     config.dtype = dtype
     return model
+
+
+def _leave_out_language_model(model: STLLM, plan: Plan) -> None:
+    model.language_model = nn.Identity()
+    model.all_tied_weights_keys = {}
+    plan.origins = {key: origin for key, origin in plan.origins.items() if not key.startswith("language_model.")}
+    plan.fresh = {key for key in plan.fresh if not key.startswith("language_model.")}
 
 
 def config_of(model: STLLM) -> STLLMConfig:

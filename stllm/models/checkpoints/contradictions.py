@@ -53,7 +53,7 @@ def check_sizes(name: str, told: Fields, said: Fields) -> None:
     if told.get("lora") and "lora" in said and not said["lora"]:
         raise UserError(
             f"{name} has LoRA weights (rank {told['lora']['r']}), but the configuration has none: set model.lora_r, or "
-            "merge them with `stllm convert --format released`"
+            "merge them first with `stllm convert --merge-lora`"
         )
 
 

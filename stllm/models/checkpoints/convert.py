@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder
 from stllm.models.checkpoints.assembly import assemble
 from stllm.models.checkpoints.audit import AuditReport
@@ -78,9 +79,7 @@ def convert(
     if merge:
         if model.config.lora is None:
             raise UserError(f"{' + '.join(map(str, sources))} has no LoRA to merge: leave out --merge-lora")
-        merge_lora(model)
-    elif model.config.lora is not None and format == "released":
-        raise UserError("the released layout has no place for LoRA: add --merge-lora, or leave out --format released")
+        merge_lora(model)  # the released layout, which has no place for LoRA, always does
     needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     with new_folder(target, needed) as folder:
         if format == "released":

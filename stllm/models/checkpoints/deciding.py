@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 EVA_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 LN_VISION = "vision_encoder.ln_vision.weight"
+ADAPTER_SIZES = ("adapter_depth", "max_frames")
 NESTED = ("vision_config", "qformer_config", "mask_rate")  # merged key by key
 NOT_THE_MODELS = ("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version")
 RESIDUAL_INDEX = "model.stllm_model.residual_index"  # (R,): not a weight of ours, but its length tells R
@@ -131,7 +132,11 @@ def _own_fields(source: Source) -> Fields:
     """What a source's own config.json and meta.json say, as fields of `STLLMConfig`."""
     if source.format is Format.STLLM:
         known = inspect.signature(STLLMConfig.__init__).parameters
-        return {key: value for key, value in source.config.items() if key in known and key not in ("self", "kwargs")}
+        own = {key: value for key, value in source.config.items() if key in known and key not in ("self", "kwargs")}
+        vision = own.get("vision_config") or {}
+        if vision.get("encoder") != "eva_btadapter_g":  # what it says of an adapter that it lacks binds nobody
+            own["vision_config"] = {key: value for key, value in vision.items() if key not in ADAPTER_SIZES}
+        return own
     if source.format is Format.RELEASED:
         return _released_fields(source)
     if source.format is Format.TRANSFORMERS_BLIP:

@@ -19,6 +19,7 @@ from stllm.models.checkpoints.keys import UnknownKeyError
 from stllm.models.checkpoints.tables import RELEASED
 from stllm.models.configuration import QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig
 from stllm.models.factory import VISION_RENAMED, published_settings
+from stllm.models.lora import merge_lora
 from stllm.models.st_llm import STLLM
 
 SHARD_BYTES = 5 << 30
@@ -52,13 +53,13 @@ def released_state(model: STLLM) -> dict[str, Tensor]:
         raise UserError(
             f"the released layout has a place for LLaMA models alone, but this one's is {kind}: use --format stllm"
         )
-    _merge_lora(model)
+    merge_lora(model)
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
         if "lora_" in key:
             continue
         try:
-            state[RELEASED.to_theirs(key.replace(".base_layer.", "."))] = tensor.detach().cpu()
+            state[RELEASED.to_theirs(key)] = tensor.detach().cpu()
         except UnknownKeyError as error:
             raise UserError(f"the released layout has no place for {key}: use --format stllm") from error
     state["model.stllm_model.embed_tokens.weight"] = state["model.embed_tokens.weight"]  # as published
@@ -95,16 +96,6 @@ def _config(model: STLLM) -> dict[str, Any]:
         text.setdefault("rope_theta", rope["rope_theta"])
     dtype = str(model.projection.weight.dtype).removeprefix("torch.")
     return {**text, "model_type": "st_llm_hf", "architectures": ["LlamaForCausalLM"], "torch_dtype": dtype}
-
-
-def _merge_lora(model: STLLM) -> None:
-    if model.config.lora is None:
-        return
-    from peft.tuners.lora import LoraLayer
-
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.merge()
 
 
 def _sharded(state: dict[str, Tensor], shard_bytes: int) -> list[list[str]]:

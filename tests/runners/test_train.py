@@ -1,0 +1,278 @@
+"""`stllm train` as a user types it: what a run leaves behind, and one sentence for each mistake."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from stllm.cli import main
+from stllm.models.st_llm import STLLM
+from tests.helpers.training import losses, read_log, train, write_recipe
+
+FIELDS = {
+    "step",
+    "epoch",
+    "loss",
+    "loss_lm",
+    "loss_mvm",
+    "learning_rate",
+    "grad_norm",
+    "kept_visual_tokens",
+    "samples_per_second",
+    "peak_memory_mb",
+    "skipped_samples",
+}
+
+
+def run(recipe: Path, *options: str, code: int = 0) -> None:
+    assert main(["train", "--cfg-path", str(recipe), *(["--options", *options] if options else [])]) == code
+
+
+def failure(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> str:
+    """The sentence with which training refuses."""
+    capsys.readouterr()
+    run(recipe, *options, code=1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run's folder; its recipe lies beside it."""
+    recipe = write_recipe(tmp_path_factory.mktemp("trained") / "recipe.yaml", toy, max_steps=8)
+    run(recipe)
+    return recipe.parent / "run"
+
+
+def test_what_a_run_leaves_behind(trained: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = read_log(trained)
+    assert [line["step"] for line in log] == list(range(1, 9))
+    assert all(set(line) == FIELDS for line in log)
+    assert all(math.isclose(line["loss"], line["loss_lm"] + line["loss_mvm"], rel_tol=1e-6) for line in log)
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert {path.name for path in trained.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-8"}
+    assert yaml.safe_load((trained / "config.yaml").read_text())["run"]["max_steps"] == 8
+    clip = next((toy / "vc2" / "media").glob("*.mp4"))
+    capsys.readouterr()
+    chat = ["chat", "--ckpt-path", str(trained), "--video", str(clip), "--question", "what moves?", "--json"]
+    assert main([*chat, "--max-new-tokens", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 32
+
+
+def test_the_configuration_it_writes_is_one(trained: Path, tmp_path: Path) -> None:
+    run(
+        trained / "config.yaml",
+        f"run.output_dir={tmp_path / 'again'}",
+        "run.max_steps=2",
+        "run.lr_scheduler_type=constant",
+    )
+    first = read_log(trained)[0]
+    assert read_log(tmp_path / "again")[0]["loss"] == first["loss"]
+
+
+def test_a_finished_run_is_left_as_it_is(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (trained / "log.jsonl").read_bytes()
+    run(trained.parent / "recipe.yaml")
+    assert "this run is finished" in capsys.readouterr().err
+    assert (trained / "log.jsonl").read_bytes() == before
+
+
+def unfinished(trained: Path, folder: Path, step: int) -> Path:
+    """A copy of the run as it was killed after that checkpoint, and its recipe."""
+    shutil.copytree(trained, folder / "run")
+    for path in [folder / "run" / name for name in ("config.json", "model.safetensors")]:
+        path.unlink()
+    for checkpoint in (folder / "run").glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > step:
+            shutil.rmtree(checkpoint)
+    recipe = folder / "recipe.yaml"
+    content = yaml.safe_load((trained.parent / "recipe.yaml").read_text())
+    content["run"]["output_dir"] = str(folder / "run")
+    recipe.write_text(yaml.safe_dump(content))
+    return recipe
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_killed_continues_exactly(trained: Path, tmp_path: Path, workers: int) -> None:
+    recipe = unfinished(trained, tmp_path, 3)
+    run(recipe, f"run.dataloader_num_workers={workers}")
+    for found, expected in zip(losses(tmp_path / "run"), losses(trained), strict=True):
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_continues_with_its_own_settings_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = unfinished(trained, tmp_path, 3)
+    assert "run.learning_rate was 0.002 and is now 0.1; set it back" in failure(capsys, recipe, "run.learning_rate=0.1")
+    found = failure(capsys, recipe, "run.per_device_train_batch_size=2")
+    assert "was made with batches of 4 over all processes, now they are of 2" in found
+    assert "is no checkpoint of a run" in failure(capsys, recipe, f"run.resume_from_checkpoint={tmp_path}")
+
+
+def test_two_processes_learn_what_one_does(trained: Path, tmp_path: Path) -> None:
+    """One process with batches of 4 and two with batches of 2: the same batches, frames, masks and losses."""
+    recipe = trained.parent / "recipe.yaml"
+    options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2"]
+    train(recipe, *options, processes=2)
+    for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    kept = [[line["kept_visual_tokens"] for line in read_log(folder)] for folder in (tmp_path / "two", trained)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.slow
+def test_fsdp_learns_what_one_process_does(trained: Path, tmp_path: Path) -> None:
+    options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2", "run.fsdp=true"]
+    train(trained.parent / "recipe.yaml", *options, processes=2)
+    assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file()  # it is not DDP by another name
+    for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    again = STLLM.from_pretrained(tmp_path / "two").state_dict()
+    for name, tensor in STLLM.from_pretrained(trained).state_dict().items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_accumulated_batches_are_one_large_step(toy: Path, tmp_path: Path) -> None:
+    """The loss of a step is that of its samples, however many micro-batches they come in; one data set, no mask."""
+    datasets = {"d": {"anno_path": "video/vqa/toy_direction/train.json", "media_dir": "media", "num_frames": 4}}
+    first = {}
+    for size, count in ((4, 1), (2, 2)):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        recipe = write_recipe(
+            folder / "recipe.yaml",
+            toy,
+            model={"use_mask": False, "mvm_decode": False},
+            datasets=datasets,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=count,
+        )
+        run(recipe)
+        first[size] = read_log(folder / "run")[0]
+    for name in ("loss", "grad_norm"):
+        assert first[2][name] == pytest.approx(first[4][name], abs=1e-5)
+    assert first[4]["loss_mvm"] is None
+
+
+@pytest.mark.parametrize(
+    "model", [{"qformer_text_input": False, "model_type": "minigpt4_vicuna0"}, {"lora_r": 2, "freeze_LLM": True}]
+)
+def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict[str, Any]) -> None:
+    datasets = {
+        "videos": {"anno_path": "video/vqa/toy_direction/train.json", "media_dir": "media", "num_frames": 4},
+        "images": {"anno_path": "image/vqa/toy_picture/train.json", "media_dir": "media", "media": "image"},
+        "talk": {
+            "anno_path": "video/conversation/toy_conversation/train.json",
+            "media_dir": "media",
+            "num_frames": 4,
+            "multi_turn": True,
+        },
+        "shards": {"type": "image_text", "shards": str(toy / "images" / "00000.tar")},
+    }
+    model = {**model, "video_input": "residual", "residual_size": 2}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", toy, model=model, datasets=datasets, num_train_epochs=1, max_steps=-1
+    )
+    run(recipe, "run.bf16=True", "model.use_grad_checkpoint=True")
+    log = read_log(tmp_path / "run")
+    kinds = {(line["loss_mvm"] is None, line["kept_visual_tokens"]) for line in log}
+    assert {(True, 2.0)} < kinds  # an image: its K tokens, unmasked
+    assert any(not unmasked and kept < 4 for unmasked, kept in kinds)
+    if model.get("lora_r"):
+        assert (tmp_path / "run" / "lora_adapter" / "adapter_model.safetensors").is_file()
+        merged = tmp_path / "merged"
+        assert main(["convert", str(tmp_path / "run"), "--to", str(merged), "--merge-lora"]) == 0
+        assert STLLM.from_pretrained(merged).config.lora is None
+
+
+def test_a_stage_starts_from_the_stage_before(trained: Path, toy: Path, tmp_path: Path) -> None:
+    """As AVP and QA: the second begins with the first one's weights, other inputs and a fresh adapter."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=2)
+    content = yaml.safe_load(recipe.read_text())
+    kept = {"qformer_tokenizer", "use_mask", "mvm_decode", "freeze_vit", "freeze_qformer", "freeze_LLM"}
+    content["model"] = {key: value for key, value in content["model"].items() if key in kept}
+    content["model"] |= {
+        "ckpt": str(trained),
+        "model_type": "instructblip_vicuna0_btadapter",
+        "video_input": "residual",
+    }
+    content["model"] |= {"image_size": 32, "vision": {"adapter_depth": 2}}
+    recipe.write_text(yaml.safe_dump(content))
+    run(recipe, "run.learning_rate=0.0001")
+    assert read_log(tmp_path / "run")[0]["loss_lm"] < read_log(trained)[0]["loss_lm"] - 0.5
+
+
+def test_a_loss_that_is_no_number_stops_with_the_batch_named(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, save_steps=2)
+    real, calls = STLLM.forward, []
+
+    def broken(self: STLLM, **inputs: Any) -> Any:
+        output = real(self, **inputs)
+        calls.append(1)
+        return type(output)(**{**output, "loss_lm": output.loss_lm * float("nan")}) if len(calls) == 4 else output
+
+    monkeypatch.setattr(STLLM, "forward", broken)
+    found = failure(capsys, recipe)
+    assert "step 4 can't be learned from: its loss is no number (NaN or infinite), with " in found
+    assert ".mp4 (" in found
+    assert "checkpoint-2 is kept" in found
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy)
+    cases = {
+        "run.learning_rat=1": "unknown key 'run.learning_rat'; did you mean 'learning_rate'?",
+        "run.task=video_text_itt": "unknown task 'video_text_itt'",
+        "datasets.toy_directions={}": "unknown data set 'toy_directions'",
+        "datasets.toy_direction.anno_path=nowhere.json": "nowhere.json (toy_direction)",
+        "model.llama_model=null": "is named: set model.llama_model",
+        "run.output_dir=null": "run.output_dir is not set",
+    }
+    for option, words in cases.items():
+        assert words in failure(capsys, recipe, option), option
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"video": "a.mp4", "QA": [}]')
+    assert "broken.json" in failure(capsys, recipe, f"datasets.toy_direction.anno_path={broken}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_running_out_of_memory_says_what_to_lower(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: STLLM, **inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(STLLM, "forward", full)
+    found = failure(capsys, write_recipe(tmp_path / "recipe.yaml", toy))
+    assert "not enough memory on this machine for batches of 4: lower run.per_device_train_batch_size" in found
+
+
+def test_bad_samples_are_replaced_counted_and_limited(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = json.loads((toy / "vc2/video/vqa/toy_direction/train.json").read_text())
+    for record in records[:2]:
+        record["video"] = "gone.mp4"
+    annotation = tmp_path / "train.json"
+    annotation.write_text(json.dumps(records))
+    datasets = {"d": {"anno_path": str(annotation), "media_dir": "media", "num_frames": 4}}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", toy, datasets=datasets, max_steps=-1, num_train_epochs=2, save_steps=1
+    )
+    run(recipe, "run.max_bad_fraction=0.9", f"run.output_dir={tmp_path / 'patient'}")
+    assert read_log(tmp_path / "patient")[-1]["skipped_samples"] >= 4  # two records, two epochs
+    found = failure(capsys, recipe, "run.max_bad_fraction=0.1")
+    assert "could not be read" in found
+    assert "more than run.max_bad_fraction (0.1) allows" in found
+    assert "gone.mp4" in found
