@@ -7,7 +7,6 @@ import re
 import shutil
 import string
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,11 @@ from stllm.common.config import load_config
 from stllm.common.errors import UserError
 from stllm.common.schema import RunSettings
 from stllm.datasets.corpora import resolved_settings
-from stllm.models.checkpoints.assembly import meta_model
-from stllm.models.checkpoints.deciding import decide_config
 from stllm.models.checkpoints.inspect import parameters_by_part
-from stllm.models.configuration import STLLMConfig
-from stllm.models.factory import build_audited, model_section
+from stllm.models.factory import build_audited
 from tests.common.test_config import PUBLISHED
+from tests.configs.recipes import CONFIGS, RECIPES, full_size
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path.stem for path in (CONFIGS / "train").glob("*.yaml"))
 ADAPTER, LLM, SMALL = "temporal adapter", "language model", {"projection", "video input", "mvm decoder"}
 TRAINED = {  # the parts that learn something
     "instructblip_avp": {ADAPTER, "projection"},
@@ -57,16 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copied / "train"
 
 
-@cache
-def _built(config: str) -> dict[str, dict[str, int]]:
-    """The parameters of the model, built on the meta device; recipes that share a model share the building."""
-    return parameters_by_part(meta_model(STLLMConfig(**json.loads(config)), torch.float32))
-
-
 @pytest.mark.parametrize("name", [*RECIPES, "published"])
 def test_a_recipe_builds_at_full_size(name: str, folder: Path) -> None:
     cfg = load_config(folder / f"{name}.yaml")
-    parts = _built(decide_config([], model_section(cfg), default_llm=True).to_json_string())
+    parts = parameters_by_part(full_size(cfg))
     assert {part for part, count in parts.items() if count["trainable"]} == TRAINED[name]
     assert parts["vision encoder"]["total"] == 985_894_528
     whole = 6_738_423_808 if cfg.model.qformer_text_input else 6_738_415_616  # Vicuna-7B, with [PAD] and without
@@ -142,7 +131,7 @@ def test_every_misspelled_key_is_refused_and_the_nearest_named(name: str, folder
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_no_misspelling_passes(folder: Path, data: st.DataObject) -> None:
     """A letter more, less or other, anywhere in any key."""
     name = data.draw(st.sampled_from(RECIPES))

@@ -1,0 +1,90 @@
+"""trainval.md says what is so: its commands parse, its examples can be read, its table is what is computed."""
+
+import json
+import re
+import shlex
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from stllm.cli import COMMANDS, build_parser
+from stllm.common.config import load_config
+from stllm.datasets.annotations import JsonRecords
+from stllm.models.checkpoints.training_memory import count_parameters, training_memory
+from tests.configs.recipes import CONFIGS, RECIPES, full_size
+
+ROOT = CONFIGS.parent
+TEXT = (ROOT / "trainval.md").read_text(encoding="utf-8")
+SHELL = "".join(re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)).replace("\\\n", " ")
+LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every `stllm` that is called, by whatever launcher."""
+    found = []
+    for words in LINES:
+        words = [word for word in words if "=" not in word or word.startswith("-") or "." in word.partition("=")[0]]
+        if words[:1] == ["stllm"]:
+            found.append(words[1:])
+        elif words[:1] == ["torchrun"]:
+            found.append(words[words.index("stllm") + 1 :])
+        elif words[:2] == ["python", "demo.py"]:
+            found.append(["chat", *words[2:]])
+        else:
+            script = next((place for place, word in enumerate(words) if word.startswith("scripts/train")), None)
+            if script is not None:
+                found.append(["train", "--cfg-path", *words[script + 1 :]])
+                assert (ROOT / words[script]).is_file()
+            else:
+                assert words[:1] == ["export"], words
+    return found
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_a_command_parses(arguments: list[str]) -> None:
+    args: Namespace = build_parser().parse_args(arguments)
+    assert COMMANDS[args.command].check(args) is None
+    if getattr(args, "cfg_path", None):
+        load_config(ROOT / args.cfg_path, args.options)
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    assert {arguments[0] for arguments in commands()} == {
+        *("chat", "convert", "doctor", "extract", "inspect", "toy", "train")
+    }
+
+
+def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
+    example = re.search(r"^```json\n(.*?)^```$", TEXT, re.M | re.S)
+    assert example is not None
+    path = tmp_path / "train.jsonl"
+    path.write_text(example[1], encoding="utf-8")
+    records = JsonRecords(path, media_dir="m")
+    assert [len(records[index].turns) for index in range(len(records))] == [1, 1, 2]
+    assert records[1].bounds == (12.5, 31.0) and records[0].media == "m/clips/kitchen.mp4"
+    header = (CONFIGS / "train" / "own_data.yaml").read_text(encoding="utf-8")
+    assert "QA" in json.loads(next(line[1:] for line in header.splitlines() if '{"video"' in line))
+
+
+def test_what_the_environment_names_is_read_by_a_recipe() -> None:
+    read = "".join(path.read_text(encoding="utf-8") for path in (CONFIGS / "train").rglob("*.yaml"))
+    named = set(re.findall(r"`\$?([A-Z][A-Z0-9_]+)(?:`|/)", TEXT)) - {"RECIPE"}
+    assert named == set(re.findall(r"oc\.env:([A-Z0-9_]+)", read))
+
+
+def test_the_table_is_what_is_computed() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) B \(([\d.]+) B\) \| (.+) \|$", TEXT, re.M)
+    columns = [("DDP", 1), ("DDP", 8), ("ZeRO-2", 8), ("ZeRO-3", 8), ("FSDP", 8), ("ZeRO-2 offload", 8)]
+    for name, total, trained, figures in rows:
+        counts = count_parameters(full_size(load_config(CONFIGS / "train" / f"{name}.yaml")))
+        assert (total, trained) == (f"{counts.all / 1e9:.2f}", f"{counts.trained / 1e9:.2f}")
+        memory = training_memory(counts, half=True)
+        computed = [f"{memory[strategy]['gpu'][gpus] / 2**30:.1f}" for strategy, gpus in columns]
+        assert figures.split(" | ") == computed
+    same = {"fsdp": "instructblip_conversation", "image_video_joint": "instructblip_conversation"}
+    same["own_data"] = "lora_one_gpu"
+    assert {name for name, *_ in rows} | set(same) == set(RECIPES)
+    for name, other in same.items():
+        models = [full_size(load_config(CONFIGS / "train" / f"{recipe}.yaml")) for recipe in (name, other)]
+        assert count_parameters(models[0]) == count_parameters(models[1])
