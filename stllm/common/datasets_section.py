@@ -43,7 +43,7 @@ class DatasetSettings:
     anno_root: str | None = None
     media_dir: str | None = None  # folder of the media that the annotation file names
     media_root: str | None = None
-    features_dir: str | None = None  # precomputed features in place of the media (stllm extract)
+    features_dir: str | None = None  # precomputed features in place of the media (stllm extract); frames as there
     shards: Any = None  # image_text: tar files, URLs, braces, globs; a text or a list
     cache_dir: str | None = None  # image_text: where indexes and fetched shards are kept
     cache_gb: float | None = _at_least(None, 0)  # image_text: the most that fetched shards may take
@@ -51,6 +51,7 @@ class DatasetSettings:
     # Frames
     num_frames: int = _at_least(16, 1)  # frames of every clip; a shorter one is padded with its last frame
     sampling: str = "rand"  # which frames: rand, middle, uniform or fps<x>
+    crop: str = _one_of("random", "random", "center")  # of a clip in training; center: as in evaluation
     fps: float | None = _at_least(None, 1e-3)  # of raw-frame folders and gifs
     reader: str = "auto"  # what decodes videos: auto, pyav or decord
 

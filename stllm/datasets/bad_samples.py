@@ -40,7 +40,7 @@ def load_with_replacement(corpus: Corpus, key: SampleKey, *, seed: int, max_trie
         try:
             return replace(corpus.load(key, generator), failures=failures)
         except (MediaError, AnnotationError) as error:
-            failures.append(_failure(corpus.name, error))
+            failures.append(failure_of(corpus.name, error))
     last = failures[-1]
     raise UserError(
         f"data set {corpus.name}: {len(failures)} samples drawn one after another could not be read, the last one is "
@@ -56,7 +56,8 @@ def _another(index: int, size: int, generator: np.random.Generator) -> int:
     return drawn + (drawn >= index)
 
 
-def _failure(corpus: str, error: MediaError | AnnotationError) -> Failure:
+def failure_of(corpus: str, error: MediaError | AnnotationError) -> Failure:
+    """The error of a data set's sample, to be counted."""
     sentence = str(error)
     # Both kinds of error begin with the file (and its record) and a colon.
     return Failure(corpus, error.cause, subject=sentence.split(": ", 1)[0], sentence=sentence)

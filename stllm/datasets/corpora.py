@@ -30,13 +30,14 @@ def build_corpora(
 ) -> list[Source]:
     """The data sets that a checked configuration lists, with their weights, for a `Mixture`.
 
-    image_size: pixels a side that frames are prepared to. train: random crops; else centre crops, and the middle frame
-        of an interval where training takes a random one.
-    feature_settings: what precomputed features (`features_dir`) must have been made with.
+    image_size: pixels a side that frames are prepared to. train: crops as the entries say; else centre crops, and the
+        middle frame of an interval where training takes a random one.
+    feature_settings: what precomputed features (`features_dir`) must have been made with, beside size and frames.
     Raises UserError: no data set, an unknown name without a file of its own, files that are missing (all in one
     sentence), whatever is wrong with a file as a whole.
     """
-    transform = TrainTransform(image_size) if train else EvalTransform(image_size)
+    transforms = {"random": TrainTransform(image_size), "center": EvalTransform(image_size)}
+    expected = {"image_size": image_size, **(feature_settings or {})}
     entries = resolved_settings(cfg, train=train)
     _check_files(entries)
     sources = []
@@ -44,7 +45,8 @@ def build_corpora(
     hidden = None if is_main() else True  # None: no bar where nobody looks
     for name, settings in tqdm(entries.items(), desc="data sets", delay=1, leave=False, disable=hidden):
         build = datasets.get(settings.type).from_settings
-        corpus = build(name, settings, transform=transform, feature_settings=feature_settings)
+        transform = transforms[settings.crop if train else "center"]
+        corpus = build(name, settings, transform=transform, feature_settings=expected)
         sources.append(Source(corpus, settings.sample_ratio))
     return sources
 

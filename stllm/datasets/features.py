@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from stllm.common.errors import UserError
 from stllm.common.files import replacing, write_text
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.records import Record
+from stllm.datasets.samples import Corpus, Sample
 from stllm.datasets.sampling import Bounds
 
 STAGES = ("vit", "qformer")  # (T, 1+P, C) of the frozen encoder; (T, K, Q) of a Q-Former that reads no text
@@ -40,11 +41,34 @@ def clip_key(media: str, bounds: Bounds | None) -> str:
     return media if bounds is None else f"{media}[{bounds[0]!r},{bounds[1]!r}]"
 
 
+def frame_settings(*, num_frames: int, sampling: str) -> dict[str, Any]:
+    """Which frames of a video its features are made of: the middle ones where training takes random ones."""
+    return {"num_frames": num_frames, "sampling": "middle" if sampling == "rand" else sampling}
+
+
+@runtime_checkable
+class FeatureSource(Corpus, Protocol):
+    """A data set of the mixture whose media can be precomputed.
+
+    features: what is read in place of the media, if anything. frame_settings: which frames make a clip's features.
+    """
+
+    features: "FeatureStore | None"
+
+    @property
+    def frame_settings(self) -> dict[str, Any]: ...
+
+    def key_of(self, index: int) -> str:
+        """What the features of a sample's medium are stored under. Raises MediaError or AnnotationError."""
+        ...
+
+
 class FeatureWriter:
     """Writes features shard by shard; a shard is there whole or not at all, so that an interrupted run goes on.
 
     stage: "vit" or "qformer". settings: what the features depend on (a digest of the weights, frames, sampling, image
-        size, dtype), as plain JSON. rank: of this process; each writes shards of its own.
+        size, dtype), as plain JSON. rank: of this process; each writes shards of its own, and begins before any of
+        them writes.
     Raises UserError when the folder holds features made with other settings.
     """
 
@@ -66,17 +90,26 @@ class FeatureWriter:
             _refuse_other(self.folder, index, {**self.header["settings"], "stage": stage})
         self._done = {key for keys in _shards(self.folder).values() for key in keys}
         self._waiting: dict[str, Tensor] = {}
+        self._waiting_bytes = 0
         if rank == 0:
+            for partial in self.folder.glob(".features-*.partial"):  # of a process that was killed while it wrote
+                partial.unlink()
             write_text(self.folder / INDEX, json.dumps({**self.header, "complete": False}))
 
     def __contains__(self, key: str) -> bool:
         """Whether these features are there already, written or waiting to be."""
         return key in self._done or key in self._waiting
 
+    @property
+    def num_clips(self) -> int:
+        """How many clips' features are there already, written by whichever process or waiting to be."""
+        return len(self._done) + len(self._waiting)
+
     def add(self, key: str, features: Tensor) -> None:
         """features: (T, 1+P, C) or (T, K, Q), of any dtype, which is kept. Writes a shard when enough are waiting."""
         self._waiting[key] = features.detach().cpu().contiguous()
-        if sum(tensor.nbytes for tensor in self._waiting.values()) >= self.shard_bytes:
+        self._waiting_bytes += features.nbytes
+        if self._waiting_bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
@@ -88,7 +121,7 @@ class FeatureWriter:
         with replacing(self.folder / f"features-{self.rank:05d}-{number:05d}.safetensors") as partial:
             save_file(self._waiting, partial)
         self._done.update(self._waiting)
-        self._waiting = {}
+        self._waiting, self._waiting_bytes = {}, 0
 
     def finish(self) -> None:
         """Writes the index over all shards of all ranks: call it on one process, when every one has flushed."""
@@ -135,6 +168,13 @@ class FeatureStore:
             raise MediaError(f"{shard}: the shard is gone; run `stllm extract` again", cause="missing") from None
         except (OSError, SafetensorError) as error:
             raise MediaError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error
+
+    def fill(self, sample: Sample, key: str) -> None:
+        """Puts the features of a clip where the model looks for them. Raises MediaError."""
+        if self.stage == "vit":
+            sample.vision_features = self.load(key)
+        else:
+            sample.query_features = self.load(key)
 
 
 def _digest(key: str) -> np.uint64:

@@ -5,6 +5,7 @@ json with `caption`. Letters: S the model's image size.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import datasets
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text_shards import GIB, Content, ShardReader, expand_shards, is_remote
 from stllm.datasets.media_info import MediaError, warn_once
 from stllm.datasets.picture_readers import decode_image
@@ -34,6 +36,7 @@ class ImageTextCorpus:
     shards: tar files, globs, braces and URLs (see `expand_shards`). transform: prepares the image.
     instruction: texts to draw from, such as "Describe this image in detail."; none: the caption alone is learned.
     max_samples: the first ones only.
+    features: precomputed, read in place of the images; root: the folder that their keys are relative to.
     cache_dir, cache_gb: where indexes and fetched shards are kept, and the most GiB these may take (`ShardReader`).
 
     The first use of a shard reads its headers, which takes seconds. A damaged shard gives the samples before the
@@ -51,9 +54,12 @@ class ImageTextCorpus:
         max_samples: int | None = None,
         cache_dir: str | Path | None = None,
         cache_gb: float | None = None,
+        features: FeatureStore | None = None,
+        root: str | None = None,
     ) -> None:
         self.name = name
         self.media: str | None = "image"
+        self.features, self._root = features, os.path.join(root or "", "")
         self.transform = transform
         self.instruction = tuple(instruction)
         self.shards = expand_shards(shards)
@@ -74,9 +80,12 @@ class ImageTextCorpus:
         transform: ClipTransform,
         feature_settings: dict[str, Any] | None = None,
     ) -> "ImageTextCorpus":
-        """The data set of an entry. feature_settings: not used, there are no precomputed features of shards."""
+        """The data set of an entry. feature_settings: what precomputed features must be made with."""
         if not settings.shards:
             raise UserError(f"data set {name}: no shards are given; name its tar files, such as {{00000..01255}}.tar")
+        features = None
+        if settings.features_dir is not None:
+            features = FeatureStore(settings.features_dir, expected=feature_settings)
         return cls(
             name=name,
             shards=texts(settings.shards),
@@ -85,6 +94,8 @@ class ImageTextCorpus:
             max_samples=settings.max_samples,
             cache_dir=settings.cache_dir,
             cache_gb=settings.cache_gb,
+            features=features,
+            root=settings.media_dir,
         )
 
     def __len__(self) -> int:
@@ -102,7 +113,26 @@ class ImageTextCorpus:
         content = self.reader.read(shard, number)
         name = f"{shard}/{content.name}"
         turn = Turn(question="", answer=caption_of(content, name), instruction=instruction)
-        return Sample(key, name, (turn,), media=self.media, pixel_values=self._prepared(content, name, crops))
+        sample = Sample(key, name, (turn,), media=self.media)
+        if self.features is None:
+            sample.pixel_values = self._prepared(content, name, crops)
+        else:
+            self.features.fill(sample, self._key(shard, number, content.name))
+        return sample
+
+    @property
+    def frame_settings(self) -> dict[str, Any]:
+        """See `FeatureSource`: there is nothing to choose in an image."""
+        return {}
+
+    def key_of(self, index: int) -> str:
+        """What the features of a sample's image are stored under. Raises MediaError."""
+        shard, number = self.place(index)
+        return self._key(shard, number, self.reader.name(shard, number))
+
+    def _key(self, shard: str, number: int, name: str) -> str:
+        """The number tells equal names apart, and the name tells when a shard was made anew."""
+        return f"{shard.removeprefix(self._root)}/{number}/{name}"
 
     def place(self, index: int) -> tuple[str, int]:
         """The shard that holds a sample, and its number there."""

@@ -99,6 +99,13 @@ class ShardReader:
         name = image[0] if image else caption[0] if caption else str(sample)
         return Content(name, image and image[1], caption and caption[1], entry.is_json)
 
+    def name(self, shard: str, sample: int) -> str:
+        """The name in what `read` gives, with the headers alone read. Raises MediaError as it does."""
+        file, index = self._opened(shard)
+        entry = index[sample]
+        member = entry.caption if entry.image.offset == ABSENT else entry.image
+        return str(sample) if member.offset == ABSENT else self._header(shard, file, member)[0].name
+
     def close(self) -> None:
         """Closes the files; they are opened again when they are needed."""
         while self._open:
@@ -131,15 +138,20 @@ class ShardReader:
         """Name and data of a member, whose header must still be what the index saw."""
         if member.offset == ABSENT:
             return None
-        data = os.pread(file, BLOCK + member.size, member.offset - BLOCK)
+        header, data = self._header(shard, file, member, member.size)
+        return header.name, data
+
+    def _header(self, shard: str, file: int, member: Member, size: int = 0) -> tuple[tarfile.TarInfo, bytes]:
+        """A member's header, and the first `size` bytes of its data."""
+        data = os.pread(file, BLOCK + size, member.offset - BLOCK)
         try:
             header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             header = None
-        if header is None or header.size != member.size or len(data) != BLOCK + member.size:
+        if header is None or header.size != member.size or len(data) != BLOCK + size:
             index = self._cached(shard, ".index")
             raise MediaError(f"{shard}: the tar has changed since it was indexed: remove {index} and start again")
-        return header.name, data[BLOCK:]
+        return header, data[BLOCK:]
 
     def _tar(self, shard: str) -> Path:
         """The shard as a file here. Raises MediaError when it cannot be fetched."""

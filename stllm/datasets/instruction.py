@@ -16,7 +16,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import datasets
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import JsonRecords
-from stllm.datasets.features import FeatureStore, feature_key
+from stllm.datasets.features import FeatureStore, feature_key, frame_settings
 from stllm.datasets.media import load_clip
 from stllm.datasets.records import Record
 from stllm.datasets.samples import Sample, SampleKey
@@ -81,8 +81,9 @@ class InstructionCorpus:
         records = JsonRecords(settings.anno_path, media_dir=settings.media_dir or "", kind=settings.media)
         features = None
         if settings.features_dir is not None and records.kind != "text":
-            frames = {"num_frames": settings.num_frames} if records.kind == "video" else {}
-            features = FeatureStore(settings.features_dir, expected={**(feature_settings or {}), **frames})
+            frames = frame_settings(num_frames=settings.num_frames, sampling=settings.sampling)
+            expected = {**(feature_settings or {}), **(frames if records.kind == "video" else {})}
+            features = FeatureStore(settings.features_dir, expected=expected)
         return cls(
             name=name,
             records=records,
@@ -110,11 +111,18 @@ class InstructionCorpus:
             sample.name = f"{record.media} ({record.where})"
             if self.features is None:
                 sample.pixel_values = self.load_pixels(record, generator)
-            elif self.features.stage == "vit":
-                sample.vision_features = self.features.load(feature_key(record, self.records.media_dir))
             else:
-                sample.query_features = self.features.load(feature_key(record, self.records.media_dir))
+                self.features.fill(sample, feature_key(record, self.records.media_dir))
         return sample
+
+    @property
+    def frame_settings(self) -> dict[str, Any]:
+        """See `FeatureSource`."""
+        return frame_settings(num_frames=self.num_frames, sampling=self.sampling) if self.media == "video" else {}
+
+    def key_of(self, index: int) -> str:
+        """What the features of a sample's medium are stored under. Raises AnnotationError."""
+        return feature_key(self.records[self._place(index)[0]], self.records.media_dir)
 
     def load_pixels(self, record: Record, generator: np.random.Generator) -> Tensor:
         """A record's frames, (T, 3, S, S), prepared; T is always `num_frames` (1 for an image). Raises MediaError."""

@@ -124,6 +124,18 @@ def test_training_and_evaluation_differ_in_crop_and_frames(data: Path) -> None:
     assert drawn == {True: False, False: True}
 
 
+def test_training_can_take_the_frames_of_evaluation(data: Path) -> None:
+    cfg = configured(data, ROOTS + "  caption_videochat: {num_frames: 2, sampling: middle, crop: center}")
+    key = SampleKey(0, 0, 0, 0)
+    samples = [
+        build_corpora(cfg, image_size=32, train=train)[0].corpus.load(key, keyed_numpy(0)) for train in (True, False)
+    ]
+    assert samples[0].pixel_values is not None and samples[1].pixel_values is not None
+    assert samples[0].pixel_values.equal(samples[1].pixel_values)
+    with pytest.raises(UserError, match="crop 'centre': known are center, random"):
+        configured(data, ROOTS + "  caption_videochat: {crop: centre}")
+
+
 @pytest.mark.parametrize(("sampling", "expected"), [("all", 4), ("one", 2)])
 def test_qa_sampling_comes_from_the_run(data: Path, sampling: str, expected: int) -> None:
     cfg = configured(data, ROOTS + "  caption_videochat:")
@@ -132,7 +144,7 @@ def test_qa_sampling_comes_from_the_run(data: Path, sampling: str, expected: int
 
 
 def test_features_stand_for_the_media(data: Path) -> None:
-    settings = {"digest": "abc", "num_frames": 2, "image_size": 32}
+    settings = {"digest": "abc", "num_frames": 2, "image_size": 32, "sampling": "middle"}
     writer = FeatureWriter(data / "f" / "caption_videochat", stage="vit", settings=settings)
     writer.add("0.mp4", torch.zeros(2, 5, 8))
     writer.finish()
@@ -141,6 +153,8 @@ def test_features_stand_for_the_media(data: Path) -> None:
     sample = corpus.load(SampleKey(0, 0, 0, 0), keyed_numpy(0))
     assert isinstance(corpus, InstructionCorpus) and sample.vision_features is not None
     assert "made with num_frames 2, expected 4" in message(data, text, "datasets.caption_videochat.num_frames=4")
+    other = message(data, text, "datasets.caption_videochat.sampling=uniform")
+    assert "made with sampling 'middle', expected 'uniform'" in other
 
 
 def test_unknown_names(data: Path) -> None:

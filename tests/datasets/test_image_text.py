@@ -26,6 +26,7 @@ from stllm.conversation.templates import Turn
 from stllm.datasets import image_text_shards, media_info
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.bad_samples import load_with_replacement
+from stllm.datasets.features import FeatureStore, FeatureWriter
 from stllm.datasets.image_text import ImageTextCorpus
 from stllm.datasets.image_text_index import scan
 from stllm.datasets.image_text_shards import expand_shards
@@ -104,6 +105,24 @@ def test_every_pair_is_reached_in_any_order(tmp_path, shards) -> None:
         assert sample.name.endswith(f".tar/{index:05d}.png")
     with pytest.raises(IndexError):
         load(data, 10)
+
+
+def test_features_in_place_of_images(tmp_path, shards) -> None:
+    data = corpus(tmp_path, shards, root=str(tmp_path / "data"))
+    keys = [data.key_of(index) for index in range(10)]
+    assert keys[0] == "00000.tar/0/00000.png" and keys[9] == "00002.tar/3/00009.png" and len(set(keys)) == 10
+    writer = FeatureWriter(tmp_path / "features", stage="qformer", settings={})
+    for index in range(9):
+        writer.add(keys[index], torch.full((1, 2, 3), float(index)))
+    writer.finish()
+    stored = corpus(
+        tmp_path, shards, root=str(tmp_path / "data"), features=FeatureStore(tmp_path / "features"), max_samples=10
+    )
+    sample = load(stored, 7)
+    assert sample.pixel_values is None and sample.query_features.equal(torch.full((1, 2, 3), 7.0))
+    assert sample.turns == load(data, 7).turns
+    with pytest.raises(MediaError, match=r"found no features of 00002\.tar/3/00009\.png"):
+        load(stored, 9)
 
 
 def test_formats_names_and_neighbours(tmp_path) -> None:
