@@ -258,6 +258,26 @@ def _train_options(parser: Parser) -> None:
     parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the run's configuration")
 
 
+def _extract_options(parser: Parser) -> None:
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the training run's configuration")
+    parser.add_argument(
+        "--output", required=True, type=path, metavar="DIR", help="where to write, a folder a data set; may be begun"
+    )
+    parser.add_argument(
+        "--stage",
+        choices=("vit", "qformer"),
+        default="vit",
+        help="what to keep: the encoder's output, or that of a Q-Former that reads no text, which is smaller "
+        "(default: vit)",
+    )
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=8, metavar="N", help="clips encoded at once (default: 8)"
+    )
+    parser.add_argument(
+        "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
+    )
+
+
 def _doctor_options(parser: Parser) -> None:
     parser.add_argument("--cfg-path", type=path, metavar="YAML", help="check all data sets of this configuration")
     parser.add_argument(
@@ -319,6 +339,12 @@ COMMANDS = {
         target="stllm.runners.train:run",
         add_options=_train_options,
         example="torchrun --nproc_per_node=8 -m stllm train --cfg-path configs/train/instructblip_qa.yaml",
+    ),
+    "extract": Command(
+        help="computes a frozen encoder's features of all data sets once, for training to read in place of the media",
+        target="stllm.runners.extract:run",
+        add_options=_extract_options,
+        example="torchrun --nproc_per_node=8 -m stllm extract --cfg-path train.yaml --output features",
     ),
     "convert": Command(
         help="writes weights of any known layout as ours, or ours in the released layout",

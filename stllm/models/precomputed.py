@@ -61,7 +61,8 @@ def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, i
 def weights_digest(model: STLLM, stage: str) -> str:
     """A digest of all that a stage's output depends on: 16 hex digits, in seconds for a billion weights.
 
-    The same whether the weights are held in float32 or bfloat16: their values are compared as the latter.
+    The same whether the weights are held in float32 or bfloat16: their values are compared as the latter. Held in
+    float16 they have been rounded otherwise, unless a file gave them so.
     """
     config = model.config
     parts: dict[str, nn.Module] = {

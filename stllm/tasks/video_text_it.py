@@ -4,6 +4,7 @@ Builds, from a configuration, the data sets, the prompts and the model; how they
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from stllm.common.errors import UserError
 from stllm.common.registry import tasks
 from stllm.datasets.collate import Collator, TokenMasker
 from stllm.datasets.corpora import build_corpora
+from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
+from stllm.datasets.samples import Corpus
+from stllm.models import precomputed
 from stllm.models.checkpoints.deciding import decide_config, open_named
 from stllm.models.checkpoints.loading import Opened, processor_of
 from stllm.models.configuration import STLLMConfig
@@ -48,6 +52,7 @@ class VideoTextTask:
             raise UserError("no tokenizer is named: set model.llama_model to a language model's folder, or model.ckpt")
         processor = processor_of(Opened(Path(named), sources, settings, config))
         corpora = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
+        check_features((source.corpus for source in corpora), config, needed=cfg.model.pre_encoding)
         mixture = Mixture(corpora, seed=seed, max_tries=cfg.run.max_tries)
         return cls(cfg, config, processor, mixture)
 
@@ -56,8 +61,11 @@ class VideoTextTask:
     ) -> STLLM:
         """The model to train, from the weights that the configuration names; what starts fresh is noted."""
         model, report = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
-        for line in report.details():
-            log.info(line)
+        if fresh := [f"{part} ({len(audit.fresh)} weights)" for part, audit in report.parts.items() if audit.fresh]:
+            log.info("from random weights, as no file gives them: %s", ", ".join(fresh))
+        for note in report.notes:
+            log.info(note)
+        check_feature_weights(self.mixture.corpora, model)
         return model
 
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
@@ -82,3 +90,36 @@ class VideoTextTask:
     def some_parts_idle(self) -> bool:
         """Whether batches exist in which something that trains takes no part (images skip the residual and MVM)."""
         return not self.mixture.only_videos or (self.config.mvm_decode and not self.config.use_mask)
+
+
+def check_features(corpora: Iterable[Corpus], config: STLLMConfig, *, needed: bool) -> None:
+    """Raises UserError where stored features cannot stand for the pixels, and where `needed` ones are not there."""
+    for corpus in corpora:
+        store = _features_of(corpus)
+        if store is None:
+            if needed and corpus.media is not None:
+                raise UserError(
+                    f"model.pre_encoding is True, but data set {corpus.name} has no precomputed features: set "
+                    "datasets.features_root to what `stllm extract` has written, or model.pre_encoding=False"
+                )
+        elif fault := precomputed.fault(config, store.stage):
+            raise UserError(f"data set {corpus.name} is read from precomputed features ({store.folder}), but {fault}")
+
+
+def check_feature_weights(corpora: Iterable[Corpus], model: STLLM) -> None:
+    """Raises UserError for stored features that other weights than the model's have made."""
+    digests: dict[str, str] = {}
+    for store in filter(None, map(_features_of, corpora)):
+        if store.stage not in digests:
+            digests[store.stage] = precomputed.weights_digest(model, store.stage)
+        expected, found = digests[store.stage], store.settings.get("digest")
+        if found != expected:
+            raise UserError(
+                f"{store.folder}: the features there were made with other weights than the model's (digest {found}, "
+                f"expected {expected}): name the weights that they were made with, or run `stllm extract` with this "
+                "configuration into another folder (with --dtype float16 only where training is in fp16)"
+            )
+
+
+def _features_of(corpus: Corpus) -> FeatureStore | None:
+    return corpus.features if isinstance(corpus, FeatureSource) else None
