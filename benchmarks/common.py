@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import platform
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,31 @@ def arguments(description: str) -> argparse.Namespace:
 
 def seconds(work: Callable[[], Any], *, repeats: int = 5, device: torch.device | None = None) -> float:
     """Least wall-clock seconds of `work` after one warm-up: what else the machine does only ever adds to it."""
-    times = []
-    for _ in range(repeats + 1):
-        _wait(device)
-        start = time.perf_counter()
-        work()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return take_turns({"": work}, repeats=repeats, device=device)[""]
+
+
+def take_turns(
+    works: Mapping[str, Callable[[], Any]], *, repeats: int = 3, device: torch.device | None = None
+) -> dict[str, float]:
+    """`seconds` of each, one after the other and round again, so that a slow minute of the machine meets them all."""
+    rounds = [{name: _once(work, device) for name, work in works.items()} for _ in range(repeats + 1)]
+    return {name: min(times[name] for times in rounds[1:]) for name in works}
+
+
+def _once(work: Callable[[], Any], device: torch.device | None) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def resident_bytes(name: str) -> int:
+    """Bytes of this process's line of /proc/self/status: VmRSS, now, or VmHWM, at most; without /proc, the peak."""
+    for line in _lines("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _wait(device: torch.device | None) -> None:

@@ -8,7 +8,6 @@ the baseline is transformers' `from_pretrained` on ours. Goal: a ratio of at mos
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, report
+from benchmarks.common import RESULTS, report, resident_bytes
 from stllm.models.checkpoints.assembly import meta_model
 from stllm.models.checkpoints.released import meta_of
 from stllm.models.checkpoints.tables import RELEASED
@@ -83,7 +82,7 @@ def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
     from stllm.models.checkpoints.loading import load_model
     from stllm.models.st_llm import STLLM
 
-    before = _status("VmRSS")
+    before = resident_bytes("VmRSS")
     start = time.perf_counter()
     if loader == "ours":
         model = load_model(folder, device="cpu", dtype=dtype)
@@ -93,17 +92,8 @@ def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     # touches what is only mapped, in pieces: a sum in float32 converts what it is given
     checksum = sum(piece.sum().item() for tensor in model.parameters() for piece in tensor.flatten().split(1 << 20))
-    peak = _status("VmHWM") - before
+    peak = resident_bytes("VmHWM") - before
     return {"weights": weights, "peak": peak, "peak_ratio": peak / weights, "seconds": spent, "checksum": checksum}
-
-
-def _status(name: str) -> int:
-    """Bytes of one line of /proc/self/status; without /proc, the peak so far."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def in_new_process(*words: str) -> dict[str, float]:

@@ -1,0 +1,241 @@
+"""Training steps of one model under several procedures: what training_step.py and masking.py measure.
+
+A step is forward and backward from the frozen Q-Former's output on, as with precomputed features: encoding the frames
+costs every procedure the same. The language model has the published proportions (feed-forward 2.69 of the width);
+all of it trains.
+
+    python -m benchmarks.steps CASE PROCEDURE DEVICE    the memory of one procedure, in a process of its own
+
+B clips, N visual tokens of a clip, S positions of the joined sequence, D width.
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import resident_bytes, take_turns
+from stllm.models import language_model as lm
+from stllm.models.configuration import STLLMConfig
+from stllm.models.masking import draw_dropped, keep_tokens, kept_positions, mvm_loss
+from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, JoinedSequence
+from stllm.models.st_llm import STLLM
+
+PUBLISHED = {"vocab_size": 32001, "hidden_size": 4096, "num_hidden_layers": 32}  # Vicuna-7B with [PAD]
+NUM_QUERY_TOKENS = 32
+QFORMER_WIDTH = 768
+MASK_RATE = 0.5
+MIB = 2**20
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a model and a batch. text_tokens: of the longest row, answer included; each next one is 8 shorter."""
+
+    width: int = 512
+    depth: int = 32
+    vocabulary: int = PUBLISHED["vocab_size"]
+    batch: int = 1
+    frames: int = 16
+    text_tokens: int = 96
+    answer_tokens: int = 32
+    checkpointing: bool = False
+
+
+def proportional_vocabulary(case: Case) -> int:
+    """The vocabulary whose logits cost the same share of a forward pass as the published model's do."""
+    shrunk = case.width * case.depth / (PUBLISHED["hidden_size"] * PUBLISHED["num_hidden_layers"])
+    return round(PUBLISHED["vocab_size"] * shrunk)
+
+
+def logits_share(case: Case) -> float:
+    """Part of a position's multiplications that computes its logits, attention left out."""
+    layers = case.depth * (4 * case.width + 3 * _inner_width(case))
+    return case.vocabulary / (case.vocabulary + layers)
+
+
+def _inner_width(case: Case) -> int:
+    return 11008 * case.width // 4096
+
+
+def new_model(case: Case, device: torch.device) -> STLLM:
+    """Random weights, in training mode. The encoder and the Q-Former, which no step here enters, are tiny."""
+    torch.manual_seed(0)
+    model = STLLM(
+        STLLMConfig(
+            vision_config={"image_size": 28, "embed_dim": 32, "depth": 4, "num_heads": 4},
+            qformer_config={"vocab_size": 8, "num_hidden_layers": 1, "intermediate_size": 8},
+            text_config={
+                "model_type": "llama",
+                "vocab_size": case.vocabulary,
+                "hidden_size": case.width,
+                "intermediate_size": _inner_width(case),
+                "num_hidden_layers": case.depth,
+                "num_attention_heads": case.width // 128,
+                "max_position_embeddings": 4096,
+            },
+            num_query_tokens=NUM_QUERY_TOKENS,
+            mvm_decode=True,
+        )
+    )
+    if case.checkpointing:
+        # newer releases of transformers have renamed it, and warn at the old name
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model.train().to(device)
+
+
+def new_batch(case: Case, device: torch.device) -> Batch:
+    """Arguments of `STLLM.forward`: the visual block first, as in the InstructBLIP family; half of it is dropped."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = case.text_tokens - 8 * torch.arange(case.batch)[:, None]  # (B, 1)
+    places = torch.arange(case.text_tokens)
+    ids = torch.randint(case.vocabulary, (case.batch, case.text_tokens), generator=generator)
+    answered = (places < lengths) & (places >= lengths - case.answer_tokens)
+    labels = ids.masked_fill(~answered, IGNORE_INDEX)
+    ids[:, 0] = VISUAL_TOKEN_ID
+    batch = {
+        "query_features": torch.randn(case.batch, case.frames, NUM_QUERY_TOKENS, QFORMER_WIDTH, generator=generator),
+        "input_ids": ids,
+        "attention_mask": (places < lengths).long(),
+        "labels": labels,
+        "token_mask": draw_dropped(case.batch, case.frames * NUM_QUERY_TOKENS, rate=MASK_RATE, generator=generator),
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+# ---- procedures: a model and a batch to a loss ----------------------------------------------------------------------
+
+
+def ours(model: STLLM, batch: Batch) -> Tensor:
+    """What `stllm train` does: masking, and MVM with the short teacher pass."""
+    return model(**batch).loss
+
+
+def plain(model: STLLM, batch: Batch) -> Tensor:
+    """Masking and MVM by the causal LM's own forward: both passes over everything, all logits, all layers' states."""
+    visual, ids, mask = visual_tokens(model, batch), batch["input_ids"], batch["token_mask"]
+    with torch.no_grad():
+        full = model.join(list(visual.detach()), ids, batch["attention_mask"])
+        teacher = _whole(model, full)
+    student = model.join(list(keep_tokens(visual, mask)), ids, batch["attention_mask"], labels=batch["labels"])
+    output = _whole(model, student)
+    kept = kept_positions(mask)  # (B, M)
+    student_hidden = _at(output.hidden_states[-1], student.visual_positions(kept.shape[1]))
+    teacher_hidden = _at(teacher.hidden_states[-1], full.visual_positions(mask.shape[1]).gather(1, kept))
+    return output.loss + mvm_loss(model.mvm_decoder(student_hidden), teacher_hidden)
+
+
+def masked(model: STLLM, batch: Batch) -> Tensor:
+    """Masking alone: the language loss on the kept tokens."""
+    return _language_loss(model, batch, keep_tokens(visual_tokens(model, batch), batch["token_mask"]))
+
+
+def unmasked(model: STLLM, batch: Batch) -> Tensor:
+    """The language loss on all tokens."""
+    return _language_loss(model, batch, visual_tokens(model, batch))
+
+
+PROCEDURES: Mapping[str, Callable[[STLLM, Batch], Tensor]] = {
+    procedure.__name__: procedure for procedure in (ours, plain, masked, unmasked)
+}
+
+
+def visual_tokens(model: STLLM, batch: Batch) -> Tensor:
+    """All visual tokens of the batch, (B, N, D)."""
+    return model.video_input(model.projection(batch["query_features"]))
+
+
+def _whole(model: STLLM, sequence: JoinedSequence) -> Any:
+    return model.language_model(
+        inputs_embeds=sequence.inputs_embeds,
+        attention_mask=sequence.attention_mask,
+        labels=sequence.labels,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+
+
+def _language_loss(model: STLLM, batch: Batch, visual: Tensor) -> Tensor:
+    sequence = model.join(list(visual), batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+    hidden = lm.last_hidden_states(model.language_model, sequence.inputs_embeds, sequence.attention_mask)
+    return lm.language_loss(model.language_model, hidden, sequence.labels)[0]
+
+
+def _at(hidden: Tensor, positions: Tensor) -> Tensor:
+    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def step(model: STLLM, batch: Batch, procedure: str) -> float:
+    """Forward and backward; gradients are kept in place from step to step. Returns the loss."""
+    model.zero_grad(set_to_none=False)
+    loss = PROCEDURES[procedure](model, batch)
+    loss.backward()
+    return loss.item()
+
+
+def assert_same(case: Case, device: torch.device, *procedures: str) -> None:
+    """The procedures' losses, and the norm of each parameter's gradient, agree to a relative 1e-4."""
+    model, batch = new_model(case, device), new_batch(case, device)
+    found = []
+    for procedure in procedures:
+        loss = step(model, batch, procedure)
+        trained = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+        found.append(torch.tensor([loss, *trained]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def step_seconds(case: Case, device: torch.device, *procedures: str, repeats: int = 3) -> dict[str, float]:
+    """Least seconds of a step by each procedure, taking turns on the same model and batch."""
+    model, batch = new_model(case, device), new_batch(case, device)
+    works = {name: lambda name=name: step(model, batch, name) for name in procedures}
+    return take_turns(works, repeats=repeats, device=device)
+
+
+def step_bytes(case: Case, device: torch.device, procedure: str) -> int:
+    """`measured_bytes` in a new process.
+
+    There every tensor of 64 KiB or more is mapped and unmapped by itself, so that what is freed leaves the resident
+    set and its peak is that of the tensors alive; it costs time, which is why time is measured elsewhere.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.steps", json.dumps(asdict(case)), procedure, str(device)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return int(done.stdout.splitlines()[-1])
+
+
+def measured_bytes(case: Case, device: torch.device, procedure: str) -> int:
+    """Peak of a step above what is held between steps: weights, their gradients and the batch."""
+    model, batch = new_model(case, device), new_batch(case, device)
+    step(model, batch, procedure)  # what is made once: gradients, threads, the libraries' own buffers
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(model, batch, procedure)
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+    before = resident_bytes("VmRSS")
+    step(model, batch, procedure)
+    return resident_bytes("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(measured_bytes(Case(**json.loads(sys.argv[1])), torch.device(sys.argv[3]), sys.argv[2]))
