@@ -285,3 +285,9 @@ class STLLM(PreTrainedModel):
 def _gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """hidden: (B, S, D); positions: (B, M). Returns (B, M, D)."""
     return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def config_of(model: STLLM) -> STLLMConfig:
+    """The model's configuration under its own type, which transformers' annotations don't keep."""
+    assert isinstance(model.config, STLLMConfig)
+    return model.config

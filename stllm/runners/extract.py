@@ -35,9 +35,8 @@ from stllm.datasets.distinct_clips import ClipBatch, ClipDataset, DistinctClip, 
 from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
 from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
-from stllm.models.checkpoints.assembly import config_of
 from stllm.models.factory import build_encoder, config_from_settings, model_section
-from stllm.models.st_llm import STLLM
+from stllm.models.st_llm import STLLM, config_of
 from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)

@@ -1,13 +1,11 @@
 """A model built on the meta device and filled weight by weight: no copy of the whole is ever held twice.
 
-First a plan from names and shapes alone (which tensor of which file goes where; the audit), then the copying, straight
-to the device and type of the model; what no file gives and may start fresh is initialised last.
+First the plan (planning.py) and its audit, then the copying, straight to the device and type of the model; what no file
+gives and may start fresh is initialised last.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -16,34 +14,12 @@ from tqdm import tqdm
 
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
 from stllm.common.errors import UserError
-from stllm.models.checkpoints import contradictions
-from stllm.models.checkpoints.audit import OTHER, AuditReport, part_of, part_of_theirs
-from stllm.models.checkpoints.deciding import family_tokens, merged_shapes, names_of
-from stllm.models.checkpoints.formats import Entry, Format, Source
+from stllm.models.checkpoints.audit import AuditReport
+from stllm.models.checkpoints.formats import Entry, Source
 from stllm.models.checkpoints.keys import check_zero
+from stllm.models.checkpoints.planning import POS_EMBED, Plan, make_plan
 from stllm.models.configuration import STLLMConfig
 from stllm.models.st_llm import STLLM
-
-LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
-POS_EMBED = "vision_encoder.backbone.pos_embed"
-FRESH_PARTS = ("temporal adapter", "video input", "mvm decoder")  # what training may start without
-# model.fresh: what training may start without when the user says so
-ASKED_FRESH = {
-    "vision_encoder": ("vision encoder", "ln_vision"),
-    "qformer": ("qformer",),
-    "projection": ("projection",),
-    "language_model": ("language model",),
-}
-GIVES_PROJECTION = {Format.STLLM, Format.RELEASED, Format.INSTRUCTBLIP, Format.MINIGPT4}
-
-
-@dataclass
-class Plan:
-    """Where each of the model's tensors comes from; `report` says what became of the rest."""
-
-    report: AuditReport
-    origins: dict[str, tuple[Source, Entry]] = field(default_factory=dict)
-    fresh: set[str] = field(default_factory=set)
 
 
 def assemble(
@@ -108,51 +84,6 @@ def _leave_out_language_model(model: STLLM, plan: Plan) -> None:
     plan.fresh = {key for key in plan.fresh if not key.startswith("language_model.")}
 
 
-def config_of(model: STLLM) -> STLLMConfig:
-    """The model's configuration under its own type, which transformers' annotations don't keep."""
-    assert isinstance(model.config, STLLMConfig)
-    return model.config
-
-
-def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
-    """Matches the sources' weights, later ones over earlier ones, with the model's; training, fresh: as in `assemble`.
-
-    Raises UserError for what does not belong together, see contradictions.py.
-    """
-    config = config_of(model)
-    name = names_of(sources) or "the model"
-    contradictions.check_adapter(name, merged_shapes(sources), config, fresh_allowed=training)
-    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    plan = Plan(AuditReport(source=name))
-    plain = {key.replace(".base_layer.", "."): key for key in wanted}  # LoRA wraps the layers that it adapts
-    for source in sources:
-        for key, entry in source.entries.items():
-            if plain.get(key, key) in wanted:
-                plan.origins[plain.get(key, key)] = (source, entry)
-            elif key not in wanted:
-                plan.report.add("unexpected", part_of(key), entry.key)
-        for key in source.ignored_keys():
-            plan.report.add("ignored", part_of_theirs(key), key)
-        for key in source.unknown_keys():
-            plan.report.add("unexpected", part_of_theirs(key) if source.is_whole_model else OTHER, key)
-    for layer in _surplus_layers(wanted, sources):
-        plan.report.add("wrong_shape", part_of(layer), f"{layer}: found, but the configuration has fewer layers")
-    _swap_tied(model, plan)
-    _check_vocabulary(model, plan)
-    tied = set(model.all_tied_weights_keys)
-    asked = {part for name in fresh for part in ASKED_FRESH[name]}
-    for key, tensor in wanted.items():
-        if key in plan.origins:
-            _check_shape(plan, key, tensor, config)
-        elif key not in tied:
-            may = part_of(key) in asked or _may_be_fresh(key, sources, config, training)
-            state = "fresh" if may else "missing"
-            plan.report.add(state, part_of(key), key)
-            if state == "fresh":
-                plan.fresh.add(key)
-    return plan
-
-
 def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
     """Copies every planned weight into place, then initialises the rest and ties what is tied."""
     total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
@@ -203,76 +134,6 @@ def _resample(pos_embed: Tensor, num_patches: int) -> Tensor:
     return resample_abs_pos_embed(pos_embed, [side, side], num_prefix_tokens=1, antialias=False)
 
 
-def _check_shape(plan: Plan, key: str, tensor: Tensor, config: STLLMConfig) -> None:
-    source, entry = plan.origins[key]
-    found, expected = entry.shape, tuple(tensor.shape)
-    if found == expected:
-        pass
-    elif key == POS_EMBED and found[2] == expected[2] and _is_square(found[1] - 1) and _is_square(expected[1] - 1):
-        size = config.vision_config["patch_size"] * int((found[1] - 1) ** 0.5)
-        plan.report.notes.append(
-            f"position embeddings are interpolated from image size {size} to {config.vision_config['image_size']}"
-        )
-    elif _grows(key, source) and found[1:] == expected[1:] and found[0] < expected[0]:
-        plan.report.notes.append(f"{key} grows from {found[0]} to {expected[0]} rows: the added [PAD] is their mean")
-    else:
-        plan.report.add("wrong_shape", part_of(key), f"{entry.key}: found {found}, expected {expected}")
-        return
-    plan.report.add("loaded", part_of(key), key)
-
-
-def _grows(key: str, source: Source) -> bool:
-    """Whether [PAD] may be added: to the embeddings or the head of a language model that never was ST-LLM's."""
-    return (
-        source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
-        and key.startswith("language_model.")
-        and key.endswith((".weight", ".bias"))
-    )
-
-
-def _check_vocabulary(model: STLLM, plan: Plan) -> None:
-    embedding = model.get_input_embeddings().weight
-    key = next(name for name, parameter in model.named_parameters() if parameter is embedding)
-    if key not in plan.origins:
-        return
-    source, entry = plan.origins[key]
-    if _grows(key, source):  # its rows are counted in `decide_config`
-        return
-    adds_pad = model.config.template == "instructblip"
-    tokens = family_tokens(source.path, adds_pad=adds_pad, config=model.config.text_config)
-    contradictions.check_vocabulary(str(source.path), entry.shape[0], config_of(model), tokens)
-
-
-def _may_be_fresh(key: str, sources: Sequence[Source], config: STLLMConfig, training: bool) -> bool:
-    if part_of(key) == "ln_vision" and not config.has_qformer and not any(source.is_whole_model for source in sources):
-        return True  # it lies in the Q-Former's file: as published, it starts as the identity without one
-    if not training:
-        return False
-    if not sources or part_of(key) in FRESH_PARTS or "lora_" in key:
-        return True
-    given = any(
-        source.format in GIVES_PROJECTION or (source.format is Format.TRANSFORMERS_BLIP and source.is_whole_model)
-        for source in sources
-    )
-    return part_of(key) == "projection" and not given
-
-
-def _surplus_layers(wanted: Mapping[str, Tensor], sources: Sequence[Source]) -> list[str]:
-    """Layers of the weights beyond the last one of the model, as `language_model.model.layers.32`."""
-    kept = {match[0] for key in wanted if (match := LAYER.match(key))}
-    found = {match[0] for source in sources for key in source.entries if (match := LAYER.match(key))}
-    stacks = {layer.rpartition(".")[0] for layer in kept}
-    return sorted(layer for layer in found - kept if layer.rpartition(".")[0] in stacks)
-
-
-def _swap_tied(model: STLLM, plan: Plan) -> None:
-    """Of two tied weights only the one that the other is tied to is filled, whichever the file has."""
-    for target, origin in model.all_tied_weights_keys.items():
-        if target in plan.origins:
-            found = plan.origins.pop(target)
-            plan.origins.setdefault(origin, found)
-
-
 def _in_file_order(plan: Plan) -> Iterator[tuple[Source, list[str]]]:
     sources = {id(source): source for source, _ in plan.origins.values()}
     for source in sources.values():
@@ -320,7 +181,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _is_square(count: int) -> bool:
-    return int(count**0.5) ** 2 == count

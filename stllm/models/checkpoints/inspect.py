@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.assembly import make_plan, meta_model
+from stllm.models.checkpoints.assembly import meta_model
 from stllm.models.checkpoints.audit import PART_NAMES, AuditReport, part_of
 from stllm.models.checkpoints.contradictions import FAMILIES
 from stllm.models.checkpoints.deciding import assumptions, decide_config, merged_shapes, open_checkpoint, open_pieces
 from stllm.models.checkpoints.formats import Source, locate
+from stllm.models.checkpoints.planning import make_plan
 from stllm.models.checkpoints.sizes import sizes_from_weights
 from stllm.models.checkpoints.training_memory import count_parameters, memory_table, training_memory
 from stllm.models.configuration import STLLMConfig

@@ -12,9 +12,10 @@ from transformers import BitsAndBytesConfig
 
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError, unknown_name
-from stllm.models.checkpoints.assembly import fill, make_plan, meta_model
+from stllm.models.checkpoints.assembly import fill, meta_model
 from stllm.models.checkpoints.audit import AuditReport, part_of
 from stllm.models.checkpoints.formats import Format, Source
+from stllm.models.checkpoints.planning import make_plan
 from stllm.models.configuration import STLLMConfig
 from stllm.models.st_llm import STLLM
 

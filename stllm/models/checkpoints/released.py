@@ -14,13 +14,12 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.assembly import config_of
 from stllm.models.checkpoints.keys import UnknownKeyError
 from stllm.models.checkpoints.tables import RELEASED
 from stllm.models.configuration import QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig
 from stllm.models.factory import VISION_RENAMED, published_settings
 from stllm.models.lora import merge_lora
-from stllm.models.st_llm import STLLM
+from stllm.models.st_llm import STLLM, config_of
 
 SHARD_BYTES = 5 << 30
 INDEX = "pytorch_model.bin.index.json"

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import stllm
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.assembly import config_of
 from stllm.models.checkpoints.convert import convert
 from stllm.models.checkpoints.loading import (
     load_model,
@@ -19,7 +18,7 @@ from stllm.models.checkpoints.loading import (
     open_model,
 )
 from stllm.models.factory import build_audited
-from stllm.models.st_llm import STLLM
+from stllm.models.st_llm import STLLM, config_of
 from tests.helpers.tiny import tiny_batch, tiny_model
 from tests.models.checkpoints.conftest import FOREIGN, GOLDEN, HEADS, golden_weights
 
