@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from stllm.common.config import load_config
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _plain(cfg.run)
     arguments = training_arguments(settings, device=args.device, dtype=args.dtype, seed=args.seed)
     cfg.run.seed = arguments.seed
+    unset_hf_deepspeed_config()  # ZeRO-3 would have every model built divided already; weights are filled in first
     task = tasks.get(cfg.run.task)
     runner = runners.get(cfg.run.runner or task.runner)
     try:
@@ -71,8 +73,11 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
     )
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = task.some_parts_idle()
+    model = task.build_model(device=_home(args), **_dtypes(args))
+    if args.deepspeed:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
     trainer = STLLMTrainer(
-        model=task.build_model(device=_home(args), **_dtypes(args)),
+        model=model,
         args=args,
         dataset=task.mixture,
         sampler=sampler,

@@ -26,7 +26,7 @@ from stllm.runners.meter import StepMeter, is_distributed
 from stllm.runners.optimizer import parameter_groups
 from stllm.runners.progress import Progress
 from stllm.runners.run_folder import RunFolder
-from stllm.runners.signals import StopRequest
+from stllm.runners.signals import StopRequest, obeying_parent_alone
 
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
 
@@ -96,6 +96,7 @@ class STLLMTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            worker_init_fn=obeying_parent_alone,
             generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
         )
 

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.training import ROOT, command, losses, read_log, train, write_recipe
 
-SETTINGS = {"max_steps": 14, "save_steps": 3, "logging_steps": 2, "save_total_limit": 2}
+SETTINGS: dict[str, Any] = {"max_steps": 14, "save_steps": 3, "logging_steps": 2, "save_total_limit": 2}
 
 
 def start(recipe: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:

@@ -216,7 +216,7 @@ def test_a_loss_that_is_no_number_stops_with_the_batch_named(
     real, calls = STLLM.forward, []
 
     def broken(self: STLLM, **inputs: Any) -> Any:
-        output = real(self, **inputs)
+        output: Any = real(self, **inputs)
         calls.append(1)
         return type(output)(**{**output, "loss_lm": output.loss_lm * float("nan")}) if len(calls) == 4 else output
 
