@@ -87,5 +87,7 @@ datasets: Registry[Any] = Registry("data set type", modules=("stllm.datasets.ins
 tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it",))
 runners: Registry[Any] = Registry("runner", modules=("stllm.runners.train",))
 readers: Registry[Any] = Registry("reader", modules=("stllm.datasets.readers",))
-benchmarks: Registry[Any] = Registry("benchmark")
+benchmarks: Registry[Any] = Registry(
+    "benchmark", modules=("stllm.evaluation.mvbench", "stllm.evaluation.vcgbench", "stllm.evaluation.videoqa")
+)
 templates: Registry[Any] = Registry("prompt template", modules=("stllm.conversation.templates",))
