@@ -1,0 +1,66 @@
+"""`stllm chat` on the command line."""
+
+import argparse
+
+from stllm.commands.command import Command, Parser, add_config
+from stllm.common.arguments import number, path, whole
+
+
+def _chat_options(parser: Parser) -> None:
+    media = parser.add_mutually_exclusive_group()
+    media.add_argument("--video", type=path, metavar="PATH", help="a video, a gif, or a folder of frames")
+    media.add_argument("--image", type=path, metavar="PATH", help="an image")
+    parser.add_argument(
+        "--question",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="repeat it for several questions in one conversation; without it: an interactive prompt",
+    )
+    parser.add_argument(
+        "--ckpt-path",
+        type=path,
+        metavar="DIR",
+        help="weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path)",
+    )
+    add_config(parser, "what the checkpoint says")
+    parser.add_argument(
+        "--reader", metavar="NAME", help="what decodes a video file: auto, pyav or decord (default: auto)"
+    )
+    parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video from here on")
+    parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video up to here")
+    parser.add_argument(
+        "--num-frames",
+        type=whole(1),
+        metavar="N",
+        help="frames taken from the video (default: 64 if residual, else 16)",
+    )
+    parser.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy (default: 5)")
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer (default: 300)"
+    )
+    parser.add_argument(
+        "--temperature", type=number(0), metavar="T", help="sample, at this temperature (default: 0, do not)"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--stream", action="store_true", help="print the answer as it is made (with 1 beam)")
+    output.add_argument("--json", action="store_true", help="print one JSON line an answer")
+
+
+def _chat_fault(args: argparse.Namespace) -> str | None:
+    if args.question and args.video is None and args.image is None:
+        return "a --question needs a --video or an --image to look at"
+    if args.start is not None and args.end is not None and args.start >= args.end:
+        return f"--start {args.start} must be before --end {args.end}"
+    return None
+
+
+COMMANDS = {
+    "chat": Command(
+        help="answers questions about a video or an image",
+        target="stllm.conversation.command:run",
+        add_options=_chat_options,
+        example='stllm chat --ckpt-path DIR --video clip.mp4 --question "What happens?"',
+        check=_chat_fault,
+    ),
+}

@@ -1,0 +1,25 @@
+"""What a subcommand is to the command line, and options that several of them take."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stllm.common.arguments import path
+
+Parser = argparse.ArgumentParser
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its help, where its `run(args) -> int` lives, its options, what argparse cannot check."""
+
+    help: str
+    target: str  # "module:function", imported when the command runs
+    add_options: Callable[[Parser], None]
+    example: str
+    check: Callable[[argparse.Namespace], str | None] = lambda _: None  # what is wrong with the usage, if anything
+
+
+def add_config(parser: Parser, default: str) -> None:
+    """`--cfg-path`; default: in words, what holds without it."""
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", help=f"the model's configuration (default: {default})")

@@ -1,0 +1,91 @@
+"""`stllm doctor` and `stllm toy` on the command line."""
+
+import argparse
+
+from stllm.commands.command import Command, Parser
+from stllm.common.arguments import path, whole
+
+DOCTOR_FORMATS = ("vc2", "mvbench", "vcgbench", "videoqa", "shards")
+
+
+def _doctor_options(parser: Parser) -> None:
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", help="check all data sets of this configuration")
+    parser.add_argument(
+        "--anno-path",
+        "--gt-file",
+        type=path,
+        metavar="FILE",
+        help="or check this annotation file (mvbench: the folder; shards: tars, a glob, braces or a URL)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=DOCTOR_FORMATS,
+        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own",
+    )
+    parser.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of its media (default: beside it)")
+    parser.add_argument(
+        "--answers-path", type=path, metavar="FILE", help="videoqa: the answers, when they have a file of their own"
+    )
+    parser.add_argument(
+        "--decode",
+        choices=("none", "first", "all"),
+        default="first",
+        help="how far media are read: size alone, first frame and length, or every frame (default: first)",
+    )
+    parser.add_argument(
+        "--num-workers", type=whole(0), metavar="N", help="processes; 0: this one alone (default: one a core, up to 8)"
+    )
+    parser.add_argument("--all", action="store_true", help="list every fault, not the first 20 of each kind")
+    parser.add_argument("--json", action="store_true", help="print one JSON report, with every fault")
+
+
+def _doctor_fault(args: argparse.Namespace) -> str | None:
+    if (args.cfg_path is None) == (args.anno_path is None):
+        return "name either a --cfg-path, or an --anno-path with its --format"
+    if args.cfg_path is not None:
+        given = [name for name in ("format", "video_dir", "answers_path") if getattr(args, name) is not None]
+        return (
+            f"--{given[0].replace('_', '-')} goes with --anno-path: a configuration says it itself" if given else None
+        )
+    if args.format is None:
+        return f"--anno-path needs a --format: {', '.join(DOCTOR_FORMATS)}"
+    if args.options:
+        return "--options are settings over a --cfg-path: there is none"
+    if args.answers_path is not None and args.format != "videoqa":
+        return "--answers-path goes with --format videoqa"
+    return None
+
+
+def _toy_options(parser: Parser) -> None:
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help="the folder to write: new, or empty")
+    parser.add_argument(
+        "--num-train", type=whole(1), default=1200, metavar="N", help="training clips, of all kinds (default: 1200)"
+    )
+    parser.add_argument(
+        "--num-test", type=whole(1), default=240, metavar="N", help="test clips, of all kinds (default: 240)"
+    )
+    parser.add_argument("--long", action="store_true", help="clips of 64 frames, not 16")
+
+
+def _toy_fault(args: argparse.Namespace) -> str | None:
+    if args.options or args.device not in ("auto", "cpu") or args.dtype != "auto":
+        return "it renders on the CPU and has no configuration: drop --options, --device and --dtype"
+    return None
+
+
+COMMANDS = {
+    "doctor": Command(
+        help="checks data before hours are spent: what is missing, unreadable, empty, wrongly bounded or ambiguous",
+        target="stllm.datasets.doctor:run",
+        add_options=_doctor_options,
+        example="stllm doctor --anno-path train.json --video-dir videos --format vc2",
+        check=_doctor_fault,
+    ),
+    "toy": Command(
+        help="writes the toy world: real mp4 files with VideoChat2-IT and MVBench annotations",
+        target="stllm.datasets.toy_world:run",
+        add_options=_toy_options,
+        example="stllm toy --output toy_world --num-train 2000 --num-test 400 --seed 1",
+        check=_toy_fault,
+    ),
+}

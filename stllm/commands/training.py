@@ -1,0 +1,44 @@
+"""`stllm train` and `stllm extract` on the command line."""
+
+from stllm.commands.command import Command, Parser
+from stllm.common.arguments import path, whole
+
+
+def _train_options(parser: Parser) -> None:
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the run's configuration")
+
+
+def _extract_options(parser: Parser) -> None:
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the training run's configuration")
+    parser.add_argument(
+        "--output", required=True, type=path, metavar="DIR", help="where to write, a folder a data set; may be begun"
+    )
+    parser.add_argument(
+        "--stage",
+        choices=("vit", "qformer"),
+        default="vit",
+        help="what to keep: the encoder's output, or that of a Q-Former that reads no text, which is smaller "
+        "(default: vit)",
+    )
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=8, metavar="N", help="clips encoded at once (default: 8)"
+    )
+    parser.add_argument(
+        "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
+    )
+
+
+COMMANDS = {
+    "train": Command(
+        help="trains a model from a YAML, alone or under torchrun; the same command continues a run",
+        target="stllm.runners.train:run",
+        add_options=_train_options,
+        example="torchrun --nproc_per_node=8 -m stllm train --cfg-path configs/train/instructblip_qa.yaml",
+    ),
+    "extract": Command(
+        help="computes a frozen encoder's features of all data sets once, for training to read in place of the media",
+        target="stllm.runners.extract:run",
+        add_options=_extract_options,
+        example="torchrun --nproc_per_node=8 -m stllm extract --cfg-path train.yaml --output features",
+    ),
+}
