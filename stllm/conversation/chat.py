@@ -148,6 +148,7 @@ class Chat:
             transform=self.transform,
             reader=media.reader,
             fps=media.fps,
+            view=media.view,
         )
 
     def _prepare(self, request: Request) -> _Prepared:

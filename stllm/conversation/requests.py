@@ -9,6 +9,7 @@ from stllm.common.errors import UserError
 from stllm.conversation.templates import Turn
 from stllm.datasets.media import check_clip
 from stllm.datasets.sampling import Bounds
+from stllm.datasets.views import FORWARD, check_view
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Media:
     """A video, gif, frame folder or image on disk, and the part of it that is meant.
 
     num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
-    sampling: a rule of datasets/sampling.py; fps: of a frame folder.
+    sampling: a rule of datasets/sampling.py; fps: of a frame folder; view: how the frames are shown, of
+        datasets/views.py.
     """
 
     path: str
@@ -26,9 +28,11 @@ class Media:
     sampling: str = "uniform"
     reader: str = "auto"
     fps: float | None = None
+    view: str = FORWARD
 
     def __post_init__(self) -> None:
-        """Raises UserError for an empty path, which would mean the current folder."""
+        """Raises UserError for an empty path, which would mean the current folder, and for an unknown view."""
+        check_view(self.view)
         if not self.path.strip():
             raise UserError("the path of the video is empty: name a file or a folder of frames")
 

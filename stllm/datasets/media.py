@@ -16,6 +16,7 @@ from stllm.common.errors import UserError
 from stllm.datasets.media_info import MediaError, MediaInfo, Reader
 from stllm.datasets.readers import open_media
 from stllm.datasets.sampling import Bounds, BoundsError, Generator, sample_indices
+from stllm.datasets.views import FORWARD, check_view, view_frames, view_order
 from stllm.processors.vision import FrameTransform
 
 __all__ = ["Clip", "MediaError", "MediaInfo", "check_clip", "load_clip"]
@@ -53,6 +54,7 @@ def load_clip(
     reader: str = "auto",
     fps: float | None = None,
     generator: Generator | None = None,
+    view: str = FORWARD,
 ) -> Clip:
     """Opens a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
 
@@ -60,13 +62,22 @@ def load_clip(
         one frame (T = 1) whatever they say.
     transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.vision.EvalTransform`.
     reader, fps: see `readers.open_media`.
+    view: how the sampled frames are shown, of views.py; indices and times follow.
     Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
     """
+    check_view(view)
     with open_media(path, reader=reader, fps=fps) as medium:
         indices = _sample(medium, path, sampling, num_frames, bounds, generator)
         times = medium.times(indices)
         frames = _prepare(medium.frames(indices), len(indices), transform)
-        return Clip(frames=frames, indices=indices, times=times, info=medium.info, path=str(path))
+        order = view_order(view, len(indices))
+        return Clip(
+            frames=view_frames(view, frames),
+            indices=[indices[place] for place in order],
+            times=[times[place] for place in order],
+            info=medium.info,
+            path=str(path),
+        )
 
 
 def check_clip(

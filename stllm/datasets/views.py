@@ -1,0 +1,50 @@
+"""How a clip's frames are shown to the model: as they are, or with their order or their content taken away.
+
+Comparing answers across views tells whether a model uses time at all. A view changes what was sampled already, so every
+view but the last two shows the same frames. T frames.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+from torch import Tensor, zeros_like
+
+from stllm.common.errors import UserError, unknown_name
+
+FORWARD, REVERSED, SHUFFLED, SINGLE, BLANK = VIEWS = ("forward", "reversed", "shuffled", "single", "blank")
+SHUFFLE_KEY = "shuffled frames"  # with the number of frames, it fixes the shuffle of every run
+
+
+def check_view(view: str) -> None:
+    """Raises UserError for a view that is not one of `VIEWS`."""
+    if view not in VIEWS:
+        raise UserError(unknown_name("view", view, VIEWS))
+
+
+def view_order(view: str, num_frames: int) -> list[int]:
+    """Which of the T sampled frames stands at each place; always T places. Raises UserError for an unknown view.
+
+    forward and blank: as sampled. reversed: last first. shuffled: a fixed permutation, the same in every run.
+    single: the middle frame at every place. The model then reads as many visual tokens as before, through the same
+        layers and whatever its video input is, so that nothing but what the frames show has changed.
+    """
+    check_view(view)
+    places = list(range(num_frames))
+    orders: dict[str, Callable[[], list[int]]] = {
+        REVERSED: lambda: places[::-1],
+        SHUFFLED: lambda: sorted(places, key=lambda place: _draw(num_frames, place)),
+        SINGLE: lambda: [num_frames // 2] * num_frames,
+    }
+    return orders.get(view, lambda: places)()
+
+
+def view_frames(view: str, frames: Tensor) -> Tensor:
+    """The frames as that view shows them. frames: (T, 3, S, S), normalised; blank ones are zero, the mean colour."""
+    if view == BLANK:
+        return zeros_like(frames)
+    return frames if view == FORWARD else frames[view_order(view, len(frames))]
+
+
+def _draw(num_frames: int, place: int) -> bytes:
+    """A random key that needs no generator, so no library's version changes it."""
+    return hashlib.blake2b(f"{SHUFFLE_KEY} {num_frames} {place}".encode(), digest_size=8).digest()
