@@ -180,10 +180,7 @@ class Chat:
         kinds = [None if seen is None else "image" if seen.kind == "image" else "video" for seen, _ in prepared]
         if len({tokens is None for tokens in visual}) > 1:
             raise UserError("a batch has questions with and without a video: ask them apart")
-        rows = [
-            self.processor.prompt_ids(request.turns, media=kind, system=request.system)
-            for request, kind in zip(requests, kinds, strict=True)
-        ]
+        rows = [self._prompt_ids(request, kind) for request, kind in zip(requests, kinds, strict=True)]
         for row, tokens in zip(rows, visual, strict=True):
             self._check_length(len(row), 0 if tokens is None else len(tokens))
         batch = {name: tensor.to(self.model.device) for name, tensor in self.processor.pad(rows, side="left").items()}
@@ -195,6 +192,11 @@ class Chat:
                 tokenizer=self.processor.tokenizer,
                 **more,
             )
+
+    def _prompt_ids(self, request: Request, kind: str | None) -> list[int]:
+        if request.pieces is not None:
+            return self.processor.piece_ids(request.pieces)
+        return self.processor.prompt_ids(request.turns, media=kind, system=request.system)
 
     def _check_length(self, num_text: int, num_visual: int) -> None:
         """Beyond its positions a language model gives noise, or none at all."""

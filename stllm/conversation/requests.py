@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.conversation.templates import Turn
+from stllm.conversation.templates import VISUAL, Turn
 from stllm.datasets.media import check_clip
 from stllm.datasets.sampling import Bounds
 from stllm.datasets.views import FORWARD, check_view
@@ -63,14 +63,21 @@ class Media:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to be generated. turns: the conversation, the last one open; system: None for the template's own."""
+    """One answer to be generated.
+
+    turns: the conversation, the last one open; the Q-Former reads the last one's text. system: None for the template's
+    own. pieces: the whole prompt of a benchmark that has its own, with `VISUAL` and `BOS` among them; None: the
+    template's.
+    """
 
     turns: tuple[Turn, ...]
     media: Media | None = None
     system: str | None = None
+    pieces: tuple[str, ...] | None = None
 
     def check(self) -> None:
         """Raises UserError when the question is nothing, or no text."""
+        assert self.pieces is None or self.pieces.count(VISUAL) == int(self.media is not None), self.pieces
         question = self.turns[-1].question
         if not question.strip():
             raise UserError("the question is empty: ask something about the video")

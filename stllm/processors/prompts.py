@@ -121,6 +121,10 @@ class PromptProcessor:
         sentence = self.system if system is None else system
         return self._conversation(turns, media=media, system=sentence, longest_answer=None)[0]
 
+    def piece_ids(self, pieces: Sequence[str]) -> list[int]:
+        """Ids of a prompt's pieces, each tokenized apart; `VISUAL` and `BOS` are what they stand for."""
+        return [token for piece in pieces for token in self._piece_ids(piece)]
+
     def training_ids(
         self, turns: Sequence[Turn], *, media: str | None = "video", system: str = ""
     ) -> tuple[list[int], list[int]]:
@@ -137,7 +141,7 @@ class PromptProcessor:
         labels: list[int] = []
         for number, turn in enumerate(turns):
             pieces = self.template.render(turn, first=number == 0, media=media, system=system)
-            prompt = [token for piece in pieces for token in self._piece_ids(piece)]
+            prompt = self.piece_ids(pieces)
             answer = [] if turn.answer is None else self._answer_ids(turn.answer, longest_answer)
             ids += prompt + answer
             labels += [IGNORE_INDEX] * len(prompt) + answer
