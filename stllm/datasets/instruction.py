@@ -17,7 +17,7 @@ from stllm.common.registry import datasets
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.features import FeatureStore, feature_key, frame_settings
-from stllm.datasets.media import load_clip
+from stllm.datasets.media import MediaError, load_clip
 from stllm.datasets.records import Record
 from stllm.datasets.samples import Sample, SampleKey
 from stllm.processors.vision import ClipTransform
@@ -138,6 +138,13 @@ class InstructionCorpus:
             fps=self.fps,
             generator=generator,
         )
+        if (clip.info.kind == "image") != (self.media == "image"):
+            found, wanted = ("an image", "a video") if clip.info.kind == "image" else ("a video", "an image")
+            raise MediaError(
+                f"{record.media}: found {found} where {self.name} has {wanted}: name images and videos in entries of "
+                "their own",
+                cause="unreadable",
+            )
         missing = self.num_frames - len(clip.frames)
         return torch.cat([clip.frames, clip.frames[-1:].expand(missing, -1, -1, -1)]) if missing else clip.frames
 

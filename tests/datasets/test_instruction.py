@@ -99,13 +99,15 @@ def test_raw_frame_folders(folder: Path) -> None:
     assert codes(load(faster)) == [11, 14, 16, 19]
 
 
-def test_images_are_one_frame_and_a_still_in_a_video_corpus_is_repeated(folder: Path) -> None:
+def test_images_are_one_frame_and_no_videos(folder: Path) -> None:
     qa = numbered_record(0)["QA"]
     images = corpus_of(folder / "a.json", [{"image": "2.png", "QA": qa}], num_frames=8)
     sample = load(images)
     assert (images.media, sample.media, codes(sample)) == ("image", "image", [2])
-    still = corpus_of(folder / "a.json", [{"video": "2.png", "QA": qa}], num_frames=3)
-    assert codes(load(still)) == [2, 2, 2]
+    with pytest.raises(MediaError, match=r"2\.png: found an image where \w+ has a video"):
+        load(corpus_of(folder / "a.json", [{"video": "2.png", "QA": qa}]))
+    with pytest.raises(MediaError, match=r"0\.mp4: found a video where \w+ has an image"):
+        load(corpus_of(folder / "a.json", [{"image": "0.mp4", "QA": qa}]))
 
 
 def test_text_alone(folder: Path) -> None:
