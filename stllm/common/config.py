@@ -1,8 +1,8 @@
 """Configuration: shipped defaults <- the user's YAML <- `--options`, merged in that order and checked.
 
 A YAML's `base` comes right below it (layers.py). A configuration has three sections: `model` (schema.py), `datasets`
-(datasets_section.py) and `run` (run_section.py). The overrides are read before the defaults are chosen, so that
-`--options model.model_type=tiny` picks tiny's.
+(datasets_section.py) and `run` (run_section.py); that of an evaluation has `evaluation` (evaluation_section.py), too.
+The overrides are read before the defaults are chosen, so that `--options model.model_type=tiny` picks tiny's.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from stllm.common.datasets_section import ROOTS, check_entry
 from stllm.common.errors import UserError, unknown_name
+from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import write_text
 from stllm.common.layers import (
     OPTIONS,
@@ -34,16 +35,27 @@ from stllm.common.schema import ModelSettings, field_fault
 
 RUN_PATHS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")  # output_dir is relative to where one stands
 DATASET_PATHS = ("_root", "_path", "_dir")  # endings of the keys that hold paths
+EVALUATION_PATHS = ("anno_path", "answers_path", "video_dir")
 SHIPPED = Path(__file__).parent.parent / "configs" / "models"
+PRESETS = SHIPPED.with_name("evaluation")  # one a benchmark
+DEFAULT_MODEL = "instructblip_vicuna0"
+_SCHEMAS: dict[str, type] = {"model": ModelSettings, "evaluation": EvaluationSettings}  # of the typed sections
 
 
 def load_config(
-    cfg_path: str | Path | None = None, options: Sequence[str] = (), model_type: str | None = None
+    cfg_path: str | Path | None = None,
+    options: Sequence[str] = (),
+    model_type: str | None = None,
+    *,
+    benchmark: str | None = None,
+    command_line: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """The checked, resolved configuration with sections `model`, `datasets` and `run` (empty where none is given).
 
     cfg_path: the user's YAML. options: overrides, `key=value` with dots in the key.
     model_type: which shipped defaults to use when neither YAML nor options say `model.model_type`.
+    benchmark: there is a section `evaluation`, over the shipped settings of that benchmark. command_line: its keys that
+        options of the command's own give, over everything else.
 
     Raises UserError, naming the file and the nearest known key or value: a file that is missing or no YAML, an
     unknown key or name, a value of a wrong type, an option without `=`, an environment variable that is not set.
@@ -51,11 +63,18 @@ def load_config(
     given = yaml_layers(cfg_path) if cfg_path is not None else []
     if options:
         given.append(options_layer(options))
+    if command_line:
+        given.append(Layer("the command line", Path.cwd(), {"evaluation": dict(command_line)}))
     for layer in given:
         check_layer(layer)
-    layers = [_shipped_layer(_model_type(given, model_type)), *given]
-    cfg = _resolved(_merged(layers), layers)
-    _check_model(cfg, layers)
+    layers = [_shipped_layer(SHIPPED, _model_type(given, model_type)), *given]
+    if benchmark is None:
+        for layer in layers:  # of no use to anything else
+            layer.values.pop("evaluation", None)
+    else:
+        layers.insert(0, _shipped_layer(PRESETS, benchmark))
+    cfg = _resolved(_merged(layers, ("model",) if benchmark is None else ("model", "evaluation")), layers)
+    _check_values(cfg, layers)
     for name, entry in cfg.datasets.items():
         if name not in ROOTS:
             values = typing.cast(dict[str, Any], OmegaConf.to_container(entry))
@@ -72,6 +91,20 @@ def model_settings(cfg: DictConfig) -> ModelSettings:
     return typing.cast(ModelSettings, OmegaConf.to_object(cfg.model))
 
 
+def load_evaluation(
+    benchmark: str,
+    cfg_path: str | Path | None = None,
+    options: Sequence[str] = (),
+    command_line: Mapping[str, Any] | None = None,
+) -> EvaluationSettings:
+    """The settings of one evaluation; arguments and errors as for `load_config`.
+
+    A model that the YAML says nothing of is no error: the checkpoint says what it is.
+    """
+    cfg = load_config(cfg_path, options, DEFAULT_MODEL, benchmark=benchmark, command_line=command_line)
+    return typing.cast(EvaluationSettings, OmegaConf.to_object(cfg.evaluation))
+
+
 def model_types() -> list[str]:
     """The names that `model.model_type` may have."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -82,8 +115,8 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
     write_text(path, OmegaConf.to_yaml(cfg, resolve=True))
 
 
-def _shipped_layer(name: str) -> Layer:
-    layer = yaml_layer(SHIPPED / f"{name}.yaml")
+def _shipped_layer(folder: Path, name: str) -> Layer:
+    layer = yaml_layer(folder / f"{name}.yaml")
     check_layer(layer)
     return layer
 
@@ -107,8 +140,10 @@ def _model_type(given: Sequence[Layer], fallback: str | None) -> str:
     return str(name)
 
 
-def _merged(layers: Sequence[Layer]) -> DictConfig:
-    cfg = OmegaConf.create({"model": OmegaConf.structured(ModelSettings), "datasets": {}, "run": {}})
+def _merged(layers: Sequence[Layer], typed: Sequence[str]) -> DictConfig:
+    """The layers one over the other. typed: the sections that have a schema."""
+    sections = {section: OmegaConf.structured(_SCHEMAS[section]) for section in typed}
+    cfg = OmegaConf.create({**sections, "datasets": {}, "run": {}})
     for layer in layers:
         kind = layer.values.get("model", {}).get("llm", {}).get("model_type")
         if kind is not None and kind != cfg.model.llm.get("model_type"):
@@ -152,13 +187,14 @@ def _unresolvable(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[st
                 yield from _unresolvable(value, dotted)
 
 
-def _check_model(cfg: DictConfig, layers: Sequence[Layer]) -> None:
-    """Enumerated values and ranges."""
-    for f in dataclasses.fields(ModelSettings):
-        value, where = cfg.model[f.name], f"model.{f.name}"
-        fault = field_fault(f, value, where)
-        if fault:
-            raise UserError(f"{source_of(layers, where).name}: {fault}")
+def _check_values(cfg: DictConfig, layers: Sequence[Layer]) -> None:
+    """Enumerated values and ranges of the sections that have a schema."""
+    for section in (name for name in _SCHEMAS if name in cfg):
+        for f in dataclasses.fields(_SCHEMAS[section]):
+            value, where = cfg[section][f.name], f"{section}.{f.name}"
+            fault = field_fault(f, value, where)
+            if fault:
+                raise UserError(f"{source_of(layers, where).name}: {fault}")
     if cfg.model.mask_rate_min > cfg.model.mask_rate_max:
         found = f"{cfg.model.mask_rate_min} and {cfg.model.mask_rate_max}"
         where = source_of(layers, "model.mask_rate_min").name
@@ -168,6 +204,7 @@ def _check_model(cfg: DictConfig, layers: Sequence[Layer]) -> None:
 def _absolute_paths(cfg: DictConfig, layers: Sequence[Layer]) -> None:
     keys = [f"model.{f.name}" for f in dataclasses.fields(ModelSettings) if "path" in f.metadata]
     keys += [f"run.{key}" for key in RUN_PATHS]
+    keys += [f"evaluation.{key}" for key in EVALUATION_PATHS if "evaluation" in cfg]
     for name, entry in cfg.datasets.items():
         names = [f".{key!s}" for key in entry] if isinstance(entry, DictConfig) else [""]
         keys += [f"datasets.{name!s}{key}" for key in names if f"{name!s}{key}".endswith(DATASET_PATHS)]
@@ -190,11 +227,11 @@ def _wrong_value(error: OmegaConfBaseException, key: str, layer: Layer) -> str:
     found: Any = layer.values
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
-    schema = ModelSettings
+    schema = _SCHEMAS.get(key.split(".")[0], ModelSettings)
     annotation: Any = None
     for part in key.split(".")[1:]:
         annotation = typing.get_type_hints(schema).get(part)
-        schema = annotation if dataclasses.is_dataclass(annotation) else schema  # type: ignore[assignment]
+        schema = typing.cast(type, annotation) if dataclasses.is_dataclass(annotation) else schema
     words = expected(annotation) or ("a list" if typing.get_origin(annotation) is list else None)
     if words is None:
         return f"{layer.name}: '{key}': {first_line(error)}"

@@ -19,12 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stllm.common.datasets_section import ROOTS, DatasetSettings
 from stllm.common.errors import UserError, did_you_mean, nearest
+from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.run_section import translate_run
 from stllm.common.schema import ModelSettings, RunSettings
 
 log = logging.getLogger(__name__)
 
-SECTIONS = ("model", "datasets", "run")
+SECTIONS = ("model", "datasets", "run", "evaluation")
 OPTIONS = "--options"  # the name of that layer
 BASE = "base"  # top-level key of a YAML: the file below it
 UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # of published YAMLs
@@ -97,7 +98,7 @@ def check_layer(layer: Layer) -> None:
             del layer.values[section]
         elif section not in SECTIONS:
             hint = did_you_mean(section, {*SECTIONS, BASE} - {section})
-            for home, schema in (("model", ModelSettings), ("run", RunSettings)):
+            for home, schema in (("model", ModelSettings), ("run", RunSettings), ("evaluation", EvaluationSettings)):
                 meant = nearest(section, [f.name for f in dataclasses.fields(schema)])
                 hint = hint or (f"; did you mean '{home}.{meant}'?" if meant else "")
             raise UserError(f"{layer.name}: unknown section {section!r}, expected {', '.join(SECTIONS)}{hint}")
@@ -106,6 +107,7 @@ def check_layer(layer: Layer) -> None:
         else:
             layer.values[section] = _mapping(layer.values[section], layer.name, f"'{section}'")
     _check_keys(layer.values.get("model", {}), ModelSettings, "model", layer)
+    _check_keys(layer.values.get("evaluation", {}), EvaluationSettings, "evaluation", layer)
     _check_datasets(layer)
     if layer.values.get("run"):
         layer.values["run"] = translate_run(layer.values["run"], layer.name)

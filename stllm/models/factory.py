@@ -83,11 +83,11 @@ def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str]
     """
     from omegaconf import OmegaConf
 
-    from stllm.common.config import SHIPPED, load_config, yaml_layer, yaml_layers
+    from stllm.common.config import DEFAULT_MODEL, SHIPPED, load_config, yaml_layer, yaml_layers
 
     if cfg_path is None and not options:
         return {}
-    cfg = load_config(cfg_path, options, model_type="instructblip_vicuna0")
+    cfg = load_config(cfg_path, options, model_type=DEFAULT_MODEL)
     raw: list[Any] = [layer.values for layer in yaml_layers(cfg_path)] if cfg_path is not None else []
     raw.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(options))))
     said = [layer.get("model") or {} for layer in raw]

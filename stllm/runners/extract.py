@@ -7,19 +7,15 @@ training reads in place of the media (`datasets.features_root`, features.py)
 import argparse
 import logging
 import math
-import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -37,12 +33,10 @@ from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
 from stllm.models.factory import build_encoder, config_from_settings, model_section
 from stllm.models.st_llm import STLLM, config_of
+from stllm.runners.processes import num_decoders, process_group, wait_for_all
 from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)
-
-MAX_WORKERS = 8
-PATIENCE = timedelta(days=30)  # for a process with longer clips than the others
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     corpora = _with_media(source.corpus for source in build_corpora(cfg, image_size=image_size, train=False))
     # as training does, so that even weights that no file gives are the same ones there
     seed_everything(cfg.run.get("seed", 42) if args.seed is None else args.seed)
-    with _processes():
+    with process_group():
         try:
             extraction = Extraction(
                 build_encoder(cfg, device=device, dtype=dtype),
@@ -68,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
                 settings={"image_size": image_size, "crop": "center", "dtype": str(dtype).removeprefix("torch.")},
                 max_bad_fraction=cfg.run.get("max_bad_fraction", RunSettings.max_bad_fraction),
             )
-            extraction.run(batch_size=args.batch_size, num_workers=_workers(args.num_workers))
+            extraction.run(batch_size=args.batch_size, num_workers=num_decoders(args.num_workers))
         except Exception as error:
             if not out_of_memory(error) or isinstance(error, UserError):
                 raise
@@ -111,8 +105,7 @@ class Extraction:
         self.pending = self._pending()  # of all processes
         self.num_done = sum(writer.num_clips for writer in self.writers)
         self._check_room()
-        if dist.is_initialized():
-            dist.barrier()  # nobody writes until everyone has seen what is there
+        wait_for_all()  # nobody writes until everyone has seen what is there
         self.own = self.pending[rank() :: world_size()]
         size = self.num_done + len(self.pending)
         self.bad = BadSampleLog(max_bad_fraction=max_bad_fraction, epoch_size=size)
@@ -211,21 +204,3 @@ def _with_media(corpora: Iterable[Corpus]) -> list[FeatureSource]:
     if not found:
         raise UserError("there is nothing to encode: no data set of the configuration has videos or images")
     return found
-
-
-@contextmanager
-def _processes() -> Iterator[None]:
-    """The processes under torchrun as a group; gloo on GPUs, too: only counts pass between them."""
-    if world_size() > 1:
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _workers(asked: int | None) -> int:
-    """Processes that decode: a core each, up to `MAX_WORKERS`, unless the user says."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(cores, MAX_WORKERS)) if asked is None else asked

@@ -156,8 +156,14 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("model.vit_chunk_size=0", "'model.vit_chunk_size' must be at least 1, found 0"),
         ("model.mask_rate_max=2", "'model.mask_rate_max' must be from 0 to 1, found 2.0"),
         ("model.mask_rate_min=0.9", "'model.mask_rate_min' must not exceed 'model.mask_rate_max', found 0.9 and 0.7"),
-        ("modl.video_input=all", "unknown section 'modl', expected model, datasets, run; did you mean 'model'?"),
-        ("video_input=all", "unknown section 'video_input', expected model, datasets, run; did you mean 'model.vid"),
+        (
+            "modl.video_input=all",
+            "unknown section 'modl', expected model, datasets, run, evaluation; did you mean 'model'?",
+        ),
+        (
+            "video_input=all",
+            "unknown section 'video_input', expected model, datasets, run, evaluation; did you mean 'model.vid",
+        ),
         ("model.video_input", "found 'model.video_input', expected key=value"),
         ("=3", "found '=3', expected key=value"),
         ("model.ckpt={x: 1", "'model.ckpt={x: 1' has a value that is not valid YAML"),
