@@ -17,7 +17,7 @@ from stllm.datasets.doctor_checks import (
     check_vcgbench,
     check_videoqa,
 )
-from stllm.evaluation.mvbench_tasks import TASKS, MVBenchTask
+from stllm.evaluation.mvbench_tasks import TASKS, MVBenchLayout, MVBenchTask, task_of
 
 TRAINING = "training data"  # by the fields that tell formats apart
 MARKS = {"QA": TRAINING, "caption": TRAINING, **FOREIGN}
@@ -80,14 +80,12 @@ def _of_one_medium(findings: Iterator[Finding], file: Path, media: str | None) -
 
 def mvbench_sources(path: str | Path, video_dir: str | None) -> Iterator[Source]:
     """MVBench's folder (with `json` and `video` in it), a folder of its JSON files, or one of them; a source each."""
-    root = Path(path).expanduser()
-    folder = root / "json" if (root / "json").is_dir() else root
-    files = sorted(folder.glob("*.json")) if folder.is_dir() else [root]
-    media = video_dir or str((folder.parent if folder.name == "json" or root.is_file() else folder) / "video")
-    if not files:
-        yield Source("mvbench", iter([_no_files(folder)]), (media,), media)
-    for file in files:
-        task = next((task for task in TASKS if task.file == file.name), None)
+    layout = MVBenchLayout.of(path, video_dir)
+    media = str(layout.media)
+    if not layout.files:
+        yield Source("mvbench", iter([_no_files(path)]), (media,), media)
+    for file in layout.files:
+        task = task_of(file)
         if task is None:
             yield Source(file.stem, iter([_unknown_task(file)]), (media,), media)
         else:
@@ -106,7 +104,7 @@ def videoqa_source(path: str | Path, video_dir: str, answers_path: str | None = 
     answers_path: that file; default: `test_a.json` beside `test_q.json`.
     """
     questions = Path(path).expanduser()
-    answers = Path(answers_path).expanduser() if answers_path else _answers_beside(questions)
+    answers = Path(answers_path).expanduser() if answers_path else answers_beside(questions)
     findings = _videoqa(questions, answers)
     return Source("videoqa", findings, (video_dir,), video_dir)
 
@@ -185,8 +183,8 @@ def _videoqa(questions: Path, answers: Path | None) -> Iterator[Finding]:
         if isinstance(fields, Fault):
             yield fields
             continue
-        key = _id_of(fields)
-        if key in asked:
+        key = id_of(fields)
+        if key and key in asked:  # TGIF-QA gives its questions no ids
             yield _twice(where, key)
         asked.add(key)
         answered = "answer" in fields or answers is None or key in answer_of
@@ -206,7 +204,7 @@ def _answers(path: Path) -> Generator[Finding, None, Fields]:
         if isinstance(fields, Fault):
             yield fields
             continue
-        key = _id_of(fields)
+        key = id_of(fields)
         if not key:
             yield Fault("incomplete", where, ID_KEYS[0], "the answer names no question: add the question's id")
         elif key in answer_of:
@@ -216,7 +214,7 @@ def _answers(path: Path) -> Generator[Finding, None, Fields]:
     return answer_of
 
 
-def _id_of(fields: Fields) -> str:
+def id_of(fields: Fields) -> str:
     """The id of a question; "" when it has none."""
     return next((text_of(fields[key]) or "" for key in ID_KEYS if key in fields), "")
 
@@ -225,13 +223,13 @@ def _twice(where: str, key: str) -> Fault:
     return Fault("duplicate id", where, f"question {key}", "the id stands there a second time: give each its own")
 
 
-def _answers_beside(questions: Path) -> Path | None:
+def answers_beside(questions: Path) -> Path | None:
     """`test_a.json` beside `test_q.json`; None for other names, or when there is none."""
     answers = questions.with_name(questions.name.replace("_q.", "_a."))
     return answers if answers != questions and answers.exists() else None
 
 
-def _no_files(folder: Path) -> Fault:
+def _no_files(folder: str | Path) -> Fault:
     sentence = f"found no JSON file; expected MVBench's, such as {TASKS[0].file}: name the folder that holds `json`"
     return Fault("annotation", str(folder), "folder", sentence)
 

@@ -1,9 +1,10 @@
-"""MVBench's twenty tasks as data: their annotation files, media folders and kinds of media.
+"""MVBench's twenty tasks as data: their annotation files, media folders and kinds of media; where a copy has them.
 
 Source: the benchmark's own table of tasks (arXiv 2311.17005) and its release. Folders are relative to the media root.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,27 @@ TASKS = (
     MVBenchTask("Episodic Reasoning", "tvqa/frames_fps3_hq", media="frames", bounded=True, fps=3.0),
     MVBenchTask("Counterfactual Inference", *_CLEVRER),
 )
+
+
+@dataclass(frozen=True)
+class MVBenchLayout:
+    """The annotation files of a copy of the benchmark, in order of their names, and the folder of all its media."""
+
+    files: tuple[Path, ...]
+    media: Path
+
+    @classmethod
+    def of(cls, path: str | Path, video_dir: str | Path | None = None) -> "MVBenchLayout":
+        """path: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
+        video_dir: where the media are instead of in `video`."""
+        root = Path(path).expanduser()
+        folder = root / "json" if (root / "json").is_dir() else root
+        files = tuple(sorted(folder.glob("*.json"))) if folder.is_dir() else (root,)
+        holder = folder if folder.is_dir() else folder.parent
+        media = (holder.parent if holder.name == "json" else holder) / "video"
+        return cls(files, Path(video_dir).expanduser() if video_dir else media)
+
+
+def task_of(file: Path) -> MVBenchTask | None:
+    """The task whose annotation file is called so; None when there is none."""
+    return next((task for task in TASKS if task.file == file.name), None)
