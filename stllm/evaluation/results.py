@@ -1,0 +1,90 @@
+"""What a benchmark's run comes to: `<name>.results.json`, the table `<name>.md` and the chart `<name>.png`.
+
+All are computed from the lines alone, so a run that was gone on with writes what an uninterrupted one does.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from stllm import __version__
+from stllm.common.files import write_text
+from stllm.evaluation.items import Benchmark, Record
+from stllm.evaluation.judged_report import judged_report
+from stllm.evaluation.mvbench_report import mvbench_bars, mvbench_report
+
+PACKAGES = ("torch", "transformers", "av", "decord", "pillow", "numpy")  # what computes, and what reads media
+
+
+def write(
+    folder: Path,
+    name: str,
+    benchmark: Benchmark,
+    records: Sequence[Record],
+    *,
+    settings: Mapping[str, Any],
+    digests: Mapping[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Writes the three files, each whole or not at all, and returns what the results file holds.
+
+    records: one line an item of the benchmark, failed ones among them; an item's place among them does not matter.
+    settings: of the run. digests: of config, prompts and checkpoint. seconds: that the run took.
+    A benchmark that a judge decides has no scores yet and no chart: `stllm judge` gives them.
+    """
+    lines = _in_order(benchmark, records)
+    content = {
+        "benchmark": benchmark.name,
+        "scores": benchmark.scores(lines),
+        "counts": counts(benchmark, lines),
+        "settings": dict(settings),
+        "digests": dict(digests),
+        "versions": versions(),
+        "seconds": round(seconds, 3),
+    }
+    write_json(folder / f"{name}.results.json", content)
+    if not content["scores"]:
+        write_text(folder / f"{name}.md", judged_report(folder / name, benchmark, lines, content))
+        return content
+    write_text(folder / f"{name}.md", mvbench_report(name, benchmark, lines, content))
+    from stllm.evaluation.charts import draw_bars
+
+    draw_bars(folder / f"{name}.png", mvbench_bars(benchmark, lines))
+    return content
+
+
+def counts(benchmark: Benchmark, records: Sequence[Record]) -> dict[str, int]:
+    """Items in all; of them answered, failed (their media could not be read), and excluded with their whole task."""
+    failed = sum(bool(line.get("error")) for line in records)
+    return {
+        "total": len(benchmark.items) + benchmark.num_excluded,
+        "answered": len(records) - failed,
+        "failed": failed,
+        "excluded": benchmark.num_excluded,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the predictions. A reader that is not installed is left out."""
+    found = {"stllm": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # decord has no wheels for some machines
+            continue
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes it whole or not at all; a NaN, which is no JSON, is an error."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _in_order(benchmark: Benchmark, records: Sequence[Record]) -> list[Record]:
+    """The lines in the items' order."""
+    lines = {line["id"]: line for line in records}
+    assert len(lines) == len(records) == len(benchmark.items), (len(lines), len(records), len(benchmark.items))
+    return [lines[item.id] for item in benchmark.items]
