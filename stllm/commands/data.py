@@ -65,6 +65,15 @@ def _toy_options(parser: Parser) -> None:
         "--num-test", type=whole(1), default=240, metavar="N", help="test clips, of all kinds (default: 240)"
     )
     parser.add_argument("--long", action="store_true", help="clips of 64 frames, not 16")
+    parser.add_argument(
+        "--benchmarks",
+        type=whole(1),
+        nargs="?",
+        const=4,
+        default=0,
+        metavar="N",
+        help="a twin of every benchmark, too, with N items a task (default: none; without N: 4)",
+    )
 
 
 def _toy_fault(args: argparse.Namespace) -> str | None:

@@ -1,6 +1,10 @@
-"""Media files of the toy world: H.264 videos, PNG pictures and shards of them, the same bytes for the same input."""
+"""Files of the toy world: videos of every kind, frame folders, pictures, shards of them, annotations.
+
+The same input gives the same bytes: encoders run in one thread, and nothing carries a time or a random number.
+"""
 
 import io
+import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,21 +12,54 @@ from typing import Any
 
 import numpy as np
 
-# One thread: the same pixels, the same file. crf: shapes of a few pixels keep their colors.
-ENCODER = {"preset": "veryfast", "crf": "18", "threads": "1"}
+H264 = ("libx264", {"preset": "veryfast", "crf": "18"})  # crf: shapes of a few pixels keep their colors
+ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
+    ".mp4": H264,
+    ".mov": H264,
+    ".mkv": H264,
+    ".avi": ("mpeg4", {"qmin": "2", "qmax": "2"}),
+    ".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "deadline": "realtime", "cpu-used": "8"}),
+}
+GIF_DELAY = 40  # milliseconds a frame: 25 a second
 
 
-def write_mp4(path: Path, clip: np.ndarray, fps: int) -> None:
-    """Writes a clip, (T, H, W, 3) uint8 RGB, as H.264."""
+def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
+    """Writes a clip, (T, H, W, 3) uint8 RGB, as the file's extension says: a key of ENCODERS, or .gif (25 fps)."""
     import av
 
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=fps, options=ENCODER)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        _write_gif(path, clip)
+        return
+    codec, options = ENCODERS[path.suffix]
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
+        stream: Any = container.add_stream(codec, rate=fps, options={**options, "threads": "1"})
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for picture in clip:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def write_frames(folder: Path, clip: np.ndarray) -> None:
+    """Writes a clip, (T, H, W, 3) uint8 RGB, as a folder of pictures: 00001.jpg and on."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(clip, start=1):
+        Image.fromarray(picture).save(folder / f"{number:05d}.jpg", quality=95)
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Writes a picture, (H, W, 3) uint8 RGB."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png_bytes(picture))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes an annotation file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
@@ -36,9 +73,17 @@ def png_bytes(picture: np.ndarray) -> bytes:
 
 def write_shard(path: Path, pairs: Iterable[tuple[str, np.ndarray, str]]) -> None:
     """Writes (name, picture, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, picture, text in pairs:
             for ending, content in (("png", png_bytes(picture)), ("txt", text.encode())):
                 entry = tarfile.TarInfo(f"{name}.{ending}")  # without time and owner: the same bytes every time
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
+
+
+def _write_gif(path: Path, clip: np.ndarray) -> None:
+    from PIL import Image
+
+    pictures = [Image.fromarray(picture) for picture in clip]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=GIF_DELAY, loop=0)

@@ -31,6 +31,7 @@ ACTIONS = {
     "vanish": ("it vanishes", "vanishes"),
     "step aside": ("it steps aside", "steps aside"),
 }
+DIRECTION_QUESTIONS = ("In which direction does the {} move?", "What direction is the {} moving?")
 TOWARDS = {"left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards"}
 PLACES = ((21, 21), (43, 21), (21, 43), (43, 43))  # of things that stand still, one in each quarter
 CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what moves
@@ -70,7 +71,7 @@ def moving_direction(generator: Generator) -> Example:
     towards = _pick(generator, DIRECTIONS)
     start, end = int(generator.integers(0, 6)) / 32, int(generator.integers(27, 33)) / 32
     mover = _thing(generator, events=(Event("move", start, end, towards),))
-    question = _pick(generator, ("In which direction does the {} move?", "What direction is the {} moving?"))
+    question = _pick(generator, DIRECTION_QUESTIONS)
     scene = _scene(generator, mover, *_bystanders(generator, mover))
     return _choice(generator, scene, question.format(mover.name), TOWARDS[towards], list(TOWARDS.values()))
 

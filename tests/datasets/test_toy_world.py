@@ -21,9 +21,10 @@ from stllm.common.config import load_config
 from stllm.common.errors import UserError
 from stllm.datasets import toy_world
 from stllm.datasets.readers import open_media
+from stllm.datasets.toy_clips import FPS, World, split_of
 from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, render
 from stllm.datasets.toy_tasks import PICTURES, TASKS, options_text
-from stllm.datasets.toy_world import FPS, PAIRS, TESTED, World, shares, split_of, write_world
+from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
 from stllm.models.checkpoints.deciding import decide_config, open_named
 from stllm.models.factory import build_model, model_section
 from stllm.processors.prompts import PromptProcessor

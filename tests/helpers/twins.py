@@ -1,0 +1,25 @@
+"""The benchmarks' twins for tests, written once a test run: real files in the official layouts, with tiny clips."""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from stllm.datasets.toy_benchmarks import write_benchmarks
+from stllm.datasets.toy_clips import World
+
+SEED = 5
+NUM_FRAMES = 16  # of a clip of the usual length, at 4 frames a second
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # each is removed when the process ends
+
+
+@cache
+def twins(count: int = 2) -> Path:
+    """The folder with mvbench, vcgbench, msvd, msrvtt, activitynet and tgif in it; not to be written into.
+
+    count: items of each task of MVBench, and clips of each part of the others. 2: 54 clips, about a second.
+    """
+    _folders.append(tempfile.TemporaryDirectory(prefix="stllm_twins_"))
+    root = Path(_folders[-1].name)
+    write_benchmarks(root, World(SEED, NUM_FRAMES), count=count)
+    return root
