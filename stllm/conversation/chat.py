@@ -1,7 +1,8 @@
 """The engine: questions about videos and images, answered. Chat, demos and benchmarks all go through it.
 
+read -> encode -> prepare (prompt and visual tokens) -> complete, each a step of its own; `answer` takes them all.
 A video is read and encoded once; the encoder's output is kept (content-keyed, bounded) for every further question, and
-only what depends on the question runs again. Letters: T frames, K tokens a frame, N visual tokens, D width.
+only what depends on the question runs again. Letters: N visual tokens, D width of the language model.
 """
 
 import time
@@ -18,10 +19,11 @@ from torch import Tensor
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.cache import FeatureCache
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, Media, Request
+from stllm.conversation.requests import Answer, Media, Request, RequestError
+from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import stream_answer
 from stllm.conversation.templates import Turn
-from stllm.datasets.media import Clip, load_clip
+from stllm.datasets.media import Clip
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.vision import EvalTransform
@@ -29,19 +31,6 @@ from stllm.processors.vision import EvalTransform
 DEFAULT_CACHE_BYTES = 2 << 30
 MAX_KNOWN_FILES = 10_000
 SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the global-local module, 16 without
-
-
-@dataclass
-class _Seen:
-    """An encoded clip and how long it took. encoded: (1, T, 1+P, C) or (1, T, K, D)."""
-
-    encoded: Tensor
-    kind: str
-    times: list[float]
-    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "encode": 0.0})
-
-
-_Prepared = tuple[_Seen | None, Tensor | None]  # and its visual tokens (N, D); neither for text alone
 
 
 class Chat:
@@ -64,7 +53,7 @@ class Chat:
         self.decoding = decoding or Decoding.published(processor.template)
         usual = LONG_CLIP_FRAMES if model.config.video_input == "residual" else SHORT_CLIP_FRAMES
         self.num_frames = num_frames or usual
-        self.transform = EvalTransform(model.config.vision_config["image_size"])
+        self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self._lock = Lock()  # one generation at a time
@@ -89,105 +78,98 @@ class Chat:
         media = None if path is None else Media(path=str(path), **media_options)
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
 
-    @torch.inference_mode()
     def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
         """Answers a batch of requests in one generation; the same answers as one at a time."""
-        if not requests:
-            return []
-        prepared = [self._prepare(request) for request in requests]
-        start = time.perf_counter()
-        ids = self._generate(requests, prepared, decoding or self.decoding)
-        seconds = (time.perf_counter() - start) / len(requests)
-        texts = [self.processor.decode(row) for row in ids]
-        return [
-            _answer(request, seen, visual, text, seconds)
-            for request, (seen, visual), text in zip(requests, prepared, texts, strict=True)
-        ]
+        return self.complete([self.prepare(request) for request in requests], decoding)
 
     def stream(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
         """The answer's text, piece by piece. Closing the iterator ends the generation. Raises UserError."""
         decoding.check_streaming()
-        with torch.inference_mode():
-            prepared = self._prepare(request)
+        prepared = self.prepare(request)
 
         def generate(**more: Any) -> Tensor:
-            return self._generate([request], [prepared], decoding, **more)
+            return self._generate([prepared], decoding, **more)
 
         yield from stream_answer(generate, self.processor.tokenizer, self.processor.end_sym)
 
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def see(self, media: Media) -> _Seen:
-        """Reads and encodes a video, or finds it encoded."""
+    def see(self, media: Media) -> Seen:
+        """Reads and encodes a video, or finds it encoded. Raises MediaError."""
         if media.num_frames is None:
             media = replace(media, num_frames=self.num_frames)
         stamp = media.stamp()
         if (known := self._known.get(stamp)) is not None:
             digest, kind, times = known
             if (encoded := self.cache.get(digest)) is not None:
-                return _Seen(encoded, kind, times)
+                return Seen(encoded, kind, times)
         start = time.perf_counter()
-        clip = self._read(media)
-        read = time.perf_counter() - start
+        clip = self.read(media)
+        seconds = {"read": time.perf_counter() - start, "encode": 0.0}
         if (encoded := self.cache.get(clip.digest)) is None:
-            encoded = self.model.encode_video(clip.frames[None].to(self.model.device))
-            self.cache.put(clip.digest, encoded)
+            seen = self.encode(clip, read_seconds=seconds["read"])
+            self.cache.put(clip.digest, seen.encoded)
+            encoded, seconds = seen.encoded, dict(seen.seconds)
         self._known[stamp] = (clip.digest, clip.info.kind, clip.times)
         while len(self._known) > MAX_KNOWN_FILES:
             self._known.pop(next(iter(self._known)), None)
-        encode = time.perf_counter() - start - read
-        return _Seen(encoded, clip.info.kind, clip.times, {"read": read, "encode": encode})
-
-    def _read(self, media: Media) -> Clip:
-        return load_clip(
-            media.path,
-            num_frames=self.num_frames if media.num_frames is None else media.num_frames,
-            sampling=media.sampling,
-            bounds=media.bounds,
-            transform=self.transform,
-            reader=media.reader,
-            fps=media.fps,
-            view=media.view,
-        )
-
-    def _prepare(self, request: Request) -> _Prepared:
-        """The encoded clip and its visual tokens (N, D), which may depend on the question."""
-        request.check()
-        if request.media is None:
-            return None, None
-        seen = self.see(request.media)
-        start = time.perf_counter()
-        encoded = seen.encoded.to(self.model.device)
-        texts = self.processor.qformer_inputs([self.processor.template.text(request.turns[-1])])
-        texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
-        visual = self.model.video_input(self.model.frame_tokens(encoded, **texts))[0]  # (N, D)
-        if not bool(visual.isfinite().all()):
-            kind = str(visual.dtype).removeprefix("torch.")
-            hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
-            raise UserError(
-                f"{request.media.path}: the model's visual tokens are no numbers (NaN or infinite): its weights are "
-                f"damaged, get them again{hint}"
-            )
-        seen.seconds["encode"] += time.perf_counter() - start
-        return seen, visual
+        return Seen(encoded, clip.info.kind, clip.times, seconds)
 
     @torch.inference_mode()
-    def _generate(
-        self, requests: Sequence[Request], prepared: Sequence[_Prepared], decoding: Decoding, **more: Any
-    ) -> Tensor:
-        visual = [tokens for _, tokens in prepared]
-        kinds = [None if seen is None else "image" if seen.kind == "image" else "video" for seen, _ in prepared]
-        if len({tokens is None for tokens in visual}) > 1:
+    def encode(self, clip: Clip, *, read_seconds: float = 0.0) -> Seen:
+        """What the encoder makes of a clip that was read, here or in another process. Nothing is kept."""
+        start = time.perf_counter()
+        encoded = self.model.encode_video(clip.frames[None].to(self.model.device))
+        seconds = {"read": read_seconds, "encode": time.perf_counter() - start}
+        return Seen(encoded, clip.info.kind, clip.times, seconds)
+
+    @torch.inference_mode()
+    def prepare(self, request: Request, seen: Seen | None = None) -> Prepared:
+        """The prompt and the visual tokens, which may depend on the question. seen: the request's medium, encoded.
+
+        Raises RequestError for a question that cannot be answered, MediaError for an unreadable medium, UserError for
+        a model whose tokens are no numbers.
+        """
+        request.check()
+        if request.media is None:
+            ids = self._prompt_ids(request, None)
+            self._check_length(len(ids), 0)
+            return Prepared(request, ids)
+        seen = seen or self.see(request.media)
+        start = time.perf_counter()
+        ids = self._prompt_ids(request, "image" if seen.kind == "image" else "video")
+        texts = self.processor.qformer_inputs([self.processor.template.text(request.turns[-1])])
+        texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
+        encoded = seen.encoded.to(self.model.device)
+        visual = self.model.video_input(self.model.frame_tokens(encoded, **texts))[0]  # (N, D)
+        self._check_length(len(ids), len(visual))
+        _check_finite(visual, request.media.path)
+        seconds = {**seen.seconds, "encode": seen.seconds["encode"] + time.perf_counter() - start}
+        return Prepared(request, ids, visual, seen.times, seconds)
+
+    # ---- answering --------------------------------------------------------------------------------------------------
+
+    def complete(self, prepared: Sequence[Prepared], decoding: Decoding | None = None) -> list[Answer]:
+        """The answers of prepared requests, in one generation."""
+        if not prepared:
+            return []
+        start = time.perf_counter()
+        ids = self._generate(prepared, decoding or self.decoding)
+        seconds = (time.perf_counter() - start) / len(prepared)
+        texts = [self.processor.decode(row) for row in ids]
+        return [_answer(one, text, seconds) for one, text in zip(prepared, texts, strict=True)]
+
+    @torch.inference_mode()
+    def _generate(self, prepared: Sequence[Prepared], decoding: Decoding, **more: Any) -> Tensor:
+        visual = [one.visual for one in prepared if one.visual is not None]
+        if len(visual) not in (0, len(prepared)):
             raise UserError("a batch has questions with and without a video: ask them apart")
-        rows = [self._prompt_ids(request, kind) for request, kind in zip(requests, kinds, strict=True)]
-        for row, tokens in zip(rows, visual, strict=True):
-            self._check_length(len(row), 0 if tokens is None else len(tokens))
-        batch = {name: tensor.to(self.model.device) for name, tensor in self.processor.pad(rows, side="left").items()}
+        rows = self.processor.pad([one.ids for one in prepared], side="left")
+        batch = {name: tensor.to(self.model.device) for name, tensor in rows.items()}
         with self._lock:
             return self.model.generate(
                 **batch,
-                visual_tokens=None if visual[0] is None else list(visual),
+                visual_tokens=visual or None,
                 **decoding.arguments(**self.processor.stopping()),
                 tokenizer=self.processor.tokenizer,
                 **more,
@@ -202,7 +184,7 @@ class Chat:
         """Beyond its positions a language model gives noise, or none at all."""
         positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if positions is not None and num_text + num_visual > positions:
-            raise UserError(
+            raise RequestError(
                 f"the prompt has {num_text + num_visual} tokens ({num_visual} of the video), but the language model "
                 f"has {positions} positions: ask a shorter question, begin a new conversation, or use fewer frames "
                 "(--num-frames)"
@@ -261,13 +243,23 @@ def load_chat(
     return Chat(model=model, processor=processor, num_frames=num_frames, cache_bytes=cache_bytes)
 
 
-def _answer(request: Request, seen: _Seen | None, visual: Tensor | None, text: str, seconds: float) -> Answer:
-    spent = dict(seen.seconds) if seen else {"read": 0.0, "encode": 0.0}
+def _check_finite(visual: Tensor, path: str) -> None:
+    if not bool(visual.isfinite().all()):
+        kind = str(visual.dtype).removeprefix("torch.")
+        hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
+        raise UserError(
+            f"{path}: the model's visual tokens are no numbers (NaN or infinite): its weights are damaged, get them "
+            f"again{hint}"
+        )
+
+
+def _answer(prepared: Prepared, text: str, seconds: float) -> Answer:
+    request = prepared.request
     return Answer(
         text=text,
         question=request.turns[-1].question,
         video=request.media.path if request.media else None,
-        frame_times=seen.times if seen else [],
-        visual_tokens=0 if visual is None else len(visual),
-        seconds={**spent, "answer": seconds},
+        frame_times=prepared.times,
+        visual_tokens=0 if prepared.visual is None else len(prepared.visual),
+        seconds={**prepared.seconds, "answer": seconds},
     )

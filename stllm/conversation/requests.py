@@ -12,6 +12,10 @@ from stllm.datasets.sampling import Bounds
 from stllm.datasets.views import FORWARD, check_view
 
 
+class RequestError(UserError):
+    """A question that cannot be answered, whatever the model: empty, no text, or too long."""
+
+
 @dataclass(frozen=True)
 class Media:
     """A video, gif, frame folder or image on disk, and the part of it that is meant.
@@ -76,15 +80,15 @@ class Request:
     pieces: tuple[str, ...] | None = None
 
     def check(self) -> None:
-        """Raises UserError when the question is nothing, or no text."""
+        """Raises RequestError when the question is nothing, or no text."""
         assert self.pieces is None or self.pieces.count(VISUAL) == int(self.media is not None), self.pieces
         question = self.turns[-1].question
         if not question.strip():
-            raise UserError("the question is empty: ask something about the video")
+            raise RequestError("the question is empty: ask something about the video")
         try:
             question.encode()
         except UnicodeEncodeError:  # bytes of a command line or a pipe in another encoding
-            raise UserError(f"the question {question!r} is no valid text: write it in UTF-8") from None
+            raise RequestError(f"the question {question!r} is no valid text: write it in UTF-8") from None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from stllm.common.config import load_config, model_settings, model_types, save_c
 from stllm.common.errors import UserError
 from stllm.common.schema import ModelSettings, RunSettings
 
+SECTIONS = "model, datasets, run, evaluation"
 PUBLISHED = """
 model:
   arch: st_llm_hf
@@ -58,6 +59,7 @@ run:
   deepspeed: 'stllm/train/zero2.json'
 """
 TINY = "model: {model_type: tiny}\n"
+
 
 
 @pytest.fixture

@@ -60,7 +60,6 @@ def test_paths_are_relative_to_the_yaml_and_the_output_to_where_one_stands(tmp_p
         ("evaluation: {batch_size: 0}", "'evaluation.batch_size' must be at least 1, found 0"),
         ("evaluation: {tasks: state_change}", "'evaluation.tasks' must be a list, found 'state_change'"),
         ("evaluation: 3", "'evaluation' must be a mapping of keys, found 3"),
-        ("batch_size: 3", "did you mean 'evaluation.batch_size'?"),
     ],
 )
 def test_a_mistake_names_its_file(tmp_path: Path, line: str, message: str) -> None:
