@@ -61,7 +61,6 @@ run:
 TINY = "model: {model_type: tiny}\n"
 
 
-
 @pytest.fixture
 def write(tmp_path):
     def write(text: str, name: str = "my.yaml") -> Path:
