@@ -1,4 +1,4 @@
-"""The table of a benchmark that a judge decides (VcgBench, VideoQA): what was answered, what failed, what to do next."""
+"""The table of a benchmark that a judge decides (VcgBench, VideoQA): answered, failed, and what to do next."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,8 +47,7 @@ def _next_steps(path: Path, records: Sequence[Record]) -> str:
     tasks = set(by_task(records))
     axes = [axis for axis, task in TASKS.items() if task in tasks] or [QA]
     commands = [
-        f"stllm judge {axis} --pred-path {path}.jsonl --output-dir {path.parent / 'judged' / axis} --model MODEL"
-        for axis in axes
+        f"stllm judge {axis} --pred-path {path}.jsonl --output-dir {path}.judged --model MODEL" for axis in axes
     ]
     shown = "\n".join(commands)
     return f"## Next: a judge scores the predictions\n\n```\n{shown}\n```\n"

@@ -6,7 +6,8 @@ All are computed from the lines alone, so a run that was gone on with writes wha
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from stllm.evaluation.items import Benchmark, Record
 from stllm.evaluation.judged_report import judged_report
 from stllm.evaluation.mvbench_report import mvbench_bars, mvbench_report
 
-PACKAGES = ("torch", "transformers", "av", "decord", "pillow", "numpy")  # what computes, and what reads media
+# What computes, and what reads media: distributions and their modules.
+PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord")} | {"pillow": "PIL"}
 
 
 def write(
@@ -68,14 +70,9 @@ def counts(benchmark: Benchmark, records: Sequence[Record]) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of what computed the predictions. A reader that is not installed is left out."""
-    found = {"stllm": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # decord has no wheels for some machines
-            continue
-    return found
+    """Of what computed the predictions. A reader that is not installed (decord, on some machines) is left out."""
+    installed = {package: version(package) for package in PACKAGES if find_spec(PACKAGES[package])}
+    return {"stllm": __version__, "python": platform.python_version(), **installed}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
