@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.evaluation_section import EvaluationSettings
@@ -20,8 +19,6 @@ from stllm.datasets.doctor_sources import records_of
 from stllm.datasets.find_media import EXTENSIONS, MediaFinder
 from stllm.datasets.sampling import sample_indices
 from stllm.evaluation.items import Item
-
-T = TypeVar("T")
 
 
 def read_records(path: str | Path, form: str) -> Iterator[tuple[str, Fields]]:
@@ -77,7 +74,7 @@ class MediaFolders:
         folders: below the root, the first one first. bounded: whether the record's start and end count. stems: names
         without an extension that are tried before the name itself.
         """
-        places = [os.path.join(self.root, folder) if folder else self.root for folder in folders]
+        places = self._places(folders)
         found = self._finder.by_stem(stems, places) if stems else []
         exact = None if found else self._finder.by_path(medium.name, places)
         name, extension = os.path.splitext(medium.name)
@@ -89,30 +86,29 @@ class MediaFolders:
         start, end = (medium.bounds if bounded else None) or (None, None)
         return replace(self._frames, path=path, start=start, end=None if end == float("inf") else end, fps=medium.fps)
 
+    def missing(self, name: str, folders: Sequence[str] = ("",)) -> str:
+        """What to say of a medium that was not found."""
+        places = ", ".join(self._places(folders))
+        return f"{name}: there is no such file in {places}; fetch it, or name another folder with --video-dir"
 
-def check_any_found(items: Sequence[Item], media: MediaFolders, path: str | Path) -> None:
+    def _places(self, folders: Sequence[str]) -> list[str]:
+        return [os.path.join(self.root, folder) if folder else self.root for folder in folders]
+
+
+def check_any_found(items: Sequence[Item], path: str | Path) -> None:
     """Raises UserError when not one item has its medium: the folder is most likely another one."""
     if not any(item.media for item in items):
-        first = items[0].error if items else "there is no item"
-        raise UserError(
-            f"none of the {len(items)} items of {path} can be asked with the media in {media.root} ({first}): name "
-            "the folder that holds them with --video-dir"
-        )
+        raise UserError(f"{path}: none of its {len(items)} items can be asked, the first one because: {items[0].error}")
 
 
 def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str]:
     """The tasks that the settings name, in the benchmark's order, whatever their case, spaces or hyphens; all of them
-    when none is named. known: in snake_case. Raises UserError for an unknown one."""
-    wanted = {_snake_case(name): name for name in settings.tasks}
-    for name, written in wanted.items():
-        if name not in known:
-            raise UserError(unknown_name("task", written, known))
-    return [name for name in known if not wanted or name in wanted]
-
-
-def limited(records: Sequence[T], settings: EvaluationSettings) -> Sequence[T]:
-    """The first so many of a task's."""
-    return records[: settings.limit]
+    when none is named. Raises UserError for an unknown one."""
+    wanted, there = {_snake_case(name) for name in settings.tasks}, {_snake_case(name) for name in known}
+    for name in settings.tasks:
+        if _snake_case(name) not in there:
+            raise UserError(unknown_name("task", name, known))
+    return [name for name in known if not wanted or _snake_case(name) in wanted]
 
 
 def system_of(settings: EvaluationSettings) -> str | None:
