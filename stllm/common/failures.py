@@ -11,6 +11,7 @@ from stllm.common.errors import UserError
 
 _GPU_WORDS = ("CUDA", "CUBLAS", "HIP", "MPS")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed", ". unexpected pos ")  # safetensors, torch
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 _IN_A_WORKER = "in DataLoader worker process"
@@ -53,7 +54,7 @@ def sentence(error: Exception) -> str:
         )
     name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
     code = error.errno if isinstance(error, OSError) else None
-    if code in _FULL or "No space left on device" in text:  # torch and safetensors say it so
+    if code in _FULL or any(words in text for words in _FULL_WORDS):
         return f"no space left on the disk{name}: free some, or write to another folder, then run again"
     if code in _FORBIDDEN:
         return f"no permission{name}: give this user access, or name another path"

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from stllm.common.device import DTYPE_ALIASES
+from stllm.common.device import DTYPE_ALIASES, resolve_device
 from stllm.common.errors import UserError
 from stllm.common.schema import RunSettings
 
@@ -39,8 +39,8 @@ def training_arguments(
     values |= _precision(dtype)
     if seed is not None:
         values["seed"] = seed
-    if device == "cpu":
-        values["use_cpu"] = True
+    if device in ("auto", "cpu") and resolve_device(device).type == "cpu":
+        values["use_cpu"] = True  # said where there is nothing else, too: FSDP and bf16 on CPUs ask for it
     elif device.startswith("cuda:"):  # before CUDA is initialised; under torchrun each process has its own
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", device.removeprefix("cuda:"))
     values.setdefault("report_to", "none")

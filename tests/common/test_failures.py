@@ -21,6 +21,7 @@ from stllm.common.failures import sentence
         ),
         (ModuleNotFoundError("No module named 'stllm.x'", name="stllm.x"), "unexpected ModuleNotFoundError"),
         (OSError(errno.ENOSPC, "No space", "a.bin"), "no space left on the disk (a.bin): free some"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 568"), "no space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the disk: free"),
         (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), "no permission (/locked/x): give"),
         (FileExistsError(errno.EEXIST, "File exists", "a"), "a file stands where a folder is needed (a): name another"),

@@ -24,6 +24,13 @@ def test_arguments_leave_out_our_own_keys_and_keep_the_rest() -> None:
     assert args.report_to == []
 
 
+def test_fsdp_and_bf16_need_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    args = training_arguments({"output_dir": "out", "bf16": True})
+    assert args.use_cpu and args.bf16
+
+
 @pytest.mark.parametrize(
     ("run", "words"),
     [
