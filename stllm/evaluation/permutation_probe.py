@@ -1,7 +1,7 @@
 """The option permutations: each item asked once for each rotation of its options.
 
-Every option stands at every letter once, so a model that reads the options chooses the same text each time, and one that
-favours a letter shows it: its letters are uneven while those of the answers are even.
+Every option stands at every letter once, so a model that reads the options chooses the same text each time, and one
+that favours a letter shows it: its letters are uneven while those of the answers are even.
 """
 
 from collections import Counter
@@ -76,9 +76,9 @@ def permutation_report(name: str, scores: Mapping[str, Any]) -> str:
             table(("items", "%"), over),
             "## Letters\n",
             table(("letter", "predictions %", "answers %", "even share %"), shares),
-            f"Chi-square of the letters against even shares: {letters['chi-square']:.1f} with {letters['degrees']} degrees "
-            f"of freedom, p = {letters['p']:.2g}. Rotations of one item are no independent draws; a model that chooses by "
-            "content has exactly even letters, so the test errs towards calling letters even.\n",
+            f"Chi-square of the letters against even shares: {letters['chi-square']:.1f} with {letters['degrees']} "
+            f"degrees of freedom, p = {letters['p']:.2g}. Rotations of one item are no independent draws, so each of "
+            "the items counts as one draw, whose letter is spread over its lines.\n",
         ]
     )
 
@@ -145,10 +145,9 @@ def _letters(asked: Sequence[Asked]) -> dict[str, Any]:
     names = ascii_uppercase[: max(due, default=0)]
     even = [sum(count / size for size, count in due.items() if place < size) for place in range(len(names))]
     named = sum(due.values())
-    value, degrees = (
-        chi_square([chosen[letter] for letter in names], even),
-        max(0, sum(count > 0 for count in even) - 1),
-    )
+    num_items = len({item.id for item, line in asked if _chosen(item, line) is not None})
+    value = chi_square([chosen[letter] for letter in names], even) * (num_items / named if named else 0.0)
+    degrees = max(0, sum(count > 0 for count in even) - 1)
     return {
         "chosen": {letter: share(chosen[letter], len(asked)) for letter in (*names, NO_LETTER)},
         "gold": {letter: share(gold[letter], len(asked)) for letter in names},
@@ -164,12 +163,10 @@ def _verdict(letters: Mapping[str, Any]) -> str:
     named = letters["named"]
     if not named:
         return "Nothing can be said about letters: no prediction names an option."
-    lines = sum(share for share in letters["chosen"].values())
-    of_named = {
-        letter: 100 * share / (lines - letters["chosen"][NO_LETTER]) for letter, share in letters["chosen"].items()
-    }
-    favoured = max(letters["even"], key=lambda letter: of_named[letter] - letters["even"][letter])
-    shares = f"{of_named[favoured]:.1f}% of the {named} predictions that name an option, {letters['even'][favoured]:.1f}% if even"
+    even, part = letters["even"], 100 - letters["chosen"][NO_LETTER]  # percent of the predictions that name an option
+    of_named = {letter: 100 * letters["chosen"][letter] / part for letter in even}
+    favoured = max(even, key=lambda letter: of_named[letter] - even[letter])
+    shares = f"{of_named[favoured]:.1f}% of the {named} predictions that name one, {even[favoured]:.1f}% if even"
     if letters["p"] < LEVEL:
         return f"The model favours {favoured}: {shares} (p = {letters['p']:.2g})."
     return f"No sign that the model favours a letter; the most frequent beyond its share is {favoured}: {shares}."

@@ -164,11 +164,10 @@ def _comparisons(scores: Mapping[str, Any]) -> str:
     for group, views in scores["against forward"].items():
         for view, found in views.items():
             if found["items"]:
-                points, low, high = found["difference"], *found["interval"]
-                rows.append(
-                    (group, view, found["items"], found["lost"], found["gained"], percent(found["answers changed"]))
-                    + (f"{points:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{found['p']:.2g}")
-                )
+                low, high = found["interval"]
+                figures = (f"{found['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{found['p']:.2g}")
+                counts = (found["items"], found["lost"], found["gained"], percent(found["answers changed"]))
+                rows.append((group, view, *counts, *figures))
     header = ("tasks", "view", "items", "lost", "gained", "answers changed %", "points", "95% interval", "p")
     return table(header, rows, texts=2) if rows else f"{MISSING}\n"
 
