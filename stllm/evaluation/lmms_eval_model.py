@@ -1,0 +1,248 @@
+"""ST-LLM as a model of lmms-eval (0.7): with both packages installed, its runs know the model by the name `st_llm`.
+
+    lmms-eval --model st_llm --model_args pretrained=DIR,num_frames=16 --tasks mvbench --batch_size 8
+
+lmms-eval finds it by the entry point that pyproject.toml names; nothing of lmms-eval needs to be changed. Several GPUs:
+torchrun or accelerate launch, as lmms-eval documents it; each process takes its own. This module is imported in every
+run of lmms-eval, so that everything heavy is imported where the model is loaded.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+from stllm.common.errors import UserError, unknown_name
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import Media, Request
+from stllm.conversation.templates import Turn
+
+logger = logging.getLogger(__name__)
+
+NAME = "st_llm"
+ARGUMENTS = ("pretrained", "cfg_path", "device", "dtype", "batch_size", "num_frames", "sampling", "reader", "system")
+KNOWN_SETTINGS = frozenset(
+    ("until", "max_new_tokens", "num_beams", "temperature", "do_sample", "top_p", "repetition_penalty")
+)
+
+
+def manifest() -> ModelManifest:
+    """What lmms-eval's registry wants to know."""
+    return ModelManifest(model_id=NAME, chat_class_path=f"{__name__}.STLLMForHarness")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A task's generation settings: how the answer is generated, and at which texts it is cut."""
+
+    decoding: Decoding
+    until: tuple[str, ...]
+
+
+class STLLMForHarness(lmms):
+    """What lmms-eval calls. The arguments are those of --model_args, as text or as numbers.
+
+    pretrained: weights of any layout that `stllm chat` reads. cfg_path: the model's YAML, default: what the checkpoint
+        says. device, dtype: as everywhere in stllm. batch_size: questions answered at once.
+    num_frames: taken from each video; default: 64 for global-local models, 16 for others. sampling: which; a rule of
+        datasets/sampling.py. reader: auto, pyav or decord.
+    system: "template" for the model family's own system sentence, "none", or a file with another; a task's own wins.
+    Raises UserError for what cannot be loaded.
+    """
+
+    is_simple = False  # its tasks come as messages
+
+    def __init__(
+        self,
+        pretrained: str,
+        cfg_path: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        num_frames: int | str | None = None,
+        sampling: str = "uniform",
+        reader: str = "auto",
+        system: str = "template",
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        unknown.pop("max_batch_size", None)  # of lmms-eval's search for a batch size
+        if unknown:
+            raise UserError(unknown_name("model argument", min(unknown), ARGUMENTS))
+        from stllm.conversation.chat import load_chat
+
+        frames = None if num_frames is None else _number("num_frames", num_frames)
+        self.batch_size = _number("batch_size", batch_size)
+        self.chat = load_chat(pretrained, cfg_path=cfg_path, device=device, dtype=dtype, num_frames=frames)
+        self.sampling, self.reader = sampling, reader
+        known: dict[str, str | None] = {"template": self.chat.processor.template.system, "none": ""}
+        self.system = known[system] if system in known else self._resolve_system_prompt(system)
+
+    @property
+    def device(self) -> Any:
+        """On which torch device the model is."""
+        return self.chat.model.device
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers, in the order of the requests.
+
+        requests: instances with (context, doc_to_messages, generation settings, document's number, task, split).
+        Raises UserError at the first medium that cannot be read: lmms-eval knows no unanswered questions, and an empty
+        answer would be scored as if it were the model's. Check the data with `stllm doctor`.
+        """
+        groups: dict[Settings, list[int]] = {}
+        for position, request in enumerate(requests):
+            settings = settings_of(request.args[2], self.chat.decoding)
+            groups.setdefault(settings, []).append(position)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc=NAME, disable=self.rank != 0) as bar:
+            for settings, positions in groups.items():
+                for batch in _batches(positions, self.batch_size):
+                    answers = self._answer([requests[position].args for position in batch], settings)
+                    for position, text in zip(batch, answers, strict=True):
+                        texts[position] = text
+                    bar.update(len(batch))
+        return texts
+
+    def _answer(self, arguments: Sequence[tuple[Any, ...]], settings: Settings) -> list[str]:
+        """The answers to some requests, those with and those without a medium apart."""
+        texts = [""] * len(arguments)
+        with TemporaryDirectory(prefix="stllm_lmms_eval_") as folder:
+            asked = []
+            for number, (_, doc_to_messages, _, doc_id, task, split) in enumerate(arguments):
+                messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
+                asked.append(self._request(messages, Path(folder) / str(number)))
+            for with_media in (True, False):
+                positions = [place for place, one in enumerate(asked) if (one.media is not None) == with_media]
+                answers = self.chat.answer([asked[place] for place in positions], settings.decoding)
+                for place, answer in zip(positions, answers, strict=True):
+                    texts[place] = cut(answer.text, settings.until)
+        return texts
+
+    def _request(self, messages: Sequence[Any], folder: Path) -> Request:
+        """A task's messages as a conversation about one medium. folder: for pictures that are no files."""
+        turns: list[Turn] = []
+        system = self.system
+        visuals = []
+        for message in messages:
+            text = "\n".join(part.text for part in message.content if part.type == "text")
+            visuals += [part for part in message.content if part.type != "text"]
+            if message.role == "system":
+                system = text
+            elif message.role == "user":
+                turns.append(Turn(text))
+            elif turns:
+                turns[-1] = replace(turns[-1], answer=text)
+        if not turns or turns[-1].answer is not None:
+            raise UserError("a task's messages end with no question; expected the user's to be the last")
+        return Request(tuple(turns), self._medium(visuals, folder), system)
+
+    def _medium(self, visuals: Sequence[Any], folder: Path) -> Media | None:
+        """One video, one image, or several pictures, which are taken for the frames of one video."""
+        kinds = [visual.type for visual in visuals]
+        if not visuals:
+            return None
+        if kinds == ["video"]:
+            return replace(_video(visuals[0]), sampling=self.sampling, reader=self.reader)
+        if set(kinds) != {"image"}:
+            raise UserError(f"a task shows {', '.join(kinds)} at once; {NAME} sees one video, or pictures of one")
+        pictures = [visual.url for visual in visuals]
+        if len(pictures) == 1 and isinstance(pictures[0], str):
+            return Media(pictures[0], sampling=self.sampling, reader=self.reader)
+        folder.mkdir()
+        files = list(_written(pictures, folder))
+        return Media(str(files[0] if len(files) == 1 else folder), sampling=self.sampling)
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not offered: a clear refusal."""
+        raise UserError(
+            f"{NAME} answers in words; tasks of log-likelihoods (output_type loglikelihood or multiple_choice) are not "
+            "for it: choose a task of generate_until"
+        )
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered: a clear refusal."""
+        raise UserError(f"{NAME} answers once; tasks of output_type generate_until_multi_round are not for it")
+
+    def clean(self) -> None:
+        """Frees the model's memory, for a judge on the same machine."""
+        self.__dict__.pop("chat", None)
+        super().clean()
+
+
+def settings_of(given: Mapping[str, Any], usual: Decoding) -> Settings:
+    """A task's generation settings. What it does not name: one beam, no sampling; the length and the repetition penalty
+    of the model family's published settings (`usual`). A setting that is not known is noted and changes nothing.
+    """
+    unknown = sorted(name for name, value in given.items() if name not in KNOWN_SETTINGS and value is not None)
+    if unknown:
+        logger.warning("generation_kwargs of no meaning to %s are left out: %s", NAME, ", ".join(unknown))
+    wanted = {name: value for name, value in given.items() if value is not None}
+    temperature = float(wanted.get("temperature", 1.0 if wanted.get("do_sample") else 0.0))
+    decoding = replace(
+        usual,
+        num_beams=int(wanted.get("num_beams", 1)),
+        max_new_tokens=int(wanted.get("max_new_tokens", usual.max_new_tokens)),
+        temperature=temperature if wanted.get("do_sample", True) else 0.0,
+        top_p=float(wanted.get("top_p") or 1.0),
+        repetition_penalty=float(wanted.get("repetition_penalty", usual.repetition_penalty)),
+    )
+    until = wanted.get("until", ())
+    return Settings(decoding, (until,) if isinstance(until, str) else tuple(until))
+
+
+def cut(text: str, until: Iterable[str]) -> str:
+    """The text before the first of these, which are not part of an answer."""
+    for end in until:
+        if end:
+            text = text.split(end, 1)[0]
+    return text
+
+
+def _video(visual: Any) -> Media:
+    """A message's video and the part of it that is meant, in either of the harness' spellings."""
+    if isinstance(visual.url, str):
+        return Media(visual.url, start=visual.start_time, end=visual.end_time)
+    if isinstance(visual.url, Mapping):
+        path = next((visual.url[key] for key in ("url", "path", "video") if key in visual.url), None)
+        if isinstance(path, str):
+            return Media(path, start=visual.url.get("video_start"), end=visual.url.get("video_end"))
+    raise UserError(
+        f"a task's video is a {type(visual.url).__name__}; expected the path of a file or of a frame folder"
+    )
+
+
+def _written(pictures: Sequence[Any], folder: Path) -> Iterator[Path]:
+    """The pictures as a folder of numbered frames."""
+    from PIL import Image
+
+    for number, picture in enumerate(pictures, start=1):
+        file = folder / f"{number:05d}.png"
+        if isinstance(picture, str):
+            with Image.open(picture) as opened:
+                opened.convert("RGB").save(file)
+        else:
+            picture.convert("RGB").save(file)
+        yield file
+
+
+def _batches(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(positions), size):
+        yield positions[first : first + size]
+
+
+def _number(name: str, value: int | str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"--model_args: {name} is {value!r}; expected a whole number, at least 1")
+    return number
