@@ -37,7 +37,7 @@ def write(
     settings: of the run. digests: of config, prompts and checkpoint. seconds: that the run took.
     A benchmark that a judge decides has no scores yet and no chart: `stllm judge` gives them.
     """
-    lines = _in_order(benchmark, records)
+    lines = in_order(benchmark, records)
     content = {
         "benchmark": benchmark.name,
         "scores": benchmark.scores(lines),
@@ -80,7 +80,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _in_order(benchmark: Benchmark, records: Sequence[Record]) -> list[Record]:
+def in_order(benchmark: Benchmark, records: Sequence[Record]) -> list[Record]:
     """The lines in the items' order."""
     lines = {line["id"]: line for line in records}
     assert len(lines) == len(records) == len(benchmark.items), (len(lines), len(records), len(benchmark.items))

@@ -80,7 +80,7 @@ def verdict(runs: Runs) -> str:
     return " ".join([order, f"On {found[REVERSED].items} items of {where}, {figures}.", *more])
 
 
-def probe_report(name: str, runs: Runs, scores: Mapping[str, Any]) -> str:
+def probe_report(name: str, scores: Mapping[str, Any]) -> str:
     """The Markdown text. scores: of `probe_scores`."""
     header = ("strict %", *VIEWS)
     rows = [(group, *[percent(figures[view]) for view in VIEWS]) for group, figures in scores["accuracy"].items()]
