@@ -1,6 +1,12 @@
 """The commands of `stllm` by name: their options and where they live. Standard library only: --help is quick."""
 
-from stllm.commands import chat, checkpoints, data, training
+from stllm.commands import chat, checkpoints, data, judging, training
 from stllm.commands.command import Command
 
-COMMANDS: dict[str, Command] = {**chat.COMMANDS, **training.COMMANDS, **checkpoints.COMMANDS, **data.COMMANDS}
+COMMANDS: dict[str, Command] = {
+    **chat.COMMANDS,
+    **training.COMMANDS,
+    **checkpoints.COMMANDS,
+    **data.COMMANDS,
+    **judging.COMMANDS,
+}

@@ -1,0 +1,116 @@
+"""A judge's endpoint for tests: an HTTP server in a thread whose replies a test chooses, misbehaving in many ways."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+MODEL = "fake-judge-2026-01-01"  # the exact id that it returns
+_QUOTED = re.compile(r'^(?P<name>[A-Z][^:\n]*): (?P<text>".*")$', re.MULTILINE)
+
+
+@dataclass
+class Answer:
+    """What goes over the wire. delay: seconds before it; drip: seconds between its bytes."""
+
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    content_type: str = "application/json"
+    delay: float = 0.0
+    drip: float = 0.0
+
+
+@dataclass
+class FakeJudge:
+    """The server's address, and the requests that it got, in order. behave: (request, its number) -> Answer."""
+
+    behave: Callable[[dict[str, Any], int], Answer]
+    url: str = ""
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def user_texts(self) -> list[str]:
+        """The user's message of each request."""
+        return [request["messages"][-1]["content"] for request in self.requests]
+
+
+def says(text: Any, model: str | None = MODEL, **message: Any) -> Answer:
+    """A chat completion."""
+    finish = message.pop("finish_reason", "stop")
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
+    return Answer(json.dumps(body).encode())
+
+
+def fails(status: int, message: str = "broken", headers: dict[str, str] | None = None, **error: Any) -> Answer:
+    """An error as OpenAI words it."""
+    return Answer(json.dumps({"error": {"message": message, **error}}).encode(), status, headers or {})
+
+
+def texts_of(request: dict[str, Any]) -> dict[str, str]:
+    """The texts of an item in a request made by our own instructions, by the words before them."""
+    user = request["messages"][-1]["content"]
+    return {match["name"]: json.loads(match["text"]) for match in _QUOTED.finditer(user)}
+
+
+def fair(request: dict[str, Any], number: int = 0) -> Answer:
+    """An honest judge: 5 for the correct answer's own words, 1 for others, 0 for none; fooled by no demand."""
+    texts = texts_of(request)
+    predictions = [text for name, text in texts.items() if name.startswith("Predicted")]
+    same = all(text == texts["Correct answer"] for text in predictions)
+    score = 5 if same else 1 if all(predictions) else 0
+    return says(str({"pred": "yes" if same else "no", "score": score}))
+
+
+@contextmanager
+def judge_server(behave: Callable[[dict[str, Any], int], Answer] = fair) -> Iterator[FakeJudge]:
+    """Serves until the block ends; `url` is the base URL."""
+    judge = FakeJudge(behave)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with judge.lock:
+                judge.requests.append(request)
+                judge.keys.append(self.headers.get("Authorization"))
+                number = len(judge.requests)
+            answer = judge.behave(request, number)
+            time.sleep(answer.delay)
+            with suppress(OSError):  # the client has given up
+                self._send(answer)
+
+        def _send(self, answer: Answer) -> None:
+            self.send_response(answer.status)
+            headers = {"Content-Type": answer.content_type, "Content-Length": str(len(answer.body)), **answer.headers}
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if not answer.drip:
+                self.wfile.write(answer.body)
+                return
+            for byte in answer.body:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(answer.drip)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Silence."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.block_on_close = False
+    judge.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield judge
+    finally:
+        server.shutdown()
+        server.server_close()
