@@ -12,8 +12,8 @@ from stllm.evaluation.tallies import RULES, Tally, by_cause, by_task, tally
 SHOWN_IDS = 5  # of the items with one cause
 MATCHER = (
     "The official rule compares the first word of the prediction with that of the answer and counts it as right when "
-    "one is a part of the other, so an empty prediction is right everywhere and a bare letter may be, too. The strict "
-    "rule wants the letter of the option, or the option's text exactly; anything else is wrong."
+    "one is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule "
+    "wants the letter of the option, or the option's text exactly; anything else is wrong."
 )
 
 
