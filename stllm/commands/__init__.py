@@ -1,6 +1,6 @@
 """The commands of `stllm` by name: their options and where they live. Standard library only: --help is quick."""
 
-from stllm.commands import chat, checkpoints, data, judging, training
+from stllm.commands import benchmarking, chat, checkpoints, data, judging, training
 from stllm.commands.command import Command
 
 COMMANDS: dict[str, Command] = {
@@ -8,5 +8,6 @@ COMMANDS: dict[str, Command] = {
     **training.COMMANDS,
     **checkpoints.COMMANDS,
     **data.COMMANDS,
+    **benchmarking.COMMANDS,
     **judging.COMMANDS,
 }

@@ -13,6 +13,14 @@ def path(text: str) -> str:
     return text
 
 
+def names(text: str) -> list[str]:
+    """Names between commas, at least one."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected names between commas")
+    return found
+
+
 def whole(low: int) -> Callable[[str], int]:
     """A whole number of at least `low`, and not too large for a seed or a size."""
 

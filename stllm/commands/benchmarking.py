@@ -1,0 +1,48 @@
+"""`stllm evaluate` on the command line."""
+
+from stllm.commands.command import Command, Parser, add_config
+from stllm.common.arguments import names, path, whole
+
+BENCHMARKS = ("mvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif")
+
+
+def _evaluate_options(parser: Parser) -> None:
+    parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCH", help=", ".join(BENCHMARKS))
+    parser.add_argument(
+        "--ckpt-path",
+        type=path,
+        metavar="DIR",
+        help="weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path)",
+    )
+    add_config(parser, "what the checkpoint says")
+    files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
+    files.add_argument(
+        "--anno-path", "--gt-file", type=path, metavar="PATH", help="the ground truth: a file, or MVBench's folder"
+    )
+    files.add_argument(
+        "--answers-path", type=path, metavar="FILE", help="the answers, when they have a file of their own"
+    )
+    files.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of the videos")
+    files.add_argument("--output-dir", type=path, metavar="DIR", help="where to write (default: output/eval)")
+    files.add_argument("--output-name", type=path, metavar="NAME", help="of the files there (default: BENCH)")
+    asked = parser.add_argument_group("what is asked, and how (default: as published)")
+    asked.add_argument("--tasks", type=names, metavar="A,B", help="these tasks or parts alone")
+    asked.add_argument("--limit", type=whole(1), metavar="N", help="the first N items of each task")
+    asked.add_argument("--num-frames", type=whole(0), metavar="N", help="frames of a video; 0: MVBench's one a second")
+    asked.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy")
+    asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer")
+    speed = parser.add_argument_group("speed (no answer depends on it)")
+    speed.add_argument("--batch-size", type=whole(1), metavar="N", help="questions answered at once (default: 8)")
+    speed.add_argument(
+        "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
+    )
+
+
+COMMANDS = {
+    "evaluate": Command(
+        help="asks a benchmark's questions, alone or under torchrun; the same command goes on where it stopped",
+        target="stllm.evaluation.evaluate:run",
+        add_options=_evaluate_options,
+        example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
+    ),
+}

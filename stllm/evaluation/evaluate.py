@@ -1,0 +1,112 @@
+"""`stllm evaluate`: a benchmark's questions to a checkpoint, and what its answers come to.
+
+settings -> benchmark (items) -> runs (lines, one an item) -> official files, figures, table, chart
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stllm.common.config import load_evaluation
+from stllm.common.device import out_of_memory
+from stllm.common.distributed import is_main
+from stllm.common.errors import UserError
+from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import write_text
+from stllm.common.registry import benchmarks
+from stllm.evaluation import results
+from stllm.evaluation.items import Benchmark
+from stllm.evaluation.record_files import telling_full_disk
+from stllm.evaluation.runs import Outcome, Runs
+from stllm.models.checkpoints.loading import open_model
+from stllm.models.factory import explicit_settings
+from stllm.runners.processes import process_group
+
+# options of the command that are settings of the section
+OPTIONS = (
+    *("anno_path", "answers_path", "video_dir", "output_dir", "output_name", "tasks", "limit", "num_frames"),
+    *("num_beams", "max_new_tokens", "batch_size", "num_workers"),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Exit code 0 when there are answers, 130 when Ctrl-C ended it. Raises UserError."""
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    settings = load_evaluation(args.benchmark, args.cfg_path, args.options, given)
+    checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
+    if checkpoint is None:
+        raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
+    benchmark = benchmarks.get(args.benchmark)(settings)
+    try:
+        with process_group():
+            opened = open_model(checkpoint, args.cfg_path, options=args.options)
+            return evaluate(Runs(opened, settings, device=args.device, dtype=args.dtype), benchmark)
+    except KeyboardInterrupt:
+        if is_main():
+            print("interrupted: what was answered is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not out_of_memory(error) or isinstance(error, UserError):
+            raise
+        raise UserError(_too_large(settings)) from error
+
+
+def evaluate(runs: Runs, benchmark: Benchmark) -> int:
+    """Asks, writes every file, says on stdout what came out. A collective call; returns the exit code."""
+    name = runs.settings.output_name or benchmark.name
+    started = time.perf_counter()
+    outcome = runs.run(benchmark, name)
+    if outcome is None:
+        return 0
+    with telling_full_disk(runs.folder):
+        content = write_outcome(runs.folder, name, benchmark, outcome)
+    print(summary(runs.folder / name, benchmark, content, time.perf_counter() - started))
+    if content["counts"]["answered"]:
+        return 0
+    first = next((record["error"] for record in outcome.records), "there is no item")
+    print(f"error: not one item could be answered; the first one: {first}", file=sys.stderr)
+    return 1
+
+
+def write_outcome(folder: Path, name: str, benchmark: Benchmark, outcome: Outcome) -> dict[str, Any]:
+    """The official script's files, the results file, the table and the chart; returns what the results file holds."""
+    for part, content in benchmark.official(outcome.records).items():
+        path = folder / f"{name}.{part}.json" if part else folder / f"{name}.json"
+        write_text(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    return results.write(
+        folder,
+        name,
+        benchmark,
+        outcome.records,
+        settings=outcome.settings,
+        digests=outcome.digests,
+        seconds=outcome.seconds,
+    )
+
+
+def summary(path: Path, benchmark: Benchmark, content: Mapping[str, Any], seconds: float) -> str:
+    """What a person wants to know at the end. path: of the files, without an ending."""
+    counts, lines = content["counts"], []
+    for rule, scores in content["scores"].items():
+        if isinstance(scores, Mapping):
+            figures = {"of all items": scores["average"], "of those answered": scores["average_answered"]}
+            said = ", ".join(f"{value:.1f} % {of}" for of, value in figures.items() if value is not None)
+            lines.append(f"{benchmark.name}, {rule}: {said}")
+    lines.append(
+        f"{counts['answered']} answered, {counts['failed']} failed, {counts['excluded']} excluded, of "
+        f"{counts['total']}; {seconds:.0f} s"
+    )
+    lines += [f"excluded: {task}: {reason}" for task, reason in benchmark.excluded.items()]
+    lines.append(f"files: {path}.{{jsonl,json,results.json,md}}")
+    return "\n".join(lines)
+
+
+def _too_large(settings: EvaluationSettings) -> str:
+    return (
+        f"not enough memory for {settings.batch_size} questions at once: lower --batch-size, --num-beams or "
+        "--num-frames, or take --dtype bfloat16; what was answered is kept, and the same command goes on"
+    )

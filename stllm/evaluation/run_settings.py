@@ -1,0 +1,103 @@
+"""The settings that made an evaluation's lines, kept beside them, so that a rerun goes on or refuses to mix."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from stllm.common.errors import UserError
+from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import write_text
+from stllm.conversation.decoding import Decoding
+from stllm.models.checkpoints.loading import Opened
+from stllm.processors.prompts import PromptProcessor
+
+# what may differ when a run is gone on with: no answer depends on it (which items are asked is looked at line by line)
+FREE = re.compile(
+    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers)"
+    r"|decoding\..*"  # as `evaluation` has it, with the model's own in place of what is unset
+)
+
+
+def run_settings(
+    benchmark: str,
+    settings: EvaluationSettings,
+    decoding: Decoding,
+    opened: Opened,
+    processor: PromptProcessor,
+    *,
+    checkpoint: str,
+    dtype: str,
+    variant: str = "",
+) -> dict[str, Any]:
+    """All that answers depend on, as plain values. checkpoint: its digest. variant: of the items, "" for none."""
+    config = opened.config
+    return {
+        "benchmark": benchmark,
+        **({"variant": variant} if variant else {}),
+        "evaluation": asdict(settings),
+        "decoding": asdict(decoding),
+        "model": {
+            "checkpoint": checkpoint,
+            "dtype": dtype,
+            "quantization": "8bit" if opened.settings.get("low_resource") else None,
+            "video_input": config.video_input,
+            "residual_size": config.residual_size,
+            "image_size": config.vision_config["image_size"],
+            "template": processor.template.name,
+            "system": processor.system,
+            "max_txt_len": processor.max_txt_len,
+            "end_sym": processor.end_sym,
+        },
+    }
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that answers depend on, by dotted key."""
+    return {key: value for key, value in _flat(settings).items() if not FREE.fullmatch(key)}
+
+
+def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
+    """Raises UserError, naming the first setting that differs, unless `records` were made with these settings.
+
+    path: the file that keeps the settings of those lines.
+    """
+    another = "name another --output-name to begin anew"
+    if not path.is_file():
+        raise UserError(f"{records} holds lines, but not beside it {path.name}, which says what made them: {another}")
+    old, new = decisive(_load(path)), decisive(settings)
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if len(changed) > 1 else ""
+        raise UserError(
+            f"{records} was made with another setting: {key} was {old.get(key)!r} and is now {new.get(key)!r}{more}; "
+            f"set it back to go on, or {another}"
+        )
+
+
+def save_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the file, whole or not at all."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(settings))))
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of yaml, OmegaConf and the file system
+        raise UserError(f"{path} cannot be read ({error}): name another --output-name to begin anew") from error
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(values, Mapping):
+        return {prefix: values}
+    return {
+        dotted: value
+        for key, entry in values.items()
+        for dotted, value in _flat(entry, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
