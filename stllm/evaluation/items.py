@@ -42,10 +42,17 @@ class Benchmark(Protocol):
         but `num_excluded` counts them.
     """
 
-    name: str
-    items: Sequence[Item]
-    excluded: Mapping[str, str]
-    num_excluded: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def items(self) -> Sequence[Item]: ...
+
+    @property
+    def excluded(self) -> Mapping[str, str]: ...
+
+    @property
+    def num_excluded(self) -> int: ...
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
         """What the model is asked, one request a question; prompts as published for this family of weights."""

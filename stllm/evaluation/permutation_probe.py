@@ -25,7 +25,7 @@ Asked = tuple[Item, Record]  # an item, its options as they stood, and its answe
 def permutation_scores(variants: Sequence[Benchmark], runs: Sequence[Sequence[Record]]) -> dict[str, Any]:
     """Accuracy by rotation, consistency over them, letters chosen beside letters of the answers, and the verdict.
 
-    variants: the benchmark rotated by 0, 1, ... places; runs: their lines.
+    variants: the benchmark, and rotated by 1, 2, ... places; runs: their lines.
     """
     groups = _by_item(variants, runs)
     complete = [asked for asked in groups.values() if asked and len(asked) == len(asked[0][0].candidates)]

@@ -1,64 +1,61 @@
-"""`--probe` and `--permute`: a benchmark asked several times, each time with lines of its own, and what that shows.
+"""`--probe` and `--permute`: a benchmark of multiple choice asked in other ways, too, and what that shows.
 
-Writes `<name>.probe.*` and `<name>.permute.*`: figures (json), tables (md) and a chart (png), each whole or not at all.
+Each way has lines of its own and is gone on with like the benchmark itself, whose own lines serve as the forward view
+and as the options in their first order. Writes `<name>.probe.*` and `<name>.permute.*`: figures (json), tables (md), a
+chart (png).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stllm.common.errors import UserError
 from stllm.common.files import write_text
-from stllm.datasets.views import VIEWS
+from stllm.datasets.views import FORWARD, VIEWS
 from stllm.evaluation.charts import Bars, draw_bars
-from stllm.evaluation.items import Benchmark, Record
+from stllm.evaluation.items import Benchmark
 from stllm.evaluation.permutation_probe import permutation_bars, permutation_report, permutation_scores
-from stllm.evaluation.results import in_order, versions, write_json
+from stllm.evaluation.results import versions, write_json
+from stllm.evaluation.runs import Outcome, Runs
 from stllm.evaluation.temporal_probe import probe_bars, probe_report, probe_scores
 from stllm.evaluation.variants import num_rotations, rotated, viewed
 
-Ask = Callable[[Benchmark, str], Sequence[Record]]  # a benchmark and the name of its lines; gone on with by that name
 
+def probe_views(runs: Runs, name: str, benchmark: Benchmark, plain: Outcome | None) -> str | None:
+    """Asks under every other view (`<name>.<view>.jsonl`) and writes the report. A collective call.
 
-def probe_views(folder: Path, name: str, benchmark: Benchmark, ask: Ask, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Asks under every view (`<name>.<view>.jsonl`), writes the report, and returns the figures.
-
-    about: settings and digests, for the figures' file. Raises UserError for a benchmark without options.
+    plain: what the benchmark itself came to. Returns the verdict, to be printed; None on all but the main process.
     """
-    _check_options(benchmark, "--probe")
-    runs = {}
-    for view in VIEWS:
-        variant = viewed(benchmark, view)
-        runs[view] = in_order(variant, ask(variant, f"{name}.{view}"))
-    scores = probe_scores(runs)
-    _write(folder / f"{name}.probe", benchmark, scores, about, probe_report(name, scores), probe_bars(scores))
-    return scores
+    outcomes = {FORWARD: plain}
+    for view in VIEWS[1:]:
+        outcomes[view] = runs.run(viewed(benchmark, view), f"{name}.{view}", variant=view)
+    if plain is None:
+        return None
+    scores = probe_scores({view: outcome.records for view, outcome in outcomes.items() if outcome is not None})
+    path = runs.folder / f"{name}.probe"
+    _write(path, benchmark, plain, scores, probe_report(name, scores), probe_bars(scores))
+    return f"temporal probe: {scores['verdict']}\nfiles: {path}.{{json,md,png}}"
 
 
-def probe_options(folder: Path, name: str, benchmark: Benchmark, ask: Ask, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Asks under every rotation of the options (`<name>.rotated<places>.jsonl`), else as `probe_views`."""
-    _check_options(benchmark, "--permute")
-    variants = [rotated(benchmark, places) for places in range(num_rotations(benchmark))]
-    runs = [in_order(variant, ask(variant, f"{name}.rotated{places}")) for places, variant in enumerate(variants)]
-    scores = permutation_scores(variants, runs)
-    report = permutation_report(name, scores)
-    _write(folder / f"{name}.permute", benchmark, scores, about, report, permutation_bars(scores))
-    return scores
-
-
-def _check_options(benchmark: Benchmark, option: str) -> None:
-    if not num_rotations(benchmark):
-        raise UserError(
-            f"{option} compares answers that need no judge, but no item of {benchmark.name} has options: use it with a "
-            "benchmark of multiple choice, such as mvbench"
-        )
+def probe_options(runs: Runs, name: str, benchmark: Benchmark, plain: Outcome | None) -> str | None:
+    """Asks under every other rotation of the options (`<name>.rotated<places>.jsonl`); else as `probe_views`."""
+    variants: list[Benchmark] = [benchmark]
+    outcomes = [plain]
+    for places in range(1, num_rotations(benchmark)):
+        variants.append(rotated(benchmark, places))
+        outcomes.append(runs.run(variants[-1], f"{name}.rotated{places}", variant=f"rotated{places}"))
+    if plain is None:
+        return None
+    scores = permutation_scores(variants, [outcome.records for outcome in outcomes if outcome is not None])
+    path = runs.folder / f"{name}.permute"
+    _write(path, benchmark, plain, scores, permutation_report(name, scores), permutation_bars(scores))
+    return f"option permutations: {scores['verdict']}\nfiles: {path}.{{json,md,png}}"
 
 
 def _write(
-    path: Path, benchmark: Benchmark, scores: Mapping[str, Any], about: Mapping[str, Any], report: str, bars: Bars
+    path: Path, benchmark: Benchmark, plain: Outcome, scores: Mapping[str, Any], report: str, bars: Bars
 ) -> None:
-    """path: without an ending."""
-    content = {"benchmark": benchmark.name, **scores, **about, "versions": versions()}
-    write_json(path.with_name(f"{path.name}.json"), content)
+    """Each file whole or not at all. path: without an ending."""
+    about = {"settings": dict(plain.settings), "digests": dict(plain.digests), "versions": versions()}
+    write_json(path.with_name(f"{path.name}.json"), {"benchmark": benchmark.name, **scores, **about})
     write_text(path.with_name(f"{path.name}.md"), report)
     draw_bars(path.with_name(f"{path.name}.png"), bars)

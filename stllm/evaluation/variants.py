@@ -48,15 +48,15 @@ def viewed(benchmark: Benchmark, view: str) -> Variant:
 
 
 def rotated(benchmark: Benchmark, places: int) -> Variant:
-    """Options moved up by so many places, the first ones to the end; 0: as they are.
+    """Options moved up by so many places, 1 or more, the first ones to the end.
 
-    Beyond 0, only items with more options than places: over all rotations an item is asked once for each of its
-    options, and each option stands at each letter once.
+    Only items with more options than places: with the benchmark itself, an item is asked once for each of its options,
+    and each option stands at each letter once.
     """
     items = [
         replace(item, candidates=(*item.candidates[places:], *item.candidates[:places]))
         for item in benchmark.items
-        if places == 0 or len(item.candidates) > places
+        if len(item.candidates) > places
     ]
     return Variant(benchmark, items)
 

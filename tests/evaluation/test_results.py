@@ -59,8 +59,8 @@ Percent over answered items, and over all items asked with failed ones wrong.
 ## Items that the two rules score differently: 1
 
 The official rule compares the first word of the prediction with that of the answer and counts it as right when one is \
-a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule wants the letter \
-of the option, or the option's text exactly; anything else is wrong.
+a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule wants the \
+letter of the option, or the option's text exactly; anything else is wrong.
 
 | item               | task             | prediction | answer | right by |
 | ------------------ | ---------------- | ---------- | ------ | -------- |
