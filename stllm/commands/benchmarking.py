@@ -1,5 +1,7 @@
 """`stllm evaluate` on the command line."""
 
+import argparse
+
 from stllm.commands.command import Command, Parser, add_config
 from stllm.common.arguments import names, path, whole
 
@@ -31,11 +33,24 @@ def _evaluate_options(parser: Parser) -> None:
     asked.add_argument("--num-frames", type=whole(0), metavar="N", help="frames of a video; 0: MVBench's one a second")
     asked.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy")
     asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer")
+    probes = parser.add_argument_group(
+        "probes (mvbench: asked in other ways, too, with lines and a report of their own)"
+    )
+    probes.add_argument(
+        "--probe", action="store_true", help="clips reversed, shuffled, of one frame and blank: does it use time?"
+    )
+    probes.add_argument("--permute", action="store_true", help="options in every rotation: does it favour a letter?")
     speed = parser.add_argument_group("speed (no answer depends on it)")
     speed.add_argument("--batch-size", type=whole(1), metavar="N", help="questions answered at once (default: 8)")
     speed.add_argument(
         "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
     )
+
+
+def _evaluate_fault(args: argparse.Namespace) -> str | None:
+    if (args.probe or args.permute) and args.benchmark != "mvbench":
+        return f"--probe and --permute go with mvbench: the answers of {args.benchmark} need a judge"
+    return None
 
 
 COMMANDS = {
@@ -44,5 +59,6 @@ COMMANDS = {
         target="stllm.evaluation.evaluate:run",
         add_options=_evaluate_options,
         example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
+        check=_evaluate_fault,
     ),
 }

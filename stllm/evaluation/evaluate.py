@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from stllm.common.files import write_text
 from stllm.common.registry import benchmarks
 from stllm.evaluation import results
 from stllm.evaluation.items import Benchmark
+from stllm.evaluation.probes import Probe, probe_options, probe_views
 from stllm.evaluation.record_files import telling_full_disk
 from stllm.evaluation.runs import Outcome, Runs
 from stllm.models.checkpoints.loading import open_model
@@ -31,6 +32,7 @@ OPTIONS = (
     *("anno_path", "answers_path", "video_dir", "output_dir", "output_name", "tasks", "limit", "num_frames"),
     *("num_beams", "max_new_tokens", "batch_size", "num_workers"),
 )
+PROBES = {"probe": probe_views, "permute": probe_options}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with process_group():
             opened = open_model(checkpoint, args.cfg_path, options=args.options)
-            return evaluate(Runs(opened, settings, device=args.device, dtype=args.dtype), benchmark)
+            runs = Runs(opened, settings, device=args.device, dtype=args.dtype)
+            return evaluate(runs, benchmark, [probe for name, probe in PROBES.items() if getattr(args, name)])
     except KeyboardInterrupt:
         if is_main():
             print("interrupted: what was answered is kept, and the same command goes on", file=sys.stderr)
@@ -55,16 +58,28 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(_too_large(settings)) from error
 
 
-def evaluate(runs: Runs, benchmark: Benchmark) -> int:
-    """Asks, writes every file, says on stdout what came out. A collective call; returns the exit code."""
+def evaluate(runs: Runs, benchmark: Benchmark, probes: Sequence[Probe] = ()) -> int:
+    """Asks, writes every file, says on stdout what came out; then the same for each probe.
+
+    A collective call; returns the exit code.
+    """
     name = runs.settings.output_name or benchmark.name
     started = time.perf_counter()
     outcome = runs.run(benchmark, name)
-    if outcome is None:
-        return 0
-    with telling_full_disk(runs.folder):
-        content = write_outcome(runs.folder, name, benchmark, outcome)
-    print(summary(runs.folder / name, benchmark, content, time.perf_counter() - started))
+    code = 0 if outcome is None else _tell(runs.folder, name, benchmark, outcome, started)
+    for probe in probes:
+        with telling_full_disk(runs.folder):
+            found = probe(runs, name, benchmark, outcome)
+        if found is not None:
+            print(found)
+    return code
+
+
+def _tell(folder: Path, name: str, benchmark: Benchmark, outcome: Outcome, started: float) -> int:
+    """Writes what came out, and says it; returns the exit code. started: as perf_counter has it."""
+    with telling_full_disk(folder):
+        content = write_outcome(folder, name, benchmark, outcome)
+    print(summary(folder / name, benchmark, content, time.perf_counter() - started))
     if content["counts"]["answered"]:
         return 0
     first = next((record["error"] for record in outcome.records), "there is no item")

@@ -5,7 +5,7 @@ and as the options in their first order. Writes `<name>.probe.*` and `<name>.per
 chart (png).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from stllm.evaluation.results import versions, write_json
 from stllm.evaluation.runs import Outcome, Runs
 from stllm.evaluation.temporal_probe import probe_bars, probe_report, probe_scores
 from stllm.evaluation.variants import num_rotations, rotated, viewed
+
+Probe = Callable[[Runs, str, Benchmark, Outcome | None], str | None]
 
 
 def probe_views(runs: Runs, name: str, benchmark: Benchmark, plain: Outcome | None) -> str | None:
