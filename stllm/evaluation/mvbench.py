@@ -146,7 +146,7 @@ def mvbench(settings: EvaluationSettings) -> MVBench:
         raise UserError(
             f"{settings.anno_path}: no task has media to be asked about; of {next(iter(excluded))} {reason}"
         )
-    return MVBench(items=items, excluded=excluded, num_excluded=num_excluded, system=_system(settings))
+    return MVBench(items=items, excluded=excluded, num_excluded=num_excluded, system=system_sentence(settings))
 
 
 def _read_task(file: Path, media: MediaFolders) -> list[Item]:
@@ -205,6 +205,6 @@ def _place(file: Path) -> tuple[int, str]:
     return (len(TASKS) if task is None else TASKS.index(task), file.name)
 
 
-def _system(settings: EvaluationSettings) -> str:
+def system_sentence(settings: EvaluationSettings) -> str:
     """The sentence in the prompt: the benchmark's own unless the settings have a text, or "" for none."""
     return SYSTEM if (system := system_of(settings)) is None else system

@@ -1,0 +1,50 @@
+"""The shipped presets hold the published settings, and lie in the package."""
+
+from importlib.resources import files
+from typing import Any
+
+import pytest
+import yaml
+
+from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.registry import benchmarks
+
+FOLDER = files("stllm") / "configs" / "evaluation"
+# frames, sampling, system sentence, beams, new tokens, repetition penalty (None: of the family of weights)
+PUBLISHED = {
+    "mvbench": (0, "segment", "template", 1, 100, 1.0),
+    "vcgbench": (64, "uniform", "template", 5, 300, None),
+    "msvd": (64, "uniform", "", 5, 300, None),
+    "msrvtt": (64, "uniform", "", 5, 300, None),
+    "activitynet": (16, "uniform", "template", 5, 300, None),
+    "tgif": (16, "uniform", "", 5, 300, None),
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The keys under `evaluation` of a shipped preset."""
+    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert list(content) == ["evaluation"]
+    return dict(content["evaluation"])
+
+
+def test_every_benchmark_has_one() -> None:
+    assert benchmarks.names() == sorted(PUBLISHED)
+    assert sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir()) == sorted(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_are_the_published_ones(name: str) -> None:
+    settings = EvaluationSettings(**preset(name))
+    asked = (settings.num_frames, settings.sampling, settings.system)
+    decoding = (settings.num_beams, settings.max_new_tokens, settings.repetition_penalty)
+    assert (*asked, *decoding) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_opens_with_what_it_is_for_and_how_to_run_it(name: str) -> None:
+    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    for word in ("# Needs: ", f"# Launch: stllm evaluate {name} ", "# Override: "):
+        assert any(line.startswith(word) for line in header), word
+    assert max(map(len, lines)) <= 120
