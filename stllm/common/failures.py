@@ -40,12 +40,12 @@ def sentence(error: Exception) -> str:
     if _WORKER_GONE.search(text):
         return (
             "a process that reads data was ended from outside, most likely because memory ran out: lower "
-            "run.dataloader_num_workers or the number of frames, then run again"
+            "run.dataloader_num_workers (--num-workers) or the number of frames, then run again"
         )
     if _peer_is_gone(error, text):
         return (
             "another process of this run has ended, and this one cannot go on alone: its own message says why; the "
-            "same command continues from the last checkpoint"
+            "same command continues from what was kept"
         )
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "stllm":
         return (

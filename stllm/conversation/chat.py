@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.cache import FeatureCache
-from stllm.conversation.decoding import Decoding
+from stllm.conversation.decoding import Decoding, NaNWatch
 from stllm.conversation.requests import Answer, Media, Request, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import stream_answer
@@ -143,7 +143,8 @@ class Chat:
         encoded = seen.encoded.to(self.model.device)
         visual = self.model.video_input(self.model.frame_tokens(encoded, **texts))[0]  # (N, D)
         self._check_length(len(ids), len(visual))
-        _check_finite(visual, request.media.path)
+        if not bool(visual.isfinite().all()):
+            raise UserError(_no_numbers(f"{request.media.path}: the model's visual tokens", visual.dtype))
         seconds = {**seen.seconds, "encode": seen.seconds["encode"] + time.perf_counter() - start}
         return Prepared(request, ids, visual, seen.times, seconds)
 
@@ -166,14 +167,15 @@ class Chat:
             raise UserError("a batch has questions with and without a video: ask them apart")
         rows = self.processor.pad([one.ids for one in prepared], side="left")
         batch = {name: tensor.to(self.model.device) for name, tensor in rows.items()}
+        arguments, watch = decoding.arguments(**self.processor.stopping()), NaNWatch()
+        arguments["logits_processor"].insert(0, watch)
         with self._lock:
-            return self.model.generate(
-                **batch,
-                visual_tokens=visual or None,
-                **decoding.arguments(**self.processor.stopping()),
-                tokenizer=self.processor.tokenizer,
-                **more,
+            ids = self.model.generate(
+                **batch, visual_tokens=visual or None, **arguments, tokenizer=self.processor.tokenizer, **more
             )
+        if watch.found:
+            raise UserError(_no_numbers("the language model's scores", visual[0].dtype if visual else self.model.dtype))
+        return ids
 
     def _prompt_ids(self, request: Request, kind: str | None) -> list[int]:
         if request.pieces is not None:
@@ -243,14 +245,10 @@ def load_chat(
     return Chat(model=model, processor=processor, num_frames=num_frames, cache_bytes=cache_bytes)
 
 
-def _check_finite(visual: Tensor, path: str) -> None:
-    if not bool(visual.isfinite().all()):
-        kind = str(visual.dtype).removeprefix("torch.")
-        hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
-        raise UserError(
-            f"{path}: the model's visual tokens are no numbers (NaN or infinite): its weights are damaged, get them "
-            f"again{hint}"
-        )
+def _no_numbers(what: str, dtype: torch.dtype) -> str:
+    kind = str(dtype).removeprefix("torch.")
+    hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
+    return f"{what} are no numbers (NaN or infinite): the weights are damaged, get them again{hint}"
 
 
 def _answer(prepared: Prepared, text: str, seconds: float) -> Answer:

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from stllm.common.errors import UserError
 from stllm.conversation.templates import PromptTemplate
@@ -93,3 +94,21 @@ class Decoding:
         if self.repetition_penalty != 1:
             penalties.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         return {"generation_config": config, "logits_processor": penalties}
+
+
+class NaNWatch(LogitsProcessor):
+    """Notes whether any score was no number; generation itself would go on with whatever token comes first."""
+
+    def __init__(self) -> None:
+        self._found: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """scores: (B, vocabulary), returned as they are. The GPU is not waited for."""
+        found = scores.isnan().any()
+        self._found = found if self._found is None else self._found | found
+        return scores
+
+    @property
+    def found(self) -> bool:
+        """Whether there was one."""
+        return self._found is not None and bool(self._found)

@@ -37,19 +37,22 @@ class RecordFiles:
         return sorted(self.folder.glob(f"{glob.escape(self.name)}.part-*.jsonl"))
 
     def read(self) -> dict[str, Record]:
-        """The joined lines by id, in the file's order; of an id that stands there twice, the last one."""
+        """The joined lines by id, in the file's order."""
         return _by_id(read_lines(self.path))
 
-    def join(self, order: Sequence[str] = ()) -> dict[str, Record]:
-        """Joins what all processes have written, half lines dropped, into the one file. For the main process alone.
+    def gather(self) -> dict[str, Record]:
+        """What all processes have written, by id; an answer is kept over a failure, else the last line counts."""
+        return _by_id(line for path in (self.path, *self.parts()) for line in read_lines(path))
 
-        order: ids in the order of the ground truth; others follow as they come. Raises UserError for a full disk, and
-        for lines that no evaluation wrote; either way every file stays as it was.
+    def join(self, order: Sequence[str]) -> dict[str, Record]:
+        """Puts what all processes have written, half lines dropped, into the one file. For the main process alone.
+
+        order: all ids, as the ground truth has them. Raises UserError for a full disk, and for lines that no evaluation
+        wrote; either way every file stays as it was.
         """
-        parts = self.parts()
-        found = _by_id(line for path in (self.path, *parts) for line in read_lines(path))
-        places = {id_: place for place, id_ in enumerate(order)}
-        records = dict(sorted(found.items(), key=lambda entry: places.get(entry[0], len(places))))
+        parts, found = self.parts(), self.gather()
+        records = {id_: found[id_] for id_ in order if id_ in found}
+        assert len(records) == len(found), found.keys() - records.keys()
         content = "".join(line_of(record) for record in records.values())
         if self.path.is_file() or content:
             with telling_full_disk(self.path):
@@ -137,7 +140,6 @@ def telling_full_disk(path: Path) -> Iterator[None]:
 
 
 def _by_id(records: Iterable[Record]) -> dict[str, Record]:
-    """An answer is kept over a failure, else the last line counts."""
     found: dict[str, Record] = {}
     for record in records:
         known = found.get(record["id"])

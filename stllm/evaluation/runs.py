@@ -1,4 +1,4 @@
-"""One evaluation in its folder: begun or gone on with, alone or divided among processes, its lines joined at the end."""
+"""An evaluation in its folder: begun or continued, alone or divided among processes, its lines joined at the end."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -96,10 +96,11 @@ class Runs:
             variant=variant,
         )
         file = self.folder / f"{files.name}.config.yaml"
-        records = files.join([item.id for item in benchmark.items])
+        records = files.gather()
         if records:
             check_same(file, settings, files.path)
             _check_items(files.path, records, benchmark.items)
+        files.join([item.id for item in benchmark.items])
         with telling_full_disk(file):
             save_settings(file, settings)
         return settings

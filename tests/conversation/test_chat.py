@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.templates import Turn
+from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.datasets.media import MediaError
 from stllm.models.configuration import STLLMConfig
+from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from tests.helpers.tiny import LLAMA, QFORMER, VISION
@@ -192,12 +194,34 @@ def test_a_prompt_beyond_the_positions_is_refused(clips: list[Path]) -> None:
         chat.ask(clips[0], "what " * (fits + 1))
 
 
+@pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
+def test_a_prompt_of_its_own_is_sent_as_it_is(clips: list[Path], family: str) -> None:
+    """The Q-Former still reads the question."""
+    chat = new_chat(family)
+    usual = Request(turns=(Turn(QUESTIONS[0]),), media=Media(str(clips[0])))
+    own = replace(usual, pieces=(VISUAL, BOS, "###Human: Choose.\n###Assistant: Best option:("))
+    prepared = chat.prepare(own)
+    assert prepared.ids == chat.processor.piece_ids(own.pieces or ())
+    assert prepared.ids[:2] == [VISUAL_TOKEN_ID, chat.processor.bos_token_id]
+    assert prepared.visual is not None and torch.equal(prepared.visual, chat.prepare(usual).visual)
+    assert chat.answer([own])[0].text != chat.answer([usual])[0].text
+
+
 def test_weights_that_are_no_numbers_are_said_so(clips: list[Path]) -> None:
     chat = new_chat()
     with torch.no_grad():
         chat.model.projection.bias[0] = float("nan")
     with pytest.raises(UserError, match="visual tokens are no numbers"):
         chat.ask(clips[0], QUESTIONS[0])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_scores_that_are_no_numbers_are_said_so(clips: list[Path], num_beams: int) -> None:
+    chat = new_chat()
+    with torch.no_grad():
+        chat.model.get_output_embeddings().weight[5, 0] = float("nan")
+    with pytest.raises(UserError, match="the language model's scores are no numbers"):
+        chat.ask(clips[0], QUESTIONS[0], num_beams=num_beams)
 
 
 def test_one_frame_a_second_can_be_asked_for(clips: list[Path]) -> None:
