@@ -203,7 +203,8 @@ def test_a_prompt_of_its_own_is_sent_as_it_is(clips: list[Path], family: str) ->
     prepared = chat.prepare(own)
     assert prepared.ids == chat.processor.piece_ids(own.pieces or ())
     assert prepared.ids[:2] == [VISUAL_TOKEN_ID, chat.processor.bos_token_id]
-    assert prepared.visual is not None and torch.equal(prepared.visual, chat.prepare(usual).visual)
+    seen, usually = prepared.visual, chat.prepare(usual).visual
+    assert seen is not None and usually is not None and torch.equal(seen, usually)
     assert chat.answer([own])[0].text != chat.answer([usual])[0].text
 
 
