@@ -113,7 +113,7 @@ def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str
 
 def system_of(settings: EvaluationSettings) -> str | None:
     """The system sentence as `Request.system` has it: None for the template's own, "" for none."""
-    return None if settings.system in (None, "template") else str(settings.system)
+    return None if settings.system == "template" else str(settings.system or "")  # None: an empty value in a YAML
 
 
 def open_requests(item: Item, system: str | None) -> tuple[Request, ...]:
