@@ -1,4 +1,4 @@
-"""`stllm evaluate` on the command line."""
+"""`stllm evaluate` and `stllm table` on the command line."""
 
 import argparse
 
@@ -53,6 +53,15 @@ def _evaluate_fault(args: argparse.Namespace) -> str | None:
     return None
 
 
+def _table_options(parser: Parser) -> None:
+    parser.add_argument(
+        "results",
+        nargs="+",
+        metavar="[BENCH=]RESULTS.json",
+        help="results of stllm evaluate mvbench and of stllm judge; BENCH (msvd, msrvtt, activitynet) for the axis qa",
+    )
+
+
 COMMANDS = {
     "evaluate": Command(
         help="asks a benchmark's questions, alone or under torchrun; the same command goes on where it stopped",
@@ -60,5 +69,12 @@ COMMANDS = {
         add_options=_evaluate_options,
         example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
         check=_evaluate_fault,
+    ),
+    "table": Command(
+        help="prints results of several benchmarks as a row of the paper's table, below the published ones",
+        target="stllm.evaluation.paper_table:run",
+        add_options=_table_options,
+        example="stllm table eval/mvbench.results.json eval/vcgbench.judged/*.results.json "
+        "msvd=eval/msvd.judged/qa.results.json",
     ),
 }
