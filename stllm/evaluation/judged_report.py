@@ -1,21 +1,22 @@
 """The table of a benchmark that a judge decides (VcgBench, VideoQA): answered, failed, and what to do next."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from stllm.evaluation.items import Benchmark, Record
 from stllm.evaluation.judge_axes import QA, TASKS
 from stllm.evaluation.mvbench_report import failures, provenance
+from stllm.evaluation.paper_table import JUDGED, OF_BENCHMARK
 from stllm.evaluation.tables import table
 from stllm.evaluation.tallies import by_task
 
 
-def judged_report(path: Path, benchmark: Benchmark, records: Sequence[Record], content: Mapping[str, Any]) -> str:
-    """The Markdown text. path: of the run's files, without their endings. content: of the results file."""
+def judged_report(name: str, benchmark: Benchmark, records: Sequence[Record], content: Mapping[str, Any]) -> str:
+    """The Markdown text. name: of the run's files. content: of the results file."""
     counts = content["counts"]
     parts = [
-        f"# {path.name}\n",
+        f"# {name}\n",
         _counts(records),
         "",
         f"Items: {counts['total']} in all, {counts['excluded']} excluded.\n",
@@ -25,7 +26,7 @@ def judged_report(path: Path, benchmark: Benchmark, records: Sequence[Record], c
     failed = failures(records)
     if failed:
         parts += ["## Failed items\n", failed]
-    return "\n".join([*parts, _next_steps(path, records), provenance(content)])
+    return "\n".join([*parts, _next_steps(name, benchmark, records), provenance(content)])
 
 
 def _counts(records: Sequence[Record]) -> str:
@@ -43,11 +44,13 @@ def _said(line: Record) -> bool:
     return all(str(text).strip() for text in (predictions if isinstance(predictions, list) else [predictions]))
 
 
-def _next_steps(path: Path, records: Sequence[Record]) -> str:
+def _next_steps(name: str, benchmark: Benchmark, records: Sequence[Record]) -> str:
+    """Commands to type in the folder of the files."""
     tasks = set(by_task(records))
     axes = [axis for axis, task in TASKS.items() if task in tasks] or [QA]
-    commands = [
-        f"stllm judge {axis} --pred-path {path}.jsonl --output-dir {path}.judged --model MODEL" for axis in axes
-    ]
+    lines, folder = quote(f"{name}.jsonl"), quote(name + JUDGED)
+    commands = [f"stllm judge {axis} --pred-path {lines} --output-dir {folder} --model MODEL" for axis in axes]
+    if benchmark.name in ("vcgbench", *OF_BENCHMARK):
+        commands.append(f"stllm table {folder}/*.results.json")
     shown = "\n".join(commands)
-    return f"## Next: a judge scores the predictions\n\n```\n{shown}\n```\n"
+    return f"## Next, in this folder: a judge scores the predictions\n\n```\n{shown}\n```\n"

@@ -49,7 +49,7 @@ def write(
     }
     write_json(folder / f"{name}.results.json", content)
     if not content["scores"]:
-        write_text(folder / f"{name}.md", judged_report(folder / name, benchmark, lines, content))
+        write_text(folder / f"{name}.md", judged_report(name, benchmark, lines, content))
         return content
     write_text(folder / f"{name}.md", mvbench_report(name, benchmark, lines, content))
     from stllm.evaluation.charts import draw_bars

@@ -181,9 +181,9 @@ def test_what_a_judge_decides_has_counts_and_the_next_step(tmp_path: Path) -> No
         benchmark, lambda item: {"generic/0": "A man runs.", "generic/1": " ", "generic/2": None}.get(item.id, "x")
     )
     lines[3]["prediction"] = ["", "He runs."]
-    content = results.write(tmp_path, "vcg", benchmark, lines, **ABOUT)
+    content = results.write(tmp_path, "v c", benchmark, lines, **ABOUT)
     assert content["scores"] == {} and content["counts"] == {"total": 4, "answered": 3, "failed": 1, "excluded": 0}
-    text = (tmp_path / "vcg.md").read_text(encoding="utf-8")
+    text = (tmp_path / "v c.md").read_text(encoding="utf-8")
     assert (
         "| part        | items | answered | of them empty | failed |\n"
         "| ----------- | ----: | -------: | ------------: | -----: |\n"
@@ -192,10 +192,11 @@ def test_what_a_judge_decides_has_counts_and_the_next_step(tmp_path: Path) -> No
         "| all         |     4 |        3 |             2 |      1 |\n"
     ) in text
     assert "| generic | the file is cut short | generic/2 |      1 |\n" in text
-    where = f"--pred-path {tmp_path}/vcg.jsonl --output-dir {tmp_path}/vcg.judged --model MODEL"
+    where = "--pred-path 'v c.jsonl' --output-dir 'v c.judged' --model MODEL"
     axes = ("correctness", "detail", "context", "consistency")  # no temporal part was asked
     assert "".join(f"stllm judge {axis} {where}\n" for axis in axes) in text and "judge temporal" not in text
-    assert not (tmp_path / "vcg.png").exists()
+    assert "stllm table 'v c.judged'/*.results.json\n" in text
+    assert not (tmp_path / "v c.png").exists()
 
 
 def test_videoqa_is_judged_by_one_axis(tmp_path: Path) -> None:
