@@ -25,7 +25,7 @@ def mvbench_report(name: str, benchmark: Benchmark, records: Sequence[Record], c
             _averages(benchmark, records),
             "## Tasks\n",
             _tasks(benchmark, records),
-            _left_out(benchmark, records),
+            *_left_out(benchmark, records),
             _differing(benchmark, records),
             provenance(content),
         ]
@@ -116,7 +116,7 @@ def _task_names(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
     return [task for task in MVBENCH_TASKS if task in there] + sorted(there - MVBENCH_TASKS.keys())
 
 
-def _left_out(benchmark: Benchmark, records: Sequence[Record]) -> str:
+def _left_out(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
     """Excluded tasks by name, and failed items by task and cause."""
     parts = []
     if benchmark.excluded:
@@ -124,7 +124,7 @@ def _left_out(benchmark: Benchmark, records: Sequence[Record]) -> str:
     failed = failures(records)
     if failed:
         parts += ["## Failed items\n", failed]
-    return "\n".join(parts)
+    return parts
 
 
 def _differing(benchmark: Benchmark, records: Sequence[Record]) -> str:

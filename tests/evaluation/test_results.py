@@ -144,6 +144,14 @@ def test_the_bars_are_the_figures_over_all() -> None:
     assert axes.get_ylim() == (3.5, -0.5)  # the first group on top
 
 
+def test_nothing_left_out_leaves_no_gap(tmp_path: Path) -> None:
+    benchmark = choice_benchmark([choice_item(0)])
+    results.write(tmp_path, "toy", benchmark, lines_of(benchmark, lambda item: letter_of(item, item.answer)), **ABOUT)
+    text = (tmp_path / "toy.md").read_text(encoding="utf-8")
+    assert "\n\n\n" not in text and "Excluded" not in text and "Failed items" not in text
+    assert "score differently: 0\n" in text and "\n\nNone.\n" in text
+
+
 def test_tasks_come_in_the_order_of_the_paper_and_unknown_ones_last() -> None:
     items = [choice_item(0, task) for task in ("My task", "State Change", "Action Sequence")]
     benchmark = choice_benchmark(items)
