@@ -1,0 +1,268 @@
+"""A judge's server that misbehaves: every item ends with a score or among the failed, after so many requests."""
+
+import asyncio
+import json
+from email.utils import formatdate
+from typing import Any
+
+import httpx
+import pytest
+
+from stllm.cli import main
+from stllm.evaluation import judge_endpoint
+from stllm.evaluation.judge_asking import MAX_FAILED_IN_A_ROW
+from stllm.evaluation.judge_endpoint import AskFailed, Backoff, Endpoint, Stopped, retry_after
+from tests.helpers.judge_server import MODEL, Answer, FakeJudge, fails, fair, judge_server, says
+
+NUM_RETRIES = 3
+TIMEOUT = 0.7  # seconds, for what never ends; all else has time
+MESSAGES = [{"role": "user", "content": "Grade."}]
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch) -> None:
+    """Pauses of a millisecond."""
+    monkeypatch.setattr(judge_endpoint, "BACKOFF", Backoff(0.001, 0.002))
+
+
+def judge(tmp_path, url: str, *more: str, num_items: int = 3) -> tuple[int, dict[str, Any]]:
+    """Runs the command over items 0, 1, ...; returns its exit code and the results file."""
+    records = [
+        {"id": number, "question": f"what {number}?", "answer": "cat", "pred": "cat"} for number in range(num_items)
+    ]
+    predictions = tmp_path / "pred.json"
+    predictions.write_text(json.dumps(records))
+    common = ["--pred-path", str(predictions), "--output-dir", str(tmp_path / "out"), "--base-url", url, "--model", "m"]
+    code = main(["judge", "qa", *common, "--max-retries", str(NUM_RETRIES), *more])
+    return code, json.loads((tmp_path / "out" / "qa.results.json").read_text())
+
+
+def timeout(kind: str) -> list[str]:
+    """The option for what never ends."""
+    return ["--timeout", str(TIMEOUT)] if kind in ("hangs", "drips") else []
+
+
+def asked(server: FakeJudge, number: int) -> int:
+    """How often item `number` was asked."""
+    return sum(f'"what {number}?"' in text for text in server.user_texts())
+
+
+ALL = NUM_RETRIES + 1
+MISBEHAVIOUR = {
+    "429 without Retry-After": (fails(429, "slow down"), "answered 429 (slow down)", ALL),
+    "429 with Retry-After": (fails(429, "slow down", {"Retry-After": "0.01"}), "answered 429", ALL),
+    "500": (fails(500), "answered 500 (broken)", ALL),
+    "503 in HTML": (Answer(b"<html>Gateway</html>", 503, content_type="text/html"), "answered 503", ALL),
+    "hangs": (Answer(b"", delay=2.0), "no whole reply within 0.7 s", ALL),
+    "drips": (Answer(says("{'pred': 'yes', 'score': 5}").body, drip=0.05), "no whole reply within 0.7 s", ALL),
+    "HTML": (Answer(b"<!DOCTYPE html><p>Sign in", content_type="text/html"), "answered HTML", ALL),
+    "no body": (Answer(b""), "no JSON", ALL),
+    "torn JSON": (Answer(says("{'score': 5}").body[:-30]), "no JSON", ALL),
+    "breaks off": (Answer(b"{}", headers={"Content-Length": "99"}), "cannot be reached", ALL),
+    "no status line": (Answer(b"", headers={"Content-Length": "nonsense"}), "cannot be reached", ALL),
+    "no choice": (Answer(b'{"choices": []}'), "no chat completion", ALL),
+    "a list": (Answer(b"[1, 2]"), "no chat completion", ALL),
+    "an error with 200": (Answer(b'{"error": {"message": "overloaded"}}'), "no chat completion", ALL),
+    "an empty message": (says(" "), "empty message", ALL),
+    "no message": (says(None), "empty message", ALL),
+    "prose without a score": (says("A fine answer."), "cannot be read: it states no score", 3),
+    "two scores": (says("{'pred': 'yes', 'score': 3} or {'pred': 'yes', 'score': 4}"), "more than one score", 3),
+    "a score out of the scale": (says("{'pred': 'yes', 'score': 50}"), "not from 0 to 5", 3),
+    "a refusal": (says(None, refusal="I will not."), "refused by the judge (I will not.)", 1),
+    "a filtered reply": (says("", finish_reason="content_filter"), "refused by the judge", 1),
+    "a filtered request": (fails(400, "policy", code="content_filter"), "refused by the server", 1),
+    "400": (fails(400, "unknown parameter"), "rejects the request with 400 (unknown parameter)", 1),
+}
+
+
+@pytest.mark.parametrize("kind", MISBEHAVIOUR)
+def test_an_item_without_a_score_is_listed_and_never_scored(tmp_path, kind) -> None:
+    answer, why, num_asked = MISBEHAVIOUR[kind]
+
+    def behave(request: dict[str, Any], number: int) -> Answer:
+        return answer if "what 1?" in str(request) else fair(request)
+
+    with judge_server(behave) as server:
+        code, results = judge(tmp_path, server.url, *timeout(kind))
+    assert code == 0
+    assert results["counts"] == {"total": 3, "scored": 2, "failed": 1, "unanswered": 0}
+    assert list(results["failed_items"]) == ["1_0"]
+    assert why in results["failed_items"]["1_0"]
+    assert (results["mean"], results["accuracy"]) == (5.0, 100.0)
+    assert [asked(server, number) for number in range(3)] == [1, num_asked, 1]
+
+
+@pytest.mark.parametrize("kind", ["429 with Retry-After", "503 in HTML", "hangs", "torn JSON", "two scores"])
+def test_what_misbehaves_for_a_while_is_scored_in_the_end(tmp_path, kind) -> None:
+    def behave(request: dict[str, Any], number: int) -> Answer:
+        return MISBEHAVIOUR[kind][0] if number <= 2 else fair(request)
+
+    with judge_server(behave) as server:
+        code, results = judge(tmp_path, server.url, *timeout(kind), num_items=1)
+    assert (code, results["counts"]["scored"]) == (0, 1)
+    entry = json.loads((tmp_path / "out" / "qa.ledger.jsonl").read_text().splitlines()[-1])
+    assert (entry["attempts"], entry["parsed"], entry["error"]) == (3, {"score": 5.0, "pred": "yes"}, None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (fails(401, "bad key"), "answered 401 (bad key): it does not accept the key"),
+        (fails(403, "no"), "answered 403"),
+        (fails(404, "no such model"), "answered 404 (no such model): it knows no such path or model"),
+        (fails(429, "quota", code="insufficient_quota"), "the account has nothing left"),
+        (fails(429, "later", {"Retry-After": "3600"}), "asks for a pause of 3600 s"),
+    ],
+)
+def test_what_cannot_get_better_stops_the_run_at_once(tmp_path, capsys, answer, why) -> None:
+    with judge_server(lambda request, number: answer) as server:
+        code, results = judge(tmp_path, server.url, "--concurrency", "2", num_items=30)
+    assert code == 1
+    assert why in capsys.readouterr().err
+    assert results["counts"] == {"total": 30, "scored": 0, "failed": 30, "unanswered": 0}
+    assert (len(results["failed_items"]), results["mean"]) == (30, None)
+    assert len(server.requests) <= 2
+
+
+def test_a_server_that_is_gone_is_given_up_after_some_items(tmp_path, capsys) -> None:
+    with judge_server() as server:
+        pass
+    code, results = judge(tmp_path, server.url, "--concurrency", "4", num_items=30)
+    error = capsys.readouterr().err
+    assert code == 1
+    assert f"error: {MAX_FAILED_IN_A_ROW} items in a row failed" in error
+    assert "cannot be reached" in error
+    assert results["counts"]["failed"] == len(results["failed_items"]) == 30
+    num_asked = 30 - list(results["failed_items"].values()).count("not asked yet")
+    assert MAX_FAILED_IN_A_ROW <= num_asked < MAX_FAILED_IN_A_ROW + 4  # what the others had begun
+
+
+def test_a_broken_server_is_asked_a_bounded_number_of_times_and_finished_work_stays(tmp_path) -> None:
+    def behave(request: dict[str, Any], number: int) -> Answer:
+        return fair(request) if number <= 5 else fails(500)
+
+    with judge_server(behave) as server:
+        code, results = judge(tmp_path, server.url, "--concurrency", "1", num_items=40)
+        assert (code, results["counts"]["scored"]) == (1, 5)
+        assert len(server.requests) == 5 + MAX_FAILED_IN_A_ROW * ALL
+        server.behave = fair
+        code, results = judge(tmp_path, server.url, num_items=40)
+    assert (code, results["counts"]["scored"]) == (0, 40)
+    assert asked(server, 0) == 1
+
+
+def test_a_reply_of_another_type_is_read_all_the_same(tmp_path) -> None:
+    def behave(request: dict[str, Any], number: int) -> Answer:
+        return Answer(fair(request).body, content_type="text/plain")
+
+    with judge_server(behave) as server:
+        code, results = judge(tmp_path, server.url)
+    assert (code, results["judge"], results["counts"]["scored"]) == (0, MODEL, 3)
+
+
+def test_a_server_that_names_no_model_is_known_by_the_name_it_was_asked_for(tmp_path) -> None:
+    verdict = [{"type": "text", "text": "{'pred': 'no',"}, {"type": "text", "text": " 'score': 2}"}]
+    with judge_server(lambda request, number: says(verdict, model=None)) as server:
+        code, results = judge(tmp_path, server.url)
+    assert (code, results["judge"], results["mean"]) == (0, "m", 2.0)
+
+
+def test_another_model_behind_the_same_name_does_not_mix(tmp_path, capsys) -> None:
+    def behave(request: dict[str, Any], number: int) -> Answer:
+        return says("{'pred': 'yes', 'score': 5}", model="old" if number <= 2 else "new")
+
+    with judge_server(behave) as server:
+        code = main(
+            ["judge", "qa", "--concurrency", "1", "--model", "m", "--base-url", server.url, *paths(tmp_path, 4)]
+        )
+    assert code == 1
+    assert "old made the scores so far, and the server now replies as new" in capsys.readouterr().err
+    lines = (tmp_path / "out" / "qa.ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line)["model"] for line in lines[1:]] == ["old", "old"]
+
+
+def paths(tmp_path, num_items: int) -> list[str]:
+    """Options that name predictions and output."""
+    records = [{"id": number, "question": "q?", "answer": "a", "pred": "a"} for number in range(num_items)]
+    (tmp_path / "pred.json").write_text(json.dumps(records))
+    return ["--pred-path", str(tmp_path / "pred.json"), "--output-dir", str(tmp_path / "out")]
+
+
+# ---- one request ----------------------------------------------------------------------------------------------------
+
+
+def ask(url: str, *, num_asked: int = 1, **options: Any) -> tuple[list[Any], list[float]]:
+    """What becomes of requests made one after another, and the pauses before repetitions."""
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def run() -> list[Any]:
+        known = {"model": "m", "api_key": "k", "timeout": 5.0, "max_retries": 2, "temperature": 0.0, "sleep": sleep}
+        endpoint = Endpoint(base_url=url, **{**known, **options})
+        try:
+            return [await endpoint.reply(MESSAGES) for _ in range(num_asked)]
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(run()), pauses
+
+
+def test_pauses_grow_and_end(monkeypatch) -> None:
+    backoff = Backoff(first=1.0, longest=8.0)
+    with judge_server(lambda request, number: fails(500)) as server:
+        pauses: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+
+        with pytest.raises(AskFailed, match="answered 500") as failed:
+            ask(server.url, max_retries=7, backoff=backoff, sleep=sleep)
+    assert failed.value.attempts == len(server.requests) == 8
+    assert len(pauses) == 7
+    limits = [1, 2, 4, 8, 8, 8, 8]
+    assert all(0 <= pause <= limit for pause, limit in zip(pauses, limits, strict=True))
+    assert len(set(pauses)) == 7  # jitter
+
+
+def test_the_servers_own_pause_is_kept_by_all_who_ask() -> None:
+    def behave(request: dict[str, Any], number: int) -> Answer:
+        return fails(429, headers={"Retry-After": "7"}) if number == 1 else says("{'score': 1}")
+
+    with judge_server(behave) as server:
+        replies, pauses = ask(server.url, num_asked=2)
+    assert [reply.attempts for reply in replies] == [2, 1]
+    assert pauses[0] == 7.0  # of this request
+    assert all(6 < pause <= 7 for pause in pauses[1:])  # the test's clock stands still: later requests wait, too
+    assert len(pauses) == 3
+
+
+def test_the_request_is_what_was_asked_for() -> None:
+    with judge_server() as server:
+        ask(server.url, temperature=0.5, max_tokens=9)
+    assert server.requests == [{"messages": MESSAGES, "model": "m", "temperature": 0.5, "max_tokens": 9}]
+    assert server.keys == ["Bearer k"]
+
+
+def test_a_long_pause_is_no_pause() -> None:
+    answer = fails(503, headers={"Retry-After": "301"})
+    with judge_server(lambda request, number: answer) as server, pytest.raises(Stopped, match="pause of 301 s"):
+        ask(server.url)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "2"}, 2.0),
+        ({"retry-after": "0"}, 0.0),
+        ({"retry-after-ms": "1500", "retry-after": "2"}, 1.5),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": formatdate(0, usegmt=True)}, 0.0),
+    ],
+)
+def test_retry_after(headers, seconds) -> None:
+    assert retry_after(httpx.Headers(headers)) == seconds

@@ -1,0 +1,149 @@
+"""Replies of judges: what is read, what is ambiguous, and that nothing else ever comes of a reply."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stllm.evaluation.judge_axes import AXES
+from stllm.evaluation.judge_parser import Unparsable, Verdict, parse_reply
+
+SCORES = st.integers(0, 50).map(lambda tenths: tenths / 10)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("{'score': 4}", 4),
+        ("{''score': 4.8}", 4.8),
+        ('{"score": "4"}', 4),
+        ("{'SCORE': 4.5, 'reason': 'a score: of note'}", 4.5),
+        ("```python\n{'score': 2}\n```", 2),
+        ('Here it is:\n```json\n{"score": 2.5}\n```\nDone.', 2.5),
+        ('{"result": {"score": 3}}', 3),
+        ("{'score': 3, 'reason': 'it says {x}'}", 3),
+        ("{'score': 3", 3),
+        ("{'score': '3/5'}", 3),
+        ("<think>Perhaps a score: 2, or 5?</think>{'score': 4}", 4),
+        ("Score: 4", 4),
+        ("**Score:** 4/5", 4),
+        ("The score is 4.5.", 4.5),
+        ("On a scale from 0 to 5 I give it a score of 3.", 3),
+        ("I would give it 4 out of 5.", 4),
+        ("final_score = 0", 0),
+        ("It names 3 dogs where there are 2. Score: 1", 1),
+        ("4", 4),
+        (" 4.0.\n", 4),
+        ("{'score': 4} {'score': 4.0}", 4),
+    ],
+)
+def test_one_score_is_read(reply, score) -> None:
+    assert parse_reply(reply, "detail") == Verdict(score)
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("{'pred': 'yes', 'score': 4}", Verdict(4, "yes")),
+        ('{"pred": "No", "score": 0}', Verdict(0, "no")),
+        ('{"pred": true, "score": 5}', Verdict(5, "yes")),
+        ("{'pred': yes, 'score': 4}", Verdict(4, "yes")),
+        ("pred: no, score: 1", Verdict(1, "no")),
+        ("Yes, they match. Score: 5", Verdict(5, "yes")),
+    ],
+)
+def test_the_axis_qa_needs_a_decision_as_well(reply, verdict) -> None:
+    assert parse_reply(reply, "qa") == verdict
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        ("", "no score"),
+        ("I'm sorry, but I can't help with that.", "no score"),
+        ("There are 3 dogs.", "no score"),
+        ("{'grade': 'good'}", "no score"),
+        ("Score: 8/10", "no score"),
+        ("score: 80%", "no score"),
+        ("score: 4e0", "no score"),
+        ("score: 1+2", "no score"),
+        ("{'score': True}", "no number"),
+        ("{'score': None}", "no number"),
+        ("{'score': 'good'}", "no number"),
+        ("{'score': 3} {'score': 4}", "more than one score"),
+        ("Score: 3. No, score: 4.", "more than one score"),
+        ("score: 3 or 4", "more than one score"),
+        ("score: 3-4", "more than one score"),
+        ("Score: 2\n{'score': 4}", "more than one score"),
+        ("score: -1", "not from 0 to 5"),
+        ("{'score': 6}", "not from 0 to 5"),
+        ("{'score': 5.01}", "not from 0 to 5"),
+        ('{"score": NaN}', "not from 0 to 5"),
+        ("{'score': 1e999}", "not from 0 to 5"),
+        (f"{{'score': {'9' * 400}}}", "not from 0 to 5"),
+        ("9" * 30_000, "30000 characters"),
+        ("{'score': __import__('os').getpid()}", "no score"),
+    ],
+)
+def test_anything_else_is_not_read(reply, why) -> None:
+    with pytest.raises(Unparsable, match=why):
+        parse_reply(reply, "detail")
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        ("{'score': 4}", "no yes or no"),
+        ("{'pred': 'maybe', 'score': 4}", "neither yes nor no"),
+        ("{'pred': 'yes', 'score': 4} {'pred': 'no', 'score': 4}", "more than one yes or no"),
+        ("4", "no yes or no"),
+    ],
+)
+def test_without_a_decision_the_axis_qa_has_no_verdict(reply, why) -> None:
+    with pytest.raises(Unparsable, match=why):
+        parse_reply(reply, "qa")
+
+
+@given(score=SCORES, pred=st.sampled_from(["yes", "no"]), before=st.sampled_from(["", "Sure!\n", "```json\n"]))
+def test_every_way_to_write_a_verdict_says_the_same(score, pred, before) -> None:
+    fields = {"pred": pred, "score": score}
+    for text in (
+        str(fields),
+        json.dumps(fields),
+        str(fields).replace("'score'", "''score'"),
+        f"pred: {pred}, score: {score}",
+    ):
+        assert parse_reply(f"{before}{text}", "qa") == Verdict(score, pred)
+
+
+@given(one=SCORES, two=SCORES)
+def test_two_scores_are_one_only_when_they_are_equal(one, two) -> None:
+    replies = (f"{{'score': {one}}} {{'score': {two}}}", f"score: {one}\nscore: {two}")
+    for reply in replies:
+        if one == two:
+            assert parse_reply(reply, "detail").score == one
+        else:
+            with pytest.raises(Unparsable):
+                parse_reply(reply, "detail")
+
+
+@given(
+    reply=st.text() | st.text(alphabet="{}'\"[]():,. score0123456789-+/epryn\n", max_size=200),
+    axis=st.sampled_from(AXES),
+)
+def test_whatever_a_judge_says_is_a_verdict_in_the_scale_or_unparsable(reply, axis) -> None:
+    try:
+        verdict = parse_reply(reply, axis)
+    except Unparsable:
+        return
+    assert 0 <= verdict.score <= 5
+    assert (verdict.pred in ("yes", "no")) == (axis == "qa")
+
+
+@pytest.mark.parametrize(
+    "reply", ["{" * 15_000, "(" * 15_000, "{" + "[" * 9_000 + "}", "score " * 3_000, "score" + " " * 15_000]
+)
+def test_hostile_replies_end(reply) -> None:
+    with pytest.raises(Unparsable):
+        parse_reply(reply, "qa")
