@@ -13,6 +13,7 @@ from typing import Any
 
 from stllm import __version__
 from stllm.common.files import write_text
+from stllm.evaluation.charts import draw_bars
 from stllm.evaluation.items import Benchmark, Record
 from stllm.evaluation.judged_report import judged_report
 from stllm.evaluation.mvbench_report import mvbench_bars, mvbench_report
@@ -52,8 +53,6 @@ def write(
         write_text(folder / f"{name}.md", judged_report(name, benchmark, lines, content))
         return content
     write_text(folder / f"{name}.md", mvbench_report(name, benchmark, lines, content))
-    from stllm.evaluation.charts import draw_bars
-
     draw_bars(folder / f"{name}.png", mvbench_bars(benchmark, lines))
     return content
 
