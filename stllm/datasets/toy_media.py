@@ -18,7 +18,7 @@ ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     ".mov": H264,
     ".mkv": H264,
     ".avi": ("mpeg4", {"qmin": "2", "qmax": "2"}),
-    ".webm": ("libvpx-vp9", {"crf": "20", "b": "0", "deadline": "realtime", "cpu-used": "8"}),
+    ".webm": ("libvpx-vp9", {"crf": "20", "b": "0"}),
 }
 GIF_DELAY = 40  # milliseconds a frame: 25 a second
 

@@ -1,0 +1,270 @@
+"""ST-LLM in lmms-eval: whole runs of the real package on a local task of toy clips. Left out where it is not installed.
+
+pip install "lmms-eval==0.7.*" . && pytest tests/evaluation/test_lmms_eval_model.py
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stllm.common.errors import UserError
+from stllm.conversation.chat import load_chat
+from stllm.conversation.decoding import Decoding
+from stllm.datasets.toy_clips import FPS, World
+from stllm.datasets.toy_media import write_video
+from stllm.datasets.toy_tasks import TASKS, state_change
+
+pytest.importorskip("lmms_eval", reason='lmms-eval is not installed: pip install "lmms-eval==0.7.*"')
+
+from lmms_eval.api.model import lmms
+from lmms_eval.models import get_model
+from lmms_eval.protocol import ChatMessages
+
+from stllm.evaluation.lmms_eval_model import STLLMForHarness, cut, settings_of
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
+USUAL = Decoding(num_beams=5, max_new_tokens=300, repetition_penalty=1.5)
+SHORT: dict[str, Any] = {"max_new_tokens": 4}
+TASK = """
+task: toy_state
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.visual
+doc_to_text: !function utils.text
+doc_to_target: answer
+process_results: !function utils.results
+generation_kwargs: {{max_new_tokens: 6, num_beams: 1, do_sample: false, until: ["\\n\\n"]}}
+metric_list:
+  - {{metric: says_it, aggregation: mean, higher_is_better: true}}
+"""
+UTILS = """
+def visual(doc):
+    return [doc["path"]]
+
+def text(doc):
+    return doc["question"]
+
+def results(doc, results):
+    return {"says_it": float(doc["answer"] in results[0])}
+"""
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Questions about two toy clips, with the clips' paths."""
+    folder, task = tmp_path_factory.mktemp("clips"), next(task for task in TASKS if task.make is state_change)
+    found = []
+    for index in range(2):
+        example, frames, _ = World(seed=5, num_frames=16).clip(task, "test", index)
+        write_video(folder / f"{index}.mp4", frames, FPS)
+        asked = example.turns[0]
+        found.append({"path": str(folder / f"{index}.mp4"), "question": asked.question, "answer": asked.answer})
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> STLLMForHarness:
+    return STLLMForHarness(pretrained=str(CHECKPOINT), device="cpu", batch_size="2", num_frames="4")
+
+
+def ask(model: STLLMForHarness, conversations: Sequence[Any], *settings: dict[str, Any]) -> list[str]:
+    """Answers to messages, as lmms-eval asks for them: requests that name a document of a task."""
+    model.task_dict = {"toy": {"test": conversations}}
+    settings = settings or (SHORT,) * len(conversations)
+    requests = [
+        SimpleNamespace(args=("", lambda messages: messages, asked, number, "toy", "test"))
+        for number, asked in enumerate(settings)
+    ]
+    return model.generate_until(requests)
+
+
+def says(text: str, *visuals: dict[str, Any], role: str = "user") -> dict[str, Any]:
+    return {"role": role, "content": [*visuals, {"type": "text", "text": text}]}
+
+
+def shows(url: Any, kind: str = "video", **part: float) -> dict[str, Any]:
+    return {"type": kind, "url": url, **part}
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_the_real_command(documents: list[dict[str, Any]], tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "data.json").write_text(json.dumps(documents))
+    (tasks / "utils.py").write_text(UTILS)
+    (tasks / "toy_state.yaml").write_text(TASK.format(data=tasks / "data.json"))
+    command = [sys.executable, "-m", "lmms_eval", "--model", "st_llm"]
+    command += ["--model_args", f"pretrained={CHECKPOINT},num_frames=4"]
+    command += ["--tasks", "toy_state", "--include_path", str(tasks), "--batch_size", "2", "--device", "cpu"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    run = subprocess.run(
+        [*command, "--output_path", str(tmp_path / "out"), "--log_samples"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **offline},
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (results,) = (json.loads(file.read_text()) for file in (tmp_path / "out").rglob("*_results.json"))
+    (samples,) = (tmp_path / "out").rglob("*_samples_toy_state.jsonl")
+    lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    chat = load_chat(CHECKPOINT, device="cpu", num_frames=4)
+    alone = [chat.ask(one["path"], one["question"], num_beams=1, max_new_tokens=6).text for one in documents]
+    assert [line["filtered_resps"] for line in lines] == [text.split("\n\n")[0].strip() for text in alone]
+    right = [document["answer"] in text for document, text in zip(documents, alone, strict=True)]
+    assert results["results"]["toy_state"]["says_it,none"] == sum(right) / len(right)
+
+
+def test_an_installation_of_both_is_enough() -> None:
+    assert get_model("st_llm") is STLLMForHarness
+    assert issubclass(STLLMForHarness, lmms)
+
+
+def test_batches_give_the_answers_of_one_at_a_time(model: STLLMForHarness, documents: list[dict[str, Any]]) -> None:
+    asked = [[says(one["question"], shows(one["path"]))] for one in documents] + [[says("Who are you?")]]
+    alone = [model.chat.ask(one["path"], one["question"], num_beams=1, max_new_tokens=4).text for one in documents] + [
+        model.chat.ask(None, "Who are you?", num_beams=1, max_new_tokens=4).text
+    ]
+    model.batch_size = 3
+    assert ask(model, asked) == alone
+    assert len(set(alone)) == 3  # they can be told apart
+
+
+def test_each_request_keeps_its_own_settings(model: STLLMForHarness, documents: list[dict[str, Any]]) -> None:
+    conversation = [says("What happens?", shows(documents[0]["path"]))]
+    settings = [{"max_new_tokens": 8}, {"max_new_tokens": 2}, {"max_new_tokens": 8, "num_beams": 3}]
+    expected = [
+        model.chat.ask(documents[0]["path"], "What happens?", num_beams=1, **SHORT | one).text for one in settings[:2]
+    ]
+    expected.append(model.chat.ask(documents[0]["path"], "What happens?", max_new_tokens=8, num_beams=3).text)
+    assert ask(model, [conversation] * 3, *settings) == expected
+    word = expected[0].split()[1]
+    (cut_short,) = ask(model, [conversation], {"max_new_tokens": 8, "until": [word]})
+    assert cut_short == expected[0].split(word)[0]
+
+
+def test_messages_become_a_conversation(model: STLLMForHarness, documents: list[dict[str, Any]]) -> None:
+    path = documents[0]["path"]
+    messages = [
+        says("Watch it.", role="system"),
+        says("First?", shows(path, start_time=1.0, end_time=3.0)),
+        says("Red.", role="assistant"),
+        says("Then?"),
+    ]
+    request = model._request(model_messages(messages), Path("unused"))
+    assert [(turn.question, turn.answer) for turn in request.turns] == [("First?", "Red."), ("Then?", None)]
+    assert request.system == "Watch it." and request.media is not None
+    assert (request.media.path, request.media.bounds) == (path, (1.0, 3.0))
+    spelled = [says("What?", shows({"path": path, "video_start": 1.0, "video_end": 3.0}))]
+    again = model._request(model_messages(spelled), Path("unused"))
+    assert (again.media, again.system) == (request.media, model.system)
+
+
+def test_pictures_are_the_frames_of_one_video(model: STLLMForHarness, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 255, (3, 28, 28, 3), np.uint8)
+    pictures = [Image.fromarray(picture) for picture in pixels]
+    for number, picture in enumerate(pictures, start=1):
+        picture.save(tmp_path / f"{number:05d}.png")
+    one, several, file = ask(
+        model,
+        [
+            [says("What?", shows(pictures[0], "image"))],
+            [says("What?", *(shows(picture, "image") for picture in pictures))],
+            [says("What?", shows(str(tmp_path / "00001.png"), "image"))],
+        ],
+    )
+    wanted = {"num_beams": 1, "max_new_tokens": 4}
+    assert one == file == model.chat.ask(tmp_path / "00001.png", "What?", **wanted).text
+    assert several == model.chat.ask(tmp_path, "What?", **wanted).text != one
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"num_beams": 1, "max_new_tokens": 300, "temperature": 0.0, "repetition_penalty": 1.5}),
+        ({"temperature": 0, "do_sample": False, "top_p": None, "num_beams": 3}, {"num_beams": 3, "temperature": 0.0}),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+        ({"max_new_tokens": 16, "repetition_penalty": 1.0}, {"max_new_tokens": 16, "repetition_penalty": 1.0}),
+    ],
+)
+def test_what_a_task_does_not_name_is_greedy_and_published(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    decoding = settings_of(given, USUAL).decoding
+    assert {name: getattr(decoding, name) for name in expected} == expected
+
+
+def test_settings_without_meaning_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert settings_of({"image_aspect_ratio": "pad", "until": "."}, USUAL).until == (".",)
+    assert "image_aspect_ratio" in caplog.text and "until" not in caplog.text
+
+
+def test_an_answer_is_cut_at_the_first_end() -> None:
+    assert cut("one. two\n\nthree", ("\n\n", ".", "")) == "one"
+    assert cut("one", ("\n",)) == "one"
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([says("What?", shows("a.mp4"), shows("b.mp4"))], "shows video, video at once"),
+        ([says("What?", shows("a.wav", "audio"))], "shows audio at once"),
+        ([says("What?", shows(3))], "video is a int"),
+        ([says("What?"), says("Red.", role="assistant")], "end with no question"),
+        ([says("What?", shows("nowhere.mp4"))], "nowhere.mp4"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(model: STLLMForHarness, messages: list[Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        ask(model, [messages])
+
+
+def test_log_likelihoods_are_refused(model: STLLMForHarness) -> None:
+    with pytest.raises(UserError, match="generate_until"):
+        model.loglikelihood([])
+    with pytest.raises(UserError, match="not for it"):
+        model.generate_until_multi_round([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"num_frame": "4"}, "did you mean 'num_frames'"),
+        ({"batch_size": "auto"}, "batch_size is 'auto'; expected a whole number"),
+        ({"num_frames": "0"}, "num_frames is '0'"),
+        ({"pretrained": "nowhere"}, "nowhere"),
+    ],
+)
+def test_wrong_arguments_are_said(arguments: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        STLLMForHarness(**{"pretrained": str(CHECKPOINT), "device": "cpu", **arguments})
+
+
+def test_the_system_sentence_is_chosen(tmp_path: Path) -> None:
+    (tmp_path / "system.txt").write_text("Look.\n")
+    arguments = {"pretrained": str(CHECKPOINT), "device": "cpu"}
+    usual = STLLMForHarness(**arguments)
+    assert usual.system == usual.chat.processor.template.system != ""
+    assert STLLMForHarness(**arguments, system="none").system == ""
+    assert STLLMForHarness(**arguments, system=str(tmp_path / "system.txt")).system == "Look."
+    usual.clean()
+    assert not hasattr(usual, "chat")
+
+
+def model_messages(messages: list[dict[str, Any]]) -> Any:
+    """As lmms-eval hands them over, checked."""
+    return ChatMessages(messages=messages).messages
