@@ -31,6 +31,7 @@ SYSTEM = (
 INSTRUCTION = "Only give the best option."
 ANSWER_MARK = "###Assistant: "
 ANSWER_BEGINS = "Best option:("
+Numbered = tuple[str, str, Fields]  # id, file and record, fields
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,13 @@ def mvbench(settings: EvaluationSettings) -> MVBench:
             f"json/{TASKS[0].file}): name that folder"
         )
     files = {file.stem: file for file in sorted(layout.files, key=_place)}
+    records = {slug: list(_numbered(files[slug])) for slug in chosen_tasks(list(files), settings)}
     media = MediaFolders(layout.media, settings)
     items: list[Item] = []
     excluded: dict[str, str] = {}
     num_excluded = 0
-    for slug in chosen_tasks(list(files), settings):
-        of_task = _read_task(files[slug], media)
+    for slug, of_file in records.items():
+        of_task = _task_items(files[slug], of_file, media)
         asked = of_task[: settings.limit]
         if any(item.media for item in of_task):
             items += asked
@@ -149,19 +151,18 @@ def mvbench(settings: EvaluationSettings) -> MVBench:
     return MVBench(items=items, excluded=excluded, num_excluded=num_excluded, system=system_sentence(settings))
 
 
-def _read_task(file: Path, media: MediaFolders) -> list[Item]:
+def _task_items(file: Path, records: Sequence[Numbered], media: MediaFolders) -> list[Item]:
     """An item a record, those that cannot be asked among them. A file of another name is a task of one's own: its media
     lie in the media folder itself, and count from start to end where these are given."""
     task = task_of(file)
     if task is None:
         own = MVBenchTask(name=file.stem.replace("_", " ").replace("-", " ").title(), folder="")
-        return [_item(own, own.folders, True, media, *record) for record in _numbered(file)]
+        return [_item(own, own.folders, True, media, *record) for record in records]
     # what lies in the media folder itself was put there by hand
-    return [_item(task, (*task.folders, ""), task.bounded, media, *record) for record in _numbered(file)]
+    return [_item(task, (*task.folders, ""), task.bounded, media, *record) for record in records]
 
 
-def _numbered(file: Path) -> Iterator[tuple[str, str, Fields]]:
-    """(id, file and record, fields) of each record."""
+def _numbered(file: Path) -> Iterator[Numbered]:
     for number, (where, fields) in enumerate(read_records(file, "mvbench")):
         yield f"{file.stem}/{number}", where, fields
 

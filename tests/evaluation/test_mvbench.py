@@ -192,6 +192,9 @@ def test_wrong_folders(tmp_path) -> None:
     with pytest.raises(UserError, match=r"gone\.json: there is no such annotation file"):
         read(tmp_path / "gone.json", video_dir=str(tmp_path))
     root = put(tmp_path, {"object_shuffle": [item("a.mp4")]})
+    other = put(tmp_path / "other", {"test_qa": [{"question": "q", "answer": "a", "video_id": 1}]}) / "json"
+    with pytest.raises(UserError, match="it looks like a VideoQA"):  # before its media are looked for
+        read(other, video_dir=str(root / "elsewhere"))
     with pytest.raises(UserError, match="elsewhere: there is no such folder of media: name it with --video-dir"):
         read(root, video_dir=str(root / "elsewhere"))
 
