@@ -76,8 +76,8 @@ def _judge_fault(args: argparse.Namespace) -> str | None:
         return "name the predictions with --pred-path"
     if asks and args.model is None:
         return "name the judge with --model (and --base-url, or local:PATH for a model on this machine)"
-    if not asks and (args.model or args.base_url or args.prompts):
-        return f"--{modes[0]} asks nothing: drop --model, --base-url and --prompts"
+    if modes == ["compare"] and (args.model or args.base_url or args.prompts or args.pred_path):
+        return "--compare reads two ledgers alone: drop --pred-path, --model, --base-url and --prompts"
     if args.export_items is not None and modes not in ([], ["offline"]):
         return f"--export-items does not go with --{modes[0].replace('_', '-')}"
     if args.model is not None and args.model.startswith("local:"):

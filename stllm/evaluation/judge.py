@@ -8,13 +8,14 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from stllm.common.errors import UserError
 from stllm.evaluation import judge_compare, judge_scores, judge_selfcheck
 from stllm.evaluation.judge_ledger import JudgeRun, Ledger, read_ledger
-from stllm.evaluation.judge_predictions import JudgeItem, read_predictions
+from stllm.evaluation.judge_predictions import JudgeItem, Predictions, read_predictions
 from stllm.evaluation.judge_prompts import PromptSet, load_prompts
 
 log = logging.getLogger(__name__)
@@ -32,14 +33,26 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args.axis, path, _ledger_path(args.compare, args.axis))
     if args.self_check is not None:
         return _self_check(args, folder)
-    stopped, keys = None, None
-    if not args.offline:
-        predictions = read_predictions(args.pred_path, args.axis)
+    predictions = None if args.pred_path is None else read_predictions(args.pred_path, args.axis)
+    stopped = None
+    if predictions is not None and not args.offline:
         stopped = _judge(args, path, predictions.items, predictions.unanswered)
     judged, ledger = read_ledger(path)
-    if args.pred_path is not None:
-        keys = [item.key for item in read_predictions(args.pred_path, args.axis).items]
+    if args.offline:
+        _check_offline(args, judged, ledger, predictions)
+    keys = None if predictions is None else [item.key for item in predictions.items]
     result = judge_scores.score(judged, ledger.entries, ledger.model, keys)
+    _write(args, result, ledger)
+    if stopped is not None:
+        raise UserError(stopped)
+    if result["mean"] is None:
+        raise UserError(f"no item was scored: {folder / f'{args.axis}.results.json'} lists why")
+    return 0
+
+
+def _write(args: argparse.Namespace, result: judge_scores.Results, ledger: Ledger) -> None:
+    """The results file and table of an axis, VcgBench's average if it can be told, and the official item files."""
+    folder = Path(args.output_dir).expanduser()
     judge_scores.write_json(folder / f"{args.axis}.results.json", result)
     for line in judge_scores.table(result):
         print(line)
@@ -48,11 +61,13 @@ def run(args: argparse.Namespace) -> int:
     if args.export_items is not None:
         count = judge_scores.export_items(ledger.entries.values(), Path(args.export_items).expanduser())
         print(f"{count} item files in {args.export_items}")
-    if stopped is not None:
-        raise UserError(stopped)
-    if result["mean"] is None:
-        raise UserError(f"no item was scored: {folder / f'{args.axis}.results.json'} lists why")
-    return 0
+
+
+def _check_offline(args: argparse.Namespace, judged: JudgeRun, ledger: Ledger, predictions: Predictions | None) -> None:
+    """Sees that what the command line names is what the ledger is of. Raises UserError, saying what differs."""
+    given = {"requested_model": args.model, "prompt_digest": args.prompts and load_prompts(args.prompts).digest}
+    named = {name: value for name, value in given.items() if value is not None}
+    ledger.check(replace(judged, **named), None if predictions is None else predictions.items)
 
 
 def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], unanswered: dict[str, str]) -> str | None:

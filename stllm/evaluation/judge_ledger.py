@@ -142,9 +142,7 @@ class Ledger:
         Raises UserError, saying what differs, when they do not. A ledger without a score is begun anew instead.
         """
         try:
-            if self.run is not None:
-                self._check_run(self.run, run)
-                self._check_items({item.key: item for item in items})
+            self.check(run, items)
         except UserError:
             if self.model is not None:
                 raise
@@ -153,6 +151,13 @@ class Ledger:
         if run != self.run:
             self.run = run
             self._write({RUN: asdict(run)})
+
+    def check(self, run: JudgeRun, items: Iterable[JudgeItem] | None) -> None:
+        """Raises UserError, saying what differs, when these items, judged so, are not what is there."""
+        if self.run is not None:
+            self._check_run(self.run, run)
+        if items is not None:
+            self._check_items({item.key: item for item in items})
 
     def append(self, entry: Entry) -> None:
         """Writes a line at once. Raises UserError when the judge is not the one of the lines before."""

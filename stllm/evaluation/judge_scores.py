@@ -146,6 +146,8 @@ def table(result: Results) -> list[str]:
         lines += [f"{what}: {key}: {reason}" for key, reason in named[:MAX_NAMED]]
         if len(named) > MAX_NAMED:
             lines.append(f"{what}: {len(named) - MAX_NAMED} more, all listed in the results file")
+        if len(named) < counts[what]:
+            lines.append(f"{what}: {counts[what] - len(named)} that were never asked; name --pred-path to list them")
     return lines
 
 

@@ -160,7 +160,7 @@ def test_a_missing_key_or_url_is_told_before_anything_is_written(tmp_path, capsy
     [
         ([], "name the predictions with --pred-path"),
         (["--pred-path", "p"], "name the judge with --model"),
-        (["--offline", "--model", "m"], "--offline asks nothing"),
+        (["--compare", "x", "--pred-path", "p"], "--compare reads two ledgers alone"),
         (["--offline", "--compare", "x"], "do not go together"),
         (["--compare", "x", "--export-items", "y"], "does not go with --compare"),
         (["--pred-path", "p", "--model", "local:x", "--base-url", "http://x"], "does not go with a local: model"),

@@ -159,7 +159,8 @@ def test_offline_scores_are_the_same_and_ask_nothing(tmp_path) -> None:
         assert judge("detail", tmp_path, url=server.url) == 0
     path = tmp_path / "out" / "detail.results.json"
     online = path.read_bytes()
-    for options in ([], ["--pred-path", str(tmp_path / "pred.json")]):
+    named = ["--pred-path", str(tmp_path / "pred.json")]
+    for options in ([], named, [*named, "--model", "m", "--base-url", server.url]):
         path.unlink()
         assert judge("detail", tmp_path, "--offline", *options) == 0
         assert path.read_bytes() == online
@@ -176,6 +177,32 @@ def test_offline_reads_the_raw_replies_again(tmp_path) -> None:
     path.write_text("\n".join([first, *given_up]) + "\n")
     assert judge("qa", tmp_path, "--offline") == 0
     assert results(tmp_path)["counts"]["scored"] == 3
+
+
+def test_offline_refuses_what_the_ledger_is_not_of(tmp_path, server, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pred.json", questions(3))
+    assert judge("qa", tmp_path, url=server.url) == 0
+    write(tmp_path / "pred.json", questions(3, pred="bird"))
+    Path("own.yaml").write_text("version: own\nqa: {user: '{question} {answer} {pred}'}")
+    for options, words in {
+        ("--pred-path", "pred.json"): "item 1_0 has other texts now",
+        ("--model", "n"): "another judge (--model)",
+        ("--prompts", "own.yaml"): "another digest of the instructions",
+    }.items():
+        assert judge("qa", tmp_path, "--offline", *options) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_offline_counts_what_was_never_asked(tmp_path, capsys) -> None:
+    write(tmp_path / "pred.json", questions(6))
+    with judge_server(lambda request, number: fair(request) if number < 3 else fails(401)) as server:
+        assert judge("qa", tmp_path, "--concurrency", "1", url=server.url) == 1
+    assert judge("qa", tmp_path, "--offline") == 0
+    assert results(tmp_path)["counts"] == {"total": 6, "scored": 2, "failed": 4, "unanswered": 0}
+    assert "failed: 4 that were never asked" in capsys.readouterr().out
+    assert judge("qa", tmp_path, "--offline", "--pred-path", str(tmp_path / "pred.json")) == 0
+    assert list(results(tmp_path)["failed_items"].values()) == ["not asked yet"] * 4
 
 
 def test_without_a_ledger_there_is_nothing_to_score(tmp_path, capsys) -> None:
