@@ -5,6 +5,7 @@
 # Launch:   bash scripts/train.sh configs/train/instructblip_qa.yaml
 # Override: NPROC=2 bash scripts/train.sh configs/train/instructblip_qa.yaml --options run.learning_rate=1e-5
 set -euo pipefail
+source "$(dirname "$0")/lib/gpus.sh"
 
 usage() {
     cat <<'END'
@@ -13,16 +14,6 @@ environment:
   NPROC    processes on this machine (default: one a GPU, or 1)
   PYTHON   the interpreter (default: python)
 END
-}
-
-num_gpus() {
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"
-    elif command -v nvidia-smi >/dev/null; then
-        nvidia-smi --list-gpus | grep -c '^GPU ' || true # grep has printed 0
-    else
-        echo 0
-    fi
 }
 
 case ${1:-} in

@@ -32,6 +32,7 @@ OPTIONS = (
     *("anno_path", "answers_path", "video_dir", "output_dir", "output_name", "tasks", "limit", "num_frames"),
     *("num_beams", "max_new_tokens", "batch_size", "num_workers"),
 )
+SHOWN_FAILURES = 3
 PROBES = {"probe": probe_views, "permute": probe_options}
 
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
     if checkpoint is None:
         raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
+    _check_name(settings)
     benchmark = benchmarks.get(args.benchmark)(settings)
     try:
         with process_group():
@@ -79,7 +81,7 @@ def _tell(folder: Path, name: str, benchmark: Benchmark, outcome: Outcome, start
     """Writes what came out, and says it; returns the exit code. started: as perf_counter has it."""
     with telling_full_disk(folder):
         content = write_outcome(folder, name, benchmark, outcome)
-    print(summary(folder / name, benchmark, content, time.perf_counter() - started))
+    print(summary(folder / name, benchmark, outcome, content, time.perf_counter() - started))
     if content["counts"]["answered"]:
         return 0
     first = next((record["error"] for record in outcome.records), "there is no item")
@@ -103,7 +105,7 @@ def write_outcome(folder: Path, name: str, benchmark: Benchmark, outcome: Outcom
     )
 
 
-def summary(path: Path, benchmark: Benchmark, content: Mapping[str, Any], seconds: float) -> str:
+def summary(path: Path, benchmark: Benchmark, outcome: Outcome, content: Mapping[str, Any], seconds: float) -> str:
     """What a person wants to know at the end. path: of the files, without an ending."""
     counts, lines = content["counts"], []
     for rule, scores in content["scores"].items():
@@ -115,9 +117,19 @@ def summary(path: Path, benchmark: Benchmark, content: Mapping[str, Any], second
         f"{counts['answered']} answered, {counts['failed']} failed, {counts['excluded']} excluded, of "
         f"{counts['total']}; {seconds:.0f} s"
     )
+    errors = [record["error"] for record in outcome.records if record.get("error")]
+    lines += [f"failed: {error}" for error in errors[:SHOWN_FAILURES]]
+    if len(errors) > SHOWN_FAILURES:
+        lines.append(f"failed: {len(errors) - SHOWN_FAILURES} more, see {path}.jsonl")
     lines += [f"excluded: {task}: {reason}" for task, reason in benchmark.excluded.items()]
-    lines.append(f"files: {path}.{{jsonl,json,results.json,md}}")
+    lines.append(f"files: {path}.*")
     return "\n".join(lines)
+
+
+def _check_name(settings: EvaluationSettings) -> None:
+    name = settings.output_name
+    if name is not None and (name != Path(name).name or name in ("", ".", "..")):
+        raise UserError(f"output_name is {name!r}: expected a name without a folder, which output_dir says")
 
 
 def _too_large(settings: EvaluationSettings) -> str:

@@ -65,7 +65,7 @@ class RecordFiles:
     def locked(self) -> Iterator[None]:
         """Within, no other run may write here. Raises UserError when one does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{self.path}.lock")
+        lock = FileLock(self.folder / f".{self.name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-LAUNCHERS = ("train.sh", "train_multinode.sh", "train_slurm.sh")
+LAUNCHERS = ("train.sh", "train_multinode.sh", "train_slurm.sh", "evaluate.sh")
 NODES = {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "first:29500"}
 
 
@@ -119,3 +119,14 @@ def test_a_slurm_job(stopped: int, requeue: str, queued: bool, stand_in: dict[st
     assert lines[7].endswith("rank 5")
     assert lines[8:] == (["scontrol requeue 20007"] if queued else [])
     assert result.returncode == stopped
+
+
+@pytest.mark.parametrize("benchmark", ["mvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif"])
+def test_each_benchmark_has_a_launcher_with_its_configuration(benchmark: str, stand_in: dict[str, str]) -> None:
+    config = SCRIPTS.parent / "configs" / "eval" / f"{benchmark}.yaml"
+    command = ["-m", "stllm", "evaluate", benchmark, "--cfg-path", str(config), "--limit", "3"]
+    alone = launch(f"eval_{benchmark}.sh", "--limit", "3", env=stand_in)
+    assert alone.stdout.splitlines()[:-1] == command
+    several = launch(f"eval_{benchmark}.sh", "--limit", "3", env={**stand_in, "CUDA_VISIBLE_DEVICES": "0,1"})
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    assert several.stdout.splitlines()[:-1] == torchrun + command

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Evaluates a checkpoint on the benchmark that a configuration is named after, one process a GPU; without a GPU one on
+# the CPU. The same command goes on where it stopped.
+# Needs: stllm installed (README), and what the configuration's header names.
+# Launch:   CKPT=DIR bash scripts/evaluate.sh configs/eval/mvbench.yaml
+# Override: NPROC=2 bash scripts/evaluate.sh configs/eval/mvbench.yaml --num-frames 16 --options model.video_input=mean
+set -euo pipefail
+source "$(dirname "$0")/lib/gpus.sh"
+
+usage() {
+    cat <<'END'
+usage: bash scripts/evaluate.sh CONFIG [options of stllm evaluate, e.g. --limit N --options key=value ...]
+  CONFIG is BENCH.yaml, BENCH being mvbench, vcgbench, msvd, msrvtt, activitynet or tgif
+environment:
+  NPROC    processes on this machine (default: one a GPU, or 1)
+  PYTHON   the interpreter (default: python)
+END
+}
+
+case ${1:-} in
+-h | --help) usage && exit ;;
+'' | -*) usage >&2 && exit 2 ;;
+esac
+command=(-m stllm evaluate "$(basename "$1" .yaml)" --cfg-path "$@")
+
+if [[ -z ${NPROC:-} ]]; then
+    NPROC=$(num_gpus)
+    NPROC=$((NPROC > 0 ? NPROC : 1))
+fi
+launch=("${PYTHON:-python}")
+if ((NPROC > 1)); then
+    launch+=(-m torch.distributed.run --nproc_per_node="$NPROC" --standalone)
+fi
+exec "${launch[@]}" "${command[@]}"
