@@ -30,7 +30,9 @@ def _judge_options(parser: Parser) -> None:
     parser.add_argument(
         "--self-check", type=whole(1), metavar="N", help="grade the judge itself on answers known to be right or wrong"
     )
-    parser.add_argument("--export-items", type=path, metavar="DIR", help="also write the official file of each item")
+    parser.add_argument(
+        "--export-items", type=path, metavar="DIR", help="also write the official file of each item, to DIR/AXIS"
+    )
 
 
 def _judge_endpoint_options(parser: Parser) -> None:

@@ -59,8 +59,8 @@ def _write(args: argparse.Namespace, result: judge_scores.Results, ledger: Ledge
     if args.axis in judge_scores.VCGBENCH_AXES:
         _average(folder)
     if args.export_items is not None:
-        count = judge_scores.export_items(ledger.entries.values(), Path(args.export_items).expanduser())
-        print(f"{count} item files in {args.export_items}")
+        exported = Path(args.export_items).expanduser() / args.axis  # three axes share their items' names
+        print(f"{judge_scores.export_items(ledger.entries.values(), exported)} item files in {exported}")
 
 
 def _check_offline(args: argparse.Namespace, judged: JudgeRun, ledger: Ledger, predictions: Predictions | None) -> None:

@@ -91,7 +91,7 @@ class Asking:
         if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
             last_fault = self.ledger.entries[item.key].error
             raise Stopped(
-                f"{self._num_failed_in_a_row} items in a row failed, the last one since {last_fault}: see that the "
+                f"{self._num_failed_in_a_row} items in a row failed (the last one: {last_fault}): see that the "
                 f"judge at {endpoint.base_url} works, then run the same command again"
             )
 

@@ -107,7 +107,7 @@ class Ledger:
         self.entries: dict[str, Entry] = {}  # the last one of each key, in the order of the first
         self.model: str | None = None  # the exact id of the judge that made the scores
         self._size = 0  # bytes of whole lines
-        self._lock = FileLock(f"{path}.lock")
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         self._stream: Any = None
         if path.is_file():
             self._read()

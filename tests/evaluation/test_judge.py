@@ -100,14 +100,14 @@ def test_scores_of_different_judges_or_instructions_are_not_averaged(tmp_path, s
 def test_official_item_files(tmp_path, server) -> None:
     write(tmp_path / "pred.json", vcgbench_lines())
     assert judge("correctness", tmp_path, "--export-items", str(tmp_path / "items"), url=server.url) == 0
-    assert judge("consistency", tmp_path, "--export-items", str(tmp_path / "pairs"), url=server.url) == 0
-    names = sorted(path.name for path in (tmp_path / "items").iterdir())
+    assert judge("consistency", tmp_path, "--export-items", str(tmp_path / "items"), url=server.url) == 0
+    names = sorted(path.name for path in (tmp_path / "items" / "correctness").iterdir())
     assert names == ["v_0.json", "v_1.json"]  # of the same video; the unanswered one has none
-    assert json.loads((tmp_path / "items" / "v_1.json").read_text()) == [
+    assert json.loads((tmp_path / "items" / "correctness" / "v_1.json").read_text()) == [
         {"score": 1.0},
         {"q": "r?", "a": "a cat", "pred": "a dog"},
     ]
-    assert json.loads((tmp_path / "pairs" / "v_0.json").read_text()) == [
+    assert json.loads((tmp_path / "items" / "consistency" / "v_0.json").read_text()) == [
         {"score": 5.0},
         {"q1": "q?", "q2": "r?", "a": "a cat", "pred1": "a cat", "pred2": "a cat"},
     ]

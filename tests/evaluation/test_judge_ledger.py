@@ -102,7 +102,7 @@ def test_a_ledger_without_a_score_is_begun_anew(tmp_path, server) -> None:
 def test_two_processes_do_not_write_to_one_ledger(tmp_path, server, capsys) -> None:
     write(tmp_path / "pred.json", questions(2))
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / "qa.ledger.jsonl.lock"):
+    with FileLock(tmp_path / "out" / ".qa.ledger.jsonl.lock"):
         assert judge("qa", tmp_path, url=server.url) == 1
     assert "another process writes to it" in capsys.readouterr().err
     assert not server.requests

@@ -76,7 +76,10 @@ def judge_server(behave: Callable[[dict[str, Any], int], Answer] = fair) -> Iter
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if not body:  # the client has gone
+                return
+            request = json.loads(body)
             with judge.lock:
                 judge.requests.append(request)
                 judge.keys.append(self.headers.get("Authorization"))
