@@ -4,6 +4,7 @@ Pieces on either side of the visual tokens are tokenized apart, each with senten
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,7 @@ def _load_tokenizer(folder: Path, config: STLLMConfig) -> PreTrainedTokenizerBas
             folder, config=config.text_config, local_files_only=True
         )
     except Exception as error:  # transformers raises many kinds; the sentence keeps the cause
+        _check_sentencepiece(folder)
         # what is no sentencepiece model is taken for a tiktoken file: a package to install would mislead
         reason = "" if "tiktoken" in str(error) else f" ({_first_line(error)})"
         raise UserError(f"the tokenizer in {folder} could not be read{reason}: {expected}; {again}") from error
@@ -233,6 +235,18 @@ def _load_tokenizer(folder: Path, config: STLLMConfig) -> PreTrainedTokenizerBas
         # of an empty or foreign tokenizer.model transformers makes a tokenizer of special tokens alone
         raise UserError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens and no words: {expected}; {again}")
     return tokenizer
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Raises UserError when this environment cannot read tokenizer.model at all, whatever is in it."""
+    try:
+        import_module("sentencepiece.sentencepiece_model_pb2")
+    except Exception as error:  # not installed, or an older protobuf than it was made for (VersionError)
+        if (folder / "tokenizer.model").is_file():
+            raise UserError(
+                f"{folder / 'tokenizer.model'} cannot be read here ({_first_line(error)}): install sentencepiece and "
+                "a protobuf as new as it asks for, or an older sentencepiece"
+            ) from error
 
 
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:

@@ -1,9 +1,12 @@
 """Prompts as token ids: the golden ids, labels, truncation, and answers cut as published."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,6 +167,16 @@ def test_a_damaged_tokenizer_is_said_so(tmp_path: Path, size: int) -> None:
     with pytest.raises(UserError, match="damaged or cut off: copy or download it again") as caught:
         PromptProcessor.from_pretrained(tmp_path, config=config)
     assert "tiktoken" not in str(caught.value)
+
+
+def test_an_environment_that_cannot_read_tokenizers_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another package holds protobuf back: transformers then takes a good file for one of another format."""
+    shutil.copy(FOLDERS["minigpt4"] / "tokenizer.model", tmp_path)
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    config = STLLMConfig(text_config={"model_type": "llama"}, qformer_text_input=False, template="minigpt4")
+    with pytest.raises(UserError, match=r"cannot be read here .*: install sentencepiece and a protobuf as new"):
+        PromptProcessor.from_pretrained(tmp_path, config=config)
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
