@@ -1,5 +1,6 @@
 """ST-LLM as a model of lmms-eval (0.7): with both packages installed, its runs know the model by the name `st_llm`.
 
+    pip install ".[lmms-eval]"
     lmms-eval --model st_llm --model_args pretrained=DIR,num_frames=16 --tasks mvbench --batch_size 8
 
 lmms-eval finds it by the entry point that pyproject.toml names; nothing of lmms-eval needs to be changed. Several GPUs:

@@ -1,6 +1,6 @@
 """ST-LLM in lmms-eval: whole runs of the real package on a local task of toy clips. Left out where it is not installed.
 
-pip install "lmms-eval==0.7.*" . && pytest tests/evaluation/test_lmms_eval_model.py
+    pip install ".[lmms-eval]" && pytest tests/evaluation/test_lmms_eval_model.py
 """
 
 import json
@@ -24,7 +24,7 @@ from stllm.datasets.toy_clips import FPS, World
 from stllm.datasets.toy_media import write_video
 from stllm.datasets.toy_tasks import TASKS, state_change
 
-pytest.importorskip("lmms_eval", reason='lmms-eval is not installed: pip install "lmms-eval==0.7.*"')
+pytest.importorskip("lmms_eval", reason='lmms-eval is not installed: pip install ".[lmms-eval]"')
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models import get_model
