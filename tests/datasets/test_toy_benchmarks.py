@@ -1,6 +1,7 @@
 """The benchmarks' twins: official names and fields, media that can be read, nothing for the doctor to find."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from stllm.cli import main
 from stllm.datasets.readers import open_media
 from stllm.datasets.toy_benchmarks import STAND_INS, benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.datasets.toy_clips import World
+from stllm.datasets.toy_language import world_texts
 from stllm.datasets.toy_tasks import DIRECTION_QUESTIONS
 from stllm.evaluation.mvbench_tasks import TASKS
 from tests.helpers.twins import NUM_FRAMES, SEED, twins
@@ -130,6 +132,19 @@ def test_tgif_has_gifs_and_no_ids(root: Path) -> None:
     gif = next((root / "tgif" / "videos").glob("*.gif"))
     with open_media(gif) as reader:
         assert (reader.info.kind, reader.info.num_frames, reader.info.fps) == ("gif", NUM_FRAMES, 25)
+
+
+def test_nothing_is_asked_that_training_never_says(root: Path) -> None:
+    known = {word for text in world_texts() for word in words(text)}
+    keys = ("question", "answer", "Q", "Q1", "Q2", "A")
+    rows = [row for path in root.rglob("*.json") for row in read(path)]
+    asked = {word for row in rows for key in keys for word in words(row.get(key, ""))}
+    asked |= {word for row in rows for candidate in row.get("candidates", ()) for word in words(candidate)}
+    assert asked and asked <= known
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def test_every_medium_shows_what_was_drawn(root: Path) -> None:
