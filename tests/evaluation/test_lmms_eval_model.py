@@ -1,6 +1,6 @@
 """ST-LLM in lmms-eval: whole runs of the real package on a local task of toy clips. Left out where it is not installed.
 
-    pip install ".[lmms-eval]" && pytest tests/evaluation/test_lmms_eval_model.py
+pip install ".[lmms-eval]" && pytest tests/evaluation/test_lmms_eval_model.py
 """
 
 import json
