@@ -1,0 +1,56 @@
+"""What README.md and trainval.md tell a reader to type and to open: every command parses, every file is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from stllm.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+DOCS = ("README.md", "trainval.md")
+FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+OURS: dict[str, list[str]] = {"demo.py": ["chat"], "stllm": []}
+FILE = re.compile(r"(?<![\w/$.-])(?:stllm|configs|scripts|benchmarks|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b")
+
+
+def commands(doc: str) -> list[list[str]]:
+    """The words of each line in the document's bash blocks, without comments; lines that go on are one."""
+    blocks = "\n".join(FENCE.findall((ROOT / doc).read_text())).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
+    return [words for words in lines if words]
+
+
+def of_stllm(words: list[str]) -> list[str] | None:
+    """The arguments of our command in a line, whoever launches it; None when it is another's."""
+    for place, word in enumerate(words):
+        if word in OURS:
+            return [*OURS[word], *words[place + 1 :]]
+    return None
+
+
+def complaint_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    try:
+        build_parser().parse_args(arguments)
+    except SystemExit:
+        return capsys.readouterr().err
+    return ""
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_commands_parse(doc: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [arguments for words in commands(doc) if (arguments := of_stllm(words)) is not None]
+    assert len(found) > 10
+    for arguments in found:
+        complaint = complaint_of(arguments, capsys)
+        assert not complaint, f"{doc}: stllm {shlex.join(arguments)}"
+
+
+@pytest.mark.parametrize("doc", DOCS)
+def test_files_are_there(doc: str) -> None:
+    text = (ROOT / doc).read_text()
+    named = {*FILE.findall(text), *(word for words in commands(doc) for word in words if FILE.fullmatch(word))}
+    named |= {link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)#]+)", text)}
+    assert len(named) > 5
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
