@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stllm.evaluation.items import Benchmark
+from stllm.evaluation.items import Benchmark, Item
 from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.processors.prompts import PromptProcessor
 
@@ -26,15 +26,20 @@ def content_digest(content: Any) -> str:
 
 def prompts_digest(benchmark: Benchmark, processor: PromptProcessor) -> str:
     """Of every prompt that the benchmark's items give, and what the Q-Former reads beside it."""
+    asked = [item for item in benchmark.items if item.media is not None]
+    return content_digest([[item.id, item_prompts(benchmark, item, processor)] for item in asked])
+
+
+def item_prompts(benchmark: Benchmark, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
+    """`pieces` of each question's prompt, and what the `qformer` reads."""
     template = processor.template
-    texts = []
-    for item in benchmark.items:
-        for request in benchmark.requests(item, template) if item.media is not None else ():
-            turn = request.turns[-1]
-            system = processor.system if request.system is None else request.system
-            pieces = request.pieces or template.render(turn, first=True, media="video", system=system)
-            texts.append([item.id, list(pieces), template.text(turn)])
-    return content_digest(texts)
+    prompts = []
+    for request in benchmark.requests(item, template):
+        turn = request.turns[-1]
+        system = processor.system if request.system is None else request.system
+        pieces = request.pieces or template.render(turn, first=True, media="video", system=system)
+        prompts.append({"pieces": list(pieces), "qformer": template.text(turn)})
+    return prompts
 
 
 def checkpoint_digest(sources: Sequence[Source]) -> str:

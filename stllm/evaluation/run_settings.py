@@ -8,22 +8,36 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from stllm.common.changes import flat, told_changes
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import write_text
 from stllm.conversation.decoding import Decoding
+from stllm.evaluation.digests import item_prompts
+from stllm.evaluation.items import Benchmark, Item
 from stllm.models.checkpoints.loading import Opened
 from stllm.processors.prompts import PromptProcessor
 
-# what may differ when a run is gone on with: no answer depends on it (which items are asked is looked at line by line)
+# What may differ when a run is gone on with: no answer depends on it, items are looked at line by line, and `decoding`
+# has what is unset in `evaluation` as the model's family has it.
 FREE = re.compile(
-    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers)"
-    r"|decoding\..*"  # as `evaluation` has it, with the model's own in place of what is unset
+    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers"
+    r"|num_beams|max_new_tokens|repetition_penalty)"
+)
+# Asked of nobody: it shows the words around a question, which belong to the code and may change with it.
+SAMPLE = Item(
+    id="sample",
+    task="",
+    video="",
+    media=None,
+    questions=("QUESTION",),
+    answer="FIRST",
+    candidates=("FIRST", "SECOND"),
 )
 
 
 def run_settings(
-    benchmark: str,
+    benchmark: Benchmark,
     settings: EvaluationSettings,
     decoding: Decoding,
     opened: Opened,
@@ -36,10 +50,11 @@ def run_settings(
     """All that answers depend on, as plain values. checkpoint: its digest. variant: of the items, "" for none."""
     config = opened.config
     return {
-        "benchmark": benchmark,
+        "benchmark": benchmark.name,
         **({"variant": variant} if variant else {}),
         "evaluation": asdict(settings),
         "decoding": asdict(decoding),
+        "prompt": item_prompts(benchmark, SAMPLE, processor)[0],
         "model": {
             "checkpoint": checkpoint,
             "dtype": dtype,
@@ -57,7 +72,7 @@ def run_settings(
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those that answers depend on, by dotted key."""
-    return {key: value for key, value in _flat(settings).items() if not FREE.fullmatch(key)}
+    return {key: value for key, value in flat(settings).items() if not FREE.fullmatch(key)}
 
 
 def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
@@ -68,15 +83,8 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
     another = "name another --output-name to begin anew"
     if not path.is_file():
         raise UserError(f"{records} holds lines, but not beside it {path.name}, which says what made them: {another}")
-    old, new = decisive(_load(path)), decisive(settings)
-    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if changed:
-        key = changed[0]
-        more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if len(changed) > 1 else ""
-        raise UserError(
-            f"{records} was made with another setting: {key} was {old.get(key)!r} and is now {new.get(key)!r}{more}; "
-            f"set it back to go on, or {another}"
-        )
+    if changes := told_changes(decisive(_load(path)), decisive(settings)):
+        raise UserError(f"{records} was made with another setting: {changes}; set it back to go on, or {another}")
 
 
 def save_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -90,14 +98,3 @@ def _load(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # of yaml, OmegaConf and the file system
         raise UserError(f"{path} cannot be read ({error}): name another --output-name to begin anew") from error
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    if not isinstance(values, Mapping):
-        return {prefix: values}
-    return {
-        dotted: value
-        for key, entry in values.items()
-        for dotted, value in _flat(entry, f"{prefix}.{key}" if prefix else str(key)).items()
-    }

@@ -86,7 +86,7 @@ class Runs:
     def _begin(self, files: RecordFiles, benchmark: Benchmark, variant: str) -> dict[str, Any]:
         """Sees that these settings and items go with the lines that are there, and joins those."""
         settings = run_settings(
-            benchmark.name,
+            benchmark,
             self.settings,
             self.decoding,
             self.opened,

@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
 
+from stllm.common.changes import flat, told_changes
 from stllm.common.config import save_config
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
@@ -65,14 +66,11 @@ class RunFolder:
             )
 
     def _check_same(self, cfg: Any) -> None:
-        old, new = (_flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(self.config_path), cfg))
-        changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key) and not FREE.fullmatch(key)]
-        if changed:
-            key = changed[0]
-            more = f" (and {len(changed) - 1} more: {', '.join(changed[1:6])})" if len(changed) > 1 else ""
+        old, new = (_decisive(OmegaConf.to_container(one)) for one in (OmegaConf.load(self.config_path), cfg))
+        if changes := told_changes(old, new):
             raise UserError(
-                f"{self.path} holds a run with another configuration: {key} was {old.get(key)!r} and is now "
-                f"{new.get(key)!r}{more}; set it back to continue, or name another run.output_dir to begin anew"
+                f"{self.path} holds a run with another configuration: {changes}; set it back to continue, or name "
+                "another run.output_dir to begin anew"
             )
 
     def last_checkpoint(self) -> Path | None:
@@ -197,13 +195,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, entry in value.items():
-        flat |= _flat(entry, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def _decisive(values: Any) -> dict[str, Any]:
+    return {key: value for key, value in flat(values).items() if not FREE.fullmatch(key)}
 
 
 def _is_whole(line: str) -> bool:

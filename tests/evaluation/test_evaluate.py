@@ -1,6 +1,7 @@
 """`stllm evaluate` as it is typed: whole runs on a golden checkpoint and real videos, and what can go wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 from torch import Tensor
 
 from stllm.cli import main
+from stllm.common.registry import templates
+from stllm.conversation.templates import BOS, INSTRUCTBLIP, VISUAL
 from stllm.evaluation import record_files, runs
 from stllm.models.st_llm import STLLM
 from tests.helpers.evaluation import arguments, copy_run, evaluate, lines, write_set
@@ -100,7 +103,7 @@ def test_a_run_that_stopped_anywhere_is_gone_on_with(data: Path, finished: Path,
     ("option", "message"),
     [
         (("--num-frames", "6"), "evaluation.num_frames was 5 and is now 6"),
-        (("--max-new-tokens", "7"), "evaluation.max_new_tokens was 6 and is now 7"),
+        (("--max-new-tokens", "7"), "decoding.max_new_tokens was 6 and is now 7"),
         (("--options", "evaluation.system=Look."), "evaluation.system was '' and is now 'Look.'"),
         (("--options", "model.video_input=mean"), "model.video_input was 'residual' and is now 'mean'"),
         (("--dtype", "bfloat16"), "model.dtype was 'float32' and is now 'bfloat16'"),
@@ -114,6 +117,22 @@ def test_another_setting_refuses_to_mix(
     error = capsys.readouterr().err.splitlines()[-1]
     assert message in error and "name another --output-name" in error
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_another_wording_refuses_to_mix(
+    data: Path, output: Path, no_model: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reworded = replace(INSTRUCTBLIP, opening=(VISUAL, BOS, "{context}Human: {text}"))
+    monkeypatch.setitem(templates._entries, "instructblip", reworded)
+    assert evaluate(data, output) == 1
+    error = capsys.readouterr().err
+    assert (
+        "prompt.pieces was " in error and "###Human: QUESTION ###Assistant: " in error and "'Human: QUESTION'" in error
+    )
+
+
+def test_a_setting_given_as_it_is_by_default_goes_on(data: Path, output: Path, no_model: None) -> None:
+    assert evaluate(data, output, "--options", "evaluation.repetition_penalty=1.5") == 0
 
 
 def test_another_checkpoint_or_ground_truth_refuses_to_mix(

@@ -9,6 +9,7 @@ import pytest
 
 from stllm.cli import main
 from stllm.datasets.views import VIEWS, view_order
+from stllm.evaluation import mvbench
 from tests.helpers.videos import write_video
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "instructblip_residual_mvm"
@@ -92,6 +93,19 @@ def test_lines_of_one_view_are_not_gone_on_with_as_another(
         (tmp_path / f"mvbench.shuffled.{ending}").replace(tmp_path / f"mvbench.blank.{ending}")
     assert evaluate(ground_truth, tmp_path, "--probe", "--tasks", "moving_direction") == 1
     assert "variant was 'shuffled' and is now 'blank'" in capsys.readouterr().err
+
+
+def test_more_tasks_join_and_another_wording_does_not(
+    ground_truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(ground_truth, tmp_path, "--tasks", "moving_direction", "--limit", "1") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(mvbench, "INSTRUCTION", "Only give the letter.")
+        assert evaluate(ground_truth, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert "prompt.pieces was " in error and "Only give the best option." in error and "Only give the letter." in error
+    assert evaluate(ground_truth, tmp_path) == 0
+    assert len(lines_of(tmp_path / "mvbench.jsonl")) == 6
 
 
 def test_probes_need_answers_that_no_judge_decides(capsys: pytest.CaptureFixture[str]) -> None:
