@@ -19,6 +19,7 @@ from torch import Tensor
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.cache import FeatureCache
 from stllm.conversation.decoding import Decoding, NaNWatch
+from stllm.conversation.evidence import Evidence, measure_evidence
 from stllm.conversation.requests import Answer, Media, Request, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import stream_answer
@@ -56,7 +57,7 @@ class Chat:
         self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
-        self._lock = Lock()  # one generation at a time
+        self.lock = Lock()  # one generation at a time
 
     # ---- asking -----------------------------------------------------------------------------------------------------
 
@@ -77,6 +78,11 @@ class Chat:
         media_options = {name: options.pop(name) for name in list(options) if name in Media.__dataclass_fields__}
         media = None if path is None else Media(path=str(path), **media_options)
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
+
+    def evidence(self, path: str | Path, question: str, answer: str | None = None, **options: Any) -> Evidence:
+        """What an answer rests on, over time; the model's own answer by default. Options as for `ask`."""
+        conversation = self.conversation(path, **options)
+        return measure_evidence(self, conversation.request(question), answer, decoding=conversation.decoding)
 
     def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
         """Answers a batch of requests in one generation; the same answers as one at a time."""
@@ -133,20 +139,24 @@ class Chat:
         request.check()
         if request.media is None:
             ids = self._prompt_ids(request, None)
-            self._check_length(len(ids), 0)
+            self.check_length(len(ids), 0)
             return Prepared(request, ids)
         seen = seen or self.see(request.media)
         start = time.perf_counter()
         ids = self._prompt_ids(request, "image" if seen.kind == "image" else "video")
-        texts = self.processor.qformer_inputs([self.processor.template.text(request.turns[-1])])
-        texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
-        encoded = seen.encoded.to(self.model.device)
-        visual = self.model.video_input(self.model.frame_tokens(encoded, **texts))[0]  # (N, D)
-        self._check_length(len(ids), len(visual))
+        visual = self.model.video_input(self.frame_tokens(request, seen))[0]  # (N, D)
+        self.check_length(len(ids), len(visual))
         if not bool(visual.isfinite().all()):
             raise UserError(_no_numbers(f"{request.media.path}: the model's visual tokens", visual.dtype))
         seconds = {**seen.seconds, "encode": seen.seconds["encode"] + time.perf_counter() - start}
         return Prepared(request, ids, visual, seen.times, seconds)
+
+    @torch.inference_mode()
+    def frame_tokens(self, request: Request, seen: Seen) -> Tensor:
+        """Each frame's tokens for that question, (1, T, K, D), before the video input."""
+        texts = self.processor.qformer_inputs([self.processor.template.text(request.turns[-1])])
+        texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
+        return self.model.frame_tokens(seen.encoded.to(self.model.device), **texts)
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
@@ -169,7 +179,7 @@ class Chat:
         batch = {name: tensor.to(self.model.device) for name, tensor in rows.items()}
         arguments, watch = decoding.arguments(**self.processor.stopping()), NaNWatch()
         arguments["logits_processor"].insert(0, watch)
-        with self._lock:
+        with self.lock:
             ids = self.model.generate(
                 **batch, visual_tokens=visual or None, **arguments, tokenizer=self.processor.tokenizer, **more
             )
@@ -182,8 +192,8 @@ class Chat:
             return self.processor.piece_ids(request.pieces)
         return self.processor.prompt_ids(request.turns, media=kind, system=request.system)
 
-    def _check_length(self, num_text: int, num_visual: int) -> None:
-        """Beyond its positions a language model gives noise, or none at all."""
+    def check_length(self, num_text: int, num_visual: int) -> None:
+        """Raises RequestError beyond the language model's positions, where it gives noise, or nothing at all."""
         positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if positions is not None and num_text + num_visual > positions:
             raise RequestError(
@@ -204,7 +214,7 @@ class Conversation:
 
     def ask(self, question: str) -> Answer:
         """Answers with everything said before in view."""
-        answer = self.chat.answer([self._request(question)], self.decoding)[0]
+        answer = self.chat.answer([self.request(question)], self.decoding)[0]
         self.turns.append(Turn(question, answer.text))
         return answer
 
@@ -212,7 +222,7 @@ class Conversation:
         """The answer piece by piece; what was said joins the conversation when the iterator ends or is closed."""
         pieces: list[str] = []
         try:
-            for piece in self.chat.stream(self._request(question), self.decoding):
+            for piece in self.chat.stream(self.request(question), self.decoding):
                 pieces.append(piece)
                 yield piece
         except GeneratorExit:  # the listener has heard enough
@@ -224,7 +234,8 @@ class Conversation:
         self.turns.clear()
         self.media = media
 
-    def _request(self, question: str) -> Request:
+    def request(self, question: str) -> Request:
+        """The question with everything said before."""
         return Request(turns=(*self.turns, Turn(question)), media=self.media)
 
 

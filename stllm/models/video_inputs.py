@@ -2,8 +2,10 @@
 
 Source: paper section 3.2 (joint spatial-temporal tokens) and 3.5 (global-local module for long videos).
 B clips, T frames, K tokens a frame, D language-model width, R local frames. A single image enters as its K tokens.
+`kept`: positions of the frames that enter, ascending; the others are absent, as if masked. None: all.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,9 +21,9 @@ class MeanInput(nn.Module):
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
-    def forward(self, frame_tokens: Tensor) -> Tensor:
+    def forward(self, frame_tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """frame_tokens: (B, T, K, D). Returns (B, K, D)."""
-        return frame_tokens.mean(dim=1)
+        return _only(frame_tokens, kept).mean(dim=1)
 
     def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
         """Tokens that enter the language model."""
@@ -35,9 +37,9 @@ class AllInput(nn.Module):
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
-    def forward(self, frame_tokens: Tensor) -> Tensor:
+    def forward(self, frame_tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """frame_tokens: (B, T, K, D). Returns (B, T*K, D)."""
-        return frame_tokens.flatten(1, 2)
+        return _only(frame_tokens, kept).flatten(1, 2)
 
     def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
         """Tokens that enter the language model."""
@@ -54,17 +56,25 @@ class ResidualInput(nn.Module):
         self.down_proj = nn.Linear(width, bottleneck)
         self.up_proj = nn.Linear(bottleneck, width)  # starts at zero: local frames only
 
-    def forward(self, frame_tokens: Tensor) -> Tensor:
-        """frame_tokens: (B, T, K, D). Returns (B, R*K, D), or (B, K, D) for a single image."""
+    def forward(self, frame_tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
+        """frame_tokens: (B, T, K, D). Returns (B, R*K, D), or (B, K, D) for a single image.
+
+        The local frames are chosen among all T; those that are not kept are absent from them and from the mean.
+        """
         if frame_tokens.shape[1] == 1:
             return frame_tokens[:, 0]
-        local = frame_tokens[:, residual_frame_indices(frame_tokens.shape[1], self.residual_size)]  # (B, R, K, D)
-        pooled = self.up_proj(F.relu(self.down_proj(frame_tokens.mean(dim=1))))  # (B, K, D)
+        indices = residual_frame_indices(frame_tokens.shape[1], self.residual_size)
+        local = frame_tokens[:, [index for index in indices if kept is None or index in kept]]  # (B, R, K, D)
+        pooled = self.up_proj(F.relu(self.down_proj(_only(frame_tokens, kept).mean(dim=1))))  # (B, K, D)
         return (local + pooled[:, None]).flatten(1, 2)
 
     def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
         """Tokens that enter the language model."""
         return min(num_frames, self.residual_size) * tokens_per_frame
+
+
+def _only(frame_tokens: Tensor, kept: Sequence[int] | None) -> Tensor:
+    return frame_tokens if kept is None else frame_tokens[:, list(kept)]
 
 
 def residual_frame_indices(num_frames: int, residual_size: int) -> list[int]:
