@@ -64,7 +64,13 @@ def _toy_options(parser: Parser) -> None:
     parser.add_argument(
         "--num-test", type=whole(1), default=240, metavar="N", help="test clips, of all kinds (default: 240)"
     )
-    parser.add_argument("--long", action="store_true", help="clips of 64 frames, not 16")
+    parser.add_argument(
+        "--num-frames", type=whole(8, 64), default=16, metavar="N", help="of a clip, 8 to 64 (default: 16)"
+    )
+    parser.add_argument(
+        "--size", type=whole(64, 112), default=64, metavar="N", help="pixels a side, even, 64 to 112 (default: 64)"
+    )
+    parser.add_argument("--long", action="store_true", help="rare events in clips of 64 frames beside the other tasks")
     parser.add_argument(
         "--benchmarks",
         type=whole(1),
@@ -79,6 +85,8 @@ def _toy_options(parser: Parser) -> None:
 def _toy_fault(args: argparse.Namespace) -> str | None:
     if args.options or args.device not in ("auto", "cpu") or args.dtype != "auto":
         return "it renders on the CPU and has no configuration: drop --options, --device and --dtype"
+    if args.size % 2:
+        return f"found --size {args.size}, expected an even number: videos have half as many pixels of colour a side"
     return None
 
 

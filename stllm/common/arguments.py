@@ -21,13 +21,13 @@ def names(text: str) -> list[str]:
     return found
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """A whole number of at least `low`, and not too large for a seed or a size."""
+def whole(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
+    """A whole number from `low` to `high`: by default one that is not too large for a seed or a size."""
 
     def parse(text: str) -> int:
         is_number = text.isascii() and text.isdigit() and len(text) < 20
-        if not is_number or not low <= int(text) < 2**32:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {low} to {2**32 - 1}")
+        if not is_number or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from {low} to {high}")
         return int(text)
 
     return parse

@@ -20,7 +20,9 @@ from typing import Any
 from stllm.datasets.picture_readers import FOLDER_FPS
 from stllm.datasets.toy_clips import FPS, World
 from stllm.datasets.toy_media import write_frames, write_json, write_video
-from stllm.datasets.toy_tasks import DIRECTION_QUESTIONS, TASKS, Example, ToyTask
+from stllm.datasets.toy_questions import Example
+from stllm.datasets.toy_tasks import TASKS, ToyTask
+from stllm.datasets.toy_video_questions import DIRECTION_QUESTIONS
 from stllm.evaluation.mvbench_tasks import TASKS as MVBENCH_TASKS
 from stllm.evaluation.mvbench_tasks import MVBenchTask
 

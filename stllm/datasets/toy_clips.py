@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from stllm.datasets.samples import keyed_numpy
+from stllm.datasets.toy_questions import Example
 from stllm.datasets.toy_scenes import Scene, render
-from stllm.datasets.toy_tasks import Example, ToyTask
+from stllm.datasets.toy_tasks import ToyTask
 
 NUM_FRAMES, NUM_LONG_FRAMES = 16, 64
 FPS = 4  # 16 frames last 4 seconds: one frame a second is MVBench's least
@@ -21,10 +22,11 @@ TEST_SHARE = 4  # every fourth scene is one for testing
 
 @dataclass(frozen=True)
 class World:
-    """What is drawn, by numbers. num_frames: of a clip of the usual length."""
+    """What is drawn, by numbers. num_frames: of a clip of the usual length; size: pixels a side."""
 
     seed: int
     num_frames: int
+    size: int = SIZE
 
     def draw(self, task: ToyTask, split: str, index: int) -> tuple[Example, np.random.Generator]:
         """Example `index` of a task's "train" or "test" part, and the generator of its noise."""
@@ -42,8 +44,8 @@ class World:
         fps: at which the frames will be played.
         """
         example, generator = self.draw(task, split, index)
-        count = round(example.length * self.num_frames)
-        frames = render(example.scene, num_frames=count, size=SIZE, generator=generator)
+        count = min(round(example.length * self.num_frames), max(NUM_LONG_FRAMES, self.num_frames))
+        frames = render(example.scene, num_frames=count, size=self.size, generator=generator)
         if example.bounds is None:
             return example, frames, {}
         start, end = (round(part * count / fps, 3) for part in example.bounds)
@@ -52,7 +54,7 @@ class World:
     def picture(self, task: ToyTask, index: int) -> tuple[Example, np.ndarray]:
         """A training example of one frame, and the frame."""
         example, generator = self.draw(task, "train", index)
-        return example, render(example.scene, num_frames=1, size=SIZE, generator=generator)[0]
+        return example, render(example.scene, num_frames=1, size=self.size, generator=generator)[0]
 
 
 def split_of(scene: Scene) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from stllm.common.registry import templates
-from stllm.datasets.toy_tasks import PICTURES, TASKS
+from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS
+from stllm.datasets.toy_texts import TELLING, tell
 
 NUM_TEXTS = 200  # examples of each task from which the vocabularies are made: every word is among them
 LLM_TOKENS = 1024  # at most
@@ -32,9 +33,12 @@ LLAMA: dict[str, Any] = {
 
 def world_texts() -> Iterator[str]:
     """What is said in the toy world, and around it: questions, options, answers, prompts."""
-    for number, task in enumerate((*TASKS, PICTURES)):
+    for number, task in enumerate((*TASKS, RARE, PICTURES)):
         for index in range(NUM_TEXTS):
-            for turn in task.make(np.random.default_rng([number, index])).turns:
+            generator = np.random.default_rng([number, index])
+            example = task.make(generator)
+            turns = (*example.turns, *(tell(example, task, generator) if task in TELLING else ()))
+            for turn in turns:
                 yield from (turn.instruction, turn.question, turn.answer or "")
     for name in templates.names():
         template = templates.get(name)

@@ -33,13 +33,14 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 class Event:
     """What a thing does between two times. kind: a key of EVENTS; start, end: parts of the clip, from 0 to 1.
 
-    value: the direction of a move, the new colour of a change.
+    value: the direction of a move, the new colour of a change. extent: how far it goes, in STEPs or HOPs.
     """
 
     kind: str
     start: float
     end: float
     value: str = ""
+    extent: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,23 @@ class Thing:
 
 @dataclass(frozen=True)
 class Background:
-    """pattern: a key of PATTERNS; shade: its middle level of 255; angle: of the pattern, in degrees."""
+    """pattern: a key of PATTERNS; shade: its middle level of 255; angle: of the pattern, in degrees.
+
+    tint: what is added to red, green and blue, in levels.
+    """
 
     pattern: str
     shade: int
     angle: int
+    tint: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Another background from a time on, a part of the clip."""
+
+    time: float
+    background: Background
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ class Scene:
 
     things: tuple[Thing, ...]
     background: Background
+    cut: Cut | None = None
 
     def digest(self) -> int:
         """A number that depends on all of the scene and on nothing else, the same on every machine."""
@@ -97,7 +111,7 @@ def render(scene: Scene, *, num_frames: int, size: int, generator: np.random.Gen
     times = (np.arange(num_frames) + 0.5) / num_frames
     clip = generator.standard_normal((num_frames, size, size, 3), np.float32) * np.float32(FLICKER)
     grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)
-    canvas = np.repeat(_background(scene.background, axis)[None, :, :, None], 3, axis=3)  # (1, S, S, 3)
+    canvas = _backdrop(scene, times, axis)  # (1 or T, S, S, 3)
     for thing in scene.things:
         track = follow(thing, times)
         alpha = _coverage(thing.shape, track, axis)[..., None]  # (T, S, S, 1)
@@ -118,46 +132,71 @@ def follow(thing: Thing, times: np.ndarray) -> Track:
     )
     for event in thing.events:
         progress = np.clip((times - event.start) / (event.end - event.start), 0, 1)
-        EVENTS[event.kind](track, progress, event.value)
+        EVENTS[event.kind](track, progress, event)
     return track
 
 
 # ---- events: each changes the track in place. progress: (T,), 0 before the event, 1 after it ------------------------
 
 
-def _move(track: Track, progress: np.ndarray, value: str) -> None:
-    right, down = DIRECTIONS[value]
-    track.x += right * STEP * (progress - 0.5)  # the middle frame tells nothing of the direction
-    track.y += down * STEP * (progress - 0.5)
+def _move(track: Track, progress: np.ndarray, event: Event) -> None:
+    right, down = DIRECTIONS[event.value]
+    way = event.extent * STEP * (progress - 0.5)  # the middle frame tells nothing of the direction
+    track.x += right * way
+    track.y += down * way
 
 
-def _jump(track: Track, progress: np.ndarray, value: str) -> None:
-    track.y -= HOP * np.sin(np.pi * progress)
+def _jump(track: Track, progress: np.ndarray, event: Event) -> None:
+    track.y -= event.extent * HOP * np.sin(np.pi * progress)
 
 
-def _step_aside(track: Track, progress: np.ndarray, value: str) -> None:
-    track.x += HOP * np.sin(np.pi * progress)
+def _step_aside(track: Track, progress: np.ndarray, event: Event) -> None:
+    track.x += event.extent * HOP * np.sin(np.pi * progress)
 
 
-def _grow(track: Track, progress: np.ndarray, value: str) -> None:
+def _grow(track: Track, progress: np.ndarray, event: Event) -> None:
     track.radius *= 1 + SWELLING * np.sin(np.pi * progress)
 
 
-def _vanish(track: Track, progress: np.ndarray, value: str) -> None:
+def _vanish(track: Track, progress: np.ndarray, event: Event) -> None:
     track.opacity *= 1 - np.minimum(1, 1.5 * np.sin(np.pi * progress))
 
 
-def _turn(track: Track, progress: np.ndarray, value: str) -> None:
-    track.color += progress[:, None] * (np.array(COLORS[value], float) - track.color)
+def _turn(track: Track, progress: np.ndarray, event: Event) -> None:
+    track.color += progress[:, None] * (np.array(COLORS[event.value], float) - track.color)
 
 
-EVENTS: dict[str, Callable[[Track, np.ndarray, str], None]] = {
+def _appear(track: Track, progress: np.ndarray, event: Event) -> None:
+    track.opacity *= progress
+
+
+def _disappear(track: Track, progress: np.ndarray, event: Event) -> None:
+    track.opacity *= 1 - progress
+
+
+def _blink(track: Track, progress: np.ndarray, event: Event) -> None:
+    track.opacity *= ~_during(progress)
+
+
+def _flash(track: Track, progress: np.ndarray, event: Event) -> None:
+    track.opacity *= _during(progress)
+
+
+def _during(progress: np.ndarray) -> np.ndarray:
+    return (progress > 0) & (progress < 1)
+
+
+EVENTS: dict[str, Callable[[Track, np.ndarray, Event], None]] = {
     "move": _move,
     "jump": _jump,
     "step aside": _step_aside,
     "grow": _grow,
     "vanish": _vanish,
     "turn": _turn,
+    "appear": _appear,
+    "disappear": _disappear,
+    "blink": _blink,
+    "flash": _flash,
 }
 
 
@@ -203,17 +242,26 @@ def _coverage(shape: str, track: Track, axis: np.ndarray) -> np.ndarray:
 
 PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "plain": lambda x, y: 0 * (x + y),
-    "gradient": lambda x, y: 1.4 * (x + 0 * y),
-    "stripes": lambda x, y: np.sin(30 * (x + 0 * y)),
-    "checks": lambda x, y: np.sign(np.sin(20 * x) * np.sin(20 * y)),
-    "waves": lambda x, y: np.sin(16 * x + 2 * np.sin(12 * y)),
+    "striped": lambda x, y: np.sin(30 * (x + 0 * y)),
+    "checked": lambda x, y: np.sign(np.sin(20 * x) * np.sin(20 * y)),
+    "wavy": lambda x, y: np.sin(16 * x + 2 * np.sin(12 * y)),
+    "shaded": lambda x, y: 2.2 * (x + 0 * y),
 }
 
 
+def _backdrop(scene: Scene, times: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """The background of each frame, (T, S, S, 3), or (1, S, S, 3) where it stays the same."""
+    before = _background(scene.background, axis)[None]
+    if scene.cut is None:
+        return before
+    return np.where((times < scene.cut.time)[:, None, None, None], before, _background(scene.cut.background, axis))
+
+
 def _background(background: Background, axis: np.ndarray) -> np.ndarray:
-    """(S, S), levels of 255."""
+    """(S, S, 3), levels of 255."""
     angle = np.float32(np.deg2rad(background.angle))
     across, down = axis[None, :] / UNITS - 0.5, axis[:, None] / UNITS - 0.5
     x = across * np.cos(angle) + down * np.sin(angle)
     y = down * np.cos(angle) - across * np.sin(angle)
-    return background.shade + np.float32(TEXTURE) * PATTERNS[background.pattern](x, y).astype(np.float32)
+    pattern = np.float32(TEXTURE) * PATTERNS[background.pattern](x, y).astype(np.float32)
+    return (pattern + background.shade)[:, :, None] + np.array(background.tint, np.float32)

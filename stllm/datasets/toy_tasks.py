@@ -1,55 +1,35 @@
 """What the toy world asks: one small function a task, from a random generator to a scene with questions and answers.
 
 A new task is one function and one line of `TASKS`. The benchmark's names and media folders are MVBench's own, so that
-its reader finds everything where it looks for it.
+its reader finds everything where it looks for it. Tasks of time are drawn so that their middle frame, and the set of
+their frames without an order, say as little about the answer as can be; training asks more about the same clip.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
-
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from stllm.conversation.templates import Turn
-from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Background, Event, Scene, Thing
-
-T = TypeVar("T")
-Generator = np.random.Generator
-
-# Training asks for an option in the words in which MVBench is asked (its system sentence, its answer's beginning).
-OPTION_INSTRUCTION = (
-    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
-    "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
-    "addresses the question."
+from stllm.datasets.toy_draws import a_background, a_moment, a_scene, a_thing, blinks, bystanders, several, turning
+from stllm.datasets.toy_pictures import existence_questions, picture
+from stllm.datasets.toy_questions import Example, Generator, ask, ask_among, pick, shuffled
+from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Cut, Event, Thing
+from stllm.datasets.toy_video_questions import (
+    ACTIONS,
+    TOWARDS,
+    background_questions,
+    blink_question,
+    color_questions,
+    deed,
+    direction_question,
+    moving_question,
+    sequence_questions,
+    story,
+    whether_question,
 )
-OPTION_REQUEST = "Only give the best option."
+
 CAPTION_INSTRUCTIONS = ("Describe the video.", "What happens in the video?", "Give a caption of this video.")
-IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
-ACTIONS = {
-    "jump": ("it jumps", "jumps"),
-    "grow": ("it grows", "grows"),
-    "vanish": ("it vanishes", "vanishes"),
-    "step aside": ("it steps aside", "steps aside"),
-}
-DIRECTION_QUESTIONS = ("In which direction does the {} move?", "What direction is the {} moving?")
-TOWARDS = {"left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards"}
-PLACES = ((21, 21), (43, 21), (21, 43), (43, 43))  # of things that stand still, one in each quarter
-CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what moves
-
-
-@dataclass(frozen=True)
-class Example:
-    """One clip, what is asked about it, and answered.
-
-    candidates: the options that an answer is chosen from, in the order shown; none where answers are free.
-    length: of the clip, in clips of the usual length. bounds: which part of it is meant, from 0 to 1.
-    """
-
-    scene: Scene
-    turns: tuple[Turn, ...]
-    candidates: tuple[str, ...] = ()
-    length: float = 1.0
-    bounds: tuple[float, float] | None = None
+NEAR = 0.6  # STEPs or HOPs: how far things go that share a picture
+LONG = 8.0  # clips of the usual length: 64 frames, which is the most there is, even where the usual ones have 8
 
 
 @dataclass(frozen=True)
@@ -67,174 +47,168 @@ class ToyTask:
 
 
 def moving_direction(generator: Generator) -> Example:
-    """Where does it move? The path's middle says nothing about it."""
-    towards = _pick(generator, DIRECTIONS)
+    """Where does it move, alone or among others that move? The path's middle says nothing about it."""
+    count = int(generator.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
     start, end = int(generator.integers(0, 6)) / 32, int(generator.integers(27, 33)) / 32
-    mover = _thing(generator, events=(Event("move", start, end, towards),))
-    question = _pick(generator, DIRECTION_QUESTIONS)
-    scene = _scene(generator, mover, *_bystanders(generator, mover))
-    return _choice(generator, scene, question.format(mover.name), TOWARDS[towards], list(TOWARDS.values()))
+    moves = [Event("move", start, end, pick(generator, DIRECTIONS), NEAR if count > 1 else 1.0) for _ in range(count)]
+    movers = several(generator, [(move,) for move in moves]) if count > 1 else (a_thing(generator, *moves),)
+    others = bystanders(generator, movers[0]) if count == 1 else ()
+    scene = a_scene(generator, *movers, *others)
+    return Example(scene, story(generator, scene), tuple(direction_question(generator, mover) for mover in movers))
+
+
+def moving_count(generator: Generator) -> Example:
+    """How many of several things move?"""
+    things = _some_moving(generator, int(generator.integers(4)), int(generator.integers(3, 5)))
+    scene = a_scene(generator, *things)
+    whether = (whether_question(generator, thing, "move") for thing in shuffled(generator, things)[:2])
+    return Example(scene, story(generator, scene), (moving_question(generator, things), *whether))
 
 
 def action_sequence(generator: Generator) -> Example:
-    """What does it do first, or last, within the bounds? A third action lies outside them."""
-    kinds = [str(kind) for kind in generator.permutation(list(ACTIONS))[:3]]
-    events = tuple(Event(kind, number / 3, (number + 1) / 3) for number, kind in enumerate(kinds))
-    actor = _thing(generator, events=events)
+    """What does it do first, last, or after something else, within the bounds? Another action lies outside them."""
+    count = int(generator.integers(3, 5))
+    kinds = shuffled(generator, ACTIONS)[:count]
+    events = [Event(kind, number / count, (number + 1) / count) for number, kind in enumerate(kinds)]
+    actor = a_thing(generator, *events)
+    scene = a_scene(generator, actor, *bystanders(generator, actor))
     begin = int(generator.integers(2))
-    which = int(generator.integers(2))
-    question = f"What does the {actor.name} do {('first', 'last')[which]}?"
-    scene = _scene(generator, actor, *_bystanders(generator, actor))
-    texts = [text for text, _ in ACTIONS.values()]
-    example = _choice(generator, scene, question, ACTIONS[kinds[begin + which]][0], texts)
-    bounds = (begin / 3, (begin + 2) / 3)
-    return Example(example.scene, example.turns, example.candidates, length=1.5, bounds=bounds)
+    end = begin + count - 1
+    seen = replace(scene, things=(replace(actor, events=tuple(events[begin:end])), *scene.things[1:]))
+    asked = tuple(sequence_questions(generator, actor.name, kinds[begin:end]))
+    return Example(scene, story(generator, seen), asked, length=1.5, bounds=(begin / count, end / count))
+
+
+def action_count(generator: Generator) -> Example:
+    """How often does it blink?"""
+    thing = a_thing(generator, *blinks(generator, int(generator.integers(1, 4))))
+    scene = a_scene(generator, thing, *bystanders(generator, thing))
+    whether = whether_question(generator, pick(generator, scene.things), "blink")
+    return Example(scene, story(generator, scene), (blink_question(generator, thing), whether))
 
 
 def state_change(generator: Generator) -> Example:
     """Which color does it have at the beginning, or at the end? Both are among the options."""
-    before, after, *others = (str(color) for color in generator.permutation(list(COLORS))[:4])
-    changing = _thing(generator, color=before, events=(_turning(generator, after),))
-    which = int(generator.integers(2))
-    question = f"What color is the {changing.shape} at the {('beginning', 'end')[which]} of the video?"
-    scene = _scene(generator, changing, *_bystanders(generator, changing))
-    return _choice(generator, scene, question, (before, after)[which], [before, after, *others])
+    before, after = shuffled(generator, COLORS)[:2]
+    thing = a_thing(generator, turning(generator, after), color=before)
+    scene = a_scene(generator, thing, *bystanders(generator, thing, other_than=(after,)))
+    return Example(scene, story(generator, scene), tuple(color_questions(generator, thing)))
+
+
+def scene_transition(generator: Generator) -> Example:
+    """How does the background change?"""
+    before, after = shuffled(generator, PATTERNS)[:2]
+    cut = Cut(a_moment(generator), a_background(generator, after))
+    scene = replace(a_scene(generator, a_thing(generator), cut=cut), background=a_background(generator, before))
+    return Example(scene, story(generator, scene), tuple(background_questions(generator, scene)))
 
 
 def object_existence(generator: Generator) -> Example:
     """Is it there? One frame is enough: the control of the other tasks."""
-    things = _standing(generator, int(generator.integers(2, 4)))
-    present = bool(generator.integers(2))
-    absent = sorted(set(COLORS) - {thing.color for thing in things})
-    named = _pick(generator, things).name if present else f"{_pick(generator, absent)} {_pick(generator, SHAPES)}"
-    question = _pick(generator, ("Is there a {} in the video?", "Does the video show a {}?")).format(named)
-    return _choice(generator, _scene(generator, *things), question, "yes" if present else "no", ["yes", "no"])
+    things = _some_moving(generator, int(generator.integers(2)), int(generator.integers(2, 4)))
+    scene = a_scene(generator, *things)
+    return Example(scene, story(generator, scene), tuple(existence_questions(generator, things)))
+
+
+def rare_event(generator: Generator) -> Example:
+    """What flashes? It shows in two or three of 64 frames: a few frames can miss it, an average hardly has it."""
+    first, frames = int(generator.integers(3, 58)), int(generator.integers(2, 4))
+    flash = Event("flash", first / 64, (first + frames) / 64)
+    x, y = (int(place) for place in generator.integers(26, 39, 2))
+    color, shape = pick(generator, COLORS), pick(generator, SHAPES)  # whatever else is there
+    flashing = Thing(color, shape, x, y, int(generator.integers(16, 23)), (flash,))
+    scene = a_scene(generator, *_some_moving(generator, int(generator.integers(2)), 2), flashing)
+    asked = (
+        ask_among(generator, "What color is the thing that flashes?", color, COLORS),
+        ask(generator, "What shape flashes?", f"a {shape}", [f"a {name}" for name in SHAPES]),
+    )
+    return Example(scene, story(generator, scene), asked, length=LONG)
+
+
+def mixed(generator: Generator) -> Example:
+    """Several things that each do something else, perhaps before another background: many questions about one clip."""
+    deeds = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
+    *_, after = colors = shuffled(generator, COLORS)
+    kinds = shuffled(generator, ACTIONS)[:3]
+    events: dict[str, Callable[[], tuple[Event, ...]]] = {
+        "move": lambda: (Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),),
+        "turn": lambda: (turning(generator, after),),
+        "blink": lambda: blinks(generator, int(generator.integers(1, 4))),
+        "act": lambda: tuple(
+            Event(kind, number / 3, (number + 1) / 3, extent=NEAR) for number, kind in enumerate(kinds)
+        ),
+        "stand": lambda: (),
+    }
+    things = several(generator, [events[name]() for name in deeds], colors=colors[:-1])
+    changes = generator.integers(3) == 0
+    before, other = shuffled(generator, PATTERNS)[:2]
+    cut = Cut(a_moment(generator), a_background(generator, other)) if changes else None
+    scene = replace(a_scene(generator, *things, cut=cut), background=a_background(generator, before))
+    asked = [moving_question(generator, things), *existence_questions(generator, things)]
+    for name, thing in zip(deeds, things, strict=True):
+        asked += {
+            "move": lambda thing: [direction_question(generator, thing)],
+            "turn": lambda thing: color_questions(generator, thing),
+            "blink": lambda thing: [blink_question(generator, thing)],
+            "act": lambda thing: sequence_questions(generator, thing.name, kinds),
+            "stand": lambda thing: [whether_question(generator, thing, "move")],
+        }[name](thing)
+    asked += background_questions(generator, scene) if changes else []
+    return Example(scene, story(generator, scene), tuple(asked))
 
 
 def caption(generator: Generator) -> Example:
-    """One sentence on what happens."""
-    kind = _pick(generator, ("move", "sequence", "turn", "stand"))
-    if kind == "stand":
-        things = _standing(generator, 2)
-        text = f"A {things[0].name} and a {things[1].name} stand still."
-        return Example(_scene(generator, *things), (_described(generator, text, CAPTION_INSTRUCTIONS),))
-    if kind == "move":
-        towards = _pick(generator, DIRECTIONS)
-        events: tuple[Event, ...] = (Event("move", 0.0, 1.0, towards),)
-        deed = f"moves {TOWARDS[towards]}"
-    elif kind == "turn":
-        color = _pick(generator, COLORS)
-        events = (_turning(generator, color),)
-        deed = f"turns {color}"
-    else:
-        first, then = (str(kind) for kind in generator.permutation(list(ACTIONS))[:2])
-        events = (Event(first, 0.0, 0.5), Event(then, 0.5, 1.0))
-        deed = f"{ACTIONS[first][1]}, then it {ACTIONS[then][1]}"
-    colors = [color for color in COLORS if color != events[0].value]
-    thing = _thing(generator, color=_pick(generator, colors), events=events)
-    return Example(_scene(generator, thing), (_described(generator, f"A {thing.name} {deed}.", CAPTION_INSTRUCTIONS),))
+    """One sentence for each thing on what happens to it."""
+    color, after = shuffled(generator, COLORS)[:2]
+    first, then = shuffled(generator, ACTIONS)[:2]
+    moment = a_moment(generator)
+    kinds: tuple[tuple[Event, ...], ...] = (
+        (),
+        (Event("move", 0.0, 1.0, pick(generator, DIRECTIONS)),),
+        (Event(first, 0.0, 0.5), Event(then, 0.5, 1.0)),
+        (turning(generator, after),),
+        blinks(generator, int(generator.integers(1, 4))),
+        (Event("appear", moment, moment + 1 / 16),),
+        (Event("disappear", moment, moment + 1 / 16),),
+    )
+    thing = a_thing(generator, *pick(generator, kinds), color=color)
+    scene = a_scene(generator, thing, *bystanders(generator, thing, other_than=(after,)))
+    text = story(generator, scene)
+    return Example(scene, text, told=(Turn("", text, pick(generator, CAPTION_INSTRUCTIONS)),))
 
 
 def conversation(generator: Generator) -> Example:
     """Three questions in one conversation, each answer short."""
-    before, after = (str(color) for color in generator.permutation(list(COLORS))[:2])
-    towards = _pick(generator, DIRECTIONS)
-    thing = _thing(generator, color=before, events=(Event("move", 0.0, 1.0, towards), _turning(generator, after)))
+    before, after = shuffled(generator, COLORS)[:2]
+    towards = pick(generator, DIRECTIONS)
+    thing = a_thing(generator, Event("move", 0.0, 1.0, towards), turning(generator, after), color=before)
+    scene = a_scene(generator, thing)
     turns = (
         Turn("Which shape is in the video?", f"a {thing.shape}"),
         Turn("In which direction does it move?", TOWARDS[towards]),
         Turn("Which color does it have at the end?", after),
     )
-    return Example(_scene(generator, thing), turns)
-
-
-def picture(generator: Generator) -> Example:
-    """A single picture: a question about it, and its caption."""
-    things = _standing(generator, int(generator.integers(1, 4)))
-    asked = _pick(generator, things)
-    question = Turn(f"What color is the {asked.shape} in the image?", asked.color)
-    return Example(
-        _scene(generator, *things), (question, _described(generator, picture_caption(things), IMAGE_INSTRUCTIONS))
-    )
-
-
-def picture_caption(things: Sequence[Thing]) -> str:
-    """One sentence that names everything in a picture."""
-    named = [f"a {thing.name}" for thing in things]
-    text = " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
-    return f"{text[0].upper()}{text[1:]}."
+    return Example(scene, f"A {thing.name} {deed(thing.events)}.", told=turns)
 
 
 TASKS = (
     ToyTask("vqa/toy_direction", moving_direction, "moving_direction", "clevrer/video_validation"),
+    ToyTask("vqa/toy_moving_count", moving_count, "moving_count", "clevrer/video_validation"),
     ToyTask("reasoning/toy_sequence", action_sequence, "action_sequence", "star/Charades_v1_480"),
+    ToyTask("vqa/toy_action_count", action_count, "action_count", "perception/videos"),
     ToyTask("reasoning/toy_state", state_change, "state_change", "perception/videos"),
+    ToyTask("reasoning/toy_transition", scene_transition, "scene_transition", "scene_qa/video"),
     ToyTask("vqa/toy_existence", object_existence, "object_existence", "clevrer/video_validation"),
+    ToyTask("reasoning/toy_mixed", mixed),
     ToyTask("caption/toy_caption", caption),
     ToyTask("conversation/toy_conversation", conversation),
 )
+RARE = ToyTask("reasoning/toy_rare", rare_event, "unexpected_action", "FunQA_test/test")
 PICTURES = ToyTask("vqa/toy_picture", picture)
 
 
-def options_text(question: str, candidates: Sequence[str]) -> str:
-    """MVBench's question block: the question and its lettered options."""
-    lines = [f"({chr(ord('A') + number)}) {candidate}" for number, candidate in enumerate(candidates)]
-    return "\n".join([f"Question: {question}", "Options:", *lines])
-
-
-def _choice(generator: Generator, scene: Scene, question: str, answer: str, candidates: list[str]) -> Example:
-    """One question, asked openly and with shuffled options."""
-    options = tuple(str(candidate) for candidate in generator.permutation(candidates))
-    letter = chr(ord("A") + options.index(answer))
-    chosen = Turn(
-        f"{options_text(question, options)}\n{OPTION_REQUEST}",
-        f"Best option:({letter}) {answer}",
-        OPTION_INSTRUCTION,
-    )
-    return Example(scene, (Turn(question, answer), chosen), options)
-
-
-def _described(generator: Generator, text: str, instructions: Sequence[str]) -> Turn:
-    return Turn("", text, _pick(generator, instructions))
-
-
-def _turning(generator: Generator, color: str) -> Event:
-    start = int(generator.integers(10, 20)) / 32
-    return Event("turn", start, start + 3 / 32, color)
-
-
-def _scene(generator: Generator, *things: Thing) -> Scene:
-    pattern, shade, angle = _pick(generator, PATTERNS), int(generator.integers(50, 160)), int(generator.integers(180))
-    return Scene(things, Background(pattern, shade, angle))
-
-
-def _thing(generator: Generator, *, events: tuple[Event, ...], color: str | None = None) -> Thing:
-    """The thing that a clip is about, near the middle of the picture."""
-    x, y = (int(place) for place in generator.integers(28, 37, 2))
-    color = color or _pick(generator, COLORS)
-    return Thing(color, _pick(generator, SHAPES), x, y, int(generator.integers(7, 10)), events)
-
-
-def _bystanders(generator: Generator, thing: Thing) -> tuple[Thing, ...]:
-    """Nobody, or one small thing of another color and shape in a corner."""
-    if generator.integers(2):
-        return ()
-    color = _pick(generator, [color for color in COLORS if color != thing.color])
-    shape = _pick(generator, [shape for shape in SHAPES if shape != thing.shape])
-    return (Thing(color, shape, *_pick(generator, CORNERS), 5),)
-
-
-def _standing(generator: Generator, count: int) -> tuple[Thing, ...]:
-    """Things that stand still, their colors and shapes all different."""
-    colors, shapes = (generator.permutation(list(names))[:count] for names in (COLORS, SHAPES))
-    places = generator.permutation(PLACES)[:count] + generator.integers(-3, 4, (count, 2))
-    return tuple(
-        Thing(str(color), str(shape), int(x), int(y), int(generator.integers(6, 10)))
-        for color, shape, (x, y) in zip(colors, shapes, places, strict=True)
-    )
-
-
-def _pick(generator: Generator, choices: Iterable[T]) -> T:
-    """One of them, each as likely."""
-    listed = list(choices)
-    return listed[int(generator.integers(len(listed)))]
+def _some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ...]:
+    """Several things of which that many move, each in its own quarter."""
+    moves = [(Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),) for _ in range(count)]
+    still: list[tuple[Event, ...]] = [()] * (total - count)
+    return several(generator, [*moves, *still], radii=(4, 8))

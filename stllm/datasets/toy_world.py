@@ -1,16 +1,24 @@
 """`stllm toy --output DIR`: a small rendered world to train and test on, in the layouts of the real data sets.
 
-DIR/vc2/video/<kind>/<set>/train.json    VideoChat2-IT, media in DIR/vc2/media
-DIR/vc2/image/<kind>/<set>/train.json    the same with pictures
+DIR/vc2/video/<kind>/<set>/train.json    VideoChat2-IT, media in DIR/vc2/media: a record a clip, every question
+                                         openly, then as multiple choice
+DIR/vc2/video/<kind>/<set>/packed.json   the same clips for multi_turn: two records a clip, in which no answer tells a
+                                         later one: what one asks openly, the other asks as multiple choice
+DIR/vc2/image/<kind>/<set>/...           the same with pictures
+DIR/vc2/text/toy_text/packed.json        no media: scenes in words and questions about them
 DIR/mvbench/json/<task>.json             MVBench, media in DIR/mvbench/video/<MVBench's own folder>
 DIR/images/{00000..}.tar                 image-text shards of the first stage
 DIR/language_model, DIR/qformer_tokenizer    what stands for Vicuna and bert-base-uncased
 DIR/benchmarks/{mvbench,vcgbench,...}    --benchmarks: a twin of every benchmark, see toy_benchmarks.py
+
+Clips have --num-frames frames (those with bounds half as many again, 64 at most). --long adds a set and a test of
+64-frame clips (rare events) beside the others, so that one model can learn both from one world; with --num-frames 64,
+all clips are long.
 """
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +27,25 @@ import numpy as np
 from tqdm import tqdm
 
 from stllm.common.files import check_new, new_folder
+from stllm.conversation.templates import Turn
+from stllm.datasets.samples import keyed_numpy
 from stllm.datasets.toy_benchmarks import benchmark_bytes, num_benchmark_clips, write_benchmarks
-from stllm.datasets.toy_clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, World
+from stllm.datasets.toy_clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, SIZE, World
 from stllm.datasets.toy_language import world_texts, write_language_model, write_qformer_tokenizer
 from stllm.datasets.toy_media import write_json, write_png, write_shard, write_video
-from stllm.datasets.toy_tasks import PICTURES, TASKS, Example, ToyTask, picture_caption
+from stllm.datasets.toy_pictures import picture_caption
+from stllm.datasets.toy_questions import Example
+from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
+from stllm.datasets.toy_texts import text_conversation
 
 PER_SHARD = 500
+TEXTS = 4  # for each training clip
 PAIRS = replace(PICTURES, corpus="images")  # of the shards: drawn apart from the instruction set's
 TESTED = tuple(task for task in TASKS if task.benchmark)
+LONG_TASKS: dict[bool, tuple[ToyTask, ...]] = {False: (), True: (RARE,)}
 
-# Bytes, rounded up: a frame of a clip, a picture, the language model with both tokenizers
-FRAME_BYTES, PICTURE_BYTES, LANGUAGE_BYTES = 1500, 12_000, 5_000_000
+# Bytes, rounded up: a frame of a clip and a picture of SIZE, what is said about one, the language model and tokenizers
+FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 12_000, 5_000_000
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,12 +56,15 @@ def run(args: argparse.Namespace) -> int:
         num_train=args.num_train,
         num_test=args.num_test,
         seed=args.seed or 0,
+        num_frames=args.num_frames,
+        size=args.size,
         long=args.long,
         benchmarks=args.benchmarks,
     )
-    num_train, num_test = sum(shares(args.num_train, TASKS)), sum(shares(args.num_test, TESTED))
+    tasks, tested = (*TASKS, *LONG_TASKS[args.long]), (*TESTED, *LONG_TASKS[args.long])
+    num_train, num_test = sum(shares(args.num_train, tasks)), sum(shares(args.num_test, tested))
     print(
-        f"written to {target}: {num_train} training clips of {len(TASKS)} sets, {num_test} test clips of {len(TESTED)}"
+        f"written to {target}: {num_train} training clips of {len(tasks)} sets, {num_test} test clips of {len(tested)}"
     )
     if args.benchmarks:
         print(f"twins of the benchmarks, {args.benchmarks} items a task: {target / 'benchmarks'}")
@@ -55,31 +73,44 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_world(
-    target: Path, *, num_train: int, num_test: int, seed: int, long: bool = False, benchmarks: int = 0
+    target: Path,
+    *,
+    num_train: int,
+    num_test: int,
+    seed: int,
+    num_frames: int = NUM_FRAMES,
+    size: int = SIZE,
+    long: bool = False,
+    benchmarks: int = 0,
 ) -> None:
     """Writes the whole world into the new folder `target`.
 
-    num_train, num_test: clips in all, dealt out among the tasks, at least one of each. long: of 64 frames, not 16.
-    benchmarks: items of each benchmark's tasks; 0: none of these.
+    num_train, num_test: clips in all, dealt out among the tasks, at least one of each; there are as many training
+    pictures and image-text pairs, and TEXTS times as many texts. num_frames: of a clip of the usual length.
+    size: pixels a side. long: rare events in clips of 64 frames, too. benchmarks: items of each benchmark's tasks; 0: none of these.
     Raises UserError for a target that is not empty and for a full disk; the target is then as it was.
     """
     check_new(target, "--output")
-    world = World(seed, NUM_LONG_FRAMES if long else NUM_FRAMES)
-    num_clips = sum(shares(num_train, TASKS)) + sum(shares(num_test, TESTED))
-    num_pictures = shares(num_train, TASKS)[0]
-    needed = num_clips * world.num_frames * FRAME_BYTES + (num_train + num_pictures) * PICTURE_BYTES + LANGUAGE_BYTES
-    needed += benchmark_bytes(benchmarks, world.num_frames)
-    total = num_clips + num_pictures + num_train + num_benchmark_clips(benchmarks)
+    world = World(seed, num_frames, size)
+    tasks, tested = (*TASKS, *LONG_TASKS[long]), (*TESTED, *LONG_TASKS[long])
+    train, test = (
+        list(zip(tasks, shares(num_train, tasks), strict=True)),
+        list(zip(tested, shares(num_test, tested), strict=True)),
+    )
+    num_clips = sum(count for _, count in (*train, *test))
+    total = num_clips + (2 + TEXTS) * num_train + num_benchmark_clips(benchmarks)
+    needed = _bytes(world, num_clips, num_train, long=long) + benchmark_bytes(benchmarks, num_frames)
     with (
         new_folder(target, needed) as folder,
         tqdm(desc="toy world", total=total, disable=None, delay=1, leave=False) as bar,
     ):
         _write_language(folder, seed)
-        for task, count in zip(TASKS, shares(num_train, TASKS), strict=True):
+        for task, count in train:
             _write_training_set(folder / "vc2", world, task, count, bar.update)
-        for task, count in zip(TESTED, shares(num_test, TESTED), strict=True):
+        for task, count in test:
             _write_benchmark(folder / "mvbench", world, task, count, bar.update)
-        _write_pictures(folder / "vc2", world, num_pictures, bar.update)
+        _write_pictures(folder / "vc2", world, num_train, bar.update)
+        _write_texts(folder / "vc2", world, TEXTS * num_train, bar.update)
         _write_shards(folder / "images", world, num_train, bar.update)
         if benchmarks:
             write_benchmarks(folder / "benchmarks", world, count=benchmarks, done=bar.update)
@@ -98,14 +129,14 @@ def _write_language(folder: Path, seed: int) -> None:
 
 def _write_training_set(root: Path, world: World, task: ToyTask, count: int, done: Callable[[], Any]) -> None:
     media, name = root / "media", Path(task.corpus).name
-    records = []
+    records = _Records(world.seed)
     for index in range(count):
         example, frames, bounds = world.clip(task, "train", index)
         file = f"{name}_{index:05d}.mp4"
         write_video(media / file, frames, FPS)
-        records.append({"video": file, "QA": _qa(example), **bounds})
+        records.add(example, {"video": file}, bounds)
         done()
-    write_json(root / "video" / task.corpus / "train.json", records)
+    records.write(root / "video" / task.corpus)
 
 
 def _write_benchmark(root: Path, world: World, task: ToyTask, count: int, done: Callable[[], Any]) -> None:
@@ -115,43 +146,70 @@ def _write_benchmark(root: Path, world: World, task: ToyTask, count: int, done: 
         example, frames, bounds = world.clip(task, "test", index)
         file = f"{task.benchmark}_{index:05d}.mp4"
         write_video(media / file, frames, FPS)
-        question = example.turns[0]
-        candidates = list(example.candidates)
-        items.append(
-            {
-                "video": file,
-                "question": question.question,
-                "candidates": candidates,
-                "answer": question.answer,
-                **bounds,
-            }
-        )
+        asked = example.asked[0]
+        item = {"video": file, "question": asked.question, "candidates": list(asked.options), "answer": asked.answer}
+        items.append({**item, **bounds})
         done()
     write_json(root / "json" / f"{task.benchmark}.json", items)
 
 
 def _write_pictures(root: Path, world: World, count: int, done: Callable[[], Any]) -> None:
     media, name = root / "media", Path(PICTURES.corpus).name
-    records = []
+    records = _Records(world.seed)
     for index in range(count):
         example, frame = world.picture(PICTURES, index)
         file = f"{name}_{index:05d}.png"
         write_png(media / file, frame)
-        records.append({"image": file, "QA": _qa(example)})
+        records.add(example, {"image": file})
         done()
-    write_json(root / "image" / PICTURES.corpus / "train.json", records)
+    records.write(root / "image" / PICTURES.corpus)
+
+
+def _write_texts(root: Path, world: World, count: int, done: Callable[[], Any]) -> None:
+    records = []
+    for index in range(count):
+        records.append({"QA": _pairs(text_conversation(world, index))})
+        done()
+    write_json(root / "text" / "toy_text" / "packed.json", records)
 
 
 def _write_shards(folder: Path, world: World, count: int, done: Callable[[], Any]) -> None:
     def pairs(first: int) -> Iterator[tuple[str, np.ndarray, str]]:
         for index in range(first, min(first + PER_SHARD, count)):
             example, frame = world.picture(PAIRS, index)
-            yield f"{index:06d}", frame, picture_caption(example.scene.things)
+            yield f"{index:06d}", frame, picture_caption(example.scene)
             done()
 
     for number, first in enumerate(range(0, count, PER_SHARD)):
         write_shard(folder / f"{number:05d}.tar", pairs(first))
 
 
-def _qa(example: Example) -> list[dict[str, str | None]]:
-    return [{"i": turn.instruction, "q": turn.question, "a": turn.answer} for turn in example.turns]
+class _Records:
+    """The records of one training set, in both forms: `train` for single pairs, `packed` for whole conversations."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.train: list[dict[str, Any]] = []
+        self.packed: list[dict[str, Any]] = []
+
+    def add(self, example: Example, medium: dict[str, str], bounds: dict[str, float] | None = None) -> None:
+        self.train.append({**medium, "QA": _pairs(example.turns), **(bounds or {})})
+        conversations = example.conversations(keyed_numpy(self.seed, len(self.train)))
+        packed = conversations if example.asked else conversations[:1]  # without options, both are the same
+        self.packed += [{**medium, "QA": _pairs(turns), **(bounds or {})} for turns in packed]
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "train.json", self.train)
+        write_json(folder / "packed.json", self.packed)
+
+
+def _pairs(turns: Sequence[Turn]) -> list[dict[str, str | None]]:
+    return [{"i": turn.instruction, "q": turn.question, "a": turn.answer} for turn in turns]
+
+
+def _bytes(world: World, num_clips: int, num_train: int, *, long: bool) -> int:
+    """How many bytes the world takes, rounded up, without benchmarks."""
+    scale = (world.size / SIZE) ** 2
+    frames = num_clips * (max(world.num_frames, NUM_LONG_FRAMES / 4) if long else world.num_frames)
+    media = frames * FRAME_BYTES + 2 * num_train * PICTURE_BYTES
+    return round(media * scale) + num_train * TEXT_BYTES + LANGUAGE_BYTES

@@ -13,7 +13,7 @@ from stllm.datasets.readers import open_media
 from stllm.datasets.toy_benchmarks import STAND_INS, benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.datasets.toy_clips import World
 from stllm.datasets.toy_language import world_texts
-from stllm.datasets.toy_tasks import DIRECTION_QUESTIONS
+from stllm.datasets.toy_video_questions import DIRECTION_QUESTIONS
 from stllm.evaluation.mvbench_tasks import TASKS
 from tests.helpers.twins import NUM_FRAMES, SEED, twins
 

