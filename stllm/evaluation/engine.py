@@ -179,8 +179,10 @@ def failed(item: Item, error: str, seconds: float = 0.0) -> Record:
 
 
 def head(item: Item) -> Record:
-    """What a record says of the item itself."""
-    named = {"id": item.id, "task": item.task, "video": item.video}
+    """What a record says of the item itself. clip: seconds of the part that is meant, None for the whole."""
+    named: Record = {"id": item.id, "task": item.task, "video": item.video}
+    if item.media is not None:
+        named["clip"] = None if item.media.bounds is None else [item.media.start, item.media.end]
     options = {"candidates": list(item.candidates)} if item.candidates else {}
     return {**named, "question": _one_or_all(item.questions), **options, "answer": item.answer}
 

@@ -142,7 +142,10 @@ class Runs:
 
 
 def _check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:
-    """Raises UserError unless every line is about an item that is asked now, as it is now."""
+    """Raises UserError unless every line is about an item that is asked now, and every answer about it as it is now.
+
+    An item that failed is asked again, as it is now.
+    """
     asked = {item.id: item for item in items}
     gone = [id_ for id_ in records if id_ not in asked]
     if gone:
@@ -151,7 +154,7 @@ def _check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item
             "--anno-path), or name another --output-name"
         )
     for id_, record in records.items():
-        now = head(asked[id_])
+        now = {} if record.get("error") else head(asked[id_])
         changed = [key for key, value in now.items() if record.get(key) != value]
         if changed:
             key = changed[0]
