@@ -42,6 +42,12 @@ def _chat_options(parser: Parser) -> None:
     parser.add_argument(
         "--temperature", type=number(0), metavar="T", help="sample, at this temperature (default: 0, do not)"
     )
+    parser.add_argument(
+        "--evidence",
+        type=path,
+        metavar="PNG",
+        help="draw how much each part of the video mattered to the answer (a second question's: PNG-2, and so on)",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--stream", action="store_true", help="print the answer as it is made (with 1 beam)")
     output.add_argument("--json", action="store_true", help="print one JSON line an answer")
@@ -50,6 +56,10 @@ def _chat_options(parser: Parser) -> None:
 def _chat_fault(args: argparse.Namespace) -> str | None:
     if args.question and args.video is None and args.image is None:
         return "a --question needs a --video or an --image to look at"
+    if args.evidence and (args.video is None or not args.question):
+        return "--evidence needs a --video and a --question"
+    if args.evidence and not args.evidence.lower().endswith(".png"):
+        return f"--evidence {args.evidence}: the chart is a PNG file, name it so"
     if args.start is not None and args.end is not None and args.start >= args.end:
         return f"--start {args.start} must be before --end {args.end}"
     return None

@@ -5,6 +5,7 @@ import io
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from stllm.common.errors import UserError, unknown_name
 from stllm.common.failures import sentence
 from stllm.conversation.chat import Chat, Conversation, load_chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, Media
+from stllm.conversation.evidence import measure_evidence
+from stllm.conversation.filmstrip import draw_evidence, filmstrip
+from stllm.conversation.requests import Answer, Media, Request
 from stllm.models.factory import explicit_settings
 
 COMMANDS = ("/video", "/image", "/new", "/help", "/quit")
@@ -62,6 +65,7 @@ def _begin(chat: Chat, args: argparse.Namespace, media: Media | None) -> Convers
 
 
 def _answer(conversation: Conversation, question: str, args: argparse.Namespace) -> None:
+    request = conversation.request(question)
     if args.stream:
         pieces = conversation.stream(question)
         with _working("looking and answering"):
@@ -70,13 +74,35 @@ def _answer(conversation: Conversation, question: str, args: argparse.Namespace)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
+        _evidence(conversation, request, args)
         return
     with _working("looking and answering"):
         answer = conversation.ask(question)
-    print(_json_line(answer) if args.json else answer.text, flush=True)
+    if not args.json:
+        print(answer.text, flush=True)
+    evidence = _evidence(conversation, request, args)
+    if args.json:
+        print(_json_line(answer, evidence), flush=True)
 
 
-def _json_line(answer: Answer) -> str:
+def _evidence(conversation: Conversation, request: Request, args: argparse.Namespace) -> dict[str, Any]:
+    """Draws what the last answer rests on, where that was asked for; what there is to say about it."""
+    if args.evidence is None or request.media is None:
+        return {}
+    path, chat = Path(args.evidence), conversation.chat
+    if (number := len(conversation.turns)) > 1:
+        path = path.with_stem(f"{path.stem}-{number}")
+    with _working("looking for evidence"):
+        evidence = measure_evidence(chat, request, conversation.turns[-1].answer)
+        draw_evidence(path, evidence, filmstrip(request.media, chat.num_frames))
+    seconds = evidence.times[evidence.segments[evidence.peak][0]]
+    print(f"{path}: most evidence at {seconds:.1f} s, {max(evidence.scores):+.2f} nats", file=sys.stderr)
+    scores = [round(score, 4) for score in evidence.scores]
+    found = {"figure": str(path), "log_probability": round(evidence.log_probability, 4), "scores": scores}
+    return {"evidence": {**found, "segments": evidence.segments}}
+
+
+def _json_line(answer: Answer, more: Mapping[str, Any]) -> str:
     return json.dumps(
         {
             "video": answer.video,
@@ -85,6 +111,7 @@ def _json_line(answer: Answer) -> str:
             "frame_times": [round(seconds, 3) for seconds in answer.frame_times],
             "visual_tokens": answer.visual_tokens,
             "seconds": {stage: round(seconds, 3) for stage, seconds in answer.seconds.items()},
+            **more,
         },
         ensure_ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"),
     )

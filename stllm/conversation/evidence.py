@@ -61,14 +61,13 @@ def measure_evidence(
 ) -> Evidence:
     """Leaves out one segment of the request's video at a time.
 
-    answer: None for the model's own, generated with `decoding`. max_segments: a segment is one frame up to that many
-        frames, several neighbours beyond. max_positions: of one pass; the scores do not depend on it.
+    answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
+    max_segments: a segment is one frame up to that many frames, several neighbours beyond.
+    max_positions: of one pass; the scores do not depend on it.
     Raises UserError for a request without a video of at least two frames, and what `Chat.prepare` raises.
     """
     if request.media is None:
         raise UserError("evidence over time was asked for without a video: name one")
-    if answer is not None and not answer.strip():
-        raise UserError("the answer is empty: give the answer to be explained, or none for the model's own")
     seen = chat.see(request.media)
     if len(seen.times) < 2:
         raise UserError(f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video")

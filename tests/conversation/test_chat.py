@@ -274,5 +274,5 @@ def test_the_stop_string_ends_an_answer(clips: list[Path]) -> None:
 def test_answers_survive_json(clips: list[Path]) -> None:
     from stllm.conversation.command import _json_line
 
-    line = json.loads(_json_line(new_chat().ask(clips[0], QUESTIONS[0])))
+    line = json.loads(_json_line(new_chat().ask(clips[0], QUESTIONS[0]), {}))
     assert set(line) == {"video", "question", "answer", "frame_times", "visual_tokens", "seconds"}
