@@ -10,11 +10,12 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.cache import FeatureCache
@@ -22,7 +23,7 @@ from stllm.conversation.decoding import Decoding, NaNWatch
 from stllm.conversation.evidence import Evidence, measure_evidence
 from stllm.conversation.requests import Answer, Media, Request, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
-from stllm.conversation.streaming import stream_answer
+from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.conversation.templates import Turn
 from stllm.datasets.media import Clip
 from stllm.models.st_llm import STLLM
@@ -91,7 +92,11 @@ class Chat:
     def stream(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
         """The answer's text, piece by piece. Closing the iterator ends the generation. Raises UserError."""
         decoding.check_streaming()
-        prepared = self.prepare(request)
+        yield from self.stream_prepared(self.prepare(request), decoding)
+
+    def stream_prepared(self, prepared: Prepared, decoding: Decoding) -> Generator[str, None, None]:
+        """The same for a request that was prepared."""
+        decoding.check_streaming()
 
         def generate(**more: Any) -> Tensor:
             return self._generate([prepared], decoding, **more)
@@ -100,8 +105,8 @@ class Chat:
 
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
-    def see(self, media: Media) -> Seen:
-        """Reads and encodes a video, or finds it encoded. Raises MediaError."""
+    def see(self, media: Media, clip: Clip | None = None) -> Seen:
+        """Reads and encodes a video, or finds it encoded. clip: when it was read already. Raises MediaError."""
         if media.num_frames is None:
             media = replace(media, num_frames=self.num_frames)
         stamp = media.stamp()
@@ -110,7 +115,7 @@ class Chat:
             if (encoded := self.cache.get(digest)) is not None:
                 return Seen(encoded, kind, times)
         start = time.perf_counter()
-        clip = self.read(media)
+        clip = clip or self.read(media)
         seconds = {"read": time.perf_counter() - start, "encode": 0.0}
         if (encoded := self.cache.get(clip.digest)) is None:
             seen = self.encode(clip, read_seconds=seconds["read"])
@@ -160,12 +165,15 @@ class Chat:
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
-    def complete(self, prepared: Sequence[Prepared], decoding: Decoding | None = None) -> list[Answer]:
-        """The answers of prepared requests, in one generation."""
+    def complete(
+        self, prepared: Sequence[Prepared], decoding: Decoding | None = None, stop: Event | None = None
+    ) -> list[Answer]:
+        """The answers of prepared requests, in one generation. stop: ends it with what there is when it is set."""
         if not prepared:
             return []
         start = time.perf_counter()
-        ids = self._generate(prepared, decoding or self.decoding)
+        stopping = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([StopWhen(stop)])}
+        ids = self._generate(prepared, decoding or self.decoding, **stopping)
         seconds = (time.perf_counter() - start) / len(prepared)
         texts = [self.processor.decode(row) for row in ids]
         return [_answer(one, text, seconds) for one, text in zip(prepared, texts, strict=True)]

@@ -42,8 +42,8 @@ class AnswerStream:
         return next((n for n in lengths if text.endswith(self.end_sym[:n])), 0)
 
 
-class _Stop(StoppingCriteria):
-    """Ends generation when nobody listens any more."""
+class StopWhen(StoppingCriteria):
+    """Ends generation once the event is set: nobody listens any more."""
 
     def __init__(self, event: Event) -> None:
         self.event = event
@@ -65,7 +65,7 @@ def stream_answer(
 
     def work() -> None:
         try:
-            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([_Stop(abandoned)]))
+            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([StopWhen(abandoned)]))
         except BaseException as error:  # handed to the listener, who raises it
             failure.append(error)
         finally:
