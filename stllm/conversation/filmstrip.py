@@ -4,6 +4,7 @@ matplotlib is imported only when something is drawn. T frames, S pixels of a sid
 """
 
 import textwrap
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,8 @@ def draw_evidence(path: str | Path, evidence: Evidence, strip: Filmstrip) -> Non
 
     figure = evidence_figure(evidence, strip)
     FigureCanvasAgg(figure)
-    with replacing(path) as partial:
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of scripts that the font lacks: boxes stand for them
         figure.savefig(partial, format="png", dpi=120)
 
 

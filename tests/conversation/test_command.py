@@ -93,6 +93,20 @@ def test_a_question_that_is_no_text_is_refused(quick, clip: Path, capsys) -> Non
     assert capsys.readouterr().err == "error: the question '\\udcff what' is no valid text: write it in UTF-8\n"
 
 
+def test_evidence_is_drawn_for_each_question(quick, clip: Path, tmp_path: Path, capsys) -> None:
+    drawn = tmp_path / "out.png"
+    assert chat("--video", clip, "--question", "What?", "--question", "And?", "--evidence", drawn, "--json") == 0
+    captured = capsys.readouterr()
+    found = [json.loads(line)["evidence"] for line in captured.out.splitlines()]
+    assert [entry["figure"] for entry in found] == [str(drawn), str(tmp_path / "out-2.png")]
+    assert all(Path(entry["figure"]).read_bytes().startswith(b"\x89PNG") for entry in found)
+    assert len(found[0]["scores"]) == len(found[0]["segments"]) == 16
+    assert captured.err.count("most evidence at") == 2
+    assert chat("--video", clip, "--question", "What?", "--evidence", drawn, "--stream") == 0
+    assert chat("--video", clip, "--evidence", drawn) == 2
+    assert chat("--video", clip, "--question", "What?", "--evidence", "out.pdf") == 2
+
+
 def test_output_in_a_narrow_encoding_is_escaped(quick, clip: Path, monkeypatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
