@@ -15,6 +15,8 @@ from stllm.models.video_inputs import ResidualInput
 from stllm.models.vision import VisionEncoder
 
 STD = 0.02
+POSITION_SCALE = 0.3  # about the size of a fresh patch embedding
+POSITION_BASE = 100.0
 
 
 @torch.no_grad()
@@ -28,7 +30,8 @@ def initialize_parts(model: nn.Module) -> None:
         elif isinstance(module, Eva):
             assert module.cls_token is not None and module.pos_embed is not None
             init.trunc_normal_(module.cls_token, std=STD)
-            init.trunc_normal_(module.pos_embed, std=STD)
+            grid = module.patch_embed.grid_size
+            init.copy_(module.pos_embed, sine_cosine_positions(grid, module.embed_dim))
         elif isinstance(module, TemporalAdapter):
             init.zeros_(module.class_token)
         elif isinstance(module, TemporalLayer):
@@ -40,6 +43,21 @@ def initialize_parts(model: nn.Module) -> None:
     for module in model.modules():  # when the backbone has its values
         if isinstance(module, VisionEncoder) and module.adapter is not None:
             _copy_last_blocks(module.backbone, module.adapter)
+
+
+def sine_cosine_positions(grid: tuple[int, int], width: int) -> torch.Tensor:
+    """Position embeddings (1, 1+P, C) in which neighbours are alike from the first step on; zero for the class token.
+
+    A quarter of the width each: sine and cosine of the row and of the column, at wave lengths from 2 pi to 200 pi
+    patches; what a width leaves over is zero. A fresh encoder need not find out first where its patches lie.
+    """
+    rates = POSITION_BASE ** -(torch.arange(width // 4) / (width // 4))  # (C/4,)
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    angles = [side.flatten()[:, None] * rates for side in (rows, columns)]  # (P, C/4) each
+    waves = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    positions = torch.zeros(1, 1 + len(waves), width)
+    positions[0, 1:, : waves.shape[1]] = POSITION_SCALE * waves
+    return positions
 
 
 def _copy_last_blocks(backbone: Eva, adapter: TemporalAdapter) -> None:

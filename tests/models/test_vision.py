@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stllm.common.errors import UserError
+from stllm.models.initialization import sine_cosine_positions
 from stllm.models.vision import Float32LayerNorm
 from tests.helpers.tiny import tiny_model
 
@@ -60,3 +61,16 @@ def test_layer_norm_runs_in_float32() -> None:
     half = norm.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, expected.bfloat16())
+
+
+def test_a_fresh_encoder_knows_which_patches_are_neighbours() -> None:
+    """Patches' first embeddings: all different, the nearer the more alike, across as down; any width is filled."""
+    grid = sine_cosine_positions((4, 6), 98)
+    assert grid.shape == (1, 25, 98) and not grid[0, 0].any() and not grid[..., 96:].any()
+    patches = grid[0, 1:].unflatten(0, (4, 6))
+    apart = (patches[0, 0] - patches).norm(dim=-1)  # (4, 6), from the upper left corner
+    assert (apart[0].diff() > 0).all() and (apart[:, 0].diff() > 0).all()
+    assert torch.allclose(apart[0, :4], apart[:, 0], atol=1e-6)
+    backbone = tiny_model(encoder="eva_clip_g").vision_encoder.backbone
+    assert backbone.pos_embed is not None
+    assert torch.equal(backbone.pos_embed, sine_cosine_positions((2, 2), 32))
