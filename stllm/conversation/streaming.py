@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator
 from threading import Event, Thread
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 
@@ -53,19 +54,24 @@ class StopWhen(StoppingCriteria):
 
 
 def stream_answer(
-    generate: Callable[..., Any], tokenizer: PreTrainedTokenizerBase, end_sym: str
-) -> Generator[str, None, None]:
+    generate: Callable[..., Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    end_sym: str,
+    abandoned: Event | None = None,
+) -> Generator[str, None, Tensor]:
     """Runs `generate(streamer=..., stopping_criteria=...)` in a thread and yields the answer's text piece by piece.
 
-    Closing the iterator ends the generation. What `generate` raises is raised here.
+    Closing the iterator, or setting `abandoned` from any thread, ends the generation at its next token. Returns what
+    `generate` returns, and raises what it raises.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    abandoned = Event()
+    abandoned = Event() if abandoned is None else abandoned
     failure: list[BaseException] = []
+    result: list[Tensor] = []
 
     def work() -> None:
         try:
-            generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([StopWhen(abandoned)]))
+            ids = generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([StopWhen(abandoned)]))
         except BaseException as error:  # handed to the listener, who raises it
             failure.append(error)
         finally:
@@ -85,3 +91,4 @@ def stream_answer(
         thread.join()
     if failure:
         raise failure[0]
+    return result[0]
