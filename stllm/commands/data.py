@@ -58,6 +58,7 @@ def _doctor_fault(args: argparse.Namespace) -> str | None:
 
 def _toy_options(parser: Parser) -> None:
     parser.add_argument("--output", required=True, type=path, metavar="DIR", help="the folder to write: new, or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace the toy world in that folder")
     parser.add_argument(
         "--num-train", type=whole(1), default=1200, metavar="N", help="training clips, of all kinds (default: 1200)"
     )

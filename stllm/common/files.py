@@ -1,6 +1,7 @@
 """Files and folders written whole or not at all."""
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,9 +50,12 @@ def check_new(target: Path, option: str) -> None:
 def new_folder(target: Path, needed: int) -> Iterator[Path]:
     """A temporary folder beside the target, which becomes the target when the block succeeds and is removed when not.
 
+    A folder that stands there already is there until then, and replaced as a whole; what a process left behind that
+    was killed while it wrote the same target is removed.
     needed: bytes that will be written. Raises UserError when the disk has no room for them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise UserError(_no_space(target, needed, free))
@@ -59,9 +63,7 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        if target.exists():
-            target.rmdir()  # empty, see check_new
-        partial.rename(target)
+        _put(partial, target)
     except Exception as error:
         free = shutil.disk_usage(target.parent).free
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
@@ -70,6 +72,38 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(folder: Path, target: Path) -> None:
+    """Moves the folder to the target; one that stands there leaves only when it has moved."""
+    if not target.exists():
+        folder.rename(target)
+        return
+    old = folder.with_suffix(".old.partial")
+    target.rename(old)
+    try:
+        folder.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _remove_leftovers(target: Path) -> None:
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        process = path.name.removeprefix(f".{target.name}.").split(".")[0]
+        if process.isdigit() and path.is_dir() and not _runs(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # it is another user's, or no number of a process
+        return True
+    return True
 
 
 def _no_space(target: Path, needed: int, free: int) -> str:

@@ -5,21 +5,24 @@ The same input gives the same bytes: encoders run in one thread, and nothing car
 
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-H264 = ("libx264", {"preset": "veryfast", "crf": "18"})  # crf: shapes of a few pixels keep their colors
-ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
-    ".mp4": H264,
-    ".mov": H264,
-    ".mkv": H264,
-    ".avi": ("mpeg4", {"qmin": "2", "qmax": "2"}),
-    ".webm": ("libvpx-vp9", {"crf": "20", "b": "0"}),
-}
+log = logging.getLogger(__name__)
+
+Encoder = tuple[str, dict[str, str]]
+
+# Qualities at which shapes of a few pixels keep their colors
+H264: Encoder = ("libx264", {"preset": "veryfast", "crf": "18"})
+MPEG4: Encoder = ("mpeg4", {"qmin": "2", "qmax": "2"})
+VP9: Encoder = ("libvpx-vp9", {"crf": "20", "b": "0"})
+ENCODERS: dict[str, Encoder] = {".mp4": H264, ".mov": H264, ".mkv": H264, ".avi": MPEG4, ".webm": VP9}
 GIF_DELAY = 40  # milliseconds a frame: 25 a second
 
 
@@ -31,7 +34,7 @@ def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
     if path.suffix == ".gif":
         _write_gif(path, clip)
         return
-    codec, options = ENCODERS[path.suffix]
+    codec, options = _encoder(path.suffix)
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream(codec, rate=fps, options={**options, "threads": "1"})
         stream.height, stream.width = clip.shape[1:3]
@@ -80,6 +83,23 @@ def write_shard(path: Path, pairs: Iterable[tuple[str, np.ndarray, str]]) -> Non
                 entry = tarfile.TarInfo(f"{name}.{ending}")  # without time and owner: the same bytes every time
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
+
+
+@cache
+def _encoder(extension: str) -> Encoder:
+    """What writes files of that extension: MPEG-4, which is everywhere, where PyAV comes without H.264."""
+    import av
+
+    codec, options = ENCODERS[extension]
+    if codec == H264[0] and codec not in av.codecs_available:
+        log.info(
+            "the installed PyAV %s has no H.264 encoder (libx264): %s files are MPEG-4 and about twice as large; "
+            "PyAV's own wheels have it (pip install av)",
+            av.__version__,
+            extension,
+        )
+        return MPEG4
+    return codec, options
 
 
 def _write_gif(path: Path, clip: np.ndarray) -> None:

@@ -111,13 +111,18 @@ def render(scene: Scene, *, num_frames: int, size: int, generator: np.random.Gen
     times = (np.arange(num_frames) + 0.5) / num_frames
     clip = generator.standard_normal((num_frames, size, size, 3), np.float32) * np.float32(FLICKER)
     grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)
-    canvas = _backdrop(scene, times, axis)  # (1 or T, S, S, 3)
+    canvas = np.empty_like(clip)
+    canvas[:] = _backdrop(scene, times, axis)
     for thing in scene.things:
         track = follow(thing, times)
-        alpha = _coverage(thing.shape, track, axis)[..., None]  # (T, S, S, 1)
-        canvas = canvas + alpha * (track.color[:, None, None, :].astype(np.float32) - canvas)  # (T, S, S, 3)
-    clip += canvas + grain
-    return np.clip(np.rint(clip), 0, 255).astype(np.uint8)
+        rows, columns = _span(track.y, track, axis), _span(track.x, track, axis)
+        alpha = _coverage(thing.shape, track, axis[rows], axis[columns], size)[..., None]  # (T, rows, columns, 1)
+        part = canvas[:, rows, columns]
+        part += alpha * (track.color[:, None, None, :].astype(np.float32) - part)
+    clip += canvas
+    clip += grain
+    np.clip(np.rint(clip, out=clip), 0, 255, out=clip)
+    return clip.astype(np.uint8)
 
 
 def follow(thing: Thing, times: np.ndarray) -> Track:
@@ -228,12 +233,22 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def _coverage(shape: str, track: Track, axis: np.ndarray) -> np.ndarray:
-    """How much of each pixel the thing covers, (T, S, S), its edge softened over one pixel."""
+def _span(places: np.ndarray, track: Track, axis: np.ndarray) -> slice:
+    """The pixels along one axis that the thing ever reaches, with two to spare for soft edges."""
+    reach = 1.1 * track.radius + 2 * (axis[1] - axis[0])  # a triangle's tip is 1.1 radii away
+    first, last = np.searchsorted(axis, ((places - reach).min(), (places + reach).max()))
+    return slice(int(first), int(last))
+
+
+def _coverage(shape: str, track: Track, rows: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
+    """How much of each pixel the thing covers, (T, rows, columns), its edge softened over one pixel.
+
+    rows, columns: the pixels' places in units.
+    """
     radius = track.radius.astype(np.float32)[:, None, None]
-    x = (axis[None, None, :] - track.x.astype(np.float32)[:, None, None]) / radius  # (T, 1, S)
-    y = (axis[None, :, None] - track.y.astype(np.float32)[:, None, None]) / radius  # (T, S, 1)
-    pixels = radius * np.float32(len(axis) / UNITS)
+    x = (columns[None, None, :] - track.x.astype(np.float32)[:, None, None]) / radius  # (T, 1, columns)
+    y = (rows[None, :, None] - track.y.astype(np.float32)[:, None, None]) / radius  # (T, rows, 1)
+    pixels = radius * np.float32(size / UNITS)
     inside = np.clip((1 - SHAPES[shape](x, y)) * pixels + 0.5, 0, 1)
     return inside * track.opacity.astype(np.float32)[:, None, None]
 

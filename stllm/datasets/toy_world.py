@@ -9,6 +9,7 @@ DIR/vc2/text/toy_text/packed.json        no media: scenes in words and questions
 DIR/mvbench/json/<task>.json             MVBench, media in DIR/mvbench/video/<MVBench's own folder>
 DIR/images/{00000..}.tar                 image-text shards of the first stage
 DIR/language_model, DIR/qformer_tokenizer    what stands for Vicuna and bert-base-uncased
+DIR/toy_world.json                       how it was made
 DIR/benchmarks/{mvbench,vcgbench,...}    --benchmarks: a twin of every benchmark, see toy_benchmarks.py
 
 Clips have --num-frames frames (those with bounds half as many again, 64 at most). --long adds a set and a test of
@@ -19,13 +20,14 @@ all clips are long.
 import argparse
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder
 from stllm.conversation.templates import Turn
 from stllm.datasets.samples import keyed_numpy
@@ -38,6 +40,7 @@ from stllm.datasets.toy_questions import Example
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
 from stllm.datasets.toy_texts import text_conversation
 
+ABOUT = "toy_world.json"  # how the world was made; it tells a toy world from other folders
 PER_SHARD = 500
 TEXTS = 4  # for each training clip
 PAIRS = replace(PICTURES, corpus="images")  # of the shards: drawn apart from the instruction set's
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         size=args.size,
         long=args.long,
         benchmarks=args.benchmarks,
+        overwrite=args.overwrite,
     )
     tasks, tested = (*TASKS, *LONG_TASKS[args.long]), (*TESTED, *LONG_TASKS[args.long])
     num_train, num_test = sum(shares(args.num_train, tasks)), sum(shares(args.num_test, tested))
@@ -82,15 +86,24 @@ def write_world(
     size: int = SIZE,
     long: bool = False,
     benchmarks: int = 0,
+    overwrite: bool = False,
 ) -> None:
-    """Writes the whole world into the new folder `target`.
+    """Writes the whole world into the new folder `target`: all of it or, when interrupted, nothing.
 
     num_train, num_test: clips in all, dealt out among the tasks, at least one of each; there are as many training
     pictures and image-text pairs, and TEXTS times as many texts. num_frames: of a clip of the usual length.
-    size: pixels a side. long: rare events in clips of 64 frames, too. benchmarks: items of each benchmark's tasks; 0: none of these.
+    size: pixels a side. long: rare events in clips of 64 frames, too. benchmarks: items of each benchmark's tasks;
+    0: none of these. overwrite: another world there is replaced, once this one is whole.
     Raises UserError for a target that is not empty and for a full disk; the target is then as it was.
     """
-    check_new(target, "--output")
+    target = target.resolve()
+    if not (target / ABOUT).is_file():
+        check_new(target, "--output")
+    elif not overwrite:
+        raise UserError(
+            f"{target} holds a toy world already, expected a new or an empty folder: name another with --output, or "
+            "replace that world with --overwrite"
+        )
     world = World(seed, num_frames, size)
     tasks, tested = (*TASKS, *LONG_TASKS[long]), (*TESTED, *LONG_TASKS[long])
     train, test = (
@@ -104,6 +117,7 @@ def write_world(
         new_folder(target, needed) as folder,
         tqdm(desc="toy world", total=total, disable=None, delay=1, leave=False) as bar,
     ):
+        write_json(folder / ABOUT, asdict(world) | {"num_train": num_train, "num_test": num_test, "long": long})
         _write_language(folder, seed)
         for task, count in train:
             _write_training_set(folder / "vc2", world, task, count, bar.update)

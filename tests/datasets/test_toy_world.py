@@ -284,7 +284,9 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_folder_that_holds_files_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(root)
     assert main(["toy", "--output", str(root)]) == 1
-    assert f"{root} holds files already, expected a new or an empty folder" in capsys.readouterr().err
+    assert f"{root} holds a toy world already, expected a new or an empty folder" in capsys.readouterr().err
+    assert main(["toy", "--output", str(root / "vc2"), "--overwrite"]) == 1  # no world: it is nobody's to remove
+    assert f"{root / 'vc2'} holds files already, expected a new or an empty folder" in capsys.readouterr().err
     assert files(root) == before
 
 
