@@ -94,14 +94,16 @@ class Chat:
         decoding.check_streaming()
         yield from self.stream_prepared(self.prepare(request), decoding)
 
-    def stream_prepared(self, prepared: Prepared, decoding: Decoding) -> Generator[str, None, None]:
-        """The same for a request that was prepared."""
+    def stream_prepared(
+        self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
+    ) -> Generator[str, None, Tensor]:
+        """The same for a request that was prepared. stop: ends it, too, when it is set. Returns the new ids, (1, A)."""
         decoding.check_streaming()
 
         def generate(**more: Any) -> Tensor:
             return self._generate([prepared], decoding, **more)
 
-        yield from stream_answer(generate, self.processor.tokenizer, self.processor.end_sym)
+        return (yield from stream_answer(generate, self.processor.tokenizer, self.processor.end_sym, stop))
 
     # ---- seeing -----------------------------------------------------------------------------------------------------
 

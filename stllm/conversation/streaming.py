@@ -57,21 +57,22 @@ def stream_answer(
     generate: Callable[..., Tensor],
     tokenizer: PreTrainedTokenizerBase,
     end_sym: str,
-    abandoned: Event | None = None,
+    stop: Event | None = None,
 ) -> Generator[str, None, Tensor]:
     """Runs `generate(streamer=..., stopping_criteria=...)` in a thread and yields the answer's text piece by piece.
 
-    Closing the iterator, or setting `abandoned` from any thread, ends the generation at its next token. Returns what
+    Closing the iterator, or setting `stop` from any thread, ends the generation at its next token. Returns what
     `generate` returns, and raises what it raises.
     """
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    abandoned = Event() if abandoned is None else abandoned
+    stop = Event() if stop is None else stop
     failure: list[BaseException] = []
     result: list[Tensor] = []
 
     def work() -> None:
         try:
-            ids = generate(streamer=streamer, stopping_criteria=StoppingCriteriaList([StopWhen(abandoned)]))
+            stopping = StoppingCriteriaList([StopWhen(stop)])
+            result.append(generate(streamer=streamer, stopping_criteria=stopping))
         except BaseException as error:  # handed to the listener, who raises it
             failure.append(error)
         finally:
@@ -87,7 +88,7 @@ def stream_answer(
         if rest := answer.close():
             yield rest
     finally:
-        abandoned.set()
+        stop.set()
         thread.join()
     if failure:
         raise failure[0]
