@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 MAX_THREADS = 4  # more threads hold more frames in memory and speed up little; a data loader opens many readers
 COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
+# Formats that hold their video themselves. Playlists (hls, dash, concat) would open other files by name.
+FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,live_flv,asf,ogg,rm,mxf,dv,wtv,nut,gxf,yuv4mpegpipe,"
+    "swf,wav,mp3,aac,flac,ac3"
+)
 SKIPPABLE = ("h264", "hevc")  # decoders that can leave out frames to which no other frame refers (a quarter faster)
 
 
@@ -120,10 +125,9 @@ def open_stream(path: Path, head: bytes, *, strict: bool) -> "tuple[InputContain
     if kind_of(head) == "text":
         raise MediaError(f"{path}: found text ({first_words(head)!r}), expected {EXPECTED}: download it again")
     try:
-        # An absolute path has no protocol, and a playlist inside the file must not reach the network.
-        container = av.open(
-            str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file,crypto,data"}
-        )
+        # An absolute path has no protocol; nothing but this file may be opened.
+        options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS}
+        container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
     except (FFmpegError, ValueError) as error:
         found = explain_unreadable(path, head)
         raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error

@@ -105,6 +105,22 @@ def test_each_bad_file_has_its_sentence(tmp_path: Path, make: Callable[[Path], o
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"],
+    ids=["hls", "concat"],
+)
+@pytest.mark.parametrize("extension", [".m3u8", ".mp4", ""])
+def test_a_file_that_names_another_does_not_show_it(tmp_path: Path, lines: str, extension: str) -> None:
+    """Whoever may upload a file must not see others by it. The bytes at the end make the list no text."""
+    other = write_video(tmp_path / "other.mp4")
+    path = tmp_path / f"upload{extension}"
+    for name in (other.name, str(other), f"file://{other}"):
+        path.write_bytes(lines.format(name).encode() + bytes(8))
+        with pytest.raises(MediaError, match="found neither video nor image"):
+            open_media(path)
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=f"the path is right up to {re.escape(str(tmp_path))}, so check"):
         open_media(tmp_path / "no" / "such" / "film.mp4")
