@@ -1,10 +1,11 @@
 """The commands of `stllm` by name: their options and where they live. Standard library only: --help is quick."""
 
-from stllm.commands import benchmarking, chat, checkpoints, data, judging, training
+from stllm.commands import benchmarking, chat, checkpoints, data, demo, judging, training
 from stllm.commands.command import Command
 
 COMMANDS: dict[str, Command] = {
     **chat.COMMANDS,
+    **demo.COMMANDS,
     **training.COMMANDS,
     **checkpoints.COMMANDS,
     **data.COMMANDS,

@@ -1,0 +1,105 @@
+"""`python demo_gradio.py`: loads the model and serves the page, on this machine alone unless told otherwise."""
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from stllm.common.errors import UserError
+from stllm.conversation.chat import Chat, load_chat
+from stllm.conversation.embedded import default_checkpoint
+from stllm.models.factory import explicit_settings
+from stllm.web.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until it is interrupted. Raises UserError."""
+    checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
+    limits = Limits(file_megabytes=args.max_file_mb, video_seconds=args.max_seconds, queue=args.queue_size)
+    chat = load_chat(
+        checkpoint,
+        cfg_path=args.cfg_path,
+        options=args.options,
+        device=args.device,
+        dtype=args.dtype,
+        num_frames=args.num_frames,
+    )
+    if args.host not in LOOPBACK:
+        logger.warning("serving on %s: whoever reaches this machine can use the demo, there is no password", args.host)
+    with tempfile.TemporaryDirectory(prefix="stllm-demo-") as folder:
+        serve(chat, limits, Path(folder), host=args.host, port=args.port, about=describe(chat, Path(checkpoint)))
+    return 0
+
+
+def serve(
+    chat: Chat, limits: Limits, folder: Path, *, host: str, port: int | None, about: str = "", wait: bool = True
+) -> str:
+    """Opens the page and returns its address; wait: only when the server has been interrupted.
+
+    folder: for uploads, which the caller removes at the end. port: None for any free one.
+    Raises UserError for a port that is taken.
+    """
+    os.environ.update(GRADIO_TEMP_DIR=str(folder), GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from stllm.web.guard import Guard
+    from stllm.web.page import STYLE, build_page, theme
+    from stllm.web.service import Service
+
+    examples = find_examples(EXAMPLES)
+    page = build_page(Service(chat, limits, folder, [path for path, _ in examples]), "ST-LLM", about, examples)
+    middleware = [Middleware(Guard, limits=limits, folder=folder)]
+    if host in LOOPBACK:  # a page elsewhere that lets its own name point here is turned away
+        middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            show_error=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            allowed_paths=[str(path) for path, _ in examples],
+            max_file_size=limits.file_megabytes << 20,
+            state_session_capacity=1000,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            footer_links=["api"],
+            theme=theme(),
+            css=STYLE.read_text(encoding="utf-8"),
+            app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
+        )
+    except OSError as error:
+        raise UserError(f"port {port} of {host} cannot be opened ({error}): name another with --port") from None
+    if wait:
+        print(f"The demo is at {address} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+    return address
+
+
+def describe(chat: Chat, checkpoint: Path) -> str:
+    """Which model answers, in a few words."""
+    millions = sum(parameter.numel() for parameter in chat.model.parameters()) / 1e6
+    size = f"{millions / 1000:.1f} billion" if millions >= 1000 else f"{millions:.1f} million"
+    where = f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}"
+    return f"{checkpoint.name}: {size} parameters, {where}, {chat.num_frames} frames."
+
+
+def find_examples(folder: Path) -> Sequence[tuple[Path, str]]:
+    """(file, question) of the clips that come with the package, as its examples.json lists them; none without it."""
+    listing = folder / "examples.json"
+    if not listing.is_file():
+        return []
+    return [(folder / entry["file"], entry["question"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]

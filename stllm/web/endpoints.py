@@ -1,0 +1,122 @@
+"""The API as gradio gives it: /ask, /probe and /evidence. Each call stands alone: what was said before is sent with it.
+
+gradio_client and curl reach them; README.md has examples.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+
+from stllm.conversation.templates import Turn
+from stllm.web.model_thread import Job, ModelThread
+from stllm.web.progress import Progress
+from stllm.web.service import Service
+
+
+class Endpoints:
+    """The functions behind the endpoints. Each raises gr.Error with one sentence."""
+
+    def __init__(self, service: Service, thread: ModelThread) -> None:
+        self.service = service
+        self.thread = thread
+
+    def ask(self, file: Any, question: Any, history: Any, *controls: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The answer's text so far, and at the end what there is to say about it."""
+        path, text, wishes = self._checked(file, question, controls)
+        turns = [*_turns(history), Turn(text)]
+        for progress in self._followed(lambda stop: self.service.ask(path, None, turns, wishes, stop)):
+            about: dict[str, Any] = {}
+            if (answer := progress.answer) is not None:
+                about = {
+                    "frame_times": answer.frame_times,
+                    "visual_tokens": answer.visual_tokens,
+                    "tokens": progress.stages["answer"].count,
+                    "seconds": answer.seconds,
+                }
+            yield progress.text, about
+
+    def probe(self, file: Any, question: Any, *controls: Any) -> dict[str, str]:
+        """The answer under each view of the frames."""
+        path, text, wishes = self._checked(file, question, controls)
+        return dict(self._last(lambda stop: self.service.probe(path, None, text, wishes, stop)).answers)
+
+    def evidence(self, file: Any, question: Any, history: Any, answer: Any, *controls: Any) -> dict[str, Any]:
+        """How much each part of the video mattered to the answer."""
+        path, text, wishes = self._checked(file, question, controls)
+        turns = [*_turns(history), Turn(text)]
+        given = str(answer) if answer else None
+        found = self._last(lambda _: self.service.evidence(path, None, turns, wishes, given)).evidence
+        assert found is not None
+        return {
+            "answer": found.answer,
+            "log_probability": found.log_probability,
+            "frame_times": found.times,
+            "segments": found.segments,
+            "scores": found.scores,
+        }
+
+    def _checked(self, file: Any, question: Any, controls: tuple[Any, ...]) -> Any:
+        if not isinstance(file, dict) or not isinstance(file.get("path"), str):
+            raise gr.Error("there is no video: upload one and name it as the file", print_exception=False)
+        with _as_gradio_errors(self.service):
+            return file["path"], self.service.limits.check_question(question), self.service.wishes(*controls)
+
+    def _followed(self, job: Job[Progress]) -> Iterator[Progress]:
+        with _as_gradio_errors(self.service):
+            for progress in self.thread.iterate(job):
+                if progress is not None:
+                    yield progress
+
+    def _last(self, job: Job[Progress]) -> Progress:
+        progress = Progress()
+        for progress in self._followed(job):  # noqa: B007
+            pass
+        return progress
+
+
+def add_endpoints(service: Service, thread: ModelThread, queue: dict[str, Any]) -> None:
+    """Adds them to the page that is being built. queue: of everything that needs the model."""
+    endpoints, usual = Endpoints(service, thread), service.chat.decoding
+    with gr.Row(visible=False):
+        file = gr.Video(label="file: a video or an image")
+        question, answer = gr.Textbox(label="question"), gr.Textbox(label="answer")
+        history = gr.JSON([], label="history: [question, answer] pairs said before")
+        controls = [
+            gr.Number(value, label=label)
+            for value, label in (
+                (service.chat.num_frames, "num_frames"),
+                (1, "num_beams"),
+                (0, "temperature"),
+                (min(usual.max_new_tokens, service.limits.new_tokens), "max_new_tokens"),
+            )
+        ]
+        text, found = gr.Textbox(label="answer"), gr.JSON(label="details")
+        ask, probe, evidence = gr.Button(), gr.Button(), gr.Button()
+    options: dict[str, Any] = {**queue, "preprocess": False, "show_progress": "hidden"}
+    ask.click(endpoints.ask, [file, question, history, *controls], [text, found], api_name="ask", **options)
+    probe.click(endpoints.probe, [file, question, *controls], found, api_name="probe", **options)
+    evidence.click(
+        endpoints.evidence, [file, question, history, answer, *controls], found, api_name="evidence", **options
+    )
+
+
+def _turns(history: Any) -> list[Turn]:
+    """What was said before. Raises gr.Error unless it is pairs of texts."""
+    pairs = history if isinstance(history, list) else [] if history is None else [history]
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise gr.Error(
+                f"the history holds {str(pair)[:80]!r}: expected pairs of a question and its answer",
+                print_exception=False,
+            )
+    return [Turn(question, answer) for question, answer in pairs]
+
+
+@contextmanager
+def _as_gradio_errors(service: Service) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise gr.Error(service.explain(error), print_exception=False) from None

@@ -1,0 +1,119 @@
+"""The filmstrip of a page: the sampled frames with their times, and evidence over time as a curve under them.
+
+HTML and SVG of our own, with the pictures inside: no file is written that would have to be removed.
+"""
+
+import base64
+import io
+from html import escape
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from stllm.conversation.evidence import Evidence
+from stllm.processors.vision import EvalTransform, FrameTransform
+from stllm.web.talk import Film
+
+SIDE = 144  # pixels of a picture
+HEIGHT, MARGIN = 100, 8  # of the curve, in units of its own
+
+
+class Pictures:
+    """A frame transform that also keeps a small picture of what it was given, cut as the model sees it."""
+
+    def __init__(self, transform: FrameTransform) -> None:
+        self._transform = transform
+        self._small = EvalTransform(SIDE, mean=(0, 0, 0), std=(1, 1, 1))  # colours from 0 to 1
+        self.taken: list[str] = []
+
+    def __call__(self, frame: np.ndarray) -> Tensor:
+        """frame: (H, W, 3) uint8."""
+        pixels = (self._small(frame) * 255).round().byte().permute(1, 2, 0)  # (SIDE, SIDE, 3)
+        self.taken.append(_address(pixels.numpy()))
+        return self._transform(frame)
+
+
+def film_html(film: Film | None, evidence: Evidence | None = None) -> str:
+    """The strip and, once there is one, the curve, each point under its frame."""
+    if film is None:
+        return '<div class="film-empty">The frames that the model looks at will be shown here.</div>'
+    peak = () if evidence is None else range(*evidence.segments[evidence.peak])
+    frames = "".join(
+        f'<figure class="film-frame{" film-peak" if place in peak else ""}">'
+        f'<img src="{picture}" alt="frame {place + 1} of {len(film.pictures)}" loading="lazy">'
+        f"<figcaption>{clock(seconds)}</figcaption></figure>"
+        for place, (picture, seconds) in enumerate(zip(film.pictures, film.times, strict=True))
+    )
+    curve = "" if evidence is None else _curve(evidence)
+    words = "" if evidence is None else _words(evidence)
+    strip = f'<div class="film-strip" style="--frames: {len(film.pictures)}">{frames}{curve}</div>'
+    return f'<div class="film-scroll" tabindex="0" aria-label="sampled frames">{strip}</div>{words}'
+
+
+def small_strip(film: Film, order: list[int], *, blank: bool = False, most: int = 8) -> str:
+    """At most so many pictures of the frames in that order; blank: grey ones."""
+    places = order[:: max(1, -(-len(order) // most))]
+    if blank:
+        return '<div class="small-strip">' + '<span class="small-blank"></span>' * len(places) + "</div>"
+    pictures = "".join(f'<img src="{film.pictures[place]}" alt="{clock(film.times[place])}">' for place in places)
+    return f'<div class="small-strip">{pictures}</div>'
+
+
+def clock(seconds: float) -> str:
+    """1:02.5, as players show it."""
+    tenths = round(seconds * 10)
+    return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
+
+
+def _curve(evidence: Evidence) -> str:
+    """An SVG as wide as the strip, one unit a frame; above the line: spoke for the answer."""
+    count = len(evidence.times)
+    low, high = min(0.0, *evidence.scores), max(0.0, *evidence.scores)
+    unit = (HEIGHT - 2 * MARGIN) / ((high - low) or 1.0)
+    level = [MARGIN + (high - score) * unit for score in evidence.scores]
+    zero = MARGIN + high * unit
+    spans = list(zip(evidence.segments, evidence.scores, level, strict=True))
+    bars = "".join(
+        f'<rect class="{"for" if score >= 0 else "against"}" x="{first + 0.06:.2f}" width="{end - first - 0.12:.2f}" '
+        f'y="{min(y, zero):.2f}" height="{abs(y - zero):.2f}"><title>{_span(evidence, first, end)}: {score:+.3f} '
+        "nats</title></rect>"
+        for (first, end), score, y in spans
+    )
+    points = " ".join(f"{(first + end) / 2:g},{y:.2f}" for (first, end), _, y in spans)
+    return (
+        f'<svg class="film-curve" viewBox="0 0 {count} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'aria-label="evidence over time">{bars}<line x1="0" x2="{count}" y1="{zero:.2f}" y2="{zero:.2f}"/>'
+        f'<polyline points="{points}"/></svg>'
+    )
+
+
+def _words(evidence: Evidence) -> str:
+    first, end = evidence.segments[evidence.peak]
+    score = evidence.scores[evidence.peak]
+    if score <= 0:
+        found = "No part of the video speaks for this answer: leaving any out makes it no less likely."
+    else:
+        found = f"Most rests on {_span(evidence, first, end)}: without it the answer is {score:.2f} nats less likely."
+    return (
+        f'<div class="film-words"><b>{found}</b> The curve shows how much the log probability of '
+        f"“{escape(_short(evidence.answer))}” ({evidence.log_probability:.2f} nats) falls when a part is left out; "
+        "below the line, that part spoke against it.</div>"
+    )
+
+
+def _span(evidence: Evidence, first: int, end: int) -> str:
+    """When a segment is shown."""
+    start, last = clock(evidence.times[first]), clock(evidence.times[end - 1])
+    return start if end - first == 1 else f"{start} to {last}"
+
+
+def _short(text: str, most: int = 160) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _address(pixels: np.ndarray) -> str:
+    """(S, S, 3) uint8 as the data address of a JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

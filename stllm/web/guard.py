@@ -1,0 +1,120 @@
+"""What gradio's server offers and the demo does not need is shut, and what a request may hold is bounded.
+
+gradio fetches web addresses that a client names as files, forwards requests, converts recordings and keeps copies of
+pages. Here nothing is fetched, and a body is at most as large as it can have to be.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stllm.web.limits import MEGABYTE, Limits
+
+SHUT = re.compile(
+    r"^(/gradio_api)?/(file=\s*[a-z]+:|proxy=|process_recording|deep_link|component_server|stream/|custom_component|"
+    r"monitoring|vibe|undo-vibe|runs?-history|runs/?$|dev/|profiling)",
+    re.IGNORECASE,
+)
+MAX_MESSAGE = MEGABYTE  # bytes of a request that is no upload
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+class Guard:
+    """ASGI middleware before gradio's application. folder: where uploads lie."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, folder: Path) -> None:
+        self.app = app
+        self.limits = limits
+        self.folder = folder
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuses with 403, 400, 413 or 507 and a sentence, or lets the request through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal: tuple[int, str] | None = None
+        upload = scope["path"].rstrip("/").endswith("/upload")
+        if SHUT.search(scope["path"]):
+            refusal = 403, "this is not offered here"
+        elif scope["method"] == "POST" and upload:
+            refusal = self._no_room(scope)
+        elif scope["method"] in ("POST", "PUT", "PATCH"):
+            body = await _read(receive, MAX_MESSAGE)
+            refusal = _fault(body)
+            receive = _replay(body or b"", receive)
+        if refusal is not None:
+            await JSONResponse({"detail": refusal[1]}, status_code=refusal[0])(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _no_room(self, scope: Scope) -> tuple[int, str] | None:
+        """Why an upload is not taken, judged before it is read; gradio itself counts what then comes in."""
+        announced = Request(scope).headers.get("content-length", "")
+        largest = self.limits.file_megabytes * MEGABYTE
+        if not announced.isdigit():
+            return 411, "an upload must say how long it is"
+        if int(announced) > largest + MAX_MESSAGE:
+            return 413, f"the file is too large: at most {self.limits.file_megabytes} MB are taken"
+        held = sum(_sizes(self.folder))
+        if held + int(announced) > self.limits.folder_megabytes * MEGABYTE:
+            return 507, "the server holds as many uploads as it may: try again later"
+        return None
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # removed in the meantime
+            yield path.stat().st_size
+
+
+async def _read(receive: Receive, most: int) -> bytes | None:
+    """The body; None when it is longer than that."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > most:
+            return None
+        if message["type"] == "http.disconnect" or not message.get("more_body"):
+            return body
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives the body that was read, then whatever else comes."""
+    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return again
+
+
+def _fault(body: bytes | None) -> tuple[int, str] | None:
+    if body is None:
+        return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
+    try:
+        named = list(_paths(json.loads(body))) if body else []
+    except (ValueError, RecursionError):
+        return 400, "the request is no JSON"
+    if any(ADDRESS.match(path.strip()) for path in named):
+        return 400, "a web address is not fetched here: upload the file"
+    return None
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """What a request names as files: gradio's {"path": ...}, at any depth."""
+    if isinstance(value, dict):
+        if isinstance(value.get("path"), str):
+            yield value["path"]
+        for inner in value.values():
+            yield from _paths(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _paths(inner)

@@ -1,0 +1,189 @@
+"""What the page and its API ask of the engine: looking, answering, the temporal probe, evidence; stage by stage.
+
+Each is a generator that runs in the model's thread (model_thread.py) and yields how far it is; `stop` is set when
+nobody listens any more. Nothing here knows gradio.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import torch
+
+from stllm.common.device import out_of_memory
+from stllm.common.errors import UserError
+from stllm.conversation.chat import Chat
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.evidence import measure_evidence
+from stllm.conversation.requests import Answer, Media, Request
+from stllm.conversation.seeing import Prepared
+from stllm.conversation.templates import Turn
+from stllm.datasets.views import VIEWS
+from stllm.web.film import Pictures
+from stllm.web.limits import Limits, Wishes
+from stllm.web.progress import Progress
+from stllm.web.talk import Film
+
+logger = logging.getLogger(__name__)
+
+Steps = Generator[Progress, None, Progress]  # what is returned was yielded last, too
+
+
+class Service:
+    """The engine behind the page. One job at a time: the caller sees to that.
+
+    folder: where uploads lie; examples: files beside them. No other file is read.
+    """
+
+    def __init__(self, chat: Chat, limits: Limits, folder: Path, examples: Sequence[Path] = ()) -> None:
+        self.chat = chat
+        self.limits = limits
+        self.folder = folder.resolve()
+        self.examples = frozenset(path.resolve() for path in examples)
+        self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # no part of an upload's name
+
+    def wishes(self, num_frames: object, num_beams: object, temperature: object, max_new_tokens: object) -> Wishes:
+        """The page's controls, checked. Raises UserError."""
+        return Wishes.checked(
+            self.limits,
+            self.chat.decoding,
+            num_frames=num_frames,
+            num_beams=num_beams,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def look(self, path: str, num_frames: int, known: Film | None = None) -> Steps:
+        """Reads and encodes a medium, and keeps what it looks like. known: from when that was done before.
+
+        Raises UserError for a file that is none of ours, too long, or cannot be read.
+        """
+        file = self._owned(path)
+        media = Media(str(file), num_frames=num_frames)
+        num_tokens = self.chat.model.video_input.num_tokens
+        if known is not None and known.media == media:
+            count = num_tokens(len(known.times), self.chat.model.config.num_query_tokens)
+            return Progress(film=known).end("read", 0.0, len(known.times)).end("encode", 0.0, count)
+        progress = Progress().begin("read")
+        yield progress
+        self.limits.check_medium(file)
+        start = time.perf_counter()
+        pictures = Pictures(self.chat.read.transform)
+        clip = replace(self.chat.read, transform=pictures)(media)
+        film = Film(media, clip.info.kind, tuple(pictures.taken), tuple(clip.times))
+        progress = replace(progress, film=film).end("read", time.perf_counter() - start, len(film.times))
+        yield progress.begin("encode")
+        start = time.perf_counter()
+        self.chat.see(media, clip)
+        count = num_tokens(len(film.times), self.chat.model.config.num_query_tokens)
+        progress = progress.end("encode", time.perf_counter() - start, count)
+        yield progress
+        return progress
+
+    def ask(self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, stop: Event) -> Steps:
+        """Answers the last turn, with those before it in view; with one beam piece by piece. Raises UserError."""
+        progress = yield from self.look(path, wishes.num_frames, known)
+        film = progress.film
+        assert film is not None
+        prepared = self.chat.prepare(Request(tuple(turns), film.media))
+        looked = progress.stages["encode"].seconds or 0.0
+        seconds = {"read": progress.stages["read"].seconds or 0.0, "encode": looked + prepared.seconds["encode"]}
+        num_visual = 0 if prepared.visual is None else len(prepared.visual)
+        progress = progress.end("encode", seconds["encode"], num_visual).begin("answer")
+        yield progress
+        start = time.perf_counter()
+        for text in self._texts(prepared, wishes.decoding, stop):
+            progress = progress.write(text, self._num_tokens(text))
+            yield progress
+        seconds["answer"] = time.perf_counter() - start
+        text = self.chat.processor.clean(progress.text)
+        answer = Answer(text, turns[-1].question, path, list(film.times), num_visual, seconds)
+        progress = replace(progress, text=text, answer=answer).end("answer", seconds["answer"], self._num_tokens(text))
+        yield progress
+        return progress
+
+    def probe(self, path: str, known: Film | None, question: str, wishes: Wishes, stop: Event) -> Steps:
+        """The same question on the frames in every view, each asked alone. Raises UserError."""
+        progress = yield from self.look(path, wishes.num_frames, known)
+        film = _video(progress, "the temporal probe")
+        for number, view in enumerate(VIEWS, start=1):
+            progress = replace(progress, note=f"Temporal probe: {number} of {len(VIEWS)}, frames {view}")
+            yield progress
+            request = Request((Turn(question),), replace(film.media, view=view))
+            answer = self.chat.complete([self.chat.prepare(request)], wishes.decoding, stop)[0].text
+            if stop.is_set():
+                return progress
+            progress = replace(progress, note="", answers={**progress.answers, view: answer})
+        yield progress
+        return progress
+
+    def evidence(
+        self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, answer: str | None
+    ) -> Steps:
+        """What the answer to the last turn rests on. answer: None for the model's own. Raises UserError."""
+        progress = yield from self.look(path, wishes.num_frames, known)
+        film = _video(progress, "evidence over time")
+        yield replace(progress, note="Leaving out one part of the video after the other…")
+        request = Request(tuple(turns), film.media)
+        found = measure_evidence(self.chat, request, answer, decoding=wishes.decoding)
+        progress = replace(progress, evidence=found)
+        yield progress
+        return progress
+
+    def explain(self, error: Exception) -> str:
+        """The sentence that a user reads. What is a defect of ours goes to the log."""
+        if isinstance(error, UserError):
+            return " ".join(self._place.sub("", str(error)).split())
+        if out_of_memory(error):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return "not enough memory for this: take fewer frames or fewer beams, or ask a shorter question"
+        logger.error("a request failed", exc_info=error)
+        return "something went wrong on the server, whose log says more; it goes on with the next question"
+
+    def _texts(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, None]:
+        """The answer's text so far, again and again; with several beams once, at the end."""
+        if decoding.num_beams > 1:
+            yield self.chat.complete([prepared], decoding, stop)[0].text
+            return
+        text = ""
+        with closing(self.chat.stream_prepared(prepared, decoding)) as pieces:
+            for piece in pieces:
+                text += piece
+                yield text
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self.chat.processor.tokenizer.encode(text, add_special_tokens=False))
+
+    def _owned(self, path: str) -> Path:
+        """The file of that path, kept for another while. Raises UserError for what is neither upload nor example."""
+        file = Path(path).resolve()
+        if file in self.examples:
+            return file
+        if not file.is_relative_to(self.folder):
+            raise UserError("only uploaded files and the examples can be read here: upload the video or image")
+        try:
+            stat = file.stat()
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # gradio counts the age from this change
+        except FileNotFoundError:
+            minutes = self.limits.keep_seconds // 60
+            raise UserError(
+                f"the uploaded file is no longer here: uploads are removed {minutes} minutes after the last question; "
+                "upload it again"
+            ) from None
+        return file
+
+
+def _video(progress: Progress, what: str) -> Film:
+    """The film of a medium that has a time. Raises UserError for one that has none."""
+    film = progress.film
+    assert film is not None
+    if len(film.times) < 2:
+        raise UserError(f"{what} needs a video of at least two frames, and this gives one: take a video")
+    return film
