@@ -1,0 +1,50 @@
+"""`stllm serve` on the command line."""
+
+from stllm.commands.command import Command, Parser, add_config
+from stllm.common.arguments import number, path, whole
+
+
+def _serve_options(parser: Parser) -> None:
+    parser.add_argument(
+        "--ckpt-path",
+        type=path,
+        metavar="DIR",
+        help="weights of any known layout (default: model.ckpt of --cfg-path, then the embedded model)",
+    )
+    add_config(parser, "what the checkpoint says")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0: any that is free (default: 8000)")
+    parser.add_argument(
+        "--media-root",
+        type=path,
+        metavar="DIR",
+        help="folder of which clients may name files (default: none, clients send what they ask about)",
+    )
+    parser.add_argument(
+        "--num-frames", type=whole(1), metavar="N", help="frames of a video (default: 64 if residual, else 16)"
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-media-mb", type=whole(1), default=100, metavar="MB", help="of a video or image (default: 100)"
+    )
+    limits.add_argument(
+        "--max-seconds", type=number(0), default=1800.0, metavar="SECONDS", help="of a video (default: 1800)"
+    )
+    limits.add_argument(
+        "--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of the longest answer (default: 1024)"
+    )
+    limits.add_argument(
+        "--queue-size", type=whole(0), default=16, metavar="N", help="requests that may wait (default: 16)"
+    )
+
+
+COMMANDS = {
+    "serve": Command(
+        help="serves OpenAI-compatible chat completions about videos and images",
+        target="stllm.serving.command:run",
+        add_options=_serve_options,
+        example="stllm serve --ckpt-path DIR --media-root videos",
+    ),
+}

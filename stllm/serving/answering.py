@@ -1,0 +1,47 @@
+"""The engine's part of a request: prepares it, and yields the answer piece by piece, then how it ended."""
+
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from threading import Event
+
+from torch import Tensor
+
+from stllm.common.errors import UserError
+from stllm.conversation.chat import Chat
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import Media, Request
+from stllm.serving.errors import ApiError
+from stllm.serving.replies import Finished
+from stllm.serving.requests import Asked
+
+
+def answer_steps(chat: Chat, asked: Asked, path: Path | None, stop: Event) -> Generator[str | Finished, None, None]:
+    """Pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError for what cannot be read."""
+    media = None if path is None else Media(str(path), num_frames=asked.num_frames)
+    with hiding(path):
+        prepared = chat.prepare(Request(asked.turns, media, asked.system))
+        num_prompt = len(prepared.ids)
+        if prepared.visual is not None:
+            num_prompt += len(prepared.visual) - 1  # they stand in place of one
+        with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
+            ids = yield from pieces
+    yield _end(chat, asked.decoding, num_prompt, ids)
+
+
+def _end(chat: Chat, decoding: Decoding, num_prompt: int, ids: Tensor) -> Finished:
+    """ids: (1, A), what was generated."""
+    text = str(chat.processor.tokenizer.decode(ids[0]))
+    ended = int(ids[0, -1]) == chat.processor.eos_token_id or chat.processor.end_sym in text
+    cut = ids.shape[1] >= decoding.max_new_tokens and not ended
+    return Finished("length" if cut else "stop", num_prompt, ids.shape[1])
+
+
+@contextmanager
+def hiding(path: Path | None) -> Iterator[None]:
+    """Messages within speak of the medium, not of where it lies on this machine."""
+    try:
+        yield
+    except UserError as error:
+        text = " ".join(str(error).split())
+        raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None

@@ -1,0 +1,217 @@
+"""The web application: /v1/chat/completions, /v1/models, /health. It holds no state of a client between requests."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from stllm.conversation.chat import Chat
+from stllm.serving.answering import answer_steps, hiding
+from stllm.serving.body import read_body
+from stllm.serving.errors import ApiError, api_error
+from stllm.serving.jobs import Job, Jobs
+from stllm.serving.limits import Limits
+from stllm.serving.media import fetch_medium
+from stllm.serving.replies import Finished, Reply, event, model_object
+from stllm.serving.requests import Asked, parse_request
+
+TEMPORARY = "stllm-serve-"  # begins the names of folders for uploads
+GONE = Response(status_code=499)  # nobody reads it
+
+Step = str | Finished
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+@dataclass
+class Server:
+    """One engine and its queue. name: of the model; media_root: the folder of which clients may name files, or None."""
+
+    chat: Chat
+    name: str
+    media_root: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        self.jobs = Jobs(1 + self.limits.waiting)
+        self._created = int(time.time())
+
+    # ---- endpoints --------------------------------------------------------------------------------------------------
+
+    async def health(self, request: Request) -> Response:
+        """Whether the server is up, and how busy it is."""
+        return JSONResponse(
+            {"status": "ok", "model": self.name, "requests": self.jobs.num_inside, "places": self.jobs.places}
+        )
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [model_object(self.name, self._created)]})
+
+    async def model(self, request: Request) -> Response:
+        """The one model, or 404."""
+        if request.path_params["name"] != self.name:
+            raise ApiError(404, f"the only model here is {self.name!r}", code="model_not_found")
+        return JSONResponse(model_object(self.name, self._created))
+
+    async def completions(self, request: Request) -> Response:
+        """Answers a chat completion request, whole or as a stream."""
+        try:
+            job: Job[Step] = self.jobs.admit()
+        except ApiError:
+            await read_body(request, 0, self.limits.body_seconds)  # so that the client reads the refusal
+            raise
+        streams = False
+        try:
+            asked, path = await self._arrive(request, job)
+            job.start(partial(answer_steps, self.chat, asked, path))
+            watch = asyncio.create_task(_give_up_when_gone(request, job))
+            try:
+                first = await job.next()
+                if first is None:
+                    return GONE
+                if not asked.stream:
+                    return await self._whole(job, first)
+            finally:
+                watch.cancel()
+            streams = True
+            return EventStream(_events(job, first, Reply(self.name), asked.include_usage), job)
+        finally:
+            if not streams:
+                job.give_up()
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    async def _arrive(self, request: Request, job: Job[Step]) -> tuple[Asked, Path | None]:
+        """The request as it was asked, and its medium as a file, which goes when the job leaves."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            # A page elsewhere on the web can have a browser send any other type here unasked.
+            raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
+        body = await read_body(request, self.limits.body_bytes, self.limits.body_seconds)
+        if body is None:
+            raise ApiError(
+                413,
+                f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
+                code="request_too_large",
+            )
+        return await anyio.to_thread.run_sync(self._unpack, body, job)
+
+    def _unpack(self, body: bytes, job: Job[Step]) -> tuple[Asked, Path | None]:
+        asked = parse_request(body, model=self.name, usual=self.chat.decoding, limits=self.limits)
+        if asked.url is None:
+            return asked, None
+        folder = Path(job.resources.enter_context(TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True)))
+        with hiding(None):
+            path = fetch_medium(asked.url, folder=folder, root=self.media_root, limits=self.limits)
+        with hiding(path):
+            self.limits.check_file(path)
+        return asked, path
+
+    async def _whole(self, job: Job[Step], first: Step) -> Response:
+        step: Step | None = first
+        text = ""
+        while isinstance(step, str):
+            text += step
+            step = await job.next()
+        if step is None:
+            return GONE
+        return JSONResponse(Reply(self.name).completion(self.chat.processor.clean(text), step))
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However it ends, the job is given up."""
+
+    def __init__(self, events: AsyncIterator[str], job: Job[Step]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends them, until they end or the client has gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.job.give_up()
+
+
+async def _events(job: Job[Step], first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
+    """The chunks of an answer; an error in the middle is an event, too."""
+    yield reply.chunk({"role": "assistant", "content": ""})
+    step: Step | None = first
+    try:
+        while isinstance(step, str):
+            yield reply.chunk({"content": step})
+            step = await job.next()
+    except Exception as error:
+        yield event(api_error(error).body())
+        return
+    if step is not None:
+        yield reply.chunk({}, step.reason)
+        if include_usage:
+            yield reply.usage_chunk(step)
+        yield "data: [DONE]\n\n"
+
+
+async def _give_up_when_gone(request: Request, job: Job[Step]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    job.give_up()
+
+
+def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
+    """The application. hosts: names by which it may be called; None: any."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await anyio.to_thread.run_sync(server.jobs.close)
+
+    return Starlette(
+        routes=[
+            Route("/health", _answers(server.health)),
+            Route("/v1/models", _answers(server.models)),
+            Route("/v1/models/{name:path}", _answers(server.model)),
+            Route("/v1/chat/completions", _answers(server.completions), methods=["POST"]),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        exception_handlers={HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+
+
+def _answers(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, whose failures become OpenAI's error objects."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ClientDisconnect:
+            return GONE
+        except Exception as error:
+            return _error_response(api_error(error))
+
+    return answer
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    offered = "GET /health, GET /v1/models, POST /v1/chat/completions"
+    return _error_response(ApiError(error.status_code, f"{error.detail}: this server offers {offered}"))
+
+
+def _error_response(error: ApiError) -> Response:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())

@@ -1,0 +1,56 @@
+"""What one request may take, so that there is room for the others; generous for a person, finite for all."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stllm.datasets.media_info import MediaError
+from stllm.datasets.readers import open_media
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """media_bytes, media_seconds, media_pixels (of a frame): of a video or image. text_characters: of all messages.
+
+    frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is answered.
+    body_seconds: for a request to arrive whole.
+    """
+
+    media_bytes: int = 100 * MEBIBYTE
+    media_seconds: float = 1800.0
+    media_pixels: int = 36_000_000  # 8K, and a phone's pictures
+    text_characters: int = 100_000
+    frames: int = 128
+    new_tokens: int = 1024
+    waiting: int = 16
+    body_seconds: float = 60.0
+
+    @property
+    def body_bytes(self) -> int:
+        """Of a request: the medium in base64, and text."""
+        return self.media_bytes * 4 // 3 + 8 * self.text_characters + MEBIBYTE
+
+    def check_size(self, num_bytes: int) -> None:
+        """Raises MediaError for a file that is too large."""
+        if num_bytes > self.media_bytes:
+            raise MediaError(
+                f"the video or image has {num_bytes / MEBIBYTE:.1f} MiB, at most {self.media_bytes / MEBIBYTE:.1f} are "
+                "taken: cut or compress it"
+            )
+
+    def check_file(self, path: Path) -> None:
+        """Looks into the file without decoding it. Raises MediaError for one that is no medium, or too large."""
+        self.check_size(path.stat().st_size)
+        with open_media(path) as medium:
+            info = medium.info
+        if info.kind != "image" and info.duration > self.media_seconds:
+            raise MediaError(
+                f"the video lasts {info.duration:.1f} s, at most {self.media_seconds:.1f} s are taken: cut the part "
+                "that you ask about"
+            )
+        if info.width * info.height > self.media_pixels:
+            raise MediaError(
+                f"the picture has {info.width} x {info.height} pixels, at most {self.media_pixels} in all are taken: "
+                "make it smaller"
+            )

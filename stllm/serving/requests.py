@@ -1,0 +1,196 @@
+"""OpenAI's chat completion request, as JSON, checked and turned into what the engine is asked.
+
+Fields that would change the answer and that this engine does not have are refused, not passed over.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stllm.common.errors import unknown_name
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.templates import Turn
+from stllm.serving.errors import ApiError
+from stllm.serving.limits import Limits
+
+PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+NEUTRAL: dict[str, Any] = {  # taken with this value, or null
+    "n": 1,
+    "logprobs": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "stop": [],
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "top_logprobs": 0,
+    "seed": None,
+    "reasoning_effort": None,
+}
+
+
+class _Url(BaseModel):
+    url: str
+
+
+class _Text(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Video(BaseModel):
+    type: Literal["video_url"]
+    video_url: _Url
+
+
+class _Image(BaseModel):
+    type: Literal["image_url"]
+    image_url: _Url
+
+
+_Part = Annotated[_Text | _Video | _Image, Field(discriminator="type")]
+
+
+class _Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[_Part]
+
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content if isinstance(part, _Text))
+
+    def urls(self) -> list[str]:
+        parts = [] if isinstance(self.content, str) else self.content
+        videos = [part.video_url.url for part in parts if isinstance(part, _Video)]
+        return videos + [part.image_url.url for part in parts if isinstance(part, _Image)]
+
+
+class _StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: list[_Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    num_frames: int | None = Field(None, ge=1)  # beyond OpenAI's
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one request asks. url: of its video or image; num_frames: None for the model's usual number."""
+
+    turns: tuple[Turn, ...]
+    system: str | None
+    url: str | None
+    num_frames: int | None
+    decoding: Decoding
+    stream: bool
+    include_usage: bool
+
+
+def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -> Asked:
+    """Reads a request. model: the name served here; usual: settings over which the request's stand. Raises ApiError."""
+    try:
+        wanted = _Body.model_validate_json(body)
+    except ValidationError as error:
+        raise _fault(error) from None
+    except RecursionError:
+        raise ApiError(400, "the request is nested too deeply") from None
+    if wanted.model != model:
+        raise ApiError(
+            404, f"the model {wanted.model[:100]!r} is not served here, but {model!r} is", code="model_not_found"
+        )
+    _check_extras(wanted.model_extra or {})
+    system, turns, url = _conversation(wanted.messages, limits)
+    if wanted.num_frames is not None and wanted.num_frames > limits.frames:
+        raise ApiError(400, f"num_frames is {wanted.num_frames}, at most {limits.frames} are taken", param="num_frames")
+    return Asked(
+        turns=turns,
+        system=system,
+        url=url,
+        num_frames=wanted.num_frames,
+        decoding=_decoding(wanted, usual, limits),
+        stream=bool(wanted.stream),
+        include_usage=wanted.stream_options is not None and wanted.stream_options.include_usage,
+    )
+
+
+def _fault(error: ValidationError) -> ApiError:
+    """The first of the faults, with the field that it is in."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(step) for step in first["loc"])
+    what = f"{place}: {first['msg']}" if place else first["msg"]
+    return ApiError(400, f"the request is not as expected: {what}", param=place or None)
+
+
+def _check_extras(extras: dict[str, Any]) -> None:
+    for name, value in extras.items():
+        if name in PASSED_OVER or (name in NEUTRAL and value in (None, NEUTRAL[name])):
+            continue
+        if name in NEUTRAL:
+            raise ApiError(400, f"{name} is not supported by this server: leave it out", param=name)
+        known = {*_Body.model_fields, *PASSED_OVER, *NEUTRAL}
+        raise ApiError(400, unknown_name("field", name[:100], known), param=name[:100])
+
+
+def _decoding(wanted: _Body, usual: Decoding, limits: Limits) -> Decoding:
+    """One beam: an answer can then be streamed and stopped, and it is the same whether it is streamed or not."""
+    longest = wanted.max_completion_tokens or wanted.max_tokens
+    if longest is not None and longest > limits.new_tokens:
+        raise ApiError(400, f"max_tokens is {longest}, at most {limits.new_tokens} are taken", param="max_tokens")
+    return replace(
+        usual,
+        num_beams=1,
+        max_new_tokens=longest or min(usual.max_new_tokens, limits.new_tokens),
+        temperature=wanted.temperature or 0.0,
+        top_p=usual.top_p if wanted.top_p is None else wanted.top_p,
+    )
+
+
+def _conversation(messages: list[_Message], limits: Limits) -> tuple[str | None, tuple[Turn, ...], str | None]:
+    """(system sentence, turns, URL): user and assistant by turns, the video or image in the first user message."""
+    texts = [message.text() for message in messages]
+    if sum(map(len, texts)) > limits.text_characters:
+        raise ApiError(
+            400,
+            f"the messages have {sum(map(len, texts))} characters, at most {limits.text_characters} are taken",
+            code="context_length_exceeded",
+            param="messages",
+        )
+    if any(0xD800 <= ord(letter) < 0xE000 for text in texts for letter in text):
+        raise ApiError(400, "a message is no valid text: it holds half a character", param="messages")
+    system = texts[0] if messages[0].role in ("system", "developer") else None
+    spoken = list(zip(messages, texts, strict=True))[int(system is not None) :]
+    expected = ["user", "assistant"] * (len(spoken) // 2) + ["user"]
+    if [message.role for message, _ in spoken] != expected[: max(1, len(spoken))]:
+        found = ", ".join(message.role for message in messages[:20])
+        raise ApiError(
+            400,
+            "expected at most one system message, then user and assistant messages by turns, the last one the user's; "
+            f"found {found}",
+            param="messages",
+        )
+    urls = [url for message in messages for url in message.urls()]
+    if len(urls) > 1 or urls != spoken[0][0].urls():
+        raise ApiError(
+            400,
+            "a conversation is about one video or image, which the first user message names; "
+            f"found {len(urls)}, {len(spoken[0][0].urls())} of them there",
+            param="messages",
+        )
+    spoken_texts = [text for _, text in spoken]
+    answered = zip(spoken_texts[::2], [*spoken_texts[1::2], None], strict=True)
+    return system, tuple(Turn(question, answer) for question, answer in answered), (urls[0] if urls else None)
