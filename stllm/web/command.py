@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.host not in LOOPBACK:
         logger.warning("serving on %s: whoever reaches this machine can use the demo, there is no password", args.host)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was uploaded is removed then, too
     with tempfile.TemporaryDirectory(prefix="stllm-demo-") as folder:
         serve(chat, limits, Path(folder), host=args.host, port=args.port, about=describe(chat, Path(checkpoint)))
     return 0

@@ -5,6 +5,7 @@ the buttons. What is not named stays as it is. Nothing here knows gradio, and ev
 """
 
 from collections.abc import Generator, Iterator
+from html import escape
 from typing import Any
 
 from stllm.conversation.templates import Turn
@@ -61,6 +62,7 @@ class Handlers:
         talk = session.talk
         path = talk.path
         if path is None:
+            yield {"status": _idle(talk)}  # gradio empties the page for a handler that yields nothing
             return
         frames = self.service.chat.num_frames if not isinstance(num_frames, int) else num_frames
         yield from self._shown(session, talk, lambda _: self.service.look(path, frames), ready="Ready: ask about it.")
@@ -170,7 +172,7 @@ class Handlers:
         except Exception as error:
             yield {"busy": False, "status": progress_html(progress, error=self.service.explain(error))}
             return None
-        yield {"busy": False, "status": progress_html(progress, note=ready)}
+        yield {"busy": False, "status": progress_html(progress, note=ready, over=True)}
         return progress
 
 
@@ -193,11 +195,11 @@ def _pending(talk: Talk, question: str, text: str) -> Shown:
 
 
 def messages(turns: list[Turn]) -> list[dict[str, str]]:
-    """As gradio's chatbot has them. An empty answer is said to be one."""
+    """As gradio's chatbot has them, which takes text for HTML. An empty answer is said to be one."""
     found = []
     for turn in turns:
-        found.append({"role": "user", "content": turn.question})
-        found.append({"role": "assistant", "content": turn.answer or "(an empty answer)"})
+        found.append({"role": "user", "content": escape(turn.question)})
+        found.append({"role": "assistant", "content": escape(turn.answer or "(an empty answer)")})
     return found
 
 

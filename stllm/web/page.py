@@ -21,8 +21,8 @@ MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # the model does on
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 WELCOME = '<div class="welcome">Ask what happens in a video:<br>what moves, what comes first, what changes.</div>'
 UNDERSTANDING = (
-    '<div class="section"><h2>What the answer rests on</h2><p>Evidence: how much less likely the last answer is without '
-    "each part of the video. Probe: the same question on the frames reversed, shuffled, one alone, none.</p></div>"
+    '<div class="section"><h2>What the answer rests on</h2><p>Evidence: how much less likely the last answer is when a '
+    "part of the video is left out. Probe: the same question on the frames reversed, shuffled, one, none.</p></div>"
 )
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 
@@ -94,9 +94,7 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | 
         with gr.Column(scale=4, min_width=320):
             with gr.Tabs():
                 with gr.Tab("Video"):
-                    video = gr.Video(
-                        label="Video", show_label=False, sources=["upload", "webcam"], height=320, elem_id="video"
-                    )
+                    video = gr.Video(label="Video", show_label=False, sources=["upload", "webcam"], elem_id="video")
                 with gr.Tab("Image"):
                     image = gr.Image(
                         label="Image", show_label=False, type="filepath", height=320, elem_id="image", buttons=[]
@@ -112,7 +110,7 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | 
                 sanitize_html=True,
                 allow_tags=False,
                 feedback_options=None,
-                buttons=["copy"],
+                buttons=[],
                 placeholder=WELCOME,
                 elem_id="chat",
             )
@@ -134,7 +132,7 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | 
     status = gr.HTML(progress_html(Progress()), elem_id="status")
     film = gr.HTML(film_html(None), elem_id="film")
     with gr.Row(elem_id="understanding"):
-        gr.HTML(UNDERSTANDING)
+        gr.HTML(UNDERSTANDING, min_width=320)
         measured = [_small("Evidence over time"), _small("Temporal probe")]
     probe = gr.HTML("", elem_id="probe")
     parts = Parts(session, video, image, chat, question, status, film, probe, send, stop, (*said, *measured), controls)

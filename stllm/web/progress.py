@@ -49,9 +49,10 @@ class Progress:
         return replace(self, text=text, stages={**self.stages, "answer": replace(self.stages["answer"], count=count)})
 
 
-def progress_html(progress: Progress, *, error: str | None = None, note: str = "") -> str:
-    """The three stages side by side, and below them an error or a note."""
-    stages = "".join(_stage(name, progress.stages.get(name)) for name in STAGES)
+def progress_html(progress: Progress, *, error: str | None = None, note: str = "", over: bool = False) -> str:
+    """The three stages side by side, and below them an error or a note. over: nothing goes on any more."""
+    over = over or error is not None
+    stages = "".join(_stage(name, progress.stages.get(name), over) for name in STAGES)
     note = note or progress.note
     below = f'<div class="stage-note">{escape(note)}</div>' if note else ""
     if error is not None:
@@ -59,12 +60,12 @@ def progress_html(progress: Progress, *, error: str | None = None, note: str = "
     return f'<div class="stages" aria-live="polite">{stages}</div>{below}'
 
 
-def _stage(name: str, stage: Stage | None) -> str:
+def _stage(name: str, stage: Stage | None, over: bool) -> str:
     title, unit = STAGES[name]
     if stage is None:
         return f'<div class="stage"><b>{title}</b><span>–</span></div>'
     seconds = perf_counter() - stage.started if stage.seconds is None else stage.seconds
     spent = "kept" if stage.seconds == 0 else f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
     count = "" if stage.count is None else f" · {stage.count} {unit if stage.count != 1 else unit.removesuffix('s')}"
-    state = "going" if stage.seconds is None else "done"
+    state = "done" if stage.seconds is not None else "ended" if over else "going"
     return f'<div class="stage {state}"><b>{title}</b><span>{spent}{count}</span></div>'
