@@ -93,7 +93,7 @@ def _encoder(extension: str) -> Encoder:
     codec, options = ENCODERS[extension]
     if codec == H264[0] and codec not in av.codecs_available:
         log.info(
-            "the installed PyAV %s has no H.264 encoder (libx264): %s files are MPEG-4 and about twice as large; "
+            "the installed PyAV %s has no H.264 encoder (libx264): %s files are MPEG-4 instead; "
             "PyAV's own wheels have it (pip install av)",
             av.__version__,
             extension,

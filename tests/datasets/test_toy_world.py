@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,9 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from stllm.cli import main
 from stllm.common.config import load_config
-from stllm.common.errors import UserError
 from stllm.datasets import toy_world
 from stllm.datasets.readers import open_media
 from stllm.datasets.toy_clips import FPS, World, split_of
@@ -268,44 +265,6 @@ def test_the_tiny_training_configuration_finds_the_world(root: Path, monkeypatch
     entries = {name: entry for name, entry in cfg.datasets.items() if not str(name).endswith("_root")}
     assert entries
     assert all((Path(cfg.datasets.anno_root) / entry.anno_path).is_file() for entry in entries.values())
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["toy", "--output", str(tmp_path / "world"), "--num-train", "6", "--num-test", "4"]) == 0
-    captured = capsys.readouterr()
-    assert "10 training clips of 10 sets, 7 test clips of 7" in captured.out
-    assert f"TOY_ROOT={tmp_path / 'world'} stllm train" in captured.out
-    assert captured.err == ""
-
-
-def test_a_folder_that_holds_files_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = files(root)
-    assert main(["toy", "--output", str(root)]) == 1
-    assert f"{root} holds a toy world already, expected a new or an empty folder" in capsys.readouterr().err
-    assert main(["toy", "--output", str(root / "vc2"), "--overwrite"]) == 1  # no world: it is nobody's to remove
-    assert f"{root / 'vc2'} holds files already, expected a new or an empty folder" in capsys.readouterr().err
-    assert files(root) == before
-
-
-@pytest.mark.parametrize("broken", ["write_shard", "write_qformer_tokenizer"])
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(toy_world, broken, full)
-    with pytest.raises(UserError, match="no space left on the disk"):
-        write_world(tmp_path / "world", num_train=1, num_test=1, seed=0)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 30, 1 << 30, 1 << 20))
-    with pytest.raises(UserError, match="nothing was written"):
-        write_world(tmp_path / "world", num_train=10, num_test=4, seed=0)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_room_asked_for_is_enough(root: Path) -> None:
