@@ -198,9 +198,13 @@ def messages(turns: list[Turn]) -> list[dict[str, str]]:
     """As gradio's chatbot has them, which takes text for HTML. An empty answer is said to be one."""
     found = []
     for turn in turns:
-        found.append({"role": "user", "content": escape(turn.question)})
-        found.append({"role": "assistant", "content": escape(turn.answer or "(an empty answer)")})
+        found.append({"role": "user", "content": _as_html(turn.question)})
+        found.append({"role": "assistant", "content": _as_html(turn.answer or "(an empty answer)")})
     return found
+
+
+def _as_html(text: str) -> str:
+    return escape(text).replace("\n", "<br>")
 
 
 def _idle(talk: Talk) -> str:

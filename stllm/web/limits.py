@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
-from stllm.datasets.readers import open_media
+from stllm.serving.limits import Limits as MediaLimits
 
 MEGABYTE = 1 << 20
 
@@ -41,14 +41,8 @@ class Limits:
         return text
 
     def check_medium(self, path: Path) -> None:
-        """Opens the file and looks at its length. Raises UserError (MediaError for what cannot be read)."""
-        with open_media(path) as medium:
-            seconds = medium.info.duration
-            if medium.info.kind != "image" and seconds > self.video_seconds:
-                raise UserError(
-                    f"{path.name} lasts {seconds:.0f} seconds, at most {self.video_seconds:.0f} are taken here: "
-                    "cut the part that you ask about"
-                )
+        """Looks into the file. Raises UserError (MediaError) for one that is no medium, too large or too long."""
+        MediaLimits(media_bytes=self.file_megabytes * MEGABYTE, media_seconds=self.video_seconds).check_file(path)
 
 
 @dataclass(frozen=True)
