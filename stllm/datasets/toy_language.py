@@ -15,7 +15,7 @@ from stllm.common.registry import templates
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS
 from stllm.datasets.toy_texts import TELLING, tell
 
-NUM_TEXTS = 200  # examples of each task from which the vocabularies are made: every word is among them
+NUM_TEXTS = 40  # examples of each task from which the vocabularies are made: every word is among them
 LLM_TOKENS = 1024  # at most
 QFORMER_TOKENS = 512  # exactly, without [DEC]; BERT's vocabulary is filled up in the same way
 QFORMER_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
