@@ -88,10 +88,10 @@ def test_both_probes_and_going_on_with_them(
 def test_lines_of_one_view_are_not_gone_on_with_as_another(
     ground_truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(ground_truth, tmp_path, "--probe", "--tasks", "moving_direction") == 0
+    assert evaluate(ground_truth, tmp_path, "--probe", "--tasks", "moving_direction", "--limit", "1") == 0
     for ending in ("jsonl", "config.yaml"):
         (tmp_path / f"mvbench.shuffled.{ending}").replace(tmp_path / f"mvbench.blank.{ending}")
-    assert evaluate(ground_truth, tmp_path, "--probe", "--tasks", "moving_direction") == 1
+    assert evaluate(ground_truth, tmp_path, "--probe", "--tasks", "moving_direction", "--limit", "1") == 1
     assert "variant was 'shuffled' and is now 'blank'" in capsys.readouterr().err
 
 
