@@ -31,10 +31,10 @@ def answer_steps(chat: Chat, asked: Asked, path: Path | None, stop: Event) -> Ge
 
 def _end(chat: Chat, decoding: Decoding, num_prompt: int, ids: Tensor) -> Finished:
     """ids: (1, A), what was generated."""
-    text = str(chat.processor.tokenizer.decode(ids[0]))
+    text = str(chat.processor.tokenizer.decode(ids[0], skip_special_tokens=True))
     ended = int(ids[0, -1]) == chat.processor.eos_token_id or chat.processor.end_sym in text
     cut = ids.shape[1] >= decoding.max_new_tokens and not ended
-    return Finished("length" if cut else "stop", num_prompt, ids.shape[1])
+    return Finished(chat.processor.clean(text), "length" if cut else "stop", num_prompt, ids.shape[1])
 
 
 @contextmanager

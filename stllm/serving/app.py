@@ -123,13 +123,9 @@ class Server:
 
     async def _whole(self, job: Job[Step], first: Step) -> Response:
         step: Step | None = first
-        text = ""
         while isinstance(step, str):
-            text += step
             step = await job.next()
-        if step is None:
-            return GONE
-        return JSONResponse(Reply(self.name).completion(self.chat.processor.clean(text), step))
+        return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
 
 
 class EventStream(StreamingResponse):

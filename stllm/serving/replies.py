@@ -9,8 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer. reason: "stop", or "length" when max_tokens ended it."""
+    """The end of an answer. text: the whole of it; reason: "stop", or "length" when max_tokens ended it."""
 
+    text: str
     reason: str
     prompt_tokens: int
     completion_tokens: int
@@ -32,9 +33,9 @@ class Reply:
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def completion(self, text: str, end: Finished) -> dict[str, Any]:
+    def completion(self, end: Finished) -> dict[str, Any]:
         """The whole answer."""
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message = {"role": "assistant", "content": end.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": end.reason, "logprobs": None}
         return {**self._head("chat.completion"), "choices": [choice], "usage": end.usage()}
 

@@ -1,0 +1,79 @@
+"""`stllm serve` in a thread, on a tiny model, for the official client to talk to."""
+
+import base64
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import openai
+import torch
+import uvicorn
+
+from stllm.conversation.chat import Chat
+from stllm.serving.app import Server, build_app
+
+MODEL = "tiny"
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[str]:
+    """The server's address, http://127.0.0.1:PORT, while it runs."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(build_app(server, ["127.0.0.1"]), log_level="warning", timeout_graceful_shutdown=5)
+    running = uvicorn.Server(config)
+    thread = Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    wait_until(lambda: running.started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        running.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def client_of(address: str) -> openai.OpenAI:
+    """The official client; it does not try again."""
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def data_url(path: Path, kind: str = "video/mp4") -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def user(text: str, url: str | None = None, kind: str = "video_url") -> Any:
+    """A user's message, about the video or image of that URL."""
+    if url is None:
+        return {"role": "user", "content": text}
+    return {"role": "user", "content": [{"type": kind, kind: {"url": url}}, {"type": "text", "text": text}]}
+
+
+def wait_until(fulfilled: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits for it; fails when it does not come."""
+    end = time.monotonic() + seconds
+    while not fulfilled():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.01)
+
+
+class Endless:
+    """Makes a model's answers as long as they may be, and counts its steps. seconds: what each step takes."""
+
+    def __init__(self, chat: Chat, seconds: float = 0.02) -> None:
+        self.steps = 0
+        self.seconds = seconds
+        head = chat.model.get_output_embeddings().weight
+        with torch.no_grad():
+            head.zero_()
+            head[chat.processor.tokenizer.encode("red", add_special_tokens=False)[-1]] = 1e-9
+        decoder = chat.model.language_model.get_decoder()
+        self._hook = decoder.register_forward_pre_hook(self._step)
+
+    def _step(self, *_: Any) -> None:
+        self.steps += 1
+        time.sleep(self.seconds)
