@@ -130,3 +130,33 @@ def test_each_benchmark_has_a_launcher_with_its_configuration(benchmark: str, st
     several = launch(f"eval_{benchmark}.sh", "--limit", "3", env={**stand_in, "CUDA_VISIBLE_DEVICES": "0,1"})
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     assert several.stdout.splitlines()[:-1] == torchrun + command
+
+
+def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
+    """What scripts/train_tiny.sh starts, each command's arguments after `-m stllm`."""
+    text = launch("train_tiny.sh", *arguments, env=env).stdout
+    return [command.split("\ntimeout")[0].splitlines() for command in text.split("-m\nstllm\n")[1:]]
+
+
+def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
+    env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
+    for arguments, first_steps in (((), None), (("--quick",), "run.max_steps=300")):
+        commands = tiny_commands(env, *arguments)
+        assert [command[0] for command in commands[:1]] == ["toy"] and commands[0][2] == env["TOY_ROOT"]
+        stages = [Path(command[2]).stem for command in commands if command[0] == "train"]
+        assert stages == ["0_language", "1_images", "2_videos", "3_masking"]
+        outputs = [option for command in commands for option in command if option.startswith("run.output_dir=")]
+        assert outputs == [f"run.output_dir={env['TINY_OUTPUT']}/{stage}" for stage in stages]
+        steps = [option for option in commands[1] if option.startswith("run.max_steps=")]
+        assert steps == ([first_steps] if first_steps else [])
+        assert commands[-1][:4] == ["evaluate", "mvbench", "--ckpt-path", f"{env['TINY_OUTPUT']}/3_masking"]
+    (tmp_path / "world").mkdir()  # a world that is there is taken
+    assert tiny_commands(env)[0][0] == "train"
+
+
+def test_a_mistake_about_the_tiny_pipeline(stand_in: dict[str, str]) -> None:
+    asked = launch("train_tiny.sh", "--help", env=stand_in)
+    assert asked.returncode == 0 and asked.stdout.startswith("usage: bash scripts/train_tiny.sh [--quick]")
+    for arguments in (["--fast"], ["--quick", "more"]):
+        wrong = launch("train_tiny.sh", *arguments, env=stand_in)
+        assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr == asked.stdout

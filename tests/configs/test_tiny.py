@@ -1,0 +1,57 @@
+"""configs/tiny: its recipes load, and each stage of the pipeline takes up what the one before has left."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stllm.cli import main
+from stllm.common.config import load_config
+from stllm.datasets.toy_world import write_world
+from stllm.runners.run_folder import RunFolder
+from tests.configs.recipes import CONFIGS
+
+TINY = CONFIGS / "tiny"
+STAGES = ("0_language", "1_images", "2_videos", "3_masking")
+FEW = ["run.max_steps=2", "run.per_device_train_batch_size=2", "run.dataloader_num_workers=0", "run.logging_steps=1"]
+LEARNED = {  # the parts that a stage changes
+    "1_images": {"vision_encoder", "qformer", "projection", "language_model"},
+    "2_videos": {"qformer", "projection", "language_model"},
+    "3_masking": {"qformer", "projection", "language_model"},
+}
+
+
+@pytest.mark.parametrize("path", [*TINY.glob("*.yaml"), *(TINY / "stages").glob("*.yaml")], ids=lambda path: path.stem)
+def test_a_recipe_loads_and_its_header_says_how(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = path.relative_to(CONFIGS.parent)
+    assert "\n# Needs: " in text and re.search(rf"^# Launch: .*stllm train --cfg-path {named}\b", text, re.M)
+    override = re.search(r"^# Override: --options (.*?)(?:   \(.*\))?$", text, re.M)
+    assert override is not None
+    load_config(path, override[1].split())
+
+
+@pytest.mark.slow
+def test_each_stage_begins_with_what_the_one_before_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps each, on a world of a few clips: what a stage freezes stays as it was, what it trains does not."""
+    world, output = tmp_path / "world", tmp_path / "output"
+    write_world(world, num_train=20, num_test=8, seed=3)
+    monkeypatch.setenv("TOY_ROOT", str(world))
+    monkeypatch.setenv("TINY_OUTPUT", str(output))
+    before: dict[str, Tensor] = {}
+    for stage in STAGES:
+        recipe = str(TINY / "stages" / f"{stage}.yaml")
+        options = [*FEW, f"run.output_dir={output / stage}"]
+        assert main(["train", "--device", "cpu", "--cfg-path", recipe, "--options", *options]) == 0
+        assert RunFolder(str(output / stage)).is_finished()
+        after = load_file(output / stage / "model.safetensors")
+        changed = {key.split(".")[0] for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+        assert changed == LEARNED.get(stage, set())
+        before = after
+    config: dict[str, Any] = dict(load_config(TINY / "stages" / "3_masking.yaml").model)
+    assert config["use_mask"] and config["mvm_decode"] and any(key.startswith("mvm_decoder.") for key in before)
+    assert sum(tensor.nbytes for tensor in before.values()) < 12e6  # what can be shipped
