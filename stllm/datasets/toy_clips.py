@@ -44,12 +44,16 @@ class World:
         fps: at which the frames will be played.
         """
         example, generator = self.draw(task, split, index)
-        count = min(round(example.length * self.num_frames), max(NUM_LONG_FRAMES, self.num_frames))
+        count = self.length(example)
         frames = render(example.scene, num_frames=count, size=self.size, generator=generator)
         if example.bounds is None:
             return example, frames, {}
         start, end = (round(part * count / fps, 3) for part in example.bounds)
         return example, frames, {"start": start, "end": end}
+
+    def length(self, example: Example) -> int:
+        """Its clip's frames."""
+        return min(round(example.length * self.num_frames), NUM_LONG_FRAMES)
 
     def picture(self, task: ToyTask, index: int) -> tuple[Example, np.ndarray]:
         """A training example of one frame, and the frame."""

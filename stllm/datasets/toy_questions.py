@@ -87,6 +87,14 @@ class Example:
         )
         return (*first, *self.told), (*second, *self.told)
 
+    def open_conversations(self, generator: Generator) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+        """The same without options; both are alike unless an answer would tell another."""
+        ordered = shuffled(generator, self.asked)
+        first, second = (
+            tuple(asked.openly() for asked in ordered if asked.only in (None, number)) for number in (0, 1)
+        )
+        return (*first, *self.told), (*second, *self.told)
+
 
 def ask(
     generator: Generator, question: str, answer: str, candidates: Iterable[str], *, only: int | None = None

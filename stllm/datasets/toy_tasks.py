@@ -154,7 +154,8 @@ def mixed(generator: Generator) -> Example:
             "stand": lambda thing: [whether_question(generator, thing, "move")],
         }[name](thing)
     asked += background_questions(generator, scene) if changes else []
-    return Example(scene, story(generator, scene), tuple(asked))
+    text = story(generator, scene)
+    return Example(scene, text, tuple(asked), told=(Turn("What happens in the video?", text),))
 
 
 def caption(generator: Generator) -> Example:

@@ -1,11 +1,9 @@
 """`stllm toy --output DIR`: a small rendered world to train and test on, in the layouts of the real data sets.
 
-DIR/vc2/video/<kind>/<set>/train.json    VideoChat2-IT, media in DIR/vc2/media: a record a clip, every question
-                                         openly, then as multiple choice
-DIR/vc2/video/<kind>/<set>/packed.json   the same clips for multi_turn: two records a clip, in which no answer tells a
-                                         later one: what one asks openly, the other asks as multiple choice
-DIR/vc2/image/<kind>/<set>/...           the same with pictures
-DIR/vc2/text/toy_text/packed.json        no media: scenes in words and questions about them
+DIR/vc2/video/<kind>/<set>/*.json        VideoChat2-IT, media in DIR/vc2/media: train, packed and open, see
+                                         toy_annotations.py; caption/toy_story and caption/toy_frames tell all clips
+DIR/vc2/image/<kind>/<set>/*.json        the same with pictures
+DIR/vc2/text/<set>/{packed,told}.json    no media: scenes in words, given or to be told, and questions about them
 DIR/mvbench/json/<task>.json             MVBench, media in DIR/mvbench/video/<MVBench's own folder>
 DIR/images/{00000..}.tar                 image-text shards of the first stage
 DIR/language_model, DIR/qformer_tokenizer    what stands for Vicuna and bert-base-uncased
@@ -19,7 +17,7 @@ all clips are long.
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,14 @@ from tqdm import tqdm
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder
-from stllm.conversation.templates import Turn
-from stllm.datasets.samples import keyed_numpy
+from stllm.datasets.toy_annotations import Tellings, TrainingSet, record
 from stllm.datasets.toy_benchmarks import benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.datasets.toy_clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, SIZE, World
 from stllm.datasets.toy_language import world_texts, write_language_model, write_qformer_tokenizer
 from stllm.datasets.toy_media import write_json, write_png, write_shard, write_video
 from stllm.datasets.toy_pictures import picture_caption
-from stllm.datasets.toy_questions import Example
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
-from stllm.datasets.toy_texts import text_conversation
+from stllm.datasets.toy_texts import TELLING, text_conversation, told
 
 ABOUT = "toy_world.json"  # how the world was made; it tells a toy world from other folders
 PER_SHARD = 500
@@ -48,7 +44,7 @@ TESTED = tuple(task for task in TASKS if task.benchmark)
 LONG_TASKS: dict[bool, tuple[ToyTask, ...]] = {False: (), True: (RARE,)}
 
 # Bytes, rounded up: a frame of a clip and a picture of SIZE, what is said about one, the language model and tokenizers
-FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 12_000, 5_000_000
+FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 26_000, 5_000_000
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +107,8 @@ def write_world(
         list(zip(tested, shares(num_test, tested), strict=True)),
     )
     num_clips = sum(count for _, count in (*train, *test))
-    total = num_clips + (2 + TEXTS) * num_train + num_benchmark_clips(benchmarks)
+    texts = list(zip(TELLING, shares(TEXTS * num_train, TELLING), strict=True))
+    total = num_clips + 2 * num_train + sum(count for _, count in texts) + num_benchmark_clips(benchmarks)
     needed = _bytes(world, num_clips, num_train, long=long) + benchmark_bytes(benchmarks, num_frames)
     with (
         new_folder(target, needed) as folder,
@@ -119,12 +116,15 @@ def write_world(
     ):
         write_json(folder / ABOUT, asdict(world) | {"num_train": num_train, "num_test": num_test, "long": long})
         _write_language(folder, seed)
+        tellings = Tellings()
         for task, count in train:
-            _write_training_set(folder / "vc2", world, task, count, bar.update)
+            _write_training_set(folder / "vc2", world, task, count, tellings, bar.update)
         for task, count in test:
             _write_benchmark(folder / "mvbench", world, task, count, bar.update)
-        _write_pictures(folder / "vc2", world, num_train, bar.update)
-        _write_texts(folder / "vc2", world, TEXTS * num_train, bar.update)
+        _write_pictures(folder / "vc2", world, num_train, tellings, bar.update)
+        tellings.write(folder / "vc2")
+        for task, count in texts:
+            _write_texts(folder / "vc2", world, task, count, bar.update)
         _write_shards(folder / "images", world, num_train, bar.update)
         if benchmarks:
             write_benchmarks(folder / "benchmarks", world, count=benchmarks, done=bar.update)
@@ -141,14 +141,18 @@ def _write_language(folder: Path, seed: int) -> None:
     write_qformer_tokenizer(folder / "qformer_tokenizer", texts)
 
 
-def _write_training_set(root: Path, world: World, task: ToyTask, count: int, done: Callable[[], Any]) -> None:
+def _write_training_set(
+    root: Path, world: World, task: ToyTask, count: int, tellings: Tellings, done: Callable[[], Any]
+) -> None:
     media, name = root / "media", Path(task.corpus).name
-    records = _Records(world.seed)
+    records = TrainingSet(world.seed)
     for index in range(count):
         example, frames, bounds = world.clip(task, "train", index)
         file = f"{name}_{index:05d}.mp4"
+        medium = {"video": file, **bounds}
         write_video(media / file, frames, FPS)
-        records.add(example, {"video": file}, bounds)
+        records.add(example, medium)
+        tellings.add_clip(world, example, medium)
         done()
     records.write(root / "video" / task.corpus)
 
@@ -167,24 +171,27 @@ def _write_benchmark(root: Path, world: World, task: ToyTask, count: int, done: 
     write_json(root / "json" / f"{task.benchmark}.json", items)
 
 
-def _write_pictures(root: Path, world: World, count: int, done: Callable[[], Any]) -> None:
+def _write_pictures(root: Path, world: World, count: int, tellings: Tellings, done: Callable[[], Any]) -> None:
     media, name = root / "media", Path(PICTURES.corpus).name
-    records = _Records(world.seed)
+    records = TrainingSet(world.seed)
     for index in range(count):
         example, frame = world.picture(PICTURES, index)
-        file = f"{name}_{index:05d}.png"
-        write_png(media / file, frame)
-        records.add(example, {"image": file})
+        medium = {"image": f"{name}_{index:05d}.png"}
+        write_png(media / medium["image"], frame)
+        records.add(example, medium)
+        tellings.add_picture(example, medium)
         done()
     records.write(root / "image" / PICTURES.corpus)
 
 
-def _write_texts(root: Path, world: World, count: int, done: Callable[[], Any]) -> None:
-    records = []
+def _write_texts(root: Path, world: World, task: ToyTask, count: int, done: Callable[[], Any]) -> None:
+    talks = []
     for index in range(count):
-        records.append({"QA": _pairs(text_conversation(world, index))})
+        talks.append(text_conversation(world, task, index))
         done()
-    write_json(root / "text" / "toy_text" / "packed.json", records)
+    folder = root / "text" / Path(task.corpus).name
+    write_json(folder / "packed.json", [record({}, turns) for turns in talks])
+    write_json(folder / "told.json", [record({}, told(turns)) for turns in talks])
 
 
 def _write_shards(folder: Path, world: World, count: int, done: Callable[[], Any]) -> None:
@@ -196,29 +203,6 @@ def _write_shards(folder: Path, world: World, count: int, done: Callable[[], Any
 
     for number, first in enumerate(range(0, count, PER_SHARD)):
         write_shard(folder / f"{number:05d}.tar", pairs(first))
-
-
-class _Records:
-    """The records of one training set, in both forms: `train` for single pairs, `packed` for whole conversations."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.train: list[dict[str, Any]] = []
-        self.packed: list[dict[str, Any]] = []
-
-    def add(self, example: Example, medium: dict[str, str], bounds: dict[str, float] | None = None) -> None:
-        self.train.append({**medium, "QA": _pairs(example.turns), **(bounds or {})})
-        conversations = example.conversations(keyed_numpy(self.seed, len(self.train)))
-        packed = conversations if example.asked else conversations[:1]  # without options, both are the same
-        self.packed += [{**medium, "QA": _pairs(turns), **(bounds or {})} for turns in packed]
-
-    def write(self, folder: Path) -> None:
-        write_json(folder / "train.json", self.train)
-        write_json(folder / "packed.json", self.packed)
-
-
-def _pairs(turns: Sequence[Turn]) -> list[dict[str, str | None]]:
-    return [{"i": turn.instruction, "q": turn.question, "a": turn.answer} for turn in turns]
 
 
 def _bytes(world: World, num_clips: int, num_train: int, *, long: bool) -> int:

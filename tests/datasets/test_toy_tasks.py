@@ -15,7 +15,7 @@ from stllm.datasets.toy_pictures import PLACES, place_of
 from stllm.datasets.toy_questions import OPTION_INSTRUCTION, Example
 from stllm.datasets.toy_scenes import Thing, follow
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
-from stllm.datasets.toy_texts import TELLING, frames_in_words, text_conversation
+from stllm.datasets.toy_texts import TELLING, frames_in_words, text_conversation, told
 from stllm.datasets.toy_video_questions import ACTIONS
 
 COUNT = 300
@@ -161,6 +161,13 @@ def test_conversations_ask_each_fact_once_and_both_ways_in_all(name: str) -> Non
         assert all(set(example.told) <= set(talk) for talk in talks)
 
 
+def test_open_conversations_ask_without_options() -> None:
+    for example in drawn("mixed", 20):
+        talks = example.open_conversations(np.random.default_rng(0))
+        assert {turn.question for talk in talks for turn in talk[:-1]} == {asked.question for asked in example.asked}
+        assert all(turn.instruction == "" and "Options" not in turn.question for talk in talks for turn in talk)
+
+
 def _plain(turn: Turn) -> str:
     return turn.question.removeprefix("Question: ").split("\n")[0] or turn.instruction
 
@@ -193,7 +200,11 @@ def test_pictures_say_where_things_are() -> None:
 def test_texts_tell_a_scene_and_ask_about_it() -> None:
     forms = Counter[str]()
     for index in range(120):
-        for turn in text_conversation(World(0, 16), index):
+        turns = text_conversation(World(0, 16), TELLING[index % len(TELLING)], index)
+        first, *others = told(turns)
+        assert first.answer and first.answer == turns[-1].instruction.removesuffix(f" {OPTION_INSTRUCTION}")
+        assert [(turn.question, turn.answer) for turn in turns] == [(turn.question, turn.answer) for turn in others]
+        for turn in turns:
             scene = turn.instruction.removesuffix(f" {OPTION_INSTRUCTION}")
             assert scene.endswith(".") and turn.answer
             forms["frames" if scene.startswith("Frame 1: ") else "events"] += 1
