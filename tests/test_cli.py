@@ -106,6 +106,7 @@ def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
 def test_chat_takes_every_option(ran) -> None:
     argv = "chat --video a.mp4 --question one --question two --ckpt-path d --cfg-path c --reader pyav --start 1.5"
     argv += " --end 2 --num-frames 8 --num-beams 5 --max-new-tokens 300 --temperature 0 --json --dtype bf16 --seed 3"
+    argv += " --evidence out.png"
     assert main([*argv.split(), "--options", "model.video_input=mean", "model.residual_size=4", "--debug"]) == 0
     expected = {
         "video": "a.mp4",
@@ -120,6 +121,7 @@ def test_chat_takes_every_option(ran) -> None:
         "num_beams": 5,
         "max_new_tokens": 300,
         "temperature": 0.0,
+        "evidence": "out.png",
         "stream": False,
         "json": True,
         "device": "auto",
@@ -142,6 +144,8 @@ def test_the_other_commands_take_their_options(ran) -> None:
     assert main(["toy", "--output", "d", "--num_train", "30", "--num-test", "8", "--seed", "2", "--long"]) == 0
     assert (ran.args.output, ran.args.num_train, ran.args.num_test, ran.args.seed) == ("d", 30, 8, 2)
     assert ran.args.long
+    assert main(["serve", "--ckpt-path", "d", "--port", "0", "--media-root", "m", "--queue-size", "0"]) == 0
+    assert (ran.args.host, ran.args.port, ran.args.media_root, ran.args.queue_size) == ("127.0.0.1", 0, "m", 0)
 
 
 def test_published_spellings(ran) -> None:

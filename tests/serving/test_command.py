@@ -1,0 +1,75 @@
+"""`stllm serve` as it is typed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stllm.cli import main
+from stllm.common.errors import UserError
+from stllm.conversation import embedded
+from stllm.serving import command
+from tests.helpers.serving import client_of, data_url, user
+from tests.helpers.videos import write_video
+
+CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is said before the model is loaded."""
+    monkeypatch.setattr(command, "load_chat", lambda *_, **__: pytest.fail("loaded"))
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, capsys, monkeypatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--ckpt-path", "d", "--port", port]) == 1
+    assert f"127.0.0.1:{port} cannot be taken" in capsys.readouterr().err
+    assert main(["serve", "--ckpt-path", "d", "--media-root", "/no/such"]) == 1
+    assert "--media-root /no/such is no folder" in capsys.readouterr().err
+    monkeypatch.setattr(embedded, "FOLDER", Path("/no/such"))
+    assert main(["serve", "--port", "0"]) == 1
+    assert "no checkpoint was named: give one with --ckpt-path" in capsys.readouterr().err
+
+
+def test_the_embedded_model_is_named_where_it_is(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(embedded, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match="no checkpoint was named"):
+        embedded.default_checkpoint()
+    (tmp_path / "config.json").write_text("{}")
+    assert embedded.default_checkpoint() == tmp_path
+
+
+@pytest.mark.slow
+def test_a_whole_run(tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mp4", num_frames=20)
+    argv = ["serve", "--ckpt-path", str(CHECKPOINT), "--port", "0", "--media-root", str(tmp_path), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "stllm", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith(f"{CHECKPOINT.name} answers at http://127.0.0.1:")
+        with client_of(line.split()[3].removesuffix("/v1")) as client:
+            texts = [
+                client.chat.completions.create(model=CHECKPOINT.name, messages=[user("What?", url)], max_tokens=4)
+                .choices[0]
+                .message.content
+                for url in (clip.name, data_url(clip))
+            ]
+        assert texts[0] == texts[1]
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output, errors) == (130, "", "interrupted\n")
