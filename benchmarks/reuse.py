@@ -28,7 +28,7 @@ DECODING = Decoding(num_beams=1, max_new_tokens=8)  # VideoQA's answers are a fe
 VIDEO = {"num_frames": 1500, "size": (1280, 720), "gop": 250}  # a minute of 720p, as in VcgBench; x264's usual GOP
 
 
-def new_model(image_size: int) -> STLLM:
+def new_model(image_size: int, video_input: str = "residual") -> STLLM:
     """Random weights in the published proportions."""
     torch.manual_seed(0)
     return STLLM(
@@ -56,7 +56,7 @@ def new_model(image_size: int) -> STLLM:
                 "num_hidden_layers": 7,
                 "num_attention_heads": 8,
             },
-            video_input="residual",
+            video_input=video_input,
             system="",
         )
     )

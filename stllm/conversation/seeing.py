@@ -63,3 +63,8 @@ class Prepared:
     visual: Tensor | None = None
     times: list[float] = field(default_factory=list)
     seconds: Mapping[str, float] = field(default_factory=_no_time)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt, the visual ones among them."""
+        return len(self.ids) + (0 if self.visual is None else len(self.visual))

@@ -22,6 +22,7 @@ from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.runners.signals import obeying_parent_alone
 
 CLIPS_AHEAD = 2  # that each worker holds ready
+BATCHES_SORTED = 4  # that wait to be put together by length
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,18 @@ class ClipDataset(Dataset[ReadClip]):
 
 @dataclass
 class _Asked:
-    """An item whose questions wait in the queue, and the answers that have come."""
+    """An item whose questions wait in the queue, and the answers that have come, by the question's number."""
 
     item: Item
-    answers: list[Answer] = field(default_factory=list)
+    answers: dict[int, Answer] = field(default_factory=dict)
+
+
+class _Waiting(NamedTuple):
+    """A question in the queue."""
+
+    asked: _Asked
+    number: int
+    prepared: Prepared
 
 
 class Engine:
@@ -96,7 +105,7 @@ class Engine:
     ) -> None:
         self.chat, self.benchmark, self.decoding = chat, benchmark, decoding
         self.batch_size, self.num_workers = batch_size, num_workers
-        self._queue: list[tuple[_Asked, Prepared]] = []
+        self._queue: list[_Waiting] = []
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:
         """A record an item, in no promised order. An item that cannot be asked gives one with `error`.
@@ -116,7 +125,7 @@ class Engine:
                 yield from self._ask(item, seen)
                 seen = replace(seen, seconds=dict.fromkeys(seen.seconds, 0.0))  # spent on the first item
             del seen, read  # while the next clip is waited for
-        yield from self._answer(len(self._queue))
+        yield from self._answer_queue()
 
     def _loader(self, media: Sequence[Media]) -> DataLoader[ReadClip]:
         num_workers = min(self.num_workers, len(media))
@@ -130,16 +139,16 @@ class Engine:
         )
 
     def _ask(self, item: Item, seen: Seen) -> Iterator[Record]:
-        """Puts an item's questions into the queue, and gives the records of the batches that this fills."""
+        """Puts an item's questions into the queue, and gives the records of a full one."""
         try:
             prepared = [self.chat.prepare(request, seen) for request in self._requests(item)]
         except RequestError as error:
             yield failed(item, f"{item.video}: {error}")
             return
         asked = _Asked(item)
-        self._queue += [(asked, one) for one in prepared]
-        while len(self._queue) >= self.batch_size:
-            yield from self._answer(self.batch_size)
+        self._queue += [_Waiting(asked, number, one) for number, one in enumerate(prepared)]
+        if len(self._queue) >= self.batch_size * BATCHES_SORTED:
+            yield from self._answer_queue()
 
     def _requests(self, item: Item) -> tuple[Request, ...]:
         requests = self.benchmark.requests(item, self.chat.processor.template)
@@ -147,17 +156,23 @@ class Engine:
         assert all(request.media == item.media for request in requests), item.id
         return requests
 
-    def _answer(self, count: int) -> Iterator[Record]:
-        """Answers the first so many of the queue, in one generation."""
-        batch, self._queue = self._queue[:count], self._queue[count:]
-        answers = self.chat.complete([prepared for _, prepared in batch], self.decoding)
-        for (asked, _), answer in zip(batch, answers, strict=True):
-            asked.answers.append(answer)
+    def _answer_queue(self) -> Iterator[Record]:
+        """Answers what waits in batches of like lengths, which need little padding."""
+        waiting, self._queue = sorted(self._queue, key=lambda one: one.prepared.length), []
+        for first in range(0, len(waiting), self.batch_size):
+            yield from self._answer(waiting[first : first + self.batch_size])
+
+    def _answer(self, batch: Sequence[_Waiting]) -> Iterator[Record]:
+        """Answers a batch in one generation, and gives the records of the items that are complete."""
+        answers = self.chat.complete([one.prepared for one in batch], self.decoding)
+        for (asked, number, _), answer in zip(batch, answers, strict=True):
+            asked.answers[number] = answer
             if len(asked.answers) == len(asked.item.questions):
                 yield self._record(asked)
 
     def _record(self, asked: _Asked) -> Record:
-        item, answers = asked.item, asked.answers
+        item = asked.item
+        answers = [asked.answers[number] for number in range(len(item.questions))]
         texts = [answer.text for answer in answers]
         times = [round(time, 3) for time in answers[0].frame_times]
         stages = answers[0].seconds

@@ -11,9 +11,10 @@ import torch
 
 from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Media, Request
+from stllm.conversation.requests import Answer, Media, Request
+from stllm.conversation.seeing import Prepared
 from stllm.conversation.templates import PromptTemplate, Turn
-from stllm.evaluation.engine import Engine, by_clip, share
+from stllm.evaluation.engine import BATCHES_SORTED, Engine, by_clip, share
 from stllm.evaluation.items import Item, Record
 from tests.conversation.test_chat import new_chat
 from tests.helpers.videos import write_video
@@ -63,7 +64,7 @@ def engine(items: Sequence[Item], batch_size: int = 3, num_workers: int = 0, **o
 def asked(clips: Sequence[str]) -> list[Item]:
     """Questions of clips in turn, one item with two, one without a medium, one part of a clip for itself."""
     items = [item(number, Media(clips[number % 3])) for number in range(9)]
-    items.append(item(9, Media(clips[0]), "and then"))
+    items.append(item(9, Media(clips[0]), "and then"))  # the second is the shorter one
     items.append(item(10, None))
     items.append(item(11, Media(clips[1], start=0.1, end=0.5, sampling="segment", num_frames=4)))
     return items
@@ -144,7 +145,7 @@ def test_encoded_clips_are_let_go(clips: list[str], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(run.chat, "encode", counting)
     for _ in run.records(many):
-        assert len(run._queue) <= 4
+        assert len(run._queue) < 4 * BATCHES_SORTED
     assert most <= 2
     assert run.chat.cache.num_bytes == 0 and not run.chat._known
 
@@ -173,3 +174,26 @@ def test_questions_and_not_items_are_counted_for_a_share() -> None:
 
 def test_no_items_no_records(tmp_path: Path) -> None:
     assert list(engine([]).records([])) == []
+
+
+def test_batches_are_of_like_lengths_and_an_items_answers_in_its_order(
+    clips: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [item(number, Media(clips[0]), "what " * (number % 5 + 1)) for number in range(8)]
+    run = engine(items, batch_size=4)
+    lengths: list[list[int]] = []
+    complete = run.chat.complete
+
+    def counting(prepared: Sequence[Prepared], decoding: Decoding) -> list[Answer]:
+        lengths.append([one.length for one in prepared])
+        return complete(prepared, decoding)
+
+    monkeypatch.setattr(run.chat, "complete", counting)
+    records = list(run.records(items))
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted(flat) and [len(batch) for batch in lengths] == [4, 4, 4, 4]
+    for record in records:
+        first, second = (
+            Request((Turn(question),), media=items[0].media) for question in items[int(record["id"])].questions
+        )
+        assert record["prediction"] == [complete([run.chat.prepare(one)], GREEDY)[0].text for one in (first, second)]

@@ -1,0 +1,143 @@
+"""Evaluation: ours (batches, each clip decoded ahead and encoded once) against one question at a time, all done again.
+
+Two synthetic sets: as MSVD-QA (20 videos, 25 questions each, 64 frames through the global-local module) and as MVBench
+(a clip a question, one frame a second, all tokens). The model has the published proportions at about an eightieth of
+the size. Then memory over 2,000 questions: what the process holds after each quarter of them.
+
+    python -m benchmarks.evaluation [--quick]
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import arguments, report, resident_bytes
+from benchmarks.reuse import new_chat, new_model
+from stllm.common.device import resolve_device
+from stllm.conversation.chat import Chat
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import Media, Request
+from stllm.conversation.templates import PromptTemplate, Turn
+from stllm.evaluation.engine import Engine
+from stllm.evaluation.items import Item, Record
+from stllm.runners.processes import num_decoders
+from tests.helpers.videos import write_video
+
+BATCH_SIZE = 8
+NUM_FRAMES, IMAGE_SIZE = 64, 224
+DECODING = Decoding(num_beams=1, max_new_tokens=8)  # answers are a few words
+SIZE, FPS = (640, 360), 25
+WORDS = ("circle", "square", "triangle", "object", "person")
+
+
+class Asking:
+    """A benchmark that asks its items plainly."""
+
+    name = "asking"
+    excluded: Mapping[str, str] = {}
+    num_excluded = 0
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+
+    def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
+        """The questions as they are."""
+        return tuple(Request((Turn(question),), media=item.media) for question in item.questions)
+
+    def fields(self, item: Item, predictions: Sequence[str]) -> Record:
+        """Nothing more."""
+        return {}
+
+    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
+        """None: random weights."""
+        return {}
+
+    def official(self, records: Sequence[Record]) -> Mapping[str, Any]:
+        """None."""
+        return {}
+
+
+def new_items(videos: Sequence[Path], num_questions: int, **media: Any) -> list[Item]:
+    """So many questions about each video, a video's apart from each other, as ground truths may have them."""
+    items: list[Item] = []
+    for question in range(num_questions):
+        for video in videos:
+            text = f"what does the {WORDS[question % 5]} do before the {WORDS[question // 5 % 5]} moves {question}"
+            items.append(Item(str(len(items)), "", video.name, Media(str(video), **media), (text,), "it"))
+    return items
+
+
+def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]) -> list[dict[str, Any]]:
+    """Rows of the baseline, over `sample`, and of ours, over all items. chat: keeps nothing."""
+    benchmark = Asking(items)
+    start = time.perf_counter()
+    alone = {
+        item.id: chat.answer(benchmark.requests(item, chat.processor.template), DECODING)[0].text for item in sample
+    }
+    slow = (time.perf_counter() - start) / len(sample)
+    engine = Engine(chat, benchmark, decoding=DECODING, batch_size=BATCH_SIZE, num_workers=num_decoders(None))
+    start = time.perf_counter()
+    ours = {record["id"]: record["prediction"] for record in engine.records(items)}
+    fast = (time.perf_counter() - start) / len(items)
+    equal = f"{sum(ours[id_] == text for id_, text in alone.items())}/{len(alone)}"
+    columns = ("set", "", "questions", "samples/s", "speed-up", "equal answers")
+    slow_row = (name, "one at a time", len(sample), 1 / slow, 1.0, "")
+    rows = (slow_row, (name, "ours", len(items), 1 / fast, slow / fast, equal))
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def memory(chat: Chat, items: Sequence[Item]) -> list[float]:
+    """MiB that this process holds after each quarter of the items. A first pass has grown what grows once."""
+    engine = Engine(chat, Asking(items), decoding=DECODING, batch_size=BATCH_SIZE, num_workers=num_decoders(None))
+    held = []
+    for number, _ in enumerate(engine.records(items), start=1):
+        if number % (len(items) // 4) == 0:
+            held.append(resident_bytes("VmRSS") / 2**20)
+    return held
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    args = arguments(__doc__ or "")
+    device = resolve_device(args.device)
+    # the sizes of what is seen are the same: of smaller ones the encoder's share, which is what is saved, would be less
+    num_videos, num_clips, num_asked = (1, 8, 32) if args.quick else (20, 80, 2000)
+    with tempfile.TemporaryDirectory() as folder:
+        videos = [write_clip(Path(folder) / f"video{n}.mp4", seconds=10, seed=n) for n in range(num_videos)]
+        clips = [write_clip(Path(folder) / f"clip{n}.mp4", seconds=6 + n % 9, seed=n) for n in range(num_clips)]
+        msvd = new_items(videos, 25, num_frames=NUM_FRAMES)
+        mvbench = new_items(clips, 1, num_frames=0, sampling="segment")
+        residual = new_chat(new_model(IMAGE_SIZE).to(device), 0)
+        joint = new_chat(new_model(IMAGE_SIZE, video_input="all").to(device), 0)
+        for chat, item in ((residual, msvd[0]), (joint, mvbench[0])):  # warm-up
+            chat.answer(Asking([item]).requests(item, chat.processor.template), DECODING)
+        rows = measure("MSVD-like", residual, msvd, msvd[: 2 * num_videos])
+        rows += measure("MVBench-like", joint, mvbench, mvbench)
+        small = new_chat(new_model(56).to(device), 0)
+        held = memory(small, new_items(clips, num_asked // num_clips, num_frames=16))
+    report(
+        "evaluation",
+        "one question at a time, its video read and encoded again",
+        rows,
+        {
+            "videos": num_videos,
+            "frames": NUM_FRAMES,
+            "clips": num_clips,
+            "image": IMAGE_SIZE,
+            "batch": BATCH_SIZE,
+            "workers": num_decoders(None),
+            f"MiB held after each quarter of {num_asked} questions": [round(value) for value in held],
+        },
+        args.output_dir,
+    )
+
+
+def write_clip(path: Path, *, seconds: int, seed: int) -> Path:
+    """A video of that length; the seed makes each another one."""
+    return write_video(path, num_frames=seconds * FPS + seed, fps=FPS, size=SIZE, gop=50)
+
+
+if __name__ == "__main__":
+    main()
