@@ -25,6 +25,7 @@ LLAMA: dict[str, Any] = {
     "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
+    "initializer_range": 0.07,  # about 1 / sqrt(width): 0.02 is for widths of thousands, and learns later here
     "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
