@@ -26,27 +26,22 @@ esac
 
 export TOY_ROOT=${TOY_ROOT:-toy_world/$size} TINY_OUTPUT=${TINY_OUTPUT:-output/tiny/$size}
 declare -A clips=([quick]=6000 [full]=24000) tests=([quick]=560 [full]=1400)
-declare -A quick_steps=([0_language]=300 [1_images]=350 [2_videos]=400 [3_masking]=60)
+declare -A quick_steps=([0_language]=1500 [1_images]=700 [2_videos]=900 [3_masking]=100)
 
 stllm() { "${PYTHON:-python}" -m stllm "$@"; }
 
-train() { # stage, options...: a stage, from the one before
-    local stage=$1 options=("${@:2}" "run.output_dir=$TINY_OUTPUT/$1")
-    [[ $size == quick ]] && options+=("run.max_steps=${quick_steps[$stage]}")
-    echo "== $stage"
-    stllm train --cfg-path "configs/tiny/stages/$stage.yaml" --options "${options[@]}"
+train() { # stage: from what the one before has left
+    local options=("run.output_dir=$TINY_OUTPUT/$1")
+    [[ $size == quick ]] && options+=("run.max_steps=${quick_steps[$1]}")
+    echo "== $1"
+    stllm train --cfg-path "configs/tiny/stages/$1.yaml" --options "${options[@]}"
 }
 
 if [[ ! -d $TOY_ROOT ]]; then
     echo "== toy world"
     stllm toy --output "$TOY_ROOT" --num-train "${clips[$size]}" --num-test "${tests[$size]}" --seed 1
 fi
-train 0_language
-train 1_images
-echo "== features"
-stllm extract --cfg-path configs/tiny/stages/2_videos.yaml --output "$TINY_OUTPUT/features" --stage vit
-train 2_videos "datasets.features_root=$TINY_OUTPUT/features"
-train 3_masking "datasets.features_root=$TINY_OUTPUT/features"
+for stage in 0_language 1_images 2_videos 3_masking; do train "$stage"; done
 echo "== evaluation"
-stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/3_masking" --anno-path "$TOY_ROOT/mvbench" --num-frames 16 \
+stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/3_masking" --anno-path "$TOY_ROOT/mvbench" --num-frames 8 \
     --output-dir "$TINY_OUTPUT/evaluation"

@@ -140,7 +140,7 @@ def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
 
 def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
     env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
-    for arguments, first_steps in (((), None), (("--quick",), "run.max_steps=300")):
+    for arguments, first_steps in (((), None), (("--quick",), "run.max_steps=1500")):
         commands = tiny_commands(env, *arguments)
         assert [command[0] for command in commands[:1]] == ["toy"] and commands[0][2] == env["TOY_ROOT"]
         stages = [Path(command[2]).stem for command in commands if command[0] == "train"]
