@@ -45,6 +45,19 @@ def test_an_image_enters_as_its_own_tokens(name: str) -> None:
     assert torch.equal(video_input(frame), frame[:, 0])
 
 
+@pytest.mark.parametrize("name", video_inputs.names())
+def test_frames_that_are_not_kept_are_absent(name: str) -> None:
+    """What they hold does not matter, and the local frames are chosen among all."""
+    video_input = video_inputs.get(name)(**SIZES)
+    frames, others = torch.randn(2, 1, 8, 5, 8)
+    others[:, [0, 2, 7]] = frames[:, [0, 2, 7]]
+    assert torch.equal(video_input(frames, [0, 2, 7]), video_input(others, [0, 2, 7]))
+    assert torch.equal(video_input(frames, range(8)), video_input(frames))
+    local = [index for index in residual_frame_indices(8, 4) if index in (0, 2, 7)]
+    count = {"mean": 1, "all": 3, "residual": len(local)}.get(name)
+    assert count is None or video_input(frames, [0, 2, 7]).shape[1] == 5 * count
+
+
 def test_only_mean_is_blind_to_order() -> None:
     frames = torch.randn(1, 8, 5, 8)
     for name in ("mean", "all", "residual"):
