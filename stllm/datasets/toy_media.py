@@ -60,9 +60,15 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes an annotation file."""
+    """Writes an annotation file; of a list, one record a line, so that a long one is never a text as a whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with path.open("w", encoding="utf-8") as stream:
+        if not isinstance(content, list):
+            stream.write(json.dumps(content, indent=1) + "\n")
+            return
+        for number, record in enumerate(content):
+            stream.write(("[\n" if number == 0 else ",\n") + json.dumps(record))
+        stream.write("\n]\n" if content else "[]\n")
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
