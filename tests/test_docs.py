@@ -16,10 +16,17 @@ FILE = re.compile(r"(?<![\w/$.-])(?:stllm|configs|scripts|benchmarks|tests)/[\w.
 
 
 def commands(doc: str) -> list[list[str]]:
-    """The words of each line in the document's bash blocks, without comments; lines that go on are one."""
-    blocks = "\n".join(FENCE.findall((ROOT / doc).read_text())).replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in blocks.splitlines()]
-    return [words for words in lines if words]
+    """The words of each command in the document's bash blocks, without comments; it may go on over several lines."""
+    found: list[list[str]] = []
+    for block in FENCE.findall((ROOT / doc).read_text()):
+        command = ""
+        for line in block.replace("\\\n", " ").splitlines():
+            command += line + "\n"
+            if command.count("'") % 2 == 0:  # no quotation is open
+                found.append(shlex.split(command, comments=True))
+                command = ""
+        assert not command, f"{doc}: an open quotation in {command}"
+    return [words for words in found if words]
 
 
 def of_stllm(words: list[str]) -> list[str] | None:
