@@ -45,3 +45,4 @@ for stage in 0_language 1_images 2_videos 3_masking; do train "$stage"; done
 echo "== evaluation"
 stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/3_masking" --anno-path "$TOY_ROOT/mvbench" --num-frames 8 \
     --output-dir "$TINY_OUTPUT/evaluation"
+cat "$TINY_OUTPUT/evaluation/mvbench.md"
