@@ -35,7 +35,8 @@ def wait_for_lines(process: "subprocess.Popen[str]", output: Path, wanted: int) 
     """Until so many records are written, by whatever process."""
     deadline = time.monotonic() + 240
     while num_lines(output) < wanted:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
