@@ -25,7 +25,7 @@ esac
 [[ $# == 0 ]] || { usage >&2 && exit 2; }
 
 export TOY_ROOT=${TOY_ROOT:-toy_world/$size} TINY_OUTPUT=${TINY_OUTPUT:-output/tiny/$size}
-declare -A clips=([quick]=6000 [full]=24000) tests=([quick]=560 [full]=1400)
+declare -A clips=([quick]=6000 [full]=12000) tests=([quick]=560 [full]=1400)
 declare -A quick_steps=([0_language]=1500 [1_images]=700 [2_videos]=900 [3_masking]=100)
 
 stllm() { "${PYTHON:-python}" -m stllm "$@"; }
