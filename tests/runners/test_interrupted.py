@@ -39,8 +39,17 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
         time.sleep(0.02)
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun has started, each in a session of its own."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def kill(process: subprocess.Popen[str], *, processes: int) -> None:
+    ranks = children(process) if processes > 1 else []
     os.killpg(process.pid, signal.SIGKILL)
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -63,7 +72,7 @@ def test_three_kills_change_nothing(processes: int, options: list[str], toy: Pat
     for step in steps:
         process = start(recipe, *options, f"run.output_dir={killed}", processes=processes)
         wait_for_step(process, killed, step)
-        kill(process)
+        kill(process, processes=processes)
     train(recipe, *options, f"run.output_dir={killed}", processes=processes)
     assert [line["step"] for line in read_log(killed)] == list(range(2, 15, 2))
     for found, expected in zip(losses(killed), losses(whole), strict=True):
@@ -97,8 +106,7 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(toy: Path, tmp_path
     process = start(recipe, "run.per_device_train_batch_size=2", processes=2)
     folder = tmp_path / "run"
     wait_for_step(process, folder, 4)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(children(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 1
     assert (folder / "checkpoint-3" / "trainer_state.json").exists()
