@@ -8,12 +8,16 @@ import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.embedded import default_checkpoint
 from stllm.models.factory import explicit_settings
 from stllm.web.limits import Limits
+
+if TYPE_CHECKING:
+    import gradio
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +41,17 @@ def run(args: argparse.Namespace) -> int:
         logger.warning("serving on %s: whoever reaches this machine can use the demo, there is no password", args.host)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was uploaded is removed then, too
     with tempfile.TemporaryDirectory(prefix="stllm-demo-") as folder:
-        serve(chat, limits, Path(folder), host=args.host, port=args.port, about=describe(chat, Path(checkpoint)))
+        about = describe(chat, Path(checkpoint))
+        page = open_page(chat, limits, Path(folder), host=args.host, port=args.port, about=about)
+        print(f"The demo is at {page.local_url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
     return 0
 
 
-def serve(
-    chat: Chat, limits: Limits, folder: Path, *, host: str, port: int | None, about: str = "", wait: bool = True
-) -> str:
-    """Opens the page and returns its address; wait: only when the server has been interrupted.
+def open_page(
+    chat: Chat, limits: Limits, folder: Path, *, host: str, port: int | None, about: str = ""
+) -> "gradio.Blocks":
+    """Builds the page and serves it in threads of its own.
 
     folder: for uploads, which the caller removes at the end. port: None for any free one.
     Raises UserError for a port that is taken.
@@ -63,7 +70,7 @@ def serve(
     if host in LOOPBACK:  # a page elsewhere that lets its own name point here is turned away
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
     try:
-        _, address, _ = page.launch(
+        page.launch(
             server_name=host,
             server_port=port,
             share=False,
@@ -85,10 +92,7 @@ def serve(
         )
     except OSError as error:
         raise UserError(f"port {port} of {host} cannot be opened ({error}): name another with --port") from None
-    if wait:
-        print(f"The demo is at {address} (Ctrl-C ends it)", flush=True)
-        page.block_thread()
-    return address
+    return page
 
 
 def describe(chat: Chat, checkpoint: Path) -> str:

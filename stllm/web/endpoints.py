@@ -9,7 +9,9 @@ from typing import Any
 
 import gradio as gr
 
+from stllm.conversation.requests import Answer
 from stllm.conversation.templates import Turn
+from stllm.web.limits import Wishes
 from stllm.web.model_thread import Job, ModelThread
 from stllm.web.progress import Progress
 from stllm.web.service import Service
@@ -22,29 +24,45 @@ class Endpoints:
         self.service = service
         self.thread = thread
 
-    def ask(self, file: Any, question: Any, history: Any, *controls: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The answer's text so far, and at the end what there is to say about it."""
-        path, text, wishes = self._checked(file, question, controls)
+    def ask(
+        self,
+        file: Any,
+        question: Any,
+        history: Any,
+        num_frames: Any,
+        num_beams: Any,
+        temperature: Any,
+        max_new_tokens: Any,
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The answer's text so far, and at the end what there is to say about it. history: what was said before."""
+        path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         for progress in self._followed(lambda stop: self.service.ask(path, None, turns, wishes, stop)):
-            about: dict[str, Any] = {}
-            if (answer := progress.answer) is not None:
-                about = {
-                    "frame_times": answer.frame_times,
-                    "visual_tokens": answer.visual_tokens,
-                    "tokens": progress.stages["answer"].count,
-                    "seconds": answer.seconds,
-                }
-            yield progress.text, about
+            if progress.answer is not None:
+                yield progress.text, _about(progress.answer, progress.stages["answer"].count or 0)
+            elif progress.text:
+                yield progress.text, {}
 
-    def probe(self, file: Any, question: Any, *controls: Any) -> dict[str, str]:
-        """The answer under each view of the frames."""
-        path, text, wishes = self._checked(file, question, controls)
+    def probe(
+        self, file: Any, question: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
+    ) -> dict[str, str]:
+        """The answer under each view of the frames: forward, reversed, shuffled, single, blank."""
+        path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         return dict(self._last(lambda stop: self.service.probe(path, None, text, wishes, stop)).answers)
 
-    def evidence(self, file: Any, question: Any, history: Any, answer: Any, *controls: Any) -> dict[str, Any]:
-        """How much each part of the video mattered to the answer."""
-        path, text, wishes = self._checked(file, question, controls)
+    def evidence(
+        self,
+        file: Any,
+        question: Any,
+        history: Any,
+        answer: Any,
+        num_frames: Any,
+        num_beams: Any,
+        temperature: Any,
+        max_new_tokens: Any,
+    ) -> dict[str, Any]:
+        """How much each part of the video mattered to the answer; without one, to the model's own."""
+        path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         given = str(answer) if answer else None
         found = self._last(lambda _: self.service.evidence(path, None, turns, wishes, given)).evidence
@@ -57,7 +75,7 @@ class Endpoints:
             "scores": found.scores,
         }
 
-    def _checked(self, file: Any, question: Any, controls: tuple[Any, ...]) -> Any:
+    def _checked(self, file: Any, question: Any, *controls: Any) -> tuple[str, str, Wishes]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise gr.Error("there is no video: upload one and name it as the file", print_exception=False)
         with _as_gradio_errors(self.service):
@@ -81,7 +99,7 @@ def add_endpoints(service: Service, thread: ModelThread, queue: dict[str, Any]) 
     endpoints, usual = Endpoints(service, thread), service.chat.decoding
     with gr.Row(visible=False):
         file = gr.Video(label="file: a video or an image")
-        question, answer = gr.Textbox(label="question"), gr.Textbox(label="answer")
+        question, answer = gr.Textbox(label="question"), gr.Textbox("", label="answer")
         history = gr.JSON([], label="history: [question, answer] pairs said before")
         controls = [
             gr.Number(value, label=label)
@@ -100,6 +118,15 @@ def add_endpoints(service: Service, thread: ModelThread, queue: dict[str, Any]) 
     evidence.click(
         endpoints.evidence, [file, question, history, answer, *controls], found, api_name="evidence", **options
     )
+
+
+def _about(answer: Answer, num_tokens: int) -> dict[str, Any]:
+    return {
+        "frame_times": answer.frame_times,
+        "visual_tokens": answer.visual_tokens,
+        "tokens": num_tokens,
+        "seconds": answer.seconds,
+    }
 
 
 def _turns(history: Any) -> list[Turn]:

@@ -4,7 +4,7 @@ chat: messages. question: the text box. status, film, probe: HTML. busy: whether
 the buttons. What is not named stays as it is. Nothing here knows gradio, and every state is in the tab's `Session`.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
 
@@ -33,14 +33,11 @@ class Handlers:
 
     def begin(self, session: Session, path: str | None, name: str) -> Shown:
         """Another medium (or none) begins another conversation; an answer that is being written stops."""
-        talk = session.begin(Talk(path, name))
-        return {**_conversation(talk), "question": "", "status": _idle(talk), "film": film_html(None), "probe": ""}
+        return {**_whole(session.begin(Talk(path, name))), "question": ""}
 
     def clear(self, session: Session) -> Shown:
         """Begins anew about the same medium."""
-        talk = session.begin(session.talk.afresh())
-        film = film_html(talk.film)
-        return {**_conversation(talk), "question": "", "status": _idle(talk), "film": film, "probe": ""}
+        return {**_whole(session.begin(session.talk.afresh())), "question": ""}
 
     def stop(self, session: Session) -> None:
         """Ends what goes on; its handler shows what there is."""
@@ -77,19 +74,15 @@ class Handlers:
         text, wishes = asked
         path, turns = talk.path or "", [*talk.turns, Turn(text)]
         talk.evidence = None
-        yield {"question": ""}
+
+        def close(progress: Progress | None) -> Shown:
+            if progress is None or not (progress.answer or progress.text.strip()):  # failed, or stopped before a word
+                return {**_conversation(talk), "question": text}
+            talk.turns.append(Turn(text, self.service.chat.processor.clean(progress.text)))
+            return {**_conversation(talk), "film": film_html(talk.film)}
+
         job: Job[Progress] = lambda stop: self.service.ask(path, talk.film, turns, wishes, stop)  # noqa: E731
-        progress = yield from self._shown(session, talk, job, pending=text)
-        if session.talk is not talk:
-            return
-        if progress is None or (
-            progress.answer is None and not progress.text.strip()
-        ):  # failed, or stopped before a word
-            yield {**_conversation(talk), "question": text}
-            return
-        answer = self.service.chat.processor.clean(progress.text)
-        talk.turns.append(Turn(text, answer))
-        yield {**_conversation(talk), "film": film_html(talk.film)}
+        yield from self._shown(session, talk, job, pending=text, close=close)
 
     def retry(self, session: Session, *controls: object) -> Iterator[Shown]:
         """Asks the last question again; until the new answer is there, the old one is not lost."""
@@ -115,7 +108,6 @@ class Handlers:
             return
         text, wishes = asked
         path = talk.path or ""
-        yield {"probe": ""}
         yield from self._shown(
             session, talk, lambda stop: self.service.probe(path, talk.film, text, wishes, stop), probed=text
         )
@@ -148,18 +140,29 @@ class Handlers:
             return self.service.explain(error)
 
     def _shown(
-        self, session: Session, talk: Talk, job: Job[Progress], *, pending: str = "", probed: str = "", ready: str = ""
-    ) -> Generator[Shown, None, Progress | None]:
-        """Follows a job and shows it. Returns how far it came; None when it failed, which is shown.
+        self,
+        session: Session,
+        talk: Talk,
+        job: Job[Progress],
+        *,
+        pending: str = "",
+        probed: str = "",
+        ready: str = "",
+        close: Callable[[Progress | None], Shown] = lambda _: {},
+    ) -> Iterator[Shown]:
+        """Follows a job and shows it; once another conversation has begun, that one is shown.
 
         pending: the question that is being answered. probed: the one of the temporal probe. ready: said at the end.
+        close: given how far it came, None when it failed, what is shown at the end, too.
         """
         progress, talk.stopped = Progress(), False
-        yield {"busy": True, "status": progress_html(progress), **_pending(talk, pending, "")}
+        start = {"question": "", **_pending(talk, pending, "")} if pending else {"probe": ""} if probed else {}
+        yield {"busy": True, "status": progress_html(progress), **start}
         try:
             for news in self.thread.iterate(job):
-                if session.talk is not talk:
-                    return progress
+                if session.talk is not talk:  # what was yielded before may come to the page after `begin`
+                    yield _whole(session.talk)
+                    return
                 if talk.stopped:
                     ready = "Stopped."
                     break
@@ -170,15 +173,19 @@ class Handlers:
                 if news is not None and probed and talk.film:
                     yield {"probe": probe_html(talk.film, probed, progress.answers)}
         except Exception as error:
-            yield {"busy": False, "status": progress_html(progress, error=self.service.explain(error))}
-            return None
-        yield {"busy": False, "status": progress_html(progress, note=ready, over=True)}
-        return progress
+            yield {"busy": False, "status": progress_html(progress, error=self.service.explain(error)), **close(None)}
+            return
+        yield {"busy": False, "status": progress_html(progress, note=ready, over=True), **close(progress)}
 
 
 def _conversation(talk: Talk) -> Shown:
     """The messages of what was said, and buttons at rest."""
     return {"chat": messages(talk.turns), "busy": False}
+
+
+def _whole(talk: Talk) -> Shown:
+    """The page of a conversation that begins."""
+    return {**_conversation(talk), "status": _idle(talk), "film": film_html(talk.film), "probe": ""}
 
 
 def _took(talk: Talk, progress: Progress) -> bool:
