@@ -180,8 +180,14 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples:
         path, name = (None, "") if payload is None else (payload["path"], payload.get("orig_name") or "")
         return {parts.session: session, **parts.update(handlers.begin(session, path, name))}
 
-    for medium, other in ((parts.video, parts.image), (parts.image, parts.video)):
-        begun = medium.input(begin, [medium, parts.session], [parts.session, *parts.shown], preprocess=False, **at_once)
+    video, image = parts.video, parts.image
+    for medium, other, triggers in (
+        (video, image, [video.input, video.stop_recording]),  # a recording is no input to gradio
+        (image, video, [image.input]),
+    ):
+        begun = gr.on(
+            triggers, begin, [medium, parts.session], [parts.session, *parts.shown], preprocess=False, **at_once
+        )
         begun.then(lambda: None, None, other, **at_once)
         begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
     if chosen is not None:

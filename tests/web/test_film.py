@@ -1,0 +1,99 @@
+"""The filmstrip, its curve, the stages and the probe's cards: numbers and places, and text as text."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stllm.conversation.evidence import Evidence
+from stllm.conversation.requests import Media
+from stllm.datasets.views import VIEWS
+from stllm.web.film import HEIGHT, MARGIN, Pictures, clock, film_html, small_strip
+from stllm.web.probe import probe_html, verdict
+from stllm.web.progress import Progress, progress_html
+from stllm.web.talk import Film
+
+FILM = Film(Media("x.mp4", num_frames=4), "video", ("data:a", "data:b", "data:c", "data:d"), (0.0, 1.25, 62.5, 600.0))
+EVIDENCE = Evidence("what", "<b>red</b>", -3.0, list(FILM.times), [(0, 1), (1, 2), (2, 4)], [1.0, -0.5, 2.0])
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00.0"), (1.25, "0:01.2"), (59.96, "1:00.0"), (600, "10:00.0")])
+def test_times_are_read_as_on_a_player(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_pictures_are_what_the_model_sees() -> None:
+    """The centre square; the transform itself is not changed."""
+    frame = np.zeros((40, 100, 3), np.uint8)
+    frame[:, 30:70] = 255  # the centre
+    pictures = Pictures(lambda given: torch.tensor(float(given.sum())))
+    assert pictures(frame) == 40 * 40 * 3 * 255
+    data = pictures.taken[0]
+    assert data.startswith("data:image/jpeg;base64,")
+    import base64
+    import io
+
+    from PIL import Image
+
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))))
+    assert shown.shape == (144, 144, 3) and shown[:, 3:-3].min() > 245
+
+
+def test_the_curve_stands_under_its_frames() -> None:
+    html = film_html(FILM, EVIDENCE)
+    assert re.findall(r'<img src="(data:\w)"', html) == list(FILM.pictures)
+    bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)" width="([\d.]+)" y="([\d.]+)" height="([\d.]+)">', html)
+    assert [bar[0] for bar in bars] == ["for", "against", "for"]
+    assert [(float(x), float(width)) for _, x, width, _, _ in bars] == [(0.06, 0.88), (1.06, 0.88), (2.06, 1.88)]
+    unit = (HEIGHT - 2 * MARGIN) / 2.5
+    assert [float(bar[4]) for bar in bars] == pytest.approx([unit, unit / 2, 2 * unit], abs=0.01)
+    zero = MARGIN + 2 * unit
+    assert [float(bar[3]) for bar in bars] == pytest.approx([zero - unit, zero, MARGIN], abs=0.01)
+    assert html.count("film-peak") == 2  # both frames of the last segment
+    assert "1:02.5 to 10:00.0: without it the answer is 2.00 nats less likely" in html
+    assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
+
+
+def test_no_evidence_is_no_division_by_zero() -> None:
+    html = film_html(FILM, replace(EVIDENCE, scores=[0.0, 0.0, 0.0]))
+    assert "No part of the video speaks for this answer" in html and "nan" not in html
+    assert "film-strip" not in film_html(None)
+
+
+def test_a_small_strip_shows_the_order() -> None:
+    assert re.findall(r'src="data:(\w)"', small_strip(FILM, [3, 2, 1, 0])) == ["d", "c", "b", "a"]
+    assert small_strip(FILM, [0, 1, 2, 3], most=2).count("<img") == 2
+    assert small_strip(FILM, [0, 1, 2, 3], blank=True).count("small-blank") == 4
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ("red blue green red red", "order of the frames is taken away"),
+        ("red blue red red red", "changes with the frames reversed, not in the other order"),
+        ("red red blue red red", "changes with the frames shuffled"),
+        ("red Red red blue red", "needs several frames"),
+        ("red red red red blue", "One frame gives the same answer"),
+        ("red red red red red", "comes from the question alone"),
+    ],
+)
+def test_the_verdict_of_a_probe(answers: str, words: str) -> None:
+    said = dict(zip(VIEWS, answers.split(), strict=True))
+    assert words in verdict(said)
+    assert words in probe_html(FILM, "what", said)
+
+
+def test_cards_that_wait_and_cards_that_differ() -> None:
+    html = probe_html(FILM, "<i>", {"forward": "red", "reversed": "<u>"})
+    assert html.count("waiting") == 3 and html.count('class="other"') == 1 and "probe-words" not in html
+    assert "<u>" not in html and "“&lt;i&gt;”" in html
+
+
+def test_stages_have_seconds_and_counts() -> None:
+    progress = Progress().end("read", 0.0, 16).end("encode", 1.26, 1).begin("answer")
+    html = progress_html(progress)
+    assert "kept · 16 frames" in html and "1.3 s · 1 visual token<" in html and html.count("going") == 1
+    ended = progress_html(progress.write("a", 3), error="<x>")
+    assert "going" not in ended and "3 tokens" in ended and "&lt;x&gt;" in ended
