@@ -45,10 +45,10 @@ if [[ -z $active ]]; then
     python=python
 fi
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # the tests' tensors are small: more threads only wait for each other
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests' tensors are small: more threads only wait for each other
 export HF_HUB_OFFLINE=1                      # the tests must pass alone
 step "ruff check" "$python" -m ruff check
 step "ruff format" "$python" -m ruff format --check
 step "mypy" "$python" -m mypy
-# a later -m, given by the caller, replaces this one
-step "pytest" "$python" -m pytest -q -m "not slow" "$@"
+# a later -m or -n, given by the caller, replaces these
+step "pytest" "$python" -m pytest -q -n auto --maxprocesses 4 -m "not slow" "$@"
