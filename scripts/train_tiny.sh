@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The published pipeline in small, from nothing to a model that answers: the toy world, the language model's own stage,
 # images, videos, videos with masking and MVM, and MVBench's twin at the end. The same command goes on where it stopped.
-# Needs: stllm installed (README); no GPU. Two cores take 15 minutes (--quick) or two hours.
+# Needs: stllm installed (README); no GPU. Meant for 15 minutes on two cores (--quick), or two hours:
+# not measured yet, and no run has been seen to its end.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
 set -euo pipefail

@@ -11,7 +11,7 @@ from stllm.cli import build_parser
 ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", "trainval.md")
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-OURS: dict[str, list[str]] = {"demo.py": ["chat"], "stllm": []}
+OURS: dict[str, list[str]] = {"demo.py": ["chat"], "demo_gradio.py": ["demo"], "stllm": []}
 FILE = re.compile(r"(?<![\w/$.-])(?:stllm|configs|scripts|benchmarks|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b")
 
 

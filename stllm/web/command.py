@@ -90,8 +90,8 @@ def open_page(
             css=STYLE.read_text(encoding="utf-8"),
             app_kwargs={"middleware": middleware, "docs_url": None, "redoc_url": None, "openapi_url": None},
         )
-    except OSError as error:
-        raise UserError(f"port {port} of {host} cannot be opened ({error}): name another with --port") from None
+    except OSError:
+        raise UserError(f"port {port} of {host} cannot be opened, it may be taken: name another with --port") from None
     return page
 
 

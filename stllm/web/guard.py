@@ -1,7 +1,7 @@
 """What gradio's server offers and the demo does not need is shut, and what a request may hold is bounded.
 
 gradio fetches web addresses that a client names as files, forwards requests, converts recordings and keeps copies of
-pages. Here nothing is fetched, and a body is at most as large as it can have to be.
+pages. Here nothing is fetched, neither by the server nor by the browser, and a body is no larger than it has to be.
 """
 
 import json
@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,6 +25,13 @@ SHUT = re.compile(
 )
 MAX_MESSAGE = MEGABYTE  # bytes of a request that is no upload
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of videos is WebAssembly; all is its own
+    "content-security-policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 
 
 class Guard:
@@ -39,6 +47,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        send = _with_headers(send)
         refusal: tuple[int, str] | None = None
         upload = scope["path"].rstrip("/").endswith("/upload")
         if SHUT.search(scope["path"]):
@@ -66,6 +75,19 @@ class Guard:
         if held + int(announced) > self.limits.folder_megabytes * MEGABYTE:
             return 507, "the server holds as many uploads as it may: try again later"
         return None
+
+
+def _with_headers(send: Send) -> Send:
+    """Adds `HEADERS` to the reply."""
+
+    async def more(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers[name] = value
+        await send(message)
+
+    return more
 
 
 def _sizes(folder: Path) -> Iterator[int]:

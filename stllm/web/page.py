@@ -182,7 +182,7 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples:
 
     video, image = parts.video, parts.image
     for medium, other, triggers in (
-        (video, image, [video.input, video.stop_recording]),  # a recording is no input to gradio
+        (video, image, [video.upload, video.clear, video.stop_recording]),  # a recording is no input to gradio
         (image, video, [image.input]),
     ):
         begun = gr.on(

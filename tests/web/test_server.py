@@ -170,14 +170,15 @@ def test_fifty_questions_by_eight_clients(url: str, chat: Chat, place: Path) -> 
         clip, count = clips[number], 7 if number < 2 else 6
         return [(clip, q, asked(clients[number], clip, q)[0]) for q in questions[:count]]
 
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: asked(clients[number], clips[number], FIRST), range(8)))  # made once, made now
-        before = resident_megabytes()
-        answers = [one for many in pool.map(talk, range(8)) for one in many]
-    assert len(answers) == 50
-    assert all(answer == expected[clip, question] for clip, question, answer in answers)
-    gc.collect()
-    assert resident_megabytes() - before < 20
+    levels = []
+    for _ in range(2):  # what is made once is made in the first round
+        with ThreadPoolExecutor(8) as pool:
+            answers = [one for many in pool.map(talk, range(8)) for one in many]
+        assert len(answers) == 50
+        assert all(answer == expected[clip, question] for clip, question, answer in answers)
+        gc.collect()
+        levels.append(resident_megabytes())
+    assert levels[1] - levels[0] < 20, levels
     assert len(list((place / "uploads").rglob("*.mp4"))) < 16  # a file that was sent again is kept once
 
 
@@ -290,5 +291,7 @@ def test_all_uploads_together_have_a_size(url: str, place: Path) -> None:
 def test_the_page_names_no_other_host(url: str) -> None:
     """What the page loads is its own; a browser test watches the requests."""
     html, css = httpx.get(url).text, httpx.get(f"{url}theme.css").text
+    policy = httpx.get(url).headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'") and "http" not in policy and "*" not in policy
     assert "fonts.googleapis" not in html and "http" not in css.replace("http://www.w3.org", "")
     assert '"analytics_enabled":false' in html.replace(" ", "")
