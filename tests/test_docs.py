@@ -1,4 +1,7 @@
-"""What README.md and trainval.md tell a reader to type and to open: every command parses, every file is there."""
+"""What README.md tells a reader to type parses; every file that it and trainval.md name is there.
+
+The commands of trainval.md: tests/configs/test_trainval.py.
+"""
 
 import re
 import shlex
@@ -45,13 +48,12 @@ def complaint_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> st
     return ""
 
 
-@pytest.mark.parametrize("doc", DOCS)
-def test_commands_parse(doc: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = [arguments for words in commands(doc) if (arguments := of_stllm(words)) is not None]
+def test_commands_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [arguments for words in commands("README.md") if (arguments := of_stllm(words)) is not None]
     assert len(found) > 10
     for arguments in found:
         complaint = complaint_of(arguments, capsys)
-        assert not complaint, f"{doc}: stllm {shlex.join(arguments)}"
+        assert not complaint, f"README.md: stllm {shlex.join(arguments)}"
 
 
 @pytest.mark.parametrize("doc", DOCS)

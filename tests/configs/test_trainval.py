@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stllm.cli import COMMANDS, build_parser
-from stllm.common.config import load_config
+from stllm.common.config import load_config, load_evaluation
 from stllm.datasets.annotations import JsonRecords
 from stllm.models.checkpoints.training_memory import count_parameters, training_memory
 from tests.configs.recipes import CONFIGS, RECIPES, full_size
@@ -28,16 +28,25 @@ def commands() -> list[list[str]]:
         if words[:1] == ["stllm"]:
             found.append(words[1:])
         elif words[:1] == ["torchrun"]:
-            found.append(words[words.index("stllm") + 1 :])
+            if "stllm" in words:  # or lmms-eval is launched, as the next one
+                found.append(words[words.index("stllm") + 1 :])
+        elif words[:1] in (["pip"], ["lmms-eval"]):
+            continue
         elif words[:2] == ["python", "demo.py"]:
             found.append(["chat", *words[2:]])
         else:
-            script = next((place for place, word in enumerate(words) if word.startswith("scripts/train")), None)
-            if script is not None:
-                found.append(["train", "--cfg-path", *words[script + 1 :]])
-                assert (ROOT / words[script]).is_file()
-            else:
+            script = next((place for place, word in enumerate(words) if word.startswith("scripts/")), None)
+            if script is None:
                 assert words[:1] == ["export"], words
+                continue
+            assert (ROOT / words[script]).is_file()
+            benchmark = Path(words[script]).stem.removeprefix("eval_")
+            if words[script].startswith("scripts/eval_"):
+                found.append(
+                    ["evaluate", benchmark, "--cfg-path", f"configs/eval/{benchmark}.yaml", *words[script + 1 :]]
+                )
+            else:
+                found.append(["train", "--cfg-path", *words[script + 1 :]])
     return found
 
 
@@ -45,13 +54,15 @@ def commands() -> list[list[str]]:
 def test_a_command_parses(arguments: list[str]) -> None:
     args: Namespace = build_parser().parse_args(arguments)
     assert COMMANDS[args.command].check(args) is None
-    if getattr(args, "cfg_path", None):
+    if args.command == "evaluate":
+        load_evaluation(args.benchmark, ROOT / args.cfg_path if args.cfg_path else None, args.options)
+    elif getattr(args, "cfg_path", None):
         load_config(ROOT / args.cfg_path, args.options)
 
 
 def test_there_are_commands_of_every_kind() -> None:
     assert {arguments[0] for arguments in commands()} == {
-        *("chat", "convert", "doctor", "extract", "inspect", "toy", "train")
+        *("chat", "convert", "doctor", "evaluate", "extract", "inspect", "judge", "table", "toy", "train")
     }
 
 
@@ -68,9 +79,10 @@ def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
 
 
 def test_what_the_environment_names_is_read_by_a_recipe() -> None:
-    read = "".join(path.read_text(encoding="utf-8") for path in (CONFIGS / "train").rglob("*.yaml"))
+    recipes = [path for folder in ("train", "eval") for path in (CONFIGS / folder).rglob("*.yaml")]
+    read = "".join(path.read_text(encoding="utf-8") for path in recipes)
     named = set(re.findall(r"`\$?([A-Z][A-Z0-9_]+)(?:`|/)", TEXT)) - {"RECIPE"}
-    assert named == set(re.findall(r"oc\.env:([A-Z0-9_]+)", read))
+    assert named == set(re.findall(r"oc\.env:([A-Z0-9_]+)", read)) - {"CKPT", "OUTPUT_DIR"}  # said in the headers
 
 
 def test_the_table_is_what_is_computed() -> None:
