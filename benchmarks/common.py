@@ -9,20 +9,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stllm.evaluation.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "timm", "av")
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """--quick for smaller sizes, --output-dir for where JSON and markdown go, --device."""
+    """--quick for smaller sizes, --output-dir for where the JSON goes, --device."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, a rough figure")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
 
@@ -78,21 +81,47 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def report(name: str, baseline: str, rows: list[dict[str, Any]], sizes: dict[str, Any], output_dir: Path) -> None:
-    """Writes `<name>.json` and `<name>.md` and prints the table. baseline: in words, what the ratios stand against."""
+def report(
+    name: str,
+    baseline: str,
+    rows: list[dict[str, Any]],
+    sizes: dict[str, Any],
+    output_dir: Path,
+    also: dict[str, Any] | None = None,
+) -> None:
+    """Writes `<name>.json` and prints it as `benchmarks/results/README.md` has it.
+
+    baseline: in words, what the ratios stand against. sizes: what was chosen; only equal sizes compare. also: what was
+    found beside the rows, or belongs to the machine.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    result = {"name": name, "baseline": baseline, "sizes": sizes, "rows": rows, "machine": machine()}
+    result = {"name": name, "baseline": baseline, "sizes": sizes, "rows": rows, "also": also or {}}
+    result["machine"] = machine()
     (output_dir / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    columns = list(rows[0])
-    lines = [f"## {name}", "", f"Baseline: {baseline}.", ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
-    sizes_line = ", ".join(f"{key} {value}" for key, value in sizes.items())
-    about = result["machine"]
-    lines += ["", f"Sizes: {sizes_line}. Machine: {about['processor']}, {about['cores']} cores, "]
-    lines[-1] += ", ".join(f"{key} {value}" for key, value in about["versions"].items()) + "."
-    (output_dir / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    print(f"## {name}\n\n{markdown(result)}")
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A result's table, and what it stands on: baseline, sizes, machine, versions."""
+    columns = list(result["rows"][0])
+    rows = [[_cell(row[column]) for column in columns] for row in result["rows"]]
+    texts = len(list(takewhile(lambda value: isinstance(value, str), result["rows"][0].values())))
+    about, versions = result["machine"], result["machine"]["versions"]
+    where = about["accelerator"] or f"{about['processor']}, {about['threads']} threads on {about['cores']} cores"
+    lines = [f"Baseline: {result['baseline']}.", f"Sizes: {_pairs(result['sizes'])}."]
+    lines += [f"Also: {_pairs(result['also'])}."] if result.get("also") else []
+    lines += [f"Machine: {where}; Python {about['python']}, {_pairs(versions)}."]
+    return table(columns, rows, texts=texts) + "\n" + "\n".join(lines) + "\n"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_words(value)}" for key, value in values.items())
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({_pairs(value)})"
+    return " / ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _cell(value: Any) -> str:

@@ -127,10 +127,12 @@ def main() -> None:
             "clips": num_clips,
             "image": IMAGE_SIZE,
             "batch": BATCH_SIZE,
+        },
+        args.output_dir,
+        also={
             "workers": num_decoders(None),
             f"MiB held after each quarter of {num_asked} questions": [round(value) for value in held],
         },
-        args.output_dir,
     )
 
 

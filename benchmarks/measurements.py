@@ -1,0 +1,50 @@
+"""What is measured, by module name: the question, which columns of its table name a row, and which are ratios.
+
+Ratios are what `python -m benchmarks` draws and compares: seconds and bytes are a machine's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One module of this package. more, less: columns of ratios of which more, or less, is better."""
+
+    question: str
+    labels: tuple[str, ...]
+    more: tuple[str, ...] = ()
+    less: tuple[str, ...] = ()
+
+    @property
+    def ratios(self) -> tuple[str, ...]:
+        """All columns that are compared."""
+        return self.more + self.less
+
+
+MEASUREMENTS: Mapping[str, Measurement] = {
+    "startup": Measurement("How long until a command says its first word?", ("",), less=("× the interpreter alone",)),
+    "encoding": Measurement(
+        "How fast is the real-size image encoder, and how near the machine's peak?",
+        ("",),
+        more=("speed-up", "share of peak"),
+    ),
+    "reuse": Measurement("What do many questions about one video cost?", ("",), more=("speed-up",)),
+    "training_step": Measurement(
+        "What does a step with masking and MVM cost, against the plain procedure?",
+        ("vocabulary", "checkpointing"),
+        less=("time ratio", "memory ratio"),
+    ),
+    "masking": Measurement(
+        "What does masking save in training, over the number of frames?",
+        ("frames",),
+        less=("masked, time", "masked with MVM, time", "masked, memory", "masked with MVM, memory"),
+    ),
+    "data_pipeline": Measurement(
+        "How fast do videos become training batches?", ("video", "workers"), more=("speed-up",)
+    ),
+    "evaluation": Measurement("How fast are a benchmark's questions answered?", ("set", ""), more=("speed-up",)),
+    "loading": Measurement(
+        "How much memory does loading weights take?", ("layout", "loaded by", "as"), less=("peak / weights",)
+    ),
+}

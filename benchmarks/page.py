@@ -1,0 +1,70 @@
+"""One page of all results: tables, charts, and what has changed since the last commit."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.charts import draw
+from benchmarks.common import markdown
+from benchmarks.comparison import Change, Result, changes, comparable
+from benchmarks.measurements import MEASUREMENTS
+from stllm.common.files import replacing
+from stllm.evaluation.tables import table
+
+INTRODUCTION = """# Speed and memory
+
+Written by `python -m benchmarks{option}`. Each figure stands against a baseline that the same run measured on the same
+machine, so ratios are what to read; seconds and bytes are that machine's own. Dashed lines: the baseline, 1.
+"""
+
+
+def write_page(folder: Path, committed: Mapping[str, Result], *, quick: bool) -> str:
+    """Draws the charts and writes README.md from the results in the folder. Returns the section of changes.
+
+    committed: the results to compare with, by name, of those that were measured now.
+    """
+    results = {name: _read(folder / f"{name}.json") for name in MEASUREMENTS if (folder / f"{name}.json").is_file()}
+    sections = []
+    for name, result in results.items():
+        measurement = MEASUREMENTS[name]
+        draw(folder / f"{name}.svg", result, measurement)
+        chart = f"![{name}: {', '.join(measurement.ratios)}]({name}.svg)"
+        sections.append(f"## {name}\n\n{measurement.question}\n\n{markdown(result)}\n{chart}\n")
+    absent = [f"`{name}`" for name in MEASUREMENTS if name not in results]
+    if absent:
+        sections.append(f"Not measured yet: {', '.join(absent)}.\n")
+    compared = _comparison(results, committed)
+    introduction = INTRODUCTION.format(option=" --quick" if quick else "")
+    with replacing(folder / "README.md") as partial:
+        partial.write_text("\n".join([introduction, *([compared] if compared else []), *sections]), encoding="utf-8")
+    return compared
+
+
+def _comparison(results: Mapping[str, Result], committed: Mapping[str, Result]) -> str:
+    """The section, or nothing where there is nothing to compare with."""
+    if not committed:
+        return ""
+    lines = [
+        _line(name, change)
+        for name, then in committed.items()
+        for change in changes(results[name], then, MEASUREMENTS[name])
+    ]
+    text = "## Against the last committed results\n\n"
+    if lines:
+        header = ("measurement", "row", "ratio", "then", "now", "now / then", "")
+        text += table(header, lines, texts=3)
+    other = [name for name, then in committed.items() if not comparable(results[name], then)]
+    if other:
+        text += f"\nOther sizes or another baseline than committed, so not compared: {', '.join(other)}.\n"
+    return text
+
+
+def _line(name: str, change: Change) -> Sequence[str]:
+    verdict = {None: "", True: "better", False: "worse"}[change.better]
+    figures = [f"{value:.3g}" for value in (change.then, change.now, change.ratio)]
+    return [name, change.row, change.column, *figures, verdict]
+
+
+def _read(path: Path) -> Result:
+    result: Result = json.loads(path.read_text(encoding="utf-8"))
+    return result

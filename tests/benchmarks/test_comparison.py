@@ -1,0 +1,58 @@
+"""Ratios against committed ones: what compares, what got better, what does not compare."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.common import RESULTS
+from benchmarks.comparison import changes, committed, label
+from benchmarks.measurements import MEASUREMENTS, Measurement
+
+MEASUREMENT = Measurement("?", ("name", "workers"), more=("speed-up",), less=("memory ratio",))
+
+
+def result(*rows: tuple[str, float, Any, float], **changed: Any) -> dict[str, Any]:
+    columns = ("name", "workers", "speed-up", "memory ratio")
+    found = {"baseline": "b", "sizes": {"size": [2, 3]}, "rows": [dict(zip(columns, row, strict=True)) for row in rows]}
+    return {**found, **changed}
+
+
+def test_each_ratio_is_compared_and_its_direction_heeded() -> None:
+    then = result(("ours", 1, 2.0, 0.5), ("ours", 2, 4.0, 0.5))
+    now = result(("ours", 2, 5.0, 0.6), ("ours", 1, 2.04, 0.4))
+    found = {(change.row, change.column): change for change in changes(now, then, MEASUREMENT)}
+    assert len(found) == 4
+    assert found["ours, workers 2", "speed-up"].ratio == 1.25 and found["ours, workers 2", "speed-up"].better is True
+    assert found["ours, workers 2", "memory ratio"].better is False
+    assert found["ours, workers 1", "memory ratio"].better is True
+    assert found["ours, workers 1", "speed-up"].better is None  # two per cent is no change
+
+
+def test_what_is_no_figure_or_was_not_there_is_left_out() -> None:
+    then = result(("baseline", 0, 1, 1.0), ("ours", 0, "-", 0.5))
+    now = result(("baseline", 0, 1.0, 1.0), ("ours", 0, 2.0, 0.5), ("new", 0, 3.0, 0.5))
+    assert [(change.row, change.column) for change in changes(now, then, MEASUREMENT)] == [
+        ("ours, workers 0", "memory ratio")
+    ]
+
+
+@pytest.mark.parametrize("changed", [{"sizes": {"size": [2, 4]}}, {"baseline": "another"}])
+def test_other_sizes_do_not_compare(changed: dict[str, Any]) -> None:
+    row = ("ours", 1, 2.0, 0.5)
+    assert changes(result(row), result(row), MEASUREMENT)
+    assert changes(result(row), result(row, **changed), MEASUREMENT) == []
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("**/*.json")), ids=lambda path: path.stem)
+def test_committed_results_have_the_columns_that_are_compared(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    measurement = MEASUREMENTS[found["name"]]
+    assert path.stem == found["name"] and found["baseline"] and found["sizes"] and found["machine"]["versions"]
+    assert all({*measurement.labels, *measurement.ratios} <= set(row) for row in found["rows"])
+    assert len({label(row, measurement) for row in found["rows"]}) == len(found["rows"])
+
+
+def test_a_file_that_was_never_committed_compares_with_nothing() -> None:
+    assert committed(RESULTS / "no_such.json") is None
