@@ -128,6 +128,7 @@ class ModelSettings:
     residual_size: int = _within(16, 1)  # local frames of `residual`, R
     residual_bottleneck: int | None = None  # inner width of `residual`; unset: a quarter of the language model's
     use_mask: bool = False  # drop a random part of the visual tokens in training
+    use_mvm: bool | None = None  # False: masking without its second loss, masked video modelling; unset: with it
     mvm_decode: bool = False  # a linear decoder before the masked-video-modelling loss, not the identity
     mask_rate_mean: float = _within(0.5, 0, 1)  # the share dropped: Normal(mean, std), clipped to [min, max]
     mask_rate_std: float = _within(0.1, 0)

@@ -50,6 +50,7 @@ class STLLMConfig(PretrainedConfig):
     text_config: the causal language model's own configuration (any of transformers').
     video_input: mean, all or residual; `residual_size` local frames, `residual_bottleneck` its inner width
         (default: a quarter of the language model's).
+    use_mvm: whether masking comes with the loss of masked video modelling; `mvm_decode`: through a decoder.
     mask_rate: mean, std, min and max of the share of visual tokens dropped in training (paper section 3.3).
     lora: {r, alpha, dropout, target_modules}, or None.
     template, system, max_txt_len, end_sym: how prompts are written for these weights (conversation/templates.py).
@@ -72,6 +73,7 @@ class STLLMConfig(PretrainedConfig):
         residual_size: int = 16,
         residual_bottleneck: int | None = None,
         use_mask: bool = False,
+        use_mvm: bool = True,
         mvm_decode: bool = False,
         mask_rate: dict[str, float] | None = None,
         freeze_vit: bool = True,
@@ -96,6 +98,7 @@ class STLLMConfig(PretrainedConfig):
         self.residual_size = residual_size
         self.residual_bottleneck = residual_bottleneck or self.text_config.hidden_size // 4
         self.use_mask = use_mask
+        self.use_mvm = use_mvm
         self.mvm_decode = mvm_decode
         self.mask_rate = _known("mask_rate", mask_rate or {}, MASK_RATE_DEFAULTS)
         self.freeze_vit = freeze_vit

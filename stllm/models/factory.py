@@ -31,6 +31,7 @@ RENAMED = {
     "residual_size": "residual_size",
     "residual_bottleneck": "residual_bottleneck",
     "use_mask": "use_mask",
+    "use_mvm": "use_mvm",
     "mvm_decode": "mvm_decode",
     "freeze_vit": "freeze_vit",
     "freeze_qformer": "freeze_qformer",

@@ -171,11 +171,16 @@ class STLLM(PreTrainedModel):
         labels: Tensor | None,
         num_items: Tensor | int | None,
     ) -> STLLMOutput:
-        """Student on the kept tokens, teacher on all of them up to the last visual one (paper section 3.3)."""
+        """Student on the kept tokens, teacher on all of them up to the last visual one (paper section 3.3).
+
+        Without `use_mvm` there is no teacher: masking alone.
+        """
         student = self.join(list(keep_tokens(visual, mask)), input_ids, attention_mask, labels=labels)
         hidden = lm.last_hidden_states(self.language_model, student.inputs_embeds, student.attention_mask)
         output = self._score(student, hidden, num_items)
         kept = kept_positions(mask)  # (B, M)
+        if not self.config.use_mvm:
+            return STLLMOutput(**{**output, "kept_visual_tokens": kept.shape[1]})
         teacher_hidden = self.teacher_hidden_states(visual.detach(), input_ids, attention_mask)  # (B, N, D)
         student_hidden = _gather_positions(hidden, student.visual_positions(kept.shape[1]))  # (B, M, D)
         loss_mvm = mvm_loss(self.mvm_decoder(student_hidden), _gather_positions(teacher_hidden, kept))

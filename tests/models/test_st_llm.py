@@ -120,6 +120,18 @@ def test_the_teacher_stops_at_the_last_visual_token(monkeypatch: pytest.MonkeyPa
     assert output.logits.shape == (2 * 3, 64)
 
 
+def test_masking_alone_is_the_language_loss_on_the_kept_tokens() -> None:
+    model = train_without_dropout(tiny_model(**TRAINING))
+    batch = batch_for(model)
+    mask = mask_for(model, batch)
+    both = model(**batch, token_mask=mask)
+    model.config.use_mvm = False
+    alone = model(**batch, token_mask=mask)
+    assert alone.loss_mvm is None and both.loss_mvm > 0
+    assert alone.loss == alone.loss_lm == both.loss_lm
+    assert alone.kept_visual_tokens == both.kept_visual_tokens < 6 * 4
+
+
 def test_an_image_is_never_masked() -> None:
     model = tiny_model(**TRAINING).train()
     output = model(**batch_for(model, num_frames=1))
