@@ -143,7 +143,8 @@ class ModelSettings:
 
     # Weights
     ckpt: str | None = _path()  # weights to start from: a folder or file, loaded over the parts named above
-    # parts that training starts from random weights when no file gives them
+    # parts that training starts from random weights when no file gives them (a projection: or only one into a language
+    # model of another width)
     fresh: list[str] = field(default_factory=list, metadata={"choices": _PARTS})
     # True: every data set must have precomputed features (datasets.features_root, stllm extract), none is read from
     # pixels; False: those that have some are read from them all the same

@@ -18,7 +18,7 @@ from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.features import FeatureStore, feature_key, frame_settings
 from stllm.datasets.media import MediaError, load_clip
-from stllm.datasets.records import Record
+from stllm.datasets.records import Record, Records
 from stllm.datasets.samples import Sample, SampleKey
 from stllm.processors.vision import ClipTransform
 
@@ -40,7 +40,7 @@ class InstructionCorpus:
         self,
         *,
         name: str,
-        records: JsonRecords,
+        records: Records,
         num_frames: int,
         transform: ClipTransform,
         sampling: str = "rand",

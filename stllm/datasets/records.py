@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from stllm.conversation.templates import Turn
 from stllm.datasets.sampling import Bounds
 
@@ -25,7 +27,15 @@ class Record:
 
 
 class Records(Protocol):
-    """An annotation file that was read: records by index, held compactly."""
+    """An annotation file that was read: records by index, held compactly.
+
+    kind: "video", "image" or "text", the same for all. media_dir: what their media are relative to.
+    num_pairs: (records,) answered pairs of each.
+    """
+
+    kind: str
+    media_dir: str
+    num_pairs: np.ndarray
 
     def __len__(self) -> int: ...
 

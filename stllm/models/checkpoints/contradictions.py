@@ -63,7 +63,7 @@ def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any]
     for source in sources:
         text = source.config.get("text_config") or source.config
         facts.append((f"the weights in {source.path}", _hidden_size(source, text)))
-        projection = source.entries.get("projection.weight")
+        projection = None if "projection" in (settings.get("fresh") or ()) else source.entries.get("projection.weight")
         facts.append((f"the projection in {source.path}", projection and projection.shape[0]))
         if source.is_whole_model or source.format is Format.CAUSAL_LM:
             facts.append((f"{source.path}/config.json", text.get("hidden_size")))
@@ -74,9 +74,12 @@ def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any]
     for words, size in known[1:]:
         reference, expected = known[0]
         if size != expected:
+            either = (
+                "; or train a new projection: model.fresh=[projection]" if "projection" in reference + words else ""
+            )
             raise UserError(
                 f"the language model has hidden size {expected}{LLM_SIZES.get(expected, '')} by {reference}, but "
-                f"{size}{LLM_SIZES.get(size, '')} by {words}: use weights and configuration of the same size"
+                f"{size}{LLM_SIZES.get(size, '')} by {words}: use weights and configuration of the same size{either}"
             )
 
 

@@ -1,7 +1,7 @@
 """Which tensor of which file goes where: a plan made from names and shapes alone, before anything is read."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -62,6 +62,7 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     _check_vocabulary(model, plan)
     tied = set(model.all_tied_weights_keys)
     asked = {part for name in fresh for part in ASKED_FRESH[name]}
+    _leave_out_other_sizes(plan, wanted, asked)
     for key, tensor in wanted.items():
         if key in plan.origins:
             _check_shape(plan, key, tensor, config)
@@ -72,6 +73,15 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
             if state == "fresh":
                 plan.fresh.add(key)
     return plan
+
+
+def _leave_out_other_sizes(plan: Plan, wanted: Mapping[str, Tensor], asked: Set[str]) -> None:
+    """Of parts that may start fresh: a projection into another language model does not fit this one."""
+    for key in [key for key in plan.origins if part_of(key) == "projection" and "projection" in asked]:
+        source, entry = plan.origins[key]
+        if entry.shape != tuple(wanted[key].shape):
+            plan.report.notes.append(f"{entry.key} of {source.path} is for a language model of another width: left out")
+            del plan.origins[key]
 
 
 def _check_shape(plan: Plan, key: str, tensor: Tensor, config: STLLMConfig) -> None:

@@ -1,0 +1,141 @@
+"""CONTRIBUTING.md: every example is run as it stands there, by the tests that it says will check it."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stllm.cli import main
+from stllm.commands import benchmarking
+from stllm.common import config, registry
+from stllm.common.config import load_config
+from stllm.common.errors import UserError
+from stllm.evaluation import videoqa
+from stllm.models import video_inputs
+from stllm.models.factory import build_model
+from tests.evaluation import test_presets
+from tests.helpers.evaluation import CHECKPOINT, QUICK, lines, write_set
+from tests.helpers.tiny import tiny_batch
+from tests.models import test_language_model, test_st_llm, test_video_inputs
+from tests.models.checkpoints.conftest import FOREIGN, HEADS
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+REGISTRIES = (registry.video_inputs, registry.datasets, registry.benchmarks)
+
+
+# the file that a code block goes into -> what goes there
+BLOCKS: dict[str, str] = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", TEXT, re.M | re.S))
+EXTENDED = ("stllm/models/video_inputs.py", "tests/models/test_language_model.py", "stllm/evaluation/videoqa.py")
+
+
+@pytest.fixture(autouse=True)
+def forgetful_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What an example registers is gone after its test."""
+    for kind in REGISTRIES:
+        kind.names()  # its modules are imported
+        monkeypatch.setattr(kind, "_entries", dict(kind._entries))
+    yield
+
+
+def run(path: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Runs a block among those names, and returns them with what it adds."""
+    found = dict(names)
+    exec(compile(BLOCKS[path], path, "exec"), found)
+    return found
+
+
+def test_every_block_is_run_here_and_its_neighbours_exist() -> None:
+    assert len(BLOCKS) == TEXT.count("```") / 2 == 7
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert all(source.count(f'"{path}"') for path in BLOCKS)
+    named = re.findall(r"(?<![\w/])(?:stllm|configs|scripts|benchmarks|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b", TEXT)
+    assert not [path for path in {*named} - {*BLOCKS} if not (ROOT / path).exists()]
+    assert all((ROOT / path).exists() == (path in EXTENDED) for path in BLOCKS)
+
+
+def test_a_video_input(tmp_path: Path) -> None:
+    run("stllm/models/video_inputs.py", vars(video_inputs))
+    assert "stride" in registry.video_inputs.names()
+    test_video_inputs.test_frames_that_are_not_kept_are_absent("stride")
+    test_video_inputs.test_an_image_enters_as_its_own_tokens("stride")
+    for num_frames in (1, 3, 4, 9):
+        test_video_inputs.test_number_of_tokens_is_what_is_announced("stride", num_frames)
+    frames = torch.randn(1, 6, 5, 8)
+    assert torch.equal(registry.video_inputs.get("stride")()(frames), frames[:, ::2].flatten(1, 2))
+    test_st_llm.test_conformance({"video_input": "stride", **test_st_llm.TRAINING}, tmp_path)
+
+
+def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe, with a tiny Qwen3, its tokenizer, and the other published files at their tiny size."""
+    monkeypatch.setattr(test_language_model, "ARCHITECTURES", dict(test_language_model.ARCHITECTURES))
+    run("tests/models/test_language_model.py", vars(test_language_model))
+    test_language_model.test_loss_and_logits_equal_the_whole_model("qwen3")
+
+    sizes = {**test_language_model.ARCHITECTURES["qwen3"], "vocab_size": 512}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes)).save_pretrained(tmp_path / "qwen3")
+    for path in (FOREIGN / "vicuna_for_instructblip").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "qwen3")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    recipe = tmp_path / "configs" / "train" / "qwen3.yaml"
+    recipe.write_text(BLOCKS["configs/train/qwen3.yaml"], encoding="utf-8")
+    monkeypatch.setenv("QWEN3", str(tmp_path / "qwen3"))
+    monkeypatch.setenv("VIT_CKPT", str(FOREIGN / "eva_vit_g.pth"))
+    monkeypatch.setenv("QFORMER_CKPT", str(FOREIGN / "instruct_blip_vicuna7b_trimmed.pth"))
+    tiny = [*HEADS, "model.image_size=28", "model.num_query_token=4"]
+    with pytest.raises(UserError, match=r"hidden size 48 by the projection .*model\.fresh=\[projection\]"):
+        build_model(load_config(recipe, [*tiny, "model.fresh=[]"]), device="cpu")
+    model = build_model(load_config(recipe, tiny), device="cpu", dtype="float32")
+    assert model.config.text_config.model_type == "qwen3" and model.config.video_input == "mean"
+    assert model.config.vision_config["encoder"] == "eva_btadapter_g"
+    model.train()(**tiny_batch()).loss.backward()
+    trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
+    assert trained == {"projection", "vision_encoder"}  # the adapter
+
+
+def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("stllm.datasets.csv_clips")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update(run("stllm/datasets/csv_clips.py", {"__name__": module.__name__}))
+    tests = run("tests/datasets/test_csv_clips.py", {"__name__": "tests.datasets.test_csv_clips"})
+    checks = [value for name, value in tests.items() if name.startswith("test_")]
+    for number, check in enumerate(checks):
+        (tmp_path / str(number)).mkdir()
+        check(tmp_path / str(number))
+    assert len(checks) == 2
+
+
+def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked on a golden checkpoint, as its YAML says."""
+    monkeypatch.setattr(videoqa, "KINDS", dict(videoqa.KINDS))
+    run("stllm/evaluation/videoqa.py", vars(videoqa))
+    registry.benchmarks.register("kitchen")(partial(videoqa.videoqa, name="kitchen"))  # as the loop below KINDS does
+    shutil.copytree(config.PRESETS, tmp_path / "presets")
+    preset = BLOCKS["stllm/configs/evaluation/kitchen.yaml"]
+    (tmp_path / "presets" / "kitchen.yaml").write_text(preset, encoding="utf-8")
+    monkeypatch.setattr(config, "PRESETS", tmp_path / "presets")
+    monkeypatch.setattr(benchmarking, "BENCHMARKS", (*benchmarking.BENCHMARKS, "kitchen"))
+    monkeypatch.setattr(test_presets, "FOLDER", tmp_path / "presets")
+    test_presets.test_a_preset_opens_with_what_it_is_for_and_how_to_run_it("kitchen")
+
+    data = write_set(tmp_path / "data", num_videos=2, num_questions=1)
+    for path in (data / "videos").iterdir():
+        path.rename(path.with_name(f"clip_{path.name}"))
+    records = json.loads((data / "test_qa.json").read_text())
+    for record in records:
+        record["clip"] = Path(record.pop("video_name")).stem
+    (data / "test_qa.json").write_text(json.dumps(records))
+    files = ["--anno-path", str(data / "test_qa.json"), "--video-dir", str(data / "videos")]
+    words = ["evaluate", "kitchen", "--ckpt-path", str(CHECKPOINT), *files, "--output-dir", str(tmp_path / "out")]
+    assert main([*words, *QUICK]) == 0
+    found = lines(tmp_path / "out", "kitchen")
+    assert len(found) == 2 and all(line["pred"] and not line["error"] for line in found)
