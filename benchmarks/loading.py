@@ -70,8 +70,9 @@ def write_released(config: STLLMConfig, folder: Path) -> None:
             number += 1
         shards[number].append(key)
         written += shape.numel()
-    for number, keys in enumerate(shards, start=1):
-        path = folder / f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
+    filled = [keys for keys in shards if keys]  # of a small model the embeddings alone are more than a share
+    for number, keys in enumerate(filled, start=1):
+        path = folder / f"pytorch_model-{number:05d}-of-{len(filled):05d}.bin"
         torch.save({key: torch.full(specs[key], 0.01, dtype=torch.float16) for key in keys}, path)
     (folder / "config.json").write_text(json.dumps({**config.text_config.to_dict(), "model_type": "st_llm_hf"}))
     (folder / "meta.json").write_text(json.dumps(meta_of(config)))
