@@ -6,6 +6,7 @@
 #           PYTHON=python3.12 bash scripts/test.sh --fresh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib/environment.sh
 
 fresh=${CI:+yes}
 active=
@@ -14,35 +15,11 @@ while [[ ${1:-} == --fresh || ${1:-} == --active ]]; do
     shift
 done
 
-python=${PYTHON:-python3}
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "error: $("$python" --version 2>&1 || echo "no $python") found, Python 3.10 or newer expected: set PYTHON=" >&2
-    exit 1
-fi
-
-step() { # name, command...: runs it and prints the seconds it took
-    local name=$1 start=$SECONDS
-    shift
-    echo "== $name"
-    "$@"
-    echo "== $name: $((SECONDS - start)) s"
-}
-
-install() {
-    # torch first and alone: the largest download fails early; numpy and the rest follow its choice
-    python -m pip install --quiet --disable-pip-version-check torch torchvision
-    python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-}
-
+check_python
 if [[ -z $active ]]; then
     [[ -n $fresh ]] && rm -rf .venv
-    if [[ ! -d .venv ]]; then
-        step "new virtual environment" "$python" -m venv .venv
-    fi
-    # shellcheck disable=SC1091
-    source .venv/bin/activate
-    step "install" install
-    python=python
+    enter_venv .venv
+    step "install" install_stllm '[dev]'
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests' tensors are small: more threads only wait for each other

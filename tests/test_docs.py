@@ -5,17 +5,22 @@ The commands of trainval.md: tests/configs/test_trainval.py.
 
 import re
 import shlex
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
 from stllm.cli import build_parser
+from stllm.common.registry import video_inputs
 
 ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", "trainval.md")
+FIGURE = ROOT / "docs" / "architecture.svg"
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 OURS: dict[str, list[str]] = {"demo.py": ["chat"], "demo_gradio.py": ["demo"], "stllm": []}
 FILE = re.compile(r"(?<![\w/$.-])(?:stllm|configs|scripts|benchmarks|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b")
+
+NAME = re.compile(r"(?:def|class) (\w+)|self\.(\w+)(?:: \w+)? =|^    (\w+): |\.register\(\"(\w+)\"", re.MULTILINE)
 
 
 def commands(doc: str) -> list[list[str]]:
@@ -63,3 +68,13 @@ def test_files_are_there(doc: str) -> None:
     named |= {link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)#]+)", text)}
     assert len(named) > 5
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_the_figure_s_names_are_the_code_s() -> None:
+    texts = [text for text in ET.parse(FIGURE).iter() if "code" in text.get("class", "").split()]
+    drawn = {name for text in texts for name in re.findall(r"\w+", text.text or "")}
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "stllm").rglob("*.py")]
+    known = {name for source in sources for names in NAME.findall(source) for name in names}
+    assert len(drawn) > 12 and not drawn - known
+    assert {"mean", "all", "residual"} == drawn & set(video_inputs.names())
+    assert "docs/architecture.svg" in (ROOT / "README.md").read_text(encoding="utf-8")

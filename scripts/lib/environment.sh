@@ -1,0 +1,35 @@
+# Functions of quickstart.sh and test.sh, which source this file: Python, its environment, what is installed there.
+# For bash 3.2 (macOS) and newer.
+
+python=${PYTHON:-python3}
+
+step() { # name, command...: runs it and prints the seconds it took
+    local name=$1 start=$SECONDS
+    shift
+    echo "== $name"
+    "$@"
+    echo "== $name: $((SECONDS - start)) s"
+}
+
+check_python() { # ends the script where Python is too old, or not there
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "error: $("$python" --version 2>&1 || echo "no $python") found, Python 3.10 or newer expected: set PYTHON=" >&2
+        exit 1
+    fi
+}
+
+enter_venv() { # folder: the virtual environment there, made where it is not; python is its own from here on
+    if [[ ! -d $1 ]]; then
+        step "new virtual environment in $1" "$python" -m venv "$1"
+    fi
+    # shellcheck disable=SC1091
+    source "$1/bin/activate"
+    python=python
+}
+
+install_stllm() { # the package from this folder, editable. $1: extras, such as [dev]
+    # torch first and alone: the largest download fails early; numpy and the rest follow its choice
+    "$python" -m pip install --quiet --disable-pip-version-check \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision
+    "$python" -m pip install --quiet --disable-pip-version-check -e ".${1:-}"
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# From a clone to answers about a video: an environment, the package, and the tiny model that comes with it, asked about
+# a clip that comes with it. Linux and macOS; no GPU, no other weights.
+# Needs: Python 3.10 or newer (3.11 for the newest torch), and a package index to install from.
+# Launch:   bash scripts/quickstart.sh           installs into the environment that is active, else into .venv
+# Override: bash scripts/quickstart.sh --train   writes the toy world, trains the tiny model afresh, and asks that one
+#           PYTHON=python3.12 TORCH_INDEX=URL bash scripts/quickstart.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib/environment.sh
+
+usage() {
+    cat <<'END'
+usage: bash scripts/quickstart.sh [--train]
+  --train      write the toy world and train the tiny model on it, on the CPU, then ask that one
+environment:
+  PYTHON       the interpreter (default: the active environment's python, or python3)
+  TORCH_INDEX  where torch is installed from; without a GPU, the index of CPU builds that pytorch.org names for your
+               machine saves gigabytes on Linux (default: pip's own)
+END
+}
+
+# prints "file<TAB>question" of each example of a folder with examples.json
+list_examples='import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+for entry in json.loads((folder / "examples.json").read_text(encoding="utf-8")):
+    print(folder / entry["file"], entry["question"], sep="\t")'
+
+ask() { # checkpoint, clip, question
+    echo "$2"
+    echo "  $3"
+    echo "  > $("$python" -m stllm chat --ckpt-path "$1" --video "$2" --question "$3")"
+}
+
+train=
+case ${1:-} in
+-h | --help) usage && exit ;;
+--train) train=yes && shift ;;
+esac
+[[ $# == 0 ]] || { usage >&2 && exit 2; }
+
+activate=
+if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+    python=${PYTHON:-python}
+    check_python
+else
+    check_python
+    enter_venv .venv
+    activate="source .venv/bin/activate && "
+fi
+step "install" install_stllm
+
+model=stllm/assets/stllm-tiny
+examples=stllm/assets/examples
+if [[ -n $train ]]; then
+    PYTHON=$python step "training" bash scripts/train_tiny.sh --quick
+    model=${TINY_OUTPUT:-output/tiny/quick}/3_masking
+elif [[ ! -f $model/config.json ]]; then
+    echo "error: stllm is installed, but this copy has no $model: train it with bash scripts/quickstart.sh --train" >&2
+    exit 1
+fi
+if [[ -f $examples/examples.json ]]; then
+    "$python" -c "$list_examples" "$examples" | while IFS=$'\t' read -r clip question; do
+        ask "$model" "$clip" "$question" </dev/null
+    done
+fi
+cat <<END
+
+Ask about a video of yours:   ${activate}stllm chat --ckpt-path $model --video CLIP.mp4
+A page to talk with videos:   ${activate}stllm demo --ckpt-path $model   # then http://127.0.0.1:7860
+END
