@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_all(plan: Plan, seeds: Sequence[int], jobs: int, commands: Commands) -> Iterator[Result]:
-    """Results as they come, seed by seed; a failed one has `error`, its cause. At KeyboardInterrupt all is stopped."""
+    """Results as they come, seed by seed; a failed one has `error`, its cause. Left early, it stops all of them."""
     futures: dict[tuple[str, int], Future[Result]] = {}
 
     def one(variant: Variant, seed: int) -> Result:
@@ -82,10 +82,9 @@ def run_all(plan: Plan, seeds: Sequence[int], jobs: int, commands: Commands) -> 
                 for variant in VARIANTS:
                     futures[variant.name, seed] = pool.submit(one, variant, seed)
             yield from (future.result() for future in as_completed(futures.values()))
-        except KeyboardInterrupt:
+        finally:  # at Ctrl-C, wherever it comes; else nothing runs any more
             commands.stop()
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _told(result: Result) -> str:

@@ -1,0 +1,321 @@
+"""The experiment on time: recipes that differ in the variant alone, runs that go on, figures and claims by hand."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.temporal import main
+from benchmarks.temporal_chart import chart
+from benchmarks.temporal_plan import ALL, VARIANTS, Plan, recipe
+from benchmarks.temporal_report import claims, markdown, summary
+from benchmarks.temporal_runs import Commands, Result, RunError, training_figures
+from stllm.common.config import load_config
+from tests.configs.recipes import CONFIGS
+from tests.helpers.training import train
+
+BASE = CONFIGS / "tiny" / "stages" / "2_videos.yaml"
+STEPS = 80
+SLUGS = ("object_existence", "moving_direction", "unexpected_action")
+NAMES = {"object_existence": "Object Existence", "moving_direction": "Moving Direction"}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files of a toy world that the experiment itself looks at, and a checkpoint beside it."""
+    root = tmp_path / "world"
+    files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/packed.json": []}
+    for slug in SLUGS:
+        options = ["yes", "no"] if slug == "object_existence" else ["a", "b", "c", "d"]
+        files[f"mvbench/json/{slug}.json"] = [{"candidates": options}] * 3
+    files["../checkpoint/config.json"] = {"num_query_tokens": 6}
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    monkeypatch.setenv("TOY_ROOT", str(root))
+    return root
+
+
+def plan_of(world: Path, **changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "world": world,
+        "test_world": world,
+        "checkpoint": world.parent / "checkpoint",
+        "base": BASE,
+        "work": world.parent / "work",
+        "steps": STEPS,
+        "mask_after": 0.5,
+        "residual_size": 4,
+        "long_frames": 16,
+        "limit": None,
+        "device": "cpu",
+    }
+    return Plan(**{**values, **changes})
+
+
+class Stub(Commands):
+    """Leaves what the commands would. failing: variants whose training fails; calls: the words of each."""
+
+    failing: tuple[str, ...] = ()
+    calls: list[list[str]]
+
+    def run(self, words: Sequence[str], log: Path) -> None:
+        self.calls.append(list(words))
+        folder = log.parent
+        if words[0] == "train":
+            if any(folder.name.startswith(f"{name}-") for name in self.failing):
+                raise RunError("stllm train ended with 1: error: no space left")
+            recipe_path = Path(words[words.index("--cfg-path") + 1])
+            (folder / "model").mkdir(exist_ok=True)
+            (folder / "model" / "config.yaml").write_text("run: {per_device_train_batch_size: 8}")
+            lines = [{"step": n, "samples_per_second": 16.0, "kept_visual_tokens": 48.0} for n in range(1, STEPS + 1)]
+            (folder / "model" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            assert load_config(recipe_path).run.max_steps == STEPS
+            (folder / "model" / "config.json").write_text("{}")
+        else:
+            tasks = words[words.index("--tasks") + 1].split(",")
+            scores = {NAMES.get(task, "Unexpected Action"): 75.0 for task in tasks}
+            path = folder / "evaluation" / f"{words[words.index('--output-name') + 1]}.results.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"scores": {"strict": {"tasks": scores}}}))
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
+    Stub.failing, Stub.calls = (), []
+    monkeypatch.setattr("benchmarks.temporal.Commands", Stub)
+    return Stub
+
+
+def start(world: Path, *more: str) -> int:
+    words = ["--world", str(world), "--ckpt", str(world.parent / "checkpoint"), "--work", str(world.parent / "work")]
+    words += ["--output-dir", str(world.parent / "results"), "--steps", str(STEPS), "--seeds", "2", "--jobs", "1"]
+    return main([*words, *more])
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_differ_in_the_variant_alone(world: Path) -> None:
+    plan = plan_of(world)
+    recipes = {variant.name: recipe(plan, variant, seed=1) for variant in VARIANTS}
+    runs = [
+        {k: v for k, v in r["run"].items() if k not in ("output_dir", "save_total_limit")} for r in recipes.values()
+    ]
+    assert all(run == runs[0] for run in runs) and runs[0]["seed"] == 1 and runs[0]["max_steps"] == STEPS
+    frames = {name: {key: entry["num_frames"] for key, entry in r["datasets"].items()} for name, r in recipes.items()}
+    assert set(frames["local frames only"].values()) == {4}
+    assert all(frames[name] == frames["all"] for name in frames if name != "local frames only")
+    base = {name: entry["num_frames"] for name, entry in load_config(BASE).datasets.items() if "num_frames" in entry}
+    assert frames["all"] == base | {"toy_rare": 16} and len(base) > 5
+    masking = {name: (r["model"]["use_mask"], r["model"].get("use_mvm")) for name, r in recipes.items()}
+    assert masking["all"] == masking["mean"] == (False, None)
+    assert masking["all+mask"] == (True, False) and masking["all+mask+mvm"] == (True, True)
+
+
+def test_tokens_that_enter_the_language_model(world: Path) -> None:
+    plan = plan_of(world)
+    tokens = {variant.name: (plan.tokens(variant, 8), plan.tokens(variant, 16)) for variant in VARIANTS}
+    assert tokens["mean"] == (6, 6) and tokens["all"] == tokens["all+mask"] == (48, 96)
+    assert tokens["residual"] == tokens["local frames only"] == (24, 24)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(6, 0.5), (300, 0.5), (901, 0.3), (6000, 0.75)])
+def test_masking_begins_at_a_checkpoint(world: Path, steps: int, share: float) -> None:
+    plan = plan_of(world, steps=steps, mask_after=share)
+    assert plan.switch % plan.every == 0 and abs(plan.switch - share * steps) <= 2
+    assert plan_of(world, mask_after=0.0).switch == 0
+
+
+def test_a_world_without_long_clips_has_no_long_set(world: Path) -> None:
+    (world / "vc2/video/reasoning/toy_rare/packed.json").unlink()
+    plan = plan_of(world)
+    assert not plan.has_long and "toy_rare" not in recipe(plan, ALL, 0)["datasets"]
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_is_run_once_and_masked_runs_go_on_from_it(
+    world: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(world) == 0
+    assert len(stub.calls) == 2 * len(VARIANTS) * 3  # training, two evaluations
+    begun = [word for call in stub.calls for word in call if word.startswith("run.resume_from_checkpoint")]
+    assert len(begun) == 4 and all(re.search(r"/all-[01]/model/checkpoint-40$", word) for word in begun)
+    local = [call for call in stub.calls if call[0] == "evaluate" and "/local_frames_only-" in " ".join(call)]
+    assert {call[call.index("--num-frames") + 1] for call in local} == {"4"}
+    report = json.loads((world.parent / "results" / "temporal.json").read_text())
+    assert report["runs"]["done"] == 12 and report["variants"]["all"]["seconds a step"]["mean"] == 0.5
+    assert "| Moving Direction  |     3 |   25.0 | 75.0 |" in capsys.readouterr().out
+    stub.calls.clear()
+    assert start(world) == 0 and stub.calls == []
+
+
+def test_a_failed_run_is_listed_and_tried_again(
+    world: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.failing = ("all",)
+    assert start(world) == 1
+    page = (world.parent / "results" / "temporal.md").read_text()
+    assert "6 runs, 6 failed" in page and "- all, seed 1: stllm train ended with 1: error: no space left" in page
+    assert "- all+mask, seed 0: `all`, which it goes on from, failed: stllm train ended with 1" in page
+    stub.failing = ()
+    stub.calls.clear()
+    assert start(world) == 0
+    assert len([call for call in stub.calls if call[0] == "train"]) == 6
+    assert "12 runs, 0 failed" in (world.parent / "results" / "temporal.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--steps", "81"), "holds runs of another experiment: steps was 80 and is now 81; name another --work"),
+        (("--options", "run.learning_rate=0.5"), "base.run.learning_rate was "),
+        (("--mask-after", "1"), "--mask-after is 1.0; expected a share"),
+        (("--world", "nowhere"), "nowhere is no toy world"),
+        (("--ckpt", "nowhere"), "nowhere holds no trained model"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    world: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str], more: tuple[str, ...], said: str
+) -> None:
+    assert start(world, "--seeds", "1") == 0
+    assert start(world, *more) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_command_that_fails_tells_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"stllm train ended with 1: error: .*missing\.yaml: no such file"):
+        Commands().run(["train", "--cfg-path", "missing.yaml"], tmp_path / "log.txt")
+
+
+def test_nothing_begins_after_a_stop(tmp_path: Path) -> None:
+    commands = Commands()
+    commands.stop()
+    with pytest.raises(RunError, match="interrupted"):
+        commands.run(["--help"], tmp_path / "log.txt")
+
+
+def test_seconds_are_of_the_steps_after_the_switch(world: Path, tmp_path: Path) -> None:
+    plan = plan_of(world)  # the switch is at 40, lines are of 2 steps
+    lines = [
+        {"step": n, "samples_per_second": 8.0 if n <= 42 else 16.0, "kept_visual_tokens": n} for n in range(2, 81, 2)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text("run: {per_device_train_batch_size: 4, gradient_accumulation_steps: 2}")
+    assert training_figures(plan, tmp_path) == {"seconds_per_step": 0.5, "training_tokens": 62}
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def result(variant: str, seed: int, direction: float, rare: float, seconds: float = 1.0) -> Result:
+    tasks = {"Object Existence": 100.0, "Moving Direction": direction, "Unexpected Action": rare}
+    return {
+        "variant": variant,
+        "seed": seed,
+        "commit": "abc",
+        "tasks": tasks,
+        "seconds_per_step": seconds,
+        "training_tokens": 48.0,
+    }
+
+
+RESULTS = [
+    result("all", 0, 90, 80, 2.0),
+    result("all", 1, 100, 90, 4.0),
+    result("mean", 0, 30, 40),
+    result("mean", 1, 40, 30),
+    result("residual", 0, 80, 84),
+    result("all+mask+mvm", 0, 90, 80, 1.0),
+    result("all+mask+mvm", 1, 94, 90, 3.0),
+]
+
+
+def test_means_and_spread_are_over_seeds(world: Path) -> None:
+    figures = summary(plan_of(world), RESULTS, jobs=2)["variants"]
+    assert figures["all"]["accuracy"]["Moving Direction"] == {"mean": 95, "low": 90, "high": 100}
+    assert figures["all"]["temporal tasks"] == {"mean": 90, "low": 85, "high": 95}  # without existence
+    assert figures["all"]["all tasks"]["mean"] == pytest.approx((270 / 3 + 290 / 3) / 2)
+    assert figures["all+mask+mvm"]["relative"] == {"mean": 0.625, "low": 0.5, "high": 0.75}  # 1/2 and 3/4
+    assert figures["local frames only"]["all tasks"] is None and figures["local frames only"]["runs"] == 0
+
+
+def test_claims_are_judged_by_the_means(world: Path) -> None:
+    found = summary(plan_of(world), RESULTS, jobs=2)["claims"]
+    holds = {claim["claim"]: claim["holds"] for claim in found}
+    assert holds == {
+        "`mean`: at most 60 % on temporal tasks": True,
+        "`all` knows more of time than `mean`": True,
+        "`all+mask+mvm`: at most 2 points below `all`, all tasks": True,
+        "`all+mask+mvm`: at most 0.7 × the seconds a step": True,
+        "`residual`: at most 3 points below `all` on clips of 64 frames": True,
+        "`residual`: above local frames only on rare events": None,
+    }
+    worse = [*RESULTS, result("local frames only", 0, 50, 90), result("mean", 2, 100, 100)]
+    report = summary(plan_of(world), worse, jobs=2)
+    by_claim = {claim["claim"]: claim for claim in report["claims"]}
+    assert by_claim["`residual`: above local frames only on rare events"]["holds"] is False
+    assert by_claim["`residual`: above local frames only on rare events"]["figures"] == "84.0 and 90.0 %"
+    assert len(claims(report["variants"], has_long=False)) == 4
+
+
+def test_the_page_shows_spread_chance_and_what_was_done(world: Path) -> None:
+    report = summary(plan_of(world), RESULTS, jobs=2)
+    page = markdown(report)
+    assert "Runs are missing: 7 of 12 are there." in page
+    assert "95.0 (90.0–100.0)" in page and "0.62 (0.50–0.75)" in page
+    assert re.search(r"\| chance +\| +\| +25\.0 \| +33\.3 \|", page)  # 25 and 25; 50, 25 and 25
+    assert "share the first 40 steps with `all` of their seed" in page and "masking from step 41 on" in page
+    assert "train: seed 5" in page and str(world) not in page + json.dumps(report)
+    unmasked = summary(plan_of(world, mask_after=0.0), RESULTS, jobs=2)
+    assert "masked from their first step on" in markdown(unmasked)
+
+
+def test_the_chart_has_a_bar_a_variant_and_the_spread(world: Path) -> None:
+    axes = chart(summary(plan_of(world), RESULTS, jobs=2)).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "Unexpected Action",
+        "Object Existence",
+        "Moving Direction",
+    ]
+    bars = [container for container in axes.containers if container.get_label() in {v.name for v in VARIANTS}]
+    assert [container.get_label() for container in bars] == [variant.name for variant in VARIANTS]
+    assert [bar.get_width() for bar in bars[0]] == [85, 100, 95]
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps a run on a world of a few clips: a masked run starts where `all` was and is the shorter for it."""
+    from stllm.datasets.toy_world import write_world
+
+    world, few = tmp_path / "world", ["run.per_device_train_batch_size=2", "run.dataloader_num_workers=0"]
+    write_world(world, num_train=22, num_test=8, seed=3, long=True)
+    monkeypatch.setenv("TOY_ROOT", str(world))
+    monkeypatch.setenv("TINY_OUTPUT", str(tmp_path))
+    for stage in ("0_language", "1_images"):
+        options = [*few, "run.max_steps=1", f"run.output_dir={tmp_path / stage}"]
+        train(CONFIGS / "tiny" / "stages" / f"{stage}.yaml", *options)
+    words = ["--world", str(world), "--ckpt", str(tmp_path / "1_images"), "--steps", "4", "--seeds", "1"]
+    words += ["--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "results"), "--device", "cpu"]
+    assert main([*words, "--options", *few]) == 0
+    report = json.loads((tmp_path / "results" / "temporal.json").read_text())
+    assert report["runs"]["done"] == len(VARIANTS) and report["setting"]["steps before masking"] == 2
+    assert all(len(figures["by seed"]["0"]) == 8 for figures in report["variants"].values())
+    kept = {name: figures["training tokens"]["mean"] for name, figures in report["variants"].items()}
+    assert kept["all+mask"] == kept["all+mask+mvm"] < kept["all"]
+    log = tmp_path / "work" / "all_mask_mvm-0" / "model" / "log.jsonl"
+    steps = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in steps] == [3, 4] and all(line["loss_mvm"] > 0 for line in steps)
+    assert (tmp_path / "results" / "temporal.svg").read_text().startswith("<?xml")
+    before = os.stat(log).st_mtime_ns
+    assert main([*words, "--options", *few]) == 0 and os.stat(log).st_mtime_ns == before
