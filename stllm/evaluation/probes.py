@@ -16,7 +16,8 @@ from stllm.evaluation.items import Benchmark
 from stllm.evaluation.permutation_probe import permutation_bars, permutation_report, permutation_scores
 from stllm.evaluation.results import versions, write_json
 from stllm.evaluation.runs import Outcome, Runs
-from stllm.evaluation.temporal_probe import probe_bars, probe_report, probe_scores
+from stllm.evaluation.temporal_probe import ORDER_TASKS, probe_bars, probe_report, probe_scores
+from stllm.evaluation.turned_round import TURNED, turned_round
 from stllm.evaluation.variants import num_rotations, rotated, viewed
 
 Probe = Callable[[Runs, str, Benchmark, Outcome | None], str | None]
@@ -30,9 +31,12 @@ def probe_views(runs: Runs, name: str, benchmark: Benchmark, plain: Outcome | No
     outcomes = {FORWARD: plain}
     for view in VIEWS[1:]:
         outcomes[view] = runs.run(viewed(benchmark, view), f"{name}.{view}", variant=view)
+    turned = turned_round(benchmark, ORDER_TASKS)
+    back = runs.run(turned, f"{name}.{TURNED}", variant=TURNED) if turned.items else None
     if plain is None:
         return None
-    scores = probe_scores({view: outcome.records for view, outcome in outcomes.items() if outcome is not None})
+    by_view = {view: outcome.records for view, outcome in outcomes.items() if outcome is not None}
+    scores = probe_scores(by_view, () if back is None else back.records)
     path = runs.folder / f"{name}.probe"
     _write(path, benchmark, plain, scores, probe_report(name, scores), probe_bars(scores))
     return f"temporal probe: {scores['verdict']}\nfiles: {path}.{{json,md,png}}"

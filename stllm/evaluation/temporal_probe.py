@@ -3,6 +3,7 @@
 Whether a model uses time shows in the tasks that depend on order: there, accuracy falls when the order is taken away.
 """
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from stllm.evaluation.items import Record
 from stllm.evaluation.significance import Paired, paired
 from stllm.evaluation.tables import MISSING, percent, share, table
 from stllm.evaluation.tallies import by_task, tally
+from stllm.evaluation.turned_round import turned_report, turned_scores, turned_sentence
 
 LEVEL = 0.05
 ORDER_TASKS = (  # of MVBench, those whose answer may change with the order of frames; a choice of ours
@@ -38,21 +40,25 @@ MEANING = {
 Runs = Mapping[str, Sequence[Record]]  # lines by view
 
 
-def probe_scores(runs: Runs) -> dict[str, Any]:
+def probe_scores(runs: Runs, turned: Sequence[Record] = ()) -> dict[str, Any]:
     """Strict accuracy by group of tasks and view, the comparison of each view with the forward one, and the verdict.
 
-    Comparisons are over the items answered in every view.
+    Comparisons are over the items answered in every view. turned: lines of clips reversed and turned round, see
+    turned_round.py. `chance`: percent right by guessing.
     """
     groups = _groups(runs)
     shared = _answered_everywhere(runs)
+    round_ = {"turned round": turned_scores(runs, turned)} if turned else {}
     return {
+        "chance": {name: _chance(runs[FORWARD], tasks) for name, tasks in groups.items()},
         "accuracy": {name: {view: _accuracy(runs[view], tasks) for view in VIEWS} for name, tasks in groups.items()},
         "against forward": {
             name: {view: _comparison(runs, view, tasks, shared) for view in VIEWS[1:]} for name, tasks in groups.items()
         },
         "failed": {view: tally(runs[view]).failed for view in VIEWS},
         "compared": len(shared),
-        "verdict": verdict(runs),
+        "verdict": " ".join([verdict(runs), *(turned_sentence(found) for found in round_.values())]),
+        **round_,
     }
 
 
@@ -82,10 +88,14 @@ def verdict(runs: Runs) -> str:
 
 def probe_report(name: str, scores: Mapping[str, Any]) -> str:
     """The Markdown text. scores: of `probe_scores`."""
-    header = ("strict %", *VIEWS)
-    rows = [(group, *[percent(figures[view]) for view in VIEWS]) for group, figures in scores["accuracy"].items()]
+    header = ("strict %", *VIEWS, "chance")
+    rows = [
+        (group, *[percent(figures[view]) for view in VIEWS], percent(scores["chance"][group]))
+        for group, figures in scores["accuracy"].items()
+    ]
     parts = [f"# {name}: temporal probe\n", scores["verdict"], "", table(header, rows)]
     parts += ["## Views\n", table(("view", "what is seen"), list(MEANING.items()), texts=2)]
+    parts += [turned_report(scores["turned round"])] if "turned round" in scores else []
     parts += [
         "## Against the forward view\n",
         f"Over the {scores['compared']} items answered in every view. Points of strict accuracy with a 95% interval "
@@ -124,6 +134,11 @@ def _answered_everywhere(runs: Runs) -> list[str]:
 
 def _accuracy(records: Sequence[Record], tasks: Sequence[str]) -> float | None:
     return tally(line for line in records if line["task"] in tasks).over_answered("strict")
+
+
+def _chance(records: Sequence[Record], tasks: Sequence[str]) -> float | None:
+    sizes = [len(line["candidates"]) for line in records if line["task"] in tasks and line.get("candidates")]
+    return statistics.mean(100 / size for size in sizes) if sizes else None
 
 
 def _lines(runs: Runs, view: str, tasks: Sequence[str], shared: Sequence[str]) -> list[Record]:

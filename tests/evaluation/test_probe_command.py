@@ -65,6 +65,13 @@ def test_both_probes_and_going_on_with_them(
         for id_, line in lines.items():
             times = forward[id_]["frames"]["times"]
             assert line["frames"]["times"] == [times[place] for place in view_order(view, len(times))]
+    turned = lines_of(tmp_path / "mvbench.turned.jsonl")
+    assert {id_: line["answer"] for id_, line in turned.items()} == {
+        "moving_direction/0": "down",
+        "moving_direction/1": "up",
+    }
+    reversed_ = lines_of(tmp_path / "mvbench.reversed.jsonl")
+    assert all(line["prediction"] == reversed_[id_]["prediction"] for id_, line in turned.items())  # asked the same
     assert [len(lines_of(tmp_path / f"mvbench.rotated{places}.jsonl")) for places in (1, 2)] == [6, 3]
     assert not (tmp_path / "mvbench.rotated3.jsonl").exists()
     probe, permute = (json.loads((tmp_path / f"mvbench.{name}.json").read_text()) for name in ("probe", "permute"))

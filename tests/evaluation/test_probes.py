@@ -106,13 +106,13 @@ def test_the_report_and_the_chart_show_the_accuracies() -> None:
     scores = probe_scores(runs_of(sees_order))
     report = probe_report("toy", scores)
     assert (
-        "| strict %         | forward | reversed | shuffled | single | blank |\n"
-        "| ---------------- | ------: | -------: | -------: | -----: | ----: |\n"
-        "| all tasks        |   100.0 |     62.5 |     62.5 |   62.5 |  25.0 |\n"
-        "| tasks of order   |   100.0 |     25.0 |     25.0 |   25.0 |  25.0 |\n"
-        "| other tasks      |   100.0 |    100.0 |    100.0 |  100.0 |  25.0 |\n"
-        "| Moving Direction |   100.0 |     25.0 |     25.0 |   25.0 |  25.0 |\n"
-        "| Object Existence |   100.0 |    100.0 |    100.0 |  100.0 |  25.0 |\n"
+        "| strict %         | forward | reversed | shuffled | single | blank | chance |\n"
+        "| ---------------- | ------: | -------: | -------: | -----: | ----: | -----: |\n"
+        "| all tasks        |   100.0 |     62.5 |     62.5 |   62.5 |  25.0 |   25.0 |\n"
+        "| tasks of order   |   100.0 |     25.0 |     25.0 |   25.0 |  25.0 |   25.0 |\n"
+        "| other tasks      |   100.0 |    100.0 |    100.0 |  100.0 |  25.0 |   25.0 |\n"
+        "| Moving Direction |   100.0 |     25.0 |     25.0 |   25.0 |  25.0 |   25.0 |\n"
+        "| Object Existence |   100.0 |    100.0 |    100.0 |  100.0 |  25.0 |   25.0 |\n"
     ) in report
     assert scores["verdict"] in report
     axes = bars_figure(probe_bars(scores)).axes[0]

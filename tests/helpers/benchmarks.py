@@ -38,7 +38,8 @@ def lines_of(benchmark: Benchmark, answer: Callable[[Item], str | None]) -> list
     lines = []
     for item in benchmark.items:
         text = answer(item)
-        head = {"id": item.id, "task": item.task, "video": item.video, "answer": item.answer}
+        head: Record = {"id": item.id, "task": item.task, "video": item.video, "answer": item.answer}
+        head |= {"candidates": list(item.candidates)} if item.candidates else {}
         if text is None:
             lines.append({**head, "prediction": None, "error": f"/videos/{item.video}: the file is cut short"})
         else:
