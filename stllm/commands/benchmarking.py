@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.command import Command, Parser, add_config
+from stllm.commands.command import Command, Parser, add_checkpoint, add_config
 from stllm.common.arguments import names, path, whole
 
 BENCHMARKS = ("mvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif")
@@ -10,12 +10,7 @@ BENCHMARKS = ("mvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif")
 
 def _evaluate_options(parser: Parser) -> None:
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCH", help=", ".join(BENCHMARKS))
-    parser.add_argument(
-        "--ckpt-path",
-        type=path,
-        metavar="DIR",
-        help="weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path)",
-    )
+    add_checkpoint(parser)
     add_config(parser, "what the checkpoint says")
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
     files.add_argument(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.command import Command, Parser, add_config
+from stllm.commands.command import EMBEDDED, Command, Parser, add_checkpoint, add_config
 from stllm.common.arguments import number, path, whole
 
 
@@ -17,12 +17,7 @@ def _chat_options(parser: Parser) -> None:
         metavar="TEXT",
         help="repeat it for several questions in one conversation; without it: an interactive prompt",
     )
-    parser.add_argument(
-        "--ckpt-path",
-        type=path,
-        metavar="DIR",
-        help="weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path)",
-    )
+    add_checkpoint(parser, EMBEDDED)
     add_config(parser, "what the checkpoint says")
     parser.add_argument(
         "--reader", metavar="NAME", help="what decodes a video file: auto, pyav or decord (default: auto)"

@@ -20,6 +20,19 @@ class Command:
     check: Callable[[argparse.Namespace], str | None] = lambda _: None  # what is wrong with the usage, if anything
 
 
+EMBEDDED = ", else the tiny model that comes with the package"
+
+
+def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
+    """`--ckpt-path`; otherwise: in words, what is taken when --cfg-path names none, either."""
+    parser.add_argument(
+        "--ckpt-path",
+        type=path,
+        metavar="DIR",
+        help=f"weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path{otherwise})",
+    )
+
+
 def add_config(parser: Parser, default: str) -> None:
     """`--cfg-path`; default: in words, what holds without it."""
     parser.add_argument("--cfg-path", type=path, metavar="YAML", help=f"the model's configuration (default: {default})")

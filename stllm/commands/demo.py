@@ -1,17 +1,11 @@
 """`stllm demo` on the command line: what `demo_gradio.py` is."""
 
-from stllm.commands.command import Command, Parser, add_config
-from stllm.common.arguments import number, path, whole
+from stllm.commands.command import EMBEDDED, Command, Parser, add_checkpoint, add_config
+from stllm.common.arguments import number, whole
 
 
 def _demo_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--ckpt-path",
-        type=path,
-        metavar="DIR",
-        help="weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path, or else the "
-        "tiny model that comes with the package)",
-    )
+    add_checkpoint(parser, EMBEDDED)
     add_config(parser, "what the checkpoint says")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=whole(1, 65535), default=7860, metavar="N", help="(default: 7860)")

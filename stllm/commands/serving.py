@@ -1,16 +1,11 @@
 """`stllm serve` on the command line."""
 
-from stllm.commands.command import Command, Parser, add_config
+from stllm.commands.command import EMBEDDED, Command, Parser, add_checkpoint, add_config
 from stllm.common.arguments import number, path, whole
 
 
 def _serve_options(parser: Parser) -> None:
-    parser.add_argument(
-        "--ckpt-path",
-        type=path,
-        metavar="DIR",
-        help="weights of any known layout (default: model.ckpt of --cfg-path, then the embedded model)",
-    )
+    add_checkpoint(parser, EMBEDDED)
     add_config(parser, "what the checkpoint says")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"

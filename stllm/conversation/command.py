@@ -14,10 +14,10 @@ from stllm.common.errors import UserError, unknown_name
 from stllm.common.failures import sentence
 from stllm.conversation.chat import Chat, Conversation, load_chat
 from stllm.conversation.decoding import Decoding
+from stllm.conversation.embedded import chosen_checkpoint
 from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.filmstrip import draw_evidence, filmstrip
 from stllm.conversation.requests import Answer, Media, Request
-from stllm.models.factory import explicit_settings
 
 COMMANDS = ("/video", "/image", "/new", "/help", "/quit")
 HELP = "Ask about the video. /video PATH or /image PATH takes another, /new begins anew, /quit leaves."
@@ -25,9 +25,7 @@ HELP = "Ask about the video. /video PATH or /image PATH takes another, /new begi
 
 def run(args: argparse.Namespace) -> int:
     """Answers the questions named, or opens the interactive prompt. Raises UserError."""
-    checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
-    if checkpoint is None:
-        raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
+    checkpoint = chosen_checkpoint(args)
     path = args.video or args.image
     media = None if path is None else _media(path, args, start=args.start, end=args.end)
     Decoding().with_options(**_decoding_options(args))  # a contradiction shows before the model is loaded

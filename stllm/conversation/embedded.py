@@ -1,14 +1,21 @@
-"""The model that comes with the package: what answers when no checkpoint was named."""
+"""Which checkpoint answers: the one that was named, else the tiny model that comes with the package."""
 
+import argparse
 from pathlib import Path
 
 from stllm.common.errors import UserError
+from stllm.models.factory import explicit_settings
 
 FOLDER = Path(__file__).parents[1] / "assets" / "stllm-tiny"
+
+
+def chosen_checkpoint(args: argparse.Namespace) -> str | Path:
+    """Of a command with --ckpt-path, --cfg-path and --options. Raises UserError."""
+    return args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
 
 
 def default_checkpoint() -> Path:
     """The embedded model's folder. Raises UserError where this installation has none."""
     if not (FOLDER / "config.json").is_file():
-        raise UserError("no checkpoint was named: give one with --ckpt-path")
+        raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
     return FOLDER

@@ -9,8 +9,7 @@ import uvicorn
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import load_chat
-from stllm.conversation.embedded import default_checkpoint
-from stllm.models.factory import explicit_settings
+from stllm.conversation.embedded import chosen_checkpoint
 from stllm.serving.app import Server, build_app
 from stllm.serving.limits import MEBIBYTE, Limits
 
@@ -20,7 +19,7 @@ SHUTDOWN_SECONDS = 5
 
 def run(args: argparse.Namespace) -> int:
     """Serves until Ctrl-C. Raises UserError."""
-    checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
+    checkpoint = chosen_checkpoint(args)
     root = None if args.media_root is None else Path(args.media_root).expanduser().resolve()
     if root is not None and not root.is_dir():
         raise UserError(f"--media-root {args.media_root} is no folder: name one that holds videos")

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.embedded import default_checkpoint
-from stllm.models.factory import explicit_settings
+from stllm.conversation.embedded import chosen_checkpoint
 from stllm.web.limits import Limits
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def run(args: argparse.Namespace) -> int:
     """Serves until it is interrupted. Raises UserError."""
-    checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
+    checkpoint = chosen_checkpoint(args)
     limits = Limits(file_megabytes=args.max_file_mb, video_seconds=args.max_seconds, queue=args.queue_size)
     chat = load_chat(
         checkpoint,
