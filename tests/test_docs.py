@@ -12,6 +12,7 @@ import pytest
 
 from stllm.cli import build_parser
 from stllm.common.registry import video_inputs
+from stllm.evaluation.published import METHODS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", "trainval.md")
@@ -78,3 +79,25 @@ def test_the_figure_s_names_are_the_code_s() -> None:
     assert len(drawn) > 12 and not drawn - known
     assert {"mean", "all", "residual"} == drawn & set(video_inputs.names())
     assert "docs/architecture.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_published_table_is_the_one_we_print() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("**Published, not measured here**")[2].partition("## ")[0]
+    rows = dict(re.findall(r"^\| ([A-Z][\w-]+) \| (.+) \|$", section, re.MULTILINE))
+    assert set(rows) == set(METHODS)
+    for name, figures in METHODS.items():
+        read = [None if cell == "–" else float(cell) for cell in rows[name].split(" | ")]
+        assert read == list(figures), name
+
+
+def test_what_troubleshooting_quotes_is_what_is_said() -> None:
+    """Sentences of the code, their pieces put together; what is computed stands as ... in the table."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "stllm").rglob("*.py"))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources)
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting")[2].partition("## ")[0]
+    symptoms = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)
+    quoted = [text for symptom in symptoms for text in re.findall(r"`([^`]{12,})`", symptom)]
+    quoted = [text for text in quoted if "SomeError" not in text]
+    assert len(quoted) > 5
+    assert not [text for text in quoted if text not in said]
