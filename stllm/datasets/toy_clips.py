@@ -11,7 +11,7 @@ import numpy as np
 
 from stllm.datasets.samples import keyed_numpy
 from stllm.datasets.toy_questions import Example
-from stllm.datasets.toy_scenes import Scene, render
+from stllm.datasets.toy_scenes import Scene, frame_times, render
 from stllm.datasets.toy_tasks import ToyTask
 
 NUM_FRAMES, NUM_LONG_FRAMES = 16, 64
@@ -45,7 +45,7 @@ class World:
         """
         example, generator = self.draw(task, split, index)
         count = self.length(example)
-        frames = render(example.scene, num_frames=count, size=self.size, generator=generator)
+        frames = render(example.scene, times=frame_times(count), size=self.size, generator=generator)
         if example.bounds is None:
             return example, frames, {}
         start, end = (round(part * count / fps, 3) for part in example.bounds)
@@ -58,7 +58,7 @@ class World:
     def picture(self, task: ToyTask, index: int) -> tuple[Example, np.ndarray]:
         """A training example of one frame, and the frame."""
         example, generator = self.draw(task, "train", index)
-        return example, render(example.scene, num_frames=1, size=self.size, generator=generator)[0]
+        return example, render(example.scene, times=frame_times(1), size=self.size, generator=generator)[0]
 
 
 def split_of(scene: Scene) -> str:

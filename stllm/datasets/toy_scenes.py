@@ -105,11 +105,15 @@ class Track:
     color: np.ndarray
 
 
-def render(scene: Scene, *, num_frames: int, size: int, generator: np.random.Generator) -> np.ndarray:
-    """The clip, (T, S, S, 3) uint8 RGB. generator: draws the noise."""
+def frame_times(num_frames: int) -> np.ndarray:
+    """When the frames of a clip are, (T,), parts of the clip."""
+    return (np.arange(num_frames) + 0.5) / num_frames
+
+
+def render(scene: Scene, *, times: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """The frames at these times, (T, S, S, 3) uint8 RGB. times: (T,), parts of the clip. generator: draws the noise."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)
-    times = (np.arange(num_frames) + 0.5) / num_frames
-    clip = generator.standard_normal((num_frames, size, size, 3), np.float32) * np.float32(FLICKER)
+    clip = generator.standard_normal((len(times), size, size, 3), np.float32) * np.float32(FLICKER)
     grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)
     canvas = np.empty_like(clip)
     canvas[:] = _backdrop(scene, times, axis)

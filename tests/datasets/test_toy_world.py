@@ -20,7 +20,7 @@ from stllm.datasets import toy_world
 from stllm.datasets.readers import open_media
 from stllm.datasets.toy_clips import FPS, World, split_of
 from stllm.datasets.toy_questions import options_text
-from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, render
+from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, frame_times, render
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, action_sequence
 from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
 from stllm.models.checkpoints.deciding import decide_config, open_named
@@ -215,7 +215,7 @@ def test_the_written_video_shows_the_colors_that_the_answers_name(root: Path) ->
 
 def test_a_rendered_shape_is_where_its_scene_says() -> None:
     scene = Scene((Thing("white", "square", 20, 40, 8),), Background("plain", 60, 0))
-    clip = render(scene, num_frames=2, size=128, generator=np.random.default_rng(0))
+    clip = render(scene, times=frame_times(2), size=128, generator=np.random.default_rng(0))
     assert clip.shape == (2, 128, 128, 3) and clip.dtype == np.uint8
     rows, columns = np.nonzero(clip[0].min(axis=2) > 150)
     assert (rows.mean(), columns.mean()) == pytest.approx((80, 40), abs=1)
