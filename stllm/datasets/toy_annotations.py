@@ -7,16 +7,15 @@ open.json     the same without options: a third of the tokens
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stllm.conversation.templates import Turn
 from stllm.datasets.samples import keyed_numpy
-from stllm.datasets.toy_clips import NUM_LONG_FRAMES, World
 from stllm.datasets.toy_media import write_json
 from stllm.datasets.toy_questions import Example
-from stllm.datasets.toy_texts import PICTURE_REQUEST, STORY_REQUEST, VIDEO_REQUEST, frames_in_words
+from stllm.datasets.toy_texts import PICTURE_REQUEST, STORY_REQUEST, seen_in_words
 
 Fields = dict[str, Any]
 
@@ -35,7 +34,7 @@ class TrainingSet:
         talks = example.conversations(keyed_numpy(self.seed, len(self.train)))
         short = example.open_conversations(keyed_numpy(self.seed, len(self.train)))
         self.train.append(record(medium, example.turns))
-        self.packed += [record(medium, turns) for turns in dict.fromkeys(talks)]
+        self.packed += [record(medium, _instructed_once(turns)) for turns in dict.fromkeys(talks)]
         self.open += [record(medium, turns) for turns in dict.fromkeys(short)]
 
     def write(self, folder: Path) -> None:
@@ -46,31 +45,30 @@ class TrainingSet:
 
 @dataclass
 class Tellings:
-    """Everything in words, so that all of a clip is learned: what happens, and what each of some frames shows."""
+    """Everything in words, so that all of it is learned: what happens in a clip, and what a picture shows."""
 
     stories: list[Fields] = field(default_factory=list)
-    frames: list[Fields] = field(default_factory=list)
     pictures: list[Fields] = field(default_factory=list)
 
-    def add_clip(self, world: World, example: Example, medium: Fields) -> None:
-        """A clip; of long ones, whose events are too short for a few frames, the story alone."""
+    def add_clip(self, example: Example, medium: Fields) -> None:
+        """A clip."""
         self.stories.append(record(medium, [Turn(STORY_REQUEST, example.story)]))
-        if world.length(example) < NUM_LONG_FRAMES or world.num_frames == NUM_LONG_FRAMES:
-            words = frames_in_words(example.scene, *(example.bounds or (0.0, 1.0)))
-            self.frames.append(record(medium, [Turn(VIDEO_REQUEST, words)]))
 
     def add_picture(self, example: Example, medium: Fields) -> None:
-        """A picture, in the words of one frame."""
-        words = frames_in_words(example.scene, num_frames=1)
-        self.pictures.append(record(medium, [Turn(PICTURE_REQUEST, words)]))
+        """A picture."""
+        self.pictures.append(record(medium, [Turn(PICTURE_REQUEST, seen_in_words(example.scene))]))
 
     def write(self, root: Path) -> None:
-        """video/caption/toy_story, video/caption/toy_frames and image/caption/toy_seen."""
+        """video/caption/toy_story and image/caption/toy_seen."""
         write_json(root / "video" / "caption" / "toy_story" / "train.json", self.stories)
-        write_json(root / "video" / "caption" / "toy_frames" / "train.json", self.frames)
         write_json(root / "image" / "caption" / "toy_seen" / "train.json", self.pictures)
 
 
 def record(medium: Fields, turns: Sequence[Turn]) -> Fields:
     """A record of VideoChat2-IT. medium: {} for text alone."""
     return {**medium, "QA": [{"i": turn.instruction, "q": turn.question, "a": turn.answer} for turn in turns]}
+
+
+def _instructed_once(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """A long instruction stands before a conversation, not before each of its turns."""
+    return turns[0], *(replace(turn, instruction="") if turn.question else turn for turn in turns[1:])

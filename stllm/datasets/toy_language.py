@@ -13,7 +13,7 @@ import numpy as np
 
 from stllm.common.registry import templates
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS
-from stllm.datasets.toy_texts import PICTURE_REQUEST, STORY_REQUEST, TELLING, VIDEO_REQUEST, tell, told
+from stllm.datasets.toy_texts import PICTURE_REQUEST, STORY_REQUEST, TELLING, look_up, seen_in_words, tell
 
 NUM_TEXTS = 40  # examples of each task from which the vocabularies are made: every word is among them
 LLM_TOKENS = 1024  # at most
@@ -38,10 +38,13 @@ def world_texts() -> Iterator[str]:
         for index in range(NUM_TEXTS):
             generator = np.random.default_rng([number, index])
             example = task.make(generator)
-            turns = (*example.turns, *(told(tell(example, task, generator)) if task in TELLING else ()))
+            turns = example.turns
+            if task in TELLING:
+                turns = (*turns, *tell(example, generator), *look_up(example, generator))
             for turn in turns:
                 yield from (turn.instruction, turn.question, turn.answer or "")
-    yield from (STORY_REQUEST, VIDEO_REQUEST, PICTURE_REQUEST)
+            yield seen_in_words(example.scene)
+    yield from (STORY_REQUEST, PICTURE_REQUEST)
     for name in templates.names():
         template = templates.get(name)
         yield from (template.system, template.followup, *template.opening, *template.text_opening)

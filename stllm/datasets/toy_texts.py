@@ -1,76 +1,72 @@
-"""The toy world in words alone: a scene told, then asked about, for the language model's own first stage.
+"""The toy world in words alone, for the language model's own first stage.
 
-A scene is told by what happens ("A red circle jumps, then it grows.") or frame by frame, as a model sees it, so that
-what happens has to be found out. Questions and options are those of clips and pictures.
+A scene is told by what happens, is told again, which teaches to look back, and is asked about as clips and pictures
+are. Options are looked up, too: which letter stands before which answer is slow to be learned from choices alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from stllm.conversation.templates import Turn
 from stllm.datasets.toy_clips import World
-from stllm.datasets.toy_questions import OPTION_INSTRUCTION, Example, Generator
-from stllm.datasets.toy_scenes import COLORS, UNITS, Scene, follow
+from stllm.datasets.toy_questions import OPTION_REQUEST, Example, Generator, options_text, pick
+from stllm.datasets.toy_scenes import COLORS, SHAPES, UNITS, Scene, follow
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
 
 TELLING = tuple(task for task in (*TASKS, RARE, PICTURES) if not task.corpus.startswith(("caption/", "conversation/")))
-BY_EVENTS = (RARE, PICTURES)  # a flash is too short to be told frame by frame
-NUM_TOLD = 8  # frames
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
-SCENE_REQUEST, FRAMES_REQUEST = "Tell a scene.", "Tell a scene frame by frame."
-STORY_REQUEST, VIDEO_REQUEST, PICTURE_REQUEST = (
-    "What happens in the video?",
-    "Tell the video frame by frame.",
-    "Tell the image.",
-)
-GROWN = 1.3  # times its usual radius: from here on a thing is called big
+AGAIN_REQUEST, STORY_REQUEST, PICTURE_REQUEST = "Tell it again.", "What happens in the video?", "Tell the image."
+LOOKUPS = 5  # letters asked for at once
 
 
 def text_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:
-    """A training conversation about a scene of a task of TELLING, see `tell`."""
+    """A training conversation about a scene of a task of TELLING: the scene told, told again, and asked about."""
     example, generator = world.draw(replace(task, corpus=f"text/{task.corpus}"), "train", index)
-    return tell(example, task, generator)
+    return tell(example, generator)
 
 
-def told(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """The same conversation with its scene as the first answer, so that all of it is learned."""
-    scene = turns[0].instruction.removesuffix(OPTION_INSTRUCTION).rstrip()
-    request = FRAMES_REQUEST if scene.startswith("Frame 1:") else SCENE_REQUEST
-    return (Turn(request, scene), *(replace(turn, instruction="") for turn in turns))
-
-
-def tell(example: Example, task: ToyTask, generator: Generator) -> tuple[Turn, ...]:
-    """Questions about an example after its scene in words, each once; half of the time in the benchmark's words.
-
-    The scene stands in every turn's instruction: each can stand alone.
-    """
-    by_frames = task not in BY_EVENTS and generator.integers(2)
-    scene = frames_in_words(example.scene, *(example.bounds or (0.0, 1.0))) if by_frames else example.story
-    in_full = generator.integers(2)
+def tell(example: Example, generator: Generator) -> tuple[Turn, ...]:
+    """The scene told again, and each question once, openly or with its options."""
+    again = Turn(AGAIN_REQUEST, example.story, example.story)
     turns = replace(example, told=()).conversations(generator)[0]
-    return tuple(
-        replace(turn, instruction=f"{scene} {turn.instruction}" if in_full and turn.instruction else scene)
-        for turn in turns
+    return again, *(replace(turn, instruction="") for turn in turns)
+
+
+def letters_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:
+    """The options of a question of a task of TELLING, looked up many times, then chosen from: the answer is given."""
+    example, generator = world.draw(replace(task, corpus=f"letters/{task.corpus}"), "train", index)
+    return look_up(example, generator)
+
+
+def look_up(example: Example, generator: Generator) -> tuple[Turn, ...]:
+    """Two turns of LOOKUPS letters each, and one in the words of a choice; any option may be meant."""
+    asked = pick(generator, example.asked)
+    first, second = _lookups(asked.options, generator), _lookups(asked.options, generator)
+    chosen = replace(asked, answer=pick(generator, asked.options))
+    return (
+        replace(first, question=f"{options_text(asked.question, asked.options)}\n{first.question}"),
+        second,
+        Turn(f"It is: {chosen.answer}. {OPTION_REQUEST}", chosen.as_choice().answer),
     )
 
 
-def frames_in_words(scene: Scene, start: float = 0.0, end: float = 1.0, num_frames: int = NUM_TOLD) -> str:
-    """What is seen where in each of some frames. start, end: parts of the clip."""
-    times = start + (np.arange(num_frames) + 0.5) / num_frames * (end - start)
-    seen: list[list[str]] = [[] for _ in times]
+def _lookups(options: tuple[str, ...], generator: Generator) -> Turn:
+    """Letters of some options; the same one may be asked for twice."""
+    numbers = [int(number) for number in generator.integers(len(options), size=LOOKUPS)]
+    named = ", ".join(options[number] for number in numbers)
+    return Turn(f"Letters of {named}?", ", ".join(f"{options[number]} ({chr(65 + number)})" for number in numbers))
+
+
+def seen_in_words(scene: Scene, time: float = 0.5) -> str:
+    """What is seen at a time, a part of the clip, shape by shape: "circle nothing, square red far left top, ..."."""
+    seen = dict.fromkeys(SHAPES, "nothing")
     for thing in scene.things:
-        track = follow(thing, times)
-        for number in np.flatnonzero(track.opacity > 0.5):
-            size = "big " if track.radius[number] > GROWN * thing.radius else ""
-            place = f"{_part(COLUMNS, track.x[number])} {_part(ROWS, track.y[number])}"
-            seen[number].append(f"{size}{_color(track.color[number])} {thing.shape} {place}")
-    if scene.cut is not None:
-        for names, time in zip(seen, times, strict=True):
-            names.append(f"{(scene.background if time < scene.cut.time else scene.cut.background).pattern} background")
-    return " ".join(f"Frame {number}: {', '.join(names) or 'nothing'}." for number, names in enumerate(seen, start=1))
+        track = follow(thing, np.array([time]))
+        if track.opacity[0] > 0.5:
+            seen[thing.shape] = f"{_color(track.color[0])} {_part(COLUMNS, track.x[0])} {_part(ROWS, track.y[0])}"
+    return ", ".join(f"{shape} {words}" for shape, words in seen.items()) + "."
 
 
 def _part(names: tuple[str, ...], place: float) -> str:

@@ -1,9 +1,9 @@
 """`stllm toy --output DIR`: a small rendered world to train and test on, in the layouts of the real data sets.
 
 DIR/vc2/video/<kind>/<set>/*.json        VideoChat2-IT, media in DIR/vc2/media: train, packed and open, see
-                                         toy_annotations.py; caption/toy_story and caption/toy_frames tell all clips
+                                         toy_annotations.py; caption/toy_story tells all clips
 DIR/vc2/image/<kind>/<set>/*.json        the same with pictures
-DIR/vc2/text/<set>/{packed,told}.json    no media: scenes in words, given or to be told, and questions about them
+DIR/vc2/text/<set>/{told,letters}.json   no media: scenes in words and questions about them; options, looked up
 DIR/mvbench/json/<task>.json             MVBench, media in DIR/mvbench/video/<MVBench's own folder>
 DIR/images/{00000..}.tar                 image-text shards of the first stage
 DIR/language_model, DIR/qformer_tokenizer    what stands for Vicuna and bert-base-uncased
@@ -34,7 +34,7 @@ from stllm.datasets.toy_language import world_texts, write_language_model, write
 from stllm.datasets.toy_media import write_json, write_png, write_shard, write_video
 from stllm.datasets.toy_pictures import picture_caption
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
-from stllm.datasets.toy_texts import TELLING, text_conversation, told
+from stllm.datasets.toy_texts import TELLING, letters_conversation, text_conversation
 
 ABOUT = "toy_world.json"  # how the world was made; it tells a toy world from other folders
 PER_SHARD = 500
@@ -152,7 +152,7 @@ def _write_training_set(
         medium = {"video": file, **bounds}
         write_video(media / file, frames, FPS)
         records.add(example, medium)
-        tellings.add_clip(world, example, medium)
+        tellings.add_clip(example, medium)
         done()
     records.write(root / "video" / task.corpus)
 
@@ -185,13 +185,14 @@ def _write_pictures(root: Path, world: World, count: int, tellings: Tellings, do
 
 
 def _write_texts(root: Path, world: World, task: ToyTask, count: int, done: Callable[[], Any]) -> None:
-    talks = []
+    told, letters = [], []
     for index in range(count):
-        talks.append(text_conversation(world, task, index))
+        told.append(record({}, text_conversation(world, task, index)))
+        letters.append(record({}, letters_conversation(world, task, index)))
         done()
     folder = root / "text" / Path(task.corpus).name
-    write_json(folder / "packed.json", [record({}, turns) for turns in talks])
-    write_json(folder / "told.json", [record({}, told(turns)) for turns in talks])
+    write_json(folder / "told.json", told)
+    write_json(folder / "letters.json", letters)
 
 
 def _write_shards(folder: Path, world: World, count: int, done: Callable[[], Any]) -> None:

@@ -13,9 +13,9 @@ from stllm.conversation.templates import Turn
 from stllm.datasets.toy_clips import World
 from stllm.datasets.toy_pictures import PLACES, place_of
 from stllm.datasets.toy_questions import OPTION_INSTRUCTION, Example
-from stllm.datasets.toy_scenes import Thing, follow
+from stllm.datasets.toy_scenes import SHAPES, Thing, follow
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
-from stllm.datasets.toy_texts import TELLING, frames_in_words, text_conversation, told
+from stllm.datasets.toy_texts import TELLING, letters_conversation, seen_in_words, text_conversation
 from stllm.datasets.toy_video_questions import ACTIONS
 
 COUNT = 300
@@ -197,31 +197,39 @@ def test_pictures_say_where_things_are() -> None:
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
 
-def test_texts_tell_a_scene_and_ask_about_it() -> None:
+def test_texts_tell_a_scene_again_and_ask_about_it() -> None:
     forms = Counter[str]()
     for index in range(120):
-        turns = text_conversation(World(0, 16), TELLING[index % len(TELLING)], index)
-        first, *others = told(turns)
-        assert first.answer and first.answer == turns[-1].instruction.removesuffix(f" {OPTION_INSTRUCTION}")
-        assert [(turn.question, turn.answer) for turn in turns] == [(turn.question, turn.answer) for turn in others]
-        for turn in turns:
-            scene = turn.instruction.removesuffix(f" {OPTION_INSTRUCTION}")
-            assert scene.endswith(".") and turn.answer
-            forms["frames" if scene.startswith("Frame 1: ") else "events"] += 1
-            forms["full" if scene != turn.instruction else "short"] += 1
+        again, *others = text_conversation(World(0, 16), TELLING[index % len(TELLING)], index)
+        assert again.answer == again.instruction and again.answer.endswith(".")
+        for turn in others:
+            assert turn.answer and not turn.instruction
             forms["choice" if "\nOptions:\n(A) " in turn.question else "open"] += 1
             if "Options" in turn.question:
                 letter, text = re.fullmatch(r"Best option:(\([A-D]\)) (.*)", turn.answer).groups()  # type: ignore
                 assert f"\n{letter} {text}\n" in turn.question
-    assert min(forms.values()) > 0.15 * sum(forms.values()) / 3
+    assert min(forms.values()) > 0.3 * sum(forms.values())
 
 
-def test_frames_in_words_show_what_changes() -> None:
+def test_letters_are_those_of_their_options() -> None:
+    for index in range(60):
+        first, second, choice = letters_conversation(World(0, 16), TELLING[index % len(TELLING)], index)
+        options = {text: letter for letter, text in re.findall(r"^(\([A-D]\)) (.*)$", first.question, re.M)}
+        for turn in (first, second):
+            named = re.search(r"Letters of (.*)\?$", turn.question)
+            assert named and turn.answer
+            assert turn.answer == ", ".join(f"{text} {options[text]}" for text in named[1].split(", "))
+        text = choice.question.removeprefix("It is: ").removesuffix(". Only give the best option.")
+        assert choice.answer == f"Best option:{options[text]} {text}"
+
+
+def test_words_name_what_is_seen_at_a_time() -> None:
     example = drawn("state_change", 60)[0]
     thing = example.scene.things[0]
-    frames = frames_in_words(example.scene).split(" Frame ")
-    assert len(frames) == 8
-    assert f"{thing.color} {thing.shape}" in frames[0] and f"{thing.events[0].value} {thing.shape}" in frames[-1]
+    before, after = seen_in_words(example.scene, 0.05), seen_in_words(example.scene, 0.95)
+    assert f"{thing.shape} {thing.color} center middle" in before
+    assert f"{thing.shape} {thing.events[0].value} center middle" in after
+    assert all(f"{shape} " in before for shape in SHAPES)
 
 
 def test_every_task_has_a_place_of_its_own() -> None:
