@@ -23,10 +23,7 @@ case ${1:-} in
 esac
 command=(-m stllm evaluate "$(basename "$1" .yaml)" --cfg-path "$@")
 
-if [[ -z ${NPROC:-} ]]; then
-    NPROC=$(num_gpus)
-    NPROC=$((NPROC > 0 ? NPROC : 1))
-fi
+NPROC=$(num_processes)
 launch=("${PYTHON:-python}")
 if ((NPROC > 1)); then
     launch+=(-m torch.distributed.run --nproc_per_node="$NPROC" --standalone)

@@ -22,10 +22,7 @@ case ${1:-} in
 esac
 command=(-m stllm train --cfg-path "$@")
 
-if [[ -z ${NPROC:-} ]]; then
-    NPROC=$(num_gpus)
-    NPROC=$((NPROC > 0 ? NPROC : 1))
-fi
+NPROC=$(num_processes)
 launch=("${PYTHON:-python}")
 if [[ -n ${RDZV_ENDPOINT:-} ]]; then # train_multinode.sh has checked the three of them
     launch+=(-m torch.distributed.run --nproc_per_node="$NPROC" --nnodes="$NNODES" --node_rank="$NODE_RANK"

@@ -110,7 +110,9 @@ def _add_common(parser: Parser) -> None:
         metavar="TYPE",
         help=f"{', '.join(DTYPES)} (default: auto)",
     )
-    group.add_argument("--seed", type=whole(0), help="seed of everything random (default: 0, in training run.seed)")
+    group.add_argument(
+        "--seed", type=whole(0), metavar="N", help="seed of everything random (default: 0, in training run.seed)"
+    )
     group.add_argument(
         "--options",
         "--cfg-options",

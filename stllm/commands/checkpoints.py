@@ -39,10 +39,18 @@ def _verify_options(parser: Parser) -> None:
         "dir", nargs="+", type=path, metavar="DIR", help="a folder with weights and expected.safetensors"
     )
     parser.add_argument(
-        "--atol", type=number(0), default=1e-4, help="largest absolute difference of a tensor (default: 1e-4)"
+        "--atol",
+        type=number(0),
+        default=1e-4,
+        metavar="X",
+        help="largest absolute difference of a tensor (default: 1e-4)",
     )
     parser.add_argument(
-        "--rtol", type=number(0), default=1e-3, help="largest relative difference of a gradient (default: 1e-3)"
+        "--rtol",
+        type=number(0),
+        default=1e-3,
+        metavar="X",
+        help="largest relative difference of a gradient (default: 1e-3)",
     )
 
 

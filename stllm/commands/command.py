@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stllm.common.arguments import path
+from stllm.common.arguments import path, whole
 
 Parser = argparse.ArgumentParser
 
@@ -30,6 +30,16 @@ def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
         type=path,
         metavar="DIR",
         help=f"weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path{otherwise})",
+    )
+
+
+def add_address(parser: Parser, *, port: int) -> None:
+    """`--host` and `--port` of a command that listens."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument(
+        "--port", type=whole(0, 65535), default=port, metavar="N", help=f"0: any that is free (default: {port})"
     )
 
 

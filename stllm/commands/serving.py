@@ -1,16 +1,13 @@
 """`stllm serve` on the command line."""
 
-from stllm.commands.command import EMBEDDED, Command, Parser, add_checkpoint, add_config
+from stllm.commands.command import EMBEDDED, Command, Parser, add_address, add_checkpoint, add_config
 from stllm.common.arguments import number, path, whole
 
 
 def _serve_options(parser: Parser) -> None:
     add_checkpoint(parser, EMBEDDED)
     add_config(parser, "what the checkpoint says")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
-    )
-    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0: any that is free (default: 8000)")
+    add_address(parser, port=8000)
     parser.add_argument(
         "--media-root",
         type=path,

@@ -40,7 +40,10 @@ def known_items(items: Sequence[JudgeItem], num_items: int, seed: int) -> list[J
     for item in chosen:
         others = [other.answer for other in items if not _same(other.answer, item.answer)]
         if not others:
-            raise UserError("the self-check needs two different answers among the predictions, and found one alone")
+            raise UserError(
+                "the self-check needs two different answers among the predictions, and found one alone: name a file "
+                "of more items with --pred-path"
+            )
         wrong = generator.choice(others)
         texts = {
             GOLD: item.answer,

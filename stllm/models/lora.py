@@ -91,7 +91,9 @@ def load_adapter(model: Any, folder: str | Path) -> None:
                 own[name].copy_(tensor)
     except RuntimeError as error:  # of another shape
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{source} was trained on a model of other sizes ({reason})") from None
+        raise UserError(
+            f"{source} was trained on a model of other sizes ({reason}): name the one that it goes on"
+        ) from None
 
 
 def merge_lora(model: Any) -> None:

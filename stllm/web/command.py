@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was uploaded is removed then, too
     with tempfile.TemporaryDirectory(prefix="stllm-demo-") as folder:
         about = describe(chat, Path(checkpoint))
-        page = open_page(chat, limits, Path(folder), host=args.host, port=args.port, about=about)
+        page = open_page(chat, limits, Path(folder), host=args.host, port=args.port or None, about=about)
         print(f"The demo is at {page.local_url} (Ctrl-C ends it)", flush=True)
         page.block_thread()
     return 0

@@ -39,10 +39,13 @@ def read_config(folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder} is no language model that transformers can read ({reason})") from error
+        raise UserError(
+            f"{folder} is no language model that transformers can read ({reason}): name another folder"
+        ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"{folder} holds a {config.model_type} model, expected a causal language model or ST-LLM weights"
+            f"{folder} holds a {config.model_type} model, expected a causal language model or ST-LLM weights: "
+            "name another folder"
         )
     return config
 

@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object, expected the keys of a configuration")
+        raise UserError(f"{path} holds no JSON object, expected the keys of a configuration: copy or download it again")
     return content
 
 

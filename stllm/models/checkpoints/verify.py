@@ -224,7 +224,8 @@ def _question(processor: PromptProcessor, instruction: str) -> str:
     before, after = around.split(MARK)
     if not (instruction.startswith(before) and instruction.endswith(after)):
         raise UserError(
-            f"meta.json's instruction {instruction!r} does not have the form {around.replace(MARK, '{question}')!r}"
+            f"meta.json's instruction {instruction!r} does not have the form {around.replace(MARK, '{question}')!r}: "
+            "name a folder whose prompts are of this family"
         )
     return instruction[len(before) : len(instruction) - len(after)]
 
