@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="teaches the tiny vision encoder and Q-Former to see the toy world")
     parser.add_argument("--cfg-path", required=True, help="YAML whose `model` section says what is built")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the two parts")
-    parser.add_argument("--steps", type=int, default=3000, help=f"of {BATCH} frames each (default: 3000)")
+    parser.add_argument("--steps", type=int, default=3500, help=f"of {BATCH} frames each (default: 3500)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and frames (default: 0)")
     args = parser.parse_args(argv)
     try:
