@@ -28,7 +28,7 @@ def _chat_options(parser: Parser) -> None:
         "--num-frames",
         type=whole(1),
         metavar="N",
-        help="frames taken from the video (default: 64 if residual, else 16)",
+        help="frames taken from the video (default: the checkpoint's own)",
     )
     parser.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy (default: 5)")
     parser.add_argument(

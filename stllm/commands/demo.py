@@ -9,7 +9,7 @@ def _demo_options(parser: Parser) -> None:
     add_config(parser, "what the checkpoint says")
     add_address(parser, port=7860)
     parser.add_argument(
-        "--num-frames", type=whole(1), metavar="N", help="frames of a video at first (default: 64 if residual, else 16)"
+        "--num-frames", type=whole(1), metavar="N", help="frames of a video at first (default: the checkpoint's own)"
     )
     limits = parser.add_argument_group("limits of one user")
     limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help="of an upload (default: 256)")

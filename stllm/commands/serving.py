@@ -15,7 +15,7 @@ def _serve_options(parser: Parser) -> None:
         help="folder of which clients may name files (default: none, clients send what they ask about)",
     )
     parser.add_argument(
-        "--num-frames", type=whole(1), metavar="N", help="frames of a video (default: 64 if residual, else 16)"
+        "--num-frames", type=whole(1), metavar="N", help="frames of a video (default: the checkpoint's own)"
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(

@@ -127,6 +127,8 @@ class ModelSettings:
     video_input: str = _one_of("all", "mean", "all", "residual")  # how T frames of tokens enter the language model
     residual_size: int = _within(16, 1)  # local frames of `residual`, R
     residual_bottleneck: int | None = None  # inner width of `residual`; unset: a quarter of the language model's
+    # frames of a video in chat, page and server where none are asked for; unset: 64 for `residual`, else 16
+    num_frames: int | None = _within(None, 1)
     use_mask: bool = False  # drop a random part of the visual tokens in training
     use_mvm: bool | None = None  # False: masking without its second loss, masked video modelling; unset: with it
     mvm_decode: bool = False  # a linear decoder before the masked-video-modelling loss, not the identity

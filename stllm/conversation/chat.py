@@ -54,7 +54,7 @@ class Chat:
         self.processor = processor
         self.decoding = decoding or Decoding.published(processor.template)
         usual = LONG_CLIP_FRAMES if model.config.video_input == "residual" else SHORT_CLIP_FRAMES
-        self.num_frames = num_frames or usual
+        self.num_frames = num_frames or model.config.num_frames or usual
         self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times

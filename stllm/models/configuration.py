@@ -50,6 +50,7 @@ class STLLMConfig(PretrainedConfig):
     text_config: the causal language model's own configuration (any of transformers').
     video_input: mean, all or residual; `residual_size` local frames, `residual_bottleneck` its inner width
         (default: a quarter of the language model's).
+    num_frames: of a video, where the user does not say how many (default: the published 64 for residual, else 16).
     use_mvm: whether masking comes with the loss of masked video modelling; `mvm_decode`: through a decoder.
     mask_rate: mean, std, min and max of the share of visual tokens dropped in training (paper section 3.3).
     lora: {r, alpha, dropout, target_modules}, or None.
@@ -72,6 +73,7 @@ class STLLMConfig(PretrainedConfig):
         video_input: str = "all",
         residual_size: int = 16,
         residual_bottleneck: int | None = None,
+        num_frames: int | None = None,
         use_mask: bool = False,
         use_mvm: bool = True,
         mvm_decode: bool = False,
@@ -97,6 +99,7 @@ class STLLMConfig(PretrainedConfig):
         self.video_input = video_input
         self.residual_size = residual_size
         self.residual_bottleneck = residual_bottleneck or self.text_config.hidden_size // 4
+        self.num_frames = num_frames
         self.use_mask = use_mask
         self.use_mvm = use_mvm
         self.mvm_decode = mvm_decode

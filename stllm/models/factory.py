@@ -30,6 +30,7 @@ RENAMED = {
     "video_input": "video_input",
     "residual_size": "residual_size",
     "residual_bottleneck": "residual_bottleneck",
+    "num_frames": "num_frames",
     "use_mask": "use_mask",
     "use_mvm": "use_mvm",
     "mvm_decode": "mvm_decode",

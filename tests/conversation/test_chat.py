@@ -61,7 +61,7 @@ def new_chat(family: str = "instructblip", *, seed: int = 0, **options) -> Chat:
     processor = PromptProcessor.from_pretrained(
         folder, config=config, qformer_tokenizer=GOLDEN / "foreign" / "bert" / "vocab.txt"
     )
-    return Chat(model=model, processor=processor, decoding=SHORT, num_frames=6, **options)
+    return Chat(model=model, processor=processor, decoding=SHORT, **{"num_frames": 6, **options})
 
 
 def requests_for(clips: list[Path]) -> list[Request]:
@@ -276,3 +276,14 @@ def test_answers_survive_json(clips: list[Path]) -> None:
 
     line = json.loads(_json_line(new_chat().ask(clips[0], QUESTIONS[0]), {}))
     assert set(line) == {"video", "question", "answer", "frame_times", "visual_tokens", "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("video_input", "own", "asked", "frames"),
+    [("all", None, None, 16), ("residual", None, None, 64), ("residual", 8, None, 8), ("all", 8, 5, 5)],
+)
+def test_the_checkpoint_knows_its_frames(video_input: str, own: int | None, asked: int | None, frames: int) -> None:
+    made = new_chat(video_input=video_input)
+    made.model.config.num_frames = own
+    again = Chat(model=made.model, processor=made.processor, decoding=SHORT, num_frames=asked)
+    assert again.num_frames == frames
