@@ -1,12 +1,16 @@
 """Which checkpoint answers: the one that was named, else the tiny model that comes with the package."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.models.factory import explicit_settings
 
+log = logging.getLogger(__name__)
+
 FOLDER = Path(__file__).parents[1] / "assets" / "stllm-tiny"
+KNOWS = "it knows only the toy world: a few coloured shapes that move, blink and change, in short clips"
 
 
 def chosen_checkpoint(args: argparse.Namespace) -> str | Path:
@@ -18,4 +22,5 @@ def default_checkpoint() -> Path:
     """The embedded model's folder. Raises UserError where this installation has none."""
     if not (FOLDER / "config.json").is_file():
         raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
+    log.info("no checkpoint was named: %s answers; %s", FOLDER.name, KNOWS)
     return FOLDER

@@ -15,7 +15,6 @@ from stllm.datasets.toy_questions import Example, Generator, ask, ask_among, pic
 from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Cut, Event, Thing
 from stllm.datasets.toy_video_questions import (
     ACTIONS,
-    TOWARDS,
     background_questions,
     blink_question,
     color_questions,
@@ -186,7 +185,7 @@ def conversation(generator: Generator) -> Example:
     scene = a_scene(generator, thing)
     turns = (
         Turn("Which shape is in the video?", f"a {thing.shape}"),
-        Turn("In which direction does it move?", TOWARDS[towards]),
+        Turn("In which direction does it move?", towards),
         Turn("Which color does it have at the end?", after),
     )
     return Example(scene, f"A {thing.name} {deed(thing.events)}.", told=turns)

@@ -1,18 +1,15 @@
-"""What is asked about clips: one function a kind of question; and what happens in them, told in words."""
+"""What is asked about clips: one function a kind of question; and what happens in them, told in words.
+
+The options of a question differ in their first word: a small model finds a letter by the word that follows it.
+"""
 
 from collections.abc import Callable, Sequence
 
 from stllm.datasets.toy_questions import Asked, Generator, ask, ask_whether, pick, shuffled
-from stllm.datasets.toy_scenes import COLORS, PATTERNS, Event, Scene, Thing
+from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, PATTERNS, Event, Scene, Thing
 
 DIRECTION_QUESTIONS = ("In which direction does the {} move?", "What direction is the {} moving?")
-TOWARDS = {"left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards"}
-ACTIONS = {
-    "jump": ("it jumps", "jumps"),
-    "grow": ("it grows", "grows"),
-    "vanish": ("it vanishes", "vanishes"),
-    "step aside": ("it steps aside", "steps aside"),
-}
+ACTIONS = {"jump": "jumps", "grow": "grows", "vanish": "vanishes", "step aside": "steps aside"}
 MOVING, BLINKING = ("0", "1", "2", "3"), ("1", "2", "3")  # how many things move, how many times one blinks
 BEGINNING, END = "at the beginning of the video", "at the end of the video"
 
@@ -21,7 +18,7 @@ def direction_question(generator: Generator, thing: Thing) -> Asked:
     """Where does it move?"""
     (way,) = (event.value for event in thing.events if event.kind == "move")
     question = pick(generator, DIRECTION_QUESTIONS).format(thing.name)
-    return ask(generator, question, TOWARDS[way], TOWARDS.values())
+    return ask(generator, question, way, DIRECTIONS)
 
 
 def moving_question(generator: Generator, things: Sequence[Thing]) -> Asked:
@@ -43,15 +40,14 @@ def blink_question(generator: Generator, thing: Thing) -> Asked:
 
 def sequence_questions(generator: Generator, name: str, kinds: Sequence[str]) -> list[Asked]:
     """What does the thing do first, last, and after something else? In any order. kinds: its actions in their order."""
-    texts = [text for text, _ in ACTIONS.values()]
 
     def question(when: str, kind: str, only: int) -> Asked:
-        return ask(generator, f"What does the {name} do {when}?", ACTIONS[kind][0], texts, only=only)
+        return ask(generator, f"What does the {name} do {when}?", ACTIONS[kind], ACTIONS.values(), only=only)
 
     asked = [question("first", kinds[0], 0), question("last", kinds[-1], len(kinds) < 3)]
     if len(kinds) > 2:  # of two actions, the one that is not named would be the answer
         number = int(generator.integers(len(kinds) - 1))
-        asked.append(question(f"after {ACTIONS[kinds[number]][0]}", kinds[number + 1], 1))
+        asked.append(question(f"after it {ACTIONS[kinds[number]]}", kinds[number + 1], 1))
     return shuffled(generator, asked)
 
 
@@ -72,7 +68,7 @@ def background_questions(generator: Generator, scene: Scene) -> list[Asked]:
     before, after = scene.background.pattern, scene.cut.background.pattern
     others = shuffled(generator, [pattern for pattern in PATTERNS if pattern not in (before, after)])[:2]
     pairs = ((before, after), (after, before), tuple(others), tuple(others[::-1]))
-    changes = [f"from {first} to {second}" for first, second in pairs]
+    changes = [f"{first} to {second}" for first, second in pairs]
     return [
         ask(generator, "How does the background change?", changes[0], changes, only=0),
         *(
@@ -107,8 +103,8 @@ def _blinks(event: Event, events: Sequence[Event]) -> str:
 
 # From an event, and all events of the same thing.
 DEEDS: dict[str, Callable[[Event, Sequence[Event]], str]] = {
-    **dict.fromkeys(ACTIONS, lambda event, events: ACTIONS[event.kind][1]),
-    "move": lambda event, events: f"moves {TOWARDS[event.value]}",
+    **dict.fromkeys(ACTIONS, lambda event, events: ACTIONS[event.kind]),
+    "move": lambda event, events: f"moves {event.value}",
     "turn": lambda event, events: f"turns {event.value}",
     "blink": _blinks,
     "flash": lambda event, events: "flashes",

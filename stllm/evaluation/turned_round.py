@@ -20,7 +20,7 @@ TURNED = "turned"  # the variant's name
 EVERY = "all of them"
 _IN_QUESTIONS = (("first", "last"), ("beginning", "end"))
 _IN_ANSWERS = (("left", "right"), ("up", "down"), ("upwards", "downwards"), ("upward", "downward"))
-_CHANGE = re.compile(r"from (.+) to (.+)")
+_CHANGES = ((re.compile(r"from (.+) to (.+)"), r"from \2 to \1"), (re.compile(r"^(\w+) to (\w+)$"), r"\2 to \1"))
 
 
 def turned_round(benchmark: Benchmark, tasks: Sequence[str]) -> Variant:
@@ -41,7 +41,9 @@ def turned_item(item: Item) -> Item | None:
     question = _exchanged(item.questions[0], _IN_QUESTIONS)
     if question != item.questions[0]:
         return replace(item, questions=(question,))
-    answer = _CHANGE.sub(r"from \2 to \1", item.answer)
+    answer = item.answer
+    for change, backwards in _CHANGES:
+        answer = change.sub(backwards, item.answer) if change.search(item.answer) else answer
     if answer == item.answer:
         answer = _exchanged(answer, _IN_ANSWERS)
     return replace(item, answer=answer) if answer != item.answer and answer in item.candidates else None

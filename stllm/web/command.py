@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.embedded import chosen_checkpoint
+from stllm.conversation.embedded import FOLDER, KNOWS, chosen_checkpoint
 from stllm.web.limits import Limits
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def describe(chat: Chat, checkpoint: Path) -> str:
     millions = sum(parameter.numel() for parameter in chat.model.parameters()) / 1e6
     size = f"{millions / 1000:.1f} billion" if millions >= 1000 else f"{millions:.1f} million"
     where = f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}"
-    return f"{checkpoint.name}: {size} parameters, {where}, {chat.num_frames} frames."
+    about = f"{checkpoint.name}: {size} parameters, {where}, {chat.num_frames} frames"
+    return f"{about}; {KNOWS}." if checkpoint == FOLDER else f"{about}."
 
 
 def find_examples(folder: Path) -> Sequence[tuple[Path, str]]:

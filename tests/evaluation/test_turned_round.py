@@ -25,6 +25,7 @@ from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, l
         ),
         ("Which way?", "downwards", ("upwards", "downwards"), ("Which way?", "upwards")),
         ("How?", "from wavy to plain", ("from plain to wavy", "from wavy to plain"), ("How?", "from plain to wavy")),
+        ("How?", "wavy to plain", ("plain to wavy", "wavy to plain"), ("How?", "plain to wavy")),
         ("What does it do first?", "it jumps", ("it jumps", "it grows"), ("What does it do last?", "it jumps")),
         ("What color at the end?", "red", ("red", "blue"), ("What color at the beginning?", "red")),
         ("Which way?", "to the left", ("to the left", "upwards"), None),  # the opposite is no option
