@@ -2,7 +2,8 @@
 # The published pipeline in small, from nothing to a model that answers: the toy world, the vision encoder's and the
 # language model's own stages, images, videos, videos with masking and MVM, and MVBench's twin at the end, on a world
 # that was never seen. The same command goes on where it stopped.
-# Needs: stllm installed (README); no GPU. Meant for 15 minutes on two cores (--quick), or two hours: see its README.
+# Needs: stllm installed (README); no GPU. Meant for 15 minutes on two cores (--quick), or two hours: not measured yet,
+# and no run of all stages has been seen to its end.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
 set -euo pipefail

@@ -1,0 +1,63 @@
+"""Single frames with what is seen in them: the labels are what the frame shows."""
+
+import numpy as np
+import torch
+
+from stllm.datasets.toy_clips import split_of
+from stllm.datasets.toy_scenes import COLORS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
+from stllm.datasets.toy_seeing import NUM_COLORS, SeenFrames, labels
+
+PLAIN, STRIPED = Background("plain", 90, 0), Background("striped", 90, 0)
+THINGS = (
+    Thing("red", "square", 20, 44, 8, (Event("turn", 0.4, 0.6, "green"),)),
+    Thing("blue", "cross", 50, 12, 5, (Event("disappear", 0.5, 0.6),)),
+)
+
+
+def test_labels_follow_the_scene_through_time() -> None:
+    scene = Scene(THINGS, PLAIN, Cut(0.7, STRIPED))
+    for time, square, cross, pattern in ((0.1, "red", "blue", "plain"), (0.9, "green", None, "striped")):
+        colors, shapes, places, slot_colors, slot_places, number = labels(scene, np.array([time]), 8)
+        expected = {"square": square, "cross": cross}
+        for slot, shape in enumerate(SHAPES):
+            color = expected.get(shape)
+            assert slot_colors[slot] == (0 if color is None else 1 + list(COLORS).index(color))
+            assert ((shapes == 1 + slot).sum() > 0) == (color is not None)
+        assert slot_places[list(SHAPES).index("square")].tolist() == [2, 5]  # 20 and 44 of 64, in eighths
+        assert list(PATTERNS)[int(number)] == pattern
+        covered = np.flatnonzero(colors)
+        assert {(patch % 8, patch // 8) for patch in covered} >= {(2, 5)}
+        middle = np.array([20, 44]) / 8 - 4
+        assert np.allclose(places[shapes == 1 + list(SHAPES).index("square")], middle)
+
+
+def test_frames_show_what_their_labels_say() -> None:
+    seen = next(iter(SeenFrames(size=64, patch=8, batch=24, seed=5)))
+    assert seen.frames.shape == (24, 64, 64, 3) and seen.colors.shape == (24, 64)
+    levels = torch.tensor(list(COLORS.values()))
+    right = total = 0
+    for frame, colors, places in zip(seen.frames, seen.slot_colors, seen.slot_places, strict=True):
+        for color, (x, y) in zip(colors.tolist(), places.tolist(), strict=True):
+            if color:
+                around = frame[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].reshape(-1, 3).float()  # the middle lies in there
+                nearest = torch.cdist(around, levels.float()).argmin(1)
+                total, right = total + 1, right + bool((nearest == color - 1).sum() >= 8)
+    assert total > 24 and right > 0.9 * total  # the others are covered, or change just then
+    assert int(seen.colors.max()) < NUM_COLORS and bool(((seen.colors > 0) == (seen.shapes > 0)).all())
+
+
+def test_the_seed_decides() -> None:
+    first, again, other = (next(iter(SeenFrames(size=64, patch=8, batch=4, seed=seed))) for seed in (1, 1, 2))
+    assert torch.equal(first.frames, again.frames) and not torch.equal(first.frames, other.frames)
+
+
+def test_scenes_of_the_test_are_never_seen(monkeypatch) -> None:
+    drawn: list[Scene] = []
+
+    def noted(scene: Scene, *_: object) -> tuple[np.ndarray, ...]:
+        drawn.append(scene)
+        return (np.zeros(1),) * 6
+
+    monkeypatch.setattr("stllm.datasets.toy_seeing.labels", noted)
+    next(iter(SeenFrames(size=64, patch=8, batch=30, seed=0)))
+    assert len(drawn) == 30 and all(split_of(scene) == "train" for scene in drawn)
