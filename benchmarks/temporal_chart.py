@@ -4,25 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.charts import GREY, STYLE
 from stllm.common.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GREY = "#7d858e"  # of words and lines: legible on white and on black
 COLOURS = ("#1f5fa8", "#d8742f", "#3a9d6b", "#a8cdb8", "#7fb2e5", "#9a5fc0")  # one a variant
-STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "stllm",
-    "font.size": 9,
-    "text.color": GREY,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 ROOM = 0.8  # of a task's, taken by its bars
 
 

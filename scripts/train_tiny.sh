@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The published pipeline in small, from nothing to a model that answers: the toy world, the vision encoder's and the
 # language model's own stages, images, videos, videos with masking and MVM, and MVBench's twin at the end, on a world
-# that was never seen. The same command goes on where it stopped.
+# that was never seen. The same command goes on where it stopped; 0_vision alone, some 20 minutes, begins again.
 # Needs: stllm installed (README); no GPU. Meant for 15 minutes on two cores (--quick), or two hours: not measured yet,
 # and no run of all stages has been seen to its end.
 # Launch:   bash scripts/train_tiny.sh --quick
@@ -15,7 +15,7 @@ usage: bash scripts/train_tiny.sh [--quick]
 environment:
   TOY_ROOT     the toy world, written there if it is not (default: toy_world/quick or toy_world/full)
   TINY_OUTPUT  where the stages and their results go (default: output/tiny/quick or output/tiny/full)
-  PROCESSES    processes that train together, each with its own share of a batch (default: 2)
+  PROCESSES    processes that train together (default: 2, which the recipes' batches are meant for)
   PYTHON       the interpreter (default: python)
 END
 }

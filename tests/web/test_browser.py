@@ -163,13 +163,19 @@ def endless(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> Event:
     return closed
 
 
-def test_stop_keeps_what_was_written(tabs: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tabs()
+def ask_without_end(page: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> Event:
+    """Asks about a clip; the answer is being written when this returns. The event: it was ended."""
     upload(page, place / "one.mp4")
     closed = endless(chat, monkeypatch)
     page.fill("#question textarea", FIRST)
     page.click("#send")
     page.wait_for_selector("#chat >> text=word word")
+    return closed
+
+
+def test_stop_keeps_what_was_written(tabs: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tabs()
+    closed = ask_without_end(page, chat, place, monkeypatch)
     page.click("#stop")
     page.wait_for_selector("text=Stopped.")
     assert closed.wait(30)
@@ -181,11 +187,7 @@ def test_stop_keeps_what_was_written(tabs: Any, chat: Chat, place: Path, monkeyp
 
 def test_a_new_video_begins_anew_though_an_answer_is_written(tabs: Any, chat: Chat, place: Path, monkeypatch) -> None:
     page = tabs()
-    upload(page, place / "one.mp4")
-    closed = endless(chat, monkeypatch)
-    page.fill("#question textarea", FIRST)
-    page.click("#send")
-    page.wait_for_selector("#chat >> text=word word")
+    closed = ask_without_end(page, chat, place, monkeypatch)
     page.locator("#video button[aria-label=Clear]").click()
     page.wait_for_selector("text=There is no video yet")
     assert closed.wait(30) and messages(page) == []
@@ -197,11 +199,7 @@ def test_a_new_video_begins_anew_though_an_answer_is_written(tabs: Any, chat: Ch
 
 def test_a_closed_tab_ends_its_answer(tabs: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tabs()
-    upload(page, place / "one.mp4")
-    closed = endless(chat, monkeypatch)
-    page.fill("#question textarea", FIRST)
-    page.click("#send")
-    page.wait_for_selector("#chat >> text=word word")
+    closed = ask_without_end(page, chat, place, monkeypatch)
     page.close()
     assert closed.wait(60)
     monkeypatch.undo()
