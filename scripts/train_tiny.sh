@@ -38,8 +38,8 @@ stllm() { "${PYTHON:-python}" -m stllm "$@"; }
 steps() { # stage: of the quick variant
     case $1 in
     0_vision) echo 1200 ;;
-    0_letters) echo 700 ;;
     0_language) echo 700 ;;
+    0_letters) echo 700 ;;
     1_images) echo 500 ;;
     2_videos) echo 700 ;;
     3_masking) echo 100 ;;
@@ -63,10 +63,10 @@ if [[ ! -d $TINY_OUTPUT/0_vision ]]; then
     echo "== 0_vision"
     options=()
     [[ $size == full ]] || options=(--steps "$(steps 0_vision)")
-    "${PYTHON:-python}" -m stllm.runners.toy_encoder --cfg-path configs/tiny/stages/0_letters.yaml \
+    "${PYTHON:-python}" -m stllm.runners.toy_encoder --cfg-path configs/tiny/stages/0_language.yaml \
         --output "$TINY_OUTPUT/0_vision" ${options[@]+"${options[@]}"}
 fi
-for stage in 0_letters 0_language 1_images 2_videos 3_masking; do train "$stage"; done
+for stage in 0_language 0_letters 1_images 2_videos 3_masking; do train "$stage"; done
 echo "== evaluation, on a world that was never seen"
 for stage in 2_videos 3_masking; do
     stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$stage" --anno-path "$unseen/mvbench" --num-frames 8 \

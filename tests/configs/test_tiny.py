@@ -17,10 +17,10 @@ from stllm.runners.toy_encoder import main as toy_encoder
 from tests.configs.recipes import CONFIGS
 
 TINY = CONFIGS / "tiny"
-STAGES = ("0_letters", "0_language", "1_images", "2_videos", "3_masking")
+STAGES = ("0_language", "0_letters", "1_images", "2_videos", "3_masking")
 FEW = ["run.max_steps=2", "run.per_device_train_batch_size=2", "run.dataloader_num_workers=0", "run.logging_steps=1"]
 LEARNED = {  # the parts that a stage changes
-    "0_language": {"language_model"},
+    "0_letters": {"language_model"},
     "1_images": {"qformer", "projection", "language_model"},
     "2_videos": {"qformer", "projection", "language_model"},
     "3_masking": {"qformer", "projection", "language_model"},
@@ -44,8 +44,8 @@ def test_each_stage_begins_with_what_the_one_before_has_left(tmp_path: Path, mon
     write_world(world, num_train=20, num_test=8, seed=3)
     monkeypatch.setenv("TOY_ROOT", str(world))
     monkeypatch.setenv("TINY_OUTPUT", str(output))
-    letters = str(TINY / "stages" / "0_letters.yaml")
-    assert toy_encoder(["--cfg-path", letters, "--output", str(output / "0_vision"), "--steps", "2"]) == 0
+    language = str(TINY / "stages" / "0_language.yaml")
+    assert toy_encoder(["--cfg-path", language, "--output", str(output / "0_vision"), "--steps", "2"]) == 0
     seen = load_file(output / "0_vision" / "model.safetensors")
     assert {key.split(".")[0] for key in seen} == {"vision_encoder", "qformer"}
     before: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from stllm.datasets.toy_language import world_texts, write_language_model, write
 from stllm.runners import toy_encoder
 from tests.configs.recipes import CONFIGS
 
-LETTERS = CONFIGS / "tiny" / "stages" / "0_letters.yaml"
+LANGUAGE = CONFIGS / "tiny" / "stages" / "0_language.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_qformer_tokenizer(root / "qformer_tokenizer", texts)
     path = root / "stage.yaml"
     path.write_text(
-        f"base: {LETTERS}\nmodel: {{llama_model: {root}/language_model, qformer_tokenizer: {root}/qformer_tokenizer}}\n"
+        f"base: {LANGUAGE}\nmodel: {{llama_model: {root}/language_model, qformer_tokenizer: {root}/qformer_tokenizer}}\n"
     )
     return path
 
