@@ -22,7 +22,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_qformer_tokenizer(root / "qformer_tokenizer", texts)
     path = root / "stage.yaml"
     path.write_text(
-        f"base: {LANGUAGE}\nmodel: {{llama_model: {root}/language_model, qformer_tokenizer: {root}/qformer_tokenizer}}\n"
+        f"base: {LANGUAGE}\n"
+        f"model: {{llama_model: {root}/language_model, qformer_tokenizer: {root}/qformer_tokenizer}}\n"
     )
     return path
 
