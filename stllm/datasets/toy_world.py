@@ -1,7 +1,7 @@
 """`stllm toy --output DIR`: a small rendered world to train and test on, in the layouts of the real data sets.
 
 DIR/vc2/video/<kind>/<set>/*.json        VideoChat2-IT, media in DIR/vc2/media: train, packed and open, see
-                                         toy_annotations.py; caption/toy_story tells all clips
+                                         toy_annotations.py; caption/toy_story tells the short clips
 DIR/vc2/image/<kind>/<set>/*.json        the same with pictures
 DIR/vc2/text/<set>/{told,letters}.json   no media: scenes in words and questions about them; options, looked up
 DIR/mvbench/json/<task>.json             MVBench, media in DIR/mvbench/video/<MVBench's own folder>
@@ -152,7 +152,8 @@ def _write_training_set(
         medium = {"video": file, **bounds}
         write_video(media / file, frames, FPS)
         records.add(example, medium)
-        tellings.add_clip(example, medium)
+        if task is not RARE:  # a few frames of such a clip do not show what happens in it
+            tellings.add_clip(example, medium)
         done()
     records.write(root / "video" / task.corpus)
 

@@ -122,6 +122,8 @@ def test_a_world_with_rare_events(tmp_path: Path) -> None:
     for form, count in (("train", 1), ("packed", 2)):
         records = read(tmp_path / "long" / "vc2" / "video" / "reasoning" / "toy_rare" / f"{form}.json")
         assert [record["video"] for record in records] == ["toy_rare_00000.mp4"] * count
+    told = read(tmp_path / "long" / "vc2" / "video" / "caption" / "toy_story" / "train.json")
+    assert told and not any(record["video"].startswith("toy_rare") for record in told)
 
 
 # ---- the same again, and another ------------------------------------------------------------------------------------
