@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The published pipeline in small, from nothing to a model that answers: the toy world, the vision encoder's and the
 # language model's own stages, images, videos, videos with masking and MVM, and MVBench's twin at the end, on a world
-# that was never seen. The same command goes on where it stopped; 0_vision alone, some 20 minutes, begins again.
+# that was never seen. The same command goes on where it stopped.
 # Needs: stllm installed (README); no GPU. Meant for 15 minutes on two cores (--quick), or two hours: not measured yet,
 # and no run of all stages has been seen to its end.
 # Launch:   bash scripts/train_tiny.sh --quick
@@ -59,14 +59,7 @@ if [[ ! -d $TOY_ROOT ]]; then
     stllm toy --output "$TOY_ROOT" --num-train "$clips" --num-test "$tests" --seed 1 --long
 fi
 [[ -d $unseen ]] || stllm toy --output "$unseen" --num-train 1 --num-test "$tests" --seed 2
-if [[ ! -d $TINY_OUTPUT/0_vision ]]; then
-    echo "== 0_vision"
-    options=()
-    [[ $size == full ]] || options=(--steps "$(steps 0_vision)")
-    "${PYTHON:-python}" -m stllm.runners.toy_encoder --cfg-path configs/tiny/stages/0_language.yaml \
-        --output "$TINY_OUTPUT/0_vision" ${options[@]+"${options[@]}"}
-fi
-for stage in 0_language 0_letters 1_images 2_videos 3_masking; do train "$stage"; done
+for stage in 0_vision 0_language 0_letters 1_images 2_videos 3_masking; do train "$stage"; done
 echo "== evaluation, on a world that was never seen"
 for stage in 2_videos 3_masking; do
     stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$stage" --anno-path "$unseen/mvbench" --num-frames 8 \

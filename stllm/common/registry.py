@@ -84,7 +84,7 @@ vision_encoders: Registry[Any] = Registry("vision encoder", modules=("stllm.mode
 video_inputs: Registry[Any] = Registry("video input", modules=("stllm.models.video_inputs",))
 processors: Registry[Any] = Registry("processor", modules=("stllm.processors.vision",))
 datasets: Registry[Any] = Registry("data set type", modules=("stllm.datasets.instruction", "stllm.datasets.image_text"))
-tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it",))
+tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it", "stllm.tasks.toy_seeing"))
 runners: Registry[Any] = Registry("runner", modules=("stllm.runners.train",))
 readers: Registry[Any] = Registry("reader", modules=("stllm.datasets.readers",))
 benchmarks: Registry[Any] = Registry(

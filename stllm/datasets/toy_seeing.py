@@ -1,40 +1,44 @@
 """Single frames of the toy world with all that is seen in them, for the vision encoder's own stage.
 
 What EVA-CLIP and BLIP-2's Q-Former bring along from millions of pictures, the tiny ones learn from these. Every frame
-is drawn when it is asked for, so that none is seen twice. B frames, P patches, H shapes.
+is drawn when it is asked for, by its key, so that none is seen twice. B frames, P patches, H shapes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.nn.utils.rnn import pad_sequence
 
+from stllm.datasets.collate import stacked
+from stllm.datasets.samples import Sample, SampleKey
 from stllm.datasets.toy_clips import split_of
 from stllm.datasets.toy_questions import Generator, pick
 from stllm.datasets.toy_scenes import COLORS, PATTERNS, SHAPES, UNITS, Scene, follow, render
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS
+from stllm.processors.vision import EvalTransform
 
+EPOCH = 100_000  # frames; the next epoch's are others
 PICTURE_SHARE = 0.5  # of the frames; the others are of clips
 LEAST_RADIUS = 6.0  # units: as far from a thing's middle, a patch is taken to show it
 NUM_COLORS = 1 + len(COLORS)  # 0: nothing there
 NUM_SHAPES = 1 + len(SHAPES)
 NUM_PATTERNS, NUM_PLACES = len(PATTERNS), 8
 LEVELS = np.array(list(COLORS.values()), float)  # (colors, 3)
+WORDS = (6, 16)  # random words read by a Q-Former that reads text: the fewest, and one more than the most
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Frames and what is seen in them. Places are (x, y) in eighths of the picture's side.
+class Seen(NamedTuple):
+    """What is seen in frames. Places are (x, y) in eighths of the picture's side.
 
-    frames: (B, S, S, 3) uint8. Patches: colors and shapes (B, P), numbers of their tables from 1 on, 0 where nothing
-    is; places (B, P, 2) of the middle of what is there, from the picture's. Slots, one a shape, for no scene has two of
-    one: slot_colors (B, H), slot_places (B, H, 2), whole eighths. patterns: (B,), of the background.
+    Patches: colors and shapes (B, P), numbers of their tables from 1 on, 0 where nothing is; places (B, P, 2) of the
+    middle of what is there, from the picture's. Slots, one a shape, for no scene has two of one: slot_colors (B, H),
+    slot_places (B, H, 2), whole eighths. patterns: (B,), of the background.
     """
 
-    frames: Tensor
     colors: Tensor
     shapes: Tensor
     places: Tensor
@@ -43,30 +47,64 @@ class Seen:
     patterns: Tensor
 
 
-class SeenFrames(IterableDataset[Seen]):
-    """Batches without an end. size, patch: pixels a side."""
+@dataclass(kw_only=True)
+class SeenFrame(Sample):
+    """One frame: pixel_values (1, 3, S, S), and what is seen in it, without B.
 
-    def __init__(self, *, size: int, patch: int, batch: int, seed: int) -> None:
-        self.size, self.grid, self.batch, self.seed = size, size // patch, batch, seed
+    words: (L,), random, so that what is seen comes to depend on none of them.
+    """
 
-    def __iter__(self) -> Iterator[Seen]:
-        worker = get_worker_info()
-        generator = np.random.default_rng([self.seed, worker.id if worker else 0])
-        while True:
-            drawn = [self._frame(generator) for _ in range(self.batch)]
-            yield Seen(*(torch.as_tensor(np.stack(part)) for part in zip(*drawn, strict=True)))
+    seen: Seen
+    words: Tensor
 
-    def _frame(self, generator: Generator) -> tuple[np.ndarray, ...]:
+
+class SeenFrames:
+    """A data set without files. size, patch: pixels a side. vocab_size: of the words."""
+
+    name, media = "toy_seeing", "image"
+
+    def __init__(self, *, size: int, patch: int, vocab_size: int) -> None:
+        self.size, self.grid, self.vocab_size = size, size // patch, vocab_size
+        self.transform = EvalTransform(size)
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    def load(self, key: SampleKey, generator: Generator) -> SeenFrame:
+        """Another frame for every generator; of the key only the name is made."""
         task = PICTURES if generator.random() < PICTURE_SHARE else pick(generator, (*TASKS, RARE))
         while split_of(scene := task.make(generator).scene) != "train":
             pass
         time = generator.random(1)
         frame = render(scene, times=time, size=self.size, generator=generator)[0]
-        return frame, *labels(scene, time, self.grid)
+        return SeenFrame(
+            key,
+            f"frame {key.index} of epoch {key.epoch}",
+            (),
+            self.media,
+            pixel_values=self.transform(frame)[None],
+            seen=labels(scene, time, self.grid),
+            words=torch.as_tensor(generator.integers(self.vocab_size, size=generator.integers(*WORDS))),
+        )
 
 
-def labels(scene: Scene, time: np.ndarray, grid: int) -> tuple[np.ndarray, ...]:
-    """What is seen at a time, (1,), a part of the clip: the parts of `Seen` after its frames, without B."""
+def collate(frames: Sequence[SeenFrame]) -> dict[str, Any]:
+    """A DataLoader's `collate_fn`: frames to the arguments of `SeeingModel.forward`, and names and failures."""
+    words = [frame.words for frame in frames]
+    seen = Seen(*(torch.stack(part) for part in zip(*(frame.seen for frame in frames), strict=True)))
+    return {
+        **stacked(frames),  # pixel_values: (B, 1, 3, S, S)
+        "qformer_input_ids": pad_sequence(words, batch_first=True),
+        "qformer_attention_mask": pad_sequence([torch.ones_like(row) for row in words], batch_first=True),
+        "seen": seen._asdict(),
+        "labels": seen.patterns,
+        "names": [frame.name for frame in frames],
+        "failures": [failure for frame in frames for failure in frame.failures],
+    }
+
+
+def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
+    """What is seen at a time, (1,), a part of the clip; without B."""
     middles = (np.arange(grid) + 0.5) * (UNITS / grid)
     across, down = np.meshgrid(middles, middles)
     colors, shapes = np.zeros((grid, grid), int), np.zeros((grid, grid), int)
@@ -84,4 +122,5 @@ def labels(scene: Scene, time: np.ndarray, grid: int) -> tuple[np.ndarray, ...]:
         slot_colors[slot], slot_places[slot] = color, place.astype(int).clip(0, NUM_PLACES - 1)
     background = scene.background if scene.cut is None or time[0] < scene.cut.time else scene.cut.background
     pattern = np.array(list(PATTERNS).index(background.pattern))
-    return colors.ravel(), shapes.ravel(), places.reshape(-1, 2), slot_colors, slot_places, pattern
+    parts = (colors.ravel(), shapes.ravel(), places.reshape(-1, 2), slot_colors, slot_places, pattern)
+    return Seen(*map(torch.as_tensor, parts))

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-SUMS = ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "masked_batches", "seen_batches")
+SUMS = (
+    *("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy"),
+    *("told_batches", "masked_batches", "seen_batches", "judged_batches"),
+)
 
 
 def is_distributed() -> bool:
@@ -33,17 +36,27 @@ class StepMeter:
         self.timed_samples = 0  # of this process, since `started`
 
     def add(
-        self, *, loss: Tensor, loss_lm: Tensor, loss_mvm: Tensor | None, kept_visual_tokens: int | None, samples: int
+        self,
+        *,
+        loss: Tensor,
+        samples: int,
+        loss_lm: Tensor | None = None,
+        loss_mvm: Tensor | None = None,
+        kept_visual_tokens: int | None = None,
+        accuracy: Tensor | None = None,
     ) -> None:
         """One micro-batch of this process; losses as they enter the optimizer step's, scalars."""
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         known: dict[str, Any] = {
             "loss": loss.detach(),
-            "loss_lm": loss_lm.detach(),
+            "loss_lm": zero if loss_lm is None else loss_lm.detach(),
             "loss_mvm": zero if loss_mvm is None else loss_mvm.detach(),
             "kept_visual_tokens": kept_visual_tokens or 0,
+            "accuracy": zero if accuracy is None else accuracy.detach(),
+            "told_batches": int(loss_lm is not None),
             "masked_batches": int(loss_mvm is not None),
             "seen_batches": int(kept_visual_tokens is not None),
+            "judged_batches": int(accuracy is not None),
         }
         # filled without waiting for the device
         values = [torch.as_tensor(known[name], dtype=self.dtype, device=self.device) for name in SUMS]
@@ -61,7 +74,7 @@ class StepMeter:
         """The window's figures, the same on every process, and a new window. A collective call.
 
         num_steps: optimizer steps in the window. The losses are means over them, loss = loss_lm + loss_mvm; loss_mvm
-        is None where no batch was masked.
+        is None where no batch was masked, loss_lm and accuracy where no batch had one.
         """
         world = dist.get_world_size() if is_distributed() else 1
         if is_distributed():
@@ -71,9 +84,10 @@ class StepMeter:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         figures = {
             "loss": sums["loss"] / steps,
-            "loss_lm": sums["loss_lm"] / steps,
+            "loss_lm": sums["loss_lm"] / steps if sums["told_batches"] else None,
             "loss_mvm": sums["loss_mvm"] / steps if sums["masked_batches"] else None,
             "kept_visual_tokens": sums["kept_visual_tokens"] / sums["seen_batches"] if sums["seen_batches"] else None,
+            "accuracy": sums["accuracy"] / sums["judged_batches"] if sums["judged_batches"] else None,
             "samples_per_second": self.timed_samples * world / seconds,
             "peak_memory_mb": peak_memory_mb(self.device),
         }

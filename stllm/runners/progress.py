@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("loss", "loss_lm", "loss_mvm", "learning_rate", "samples_per_second")
+SHOWN = ("loss", "loss_lm", "loss_mvm", "accuracy", "learning_rate", "samples_per_second")
 
 
 class Progress(TrainerCallback):

@@ -22,16 +22,12 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.registry import runners, tasks
 from stllm.datasets.bad_samples import BadSampleLog
-from stllm.models.lora import save_adapter
-from stllm.models.st_llm import STLLM
 from stllm.runners.arguments import training_arguments
 from stllm.runners.run_folder import RunFolder
 from stllm.runners.signals import StopRequest, stopping_at_signals
 from stllm.runners.trainer import STLLMTrainer
 
 log = logging.getLogger(__name__)
-
-ADAPTER_FOLDER = "lora_adapter"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +96,7 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
         step = trainer.state.global_step
         log.info("stopped at step %d; checkpoint-%d is written: the same command continues from it", step, step)
         return stop.exit_code
-    _finish(trainer, folder)
+    _finish(task, trainer, folder)
     return 0
 
 
@@ -131,8 +127,8 @@ def _home(args: TrainingArguments) -> torch.device:
     return torch.device("cpu") if args.fsdp or args.deepspeed else args.device
 
 
-def _finish(trainer: STLLMTrainer, folder: RunFolder) -> None:
-    """The trained model in our format in the output folder, and the LoRA adapter apart. A collective call."""
+def _finish(task: Any, trainer: STLLMTrainer, folder: RunFolder) -> None:
+    """The trained model in our format in the output folder, as the task leaves it. A collective call."""
     partial = folder.path / ".model.partial"
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
@@ -141,9 +137,7 @@ def _finish(trainer: STLLMTrainer, folder: RunFolder) -> None:
     trainer.save_model(str(partial))
     if is_main():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        assert isinstance(model, STLLM)
-        if model.config.lora is not None and not trainer.is_fsdp_enabled:
-            save_adapter(model, partial / ADAPTER_FOLDER)
+        task.export(model, partial, sharded=trainer.is_fsdp_enabled)
         folder.place_final(partial)
         log.info("the trained model is in %s", folder.path)
     if dist.is_available() and dist.is_initialized():

@@ -20,7 +20,6 @@ from stllm.common.errors import UserError
 from stllm.common.files import write_text
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
-from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.meter import StepMeter, is_distributed
 from stllm.runners.optimizer import parameter_groups
@@ -43,19 +42,21 @@ class KeyedLoader(DataLoader[Any]):
 class STLLMTrainer(Trainer):
     """Trains `model` on batches of `dataset` in the order of `sampler`.
 
-    collator: list of samples -> model arguments, and `names` and `failures`. folder: where checkpoints and log go.
+    model: returns loss_lm (and loss_mvm), or a loss without parts; accuracy, too, where it has one.
+    collator: list of samples -> model arguments, and `names` and `failures`. processor: its tokenizers are saved beside
+    the model, None: there are none. folder: where checkpoints and log go.
     bad_samples: counts what could not be read and stops the run when it is too much. stop: a signal's request.
     """
 
     def __init__(
         self,
         *,
-        model: STLLM,
+        model: nn.Module,
         args: TrainingArguments,
         dataset: Dataset[Any],
         sampler: MixtureSampler,
         collator: Any,
-        processor: PromptProcessor,
+        processor: PromptProcessor | None,
         folder: RunFolder,
         bad_samples: BadSampleLog,
         stop: StopRequest,
@@ -112,17 +113,20 @@ class STLLMTrainer(Trainer):
         self.new_failures += inputs["failures"]
         outputs = model(**batch, num_items_in_batch=num_items_in_batch)
         world = self.accelerator.num_processes  # gradients are averaged over processes, and the sum is wanted
-        loss_lm = outputs["loss_lm"] * (1 if num_items_in_batch is None else world)
+        told = outputs.get("loss_lm")
+        loss = (outputs["loss"] if told is None else told) * (1 if num_items_in_batch is None else world)
+        loss_lm = None if told is None else loss
         loss_mvm = outputs.get("loss_mvm")
         if loss_mvm is not None:
             loss_mvm = loss_mvm / self.current_gradient_accumulation_steps
-        loss = loss_lm if loss_mvm is None else loss_lm + loss_mvm
+            loss = loss + loss_mvm
         self._agree(loss, inputs["names"])
         self.meter.add(
             loss=loss,
             loss_lm=loss_lm,
             loss_mvm=loss_mvm,
             kept_visual_tokens=outputs.get("kept_visual_tokens"),
+            accuracy=outputs.get("accuracy"),
             samples=len(inputs["names"]),
         )
         return (loss, outputs) if return_outputs else loss
@@ -258,7 +262,8 @@ class STLLMTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.folder.path)
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
-            self.prompts.save_pretrained(folder)
+            if self.prompts is not None:
+                self.prompts.save_pretrained(folder)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the masked sequence is shorter than any formula knows."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from stllm.common.errors import UserError
 from stllm.common.registry import tasks
@@ -23,10 +24,13 @@ from stllm.models.checkpoints.deciding import decide_config, open_named
 from stllm.models.checkpoints.loading import Opened, processor_of
 from stllm.models.configuration import STLLMConfig
 from stllm.models.factory import build_audited, model_section
+from stllm.models.lora import save_adapter
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 
 log = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "lora_adapter"
 
 
 @tasks.register("video_text_it", "video_text_pretrain", "image_text_pretrain")
@@ -90,6 +94,12 @@ class VideoTextTask:
     def some_parts_idle(self) -> bool:
         """Whether batches exist in which something that trains takes no part (images skip the residual and MVM)."""
         return not self.mixture.only_videos or (self.config.mvm_decode and not self.config.use_mask)
+
+    def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
+        """Adds the LoRA adapter to the trained model's folder, apart; of a sharded model it is not there to be had."""
+        assert isinstance(model, STLLM)
+        if self.config.lora is not None and not sharded:
+            save_adapter(model, folder / ADAPTER_FOLDER)
 
 
 def check_features(corpora: Iterable[Corpus], config: STLLMConfig, *, needed: bool) -> None:

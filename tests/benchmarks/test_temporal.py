@@ -15,7 +15,6 @@ from benchmarks.temporal_plan import ALL, VARIANTS, Plan, recipe
 from benchmarks.temporal_report import claims, markdown, summary
 from benchmarks.temporal_runs import Commands, Result, RunError, training_figures
 from stllm.common.config import load_config
-from stllm.runners import toy_encoder
 from tests.configs.recipes import CONFIGS
 from tests.helpers.training import train
 
@@ -303,10 +302,7 @@ def test_the_experiment_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     write_world(world, num_train=22, num_test=8, seed=3, long=True)
     monkeypatch.setenv("TOY_ROOT", str(world))
     monkeypatch.setenv("TINY_OUTPUT", str(tmp_path))
-    language = CONFIGS / "tiny" / "stages" / "0_language.yaml"
-    vision = ["--output", str(tmp_path / "0_vision"), "--steps", "1"]
-    assert toy_encoder.main(["--cfg-path", str(language), *vision]) == 0
-    for stage in ("0_language", "0_letters", "1_images"):
+    for stage in ("0_vision", "0_language", "0_letters", "1_images"):
         options = [*few, "run.max_steps=1", f"run.output_dir={tmp_path / stage}"]
         train(CONFIGS / "tiny" / "stages" / f"{stage}.yaml", *options)
     words = ["--world", str(world), "--ckpt", str(tmp_path / "1_images"), "--steps", "4", "--seeds", "1"]

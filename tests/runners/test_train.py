@@ -20,6 +20,7 @@ FIELDS = {
     "loss",
     "loss_lm",
     "loss_mvm",
+    "accuracy",
     "learning_rate",
     "grad_norm",
     "kept_visual_tokens",
