@@ -154,7 +154,13 @@ def _advice(parts: set[str]) -> str:
         "projection": "model.ckpt (or an InstructBLIP file as model.q_former_model)",
         "language model": "model.llama_model",
     }
+    switches = {
+        "temporal adapter": "model.vit_model=eva_clip_g",
+        "video input": "model.video_input=all",
+        "mvm decoder": "model.mvm_decode=False",
+    }
     named = sorted({names[part] for part in parts if part in names})
     if not named:
-        return "switch off what needs them in the configuration, or use a checkpoint that has them"
+        off = " and ".join(switches[part] for part in switches if part in parts)
+        return f"switch off what needs them ({off or 'in the configuration'}), or use a checkpoint that has them"
     return f"the download may be incomplete; when building from pieces, name them with {', '.join(named)}"

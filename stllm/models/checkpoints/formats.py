@@ -95,6 +95,9 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     """
     place = locate(path)
     if place.is_file():
+        shard = SHARD.match(place.name)
+        if shard and int(shard["total"]) > 1:
+            raise UserError(f"{place} is one of {int(shard['total'])} shards: name their folder, {place.parent}")
         return _file_source(place, open_weights([place]), depth)
     config, meta = read_json(place / "config.json"), read_json(place / "meta.json")
     weights = open_weights(weight_files(place))
@@ -188,6 +191,11 @@ def _file_source(path: Path, weights: Weights, depth: int | None) -> Source:
         return Source(path, Format.MINIGPT4, tables.MINIGPT4, weights)
     if any(key.startswith(("vision_encoder.", "language_model.", "model.layers.")) for key in keys):
         raise UserError(f"{path} has no config.json beside it: name the folder that holds both")
+    if any(".lora_A." in key for key in keys):
+        raise UserError(
+            f"{path} holds a LoRA adapter without the model under it: name that model, with the adapter on top of it "
+            "by `stllm convert MODEL --adapter DIR --to NEW`"
+        )
     first = ", ".join(list(keys)[:3])
     raise UserError(
         f"{path} is no known checkpoint (its first weights are {first}): expected one of "

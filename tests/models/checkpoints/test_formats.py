@@ -90,6 +90,19 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: str) -> None:
         open_source(tmp_path)
 
 
+def test_an_adapter_without_its_model_is_told(tmp_path: Path) -> None:
+    weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)}
+    torch.save(weights, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"a LoRA adapter without the model under it: .*convert MODEL --adapter"):
+        open_source(tmp_path)
+
+
+def test_a_shard_by_itself_is_told() -> None:
+    shard = next((GOLDEN / FOLDERS[0]).glob("*-00001-of-00002.bin"))
+    with pytest.raises(UserError, match=rf"is one of 2 shards: name their folder, {shard.parent}$"):
+        open_source(shard)
+
+
 def test_another_kind_of_model_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8}))
     torch.save({"shared.weight": torch.ones(1)}, tmp_path / "pytorch_model.bin")
