@@ -17,6 +17,7 @@ from stllm.common.run_section import typed
 from stllm.common.schema import field_fault
 
 TEXTS = ("instruction", "shards")  # keys that take a text or a list
+_PROCESSORS = "images are prepared by model.image_size, texts by model.template"
 ROOTS = ("anno_root", "media_root", "features_root")  # texts directly under `datasets`
 
 
@@ -58,6 +59,10 @@ class DatasetSettings:
     # Questions and answers
     qa_sampling: str | None = _one_of(None, "one", "all")  # unset: run.qa_sampling
     multi_turn: bool = False  # a record's pairs as one conversation, not a sample each
+
+    # Keys of LAVIS without an effect here
+    vis_processor: Any = field(default=None, metadata={"unused": _PROCESSORS})
+    text_processor: Any = field(default=None, metadata={"unused": _PROCESSORS})
 
 
 def check_entry(name: str, entry: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:

@@ -31,6 +31,18 @@ RENAMED = {
 }
 # Old switch -> what it says today when it is on; when it is off it says nothing.
 SWITCHES = {"adafactor": ("optim", "adafactor"), "group_by_length": ("train_sampling_strategy", "group_by_length")}
+# LAVIS's name -> today's, for the hint alone: what it meant there need not be what it means here.
+LAVIS = {
+    "accum_grad_iters": "gradient_accumulation_steps",
+    "amp": "fp16",
+    "batch_size_eval": "per_device_eval_batch_size",
+    "batch_size_train": "per_device_train_batch_size",
+    "init_lr": "learning_rate",
+    "lr_sched": "lr_scheduler_type",
+    "max_epoch": "num_train_epochs",
+    "num_workers": "dataloader_num_workers",
+    "resume_ckpt_path": "resume_from_checkpoint",
+}
 _DROPPED = "the installed transformers has no such argument"
 # Accepted without an effect, and why.
 UNUSED = {
@@ -84,7 +96,8 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
             if key == "warmup_ratio" and isinstance(value, (int, float)) and not 0 <= value < 1:
                 raise UserError(f"{source}: 'run.warmup_ratio' must be at least 0 and below 1, found {value!r}")
         if new not in known:
-            hint = did_you_mean(key, [*known, *RENAMED, *SWITCHES, *UNUSED])
+            names = [*known, *RENAMED, *SWITCHES, *UNUSED]
+            hint = f"; did you mean {LAVIS[key]!r}?" if key in LAVIS else did_you_mean(key, names)
             raise UserError(f"{source}: unknown key 'run.{key}'{hint}")
         if new != key and new in given:
             raise UserError(f"{source}: 'run.{key}' is the old name of 'run.{new}' and both are given: keep one")

@@ -35,7 +35,7 @@ model:
 preprocess:
   vis_processor: {train: {name: blip2_image_train}}
 datasets:
-  caption_videochat: {num_frames: 64}
+  caption_videochat: {num_frames: 64, vis_processor: {train: {name: blip2_image_train}}}
   reasoning_next_qa: {num_frames: 64}
 run:
   task: video_text_it
@@ -89,7 +89,8 @@ def test_a_published_recipe_loads_as_it_is(write, caplog) -> None:
     assert cfg.datasets == {"caption_videochat": {"num_frames": 64}, "reasoning_next_qa": {"num_frames": 64}}
     assert cfg.run.eval_strategy == "no" and cfg.run.learning_rate == 2e-5 and cfg.run.qa_sampling == "one"
     assert "tf32" not in cfg.run and "model_max_length" not in cfg.run and "evaluation_strategy" not in cfg.run
-    for key in ("model.prompt_template", "run.tf32", "run.model_max_length", "section preprocess"):
+    unused = ("model.prompt_template", "run.tf32", "run.model_max_length", "section preprocess")
+    for key in (*unused, "datasets.caption_videochat.vis_processor"):
         assert f"{key} has no effect: " in caplog.text
 
 

@@ -8,11 +8,18 @@ import pytest
 
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
-from stllm.common.run_section import DEEPSPEED, check_run, run_keys
+from stllm.common.run_section import DEEPSPEED, LAVIS, check_run, run_keys
 
 
 def load_run(*options: str) -> Any:
     return load_config(None, options, "tiny").run
+
+
+@pytest.mark.parametrize("name", LAVIS)
+def test_lavis_s_names_are_told_today_s(name: str) -> None:
+    assert LAVIS[name] in run_keys() and name not in run_keys()
+    with pytest.raises(UserError, match=rf"unknown key 'run\.{name}'; did you mean '{LAVIS[name]}'\?$"):
+        load_run(f"run.{name}=1")
 
 
 def test_fsdp_is_a_switch() -> None:
