@@ -263,10 +263,10 @@ def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrained
         where = f"found as {source!r} ({_first_line(error)})"
         if source == DEFAULT_QFORMER_TOKENIZER and named is None:
             where = f"found: {own} is not there, and {source} is not in the hub's cache on this machine"
+        download = f" (--options model.qformer_tokenizer={DEFAULT_QFORMER_TOKENIZER} downloads it)"
         raise UserError(
             f"the Q-Former reads the question, but its tokenizer was not {where}; put one into {own}, or name a "
-            "folder, a vocab.txt or a hub model "
-            f"(--options model.qformer_tokenizer={DEFAULT_QFORMER_TOKENIZER} downloads it)"
+            f"folder, a vocab.txt or a hub model{'' if source == named else download}"
         ) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.truncation_side = "left"
