@@ -16,6 +16,7 @@ from stllm.commands import COMMANDS
 from stllm.commands.command import Parser
 from stllm.common.arguments import device_name, gpu_number, whole
 from stllm.common.device import DTYPE_ALIASES, DTYPES, seed_everything
+from stllm.common.errors import did_you_mean
 from stllm.common.failures import sentence
 
 
@@ -23,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. Raises only under `--debug`."""
     parser = build_parser()
     try:
-        args = parser.parse_args(_hyphenated(sys.argv[1:] if argv is None else argv))
-        fault = COMMANDS[args.command].check(args)
+        args, unknown = parser.parse_known_args(_hyphenated(sys.argv[1:] if argv is None else argv))
+        fault = _unknown(unknown, args) or COMMANDS[args.command].check(args)
         if fault:
             parser.exit(2, f"stllm {args.command}: error: {fault}\n")
     except SystemExit as stop:  # argparse has printed its help or its complaint
@@ -57,6 +58,15 @@ def _run(args: argparse.Namespace) -> int:
     code = int(run(args))
     sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     return code
+
+
+def _unknown(words: Sequence[str], args: argparse.Namespace) -> str | None:
+    """What is said of words that the command does not take; None where there are none."""
+    if not words:
+        return None
+    known = [f"--{name.replace('_', '-')}" for name in vars(args)]
+    hint = did_you_mean(words[0].partition("=")[0], known)
+    return f"found {' '.join(words)}, which stllm {args.command} --help does not list{hint}"
 
 
 def _hyphenated(argv: Sequence[str]) -> list[str]:

@@ -103,6 +103,21 @@ def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "chat --num-frame 8",
+            "found --num-frame 8, which stllm chat --help does not list; did you mean '--num-frames'?\n",
+        ),
+        ("evaluate mvbench --low_resource", "found --low-resource, which stllm evaluate --help does not list\n"),
+    ],
+)
+def test_an_unknown_option_is_named_with_the_nearest(ran, capsys, words, told) -> None:
+    assert main(words.split()) == 2 and ran.args is None
+    assert told in capsys.readouterr().err
+
+
 def test_chat_takes_every_option(ran) -> None:
     argv = "chat --video a.mp4 --question one --question two --ckpt-path d --cfg-path c --reader pyav --start 1.5"
     argv += " --end 2 --num-frames 8 --num-beams 5 --max-new-tokens 300 --temperature 0 --json --dtype bf16 --seed 3"
@@ -219,7 +234,8 @@ def test_notes_go_to_stderr(ran, capsys) -> None:
     import logging
 
     def run(args) -> int:
-        logging.getLogger("stllm.common.layers").info("a.yaml: model.prompt has no effect")
+        for _ in range(2):  # as when the file is read twice
+            logging.getLogger("stllm.common.layers").info("a.yaml: model.prompt has no effect")
         print("result")
         return 0
 
@@ -228,6 +244,8 @@ def test_notes_go_to_stderr(ran, capsys) -> None:
     captured = capsys.readouterr()
     assert captured.out == "result\n"
     assert captured.err == "note: a.yaml: model.prompt has no effect\n"
+    assert main(["inspect", "d"]) == 0
+    assert capsys.readouterr().err == captured.err  # another command's notes are its own
 
 
 def test_notes_follow_stderr_to_where_a_spinner_takes_it(ran, capsys) -> None:

@@ -18,11 +18,23 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to what stderr is at that moment: under a spinner, that is what keeps the two apart."""
+    """Writes to what stderr is at that moment: under a spinner, that is what keeps the two apart.
+
+    What a configuration is noted for is said once a command, though several of its parts read the file.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            line = self.format(record)
+            if record.name.startswith("stllm.common."):
+                if line in self.said:
+                    return
+                self.said.add(line)
+            print(line, file=sys.stderr, flush=True)
         except Exception:  # as every handler: a note that cannot be written stops nothing
             self.handleError(record)
 
