@@ -8,6 +8,18 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/lib/environment.sh
 
+usage() {
+    cat <<'END'
+usage: bash scripts/test.sh [--fresh | --active] [options of pytest, e.g. -k NAME, -m slow]
+  --fresh      make .venv anew
+  --active     in the environment at hand, with nothing installed
+environment:
+  PYTHON       the interpreter (default: python3)
+  TORCH_INDEX  where torch is installed from (default: pip's own)
+END
+}
+
+[[ ${1:-} == -h || ${1:-} == --help ]] && usage && exit
 fresh=${CI:+yes}
 active=
 while [[ ${1:-} == --fresh || ${1:-} == --active ]]; do

@@ -83,7 +83,8 @@ def test_a_copy_without_the_model_says_so(clone: Path) -> None:
 
 def test_wrong_words_and_old_pythons(clone: Path) -> None:
     assert run(clone, "quickstart.sh", "--fast").returncode == 2
-    assert run(clone, "quickstart.sh", "--help").stdout.startswith("usage: bash scripts/quickstart.sh")
+    for script in ("quickstart.sh", "test.sh"):
+        assert run(clone, script, "--help").stdout.startswith(f"usage: bash scripts/{script}")
     old = clone.parent / "old"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1\nexit 1\n')
     old.chmod(0o755)
