@@ -30,7 +30,7 @@ def test_local_frames_are_distinct_ordered_and_in_the_clip(num_frames: int, resi
     assert indices[-1] < num_frames
 
 
-@pytest.mark.parametrize("name", ["mean", "all", "residual"])
+@pytest.mark.parametrize("name", video_inputs.names())
 @pytest.mark.parametrize("num_frames", [1, 3, 4, 9])
 def test_number_of_tokens_is_what_is_announced(name: str, num_frames: int) -> None:
     video_input = video_inputs.get(name)(**SIZES)
@@ -38,7 +38,7 @@ def test_number_of_tokens_is_what_is_announced(name: str, num_frames: int) -> No
     assert tokens.shape == (2, video_input.num_tokens(num_frames, 5), 8)
 
 
-@pytest.mark.parametrize("name", ["mean", "all", "residual"])
+@pytest.mark.parametrize("name", video_inputs.names())
 def test_an_image_enters_as_its_own_tokens(name: str) -> None:
     frame = torch.randn(1, 1, 5, 8)
     video_input = video_inputs.get(name)(**SIZES)
