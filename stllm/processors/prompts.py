@@ -266,7 +266,7 @@ def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrained
         download = f" (--options model.qformer_tokenizer={DEFAULT_QFORMER_TOKENIZER} downloads it)"
         raise UserError(
             f"the Q-Former reads the question, but its tokenizer was not {where}; put one into {own}, or name a "
-            f"folder, a vocab.txt or a hub model{'' if source == named else download}"
+            f"folder, a vocab.txt or a hub model{download if named is None else ''}"
         ) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.truncation_side = "left"

@@ -16,7 +16,7 @@ from stllm.common.errors import UserError
 from stllm.conversation.templates import Turn
 from stllm.models.configuration import STLLMConfig
 from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
-from stllm.processors.prompts import PromptProcessor
+from stllm.processors.prompts import PromptProcessor, load_qformer_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {"instructblip": GOLDEN / "instructblip_residual_mvm", "minigpt4": GOLDEN / "minigpt4_plain_all"}
@@ -194,3 +194,12 @@ def test_a_missing_qformer_tokenizer_says_where_it_may_be_put() -> None:
 def test_a_qformer_tokenizer_of_another_size_is_refused() -> None:
     with pytest.raises(UserError, match=r"has 163 tokens with \[DEC\], but the Q-Former knows 30523"):
         processor("instructblip", vocab_size=30523)
+
+
+def test_a_missing_qformer_tokenizer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download is advised only where no name was tried."""
+    monkeypatch.setattr("stllm.processors.prompts.DEFAULT_QFORMER_TOKENIZER", "nobody/bert")  # is in no cache
+    with pytest.raises(UserError, match=r"tokenizer is not there, and nobody/bert is not in .* downloads it\)$"):
+        load_qformer_tokenizer(tmp_path, None)
+    with pytest.raises(UserError, match=r"not found as '.*/bert' .*put one into .* or a hub model$"):
+        load_qformer_tokenizer(tmp_path, tmp_path / "bert")
