@@ -30,7 +30,7 @@ esac
 export TOY_ROOT=${TOY_ROOT:-toy_world/$size} TINY_OUTPUT=${TINY_OUTPUT:-output/tiny/$size}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as many processes as cores are faster than as many threads
 unseen=$TOY_ROOT-unseen
-clips=11000 tests=800
+clips=22000 tests=800
 [[ $size == full ]] || { clips=3000 && tests=160; }
 
 stllm() { "${PYTHON:-python}" -m stllm "$@"; }
@@ -38,8 +38,9 @@ stllm() { "${PYTHON:-python}" -m stllm "$@"; }
 steps() { # stage: of the quick variant
     case $1 in
     0_vision) echo 1200 ;;
-    0_language) echo 700 ;;
     0_letters) echo 700 ;;
+    0_language) echo 700 ;;
+    0_choices) echo 500 ;;
     1_images) echo 500 ;;
     2_videos) echo 700 ;;
     3_masking) echo 100 ;;
@@ -59,7 +60,7 @@ if [[ ! -d $TOY_ROOT ]]; then
     stllm toy --output "$TOY_ROOT" --num-train "$clips" --num-test "$tests" --seed 1 --long
 fi
 [[ -d $unseen ]] || stllm toy --output "$unseen" --num-train 1 --num-test "$tests" --seed 2
-for stage in 0_vision 0_language 0_letters 1_images 2_videos 3_masking; do train "$stage"; done
+for stage in 0_vision 0_letters 0_language 0_choices 1_images 2_videos 3_masking; do train "$stage"; done
 echo "== evaluation, on a world that was never seen"
 for stage in 2_videos 3_masking; do
     stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$stage" --anno-path "$unseen/mvbench" --num-frames 8 \
