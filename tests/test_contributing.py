@@ -86,8 +86,8 @@ def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for path in (FOREIGN / "vicuna_for_instructblip").glob("tokenizer*"):
         shutil.copy(path, tmp_path / "qwen3")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    recipe = tmp_path / "configs" / "train" / "qwen3.yaml"
-    recipe.write_text(BLOCKS["configs/train/qwen3.yaml"], encoding="utf-8")
+    recipe = tmp_path / "configs" / "qwen3.yaml"
+    recipe.write_text(BLOCKS["configs/qwen3.yaml"], encoding="utf-8")
     monkeypatch.setenv("QWEN3", str(tmp_path / "qwen3"))
     monkeypatch.setenv("VIT_CKPT", str(FOREIGN / "eva_vit_g.pth"))
     monkeypatch.setenv("QFORMER_CKPT", str(FOREIGN / "instruct_blip_vicuna7b_trimmed.pth"))
