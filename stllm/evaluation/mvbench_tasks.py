@@ -6,6 +6,8 @@ Source: the benchmark's own table of tasks (arXiv 2311.17005) and its release. F
 from dataclasses import dataclass
 from pathlib import Path
 
+from stllm.common.errors import UserError
+
 
 @dataclass(frozen=True)
 class MVBenchTask:
@@ -71,15 +73,25 @@ class MVBenchLayout:
     @classmethod
     def of(cls, path: str | Path, video_dir: str | Path | None = None) -> "MVBenchLayout":
         """path: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
-        video_dir: where the media are instead of in `video`."""
+        video_dir: where the media are instead of in `video`. Raises UserError for a folder above one of those."""
         root = Path(path).expanduser()
         folder = root / "json" if (root / "json").is_dir() else root
         files = tuple(sorted(folder.glob("*.json"))) if folder.is_dir() else (root,)
         holder = folder if folder.is_dir() else folder.parent
         media = (holder.parent if holder.name == "json" else holder) / "video"
+        if video_dir is None and not media.is_dir():
+            _check_not_above(root)
         return cls(files, Path(video_dir).expanduser() if video_dir else media)
 
 
 def task_of(file: Path) -> MVBenchTask | None:
     """The task whose annotation file is called so; None when there is none."""
     return next((task for task in TASKS if task.file == file.name), None)
+
+
+def _check_not_above(root: Path) -> None:
+    """Raises UserError where MVBench's folder lies in the one that was named: JSON files there are of something else."""
+    below = sorted(path.parent for path in root.glob("*/json") if path.is_dir())
+    if below:
+        folders = " or ".join(map(str, below))
+        raise UserError(f"{root}: found no folder json in it, expected MVBench's own folder: name {folders}")

@@ -199,6 +199,18 @@ def test_wrong_folders(tmp_path) -> None:
         read(root, video_dir=str(root / "elsewhere"))
 
 
+def test_the_folder_above_names_the_one_to_give(tmp_path) -> None:
+    """A toy world: its own JSON file is none of the benchmark's, whose folder lies beside it."""
+    root = put(tmp_path / "mvbench", {"object_shuffle": [item("a.mp4")]}, "perception/videos/a.mp4")
+    (tmp_path / "toy_world.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{tmp_path}: found no folder json in it, .* own folder: name {root}$"):
+        read(tmp_path)
+    put(tmp_path, {})  # a folder of tasks of one's own, with media, may have another below it
+    (tmp_path / "toy_world.json").write_text(json.dumps([item("b.mp4")]))
+    (tmp_path / "video/b.mp4").touch()
+    assert [one.id for one in read(tmp_path).items] == ["toy_world/0"]
+
+
 @pytest.mark.parametrize(("sampling", "num_frames"), [("uniform", 0), ("middling", 8), ("rand", 8)])
 def test_frames_that_no_video_could_give_are_refused_at_once(tmp_path, sampling, num_frames) -> None:
     root = put(tmp_path, {"object_shuffle": [item("a.mp4")]}, "perception/videos/a.mp4")
