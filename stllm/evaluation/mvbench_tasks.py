@@ -90,7 +90,7 @@ def task_of(file: Path) -> MVBenchTask | None:
 
 
 def _check_not_above(root: Path) -> None:
-    """Raises UserError where MVBench's folder lies in the one that was named: JSON files there are of something else."""
+    """Raises UserError where MVBench's folder lies in the one that was named: its JSON files are of something else."""
     below = sorted(path.parent for path in root.glob("*/json") if path.is_dir())
     if below:
         folders = " or ".join(map(str, below))
