@@ -17,6 +17,7 @@ from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMN
 from stllm.evaluation.tables import percent, score, table
 
 MVBENCH, AVERAGE = COLUMNS[:2]
+VCGBENCH = "VcgBench"  # for all of its columns
 OF_AXIS = dict(zip(VCGBENCH_AXES, VCGBENCH_COLUMNS, strict=True))
 OF_BENCHMARK = {"msvd": "MSVD", "msrvtt": "MSRVTT", "activitynet": "ANet"}  # in VideoQA
 SCORES = {AVERAGE, *VCGBENCH_COLUMNS}  # from 0 to 5; the other columns are percent
@@ -28,12 +29,13 @@ EXPECTED = "a results file of `stllm evaluate` or `stllm judge` (NAME.results.js
 class Figure:
     """One cell. official: as the benchmark's script counts; own: strictly matched, or not truncated.
 
-    note: where it comes from.
+    note: where it comes from. part: what of the benchmark alone was asked, as "first 5 a task", "" for all.
     """
 
     official: float | None
     own: float | None
     note: str
+    part: str = ""
 
 
 NO_FIGURE = Figure(None, None, "")
@@ -67,9 +69,20 @@ def paper_table(results: Sequence[str]) -> str:
             notes.append(str(error))
     rows: list[tuple[str, ...]] = [(method, *map(_cell, COLUMNS, values)) for method, values in METHODS.items()]
     ours = [figures.get(column, NO_FIGURE) for column in COLUMNS]
-    rows.append(("ours, official rules", *map(_cell, COLUMNS, [figure.official for figure in ours])))
-    rows.append(("ours, strict rules", *map(_cell, COLUMNS, [figure.own for figure in ours])))
+    parts = _parts(figures)
+    rows.append((f"ours, official rules{parts}", *map(_cell, COLUMNS, [figure.official for figure in ours])))
+    rows.append((f"ours, strict rules{parts}", *map(_cell, COLUMNS, [figure.own for figure in ours])))
     return table(("", *COLUMNS), rows) + _legend(notes, bool(judged))
+
+
+def _parts(figures: Mapping[str, Figure]) -> str:
+    """For the name of our rows, as " (MVBench: first 5 a task)": which benchmarks were asked in part alone."""
+    named = [
+        f"{VCGBENCH if column in SCORES else column}: {figure.part}"
+        for column, figure in figures.items()
+        if figure.part
+    ]
+    return f" ({'; '.join(dict.fromkeys(named))})" if named else ""
 
 
 def _legend(notes: Sequence[str], judged: bool) -> str:
@@ -110,7 +123,7 @@ def _column(content: Mapping[str, Any], name: str, path: Path) -> str:
     if axis in OF_AXIS:
         return OF_AXIS[axis]
     if axis == QA:
-        name = name or _benchmark_beside(path)
+        name = name or str(_run_beside(path).get("benchmark", ""))
         if name not in OF_BENCHMARK:
             found = f"found {name}" if name else "the file does not say"
             raise UserError(
@@ -125,27 +138,36 @@ def _column(content: Mapping[str, Any], name: str, path: Path) -> str:
     )
 
 
-def _benchmark_beside(path: Path) -> str:
-    """What `stllm evaluate` says of the predictions that DIR/<name>.judged judges, "" when it is not there."""
+def _run_beside(path: Path) -> dict[str, Any]:
+    """What `stllm evaluate` says of the predictions that DIR/<name>.judged judges, {} when it is not there."""
     folder = path.resolve().parent
     beside = folder.with_name(f"{folder.name.removesuffix(JUDGED)}.results.json")
-    if not folder.name.endswith(JUDGED) or not beside.is_file():
-        return ""
-    return str(_read(beside).get("benchmark", ""))
+    return _read(beside) if folder.name.endswith(JUDGED) and beside.is_file() else {}
+
+
+def _part(run: Mapping[str, Any]) -> str:
+    """What a run asked alone of its benchmark, "" for all of it. run: its results file."""
+    asked = (run.get("settings") or {}).get("evaluation") or {}
+    tasks, limit = asked.get("tasks"), asked.get("limit")
+    # of VcgBench a column is a task
+    words = [f"{len(tasks)} of its tasks"] if tasks and run.get("benchmark") == "mvbench" else []
+    return ", ".join([*words, f"first {limit} a task"] if limit else words)
 
 
 def _figure(content: Mapping[str, Any], path: Path) -> Figure:
     counts = content["counts"]
     try:
         if "axis" in content:
-            missing = counts["failed"] + counts.get("unanswered", 0)
+            missing, run = counts["failed"] + counts.get("unanswered", 0), _run_beside(path)
             note = f"{path}, judge {content['judge']}, instructions {content['prompt_digest']}, {missing} not judged"
+            if not run:
+                note += f", {counts['scored']} judged; whether those are all of the benchmark's the file does not say"
             if content["axis"] == QA:
-                return Figure(content["accuracy"], content["accuracy"], note)
-            return Figure(content["mean_truncated"], content["mean"], note)
+                return Figure(content["accuracy"], content["accuracy"], note, _part(run))
+            return Figure(content["mean_truncated"], content["mean"], note, _part(run))
         note = f"{path}, {counts['answered']} answered, {counts['failed']} failed, {counts['excluded']} excluded"
         scores = content["scores"]
-        return Figure(scores["official"]["average"], scores["strict"]["average"], note)
+        return Figure(scores["official"]["average"], scores["strict"]["average"], note, _part(content))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: lacks {error}; expected {EXPECTED}") from None
 

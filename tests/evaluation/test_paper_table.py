@@ -39,11 +39,11 @@ def axes_of(folder: Path, **changes: Any) -> list[str]:
     return [judged(folder / f"{axis}.results.json", axis, mean, **changes) for axis, mean in means.items()]
 
 
-def mvbench(folder: Path, name: str = "mvbench") -> str:
+def mvbench(folder: Path, name: str = "mvbench", **evaluation: Any) -> str:
     """Three of four right by the official rule, two by the strict one."""
     benchmark = choice_benchmark([choice_item(number) for number in range(4)])
     said = dict(zip((item.id for item in benchmark.items), ("A", "B", "", "A"), strict=True))
-    about: dict[str, Any] = {"settings": {}, "digests": {}, "seconds": 1.0}
+    about: dict[str, Any] = {"settings": {"evaluation": evaluation}, "digests": {}, "seconds": 1.0}
     results.write(folder, name, benchmark, lines_of(benchmark, lambda item: said[item.id]), **about)
     return str(folder / f"{name}.results.json")
 
@@ -96,6 +96,32 @@ def test_videoqa_beside_its_predictions_needs_no_name(tmp_path: Path) -> None:
     (tmp_path / "run.results.json").write_text('{"benchmark": "msrvtt", "scores": {}, "counts": {}}')
     rows = rows_of(paper_table([judged(tmp_path / "run.judged" / "qa.results.json", "qa")]))
     assert rows["ours, official rules"][7:] == ["–", "70.2", "–"]
+
+
+def ours(text: str) -> list[str]:
+    return [row for row in rows_of(text) if row.startswith("ours")]
+
+
+def test_a_row_says_what_was_asked_in_part_alone(tmp_path: Path) -> None:
+    whole = ["ours, official rules", "ours, strict rules"]
+    assert ours(paper_table([mvbench(tmp_path, limit=None, tasks=[])])) == whole
+    first = mvbench(tmp_path, limit=5, tasks=[])
+    assert ours(paper_table([first])) == [f"{row} (MVBench: first 5 a task)" for row in whole]
+    (tmp_path / "vcg.results.json").write_text(
+        '{"benchmark": "vcgbench", "counts": {}, "settings": {"evaluation": {"limit": 7, "tasks": ["generic"]}}}'
+    )
+    axes = axes_of(tmp_path / "vcg.judged")  # five columns of one benchmark
+    both = "MVBench: 2 of its tasks, first 3 a task; VcgBench: first 7 a task"
+    text = paper_table([mvbench(tmp_path, limit=3, tasks=["a", "b"]), *axes])
+    assert ours(text) == [f"{row} ({both})" for row in whole]
+    assert rows_of(text)[f"ours, official rules ({both})"][:2] == ["75.0", "2.80"]
+
+
+def test_what_is_not_known_of_a_judge_s_file_is_said(tmp_path: Path) -> None:
+    said = "4 judged; whether those are all of the benchmark's the file does not say"
+    (tmp_path / "run.results.json").write_text('{"benchmark": "msvd", "counts": {}}')
+    assert said in paper_table([judged(tmp_path / "r.json", "temporal")])
+    assert said not in paper_table([judged(tmp_path / "run.judged" / "qa.results.json", "qa")])
 
 
 def test_one_sentence_for_what_is_wrong(tmp_path: Path) -> None:
