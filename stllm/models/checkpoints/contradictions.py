@@ -36,6 +36,7 @@ SIZE_KEYS = {
         "has_qformer": "has_qformer",
     },
 }
+LLM_KEYS = ("num_hidden_layers", "intermediate_size")  # beside the width, which is compared on its own
 LLM_SIZES = {4096: " (7B)", 5120: " (13B)"}
 FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # by whether the Q-Former reads text
 
@@ -80,6 +81,22 @@ def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any]
             raise UserError(
                 f"the language model has hidden size {expected}{LLM_SIZES.get(expected, '')} by {reference}, but "
                 f"{size}{LLM_SIZES.get(size, '')} by {words}: use weights and configuration of the same size{either}"
+            )
+    _check_named(sources, settings.get("llama_model"))
+
+
+def _check_named(sources: Sequence[Source], named: str | None) -> None:
+    """A whole checkpoint, whose language model is the one that counts, against a `llama_model` of another size."""
+    whole = next((source for source in reversed(sources) if source.is_whole_model), None)
+    if whole is None or not named or not Path(named).is_dir():
+        return
+    own, other = whole.config.get("text_config") or whole.config, read_json(Path(named) / "config.json")
+    for key in LLM_KEYS:
+        if own.get(key) is not None and other.get(key) is not None and own[key] != other[key]:
+            raise UserError(
+                f"model.llama_model ({named}) has {key} {other[key]}, but the whole checkpoint {whole.path} "
+                f"{own[key]}, and its own language model is the one that is used: set model.llama_model=null, or name "
+                "a checkpoint of that size"
             )
 
 

@@ -59,6 +59,7 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     for layer in _surplus_layers(wanted, sources):
         plan.report.add("wrong_shape", part_of(layer), f"{layer}: found, but the configuration has fewer layers")
     _swap_tied(model, plan)
+    _note_unused_language_models(plan, sources)
     _check_vocabulary(model, plan)
     tied = set(model.all_tied_weights_keys)
     asked = {part for name in fresh for part in ASKED_FRESH[name]}
@@ -73,6 +74,15 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
             if state == "fresh":
                 plan.fresh.add(key)
     return plan
+
+
+def _note_unused_language_models(plan: Plan, sources: Sequence[Source]) -> None:
+    """A `llama_model` beneath a whole checkpoint, all of whose weights the checkpoint has, too."""
+    owners = {source.path: None for key, (source, _) in plan.origins.items() if part_of(key) == "language model"}
+    for source in sources:
+        if source.format is Format.CAUSAL_LM and source.path not in owners:
+            taken = " + ".join(map(str, owners))
+            plan.report.notes.append(f"the language model's weights are those of {taken}: none is from {source.path}")
 
 
 def _leave_out_other_sizes(plan: Plan, wanted: Mapping[str, Tensor], asked: Set[str]) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints and configurations that do not belong together: each has its own sentence, and an exit code of 1."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,28 @@ def test_7b_weights_with_a_13b_language_model_named(
     }
     with pytest.raises(UserError, match=r"hidden size 48 by .*64 by the projection in .*wide\.pth"):
         build_audited({**settings, "vision": {"num_heads": 4}}, device="cpu")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "intermediate_size"])
+def test_a_whole_checkpoint_beside_a_language_model_of_another_size(key: str, tmp_path: Path) -> None:
+    """Of the same width, which is compared on its own."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 96}
+    config = {"model_type": "llama", **sizes, key: 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"model.embed_tokens.weight": torch.zeros(512, 48)}, tmp_path / "pytorch_model.bin")
+    words = rf"llama_model \({tmp_path}\) has {key} 1, but the whole checkpoint .*{PLAIN} \d+, .*llama_model=null"
+    refuses(words, GOLDEN / PLAIN, f"model.llama_model={tmp_path}")
+    with pytest.raises(UserError, match=words):
+        build_audited({"llama_model": str(tmp_path), "ckpt": str(GOLDEN / PLAIN)}, device="cpu")
+
+
+def test_a_whole_checkpoint_s_language_model_is_noted_as_the_one_that_is_used(vicuna: Callable[[str], Path]) -> None:
+    language = vicuna("minigpt4")
+    note = f"the language model's weights are those of {GOLDEN / PLAIN}: none is from {language}"
+    _, report = build_audited({"llama_model": str(language), "ckpt": str(GOLDEN / PLAIN)}, device="cpu")
+    assert report.notes == [note]
+    _, report = build_audited({"ckpt": str(GOLDEN / PLAIN)}, device="cpu")
+    assert report.notes == []
 
 
 @pytest.mark.parametrize(
