@@ -60,7 +60,7 @@ def test_every_block_is_run_here_and_its_neighbours_exist() -> None:
     assert all(source.count(f'"{path}"') for path in BLOCKS)
     named = re.findall(r"(?<![\w/])(?:stllm|configs|scripts|benchmarks|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b", TEXT)
     assert not [path for path in {*named} - {*BLOCKS} if not (ROOT / path).exists()]
-    assert all((ROOT / path).exists() == (path in EXTENDED) for path in BLOCKS)
+    assert all((ROOT / path).exists() for path in EXTENDED)  # the others are written, by whoever follows an example
 
 
 def test_a_video_input(tmp_path: Path) -> None:

@@ -151,12 +151,12 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _key_paths(raw: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The keys below the sections, each as its way from the top; published keys without an effect are no keys here."""
+    """The keys below the sections, each as its way from the top; below published keys without an effect are none."""
     for key, value in raw.items():
         path = (*prefix, key)
         if len(path) > 1 and key != OWN and path[0] != "preprocess":
             yield path
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key != "vis_processor":
             yield from _key_paths(value, path)
 
 
