@@ -61,7 +61,8 @@ class SeenFrame(Sample):
 class SeenFrames:
     """A data set without files. size, patch: pixels a side. vocab_size: of the words."""
 
-    name, media = "toy_seeing", "image"
+    name = "toy_seeing"
+    media: str | None = "image"
 
     def __init__(self, *, size: int, patch: int, vocab_size: int) -> None:
         self.size, self.grid, self.vocab_size = size, size // patch, vocab_size

@@ -3,7 +3,7 @@
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from stllm.common.config import load_config
 from stllm.datasets.mixture import Mixture, Source
 from stllm.datasets.samples import SampleKey
 from stllm.datasets.toy_language import world_texts, write_language_model, write_qformer_tokenizer
-from stllm.datasets.toy_seeing import Seen, SeenFrames, collate
+from stllm.datasets.toy_seeing import Seen, SeenFrame, SeenFrames, collate
 from stllm.models.toy_seeing import SeeingHeads
 from stllm.tasks.toy_seeing import ToySeeingTask
 from tests.configs.recipes import CONFIGS
@@ -54,7 +54,8 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch_of(count: int, *, seed: int = 0) -> dict[str, Any]:
     """A batch of the recipe's frames, without names and failures."""
     mixture = Mixture([Source(SeenFrames(size=64, patch=8, vocab_size=513))], seed=seed, max_tries=1)
-    batch = collate([mixture[SampleKey(0, 0, 0, number)] for number in range(count)])
+    frames = [mixture[SampleKey(0, 0, 0, number)] for number in range(count)]
+    batch = collate(cast(list[SeenFrame], frames))
     return {key: value for key, value in batch.items() if key not in ("names", "failures")}
 
 
@@ -110,7 +111,7 @@ def test_frames_with_nothing_in_them_can_be_learned_from() -> None:
     loss, accuracy = heads(features, queries, empty)
     loss.backward()
     assert features.grad is not None
-    assert math.isfinite(float(loss)) and bool(features.grad.isfinite().all()) and 0 <= accuracy <= 1
+    assert math.isfinite(float(loss.detach())) and bool(features.grad.isfinite().all()) and 0 <= accuracy <= 1
 
 
 def test_mistakes(recipe: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
