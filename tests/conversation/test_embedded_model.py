@@ -1,0 +1,53 @@
+"""The model that comes with the package: it loads, answers its examples, and its answers follow time."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stllm.conversation.chat import Chat, load_chat
+from stllm.conversation.embedded import FOLDER
+from stllm.datasets.views import FORWARD, REVERSED
+from stllm.web.command import EXAMPLES
+
+LISTED = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
+TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return load_chat(FOLDER, device="cpu")
+
+
+def test_it_is_small_and_of_the_published_family(chat: Chat) -> None:
+    config = chat.model.config
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 12e6
+    assert (config.video_input, config.qformer_text_input, config.template) == ("all", True, "instructblip")
+    assert chat.num_frames == 8
+
+
+@pytest.mark.parametrize("example", LISTED, ids=lambda example: str(example["file"]))
+def test_it_answers_its_examples(chat: Chat, example: dict[str, str]) -> None:
+    assert chat.ask(EXAMPLES / example["file"], example["question"]).text == example["answer"]
+
+
+def test_examples_are_listed_and_nothing_else_is_there() -> None:
+    assert {path.name for path in EXAMPLES.iterdir()} == {"examples.json", *(example["file"] for example in LISTED)}
+
+
+def test_directions_flip_on_reversed_clips(chat: Chat) -> None:
+    moving = [example for example in LISTED if example["answer"] in TURNED]
+    assert moving
+    for example in moving:
+        path, question = EXAMPLES / example["file"], example["question"]
+        forward, backwards = (chat.ask(path, question, view=view).text for view in (FORWARD, REVERSED))
+        assert backwards == TURNED[forward]
+
+
+def test_first_and_last_are_exchanged_on_reversed_clips(chat: Chat) -> None:
+    acting = [example for example in LISTED if example["question"].endswith((" first?", " last?"))]
+    assert acting
+    for example in acting:
+        path: Path = EXAMPLES / example["file"]
+        other = example["question"].replace(" first?", " LAST?").replace(" last?", " first?").replace(" LAST?", " last?")
+        assert chat.ask(path, other, view=REVERSED).text == example["answer"]
