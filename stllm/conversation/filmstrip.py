@@ -97,6 +97,7 @@ def _draw_curve(axes: "Axes", evidence: Evidence) -> None:
     axes.set_xticks(places, [f"{round(evidence.times[place], 2):g}" for place in places])
     axes.set_xlim(-0.5, count - 0.5)
     axes.set_xlabel("seconds")
+    axes.ticklabel_format(axis="y", style="plain", useOffset=False)  # a sure model's evidence is small
     axes.set_ylabel("evidence (nats)")
     axes.grid(axis="y", alpha=0.3)
     for side in ("top", "right"):
