@@ -8,26 +8,52 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stllm.common.device import resolve_device
+from stllm.common.errors import UserError
 from stllm.evaluation.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "timm", "av")
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """--quick for smaller sizes, --output-dir for where the JSON goes, --device."""
+def arguments(description: str, *, published: bool = False) -> argparse.Namespace:
+    """--quick for smaller sizes, --output-dir for where the JSON goes, --device. published: --published, too."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, a rough figure")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="smaller sizes, a rough figure")
+    if published:
+        sizes.add_argument("--published", action="store_true", help="the published 7B model's sizes; needs a GPU")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--device", default="auto")
     return parser.parse_args()
+
+
+def cuda_device(name: str) -> torch.device:
+    """The GPU of that name, which the published size needs. Raises UserError when the device of that name is none."""
+    device = resolve_device(name)
+    if device.type != "cuda":
+        raise UserError(
+            f"the device is {device}, but the published 7B model is measured on a CUDA GPU of 80 GB: run this where "
+            "torch sees one, and name it (--device cuda)"
+        )
+    return device
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Runs `main`. 1, and one sentence on stderr, for what the user can put right; else 0."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def seconds(work: Callable[[], Any], *, repeats: int = 5, device: torch.device | None = None) -> float:
@@ -73,8 +99,15 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in LIBRARIES},
     }
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def _lines(path: str) -> list[str]:
@@ -88,13 +121,16 @@ def report(
     sizes: dict[str, Any],
     output_dir: Path,
     also: dict[str, Any] | None = None,
+    *,
+    published: bool = False,
 ) -> None:
     """Writes `<name>.json` and prints it as `benchmarks/results/README.md` has it.
 
     baseline: in words, what the ratios stand against. sizes: what was chosen; only equal sizes compare. also: what was
-    found beside the rows, or belongs to the machine.
+    found beside the rows, or belongs to the machine. published: `<name>_published.json`, beside the small size's.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
+    name = f"{name}_published" if published else name
     result = {"name": name, "baseline": baseline, "sizes": sizes, "rows": rows, "also": also or {}}
     result["machine"] = machine()
     (output_dir / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -2,19 +2,30 @@
 
 Half of the visual tokens dropped, by masking alone and with MVM (whose teacher passes over all of them), as ratios to a
 step on all tokens. The vocabulary keeps the published model's share of the logits; memory is measured as in
-training_step.py.
+training_step.py. --published: the published language model in bfloat16, on a GPU.
 
-    python -m benchmarks.masking [--quick]
+    python -m benchmarks.masking [--quick | --published]
 """
 
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
-from benchmarks.common import arguments, report
-from benchmarks.steps import MASK_RATE, MIB, NUM_QUERY_TOKENS, Case, proportional_vocabulary, step_bytes, step_seconds
+from benchmarks.common import arguments, cuda_device, exit_code, report
+from benchmarks.steps import (
+    MASK_RATE,
+    MIB,
+    NUM_QUERY_TOKENS,
+    PUBLISHED_CASE,
+    Case,
+    new_batch,
+    new_model,
+    proportional_vocabulary,
+    step_bytes,
+    step_seconds,
+)
 from stllm.common.device import resolve_device
+from stllm.models.st_llm import STLLM
 
 # Wide and shallow: in a narrow model attention, quadratic in tokens, would exaggerate the saving.
 FULL = Case(width=1024, depth=4)
@@ -23,10 +34,11 @@ FRAMES = (8, 16, 32, 64)
 LABELS = {"masked": "masked", "ours": "masked with MVM"}
 
 
-def measured(case: Case, device: torch.device) -> dict[str, Any]:
-    """A row of the table."""
-    time = step_seconds(case, device, "unmasked", *LABELS)
-    memory = {name: step_bytes(case, device, name) / MIB for name in time}
+def measured(case: Case, model: STLLM) -> dict[str, Any]:
+    """A row of the table. model: of the case, whose number of frames it does not depend on."""
+    batch = new_batch(case, model.device)
+    time = step_seconds(model, batch, "unmasked", *LABELS)
+    memory = {name: step_bytes(case, model, batch, name) / MIB for name in time}
     return {
         "frames": case.frames,
         "visual tokens": case.frames * NUM_QUERY_TOKENS,
@@ -39,20 +51,22 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes."""
-    args = arguments(__doc__ or "")
-    device = resolve_device(args.device)
-    case = QUICK if args.quick else FULL
+    args = arguments(__doc__ or "", published=True)
+    device = cuda_device(args.device) if args.published else resolve_device(args.device)
+    case = PUBLISHED_CASE if args.published else QUICK if args.quick else FULL
     case = replace(case, vocabulary=proportional_vocabulary(case))
-    rows = [measured(replace(case, frames=frames), device) for frames in FRAMES]
+    model = new_model(case, device)
+    rows = [measured(replace(case, frames=frames), model) for frames in FRAMES]
     sizes = {name: value for name, value in asdict(case).items() if name != "frames"}
     report(
         "masking",
         "a step on all visual tokens",
         rows,
-        {"dropped": MASK_RATE, **sizes, "dtype": "float32"},
+        {"dropped": MASK_RATE, **sizes},
         args.output_dir,
+        published=args.published,
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

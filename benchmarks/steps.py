@@ -4,7 +4,7 @@ A step is forward and backward from the frozen Q-Former's output on, as with pre
 costs every procedure the same. The language model has the published proportions (feed-forward 2.69 of the width);
 all of it trains.
 
-    python -m benchmarks.steps CASE PROCEDURE DEVICE    the memory of one procedure, in a process of its own
+    python -m benchmarks.steps CASE PROCEDURE DEVICE    the memory of one procedure off CUDA, in a process of its own
 
 B clips, N visual tokens of a clip, S positions of the joined sequence, D width.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.common import resident_bytes, take_turns
 from stllm.models import language_model as lm
+from stllm.models.checkpoints.assembly import assemble
 from stllm.models.configuration import STLLMConfig
 from stllm.models.masking import draw_dropped, keep_tokens, kept_positions, mvm_loss
 from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, JoinedSequence
@@ -33,6 +34,7 @@ PUBLISHED = {"vocab_size": 32001, "hidden_size": 4096, "num_hidden_layers": 32} 
 NUM_QUERY_TOKENS = 32
 QFORMER_WIDTH = 768
 MASK_RATE = 0.5
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # relative, of losses and gradients' norms
 MIB = 2**20
 Batch = dict[str, Tensor]
 
@@ -49,6 +51,10 @@ class Case:
     text_tokens: int = 96
     answer_tokens: int = 32
     checkpointing: bool = False
+    dtype: str = "float32"  # of the weights, their gradients and all that is computed
+
+
+PUBLISHED_CASE = Case(width=PUBLISHED["hidden_size"], depth=PUBLISHED["num_hidden_layers"], dtype="bfloat16")
 
 
 def proportional_vocabulary(case: Case) -> int:
@@ -69,28 +75,38 @@ def _inner_width(case: Case) -> int:
 
 def new_model(case: Case, device: torch.device) -> STLLM:
     """Random weights, in training mode. The encoder and the Q-Former, which no step here enters, are tiny."""
-    torch.manual_seed(0)
-    model = STLLM(
-        STLLMConfig(
-            vision_config={"image_size": 28, "embed_dim": 32, "depth": 4, "num_heads": 4},
-            qformer_config={"vocab_size": 8, "num_hidden_layers": 1, "intermediate_size": 8},
-            text_config={
-                "model_type": "llama",
-                "vocab_size": case.vocabulary,
-                "hidden_size": case.width,
-                "intermediate_size": _inner_width(case),
-                "num_hidden_layers": case.depth,
-                "num_attention_heads": case.width // 128,
-                "max_position_embeddings": 4096,
-            },
-            num_query_tokens=NUM_QUERY_TOKENS,
-            mvm_decode=True,
-        )
+    config = STLLMConfig(
+        vision_config={"image_size": 28, "embed_dim": 32, "depth": 4, "num_heads": 4},
+        qformer_config={"vocab_size": 8, "num_hidden_layers": 1, "intermediate_size": 8},
+        text_config={
+            "model_type": "llama",
+            "vocab_size": case.vocabulary,
+            "hidden_size": case.width,
+            "intermediate_size": _inner_width(case),
+            "num_hidden_layers": case.depth,
+            "num_attention_heads": case.width // 128,
+            "max_position_embeddings": 4096,
+        },
+        num_query_tokens=NUM_QUERY_TOKENS,
+        mvm_decode=True,
     )
+    model = draw_model(config, device, getattr(torch, case.dtype)).train()
     if case.checkpointing:
-        # newer releases of transformers have renamed it, and warn at the old name
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    return model.train().to(device)
+        checkpoint(model)
+    return model
+
+
+def draw_model(config: STLLMConfig, device: torch.device, dtype: torch.dtype) -> STLLM:
+    """Random weights, drawn on the device and in that type; what an earlier model held is given back first."""
+    gc.collect()
+    torch.manual_seed(0)
+    return assemble(config, [], device=device, dtype=dtype, training=True)[0]
+
+
+def checkpoint(model: STLLM) -> None:
+    """Activations are computed again in the backward pass instead of kept."""
+    # newer releases of transformers have renamed it, and warn at the old name
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def new_batch(case: Case, device: torch.device) -> Batch:
@@ -102,8 +118,9 @@ def new_batch(case: Case, device: torch.device) -> Batch:
     answered = (places < lengths) & (places >= lengths - case.answer_tokens)
     labels = ids.masked_fill(~answered, IGNORE_INDEX)
     ids[:, 0] = VISUAL_TOKEN_ID
+    features = torch.randn(case.batch, case.frames, NUM_QUERY_TOKENS, QFORMER_WIDTH, generator=generator)
     batch = {
-        "query_features": torch.randn(case.batch, case.frames, NUM_QUERY_TOKENS, QFORMER_WIDTH, generator=generator),
+        "query_features": features.to(getattr(torch, case.dtype)),
         "input_ids": ids,
         "attention_mask": (places < lengths).long(),
         "labels": labels,
@@ -167,6 +184,7 @@ def _whole(model: STLLM, sequence: JoinedSequence) -> Any:
 def _language_loss(model: STLLM, batch: Batch, visual: Tensor) -> Tensor:
     sequence = model.join(list(visual), batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
     hidden = lm.last_hidden_states(model.language_model, sequence.inputs_embeds, sequence.attention_mask)
+    assert sequence.labels is not None  # the batch has them
     return lm.language_loss(model.language_model, hidden, sequence.labels)[0]
 
 
@@ -185,33 +203,34 @@ def step(model: STLLM, batch: Batch, procedure: str) -> float:
     return loss.item()
 
 
-def assert_same(case: Case, device: torch.device, *procedures: str) -> None:
-    """The procedures' losses, and the norm of each parameter's gradient, agree to a relative 1e-4."""
-    model, batch = new_model(case, device), new_batch(case, device)
+def assert_same(model: STLLM, batch: Batch, *procedures: str) -> None:
+    """The procedures' losses, and the norm of each parameter's gradient, agree to `TOLERANCE`."""
     found = []
     for procedure in procedures:
         loss = step(model, batch, procedure)
-        trained = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
-        found.append(torch.tensor([loss, *trained]))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32).item() for gradient in gradients]
+        found.append(torch.tensor([loss, *norms]))
     for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(other, found[0], rtol=TOLERANCE[model.dtype], atol=1e-6)
 
 
-def step_seconds(case: Case, device: torch.device, *procedures: str, repeats: int = 3) -> dict[str, float]:
+def step_seconds(model: STLLM, batch: Batch, *procedures: str, repeats: int = 3) -> dict[str, float]:
     """Least seconds of a step by each procedure, taking turns on the same model and batch."""
-    model, batch = new_model(case, device), new_batch(case, device)
     works = {name: lambda name=name: step(model, batch, name) for name in procedures}
-    return take_turns(works, repeats=repeats, device=device)
+    return take_turns(works, repeats=repeats, device=model.device)
 
 
-def step_bytes(case: Case, device: torch.device, procedure: str) -> int:
-    """`measured_bytes` in a new process.
+def step_bytes(case: Case, model: STLLM, batch: Batch, procedure: str) -> int:
+    """`measured_bytes`: here where CUDA's allocator counts, else in a new process, of the same case.
 
     There every tensor of 64 KiB or more is mapped and unmapped by itself, so that what is freed leaves the resident
     set and its peak is that of the tensors alive; it costs time, which is why time is measured elsewhere.
     """
+    if model.device.type == "cuda":
+        return measured_bytes(model, batch, procedure)
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.steps", json.dumps(asdict(case)), procedure, str(device)],
+        [sys.executable, "-m", "benchmarks.steps", json.dumps(asdict(case)), procedure, str(model.device)],
         capture_output=True,
         text=True,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
@@ -221,16 +240,15 @@ def step_bytes(case: Case, device: torch.device, procedure: str) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def measured_bytes(case: Case, device: torch.device, procedure: str) -> int:
+def measured_bytes(model: STLLM, batch: Batch, procedure: str) -> int:
     """Peak of a step above what is held between steps: weights, their gradients and the batch."""
-    model, batch = new_model(case, device), new_batch(case, device)
     step(model, batch, procedure)  # what is made once: gradients, threads, the libraries' own buffers
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
         step(model, batch, procedure)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated(model.device) - before
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
     before = resident_bytes("VmRSS")
     step(model, batch, procedure)
@@ -238,4 +256,5 @@ def measured_bytes(case: Case, device: torch.device, procedure: str) -> int:
 
 
 if __name__ == "__main__":
-    print(measured_bytes(Case(**json.loads(sys.argv[1])), torch.device(sys.argv[3]), sys.argv[2]))
+    case, device = Case(**json.loads(sys.argv[1])), torch.device(sys.argv[3])
+    print(measured_bytes(new_model(case, device), new_batch(case, device), sys.argv[2]))

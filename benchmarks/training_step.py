@@ -7,17 +7,30 @@ vocabulary and the one that keeps the share. Goal: at most 0.75 of the time and 
 
 Memory is a step's peak above weights, gradients and batch: of the resident set, in a process for each figure in which
 tensors are mapped one by one (within 0.3 % of the allocator's own events), or of CUDA's allocator.
+--published: the published language model in bfloat16, on a GPU.
 
-    python -m benchmarks.training_step [--quick]
+    python -m benchmarks.training_step [--quick | --published]
 """
 
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from benchmarks.common import arguments, report
-from benchmarks.steps import MIB, Case, assert_same, logits_share, proportional_vocabulary, step_bytes, step_seconds
+from benchmarks.common import arguments, cuda_device, exit_code, report
+from benchmarks.steps import (
+    MIB,
+    PUBLISHED_CASE,
+    Case,
+    assert_same,
+    logits_share,
+    new_batch,
+    new_model,
+    proportional_vocabulary,
+    step_bytes,
+    step_seconds,
+)
 from stllm.common.device import resolve_device
 
 # The published depth: with checkpointing, it is what memory stands in proportion to.
@@ -28,9 +41,10 @@ VARIED = ("vocabulary", "checkpointing")
 
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
     """A row of the table. Raises AssertionError when the two procedures do not compute the same."""
-    assert_same(case, device, "plain", "ours")
-    time = step_seconds(case, device, "plain", "ours")
-    memory = {name: step_bytes(case, device, name) / MIB for name in time}
+    model, batch = new_model(case, device), new_batch(case, device)
+    assert_same(model, batch, "plain", "ours")
+    time = step_seconds(model, batch, "plain", "ours")
+    memory = {name: step_bytes(case, model, batch, name) / MIB for name in time}
     return {
         "vocabulary": case.vocabulary,
         "logits' share": logits_share(case),
@@ -44,19 +58,19 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, prints and writes."""
-    args = arguments(__doc__ or "")
-    device = resolve_device(args.device)
-    published = QUICK if args.quick else FULL
-    proportional = replace(published, vocabulary=proportional_vocabulary(published))
+    args = arguments(__doc__ or "", published=True)
+    device = cuda_device(args.device) if args.published else resolve_device(args.device)
+    case = PUBLISHED_CASE if args.published else QUICK if args.quick else FULL
+    vocabularies = sorted({proportional_vocabulary(case), case.vocabulary})  # at the published size they are one
     rows = [
-        measured(replace(case, checkpointing=checkpointing), device)
-        for case in (proportional, published)
+        measured(replace(case, vocabulary=vocabulary, checkpointing=checkpointing), device)
+        for vocabulary in vocabularies
         for checkpointing in (False, True)
     ]
-    sizes = {name: value for name, value in asdict(published).items() if name not in VARIED}
+    sizes = {name: value for name, value in asdict(case).items() if name not in VARIED}
     baseline = "full teacher pass, logits at all positions, hidden states of all layers kept"
-    report("training_step", baseline, rows, {**sizes, "dtype": "float32"}, args.output_dir)
+    report("training_step", baseline, rows, sizes, args.output_dir, published=args.published)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
