@@ -1,12 +1,14 @@
-"""The matrix-multiply peak that the encoder stands against: as many products, however they are timed."""
+"""What the encoder stands against: eager attention frame by frame, and as many products, however they are timed."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from timm.models.eva import EvaAttention
 
 from benchmarks import encoding
+from stllm.models.configuration import VISION_DEFAULTS
 
 
 @pytest.mark.parametrize(("device", "calls", "expected"), [("cpu", 2, 960 / 9), ("meta", 9, 960 / 2)])
@@ -25,3 +27,13 @@ def test_the_peak_counts_every_product(
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: made.append(x.shape))
     assert encoding.matmul_peak(shapes, torch.device(device), torch.float32) == pytest.approx(expected)
     assert len(made) == calls
+
+
+def test_the_baseline_computes_the_same_without_fused_attention() -> None:
+    sizes = {**VISION_DEFAULTS, "image_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    encoder = encoding.build(sizes, torch.device("cpu"), torch.float32)
+    video = torch.randn(1, 3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    ours = encoder(video)
+    torch.testing.assert_close(encoding.eager_one_by_one(encoder, video), ours)
+    attention = [module for module in encoder.modules() if isinstance(module, EvaAttention)]
+    assert len(attention) == 2 and not any(module.fused_attn for module in attention) and encoder.chunk_size == 1
