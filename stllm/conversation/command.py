@@ -94,7 +94,7 @@ def _evidence(conversation: Conversation, request: Request, args: argparse.Names
         evidence = measure_evidence(chat, request, conversation.turns[-1].answer)
         draw_evidence(path, evidence, filmstrip(request.media, chat.num_frames))
     seconds = evidence.times[evidence.segments[evidence.peak][0]]
-    print(f"{path}: most evidence at {seconds:.1f} s, {max(evidence.scores):+.2f} nats", file=sys.stderr)
+    print(f"{path}: most evidence at {seconds:.1f} s, {max(evidence.scores):+.3g} nats", file=sys.stderr)
     scores = [round(score, 4) for score in evidence.scores]
     found = {"figure": str(path), "log_probability": round(evidence.log_probability, 4), "scores": scores}
     return {"evidence": {**found, "segments": evidence.segments}}

@@ -59,7 +59,7 @@ def evidence_figure(evidence: Evidence, strip: Filmstrip) -> "Figure":
     from matplotlib.figure import Figure
 
     answer = _lines(evidence.answer or "(an empty answer)", 3)
-    title = f"{_lines(evidence.question, 2)}\n{answer}\n(log probability {evidence.log_probability:.2f} nats)"
+    title = f"{_lines(evidence.question, 2)}\n{answer}\n(log probability {evidence.log_probability:.3g} nats)"
     step = -(-len(strip.times) // MAX_PICTURES)
     height = (WIDTH - 2 * EDGE) * step / len(strip.times)  # of a square picture, in inches
     heading = 0.3 + 0.15 * len(title.splitlines())

@@ -94,10 +94,10 @@ def _words(evidence: Evidence) -> str:
     if score <= 0:
         found = "No part of the video speaks for this answer: leaving any out makes it no less likely."
     else:
-        found = f"Most rests on {_span(evidence, first, end)}: without it the answer is {score:.2f} nats less likely."
+        found = f"Most rests on {_span(evidence, first, end)}: without it the answer is {score:.3g} nats less likely."
     return (
         f'<div class="film-words"><b>{found}</b> The curve shows how much the log probability of '
-        f"“{escape(_short(evidence.answer))}” ({evidence.log_probability:.2f} nats) falls when a part is left out; "
+        f"“{escape(_short(evidence.answer))}” ({evidence.log_probability:.3g} nats) falls when a part is left out; "
         "below the line, that part spoke against it.</div>"
     )
 

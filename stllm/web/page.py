@@ -89,6 +89,7 @@ def theme() -> gr.themes.Base:
 
 
 def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | None]:
+    """Left the medium, right what is said about it and, in view with it, what was seen and what an answer rests on."""
     session = gr.State(Session())
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
@@ -103,40 +104,46 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | 
             with gr.Accordion("How to look and answer", open=False, elem_id="controls"):
                 controls = _controls(service)
         with gr.Column(scale=6, min_width=360):
-            chat = gr.Chatbot(
-                show_label=False,
-                height=430,
-                render_markdown=False,
-                sanitize_html=True,
-                allow_tags=False,
-                feedback_options=None,
-                buttons=[],
-                placeholder=WELCOME,
-                elem_id="chat",
-            )
-            with gr.Row(elem_id="asking"):
-                question = gr.Textbox(
-                    show_label=False,
-                    placeholder="Ask about the video…",
-                    max_length=service.limits.question_characters,
-                    lines=1,
-                    max_lines=5,
-                    scale=8,
-                    container=False,
-                    elem_id="question",
-                )
-                send = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="send")
-                stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
+            chat, question, send, stop = _conversation(service)
             with gr.Row(elem_id="actions"):
                 said = [_small(name) for name in ("Retry", "Undo", "Clear")]
-    status = gr.HTML(progress_html(Progress()), elem_id="status")
-    film = gr.HTML(film_html(None), elem_id="film")
-    with gr.Row(elem_id="understanding"):
-        gr.HTML(UNDERSTANDING, min_width=320)
-        measured = [_small("Evidence over time"), _small("Temporal probe")]
-    probe = gr.HTML("", elem_id="probe")
+            status = gr.HTML(progress_html(Progress()), elem_id="status")
+            film = gr.HTML(film_html(None), elem_id="film")
+            with gr.Row(elem_id="understanding"):
+                gr.HTML(UNDERSTANDING, min_width=240)
+                measured = [_small("Evidence over time"), _small("Temporal probe")]
+            probe = gr.HTML("", elem_id="probe")
     parts = Parts(session, video, image, chat, question, status, film, probe, send, stop, (*said, *measured), controls)
     return parts, chosen
+
+
+def _conversation(service: Service) -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button]:
+    """What was said, the question, and the buttons that ask it and stop its answer."""
+    chat = gr.Chatbot(
+        show_label=False,
+        height=300,
+        render_markdown=False,
+        sanitize_html=True,
+        allow_tags=False,
+        feedback_options=None,
+        buttons=[],
+        placeholder=WELCOME,
+        elem_id="chat",
+    )
+    with gr.Row(elem_id="asking"):
+        question = gr.Textbox(
+            show_label=False,
+            placeholder="Ask about the video…",
+            max_length=service.limits.question_characters,
+            lines=1,
+            max_lines=5,
+            scale=8,
+            container=False,
+            elem_id="question",
+        )
+        send = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="send")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
+    return chat, question, send, stop
 
 
 def _small(name: str) -> gr.Button:

@@ -30,8 +30,8 @@ def verdict(answers: Mapping[str, str]) -> str:
     if not same[REVERSED] and not same[SHUFFLED]:
         return "The answer changes when the order of the frames is taken away: here the model uses time."
     if not same[REVERSED] or not same[SHUFFLED]:
-        changed = SHUFFLED if same[REVERSED] else REVERSED
-        return f"The answer changes with the frames {changed}, not in the other order: a sign that time is used."
+        changed, kept = (SHUFFLED, REVERSED) if same[REVERSED] else (REVERSED, SHUFFLED)
+        return f"The answer changes with the frames {changed}, not with them {kept}: a sign that time is used."
     if not same[SINGLE]:
         return "The answer is the same in every order, but not on one frame: it needs several frames, not their order."
     if not same[BLANK]:

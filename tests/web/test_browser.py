@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from stllm.conversation.chat import Chat
+from stllm.web.command import EXAMPLES, find_examples
 from stllm.web.limits import Limits
 from tests.helpers.demo import served
 from tests.helpers.videos import write_video
@@ -112,6 +113,20 @@ def same(shown: list[str], expected: list[str]) -> bool:
     return [re.sub(r"[\s\x00-\x1f]+", "", text) for text in shown] == [
         re.sub(r"[\s\x00-\x1f]+", "", text) for text in expected
     ]
+
+
+def test_an_example_is_shown_and_asked_about(tabs: Any, chat: Chat) -> None:
+    """What was seen stands in view together with the answer, however many examples there are."""
+    path, question = find_examples(EXAMPLES)[1]
+    page = tabs()
+    page.locator("#examples tbody tr").nth(1).click()
+    page.wait_for_selector("text=Ready: ask about it.")
+    assert page.input_value("#question textarea") == question
+    ask(page, question)
+    assert same(messages(page), [question, *streamed(chat, path, [question])])
+    top = page.locator("#chat").bounding_box()["y"]
+    strip = page.locator("#film").bounding_box()
+    assert 0 <= top < strip["y"] and strip["y"] + strip["height"] <= 900
 
 
 def test_a_conversation_about_a_video(tabs: Any, chat: Chat, place: Path) -> None:

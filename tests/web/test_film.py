@@ -52,8 +52,13 @@ def test_the_curve_stands_under_its_frames() -> None:
     zero = MARGIN + 2 * unit
     assert [float(bar[3]) for bar in bars] == pytest.approx([zero - unit, zero, MARGIN], abs=0.01)
     assert html.count("film-peak") == 2  # both frames of the last segment
-    assert "1:02.5 to 10:00.0: without it the answer is 2.00 nats less likely" in html
+    assert "1:02.5 to 10:00.0: without it the answer is 2 nats less likely" in html
     assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
+
+
+def test_a_sure_answer_is_not_called_certain() -> None:
+    html = film_html(FILM, replace(EVIDENCE, log_probability=-0.00207, scores=[0.0, 0.0, 0.0134]))
+    assert "(-0.00207 nats)" in html and "0.0134 nats less likely" in html
 
 
 def test_no_evidence_is_no_division_by_zero() -> None:
@@ -72,7 +77,7 @@ def test_a_small_strip_shows_the_order() -> None:
     ("answers", "words"),
     [
         ("red blue green red red", "order of the frames is taken away"),
-        ("red blue red red red", "changes with the frames reversed, not in the other order"),
+        ("red blue red red red", "changes with the frames reversed, not with them shuffled"),
         ("red red blue red red", "changes with the frames shuffled"),
         ("red Red red blue red", "needs several frames"),
         ("red red red red blue", "One frame gives the same answer"),
