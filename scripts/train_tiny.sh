@@ -38,9 +38,8 @@ stllm() { "${PYTHON:-python}" -m stllm "$@"; }
 steps() { # stage: of the quick variant
     case $1 in
     0_vision) echo 1200 ;;
-    0_letters) echo 700 ;;
+    0_letters) echo 600 ;;
     0_language) echo 700 ;;
-    0_choices) echo 500 ;;
     1_images) echo 500 ;;
     2_videos) echo 700 ;;
     3_masking) echo 100 ;;
@@ -60,7 +59,7 @@ if [[ ! -d $TOY_ROOT ]]; then
     stllm toy --output "$TOY_ROOT" --num-train "$clips" --num-test "$tests" --seed 1 --long
 fi
 [[ -d $unseen ]] || stllm toy --output "$unseen" --num-train 1 --num-test "$tests" --seed 2
-for stage in 0_vision 0_letters 0_language 0_choices 1_images 2_videos 3_masking; do train "$stage"; done
+for stage in 0_vision 0_letters 0_language 1_images 2_videos 3_masking; do train "$stage"; done
 echo "== evaluation, on a world that was never seen"
 for stage in 2_videos 3_masking; do
     stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$stage" --anno-path "$unseen/mvbench" --num-frames 8 \

@@ -63,7 +63,8 @@ def existence_questions(generator: Generator, things: Sequence[Thing]) -> list[A
     What is absent has a color that is nowhere, or one thing's color and another one's shape.
     """
     present = pick(generator, things).name
-    absent = f"{pick(generator, set(COLORS) - {thing.color for thing in things})} {pick(generator, SHAPES)}"
+    nowhere = [color for color in COLORS if color not in {thing.color for thing in things}]
+    absent = f"{pick(generator, nowhere)} {pick(generator, SHAPES)}"
     if len(things) > 1 and generator.integers(2):
         first, second = shuffled(generator, things)[:2]
         absent = f"{first.color} {second.shape}"

@@ -116,8 +116,13 @@ def ask_whether(generator: Generator, question: str, answer: bool) -> Asked:
 
 def options_text(question: str, candidates: Sequence[str]) -> str:
     """MVBench's question block: the question and its lettered options."""
+    return f"Question: {question}\n{letters_text(candidates)}"
+
+
+def letters_text(candidates: Sequence[str]) -> str:
+    """The lettered options."""
     lines = [f"({chr(ord('A') + number)}) {candidate}" for number, candidate in enumerate(candidates)]
-    return "\n".join([f"Question: {question}", "Options:", *lines])
+    return "\n".join(["Options:", *lines])
 
 
 def pick(generator: Generator, choices: Iterable[T]) -> T:

@@ -302,7 +302,7 @@ def test_the_experiment_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     write_world(world, num_train=22, num_test=8, seed=3, long=True)
     monkeypatch.setenv("TOY_ROOT", str(world))
     monkeypatch.setenv("TINY_OUTPUT", str(tmp_path))
-    for stage in ("0_vision", "0_letters", "0_language", "0_choices", "1_images"):
+    for stage in ("0_vision", "0_letters", "0_language", "1_images"):
         options = [*few, "run.max_steps=1", f"run.output_dir={tmp_path / stage}"]
         train(CONFIGS / "tiny" / "stages" / f"{stage}.yaml", *options)
     words = ["--world", str(world), "--ckpt", str(tmp_path / "1_images"), "--steps", "4", "--seeds", "1"]

@@ -16,11 +16,10 @@ from stllm.runners.run_folder import RunFolder
 from tests.configs.recipes import CONFIGS
 
 TINY = CONFIGS / "tiny"
-STAGES = ("0_vision", "0_letters", "0_language", "0_choices", "1_images", "2_videos", "3_masking")
+STAGES = ("0_vision", "0_letters", "0_language", "1_images", "2_videos", "3_masking")
 FEW = ["run.max_steps=2", "run.per_device_train_batch_size=2", "run.dataloader_num_workers=0", "run.logging_steps=1"]
 LEARNED = {  # the parts that a stage changes
     "0_language": {"language_model"},
-    "0_choices": {"language_model"},
     "1_images": {"qformer", "projection", "language_model"},
     "2_videos": {"qformer", "projection", "language_model"},
     "3_masking": {"qformer", "projection", "language_model"},

@@ -15,7 +15,7 @@ from stllm.datasets.toy_pictures import PLACES, place_of
 from stllm.datasets.toy_questions import OPTION_INSTRUCTION, Example
 from stllm.datasets.toy_scenes import SHAPES, Thing, follow
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
-from stllm.datasets.toy_texts import TELLING, letters_conversation, seen_in_words, text_conversation
+from stllm.datasets.toy_texts import TELLING, seen_in_words
 from stllm.datasets.toy_video_questions import ACTIONS
 
 COUNT = 300
@@ -195,32 +195,6 @@ def test_pictures_say_where_things_are() -> None:
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
-
-
-def test_texts_tell_a_scene_again_and_ask_about_it() -> None:
-    forms = Counter[str]()
-    for index in range(120):
-        again, *others = text_conversation(World(0, 16), TELLING[index % len(TELLING)], index)
-        assert again.answer == again.instruction and again.answer.endswith(".")
-        for turn in others:
-            assert turn.answer and not turn.instruction
-            forms["choice" if "\nOptions:\n(A) " in turn.question else "open"] += 1
-            if "Options" in turn.question:
-                letter, text = re.fullmatch(r"Best option:(\([A-D]\)) (.*)", turn.answer).groups()  # type: ignore
-                assert f"\n{letter} {text}\n" in turn.question
-    assert min(forms.values()) > 0.3 * sum(forms.values())
-
-
-def test_letters_are_those_of_their_options() -> None:
-    for index in range(60):
-        first, second, choice = letters_conversation(World(0, 16), TELLING[index % len(TELLING)], index)
-        options = {text: letter for letter, text in re.findall(r"^(\([A-D]\)) (.*)$", first.question, re.M)}
-        for turn in (first, second):
-            named = re.search(r"Letters of (.*)\?$", turn.question)
-            assert named and turn.answer
-            assert turn.answer == ", ".join(f"{text} {options[text]}" for text in named[1].split(", "))
-        text = choice.question.removeprefix("It is: ").removesuffix(". Only give the best option.")
-        assert choice.answer == f"Best option:{options[text]} {text}"
 
 
 def test_words_name_what_is_seen_at_a_time() -> None:

@@ -1,0 +1,88 @@
+"""The toy world in words: what a story's conversation asks, what is looked up, and that a seed is a seed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stllm.datasets.toy_clips import World
+from stllm.datasets.toy_tasks import ToyTask
+from stllm.datasets.toy_texts import CHOICES, LOOKUPS, QUESTIONS, TELLING, letters_conversation, text_conversation
+
+WORLD = World(1, 16, 64)
+OPTION = re.compile(r"^\((\w)\) (.+)$", re.M)
+
+
+@pytest.mark.parametrize("task", TELLING, ids=lambda task: task.corpus)
+def test_a_story_is_told_again_and_asked_about(task: ToyTask) -> None:
+    """A choice's letter stands before the answer; where it was asked openly just before, both answers are the same."""
+    openly = choices = both = 0
+    for index in range(40):
+        again, *turns = text_conversation(WORLD, task, index)
+        assert again.answer == again.instruction
+        questions: dict[str, str] = {}
+        for turn in turns:
+            assert turn.answer is not None
+            question = turn.question.removeprefix("Question: ").split("\n")[0]
+            options = dict(OPTION.findall(turn.question))
+            if options:
+                letter, answer = re.fullmatch(r"Best option:\((\w)\) (.+)", turn.answer).groups()  # type: ignore[union-attr]
+                assert options[letter] == answer
+                choices += 1
+                both += question in questions
+                assert questions.setdefault(question, answer) == answer
+            else:
+                assert question not in questions
+                questions[question] = turn.answer
+                openly += 1
+        assert 1 <= len(questions) <= QUESTIONS
+    assert min(openly, choices, both) > 0 and both < choices
+
+
+def test_letters_are_looked_up_and_chosen() -> None:
+    found = {len(OPTION.findall(letters_conversation(WORLD, task, 0)[0].question)) for task in TELLING}
+    assert found <= {2, 3, 4}
+    for task in TELLING:
+        for index in range(20):
+            first, second, *chosen = letters_conversation(WORLD, task, index)
+            letter_of = {text: letter for letter, text in OPTION.findall(first.question)}
+            for turn in (first, second):
+                named = re.search(r"Letters of (.*)\?$", turn.question)
+                assert named is not None and turn.answer is not None
+                words = named[1].split(", ")
+                assert len(words) == LOOKUPS
+                assert turn.answer == ", ".join(f"{word} {letter_of[word]}" for word in words)
+            assert len(chosen) == CHOICES
+            for turn in chosen:
+                (answer,) = re.findall(r"^It is: (.+)\. Only give", turn.question)
+                assert turn.answer == f"Best option:({letter_of[answer]}) {answer}"
+
+
+def test_a_seed_draws_the_same_in_every_process() -> None:
+    """Python orders sets of strings differently in each process."""
+    code = (
+        "import json; from stllm.datasets.toy_clips import World; from stllm.datasets.toy_tasks import *\n"
+        "world = World(1, 16, 64)\n"
+        "drawn = [world.draw(task, 'train', i)[0] for task in (*TASKS, RARE, PICTURES) for i in range(12)]\n"
+        "print(json.dumps([[turn.question, turn.answer] for example in drawn for turn in example.turns]))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1 and len(json.loads(said.pop())) > 100
+
+
+def test_other_indices_are_other_scenes() -> None:
+    stories = [text_conversation(WORLD, TELLING[0], index)[0].answer for index in range(30)]
+    assert len(np.unique(np.array(stories, dtype=str))) > 25
