@@ -4,7 +4,7 @@ Ratios are what `python -m benchmarks` draws and compares: seconds and bytes are
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,10 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "loading": Measurement(
         "How much memory does loading weights take?", ("layout", "loaded by", "as"), less=("peak / weights",)
     ),
+}
+
+# By the same modules with --published, on a GPU: on the page where they were measured, but not run with the others.
+AT_PUBLISHED_SIZE: Mapping[str, Measurement] = {
+    f"{name}_published": replace(MEASUREMENTS[name], question=f"{MEASUREMENTS[name].question} The published size.")
+    for name in ("training_step", "masking")
 }

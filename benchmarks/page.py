@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.charts import draw
 from benchmarks.common import markdown
 from benchmarks.comparison import Change, Result, changes, comparable
-from benchmarks.measurements import MEASUREMENTS
+from benchmarks.measurements import AT_PUBLISHED_SIZE, MEASUREMENTS
 from stllm.common.files import replacing
 from stllm.evaluation.tables import table
 
@@ -23,10 +23,11 @@ def write_page(folder: Path, committed: Mapping[str, Result], *, quick: bool) ->
 
     committed: the results to compare with, by name, of those that were measured now.
     """
-    results = {name: _read(folder / f"{name}.json") for name in MEASUREMENTS if (folder / f"{name}.json").is_file()}
+    shown = {**MEASUREMENTS, **AT_PUBLISHED_SIZE}
+    results = {name: _read(folder / f"{name}.json") for name in shown if (folder / f"{name}.json").is_file()}
     sections = []
     for name, result in results.items():
-        measurement = MEASUREMENTS[name]
+        measurement = shown[name]
         draw(folder / f"{name}.svg", result, measurement)
         chart = f"![{name}: {', '.join(measurement.ratios)}]({name}.svg)"
         sections.append(f"## {name}\n\n{measurement.question}\n\n{markdown(result)}\n{chart}\n")
