@@ -47,14 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from stllm.common.logging import setup_logging
+    from stllm.common.waiting import working
 
     setup_logging(debug=args.debug)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks is escaped, not fatal
             stream.reconfigure(errors="backslashreplace")
     module, function = COMMANDS[args.command].target.split(":")
-    run = getattr(import_module(module), function)
-    seed_everything(args.seed or 0)
+    with working("starting"):  # torch and transformers alone take seconds to import
+        run = getattr(import_module(module), function)
+        seed_everything(args.seed or 0)
     code = int(run(args))
     sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     return code

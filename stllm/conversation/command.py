@@ -6,12 +6,13 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.failures import sentence
+from stllm.common.waiting import working
 from stllm.conversation.chat import Chat, Conversation, load_chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.embedded import chosen_checkpoint
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.video or args.image
     media = None if path is None else _media(path, args, start=args.start, end=args.end)
     Decoding().with_options(**_decoding_options(args))  # a contradiction shows before the model is loaded
-    with _working("loading the model"):
+    with working("loading the model"):
         chat = load_chat(checkpoint, cfg_path=args.cfg_path, options=args.options, device=args.device, dtype=args.dtype)
     conversation = _begin(chat, args, media)
     if not args.question:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 def _media(path: str, args: argparse.Namespace, *, start: float | None = None, end: float | None = None) -> Media:
     """The medium of that path, looked into. Raises UserError."""
     media = Media(path=path, num_frames=args.num_frames, start=start, end=end, reader=args.reader or "auto")
-    with _working("looking"):
+    with working("looking"):
         media.check()
     return media
 
@@ -66,7 +67,7 @@ def _answer(conversation: Conversation, question: str, args: argparse.Namespace)
     request = conversation.request(question)
     if args.stream:
         pieces = conversation.stream(question)
-        with _working("looking and answering"):
+        with working("looking and answering"):
             piece = next(pieces, "")
         print(piece, end="", flush=True)
         for piece in pieces:
@@ -74,7 +75,7 @@ def _answer(conversation: Conversation, question: str, args: argparse.Namespace)
         print()
         _evidence(conversation, request, args)
         return
-    with _working("looking and answering"):
+    with working("looking and answering"):
         answer = conversation.ask(question)
     if not args.json:
         print(answer.text, flush=True)
@@ -90,7 +91,7 @@ def _evidence(conversation: Conversation, request: Request, args: argparse.Names
     path, chat = Path(args.evidence), conversation.chat
     if (number := len(conversation.turns)) > 1:
         path = path.with_stem(f"{path.stem}-{number}")
-    with _working("looking for evidence"):
+    with working("looking for evidence"):
         evidence = measure_evidence(chat, request, conversation.turns[-1].answer)
         draw_evidence(path, evidence, filmstrip(request.media, chat.num_frames))
     seconds = evidence.times[evidence.segments[evidence.peak][0]]
@@ -188,12 +189,3 @@ def _path(text: str) -> str:
             if len(words) == 1:
                 return words[0]
     return text
-
-
-def _working(what: str) -> AbstractContextManager[object]:
-    """A spinner on stderr while something takes long, where a person is looking."""
-    if not sys.stderr.isatty():
-        return nullcontext()
-    from rich.console import Console
-
-    return Console(stderr=True).status(what)

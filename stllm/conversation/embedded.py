@@ -10,6 +10,7 @@ from stllm.models.factory import explicit_settings
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parents[1] / "assets" / "stllm-tiny"
+EXAMPLES = FOLDER.with_name("examples")  # clips that it answers well
 KNOWS = "it knows only the toy world: a few coloured shapes that move, blink and change, in short clips"
 
 
@@ -22,5 +23,5 @@ def default_checkpoint() -> Path:
     """The embedded model's folder. Raises UserError where this installation has none."""
     if not (FOLDER / "config.json").is_file():
         raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
-    log.info("no checkpoint was named: %s answers; %s", FOLDER.name, KNOWS)
+    log.info("no checkpoint was named: %s answers; %s, as in %s", FOLDER.name, KNOWS, EXAMPLES)
     return FOLDER

@@ -18,6 +18,7 @@ from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import write_text
 from stllm.common.registry import benchmarks
+from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results
 from stllm.evaluation.items import Benchmark
 from stllm.evaluation.probes import Probe, probe_options, probe_views
@@ -42,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     settings = load_evaluation(args.benchmark, args.cfg_path, args.options, given)
     checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
     if checkpoint is None:
-        raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
+        raise UserError(
+            "no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path; the tiny model "
+            f"that comes with the package, for the toy world alone, is {FOLDER}"
+        )
     _check_name(settings)
     benchmark = benchmarks.get(args.benchmark)(settings)
     try:

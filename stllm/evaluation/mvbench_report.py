@@ -90,7 +90,8 @@ def _averages(benchmark: Benchmark, records: Sequence[Record]) -> str:
     return (
         table(header, rows)
         + f"\nItems: {len(benchmark.items) + benchmark.num_excluded} in all; {total.answered} answered, {total.failed} "
-        f"failed{excluded}. Published figures: {SOURCE}, by the official rule.\n"
+        f"failed{excluded}. Published figures: {SOURCE}, by the official rule, "
+        "on MVBench's own clips (about 200 a task).\n"
     )
 
 

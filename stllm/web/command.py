@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.embedded import FOLDER, KNOWS, chosen_checkpoint
+from stllm.conversation.embedded import EXAMPLES, FOLDER, KNOWS, chosen_checkpoint
 from stllm.web.limits import Limits
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = Path(__file__).parents[1] / "assets" / "examples"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.embedded import FOLDER
+from stllm.conversation.embedded import EXAMPLES, FOLDER
 from stllm.datasets.views import FORWARD, REVERSED
-from stllm.web.command import EXAMPLES
 
 LISTED = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
 TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}

@@ -32,7 +32,7 @@ EXPECTED_MD = """\
 | ST-LLM, published, the 2 tasks asked here |        – |             |       42.8 |             |
 
 Items: 9 in all; 5 answered, 1 failed, 3 excluded with their tasks. Published figures: arXiv 2404.00308, by the \
-official rule.
+official rule, on MVBench's own clips (about 200 a task).
 
 ## Tasks
 

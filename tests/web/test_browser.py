@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from stllm.conversation.chat import Chat
-from stllm.web.command import EXAMPLES, find_examples
+from stllm.conversation.embedded import EXAMPLES
+from stllm.web.command import find_examples
 from stllm.web.limits import Limits
 from tests.helpers.demo import served
 from tests.helpers.videos import write_video
