@@ -43,6 +43,7 @@ steps() { # stage: of the quick variant
     1_images) echo 500 ;;
     2_videos) echo 700 ;;
     3_masking) echo 100 ;;
+    4_long) echo 100 ;;
     esac
 }
 
@@ -58,11 +59,14 @@ if [[ ! -d $TOY_ROOT ]]; then
     echo "== toy world"
     stllm toy --output "$TOY_ROOT" --num-train "$clips" --num-test "$tests" --seed 1 --long
 fi
-[[ -d $unseen ]] || stllm toy --output "$unseen" --num-train 1 --num-test "$tests" --seed 2
-for stage in 0_vision 0_letters 0_language 1_images 2_videos 3_masking; do train "$stage"; done
+[[ -d $unseen ]] || stllm toy --output "$unseen" --num-train 1 --num-test "$tests" --seed 2 --long
+for stage in 0_vision 0_letters 0_language 1_images 2_videos 3_masking 4_long; do train "$stage"; done
 echo "== evaluation, on a world that was never seen"
-for stage in 2_videos 3_masking; do
-    stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$stage" --anno-path "$unseen/mvbench" --num-frames 8 \
-        --output-dir "$TINY_OUTPUT/evaluation/$stage"
-done
+evaluate() { # stage, name, tasks, frames
+    stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$1" --anno-path "$unseen/mvbench" --tasks "$3" --num-frames "$4" \
+        --output-dir "$TINY_OUTPUT/evaluation/$2"
+}
+usual=moving_direction,moving_count,action_sequence,action_count,state_change,scene_transition,object_existence
+for stage in 2_videos 3_masking 4_long; do evaluate "$stage" "$stage" "$usual" 8; done
+evaluate 4_long 4_long_rare unexpected_action 64
 cat "$TINY_OUTPUT"/evaluation/*/mvbench.md

@@ -16,14 +16,16 @@ from stllm.runners.run_folder import RunFolder
 from tests.configs.recipes import CONFIGS
 
 TINY = CONFIGS / "tiny"
-STAGES = ("0_vision", "0_letters", "0_language", "1_images", "2_videos", "3_masking")
+STAGES = ("0_vision", "0_letters", "0_language", "1_images", "2_videos", "3_masking", "4_long")
 FEW = ["run.max_steps=2", "run.per_device_train_batch_size=2", "run.dataloader_num_workers=0", "run.logging_steps=1"]
 LEARNED = {  # the parts that a stage changes
     "0_language": {"language_model"},
     "1_images": {"qformer", "projection", "language_model"},
     "2_videos": {"qformer", "projection", "language_model"},
     "3_masking": {"qformer", "projection", "language_model"},
+    "4_long": {"qformer", "projection", "language_model"},
 }
+BEFORE = {"1_images": "0_vision", "4_long": "2_videos"}  # where a stage begins, if not with the one before it
 
 
 @pytest.mark.parametrize("path", [*TINY.glob("*.yaml"), *(TINY / "stages").glob("*.yaml")], ids=lambda path: path.stem)
@@ -40,25 +42,26 @@ def test_a_recipe_loads_and_its_header_says_how(path: Path) -> None:
 def test_each_stage_begins_with_what_the_one_before_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps each, on a world of a few clips: what a stage freezes stays as it was, what it trains does not."""
     world, output = tmp_path / "world", tmp_path / "output"
-    write_world(world, num_train=20, num_test=8, seed=3)
+    write_world(world, num_train=24, num_test=8, seed=3, long=True)
     monkeypatch.setenv("TOY_ROOT", str(world))
     monkeypatch.setenv("TINY_OUTPUT", str(output))
-    seen: dict[str, Tensor] = {}
-    before: dict[str, Tensor] = {}
-    for stage in STAGES:
+    left: dict[str, dict[str, Tensor]] = {}
+    for number, stage in enumerate(STAGES):
         recipe = str(TINY / "stages" / f"{stage}.yaml")
         options = [*FEW, f"run.output_dir={output / stage}"]
         assert main(["train", "--device", "cpu", "--cfg-path", recipe, "--options", *options]) == 0
         assert RunFolder(str(output / stage)).is_finished()
-        after = load_file(output / stage / "model.safetensors")
+        after = left[stage] = load_file(output / stage / "model.safetensors")
         if stage == "0_vision":
             assert {key.split(".")[0] for key in after} == {"vision_encoder", "qformer"}
-            seen = after
-            continue
-        before.update(seen if stage == "1_images" else {})
-        changed = {key.split(".")[0] for key, tensor in before.items() if not torch.equal(tensor, after[key])}
-        assert changed == LEARNED.get(stage, set())
-        before = after
+        if stage in LEARNED:
+            before = left[BEFORE.get(stage, STAGES[number - 1])]
+            if stage == "1_images":
+                before = {**left["0_language"], **before}
+            changed = {key.split(".")[0] for key, tensor in before.items() if not torch.equal(tensor, after[key])}
+            assert changed == LEARNED[stage]
     config: dict[str, Any] = dict(load_config(TINY / "stages" / "3_masking.yaml").model)
-    assert config["use_mask"] and config["mvm_decode"] and any(key.startswith("mvm_decoder.") for key in before)
-    assert sum(tensor.nbytes for tensor in before.values()) < 12e6  # what can be shipped
+    assert config["use_mask"] and config["mvm_decode"]
+    assert any(key.startswith("mvm_decoder.") for key in left["3_masking"])
+    assert any(key.startswith("video_input.") for key in left["4_long"])
+    assert sum(tensor.nbytes for tensor in left["4_long"].values()) < 12e6  # what is shipped
