@@ -20,17 +20,14 @@ environment:
 END
 }
 
-# prints "file<TAB>question" of each example of a folder with examples.json
-list_examples='import json, pathlib, sys
-folder = pathlib.Path(sys.argv[1])
+# asks the model of the first folder each question of the second's examples.json, about the clip that it belongs to
+ask_examples='import json, pathlib, sys
+import stllm
+model, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+chat = stllm.load_chat(model)
 for entry in json.loads((folder / "examples.json").read_text(encoding="utf-8")):
-    print(folder / entry["file"], entry["question"], sep="\t")'
-
-ask() { # checkpoint, clip, question
-    echo "$2"
-    echo "  $3"
-    echo "  > $("$python" -m stllm chat --ckpt-path "$1" --video "$2" --question "$3")"
-}
+    clip, question = folder / entry["file"], entry["question"]
+    print(clip, f"  {question}", f"  > {chat.ask(clip, question).text}", sep="\n", flush=True)'
 
 train=
 case ${1:-} in
@@ -46,7 +43,7 @@ if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
 else
     check_python
     enter_venv .venv
-    activate="source .venv/bin/activate && "
+    activate="source .venv/bin/activate"
 fi
 step "install" install_stllm
 
@@ -60,12 +57,16 @@ elif [[ ! -f $model/config.json ]]; then
     exit 1
 fi
 if [[ -f $examples/examples.json ]]; then
-    "$python" -c "$list_examples" "$examples" | while IFS=$'\t' read -r clip question; do
-        ask "$model" "$clip" "$question" </dev/null
-    done
+    echo "== ${model##*/} is asked about the clips in $examples"
+    "$python" -c "$ask_examples" "$model" "$examples"
 fi
+chosen=
+[[ -z $train ]] || chosen=" --ckpt-path $model"
+echo
+echo "It knows only the toy world: coloured shapes in short clips like these. Go on with"
+[[ -z $activate ]] || echo "  $activate"
 cat <<END
-
-Ask about a video of yours:   ${activate}stllm chat --ckpt-path $model --video CLIP.mp4
-A page to talk with videos:   ${activate}stllm demo --ckpt-path $model   # then http://127.0.0.1:7860
+  stllm chat$chosen --video $examples/action_sequence.mp4     # a prompt; ask: What does the yellow circle do last?
+  stllm demo$chosen     # a page to talk with videos: http://127.0.0.1:7860
+README.md goes on from there: what an answer rests on, the released weights, videos of your own, training.
 END

@@ -27,7 +27,16 @@ enter_venv() { # folder: the virtual environment there, made where it is not; py
     python=python
 }
 
+announce_download() { # says what is about to take minutes, as pip is quiet
+    "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' && return
+    echo "torch and the rest are downloaded: some minutes, without a word unless something fails"
+    if [[ -z ${TORCH_INDEX:-} && "$(uname -sm)" == "Linux x86_64" ]] && ! command -v nvidia-smi >/dev/null; then
+        echo "no GPU is seen, and pip's own torch brings 6 GB for one: TORCH_INDEX=URL takes a CPU build (README: Install)"
+    fi
+}
+
 install_stllm() { # the package from this folder, editable. $1: extras, such as [dev]
+    announce_download
     # torch first and alone: the largest download fails early; numpy and the rest follow its choice
     "$python" -m pip install --quiet --disable-pip-version-check \
         ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision

@@ -10,24 +10,29 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 INSTALLED = "-m pip install --quiet --disable-pip-version-check"
-# notes its arguments, makes environments whose python is itself, runs what prints the examples, answers questions
+# notes its arguments, makes environments whose python is itself, has torch or not, runs what asks about the examples
 STAND_IN = """#!/usr/bin/env bash
 echo "$(basename "$(dirname "$0")") $*" | head -n 1 >>"$LOG"
 case "$1 ${2:-} ${3:-}" in
 "-c import json"*) exec python3 "$@" ;;
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo "PATH=$PWD/$3/bin:\\$PATH" >"$3/bin/activate" ;;
-"-m stllm chat") echo "an answer" ;;
+"-c import importlib"*) [[ -z ${NO_TORCH:-} ]] ;;
 esac
+"""
+MODEL = """from types import SimpleNamespace as Space
+def load_chat(model):
+    return Space(ask=lambda clip, question: Space(text=f"an answer of {model} about {clip.name}"))
 """
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The scripts alone, with a clip and a stand-in for training; no environment is active."""
+    """The scripts alone, with clips and stand-ins for model and training; no environment is active."""
     shutil.copytree(SCRIPTS, tmp_path / "clone" / "scripts")
     root = tmp_path / "clone"
     (root / "scripts" / "train_tiny.sh").write_text('echo "trained $*" >>"$LOG"\n')
     (root / "stllm" / "assets" / "examples").mkdir(parents=True)
+    (root / "stllm" / "__init__.py").write_text(MODEL)
     examples = [{"file": "a b.mp4", "question": "What's first?"}, {"file": "c.mp4", "question": "And then?"}]
     (root / "stllm" / "assets" / "examples" / "examples.json").write_text(json.dumps(examples))
     (root / "stllm" / "assets" / "stllm-tiny").mkdir()
@@ -57,10 +62,26 @@ def test_without_an_environment_one_is_made(clone: Path) -> None:
         f"bin {INSTALLED} torch torchvision",
         f"bin {INSTALLED} -e .",
     ]
-    chat = "bin -m stllm chat --ckpt-path stllm/assets/stllm-tiny --video stllm/assets/examples"
-    assert log(clone)[3:] == [f"{chat}/a b.mp4 --question What's first?", f"{chat}/c.mp4 --question And then?"]
-    assert done.stdout.count("  > an answer\n") == 2
-    assert "source .venv/bin/activate && stllm demo --ckpt-path stllm/assets/stllm-tiny" in done.stdout
+    examples = "stllm/assets/examples"
+    said = done.stdout.partition(f"asked about the clips in {examples}\n")[2].splitlines()
+    assert said[:3] == [
+        f"{examples}/a b.mp4",
+        "  What's first?",
+        "  > an answer of stllm/assets/stllm-tiny about a b.mp4",
+    ]
+    assert said[3:6] == [f"{examples}/c.mp4", "  And then?", "  > an answer of stllm/assets/stllm-tiny about c.mp4"]
+    next_steps = [line.split("  #")[0].strip() for line in said[8:11]]
+    assert next_steps[0] == "source .venv/bin/activate" and next_steps[2] == "stllm demo"
+    assert next_steps[1] == f"stllm chat --video {examples}/action_sequence.mp4"
+    assert (SCRIPTS.parent / examples / "action_sequence.mp4").is_file()
+    assert "downloaded" not in done.stdout  # torch is there already
+
+
+def test_minutes_of_download_are_announced(clone: Path) -> None:
+    done = run(clone, "quickstart.sh", VIRTUAL_ENV="x", NO_TORCH="1")
+    assert done.returncode == 0 and "torch and the rest are downloaded: some minutes" in done.stdout
+    done = run(clone, "quickstart.sh", VIRTUAL_ENV="x", NO_TORCH="1", TORCH_INDEX="file:///builds")
+    assert "downloaded" in done.stdout and "TORCH_INDEX" not in done.stdout
 
 
 def test_an_active_environment_is_taken(clone: Path) -> None:
@@ -70,9 +91,13 @@ def test_an_active_environment_is_taken(clone: Path) -> None:
 
 
 def test_training_comes_before_asking(clone: Path) -> None:
-    assert run(clone, "quickstart.sh", "--train", VIRTUAL_ENV="x", TINY_OUTPUT="out").returncode == 0
+    done = run(clone, "quickstart.sh", "--train", VIRTUAL_ENV="x", TINY_OUTPUT="out")
+    assert done.returncode == 0, done.stderr
     assert log(clone)[2] == "trained --quick"
-    assert log(clone)[3].startswith("usual -m stllm chat --ckpt-path out/3_masking --video ")
+    assert (
+        "an answer of out/3_masking about c.mp4" in done.stdout
+        and "stllm demo --ckpt-path out/3_masking" in done.stdout
+    )
 
 
 def test_a_copy_without_the_model_says_so(clone: Path) -> None:
