@@ -116,4 +116,4 @@ def _num_scored(ledger: Ledger) -> int:
 
 
 def _shown(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"
+    return "undefined" if value is None else f"{value if abs(value) >= 0.005 else 0.0:.2f}"  # never -0.00

@@ -81,5 +81,5 @@ def test_a_judge_that_says_nothing_cannot_be_trusted(tmp_path, capsys) -> None:
         tmp_path / "pred.json", [{"id": number, "question": "q?", "answer": str(number), "pred": ""} for number in "ab"]
     )
     with judge_server(lambda request, number: says("Hm.")) as server:
-        assert judge("qa", tmp_path, "--self-check", "2", url=server.url) == 0
+        assert judge("qa", tmp_path, "--self-check", "2", url=server.url) == 1
     assert "no score came of it" in capsys.readouterr().out
