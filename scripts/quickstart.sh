@@ -40,6 +40,7 @@ activate=
 if [[ -n ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
     python=${PYTHON:-python}
     check_python
+    echo "== into the active environment, ${VIRTUAL_ENV:-$CONDA_PREFIX}"
 else
     check_python
     enter_venv .venv

@@ -19,7 +19,7 @@ check_python() { # ends the script where Python is too old, or not there
 }
 
 enter_venv() { # folder: the virtual environment there, made where it is not; python is its own from here on
-    if [[ ! -d $1 ]]; then
+    if [[ ! -f $1/bin/activate ]]; then # not the folder alone: without Debian's python3-venv half of it is made
         step "new virtual environment in $1" "$python" -m venv "$1"
     fi
     # shellcheck disable=SC1091

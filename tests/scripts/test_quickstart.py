@@ -77,6 +77,15 @@ def test_without_an_environment_one_is_made(clone: Path) -> None:
     assert "downloaded" not in done.stdout  # torch is there already
 
 
+def test_an_environment_that_was_half_made_is_made_again(clone: Path) -> None:
+    (clone / ".venv" / "bin").mkdir(parents=True)  # as python -m venv leaves it where ensurepip is missing
+    assert run(clone, "quickstart.sh").returncode == 0
+    assert log(clone)[0] == "usual -m venv .venv"
+    (clone / "log").unlink()
+    assert run(clone, "quickstart.sh").returncode == 0
+    assert log(clone)[0].endswith("torch torchvision")  # the whole one is taken as it is
+
+
 def test_minutes_of_download_are_announced(clone: Path) -> None:
     done = run(clone, "quickstart.sh", VIRTUAL_ENV="x", NO_TORCH="1")
     assert done.returncode == 0 and "torch and the rest are downloaded: some minutes" in done.stdout
@@ -87,6 +96,7 @@ def test_minutes_of_download_are_announced(clone: Path) -> None:
 def test_an_active_environment_is_taken(clone: Path) -> None:
     done = run(clone, "quickstart.sh", VIRTUAL_ENV="/some/where", TORCH_INDEX="file:///builds")
     assert done.returncode == 0 and not (clone / ".venv").exists() and ".venv" not in done.stdout
+    assert done.stdout.startswith("== into the active environment, /some/where\n")
     assert log(clone)[0] == f"usual {INSTALLED} --index-url file:///builds torch torchvision"
 
 
