@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
@@ -14,7 +15,8 @@ import yaml
 from PIL import Image
 
 from stllm.cli import main
-from stllm.datasets.doctor_checks import KINDS
+from stllm.common.errors import UserError
+from stllm.datasets.doctor_checks import KINDS, Fault
 from stllm.datasets.doctor_media import Use, check_use, run_tasks
 from stllm.evaluation.mvbench_tasks import TASKS
 from tests.helpers.videos import write_video
@@ -408,3 +410,11 @@ def test_processes_find_the_same(planted) -> None:
     tasks = [partial(check_use, use, "first") for use in uses]
     assert list(run_tasks(tasks, num_workers=2)) == list(run_tasks(tasks, num_workers=0)) == alone
     assert {fault.kind for fault in alone} == {"unreadable", "empty file", "wrong medium"} < set(KINDS)
+
+
+def test_a_decoder_that_takes_its_process_along_is_said() -> None:
+    """As memory that runs out does: no endless wait, and the way to find the file."""
+    whole = [partial(list, [Fault("missing", str(number), "clip.mp4", "gone")]) for number in range(30)]
+    assert [fault.where for fault in run_tasks(whole, num_workers=2)] == [str(number) for number in range(30)]
+    with pytest.raises(UserError, match=r"a process died while it decoded: .*--num-workers 0"):
+        list(run_tasks([*whole, partial(os._exit, 9)], num_workers=2))

@@ -1,0 +1,56 @@
+"""`stllm demo` as a command: where it says it is, what it leaves behind, and a port that is taken."""
+
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio
+import httpx
+import pytest
+
+from stllm.cli import main
+from stllm.conversation.chat import Chat
+from stllm.web import command
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, chat: Chat, tmp_path: Path) -> Iterator[Path]:
+    """The engine is there at once, and temporary folders lie in the one given."""
+    monkeypatch.setattr(command, "load_chat", lambda *_, **__: chat)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, ended)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_uploaded_is_gone_when_it_ends(quick: Path, monkeypatch, capsys, number: int) -> None:
+    found: dict[str, object] = {}
+
+    def block(page: gradio.Blocks) -> None:
+        address = capsys.readouterr().out.partition("The demo is at ")[2].split()[0]
+        files = {"files": ("a.mp4", b"something")}
+        found["file"] = Path(httpx.post(f"{address}gradio_api/upload", files=files).json()[0])
+        found["kept"] = found["file"].is_file()
+        try:
+            signal.raise_signal(number)
+        finally:
+            page.close(verbose=False)
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", block)
+    assert main(["demo", "--ckpt-path", "d", "--port", "0"]) == 130
+    assert found["kept"] and quick in Path(str(found["file"])).parents
+    assert not list(quick.glob("stllm-demo-*"))
+
+
+def test_a_port_that_is_taken_is_said(quick: Path, capsys) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["demo", "--ckpt-path", "d", "--port", str(port)]) == 1
+    sentence = f"error: port {port} of 127.0.0.1 cannot be opened, it may be taken: name another with --port\n"
+    assert capsys.readouterr().err == sentence
+    assert not list(quick.glob("stllm-demo-*"))
