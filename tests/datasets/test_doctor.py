@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -414,7 +415,8 @@ def test_processes_find_the_same(planted) -> None:
 
 def test_a_decoder_that_takes_its_process_along_is_said() -> None:
     """As memory that runs out does: no endless wait, and the way to find the file."""
-    whole = [partial(list, [Fault("missing", str(number), "clip.mp4", "gone")]) for number in range(30)]
-    assert [fault.where for fault in run_tasks(whole, num_workers=2)] == [str(number) for number in range(30)]
+    faults = [Fault("missing", str(number), "clip.mp4", "gone") for number in range(30)]
+    whole: list[Callable[[], list[Fault]]] = [partial(list, [fault]) for fault in faults]
+    assert list(run_tasks(whole, num_workers=2)) == faults
     with pytest.raises(UserError, match=r"a process died while it decoded: .*--num-workers 0"):
         list(run_tasks([*whole, partial(os._exit, 9)], num_workers=2))

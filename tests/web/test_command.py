@@ -27,13 +27,13 @@ def quick(monkeypatch: pytest.MonkeyPatch, chat: Chat, tmp_path: Path) -> Iterat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_was_uploaded_is_gone_when_it_ends(quick: Path, monkeypatch, capsys, number: int) -> None:
-    found: dict[str, object] = {}
+    uploaded: list[Path] = []
 
     def block(page: gradio.Blocks) -> None:
         address = capsys.readouterr().out.partition("The demo is at ")[2].split()[0]
         files = {"files": ("a.mp4", b"something")}
-        found["file"] = Path(httpx.post(f"{address}gradio_api/upload", files=files).json()[0])
-        found["kept"] = found["file"].is_file()
+        uploaded.append(Path(httpx.post(f"{address}gradio_api/upload", files=files).json()[0]))
+        assert uploaded[0].read_bytes() == b"something" and quick in uploaded[0].parents
         try:
             signal.raise_signal(number)
         finally:
@@ -41,8 +41,7 @@ def test_what_was_uploaded_is_gone_when_it_ends(quick: Path, monkeypatch, capsys
 
     monkeypatch.setattr(gradio.Blocks, "block_thread", block)
     assert main(["demo", "--ckpt-path", "d", "--port", "0"]) == 130
-    assert found["kept"] and quick in Path(str(found["file"])).parents
-    assert not list(quick.glob("stllm-demo-*"))
+    assert uploaded and not list(quick.glob("stllm-demo-*"))
 
 
 def test_a_port_that_is_taken_is_said(quick: Path, capsys) -> None:
