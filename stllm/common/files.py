@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 
+OLD = ".old.partial"
 LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
 
 
@@ -79,7 +80,7 @@ def _put(folder: Path, target: Path) -> None:
     if not target.exists():
         folder.rename(target)
         return
-    old = folder.with_suffix(".old.partial")
+    old = folder.with_suffix(OLD)
     target.rename(old)
     try:
         folder.rename(target)
@@ -92,7 +93,11 @@ def _put(folder: Path, target: Path) -> None:
 def _remove_leftovers(target: Path) -> None:
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         process = path.name.removeprefix(f".{target.name}.").split(".")[0]
-        if process.isdigit() and path.is_dir() and not _runs(int(process)):
+        if not process.isdigit() or not path.is_dir() or _runs(int(process)):
+            continue
+        if path.name.endswith(OLD) and not target.exists():
+            path.rename(target)  # killed between the two moves of `_put`
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import stllm
 from stllm.common.errors import UserError
+from stllm.models.checkpoints import assembly
 from stllm.models.checkpoints.convert import convert
 from stllm.models.checkpoints.loading import (
     load_model,
@@ -194,3 +195,14 @@ def test_conversion_keeps_the_stored_type(tmp_path: Path) -> None:
     load_processor(GOLDEN / NAME).save_pretrained(tmp_path / "a")
     convert([tmp_path / "a"], tmp_path / "b")
     assert open_model(tmp_path / "b").sources[0].weights.specs["projection.weight"].dtype == torch.bfloat16
+
+
+def test_memory_that_runs_out_while_loading_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(assembly, "fill", full)
+    with pytest.raises(
+        UserError, match=r"not enough memory on cpu: the weights need \d+\.\d GiB as bfloat16; use a smaller"
+    ):
+        load_model(GOLDEN / NAME, device="cpu", dtype="bfloat16")
