@@ -141,7 +141,7 @@ def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
 def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
     env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
     later = ["3_masking", "4_long"]
-    for arguments, first_steps, extra in (((), None, later), (("--quick",), "run.max_steps=800", [])):
+    for arguments, first_steps, extra in (((), None, later), (("--quick",), "run.max_steps=1500", [])):
         commands = tiny_commands(env, *arguments)
         worlds = [command for command in commands if command[0] == "toy"]
         assert [world[2] for world in worlds] == [env["TOY_ROOT"], f"{env['TOY_ROOT']}-unseen"]
