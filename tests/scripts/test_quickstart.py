@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -105,9 +106,10 @@ def test_training_comes_before_asking(clone: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert log(clone)[2] == "trained --quick"
     assert (
-        "an answer of out/3_masking about c.mp4" in done.stdout
-        and "stllm demo --ckpt-path out/3_masking" in done.stdout
+        "an answer of out/2_videos about c.mp4" in done.stdout and "stllm demo --ckpt-path out/2_videos" in done.stdout
     )
+    stages = re.search(r"^for stage in ([\w ]+)", (SCRIPTS / "train_tiny.sh").read_text(), re.MULTILINE)
+    assert stages is not None and stages[1].split()[-1] == "2_videos"  # the last one that --quick trains
 
 
 def test_a_copy_without_the_model_says_so(clone: Path) -> None:
