@@ -12,7 +12,8 @@ source scripts/lib/environment.sh
 usage() {
     cat <<'END'
 usage: bash scripts/quickstart.sh [--train]
-  --train      write the toy world and train the tiny model on it, on the CPU, then ask that one
+  --train      write the toy world, train a tiny model on it for a quarter of an hour (two cores), and ask that one:
+               it answers in the right words, and hardly sees yet
 environment:
   PYTHON       the interpreter (default: the active environment's python, or python3)
   TORCH_INDEX  where torch is installed from; without a GPU, the index of CPU builds that pytorch.org names for your
