@@ -1,6 +1,7 @@
 """A measurement's ratios as a light SVG, legible on a white and on a black page; equal data give equal bytes."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def draw(path: Path, result: Result, measurement: Measurement) -> None:
 
 
 def _curves(axes: "Axes", rows: Sequence[Mapping[str, Any]], columns: Sequence[str], places: Any, axis: str) -> None:
-    for name, colour in zip(columns, COLOURS, strict=False):
+    for name, colour in zip(columns, cycle(COLOURS), strict=False):
         axes.plot(places, [row[name] for row in rows], marker="o", color=colour, label=name)
     axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_xticks(places)
@@ -61,7 +62,7 @@ def _curves(axes: "Axes", rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 def _bars(axes: "Axes", rows: Sequence[Mapping[str, Any]], columns: Sequence[str], names: Sequence[str]) -> None:
     thickness = 0.8 / len(columns)
-    for number, (name, colour) in enumerate(zip(columns, COLOURS, strict=False)):
+    for number, (name, colour) in enumerate(zip(columns, cycle(COLOURS), strict=False)):
         measured = [(place, row[name]) for place, row in enumerate(rows) if isinstance(row[name], int | float)]
         offset = (number - (len(columns) - 1) / 2) * thickness
         drawn = axes.barh(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def bars_figure(bars: Bars) -> "Figure":
     figure = Figure(figsize=(WIDTH, EDGES + max(1, len(bars.groups)) * max(ROW, 0.15 * count)), layout="constrained")
     axes = figure.subplots()
     thickness = GROUP / count
-    for number, ((name, values), colour) in enumerate(zip(bars.series.items(), COLOURS, strict=False)):
+    for number, ((name, values), colour) in enumerate(zip(bars.series.items(), cycle(COLOURS), strict=False)):
         offset = (number - (count - 1) / 2) * thickness
         places = [place + offset for place, value in enumerate(values) if value is not None]
         lengths = [value for value in values if value is not None]
