@@ -116,18 +116,13 @@ def test_a_run_continues_with_its_own_settings_alone(
     assert "is no checkpoint of a run" in failure(capsys, recipe, f"run.resume_from_checkpoint={tmp_path}")
 
 
-def assert_learned_alike(folder: Path, other: Path) -> None:
-    """The same losses: at first to the last digits, later but for gradients that were added in another order."""
-    for step, (found, expected) in enumerate(zip(losses(folder), losses(other), strict=True)):
-        assert found == pytest.approx(expected, abs=1e-5 if step == 0 else 1e-3), step
-
-
 def test_two_processes_learn_what_one_does(trained: Path, tmp_path: Path) -> None:
     """One process with batches of 4 and two with batches of 2: the same batches, frames, masks and losses."""
     recipe = trained.parent / "recipe.yaml"
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2"]
     train(recipe, *options, processes=2)
-    assert_learned_alike(tmp_path / "two", trained)
+    for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
     kept = [[line["kept_visual_tokens"] for line in read_log(folder)] for folder in (tmp_path / "two", trained)]
     assert kept[0] == kept[1]
 
@@ -137,10 +132,11 @@ def test_fsdp_learns_what_one_process_does(trained: Path, tmp_path: Path) -> Non
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2", "run.fsdp=true"]
     train(trained.parent / "recipe.yaml", *options, processes=2)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file()  # it is not DDP by another name
-    assert_learned_alike(tmp_path / "two", trained)
+    for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
     again = STLLM.from_pretrained(tmp_path / "two").state_dict()
     for name, tensor in STLLM.from_pretrained(trained).state_dict().items():
-        torch.testing.assert_close(again[name], tensor, atol=1e-3, rtol=0)  # half a step of Adam, of eight
+        torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=0)
 
 
 def test_accumulated_batches_are_one_large_step(toy: Path, tmp_path: Path) -> None:
