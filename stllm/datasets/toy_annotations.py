@@ -15,7 +15,7 @@ from stllm.conversation.templates import Turn
 from stllm.datasets.samples import keyed_numpy
 from stllm.datasets.toy_media import write_json
 from stllm.datasets.toy_questions import Example
-from stllm.datasets.toy_texts import PICTURE_REQUEST, STORY_REQUEST, seen_in_words
+from stllm.datasets.toy_texts import PICTURE_REQUEST, STORY_REQUEST, follow_turn, seen_in_words, times_of
 
 Fields = dict[str, Any]
 
@@ -45,22 +45,26 @@ class TrainingSet:
 
 @dataclass
 class Tellings:
-    """Everything in words, so that all of it is learned: what happens in a clip, and what a picture shows."""
+    """Everything in words, so that all of it is learned: stories and paths of clips, and what a picture shows."""
 
     stories: list[Fields] = field(default_factory=list)
+    paths: list[Fields] = field(default_factory=list)
     pictures: list[Fields] = field(default_factory=list)
 
     def add_clip(self, example: Example, medium: Fields) -> None:
         """A clip."""
         self.stories.append(record(medium, [Turn(STORY_REQUEST, example.story)]))
+        times = times_of(example)
+        self.paths.append(record(medium, [follow_turn(thing, times) for thing in example.scene.things]))
 
     def add_picture(self, example: Example, medium: Fields) -> None:
         """A picture."""
         self.pictures.append(record(medium, [Turn(PICTURE_REQUEST, seen_in_words(example.scene))]))
 
     def write(self, root: Path) -> None:
-        """video/caption/toy_story and image/caption/toy_seen."""
+        """video/caption/toy_story, video/caption/toy_path and image/caption/toy_seen."""
         write_json(root / "video" / "caption" / "toy_story" / "train.json", self.stories)
+        write_json(root / "video" / "caption" / "toy_path" / "train.json", self.paths)
         write_json(root / "image" / "caption" / "toy_seen" / "train.json", self.pictures)
 
 

@@ -3,24 +3,19 @@
 The wording of a choice is MVBench's: its system sentence, its question block, the beginning of its answer.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from stllm.conversation.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
 from stllm.conversation.templates import Turn
 from stllm.datasets.toy_scenes import Scene
 
 T = TypeVar("T")
 Generator = np.random.Generator
 
-OPTION_INSTRUCTION = (
-    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
-    "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
-    "addresses the question."
-)
-OPTION_REQUEST = "Only give the best option."
 NUM_OPTIONS = 4  # of a choice among many
 
 
@@ -44,9 +39,9 @@ class Asked:
         """With its options, as MVBench asks."""
         letter = chr(ord("A") + self.options.index(self.answer))
         return Turn(
-            f"{options_text(self.question, self.options)}\n{OPTION_REQUEST}",
-            f"Best option:({letter}) {self.answer}",
-            OPTION_INSTRUCTION,
+            f"{question_block(self.question, self.options)}\n{REQUEST}",
+            f"{ANSWER_BEGINS}{letter}) {self.answer}",
+            SYSTEM,
         )
 
 
@@ -112,17 +107,6 @@ def ask_among(generator: Generator, question: str, answer: str, candidates: Iter
 def ask_whether(generator: Generator, question: str, answer: bool) -> Asked:
     """A question whose answer is yes or no."""
     return ask(generator, question, "yes" if answer else "no", ("yes", "no"))
-
-
-def options_text(question: str, candidates: Sequence[str]) -> str:
-    """MVBench's question block: the question and its lettered options."""
-    return f"Question: {question}\n{letters_text(candidates)}"
-
-
-def letters_text(candidates: Sequence[str]) -> str:
-    """The lettered options."""
-    lines = [f"({chr(ord('A') + number)}) {candidate}" for number, candidate in enumerate(candidates)]
-    return "\n".join(["Options:", *lines])
 
 
 def pick(generator: Generator, choices: Iterable[T]) -> T:

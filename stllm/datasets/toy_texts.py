@@ -1,24 +1,32 @@
 """The toy world in words alone, for the language model's own first stage.
 
 A scene is told by what happens, is told again, which teaches to look back, and is asked about as clips and pictures
-are. Options are looked up, too: which letter stands before which answer is slow to be learned from choices alone.
+are. It is told by what is seen frame after frame as well, so that what happens is to be found out. Options are looked
+up, too: which letter stands before which answer is slow to be learned from choices alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from stllm.conversation.choices import REQUEST, lettered
 from stllm.conversation.templates import Turn
 from stllm.datasets.toy_clips import World
-from stllm.datasets.toy_questions import NUM_OPTIONS, OPTION_REQUEST, Example, Generator, letters_text, pick, shuffled
-from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, UNITS, Scene, follow
+from stllm.datasets.toy_questions import NUM_OPTIONS, Example, Generator, pick, shuffled
+from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, UNITS, Scene, Thing, follow, frame_times
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
 from stllm.datasets.toy_video_questions import ACTIONS, MOVING
 
 TELLING = tuple(task for task in (*TASKS, RARE, PICTURES) if not task.corpus.startswith(("caption/", "conversation/")))
+SEEING = tuple(task for task in TASKS if task.benchmark not in ("", "scene_transition"))  # all but the background
+COLOR_NAMES, LEVELS = tuple(COLORS), np.array(list(COLORS.values()), float)  # levels: (colors, 3)
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
 AGAIN_REQUEST, STORY_REQUEST, PICTURE_REQUEST = "Tell it again.", "What happens in the video?", "Tell the image."
+FOLLOW_REQUEST = "Tell the {}."  # a shape: no scene has two of one
+FRAMES = 8  # in words
+GROWN = 1.25  # of its radius: from there on it is told that a thing grows
 QUESTIONS = 3  # about a scene, at most
 LOOKUPS, CHOICES = 5, 3  # letters asked for at once; choices among the same options
 WORDS = (*COLORS, *DIRECTIONS, *ACTIONS.values(), *PATTERNS, *MOVING, "yes", "no")
@@ -32,12 +40,36 @@ def text_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ..
 
 def tell(example: Example, generator: Generator) -> tuple[Turn, ...]:
     """The scene told again, and questions openly, as choices, or both: what is answered can be looked up."""
-    turns = [Turn(AGAIN_REQUEST, example.story, example.story)]
+    asked = (turn for turns in _asked(example, generator) for turn in turns)
+    return (Turn(AGAIN_REQUEST, example.story, example.story), *asked)
+
+
+def _asked(example: Example, generator: Generator) -> list[tuple[Turn, ...]]:
+    """Some questions, QUESTIONS at most: each openly, as a choice, or openly and then as a choice."""
     other = 1 - int(generator.integers(2))
-    for asked in shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]:
-        openly, choice = asked.openly(), replace(asked.as_choice(), instruction="")
-        turns += pick(generator, ((openly,), (choice,), (openly, choice)))
-    return tuple(turns)
+    asked = shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]
+    both = ((question.openly(), replace(question.as_choice(), instruction="")) for question in asked)
+    return [pick(generator, ((openly,), (choice,), (openly, choice))) for openly, choice in both]
+
+
+def seen_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:
+    """A training conversation about a scene of a task of SEEING: frames in words, things followed, questions."""
+    example, generator = world.draw(replace(task, corpus=f"seen/{task.corpus}"), "train", index)
+    times = times_of(example)
+    followed = [(follow_turn(thing, times),) for thing in shuffled(generator, example.scene.things)[:2]]
+    first, *others = (turn for turns in shuffled(generator, [*followed, *_asked(example, generator)]) for turn in turns)
+    return (replace(first, instruction=seen_in_words(example.scene, times)), *others)
+
+
+def times_of(example: Example) -> list[float]:
+    """When FRAMES frames of its clip are, or of the part that is meant; parts of the whole clip."""
+    begin, end = example.bounds or (0.0, 1.0)
+    return [begin + (end - begin) * float(time) for time in frame_times(FRAMES)]
+
+
+def follow_turn(thing: Thing, times: Sequence[float]) -> Turn:
+    """What is seen of a thing at these times: "red left top, red center top, nothing, ..."."""
+    return Turn(FOLLOW_REQUEST.format(thing.shape), ", ".join(_seen(thing, times)) + ".")
 
 
 def letters_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:
@@ -55,9 +87,9 @@ def look_up(example: Example, generator: Generator) -> tuple[Turn, ...]:
     first, second = _lookups(asked.options, generator), _lookups(asked.options, generator)
     chosen = (replace(asked, answer=pick(generator, asked.options)) for _ in range(CHOICES))
     return (
-        replace(first, question=f"{letters_text(asked.options)}\n{first.question}"),
+        replace(first, question=f"{lettered(asked.options)}\n{first.question}"),
         second,
-        *(Turn(f"It is: {choice.answer}. {OPTION_REQUEST}", choice.as_choice().answer) for choice in chosen),
+        *(Turn(f"It is: {choice.answer}. {REQUEST}", choice.as_choice().answer) for choice in chosen),
     )
 
 
@@ -68,20 +100,25 @@ def _lookups(options: tuple[str, ...], generator: Generator) -> Turn:
     return Turn(f"Letters of {named}?", ", ".join(f"{options[number]} {chr(65 + number)}" for number in numbers))
 
 
-def seen_in_words(scene: Scene, time: float = 0.5) -> str:
-    """What is seen at a time, a part of the clip, shape by shape: "circle nothing, square red far left top, ..."."""
-    seen = dict.fromkeys(SHAPES, "nothing")
-    for thing in scene.things:
-        track = follow(thing, np.array([time]))
-        if track.opacity[0] > 0.5:
-            seen[thing.shape] = f"{_color(track.color[0])} {_part(COLUMNS, track.x[0])} {_part(ROWS, track.y[0])}"
-    return ", ".join(f"{shape} {words}" for shape, words in seen.items()) + "."
+def seen_in_words(scene: Scene, times: Sequence[float] = (0.5,)) -> str:
+    """A sentence for each time, a part of the clip: "circle nothing, square red far left top, ..."."""
+    seen = {shape: ["nothing"] * len(times) for shape in SHAPES}
+    seen |= {thing.shape: _seen(thing, times) for thing in scene.things}
+    frames = zip(*seen.values(), strict=True)
+    return " ".join(", ".join(map(" ".join, zip(SHAPES, frame, strict=True))) + "." for frame in frames)
 
 
-def _part(names: tuple[str, ...], place: float) -> str:
-    return names[min(max(int(place / UNITS * len(names)), 0), len(names) - 1)]
+def _seen(thing: Thing, times: Sequence[float]) -> list[str]:
+    """A thing at each time: its color, column, row, and whether it is larger than usual; or nothing."""
+    track = follow(thing, np.array(times))
+    distances = np.abs(track.color[:, None] - LEVELS).sum(-1)  # (times, colors)
+    seen = zip(distances.argmin(-1), _parts(track.x, COLUMNS), _parts(track.y, ROWS), strict=True)
+    words = [f"{COLOR_NAMES[color]} {COLUMNS[column]} {ROWS[row]}" for color, column, row in seen]
+    grows = [f" {ACTIONS['grow']}" if larger else "" for larger in track.radius > GROWN * thing.radius]
+    there = track.opacity > 0.5
+    return [word + grow if visible else "nothing" for word, grow, visible in zip(words, grows, there, strict=True)]
 
 
-def _color(levels: np.ndarray) -> str:
-    """The nearest color's name."""
-    return min(COLORS, key=lambda name: float(np.abs(levels - COLORS[name]).sum()))
+def _parts(places: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """In which part of the picture's side each place is, of as many as there are names."""
+    return (places / UNITS * len(names)).astype(int).clip(0, len(names) - 1)

@@ -13,6 +13,7 @@ from typing import Any
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
+from stllm.conversation.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
 from stllm.conversation.requests import Request
 from stllm.conversation.templates import PromptTemplate, Turn
 from stllm.datasets.annotations import Fields, text_of
@@ -23,14 +24,7 @@ from stllm.evaluation.matching import gold_option, official_match, strict_match
 from stllm.evaluation.mvbench_tasks import TASKS, MVBenchLayout, MVBenchTask, task_of
 from stllm.evaluation.tallies import RULES, by_task, tally
 
-SYSTEM = (
-    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
-    "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
-    "addresses the question."
-)
-INSTRUCTION = "Only give the best option."
 ANSWER_MARK = "###Assistant: "
-ANSWER_BEGINS = "Best option:("
 Numbered = tuple[str, str, Fields]  # id, file and record, fields
 
 
@@ -98,12 +92,6 @@ class MVBench:
         return {"": {"acc_dict": accuracies, "res_list": results}}
 
 
-def question_block(question: str, candidates: Sequence[str]) -> str:
-    """The question and its lettered options, without a newline at the end."""
-    options = [f"({letter}) {candidate}" for letter, candidate in zip(ascii_uppercase, candidates, strict=False)]
-    return "\n".join([f"Question: {question}", "Options:", *options])
-
-
 def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[str, ...]:
     """The prompt that ends in "Best option:(", as pieces of `Request`.
 
@@ -113,7 +101,7 @@ def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[st
     *before, last = template.opening
     assert last.endswith(f" {ANSWER_MARK}"), last
     opening = (*before, last.removesuffix(f" {ANSWER_MARK}") + ANSWER_MARK + ANSWER_BEGINS)
-    text = "".join(f"{part}\n" for part in (system, block, INSTRUCTION) if part)
+    text = "".join(f"{part}\n" for part in (system, block, REQUEST) if part)
     return tuple(replace(template, opening=opening).render(Turn(text), first=True, media="video"))
 
 

@@ -9,10 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from stllm.conversation.choices import SYSTEM
 from stllm.conversation.templates import Turn
 from stllm.datasets.toy_clips import World
 from stllm.datasets.toy_pictures import PLACES, place_of
-from stllm.datasets.toy_questions import OPTION_INSTRUCTION, Example
+from stllm.datasets.toy_questions import Example
 from stllm.datasets.toy_scenes import SHAPES, Thing, follow
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
 from stllm.datasets.toy_texts import TELLING, seen_in_words
@@ -157,7 +158,7 @@ def test_conversations_ask_each_fact_once_and_both_ways_in_all(name: str) -> Non
             assert len(plain) == len(talk)
         for question in example.asked:
             forms = [turn.instruction for talk in talks for turn in talk if _plain(turn) == question.question]
-            assert sorted(forms) == ["", OPTION_INSTRUCTION] if question.only is None else len(forms) == 1
+            assert sorted(forms) == ["", SYSTEM] if question.only is None else len(forms) == 1
         assert all(set(example.told) <= set(talk) for talk in talks)
 
 
@@ -200,7 +201,7 @@ def test_pictures_say_where_things_are() -> None:
 def test_words_name_what_is_seen_at_a_time() -> None:
     example = drawn("state_change", 60)[0]
     thing = example.scene.things[0]
-    before, after = seen_in_words(example.scene, 0.05), seen_in_words(example.scene, 0.95)
+    before, after = seen_in_words(example.scene, [0.05]), seen_in_words(example.scene, [0.95])
     assert f"{thing.shape} {thing.color} center middle" in before
     assert f"{thing.shape} {thing.events[0].value} center middle" in after
     assert all(f"{shape} " in before for shape in SHAPES)

@@ -5,13 +5,28 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from stllm.datasets.toy_clips import World
-from stllm.datasets.toy_tasks import ToyTask
-from stllm.datasets.toy_texts import CHOICES, LOOKUPS, QUESTIONS, TELLING, letters_conversation, text_conversation
+from stllm.datasets.toy_scenes import Event, Thing
+from stllm.datasets.toy_tasks import TASKS, ToyTask
+from stllm.datasets.toy_texts import (
+    CHOICES,
+    FRAMES,
+    LOOKUPS,
+    QUESTIONS,
+    SEEING,
+    TELLING,
+    follow_turn,
+    letters_conversation,
+    seen_conversation,
+    seen_in_words,
+    text_conversation,
+    times_of,
+)
 
 WORLD = World(1, 16, 64)
 OPTION = re.compile(r"^\((\w)\) (.+)$", re.M)
@@ -60,6 +75,44 @@ def test_letters_are_looked_up_and_chosen() -> None:
             for turn in chosen:
                 (answer,) = re.findall(r"^It is: (.+)\. Only give", turn.question)
                 assert turn.answer == f"Best option:({letter_of[answer]}) {answer}"
+
+
+@pytest.mark.parametrize("task", SEEING, ids=lambda task: task.corpus)
+def test_frames_in_words_agree_with_what_is_followed(task: ToyTask) -> None:
+    """The first turn alone has the frames; what is followed stands in them; questions are asked too."""
+    asked = followed = 0
+    for index in range(20):
+        first, *others = seen_conversation(WORLD, task, index)
+        frames = [dict(part.split(" ", 1) for part in frame.split(", ")) for frame in first.instruction.split(". ")]
+        assert len(frames) == FRAMES and not any(turn.instruction for turn in others)
+        for turn in (first, *others):
+            shape = re.fullmatch(r"Tell the (\w+)\.", turn.question)
+            asked += shape is None
+            if shape is not None:
+                followed += 1
+                assert turn.answer is not None
+                assert turn.answer.rstrip(".").split(", ") == [frame[shape[1]].rstrip(".") for frame in frames]
+    assert asked >= 20 and followed >= 20
+
+
+def test_a_path_says_color_place_size_and_absence() -> None:
+    """A thing that moves right and is then away; one that grows; one that takes another color."""
+    away = (Event("move", 0.0, 0.5, "right"), Event("disappear", 0.5, 0.51))
+    grows, turns = (Event("grow", 0.0, 1.0),), (Event("turn", 0.4, 0.41, "blue"),)
+    paths = [follow_turn(Thing("red", "circle", 32, 6, 8, events), [0.0, 0.5, 0.9]) for events in (away, grows, turns)]
+    assert {path.question for path in paths} == {"Tell the circle."}
+    assert [path.answer for path in paths] == [
+        "red left top, red right top, nothing.",
+        "red center top, red center top grows, red center top.",
+        "red center top, blue center top, blue center top.",
+    ]
+
+
+def test_times_are_those_of_the_part_that_is_meant() -> None:
+    example, _ = WORLD.draw(TASKS[0], "train", 0)
+    assert times_of(example) == [(number + 0.5) / FRAMES for number in range(FRAMES)]
+    assert times_of(replace(example, bounds=(0.5, 1.0)))[0] == pytest.approx(0.5 + 0.25 / FRAMES)
+    assert seen_in_words(example.scene).count(",") == 3
 
 
 def test_a_seed_draws_the_same_in_every_process() -> None:

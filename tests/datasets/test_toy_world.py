@@ -16,10 +16,10 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from stllm.common.config import load_config
+from stllm.conversation.choices import question_block
 from stllm.datasets import toy_world
 from stllm.datasets.readers import open_media
 from stllm.datasets.toy_clips import FPS, World, split_of
-from stllm.datasets.toy_questions import options_text
 from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, frame_times, render
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, action_sequence
 from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
@@ -178,8 +178,8 @@ def test_options_are_asked_as_the_benchmark_asks() -> None:
     example = World(0, 16).draw(TASKS[0], "train", 0)[0]
     asked, chosen = example.turns
     letter = chr(ord("A") + example.candidates.index(str(asked.answer)))
-    assert options_text("Where?", ("here", "there")) == "Question: Where?\nOptions:\n(A) here\n(B) there"
-    assert chosen.question.startswith(options_text(asked.question, example.candidates))
+    assert question_block("Where?", ("here", "there")) == "Question: Where?\nOptions:\n(A) here\n(B) there"
+    assert chosen.question.startswith(question_block(asked.question, example.candidates))
     assert chosen.answer == f"Best option:({letter}) {asked.answer}"
 
 
