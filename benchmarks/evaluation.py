@@ -9,7 +9,7 @@ the size. Then memory over 2,000 questions: what the process holds after each qu
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from benchmarks.reuse import new_chat, new_model
 from stllm.common.device import resolve_device
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import PromptTemplate, Turn
+from stllm.conversation.requests import Media
 from stllm.evaluation.engine import Engine
-from stllm.evaluation.items import Item, Record
+from stllm.evaluation.items import Item
 from stllm.runners.processes import num_decoders
+from tests.helpers.benchmarks import Asking
 from tests.helpers.videos import write_video
 
 BATCH_SIZE = 8
@@ -30,33 +30,6 @@ NUM_FRAMES, IMAGE_SIZE = 64, 224
 DECODING = Decoding(num_beams=1, max_new_tokens=8)  # answers are a few words
 SIZE, FPS = (640, 360), 25
 WORDS = ("circle", "square", "triangle", "object", "person")
-
-
-class Asking:
-    """A benchmark that asks its items plainly."""
-
-    name = "asking"
-    excluded: Mapping[str, str] = {}
-    num_excluded = 0
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = items
-
-    def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
-        """The questions as they are."""
-        return tuple(Request((Turn(question),), media=item.media) for question in item.questions)
-
-    def fields(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Nothing more."""
-        return {}
-
-    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
-        """None: random weights."""
-        return {}
-
-    def official(self, records: Sequence[Record]) -> Mapping[str, Any]:
-        """None."""
-        return {}
 
 
 def new_items(videos: Sequence[Path], num_questions: int, **media: Any) -> list[Item]:

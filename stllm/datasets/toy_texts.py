@@ -1,8 +1,8 @@
 """The toy world in words alone, for the language model's own first stage.
 
 A scene is told by what happens, is told again, which teaches to look back, and is asked about as clips and pictures
-are. It is told by what is seen frame after frame as well, so that what happens is to be found out. Options are looked
-up, too: which letter stands before which answer is slow to be learned from choices alone.
+are. Options are looked up, too: which letter stands before which answer is slow to be learned from choices alone. What
+is seen in one frame, or of one thing in all frames, is told here too, for pictures and clips to be asked about.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
 from stllm.datasets.toy_video_questions import ACTIONS, MOVING
 
 TELLING = tuple(task for task in (*TASKS, RARE, PICTURES) if not task.corpus.startswith(("caption/", "conversation/")))
-SEEING = tuple(task for task in TASKS if task.benchmark not in ("", "scene_transition"))  # all but the background
 COLOR_NAMES, LEVELS = tuple(COLORS), np.array(list(COLORS.values()), float)  # levels: (colors, 3)
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
@@ -40,36 +39,12 @@ def text_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ..
 
 def tell(example: Example, generator: Generator) -> tuple[Turn, ...]:
     """The scene told again, and questions openly, as choices, or both: what is answered can be looked up."""
-    asked = (turn for turns in _asked(example, generator) for turn in turns)
-    return (Turn(AGAIN_REQUEST, example.story, example.story), *asked)
-
-
-def _asked(example: Example, generator: Generator) -> list[tuple[Turn, ...]]:
-    """Some questions, QUESTIONS at most: each openly, as a choice, or openly and then as a choice."""
+    turns = [Turn(AGAIN_REQUEST, example.story, example.story)]
     other = 1 - int(generator.integers(2))
-    asked = shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]
-    both = ((question.openly(), replace(question.as_choice(), instruction="")) for question in asked)
-    return [pick(generator, ((openly,), (choice,), (openly, choice))) for openly, choice in both]
-
-
-def seen_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:
-    """A training conversation about a scene of a task of SEEING: frames in words, things followed, questions."""
-    example, generator = world.draw(replace(task, corpus=f"seen/{task.corpus}"), "train", index)
-    times = times_of(example)
-    followed = [(follow_turn(thing, times),) for thing in shuffled(generator, example.scene.things)[:2]]
-    first, *others = (turn for turns in shuffled(generator, [*followed, *_asked(example, generator)]) for turn in turns)
-    return (replace(first, instruction=seen_in_words(example.scene, times)), *others)
-
-
-def times_of(example: Example) -> list[float]:
-    """When FRAMES frames of its clip are, or of the part that is meant; parts of the whole clip."""
-    begin, end = example.bounds or (0.0, 1.0)
-    return [begin + (end - begin) * float(time) for time in frame_times(FRAMES)]
-
-
-def follow_turn(thing: Thing, times: Sequence[float]) -> Turn:
-    """What is seen of a thing at these times: "red left top, red center top, nothing, ..."."""
-    return Turn(FOLLOW_REQUEST.format(thing.shape), ", ".join(_seen(thing, times)) + ".")
+    for asked in shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]:
+        openly, choice = asked.openly(), replace(asked.as_choice(), instruction="")
+        turns += pick(generator, ((openly,), (choice,), (openly, choice)))
+    return tuple(turns)
 
 
 def letters_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:
@@ -100,12 +75,21 @@ def _lookups(options: tuple[str, ...], generator: Generator) -> Turn:
     return Turn(f"Letters of {named}?", ", ".join(f"{options[number]} {chr(65 + number)}" for number in numbers))
 
 
-def seen_in_words(scene: Scene, times: Sequence[float] = (0.5,)) -> str:
-    """A sentence for each time, a part of the clip: "circle nothing, square red far left top, ..."."""
-    seen = {shape: ["nothing"] * len(times) for shape in SHAPES}
-    seen |= {thing.shape: _seen(thing, times) for thing in scene.things}
-    frames = zip(*seen.values(), strict=True)
-    return " ".join(", ".join(map(" ".join, zip(SHAPES, frame, strict=True))) + "." for frame in frames)
+def seen_in_words(scene: Scene, time: float = 0.5) -> str:
+    """What is seen at a time, a part of the clip, shape by shape: "circle nothing, square red far left top, ..."."""
+    seen = dict.fromkeys(SHAPES, "nothing") | {thing.shape: _seen(thing, [time])[0] for thing in scene.things}
+    return ", ".join(f"{shape} {words}" for shape, words in seen.items()) + "."
+
+
+def times_of(example: Example) -> list[float]:
+    """When FRAMES frames of its clip are, or of the part that is meant; parts of the whole clip."""
+    begin, end = example.bounds or (0.0, 1.0)
+    return [begin + (end - begin) * float(time) for time in frame_times(FRAMES)]
+
+
+def follow_turn(thing: Thing, times: Sequence[float]) -> Turn:
+    """What is seen of a thing at these times: "red left top, red center top, nothing, ..."."""
+    return Turn(FOLLOW_REQUEST.format(thing.shape), ", ".join(_seen(thing, times)) + ".")
 
 
 def _seen(thing: Thing, times: Sequence[float]) -> list[str]:

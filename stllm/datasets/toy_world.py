@@ -4,8 +4,7 @@ DIR/vc2/video/<kind>/<set>/*.json        VideoChat2-IT, media in DIR/vc2/media: 
                                          toy_annotations.py; caption/toy_story tells the short clips,
                                          caption/toy_path each of their things, frame after frame
 DIR/vc2/image/<kind>/<set>/*.json        the same with pictures
-DIR/vc2/text/<set>/<kind>.json           no media. told: what happens in words, with questions; seen: the same of frames
-                                         in words; letters: options, looked up
+DIR/vc2/text/<set>/{told,letters}.json   no media: scenes in words and questions about them; options, looked up
 DIR/mvbench/json/<task>.json             MVBench, media in DIR/mvbench/video/<MVBench's own folder>
 DIR/images/{00000..}.tar                 image-text shards of the first stage
 DIR/language_model, DIR/qformer_tokenizer    what stands for Vicuna and bert-base-uncased
@@ -36,7 +35,7 @@ from stllm.datasets.toy_language import world_texts, write_language_model, write
 from stllm.datasets.toy_media import write_json, write_png, write_shard, write_video
 from stllm.datasets.toy_pictures import picture_caption
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
-from stllm.datasets.toy_texts import SEEING, TELLING, letters_conversation, seen_conversation, text_conversation
+from stllm.datasets.toy_texts import TELLING, letters_conversation, text_conversation
 
 ABOUT = "toy_world.json"  # how the world was made; it tells a toy world from other folders
 PER_SHARD = 500
@@ -188,15 +187,14 @@ def _write_pictures(root: Path, world: World, count: int, tellings: Tellings, do
 
 
 def _write_texts(root: Path, world: World, task: ToyTask, count: int, done: Callable[[], Any]) -> None:
-    ways = {"told": text_conversation, "letters": letters_conversation}
-    ways |= {"seen": seen_conversation} if task in SEEING else {}
-    records: dict[str, list[Any]] = {name: [] for name in ways}
+    told, letters = [], []
     for index in range(count):
-        for name, conversation in ways.items():
-            records[name].append(record({}, conversation(world, task, index)))
+        told.append(record({}, text_conversation(world, task, index)))
+        letters.append(record({}, letters_conversation(world, task, index)))
         done()
-    for name, written in records.items():
-        write_json(root / "text" / Path(task.corpus).name / f"{name}.json", written)
+    folder = root / "text" / Path(task.corpus).name
+    write_json(folder / "told.json", told)
+    write_json(folder / "letters.json", letters)
 
 
 def _write_shards(folder: Path, world: World, count: int, done: Callable[[], Any]) -> None:

@@ -201,7 +201,7 @@ def test_pictures_say_where_things_are() -> None:
 def test_words_name_what_is_seen_at_a_time() -> None:
     example = drawn("state_change", 60)[0]
     thing = example.scene.things[0]
-    before, after = seen_in_words(example.scene, [0.05]), seen_in_words(example.scene, [0.95])
+    before, after = seen_in_words(example.scene, 0.05), seen_in_words(example.scene, 0.95)
     assert f"{thing.shape} {thing.color} center middle" in before
     assert f"{thing.shape} {thing.events[0].value} center middle" in after
     assert all(f"{shape} " in before for shape in SHAPES)

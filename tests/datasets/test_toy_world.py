@@ -124,6 +124,11 @@ def test_a_world_with_rare_events(tmp_path: Path) -> None:
         assert [record["video"] for record in records] == ["toy_rare_00000.mp4"] * count
     told = read(tmp_path / "long" / "vc2" / "video" / "caption" / "toy_story" / "train.json")
     assert told and not any(record["video"].startswith("toy_rare") for record in told)
+    paths = read(tmp_path / "long" / "vc2" / "video" / "caption" / "toy_path" / "train.json")
+    assert [record["video"] for record in paths] == [record["video"] for record in told]
+    for record in paths:  # a turn for each thing, a state for each frame of 8
+        assert len({turn["q"] for turn in record["QA"]}) == len(record["QA"])
+        assert all(len(turn["a"].split(", ")) == 8 for turn in record["QA"])
 
 
 # ---- the same again, and another ------------------------------------------------------------------------------------

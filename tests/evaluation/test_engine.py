@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +13,14 @@ from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Request
 from stllm.conversation.seeing import Prepared
-from stllm.conversation.templates import PromptTemplate, Turn
+from stllm.conversation.templates import Turn
 from stllm.evaluation.engine import BATCHES_SORTED, Engine, by_clip, share
 from stllm.evaluation.items import Item, Record
 from tests.conversation.test_chat import new_chat
+from tests.helpers.benchmarks import Asking
 from tests.helpers.videos import write_video
 
 GREEDY = Decoding(num_beams=1, max_new_tokens=6)
-
-
-class Asking:
-    """A benchmark that asks plainly. items: given."""
-
-    name = "asking"
-    excluded: Mapping[str, str] = {}
-    num_excluded = 0
-
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = items
-
-    def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
-        return tuple(Request((Turn(question),), media=item.media) for question in item.questions)
-
-    def fields(self, item: Item, predictions: Sequence[str]) -> Record:
-        return {"right": predictions[0] == item.answer}
-
-    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
-        return {}
-
-    def official(self, records: Sequence[Record]) -> Mapping[str, Any]:
-        return {}
 
 
 @pytest.fixture(scope="module")

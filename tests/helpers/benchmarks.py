@@ -6,7 +6,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import PromptTemplate
+from stllm.conversation.templates import PromptTemplate, Turn
 from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.evaluation.mvbench import MVBench
 
@@ -50,6 +50,33 @@ def lines_of(benchmark: Benchmark, answer: Callable[[Item], str | None]) -> list
 def letter_of(item: Item, text: str) -> str:
     """What a model says that chooses this option."""
     return f"{ascii_uppercase[item.candidates.index(text)]}) {text}"
+
+
+class Asking:
+    """A benchmark that asks its items plainly. items: given."""
+
+    name = "asking"
+    excluded: Mapping[str, str] = {}
+    num_excluded = 0
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+
+    def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
+        """The questions as they are."""
+        return tuple(Request((Turn(question),), media=item.media) for question in item.questions)
+
+    def fields(self, item: Item, predictions: Sequence[str]) -> Record:
+        """Whether the first reply is the answer."""
+        return {"right": predictions[0] == item.answer}
+
+    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def official(self, records: Sequence[Record]) -> Mapping[str, Any]:
+        """None."""
+        return {}
 
 
 @dataclass(frozen=True)
