@@ -10,6 +10,7 @@ the size. Then memory over 2,000 questions: what the process holds after each qu
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]
 
 def memory(chat: Chat, items: Sequence[Item]) -> list[float]:
     """MiB that this process holds after each quarter of the items. A first pass has grown what grows once."""
-    engine = Engine(chat, Asking(items), decoding=DECODING, batch_size=BATCH_SIZE, num_workers=num_decoders(None))
+    short = replace(DECODING, max_new_tokens=1)  # what is held, not for how long, is looked at
+    engine = Engine(chat, Asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=num_decoders(None))
     held = []
     for number, _ in enumerate(engine.records(items), start=1):
         if number % (len(items) // 4) == 0:

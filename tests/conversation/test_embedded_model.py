@@ -1,13 +1,19 @@
 """The model that comes with the package: it loads, answers its examples, and its answers follow time."""
 
 import json
+from typing import Any
 
 import pytest
 
 from stllm.conversation.chat import Chat, load_chat
+from stllm.conversation.choices import SYSTEM, question_block
 from stllm.conversation.embedded import EXAMPLES, FOLDER
+from stllm.conversation.requests import Media, Request
+from stllm.conversation.templates import Turn
 from stllm.datasets.views import FORWARD, REVERSED
+from stllm.evaluation.mvbench import prompt_pieces
 
+CHOICES = 6  # examples of which it chooses rightly, whichever letter is the right one
 LISTED = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
 TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -25,7 +31,7 @@ def test_it_is_small_and_of_the_published_family(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("example", LISTED, ids=lambda example: str(example["file"]))
-def test_it_answers_its_examples(chat: Chat, example: dict[str, str]) -> None:
+def test_it_answers_its_examples(chat: Chat, example: dict[str, Any]) -> None:
     assert chat.ask(EXAMPLES / example["file"], example["question"]).text == example["answer"]
 
 
@@ -49,3 +55,18 @@ def test_first_and_last_are_exchanged_on_reversed_clips(chat: Chat) -> None:
         said, other = ("first", "last") if "first" in example["question"] else ("last", "first")
         turned = example["question"].replace(said, other)
         assert chat.ask(EXAMPLES / example["file"], turned, view=REVERSED).text == example["answer"]
+
+
+def test_letters_do_not_matter(chat: Chat) -> None:
+    """Asked as MVBench asks, with the options turned round until each letter was the right one."""
+    chosen = [example for example in LISTED if "candidates" in example]
+    assert len(chosen) >= CHOICES
+    for example in chosen:
+        options = example["candidates"]
+        for turn in range(len(options)):
+            turned = options[turn:] + options[:turn]
+            block = question_block(example["question"], turned)
+            pieces = prompt_pieces(block, SYSTEM, chat.processor.template)
+            request = Request((Turn(block),), media=Media(str(EXAMPLES / example["file"])), pieces=pieces)
+            letter = chr(ord("A") + turned.index(example["answer"]))
+            assert chat.answer([request], chat.decoding)[0].text == f"{letter}) {example['answer']}"
