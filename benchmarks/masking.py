@@ -29,7 +29,7 @@ from stllm.models.st_llm import STLLM
 
 # Wide and shallow: in a narrow model attention, quadratic in tokens, would exaggerate the saving.
 FULL = Case(width=1024, depth=4)
-QUICK = Case(width=256, depth=4, text_tokens=64)
+QUICK = Case(width=256, depth=2, text_tokens=64)
 FRAMES = (8, 16, 32, 64)
 LABELS = {"masked": "masked", "ours": "masked with MVM"}
 

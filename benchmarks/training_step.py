@@ -35,7 +35,7 @@ from stllm.common.device import resolve_device
 
 # The published depth: with checkpointing, it is what memory stands in proportion to.
 FULL = Case(width=512, depth=32)
-QUICK = Case(width=256, depth=8, frames=8, text_tokens=64)
+QUICK = Case(width=256, depth=4, frames=8, text_tokens=64)
 VARIED = ("vocabulary", "checkpointing")
 
 

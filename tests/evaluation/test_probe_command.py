@@ -107,7 +107,7 @@ def test_more_tasks_join_and_another_wording_does_not(
 ) -> None:
     assert evaluate(ground_truth, tmp_path, "--tasks", "moving_direction", "--limit", "1") == 0
     with monkeypatch.context() as patched:
-        patched.setattr(mvbench, "INSTRUCTION", "Only give the letter.")
+        patched.setattr(mvbench, "REQUEST", "Only give the letter.")
         assert evaluate(ground_truth, tmp_path) == 1
     error = capsys.readouterr().err
     assert "prompt.pieces was " in error and "Only give the best option." in error and "Only give the letter." in error
