@@ -21,6 +21,7 @@ def question_block(question: str, candidates: Sequence[str]) -> str:
 
 
 def lettered(candidates: Sequence[str]) -> str:
-    """The options, a line each, after a line that says so."""
-    lines = [f"({letter}) {candidate}" for letter, candidate in zip(ascii_uppercase, candidates, strict=False)]
+    """The options, a line each, after a line that says so. Raises ValueError for more options than letters."""
+    letters = ascii_uppercase[: len(candidates)]
+    lines = [f"({letter}) {candidate}" for letter, candidate in zip(letters, candidates, strict=True)]
     return "\n".join(["Options:", *lines])

@@ -26,6 +26,7 @@ COLORS = {
     "purple": (170, 55, 200),
     "white": (245, 245, 245),
 }
+COLOR_NAMES, LEVELS = tuple(COLORS), np.array(list(COLORS.values()), float)  # levels: (colors, 3)
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -143,6 +144,12 @@ def follow(thing: Thing, times: np.ndarray) -> Track:
         progress = np.clip((times - event.start) / (event.end - event.start), 0, 1)
         EVENTS[event.kind](track, progress, event)
     return track
+
+
+def nearest_colors(levels: np.ndarray) -> np.ndarray:
+    """Numbers of COLOR_NAMES, (T,). levels: (T, 3), of 255."""
+    distances: np.ndarray = np.abs(levels[:, None] - LEVELS).sum(-1)  # (T, colors)
+    return distances.argmin(-1)
 
 
 # ---- events: each changes the track in place. progress: (T,), 0 before the event, 1 after it ------------------------

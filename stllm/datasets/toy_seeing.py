@@ -17,7 +17,7 @@ from stllm.datasets.collate import stacked
 from stllm.datasets.samples import Sample, SampleKey
 from stllm.datasets.toy_clips import split_of
 from stllm.datasets.toy_questions import Generator, pick
-from stllm.datasets.toy_scenes import COLORS, PATTERNS, SHAPES, UNITS, Scene, follow, render
+from stllm.datasets.toy_scenes import COLORS, PATTERNS, SHAPES, UNITS, Scene, follow, nearest_colors, render
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS
 from stllm.processors.vision import EvalTransform
 
@@ -27,7 +27,6 @@ LEAST_RADIUS = 6.0  # units: as far from a thing's middle, a patch is taken to s
 NUM_COLORS = 1 + len(COLORS)  # 0: nothing there
 NUM_SHAPES = 1 + len(SHAPES)
 NUM_PATTERNS, NUM_PLACES = len(PATTERNS), 8
-LEVELS = np.array(list(COLORS.values()), float)  # (colors, 3)
 WORDS = (6, 16)  # random words read by a Q-Former that reads text: the fewest, and one more than the most
 
 
@@ -115,7 +114,7 @@ def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
         track = follow(thing, time)
         if track.opacity[0] <= 0.5:
             continue
-        color = 1 + int(np.abs(LEVELS - track.color[0]).sum(1).argmin())
+        color = 1 + int(nearest_colors(track.color)[0])
         slot = list(SHAPES).index(thing.shape)
         place = np.array([track.x[0], track.y[0]]) * (NUM_PLACES / UNITS)
         covered = np.hypot(across - track.x[0], down - track.y[0]) < max(track.radius[0], LEAST_RADIUS)

@@ -14,12 +14,23 @@ from stllm.conversation.choices import REQUEST, lettered
 from stllm.conversation.templates import Turn
 from stllm.datasets.toy_clips import World
 from stllm.datasets.toy_questions import NUM_OPTIONS, Example, Generator, pick, shuffled
-from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, UNITS, Scene, Thing, follow, frame_times
+from stllm.datasets.toy_scenes import (
+    COLOR_NAMES,
+    COLORS,
+    DIRECTIONS,
+    PATTERNS,
+    SHAPES,
+    UNITS,
+    Scene,
+    Thing,
+    follow,
+    frame_times,
+    nearest_colors,
+)
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, ToyTask
 from stllm.datasets.toy_video_questions import ACTIONS, MOVING
 
 TELLING = tuple(task for task in (*TASKS, RARE, PICTURES) if not task.corpus.startswith(("caption/", "conversation/")))
-COLOR_NAMES, LEVELS = tuple(COLORS), np.array(list(COLORS.values()), float)  # levels: (colors, 3)
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
 AGAIN_REQUEST, STORY_REQUEST, PICTURE_REQUEST = "Tell it again.", "What happens in the video?", "Tell the image."
@@ -95,8 +106,7 @@ def follow_turn(thing: Thing, times: Sequence[float]) -> Turn:
 def _seen(thing: Thing, times: Sequence[float]) -> list[str]:
     """A thing at each time: its color, column, row, and whether it is larger than usual; or nothing."""
     track = follow(thing, np.array(times))
-    distances = np.abs(track.color[:, None] - LEVELS).sum(-1)  # (times, colors)
-    seen = zip(distances.argmin(-1), _parts(track.x, COLUMNS), _parts(track.y, ROWS), strict=True)
+    seen = zip(nearest_colors(track.color), _parts(track.x, COLUMNS), _parts(track.y, ROWS), strict=True)
     words = [f"{COLOR_NAMES[color]} {COLUMNS[column]} {ROWS[row]}" for color, column, row in seen]
     grows = [f" {ACTIONS['grow']}" if larger else "" for larger in track.radius > GROWN * thing.radius]
     there = track.opacity > 0.5
