@@ -113,7 +113,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=whole(1), default=2, metavar="N", help="runs at once, a thread each (default: 2)"
     )
-    parser.add_argument("--base", type=Path, default=ROOT / "configs" / "tiny" / "stages" / "2_videos.yaml")
+    parser.add_argument("--base", type=Path, default=ROOT / "configs" / "tiny" / "temporal.yaml")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="over the base, for every run")
     parser.add_argument("--work", type=path, metavar="DIR", help="of the runs (default: output/temporal, or _quick)")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where table and chart go")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from stllm.common.config import load_config
 from stllm.common.registry import video_inputs
-from stllm.datasets.toy_tasks import RARE
+from stllm.datasets.toy_tasks import RARE, TASKS
 from stllm.evaluation.mvbench_tasks import MVBenchTask, task_of
 
 PARTS = 4  # checkpoints of the part without masks
@@ -112,8 +112,15 @@ class Plan:
 
     @cached_property
     def slugs(self) -> list[str]:
-        """The test world's tasks, by their files."""
-        return sorted(file.stem for file in (self.test_world / "mvbench" / "json").glob("*.json"))
+        """The test world's tasks, by their files: those that the base trains, and the rare event."""
+        learned = [
+            str(entry.get("anno_path"))
+            for entry in self.settings.datasets.values()
+            if isinstance(entry, DictConfig) and entry.get("sample_ratio") != 0
+        ]
+        left_out = {task.benchmark for task in TASKS if not any(f"/{task.corpus}/" in path for path in learned)}
+        files = (self.test_world / "mvbench" / "json").glob("*.json")
+        return sorted(file.stem for file in files if file.stem not in left_out)
 
     def frames(self, variant: Variant, number: int) -> int:
         """How many of that many frames the variant is given."""

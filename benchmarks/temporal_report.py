@@ -40,6 +40,7 @@ def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, An
         "failed": [result for result in results if "error" in result],
         "runs": {"done": len(done), "seeds": sorted({result["seed"] for result in done}), "jobs": jobs},
         "setting": {
+            "recipe": plan.base.name,
             "steps": plan.steps,
             "steps before masking": plan.switch,
             "batch": plan.settings.run.per_device_train_batch_size,
@@ -228,7 +229,7 @@ def _done(report: Mapping[str, Any]) -> str:
     return (
         "## What was done\n\n"
         f"Each run: {setting['steps']} steps of {setting['batch']} clips (learning rate {setting['learning rate']}), "
-        "from the same checkpoint of stage 1, by `configs/tiny/stages/2_videos.yaml` but for the keys of the variant; "
+        f"from the same checkpoint of stage 1, by `{setting['recipe']}` but for the keys of the variant; "
         f"runs of a seed see the same clips in the same order, {setting['frames']} frames of each. {rare} `residual` "
         f"has {setting['residual_size']} local frames and the mean of all; local frames only is `all` given "
         f"{setting['residual_size']} frames of each clip. `all+mask` drops tokens and has the language "

@@ -18,9 +18,10 @@ from stllm.common.config import load_config
 from tests.configs.recipes import CONFIGS
 from tests.helpers.training import train
 
-BASE = CONFIGS / "tiny" / "stages" / "2_videos.yaml"
+BASE = CONFIGS / "tiny" / "temporal.yaml"
 STEPS = 80
 SLUGS = ("object_existence", "moving_direction", "unexpected_action")
+NOT_TRAINED = "moving_count"
 NAMES = {"object_existence": "Object Existence", "moving_direction": "Moving Direction"}
 
 
@@ -29,7 +30,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files of a toy world that the experiment itself looks at, and a checkpoint beside it."""
     root = tmp_path / "world"
     files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/packed.json": []}
-    for slug in SLUGS:
+    for slug in (*SLUGS, NOT_TRAINED):
         options = ["yes", "no"] if slug == "object_existence" else ["a", "b", "c", "d"]
         files[f"mvbench/json/{slug}.json"] = [{"candidates": options}] * 3
     files["../checkpoint/config.json"] = {"num_query_tokens": 6}
@@ -116,6 +117,12 @@ def test_recipes_differ_in_the_variant_alone(world: Path) -> None:
     masking = {name: (r["model"]["use_mask"], r["model"].get("use_mvm")) for name, r in recipes.items()}
     assert masking["all"] == masking["mean"] == (False, None)
     assert masking["all+mask"] == (True, False) and masking["all+mask+mvm"] == (True, True)
+
+
+def test_what_the_recipe_does_not_train_is_not_asked(world: Path) -> None:
+    assert plan_of(world).slugs == sorted(SLUGS)
+    whole = plan_of(world, base=CONFIGS / "tiny" / "stages" / "2_videos.yaml")
+    assert whole.slugs == sorted((*SLUGS, NOT_TRAINED))
 
 
 def test_tokens_that_enter_the_language_model(world: Path) -> None:
@@ -310,7 +317,7 @@ def test_the_experiment_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert main([*words, "--options", *few]) == 0
     report = json.loads((tmp_path / "results" / "temporal.json").read_text())
     assert report["runs"]["done"] == len(VARIANTS) and report["setting"]["steps before masking"] == 2
-    assert all(len(figures["by seed"]["0"]) == 8 for figures in report["variants"].values())
+    assert all(len(figures["by seed"]["0"]) == 6 for figures in report["variants"].values())
     kept = {name: figures["training tokens"]["mean"] for name, figures in report["variants"].items()}
     assert kept["all+mask"] == kept["all+mask+mvm"] < kept["all"]
     log = tmp_path / "work" / "all_mask_mvm-0" / "model" / "log.jsonl"
