@@ -78,7 +78,7 @@ def main() -> None:
     args = arguments(__doc__ or "")
     device = resolve_device(args.device)
     # the sizes of what is seen are the same: of smaller ones the encoder's share, which is what is saved, would be less
-    num_videos, num_clips, num_asked = (1, 8, 32) if args.quick else (20, 80, 2000)
+    num_videos, num_clips, num_asked = (1, 4, 16) if args.quick else (20, 80, 2000)
     with tempfile.TemporaryDirectory() as folder:
         videos = [write_clip(Path(folder) / f"video{n}.mp4", seconds=10, seed=n) for n in range(num_videos)]
         clips = [write_clip(Path(folder) / f"clip{n}.mp4", seconds=6 + n % 9, seed=n) for n in range(num_clips)]
