@@ -23,7 +23,7 @@ from stllm.processors.prompts import PromptProcessor
 from tests.helpers.videos import write_video
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-NUM_QUESTIONS, FEW = 25, 6
+NUM_QUESTIONS, FEW = 25, 4
 DECODING = Decoding(num_beams=1, max_new_tokens=8)  # VideoQA's answers are a few words
 VIDEO = {"num_frames": 1500, "size": (1280, 720), "gop": 250}  # a minute of 720p, as in VcgBench; x264's usual GOP
 
