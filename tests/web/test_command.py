@@ -17,12 +17,13 @@ from stllm.web import command
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, chat: Chat, tmp_path: Path) -> Iterator[Path]:
-    """The engine is there at once, and temporary folders lie in the one given."""
+    """The engine is there at once, temporary folders lie in the one given, Ctrl-C is heard in the background, too."""
     monkeypatch.setattr(command, "load_chat", lambda *_, **__: chat)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ended = signal.getsignal(signal.SIGTERM)
+    ended, interrupted = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield tmp_path
     signal.signal(signal.SIGTERM, ended)
+    signal.signal(signal.SIGINT, interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
