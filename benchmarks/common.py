@@ -90,14 +90,14 @@ def _wait(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads and accelerator of this run."""
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, cores and threads of this run, and the accelerator where `device`, which it ran on, is one."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "processor": names[0].split(":")[1].strip() if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in LIBRARIES},
     }
@@ -122,17 +122,19 @@ def report(
     output_dir: Path,
     also: dict[str, Any] | None = None,
     *,
+    device: torch.device | None = None,
     published: bool = False,
 ) -> None:
     """Writes `<name>.json` and prints it as `benchmarks/results/README.md` has it.
 
     baseline: in words, what the ratios stand against. sizes: what was chosen; only equal sizes compare. also: what was
-    found beside the rows, or belongs to the machine. published: `<name>_published.json`, beside the small size's.
+    found beside the rows, or belongs to the machine. device: that it ran on (None: the CPU). published:
+    `<name>_published.json`, beside the small size's.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     name = f"{name}_published" if published else name
     result = {"name": name, "baseline": baseline, "sizes": sizes, "rows": rows, "also": also or {}}
-    result["machine"] = machine()
+    result["machine"] = machine(device)
     (output_dir / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"## {name}\n\n{markdown(result)}")
 

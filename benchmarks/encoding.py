@@ -104,6 +104,7 @@ def main() -> None:
         rows,
         {"frames": NUM_FRAMES, **measured},
         args.output_dir,
+        device=device,
     )
 
 

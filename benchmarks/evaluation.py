@@ -84,13 +84,13 @@ def main() -> None:
         clips = [write_clip(Path(folder) / f"clip{n}.mp4", seconds=6 + n % 9, seed=n) for n in range(num_clips)]
         msvd = new_items(videos, 25, num_frames=NUM_FRAMES)
         mvbench = new_items(clips, 1, num_frames=0, sampling="segment")
-        residual = new_chat(new_model(IMAGE_SIZE).to(device), 0)
-        joint = new_chat(new_model(IMAGE_SIZE, video_input="all").to(device), 0)
+        residual = new_chat(new_model(IMAGE_SIZE, device), 0)
+        joint = new_chat(new_model(IMAGE_SIZE, device, video_input="all"), 0)
         for chat, item in ((residual, msvd[0]), (joint, mvbench[0])):  # warm-up
             chat.answer(Asking([item]).requests(item, chat.processor.template), DECODING)
         rows = measure("MSVD-like", residual, msvd, msvd[: 2 * num_videos])
         rows += measure("MVBench-like", joint, mvbench, mvbench)
-        small = new_chat(new_model(56).to(device), 0)
+        small = new_chat(new_model(56, device), 0)
         held = memory(small, new_items(clips, num_asked // num_clips, num_frames=16))
     report(
         "evaluation",
@@ -104,6 +104,7 @@ def main() -> None:
             "batch": BATCH_SIZE,
         },
         args.output_dir,
+        device=device,
         also={
             "workers": num_decoders(None),
             f"MiB held after each quarter of {num_asked} questions": [round(value) for value in held],

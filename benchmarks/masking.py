@@ -64,6 +64,7 @@ def main() -> None:
         rows,
         {"dropped": MASK_RATE, **sizes},
         args.output_dir,
+        device=device,
         published=args.published,
     )
 

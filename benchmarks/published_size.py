@@ -112,7 +112,8 @@ def main() -> None:
         for frames, video_input in (ROWS[:1] if args.quick else ROWS)
     ]
     sizes = {"new tokens": NEW_TOKENS, "text tokens": Case.text_tokens, "dropped": MASK_RATE, "dtype": "bfloat16"}
-    report("published_size", "for the step's ratio, the same step on all visual tokens", rows, sizes, args.output_dir)
+    baseline = "for the step's ratio, the same step on all visual tokens"
+    report("published_size", baseline, rows, sizes, args.output_dir, device=device)
 
 
 if __name__ == "__main__":

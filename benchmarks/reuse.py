@@ -9,6 +9,7 @@ global-local module, K = 32) at about an eightieth of the size; the video is ren
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,45 +26,47 @@ from tests.helpers.videos import write_video
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 NUM_QUESTIONS, FEW = 25, 4
 DECODING = Decoding(num_beams=1, max_new_tokens=8)  # VideoQA's answers are a few words
-VIDEO = {"num_frames": 1500, "size": (1280, 720), "gop": 250}  # a minute of 720p, as in VcgBench; x264's usual GOP
+NUM_FRAMES, SIZE, GOP = 1500, (1280, 720), 250  # a minute of 720p, as in VcgBench; x264's usual GOP
 
 
-def new_model(image_size: int, video_input: str = "residual") -> STLLM:
+def new_model(image_size: int, device: torch.device, video_input: str = "residual") -> STLLM:
     """Random weights in the published proportions."""
     torch.manual_seed(0)
-    return STLLM(
-        STLLMConfig(
-            vision_config={
-                "image_size": image_size,
-                "embed_dim": 352,
-                "depth": 8,
-                "num_heads": 4,
-                "mlp_ratio": 4.3637,
-            },
-            qformer_config={
-                "vocab_size": 163,
-                "hidden_size": 192,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "intermediate_size": 768,
-                "max_position_embeddings": 64,
-            },
-            text_config={
-                "model_type": "llama",
-                "vocab_size": 513,
-                "hidden_size": 1024,
-                "intermediate_size": 2752,
-                "num_hidden_layers": 7,
-                "num_attention_heads": 8,
-            },
-            video_input=video_input,
-            system="",
+    with device:
+        return STLLM(
+            STLLMConfig(
+                vision_config={
+                    "image_size": image_size,
+                    "embed_dim": 352,
+                    "depth": 8,
+                    "num_heads": 4,
+                    "mlp_ratio": 4.3637,
+                },
+                qformer_config={
+                    "vocab_size": 163,
+                    "hidden_size": 192,
+                    "num_hidden_layers": 4,
+                    "num_attention_heads": 4,
+                    "intermediate_size": 768,
+                    "max_position_embeddings": 64,
+                },
+                text_config={
+                    "model_type": "llama",
+                    "vocab_size": 513,
+                    "hidden_size": 1024,
+                    "intermediate_size": 2752,
+                    "num_hidden_layers": 7,
+                    "num_attention_heads": 8,
+                },
+                video_input=video_input,
+                system="",
+            ),
         )
-    )
 
 
 def new_chat(model: STLLM, cache_bytes: int) -> Chat:
     """An engine around the model, with the tests' tokenizers."""
+    assert isinstance(model.config, STLLMConfig)
     processor = PromptProcessor.from_pretrained(
         GOLDEN / "instructblip_residual_mvm",
         config=model.config,
@@ -82,9 +85,11 @@ def requests(video: Path) -> list[Request]:
 def main() -> None:
     """Measures, prints and writes."""
     args = arguments(__doc__ or "")
-    model = new_model(112 if args.quick else 224).to(resolve_device(args.device))
+    device = resolve_device(args.device)
+    model = new_model(112 if args.quick else 224, device)
     with tempfile.TemporaryDirectory() as folder:
-        asked = requests(write_video(Path(folder) / "clip.mp4", **VIDEO))[: FEW if args.quick else NUM_QUESTIONS]
+        video = write_video(Path(folder) / "clip.mp4", num_frames=NUM_FRAMES, size=SIZE, gop=GOP)
+        asked = requests(video)[: FEW if args.quick else NUM_QUESTIONS]
         again, ours, batched = new_chat(model, 0), new_chat(model, 1 << 30), new_chat(model, 1 << 30)
         new_chat(model, 0).answer(asked[:1])  # warm-up
         runs = {
@@ -92,7 +97,8 @@ def main() -> None:
             "ours, one question at a time": lambda: [ours.answer([one])[0].text for one in asked],
             "ours, all questions in one batch": lambda: [answer.text for answer in batched.answer(asked)],
         }
-        rows, texts = [], []
+        rows: list[dict[str, Any]] = []
+        texts: list[list[str]] = []
         for name, run in runs.items():
             start = time.perf_counter()
             texts.append(run())
@@ -102,12 +108,15 @@ def main() -> None:
     for row, answers in zip(rows, texts, strict=True):
         row["equal answers"] = f"{sum(a == b for a, b in zip(answers, texts[0], strict=True))}/{len(asked)}"
     millions = {name: round(sum(p.numel() for p in part.parameters()) / 1e6) for name, part in model.named_children()}
+    sizes = {"questions": len(asked), "frames": 64, "num_frames": NUM_FRAMES, "size": SIZE, "gop": GOP}
+    sizes["millions of parameters"] = millions
     report(
         "reuse",
         "the video read and encoded again for each question, one question at a time",
         rows,
-        {"questions": len(asked), "frames": 64, **VIDEO, "millions of parameters": millions},
+        sizes,
         args.output_dir,
+        device=device,
     )
 
 

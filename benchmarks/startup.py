@@ -9,6 +9,7 @@ command would cost that imported it first. Goal: --help within 0.5 s.
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from benchmarks.common import arguments, report, take_turns
 
@@ -31,7 +32,7 @@ def main() -> None:
     """Measures, prints and writes."""
     args = arguments(__doc__ or "")
     repeats = 3 if args.quick else 10
-    times = take_turns({name: lambda words=words: start(words) for name, words in CASES.items()}, repeats=repeats)
+    times = take_turns({name: partial(start, words) for name, words in CASES.items()}, repeats=repeats)
     rows = [
         {"": name, "seconds": spent, "× the interpreter alone": spent / times[BASELINE]}
         for name, spent in times.items()

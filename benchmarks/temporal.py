@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for result in run_all(plan, seeds, args.jobs, commands):
             results.append(result)
-            print(f"[{len(results)} of {len(seeds) * len(VARIANTS)}] {_told(result)}", flush=True)
+            _say(f"[{len(results)} of {len(seeds) * len(VARIANTS)}] {_told(result)}")
             report = summary(plan, results, jobs=args.jobs)
             write_report(args.output_dir, report)
     except KeyboardInterrupt:
@@ -71,7 +71,7 @@ def run_all(plan: Plan, seeds: Sequence[int], jobs: int, commands: Commands) -> 
                 first = futures[ALL.name, seed].result()  # begun before this one, so it does end
                 if "error" in first:
                     raise RunError(f"`all`, which it goes on from, failed: {first['error']}")
-            print(f"{variant.name}, seed {seed}: {plan.folder(variant, seed)}", flush=True)
+            _say(f"{variant.name}, seed {seed}: {plan.folder(variant, seed)}")
             return run(plan, variant, seed, commands)
         except (RunError, OSError, KeyError, ValueError) as error:
             return {"variant": variant.name, "seed": seed, "error": str(error)}
@@ -85,6 +85,10 @@ def run_all(plan: Plan, seeds: Sequence[int], jobs: int, commands: Commands) -> 
         finally:  # at Ctrl-C, wherever it comes; else nothing runs any more
             commands.stop()
             pool.shutdown(cancel_futures=True)
+
+
+def _say(line: str) -> None:
+    print(f"{line}\n", end="", flush=True)  # in one write: several threads say something
 
 
 def _told(result: Result) -> str:

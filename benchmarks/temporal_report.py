@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.common import machine
 from benchmarks.temporal_chart import draw
 from benchmarks.temporal_plan import ALL, VARIANTS, Plan, tested
-from benchmarks.temporal_runs import Result, commit
+from benchmarks.temporal_runs import ROOT, Result, commit
+from stllm.common.device import resolve_device
 from stllm.common.files import write_text
 from stllm.evaluation.mvbench_tasks import TASKS
 from stllm.evaluation.results import versions, write_json
@@ -40,7 +41,7 @@ def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, An
         "failed": [result for result in results if "error" in result],
         "runs": {"done": len(done), "seeds": sorted({result["seed"] for result in done}), "jobs": jobs},
         "setting": {
-            "recipe": plan.base.name,
+            "recipe": _shown(plan.base),
             "steps": plan.steps,
             "steps before masking": plan.switch,
             "batch": plan.settings.run.per_device_train_batch_size,
@@ -53,8 +54,14 @@ def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, An
         "commits": sorted({result["commit"] for result in done}),
         "reported at": commit(),
         "versions": versions(),
-        "machine": machine(),
+        "machine": machine(resolve_device(plan.device)),
     }
+
+
+def _shown(recipe: Path) -> str:
+    """The repository's own by its place there, another by its name alone."""
+    whole = recipe.resolve()
+    return whole.relative_to(ROOT).as_posix() if whole.is_relative_to(ROOT) else recipe.name
 
 
 def _about(world: Path) -> dict[str, Any]:

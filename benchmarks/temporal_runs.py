@@ -26,7 +26,7 @@ from stllm.runners.run_folder import RunFolder
 
 Result = dict[str, Any]
 MAX_NEW_TOKENS = 16  # an option's letter and text
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class RunError(Exception):

@@ -71,7 +71,7 @@ def main() -> None:
     ]
     sizes = {name: value for name, value in asdict(case).items() if name not in VARIED}
     baseline = "full teacher pass, logits at all positions, hidden states of all layers kept"
-    report("training_step", baseline, rows, sizes, args.output_dir, published=args.published)
+    report("training_step", baseline, rows, sizes, args.output_dir, device=device, published=args.published)
 
 
 if __name__ == "__main__":
