@@ -13,7 +13,6 @@ from stllm.conversation.templates import Turn
 from stllm.datasets.views import FORWARD, REVERSED
 from stllm.evaluation.mvbench import prompt_pieces
 
-CHOICES = 6  # examples of which it chooses rightly, whichever letter is the right one
 LISTED = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
 TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
@@ -26,8 +25,8 @@ def chat() -> Chat:
 def test_it_is_small_and_of_the_published_family(chat: Chat) -> None:
     config = chat.model.config
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 12e6
-    assert (config.video_input, config.qformer_text_input, config.template) == ("all", True, "instructblip")
-    assert chat.num_frames == 8
+    assert config.qformer_text_input and config.template == "instructblip"
+    assert (config.video_input, config.residual_size, chat.num_frames) == ("residual", 8, 8)  # so all of 8 frames enter
 
 
 @pytest.mark.parametrize("example", LISTED, ids=lambda example: str(example["file"]))
@@ -59,9 +58,7 @@ def test_first_and_last_are_exchanged_on_reversed_clips(chat: Chat) -> None:
 
 def test_letters_do_not_matter(chat: Chat) -> None:
     """Asked as MVBench asks, with the options turned round until each letter was the right one."""
-    chosen = [example for example in LISTED if "candidates" in example]
-    assert len(chosen) >= CHOICES
-    for example in chosen:
+    for example in LISTED:
         options = example["candidates"]
         for turn in range(len(options)):
             turned = options[turn:] + options[:turn]
