@@ -16,7 +16,7 @@ usage: bash scripts/train_tiny.sh [--quick]
 environment:
   TOY_ROOT     the toy world, written there if it is not (default: toy_world/quick or toy_world/full)
   TINY_OUTPUT  where the stages and their results go (default: output/tiny/quick or output/tiny/full)
-  PROCESSES    processes that train together (default: 2, which the recipes' batches are meant for)
+  PROCESSES    distributed that train together (default: 2, which the recipes' batches are meant for)
   PYTHON       the interpreter (default: python)
 END
 }
@@ -46,12 +46,23 @@ steps() { # stage: of the quick variant
     esac
 }
 
-train() { # stage: from what the one before has left
+distributed() { "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node="${PROCESSES:-2}" -m stllm "$@"; }
+
+train() { # stage, further options: from what the one before has left
     echo "== $1"
-    local options=("run.output_dir=$TINY_OUTPUT/$1")
+    local options=("run.output_dir=$TINY_OUTPUT/$1" "${@:2}")
     [[ $size == full ]] || options+=("run.max_steps=$(steps "$1")")
-    "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node="${PROCESSES:-2}" -m stllm train \
-        --cfg-path "configs/tiny/stages/$1.yaml" --options "${options[@]}"
+    distributed train --cfg-path "configs/tiny/stages/$1.yaml" --options "${options[@]}"
+}
+
+encoded=() # where the stages of videos find the clips' features, if they don't read pixels
+encode() { # the clips of 8 frames, once: the full variant meets each of them several times
+    echo "== features"
+    distributed extract --cfg-path configs/tiny/stages/base/clips.yaml --output "$TINY_OUTPUT/features"
+    local task
+    for task in path story direction moving_count sequence action_count state transition existence mixed; do
+        encoded+=("datasets.toy_$task.features_dir=$TINY_OUTPUT/features/toy_path")
+    done
 }
 
 if [[ ! -d $TOY_ROOT ]]; then
@@ -61,7 +72,9 @@ fi
 [[ -d $unseen ]] || stllm toy --output "$unseen" --num-train 1 --num-test "$tests" --seed 2 --long
 later=(3_masking 4_long) # what makes a model that answers into one that does more
 [[ $size == full ]] || later=()
-for stage in 0_vision 0_letters 0_language 1_images 2_videos ${later[@]+"${later[@]}"}; do train "$stage"; done
+for stage in 0_vision 0_letters 0_language 1_images; do train "$stage"; done
+[[ $size == quick ]] || encode
+for stage in 2_videos ${later[@]+"${later[@]}"}; do train "$stage" ${encoded[@]+"${encoded[@]}"}; done
 echo "== evaluation, on a world that was never seen"
 evaluate() { # stage, name, tasks, frames
     stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$1" --anno-path "$unseen/mvbench" --tasks "$3" --num-frames "$4" \

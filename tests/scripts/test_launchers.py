@@ -5,9 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAUNCHERS = ("train.sh", "train_multinode.sh", "train_slurm.sh", "evaluate.sh")
+TINY_VIDEOS = OmegaConf.load(SCRIPTS.parent / "configs" / "tiny" / "stages" / "2_videos.yaml").datasets
+SHORT_CLIPS = {name for name, entry in TINY_VIDEOS.items() if "num_frames" in entry}
 NODES = {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "first:29500"}
 
 
@@ -138,6 +141,11 @@ def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
     return [command.split("\ntimeout")[0].splitlines() for command in text.split("-m\nstllm\n")[1:]]
 
 
+def feature_readers(command: list[str]) -> set[str]:
+    """The data sets that a training command points to features."""
+    return {option.split(".")[1] for option in command if ".features_dir=" in option}
+
+
 def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
     env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
     later = ["3_masking", "4_long"]
@@ -148,6 +156,10 @@ def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp
         assert worlds[0][worlds[0].index("--seed") + 1] != worlds[1][worlds[1].index("--seed") + 1]
         stages = [Path(command[2]).stem for command in commands if command[0] == "train"]
         assert stages == ["0_vision", "0_letters", "0_language", "1_images", "2_videos", *extra]
+        encoded = [command[2] for command in commands if command[0] == "extract"]
+        assert encoded == (["configs/tiny/stages/base/clips.yaml"] if extra else [])
+        reads = [feature_readers(command) for command in commands if command[0] == "train"]
+        assert reads == [set()] * 4 + [SHORT_CLIPS if extra else set()] * (1 + len(extra))
         outputs = [option for command in commands for option in command if option.startswith("run.output_dir=")]
         assert outputs == [f"run.output_dir={env['TINY_OUTPUT']}/{stage}" for stage in stages]
         steps = [option for option in commands[2] if option.startswith("run.max_steps=")]
