@@ -233,9 +233,12 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_notes_go_to_stderr(ran, capsys) -> None:
     import logging
 
+    from stllm.common.logging import ONCE
+
     def run(args) -> int:
         for _ in range(2):  # as when the file is read twice
-            logging.getLogger("stllm.common.layers").info("a.yaml: model.prompt has no effect")
+            logging.getLogger("stllm.any").info("a.yaml: model.prompt has no effect", extra=ONCE)
+            logging.getLogger("stllm.any").info("a clip is missing")
         print("result")
         return 0
 
@@ -243,7 +246,8 @@ def test_notes_go_to_stderr(ran, capsys) -> None:
     assert main(["inspect", "d"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "result\n"
-    assert captured.err == "note: a.yaml: model.prompt has no effect\n"
+    again = "note: a clip is missing\n"
+    assert captured.err == f"note: a.yaml: model.prompt has no effect\n{again}{again}"
     assert main(["inspect", "d"]) == 0
     assert capsys.readouterr().err == captured.err  # another command's notes are its own
 

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stllm.common.datasets_section import ROOTS, DatasetSettings
 from stllm.common.errors import UserError, did_you_mean, nearest
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.logging import ONCE
 from stllm.common.run_section import translate_run
 from stllm.common.schema import ModelSettings, RunSettings
 
@@ -94,7 +95,7 @@ def check_layer(layer: Layer) -> None:
     """Checks the keys of one layer, and leaves out those without an effect, with a note."""
     for section in list(layer.values):
         if section in UNUSED_SECTIONS:
-            log.info("%s: section %s has no effect: %s", layer.name, section, UNUSED_SECTIONS[section])
+            log.info("%s: section %s has no effect: %s", layer.name, section, UNUSED_SECTIONS[section], extra=ONCE)
             del layer.values[section]
         elif section not in SECTIONS:
             hint = did_you_mean(section, {*SECTIONS, BASE} - {section})
@@ -137,7 +138,7 @@ def _check_keys(values: dict[str, Any], schema: type, prefix: str, layer: Layer)
             raise UserError(f"{layer.name}: unknown key {dotted!r}{did_you_mean(key, fields)}{listed}")
         if "unused" in fields[key].metadata:
             if value is not None:
-                log.info("%s: %s has no effect: %s", layer.name, dotted, fields[key].metadata["unused"])
+                log.info("%s: %s has no effect: %s", layer.name, dotted, fields[key].metadata["unused"], extra=ONCE)
             del values[key]
         elif dataclasses.is_dataclass(types[key]) or typing.get_origin(types[key]) is dict:
             values[key] = _mapping({} if value is None else value, layer.name, f"'{dotted}'")

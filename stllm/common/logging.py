@@ -7,6 +7,7 @@ import warnings
 
 from stllm.common.distributed import is_main
 
+ONCE = {"once": True}  # `extra` of a note that a command says once, though several of its parts come upon the matter
 _PREFIXES = {logging.INFO: "note", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
 
 
@@ -18,10 +19,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to what stderr is at that moment: under a spinner, that is what keeps the two apart.
-
-    What a configuration is noted for is said once a command, though several of its parts read the file.
-    """
+    """Writes to what stderr is at that moment: under a spinner, that is what keeps the two apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +28,7 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-            if record.name.startswith("stllm.common."):
+            if getattr(record, "once", False):
                 if line in self.said:
                     return
                 self.said.add(line)

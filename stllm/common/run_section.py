@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
 
 from stllm.common.errors import UserError, did_you_mean, unknown_name
+from stllm.common.logging import ONCE
 from stllm.common.schema import RunSettings, field_fault
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
         if (key, value) == ("tf32", False):
             unused = "it is off unless it is asked for"
         if unused is not None:
-            log.info("%s: run.%s has no effect: %s", source, key, unused)
+            log.info("%s: run.%s has no effect: %s", source, key, unused, extra=ONCE)
             continue
         if key not in known and key in SWITCHES:
             if not value:
@@ -157,7 +158,7 @@ def _deepspeed_file(path: str, source: str) -> str:
     ours = DEEPSPEED / Path(path).name
     if Path(path).is_absolute() or Path(path).exists() or not ours.is_file():
         return path
-    log.info("%s: run.deepspeed: %s is not here, %s is taken", source, path, ours)
+    log.info("%s: run.deepspeed: %s is not here, %s is taken", source, path, ours, extra=ONCE)
     return str(ours)
 
 
