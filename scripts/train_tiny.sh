@@ -6,7 +6,7 @@
 # Measured on two cores, each once, beside some tests:
 #   --quick: 15 min 53 s; the model answers in the right words and, at 28 % of choices (chance 30), doesn't see yet.
 #   full: 2 h 15 min; openly it answers 66 %: states (100), order (92), directions (88) and blinks (80), but not yet scenes
-#   (4) and counts (36). Choices are at 36 %: their letters need more text than there is time for here.
+#   (4) and counts (36). Choices are at 36 %: the language model has not learned them from its texts.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
 set -euo pipefail
@@ -18,7 +18,7 @@ usage: bash scripts/train_tiny.sh [--quick]
 environment:
   TOY_ROOT     the toy world, written there if it is not (default: toy_world/quick or toy_world/full)
   TINY_OUTPUT  where the stages and their results go (default: output/tiny/quick or output/tiny/full)
-  PROCESSES    distributed that train together (default: 2, which the recipes' batches are meant for)
+  PROCESSES    processes that train together (default: 2, which the recipes' batches are meant for)
   PYTHON       the interpreter (default: python)
 END
 }
