@@ -3,14 +3,13 @@
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from stllm.common.errors import UserError
+from stllm.common.pools import CHUNK, mapping
 from stllm.datasets import media_info
 from stllm.datasets.doctor_checks import Fault, Item, short_answer
 from stllm.datasets.find_media import MediaFinder
@@ -20,7 +19,6 @@ from stllm.datasets.sampling import Bounds, bounded
 
 DECODE = ("none", "first", "all")
 SLACK = 1.0  # seconds that an end may lie behind the video's; rounding in annotations explains so much
-CHUNK = 8  # media that a process is given at once
 
 Task = Callable[[], list[Fault]]
 
@@ -216,24 +214,17 @@ def _notes() -> Iterator[list[str]]:
 
 def run_tasks(tasks: Sequence[Task], *, num_workers: int) -> Iterator[Fault]:
     """What the tasks find, in their order, under a progress bar. num_workers: processes; 0: this one alone."""
-    with tqdm(total=len(tasks), desc="media", disable=None, delay=1, leave=False) as bar:
-        if num_workers < 1 or len(tasks) <= CHUNK:
-            for task in tasks:
-                yield from task()
-                bar.update()
-            return
-        pool = ProcessPoolExecutor(num_workers)
-        try:
-            for faults in pool.map(_call, tasks, chunksize=CHUNK):
-                yield from faults
-                bar.update()
-        except BrokenProcessPool:
-            raise UserError(
-                "a process died while it decoded: memory ran out, or a decoder crashed on a damaged file; run again "
-                "with --num-workers 0 --debug to see on which"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    died = (
+        "a process died while it decoded: memory ran out, or a decoder crashed on a damaged file; run again "
+        "with --num-workers 0 --debug to see on which"
+    )
+    with (
+        tqdm(total=len(tasks), desc="media", disable=None, delay=1, leave=False) as bar,
+        mapping(num_workers if len(tasks) > CHUNK else 0, died=died) as each,
+    ):
+        for faults in each(_call, tasks):
+            yield from faults
+            bar.update()
 
 
 def _call(task: Task) -> list[Fault]:

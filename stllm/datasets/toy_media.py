@@ -34,9 +34,10 @@ def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
     if path.suffix == ".gif":
         _write_gif(path, clip)
         return
-    codec, options = _encoder(path.suffix)
+    codec, options = encoder(path.suffix)
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream: Any = container.add_stream(codec, rate=fps, options={**options, "threads": "1"})
+        options = {**options, "threads": "1", **(_same_bytes() if codec == H264[0] else {})}
+        stream: Any = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for picture in clip:
@@ -80,20 +81,20 @@ def png_bytes(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def write_shard(path: Path, pairs: Iterable[tuple[str, np.ndarray, str]]) -> None:
-    """Writes (name, picture, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
+def write_shard(path: Path, pairs: Iterable[tuple[str, bytes, str]]) -> None:
+    """Writes (name, PNG, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, picture, text in pairs:
-            for ending, content in (("png", png_bytes(picture)), ("txt", text.encode())):
+            for ending, content in (("png", picture), ("txt", text.encode())):
                 entry = tarfile.TarInfo(f"{name}.{ending}")  # without time and owner: the same bytes every time
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
 
 
 @cache
-def _encoder(extension: str) -> Encoder:
-    """What writes files of that extension: MPEG-4, which is everywhere, where PyAV comes without H.264."""
+def encoder(extension: str) -> Encoder:
+    """What writes files of that extension: MPEG-4, which is everywhere and said once, where PyAV has no H.264."""
     import av
 
     codec, options = ENCODERS[extension]
@@ -106,6 +107,14 @@ def _encoder(extension: str) -> Encoder:
         )
         return MPEG4
     return codec, options
+
+
+@cache
+def _same_bytes() -> dict[str, str]:
+    """What keeps x264 from AVX-512: with it, the same clip gives one of several files, seen with PyAV 18.1."""
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    has_avx512 = cpuinfo.is_file() and "avx512" in cpuinfo.read_text(errors="replace")
+    return {"x264-params": "asm=AVX2"} if has_avx512 else {}
 
 
 def _write_gif(path: Path, clip: np.ndarray) -> None:

@@ -37,25 +37,31 @@ AGAIN_REQUEST, STORY_REQUEST, PICTURE_REQUEST = "Tell it again.", "What happens 
 FOLLOW_REQUEST = "Tell the {}."  # a shape: no scene has two of one
 FRAMES = 8  # in words
 GROWN = 1.25  # of its radius: from there on it is told that a thing grows
-QUESTIONS = 3  # about a scene, at most
+QUESTIONS = 4  # about a scene, at most
+CHOSEN, RETOLD = 0.8, 0.25  # shares: of questions that are choices; of scenes that are told again
 LOOKUPS, CHOICES = 5, 3  # letters asked for at once; choices among the same options
 WORDS = (*COLORS, *DIRECTIONS, *ACTIONS.values(), *PATTERNS, *MOVING, "yes", "no")
 
 
 def text_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:
-    """A training conversation about a scene of a task of TELLING: the scene told, told again, and asked about."""
+    """A training conversation about a scene of a task of TELLING: the scene told, and asked about."""
     example, generator = world.draw(replace(task, corpus=f"text/{task.corpus}"), "train", index)
     return tell(example, generator)
 
 
 def tell(example: Example, generator: Generator) -> tuple[Turn, ...]:
-    """The scene told again, and questions openly, as choices, or both: what is answered can be looked up."""
-    turns = [Turn(AGAIN_REQUEST, example.story, example.story)]
+    """The scene told, and questions about it, no fact twice: mostly choices, whose answers nothing but the scene tells.
+
+    Now and then it is told again first, which teaches to look back.
+    """
     other = 1 - int(generator.integers(2))
-    for asked in shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]:
-        openly, choice = asked.openly(), replace(asked.as_choice(), instruction="")
-        turns += pick(generator, ((openly,), (choice,), (openly, choice)))
-    return tuple(turns)
+    turns = [
+        replace(asked.as_choice(), instruction="") if generator.random() < CHOSEN else asked.openly()
+        for asked in shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]
+    ]
+    if not turns or generator.random() < RETOLD:
+        turns.insert(0, Turn(AGAIN_REQUEST, example.story))
+    return replace(turns[0], instruction=example.story), *turns[1:]
 
 
 def letters_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ...]:

@@ -105,12 +105,12 @@ def test_what_a_killed_run_left_is_removed_and_a_running_one_is_left_alone(tmp_p
 
 def test_mpeg4_stands_in_where_pyav_has_no_h264(tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
-    toy_media._encoder.cache_clear()
+    toy_media.encoder.cache_clear()
     caplog.set_level("INFO", logger="stllm")
     clip = np.full((8, 64, 64, 3), (220, 45, 45), np.uint8)
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, clip, 4)
-    toy_media._encoder.cache_clear()
+    toy_media.encoder.cache_clear()
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

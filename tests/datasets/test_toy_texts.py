@@ -14,6 +14,7 @@ from stllm.datasets.toy_clips import World
 from stllm.datasets.toy_scenes import Event, Thing
 from stllm.datasets.toy_tasks import TASKS, ToyTask
 from stllm.datasets.toy_texts import (
+    AGAIN_REQUEST,
     CHOICES,
     FRAMES,
     LOOKUPS,
@@ -31,29 +32,31 @@ OPTION = re.compile(r"^\((\w)\) (.+)$", re.M)
 
 
 @pytest.mark.parametrize("task", TELLING, ids=lambda task: task.corpus)
-def test_a_story_is_told_again_and_asked_about(task: ToyTask) -> None:
-    """A choice's letter stands before the answer; where it was asked openly just before, both answers are the same."""
-    openly = choices = both = 0
-    for index in range(40):
-        again, *turns = text_conversation(WORLD, task, index)
-        assert again.answer == again.instruction
-        questions: dict[str, str] = {}
-        for turn in turns:
+def test_a_story_is_told_and_asked_about(task: ToyTask) -> None:
+    """Most questions are choices, whose letter stands before the answer; some stories are told again; no fact twice."""
+    openly = choices = again = 0
+    for index in range(60):
+        example, _ = WORLD.draw(replace(task, corpus=f"text/{task.corpus}"), "train", index)
+        first, *others = text_conversation(WORLD, task, index)
+        assert first.instruction == example.story and not any(turn.instruction for turn in others)
+        if first.question == AGAIN_REQUEST:
+            assert first.answer == example.story
+            again += 1
+        asked = {each.question: each.answer for each in example.asked}
+        questions = [turn for turn in (first, *others) if turn.question != AGAIN_REQUEST]
+        assert len(questions) <= QUESTIONS
+        for turn in questions:
             assert turn.answer is not None
-            question = turn.question.removeprefix("Question: ").split("\n")[0]
+            answer = asked.pop(turn.question.removeprefix("Question: ").split("\n")[0])  # each of them once
             options = dict(OPTION.findall(turn.question))
             if options:
-                letter, answer = re.fullmatch(r"Best option:\((\w)\) (.+)", turn.answer).groups()  # type: ignore[union-attr]
-                assert options[letter] == answer
-                choices += 1
-                both += question in questions
-                assert questions.setdefault(question, answer) == answer
+                letter, named = re.fullmatch(r"Best option:\((\w)\) (.+)", turn.answer).groups()  # type: ignore[union-attr]
+                assert options[letter] == named == answer
             else:
-                assert question not in questions
-                questions[question] = turn.answer
-                openly += 1
-        assert 1 <= len(questions) <= QUESTIONS
-    assert min(openly, choices, both) > 0 and both < choices
+                assert turn.answer == answer
+            choices, openly = choices + bool(options), openly + (not options)
+    assert 2 * openly < choices < 12 * openly
+    assert 0 < again < 40
 
 
 def test_letters_are_looked_up_and_chosen() -> None:
@@ -117,5 +120,5 @@ def test_a_seed_draws_the_same_in_every_process() -> None:
 
 
 def test_other_indices_are_other_scenes() -> None:
-    stories = [text_conversation(WORLD, TELLING[0], index)[0].answer for index in range(30)]
+    stories = [text_conversation(WORLD, TELLING[0], index)[0].instruction for index in range(30)]
     assert len(np.unique(np.array(stories, dtype=str))) > 25

@@ -139,6 +139,11 @@ def test_the_same_seed_gives_the_same_world(root: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "again") == files(root)
 
 
+def test_several_processes_write_the_same_world(root: Path, tmp_path: Path) -> None:
+    write_world(tmp_path / "shared", **SMALL, num_workers=2)
+    assert files(tmp_path / "shared") == files(root)
+
+
 def test_another_seed_gives_another_world_with_the_same_words(root: Path, tmp_path: Path) -> None:
     write_world(tmp_path / "other", **{**SMALL, "seed": 4})
     ours, theirs = files(root), files(tmp_path / "other")
