@@ -1,8 +1,8 @@
 """The toy world in words alone, for the language model's own first stage.
 
-A scene is told by what happens, is told again, which teaches to look back, and is asked about as clips and pictures
-are. Options are looked up, too: which letter stands before which answer is slow to be learned from choices alone. What
-is seen in one frame, or of one thing in all frames, is told here too, for pictures and clips to be asked about.
+A scene is told by what happens, and asked about as clips and pictures are; some are told again first, which teaches to
+look back. Options are looked up, too: which letter stands before which answer is slow to be learned from choices alone.
+What is seen in one frame, or of one thing in all frames, is told here too, for pictures and clips to be asked about.
 """
 
 from collections.abc import Sequence

@@ -34,6 +34,7 @@ from stllm.models import precomputed
 from stllm.models.factory import build_encoder, config_from_settings, model_section
 from stllm.models.st_llm import STLLM, config_of
 from stllm.runners.processes import num_decoders, process_group, wait_for_all
+from stllm.runners.signals import obeying_parent_alone
 from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ class Extraction:
             batch_size=None,
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
+            worker_init_fn=obeying_parent_alone,
         )
 
     def _encode(self, loader: DataLoader[ClipBatch]) -> None:
