@@ -15,7 +15,7 @@ from stllm.common.failures import sentence
 from stllm.common.waiting import working
 from stllm.conversation.chat import Chat, Conversation, load_chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.embedded import chosen_checkpoint
+from stllm.conversation.embedded import FOLDER, chosen_checkpoint, find_examples
 from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.filmstrip import draw_evidence, filmstrip
 from stllm.conversation.requests import Answer, Media, Request
@@ -25,7 +25,10 @@ HELP = "Ask about the video. /video PATH or /image PATH takes another, /new begi
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers the questions named, or opens the interactive prompt. Raises UserError."""
+    """Answers the questions named, or opens the interactive prompt; where nothing is named, examples first.
+
+    Raises UserError.
+    """
     checkpoint = chosen_checkpoint(args)
     path = args.video or args.image
     media = None if path is None else _media(path, args, start=args.start, end=args.end)
@@ -34,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         chat = load_chat(checkpoint, cfg_path=args.cfg_path, options=args.options, device=args.device, dtype=args.dtype)
     conversation = _begin(chat, args, media)
     if not args.question:
-        return _interactive(conversation, args)
+        nothing_named = checkpoint == FOLDER and media is None and args.evidence is None
+        return _interactive(conversation, args, examples=nothing_named)
     for question in args.question:
         _answer(conversation, question, args)
     return 0
@@ -116,22 +120,35 @@ def _json_line(answer: Answer, more: Mapping[str, Any]) -> str:
     )
 
 
-def _interactive(conversation: Conversation, args: argparse.Namespace) -> int:
+def _interactive(conversation: Conversation, args: argparse.Namespace, *, examples: bool) -> int:
     """Reads lines until /quit or the end of input; what fails or is interrupted leaves the conversation as it was.
 
     A person goes on after an error and leaves with 0; lines from a pipe are all tried, and the code is 1 if one failed.
+    examples: shown to a person before the first line, and where no line comes.
     """
     person = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are the engine's to refuse
     if person:
+        if examples:
+            _show_examples(conversation.chat, args)
         print(HELP, file=sys.stderr)
         with suppress(ImportError):
             import readline  # noqa: F401  # `input` gets line editing and a history by it
-    failed = False
+    failed, asked = False, person
     while (line := _next_line(person)) not in (None, "/quit"):
-        failed |= not _succeeds(conversation, line, args)
+        failed, asked = failed | (not _succeeds(conversation, line, args)), True
+    if examples and not asked:
+        _show_examples(conversation.chat, args)
     return int(failed and not person)
+
+
+def _show_examples(chat: Chat, args: argparse.Namespace) -> None:
+    """Answers a question about each clip that comes with the package."""
+    for path, question in find_examples():
+        if not args.json:
+            print(f"{path}\n  {question}", end="\n  > ", flush=True)
+        _answer(_begin(chat, args, _media(str(path), args)), question, args)
 
 
 def _succeeds(conversation: Conversation, line: str, args: argparse.Namespace) -> bool:

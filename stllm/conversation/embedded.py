@@ -1,7 +1,9 @@
 """Which checkpoint answers: the one that was named, else the tiny model that comes with the package."""
 
 import argparse
+import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from stllm.common.errors import UserError
@@ -25,3 +27,11 @@ def default_checkpoint() -> Path:
         raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
     log.info("no checkpoint was named: %s answers; %s, as in %s", FOLDER.name, KNOWS, EXAMPLES)
     return FOLDER
+
+
+def find_examples(folder: Path = EXAMPLES) -> Sequence[tuple[Path, str]]:
+    """(file, question) of the clips that come with the package, as its examples.json lists them; none without it."""
+    listing = folder / "examples.json"
+    if not listing.is_file():
+        return []
+    return [(folder / entry["file"], entry["question"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]

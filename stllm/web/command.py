@@ -1,18 +1,16 @@
 """`python demo_gradio.py`: loads the model and serves the page, on this machine alone unless told otherwise."""
 
 import argparse
-import json
 import logging
 import os
 import signal
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.embedded import EXAMPLES, FOLDER, KNOWS, chosen_checkpoint
+from stllm.conversation.embedded import FOLDER, KNOWS, chosen_checkpoint, find_examples
 from stllm.web.limits import Limits
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ def open_page(
     from stllm.web.page import STYLE, build_page, theme
     from stllm.web.service import Service
 
-    examples = find_examples(EXAMPLES)
+    examples = find_examples()
     page = build_page(Service(chat, limits, folder, [path for path, _ in examples]), "ST-LLM", about, examples)
     middleware = [Middleware(Guard, limits=limits, folder=folder)]
     if host in LOOPBACK:  # a page elsewhere that lets its own name point here is turned away
@@ -100,11 +98,3 @@ def describe(chat: Chat, checkpoint: Path) -> str:
     where = f"{str(chat.model.dtype).removeprefix('torch.')} on {chat.model.device}"
     about = f"{checkpoint.name}: {size} parameters, {where}, {chat.num_frames} frames"
     return f"{about}; {KNOWS}." if checkpoint == FOLDER else f"{about}."
-
-
-def find_examples(folder: Path) -> Sequence[tuple[Path, str]]:
-    """(file, question) of the clips that come with the package, as its examples.json lists them; none without it."""
-    listing = folder / "examples.json"
-    if not listing.is_file():
-        return []
-    return [(folder / entry["file"], entry["question"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]

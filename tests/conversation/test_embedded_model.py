@@ -1,10 +1,13 @@
 """The model that comes with the package: it loads, answers its examples, and its answers follow time."""
 
+import io
 import json
+import sys
 from typing import Any
 
 import pytest
 
+from stllm.cli import main
 from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.choices import SYSTEM, question_block
 from stllm.conversation.embedded import EXAMPLES, FOLDER
@@ -32,6 +35,20 @@ def test_it_is_small_and_of_the_published_family(chat: Chat) -> None:
 @pytest.mark.parametrize("example", LISTED, ids=lambda example: str(example["file"]))
 def test_it_answers_its_examples(chat: Chat, example: dict[str, Any]) -> None:
     assert chat.ask(EXAMPLES / example["file"], example["question"]).text == example["answer"]
+
+
+def test_chat_without_any_option_answers_the_examples(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["chat", "--device", "cpu"]) == 0
+    said = [f"{EXAMPLES / entry['file']}\n  {entry['question']}\n  > {entry['answer']}\n" for entry in LISTED]
+    assert capsys.readouterr().out == "".join(said)
+
+
+def test_lines_from_a_pipe_get_their_own_answers_alone(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    first = LISTED[0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/video {EXAMPLES / first['file']}\n{first['question']}\n"))
+    assert main(["chat", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == first["answer"] + "\n"
 
 
 def test_examples_are_listed_and_nothing_else_is_there() -> None:

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from stllm.conversation.chat import Chat
-from stllm.conversation.embedded import EXAMPLES
-from stllm.web.command import find_examples
+from stllm.conversation.embedded import find_examples
 from stllm.web.limits import Limits
 from tests.helpers.demo import served
 from tests.helpers.videos import write_video
@@ -118,7 +117,7 @@ def same(shown: list[str], expected: list[str]) -> bool:
 
 def test_an_example_is_shown_and_asked_about(tabs: Any, chat: Chat) -> None:
     """What was seen stands in view together with the answer, however many examples there are."""
-    path, question = find_examples(EXAMPLES)[1]
+    path, question = find_examples()[1]
     page = tabs()
     page.locator("#examples tbody tr").nth(1).click()
     page.wait_for_selector("text=Ready: ask about it.")
