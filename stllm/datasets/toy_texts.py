@@ -37,8 +37,7 @@ AGAIN_REQUEST, STORY_REQUEST, PICTURE_REQUEST = "Tell it again.", "What happens 
 FOLLOW_REQUEST = "Tell the {}."  # a shape: no scene has two of one
 FRAMES = 8  # in words
 GROWN = 1.25  # of its radius: from there on it is told that a thing grows
-QUESTIONS = 4  # about a scene, at most
-CHOSEN, RETOLD = 0.8, 0.25  # shares: of questions that are choices; of scenes that are told again
+QUESTIONS, RETOLD = 3, 0.2  # about a scene, at most; the share of scenes that are told again
 LOOKUPS, CHOICES = 5, 3  # letters asked for at once; choices among the same options
 WORDS = (*COLORS, *DIRECTIONS, *ACTIONS.values(), *PATTERNS, *MOVING, "yes", "no")
 
@@ -50,15 +49,16 @@ def text_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn, ..
 
 
 def tell(example: Example, generator: Generator) -> tuple[Turn, ...]:
-    """The scene told, and questions about it, no fact twice: mostly choices, whose answers nothing but the scene tells.
+    """The scene told, and choices about it, no fact twice; half of the choices follow the same question, asked openly.
 
-    Now and then it is told again first, which teaches to look back.
+    An answer that was just given teaches where its letter is looked up; alone, choices teach that much later. Now and
+    then the scene is told again first, which teaches to look back.
     """
     other = 1 - int(generator.integers(2))
-    turns = [
-        replace(asked.as_choice(), instruction="") if generator.random() < CHOSEN else asked.openly()
-        for asked in shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]
-    ]
+    turns: list[Turn] = []
+    for asked in shuffled(generator, [asked for asked in example.asked if asked.only != other])[:QUESTIONS]:
+        choice = replace(asked.as_choice(), instruction="")
+        turns += pick(generator, ((choice,), (asked.openly(), choice)))
     if not turns or generator.random() < RETOLD:
         turns.insert(0, Turn(AGAIN_REQUEST, example.story))
     return replace(turns[0], instruction=example.story), *turns[1:]

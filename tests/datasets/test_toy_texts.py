@@ -32,30 +32,31 @@ OPTION = re.compile(r"^\((\w)\) (.+)$", re.M)
 
 
 @pytest.mark.parametrize("task", TELLING, ids=lambda task: task.corpus)
-def test_a_story_is_told_and_asked_about(task: ToyTask) -> None:
-    """Most questions are choices, whose letter stands before the answer; some stories are told again; no fact twice."""
+def test_a_story_is_told_and_chosen_about(task: ToyTask) -> None:
+    """Each fact is chosen once, its letter before it, and sometimes asked openly just before; some are told again."""
     openly = choices = again = 0
     for index in range(60):
         example, _ = WORLD.draw(replace(task, corpus=f"text/{task.corpus}"), "train", index)
-        first, *others = text_conversation(WORLD, task, index)
-        assert first.instruction == example.story and not any(turn.instruction for turn in others)
-        if first.question == AGAIN_REQUEST:
-            assert first.answer == example.story
+        turns = list(text_conversation(WORLD, task, index))
+        assert turns[0].instruction == example.story and not any(turn.instruction for turn in turns[1:])
+        if turns[0].question == AGAIN_REQUEST:
+            assert turns.pop(0).answer == example.story
             again += 1
         asked = {each.question: each.answer for each in example.asked}
-        questions = [turn for turn in (first, *others) if turn.question != AGAIN_REQUEST]
-        assert len(questions) <= QUESTIONS
-        for turn in questions:
+        while turns:
+            turn = turns.pop(0)
+            if turn.question in asked:  # openly: its choice is next
+                assert turn.answer == asked[turn.question]
+                assert turns[0].question.startswith(f"Question: {turn.question}\n")
+                openly += 1
+                turn = turns.pop(0)
+            answer = asked.pop(turn.question.removeprefix("Question: ").split("\n")[0])
             assert turn.answer is not None
-            answer = asked.pop(turn.question.removeprefix("Question: ").split("\n")[0])  # each of them once
-            options = dict(OPTION.findall(turn.question))
-            if options:
-                letter, named = re.fullmatch(r"Best option:\((\w)\) (.+)", turn.answer).groups()  # type: ignore[union-attr]
-                assert options[letter] == named == answer
-            else:
-                assert turn.answer == answer
-            choices, openly = choices + bool(options), openly + (not options)
-    assert 2 * openly < choices < 12 * openly
+            letter, named = re.fullmatch(r"Best option:\((\w)\) (.+)", turn.answer).groups()  # type: ignore[union-attr]
+            assert dict(OPTION.findall(turn.question))[letter] == named == answer
+            choices += 1
+        assert len(example.asked) - len(asked) <= QUESTIONS
+    assert 0.3 * choices < openly < 0.7 * choices
     assert 0 < again < 40
 
 
