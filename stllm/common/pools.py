@@ -1,6 +1,7 @@
 """`map` over several processes, in order, that ends when one of them dies."""
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,11 @@ class Map(Protocol):
     """The builtin of that name, or a pool's."""
 
     def __call__(self, function: Callable[[T], R], tasks: Iterable[T], /) -> Iterator[R]: ...
+
+
+def one_a_core(asked: int | None, most: int) -> int:
+    """Processes: as many as are asked for, else one a core, but no more than `most`."""
+    return min(os.cpu_count() or 1, most) if asked is None else asked
 
 
 @contextmanager

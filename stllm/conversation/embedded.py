@@ -29,9 +29,9 @@ def default_checkpoint() -> Path:
     return FOLDER
 
 
-def find_examples(folder: Path = EXAMPLES) -> Sequence[tuple[Path, str]]:
+def find_examples() -> Sequence[tuple[Path, str]]:
     """(file, question) of the clips that come with the package, as its examples.json lists them; none without it."""
-    listing = folder / "examples.json"
+    listing = EXAMPLES / "examples.json"
     if not listing.is_file():
         return []
-    return [(folder / entry["file"], entry["question"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]
+    return [(EXAMPLES / entry["file"], entry["question"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]

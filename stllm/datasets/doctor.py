@@ -14,6 +14,7 @@ from functools import partial
 from tqdm import tqdm
 
 from stllm.common.datasets_section import DatasetSettings
+from stllm.common.pools import one_a_core
 from stllm.datasets.doctor_checks import KINDS, Fault, Item
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
@@ -82,8 +83,7 @@ def examine(args: argparse.Namespace) -> Report:
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
     tasks += [partial(check_use, use, args.decode) for use in survey.uses.values()]
-    workers = min(os.cpu_count() or 1, MAX_WORKERS) if args.num_workers is None else args.num_workers
-    report.faults += run_tasks(tasks, num_workers=workers)
+    report.faults += run_tasks(tasks, num_workers=one_a_core(args.num_workers, MAX_WORKERS))
     return report
 
 

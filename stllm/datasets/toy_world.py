@@ -18,7 +18,6 @@ all clips are long.
 
 import argparse
 import math
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder
-from stllm.common.pools import Map, mapping
+from stllm.common.pools import Map, mapping, one_a_core
 from stllm.datasets.toy_annotations import Fields, Tellings, TrainingSet, record
 from stllm.datasets.toy_benchmarks import benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.datasets.toy_clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, SIZE, World
@@ -161,9 +160,8 @@ def write_world(
 
 def _num_workers(args: argparse.Namespace) -> int:
     """As asked; else a process a core, unless it is a small world, which is drawn before they have started."""
-    if args.num_workers is not None:
-        return args.num_workers
-    return 0 if args.num_train + args.num_test < SMALL else min(os.cpu_count() or 1, MAX_WORKERS)
+    small = args.num_workers is None and args.num_train + args.num_test < SMALL
+    return 0 if small else one_a_core(args.num_workers, MAX_WORKERS)
 
 
 def shares(total: int, tasks: tuple[ToyTask, ...]) -> list[int]:
