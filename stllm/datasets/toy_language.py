@@ -57,13 +57,18 @@ def write_language_model(folder: Path, texts: Iterable[str], seed: int) -> None:
     """
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=True)  # every text has tokens; a space leads, as LLaMA's
     tokenizer = Tokenizer(models.BPE())
+    # A word is the same token at the beginning of a line, and "Assistant: ", with which training's prompts end, is the
+    # same as in the benchmarks' longer ones: otherwise what was learned in training is not found again in a benchmark.
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r" *\n *"), "\n "), normalizers.Replace(Regex(r" +\z"), "")]
+    )
     tokenizer.pre_tokenizer = bytes_of_text
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n")])
     trainer = trainers.BpeTrainer(
         vocab_size=LLM_TOKENS,
         special_tokens=["<unk>", "<s>", "</s>"],

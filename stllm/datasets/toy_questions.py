@@ -36,12 +36,12 @@ class Asked:
         return Turn(self.question, self.answer)
 
     def as_choice(self) -> Turn:
-        """With its options, as MVBench asks."""
+        """With its options, as MVBench asks, to the newlines: a small model takes other ones for another question."""
         letter = chr(ord("A") + self.options.index(self.answer))
         return Turn(
-            f"{question_block(self.question, self.options)}\n{REQUEST}",
+            f"{question_block(self.question, self.options)}\n{REQUEST}\n",
             f"{ANSWER_BEGINS}{letter}) {self.answer}",
-            SYSTEM,
+            f"{SYSTEM}\n",
         )
 
 

@@ -81,7 +81,7 @@ def look_up(example: Example, generator: Generator) -> tuple[Turn, ...]:
     return (
         replace(first, question=f"{lettered(asked.options)}\n{first.question}"),
         second,
-        *(Turn(f"It is: {choice.answer}. {REQUEST}", choice.as_choice().answer) for choice in chosen),
+        *(Turn(f"It is: {choice.answer}.\n{REQUEST}\n", choice.as_choice().answer) for choice in chosen),
     )
 
 

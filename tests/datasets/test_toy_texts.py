@@ -75,7 +75,7 @@ def test_letters_are_looked_up_and_chosen() -> None:
                 assert turn.answer == ", ".join(f"{word} {letter_of[word]}" for word in words)
             assert len(chosen) == CHOICES
             for turn in chosen:
-                (answer,) = re.findall(r"^It is: (.+)\. Only give", turn.question)
+                (answer,) = re.findall(r"^It is: (.+)\.\nOnly give", turn.question)
                 assert turn.answer == f"Best option:({letter_of[answer]}) {answer}"
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,13 +17,16 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from stllm.common.config import load_config
-from stllm.conversation.choices import question_block
+from stllm.common.registry import templates
+from stllm.conversation.choices import SYSTEM, question_block
 from stllm.datasets import toy_world
 from stllm.datasets.readers import open_media
 from stllm.datasets.toy_clips import FPS, World, split_of
+from stllm.datasets.toy_questions import Asked
 from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, frame_times, render
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, action_sequence
 from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
+from stllm.evaluation.mvbench import prompt_pieces
 from stllm.models.checkpoints.deciding import decide_config, open_named
 from stllm.models.factory import build_model, model_section
 from stllm.processors.prompts import PromptProcessor
@@ -245,9 +249,22 @@ def tokenizer(root: Path):
 @given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_any_text_has_tokens(tokenizer, text: str) -> None:
+    """From which it is read again, but for spaces around newlines and at the ends."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert str(tokenizer.decode(ids)).removeprefix(" ") == text.removeprefix(" ")
+    assert str(tokenizer.decode(ids)).removeprefix(" ") == re.sub(" *\n *", "\n", text).rstrip(" ").removeprefix(" ")
     assert tokenizer.unk_token_id not in ids
+
+
+def test_a_choice_has_the_same_tokens_in_training_and_in_the_benchmark(tokenizer) -> None:
+    template = templates.get("instructblip")
+    asked = Asked("Is there a red circle?", "no", ("yes", "no"))
+    choice = asked.as_choice()
+    trained = template.render(choice, first=True, media="video")
+    tested = prompt_pieces(question_block(asked.question, asked.options), SYSTEM, template)
+    assert trained[:-1] == list(tested[:-1])
+    answered = [*tokenizer.tokenize(trained[-1]), *tokenizer.tokenize(choice.answer)]
+    prompt = tokenizer.tokenize(tested[-1])
+    assert answered == [*prompt, "B", ")", "Ġno"]
 
 
 def test_the_language_model_and_both_tokenizers_load(root: Path, tmp_path: Path) -> None:
