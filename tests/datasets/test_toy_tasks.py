@@ -158,7 +158,7 @@ def test_conversations_ask_each_fact_once_and_both_ways_in_all(name: str) -> Non
             assert len(plain) == len(talk)
         for question in example.asked:
             forms = [turn.instruction for talk in talks for turn in talk if _plain(turn) == question.question]
-            assert sorted(forms) == ["", SYSTEM] if question.only is None else len(forms) == 1
+            assert sorted(forms) == ["", f"{SYSTEM}\n"] if question.only is None else len(forms) == 1
         assert all(set(example.told) <= set(talk) for talk in talks)
 
 
