@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from stllm.common.registry import models, video_inputs, vision_encoders
+from stllm.common.registry import models, vision_encoders
 from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
 from stllm.models.initialization import initialize_parts
 from stllm.models.masking import MVMDecoder, draw_token_mask, keep_tokens, kept_positions, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
 from stllm.models.sequences import VISUAL_TOKEN_ID, JoinedSequence, join_visual_tokens
+from stllm.models.video_inputs import build_video_input
 from stllm.models.vision import VisionEncoder
 
 
@@ -65,9 +66,7 @@ class STLLM(PreTrainedModel):
                 text_input=config.qformer_text_input,
             )
         self.projection = nn.Linear(frame_width, width)
-        self.video_input: Any = video_inputs.get(config.video_input)(
-            width=width, bottleneck=config.residual_bottleneck, residual_size=config.residual_size
-        )
+        self.video_input: Any = build_video_input(config)
         self.mvm_decoder = MVMDecoder(width) if config.mvm_decode else nn.Identity()
         self.language_model: Any = lm.build_language_model(config.text_config, lora=config.lora)
         self.post_init()  # adds its children's own to _no_split_modules

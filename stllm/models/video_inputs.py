@@ -6,12 +6,29 @@ B clips, T frames, K tokens a frame, D language-model width, R local frames. A s
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stllm.common.registry import video_inputs
+
+if TYPE_CHECKING:
+    from stllm.models.configuration import STLLMConfig
+
+
+def build_video_input(config: "STLLMConfig") -> Any:
+    """The video input that a configuration names: a module with `forward` and `num_tokens`."""
+    return video_inputs.get(config.video_input)(
+        width=config.text_config.hidden_size, bottleneck=config.residual_bottleneck, residual_size=config.residual_size
+    )
+
+
+def num_visual_tokens(config: "STLLMConfig", num_frames: int) -> int:
+    """The number of tokens with which a clip of `num_frames` frames enters the language model, before masking."""
+    with torch.device("meta"):  # num_tokens needs no weights
+        return int(build_video_input(config).num_tokens(num_frames, config.tokens_per_frame))
 
 
 @video_inputs.register("mean")
