@@ -91,7 +91,7 @@ class STLLMConfig(PretrainedConfig):
     ) -> None:
         self.vision_config = _known("vision_config", vision_config or {}, VISION_DEFAULTS)
         self.qformer_config = _qformer_config(qformer_config, self.vision_config["embed_dim"])
-        self.text_config = _text_config(text_config)
+        self.text_config = language_model_config(text_config)
         _check_patches(self.vision_config["image_size"], self.vision_config["patch_size"], has_qformer)
         self.has_qformer = has_qformer
         self.qformer_text_input = qformer_text_input and has_qformer
@@ -145,7 +145,8 @@ def _qformer_config(given: dict[str, Any] | PretrainedConfig | None, vision_widt
     return InstructBlipQFormerConfig(**sizes)
 
 
-def _text_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+def language_model_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    """The language model's configuration of a dictionary with `model_type` (llama without one) and its fields."""
     if isinstance(given, PretrainedConfig):
         return given
     fields = dict(given or {"model_type": "llama"})

@@ -20,6 +20,8 @@ from stllm.common.errors import UserError
 from stllm.common.files import write_text
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
+from stllm.models.checkpoints.assembly import restore
+from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.meter import StepMeter, is_distributed
 from stllm.runners.optimizer import parameter_groups
@@ -252,6 +254,20 @@ class STLLMTrainer(Trainer):
             self.meter.load_state_dict(state["meter"])
         self.logged_step = state["logged_step"]
         self.bad_samples.load_state_dict(state["bad_samples"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The checkpoint's weights, all of them. Raises UserError naming those that it lacks.
+
+        FSDP reads its own file, which has the names in memory; the model in our format has those of `save_pretrained`.
+        """
+        if isinstance(self.model, STLLM) and not self.is_fsdp_enabled:
+            restore(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.missing_keys:
+            raise UserError(f"the checkpoint lacks weights of the model: {', '.join(load_result.missing_keys[:6])}")
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._save_to is None else str(self._save_to)

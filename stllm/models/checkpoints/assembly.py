@@ -6,6 +6,7 @@ gives and may start fresh is initialised last.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -14,8 +15,8 @@ from tqdm import tqdm
 
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.audit import AuditReport
-from stllm.models.checkpoints.formats import Entry, Source
+from stllm.models.checkpoints.audit import MAX_NAMED, AuditReport
+from stllm.models.checkpoints.formats import Entry, Source, open_source
 from stllm.models.checkpoints.keys import check_zero
 from stllm.models.checkpoints.planning import POS_EMBED, Plan, make_plan
 from stllm.models.configuration import STLLMConfig
@@ -110,6 +111,22 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
         model.tie_weights()
     left = [key for key, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     assert not left, f"weights without memory: {left[:5]}"
+
+
+@torch.no_grad()
+def restore(model: STLLM, folder: Path) -> None:
+    """Copies a checkpoint in our format into the same model, in place. Raises UserError for weights that don't fit."""
+    plan = make_plan(model, [open_source(folder)])
+    if lacking := [*plan.report.keys("missing"), *plan.report.keys("wrong_shape")]:
+        more = f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
+        raise UserError(
+            f"{folder} does not hold all of the model's weights: {', '.join(lacking[:MAX_NAMED])}{more} are missing or "
+            "of another size; remove this folder to continue from the checkpoint before it, or name another one with "
+            "run.resume_from_checkpoint"
+        )
+    for source, keys in _in_file_order(plan):
+        for key in keys:
+            _copy(source, plan.origins[key][1], key, model.get_parameter_or_buffer(key))
 
 
 def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:

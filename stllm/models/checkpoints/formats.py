@@ -103,16 +103,18 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     weights = open_weights(weight_files(place))
     kind = config.get("model_type")
     if kind == "stllm":
-        return Source(place, Format.STLLM, tables.OURS, weights, config, meta)
+        table, weights = _language_model_converted(place, tables.OURS, weights, config)
+        return Source(place, Format.STLLM, table, weights, config, meta)
     if kind == "st_llm_hf" or any(key.startswith("model.stllm_model.") for key in weights.specs):
         return Source(place, Format.RELEASED, tables.RELEASED, weights, config, meta)
     if kind in ("instructblip", "instructblipvideo", "blip-2"):
-        return Source(place, Format.TRANSFORMERS_BLIP, _blip_table(config), weights, config, meta)
+        table, weights = _language_model_converted(place, _blip_table(config), weights, config)
+        return Source(place, Format.TRANSFORMERS_BLIP, table, weights, config, meta)
     if kind is None:
         return _file_source(place, weights, depth)
-    from stllm.models.checkpoints.causal_lm import causal_lm_weights
+    from stllm.models.checkpoints.causal_lm import convert_language_model, read_config
 
-    table, weights = causal_lm_weights(place, weights)
+    table, weights = convert_language_model(place, tables.CAUSAL_LM, weights, read_config(place), prefix="")
     return Source(place, Format.CAUSAL_LM, table, weights, config, meta)
 
 
@@ -201,6 +203,23 @@ def _file_source(path: Path, weights: Weights, depth: int | None) -> Source:
         f"{path} is no known checkpoint (its first weights are {first}): expected one of "
         f"{', '.join(known.value for known in Format)}"
     )
+
+
+def _language_model_converted(
+    place: Path, table: KeyTable, weights: Weights, config: dict[str, Any]
+) -> tuple[KeyTable, Weights]:
+    """Converts the language model inside a whole model's folder; one without a language model is left as it is."""
+    from stllm.models.checkpoints.causal_lm import convert_language_model
+    from stllm.models.configuration import language_model_config
+
+    prefix = "language_model."
+    if table.ignores(prefix) or not any(key.startswith(prefix) for key in weights.specs):
+        return table, weights
+    try:
+        text_config = language_model_config(config.get("text_config"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place}/config.json: its text_config can't be used ({error})") from error
+    return convert_language_model(place, table, weights, text_config, prefix=prefix)
 
 
 def _blip_table(config: dict[str, Any]) -> KeyTable:
