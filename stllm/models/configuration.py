@@ -4,8 +4,10 @@ Only `from_config` functions and the composition in st_llm.py read it; the parts
 Sizes and names: paper (arXiv 2404.00308) section 3; defaults are the published 7B model's.
 """
 
+import textwrap
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, InstructBlipQFormerConfig, PretrainedConfig
 
 from stllm.common.errors import UserError
@@ -33,6 +35,13 @@ QFORMER_DEFAULTS: dict[str, Any] = {
     "cross_attention_frequency": 2,
 }
 MASK_RATE_DEFAULTS = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
+# what transformers raises for a value that no model can be built with, see `reason`
+CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError)
+
+
+def reason(error: Exception) -> str:
+    """The error's kind and text in one line, for the brackets of a message."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"
 
 
 def _known(kind: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

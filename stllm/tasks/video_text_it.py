@@ -42,6 +42,7 @@ class VideoTextTask:
     config: STLLMConfig
     processor: PromptProcessor
     mixture: Mixture
+    base_model: str | None = None  # the language model's folder, unless a whole checkpoint gives the language model
 
     runner = "trainer"
 
@@ -58,7 +59,8 @@ class VideoTextTask:
         corpora = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
         check_features((source.corpus for source in corpora), config, needed=cfg.model.pre_encoding)
         mixture = Mixture(corpora, seed=seed, max_tries=cfg.run.max_tries)
-        return cls(cfg, config, processor, mixture)
+        base_model = None if any(source.is_whole_model for source in sources) else settings.get("llama_model")
+        return cls(cfg, config, processor, mixture, base_model)
 
     def build_model(
         self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None
@@ -99,7 +101,7 @@ class VideoTextTask:
         """Adds the LoRA adapter to the trained model's folder, apart; of a sharded model it is not there to be had."""
         assert isinstance(model, STLLM)
         if self.config.lora is not None and not sharded:
-            save_adapter(model, folder / ADAPTER_FOLDER)
+            save_adapter(model, folder / ADAPTER_FOLDER, base_model=self.base_model)
 
 
 def check_features(corpora: Iterable[Corpus], config: STLLMConfig, *, needed: bool) -> None:

@@ -19,7 +19,7 @@ from stllm.models.checkpoints.audit import MAX_NAMED, AuditReport
 from stllm.models.checkpoints.formats import Entry, Source, open_source
 from stllm.models.checkpoints.keys import check_zero
 from stllm.models.checkpoints.planning import POS_EMBED, Plan, make_plan
-from stllm.models.configuration import STLLMConfig
+from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig, reason
 from stllm.models.st_llm import STLLM
 
 
@@ -70,10 +70,10 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
     try:
         with _default_dtype(dtype), torch.device("meta"):
             model = STLLM(config)
-    except (ValueError, AssertionError, ZeroDivisionError) as error:
+    except (*CONFIG_ERRORS, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the configuration's sizes don't make a model ({error}): correct them") from error
+        raise UserError(f"the configuration's sizes don't make a model ({reason(error)}): correct them") from error
     config.dtype = dtype
     return model
 

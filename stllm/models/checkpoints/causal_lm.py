@@ -25,16 +25,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.keys import KeyTable
 from stllm.models.checkpoints.shards import MemoryWeights, Spec, Weights
+from stllm.models.configuration import CONFIG_ERRORS, reason
 
 LORA = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # what peft puts between a layer and its weight
 
 
-def convert_language_model(
-    folder: Path, table: KeyTable, weights: Weights, config: PretrainedConfig, *, prefix: str
-) -> tuple[KeyTable, Weights]:
-    """The folder's weights with the language model's under their names in memory, and its table with what is ignored.
+def convert_language_model(folder: Path, weights: Weights, config: PretrainedConfig, *, prefix: str) -> Weights:
+    """The folder's weights, those of the language model under their names in memory.
 
     prefix: of the language model's keys; empty for a language model's own folder.
     Raises UserError when transformers can't build the language model or can't convert these weights.
@@ -42,22 +40,20 @@ def convert_language_model(
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(
             f"{folder}/config.json: transformers can't build this {config.model_type} language model "
-            f"({_first_line(error)}): correct it, or name another folder"
+            f"({reason(error)}): correct it, or name another folder"
         ) from error
-    ignored = [rf"{re.escape(prefix)}.*?(?:{pattern})" for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    table = table.ignoring(*ignored)
     if not prefix and getattr(config, "quantization_config", None) is not None:
         specs = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in model.state_dict().items()}
-        return table, QuantizedWeights(folder, specs)
+        return QuantizedWeights(folder, specs)
     try:
-        return table, ConvertedWeights(weights, model, prefix)
+        return ConvertedWeights(weights, model, prefix)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"{folder}: the language model's weights do not have the form that transformers expects of "
-            f"{config.model_type} ({_first_line(error)}): copy or download them again"
+            f"{config.model_type} ({reason(error)}): copy or download them again"
         ) from error
 
 
@@ -65,9 +61,9 @@ def read_config(folder: Path) -> PretrainedConfig:
     """The language model's configuration. Raises UserError when transformers does not know it as a causal LM."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (*CONFIG_ERRORS, OSError) as error:
         raise UserError(
-            f"{folder} is no language model that transformers can read ({_first_line(error)}): name another folder"
+            f"{folder} is no language model that transformers can read ({reason(error)}): name another folder"
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
@@ -80,7 +76,8 @@ def read_config(folder: Path) -> PretrainedConfig:
 class ConvertedWeights(Weights):
     """Weights whose language model has the names of `model`, which may be on the meta device.
 
-    prefix: of the language model's keys; others stay as they are. A key that fits no weight of the model keeps its name.
+    prefix: of the language model's keys; others stay as they are. Keys that fit no weight of the model keep their
+        names, without those that transformers ignores as well (buffers of old versions, heads that only training uses).
     """
 
     def __init__(self, weights: Weights, model: PreTrainedModel, prefix: str) -> None:
@@ -93,11 +90,14 @@ class ConvertedWeights(Weights):
         converters = [one for one in conversions if isinstance(one, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         wanted, base = model.state_dict(), model.base_model_prefix
+        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$.")
         for key in sorted((key for key in weights.specs if key.startswith(prefix)), key=dot_natural_key):
             plain = key[len(prefix) :]
             name, pattern = rename_source_key(plain, renamings, converters, base, wanted)
             if LORA.sub("", name) not in wanted:  # it has the name in memory already, or is not the model's
                 name, pattern = rename_source_key(plain, [], [], base, wanted)
+            if LORA.sub("", name) not in wanted and ignored.search(name):
+                continue
             self._sources.setdefault(prefix + name, []).append((pattern or plain, key))
             if pattern is not None:
                 self._converters[prefix + name] = by_pattern[pattern]
@@ -157,7 +157,7 @@ def _load(folder: Path) -> PreTrainedModel:
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{folder}: transformers can't read this quantized language model here ({_first_line(error)}): use the "
+            f"{folder}: transformers can't read this quantized language model here ({reason(error)}): use the "
             "model's own weights, which are not quantized"
         ) from error
     model, info = loaded
@@ -165,7 +165,3 @@ def _load(folder: Path) -> PreTrainedModel:
         named = ", ".join(sorted(info["missing_keys"])[:6])
         raise UserError(f"{folder}: the language model's weights are not complete, missing are {named}")
     return model if getattr(model, "hf_quantizer", None) is None else model.dequantize()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

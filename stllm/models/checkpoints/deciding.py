@@ -17,7 +17,7 @@ from stllm.common.errors import UserError
 from stllm.models.checkpoints import contradictions
 from stllm.models.checkpoints.formats import Format, Source, open_source
 from stllm.models.checkpoints.sizes import BACKBONE, Fields, sizes_from_weights, with_head_counts
-from stllm.models.configuration import VISION_DEFAULTS, STLLMConfig
+from stllm.models.configuration import CONFIG_ERRORS, VISION_DEFAULTS, STLLMConfig, reason
 from stllm.models.factory import piece_paths, settings_to_fields
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,10 @@ def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, def
     fields["text_config"] = _with_pad_token(fields, sources, named=asked_llm is not None)
     try:
         config = STLLMConfig(**fields)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: its configuration can't be used ({error})") from error
+    except CONFIG_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: its configuration can't be used ({reason(error)}): correct it") from error
     contradictions.check_family(name, shapes, config, any(source.is_whole_model for source in sources))
     return config
 
