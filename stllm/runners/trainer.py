@@ -260,7 +260,8 @@ class STLLMTrainer(Trainer):
 
         FSDP reads its own file, which has the names in memory; the model in our format has those of `save_pretrained`.
         """
-        if isinstance(self.model, STLLM) and not self.is_fsdp_enabled:
+        quantized = getattr(self.model, "hf_quantizer", None) is not None  # its tensors are not the model's parameters
+        if isinstance(self.model, STLLM) and not self.is_fsdp_enabled and not quantized:
             restore(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stllm.cli import main
+from stllm.models.checkpoints.loading import load_model
 from stllm.models.st_llm import STLLM
 from tests.helpers.training import losses, read_log, train, write_recipe
+from tests.models.test_language_model import ARCHITECTURES
 
 FIELDS = {
     "step",
@@ -104,6 +109,62 @@ def test_a_run_that_was_killed_continues_exactly(trained: Path, tmp_path: Path, 
     run(recipe, f"run.dataloader_num_workers={workers}")
     for found, expected in zip(losses(tmp_path / "run"), losses(trained), strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen3_moe", {}),
+        ("gpt_neox", {"freeze_LLM": True, "lora_r": 2, "lora_target_modules": ["query_key_value"]}),
+    ],
+)
+def test_language_models_with_other_names_on_disk(
+    name: str, settings: dict[str, Any], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, asked and continued; a checkpoint that lacks a weight is refused. transformers renames these weights."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "language_model")
+    base = tmp_path / "language_model"
+    config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], "vocab_size": len(tokenizer)})
+    config.max_position_embeddings = 256
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "whole").mkdir()
+    recipe = tmp_path / "whole" / "recipe.yaml"
+    model = {"llama_model": str(base), **settings}
+    run(write_recipe(recipe, toy, model=model, max_steps=6))
+    whole = tmp_path / "whole" / "run"
+    clip = next((toy / "vc2" / "media").glob("*.mp4"))
+    capsys.readouterr()
+    chat = ["chat", "--ckpt-path", str(whole), "--video", str(clip), "--question", "what moves?", "--json"]
+    assert main([*chat, "--max-new-tokens", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 32
+
+    learned = load_model(whole, device="cpu").state_dict()
+    recipe = unfinished(whole, tmp_path / "cut", 3)
+    path = tmp_path / "cut" / "run" / "checkpoint-3" / "model.safetensors"
+    weights = load_file(path)
+    renamed = next(key for key in weights if key.startswith("language_model.") and key not in learned)
+    save_file({key: tensor for key, tensor in weights.items() if key != renamed}, path)
+    assert "does not hold all of the model's weights: language_model." in failure(capsys, recipe)
+    save_file(weights, path)
+    run(recipe)
+    assert losses(tmp_path / "cut" / "run") == losses(whole)
+
+    if settings:
+        wrapped: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole / "lora_adapter")
+        adapter = {key: value for key, value in wrapped.base_model.model.state_dict().items() if "lora_" in key}
+        assert adapter and all(torch.equal(value, learned[f"language_model.{key}"]) for key, value in adapter.items())
+        assert wrapped.peft_config["default"].base_model_name_or_path == str(base)
+        (tmp_path / "next").mkdir()
+        run(
+            write_recipe(
+                tmp_path / "next" / "recipe.yaml",
+                toy,
+                model={**settings, "ckpt": str(whole), "llama_model": None, "fresh": []},
+                max_steps=1,
+            )
+        )
+        assert read_log(tmp_path / "next" / "run")[0]["loss_lm"] < read_log(whole)[0]["loss_lm"]
 
 
 def test_a_run_continues_with_its_own_settings_alone(

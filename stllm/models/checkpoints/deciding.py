@@ -26,7 +26,14 @@ EVA_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/mod
 LN_VISION = "vision_encoder.ln_vision.weight"
 ADAPTER_SIZES = ("adapter_depth", "max_frames")
 NESTED = ("vision_config", "qformer_config", "mask_rate")  # merged key by key
-NOT_THE_MODELS = ("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version")
+NOT_THE_MODELS = (
+    "architectures",
+    "_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "quantization_config",  # a quantized language model is dequantized when it is read
+)
 RESIDUAL_INDEX = "model.stllm_model.residual_index"  # (R,): not a weight of ours, but its length tells R
 
 
