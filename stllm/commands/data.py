@@ -31,7 +31,7 @@ def _doctor_options(parser: Parser) -> None:
         nargs=2,
         type=path,
         metavar=("IN", "OUT"),
-        help="or check nothing, and write the training file IN to the new file OUT with one question and answer a record",
+        help="or check nothing, and write the training file IN as the new file OUT, one question and answer a record",
     )
     parser.add_argument(
         "--decode",

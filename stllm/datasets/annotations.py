@@ -111,8 +111,8 @@ class JsonRecords:
 def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
     """Writes a training file in which each question-and-answer pair is a record of its own.
 
-    A record keeps its other keys (medium, start, end, ...) in every record that is made of it; one whose QA list is empty
-    is left out. Returns the numbers of records read and written.
+    The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
+    Returns the numbers of records read and written.
     Raises UserError for a target that is there already, and for a source that cannot be read or has a record without
     QA; the target is then not written.
     """

@@ -1,7 +1,7 @@
 """`stllm doctor`: checks data before hours are spent on them, and names all that is wrong, not the first thing alone.
 
-Exit code 0 when nothing was found, 1 when something was: the list on stdout, a line about it on stderr. With `--flatten`
-it checks nothing, but writes an annotation file again with one question and answer a record.
+Exit code 0 when nothing was found, 1 when something was: the list on stdout, a line about it on stderr.
+`--flatten IN OUT` checks nothing: it writes an annotation file again, with one question and answer a record.
 """
 
 import argparse
