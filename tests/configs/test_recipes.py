@@ -81,8 +81,10 @@ RUN = {
     "qa_sampling": "one",
 }
 # Published keys that the recipes name though they may have no effect here.
-NAMED = {"model": {"vit_precision": "fp16"}, "run": {"tf32": False, "model_max_length": 1024, "warmup_ratio": 0.03}}
-NAMED["run"]["per_device_eval_batch_size"] = 16
+NAMED: dict[str, dict[str, Any]] = {
+    "model": {"vit_precision": "fp16"},
+    "run": {"tf32": False, "model_max_length": 1024, "warmup_ratio": 0.03, "per_device_eval_batch_size": 16},
+}
 INSTRUCTBLIP = {
     "qformer_text_input": True,
     "llama_model": "weights/vicuna-7b-v1.1",

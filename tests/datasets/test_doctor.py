@@ -427,7 +427,7 @@ def test_flatten_makes_a_record_of_each_pair(tmp_path, video, capsys) -> None:
     """Other keys stay, whatever they are; the result is checked and loaded as a data set like any other."""
     put(video, tmp_path / "a.mp4", tmp_path / "b.mp4")
     pairs = [{"i": "é \ud83d", "q": f"question {number}?", "a": f"answer {number}", "x": number} for number in range(3)]
-    records = [
+    records: list[dict[str, Any]] = [
         {"video": "a.mp4", "start": 0.5, "QA": pairs[:2], "end": 1.5, "source": {"id": [1, None]}},
         {"video": "b.mp4", "QA": []},
         {"QA": pairs[2:], "video": "b.mp4"},
