@@ -92,7 +92,7 @@ def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("VIT_CKPT", str(FOREIGN / "eva_vit_g.pth"))
     monkeypatch.setenv("QFORMER_CKPT", str(FOREIGN / "instruct_blip_vicuna7b_trimmed.pth"))
     tiny = [*HEADS, "model.image_size=28", "model.num_query_token=4"]
-    with pytest.raises(UserError, match=r"hidden size 48 by the projection .*model\.fresh=\[projection\]"):
+    with pytest.raises(UserError, match=r"size 32 by .* 48 by the projection .*model\.fresh=\[projection\]"):
         build_model(load_config(recipe, [*tiny, "model.fresh=[]"]), device="cpu")
     model = build_model(load_config(recipe, tiny), device="cpu", dtype="float32")
     assert model.config.text_config.model_type == "qwen3" and model.config.video_input == "mean"

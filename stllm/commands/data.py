@@ -27,6 +27,13 @@ def _doctor_options(parser: Parser) -> None:
         "--answers-path", type=path, metavar="FILE", help="videoqa: the answers, when they have a file of their own"
     )
     parser.add_argument(
+        "--flatten",
+        nargs=2,
+        type=path,
+        metavar=("IN", "OUT"),
+        help="or check nothing, and write the training file IN as the new file OUT, one question and answer a record",
+    )
+    parser.add_argument(
         "--decode",
         choices=("none", "first", "all"),
         default="first",
@@ -40,8 +47,11 @@ def _doctor_options(parser: Parser) -> None:
 
 
 def _doctor_fault(args: argparse.Namespace) -> str | None:
-    if (args.cfg_path is None) == (args.anno_path is None):
-        return "name either a --cfg-path, or an --anno-path with its --format"
+    if sum(given is not None for given in (args.cfg_path, args.anno_path, args.flatten)) != 1:
+        return "name either a --cfg-path, or an --anno-path with its --format, or --flatten IN OUT"
+    if args.flatten is not None:
+        named = [name for name in ("format", "video_dir", "answers_path", "json", "options") if getattr(args, name)]
+        return f"--{named[0].replace('_', '-')} does not go with --flatten, which checks nothing" if named else None
     if args.cfg_path is not None:
         given = [name for name in ("format", "video_dir", "answers_path") if getattr(args, name) is not None]
         return (

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from stllm.common.errors import UserError
+from stllm.common.files import replacing
 from stllm.conversation.templates import Turn
 from stllm.datasets.records import Record
 from stllm.datasets.sampling import Bounds
@@ -105,6 +106,36 @@ class JsonRecords:
                 "say media: text for records without a medium"
             )
         return os.path.join(self.media_dir, named)
+
+
+def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
+    """Writes a training file in which each question-and-answer pair is a record of its own.
+
+    The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
+    Returns the numbers of records read and written.
+    Raises UserError for a target that is there already, and for a source that cannot be read or has a record without
+    QA; the target is then not written.
+    """
+    path, new = Path(source).expanduser(), Path(target).expanduser()
+    if new.exists():
+        raise UserError(f"{new} is there already, expected a new file: name another, or remove it")
+    expected = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]}"
+    _, text = read_file(path, expected)
+    num_read = num_written = 0
+    with replacing(new) as partial, partial.open("w", encoding="utf-8") as stream:
+        for _, _, record in json_values(path, text, expected):
+            num_read += 1
+            pairs = record.get("QA") if isinstance(record, dict) else None
+            if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+                raise UserError(f"{path}, record {num_read}: found {_short(record)}, expected {expected}")
+            for pair in pairs:
+                stream.write(",\n" if num_written else "[\n")
+                stream.write(json.dumps({**record, "QA": [pair]}))
+                num_written += 1
+        if not num_written:
+            raise UserError(f"{path}: found no question-and-answer pair in {num_read} records, expected {expected}")
+        stream.write("\n]\n")
+    return num_read, num_written
 
 
 def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:

@@ -1,6 +1,7 @@
 """`stllm doctor`: checks data before hours are spent on them, and names all that is wrong, not the first thing alone.
 
 Exit code 0 when nothing was found, 1 when something was: the list on stdout, a line about it on stderr.
+`--flatten IN OUT` checks nothing: it writes an annotation file again, with one question and answer a record.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from stllm.common.datasets_section import DatasetSettings
 from stllm.common.pools import one_a_core
+from stllm.datasets.annotations import flatten
 from stllm.datasets.doctor_checks import KINDS, Fault, Item
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
@@ -28,12 +30,16 @@ MAX_WORKERS = 8  # unless more are asked for
 
 @dataclass
 class Report:
-    """What was looked at, and what was found wrong."""
+    """What was looked at, and what was found wrong.
+
+    data_sets: the number of records of each annotation file, or of shards, by the data set's name.
+    """
 
     decode: str
     num_records: int = 0
     num_media: int = 0
     num_shards: int = 0
+    data_sets: dict[str, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -53,10 +59,22 @@ class Report:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    if args.flatten is not None:
+        source, target = args.flatten
+        num_read, num_written = flatten(source, target)
+        print(
+            f"written to {target}: {num_written} records of one question and answer each, from {num_read} of {source}"
+        )
+        return 0
     report = examine(args)
     if args.json:
         print(json.dumps({**asdict(report), "counts": report.counts}, ensure_ascii=False, indent=1))
     else:
+        if args.cfg_path is not None:
+            print("data sets, with the number of records (of image-text pairs: shards)")
+            width = max(map(len, report.data_sets), default=0)
+            for name, count in report.data_sets.items():
+                print(f"  {name:{width}} {count:>9,}")
         for line in listing(report, MAX_LISTED if not args.all else None):
             print(line)
     if not report.faults:
@@ -103,11 +121,13 @@ def listing(report: Report, most: int | None = None) -> Iterator[str]:
 
 def _items(source: Source, report: Report) -> Iterator[Item]:
     """The items of a source; its faults go to the report."""
+    report.data_sets[source.name] = 0
     for finding in tqdm(source.findings, desc=source.name, unit=" records", disable=None, delay=1, leave=False):
         if isinstance(finding, Fault):
             report.faults.append(finding)
         else:
             report.num_records += 1
+            report.data_sets[source.name] += 1
             yield finding
 
 
@@ -136,7 +156,9 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
     cfg = load_config(args.cfg_path, args.options, model_type="instructblip_vicuna0")
     for name, settings in resolved_settings(cfg).items():
         if settings.type == "image_text":
+            before = report.num_shards
             _add_shards(settings.shards, report, tasks, args.decode, settings)
+            report.data_sets[name] = report.num_shards - before
         elif settings.anno_path is None:
             report.faults.append(Fault("annotation", name, "anno_path", "none is given; name the annotation file"))
         else:

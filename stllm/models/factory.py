@@ -74,8 +74,9 @@ def published_settings(config: "STLLMConfig") -> Fields:
 
 
 def piece_paths(settings: Mapping[str, Any]) -> list[str]:
-    """The weights that the section names, in the order in which they are read."""
-    return [settings[name] for name in PIECES if settings.get(name)]
+    """The weights that the section names, in the order in which they are read; a file named twice is read once."""
+    named = [settings[name] for name in PIECES if settings.get(name)]
+    return [path for place, path in enumerate(named) if path not in named[place + 1 :]]
 
 
 def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str] = ()) -> Fields:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from stllm.cli import main
 from stllm.common.errors import UserError
+from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.doctor_checks import KINDS, Fault
 from stllm.datasets.doctor_media import Use, check_use, run_tasks
 from stllm.evaluation.mvbench_tasks import TASKS
@@ -420,3 +421,78 @@ def test_a_decoder_that_takes_its_process_along_is_said() -> None:
     assert list(run_tasks(whole, num_workers=2)) == faults
     with pytest.raises(UserError, match=r"a process died while it decoded: .*--num-workers 0"):
         list(run_tasks([*whole, partial(os._exit, 9)], num_workers=2))
+
+
+def test_flatten_makes_a_record_of_each_pair(tmp_path, video, capsys) -> None:
+    """Other keys stay, whatever they are; the result is checked and loaded as a data set like any other."""
+    put(video, tmp_path / "a.mp4", tmp_path / "b.mp4")
+    pairs = [{"i": "é \ud83d", "q": f"question {number}?", "a": f"answer {number}", "x": number} for number in range(3)]
+    records: list[dict[str, Any]] = [
+        {"video": "a.mp4", "start": 0.5, "QA": pairs[:2], "end": 1.5, "source": {"id": [1, None]}},
+        {"video": "b.mp4", "QA": []},
+        {"QA": pairs[2:], "video": "b.mp4"},
+    ]
+    deep, flat = write_json(tmp_path / "train.json", records), tmp_path / "new" / "flat.json"
+    assert main(["doctor", "--flatten", str(deep), str(flat)]) == 0
+    assert (
+        capsys.readouterr().out == f"written to {flat}: 3 records of one question and answer each, from 3 of {deep}\n"
+    )
+    first, second, third = json.loads(flat.read_text())
+    assert [first, second] == [{**records[0], "QA": [pair]} for pair in pairs[:2]] and third == records[2]
+    assert list(first) == list(records[0])
+    lines = tmp_path / "train.jsonl"  # one record a line is read, too
+    lines.write_text("\n".join(map(json.dumps, records)))
+    assert main(["doctor", "--flatten", str(lines), str(tmp_path / "second.json")]) == 0
+    assert (tmp_path / "second.json").read_text() == flat.read_text()
+    capsys.readouterr()
+    argv = ("--anno-path", flat, "--video-dir", tmp_path, "--format", "vc2")
+    assert doctor(capsys, *argv, code=0)["data_sets"] == {"vc2": 3}
+    loaded = JsonRecords(flat, media_dir=tmp_path)
+    turns = [loaded[index].turns for index in range(len(loaded))]
+    assert [(len(turn), turn[0].question, turn[0].answer) for turn in turns] == [
+        (1, pair["q"], pair["a"]) for pair in pairs
+    ]
+    assert [loaded[index].bounds for index in range(3)] == [(0.5, 1.5), (0.5, 1.5), None]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            '[{"video": "a.mp4", "QA": [{"q": "", "a": "b"}]}, {"video": "a.mp4", "caption": "c"}]',
+            ", record 2: found {",
+        ),
+        ('[{"video": "a.mp4", "QA": ["b"]}]', ", record 1: found {"),
+        ('[{"video": "a.mp4", "QA": {"q": "", "a": "b"}}]', ", record 1: found {"),
+        ('{"question": "q", "answer": "a", "video": "v"}', ", record 1: found {"),
+        ("[3]", ", record 1: found 3, expected "),
+        ('[{"video": "a.mp4", "QA": []}]', ": found no question-and-answer pair in 1 records"),
+        ("[]", ": found no question-and-answer pair in 0 records"),
+        ("", ": found no question-and-answer pair in 0 records"),
+        ('[{"video": "a.mp4", "QA": [{"q": "", "a": "b"}]}', ", line 1, column "),
+        ("\xff", ": not UTF-8 text"),
+        (None, ": there is no such annotation file"),
+    ],
+)
+def test_flatten_refuses_what_has_no_pairs_and_writes_nothing(tmp_path, capsys, content, sentence) -> None:
+    deep = tmp_path / "in.json"
+    if content is not None:
+        deep.write_text(content, encoding="latin-1")
+    assert main(["doctor", "--flatten", str(deep), str(tmp_path / "out.json")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {deep}{sentence}") and captured.err.count("\n") == 1
+    assert "unexpected" not in captured.err and "expected" in captured.err
+    assert captured.out == "" and sorted(path.name for path in tmp_path.iterdir()) == ["in.json"][content is None :]
+
+
+def test_flatten_overwrites_nothing_and_takes_no_other_option(tmp_path, capsys) -> None:
+    deep = write_json(tmp_path / "in.json", [record("a.mp4")])
+    for taken in (deep, tmp_path):
+        assert main(["doctor", "--flatten", str(deep), str(taken)]) == 1
+        assert f"{taken} is there already, expected a new file" in capsys.readouterr().err
+    assert json.loads(deep.read_text()) == [record("a.mp4")]
+    assert main(["doctor", "--flatten", str(deep), str(deep / "below.json")]) == 1
+    assert "unexpected" not in capsys.readouterr().err
+    for further in (["--cfg-path", "x"], ["--anno-path", "x", "--format", "vc2"], ["--json"], ["--format", "vc2"]):
+        assert main(["doctor", "--flatten", str(deep), str(tmp_path / "out.json"), *further]) == 2
+    assert not (tmp_path / "out.json").exists()
