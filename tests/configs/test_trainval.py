@@ -121,7 +121,8 @@ class FlashAttention(torch.autograd.Function):
 def test_the_computed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of instructblip_qa, in bfloat16: what autograd keeps of adapter and Q-Former, and one hidden state a layer."""
     cfg = load_config(CONFIGS / "train" / "instructblip_qa.yaml")
-    model = copy.deepcopy(full_size(cfg)).to(torch.bfloat16).train()
+    model: Any = copy.deepcopy(full_size(cfg))
+    model.to(torch.bfloat16).train()
     batch, frames = cfg.run.per_device_train_batch_size, cfg.datasets.vqa_webvid_qa.num_frames
     tokens = 1 + model.vision_encoder.backbone.patch_embed.num_patches
     width = model.config.vision_config["embed_dim"]
