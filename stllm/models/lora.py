@@ -27,12 +27,17 @@ def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel
     try:
         adapted: Any = inject_adapter_in_model(lora_config(lora), model)
     except ValueError as error:
+        targets = ", ".join(lora["target_modules"])
+        if "not found" not in str(error):
+            raise UserError(
+                f"peft can't adapt {targets} (model.lora_target_modules) with these settings: {error}"
+            ) from error
         names = sorted(
             {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "in_features")}
         )
         raise UserError(
-            f"model.lora_target_modules names {', '.join(lora['target_modules'])}, but the language model's linear "
-            f"layers are {', '.join(names)}: name some of these"
+            f"model.lora_target_modules names {targets}, but the language model's linear layers are "
+            f"{', '.join(names)}: name some of these"
         ) from error
     for name, parameter in adapted.named_parameters():
         if LORA in name:  # peft has started them; transformers' own start would undo that

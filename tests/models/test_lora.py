@@ -64,7 +64,7 @@ def test_save_load_merge(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The following .* did not match")  # of peft, for the experts
 def test_peft_loads_the_whole_adapter(name: str, modules: list[str], tmp_path: Path) -> None:
     text = {"model_type": name, **ARCHITECTURES[name]}
-    model = tiny_model(text_config=text, lora={**LORA, "target_modules": modules}, has_qformer=False)
+    model = tiny_model(text_config=text, lora={**LORA, "dropout": 0.0, "target_modules": modules}, has_qformer=False)
     save_adapter(model, tmp_path, base_model="a/name")
     weights = {key: value for key, value in model.state_dict().items() if "lora_" not in key}
     plain = tiny_model(seed=1, text_config=text, has_qformer=False)
@@ -131,3 +131,6 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
 def test_layers_that_are_not_there() -> None:
     with pytest.raises(UserError, match=r"names query, but the language model's linear layers are .*q_proj"):
         STLLM(tiny_config(lora={**LORA, "target_modules": ["query"]}))
+    experts = {"model_type": "qwen3_moe", **ARCHITECTURES["qwen3_moe"]}
+    with pytest.raises(UserError, match=r"can't adapt gate_proj, up_proj .*dropout"):
+        STLLM(tiny_config(text_config=experts, lora={**LORA, "target_modules": ["gate_proj", "up_proj"]}))

@@ -25,7 +25,7 @@ from stllm.models.checkpoints.loading import (
 )
 from stllm.models.factory import build_audited
 from stllm.models.st_llm import STLLM, config_of
-from tests.helpers.tiny import tiny_batch, tiny_model
+from tests.helpers.tiny import VISION, tiny_batch, tiny_model
 from tests.models.checkpoints.conftest import FOREIGN, GOLDEN, HEADS, golden_weights
 from tests.models.test_language_model import ARCHITECTURES
 
@@ -34,9 +34,10 @@ LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj
 
 
 def assert_same(one: STLLM, other: STLLM) -> None:
-    assert set(one.state_dict()) == set(other.state_dict())
+    expected = other.state_dict()
+    assert set(one.state_dict()) == set(expected)
     for key, tensor in one.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[key]), key
+        assert torch.equal(tensor, expected[key]), key
     for (key, buffer), (_, expected) in zip(one.named_buffers(), other.named_buffers(), strict=True):
         assert torch.equal(buffer, expected) and buffer.dtype == expected.dtype, key
 
@@ -89,7 +90,8 @@ RENAMED = {"gpt_neox", "mixtral", "phimoe", "granitemoe", "qwen2_moe", "qwen3_mo
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_language_model_is_read_back(name: str, tmp_path: Path) -> None:
     """By chat, by a run that continues, by transformers, and as `model.llama_model`; with both kinds of names."""
-    model = tiny_model(text_config={"model_type": name, **ARCHITECTURES[name]}, has_qformer=False)
+    text, vision = {"model_type": name, **ARCHITECTURES[name]}, {**VISION, "depth": 1}
+    model = tiny_model(text_config=text, vision_config=vision, has_qformer=False)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert set(file.keys()) - set(model.state_dict()) or name not in RENAMED
