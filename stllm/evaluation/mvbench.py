@@ -5,7 +5,7 @@ are asked alike.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,19 +151,21 @@ def mvbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         if file.stem in files:
             yield Fault("annotation", str(file), "file", f"there is {files[file.stem].name}, too: keep one of the two")
         files[file.stem] = file
+    chosen = chosen_tasks(list(files), settings)
     records: list[tuple[Path, str, str, Fields]] = []
-    for slug in chosen_tasks(list(files), settings):
-        for number, (where, fields) in enumerate(records_of(files[slug], "mvbench")):
-            if isinstance(fields, Fault):
-                yield replace(fields, sentence=fields.sentence + _official_name(files[slug]))
-            else:
-                records.append((files[slug], f"{slug}/{number}", where, fields))
+    for slug, file in files.items():
+        for number, (where, fields) in enumerate(records_of(file, "mvbench")):
+            if not isinstance(fields, Fault):
+                records.append((file, f"{slug}/{number}", where, fields))
+            elif slug in chosen:
+                yield replace(fields, sentence=fields.sentence + _official_name(file))
     if not records:
         return
     media = MediaFolders(layout.media, settings)
     entries = [_entry(*record, media) for record in records]
-    yield from entries
-    yield from _collisions(entries)
+    asked = [entry for entry in entries if entry.item.id.rpartition("/")[0] in chosen]
+    yield from asked
+    yield from _collisions(entries, {entry.place for entry in asked})  # whichever task is chosen
 
 
 def _entry(file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
@@ -198,15 +200,18 @@ def _official_name(file: Path) -> str:
     return did_you_mean(file.name, [task.file for task in TASKS]) if task_of(file) is None else ""
 
 
-def _collisions(entries: Sequence[Entry]) -> Iterator[Fault]:
-    """Files in the media folder itself by which tasks with different media folders mean different videos."""
+def _collisions(entries: Sequence[Entry], asked: Set[str]) -> Iterator[Fault]:
+    """Files in the media folder itself by which tasks with different media folders mean different videos.
+
+    entries: of all tasks. asked: the places of media that are asked about.
+    """
     folders = {task.name: task.folder for task in TASKS}
     users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
     for entry in entries:
         if entry.folder == "" and entry.item.task in folders:
             users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
     for place, by_folder in users.items():
-        if len(by_folder) > 1:
+        if len(by_folder) > 1 and place in asked:
             *_, last = by_folder.values()
             tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
             sentence = (
