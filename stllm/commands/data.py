@@ -2,11 +2,11 @@
 
 import argparse
 
+from stllm.commands.benchmarking import BENCHMARKS
 from stllm.commands.command import Command, Parser
 from stllm.common.arguments import path, whole
 
-VIDEOQA = ("videoqa", "msvd", "msrvtt", "activitynet", "tgif")
-DOCTOR_FORMATS = ("vc2", "mvbench", "vcgbench", *VIDEOQA, "shards")
+DOCTOR_FORMATS = ("vc2", *BENCHMARKS, "videoqa", "shards")
 
 
 def _doctor_options(parser: Parser) -> None:
@@ -21,8 +21,7 @@ def _doctor_options(parser: Parser) -> None:
     parser.add_argument(
         "--format",
         choices=DOCTOR_FORMATS,
-        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own; videoqa: any of the four "
-        "VideoQA sets",
+        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own; videoqa: any VideoQA set",
     )
     parser.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of its media (default: beside it)")
     parser.add_argument(
@@ -53,8 +52,8 @@ def _doctor_fault(args: argparse.Namespace) -> str | None:
         return f"--anno-path needs a --format: {', '.join(DOCTOR_FORMATS)}"
     if args.options:
         return "--options are settings over a --cfg-path: there is none"
-    if args.answers_path is not None and args.format not in VIDEOQA:
-        return f"--answers-path goes with --format {', '.join(VIDEOQA)}"
+    if args.answers_path is not None and args.format in ("vc2", "mvbench", "vcgbench", "shards"):
+        return f"--answers-path goes with VideoQA, not with --format {args.format}"
     return None
 
 

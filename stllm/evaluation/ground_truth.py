@@ -5,7 +5,7 @@ it; an evaluation stops at the first fault that concerns a whole file and keeps 
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +13,8 @@ from stllm.common.errors import UserError, unknown_name
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.templates import Turn
-from stllm.datasets.annotations import Fields
 from stllm.datasets.doctor_checks import Fault, Finding
 from stllm.datasets.doctor_checks import Item as Medium
-from stllm.datasets.doctor_sources import records_of
 from stllm.datasets.find_media import EXTENSIONS, MediaFinder
 from stllm.datasets.sampling import sample_indices
 from stllm.evaluation.items import Item
@@ -51,18 +49,6 @@ class Search:
     stems: Sequence[str] = ()
     segments: Sequence[str] = ()
     frames: dict[str, float] | None = None
-
-
-def read_records(path: str | Path, form: str) -> Iterator[tuple[str, Fields]]:
-    """(file and record, its fields) of every record. form: of `doctor_sources.EXPECTED`.
-
-    Raises UserError for what concerns the whole file: missing, no JSON, of another format, no record, or a record that
-    is no mapping.
-    """
-    for where, fields in records_of(Path(path).expanduser(), form):
-        if isinstance(fields, Fault):
-            raise UserError(fault_sentence(fields))
-        yield where, fields
 
 
 def entries_of(read: Iterable[Entry | Fault]) -> list[Entry]:

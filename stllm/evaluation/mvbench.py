@@ -5,7 +5,7 @@ are asked alike.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def mvbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
     entries = [_entry(*record, media) for record in records]
     asked = [entry for entry in entries if entry.item.id.rpartition("/")[0] in chosen]
     yield from asked
-    yield from _collisions(entries, {entry.place for entry in asked})  # whichever task is chosen
+    yield from _collisions(entries, asked)
 
 
 def _entry(file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
@@ -200,18 +200,19 @@ def _official_name(file: Path) -> str:
     return did_you_mean(file.name, [task.file for task in TASKS]) if task_of(file) is None else ""
 
 
-def _collisions(entries: Sequence[Entry], asked: Set[str]) -> Iterator[Fault]:
+def _collisions(entries: Sequence[Entry], asked: Sequence[Entry]) -> Iterator[Fault]:
     """Files in the media folder itself by which tasks with different media folders mean different videos.
 
-    entries: of all tasks. asked: the places of media that are asked about.
+    entries: of all tasks, also of those that are not asked.
     """
     folders = {task.name: task.folder for task in TASKS}
     users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
     for entry in entries:
         if entry.folder == "" and entry.item.task in folders:
             users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
+    concerned = {entry.place for entry in asked if entry.item.task in folders}
     for place, by_folder in users.items():
-        if len(by_folder) > 1 and place in asked:
+        if len(by_folder) > 1 and place in concerned:
             *_, last = by_folder.values()
             tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
             sentence = (
