@@ -151,21 +151,19 @@ def mvbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         if file.stem in files:
             yield Fault("annotation", str(file), "file", f"there is {files[file.stem].name}, too: keep one of the two")
         files[file.stem] = file
-    chosen = chosen_tasks(list(files), settings)
     records: list[tuple[Path, str, str, Fields]] = []
-    for slug, file in files.items():
-        for number, (where, fields) in enumerate(records_of(file, "mvbench")):
-            if not isinstance(fields, Fault):
-                records.append((file, f"{slug}/{number}", where, fields))
-            elif slug in chosen:
-                yield replace(fields, sentence=fields.sentence + _official_name(file))
+    for slug in chosen_tasks(list(files), settings):
+        for number, (where, fields) in enumerate(records_of(files[slug], "mvbench")):
+            if isinstance(fields, Fault):
+                yield replace(fields, sentence=fields.sentence + _official_name(files[slug]))
+            else:
+                records.append((files[slug], f"{slug}/{number}", where, fields))
     if not records:
         return
     media = MediaFolders(layout.media, settings)
     entries = [_entry(*record, media) for record in records]
-    asked = [entry for entry in entries if entry.item.id.rpartition("/")[0] in chosen]
-    yield from asked
-    yield from _collisions(entries, asked)
+    yield from entries
+    yield from _collisions(entries)
 
 
 def _entry(file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
@@ -200,30 +198,26 @@ def _official_name(file: Path) -> str:
     return did_you_mean(file.name, [task.file for task in TASKS]) if task_of(file) is None else ""
 
 
-def _collisions(entries: Sequence[Entry], asked: Sequence[Entry]) -> Iterator[Fault]:
-    """Files in the media folder itself by which tasks with different media folders mean different videos.
-
-    entries: of all tasks, also of those that are not asked.
-    """
+def _collisions(entries: Sequence[Entry]) -> Iterator[Fault]:
+    """Files in the media folder itself by which tasks with different media folders mean different videos."""
     folders = {task.name: task.folder for task in TASKS}
     users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
     for entry in entries:
         if entry.folder == "" and entry.item.task in folders:
             users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
-    concerned = {entry.place for entry in asked if entry.item.task in folders}
     for place, by_folder in users.items():
-        if len(by_folder) > 1 and place in concerned:
+        if len(by_folder) > 1:
             *_, last = by_folder.values()
             tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
             sentence = (
                 f"{tasks} mean different videos by this name, but there is one file in the media folder itself: put "
-                "each task's videos into its own folder"
+                "each task's videos into its own folder, or evaluate one of them with --tasks"
             )
             yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)
 
 
 def _notes(entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
-    """Where media were found elsewhere than in the official folders, which starts are clamped, which tasks lack."""
+    """Sentences for the results: media found outside the official folders, clamped starts, tasks without a file."""
     official = {task.name: task for task in TASKS}
     elsewhere: dict[str, Counter[str]] = {}
     for entry in entries:
@@ -232,17 +226,18 @@ def _notes(entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[s
             elsewhere.setdefault(str(entry.folder), Counter())[task.name] += 1
     segments = {folder for task in TASKS for folder in task.segments}
     for folder, counts in elsewhere.items():
-        found = ", ".join(f"{task} ({count} items)" for task, count in counts.items())
-        cut = "; its videos are cut already, start and end are not applied" if folder in segments else ""
-        yield f"media found in {folder or 'the media folder itself'}, not in the official folder: {found}{cut}"
+        found = ", ".join(f"{task} {count}" for task, count in counts.items())
+        cut = "; its videos are cut already, so start and end are not applied" if folder in segments else ""
+        place = folder or "the media folder itself"
+        yield f"items whose media were found in {place} instead of the official folder: {found}{cut}"
     clamped = [entry.item.id for entry in entries if entry.item.media and (entry.item.media.start or 0) < 0]
     if clamped:
         shown = ", ".join(clamped[:SHOWN_IDS]) + (", ..." if len(clamped) > SHOWN_IDS else "")
-        yield f"{len(clamped)} items start before 0 s and are clamped to it, as in the official script: {shown}"
+        yield f"items whose negative start is clamped to 0, as in the official script: {len(clamped)} ({shown})"
     there = {entry.item.task for entry in entries} & official.keys()
     if there and not settings.tasks and len(there) < len(TASKS):
         absent = ", ".join(name for name in official if name not in there)
-        yield f"no annotation file of {len(TASKS) - len(there)} of the {len(TASKS)} tasks: {absent}"
+        yield f"tasks without an annotation file: {len(TASKS) - len(there)} of {len(TASKS)} ({absent})"
 
 
 def _place(file: Path) -> tuple[int, str]:
