@@ -2,10 +2,11 @@
 
 import argparse
 
+from stllm.commands.benchmarking import BENCHMARKS
 from stllm.commands.command import Command, Parser
 from stllm.common.arguments import path, whole
 
-DOCTOR_FORMATS = ("vc2", "mvbench", "vcgbench", "videoqa", "shards")
+DOCTOR_FORMATS = ("vc2", *BENCHMARKS, "videoqa", "shards")
 
 
 def _doctor_options(parser: Parser) -> None:
@@ -20,11 +21,11 @@ def _doctor_options(parser: Parser) -> None:
     parser.add_argument(
         "--format",
         choices=DOCTOR_FORMATS,
-        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own",
+        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own; videoqa: any VideoQA set",
     )
     parser.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of its media (default: beside it)")
     parser.add_argument(
-        "--answers-path", type=path, metavar="FILE", help="videoqa: the answers, when they have a file of their own"
+        "--answers-path", type=path, metavar="FILE", help="VideoQA: the answers, when they have a file of their own"
     )
     parser.add_argument(
         "--flatten",
@@ -61,8 +62,8 @@ def _doctor_fault(args: argparse.Namespace) -> str | None:
         return f"--anno-path needs a --format: {', '.join(DOCTOR_FORMATS)}"
     if args.options:
         return "--options are settings over a --cfg-path: there is none"
-    if args.answers_path is not None and args.format != "videoqa":
-        return "--answers-path goes with --format videoqa"
+    if args.answers_path is not None and args.format in ("vc2", "mvbench", "vcgbench", "shards"):
+        return f"--answers-path goes with VideoQA, not with --format {args.format}"
     return None
 
 

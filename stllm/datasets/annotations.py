@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from stllm.common.errors import UserError
-from stllm.common.files import replacing
+from stllm.common.files import LFS_POINTER, LFS_SENTENCE, replacing
 from stllm.conversation.templates import Turn
 from stllm.datasets.records import Record
 from stllm.datasets.sampling import Bounds
@@ -144,6 +144,8 @@ def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
         data = path.read_bytes()
         # A byte order mark would be one character and three bytes; it is no part of the JSON.
         data = data.removeprefix(b"\xef\xbb\xbf")
+        if data.startswith(LFS_POINTER):
+            raise UserError(f"{path}: {LFS_SENTENCE}")
         return data, data.decode()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such annotation file; expected {expected}: check the path") from None
@@ -275,13 +277,16 @@ def text_of(value: Any) -> str | None:
     return str(value).encode("utf-8", "replace").decode() if _is_text(value) else None
 
 
-def bounds_of(fields: Fields, where: str) -> Bounds | None:
-    """A record's start and end in seconds, `math.inf` for an open end; None without either. Raises AnnotationError."""
+def bounds_of(fields: Fields, where: str, *, negative_start: bool = False) -> Bounds | None:
+    """A record's start and end in seconds, `math.inf` for an open end; None without either.
+
+    negative_start: accept one, as MVBench does. Raises AnnotationError.
+    """
     start, end = (_seconds(fields.get(key), key, where) for key in ("start", "end"))
     if start is None and end is None:
         return None
     start, end = 0.0 if start is None else start, math.inf if end is None else end
-    if start < 0 or end <= start:
+    if end <= start or end <= 0 or (start < 0 and not negative_start):
         raise AnnotationError(
             f"{where}: found start {start:g} and end {end:g}, expected 0 <= start < end in seconds: correct them",
             cause="bounds",

@@ -1,6 +1,7 @@
-"""`stllm doctor`: checks data before hours are spent on them, and names all that is wrong, not the first thing alone.
+"""`stllm doctor`: checks data before hours are spent on it, and names all that is wrong, not only the first fault.
 
-Exit code 0 when nothing was found, 1 when something was: the list on stdout, a line about it on stderr.
+Exit code 0 when nothing was found, or only notes: faults in spite of which a benchmark is evaluated. 1 when something
+was found: the list on stdout, a line about it on stderr. Benchmarks are read by the code of `stllm evaluate`.
 `--flatten IN OUT` checks nothing: it writes an annotation file again, with one question and answer a record.
 """
 
@@ -8,22 +9,36 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 from stllm.common.datasets_section import DatasetSettings
+from stllm.common.errors import UserError
+from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.pools import one_a_core
 from stllm.datasets.annotations import flatten
 from stllm.datasets.doctor_checks import KINDS, Fault, Item
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
-from stllm.datasets.doctor_sources import Source, mvbench_sources, training_source, vcgbench_source, videoqa_source
+from stllm.datasets.doctor_sources import Source, training_source
 from stllm.datasets.features import clip_key
 from stllm.datasets.image_text_shards import expand_shards
+from stllm.evaluation.ground_truth import Entry
+from stllm.evaluation.mvbench import mvbench_entries
+from stllm.evaluation.vcgbench import vcgbench_entries
+from stllm.evaluation.videoqa import ANY, videoqa_entries
+from stllm.evaluation.videoqa import KINDS as VIDEOQA
 
+# By the name of the benchmark, as for `stllm evaluate`; "videoqa": any of the VideoQA sets.
+BENCHMARKS: dict[str, Callable[[EvaluationSettings], Iterator[Entry | Fault]]] = {
+    "mvbench": mvbench_entries,
+    "vcgbench": vcgbench_entries,
+    **{name: partial(videoqa_entries, name=name) for name in (*VIDEOQA, ANY)},
+}
 MAX_LISTED = 20  # faults of a kind, unless all are asked for
 MAX_WORKERS = 8  # unless more are asked for
 
@@ -43,18 +58,18 @@ class Report:
     faults: list[Fault] = field(default_factory=list)
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Faults by kind, in the order of KINDS."""
-        kinds = [fault.kind for fault in self.faults]
-        return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
-
-    @property
     def size(self) -> str:
         """What was looked at, in words."""
         parts = {"record": self.num_records, "medium": self.num_media, "shard": self.num_shards}
         plural = {"medium": "media"}
         words = (f"{count} {name if count == 1 else plural.get(name, name + 's')}" for name, count in parts.items())
         return ", ".join(word for word, count in zip(words, parts.values(), strict=True) if count) or "no record"
+
+
+def counts(faults: Sequence[Fault]) -> dict[str, int]:
+    """Faults by kind, in the order of KINDS."""
+    kinds = [fault.kind for fault in faults]
+    return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     report = examine(args)
     if args.json:
-        print(json.dumps({**asdict(report), "counts": report.counts}, ensure_ascii=False, indent=1))
+        print(json.dumps({**asdict(report), "counts": counts(report.faults)}, ensure_ascii=False, indent=1))
     else:
         if args.cfg_path is not None:
             print("data sets, with the number of records (of image-text pairs: shards)")
@@ -77,11 +92,12 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {name:{width}} {count:>9,}")
         for line in listing(report, MAX_LISTED if not args.all else None):
             print(line)
-    if not report.faults:
+    faults = [fault for fault in report.faults if not fault.note]
+    if not faults:
         return 0
     sys.stdout.flush()  # before the summary, where both go to one place
-    kinds = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
-    print(f"found {len(report.faults)} faults in {report.size}: {kinds}", file=sys.stderr)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts(faults).items())
+    print(f"found {len(faults)} faults in {report.size}: {kinds}", file=sys.stderr)
     return 1
 
 
@@ -90,6 +106,8 @@ def examine(args: argparse.Namespace) -> Report:
     report = Report(decode=args.decode)
     survey = Survey()
     tasks: list[Task] = []
+    if args.format in BENCHMARKS:
+        report.faults += _benchmark(args, report, survey)
     for source in _sources(args, report, tasks):
         items = _items(source, report)
         if source.features is not None:
@@ -97,7 +115,10 @@ def examine(args: argparse.Namespace) -> Report:
             tasks.append(partial(check_features, source.features, keys, decode=args.decode))
             continue
         for item in items:
-            report.faults += survey.add(item, source.folders, root=source.root, fps=source.fps)
+            if item.expects != "text":
+                place = os.path.normpath(os.path.join(source.folder, item.name))
+                found = survey.finder.by_path(item.name, [source.folder]) is not None
+                report.faults += survey.add(item, place, found=found, root=source.folder, fps=source.fps)
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
     tasks += [partial(check_use, use, args.decode) for use in survey.uses.values()]
@@ -109,12 +130,12 @@ def listing(report: Report, most: int | None = None) -> Iterator[str]:
     """The report as lines, grouped by kind. most: faults listed of each kind; None: all."""
     if not report.faults:
         yield f"nothing found in {report.size}"
-    for kind, count in report.counts.items():
+    for kind, count in counts(report.faults).items():
         yield f"{count} {kind}: {KINDS[kind]}"
         found = [fault for fault in report.faults if fault.kind == kind]
         for fault in found[:most]:
             subject = "" if fault.subject == fault.where else f" {fault.subject}:"
-            yield f"  {fault.where}:{subject} {fault.sentence}"
+            yield f"  {fault.where}:{subject} {fault.sentence}{' (a note)' if fault.note else ''}"
         if most is not None and count > most:
             yield f"  ... and {count - most} more (--all lists them)"
 
@@ -138,14 +159,33 @@ def _sources(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Ite
     if args.format == "shards":
         _add_shards(args.anno_path, report, tasks, args.decode)
         return []
-    if args.format == "mvbench":
-        return mvbench_sources(args.anno_path, args.video_dir)
-    folder = args.video_dir or os.path.dirname(args.anno_path) or "."
-    if args.format == "vcgbench":
-        return [vcgbench_source(args.anno_path, folder)]
-    if args.format == "videoqa":
-        return [videoqa_source(args.anno_path, folder, args.answers_path)]
-    return [training_source(args.format, args.anno_path, folder)]
+    if args.format in BENCHMARKS:
+        return []
+    return [training_source(args.format, args.anno_path, args.video_dir or os.path.dirname(args.anno_path) or ".")]
+
+
+def _benchmark(args: argparse.Namespace, report: Report, survey: Survey) -> Iterator[Fault]:
+    """Faults of a benchmark's ground truth; its media go to the survey."""
+    settings = EvaluationSettings(
+        anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
+    )
+    if args.format != "mvbench" and args.video_dir is None:
+        path = Path(args.anno_path).expanduser()
+        settings.video_dir = str(path if path.is_dir() else path.parent)
+    entries = BENCHMARKS[args.format](settings)
+    try:
+        for entry in tqdm(entries, desc=args.format, unit=" records", disable=None, delay=1, leave=False):
+            if isinstance(entry, Fault):
+                yield entry
+                continue
+            report.num_records += 1
+            yield from entry.faults
+            if entry.medium is not None:
+                found = entry.folder is not None
+                for fault in survey.add(entry.medium, entry.place, found=found, rule=settings.sampling):
+                    yield replace(fault, note=True)
+    except UserError as error:
+        yield Fault("refused", str(args.anno_path), "file", str(error).removeprefix(f"{args.anno_path}: "))
 
 
 def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Iterator[Source]:

@@ -43,6 +43,7 @@ def write(
         "benchmark": benchmark.name,
         "scores": benchmark.scores(lines),
         "counts": counts(benchmark, lines),
+        **({"notes": list(benchmark.notes)} if benchmark.notes else {}),
         "settings": dict(settings),
         "digests": dict(digests),
         "versions": versions(),

@@ -291,7 +291,7 @@ def test_vcgbench(tmp_path, video, capsys) -> None:
     assert named(report) == {
         ("colliding names", "v_a"): 1,
         ("empty question", "Q"): 1,
-        ("incomplete", "Q2"): 1,
+        ("incomplete", "record"): 1,
         ("empty answer", "A"): 1,
         ("incomplete", "A"): 1,
         ("incomplete", "video_name"): 1,
