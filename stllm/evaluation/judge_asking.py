@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from stllm.common.errors import UserError
 from stllm.evaluation.judge_endpoint import AskFailed, Endpoint, Stopped
 from stllm.evaluation.judge_ledger import Entry, JudgeRun, Ledger
 from stllm.evaluation.judge_parser import CutOff, Unparsable, parse_reply
@@ -68,7 +69,7 @@ class Asking:
         workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(items)))]
         try:
             await asyncio.gather(*workers)
-        except Stopped as stop:
+        except UserError as stop:  # also of the ledger, which does not mix judges
             self.stopped = str(stop)
         finally:
             for worker in workers:

@@ -93,7 +93,7 @@ class LocalJudge:
                 text = self._templated([merged])
             except TemplateError as error:
                 raise UserError(
-                    f"{self.model_id}: its chat template takes no message of a user ({error}): use a chat model as judge"
+                    f"{self.model_id}: its chat template refuses a single user message ({error}): use a chat model"
                 ) from None
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -122,7 +122,15 @@ _FIELD = re.compile(rf"(?P<key>{_STRING}|\w+)\s*[:=]\s*(?P<value>(?:{_STRING})(?
 _EXAMPLE = re.compile(r"\b(?:example|e\.g\.|for instance|maybe|perhaps)[^.\n]{0,12}$", re.IGNORECASE)
 _ROW = r"[^\n|]*\|[^\n]*"
 _TABLE = re.compile(rf"^({_ROW})\n[ |:]*-[ |:-]*\n((?:{_ROW}(?:\n|\Z))+)", re.MULTILINE)
-_DECISIONS = {"yes": "yes", "true": "yes", "correct": "yes", "no": "no", "false": "no", "incorrect": "no", "wrong": "no"}
+_DECISIONS = {
+    "yes": "yes",
+    "true": "yes",
+    "correct": "yes",
+    "no": "no",
+    "false": "no",
+    "incorrect": "no",
+    "wrong": "no",
+}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
 _OF_FIVE = re.compile(r"\s*(?:/|out of)\s*5(?:\.0)?$")
 
@@ -147,7 +155,8 @@ def _tabulated(answer: str) -> tuple[set[float], set[str], str]:
     def table(match: re.Match[str]) -> str:
         lines = (match[1], *match[2].splitlines())
         keys, *rows = ([_bare(cell) for cell in line.strip(" |").split("|")] for line in lines)
-        return "\n" if read((key.lower(), cell) for row in rows for key, cell in zip(keys, row)) else match[0]
+        fields = ((key.lower(), cell) for row in rows for key, cell in zip(keys, row, strict=False))
+        return "\n" if read(fields) else match[0]
 
     around = _DICTIONARY.sub(dictionary, answer)
     return scores, decisions, _TABLE.sub(table, around)
@@ -178,7 +187,8 @@ _LABEL = r"(?:score|rating|grade|verdict|final answer)[sd]?"
 _GAP = r"[^\w.!?,;\n]{0,8}?"  # signs and spaces
 _STATED = (  # the judge's own verdict
     rf"^\W*(?:[^\W_]+[ _]){{0,2}}{_LABEL}(?:{_GAP}[:=|]|\s+(?:is|would be|should be)\b){_GAP}{_NUMERAL}",
-    rf"\bI(?:'d|'ll| would| will)?(?: \w+ly)? (?:rate|give|gave|score|grade|assign)(?: [^\W\d]+){{0,6}}?:? {_NUMERAL}{_END}\D*$",
+    r"\bI(?:'d|'ll| would| will)?(?: \w+ly)? (?:rate|give|gave|score|grade|assign)(?: [^\W\d]+){0,6}?:? "
+    rf"{_NUMERAL}{_END}\D*$",
     rf"\b(?:actually|correction|should)\b.{{0,40}}?\b(?:{_LABEL}|be){_GAP}(?:\b(?:is|be|of)\b)?{_GAP}{_NUMERAL}{_END}",
     rf"\\boxed\{{(?:\\text\{{)?\s*{_NUMERAL}",
 )
@@ -193,7 +203,9 @@ _FINAL = re.compile(
 )
 _MARKUP = re.compile(r"[*`]{1,3}(?!\s*[\d*`])|(?<![\d\s*`])[*`]{1,3}")  # not the signs of 0.8 * 5
 _SCALE = re.compile(r"(?:\bon a scale )?\b(?:from |between )?0(?: ?[-–—] ?| to | and )5\b", re.IGNORECASE)
-_HEADING = re.compile(rf"^([^\w\n]{{0,8}}(?:[^\W_]+[ _])?{_LABEL})[:=\s]{{0,8}}\n\s{{0,8}}(?=\W?\d)", re.IGNORECASE | re.MULTILINE)
+_HEADING = re.compile(
+    rf"^([^\w\n]{{0,8}}(?:[^\W_]+[ _])?{_LABEL})[:=\s]{{0,8}}\n\s{{0,8}}(?=\W?\d)", re.IGNORECASE | re.MULTILINE
+)
 _CLAUSE = re.compile(r"(?<=[.!?;])\s+|\n")
 _SUPPOSED = re.compile(  # a clause about another answer than this one, or about the scale
     r"\b(?:if|unless|requires?|required|otherwise|could|might|example|maximum|highest|minimum|lowest)\b"
