@@ -76,7 +76,7 @@ class LocalJudge:
         for index, new in zip(fitting, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             length = next((place for place, token in enumerate(new) if token in self.end_ids), None)
             # Special tokens stay: some models mark their thoughts with them.
-            replies[index] = (self.tokenizer.decode(new[:length]), length is None)
+            replies[index] = (str(self.tokenizer.decode(new[:length])), length is None)
         return replies
 
     def _prompt(self, messages: Messages) -> list[int]:

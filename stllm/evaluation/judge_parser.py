@@ -115,7 +115,7 @@ def _without_thoughts(reply: str) -> str:
 # ---- 2. dictionaries and tables -------------------------------------------------------------------------------------
 
 _STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\N{MINUS SIGN}": "-"})
-_STRING = r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'"
+_STRING = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\\n]|\\.)*'"
 _DICTIONARY = re.compile(rf"\{{((?:[^{{}}'\"]|{_STRING})*)\}}")  # innermost; strings may hold braces
 _COMMENT = re.compile(rf"({_STRING})|(?:#|//)[^\n]*|/\*.*?\*/", re.DOTALL)
 _FIELD = re.compile(rf"(?P<key>{_STRING}|\w+)\s*[:=]\s*(?P<value>(?:{_STRING})(?=\s*(?:[,\n]|\Z))|[^,\n]*)")

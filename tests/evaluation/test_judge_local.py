@@ -60,7 +60,7 @@ def test_a_local_model_scores_in_batches(tmp_path, template) -> None:
     assert results(tmp_path, "detail") == found
 
 
-def test_a_local_judge_that_does_not_end_within_128_tokens_is_told_to_get_more(tmp_path) -> None:
+def test_a_local_reply_that_does_not_end_within_128_tokens_fails_with_advice(tmp_path) -> None:
     assert judge(tmp_path, write_judge(tmp_path / "judge", says="4")) == 1
     found = results(tmp_path, "detail")
     assert (found["counts"]["failed"], found["mean"]) == (5, None)
@@ -74,8 +74,8 @@ def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, mo
     local = LocalJudge.load(
         str(write_judge(tmp_path / "judge", says="4")), device="cpu", dtype="float32", max_new_tokens=3
     )
-    end, pad, other = local.tokenizer.convert_tokens_to_ids(["[EOS]", "[PAD]", "[UNK]"])
-    four = local.tokenizer.convert_tokens_to_ids("4")
+    ids = local.tokenizer.get_vocab()
+    end, pad, other, four = (ids[token] for token in ("[EOS]", "[PAD]", "[UNK]", "4"))
 
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.cat([input_ids, torch.tensor([[other, four, end], [four, end, pad], [four] * 3])], dim=1)
@@ -85,14 +85,22 @@ def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, mo
     assert local.replies(chats) == [("[UNK] 4", False), ("4", False), ("4 4 4", True)]
 
 
-def test_a_template_that_drops_the_system_message_gets_it_in_the_users(tmp_path) -> None:
+def test_a_template_that_drops_the_system_message_gets_it_in_the_users(tmp_path, monkeypatch) -> None:
     drops = TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
     local = LocalJudge.load(
         str(write_judge(tmp_path / "judge", template=drops)), device="cpu", dtype="float32", max_new_tokens=8
     )
-    asked = local.replies([[{"role": "system", "content": "cat dog"}, {"role": "user", "content": "what"}]])
-    assert asked == local.replies([[{"role": "user", "content": "cat dog\n\nwhat"}]])
-    assert asked != local.replies([[{"role": "user", "content": "what"}]])
+    asked: list[list[int]] = []
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        asked.extend(input_ids.tolist())
+        return input_ids
+
+    monkeypatch.setattr(local.model, "generate", generate)
+    local.replies([[{"role": "system", "content": "cat dog"}, {"role": "user", "content": "what"}]])
+    local.replies([[{"role": "user", "content": "cat dog\n\nwhat"}]])
+    assert asked[0] == asked[1]
+    assert "cat dog what" in str(local.tokenizer.decode(asked[0]))
 
 
 def test_a_template_that_refuses_every_chat_is_named(tmp_path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""Judges of the field through `stllm judge`: each gives its verdicts or a sentence to act upon, in few requests."""
+"""Many kinds of judges through `stllm judge`: each gives its verdicts, or a sentence that says what to do."""
 
 import json
 from collections import Counter
@@ -9,7 +9,7 @@ import pytest
 
 from stllm.evaluation import judge_endpoint
 from stllm.evaluation.judge_endpoint import Backoff
-from tests.helpers.judge_server import Answer, FakeJudge, field, judge_server, says
+from tests.helpers.judge_server import Answer, FakeJudge, judge_by_name, judge_server, says
 from tests.helpers.judging import judge, ledger, questions, results, write
 
 
@@ -22,7 +22,7 @@ def hasty(monkeypatch) -> None:
 @pytest.fixture
 def server():
     """A judge whose kind the model's name chooses."""
-    with judge_server(field) as judge:
+    with judge_server(judge_by_name) as judge:
         yield judge
 
 

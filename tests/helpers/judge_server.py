@@ -72,8 +72,8 @@ def fair(request: dict[str, Any], number: int = 0) -> Answer:
 THINKING = "<think>\nI need to reply like the example {example}. Now, the predicted answer says"
 
 
-def field(request: dict[str, Any], number: int) -> Answer:
-    """A judge as they are in the field. The model's name chooses which; what counts of each reply is `no`, 0."""
+def judge_by_name(request: dict[str, Any], number: int) -> Answer:
+    """A judge as users meet them, chosen by the model's name. The verdict of each reply is `no`, 0, if it has one."""
     qa = "'pred'" in json.dumps(request["messages"])
     example = "{'pred': 'yes', 'score': 4}" if qa else "{'score': 3}"
     verdict = "{'pred': 'no', 'score': 0}" if qa else "{'score': 0}"
