@@ -61,13 +61,13 @@ def test_a_local_model_scores_in_batches(tmp_path, template) -> None:
 
 
 def test_a_local_reply_that_does_not_end_within_128_tokens_fails_with_advice(tmp_path) -> None:
-    assert judge(tmp_path, write_judge(tmp_path / "judge", says="4")) == 1
+    assert judge(tmp_path, write_judge(tmp_path / "judge", says="4"), "--concurrency", "5") == 1
     found = results(tmp_path, "detail")
     assert (found["counts"]["failed"], found["mean"]) == (5, None)
     assert all("raise --max-tokens" in reason for reason in found["failed_items"].values())
     assert [(line["reply"].split(), line["cut"]) for line in ledger(tmp_path, "detail")] == [(["4"] * 128, True)] * 5
-    assert judge(tmp_path, tmp_path / "judge", "--max-tokens", "256") == 1  # joins the same ledger
-    assert [len(line["reply"].split()) for line in ledger(tmp_path, "detail")][-5:] == [256] * 5
+    assert judge(tmp_path, tmp_path / "judge", "--concurrency", "5", "--max-tokens", "130") == 1  # continues the ledger
+    assert [len(line["reply"].split()) for line in ledger(tmp_path, "detail")] == [128] * 5 + [130] * 5
 
 
 def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, monkeypatch) -> None:
