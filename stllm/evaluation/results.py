@@ -43,6 +43,7 @@ def write(
         "benchmark": benchmark.name,
         "scores": benchmark.scores(lines),
         "counts": counts(benchmark, lines),
+        "cut_tokens": cut_tokens(lines),
         "settings": dict(settings),
         "digests": dict(digests),
         "versions": versions(),
@@ -65,6 +66,16 @@ def counts(benchmark: Benchmark, records: Sequence[Record]) -> dict[str, int]:
         "answered": len(records) - failed,
         "failed": failed,
         "excluded": benchmark.num_excluded,
+    }
+
+
+def cut_tokens(records: Sequence[Record]) -> dict[str, int]:
+    """Tokens that the context rule cut from the front of all prompts, and the items that they were cut from."""
+    cuts = [line["cut_tokens"] for line in records if not line.get("error")]
+    return {
+        "items": sum(any(cut.values()) for cut in cuts),
+        "visual": sum(cut["visual"] for cut in cuts),
+        "text": sum(cut["text"] for cut in cuts),
     }
 
 
