@@ -93,12 +93,12 @@ class Chat:
 
     def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
         """Answers a batch of requests in one generation; the same answers as one at a time."""
-        return self.complete([self.prepare(request, decoding=decoding) for request in requests], decoding)
+        return self.complete([self.prepare(request, decoding) for request in requests], decoding)
 
     def stream(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
         """The answer's text, piece by piece. Closing the iterator ends the generation. Raises UserError."""
         decoding.check_streaming()
-        prepared = self.prepare(request, decoding=decoding)
+        prepared = self.prepare(request, decoding)
         if prepared.cut.total:
             log.warning("%s", prepared.cut)
         yield from self.stream_prepared(prepared, decoding)
@@ -146,10 +146,10 @@ class Chat:
         return Seen(encoded, clip.info.kind, clip.times, seconds)
 
     @torch.inference_mode()
-    def prepare(self, request: Request, seen: Seen | None = None, *, decoding: Decoding | None = None) -> Prepared:
+    def prepare(self, request: Request, decoding: Decoding | None = None, seen: Seen | None = None) -> Prepared:
         """The prompt and the visual tokens, which may depend on the question, cut as the context rule says.
 
-        seen: the request's medium, encoded. decoding: the settings that the answer will be generated with.
+        decoding: the settings that the answer will be generated with. seen: the request's medium, encoded.
         Raises RequestError for a question that cannot be answered, MediaError for an unreadable medium, UserError for
         a model whose tokens are no numbers.
         """
@@ -183,7 +183,7 @@ class Chat:
         if positions is not None and fitted.length > positions and not self._warned:
             self._warned = True
             log.warning(
-                "a prompt has %d tokens, but the language model was trained for %d positions: answers may make no sense",
+                "a prompt has %d tokens, but the language model was trained for %d positions: answers may be noise",
                 fitted.length,
                 positions,
             )
@@ -283,8 +283,8 @@ def load_chat(
 ) -> Chat:
     """Loads a checkpoint folder of any known format, ready for questions. Raises UserError.
 
-    num_frames: of a video; None for the checkpoint's own number. context: the rule for long prompts, published (None) or
-        all; see conversation/context.py.
+    num_frames: of a video; None for the checkpoint's own number.
+    context: the rule for long prompts, `published` (None) or `all`; see conversation/context.py.
     """
     from stllm.models.checkpoints.loading import load_pretrained
 

@@ -1,11 +1,11 @@
 """The context rule: how much of a long prompt enters the language model.
 
-published: the last tokens of the prompt, visual and text, so that with the new tokens they are at most 2,000. This is the
-    rule of the published chat, VcgBench and VideoQA; MVBench cuts nothing. A model that was trained for fewer positions
-    keeps only as many tokens as it has positions.
+published: the last tokens of the prompt, visual and text, so that with the new tokens they are at most 2,000. This is
+    the rule of the published chat, VcgBench and VideoQA; MVBench cuts nothing. A model that was trained for fewer
+    positions keeps only as many tokens as it has positions.
 all: every token. A model with rotary positions then also reads beyond the positions that it was trained for.
 
-A prompt is refused only where neither rule can serve it: positions that are learned cannot be exceeded, and the question
+A prompt is refused only where neither rule can serve it: positions from a table cannot be exceeded, and the question
 itself is never cut. Standard library only: the command line reads the names.
 """
 
@@ -34,6 +34,9 @@ class Cut:
     def __str__(self) -> str:
         """A sentence for the user."""
         return f"The prompt is long: its first {self.total} tokens were cut, {self.visual} of them the video's."
+
+
+NOTHING_CUT = Cut()
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def measure_evidence(
     if len(seen.times) < 2:
         raise UserError(f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video")
     decoding = decoding or chat.decoding
-    prepared = chat.prepare(request, seen, decoding=decoding)
+    prepared = chat.prepare(request, decoding, seen)
     text = chat.complete([prepared], decoding)[0].text if answer is None else answer
     ids = answer_ids(chat, request, text)
     _check_length(chat, prepared, len(ids), decoding.context)
@@ -109,7 +109,7 @@ def smallest_difference(dtype: torch.dtype, num_tokens: int) -> float:
     """The smallest difference in nats between two log probabilities of an answer that means something. Chosen here.
 
     0.01 nats change a probability by 1 %. Under 16-bit types rounding is larger: logits are of the order of 10, so each
-    of the answer's tokens carries an error of about 10 times the type's epsilon, and such errors add up like a random walk.
+    token of the answer carries an error of about 10 times the type's epsilon, and errors add up like a random walk.
     """
     return max(MIN_DIFFERENCE, 10 * torch.finfo(dtype).eps * num_tokens**0.5)
 
@@ -122,8 +122,8 @@ def _check_length(chat: "Chat", prepared: Prepared, num_answer: int, context: st
         return
     if context == PUBLISHED or has_position_table(config):
         raise RequestError(
-            f"the prompt has {prepared.length} tokens ({prepared.num_visual} of the video), but with the {num_answer} of "
-            f"the answer that is more than the {positions} positions of the language model: give a shorter answer"
+            f"the prompt has {prepared.length} tokens ({prepared.num_visual} of the video), but with the answer's "
+            f"{num_answer} that is more than the language model's {positions} positions: give a shorter answer"
         )
 
 

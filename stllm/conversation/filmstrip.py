@@ -98,7 +98,7 @@ def _draw_curve(axes: "Axes", evidence: Evidence) -> None:
     for first, end in (evidence.segments[number] for number in evidence.cut):
         axes.axvspan(first - 0.5, end - 0.5, color="grey", alpha=0.25, linewidth=0)
     if evidence.cut:
-        axes.text(-0.5, 0.98, " not read: cut from the prompt", transform=axes.get_xaxis_transform(), va="top", fontsize=8)
+        axes.annotate("not read: cut from the prompt", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=8)
     axes.plot(range(count), frames, marker="o", markersize=3, color=FOR)
     axes.axhline(0, color="black", linewidth=0.8)
     places = range(0, count, -(-count // MAX_PICTURES))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.conversation.context import Cut
+from stllm.conversation.context import NOTHING_CUT, Cut
 from stllm.conversation.templates import VISUAL, Turn
 from stllm.datasets.media import check_clip
 from stllm.datasets.sampling import Bounds
@@ -105,7 +105,7 @@ class Answer:
     frame_times: list[float]
     visual_tokens: int
     seconds: dict[str, float]
-    cut: Cut = Cut()
+    cut: Cut = NOTHING_CUT
 
 
 def _marks(files: list[Path]) -> Iterator[tuple[str, int, int]]:

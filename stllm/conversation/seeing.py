@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stllm.conversation.context import ALL, PUBLISHED, Cut, has_position_table, room
+from stllm.conversation.context import ALL, NOTHING_CUT, PUBLISHED, Cut, has_position_table, room
 from stllm.conversation.requests import Media, Request, RequestError
 from stllm.datasets.media import Clip, load_clip
 from stllm.models.sequences import VISUAL_TOKEN_ID
@@ -66,7 +66,7 @@ class Prepared:
     visual: Tensor | None = None
     times: list[float] = field(default_factory=list)
     seconds: Mapping[str, float] = field(default_factory=_no_time)
-    cut: Cut = Cut()
+    cut: Cut = NOTHING_CUT
 
     @property
     def num_visual(self) -> int:

@@ -142,7 +142,7 @@ class Engine:
         """Puts an item's questions into the queue, and gives the records of a full one."""
         try:
             requests = self._requests(item)
-            prepared = [self.chat.prepare(request, seen, decoding=self.decoding) for request in requests]
+            prepared = [self.chat.prepare(request, self.decoding, seen) for request in requests]
         except RequestError as error:
             yield failed(item, f"{item.video}: {error}")
             return

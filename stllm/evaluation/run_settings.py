@@ -59,6 +59,7 @@ def run_settings(
             "checkpoint": checkpoint,
             "dtype": dtype,
             "quantization": "8bit" if opened.settings.get("low_resource") else None,
+            "num_frames": config.num_frames,
             "video_input": config.video_input,
             "residual_size": config.residual_size,
             "image_size": config.vision_config["image_size"],

@@ -21,7 +21,7 @@ def answer_steps(chat: Chat, asked: Asked, path: Path | None, stop: Event) -> Ge
     """Pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError for what cannot be read."""
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
     with hiding(path):
-        prepared = chat.prepare(Request(asked.turns, media, asked.system), decoding=asked.decoding)
+        prepared = chat.prepare(Request(asked.turns, media, asked.system), asked.decoding)
         with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
             ids = yield from pieces
     yield _end(chat, asked.decoding, prepared, ids)

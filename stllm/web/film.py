@@ -93,7 +93,7 @@ def _words(evidence: Evidence) -> str:
     score = evidence.scores[evidence.peak]
     if not evidence.matters:
         found = (
-            "No part of the video speaks for this answer or against it: whichever is left out, the difference is at most "
+            "No part of the video speaks for this answer or against it: leaving any out makes a difference of at most "
             f"{evidence.bound:.2g} nats."
         )
     elif score <= 0:
