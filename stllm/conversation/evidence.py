@@ -100,18 +100,19 @@ def measure_evidence(
         times=seen.times,
         segments=segments,
         scores=[whole - part for part in parts],
-        bound=smallest_difference(chat.model.dtype, len(ids)),
+        bound=smallest_difference(chat.model.dtype, whole, len(ids)),
         cut=[number for number, (_, cut) in enumerate(left) if cut],
     )
 
 
-def smallest_difference(dtype: torch.dtype, num_tokens: int) -> float:
-    """The smallest difference in nats between two log probabilities of an answer that means something. Chosen here.
+def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: int) -> float:
+    """The smallest difference in nats between log probabilities of an answer that means something. Chosen here.
 
-    0.01 nats change a probability by 1 %. Under 16-bit types rounding is larger: logits are of the order of 10, so each
-    token of the answer carries an error of about 10 times the type's epsilon, and errors add up like a random walk.
+    0.01 nats change a probability by 1 %. Rounding may be larger: logits are of the order of 10, so that of a token of
+    probability p changes its log probability by about 10 (1 - p) times the type's epsilon. Over the answer, the sum of
+    1 - p is at most its number of tokens, and at most minus its log probability.
     """
-    return max(MIN_DIFFERENCE, 10 * torch.finfo(dtype).eps * num_tokens**0.5)
+    return max(MIN_DIFFERENCE, 10 * torch.finfo(dtype).eps * min(num_tokens, -log_probability))
 
 
 def _check_length(chat: "Chat", prepared: Prepared, num_answer: int, context: str) -> None:

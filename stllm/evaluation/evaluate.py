@@ -123,8 +123,8 @@ def summary(path: Path, benchmark: Benchmark, outcome: Outcome, content: Mapping
         f"{counts['total']}; {seconds:.0f} s"
     )
     lines.append(_looked_at(outcome.settings))
-    if items := content["cut_tokens"]["items"]:
-        lines.append(f"{items} prompts were cut by the context rule, see cut_tokens in {path}.jsonl")
+    if "cut" in counts:
+        lines.append(f"the context rule cut the prompts of {counts['cut']} items, see cut_tokens in {path}.jsonl")
     errors = [record["error"] for record in outcome.records if record.get("error")]
     lines += [f"failed: {error}" for error in errors[:SHOWN_FAILURES]]
     if len(errors) > SHOWN_FAILURES:

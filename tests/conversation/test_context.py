@@ -296,7 +296,7 @@ def test_64_frames_of_all_run_as_published(
 
     monkeypatch.setattr(STLLM, "generate", spy)
     assert evaluate("--batch-size", "1") == 0
-    assert "2 prompts were cut by the context rule" in capsys.readouterr().out
+    assert "the context rule cut the prompts of 2 items" in capsys.readouterr().out
     chat = chats["instructblip"]
     decoding = replace(SHORT, num_beams=5, max_new_tokens=4)
     found = lines(tmp_path)
@@ -311,8 +311,8 @@ def test_64_frames_of_all_run_as_published(
         assert expected in generated and line["prediction"] == chat.processor.decode(expected)
         total += cut
     results = json.loads((tmp_path / "msvd.results.json").read_text())
-    assert results["counts"] == {"total": 3, "answered": 3, "failed": 0, "excluded": 0}
-    assert results["cut_tokens"] == {"items": 2, "visual": total, "text": 0}
+    counts = {"total": 3, "answered": 3, "failed": 0, "excluded": 0}
+    assert results["counts"] == {**counts, "cut": 2, "cut_visual_tokens": total, "cut_text_tokens": 0}
     assert results["settings"]["decoding"]["context"] == "published"
     assert results["settings"]["evaluation"]["num_frames"] == 64
 
@@ -328,10 +328,46 @@ def test_a_rerun_does_not_mix_context_rules(
     assert "was made with another setting: decoding.context" in capsys.readouterr().err
     assert evaluate(*one_beam, "--options", "evaluation.context=all", "--output-name", "other") == 0
     second = json.loads((tmp_path / "other.results.json").read_text())
-    assert second["cut_tokens"] == {"items": 0, "visual": 0, "text": 0}
+    assert first["counts"]["cut"] == 1 and "cut" not in second["counts"]
     assert first["digests"]["config"] != second["digests"]["config"]
     assert evaluate("--options", "evaluation.context=some") == 1
     assert "unknown evaluation.context 'some': known are all, published" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("own", "words", "frames", "told"),
+    [
+        (3, [], 3, "3 frames of each video, the checkpoint's own number"),
+        (3, ["--num-frames", "4"], 4, "4 frames of each video; the checkpoint's own number is 3"),
+        (3, ["--cfg-path", "frames.yaml"], 2, "2 frames of each video; the checkpoint's own number is 3"),
+    ],
+)
+def test_a_checkpoint_is_asked_with_its_own_number_of_frames(
+    evaluate: Callable[..., int],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    own: int,
+    words: list[str],
+    frames: int,
+    told: str,
+) -> None:
+    """Below the user's, above the preset's, which a checkpoint without a number gets (64, as above)."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "num_frames": own}))
+    monkeypatch.chdir(tmp_path)
+    Path("frames.yaml").write_text("evaluation: {num_frames: 2}\n")
+    assert evaluate("--num-beams", "1", "--limit", "1", "--ckpt-path", str(folder), *words) == 0
+    assert told in capsys.readouterr().out
+    assert lines(tmp_path)[0]["frames"]["count"] == frames
+    settings = json.loads((tmp_path / "msvd.results.json").read_text())["settings"]
+    assert settings["evaluation"]["num_frames"] == frames and settings["model"]["num_frames"] == own
 
 
 def test_new_tokens_that_leave_no_prompt_are_refused(
