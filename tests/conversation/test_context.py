@@ -338,8 +338,8 @@ def test_a_rerun_does_not_mix_context_rules(
     ("own", "words", "frames", "told"),
     [
         (3, [], 3, "3 frames of each video, the checkpoint's own number"),
-        (3, ["--num-frames", "4"], 4, "4 frames of each video; the checkpoint's own number is 3"),
-        (3, ["--cfg-path", "frames.yaml"], 2, "2 frames of each video; the checkpoint's own number is 3"),
+        (3, ["--num-frames", "4"], 4, "4 frames of each video (the checkpoint's own number: 3)"),
+        (3, ["--cfg-path", "frames.yaml"], 2, "2 frames of each video (the checkpoint's own number: 3)"),
     ],
 )
 def test_a_checkpoint_is_asked_with_its_own_number_of_frames(
