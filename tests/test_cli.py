@@ -121,7 +121,7 @@ def test_an_unknown_option_is_named_with_the_nearest(ran, capsys, words, told) -
 def test_chat_takes_every_option(ran) -> None:
     argv = "chat --video a.mp4 --question one --question two --ckpt-path d --cfg-path c --reader pyav --start 1.5"
     argv += " --end 2 --num-frames 8 --num-beams 5 --max-new-tokens 300 --temperature 0 --json --dtype bf16 --seed 3"
-    argv += " --evidence out.png"
+    argv += " --evidence out.png --context all"
     assert main([*argv.split(), "--options", "model.video_input=mean", "model.residual_size=4", "--debug"]) == 0
     expected = {
         "video": "a.mp4",
@@ -136,6 +136,7 @@ def test_chat_takes_every_option(ran) -> None:
         "num_beams": 5,
         "max_new_tokens": 300,
         "temperature": 0.0,
+        "context": "all",
         "evidence": "out.png",
         "stream": False,
         "json": True,

@@ -33,6 +33,7 @@ class EvaluationSettings:
     num_beams: int | None = field(default=None, metadata={"low": 1})
     max_new_tokens: int | None = field(default=None, metadata={"low": 1})
     repetition_penalty: float | None = None
+    context: str = field(default="published", metadata={"choices": ("published", "all")})  # conversation/context.py
 
     # Speed
     batch_size: int = field(default=8, metadata={"low": 1})  # questions answered at once
