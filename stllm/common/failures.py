@@ -50,8 +50,8 @@ def sentence(error: Exception) -> str:
         )
     if any(words in text for words in _PROXY_WORDS):
         return (
-            f"the proxy in the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) cannot be used ({text}): install "
-            "`httpx[socks]` for a socks5:// proxy, or correct or unset the variable"
+            f"the proxy in the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) cannot be used ({text}): for a "
+            "socks5:// proxy run `pip install socksio`; else correct or unset the variable"
         )
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "stllm":
         return (

@@ -112,7 +112,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "eval_strategy": ("no", _EVALUATION),
     "eval_on_start": (False, _EVALUATION),
     "push_to_hub": (False, "training uploads nothing; upload the finished folder with `hf upload NAME DIR`"),
-    "optim_target_modules": (None, "optimizers that choose among the model's layers (GaLore, APOLLO) are not supported"),
+    "optim_target_modules": (
+        None,
+        "optimizers that choose among the model's layers (GaLore, APOLLO) are not supported",
+    ),
     "accelerator_config": (None, "batches are divided here; use run.gradient_accumulation_steps to accumulate"),
     "parallelism_config": (None, "tensor and context parallelism are not supported; use run.fsdp or run.deepspeed"),
 }

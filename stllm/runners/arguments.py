@@ -3,6 +3,7 @@
 Everything that transformers would refuse later, after the weights are loaded, is tried here first.
 """
 
+import copy
 import json
 import multiprocessing
 import os
@@ -124,6 +125,11 @@ def _check_json(key: str, path: str) -> None:
 def _try_optimizer(args: TrainingArguments) -> None:
     """Builds optimizer and schedule for one parameter, so that what is missing or wrong is found before training."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    if args.optim_args:
+        plain = copy.copy(args)
+        plain.optim_args = None
+        if Trainer.get_optimizer_cls_and_kwargs(plain) == (kind, options):
+            raise ValueError(f"run.optim_args {args.optim_args!r} has no effect on run.optim {args.optim.value}")
     optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
     get_scheduler(
         args.lr_scheduler_type,
