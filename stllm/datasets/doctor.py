@@ -11,16 +11,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from stllm.common.datasets_section import DatasetSettings
+from stllm.common.datasets_section import DatasetSettings, texts
+from stllm.common.errors import UserError
 from stllm.common.pools import one_a_core
-from stllm.datasets.doctor_checks import KINDS, Fault, Item
+from stllm.datasets.doctor_checks import KINDS, Fault, Item, Lengths, at_least_words
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
 from stllm.datasets.doctor_sources import Source, mvbench_sources, training_source, vcgbench_source, videoqa_source
 from stllm.datasets.features import clip_key
 from stllm.datasets.image_text_shards import expand_shards
+from stllm.datasets.samples import LengthCheck
 
 MAX_LISTED = 20  # faults of a kind, unless all are asked for
 MAX_WORKERS = 8  # unless more are asked for
@@ -35,6 +38,7 @@ class Report:
     num_media: int = 0
     num_shards: int = 0
     faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be checked, and why
 
     @property
     def counts(self) -> dict[str, int]:
@@ -89,6 +93,7 @@ def examine(args: argparse.Namespace) -> Report:
 
 def listing(report: Report, most: int | None = None) -> Iterator[str]:
     """The report as lines, grouped by kind. most: faults listed of each kind; None: all."""
+    yield from report.notes
     if not report.faults:
         yield f"nothing found in {report.size}"
     for kind, count in report.counts.items():
@@ -134,7 +139,9 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
     from stllm.datasets.corpora import resolved_settings
 
     cfg = load_config(args.cfg_path, args.options, model_type="instructblip_vicuna0")
-    for name, settings in resolved_settings(cfg).items():
+    entries = resolved_settings(cfg)
+    check = _length_check(cfg, report)
+    for name, settings in entries.items():
         if settings.type == "image_text":
             _add_shards(settings.shards, report, tasks, args.decode, settings)
         elif settings.anno_path is None:
@@ -147,7 +154,26 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
                 media=settings.media,
                 fps=settings.fps,
                 features=settings.features_dir,
+                lengths=Lengths(check, settings.num_frames, settings.multi_turn, tuple(texts(settings.instruction))),
             )
+
+
+def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
+    """The configured model's bound on lengths; without its files here, the one that counts words."""
+    from stllm.models.factory import model_section, piece_paths
+    from stllm.tasks.video_text_it import PositionLimit, config_and_processor
+
+    settings = model_section(cfg)
+    absent = [path for path in piece_paths(settings) if not os.path.exists(path)]  # nothing is downloaded for a check
+    try:
+        if absent:
+            raise UserError(f"{absent[0]} is not here")
+        return PositionLimit.of(*config_and_processor(cfg)) or (lambda sample, num_frames: None)
+    except UserError as error:
+        report.notes.append(
+            f"lengths are counted in words, not in tokens, as the model's files cannot be read: {error}"
+        )
+        return at_least_words
 
 
 def _add_shards(

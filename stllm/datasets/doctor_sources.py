@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from stllm.datasets.doctor_checks import (
     Fault,
     Finding,
     Item,
+    Lengths,
+    at_least_words,
     check_mvbench,
     check_training,
     check_vcgbench,
@@ -58,10 +61,16 @@ def training_source(
     media: str | None = None,
     fps: float | None = None,
     features: str | None = None,
+    lengths: Lengths | None = None,
 ) -> Source:
-    """VideoChat2-IT, caption pairs or JSONL. media: "video", "image" or "text" when the data set is of that alone."""
+    """VideoChat2-IT, caption pairs or JSONL.
+
+    media: "video", "image" or "text" when the data set is of that alone. lengths: how long its samples may be; by
+    default a bound that needs no tokenizer.
+    """
     file = Path(path).expanduser()
-    findings = _checked(file, "vc2", lambda fields, where: check_training(fields, where, media=media))
+    check = partial(check_training, media=media, lengths=lengths or Lengths(at_least_words))
+    findings = _checked(file, "vc2", check)
     return Source(name, _of_one_medium(findings, file, media), (media_dir,), media_dir, fps, features)
 
 

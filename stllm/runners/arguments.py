@@ -86,8 +86,8 @@ def _check_values(values: Mapping[str, Any]) -> None:
         raise UserError("run.save_strategy must be steps, epoch or no, found 'best': training does not evaluate")
     if str(values.get("optim")).startswith(OTHER_OPTIMIZERS):
         raise UserError(
-            f"run.optim {values['optim']!r} is not supported, as it needs parameter groups of its own: use adamw_torch, "
-            "adafactor or a bitsandbytes optimizer such as adamw_bnb_8bit"
+            f"run.optim {values['optim']!r} is not supported, as it needs parameter groups of its own: use "
+            "adamw_torch, adafactor or a bitsandbytes optimizer such as adamw_bnb_8bit"
         )
     methods = multiprocessing.get_all_start_methods()
     context = values.get("dataloader_multiprocessing_context")

@@ -112,8 +112,8 @@ def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
         last = folder.last_checkpoint()
         if last is not None or folder.is_finished():
             raise UserError(
-                f"run.resume_from_checkpoint is False, but {folder.path} holds {last.name if last else 'a model'} of an "
-                "earlier run, which would be lost: name another run.output_dir to begin anew, or leave out "
+                f"run.resume_from_checkpoint is False, but {folder.path} holds {last.name if last else 'a model'} of "
+                "an earlier run, which would be lost: name another run.output_dir to begin anew, or leave out "
                 "run.resume_from_checkpoint to continue"
             )
         return None

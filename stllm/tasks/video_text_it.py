@@ -123,8 +123,9 @@ class PositionLimit:
         if found > self.num_positions:
             visual = num_visual_tokens(self.config, num_frames) if sample.media is not None else 0
             raise AnnotationError(
-                f"{sample.name}: its prompt and answer have {found} tokens ({visual} of them visual), but the language "
-                f"model has {self.num_positions} positions: shorten the text, use fewer frames, or leave the record out",
+                f"{sample.name}: its prompt and answer have {found} tokens ({visual} of them visual), but the "
+                f"language model has {self.num_positions} positions: shorten the text, use fewer frames, or leave the "
+                "record out",
                 cause=TOO_LONG,
             )
 
@@ -142,9 +143,9 @@ class PositionLimit:
             if self.num_tokens((Turn(question="", answer=""),), corpus.media, corpus.num_frames) > self.num_positions:
                 visual = num_visual_tokens(self.config, corpus.num_frames)
                 raise UserError(
-                    f"data set {corpus.name}: {corpus.num_frames} frames become {visual} visual tokens, which leaves no "
-                    f"room for text in the language model's {self.num_positions} positions: lower its num_frames, or "
-                    "set model.video_input to residual or mean"
+                    f"data set {corpus.name}: {corpus.num_frames} frames become {visual} visual tokens, which leaves "
+                    f"no room for text in the language model's {self.num_positions} positions: lower its num_frames, "
+                    "or set model.video_input to residual or mean"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The keys of `run` as a user types them: each mistake gives one sentence, and each key works, is noted or is refused."""
+"""The keys of `run` as a user types them: a mistake gives one sentence; each key works, is noted or is refused."""
 
 import dataclasses
 import logging
@@ -111,16 +111,14 @@ def test_a_mistake_gives_one_sentence(
     assert words in refusal(capsys, recipe, *(f"run.{option}" for option in options))
 
 
-@pytest.mark.parametrize(
-    "given", [("--device", "cuda"), ("--device", "cuda:7"), ("--gpu-id", "1"), ("--device", "mps")]
-)
+@pytest.mark.parametrize("given", ["--device=cuda", "--device=cuda:7", "--gpu-id=1", "--device=mps"])
 def test_an_absent_device_is_refused_by_every_command(
-    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: tuple[str, str]
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    found = refusal(capsys, recipe, command=given)
+    found = refusal(capsys, recipe, command=(given,))
     assert "is not there: this machine has cpu; use one, or auto" in found
     commands = [
         ["chat", "--video", "gone.mp4", "--question", "?"],
@@ -134,10 +132,10 @@ def test_an_absent_device_is_refused_by_every_command(
         ["demo"],
     ]
     for argv in commands:
-        assert main([*argv, *given]) == 1
+        assert main([*argv, given]) == 1
         assert capsys.readouterr().err.splitlines() == [found], argv
     for argv in (["verify", "gone"], ["toy", "--output", "gone"]):  # they never use a GPU
-        assert main([*argv, *given]) == 2
+        assert main([*argv, given]) == 2
 
 
 @pytest.mark.parametrize("arguments", [("--device", "cuda:1"), ("--gpu-id", "1")])
