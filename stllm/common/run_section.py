@@ -1,8 +1,8 @@
 """The keys of `run`: transformers' TrainingArguments, whatever its version calls them, and ours (RunSettings).
 
 Published recipes were written for transformers 4: arguments renamed since are translated, dropped ones accepted with
-a note. Which names exist is read from the installed TrainingArguments, imported only when a `run` is there. Each of them
-is in exactly one of three tables: HONOURED, UNUSED (accepted with a note) and REFUSED (one value alone is accepted).
+a note. Which names exist is read from the installed TrainingArguments, imported only when a `run` is there. Each of
+them is in exactly one of three tables: HONOURED, UNUSED (accepted with a note) and REFUSED (one value is accepted).
 """
 
 import dataclasses

@@ -102,7 +102,7 @@ class Lengths:
         for number, sample in enumerate(samples, start=1):
             try:
                 self.check(Sample(SampleKey(0, 0, 0, 0), where, sample, media), num_frames)
-            except AnnotationError as error:
+            except AnnotationError as error:  # noqa: PERF203
                 subject = "QA" if self.multi_turn else f"QA {number}"
                 yield Fault(error.cause, where, subject, str(error).removeprefix(f"{where}: "))
 

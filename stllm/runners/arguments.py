@@ -49,8 +49,8 @@ def training_arguments(
     place = torch.device("cpu") if device == "auto" and values.get("use_cpu") else resolve_device(device)
     if ":" in device and ("LOCAL_RANK" in os.environ or values.get("deepspeed")):
         raise UserError(
-            f"found device {device!r}, but torchrun and DeepSpeed give each process its own GPU: leave out --device and "
-            "--gpu-id, and choose GPUs with the environment variable CUDA_VISIBLE_DEVICES"
+            f"found device {device!r}, but torchrun and DeepSpeed give each process its own GPU: leave out --device "
+            "and --gpu-id, and choose GPUs with the environment variable CUDA_VISIBLE_DEVICES"
         )
     values["use_cpu"] = place.type == "cpu"
     values.setdefault("report_to", "none")

@@ -452,7 +452,7 @@ def test_a_question_longer_than_the_model_is_named(tmp_path, video, capsys) -> N
     report = doctor(capsys, "--cfg-path", config)
     found = [(fault["kind"], fault["where"][-1], fault["subject"]) for fault in report["faults"]]
     assert found == [("too long", "1", "QA 2"), ("too long", "1", "QA"), ("too long", "2", "QA")]
-    assert report["faults"][0]["sentence"].startswith("its prompt and answer have 9043 tokens (32 of them visual)")
+    assert report["faults"][0]["sentence"].startswith("its prompt and answer have 9044 tokens (32 of them visual)")
     assert report["notes"] == []
     gone = doctor(capsys, "--cfg-path", config, "--options", "model.llama_model=gone/away")
     (note,) = gone["notes"]

@@ -309,8 +309,9 @@ def test_a_record_too_long_for_the_model_is_skipped_whole_and_counted(
     assert (len(log), log[-1]["skipped_samples"]) == (3, 3)
     options = (f"run.output_dir={tmp_path / 'strict'}", "run.max_bad_fraction=0.1")
     found = failure(capsys, recipe, *options)
-    assert "3 of 15 samples could not be used (3 too long), more than run.max_bad_fraction (0.1) allows" in found
-    found = failure(capsys, recipe, *options, "datasets.single.max_samples=1", "run.max_tries=2")
+    assert "2 of 10 samples could not be used (2 too long), more than run.max_bad_fraction (0.1) allows" in found
+    hopeless = ("run.max_bad_fraction=0.9", "datasets.single.max_samples=1", "run.max_tries=2")
+    found = failure(capsys, recipe, options[0], *hopeless)
     assert "data set single: 3 samples drawn one after another could not be used, the last one is " in found
 
 
