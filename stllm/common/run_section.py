@@ -263,7 +263,8 @@ def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) ->
     if key == "run.fsdp" and isinstance(value, bool):  # text by its annotation, a switch by its documentation
         # where it is a list of words yet, the switch would not wrap layer by layer
         return value if _simple(annotation) or not value else "full_shard auto_wrap"
-    choices = [member.value for kind in _members(annotation) if isinstance(kind, enum.EnumMeta) for member in kind]
+    enumerations: list[Any] = [kind for kind in _members(annotation) if isinstance(kind, enum.EnumMeta)]
+    choices = [member.value for enumeration in enumerations for member in enumeration]
     if choices and value is not None and value not in choices:
         raise UserError(f"{where(key)}: {unknown_name(key, str(value), choices)}")
     kind = _simple(annotation)

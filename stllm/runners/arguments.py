@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.training_args import ParallelMode
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from stllm.common.device import DTYPE_ALIASES, resolve_device
 from stllm.common.errors import UserError, unknown_name
@@ -65,7 +65,7 @@ def training_arguments(
     args._n_gpu = min(args.n_gpu, 1)  # torchrun starts a process for each GPU; torch.nn.DataParallel is never used
     if place.type == "cuda" and "LOCAL_RANK" not in os.environ:
         torch.cuda.set_device(place)  # transformers itself takes the first GPU
-        args._setup_devices = place  # type: ignore[method-assign,assignment]  # a cached property
+        args._setup_devices = place  # a cached property
     if args.fp16 and place.type == "cpu":
         raise UserError("run.fp16 needs a GPU, and this run is on the CPU: use run.bf16=True, or neither")
     if args.fsdp and args.deepspeed:
@@ -129,8 +129,12 @@ def _try_optimizer(args: TrainingArguments) -> None:
         plain = copy.copy(args)
         plain.optim_args = None
         if Trainer.get_optimizer_cls_and_kwargs(plain) == (kind, options):
-            raise ValueError(f"run.optim_args {args.optim_args!r} has no effect on run.optim {args.optim.value}")
+            raise ValueError(
+                f"run.optim_args {args.optim_args!r} has no effect on run.optim {OptimizerNames(args.optim).value}"
+            )
     optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
+    if isinstance(args.lr_scheduler_kwargs, str):  # transformers has turned JSON into a mapping by now
+        raise ValueError(f"run.lr_scheduler_kwargs must be a mapping of keys, found {args.lr_scheduler_kwargs!r}")
     get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,

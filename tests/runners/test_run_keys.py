@@ -67,6 +67,7 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
         (("data_seed=-1",), "'run.data_seed' must be from 0 to 4294967295, found -1"),
         (("lr_scheduler_type=cosin",), "unknown run.lr_scheduler_type 'cosin': known are constant, "),
         (("lr_scheduler_type=cosine", "lr_scheduler_kwargs={x: 1}"), "unexpected keyword argument 'x'"),
+        (("lr_scheduler_kwargs=abc",), "run.lr_scheduler_kwargs must be a mapping of keys, found 'abc'"),
         (("lr_scheduler_type=reduce_lr_on_plateau",), "requires an eval strategy"),
         (("optim=adam",), "unknown run.optim 'adam': known are "),
         (("optim=adamw_bnb_8bit",), "bitsandbytes"),
@@ -212,7 +213,7 @@ def test_honoured_keys_have_their_effect(trainer_of: Callable[..., STLLMTrainer]
     assert (trainer.args.seed, trainer.sampler.seed, trainer.sampler.batch_size) == (5, 9, 2)
     epoch = len(trainer.get_train_dataloader())
     assert trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1] == 3 * epoch
-    assert trainer.optimizer is not None
+    assert trainer.optimizer is not None and trainer.lr_scheduler is not None and trainer.model is not None
     groups = trainer.optimizer.param_groups
     assert {group["initial_lr"] for group in groups} == {0.004, 0.002}
     assert {group["weight_decay"] for group in groups} == {0.25, 0.0}
