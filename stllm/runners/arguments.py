@@ -129,9 +129,8 @@ def _try_optimizer(args: TrainingArguments) -> None:
         plain = copy.copy(args)
         plain.optim_args = None
         if Trainer.get_optimizer_cls_and_kwargs(plain) == (kind, options):
-            raise ValueError(
-                f"run.optim_args {args.optim_args!r} has no effect on run.optim {OptimizerNames(args.optim).value}"
-            )
+            name = OptimizerNames(args.optim).value
+            raise ValueError(f"run.optim_args {args.optim_args!r} has no effect on run.optim {name}")
     optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
     if isinstance(args.lr_scheduler_kwargs, str):  # transformers has turned JSON into a mapping by now
         raise ValueError(f"run.lr_scheduler_kwargs must be a mapping of keys, found {args.lr_scheduler_kwargs!r}")
