@@ -15,7 +15,7 @@ from stllm import __version__
 from stllm.commands import COMMANDS
 from stllm.commands.command import Parser
 from stllm.common.arguments import device_name, gpu_number, whole
-from stllm.common.device import DTYPE_ALIASES, DTYPES, seed_everything
+from stllm.common.device import DTYPE_ALIASES, DTYPES, resolve_device, seed_everything
 from stllm.common.errors import did_you_mean
 from stllm.common.failures import sentence
 
@@ -57,6 +57,8 @@ def _run(args: argparse.Namespace) -> int:
     with working("starting"):  # torch and transformers alone take seconds to import
         run = getattr(import_module(module), function)
         seed_everything(args.seed or 0)
+        if args.device not in ("auto", "cpu"):
+            resolve_device(args.device)  # an absent device is refused by every command, in the same words
     code = int(run(args))
     sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     return code

@@ -164,7 +164,9 @@ def test_the_other_commands_take_their_options(ran) -> None:
     assert (ran.args.host, ran.args.port, ran.args.media_root, ran.args.queue_size) == ("127.0.0.1", 0, "m", 0)
 
 
-def test_published_spellings(ran) -> None:
+def test_published_spellings(ran, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     argv = "chat --video x_y.mp4 --ckpt_path=my_dir --cfg_path a_b --gpu_id 2 --cfg-options a.b_c=1"
     assert main(argv.split()) == 0
     args = ran.args

@@ -88,7 +88,7 @@ class JsonRecords:
         fields = json.loads(self._data[self._starts[index] : self._ends[index]])
         where = f"{self.path}, record {self._numbers[index] + 1}"
         return Record(
-            turns=_turns(fields, where),
+            turns=turns_of(fields, where),
             media=self._media(fields, where),
             kind="video" if self.kind == "text" else self.kind,
             where=where,
@@ -251,7 +251,8 @@ def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
     return [("", "", caption) for caption in (captions if isinstance(captions, list) else [captions])]
 
 
-def _turns(fields: Fields, where: str) -> tuple[Turn, ...]:
+def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
+    """The record's pairs; one without an answer has None there. Raises AnnotationError when there is no answer."""
     pairs = _raw_pairs(fields) if "QA" in fields or "caption" in fields else []
     if not pairs:
         raise AnnotationError(

@@ -14,19 +14,21 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from stllm.common.datasets_section import DatasetSettings
+from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.pools import one_a_core
 from stllm.datasets.annotations import flatten
-from stllm.datasets.doctor_checks import KINDS, Fault, Item
+from stllm.datasets.doctor_checks import KINDS, Fault, Item, Lengths, at_least_words
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
 from stllm.datasets.doctor_sources import Source, training_source
 from stllm.datasets.features import clip_key
 from stllm.datasets.image_text_shards import expand_shards
+from stllm.datasets.samples import LengthCheck
 from stllm.evaluation.ground_truth import Entry
 from stllm.evaluation.mvbench import mvbench_entries
 from stllm.evaluation.vcgbench import vcgbench_entries
@@ -56,6 +58,7 @@ class Report:
     num_shards: int = 0
     data_sets: dict[str, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be checked, and why
 
     @property
     def size(self) -> str:
@@ -128,6 +131,7 @@ def examine(args: argparse.Namespace) -> Report:
 
 def listing(report: Report, most: int | None = None) -> Iterator[str]:
     """The report as lines, grouped by kind. most: faults listed of each kind; None: all."""
+    yield from report.notes
     if not report.faults:
         yield f"nothing found in {report.size}"
     for kind, count in counts(report.faults).items():
@@ -194,7 +198,9 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
     from stllm.datasets.corpora import resolved_settings
 
     cfg = load_config(args.cfg_path, args.options, model_type="instructblip_vicuna0")
-    for name, settings in resolved_settings(cfg).items():
+    entries = resolved_settings(cfg)
+    check = _length_check(cfg, report)
+    for name, settings in entries.items():
         if settings.type == "image_text":
             before = report.num_shards
             _add_shards(settings.shards, report, tasks, args.decode, settings)
@@ -209,7 +215,28 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
                 media=settings.media,
                 fps=settings.fps,
                 features=settings.features_dir,
+                lengths=Lengths(check, settings.num_frames, settings.multi_turn, tuple(texts(settings.instruction))),
             )
+
+
+def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
+    """The configured model's bound on lengths; without its files here, the one that counts words."""
+    from stllm.models.checkpoints.loading import processor_of
+    from stllm.models.factory import model_section, piece_paths
+    from stllm.tasks.video_text_it import PositionLimit, open_configured
+
+    settings = model_section(cfg)
+    absent = [path for path in piece_paths(settings) if not os.path.exists(path)]  # nothing is downloaded for a check
+    try:
+        if absent:
+            raise UserError(f"{absent[0]} is not here")
+        opened = open_configured(cfg)
+        return PositionLimit.of(opened.config, processor_of(opened)) or (lambda sample, num_frames: None)
+    except UserError as error:
+        report.notes.append(
+            f"lengths are counted in words, not in tokens, as the model's files cannot be read: {error}"
+        )
+        return at_least_words
 
 
 def _add_shards(

@@ -5,11 +5,13 @@ Each check yields the record's faults and, if its medium can be looked for, an `
 """
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import ascii_uppercase
 from typing import Any
 
-from stllm.datasets.annotations import AnnotationError, Fields, bounds_of, text_of
+from stllm.datasets.annotations import AnnotationError, Fields, bounds_of, text_of, turns_of
+from stllm.datasets.bad_samples import TOO_LONG
+from stllm.datasets.samples import LengthCheck, Sample, SampleKey
 from stllm.datasets.sampling import Bounds
 
 MEDIA_KEYS = ("video", "image")
@@ -25,6 +27,7 @@ KINDS = {
     "wrong medium": "an image where a video is expected, or the reverse",
     "outside": "media outside the media folder, which nobody else will find there",
     "bounds": "start and end that are no part of the video",
+    "too long": "records that exceed the language model's positions; training skips them",
     "empty answer": "nothing to learn, or nothing to score against",
     "empty question": "nothing is asked",
     "candidates": "options that do not hold the answer, or hold an option twice",
@@ -74,15 +77,69 @@ class Item:
 Finding = Fault | Item
 
 
-def check_training(fields: Fields, where: str, *, media: str | None = None) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class Lengths:
+    """What training would make of a record's text, to check its length.
+
+    check: the model's own, or `at_least_words`. num_frames: of a video. multi_turn: all pairs of a record are one
+    conversation. instruction: texts that training draws from for pairs without an instruction.
+    """
+
+    check: LengthCheck
+    num_frames: int = 0
+    multi_turn: bool = False
+    instruction: tuple[str, ...] = ()
+
+    def faults(self, fields: Fields, where: str, media: str | None) -> Iterator[Fault]:
+        """A fault for each sample of the record that is too long. media: "video", "image", or None for text alone."""
+        try:
+            turns = [turn for turn in turns_of(fields, where) if turn.answer is not None]
+        except AnnotationError:  # `check_training` names it
+            return
+        longest = max(self.instruction, key=len, default="")
+        turns = [turn if turn.instruction else replace(turn, instruction=longest) for turn in turns]
+        later = [replace(turn, instruction="") for turn in turns[1:]]
+        samples = [(turns[0], *later)] if self.multi_turn else [(turn,) for turn in turns]
+        num_frames = {"video": self.num_frames, "image": 1}.get(media or "", 0)
+        for number, sample in enumerate(samples, start=1):
+            try:
+                self.check(Sample(SampleKey(0, 0, 0, 0), where, sample, media), num_frames)
+            except AnnotationError as error:  # noqa: PERF203
+                subject = "QA" if self.multi_turn else f"QA {number}"
+                yield Fault(error.cause, where, subject, str(error).removeprefix(f"{where}: "))
+
+
+VICUNA_POSITIONS = 2048  # of the published language model, Vicuna 7B
+
+
+def at_least_words(sample: Sample, num_frames: int) -> None:
+    """A `LengthCheck` without a tokenizer: each word of a question is one token or more.
+
+    Answers do not count, as training cuts them; nor do visual tokens.
+    """
+    found = sum(len(f"{turn.instruction} {turn.question}".split()) for turn in sample.turns)
+    if found > VICUNA_POSITIONS:
+        raise AnnotationError(
+            f"{sample.name}: the question has {found} words, so at least as many tokens, but Vicuna has "
+            f"{VICUNA_POSITIONS} positions for prompt, answer and visual tokens: shorten it, or check with --cfg-path, "
+            "which counts tokens for your model",
+            cause=TOO_LONG,
+        )
+
+
+def check_training(
+    fields: Fields, where: str, *, media: str | None = None, lengths: Lengths | None = None
+) -> Iterator[Finding]:
     """A record of VideoChat2-IT, of caption pairs or of JSONL.
 
-    media: "video", "image" or "text" when the data set is of that alone: records of another kind are none of its.
+    media: "video", "image" or "text" when the data set is of that alone: records of another kind are not checked.
     """
     kind = next((key for key in MEDIA_KEYS if fields.get(key) is not None), None)
     if media is not None and kind is not None and kind != media:
         return
     pairs = yield from _training_pairs(fields, where)
+    if lengths is not None:
+        yield from lengths.faults(fields, where, None if media == "text" else kind)
     bounds = yield from _checked_bounds(fields, where)
     if media == "text":
         yield Item(where, "", "text", pairs=pairs)

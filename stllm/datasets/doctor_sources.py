@@ -10,7 +10,7 @@ from typing import Any
 
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import FOREIGN, Fields, json_values, read_file
-from stllm.datasets.doctor_checks import Fault, Finding, Item, check_training
+from stllm.datasets.doctor_checks import Fault, Finding, Item, Lengths, at_least_words, check_training
 
 TRAINING = "training data"  # by the fields that tell formats apart
 MARKS = {"QA": TRAINING, "caption": TRAINING, **FOREIGN}
@@ -46,10 +46,16 @@ def training_source(
     media: str | None = None,
     fps: float | None = None,
     features: str | None = None,
+    lengths: Lengths | None = None,
 ) -> Source:
-    """VideoChat2-IT, caption pairs or JSONL. media: "video", "image" or "text" when the data set is of that alone."""
+    """VideoChat2-IT, caption pairs or JSONL.
+
+    media: "video", "image" or "text" when the data set is of that alone. lengths: how long its samples may be; by
+    default a bound that needs no tokenizer.
+    """
     file = Path(path).expanduser()
-    return Source(name, _of_one_medium(_checked(file, media), file, media), media_dir, fps, features)
+    findings = _checked(file, media, lengths or Lengths(at_least_words))
+    return Source(name, _of_one_medium(findings, file, media), media_dir, fps, features)
 
 
 def _of_one_medium(findings: Iterator[Finding], file: Path, media: str | None) -> Iterator[Finding]:
@@ -65,12 +71,12 @@ def _of_one_medium(findings: Iterator[Finding], file: Path, media: str | None) -
         yield Fault("annotation", str(file), "file", sentence)
 
 
-def _checked(path: Path, media: str | None) -> Iterator[Finding]:
+def _checked(path: Path, media: str | None, lengths: Lengths) -> Iterator[Finding]:
     for where, fields in records_of(path, "vc2"):
         if isinstance(fields, Fault):
             yield fields
         else:
-            yield from check_training(fields, where, media=media)
+            yield from check_training(fields, where, media=media, lengths=lengths)
 
 
 def records_of(path: Path, form: str) -> Iterator[tuple[str, "Fields | Fault"]]:

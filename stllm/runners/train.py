@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with stopping_at_signals() as stop:
             seed_everything(arguments.seed)
-            return int(runner(task.from_config(cfg, seed=arguments.seed), arguments, cfg, stop))
+            data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+            return int(runner(task.from_config(cfg, seed=data_seed), arguments, cfg, stop))
     except Exception as error:
         if not out_of_memory(error) or isinstance(error, UserError):
             raise
@@ -59,8 +60,8 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
     """Trains the task's model on transformers' Trainer. Raises UserError; returns the exit code."""
     disable_progress_bar()  # of transformers, at every checkpoint
     folder = RunFolder(str(args.output_dir))
-    folder.begin(cfg)
     checkpoint = _checkpoint(args, folder)
+    folder.begin(cfg)
     if folder.is_finished():
         log.info("%s: this run is finished; name another run.output_dir to train again", folder.path)
         return 0
@@ -94,21 +95,39 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
-        log.info("stopped at step %d; checkpoint-%d is written: the same command continues from it", step, step)
+        again = "the same command" if _continues(args) else "the same command without run.resume_from_checkpoint"
+        log.info("stopped at step %d; checkpoint-%d is written: %s continues from it", step, step, again)
         return stop.exit_code
     _finish(task, trainer, folder)
     return 0
 
 
 def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
-    """Where to continue: what the user names, else the run's own last checkpoint."""
-    named = args.resume_from_checkpoint
-    if named in (None, "", "True", "true", True):
+    """The checkpoint to continue from: the one that the user names, else the run's own last one; None: begin anew.
+
+    Raises UserError for a folder that is no checkpoint, and when the run is to begin anew over another one.
+    """
+    named = str(args.resume_from_checkpoint or "").lower()
+    if not _continues(args):
+        last = folder.last_checkpoint()
+        if last is not None or folder.is_finished():
+            raise UserError(
+                f"run.resume_from_checkpoint is False, but {folder.path} holds {last.name if last else 'a model'} of "
+                "an earlier run, which would be lost: name another run.output_dir to begin anew, or leave out "
+                "run.resume_from_checkpoint to continue"
+            )
+        return None
+    if named in ("", "true"):
         return folder.last_checkpoint()
-    path = Path(str(named))
+    path = Path(str(args.resume_from_checkpoint))
     if not (path / "trainer_state.json").is_file():
         raise UserError(f"run.resume_from_checkpoint: {path} is no checkpoint of a run (it has no trainer_state.json)")
     return path
+
+
+def _continues(args: TrainingArguments) -> bool:
+    """False when run.resume_from_checkpoint is False: the run must begin anew."""
+    return str(args.resume_from_checkpoint).lower() != "false"
 
 
 def _dtypes(args: TrainingArguments) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
@@ -74,7 +75,7 @@ class STLLMTrainer(Trainer):
         self.logged_step = 0
         self._save_to: Path | None = None
         self.progress = Progress()
-        for callback in (PrinterCallback, ProgressCallback):
+        for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         self.add_callback(self.progress)
         self.add_callback(_Stopper(self))
@@ -99,6 +100,7 @@ class STLLMTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
             worker_init_fn=obeying_parent_alone,
             generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
         )
@@ -236,14 +238,20 @@ class STLLMTrainer(Trainer):
             "logged_step": self.logged_step,
             "bad_samples": self.bad_samples.state_dict(),
             "global_batch": self.global_batch,
+            "model_only": self.args.save_only_model,
         }
 
     def resume(self, checkpoint: Path) -> None:
-        """Takes up our own state of a checkpoint, before `train(resume_from_checkpoint=...)` takes up the rest.
+        """Restores our own state from a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
 
-        Raises UserError when the batches would be others.
+        Raises UserError when the batches would be others, and for a checkpoint without the optimizer's state.
         """
         state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+        if state.get("model_only"):
+            raise UserError(
+                f"{checkpoint} holds the model alone (run.save_only_model), so a run cannot continue from it: name "
+                "another run.output_dir, and the checkpoint as model.ckpt to start from its weights"
+            )
         found, expected = self.global_batch, state["global_batch"]
         if found != expected:
             raise UserError(

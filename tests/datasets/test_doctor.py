@@ -20,6 +20,7 @@ from stllm.common.errors import UserError
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.doctor_checks import KINDS, Fault
 from stllm.datasets.doctor_media import Use, check_use, run_tasks
+from stllm.datasets.toy_world import write_world
 from stllm.evaluation.mvbench_tasks import TASKS
 from tests.helpers.videos import write_video
 
@@ -496,3 +497,40 @@ def test_flatten_overwrites_nothing_and_takes_no_other_option(tmp_path, capsys) 
     for further in (["--cfg-path", "x"], ["--anno-path", "x", "--format", "vc2"], ["--json"], ["--format", "vc2"]):
         assert main(["doctor", "--flatten", str(deep), str(tmp_path / "out.json"), *further]) == 2
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_question_longer_than_the_model_is_named(tmp_path, video, capsys) -> None:
+    """In words without a recipe, in tokens (with the visual ones) with one."""
+    write_world(tmp_path / "toy", num_train=10, num_test=4, seed=1)
+    put(video, tmp_path / "a.mp4")
+    pair = {"i": "", "q": "why", "a": "a square moves"}
+    long, half = {**pair, "q": "why " * 3000}, {**pair, "q": "why " * 350}
+    anno = write_json(
+        tmp_path / "train.json",
+        [{"video": "a.mp4", "QA": [pair, long]}, {"video": "a.mp4", "QA": [half, half]}],
+    )
+    report = doctor(capsys, "--anno-path", anno, "--format", "vc2")
+    (fault,) = report["faults"]
+    assert (fault["kind"], fault["where"], fault["subject"]) == ("too long", f"{anno}, record 1", "QA 2")
+    assert fault["sentence"].startswith("the question has 3000 words, so at least as many tokens, but Vicuna has 2048")
+
+    model = {
+        "model_type": "instructblip_vicuna0",
+        "llama_model": str(tmp_path / "toy/language_model"),
+        "qformer_tokenizer": str(tmp_path / "toy/qformer_tokenizer"),
+        "qformer": {"vocab_size": 513},
+        "num_query_token": 4,
+    }
+    entry = {"anno_path": str(anno), "num_frames": 8}
+    cfg = {"model": model, "datasets": {"one": entry, "talk": {**entry, "multi_turn": True}}}
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(cfg))
+    report = doctor(capsys, "--cfg-path", config)
+    found = [(fault["kind"], fault["where"][-1], fault["subject"]) for fault in report["faults"]]
+    assert found == [("too long", "1", "QA 2"), ("too long", "1", "QA"), ("too long", "2", "QA")]
+    assert report["faults"][0]["sentence"].startswith("its prompt and answer have 9044 tokens (32 of them visual)")
+    assert report["notes"] == []
+    gone = doctor(capsys, "--cfg-path", config, "--options", "model.llama_model=gone/away")
+    (note,) = gone["notes"]
+    assert note.endswith("as the model's files cannot be read: gone/away is not here")
+    assert {fault["kind"] for fault in gone["faults"]} == {"too long"}

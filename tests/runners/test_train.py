@@ -338,3 +338,50 @@ def test_bad_samples_are_replaced_counted_and_limited(
     assert "could not be read" in found
     assert "more than run.max_bad_fraction (0.1) allows" in found
     assert "gone.mp4" in found
+
+
+def test_a_record_too_long_for_the_model_is_skipped_whole_and_counted(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Questions of 9,000 tokens, a conversation that is too long in sum, and text alone; a long answer is cut."""
+    records = json.loads((toy / "vc2/video/vqa/toy_direction/train.json").read_text())[:1] * 4
+    pair = {"i": "", "q": "what moves?", "a": "a square"}
+    long = {"video": "never_looked_for.mp4", "QA": [{**pair, "q": "why " * 3000}]}
+    talk = {"video": "never_looked_for.mp4", "QA": [{**pair, "q": "why " * 350}] * 2}  # 1,050 tokens each
+    answered = {**records[0], "QA": [{**pair, "a": "why " * 3000}]}
+    contents = {
+        "single": [long, *records[:2], answered],
+        "talk": [talk, *records[:3]],
+        "alone": [{"QA": long["QA"]}, *({"QA": [pair]} for _ in range(3))],
+    }
+    datasets: dict[str, Any] = {}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        datasets[name] = {"anno_path": str(tmp_path / f"{name}.json"), "media_dir": "media", "num_frames": 4}
+    datasets["talk"]["multi_turn"] = True
+    datasets["alone"]["media"] = "text"
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, datasets=datasets, max_steps=-1, num_train_epochs=1)
+    run(recipe, "run.max_bad_fraction=0.9")
+    shown = capsys.readouterr().err
+    assert f"single, left out: {toy}/vc2/media/never_looked_for.mp4 ({tmp_path}/single.json, record 1): its" in shown
+    assert "tokens (8 of them visual), but the language model has 2048 positions" in shown
+    assert "data set talk, left out: " in shown and "data set alone, left out: " in shown
+    log = read_log(tmp_path / "run")
+    assert (len(log), log[-1]["skipped_samples"]) == (3, 3)
+    options = (f"run.output_dir={tmp_path / 'strict'}", "run.max_bad_fraction=0.1")
+    found = failure(capsys, recipe, *options)
+    assert "2 of 10 samples could not be used (2 too long), more than run.max_bad_fraction (0.1) allows" in found
+    hopeless = ("run.max_bad_fraction=0.9", "datasets.single.max_samples=1", "run.max_tries=2")
+    found = failure(capsys, recipe, options[0], *hopeless)
+    assert "data set single: 3 samples drawn one after another could not be used, the last one is " in found
+
+
+def test_more_visual_tokens_than_positions_are_named_before_any_weight_is_read(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy)
+    assert failure(capsys, recipe, "datasets.toy_state.num_frames=1020") == (
+        "error: data set toy_state: 1020 frames become 2040 visual tokens, which leaves no room for text in the "
+        "language model's 2048 positions: lower its num_frames, or set model.video_input to residual or mean"
+    )
+    assert not (tmp_path / "run").exists()
