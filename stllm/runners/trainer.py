@@ -17,11 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
 from stllm.models.checkpoints.assembly import restore
+from stllm.models.checkpoints.audit import MAX_NAMED
+from stllm.models.configuration import reason
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.meter import StepMeter, is_distributed
@@ -271,12 +274,19 @@ class STLLMTrainer(Trainer):
         quantized = getattr(self.model, "hf_quantizer", None) is not None  # its tensors are not the model's parameters
         if isinstance(self.model, STLLM) and not self.is_fsdp_enabled and not quantized:
             restore(self.model, Path(resume_from_checkpoint))
-        else:
+            return
+        try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:  # torch's, for weights that are missing or of another size
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{resume_from_checkpoint} can't be continued from ({reason(error)})") from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys:
-            raise UserError(f"the checkpoint lacks weights of the model: {', '.join(load_result.missing_keys[:6])}")
+            raise UserError(
+                f"the checkpoint lacks weights of the model: {', '.join(load_result.missing_keys[:MAX_NAMED])}"
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._save_to is None else str(self._save_to)
