@@ -7,15 +7,26 @@ B clips, T frames, P patches, C width.
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from stllm.common.registry import vision_encoders
-from stllm.models.temporal_adapter import TemporalAdapter
+
+if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its name is looked up
+    from timm.models.eva import Eva
+
+    from stllm.models.configuration import STLLMConfig
+    from stllm.models.temporal_adapter import TemporalAdapter
+
+
+def build_vision_encoder(config: "STLLMConfig") -> "VisionEncoder":
+    """The vision encoder that a configuration names."""
+    build = vision_encoders.get(config.vision_config["encoder"])
+    encoder: VisionEncoder = build(vision=config.vision_config, chunk_size=config.vit_chunk_size)
+    return encoder
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -33,7 +44,7 @@ class VisionEncoder(nn.Module):
     chunk_size: frames encoded at once, so that activation memory does not grow with T.
     """
 
-    def __init__(self, *, backbone: Eva, adapter: TemporalAdapter | None, ln_eps: float, chunk_size: int) -> None:
+    def __init__(self, *, backbone: "Eva", adapter: "TemporalAdapter | None", ln_eps: float, chunk_size: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.adapter = adapter
@@ -63,6 +74,10 @@ class VisionEncoder(nn.Module):
 
 
 def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> VisionEncoder:
+    from timm.models.eva import Eva
+
+    from stllm.models.temporal_adapter import TemporalAdapter
+
     sizes = {key: vision[key] for key in ("embed_dim", "num_heads", "mlp_ratio")}
     backbone = Eva(
         img_size=vision["image_size"],

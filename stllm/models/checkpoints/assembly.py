@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
 from stllm.common.errors import UserError
+from stllm.common.registry import models
 from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.formats import Entry, Source
 from stllm.models.checkpoints.keys import check_zero
@@ -68,7 +69,7 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
     """The model without memory for its weights. Raises UserError for sizes that don't fit each other."""
     try:
         with _default_dtype(dtype), torch.device("meta"):
-            model = STLLM(config)
+            model: STLLM = models.get(config.arch)(config)
     except (ValueError, AssertionError, ZeroDivisionError) as error:
         if isinstance(error, UserError):
             raise
