@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stllm.common.errors import UserError
 from stllm.common.registry import vision_encoders
 
 if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its name is looked up
@@ -97,6 +98,11 @@ def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> Vi
     backbone.norm = nn.Identity()  # ln_vision takes its place
     adapter = None
     if with_adapter:
+        if vision["adapter_depth"] > vision["depth"]:
+            raise UserError(
+                f"the temporal adapter has {vision['adapter_depth']} layers, but the encoder has only "
+                f"{vision['depth']} blocks: lower model.vision.adapter_depth"
+            )
         adapter = TemporalAdapter(depth=vision["adapter_depth"], max_frames=vision["max_frames"], **sizes)
     return VisionEncoder(backbone=backbone, adapter=adapter, ln_eps=vision["ln_eps"], chunk_size=chunk_size)
 
