@@ -1,8 +1,10 @@
 """CONTRIBUTING.md: run every example, by the tests that it names and through the command line."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -138,6 +140,50 @@ def test_a_new_name_trains_and_answers(
     assert f" '{name}': known are " in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_two_processes_in_a_changed_clone(toy: Path, tmp_path: Path) -> None:
+    """Every example, written into a copy of the package as a contributor does, at once and under torchrun."""
+    shutil.copytree(ROOT / "stllm", tmp_path / "clone" / "stllm")
+    blocks = {path: block for path, block in BLOCKS.items() if path.startswith("stllm/")}
+    edits = [  # a file, the text after which something is written, and that
+        ("stllm/common/registry.py", '"stllm.datasets.image_text"', ', "stllm.datasets.csv_clips"'),
+        ("stllm/evaluation/videoqa.py", "needs_ids=False),\n}\n", blocks.pop("stllm/evaluation/videoqa.py")),
+    ]
+    for path, block in blocks.items():
+        with (tmp_path / "clone" / path).open("a", encoding="utf-8") as file:
+            file.write(block)
+    for path, place, added in edits:
+        text = (tmp_path / "clone" / path).read_text(encoding="utf-8")
+        assert text.count(place) == 1
+        (tmp_path / "clone" / path).write_text(text.replace(place, place + added), encoding="utf-8")
+
+    def stllm(*words: str | Path, processes: int = 1) -> str:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        found = subprocess.run(
+            [sys.executable, *(launch if processes > 1 else []), "-m", "stllm", *map(str, words)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path / "clone",
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "clone"), "OMP_NUM_THREADS": "1"},
+        )
+        assert found.returncode == 0, found.stderr[-3000:]
+        return found.stdout
+
+    names = {key: name for key, (name, *_) in NAMED.items()}
+    entry = csv_entry(tmp_path, toy)
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=names, datasets={"mine": entry}, max_steps=2)
+    stllm("train", "--cfg-path", recipe, processes=2)
+    assert [line["kept_visual_tokens"] < 4 for line in read_log(tmp_path / "run")] == [True, True]
+    clip = next(Path(entry["media_dir"]).glob("*.mp4"))
+    short = ["--num-beams", "1", "--max-new-tokens", "3"]
+    words = ["chat", "--ckpt-path", tmp_path / "run", "--video", clip, "--question", "what moves?", "--json", *short]
+    assert json.loads(stllm(*words))["visual_tokens"] == 16
+    data = kitchen(tmp_path / "data")
+    files = ["--anno-path", data / "test_qa.json", "--video-dir", data / "videos", "--output-dir", tmp_path / "eval"]
+    stllm("evaluate", "kitchen", "--ckpt-path", tmp_path / "run", *files, *QUICK, processes=2)
+    assert len(lines(tmp_path / "eval", "kitchen")) == 2
+
+
 def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipe, with a tiny Qwen3, its tokenizer, and the other published files at their tiny size."""
     monkeypatch.setattr(test_language_model, "ARCHITECTURES", dict(test_language_model.ARCHITECTURES))
@@ -203,15 +249,21 @@ def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_presets, "FOLDER", tmp_path / "presets")
     test_presets.test_a_preset_opens_with_what_it_is_for_and_how_to_run_it("kitchen")
 
-    data = write_set(tmp_path / "data", num_videos=2, num_questions=1)
+    data = kitchen(tmp_path / "data")
+    files = ["--anno-path", str(data / "test_qa.json"), "--video-dir", str(data / "videos")]
+    words = ["evaluate", "kitchen", "--ckpt-path", str(CHECKPOINT), *files, "--output-dir", str(tmp_path / "out")]
+    assert main([*words, *QUICK]) == 0
+    found = lines(tmp_path / "out", "kitchen")
+    assert len(found) == 2 and all(line["pred"] and not line["error"] for line in found)
+
+
+def kitchen(folder: Path) -> Path:
+    """Two questions in the form of the new benchmark, and their videos."""
+    data = write_set(folder, num_videos=2, num_questions=1)
     for path in (data / "videos").iterdir():
         path.rename(path.with_name(f"clip_{path.name}"))
     records = json.loads((data / "test_qa.json").read_text())
     for record in records:
         record["clip"] = Path(record.pop("video_name")).stem
     (data / "test_qa.json").write_text(json.dumps(records))
-    files = ["--anno-path", str(data / "test_qa.json"), "--video-dir", str(data / "videos")]
-    words = ["evaluate", "kitchen", "--ckpt-path", str(CHECKPOINT), *files, "--output-dir", str(tmp_path / "out")]
-    assert main([*words, *QUICK]) == 0
-    found = lines(tmp_path / "out", "kitchen")
-    assert len(found) == 2 and all(line["pred"] and not line["error"] for line in found)
+    return data
