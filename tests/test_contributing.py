@@ -176,11 +176,22 @@ def test_two_processes_in_a_changed_clone(toy: Path, tmp_path: Path) -> None:
     assert [line["kept_visual_tokens"] < 4 for line in read_log(tmp_path / "run")] == [True, True]
     clip = next(Path(entry["media_dir"]).glob("*.mp4"))
     short = ["--num-beams", "1", "--max-new-tokens", "3"]
-    words = ["chat", "--ckpt-path", tmp_path / "run", "--video", clip, "--question", "what moves?", "--json", *short]
+    words: list[str | Path] = [
+        "chat",
+        "--ckpt-path",
+        tmp_path / "run",
+        "--video",
+        clip,
+        "--question",
+        "what moves?",
+        "--json",
+        *short,
+    ]
     assert json.loads(stllm(*words))["visual_tokens"] == 16
     data = kitchen(tmp_path / "data")
-    files = ["--anno-path", data / "test_qa.json", "--video-dir", data / "videos", "--output-dir", tmp_path / "eval"]
-    stllm("evaluate", "kitchen", "--ckpt-path", tmp_path / "run", *files, *QUICK, processes=2)
+    words = ["evaluate", "kitchen", "--ckpt-path", tmp_path / "run", "--anno-path", data / "test_qa.json"]
+    words += ["--video-dir", data / "videos", "--output-dir", tmp_path / "eval", *QUICK]
+    stllm(*words, processes=2)
     assert len(lines(tmp_path / "eval", "kitchen")) == 2
 
 

@@ -11,15 +11,15 @@ from tests.helpers.training import command, losses, read_log, train, write_recip
 
 IDLE = "Parameter indices which did not receive grad"  # DDP's error
 NOTHING_IDLE = "did not find any unused parameters"  # its warning
-IMAGES = {
+IMAGES: dict[str, dict[str, Any]] = {
     "videos": {"anno_path": "video/vqa/toy_direction/train.json", "media_dir": "media", "num_frames": 4},
     "images": {"anno_path": "image/vqa/toy_picture/train.json", "media_dir": "media", "media": "image"},
 }
-SINGLE_FRAMES = {
+SINGLE_FRAMES: dict[str, dict[str, Any]] = {
     "videos": IMAGES["videos"],
     "short": {"anno_path": "video/reasoning/toy_state/train.json", "media_dir": "media", "num_frames": 1},
 }
-TEXT = {"videos": IMAGES["videos"], "text": {"anno_path": "text.json", "media": "text"}}
+TEXT: dict[str, dict[str, Any]] = {"videos": IMAGES["videos"], "text": {"anno_path": "text.json", "media": "text"}}
 LORA = {"lora_r": 2, "lora_dropout": 0.0, "freeze_LLM": True}
 RESIDUAL = {"video_input": "residual", "residual_size": 2}
 
