@@ -175,18 +175,8 @@ def test_two_processes_in_a_changed_clone(toy: Path, tmp_path: Path) -> None:
     stllm("train", "--cfg-path", recipe, processes=2)
     assert [line["kept_visual_tokens"] < 4 for line in read_log(tmp_path / "run")] == [True, True]
     clip = next(Path(entry["media_dir"]).glob("*.mp4"))
-    short = ["--num-beams", "1", "--max-new-tokens", "3"]
-    words: list[str | Path] = [
-        "chat",
-        "--ckpt-path",
-        tmp_path / "run",
-        "--video",
-        clip,
-        "--question",
-        "what moves?",
-        "--json",
-        *short,
-    ]
+    words: list[str | Path] = ["chat", "--ckpt-path", tmp_path / "run", "--video", clip, "--question", "what moves?"]
+    words += ["--json", "--num-beams", "1", "--max-new-tokens", "3"]
     assert json.loads(stllm(*words))["visual_tokens"] == 16
     data = kitchen(tmp_path / "data")
     words = ["evaluate", "kitchen", "--ckpt-path", tmp_path / "run", "--anno-path", data / "test_qa.json"]
