@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence an error, aliases, and nothing heavy before a command runs."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -116,6 +117,25 @@ def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
 def test_an_unknown_option_is_named_with_the_nearest(ran, capsys, words, told) -> None:
     assert main(words.split()) == 2 and ran.args is None
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["--local_rank=1 train --cfg-path c", "train --cfg-path c --local-rank 1"])
+@pytest.mark.parametrize(
+    ("environment", "local_rank"),
+    [({}, None), ({"WORLD_SIZE": "2"}, "1"), ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "0")],
+)
+def test_the_launchers_local_rank_is_obeyed_below_its_environment(
+    ran, monkeypatch: pytest.MonkeyPatch, words: str, environment: dict[str, str], local_rank: str | None
+) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("WORLD_SIZE", "LOCAL_RANK"):
+            patch.setenv(name, "")  # so that it is put back afterwards
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert main(words.split()) == 0
+        assert os.environ.get("LOCAL_RANK") == local_rank
+    assert ran.args.cfg_path == "c"
 
 
 def test_chat_takes_every_option(ran) -> None:

@@ -4,12 +4,12 @@ import argparse
 
 from stllm.commands.command import Command, Parser, add_checkpoint, add_config, add_context
 from stllm.common.arguments import names, path, whole
-
-BENCHMARKS = ("mvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif")
+from stllm.common.evaluation_section import benchmark_names
 
 
 def _evaluate_options(parser: Parser) -> None:
-    parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCH", help=", ".join(BENCHMARKS))
+    benchmarks = benchmark_names()
+    parser.add_argument("benchmark", choices=benchmarks, metavar="BENCH", help=", ".join(benchmarks))
     add_checkpoint(parser)
     add_config(parser, "what the checkpoint says")
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")

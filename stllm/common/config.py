@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from stllm.common.datasets_section import ROOTS, check_entry
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.evaluation_section import PRESETS, EvaluationSettings
 from stllm.common.files import write_text
 from stllm.common.layers import (
     OPTIONS,
@@ -37,7 +37,6 @@ RUN_PATHS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")  # output_dir
 DATASET_PATHS = ("_root", "_path", "_dir")  # endings of the keys that hold paths
 EVALUATION_PATHS = ("anno_path", "answers_path", "video_dir")
 SHIPPED = Path(__file__).parent.parent / "configs" / "models"
-PRESETS = SHIPPED.with_name("evaluation")  # one a benchmark
 DEFAULT_MODEL = "instructblip_vicuna0"
 _SCHEMAS: dict[str, type] = {"model": ModelSettings, "evaluation": EvaluationSettings}  # of the typed sections
 

@@ -5,7 +5,15 @@ goes over them, `--options evaluation.key=value` and the command's own options o
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
+
+
+def benchmark_names() -> list[str]:
+    """The names of the benchmarks: each has its shipped settings."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 @dataclass

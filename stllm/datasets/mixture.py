@@ -43,11 +43,6 @@ class Mixture(Dataset[Sample]):
             if not size:
                 raise UserError(f"data set {corpus.name} has no samples: leave it out, or name another annotation file")
 
-    @property
-    def only_videos(self) -> bool:
-        """Whether every sample is a video."""
-        return all(corpus.media == "video" for corpus in self.corpora)
-
     def __len__(self) -> int:
         return sum(self.sizes)
 

@@ -24,6 +24,7 @@ Fields = dict[str, Any]
 PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later ones over earlier ones
 # published names -> ours; `vision`, `qformer`, `llm`, LoRA and the mask rate are grouped in `settings_to_fields`
 RENAMED = {
+    "arch": "arch",
     "has_qformer": "has_qformer",
     "qformer_text_input": "qformer_text_input",
     "num_query_token": "num_query_tokens",
@@ -67,8 +68,7 @@ def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
 
 def published_settings(config: "STLLMConfig") -> Fields:
     """A configuration under the published key names: what `settings_to_fields` reads, sizes and LoRA left out."""
-    settings: Fields = {"arch": "st_llm_hf"}
-    settings |= {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
+    settings: Fields = {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
     settings |= {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}
     return settings | {f"mask_rate_{name}": value for name, value in config.mask_rate.items()}
 

@@ -65,10 +65,6 @@ class ToySeeingTask:
         """Frames to model arguments."""
         return collate
 
-    def some_parts_idle(self) -> bool:
-        """Every batch passes through all that trains."""
-        return False
-
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
         """Leaves in the trained model's folder its two parts alone, and their configuration."""
         assert isinstance(model, SeeingModel)

@@ -6,6 +6,7 @@ Builds, from a configuration, the data sets, the prompts and the model; how they
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,22 +84,10 @@ class VideoTextTask:
 
     def collator(self) -> Collator:
         """Samples to model arguments, masks included where the configuration masks."""
-        return Collator(self.processor, seed=self.mixture.seed, masker=self._masker())
-
-    def _masker(self) -> TokenMasker | None:
-        config = self.config
-        if not config.use_mask:
-            return None
-        return TokenMasker(
-            mask_rate=config.mask_rate,
-            tokens_per_frame=config.tokens_per_frame,
-            video_input=config.video_input,
-            residual_size=config.residual_size,
-        )
-
-    def some_parts_idle(self) -> bool:
-        """Whether batches exist in which something that trains takes no part (images skip the residual and MVM)."""
-        return not self.mixture.only_videos or (self.config.mvm_decode and not self.config.use_mask)
+        masker = None
+        if self.config.use_mask:
+            masker = TokenMasker(self.config.mask_rate, partial(num_visual_tokens, self.config))
+        return Collator(self.processor, seed=self.mixture.seed, masker=masker)
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
         """Adds the LoRA adapter to the trained model's folder, apart; of a sharded model it is not there to be had."""

@@ -68,7 +68,7 @@ class Service:
         media = Media(str(file), num_frames=num_frames)
         num_tokens = self.chat.model.video_input.num_tokens
         if known is not None and known.media == media:
-            count = num_tokens(len(known.times), self.chat.model.config.num_query_tokens)
+            count = num_tokens(len(known.times), self.chat.model.config.tokens_per_frame)
             return Progress(film=known).end("read", 0.0, len(known.times)).end("encode", 0.0, count)
         progress = Progress().begin("read")
         yield progress
@@ -81,7 +81,7 @@ class Service:
         yield progress.begin("encode")
         start = time.perf_counter()
         self.chat.see(media, clip)
-        count = num_tokens(len(film.times), self.chat.model.config.num_query_tokens)
+        count = num_tokens(len(film.times), self.chat.model.config.tokens_per_frame)
         progress = progress.end("encode", time.perf_counter() - start, count)
         yield progress
         return progress

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from stllm.common.config import load_config, model_settings, model_types, save_config
 from stllm.common.errors import UserError
+from stllm.common.registry import Registry
 from stllm.common.schema import ModelSettings, RunSettings
 
 SECTIONS = "model, datasets, run, evaluation"
@@ -332,6 +333,17 @@ def test_a_saved_configuration_without_a_run_loads_equal(tmp_path) -> None:
     cfg = load_config(model_type="tiny")
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_names_come_from_the_registries() -> None:
+    fields = {f.name: f for f in dataclasses.fields(ModelSettings) if isinstance(f.metadata.get("choices"), Registry)}
+    assert set(fields) == {"arch", "vit_model", "video_input", "template"}
+    for name, f in fields.items():
+        names = f.metadata["choices"]
+        assert f.default is None or f.default in names  # a default is not looked up
+        for known in names:
+            assert load_config(options=[f"model.{name}={known}"], model_type="tiny").model[name] == known
+    assert load_config(options=["model.arch=st_llm"], model_type="tiny").model.arch == "st_llm"  # an alias
 
 
 def test_training_arguments_are_imported_for_a_run_alone() -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
 from stllm.common.errors import UserError
+from stllm.common.registry import models
 from stllm.models.checkpoints.audit import MAX_NAMED, AuditReport
 from stllm.models.checkpoints.formats import Entry, Source, open_source
 from stllm.models.checkpoints.keys import check_zero
@@ -69,7 +70,7 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
     """The model without memory for its weights. Raises UserError for sizes that don't fit each other."""
     try:
         with _default_dtype(dtype), torch.device("meta"):
-            model = STLLM(config)
+            model: STLLM = models.get(config.arch)(config)
     except (*CONFIG_ERRORS, AssertionError) as error:
         if isinstance(error, UserError):
             raise

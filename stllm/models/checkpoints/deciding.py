@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
 from stllm.common.errors import UserError
+from stllm.common.registry import templates
 from stllm.models.checkpoints import contradictions
 from stllm.models.checkpoints.formats import Format, Source, open_source
 from stllm.models.checkpoints.sizes import BACKBONE, Fields, sizes_from_weights, with_head_counts
@@ -143,7 +144,8 @@ def _own_fields(source: Source) -> Fields:
         known = inspect.signature(STLLMConfig.__init__).parameters
         own = {key: value for key, value in source.config.items() if key in known and key not in ("self", "kwargs")}
         vision = own.get("vision_config") or {}
-        if vision.get("encoder") != "eva_btadapter_g":  # what it says of an adapter that it lacks binds nobody
+        plain = VISION_DEFAULTS["encoder"]
+        if vision.get("encoder", plain) == plain:  # it has no adapter, so its adapter sizes settle nothing
             own["vision_config"] = {key: value for key, value in vision.items() if key not in ADAPTER_SIZES}
         return own
     if source.format is Format.RELEASED:
@@ -199,7 +201,7 @@ def _text_config(config: Mapping[str, Any]) -> Fields:
 def _with_pad_token(fields: Fields, sources: Sequence[Source], *, named: bool) -> Fields:
     """The language model's configuration with room for the `[PAD]` that the InstructBLIP family adds."""
     text = dict(fields["text_config"])
-    if fields["template"] != "instructblip":
+    if not templates.get(fields["template"]).bos_is_eos:
         return text
     if not sources and not named:  # the published Vicuna, nothing on disk
         return {**text, "vocab_size": text.get("vocab_size", 32000) + 1}
