@@ -2,11 +2,11 @@
 
 import argparse
 
-from stllm.commands.benchmarking import BENCHMARKS
 from stllm.commands.command import Command, Parser
 from stllm.common.arguments import path, whole
+from stllm.common.evaluation_section import benchmark_names
 
-DOCTOR_FORMATS = ("vc2", *BENCHMARKS, "videoqa", "shards")
+DOCTOR_FORMATS = ("vc2", *benchmark_names(), "videoqa", "shards")
 
 
 def _doctor_options(parser: Parser) -> None:

@@ -72,7 +72,7 @@ def test_peft_loads_the_whole_adapter(name: str, modules: list[str], tmp_path: P
     wrapped: Any = PeftModel.from_pretrained(plain.language_model, tmp_path)
     found = wrapped.load_adapter(tmp_path, adapter_name="again")
     assert not found.unexpected_keys and not [key for key in found.missing_keys if ".again." in key]
-    saved = LoraConfig.from_pretrained(tmp_path)
+    saved = LoraConfig.from_pretrained(str(tmp_path))
     assert (saved.task_type, saved.base_model_name_or_path) == ("CAUSAL_LM", "a/name")
     ids = torch.randint(3, 60, (2, 7))
     with torch.no_grad():

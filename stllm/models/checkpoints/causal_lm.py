@@ -104,11 +104,11 @@ class ConvertedWeights(Weights):
         specs = {key: spec for key, spec in weights.specs.items() if not key.startswith(prefix)}
         for first, sources in self._sources.items():
             if first in self._converters:
-                made = self._convert(first, self._without_memory)
-                specs |= {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in made.items()}
+                tensors = self._convert(first, self._without_memory)
+                made = {key: Spec(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
             else:
                 made = {first: weights.specs[sources[0][1]]}
-                specs |= made
+            specs |= made
             self._first |= dict.fromkeys(made, first)
         place = {key: number for number, key in enumerate(weights.specs)}  # files are read through once, in order
         self.specs = dict(sorted(specs.items(), key=lambda item: place[self._first_source(item[0])]))
@@ -128,7 +128,7 @@ class ConvertedWeights(Weights):
 
     def _convert(self, first: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The tensors that are made together, by their keys."""
-        converter = deepcopy(self._converters[first])
+        converter: Any = deepcopy(self._converters[first])  # typed for futures only, but takes tensors as well
         name = first[len(self._prefix) :]
         for pattern, key in self._sources[first]:
             converter.add_tensor(name, key, pattern, read(key))

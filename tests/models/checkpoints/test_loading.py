@@ -38,8 +38,8 @@ def assert_same(one: STLLM, other: STLLM) -> None:
     assert set(one.state_dict()) == set(expected)
     for key, tensor in one.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
-    for (key, buffer), (_, expected) in zip(one.named_buffers(), other.named_buffers(), strict=True):
-        assert torch.equal(buffer, expected) and buffer.dtype == expected.dtype, key
+    for (key, buffer), (_, same) in zip(one.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(buffer, same) and buffer.dtype == same.dtype, key
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
