@@ -28,10 +28,8 @@ def _evaluate_options(parser: Parser) -> None:
     asked.add_argument("--num-frames", type=whole(0), metavar="N", help="frames of a video; 0: MVBench's one a second")
     asked.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy")
     asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer")
-    add_context(asked, "published, for mvbench all")
-    probes = parser.add_argument_group(
-        "probes (mvbench: asked in other ways, too, with lines and a report of their own)"
-    )
+    add_context(asked, "published; for mvbench: all")
+    probes = parser.add_argument_group("diagnostics (mvbench only), written to separate files")
     probes.add_argument(
         "--probe", action="store_true", help="clips reversed, shuffled, of one frame and blank: does it use time?"
     )

@@ -35,7 +35,7 @@ def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
 
 
 def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) -> None:
-    """`--context`; default: in words, what holds without it."""
+    """`--context`. default: the rule without it, as text for the help."""
     parser.add_argument(
         "--context",
         choices=CONTEXTS,

@@ -32,7 +32,7 @@ def _doctor_options(parser: Parser) -> None:
         nargs=2,
         type=path,
         metavar=("IN", "OUT"),
-        help="or check nothing, and write the training file IN as the new file OUT, one question and answer a record",
+        help="instead of a check: write the records of the training file IN to the new file OUT, one for each question",
     )
     parser.add_argument(
         "--decode",

@@ -96,9 +96,9 @@ UNUSED = {
     "logging_nan_inf_filter": "a loss that is NaN or infinite stops the run",
     "include_num_input_tokens_seen": "tokens are not counted; log.jsonl has the visual tokens a clip",
     "skip_memory_metrics": "log.jsonl has the peak memory",
-    "save_on_each_node": "the main process alone saves",
+    "save_on_each_node": "only the main process saves",
     "enable_jit_checkpoint": "a run that is asked to stop always writes a checkpoint",
-    "restore_callback_states_from_checkpoint": "no callback has a state of its own",
+    "restore_callback_states_from_checkpoint": "no callback has a state",
     "local_rank": "the launcher (torchrun) decides",
     **{f.name: f.metadata["unused"] for f in dataclasses.fields(RunSettings) if "unused" in f.metadata},
 }
@@ -222,7 +222,7 @@ def expected(annotation: Any) -> str | None:
 
 
 def _number_fault(key: str, value: Any) -> str | None:
-    """What a number must be, in words, when it is not; None when nothing is wrong or `value` is no number."""
+    """Describe the range that a number is outside of; None for a number in its range and for any other value."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     low, high = BOUNDS.get(key, (-math.inf, None))
@@ -286,7 +286,7 @@ def _simple(annotation: Any) -> type | None:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types of a union but None, or the one type."""
+    """The types of a union without None, or the one type."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     kinds = typing.get_args(annotation) if union else (annotation,)
     return [kind for kind in kinds if kind is not type(None)]

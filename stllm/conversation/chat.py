@@ -64,7 +64,7 @@ class Chat:
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self.lock = Lock()  # one generation at a time
-        self._warned = False  # of a prompt beyond the positions
+        self._warned = False  # whether a prompt beyond the positions was warned about
 
     # ---- asking -----------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Chat:
 
     @torch.inference_mode()
     def prepare(self, request: Request, decoding: Decoding | None = None, seen: Seen | None = None) -> Prepared:
-        """The prompt and the visual tokens, which may depend on the question, cut as the context rule says.
+        """The prompt and the visual tokens, which may depend on the question, cut by the context rule.
 
         decoding: the settings that the answer will be generated with. seen: the request's medium, encoded.
         Raises RequestError for a question that cannot be answered, MediaError for an unreadable medium, UserError for
@@ -168,7 +168,7 @@ class Chat:
         return replace(prepared, seconds={**seen.seconds, "encode": encode})
 
     def _fitted(self, prepared: Prepared, kind: str | None, decoding: Decoding | None) -> Prepared:
-        """The prompt, cut as the context rule says. The last turn is never cut, but for what precedes its video."""
+        """The prompt, cut by the context rule. Of the last turn, only the video and the text before it may be cut."""
         request, decoding = prepared.request, decoding or self.decoding
         before = len(self._prompt_ids(request.turns[:-1], request, kind)) if len(request.turns) > 1 else 0
         if prepared.visual is not None:

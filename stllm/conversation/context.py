@@ -5,8 +5,8 @@ published: the last tokens of the prompt, visual and text, so that with the new 
     positions keeps only as many tokens as it has positions.
 all: every token. A model with rotary positions then also reads beyond the positions that it was trained for.
 
-A prompt is refused only where neither rule can serve it: positions from a table cannot be exceeded, and the question
-itself is never cut. Standard library only: the command line reads the names.
+A prompt is refused in two cases: its last question, which is never cut, is too long for the published rule; or it
+exceeds positions from a table under `all`. Standard library only: the command line reads the names.
 """
 
 from dataclasses import dataclass
@@ -41,14 +41,14 @@ NOTHING_CUT = Cut()
 
 @dataclass(frozen=True)
 class Room:
-    """The positions for a prompt. longest: tokens of a prompt, None for any number. reason: why there are no more."""
+    """The room for a prompt. longest: its number of tokens at most, None for any. reason: what limits it, in words."""
 
     longest: int | None = None
     reason: str = ""
 
 
 def check_context(context: str, max_new_tokens: int) -> None:
-    """Raises UserError for an unknown rule, and where the published rule would leave nothing of any prompt."""
+    """Raises UserError for an unknown rule, and for so many new tokens that the published rule leaves no prompt."""
     if context not in CONTEXTS:
         raise UserError(unknown_name("context", context, CONTEXTS))
     if context == PUBLISHED and max_new_tokens >= PUBLISHED_LENGTH:
@@ -59,7 +59,7 @@ def check_context(context: str, max_new_tokens: int) -> None:
 
 
 def has_position_table(text_config: Any) -> bool:
-    """Whether a language model looks its positions up in a table, which ends; rotary positions are computed.
+    """Check for position embeddings from a table of fixed size, in contrast to rotary positions, which are computed.
 
     text_config: of a causal LM of transformers.
     """

@@ -16,7 +16,7 @@ from stllm.conversation.templates import PromptTemplate
 class Decoding:
     """num_beams; max_new_tokens; temperature (0: no sampling); top_p; repetition_penalty (1: none).
 
-    context: how long prompts are cut, `published` or `all`; see context.py.
+    context: the rule for long prompts, `published` or `all`; see context.py.
     The repetition penalty applies to generated tokens only, and an answer may be empty: the published `min_length` of 1
     counts an id that the library of that time put before every answer.
     """

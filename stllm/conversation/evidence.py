@@ -38,7 +38,7 @@ class Evidence:
     times: seconds of the T frames seen. segments: (first, end) positions among them, end excluded.
     scores: nats a segment, log_probability minus the one without it: above 0 the segment spoke for the answer.
     bound: nats; smaller differences do not matter, see `smallest_difference`.
-    cut: numbers of the segments whose own tokens the context rule cut: the language model did not read them.
+    cut: the numbers of the segments that the language model did not read, as the context rule cut their tokens.
     """
 
     question: str
@@ -73,7 +73,7 @@ def measure_evidence(
     """Leaves out one segment of the request's video at a time.
 
     answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
-    decoding: also says how long prompts are cut; a segment is left out of what the language model reads after the cut.
+    decoding: its context rule may cut the prompt; a segment is then left out of what is left of the prompt.
     max_segments: a segment is one frame up to that many frames, several neighbours beyond.
     max_positions: of one pass; the scores do not depend on it.
     Raises UserError for a request without a video of at least two frames, and what `Chat.prepare` raises.
@@ -106,17 +106,17 @@ def measure_evidence(
 
 
 def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: int) -> float:
-    """The smallest difference in nats between log probabilities of an answer that means something. Chosen here.
+    """The difference in nats between two log probabilities of an answer up to which it is ignored. Chosen here.
 
-    0.01 nats change a probability by 1 %. Rounding may be larger: logits are of the order of 10, so that of a token of
-    probability p changes its log probability by about 10 (1 - p) times the type's epsilon. Over the answer, the sum of
-    1 - p is at most its number of tokens, and at most minus its log probability.
+    0.01 nats change a probability by 1 %. Rounding may change more: logits are of the order of 10, so the log
+    probability of a token of probability p changes by about 10 (1 - p) times the type's epsilon. Over the answer, the
+    sum of 1 - p is at most its number of tokens, and at most minus its log probability.
     """
     return max(MIN_DIFFERENCE, 10 * torch.finfo(dtype).eps * min(num_tokens, -log_probability))
 
 
 def _check_length(chat: "Chat", prepared: Prepared, num_answer: int, context: str) -> None:
-    """Raises RequestError for an answer with which the prompt has more tokens than the model has positions."""
+    """Raises RequestError if prompt and answer together have more tokens than the model has positions."""
     config = chat.model.config.text_config
     positions = num_positions(config)
     if positions is None or prepared.length + num_answer <= positions:
@@ -142,7 +142,7 @@ def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
 
 @torch.inference_mode()
 def without(chat: "Chat", frames: Tensor, segment: tuple[int, int], prepared: Prepared) -> tuple[Tensor, bool]:
-    """The prompt's visual tokens (N, D) without those of a segment, and whether the prompt had none of its own left.
+    """The prompt's visual tokens (N, D) without a segment's, and True if the segment's own had all been cut before.
 
     frames: (1, T, K, D), all of them. prepared: the prompt, whose first `cut.visual` visual tokens were cut.
     """

@@ -96,7 +96,7 @@ class Request:
 class Answer:
     """text; video: path or None; frame_times: seconds of the frames seen; seconds by stage.
 
-    visual_tokens: the number that entered the language model; cut: what the context rule cut before.
+    visual_tokens: the number that entered the language model; cut: the tokens that the context rule removed.
     """
 
     text: str

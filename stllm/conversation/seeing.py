@@ -58,7 +58,7 @@ class Seen:
 class Prepared:
     """A request ready to be answered. ids: of its prompt; visual: (N, D), None for text alone.
 
-    times: seconds of the frames seen. seconds: spent by stage so far. cut: what is no longer in `ids` and `visual`.
+    times: seconds of the frames seen. seconds: spent by stage so far. cut: tokens removed from `ids` and `visual`.
     """
 
     request: Request
@@ -79,7 +79,7 @@ class Prepared:
         return len(self.ids) if self.visual is None else len(self.ids) - 1 + len(self.visual)
 
     def fitted(self, *, context: str, max_new_tokens: int, text_config: Any, num_question: int) -> "Prepared":
-        """This prompt with its front cut as the context rule says.
+        """This prompt, its first tokens cut by the context rule.
 
         text_config: the language model's. num_question: ids at the end that are never cut, those of the last question.
         Raises RequestError for a prompt that cannot be answered under this rule.

@@ -109,7 +109,7 @@ class JsonRecords:
 
 
 def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
-    """Writes a training file in which each question-and-answer pair is a record of its own.
+    """Writes a training file that has one record for each question-and-answer pair.
 
     The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
     Returns the numbers of records read and written.
@@ -118,7 +118,7 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
     """
     path, new = Path(source).expanduser(), Path(target).expanduser()
     if new.exists():
-        raise UserError(f"{new} is there already, expected a new file: name another, or remove it")
+        raise UserError(f"{new} exists already, expected a new file: name another one, or remove it")
     expected = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]}"
     _, text = read_file(path, expected)
     num_read = num_written = 0
@@ -252,7 +252,7 @@ def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
 
 
 def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
-    """The record's pairs; one without an answer has None there. Raises AnnotationError when there is no answer."""
+    """The record's pairs; the answer is None where it is missing. Raises AnnotationError when all are missing."""
     pairs = _raw_pairs(fields) if "QA" in fields or "caption" in fields else []
     if not pairs:
         raise AnnotationError(

@@ -1,8 +1,8 @@
 """`stllm doctor`: checks data before hours are spent on it, and names all that is wrong, not only the first fault.
 
-Exit code 0 when nothing was found, or only notes: faults in spite of which a benchmark is evaluated. 1 when something
-was found: the list on stdout, a line about it on stderr. Benchmarks are read by the code of `stllm evaluate`.
-`--flatten IN OUT` checks nothing: it writes an annotation file again, with one question and answer a record.
+Exit code 1 when there are faults: the list on stdout, a line about it on stderr. Notes (faults that do not stop an
+evaluation) leave it at 0. Benchmarks are read by the code of `stllm evaluate`.
+`--flatten IN OUT` checks nothing: it writes an annotation file with one question and answer a record.
 """
 
 import argparse
@@ -167,8 +167,8 @@ def _sources(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Ite
         return []
     if args.format != "vc2":
         raise UserError(
-            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or check "
-            "a few items with stllm evaluate --limit"
+            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or "
+            "check a few items with stllm evaluate --limit"
         )
     return [training_source(args.format, args.anno_path, args.video_dir or os.path.dirname(args.anno_path) or ".")]
 
@@ -225,7 +225,7 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
 
 
 def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
-    """The configured model's bound on lengths; without its files here, the one that counts words."""
+    """The configured model's length check; `at_least_words` if the model's files are not there."""
     from stllm.models.checkpoints.loading import processor_of
     from stllm.models.factory import model_section, piece_paths
     from stllm.tasks.video_text_it import PositionLimit, open_configured
@@ -239,7 +239,7 @@ def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
         return PositionLimit.of(opened.config, processor_of(opened)) or (lambda sample, num_frames: None)
     except UserError as error:
         report.notes.append(
-            f"lengths are counted in words, not in tokens, as the model's files cannot be read: {error}"
+            f"lengths are counted in words, not in tokens, because the model's files cannot be read: {error}"
         )
         return at_least_words
 

@@ -46,8 +46,7 @@ class Fault:
     """One thing that is wrong.
 
     kind: of KINDS. where: file and record. subject: the medium, or the field. sentence: what was found, what was
-    expected, what to do. note: True if a benchmark is evaluated in spite of it, so that the doctor lists it but does
-    not fail.
+    expected, what to do. note: True if it does not stop an evaluation; the doctor lists it and exits with 0.
     """
 
     kind: str
@@ -79,10 +78,10 @@ Finding = Fault | Item
 
 @dataclass(frozen=True)
 class Lengths:
-    """What training would make of a record's text, to check its length.
+    """The length check of a record, and the settings by which training makes its text.
 
     check: the model's own, or `at_least_words`. num_frames: of a video. multi_turn: all pairs of a record are one
-    conversation. instruction: texts that training draws from for pairs without an instruction.
+    conversation. instruction: the texts of which training draws one for a pair without an instruction.
     """
 
     check: LengthCheck
@@ -94,7 +93,7 @@ class Lengths:
         """A fault for each sample of the record that is too long. media: "video", "image", or None for text alone."""
         try:
             turns = [turn for turn in turns_of(fields, where) if turn.answer is not None]
-        except AnnotationError:  # `check_training` names it
+        except AnnotationError:  # `check_training` reports it
             return
         longest = max(self.instruction, key=len, default="")
         turns = [turn if turn.instruction else replace(turn, instruction=longest) for turn in turns]

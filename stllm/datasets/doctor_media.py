@@ -27,8 +27,8 @@ Task = Callable[[], list[Fault]]
 class Use:
     """A medium, and all that records ask of it.
 
-    where: the first record, and how many others. clips: bounds, and the record that has them. rule: of sampling.py, by
-    which a benchmark takes frames of these; "" for training data.
+    where: the first record, and how many others. clips: bounds, and the record that has them. rule: the sampling rule
+    (sampling.py) of a benchmark; "" for training data.
     """
 
     path: str
@@ -61,7 +61,7 @@ class Survey:
     def add(
         self, item: Item, place: str, *, found: bool, root: str = "", fps: float | None = None, rule: str = ""
     ) -> Iterator[Fault]:
-        """Takes an item. Yields what is wrong with its name or its answer.
+        """Adds an item. Yields the faults of its name and its answer.
 
         place: the path of its medium, or where it should be if it was not found. root: the folder outside which no
         medium may lie, "" for none. fps: of a frame folder, if the item has none. rule: as in `Use`.

@@ -50,8 +50,8 @@ def training_source(
 ) -> Source:
     """VideoChat2-IT, caption pairs or JSONL.
 
-    media: "video", "image" or "text" when the data set is of that alone. lengths: how long its samples may be; by
-    default a bound that needs no tokenizer.
+    media: "video", "image" or "text" when the data set holds only that. lengths: the check of lengths; by default one
+    that needs no tokenizer.
     """
     file = Path(path).expanduser()
     findings = _checked(file, media, lengths or Lengths(at_least_words))

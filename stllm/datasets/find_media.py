@@ -95,7 +95,7 @@ class MediaFinder:
         return []
 
     def segments(self, name: str, bounds: Bounds | None, folder: str) -> list[str]:
-        """The files in the folder that are `name`, with or without extension, cut to these bounds."""
+        """The files in the folder that hold this part of the video `name`, which may have an extension."""
         stem, extension = os.path.splitext(name)
         stem = stem if extension.lower() in EXTENSIONS else name
         parent, last = os.path.split(os.path.normpath(os.path.join(folder, stem)))

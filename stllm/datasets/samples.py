@@ -100,7 +100,7 @@ class TextFirst(Protocol):
 
 
 class LengthCheck(Protocol):
-    """Decides whether a sample fits the model that it is for; the data sets themselves know no model."""
+    """Checks that a sample is not too long for the model. Data sets call it, as they do not know the model."""
 
     def __call__(self, sample: Sample, num_frames: int) -> None:
         """Raises AnnotationError when a sample with a medium of `num_frames` frames (0: text alone) is too long."""

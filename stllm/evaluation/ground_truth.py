@@ -26,7 +26,7 @@ class Entry:
 
     item: what is asked; its `error` is the first fault that prevents it. medium: what the record names, None if it
     names nothing. place: the path of that medium, or where it should be; folder: the one of the folders searched that
-    it was found in, None if it is missing. faults: all that is wrong, but for a missing medium.
+    it was found in, None if it is missing. faults: all faults except a missing medium.
     """
 
     item: Item
@@ -41,8 +41,8 @@ class Search:
     """How a medium is searched for below the root of all media.
 
     folders: relative to the root, in order. stems: names without an extension that are tried first. segments: those of
-    the folders whose files are cut already, so that start and end do not apply. frames: those that hold folders of
-    numbered frames, and their rate.
+    the folders whose files are already cut to start and end. frames: those that hold folders of numbered frames, with
+    the rate of the frames.
     """
 
     folders: Sequence[str] = ("",)
@@ -117,7 +117,7 @@ class MediaFolders:
                     faults.append(Fault("wrong medium", medium.where, place, sentence))
             if len(paths) > 1:
                 names = ", ".join(map(os.path.basename, paths))
-                sentence = f"several files are called so ({names}); the first is used: keep one"
+                sentence = f"several files have this name ({names}); the first is used: keep one"
                 faults.append(Fault("colliding names", medium.where, os.path.join(folder, medium.name), sentence, True))
         error = next((fault_sentence(fault) for fault in faults if not fault.note), "")
         if not error and medium and folder is None:
@@ -130,7 +130,7 @@ class MediaFolders:
         return Entry(replace(item, media=media, error=error), medium, place, folder, tuple(faults))
 
     def _find(self, medium: Medium, search: Search) -> tuple[str | None, list[str]]:
-        """The first folder that has the medium, and the files of its name there, the first of which is meant."""
+        """The first folder that has the medium, and the files of its name there; the first file is used."""
         name, extension = os.path.splitext(medium.name)
         converted = [name] if extension.lower() in EXTENSIONS else []
         ways: list[Callable[[str, str], list[str]]] = [

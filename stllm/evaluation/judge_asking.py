@@ -1,4 +1,4 @@
-"""Items brought to a judge, several at a time: each ends as a line of the ledger, with a score or why there is none.
+"""Asks a judge about items, several at a time; each becomes a line of the ledger with a score or a reason for none.
 
 An item whose reply has no verdict is asked again a few times and then fails; a reply that was cut off fails at once, as
 it would be cut off again. Asking stops when many items in a row fail or when the server refuses everything: finished
@@ -43,7 +43,7 @@ class Asking:
             asyncio.run(self._ask_all(self.unscored(items), endpoint, concurrency))
 
     def local(self, items: Sequence[JudgeItem], judge: "LocalJudge", batch_size: int) -> None:
-        """Asks a model on this machine, once an item: it would reply the same again."""
+        """Asks a model on this machine, once an item, as it would give the same reply again."""
         waiting = self.unscored(items)
         with self._progress(items):
             for start in range(0, len(waiting), batch_size):
@@ -95,8 +95,8 @@ class Asking:
         if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
             last_fault = self.ledger.entries[item.key].error
             raise Stopped(
-                f"{self._num_failed_in_a_row} items in a row failed (the last one: {last_fault}): mend that, or see "
-                f"that the judge at {endpoint.base_url} works, then run the command again"
+                f"{self._num_failed_in_a_row} items in a row failed (the last one: {last_fault}): correct that, or "
+                f"check that the judge at {endpoint.base_url} works, then run the command again"
             )
 
     # ---- the ledger -------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Asking:
         return self.prompts.messages(self.judge_run.axis, item)
 
     def _record_reply(self, item: JudgeItem, *, reply: str, last: bool = True, **fields: Any) -> bool:
-        """Records the verdict of a reply, or that there is none if it is the `last`. Returns whether it recorded."""
+        """Records the verdict of a reply or, for the `last` reply, that it has none. Returns True if it recorded."""
         try:
             verdict = parse_reply(reply, self.judge_run.axis, cut=fields["cut"])
         except Unparsable as fault:

@@ -40,9 +40,9 @@ REFUSALS = {
     r"|(unsupported|not support|not allowed|not permitted|deprecated).*temperature",
 }
 WITHOUT = {
-    SYSTEM: "the judge takes no system message, so that the instructions go into the user's message",
+    SYSTEM: "the judge takes no system message, so the instructions go into the user's message",
     MAX_TOKENS: "the judge takes max_completion_tokens in place of max_tokens",
-    TEMPERATURE: "the judge refuses --temperature, so that it samples with its own",
+    TEMPERATURE: "the judge refuses --temperature, so it uses its own",
 }
 
 
@@ -102,8 +102,8 @@ class _Adapted(_Transient):
 class Endpoint:
     """An OpenAI-compatible server and a model there.
 
-    timeout: seconds for a whole reply, however slowly it drips. max_retries: further requests that an item may take,
-    whatever they are for. on_fault: is called with the description of each fault that is tried again.
+    timeout: seconds for a whole reply, however slowly it arrives. max_retries: further requests that an item may take,
+    for whatever reason. on_fault: is called with a description of each fault after which the request is sent again.
     """
 
     def __init__(

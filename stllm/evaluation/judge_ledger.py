@@ -93,7 +93,7 @@ class Entry:
         return texts == (self.question, self.answer, self.prediction)
 
     def outcome(self) -> Verdict | str:
-        """The verdict of the reply, parsed anew, or the reason why there is none."""
+        """The verdict of the reply, parsed again, or the reason why there is none."""
         if self.reply is None:
             return self.error or "there is no reply"
         try:

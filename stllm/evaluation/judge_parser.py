@@ -25,7 +25,7 @@ class Unparsable(ValueError):
 
 
 class CutOff(Unparsable):
-    """A reply that ended before its verdict, so that the same request would give the same again."""
+    """A reply that was cut off before its verdict. The same request would be cut off again."""
 
     def __init__(self) -> None:
         super().__init__("it was cut off before its verdict: raise --max-tokens")

@@ -149,7 +149,7 @@ def mvbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
     files: dict[str, Path] = {}
     for file in sorted(layout.files, key=_place):
         if file.stem in files:
-            yield Fault("annotation", str(file), "file", f"there is {files[file.stem].name}, too: keep one of the two")
+            yield Fault("annotation", str(file), "file", f"there is also {files[file.stem].name}: keep one of the two")
         files[file.stem] = file
     records: list[tuple[Path, str, str, Fields]] = []
     for slug in chosen_tasks(list(files), settings):
@@ -167,8 +167,11 @@ def mvbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
 
 
 def _entry(file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
-    """A file of another name is a task of one's own: its media are in the media folder itself, and start and end are
-    used where a record has them."""
+    """The entry of one record.
+
+    A file whose name is not official is a task of the user's: its media are in the media folder itself, and start and
+    end are used where a record has them.
+    """
     task = task_of(file)
     candidates = fields.get("candidates")
     item = Item(
@@ -194,12 +197,12 @@ def _entry(file: Path, id: str, where: str, fields: Fields, media: MediaFolders)
 
 
 def _official_name(file: Path) -> str:
-    """The end of a message about a file that may be one of the benchmark's under a wrong name."""
+    """The end of a message about a file of another name: the official name that is nearest, if one is near."""
     return did_you_mean(file.name, [task.file for task in TASKS]) if task_of(file) is None else ""
 
 
 def _collisions(entries: Sequence[Entry]) -> Iterator[Fault]:
-    """Files in the media folder itself by which tasks with different media folders mean different videos."""
+    """Faults of files in the media folder itself that tasks with different official folders would share."""
     folders = {task.name: task.folder for task in TASKS}
     users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
     for entry in entries:

@@ -15,8 +15,8 @@ from stllm.common.errors import UserError
 class MVBenchTask:
     """One task.
 
-    name: as the tables print it. folder: of its media; fallbacks: where videos that were added later, or converted
-    ones, lie; segments: folders of videos that are cut to an item's start and end.
+    name: as the tables print it. folder: of its media; fallbacks: folders of videos that were added later or converted;
+    segments: folders of videos that are cut to an item's start and end.
     media: "video", or "frames" for a folder of numbered pictures, taken at `fps`. bounded: items have start and end.
     """
 
@@ -104,7 +104,7 @@ class MVBenchLayout:
 
 
 def task_of(file: Path) -> MVBenchTask | None:
-    """The task whose annotation file is called so, JSON or JSONL; None when there is none."""
+    """The task whose annotation file has this name, as JSON or JSONL; None when there is none."""
     return next((task for task in TASKS if task.file == file.with_suffix(".json").name), None)
 
 

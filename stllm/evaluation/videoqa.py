@@ -122,8 +122,7 @@ for _name in KINDS:
 def videoqa_entries(settings: EvaluationSettings, name: str) -> Iterator[Entry | Fault]:
     """Every question with its answer, and the faults that concern whole files. Raises UserError.
 
-    name: of KINDS, or ANY. Answers are found by the question's id if they have a file
-    of their own.
+    name: of KINDS, or ANY. If the answers are in a separate file, they are matched by the question's id.
     """
     kind = KINDS.get(name, ANY_KIND)
     if settings.anno_path is None:
@@ -146,7 +145,7 @@ def videoqa_entries(settings: EvaluationSettings, name: str) -> Iterator[Entry |
 
 
 def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Generator[Fault, None, list[Numbered]]:
-    """Yields what is wrong with a file of answers; returns the questions that have one, with it."""
+    """Yields the faults of a file of answers; returns the answered questions with their answers."""
     answers = {id: fields for id, _, fields in (yield from _numbered(answers_path, None))}
     without = [id for id, _, _ in questions if id not in answers]
     for id in without:
@@ -174,7 +173,7 @@ def answers_beside(questions: Path) -> Path | None:
 
 
 def _numbered(path: Path, kind: Kind | None) -> Generator[Fault, None, list[Numbered]]:
-    """Yields what is wrong with a file's ids and fields; returns its records with their ids.
+    """Yields the faults of a file's ids and fields; returns its records with their ids.
 
     kind: None for a file of answers.
     """

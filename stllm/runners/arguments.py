@@ -86,7 +86,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
         raise UserError("run.save_strategy must be steps, epoch or no, found 'best': training does not evaluate")
     if str(values.get("optim")).startswith(OTHER_OPTIMIZERS):
         raise UserError(
-            f"run.optim {values['optim']!r} is not supported, as it needs parameter groups of its own: use "
+            f"run.optim {values['optim']!r} is not supported, as it needs its own parameter groups: use "
             "adamw_torch, adafactor or a bitsandbytes optimizer such as adamw_bnb_8bit"
         )
     methods = multiprocessing.get_all_start_methods()

@@ -108,10 +108,11 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
 
 
 def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> bool:
-    """Find out whether the data has batches that give some trained weights no gradient, which DDP must then look for.
+    """Check for batches that give some trained weights no gradient, so that DDP must look for such weights.
 
     Examples are images, which skip the residual's layers, and an MVM decoder where nothing is masked. One sample of
-    each kind (a video of so many frames, an image, text alone) goes forward and backward. A collective call.
+    each kind (a video of so many frames, an image, text alone) goes forward and backward. All processes must call this
+    together.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     half = torch.bfloat16 if args.bf16 else torch.float16
@@ -133,9 +134,9 @@ def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> boo
 
 
 def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
-    """The checkpoint to continue from: the one that the user names, else the run's own last one; None: begin anew.
+    """The checkpoint to continue from: the one that the user names, or else the run's last one; None to start anew.
 
-    Raises UserError for a folder that is no checkpoint, and when the run is to begin anew over another one.
+    Raises UserError for a folder that is no checkpoint, and for a run that would start anew in the folder of another.
     """
     named = str(args.resume_from_checkpoint or "").lower()
     if not _continues(args):
@@ -143,8 +144,8 @@ def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
         if last is not None or folder.is_finished():
             raise UserError(
                 f"run.resume_from_checkpoint is False, but {folder.path} holds {last.name if last else 'a model'} of "
-                "an earlier run, which would be lost: name another run.output_dir to begin anew, or leave out "
-                "run.resume_from_checkpoint to continue"
+                "an earlier run, which would be lost: name another run.output_dir to start anew, or leave "
+                "out run.resume_from_checkpoint to continue"
             )
         return None
     if named in ("", "true"):
@@ -156,7 +157,7 @@ def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
 
 
 def _continues(args: TrainingArguments) -> bool:
-    """False when run.resume_from_checkpoint is False: the run must begin anew."""
+    """False when run.resume_from_checkpoint is False: the run must start anew."""
     return str(args.resume_from_checkpoint).lower() != "false"
 
 

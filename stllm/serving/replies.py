@@ -11,7 +11,7 @@ from typing import Any
 class Finished:
     """The end of an answer. text: the whole of it; reason: "stop", or "length" when max_tokens ended it.
 
-    prompt_tokens: read by the model, those of the video included; cut_tokens: cut before by the context rule.
+    prompt_tokens: read by the model, those of the video included; cut_tokens: removed by the context rule.
     """
 
     text: str

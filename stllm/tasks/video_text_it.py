@@ -129,7 +129,7 @@ class PositionLimit:
         return num_text if media is None else num_text - 1 + num_visual_tokens(self.config, num_frames)
 
     def check_room(self, corpora: Iterable[Corpus]) -> None:
-        """Raises UserError for a data set of so many frames that no text fits beside them."""
+        """Raises UserError for a data set whose frames leave no positions for text."""
         for corpus in corpora:
             if corpus.media is None or not isinstance(corpus, TextFirst):
                 continue

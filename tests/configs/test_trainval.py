@@ -22,6 +22,7 @@ from tests.configs.recipes import CONFIGS, RECIPES, full_size
 
 ROOT = CONFIGS.parent
 TEXT = (ROOT / "trainval.md").read_text(encoding="utf-8")
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")  # variables that no recipe reads
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)).replace("\\\n", " ")
 LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
 
@@ -87,7 +88,7 @@ def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
 def test_what_the_environment_names_is_read_by_a_recipe() -> None:
     recipes = [path for folder in ("train", "eval") for path in (CONFIGS / folder).rglob("*.yaml")]
     read = "".join(path.read_text(encoding="utf-8") for path in recipes)
-    named = set(re.findall(r"`\$?([A-Z][A-Z0-9_]+)(?:`|/)", TEXT)) - {"RECIPE"}
+    named = set(re.findall(r"`\$?([A-Z][A-Z0-9_]+)(?:`|/)", TEXT)) - {"RECIPE", *LAUNCHERS}
     assert named == set(re.findall(r"oc\.env:([A-Z0-9_]+)", read)) - {"CKPT", "OUTPUT_DIR"}  # said in the headers
 
 

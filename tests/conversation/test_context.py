@@ -335,11 +335,11 @@ def test_a_rerun_does_not_mix_context_rules(
 
 
 @pytest.mark.parametrize(
-    ("own", "words", "frames", "told"),
+    ("words", "frames", "summary"),
     [
-        (3, [], 3, "3 frames of each video, the checkpoint's own number"),
-        (3, ["--num-frames", "4"], 4, "4 frames of each video (the checkpoint's own number: 3)"),
-        (3, ["--cfg-path", "frames.yaml"], 2, "2 frames of each video (the checkpoint's own number: 3)"),
+        ([], 3, "3 frames of each video, the checkpoint's own number"),
+        (["--num-frames", "4"], 4, "4 frames of each video (the checkpoint's own number: 3)"),
+        (["--cfg-path", "frames.yaml"], 2, "2 frames of each video (the checkpoint's own number: 3)"),
     ],
 )
 def test_a_checkpoint_is_asked_with_its_own_number_of_frames(
@@ -348,39 +348,38 @@ def test_a_checkpoint_is_asked_with_its_own_number_of_frames(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    own: int,
     words: list[str],
     frames: int,
-    told: str,
+    summary: str,
 ) -> None:
-    """Below the user's, above the preset's, which a checkpoint without a number gets (64, as above)."""
+    """3 frames; the user's number goes before it, and it goes before the preset's (64, as above)."""
     folder = tmp_path / "own"
     folder.mkdir()
     for file in checkpoint.iterdir():
         (folder / file.name).symlink_to(file)
     config = json.loads((checkpoint / "config.json").read_text())
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps({**config, "num_frames": own}))
+    (folder / "config.json").write_text(json.dumps({**config, "num_frames": 3}))
     monkeypatch.chdir(tmp_path)
     Path("frames.yaml").write_text("evaluation: {num_frames: 2}\n")
     assert evaluate("--num-beams", "1", "--limit", "1", "--ckpt-path", str(folder), *words) == 0
-    assert told in capsys.readouterr().out
+    assert summary in capsys.readouterr().out
     assert lines(tmp_path)[0]["frames"]["count"] == frames
     settings = json.loads((tmp_path / "msvd.results.json").read_text())["settings"]
-    assert settings["evaluation"]["num_frames"] == frames and settings["model"]["num_frames"] == own
+    assert settings["evaluation"]["num_frames"] == frames and settings["model"]["num_frames"] == 3
 
 
 def test_new_tokens_that_leave_no_prompt_are_refused(
-    evaluate: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    evaluate: Callable[..., int], clip: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(STLLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    for words in (["chat", "--image", str(Path(__file__).parents[1] / "golden")], None):
-        code = evaluate("--max-new-tokens", "2000") if words is None else main([*words, "--max-new-tokens", "2000"])
+    refusal = "error: max_new_tokens is 2000, but the published context rule has 2000 positions"
+    too_many = ("--max-new-tokens", "2000")
+    chat = ["chat", "--ckpt-path", str(checkpoint), "--video", str(clip), "--question", QUESTIONS[0], *too_many]
+    for code in (evaluate(*too_many), main(chat)):
         assert code == 1
-    Decoding(max_new_tokens=2000, context="all")
-    with pytest.raises(UserError, match="max_new_tokens is 2000, but the published context rule has 2000 positions"):
-        Decoding(max_new_tokens=2000)
-    assert "or keep the whole prompt (--context all)" in capsys.readouterr().err
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(refusal)]
+    assert len(errors) == 2 and all("or keep the whole prompt (--context all)" in line for line in errors)
+    assert evaluate(*too_many, "--context", "all", "--limit", "1", "--num-frames", "1", "--num-beams", "1") == 0
 
 
 def test_chat_counts_what_was_cut(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -490,7 +490,7 @@ def test_flatten_overwrites_nothing_and_takes_no_other_option(tmp_path, capsys) 
     deep = write_json(tmp_path / "in.json", [record("a.mp4")])
     for taken in (deep, tmp_path):
         assert main(["doctor", "--flatten", str(deep), str(taken)]) == 1
-        assert f"{taken} is there already, expected a new file" in capsys.readouterr().err
+        assert f"{taken} exists already, expected a new file" in capsys.readouterr().err
     assert json.loads(deep.read_text()) == [record("a.mp4")]
     assert main(["doctor", "--flatten", str(deep), str(deep / "below.json")]) == 1
     assert "unexpected" not in capsys.readouterr().err

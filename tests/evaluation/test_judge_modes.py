@@ -2,13 +2,13 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stllm.evaluation import judge_endpoint
 from stllm.evaluation.judge_endpoint import Backoff
+from tests.evaluation.test_judge_parser import CASES
 from tests.helpers.judge_server import Answer, FakeJudge, judge_by_name, judge_server, says
 from tests.helpers.judging import judge, ledger, questions, results, write
 
@@ -144,9 +144,6 @@ def test_routes_to_different_models_are_refused_with_advice(tmp_path, server, ca
     error = capsys.readouterr().err
     assert "family/b made the scores so far, and the server now replies as family/a: ask for one exact model" in error
     assert results(tmp_path)["counts"]["scored"] == 1
-
-
-CASES = [json.loads(line) for line in Path(__file__).with_name("judge_replies.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("axis", ["qa", "correctness"])

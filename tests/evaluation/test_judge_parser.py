@@ -169,20 +169,14 @@ def test_a_long_thought_does_not_count_as_a_long_answer() -> None:
     assert parse_reply(f"<think>{'hm ' * 50_000}</think>{{'score': 3}}", "detail") == Verdict(3)
 
 
-HOSTILE = ["{'", "'{'", "|", "*", "_", "|\n", "---|\n", "a|b\n", "I rate a ", "final ", "<think ", "{score:", "#", " "]
+PIECES = ["{'", "'{'", "|", "*", "_", "|\n", "---|\n", "a|b\n", "I rate a ", "final ", "<think ", "{score:", "#", " "]
+PIECES += ["{", "(", "score "]
+HOSTILE = [piece * (19_000 // len(piece)) for piece in PIECES] + ["{" + "[" * 9_000 + "}", "score" + " " * 15_000]
 
 
-@pytest.mark.parametrize("piece", HOSTILE)
-def test_hostile_replies_are_read_in_time(piece) -> None:
+@pytest.mark.parametrize("reply", HOSTILE, ids=lambda reply: repr(reply[:12]))
+def test_hostile_replies_are_read_in_time(reply) -> None:
     start = time.process_time()
     with pytest.raises(Unparsable):
-        parse_reply(piece * (19_000 // len(piece)), "qa")
-    assert time.process_time() - start < 5  # quadratic patterns took 20 to 60 s
-
-
-@pytest.mark.parametrize(
-    "reply", ["{" * 15_000, "(" * 15_000, "{" + "[" * 9_000 + "}", "score " * 3_000, "score" + " " * 15_000]
-)
-def test_hostile_replies_end(reply) -> None:
-    with pytest.raises(Unparsable):
         parse_reply(reply, "qa")
+    assert time.process_time() - start < 5  # quadratic patterns took 20 to 60 s

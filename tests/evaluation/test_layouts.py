@@ -302,4 +302,4 @@ def test_a_pointer_in_place_of_a_video_is_named(tmp_path, video, capsys) -> None
 def test_two_files_of_one_task(tmp_path, video, capsys) -> None:
     files = {"json/own.json": [item("a.mp4")], "json/own.jsonl": json.dumps(item("a.mp4"))}
     root = put(tmp_path, files, video, "video/a.mp4")
-    assert "own.jsonl: there is own.json, too" in refused(capsys, tmp_path / "out", "mvbench", *words(root))
+    assert "own.jsonl: there is also own.json" in refused(capsys, tmp_path / "out", "mvbench", *words(root))
