@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image
 from stllm.common.errors import UserError
 from stllm.conversation.chat import load_chat
 from stllm.conversation.decoding import Decoding
+from stllm.conversation.seeing import Prepared
 from stllm.datasets.toy_clips import FPS, World
 from stllm.datasets.toy_media import write_video
 from stllm.datasets.toy_tasks import TASKS, state_change
@@ -285,6 +287,33 @@ def test_the_answer_of_an_unanswered_request_is_wrong_by_every_rule() -> None:
         assert not strict_match(UNANSWERED, options[:4], "zebra")
         assert letter not in UNANSWERED.upper()
     assert mvbench_aggregate_results([{"pred_answer": UNANSWERED, "score": 0}, {"pred_answer": "A", "score": 1}]) == 50
+
+
+def test_the_context_rule_follows_a_task_s_new_tokens(
+    model: STLLMForHarness,
+    documents: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not those of the chat's own settings; a prompt that was cut is named, and `context=all` cuts nothing."""
+    messages = [says("What happens?", shows(documents[0]["path"]))]
+    prepared: list[Prepared] = []
+
+    def complete(found: list[Prepared], decoding: Decoding) -> list[Any]:
+        prepared.extend(found)
+        return [SimpleNamespace(text="") for _ in found]
+
+    monkeypatch.setattr(model.chat, "complete", complete)
+    ask(model, [messages], SHORT)
+    long = {**SHORT, "max_new_tokens": 2000 - prepared[0].length + 3}
+    ask(model, [messages], long)
+    assert [one.length for one in prepared] == [prepared[0].length, prepared[0].length - 3]
+    assert "toy, document 0: The prompt is long: its first 3 tokens were cut" in caplog.text
+    monkeypatch.setattr(model.chat, "decoding", replace(model.chat.decoding, context="all"))
+    ask(model, [messages], long)
+    assert prepared[2].cut.total == 0
+    with pytest.raises(UserError, match="unknown context 'some'"):
+        STLLMForHarness(pretrained=str(CHECKPOINT), device="cpu", context="some")
 
 
 def test_log_likelihoods_are_refused(model: STLLMForHarness) -> None:
