@@ -532,5 +532,5 @@ def test_a_question_longer_than_the_model_is_named(tmp_path, video, capsys) -> N
     assert report["notes"] == []
     gone = doctor(capsys, "--cfg-path", config, "--options", "model.llama_model=gone/away")
     (note,) = gone["notes"]
-    assert note.endswith("as the model's files cannot be read: gone/away is not here")
+    assert note.endswith("because the model's files cannot be read: gone/away is not here")
     assert {fault["kind"] for fault in gone["faults"]} == {"too long"}
