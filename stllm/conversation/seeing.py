@@ -38,6 +38,7 @@ class ClipReader:
             reader=media.reader,
             fps=media.fps,
             view=media.view,
+            own_times=True,
         )
 
 

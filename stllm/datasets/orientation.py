@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from stllm.datasets import picture_readers
 from stllm.datasets.media_info import Frame
 
 if TYPE_CHECKING:
@@ -52,5 +53,12 @@ def turned(picture: "np.ndarray[Any, Any]", turn: Turn) -> "np.ndarray[Any, Any]
 
 
 def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
-    """The decoded frame as shown, (H, W, 3) uint8 RGB. Non-square pixels stay as stored, as in the published system."""
+    """The decoded frame as shown, (H, W, 3) uint8 RGB, transparent parts over white as in pictures.
+
+    Non-square pixels stay as stored, as in the published system.
+    """
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        from PIL import Image
+
+        return turned(picture_readers.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"))), turn)
     return turned(frame.to_ndarray(format="rgb24"), turn)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
+from stllm.datasets.timeline import DECODING_TIMES
 
 if TYPE_CHECKING:
     from av import Packet
@@ -73,7 +74,10 @@ class VideoSource:
             first_packet = self._start(key)
             landing: int | None = None
             count = 0
+            by_dts = self.container.format.name in DECODING_TIMES
             for packet in self.container.demux(self.stream):
+                if by_dts:
+                    packet.pts = packet.dts  # as in the timeline: the guessed presentation times change after a seek
                 if first_packet:
                     first_packet = False
                     if packet.pts is None or key is None or packet.pts > key or not packet.is_keyframe:
