@@ -126,7 +126,7 @@ def within(bounds: Bounds, *, seconds: np.ndarray, duration: float) -> tuple[int
         return first, stop - first
     gaps = np.diff(seconds)
     splits = np.flatnonzero(gaps >= max(min(end, duration) - start, 2 * float(np.median(gaps)))) if len(gaps) else gaps
-    parts = [f"{part[0]:.3g} to {part[-1]:.3g} s" for part in np.split(seconds, splits.astype(int) + 1)]
+    parts = [f"{round(part[0], 3):g} to {round(part[-1], 3):g} s" for part in np.split(seconds, splits.astype(int) + 1)]
     shown = ", ".join(parts[:MAX_PARTS]) + (f" and {len(parts) - MAX_PARTS} more parts" if parts[MAX_PARTS:] else "")
     raise BoundsError(
         f"no frame is shown within {_seconds(bounds)}; the {len(seconds)} frames of the video are at {shown}: "

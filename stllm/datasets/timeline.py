@@ -84,8 +84,8 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
     from av.error import FFmpegError
 
     context = stream.codec_context
-    by_dts, reorders = container.format.name in DECODING_TIMES, context.has_b_frames
-    length_size = _length_size(context.extradata) if context.name == "h264" else 0
+    codec, by_dts, reorders = context.name, container.format.name in DECODING_TIMES, context.has_b_frames
+    length_size = _length_size(context.extradata) if codec == "h264" else 0
     stamps, keys = array("q"), array("q")  # eight bytes a frame, however long the film
     num_hidden, last_dts, latest = 0, None, None
     usable, typed, reordered, open_gops = True, False, False, False
@@ -93,7 +93,7 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
         for packet in container.demux(stream):
             if packet.size == 0:
                 continue
-            if packet.is_discard or _is_hidden(packet, context.name):
+            if packet.is_discard or _is_hidden(packet, codec):
                 num_hidden += 1
                 continue
             if packet.is_corrupt:  # the one across which the file was cut
@@ -110,7 +110,7 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
                 last_dts = dts
             is_earlier = latest is not None and stamp < latest
             reordered = reordered or is_earlier
-            if usable and (is_b := _is_b_picture(packet, context.name, length_size)) is not None:
+            if usable and (is_b := _is_b_picture(packet, codec, length_size)) is not None:
                 typed, usable = True, is_b == is_earlier
             open_gops = open_gops or (is_earlier and bool(keys) and stamp < keys[-1])
             latest = stamp if latest is None else max(latest, stamp)
