@@ -136,16 +136,19 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
 def counted_timeline(stream: "VideoStream", stamps: Sequence[int | None]) -> Timeline:
     """The timeline of a stream that was decoded whole. stamps: of every frame, in the order in which they came.
 
-    The k-th frame gets the k-th time in ascending order; where times are missing or doubled, frames are spaced evenly.
+    The k-th frame gets the k-th time in ascending order. Frames without a time lie evenly between those that have one;
+    where times are doubled or fewer than two are known, all frames are spaced evenly.
     """
-    count = len(stamps)
+    indices = np.arange(len(stamps), dtype=np.int64)
+    places = np.array([index for index, stamp in enumerate(stamps) if stamp is not None])
     known = np.unique(np.array([stamp for stamp in stamps if stamp is not None], dtype=np.int64))
-    if len(known) == count:
-        seconds = _seconds(known, stream)
+    if len(known) == len(places) >= 2:
+        step = (known[-1] - known[0]) / (places[-1] - places[0])
+        before, after = np.minimum(indices - places[0], 0), np.maximum(indices - places[-1], 0)
+        seconds = _seconds(np.interp(indices, places, known) + (before + after) * step, stream)
     else:
-        seconds = np.arange(count) / float(stream.average_rate or stream.guessed_rate or 25)
-    indices = np.arange(count, dtype=np.int64)
-    return Timeline(indices, seconds, indices[:1], count, counted=True)
+        seconds = indices / float(stream.average_rate or stream.guessed_rate or 25)
+    return Timeline(indices, seconds, indices[:1], len(stamps), counted=True)
 
 
 def average_fps(timeline: Timeline, stream: "VideoStream") -> float:
@@ -164,7 +167,7 @@ def average_fps(timeline: Timeline, stream: "VideoStream") -> float:
     return stated if stated > 0 and (agrees or (stream.frames > 0 and count / stated > span)) else measured
 
 
-def _seconds(stamps: Stamps, stream: "VideoStream") -> "np.ndarray[Any, np.dtype[np.float64]]":
+def _seconds(stamps: "np.ndarray[Any, Any]", stream: "VideoStream") -> "np.ndarray[Any, np.dtype[np.float64]]":
     assert stream.time_base is not None  # every demuxer sets it
     return (stamps - stamps[:1]) * stream.time_base.numerator / stream.time_base.denominator
 
