@@ -6,6 +6,7 @@ Transparent parts are shown over white, here and in videos: logos and diagrams a
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,18 +46,26 @@ def to_rgb(image: "Image") -> Frame:
     return np.array(image.convert("RGB"))
 
 
-def open_image(file: Path | BytesIO) -> "Image":
-    """The picture, not yet decoded. Raises what Pillow raises, and UserError for one that needs another package."""
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this installation reads."""
     from PIL import Image as images
-    from PIL import UnidentifiedImageError
 
     with suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
     images.init()
+    return tuple(name for name in FORMATS if name in images.OPEN)
+
+
+def open_image(file: Path | BytesIO) -> "Image":
+    """The picture, not yet decoded. Raises what Pillow raises, and UserError for one that needs another package."""
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
     try:
-        return images.open(file, formats=[name for name in FORMATS if name in images.OPEN])
+        return images.open(file, formats=_formats())
     except UnidentifiedImageError:
         with file.open("rb") if isinstance(file, Path) else BytesIO(file.getvalue()) as opened:
             head = opened.read(12)
