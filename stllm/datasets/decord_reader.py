@@ -60,8 +60,8 @@ class DecordReader(Reader):
     def _doubt(self) -> str | None:
         """Opens the file with decord; why it cannot be trusted with it, or None."""
         timeline = self._pyav.timeline
-        if timeline.open_gops or timeline.counted or self._pyav.turn in MIRRORING:
-            return "decord would give wrong frames of it (open GOPs, no times, or mirrored)"
+        if timeline.open_gops or timeline.counted or self._pyav.turn in MIRRORING or self._pyav.transparent:
+            return "decord would give wrong frames of it (open GOPs, no times, mirrored or transparent)"
         try:
             import decord
 

@@ -52,12 +52,17 @@ def turned(picture: "np.ndarray[Any, Any]", turn: Turn) -> "np.ndarray[Any, Any]
     return np.ascontiguousarray(picture)
 
 
+def is_transparent(frame: "VideoFrame") -> bool:
+    """Whether the frame's format has transparency; a palette may have it."""
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
 def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
     """The decoded frame as shown, (H, W, 3) uint8 RGB, transparent parts over white as in pictures.
 
     Non-square pixels stay as stored, as in the published system.
     """
-    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+    if is_transparent(frame):
         from PIL import Image
 
         return turned(picture_readers.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"))), turn)

@@ -15,7 +15,7 @@ import numpy as np
 
 from stllm.common.registry import readers
 from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, warn_once
-from stllm.datasets.orientation import to_rgb, turn_of
+from stllm.datasets.orientation import is_transparent, to_rgb, turn_of
 from stllm.datasets.timeline import Timeline, average_fps, counted_timeline, demuxed_timeline
 from stllm.datasets.video_source import VideoSource
 
@@ -52,6 +52,7 @@ class PyAvReader(Reader):
         try:
             self.timeline, first = self._read_timeline()
             self.turn = turn_of(first)  # the whole stream's
+            self.transparent = is_transparent(first)
             picture = to_rgb(first, self.turn)
             self.info = MediaInfo(
                 kind="video",

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -123,6 +125,25 @@ def test_transparent_videos_and_pictures_have_one_background(quick, capsys) -> N
     assert times_of(CASES / "transparent.png", capsys=capsys) == [0]
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_web_videos_may_be_transparent(codec: str, tmp_path: Path) -> None:
+    picture = np.zeros((64, 64, 4), np.uint8)
+    picture[:32] = 200, 0, 0, 255
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        options = {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0"}
+        stream: Any = container.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 64, "yuva420p", 5
+        for _ in range(12):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgba")
+            container.mux(stream.encode(frame.reformat(format="yuva420p")))
+        container.mux(stream.encode(None))
+    for reader in ("pyav", "decord"):
+        with open_media(tmp_path / "a.webm", reader=reader) as medium:
+            assert medium.info.num_frames == 12
+            for shown in medium.frames([11, 2, 3, 7]):
+                np.testing.assert_allclose(shown[[8, 56], 8], [[200, 0, 0], [255] * 3], atol=12)
+
+
 def test_a_name_may_begin_with_a_tilde(quick, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -178,11 +199,12 @@ def test_pictures_that_pillow_reads_are_images(suffix: str, tmp_path: Path) -> N
 def test_animated_pictures_begin_with_their_first_frame(tmp_path: Path) -> None:
     """A png may hold a still for programs without animation, which is not part of it."""
     first, *rest = (Image.new("RGB", (16, 16), (value, 0, 0)) for value in (10, 60, 120, 240))
-    for suffix, options in {
+    kinds: dict[str, dict[str, Any]] = {
         "png": {"default_image": True},
         "avif": {"quality": 90},
         "webp": {"lossless": True},
-    }.items():
+    }
+    for suffix, options in kinds.items():
         path = tmp_path / f"a.{suffix}"
         first.save(path, save_all=True, append_images=rest, duration=200, **options)
         with open_media(path) as reader:
