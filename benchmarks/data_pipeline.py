@@ -10,6 +10,7 @@ epoch to epoch and the first one is not counted.
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from stllm.datasets.collate import Collator, TokenMasker
 from stllm.datasets.instruction import InstructionCorpus
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.models.configuration import MASK_RATE_DEFAULTS, STLLMConfig
+from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.vision import TrainTransform
 from stllm.runners.trainer import KeyedLoader
@@ -80,7 +82,7 @@ def new_loader(annotations: Path, num_workers: int) -> KeyedLoader:
         transform=TrainTransform(config.vision_config["image_size"]),
     )
     mixture = Mixture([Source(corpus)], seed=SEED, max_tries=0)
-    masker = TokenMasker(mask_rate=MASK_RATE_DEFAULTS, tokens_per_frame=config.tokens_per_frame)
+    masker = TokenMasker(MASK_RATE_DEFAULTS, partial(num_visual_tokens, config))
     return KeyedLoader(
         mixture,
         batch_sampler=MixtureSampler(mixture, batch_size=BATCH_SIZE),

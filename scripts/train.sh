@@ -2,7 +2,7 @@
 # Trains a recipe on this machine, one process a GPU; without a GPU one process on the CPU. The same command continues a
 # run that was stopped; Ctrl-C and SIGTERM write a checkpoint first.
 # Needs: stllm installed (README), and what the recipe's header names.
-# Launch:   bash scripts/train.sh configs/train/instructblip_qa.yaml
+# Launch:   NPROC=8 bash scripts/train.sh configs/train/instructblip_qa.yaml
 # Override: NPROC=2 bash scripts/train.sh configs/train/instructblip_qa.yaml --options run.learning_rate=1e-5
 set -euo pipefail
 source "$(dirname "$0")/lib/gpus.sh"

@@ -15,7 +15,7 @@ from stllm import __version__
 from stllm.commands import COMMANDS
 from stllm.commands.command import Parser
 from stllm.common.arguments import device_name, gpu_number, whole
-from stllm.common.device import DTYPE_ALIASES, DTYPES, seed_everything
+from stllm.common.device import DTYPE_ALIASES, DTYPES, resolve_device, seed_everything
 from stllm.common.errors import did_you_mean
 from stllm.common.failures import sentence
 
@@ -49,6 +49,8 @@ def _run(args: argparse.Namespace) -> int:
     from stllm.common.logging import setup_logging
     from stllm.common.waiting import working
 
+    if "WORLD_SIZE" in os.environ and "local_rank" in args:  # LOCAL_RANK alone would promise a launcher
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     setup_logging(debug=args.debug)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks is escaped, not fatal
@@ -57,6 +59,8 @@ def _run(args: argparse.Namespace) -> int:
     with working("starting"):  # torch and transformers alone take seconds to import
         run = getattr(import_module(module), function)
         seed_everything(args.seed or 0)
+        if args.device not in ("auto", "cpu"):
+            resolve_device(args.device)  # an absent device is refused by every command, in the same words
     code = int(run(args))
     sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     return code
@@ -85,6 +89,7 @@ def _hyphenated(argv: Sequence[str]) -> list[str]:
 def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="stllm", description="ST-LLM: questions about videos, answered.", allow_abbrev=False)
+    _add_local_rank(parser)
     parser.add_argument("--version", action="version", version=f"stllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -135,3 +140,9 @@ def _add_common(parser: Parser) -> None:
         help="settings over those of the YAML, e.g. model.video_input=mean",
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_local_rank(parser)
+
+
+def _add_local_rank(parser: Parser) -> None:
+    """`--local-rank`, as launchers add it: torch.distributed.launch and deepspeed before the command."""
+    parser.add_argument("--local-rank", type=int, metavar="N", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

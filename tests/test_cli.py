@@ -1,5 +1,6 @@
 """The command line: exit codes, one sentence an error, aliases, and nothing heavy before a command runs."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -118,10 +119,29 @@ def test_an_unknown_option_is_named_with_the_nearest(ran, capsys, words, told) -
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", ["--local_rank=1 train --cfg-path c", "train --cfg-path c --local-rank 1"])
+@pytest.mark.parametrize(
+    ("environment", "local_rank"),
+    [({}, None), ({"WORLD_SIZE": "2"}, "1"), ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "0")],
+)
+def test_the_launchers_local_rank_is_obeyed_below_its_environment(
+    ran, monkeypatch: pytest.MonkeyPatch, words: str, environment: dict[str, str], local_rank: str | None
+) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("WORLD_SIZE", "LOCAL_RANK"):
+            patch.setenv(name, "")  # so that it is put back afterwards
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert main(words.split()) == 0
+        assert os.environ.get("LOCAL_RANK") == local_rank
+    assert ran.args.cfg_path == "c"
+
+
 def test_chat_takes_every_option(ran) -> None:
     argv = "chat --video a.mp4 --question one --question two --ckpt-path d --cfg-path c --reader pyav --start 1.5"
     argv += " --end 2 --num-frames 8 --num-beams 5 --max-new-tokens 300 --temperature 0 --json --dtype bf16 --seed 3"
-    argv += " --evidence out.png"
+    argv += " --evidence out.png --context all"
     assert main([*argv.split(), "--options", "model.video_input=mean", "model.residual_size=4", "--debug"]) == 0
     expected = {
         "video": "a.mp4",
@@ -136,6 +156,7 @@ def test_chat_takes_every_option(ran) -> None:
         "num_beams": 5,
         "max_new_tokens": 300,
         "temperature": 0.0,
+        "context": "all",
         "evidence": "out.png",
         "stream": False,
         "json": True,
@@ -163,7 +184,9 @@ def test_the_other_commands_take_their_options(ran) -> None:
     assert (ran.args.host, ran.args.port, ran.args.media_root, ran.args.queue_size) == ("127.0.0.1", 0, "m", 0)
 
 
-def test_published_spellings(ran) -> None:
+def test_published_spellings(ran, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     argv = "chat --video x_y.mp4 --ckpt_path=my_dir --cfg_path a_b --gpu_id 2 --cfg-options a.b_c=1"
     assert main(argv.split()) == 0
     args = ran.args

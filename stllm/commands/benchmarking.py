@@ -2,14 +2,14 @@
 
 import argparse
 
-from stllm.commands.command import Command, Parser, add_checkpoint, add_config
+from stllm.commands.command import Command, Parser, add_checkpoint, add_config, add_context
 from stllm.common.arguments import names, path, whole
-
-BENCHMARKS = ("mvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif")
+from stllm.common.evaluation_section import benchmark_names
 
 
 def _evaluate_options(parser: Parser) -> None:
-    parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCH", help=", ".join(BENCHMARKS))
+    benchmarks = benchmark_names()
+    parser.add_argument("benchmark", choices=benchmarks, metavar="BENCH", help=", ".join(benchmarks))
     add_checkpoint(parser)
     add_config(parser, "what the checkpoint says")
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
@@ -28,6 +28,7 @@ def _evaluate_options(parser: Parser) -> None:
     asked.add_argument("--num-frames", type=whole(0), metavar="N", help="frames of a video; 0: MVBench's one a second")
     asked.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy")
     asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer")
+    add_context(asked, "published, for mvbench all")
     probes = parser.add_argument_group(
         "probes (mvbench: asked in other ways, too, with lines and a report of their own)"
     )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.command import EMBEDDED, Command, Parser, add_checkpoint, add_config
+from stllm.commands.command import EMBEDDED, Command, Parser, add_checkpoint, add_config, add_context
 from stllm.common.arguments import number, path, whole
 
 
@@ -37,6 +37,7 @@ def _chat_options(parser: Parser) -> None:
     parser.add_argument(
         "--temperature", type=number(0), metavar="T", help="sample, at this temperature (default: 0, do not)"
     )
+    add_context(parser)
     parser.add_argument(
         "--evidence",
         type=path,

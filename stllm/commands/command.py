@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stllm.common.arguments import path, whole
+from stllm.conversation.context import CONTEXTS, PUBLISHED
 
 Parser = argparse.ArgumentParser
 
@@ -30,6 +31,16 @@ def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
         type=path,
         metavar="DIR",
         help=f"weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path{otherwise})",
+    )
+
+
+def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) -> None:
+    """`--context`; default: in words, what holds without it."""
+    parser.add_argument(
+        "--context",
+        choices=CONTEXTS,
+        help="published: a long prompt, video included, keeps its last 2,000 tokens less --max-new-tokens; all: "
+        f"everything, also beyond the positions the model was trained for (default: {default})",
     )
 
 

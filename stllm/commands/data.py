@@ -4,8 +4,9 @@ import argparse
 
 from stllm.commands.command import Command, Parser
 from stllm.common.arguments import path, whole
+from stllm.common.evaluation_section import benchmark_names
 
-DOCTOR_FORMATS = ("vc2", "mvbench", "vcgbench", "videoqa", "shards")
+DOCTOR_FORMATS = ("vc2", *benchmark_names(), "videoqa", "shards")
 
 
 def _doctor_options(parser: Parser) -> None:
@@ -20,11 +21,18 @@ def _doctor_options(parser: Parser) -> None:
     parser.add_argument(
         "--format",
         choices=DOCTOR_FORMATS,
-        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own",
+        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own; videoqa: any VideoQA set",
     )
     parser.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of its media (default: beside it)")
     parser.add_argument(
-        "--answers-path", type=path, metavar="FILE", help="videoqa: the answers, when they have a file of their own"
+        "--answers-path", type=path, metavar="FILE", help="VideoQA: the answers, when they have a file of their own"
+    )
+    parser.add_argument(
+        "--flatten",
+        nargs=2,
+        type=path,
+        metavar=("IN", "OUT"),
+        help="or check nothing, and write the training file IN as the new file OUT, one question and answer a record",
     )
     parser.add_argument(
         "--decode",
@@ -40,8 +48,11 @@ def _doctor_options(parser: Parser) -> None:
 
 
 def _doctor_fault(args: argparse.Namespace) -> str | None:
-    if (args.cfg_path is None) == (args.anno_path is None):
-        return "name either a --cfg-path, or an --anno-path with its --format"
+    if sum(given is not None for given in (args.cfg_path, args.anno_path, args.flatten)) != 1:
+        return "name either a --cfg-path, or an --anno-path with its --format, or --flatten IN OUT"
+    if args.flatten is not None:
+        named = [name for name in ("format", "video_dir", "answers_path", "json", "options") if getattr(args, name)]
+        return f"--{named[0].replace('_', '-')} does not go with --flatten, which checks nothing" if named else None
     if args.cfg_path is not None:
         given = [name for name in ("format", "video_dir", "answers_path") if getattr(args, name) is not None]
         return (
@@ -51,8 +62,8 @@ def _doctor_fault(args: argparse.Namespace) -> str | None:
         return f"--anno-path needs a --format: {', '.join(DOCTOR_FORMATS)}"
     if args.options:
         return "--options are settings over a --cfg-path: there is none"
-    if args.answers_path is not None and args.format != "videoqa":
-        return "--answers-path goes with --format videoqa"
+    if args.answers_path is not None and args.format in ("vc2", "mvbench", "vcgbench", "shards"):
+        return f"--answers-path goes with VideoQA, not with --format {args.format}"
     return None
 
 

@@ -1,6 +1,6 @@
 """`stllm demo` on the command line: what `demo_gradio.py` is."""
 
-from stllm.commands.command import EMBEDDED, Command, Parser, add_address, add_checkpoint, add_config
+from stllm.commands.command import EMBEDDED, Command, Parser, add_address, add_checkpoint, add_config, add_context
 from stllm.common.arguments import number, whole
 
 
@@ -11,6 +11,7 @@ def _demo_options(parser: Parser) -> None:
     parser.add_argument(
         "--num-frames", type=whole(1), metavar="N", help="frames of a video at first (default: the checkpoint's own)"
     )
+    add_context(parser)
     limits = parser.add_argument_group("limits of one user")
     limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help="of an upload (default: 256)")
     limits.add_argument(

@@ -50,7 +50,11 @@ def _judge_endpoint_options(parser: Parser) -> None:
         "--concurrency", type=whole(1), default=8, metavar="N", help="items asked at once; local: a batch (default: 8)"
     )
     group.add_argument(
-        "--max-retries", type=whole(0), default=5, metavar="N", help="repetitions of a failed request (default: 5)"
+        "--max-retries",
+        type=whole(0),
+        default=5,
+        metavar="N",
+        help="further requests that an item may take (default: 5)",
     )
     group.add_argument(
         "--timeout", type=number(0.01), default=60.0, metavar="SECONDS", help="for a whole reply (default: 60)"
@@ -63,7 +67,10 @@ def _judge_endpoint_options(parser: Parser) -> None:
         help="of the judge's sampling; local judges have none (default: 0)",
     )
     group.add_argument(
-        "--max-tokens", type=whole(1), metavar="N", help="length of a reply (default: the endpoint's; local: 128)"
+        "--max-tokens",
+        type=whole(1),
+        metavar="N",
+        help="length of a reply, its thoughts included (default: the endpoint's; local: 128)",
     )
 
 

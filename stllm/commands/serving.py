@@ -1,6 +1,6 @@
 """`stllm serve` on the command line."""
 
-from stllm.commands.command import EMBEDDED, Command, Parser, add_address, add_checkpoint, add_config
+from stllm.commands.command import EMBEDDED, Command, Parser, add_address, add_checkpoint, add_config, add_context
 from stllm.common.arguments import number, path, whole
 
 
@@ -17,6 +17,7 @@ def _serve_options(parser: Parser) -> None:
     parser.add_argument(
         "--num-frames", type=whole(1), metavar="N", help="frames of a video (default: the checkpoint's own)"
     )
+    add_context(parser)
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-media-mb", type=whole(1), default=100, metavar="MB", help="of a video or image (default: 100)"

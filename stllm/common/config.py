@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from stllm.common.datasets_section import ROOTS, check_entry
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.evaluation_section import PRESETS, EvaluationSettings
 from stllm.common.files import write_text
 from stllm.common.layers import (
     OPTIONS,
@@ -37,7 +37,6 @@ RUN_PATHS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")  # output_dir
 DATASET_PATHS = ("_root", "_path", "_dir")  # endings of the keys that hold paths
 EVALUATION_PATHS = ("anno_path", "answers_path", "video_dir")
 SHIPPED = Path(__file__).parent.parent / "configs" / "models"
-PRESETS = SHIPPED.with_name("evaluation")  # one a benchmark
 DEFAULT_MODEL = "instructblip_vicuna0"
 _SCHEMAS: dict[str, type] = {"model": ModelSettings, "evaluation": EvaluationSettings}  # of the typed sections
 
@@ -49,13 +48,15 @@ def load_config(
     *,
     benchmark: str | None = None,
     command_line: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """The checked, resolved configuration with sections `model`, `datasets` and `run` (empty where none is given).
 
     cfg_path: the user's YAML. options: overrides, `key=value` with dots in the key.
     model_type: which shipped defaults to use when neither YAML nor options say `model.model_type`.
     benchmark: there is a section `evaluation`, over the shipped settings of that benchmark. command_line: its keys that
-        options of the command's own give, over everything else.
+        options of the command's own give, over everything else. checkpoint: its keys that the checkpoint decides, over
+        the shipped settings and below the user's.
 
     Raises UserError, naming the file and the nearest known key or value: a file that is missing or no YAML, an
     unknown key or name, a value of a wrong type, an option without `=`, an environment variable that is not set.
@@ -72,7 +73,8 @@ def load_config(
         for layer in layers:  # of no use to anything else
             layer.values.pop("evaluation", None)
     else:
-        layers.insert(0, _shipped_layer(PRESETS, benchmark))
+        own = Layer("the checkpoint", Path.cwd(), {"evaluation": dict(checkpoint or {})})
+        layers[:0] = [_shipped_layer(PRESETS, benchmark), own]
     cfg = _resolved(_merged(layers, ("model",) if benchmark is None else ("model", "evaluation")), layers)
     _check_values(cfg, layers)
     for name, entry in cfg.datasets.items():
@@ -96,12 +98,15 @@ def load_evaluation(
     cfg_path: str | Path | None = None,
     options: Sequence[str] = (),
     command_line: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> EvaluationSettings:
     """The settings of one evaluation; arguments and errors as for `load_config`.
 
     A model that the YAML says nothing of is no error: the checkpoint says what it is.
     """
-    cfg = load_config(cfg_path, options, DEFAULT_MODEL, benchmark=benchmark, command_line=command_line)
+    cfg = load_config(
+        cfg_path, options, DEFAULT_MODEL, benchmark=benchmark, command_line=command_line, checkpoint=checkpoint
+    )
     return typing.cast(EvaluationSettings, OmegaConf.to_object(cfg.evaluation))
 
 

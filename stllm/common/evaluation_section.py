@@ -5,7 +5,15 @@ goes over them, `--options evaluation.key=value` and the command's own options o
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
+
+
+def benchmark_names() -> list[str]:
+    """The names of the benchmarks: each has its shipped settings."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 @dataclass
@@ -33,6 +41,7 @@ class EvaluationSettings:
     num_beams: int | None = field(default=None, metadata={"low": 1})
     max_new_tokens: int | None = field(default=None, metadata={"low": 1})
     repetition_penalty: float | None = None
+    context: str = field(default="published", metadata={"choices": ("published", "all")})  # conversation/context.py
 
     # Speed
     batch_size: int = field(default=8, metadata={"low": 1})  # questions answered at once

@@ -16,6 +16,7 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 _IN_A_WORKER = "in DataLoader worker process"
 _WORKER_GONE = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
+_PROXY_WORDS = ("Using SOCKS proxy, but", "Unknown scheme for proxy URL")  # of httpx, when a client is built
 _PEER_WORDS = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -46,6 +47,11 @@ def sentence(error: Exception) -> str:
         return (
             "another process of this run has ended, and this one cannot go on alone: its own message says why; the "
             "same command continues from what was kept"
+        )
+    if any(words in text for words in _PROXY_WORDS):
+        return (
+            f"the proxy in the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) cannot be used ({text}): for a "
+            "socks5:// proxy run `pip install socksio`; else correct or unset the variable"
         )
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "stllm":
         return (

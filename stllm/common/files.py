@@ -11,6 +11,8 @@ from pathlib import Path
 from stllm.common.errors import UserError
 
 OLD = ".old.partial"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of a Git LFS pointer
+LFS_SENTENCE = "found a Git LFS pointer, expected the file itself: fetch it with `git lfs pull`"
 LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
 
 

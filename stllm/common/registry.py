@@ -4,7 +4,7 @@ An instance knows the modules that register into it and imports them at the firs
 package stays cheap and nobody needs an `import *` to register.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from threading import RLock
 from typing import Any, Generic, TypeVar
@@ -59,6 +59,9 @@ class Registry(Generic[T]):
         """The registered names in order, without aliases."""
         self._load()
         return sorted(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
 
     def __contains__(self, name: object) -> bool:
         self._load()

@@ -1,11 +1,14 @@
 """The keys of `run`: transformers' TrainingArguments, whatever its version calls them, and ours (RunSettings).
 
 Published recipes were written for transformers 4: arguments renamed since are translated, dropped ones accepted with
-a note. Which names exist is read from the installed TrainingArguments, imported only when a `run` is there.
+a note. Which names exist is read from the installed TrainingArguments, imported only when a `run` is there. Each of
+them is in exactly one of three tables: HONOURED, UNUSED (accepted with a note) and REFUSED (one value is accepted).
 """
 
 import dataclasses
+import enum
 import logging
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 # Old name -> new name. Applied only where the installed transformers lacks the old one.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
+    "mm_projector_lr": "projection_lr",
     "no_cuda": "use_cpu",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
@@ -44,8 +48,29 @@ LAVIS = {
     "num_workers": "dataloader_num_workers",
     "resume_ckpt_path": "resume_from_checkpoint",
 }
+# Arguments of TrainingArguments that our training follows.
+HONOURED = {
+    *("output_dir", "seed", "data_seed", "full_determinism", "use_cpu", "resume_from_checkpoint", "ignore_data_skip"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm", "debug"),
+    *("log_level", "log_level_replica", "log_on_each_node"),  # of transformers' own messages
+    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+    *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed"),
+}
 _DROPPED = "the installed transformers has no such argument"
-# Accepted without an effect, and why.
+_EVALUATION = "training does not evaluate; use `stllm evaluate`"
+_HUB = "nothing is uploaded"
+_IN_ORDER = "batches are always full and in the order of the seed"
+# Accepted without an effect, and why. None of these changes what is learned.
 UNUSED = {
     "model_max_length": "lengths come from model.max_txt_len",
     "logging_dir": "logs go under output_dir",
@@ -54,8 +79,57 @@ UNUSED = {
     **dict.fromkeys(("fp16_backend", "fp16_opt_level", "half_precision_backend", "jit_mode_eval"), _DROPPED),
     **dict.fromkeys(("include_tokens_per_second", "mp_parameters", "past_index", "ray_scope"), _DROPPED),
     **dict.fromkeys(("torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex", "use_mps_device"), _DROPPED),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_steps", "eval_delay", "prediction_loss_only"), _EVALUATION),
+    **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), _EVALUATION),
+    **dict.fromkeys(("include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics"), _EVALUATION),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "do_eval", "do_predict", "label_names"), _EVALUATION),
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), _EVALUATION),
+    **dict.fromkeys(("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _HUB),
+    **dict.fromkeys(("hub_always_push", "hub_revision", "push_to_hub_organization"), _HUB),
+    **dict.fromkeys(("dataloader_drop_last", "dataloader_in_order", "length_column_name"), _IN_ORDER),
+    "do_train": "`stllm train` always trains",
+    "remove_unused_columns": "a batch always keeps all of its fields",
+    "use_cache": "training never uses a key-value cache",
+    "auto_find_batch_size": "the batch size stays as given",
+    "use_liger_kernel": "Liger kernels are not supported",
+    "liger_kernel_config": "Liger kernels are not supported",
+    "logging_nan_inf_filter": "a loss that is NaN or infinite stops the run",
+    "include_num_input_tokens_seen": "tokens are not counted; log.jsonl has the visual tokens a clip",
+    "skip_memory_metrics": "log.jsonl has the peak memory",
+    "save_on_each_node": "the main process alone saves",
+    "enable_jit_checkpoint": "a run that is asked to stop always writes a checkpoint",
+    "restore_callback_states_from_checkpoint": "no callback has a state of its own",
+    "local_rank": "the launcher (torchrun) decides",
     **{f.name: f.metadata["unused"] for f in dataclasses.fields(RunSettings) if "unused" in f.metadata},
 }
+# The one value that is accepted, and why. Any other would change what is learned, or asks for what training lacks.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0, "the loss is computed without label smoothing"),
+    "neftune_noise_alpha": (None, "noise on the embeddings is not supported: it would enter the MVM teacher, too"),
+    "average_tokens_across_devices": (True, "the loss does not depend on the number of processes"),
+    "train_sampling_strategy": ("random", "all processes take each batch from one data set, in the order of the seed"),
+    "load_best_model_at_end": (False, "training does not evaluate, so no checkpoint is known to be the best"),
+    "eval_strategy": ("no", _EVALUATION),
+    "eval_on_start": (False, _EVALUATION),
+    "push_to_hub": (False, "training uploads nothing; upload the finished folder with `hf upload NAME DIR`"),
+    "optim_target_modules": (
+        None,
+        "optimizers that choose among the model's layers (GaLore, APOLLO) are not supported",
+    ),
+    "accelerator_config": (None, "batches are divided here; use run.gradient_accumulation_steps to accumulate"),
+    "parallelism_config": (None, "tensor and context parallelism are not supported; use run.fsdp or run.deepspeed"),
+}
+# Lowest and highest value, both allowed; None: no bound.
+BOUNDS: dict[str, tuple[float, float | None]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"), (1, None)),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_bucket_cap_mb", "torch_empty_cache_steps"), (1, None)),
+    **dict.fromkeys(("dataloader_num_workers", "save_total_limit", "warmup_steps"), (0, None)),
+    **dict.fromkeys(("learning_rate", "projection_lr", "weight_decay", "max_grad_norm", "adam_epsilon"), (0, None)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+}
+POSITIVE = ("num_train_epochs", "save_steps", "logging_steps")
+STEPS = ("warmup_steps", "save_steps", "logging_steps")  # a number of steps, or below 1 a share of all steps
 # Of `fsdp_config`, which transformers does not check; each may begin with `fsdp_`.
 FSDP_KEYS = (
     *("version", "reshard_after_forward", "cpu_offload", "activation_checkpointing", "cpu_ram_efficient_loading"),
@@ -82,12 +156,6 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in given.items():
         new, new_value = key, value
-        unused = UNUSED.get(key) if key in _OURS or key not in known else None
-        if (key, value) == ("tf32", False):
-            unused = "it is off unless it is asked for"
-        if unused is not None:
-            log.info("%s: run.%s has no effect: %s", source, key, unused, extra=ONCE)
-            continue
         if key not in known and key in SWITCHES:
             if not value:
                 continue
@@ -96,6 +164,10 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
             new = RENAMED[key]
             if key == "warmup_ratio" and isinstance(value, (int, float)) and not 0 <= value < 1:
                 raise UserError(f"{source}: 'run.warmup_ratio' must be at least 0 and below 1, found {value!r}")
+        unused = "it is off unless it is asked for" if (key, value) == ("tf32", False) else UNUSED.get(new)
+        if unused is not None:
+            log.info("%s: run.%s has no effect: %s", source, key, unused, extra=ONCE)
+            continue
         if new not in known:
             names = [*known, *RENAMED, *SWITCHES, *UNUSED]
             hint = f"; did you mean {LAVIS[key]!r}?" if key in LAVIS else did_you_mean(key, names)
@@ -110,8 +182,8 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
 def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
     """The merged and resolved `run` with our defaults under it, its values checked and converted.
 
-    where: tells which file a dotted key stands in. Text that stands for a number or a switch (as `${oc.env:NAME}`
-    gives it) is converted. Raises UserError for a value of a wrong type or outside an enumeration.
+    where: gives the file that a dotted key is in. Text that spells a number or a switch (as `${oc.env:NAME}` gives it)
+    is converted. Raises UserError for a value of a wrong type, out of range or outside an enumeration.
     """
     known = run_keys()
     ours = [f for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata]
@@ -122,6 +194,9 @@ def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any
         fault = field_fault(f, result[f.name], f"run.{f.name}")
         if fault:
             raise UserError(f"{where('run.' + f.name)}: {fault}")
+    for key, value in result.items():
+        if fault := _number_fault(key, value):
+            raise UserError(f"{where('run.' + key)}: 'run.{key}' must be {fault}, found {value}")
     _check_fsdp_config(result.get("fsdp_config"), where)
     deepspeed: Any = result.get("deepspeed")
     if isinstance(deepspeed, str):
@@ -146,6 +221,24 @@ def expected(annotation: Any) -> str | None:
     return None if kind is None else _NODES[kind][1]
 
 
+def _number_fault(key: str, value: Any) -> str | None:
+    """What a number must be, in words, when it is not; None when nothing is wrong or `value` is no number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    low, high = BOUNDS.get(key, (-math.inf, None))
+    if key == "max_steps":
+        return None if value == -1 or value >= 1 else "at least 1, or -1 to train for run.num_train_epochs"
+    if not math.isfinite(value):
+        return "a finite number"
+    if value < low or (high is not None and value > high):
+        return f"at least {low}" if high is None else f"from {low} to {high}"
+    if key in POSITIVE and value <= 0:
+        return "above 0"
+    if key in STEPS and value > 1 and value != int(value):
+        return "a whole number of steps, or below 1 a share of all steps"
+    return None
+
+
 def _check_fsdp_config(given: Any, where: Callable[[str], str]) -> None:
     for name in given if isinstance(given, dict) else ():
         if str(name).removeprefix("fsdp_") not in FSDP_KEYS:
@@ -163,10 +256,17 @@ def _deepspeed_file(path: str, source: str) -> str:
 
 
 def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
-    """The value converted to the type, where that is a simple one; UserError, naming the key, when it cannot be."""
+    """The value converted to the type, where that is a simple one.
+
+    Raises UserError, naming the key, when it cannot be converted or is no member of the type's enumeration.
+    """
     if key == "run.fsdp" and isinstance(value, bool):  # text by its annotation, a switch by its documentation
         # where it is a list of words yet, the switch would not wrap layer by layer
         return value if _simple(annotation) or not value else "full_shard auto_wrap"
+    enumerations: list[Any] = [kind for kind in _members(annotation) if isinstance(kind, enum.EnumMeta)]
+    choices = [member.value for enumeration in enumerations for member in enumeration]
+    if choices and value is not None and value not in choices:
+        raise UserError(f"{where(key)}: {unknown_name(key, str(value), choices)}")
     kind = _simple(annotation)
     if kind is None or value is None:
         return value
@@ -181,6 +281,12 @@ def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) ->
 
 def _simple(annotation: Any) -> type | None:
     """bool, int, float or str when the annotation is that, or that or None."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] if union else [annotation]
+    kinds = _members(annotation)
     return kinds[0] if len(kinds) == 1 and kinds[0] in _NODES else None
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union but None, or the one type."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(annotation) if union else (annotation,)
+    return [kind for kind in kinds if kind is not type(None)]

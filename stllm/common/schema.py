@@ -8,12 +8,19 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass, field
 from typing import Any
 
+from stllm.common import registry
 from stllm.common.errors import unknown_name
+from stllm.common.registry import Registry
 
 
 def _one_of(default: str | None, *choices: str) -> Any:
     """A field whose values are enumerated; config.py checks them."""
     return field(default=default, metadata={"choices": choices})
+
+
+def _registered(default: str | None, names: Registry[Any]) -> Any:
+    """A field whose values are the names in a registry. Only a value other than the default imports its modules."""
+    return field(default=default, metadata={"choices": names})
 
 
 def _within(default: float | None, low: float, high: float | None = None) -> Any:
@@ -39,7 +46,7 @@ def _unused(reason: str) -> Any:
 def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
     """What is wrong with a field's value, by its enumeration, bounds or emptiness; None when nothing is."""
     choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
-    if value is None:
+    if value is None or (isinstance(choices, Registry) and value == f.default):
         return None
     named = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     wrong = [name for name in named if choices and name not in choices]
@@ -88,13 +95,14 @@ class QFormerSettings:
 class ModelSettings:
     """Section `model`."""
 
-    arch: str = _one_of("st_llm_hf", "st_llm_hf")  # the model class, by its registered name
+    arch: str = _registered("st_llm_hf", registry.models)  # the model class, by its registered name
     model_type: str | None = None  # picks the shipped defaults: stllm/configs/models/<model_type>.yaml
 
     # Image encoder
     # pixels a side; unset: the weights', or 224. Where they differ, position embeddings are interpolated
     image_size: int | None = _within(None, 1)
-    vit_model: str = _one_of("eva_clip_g", "eva_clip_g", "eva_btadapter_g")  # plain, or with the temporal adapter
+    # the encoder, by its registered name: eva_clip_g, or eva_btadapter_g with the temporal adapter
+    vit_model: str = _registered("eva_clip_g", registry.vision_encoders)
     vit_ckpt: str | None = _path()  # eva_vit_g.pth, when the encoder's weights come from a file of their own
     drop_path_rate: float = _within(0.0, 0, 1)  # stochastic depth of the encoder's blocks in training
     use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -124,7 +132,8 @@ class ModelSettings:
     device_8bit: int = 0  # the CUDA device that holds it
 
     # Video tokens and masking
-    video_input: str = _one_of("all", "mean", "all", "residual")  # how T frames of tokens enter the language model
+    # how T frames of tokens enter the language model, by its registered name: all, mean or residual
+    video_input: str = _registered("all", registry.video_inputs)
     residual_size: int = _within(16, 1)  # local frames of `residual`, R
     residual_bottleneck: int | None = None  # inner width of `residual`; unset: a quarter of the language model's
     # frames of a video in chat, page and server where none are asked for; unset: 64 for `residual`, else 16
@@ -138,7 +147,8 @@ class ModelSettings:
     mask_rate_max: float = _within(0.7, 0, 1)
 
     # Text
-    template: str | None = _one_of(None, "instructblip", "minigpt4")  # prompt strings; unset: by qformer_text_input
+    # prompt strings, by their registered name: instructblip or minigpt4; unset: by qformer_text_input
+    template: str | None = _registered(None, registry.templates)
     system: str | None = None  # a system sentence before the question
     max_txt_len: int = _within(512, 1)  # tokens of an answer in training, and of the Q-Former's text
     end_sym: str = _filled("###")  # what ends an answer

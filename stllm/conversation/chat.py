@@ -5,6 +5,7 @@ A video is read and encoded once; the encoder's output is kept (content-keyed, b
 only what depends on the question runs again. Letters: N visual tokens, D width of the language model.
 """
 
+import logging
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,16 +20,20 @@ from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.cache import FeatureCache
+from stllm.conversation.context import num_positions
 from stllm.conversation.decoding import Decoding, NaNWatch
 from stllm.conversation.evidence import Evidence, measure_evidence
-from stllm.conversation.requests import Answer, Media, Request, RequestError
+from stllm.conversation.requests import Answer, Media, Request
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.conversation.templates import Turn
 from stllm.datasets.media import Clip
+from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.vision import EvalTransform
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_BYTES = 2 << 30
 MAX_KNOWN_FILES = 10_000
@@ -59,6 +64,7 @@ class Chat:
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self.lock = Lock()  # one generation at a time
+        self._warned = False  # of a prompt beyond the positions
 
     # ---- asking -----------------------------------------------------------------------------------------------------
 
@@ -87,12 +93,15 @@ class Chat:
 
     def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
         """Answers a batch of requests in one generation; the same answers as one at a time."""
-        return self.complete([self.prepare(request) for request in requests], decoding)
+        return self.complete([self.prepare(request, decoding) for request in requests], decoding)
 
     def stream(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
         """The answer's text, piece by piece. Closing the iterator ends the generation. Raises UserError."""
         decoding.check_streaming()
-        yield from self.stream_prepared(self.prepare(request), decoding)
+        prepared = self.prepare(request, decoding)
+        if prepared.cut.total:
+            log.warning("%s", prepared.cut)
+        yield from self.stream_prepared(prepared, decoding)
 
     def stream_prepared(
         self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
@@ -137,26 +146,48 @@ class Chat:
         return Seen(encoded, clip.info.kind, clip.times, seconds)
 
     @torch.inference_mode()
-    def prepare(self, request: Request, seen: Seen | None = None) -> Prepared:
-        """The prompt and the visual tokens, which may depend on the question. seen: the request's medium, encoded.
+    def prepare(self, request: Request, decoding: Decoding | None = None, seen: Seen | None = None) -> Prepared:
+        """The prompt and the visual tokens, which may depend on the question, cut as the context rule says.
 
+        decoding: the settings that the answer will be generated with. seen: the request's medium, encoded.
         Raises RequestError for a question that cannot be answered, MediaError for an unreadable medium, UserError for
         a model whose tokens are no numbers.
         """
         request.check()
         if request.media is None:
-            ids = self._prompt_ids(request, None)
-            self.check_length(len(ids), 0)
-            return Prepared(request, ids)
+            return self._fitted(Prepared(request, self._prompt_ids(request.turns, request, None)), None, decoding)
         seen = seen or self.see(request.media)
         start = time.perf_counter()
-        ids = self._prompt_ids(request, "image" if seen.kind == "image" else "video")
+        kind = "image" if seen.kind == "image" else "video"
+        ids = self._prompt_ids(request.turns, request, kind)
         visual = self.model.video_input(self.frame_tokens(request, seen))[0]  # (N, D)
-        self.check_length(len(ids), len(visual))
+        prepared = self._fitted(Prepared(request, ids, visual, seen.times), kind, decoding)
         if not bool(visual.isfinite().all()):
             raise UserError(_no_numbers(f"{request.media.path}: the model's visual tokens", visual.dtype))
-        seconds = {**seen.seconds, "encode": seen.seconds["encode"] + time.perf_counter() - start}
-        return Prepared(request, ids, visual, seen.times, seconds)
+        encode = seen.seconds["encode"] + time.perf_counter() - start
+        return replace(prepared, seconds={**seen.seconds, "encode": encode})
+
+    def _fitted(self, prepared: Prepared, kind: str | None, decoding: Decoding | None) -> Prepared:
+        """The prompt, cut as the context rule says. The last turn is never cut, but for what precedes its video."""
+        request, decoding = prepared.request, decoding or self.decoding
+        before = len(self._prompt_ids(request.turns[:-1], request, kind)) if len(request.turns) > 1 else 0
+        if prepared.visual is not None:
+            before = max(before, prepared.ids.index(VISUAL_TOKEN_ID) + 1)
+        fitted = prepared.fitted(
+            context=decoding.context,
+            max_new_tokens=decoding.max_new_tokens,
+            text_config=self.model.config.text_config,
+            num_question=len(prepared.ids) - before,
+        )
+        positions = num_positions(self.model.config.text_config)
+        if positions is not None and fitted.length > positions and not self._warned:
+            self._warned = True
+            log.warning(
+                "a prompt has %d tokens, but the language model was trained for %d positions: answers may be noise",
+                fitted.length,
+                positions,
+            )
+        return fitted
 
     @torch.inference_mode()
     def frame_tokens(self, request: Request, seen: Seen) -> Tensor:
@@ -197,20 +228,10 @@ class Chat:
             raise UserError(_no_numbers("the language model's scores", visual[0].dtype if visual else self.model.dtype))
         return ids
 
-    def _prompt_ids(self, request: Request, kind: str | None) -> list[int]:
+    def _prompt_ids(self, turns: Sequence[Turn], request: Request, kind: str | None) -> list[int]:
         if request.pieces is not None:
             return self.processor.piece_ids(request.pieces)
-        return self.processor.prompt_ids(request.turns, media=kind, system=request.system)
-
-    def check_length(self, num_text: int, num_visual: int) -> None:
-        """Raises RequestError beyond the language model's positions, where it gives noise, or nothing at all."""
-        positions = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if positions is not None and num_text + num_visual > positions:
-            raise RequestError(
-                f"the prompt has {num_text + num_visual} tokens ({num_visual} of the video), but the language model "
-                f"has {positions} positions: ask a shorter question, begin a new conversation, or use fewer frames "
-                "(--num-frames)"
-            )
+        return self.processor.prompt_ids(turns, media=kind, system=request.system)
 
 
 @dataclass
@@ -257,13 +278,19 @@ def load_chat(
     device: str = "auto",
     dtype: str = "auto",
     num_frames: int | None = None,
+    context: str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> Chat:
-    """Loads a checkpoint folder of any known format, ready for questions. Raises UserError."""
+    """Loads a checkpoint folder of any known format, ready for questions. Raises UserError.
+
+    num_frames: of a video; None for the checkpoint's own number.
+    context: the rule for long prompts, `published` (None) or `all`; see conversation/context.py.
+    """
     from stllm.models.checkpoints.loading import load_pretrained
 
     model, processor = load_pretrained(path, cfg_path, options=options, device=device, dtype=dtype)
-    return Chat(model=model, processor=processor, num_frames=num_frames, cache_bytes=cache_bytes)
+    decoding = Decoding.published(processor.template).with_options(context=context)
+    return Chat(model=model, processor=processor, decoding=decoding, num_frames=num_frames, cache_bytes=cache_bytes)
 
 
 def _no_numbers(what: str, dtype: torch.dtype) -> str:
@@ -279,6 +306,7 @@ def _answer(prepared: Prepared, text: str, seconds: float) -> Answer:
         question=request.turns[-1].question,
         video=request.media.path if request.media else None,
         frame_times=prepared.times,
-        visual_tokens=0 if prepared.visual is None else len(prepared.visual),
+        visual_tokens=prepared.num_visual,
         seconds={**prepared.seconds, "answer": seconds},
+        cut=prepared.cut,
     )

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def _decoding_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_beams": args.num_beams,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
+        "context": args.context,
         "stream": args.stream,
     }
 
@@ -81,6 +83,8 @@ def _answer(conversation: Conversation, question: str, args: argparse.Namespace)
         return
     with working("looking and answering"):
         answer = conversation.ask(question)
+    if answer.cut.total:
+        print(f"note: {answer.cut}", file=sys.stderr)
     if not args.json:
         print(answer.text, flush=True)
     evidence = _evidence(conversation, request, args)
@@ -96,13 +100,28 @@ def _evidence(conversation: Conversation, request: Request, args: argparse.Names
     if (number := len(conversation.turns)) > 1:
         path = path.with_stem(f"{path.stem}-{number}")
     with working("looking for evidence"):
-        evidence = measure_evidence(chat, request, conversation.turns[-1].answer)
+        answer = conversation.turns[-1].answer
+        evidence = measure_evidence(chat, request, answer, decoding=conversation.decoding)
         draw_evidence(path, evidence, filmstrip(request.media, chat.num_frames))
-    seconds = evidence.times[evidence.segments[evidence.peak][0]]
-    print(f"{path}: most evidence at {seconds:.1f} s, {max(evidence.scores):+.3g} nats", file=sys.stderr)
-    scores = [round(score, 4) for score in evidence.scores]
-    found = {"figure": str(path), "log_probability": round(evidence.log_probability, 4), "scores": scores}
-    return {"evidence": {**found, "segments": evidence.segments}}
+    if evidence.matters:
+        seconds = evidence.times[evidence.segments[evidence.peak][0]]
+        words = f"most evidence at {seconds:.1f} s, {max(evidence.scores):+.3g} nats"
+    else:
+        words = f"no part of the video matters to this answer: no difference exceeds {evidence.bound:.2g} nats"
+    if evidence.cut:
+        words += f" ({len(evidence.cut)} of {len(evidence.segments)} parts were cut from the prompt)"
+    print(f"{path}: {words}", file=sys.stderr)
+    return {
+        "evidence": {
+            "figure": str(path),
+            "log_probability": round(evidence.log_probability, 4),
+            "scores": [round(score, 4) for score in evidence.scores],
+            "segments": evidence.segments,
+            "matters": evidence.matters,
+            "bound": round(evidence.bound, 4),
+            "cut": evidence.cut,
+        }
+    }
 
 
 def _json_line(answer: Answer, more: Mapping[str, Any]) -> str:
@@ -113,6 +132,7 @@ def _json_line(answer: Answer, more: Mapping[str, Any]) -> str:
             "answer": answer.text,
             "frame_times": [round(seconds, 3) for seconds in answer.frame_times],
             "visual_tokens": answer.visual_tokens,
+            "cut_tokens": asdict(answer.cut),
             "seconds": {stage: round(seconds, 3) for stage, seconds in answer.seconds.items()},
             **more,
         },

@@ -8,18 +8,25 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from stllm.common.errors import UserError
+from stllm.conversation.context import PUBLISHED, check_context
 from stllm.conversation.templates import PromptTemplate
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """num_beams; max_new_tokens; temperature (0: no sampling); top_p; repetition_penalty (1: none)."""
+    """num_beams; max_new_tokens; temperature (0: no sampling); top_p; repetition_penalty (1: none).
+
+    context: how long prompts are cut, `published` or `all`; see context.py.
+    The repetition penalty applies to generated tokens only, and an answer may be empty: the published `min_length` of 1
+    counts an id that the library of that time put before every answer.
+    """
 
     num_beams: int = 5
     max_new_tokens: int = 300
     temperature: float = 0.0
     top_p: float = 0.9
     repetition_penalty: float = 1.0
+    context: str = PUBLISHED
 
     def __post_init__(self) -> None:
         """Raises UserError on a number that cannot be meant."""
@@ -27,6 +34,7 @@ class Decoding:
             raise UserError(
                 f"num_beams is {self.num_beams} and max_new_tokens {self.max_new_tokens}: both must be at least 1"
             )
+        check_context(self.context, self.max_new_tokens)
         finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
         if not finite or self.temperature < 0 or self.repetition_penalty <= 0 or not 0 < self.top_p <= 1:
             raise UserError(
@@ -49,6 +57,7 @@ class Decoding:
         num_beams: int | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
+        context: str | None = None,
         stream: bool = False,
     ) -> "Decoding":
         """These settings with a user's wishes over them.
@@ -63,6 +72,7 @@ class Decoding:
             num_beams=self.num_beams if num_beams is None else num_beams,
             max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             temperature=self.temperature if temperature is None else temperature,
+            context=self.context if context is None else context,
         )
         if stream:
             wanted.check_streaming()

@@ -7,7 +7,7 @@ T frames, K tokens a frame, D width of the language model, S positions of a sequ
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from stllm.common.errors import UserError
+from stllm.conversation.context import PUBLISHED, has_position_table, num_positions
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Request
+from stllm.conversation.requests import Request, RequestError
 from stllm.conversation.seeing import Prepared
 from stllm.models import language_model as lm
 from stllm.models.sequences import IGNORE_INDEX
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from stllm.conversation.chat import Chat
 
 MAX_SEGMENTS = 64
+MIN_DIFFERENCE = 0.01  # nats: a probability that changes by 1 %
 MAX_POSITIONS = 16_384  # of all sequences in one pass: what bounds the memory
 
 
@@ -35,6 +37,8 @@ class Evidence:
     log_probability: of the answer and its end mark with the whole video in view, in nats.
     times: seconds of the T frames seen. segments: (first, end) positions among them, end excluded.
     scores: nats a segment, log_probability minus the one without it: above 0 the segment spoke for the answer.
+    bound: nats; smaller differences do not matter, see `smallest_difference`.
+    cut: numbers of the segments whose own tokens the context rule cut: the language model did not read them.
     """
 
     question: str
@@ -43,11 +47,18 @@ class Evidence:
     times: list[float]
     segments: list[tuple[int, int]]
     scores: list[float]
+    bound: float = MIN_DIFFERENCE
+    cut: list[int] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
         """The segment that mattered most to the answer."""
         return max(range(len(self.scores)), key=self.scores.__getitem__)
+
+    @property
+    def matters(self) -> bool:
+        """Whether leaving out any segment changes the answer's log probability by more than `bound`."""
+        return max(map(abs, self.scores)) > self.bound
 
 
 def measure_evidence(
@@ -62,6 +73,7 @@ def measure_evidence(
     """Leaves out one segment of the request's video at a time.
 
     answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
+    decoding: also says how long prompts are cut; a segment is left out of what the language model reads after the cut.
     max_segments: a segment is one frame up to that many frames, several neighbours beyond.
     max_positions: of one pass; the scores do not depend on it.
     Raises UserError for a request without a video of at least two frames, and what `Chat.prepare` raises.
@@ -71,12 +83,15 @@ def measure_evidence(
     seen = chat.see(request.media)
     if len(seen.times) < 2:
         raise UserError(f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video")
-    prepared = chat.prepare(request, seen)
+    decoding = decoding or chat.decoding
+    prepared = chat.prepare(request, decoding, seen)
     text = chat.complete([prepared], decoding)[0].text if answer is None else answer
     ids = answer_ids(chat, request, text)
+    _check_length(chat, prepared, len(ids), decoding.context)
     frames = chat.frame_tokens(request, seen)  # (1, T, K, D)
     segments = split_frames(len(seen.times), max_segments)
-    variants = [replace(prepared, visual=without(chat, frames, segment)) for segment in segments]
+    left = [without(chat, frames, segment, prepared) for segment in segments]
+    variants = [replace(prepared, visual=visual) for visual, _ in left]
     whole, *parts = log_probabilities(chat, [prepared, *variants], ids, max_positions=max_positions)
     return Evidence(
         question=request.turns[-1].question,
@@ -85,7 +100,32 @@ def measure_evidence(
         times=seen.times,
         segments=segments,
         scores=[whole - part for part in parts],
+        bound=smallest_difference(chat.model.dtype, whole, len(ids)),
+        cut=[number for number, (_, cut) in enumerate(left) if cut],
     )
+
+
+def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: int) -> float:
+    """The smallest difference in nats between log probabilities of an answer that means something. Chosen here.
+
+    0.01 nats change a probability by 1 %. Rounding may be larger: logits are of the order of 10, so that of a token of
+    probability p changes its log probability by about 10 (1 - p) times the type's epsilon. Over the answer, the sum of
+    1 - p is at most its number of tokens, and at most minus its log probability.
+    """
+    return max(MIN_DIFFERENCE, 10 * torch.finfo(dtype).eps * min(num_tokens, -log_probability))
+
+
+def _check_length(chat: "Chat", prepared: Prepared, num_answer: int, context: str) -> None:
+    """Raises RequestError for an answer with which the prompt has more tokens than the model has positions."""
+    config = chat.model.config.text_config
+    positions = num_positions(config)
+    if positions is None or prepared.length + num_answer <= positions:
+        return
+    if context == PUBLISHED or has_position_table(config):
+        raise RequestError(
+            f"the prompt has {prepared.length} tokens ({prepared.num_visual} of the video), but with the answer's "
+            f"{num_answer} that is more than the language model's {positions} positions: give a shorter answer"
+        )
 
 
 def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
@@ -101,11 +141,21 @@ def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def without(chat: "Chat", frames: Tensor, segment: tuple[int, int]) -> Tensor:
-    """The visual tokens (N, D) of all frames but that segment's. frames: (1, T, K, D)."""
-    kept = [frame for frame in range(frames.shape[1]) if not segment[0] <= frame < segment[1]]
-    tokens: Tensor = chat.model.video_input(frames, kept)[0]
-    return tokens
+def without(chat: "Chat", frames: Tensor, segment: tuple[int, int], prepared: Prepared) -> tuple[Tensor, bool]:
+    """The prompt's visual tokens (N, D) without those of a segment, and whether the prompt had none of its own left.
+
+    frames: (1, T, K, D), all of them. prepared: the prompt, whose first `cut.visual` visual tokens were cut.
+    """
+    first, end = segment
+    num_frames = frames.shape[1]
+    video_input = chat.model.video_input
+    tokens: Tensor = video_input(frames, [*range(first), *range(end, num_frames)])[0]
+    if not prepared.cut.visual:
+        return tokens, False
+    own = prepared.cut.visual + prepared.num_visual - len(tokens)  # tokens that the segment alone gives
+    ahead = video_input(frames, list(range(first))).shape[1] if first else 0  # those of the frames before it
+    own_cut = min(max(prepared.cut.visual - ahead, 0), own)
+    return tokens[prepared.cut.visual - own_cut :], 0 < own == own_cut
 
 
 def answer_ids(chat: "Chat", request: Request, answer: str) -> list[int]:
@@ -122,12 +172,8 @@ def log_probabilities(
     """The answer's log probability in nats after each of the prompts, teacher-forced: exact, nothing is sampled.
 
     All rows in one padded pass, or in several where one would hold more than `max_positions`.
-    Raises RequestError where prompt and answer are longer than the language model's positions.
     """
-    num_visual = max(0 if one.visual is None else len(one.visual) for one in prepared)
-    num_text = max(len(one.ids) for one in prepared) + len(answer)
-    chat.check_length(num_text, num_visual)
-    size = max(1, max_positions // (num_text + num_visual))
+    size = max(1, max_positions // (max(one.length for one in prepared) + len(answer)))
     found: list[float] = []
     for start in range(0, len(prepared), size):
         found += _score(chat, prepared[start : start + size], list(answer))

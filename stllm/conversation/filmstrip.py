@@ -59,7 +59,8 @@ def evidence_figure(evidence: Evidence, strip: Filmstrip) -> "Figure":
     from matplotlib.figure import Figure
 
     answer = _lines(evidence.answer or "(an empty answer)", 3)
-    title = f"{_lines(evidence.question, 2)}\n{answer}\n(log probability {evidence.log_probability:.3g} nats)"
+    found = "" if evidence.matters else f"; no part matters: no difference exceeds {evidence.bound:.2g} nats"
+    title = f"{_lines(evidence.question, 2)}\n{answer}\n(log probability {evidence.log_probability:.3g} nats{found})"
     step = -(-len(strip.times) // MAX_PICTURES)
     height = (WIDTH - 2 * EDGE) * step / len(strip.times)  # of a square picture, in inches
     heading = 0.3 + 0.15 * len(title.splitlines())
@@ -85,12 +86,19 @@ def _draw_pictures(axes: "Axes", strip: Filmstrip, step: int) -> None:
 
 
 def _draw_curve(axes: "Axes", evidence: Evidence) -> None:
-    """Evidence over the frames, in nats; below zero the segment spoke against the answer."""
+    """Evidence over the frames, in nats; below zero the segment spoke against the answer.
+
+    A grey area covers the frames that the context rule cut.
+    """
     count = len(evidence.times)
     frames = np.repeat(evidence.scores, [end - first for first, end in evidence.segments])  # (T,)
     edges = np.arange(count + 1) - 0.5
     for sign, colour in ((frames >= 0, FOR), (frames < 0, AGAINST)):
         axes.stairs(np.where(sign, frames, 0.0), edges, fill=True, color=colour, alpha=0.35)
+    for first, end in (evidence.segments[number] for number in evidence.cut):
+        axes.axvspan(first - 0.5, end - 0.5, color="grey", alpha=0.25, linewidth=0)
+    if evidence.cut:
+        axes.annotate("not read: cut from the prompt", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=8)
     axes.plot(range(count), frames, marker="o", markersize=3, color=FOR)
     axes.axhline(0, color="black", linewidth=0.8)
     places = range(0, count, -(-count // MAX_PICTURES))

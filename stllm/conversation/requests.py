@@ -7,6 +7,7 @@ from typing import Any
 
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
+from stllm.conversation.context import NOTHING_CUT, Cut
 from stllm.conversation.templates import VISUAL, Turn
 from stllm.datasets.media import check_clip
 from stllm.datasets.sampling import Bounds
@@ -96,7 +97,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """text; video: path or None; frame_times: seconds of the frames seen; visual_tokens: N; seconds by stage."""
+    """text; video: path or None; frame_times: seconds of the frames seen; seconds by stage.
+
+    visual_tokens: the number that entered the language model; cut: what the context rule cut before.
+    """
 
     text: str
     question: str
@@ -104,6 +108,7 @@ class Answer:
     frame_times: list[float]
     visual_tokens: int
     seconds: dict[str, float]
+    cut: Cut = NOTHING_CUT
 
 
 def _marks(files: list[Path]) -> Iterator[tuple[str, int, int]]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from stllm.common.errors import UserError
+from stllm.common.files import LFS_POINTER, LFS_SENTENCE, replacing
 from stllm.conversation.templates import Turn
 from stllm.datasets.records import Record
 from stllm.datasets.sampling import Bounds
@@ -87,7 +88,7 @@ class JsonRecords:
         fields = json.loads(self._data[self._starts[index] : self._ends[index]])
         where = f"{self.path}, record {self._numbers[index] + 1}"
         return Record(
-            turns=_turns(fields, where),
+            turns=turns_of(fields, where),
             media=self._media(fields, where),
             kind="video" if self.kind == "text" else self.kind,
             where=where,
@@ -107,12 +108,44 @@ class JsonRecords:
         return os.path.join(self.media_dir, named)
 
 
+def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
+    """Writes a training file in which each question-and-answer pair is a record of its own.
+
+    The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
+    Returns the numbers of records read and written.
+    Raises UserError for a target that is there already, and for a source that cannot be read or has a record without
+    QA; the target is then not written.
+    """
+    path, new = Path(source).expanduser(), Path(target).expanduser()
+    if new.exists():
+        raise UserError(f"{new} is there already, expected a new file: name another, or remove it")
+    expected = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]}"
+    _, text = read_file(path, expected)
+    num_read = num_written = 0
+    with replacing(new) as partial, partial.open("w", encoding="utf-8") as stream:
+        for _, _, record in json_values(path, text, expected):
+            num_read += 1
+            pairs = record.get("QA") if isinstance(record, dict) else None
+            if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+                raise UserError(f"{path}, record {num_read}: found {_short(record)}, expected {expected}")
+            for pair in pairs:
+                stream.write(",\n" if num_written else "[\n")
+                stream.write(json.dumps({**record, "QA": [pair]}))
+                num_written += 1
+        if not num_written:
+            raise UserError(f"{path}: found no question-and-answer pair in {num_read} records, expected {expected}")
+        stream.write("\n]\n")
+    return num_read, num_written
+
+
 def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
     """The file's bytes, and the same as text. Raises UserError."""
     try:
         data = path.read_bytes()
         # A byte order mark would be one character and three bytes; it is no part of the JSON.
         data = data.removeprefix(b"\xef\xbb\xbf")
+        if data.startswith(LFS_POINTER):
+            raise UserError(f"{path}: {LFS_SENTENCE}")
         return data, data.decode()
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such annotation file; expected {expected}: check the path") from None
@@ -218,7 +251,8 @@ def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
     return [("", "", caption) for caption in (captions if isinstance(captions, list) else [captions])]
 
 
-def _turns(fields: Fields, where: str) -> tuple[Turn, ...]:
+def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
+    """The record's pairs; one without an answer has None there. Raises AnnotationError when there is no answer."""
     pairs = _raw_pairs(fields) if "QA" in fields or "caption" in fields else []
     if not pairs:
         raise AnnotationError(
@@ -244,13 +278,16 @@ def text_of(value: Any) -> str | None:
     return str(value).encode("utf-8", "replace").decode() if _is_text(value) else None
 
 
-def bounds_of(fields: Fields, where: str) -> Bounds | None:
-    """A record's start and end in seconds, `math.inf` for an open end; None without either. Raises AnnotationError."""
+def bounds_of(fields: Fields, where: str, *, negative_start: bool = False) -> Bounds | None:
+    """A record's start and end in seconds, `math.inf` for an open end; None without either.
+
+    negative_start: accept one, as MVBench does. Raises AnnotationError.
+    """
     start, end = (_seconds(fields.get(key), key, where) for key in ("start", "end"))
     if start is None and end is None:
         return None
     start, end = 0.0 if start is None else start, math.inf if end is None else end
-    if start < 0 or end <= start:
+    if end <= start or end <= 0 or (start < 0 and not negative_start):
         raise AnnotationError(
             f"{where}: found start {start:g} and end {end:g}, expected 0 <= start < end in seconds: correct them",
             cause="bounds",

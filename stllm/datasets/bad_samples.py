@@ -1,4 +1,4 @@
-"""What happens to a sample that cannot be read: another one takes its place as a whole, and it is counted.
+"""Replaces a sample that cannot be read, or is too long for the model, as a whole by another one, and counts it.
 
 Media, question, answer and bounds are replaced together, so that a question never meets another video. The published
 code replaced the video alone and retried without end.
@@ -7,6 +7,7 @@ code replaced the video alone and retried without end.
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -15,20 +16,33 @@ import numpy as np
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.media_info import MediaError
-from stllm.datasets.samples import Corpus, Failure, Sample, SampleKey, Stream, keyed_numpy
+from stllm.datasets.samples import (
+    Corpus,
+    Failure,
+    LengthCheck,
+    Sample,
+    SampleKey,
+    Stream,
+    TextFirst,
+    keyed_numpy,
+)
 
 log = logging.getLogger(__name__)
 
-CAUSES = ("missing", "unreadable", "bounds", "annotation")
+TOO_LONG = "too long"
+CAUSES = ("missing", "unreadable", "bounds", "annotation", TOO_LONG)
 NUM_NAMED = 5  # files that a message names
 MIN_TRIED = 100  # a share of fewer samples says little: one bad file among the first three is no reason to stop
 
 
-def load_with_replacement(corpus: Corpus, key: SampleKey, *, seed: int, max_tries: int) -> Sample:
-    """The sample of that key, or another of the same data set when it cannot be read; `failures` tells which could not.
+def load_with_replacement(
+    corpus: Corpus, key: SampleKey, *, seed: int, max_tries: int, check: LengthCheck | None = None
+) -> Sample:
+    """The sample of that key, or another of the same data set when it cannot be used; `failures` lists those.
 
+    check: refuses samples that are too long; it is asked before a medium is read where the data set allows that.
     The replacement depends on the key and the seed alone. Raises UserError, naming data set and last file, when
-    `max_tries` replacements could not be read either.
+    `max_tries` replacements could not be used either.
     """
     parts = (key.epoch, key.corpus, key.index, key.round)
     generator = keyed_numpy(seed, Stream.SAMPLE, *parts)
@@ -38,12 +52,19 @@ def load_with_replacement(corpus: Corpus, key: SampleKey, *, seed: int, max_trie
             generator = keyed_numpy(seed, Stream.REPLACEMENT, *parts, attempt)
             key = key._replace(index=_another(key.index, len(corpus), generator))
         try:
-            return replace(corpus.load(key, generator), failures=failures)
+            if check is not None and isinstance(corpus, TextFirst):
+                check(corpus.draft(key, deepcopy(generator)), 0 if corpus.media is None else corpus.num_frames)
+                return replace(corpus.load(key, generator), failures=failures)
+            sample = corpus.load(key, generator)
+            if check is not None:
+                check(sample, sample.num_frames)
+            return replace(sample, failures=failures)
         except (MediaError, AnnotationError) as error:
             failures.append(failure_of(corpus.name, error))
     last = failures[-1]
+    verb = "used" if any(failure.cause == TOO_LONG for failure in failures) else "read"
     raise UserError(
-        f"data set {corpus.name}: {len(failures)} samples drawn one after another could not be read, the last one is "
+        f"data set {corpus.name}: {len(failures)} samples drawn one after another could not be {verb}, the last one is "
         f"{last.sentence}; check it with `stllm doctor`, or raise run.max_tries ({max_tries})"
     )
 
@@ -64,10 +85,10 @@ def failure_of(corpus: str, error: MediaError | AnnotationError) -> Failure:
 
 
 class BadSampleLog:
-    """Counts what could not be read, warns of each file once, and stops the run when it is too much.
+    """Counts samples that could not be used, warns of each file once, and stops the run when there are too many.
 
     max_bad_fraction: the share of all samples tried above which `check` raises. epoch_size: samples an epoch.
-    total: samples that could not be read; by_cause: the same by cause.
+    total: samples that could not be used; by_cause: the same by cause.
     """
 
     def __init__(self, *, max_bad_fraction: float, epoch_size: int) -> None:
@@ -78,7 +99,7 @@ class BadSampleLog:
 
     @property
     def total(self) -> int:
-        """Samples that could not be read, a file met twice counted twice."""
+        """Samples that could not be used; a file that was met twice counts twice."""
         return self.by_cause.total()
 
     def add(self, failure: Failure) -> None:
@@ -94,9 +115,10 @@ class BadSampleLog:
         if self.total <= self.max_bad_fraction * max(tried, min(MIN_TRIED, self.epoch_size)):
             return
         causes = ", ".join(f"{self.by_cause[cause]} {cause}" for cause in CAUSES if self.by_cause[cause])
+        verb = "used" if self.by_cause[TOO_LONG] else "read"
         named, more = "; ".join(list(self._subjects)[:NUM_NAMED]), len(self._subjects) - NUM_NAMED
         raise UserError(
-            f"{self.total} of {tried} samples could not be read ({causes}), more than run.max_bad_fraction "
+            f"{self.total} of {tried} samples could not be {verb} ({causes}), more than run.max_bad_fraction "
             f"({self.max_bad_fraction:g}) allows: {named}{f' and {more} more' if more > 0 else ''}; check the data "
             "with `stllm doctor`, mend or remove them, or raise run.max_bad_fraction"
         )

@@ -5,7 +5,7 @@ Letters: B samples, L text positions, T frames, S image size, P patches, C encod
 width, N visual tokens of a clip.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,28 +23,22 @@ MEDIA_FIELDS = ("pixel_values", "vision_features", "query_features")
 class TokenMasker:
     """Draws which visual tokens a clip drops in training (paper section 3.3).
 
-    mask_rate: mean, std, min and max of the share dropped. tokens_per_frame: K. video_input, residual_size: how many
-    frames' tokens enter the language model.
+    mask_rate: mean, std, min and max of the share dropped.
+    num_tokens: T to N, as the model's video input counts them (`video_inputs.num_visual_tokens`).
     """
 
     mask_rate: Mapping[str, float]
-    tokens_per_frame: int
-    video_input: str = "all"
-    residual_size: int = 16
-
-    def num_tokens(self, num_frames: int) -> int:
-        """N of a clip of T frames."""
-        entering = {"mean": 1, "residual": min(num_frames, self.residual_size)}.get(self.video_input, num_frames)
-        return entering * self.tokens_per_frame
+    num_tokens: Callable[[int], int]
 
     def draw(self, keys: Sequence[SampleKey], num_frames: int, *, seed: int) -> Tensor:
         """(B, N) bool, True = dropped: one rate for the global batch, so that all its rows drop equally many."""
         batch = (keys[0].epoch, keys[0].batch)
         rate = draw_mask_rate(**self.mask_rate, generator=keyed_torch(seed, Stream.MASK_RATE, *batch))
+        num_tokens = self.num_tokens(num_frames)
         rows = [
             draw_dropped(
                 1,
-                self.num_tokens(num_frames),
+                num_tokens,
                 rate=rate,
                 generator=keyed_torch(seed, Stream.MASK, *batch, key.corpus, key.index, key.round),
             )

@@ -1,46 +1,64 @@
-"""`stllm doctor`: checks data before hours are spent on them, and names all that is wrong, not the first thing alone.
+"""`stllm doctor`: checks data before hours are spent on it, and names all that is wrong, not only the first fault.
 
-Exit code 0 when nothing was found, 1 when something was: the list on stdout, a line about it on stderr.
+Exit code 0 when nothing was found, or only notes: faults in spite of which a benchmark is evaluated. 1 when something
+was found: the list on stdout, a line about it on stderr. Benchmarks are read by the code of `stllm evaluate`.
+`--flatten IN OUT` checks nothing: it writes an annotation file again, with one question and answer a record.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
+from omegaconf import DictConfig
 from tqdm import tqdm
 
-from stllm.common.datasets_section import DatasetSettings
+from stllm.common.datasets_section import DatasetSettings, texts
+from stllm.common.errors import UserError
+from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.pools import one_a_core
-from stllm.datasets.doctor_checks import KINDS, Fault, Item
+from stllm.datasets.annotations import flatten
+from stllm.datasets.doctor_checks import KINDS, Fault, Item, Lengths, at_least_words
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
-from stllm.datasets.doctor_sources import Source, mvbench_sources, training_source, vcgbench_source, videoqa_source
+from stllm.datasets.doctor_sources import Source, training_source
 from stllm.datasets.features import clip_key
 from stllm.datasets.image_text_shards import expand_shards
+from stllm.datasets.samples import LengthCheck
+from stllm.evaluation.ground_truth import Entry
+from stllm.evaluation.mvbench import mvbench_entries
+from stllm.evaluation.vcgbench import vcgbench_entries
+from stllm.evaluation.videoqa import ANY, videoqa_entries
+from stllm.evaluation.videoqa import KINDS as VIDEOQA
 
+# By the name of the benchmark, as for `stllm evaluate`; "videoqa": any of the VideoQA sets.
+BENCHMARKS: dict[str, Callable[[EvaluationSettings], Iterator[Entry | Fault]]] = {
+    "mvbench": mvbench_entries,
+    "vcgbench": vcgbench_entries,
+    **{name: partial(videoqa_entries, name=name) for name in (*VIDEOQA, ANY)},
+}
 MAX_LISTED = 20  # faults of a kind, unless all are asked for
 MAX_WORKERS = 8  # unless more are asked for
 
 
 @dataclass
 class Report:
-    """What was looked at, and what was found wrong."""
+    """What was looked at, and what was found wrong.
+
+    data_sets: the number of records of each annotation file, or of shards, by the data set's name.
+    """
 
     decode: str
     num_records: int = 0
     num_media: int = 0
     num_shards: int = 0
+    data_sets: dict[str, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Faults by kind, in the order of KINDS."""
-        kinds = [fault.kind for fault in self.faults]
-        return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
+    notes: list[str] = field(default_factory=list)  # what could not be checked, and why
 
     @property
     def size(self) -> str:
@@ -51,19 +69,38 @@ class Report:
         return ", ".join(word for word, count in zip(words, parts.values(), strict=True) if count) or "no record"
 
 
+def counts(faults: Sequence[Fault]) -> dict[str, int]:
+    """Faults by kind, in the order of KINDS."""
+    kinds = [fault.kind for fault in faults]
+    return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
+
+
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    if args.flatten is not None:
+        source, target = args.flatten
+        num_read, num_written = flatten(source, target)
+        print(
+            f"written to {target}: {num_written} records of one question and answer each, from {num_read} of {source}"
+        )
+        return 0
     report = examine(args)
     if args.json:
-        print(json.dumps({**asdict(report), "counts": report.counts}, ensure_ascii=False, indent=1))
+        print(json.dumps({**asdict(report), "counts": counts(report.faults)}, ensure_ascii=False, indent=1))
     else:
+        if args.cfg_path is not None:
+            print("data sets, with the number of records (of image-text pairs: shards)")
+            width = max(map(len, report.data_sets), default=0)
+            for name, count in report.data_sets.items():
+                print(f"  {name:{width}} {count:>9,}")
         for line in listing(report, MAX_LISTED if not args.all else None):
             print(line)
-    if not report.faults:
+    faults = [fault for fault in report.faults if not fault.note]
+    if not faults:
         return 0
     sys.stdout.flush()  # before the summary, where both go to one place
-    kinds = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
-    print(f"found {len(report.faults)} faults in {report.size}: {kinds}", file=sys.stderr)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts(faults).items())
+    print(f"found {len(faults)} faults in {report.size}: {kinds}", file=sys.stderr)
     return 1
 
 
@@ -72,6 +109,8 @@ def examine(args: argparse.Namespace) -> Report:
     report = Report(decode=args.decode)
     survey = Survey()
     tasks: list[Task] = []
+    if args.format in BENCHMARKS:
+        report.faults += _benchmark(args, report, survey)
     for source in _sources(args, report, tasks):
         items = _items(source, report)
         if source.features is not None:
@@ -79,7 +118,10 @@ def examine(args: argparse.Namespace) -> Report:
             tasks.append(partial(check_features, source.features, keys, decode=args.decode))
             continue
         for item in items:
-            report.faults += survey.add(item, source.folders, root=source.root, fps=source.fps)
+            if item.expects != "text":
+                place = os.path.normpath(os.path.join(source.folder, item.name))
+                found = survey.finder.by_path(item.name, [source.folder]) is not None
+                report.faults += survey.add(item, place, found=found, root=source.folder, fps=source.fps)
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
     tasks += [partial(check_use, use, args.decode) for use in survey.uses.values()]
@@ -89,25 +131,28 @@ def examine(args: argparse.Namespace) -> Report:
 
 def listing(report: Report, most: int | None = None) -> Iterator[str]:
     """The report as lines, grouped by kind. most: faults listed of each kind; None: all."""
+    yield from report.notes
     if not report.faults:
         yield f"nothing found in {report.size}"
-    for kind, count in report.counts.items():
+    for kind, count in counts(report.faults).items():
         yield f"{count} {kind}: {KINDS[kind]}"
         found = [fault for fault in report.faults if fault.kind == kind]
         for fault in found[:most]:
             subject = "" if fault.subject == fault.where else f" {fault.subject}:"
-            yield f"  {fault.where}:{subject} {fault.sentence}"
+            yield f"  {fault.where}:{subject} {fault.sentence}{' (a note)' if fault.note else ''}"
         if most is not None and count > most:
             yield f"  ... and {count - most} more (--all lists them)"
 
 
 def _items(source: Source, report: Report) -> Iterator[Item]:
     """The items of a source; its faults go to the report."""
+    report.data_sets[source.name] = 0
     for finding in tqdm(source.findings, desc=source.name, unit=" records", disable=None, delay=1, leave=False):
         if isinstance(finding, Fault):
             report.faults.append(finding)
         else:
             report.num_records += 1
+            report.data_sets[source.name] += 1
             yield finding
 
 
@@ -118,14 +163,38 @@ def _sources(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Ite
     if args.format == "shards":
         _add_shards(args.anno_path, report, tasks, args.decode)
         return []
-    if args.format == "mvbench":
-        return mvbench_sources(args.anno_path, args.video_dir)
-    folder = args.video_dir or os.path.dirname(args.anno_path) or "."
-    if args.format == "vcgbench":
-        return [vcgbench_source(args.anno_path, folder)]
-    if args.format == "videoqa":
-        return [videoqa_source(args.anno_path, folder, args.answers_path)]
-    return [training_source(args.format, args.anno_path, folder)]
+    if args.format in BENCHMARKS:
+        return []
+    if args.format != "vc2":
+        raise UserError(
+            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or "
+            "check a few items with stllm evaluate --limit"
+        )
+    return [training_source(args.format, args.anno_path, args.video_dir or os.path.dirname(args.anno_path) or ".")]
+
+
+def _benchmark(args: argparse.Namespace, report: Report, survey: Survey) -> Iterator[Fault]:
+    """Faults of a benchmark's ground truth; its media go to the survey."""
+    settings = EvaluationSettings(
+        anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
+    )
+    if args.format != "mvbench" and args.video_dir is None:
+        path = Path(args.anno_path).expanduser()
+        settings.video_dir = str(path if path.is_dir() else path.parent)
+    entries = BENCHMARKS[args.format](settings)
+    try:
+        for entry in tqdm(entries, desc=args.format, unit=" records", disable=None, delay=1, leave=False):
+            if isinstance(entry, Fault):
+                yield entry
+                continue
+            report.num_records += 1
+            yield from entry.faults
+            if entry.medium is not None:
+                found = entry.folder is not None
+                for fault in survey.add(entry.medium, entry.place, found=found, rule=settings.sampling):
+                    yield replace(fault, note=True)
+    except UserError as error:
+        yield Fault("refused", str(args.anno_path), "file", str(error).removeprefix(f"{args.anno_path}: "))
 
 
 def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Iterator[Source]:
@@ -134,9 +203,13 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
     from stllm.datasets.corpora import resolved_settings
 
     cfg = load_config(args.cfg_path, args.options, model_type="instructblip_vicuna0")
-    for name, settings in resolved_settings(cfg).items():
+    entries = resolved_settings(cfg)
+    check = _length_check(cfg, report)
+    for name, settings in entries.items():
         if settings.type == "image_text":
+            before = report.num_shards
             _add_shards(settings.shards, report, tasks, args.decode, settings)
+            report.data_sets[name] = report.num_shards - before
         elif settings.anno_path is None:
             report.faults.append(Fault("annotation", name, "anno_path", "none is given; name the annotation file"))
         else:
@@ -147,7 +220,28 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
                 media=settings.media,
                 fps=settings.fps,
                 features=settings.features_dir,
+                lengths=Lengths(check, settings.num_frames, settings.multi_turn, tuple(texts(settings.instruction))),
             )
+
+
+def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
+    """The configured model's bound on lengths; without its files here, the one that counts words."""
+    from stllm.models.checkpoints.loading import processor_of
+    from stllm.models.factory import model_section, piece_paths
+    from stllm.tasks.video_text_it import PositionLimit, open_configured
+
+    settings = model_section(cfg)
+    absent = [path for path in piece_paths(settings) if not os.path.exists(path)]  # nothing is downloaded for a check
+    try:
+        if absent:
+            raise UserError(f"{absent[0]} is not here")
+        opened = open_configured(cfg)
+        return PositionLimit.of(opened.config, processor_of(opened)) or (lambda sample, num_frames: None)
+    except UserError as error:
+        report.notes.append(
+            f"lengths are counted in words, not in tokens, as the model's files cannot be read: {error}"
+        )
+        return at_least_words
 
 
 def _add_shards(

@@ -15,7 +15,7 @@ from stllm.datasets.doctor_checks import Fault, Item, short_answer
 from stllm.datasets.find_media import MediaFinder
 from stllm.datasets.media_info import MediaError, MediaInfo
 from stllm.datasets.readers import open_media
-from stllm.datasets.sampling import Bounds, bounded
+from stllm.datasets.sampling import Bounds, sample_indices
 
 DECODE = ("none", "first", "all")
 SLACK = 1.0  # seconds that an end may lie behind the video's; rounding in annotations explains so much
@@ -27,7 +27,8 @@ Task = Callable[[], list[Fault]]
 class Use:
     """A medium, and all that records ask of it.
 
-    where: the first record, and how many others. clips: bounds, and the record that has them.
+    where: the first record, and how many others. clips: bounds, and the record that has them. rule: of sampling.py, by
+    which a benchmark takes frames of these; "" for training data.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Use:
     fps: float | None = None
     num_frames: int | None = None
     num_records: int = 1
+    rule: str = ""
     clips: list[tuple[Bounds, str]] = field(default_factory=list)
 
     @property
@@ -56,17 +58,14 @@ class Survey:
         self._missing: dict[str, Use] = {}
         self._answers: dict[int, tuple[str, str]] = {}
 
-    def add(self, item: Item, folders: tuple[str, ...], *, root: str = "", fps: float | None = None) -> Iterator[Fault]:
-        """Looks for an item's medium. Yields what is wrong with its name or its answer; see `doctor_sources.Source`."""
-        if item.expects == "text":
-            return
-        path = self.finder.by_path(item.name, folders)
-        found = [path] if path else self.finder.by_stem(item.stems, folders)
-        if len(found) > 1:
-            names = ", ".join(map(os.path.basename, found))
-            sentence = f"several files are called so ({names}), and only the name without extension is given: keep one"
-            yield Fault("colliding names", item.where, os.path.join(folders[0], item.name), sentence)
-        place = found[0] if found else os.path.normpath(os.path.join(folders[0], item.name))
+    def add(
+        self, item: Item, place: str, *, found: bool, root: str = "", fps: float | None = None, rule: str = ""
+    ) -> Iterator[Fault]:
+        """Takes an item. Yields what is wrong with its name or its answer.
+
+        place: the path of its medium, or where it should be if it was not found. root: the folder outside which no
+        medium may lie, "" for none. fps: of a frame folder, if the item has none. rule: as in `Use`.
+        """
         if root and _is_outside(place, root):
             sentence = f"it lies outside the media folder {root}; move it there, and name it relative to that"
             yield Fault("outside", item.where, item.name, sentence)
@@ -76,7 +75,7 @@ class Survey:
             return
         key = place, item.expects
         if key not in self.uses:
-            self.uses[key] = Use(place, item.expects, item.where, item.fps or fps, item.num_frames)
+            self.uses[key] = Use(place, item.expects, item.where, item.fps or fps, item.num_frames, rule=rule)
             yield from self._same_but_case(item, place)
         else:
             self.uses[key].num_records += 1
@@ -142,8 +141,6 @@ def check_use(use: Use, decode: str) -> list[Fault]:
             return [Fault("empty file", use.whose, use.path, "the file holds 0 bytes; copy or download it again")]
     except OSError as error:
         return [Fault("unreadable", use.whose, use.path, f"it cannot be read ({error.strerror}); check disk and link")]
-    if use.expects == "frames" and not os.path.isdir(use.path):
-        return [Fault("wrong medium", use.whose, use.path, "found a file, expected a folder of numbered frames")]
     if decode == "none":
         return []
     with _notes() as notes:
@@ -180,13 +177,16 @@ def _wrong_bounds(use: Use, info: MediaInfo) -> Iterator[Fault]:
         return
     for bounds, where in use.clips:
         try:
-            bounded(bounds, total_frames=info.num_frames, fps=info.fps)
+            sample_indices(
+                use.rule or "middle", num_frames=1, total_frames=info.num_frames, fps=info.fps, bounds=bounds
+            )
         except UserError as error:
             yield Fault("bounds", where, use.path, str(error))
             continue
         if info.duration + SLACK < bounds[1] < float("inf"):
-            sentence = f"end is {bounds[1]:g} s, but the video lasts {info.duration:.2f} s: correct it"
-            yield Fault("bounds", where, use.path, sentence)
+            todo = "it is clamped, as in the official script" if use.rule else "correct it"
+            sentence = f"end is {bounds[1]:g} s, but the video lasts {info.duration:.2f} s: {todo}"
+            yield Fault("bounds", where, use.path, sentence, note=bool(use.rule))
 
 
 def _too_few(use: Use, info: MediaInfo) -> Iterator[Fault]:

@@ -1,23 +1,16 @@
-"""Annotation files of every format, read to their end: each record's faults and items, whatever stands before it."""
+"""Annotation files of every format, read to their end: one broken record does not hide those after it."""
 
+import csv
+import io
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stllm.common.errors import UserError, unknown_name
-from stllm.datasets.annotations import FOREIGN, Fields, json_values, read_file, text_of
-from stllm.datasets.doctor_checks import (
-    Fault,
-    Finding,
-    Item,
-    check_mvbench,
-    check_training,
-    check_vcgbench,
-    check_videoqa,
-)
-from stllm.evaluation.mvbench_tasks import TASKS, MVBenchLayout, MVBenchTask, task_of
+from stllm.common.errors import UserError
+from stllm.datasets.annotations import FOREIGN, Fields, json_values, read_file
+from stllm.datasets.doctor_checks import Fault, Finding, Item, Lengths, at_least_words, check_training
 
 TRAINING = "training data"  # by the fields that tell formats apart
 MARKS = {"QA": TRAINING, "caption": TRAINING, **FOREIGN}
@@ -25,27 +18,22 @@ EXPECTED = {
     "vc2": "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}",
     "mvbench": "a JSON list of {video, question, candidates, answer}",
     "vcgbench": "a JSON list of {Q, A, video_name} or {Q1, Q2, A, video_name}",
-    "videoqa": "a JSON list of {question, answer, video_name or video or video_id}",
+    "videoqa": "a JSON list of {question, answer, video_name or video or video_id}, or TGIF-QA's table of them",
 }
 NAMES = {"vc2": TRAINING, "mvbench": FOREIGN["candidates"], "vcgbench": FOREIGN["Q"], "videoqa": FOREIGN["question"]}
-ID_KEYS = ("question_id", "id")
-
-CheckRecord = Callable[[Fields, str], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One annotation file to be checked.
+    """One annotation file of training data to be checked.
 
-    name: of the data set. folders: in which its media are looked for, the first one first. root: outside which no
-    medium may lie; "" when there is none. fps: of frame folders, where it is not what their names tell.
-    features: a folder of precomputed features, read in place of the media.
+    name: of the data set. folder: its media are relative to it, and none may lie outside. fps: of frame folders, where
+    their file names do not show it. features: a folder of precomputed features, read in place of the media.
     """
 
     name: str
     findings: Iterator[Finding]
-    folders: tuple[str, ...]
-    root: str = ""
+    folder: str
     fps: float | None = None
     features: str | None = None
 
@@ -58,11 +46,16 @@ def training_source(
     media: str | None = None,
     fps: float | None = None,
     features: str | None = None,
+    lengths: Lengths | None = None,
 ) -> Source:
-    """VideoChat2-IT, caption pairs or JSONL. media: "video", "image" or "text" when the data set is of that alone."""
+    """VideoChat2-IT, caption pairs or JSONL.
+
+    media: "video", "image" or "text" when the data set is of that alone. lengths: how long its samples may be; by
+    default a bound that needs no tokenizer.
+    """
     file = Path(path).expanduser()
-    findings = _checked(file, "vc2", lambda fields, where: check_training(fields, where, media=media))
-    return Source(name, _of_one_medium(findings, file, media), (media_dir,), media_dir, fps, features)
+    findings = _checked(file, media, lengths or Lengths(at_least_words))
+    return Source(name, _of_one_medium(findings, file, media), media_dir, fps, features)
 
 
 def _of_one_medium(findings: Iterator[Finding], file: Path, media: str | None) -> Iterator[Finding]:
@@ -78,57 +71,23 @@ def _of_one_medium(findings: Iterator[Finding], file: Path, media: str | None) -
         yield Fault("annotation", str(file), "file", sentence)
 
 
-def mvbench_sources(path: str | Path, video_dir: str | None) -> Iterator[Source]:
-    """MVBench's folder (with `json` and `video` in it), a folder of its JSON files, or one of them; a source each."""
-    layout = MVBenchLayout.of(path, video_dir)
-    media = str(layout.media)
-    if not layout.files:
-        yield Source("mvbench", iter([_no_files(path)]), (media,), media)
-    for file in layout.files:
-        task = task_of(file)
-        if task is None:
-            yield Source(file.stem, iter([_unknown_task(file)]), (media,), media)
-        else:
-            folders = tuple(f"{media}/{folder}" for folder in task.folders)
-            yield Source(task.name, _checked(file, "mvbench", _task_check(task)), (*folders, media), media)
-
-
-def vcgbench_source(path: str | Path, video_dir: str) -> Source:
-    """One of VcgBench's ground-truth files."""
-    return Source("vcgbench", _checked(Path(path).expanduser(), "vcgbench", check_vcgbench), (video_dir,), video_dir)
-
-
-def videoqa_source(path: str | Path, video_dir: str, answers_path: str | None = None) -> Source:
-    """A VideoQA ground truth, or questions with their answers in a file of their own.
-
-    answers_path: that file; default: `test_a.json` beside `test_q.json`.
-    """
-    questions = Path(path).expanduser()
-    answers = Path(answers_path).expanduser() if answers_path else answers_beside(questions)
-    findings = _videoqa(questions, answers)
-    return Source("videoqa", findings, (video_dir,), video_dir)
-
-
-def _checked(path: Path, form: str, check: CheckRecord) -> Iterator[Finding]:
-    for where, fields in records_of(path, form):
+def _checked(path: Path, media: str | None, lengths: Lengths) -> Iterator[Finding]:
+    for where, fields in records_of(path, "vc2"):
         if isinstance(fields, Fault):
             yield fields
         else:
-            yield from check(fields, where)
-
-
-def _task_check(task: MVBenchTask) -> CheckRecord:
-    return lambda fields, where: check_mvbench(fields, where, media=task.media, bounded=task.bounded, fps=task.fps)
+            yield from check_training(fields, where, media=media, lengths=lengths)
 
 
 def records_of(path: Path, form: str) -> Iterator[tuple[str, "Fields | Fault"]]:
     """(file and record, its fields) of every record; a fault in place of one that is none.
 
-    A file of another format gives one fault and no record.
+    form: of EXPECTED. A file of another format gives one fault and no record.
     """
     number = 0
+    table = form == "videoqa" and path.suffix.lower() in (".csv", ".tsv")
     try:
-        for where, value in _values(path, EXPECTED[form]):
+        for where, value in _rows(path, EXPECTED[form]) if table else _values(path, EXPECTED[form]):
             number += 1
             if isinstance(value, Fault):
                 yield where, value
@@ -173,67 +132,16 @@ def _values(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
             yield where, Fault("annotation", where, "line", f"not valid JSON ({error}); expected {expected}")
 
 
-def _videoqa(questions: Path, answers: Path | None) -> Iterator[Finding]:
-    """Questions beside their answers, paired by `question_id` where these stand in a file of their own."""
-    answer_of: Fields = {}
-    if answers is not None:
-        answer_of = yield from _answers(answers)
-    asked: set[str] = set()
-    for where, fields in records_of(questions, "videoqa"):
-        if isinstance(fields, Fault):
-            yield fields
-            continue
-        key = id_of(fields)
-        if key and key in asked:  # TGIF-QA gives its questions no ids
-            yield _twice(where, key)
-        asked.add(key)
-        answered = "answer" in fields or answers is None or key in answer_of
-        if not answered:
-            yield Fault("empty answer", where, f"question {key}", f"{answers} holds no answer to it: add one")
-        elif "answer" not in fields and answers is not None:
-            fields = {**fields, "answer": answer_of[key]}
-        yield from check_videoqa(fields, where, answered=answered)
-    for key in answer_of.keys() - asked:
-        yield Fault("incomplete", str(answers), f"answer {key}", f"{questions} has no question of that id: remove it")
-
-
-def _answers(path: Path) -> Generator[Finding, None, Fields]:
-    """Yields the faults of a file of answers; returns the answers by their questions' ids."""
-    answer_of: Fields = {}
-    for where, fields in records_of(path, "videoqa"):
-        if isinstance(fields, Fault):
-            yield fields
-            continue
-        key = id_of(fields)
-        if not key:
-            yield Fault("incomplete", where, ID_KEYS[0], "the answer names no question: add the question's id")
-        elif key in answer_of:
-            yield _twice(where, key)
-        else:
-            answer_of[key] = fields.get("answer")
-    return answer_of
-
-
-def id_of(fields: Fields) -> str:
-    """The id of a question; "" when it has none."""
-    return next((text_of(fields[key]) or "" for key in ID_KEYS if key in fields), "")
-
-
-def _twice(where: str, key: str) -> Fault:
-    return Fault("duplicate id", where, f"question {key}", "the id stands there a second time: give each its own")
-
-
-def answers_beside(questions: Path) -> Path | None:
-    """`test_a.json` beside `test_q.json`; None for other names, or when there is none."""
-    answers = questions.with_name(questions.name.replace("_q.", "_a."))
-    return answers if answers != questions and answers.exists() else None
-
-
-def _no_files(folder: str | Path) -> Fault:
-    sentence = f"found no JSON file; expected MVBench's, such as {TASKS[0].file}: name the folder that holds `json`"
-    return Fault("annotation", str(folder), "folder", sentence)
-
-
-def _unknown_task(file: Path) -> Fault:
-    known = [task.file for task in TASKS]
-    return Fault("annotation", str(file), "file", unknown_name("MVBench task", file.name, known))
+def _rows(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
+    """(file and line, row) of a table with a header. TGIF-QA's files are called csv, but have tabs between columns."""
+    text = read_file(path, expected)[1]
+    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
+    try:
+        for row in reader:
+            where, num_columns = f"{path}, line {reader.line_num}", len(reader.fieldnames or ())
+            if None in row or None in row.values():
+                yield where, Fault("annotation", where, "line", f"expected {num_columns} columns, as in the header")
+            else:
+                yield where, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; expected {expected}") from None

@@ -1,13 +1,18 @@
-"""Where the media that annotations name lie: by their path, or by a name without extension.
+"""Finds the media that annotations name: by their path, by a name without extension, or as a segment of a video.
 
 Each folder is listed once and not asked for every file: on network disks that is the difference of minutes to hours.
 """
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from stllm.datasets.sampling import Bounds
+
+SEGMENT = re.compile(r"(.+)_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")  # such as USNP1_1.2999999999999998_15.4
+SAME_BOUNDS = 0.01  # seconds by which the bounds in a segment's name may differ from a record's
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 
 
@@ -29,6 +34,22 @@ class Listing:
     def with_stem(self, stem: str) -> list[str]:
         """The media called `stem` and an extension, those first that stand first in `EXTENSIONS`."""
         return self._by_stem.get(stem, [])
+
+    def segments(self, stem: str, bounds: Bounds) -> list[str]:
+        """The media called `<stem>_<start>_<end>` and an extension, with these bounds in seconds."""
+        return [
+            name
+            for name, *found in self._segments.get(stem, [])
+            if all(abs(a - b) < SAME_BOUNDS for a, b in zip(found, bounds, strict=True))
+        ]
+
+    @cached_property
+    def _segments(self) -> dict[str, list[tuple[str, float, float]]]:
+        groups: dict[str, list[tuple[str, float, float]]] = {}
+        for name in sorted(self.names):
+            if match := SEGMENT.fullmatch(os.path.splitext(name)[0]):
+                groups.setdefault(match[1], []).append((name, float(match[2]), float(match[3])))
+        return groups
 
     @cached_property
     def _by_lower(self) -> dict[str, list[str]]:
@@ -72,6 +93,13 @@ class MediaFinder:
                 if found:
                     return [os.path.join(parent, name) for name in found]
         return []
+
+    def segments(self, name: str, bounds: Bounds | None, folder: str) -> list[str]:
+        """The files in the folder that are `name`, with or without extension, cut to these bounds."""
+        stem, extension = os.path.splitext(name)
+        stem = stem if extension.lower() in EXTENSIONS else name
+        parent, last = os.path.split(os.path.normpath(os.path.join(folder, stem)))
+        return [os.path.join(parent, file) for file in self.listing(parent).segments(last, bounds)] if bounds else []
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -104,16 +104,24 @@ class InstructionCorpus:
 
     def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
         """The sample `key.index`; see `samples.Corpus`."""
-        number, pair = self._place(key.index)
-        record = self.records[number]
-        sample = Sample(key, name=record.where, turns=self._turns(record, pair, generator), media=self.media)
+        record, sample = self._begin(key, generator)
         if record.media is not None:
-            sample.name = f"{record.media} ({record.where})"
             if self.features is None:
                 sample.pixel_values = self.load_pixels(record, generator)
             else:
                 self.features.fill(sample, feature_key(record, self.records.media_dir))
         return sample
+
+    def draft(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+        """The sample without its medium; see `samples.TextFirst`."""
+        return self._begin(key, generator)[1]
+
+    def _begin(self, key: SampleKey, generator: np.random.Generator) -> tuple[Record, Sample]:
+        """The record, and the sample as far as it goes without the medium. Raises AnnotationError."""
+        number, pair = self._place(key.index)
+        record = self.records[number]
+        name = record.where if record.media is None else f"{record.media} ({record.where})"
+        return record, Sample(key, name, turns=self._turns(record, pair, generator), media=self.media)
 
     @property
     def frame_settings(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from stllm.common.errors import UserError
 from stllm.datasets.bad_samples import load_with_replacement
-from stllm.datasets.samples import Corpus, Sample, SampleKey, Stream, keyed_numpy
+from stllm.datasets.samples import Corpus, LengthCheck, Sample, SampleKey, Stream, keyed_numpy
 
 
 class Source(NamedTuple):
@@ -24,33 +24,32 @@ class Source(NamedTuple):
 
 
 class Mixture(Dataset[Sample]):
-    """Samples by `SampleKey`; one that cannot be read is replaced (bad_samples.py).
+    """Samples by `SampleKey`; one that cannot be used is replaced (bad_samples.py).
 
-    max_tries: samples tried in place of an unreadable one. Raises UserError for no data set, or an empty one.
+    max_tries: samples tried in place of one that cannot be used. check: refuses samples that are too long.
+    Raises UserError for no data set, or an empty one.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int, max_tries: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source], *, seed: int, max_tries: int, check: LengthCheck | None = None
+    ) -> None:
         self.corpora = [source.corpus for source in sources]
         self.ratios = [source.ratio for source in sources]
         self.sizes = [len(corpus) for corpus in self.corpora]
-        self.seed, self.max_tries = seed, max_tries
+        self.seed, self.max_tries, self.check = seed, max_tries, check
         if not sources:
             raise UserError("no data set is named: list at least one under `datasets`")
         for corpus, size in zip(self.corpora, self.sizes, strict=True):
             if not size:
                 raise UserError(f"data set {corpus.name} has no samples: leave it out, or name another annotation file")
 
-    @property
-    def only_videos(self) -> bool:
-        """Whether every sample is a video."""
-        return all(corpus.media == "video" for corpus in self.corpora)
-
     def __len__(self) -> int:
         return sum(self.sizes)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Raises UserError when neither the sample nor any tried in its place could be read."""
-        return load_with_replacement(self.corpora[key.corpus], key, seed=self.seed, max_tries=self.max_tries)
+        """Raises UserError when neither the sample nor any tried in its place could be used."""
+        corpus = self.corpora[key.corpus]
+        return load_with_replacement(corpus, key, seed=self.seed, max_tries=self.max_tries, check=self.check)
 
 
 class MixtureSampler:

@@ -8,7 +8,7 @@ Letters: T frames, S the model's image size, P patches, C encoder width, K token
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that could not be read. cause: missing, unreadable, bounds or annotation; subject: the file."""
+    """A sample that could not be used. cause: one of `bad_samples.CAUSES`; subject: the file."""
 
     corpus: str
     cause: str
@@ -59,6 +59,12 @@ class Sample:
     query_features: Tensor | None = None
     failures: list[Failure] = field(default_factory=list)
 
+    @property
+    def num_frames(self) -> int:
+        """T of the medium that was read; 0 for text alone."""
+        media = (self.pixel_values, self.vision_features, self.query_features)
+        return next((len(tensor) for tensor in media if tensor is not None), 0)
+
 
 class Corpus(Protocol):
     """One data set of the mixture: samples by index, each prepared whole (media, question, answer, bounds together).
@@ -76,6 +82,28 @@ class Corpus(Protocol):
 
         Raises MediaError or AnnotationError when it cannot be read as annotated.
         """
+        ...
+
+
+@runtime_checkable
+class TextFirst(Protocol):
+    """A data set that can give a sample's text before it reads the medium.
+
+    num_frames: T of every sample that has a medium.
+    """
+
+    num_frames: int
+
+    def draft(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+        """The sample that `load` returns with this key and generator, without its medium. Raises AnnotationError."""
+        ...
+
+
+class LengthCheck(Protocol):
+    """Decides whether a sample fits the model that it is for; the data sets themselves know no model."""
+
+    def __call__(self, sample: Sample, num_frames: int) -> None:
+        """Raises AnnotationError when a sample with a medium of `num_frames` frames (0: text alone) is too long."""
         ...
 
 

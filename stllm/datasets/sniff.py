@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
+from stllm.common.files import LFS_POINTER, LFS_SENTENCE
 from stllm.datasets.media_info import MediaError
 
 HEAD_BYTES = 4096
@@ -69,6 +70,8 @@ def read_head(path: Path) -> bytes:
         raise MediaError(f"{path}: the file cannot be read ({reason}); expected {EXPECTED}: check disk") from None
     if not head:
         raise MediaError(f"{path}: the file is empty (0 bytes); expected {EXPECTED}: copy or download it again")
+    if head.startswith(LFS_POINTER):
+        raise MediaError(f"{path}: {LFS_SENTENCE}")
     return head
 
 

@@ -141,7 +141,8 @@ class Engine:
     def _ask(self, item: Item, seen: Seen) -> Iterator[Record]:
         """Puts an item's questions into the queue, and gives the records of a full one."""
         try:
-            prepared = [self.chat.prepare(request, seen) for request in self._requests(item)]
+            requests = self._requests(item)
+            prepared = [self.chat.prepare(request, self.decoding, seen) for request in requests]
         except RequestError as error:
             yield failed(item, f"{item.video}: {error}")
             return
@@ -180,6 +181,7 @@ class Engine:
             **head(item),
             "prediction": _one_or_all(texts),
             "frames": {"count": len(times), "times": times},
+            "cut_tokens": {kind: sum(getattr(answer.cut, kind) for answer in answers) for kind in ("visual", "text")},
             "seconds": {stage: round(sum(answer.seconds[stage] for answer in answers), 4) for stage in stages},
             "error": None,
             **self.benchmark.fields(item, texts),

@@ -31,7 +31,7 @@ from stllm.runners.processes import process_group
 # options of the command that are settings of the section
 OPTIONS = (
     *("anno_path", "answers_path", "video_dir", "output_dir", "output_name", "tasks", "limit", "num_frames"),
-    *("num_beams", "max_new_tokens", "batch_size", "num_workers"),
+    *("num_beams", "max_new_tokens", "context", "batch_size", "num_workers"),
 )
 SHOWN_FAILURES = 3
 PROBES = {"probe": probe_views, "permute": probe_options}
@@ -40,18 +40,19 @@ PROBES = {"probe": probe_views, "permute": probe_options}
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 0 when there are answers, 130 when Ctrl-C ended it. Raises UserError."""
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    settings = load_evaluation(args.benchmark, args.cfg_path, args.options, given)
     checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
     if checkpoint is None:
         raise UserError(
             "no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path; the tiny model "
             f"that comes with the package, for the toy world alone, is {FOLDER}"
         )
+    opened = open_model(checkpoint, args.cfg_path, options=args.options)
+    own = {} if opened.config.num_frames is None else {"num_frames": opened.config.num_frames}
+    settings = load_evaluation(args.benchmark, args.cfg_path, args.options, given, own)
     _check_name(settings)
     benchmark = benchmarks.get(args.benchmark)(settings)
     try:
         with process_group():
-            opened = open_model(checkpoint, args.cfg_path, options=args.options)
             runs = Runs(opened, settings, device=args.device, dtype=args.dtype)
             return evaluate(runs, benchmark, [probe for name, probe in PROBES.items() if getattr(args, name)])
     except KeyboardInterrupt:
@@ -121,6 +122,9 @@ def summary(path: Path, benchmark: Benchmark, outcome: Outcome, content: Mapping
         f"{counts['answered']} answered, {counts['failed']} failed, {counts['excluded']} excluded, of "
         f"{counts['total']}; {seconds:.0f} s"
     )
+    lines.append(_looked_at(outcome.settings))
+    if "cut" in counts:
+        lines.append(f"the context rule cut the prompts of {counts['cut']} items, see cut_tokens in {path}.jsonl")
     errors = [record["error"] for record in outcome.records if record.get("error")]
     lines += [f"failed: {error}" for error in errors[:SHOWN_FAILURES]]
     if len(errors) > SHOWN_FAILURES:
@@ -128,6 +132,17 @@ def summary(path: Path, benchmark: Benchmark, outcome: Outcome, content: Mapping
     lines += [f"excluded: {task}: {reason}" for task, reason in benchmark.excluded.items()]
     lines.append(f"files: {path}.*")
     return "\n".join(lines)
+
+
+def _looked_at(settings: Mapping[str, Any]) -> str:
+    """The number of frames, and where it comes from."""
+    asked, own = settings["evaluation"]["num_frames"], settings["model"]["num_frames"]
+    frames = "one frame a second of each video" if asked == 0 else f"{asked} frames of each video"
+    if own is None:
+        return frames
+    return (
+        f"{frames}, the checkpoint's own number" if asked == own else f"{frames} (the checkpoint's own number: {own})"
+    )
 
 
 def _check_name(settings: EvaluationSettings) -> None:

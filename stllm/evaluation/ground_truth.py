@@ -1,57 +1,76 @@
-"""Ground truth as files have it: records read and checked, their media found, the settings that decide on both.
+"""Ground truth read from files: records checked, their media found, and the settings that decide on both.
 
-Records are read and checked by the code of `stllm doctor`, so that a run and a check say the same about a file.
+`stllm evaluate` and `stllm doctor` read a benchmark with the same generator of entries. The doctor lists every fault in
+it; an evaluation stops at the first fault that concerns a whole file and keeps the others as errors of their items.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.templates import Turn
-from stllm.datasets.annotations import Fields
 from stllm.datasets.doctor_checks import Fault, Finding
 from stllm.datasets.doctor_checks import Item as Medium
-from stllm.datasets.doctor_sources import records_of
 from stllm.datasets.find_media import EXTENSIONS, MediaFinder
 from stllm.datasets.sampling import sample_indices
 from stllm.evaluation.items import Item
 
 
-def read_records(path: str | Path, form: str) -> Iterator[tuple[str, Fields]]:
-    """(file and record, its fields) of every record. form: of `doctor_sources.EXPECTED`.
+@dataclass(frozen=True)
+class Entry:
+    """A record of a ground truth as it was read.
 
-    Raises UserError for what concerns the whole file: missing, no JSON, of another format, no record, or a record that
-    is no mapping.
+    item: what is asked; its `error` is the first fault that prevents it. medium: what the record names, None if it
+    names nothing. place: the path of that medium, or where it should be; folder: the one of the folders searched that
+    it was found in, None if it is missing. faults: all that is wrong, but for a missing medium.
     """
-    for where, fields in records_of(Path(path).expanduser(), form):
-        if isinstance(fields, Fault):
-            raise UserError(fault_sentence(fields))
-        yield where, fields
+
+    item: Item
+    medium: Medium | None = None
+    place: str = ""
+    folder: str | None = None
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a medium is searched for below the root of all media.
+
+    folders: relative to the root, in order. stems: names without an extension that are tried first. segments: those of
+    the folders whose files are cut already, so that start and end do not apply. frames: those that hold folders of
+    numbered frames, and their rate.
+    """
+
+    folders: Sequence[str] = ("",)
+    stems: Sequence[str] = ()
+    segments: Sequence[str] = ()
+    frames: dict[str, float] | None = None
+
+
+def entries_of(read: Iterable[Entry | Fault]) -> list[Entry]:
+    """The entries of a ground truth. Raises UserError for the first fault that concerns a whole file."""
+    entries = []
+    for one in read:
+        if isinstance(one, Entry):
+            entries.append(one)
+        elif not one.note:
+            raise UserError(fault_sentence(one))
+    return entries
 
 
 def fault_sentence(fault: Fault) -> str:
     """A fault of the doctor's as one sentence that names its place."""
-    place = fault.where if fault.subject in (fault.where, "file", "format", "record", "line") else ""
+    whole = (fault.where, "file", "folder", "format", "record", "line", "question_id")
+    place = fault.where if fault.subject in whole else ""
     return f"{place or f'{fault.where}, {fault.subject}'}: {fault.sentence.removeprefix(f'{fault.where}, ')}"
 
 
-def examined(findings: Iterable[Finding]) -> tuple[Medium | None, str]:
-    """What a record's check says: its medium, and the first fault as a sentence ("" when there is none)."""
-    medium, fault = None, ""
-    for finding in findings:
-        if isinstance(finding, Fault):
-            fault = fault or fault_sentence(finding)
-        else:
-            medium = finding
-    return medium, fault
-
-
 class MediaFolders:
-    """Finds a benchmark's media below folders and gives them the frames that the settings ask for.
+    """Finds a benchmark's media below a folder and gives them the frames that the settings ask for.
 
     Raises UserError for a root that is no folder, and for frames that no video could give.
     """
@@ -61,38 +80,79 @@ class MediaFolders:
             raise UserError("no folder of media was named: give the one that holds the videos with --video-dir DIR")
         self.root = str(Path(root).expanduser())
         if not os.path.isdir(self.root):
-            raise UserError(f"{self.root}: there is no such folder of media: name it with --video-dir DIR")
+            found = (
+                "found a file, expected the folder of media"
+                if os.path.exists(self.root)
+                else "there is no such folder of media"
+            )
+            raise UserError(f"{self.root}: {found}: name it with --video-dir DIR")
         _check_frames(settings)
         self._frames = Media("-", settings.num_frames, sampling=settings.sampling, reader=settings.reader)
         self._finder = MediaFinder()
 
-    def find(
-        self, medium: Medium, folders: Sequence[str] = ("",), *, bounded: bool = True, stems: Sequence[str] = ()
-    ) -> Media | None:
-        """The medium of that name, None when it is in none of the folders.
+    def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:
+        """The record's entry: its item with the medium that was found, or with the error that prevents it.
 
-        folders: below the root, the first one first. bounded: whether the record's start and end count. stems: names
-        without an extension that are tried before the name itself.
+        findings: of the record's check. needs_bounds: start and end must be there, unless the medium is a segment.
         """
-        places = self._places(folders)
-        found = self._finder.by_stem(stems, places) if stems else []
-        exact = None if found else self._finder.by_path(medium.name, places)
-        name, extension = os.path.splitext(medium.name)
-        if not found and exact is None and extension.lower() in EXTENSIONS:  # it was converted
-            found = self._finder.by_stem([name], places)
-        path = exact or next(iter(found), None)
-        if path is None:
-            return None
-        start, end = (medium.bounds if bounded else None) or (None, None)
-        return replace(self._frames, path=path, start=start, end=None if end == float("inf") else end, fps=medium.fps)
+        faults: list[Fault] = []
+        medium: Medium | None = None
+        for finding in findings:
+            if isinstance(finding, Fault):
+                faults.append(finding)
+            else:
+                medium = finding
+        folder, paths = self._find(medium, search) if medium else (None, [])
+        place = paths[0] if paths else os.path.join(self.root, search.folders[0], medium.name if medium else "")
+        if medium and folder is not None:
+            if folder in search.segments:
+                medium = replace(medium, bounds=None)
+            elif needs_bounds and medium.bounds is None and not any(fault.kind == "bounds" for fault in faults):
+                sentence = "found none, expected the part of the video that is asked about: add it"
+                faults.append(Fault("bounds", medium.where, "start, end", sentence))
+            if rate := (search.frames or {}).get(folder):
+                medium = replace(medium, expects="frames", fps=rate)
+                if not os.path.isdir(place):
+                    sentence = "found a file, expected a folder of numbered frames"
+                    faults.append(Fault("wrong medium", medium.where, place, sentence))
+            if len(paths) > 1:
+                names = ", ".join(map(os.path.basename, paths))
+                sentence = f"several files are called so ({names}); the first is used: keep one"
+                faults.append(Fault("colliding names", medium.where, os.path.join(folder, medium.name), sentence, True))
+        error = next((fault_sentence(fault) for fault in faults if not fault.note), "")
+        if not error and medium and folder is None:
+            error = self._missing(medium.name, search.folders)
+        media = None
+        if medium and folder is not None and not error:
+            start, end = medium.bounds or (None, None)
+            end = None if end == float("inf") else end
+            media = replace(self._frames, path=place, start=start, end=end, fps=medium.fps)
+        return Entry(replace(item, media=media, error=error), medium, place, folder, tuple(faults))
 
-    def missing(self, name: str, folders: Sequence[str] = ("",)) -> str:
-        """What to say of a medium that was not found."""
-        places = ", ".join(self._places(folders))
+    def _find(self, medium: Medium, search: Search) -> tuple[str | None, list[str]]:
+        """The first folder that has the medium, and the files of its name there, the first of which is meant."""
+        name, extension = os.path.splitext(medium.name)
+        converted = [name] if extension.lower() in EXTENSIONS else []
+        ways: list[Callable[[str, str], list[str]]] = [
+            lambda _, place: self._finder.by_stem(search.stems, [place]),
+            lambda _, place: [path for path in [self._finder.by_path(medium.name, [place])] if path],
+            lambda _, place: self._finder.by_stem(converted, [place]),
+            lambda folder, place: (
+                self._finder.segments(medium.name, medium.bounds, place) if folder in search.segments else []
+            ),
+        ]
+        for way in ways:
+            for folder in search.folders:
+                if paths := way(folder, self._place(folder)):
+                    return folder, paths
+        return None, []
+
+    def _missing(self, name: str, folders: Sequence[str]) -> str:
+        places = ", ".join(map(self._place, folders))
         return f"{name}: there is no such file in {places}; fetch it, or name another folder with --video-dir"
 
-    def _places(self, folders: Sequence[str]) -> list[str]:
-        return [os.path.join(self.root, folder) if folder else self.root for folder in folders]
+    def _place(self, folder: str) -> str:
+        return os.path.join(self.root, folder) if folder else self.root
 
 
 def check_any_found(items: Sequence[Item], path: str | Path) -> None:

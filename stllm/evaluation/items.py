@@ -40,6 +40,7 @@ class Benchmark(Protocol):
 
     excluded: tasks that cannot be asked as a whole (their media are not there) and why; no item of theirs is in `items`
         but `num_excluded` counts them.
+    notes: what else the results should mention, such as media that were not found in the official folders.
     """
 
     @property
@@ -53,6 +54,9 @@ class Benchmark(Protocol):
 
     @property
     def num_excluded(self) -> int: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
         """What the model is asked, one request a question; prompts as published for this family of weights."""

@@ -1,7 +1,8 @@
 """Items brought to a judge, several at a time: each ends as a line of the ledger, with a score or why there is none.
 
-A reply without a score is asked for again a few times, then the item has failed. When so many items in a row fail, or
-the server says that nothing more will come, asking stops: what is finished stays, and the same command goes on.
+An item whose reply has no verdict is asked again a few times and then fails; a reply that was cut off fails at once, as
+it would be cut off again. Asking stops when many items in a row fail or when the server refuses everything: finished
+items stay in the ledger, and the same command continues.
 """
 
 import asyncio
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from stllm.common.errors import UserError
 from stllm.evaluation.judge_endpoint import AskFailed, Endpoint, Stopped
 from stllm.evaluation.judge_ledger import Entry, JudgeRun, Ledger
-from stllm.evaluation.judge_parser import Unparsable, parse_reply
+from stllm.evaluation.judge_parser import CutOff, Unparsable, parse_reply
 from stllm.evaluation.judge_predictions import JudgeItem
 from stllm.evaluation.judge_prompts import Messages, PromptSet
 
@@ -41,18 +43,19 @@ class Asking:
             asyncio.run(self._ask_all(self.unscored(items), endpoint, concurrency))
 
     def local(self, items: Sequence[JudgeItem], judge: "LocalJudge", batch_size: int) -> None:
-        """Asks a model on this machine, once an item: it would say the same again."""
+        """Asks a model on this machine, once an item: it would reply the same again."""
         waiting = self.unscored(items)
         with self._progress(items):
             for start in range(0, len(waiting), batch_size):
                 batch = waiting[start : start + batch_size]
                 replies = judge.replies([self._messages(item) for item in batch])
                 for item, reply in zip(batch, replies, strict=True):
-                    fields: dict[str, Any] = {"model": judge.model_id, "reply": reply, "attempts": 1}
+                    fields: dict[str, Any] = {"model": judge.model_id, "attempts": 1}
                     if reply is None:
-                        self._record(item, **fields, error="the instructions and texts are too long for the judge")
+                        error = "the instructions and texts are too long for the judge"
+                        self._record(item, **fields, reply=None, error=error)
                     else:
-                        self._record_reply(item, **fields)
+                        self._record_reply(item, **fields, reply=reply[0], cut=reply[1])
 
     # ---- an endpoint ------------------------------------------------------------------------------------------------
 
@@ -66,7 +69,7 @@ class Asking:
         workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(items)))]
         try:
             await asyncio.gather(*workers)
-        except Stopped as stop:
+        except UserError as stop:  # also of the ledger, which does not mix judges
             self.stopped = str(stop)
         finally:
             for worker in workers:
@@ -86,13 +89,14 @@ class Asking:
                 break
             attempts += reply.attempts
             last = asked > NUM_REASKS or attempts >= limit
-            if self._record_reply(item, model=reply.model, reply=reply.text, attempts=attempts, last=last):
+            fields: dict[str, Any] = {"model": reply.model, "attempts": attempts, "cut": reply.cut}
+            if self._record_reply(item, reply=reply.text, last=last, **fields):
                 break
         if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
             last_fault = self.ledger.entries[item.key].error
             raise Stopped(
-                f"{self._num_failed_in_a_row} items in a row failed (the last one: {last_fault}): see that the "
-                f"judge at {endpoint.base_url} works, then run the same command again"
+                f"{self._num_failed_in_a_row} items in a row failed (the last one: {last_fault}): mend that, or see "
+                f"that the judge at {endpoint.base_url} works, then run the command again"
             )
 
     # ---- the ledger -------------------------------------------------------------------------------------------------
@@ -106,10 +110,11 @@ class Asking:
         return self.prompts.messages(self.judge_run.axis, item)
 
     def _record_reply(self, item: JudgeItem, *, reply: str, last: bool = True, **fields: Any) -> bool:
-        """Notes what a reply states, or, if it is the `last` one, that it states nothing. Returns whether it did."""
+        """Records the verdict of a reply, or that there is none if it is the `last`. Returns whether it recorded."""
         try:
-            verdict = parse_reply(reply, self.judge_run.axis)
+            verdict = parse_reply(reply, self.judge_run.axis, cut=fields["cut"])
         except Unparsable as fault:
+            last = last or isinstance(fault, CutOff)
             if last:
                 self._record(item, reply=reply, **fields, error=f"the reply cannot be read: {fault}")
             return last

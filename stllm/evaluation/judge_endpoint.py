@@ -1,12 +1,14 @@
 """A judge behind an OpenAI-compatible endpoint: one chat completion at a time, asked again while that can help.
 
 429, 5xx, timeouts, broken connections and replies that are no chat completion are asked again after a pause that grows
-(exponential, with jitter) or that the server names (Retry-After), at most so many times. Keys and paths that the
-server does not accept stop the whole run: nothing can come of it.
+(exponential, with jitter) or that the server names (Retry-After), at most so many times. A judge that refuses a system
+message, `max_tokens` or the temperature is asked without it from then on; the refused requests count like all others.
+Keys and paths that the server does not accept stop the whole run.
 """
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from stllm.common.errors import UserError
-from stllm.evaluation.judge_prompts import Messages
+from stllm.evaluation.judge_prompts import Messages, without_system
 
 LONGEST_PAUSE = 300.0  # seconds that a server may ask for; a longer pause ends the run, which can be continued
 NUM_CHARACTERS = 120  # of a server's words in a message
@@ -25,6 +27,22 @@ ADVICE = {
     401: "it does not accept the key: name the environment variable that holds the right one with --api-key-env",
     403: "the key may not use this model or endpoint: use another key (--api-key-env), --model or --base-url",
     404: "it knows no such path or model: check --base-url (it usually ends in /v1) and --model",
+}
+CUT_OFF = ("length", "model_length", "max_tokens", "max_output_tokens")  # finish reasons of different servers
+
+# What a judge may refuse, and how its server words that: vLLM, TGI, LM Studio and llama.cpp quote the chat template.
+SYSTEM, MAX_TOKENS, TEMPERATURE = "system", "max_tokens", "temperature"
+REFUSALS = {
+    SYSTEM: r"\bsystem\b.{0,40}\b(role|message|prompt|instruction)|\brole.{0,60}\bsystem\b|developer instruction"
+    r"|roles must alternate|only .{0,20}user.{0,30} roles",
+    MAX_TOKENS: r"max_completion_tokens|max_tokens.{0,20}not support|unsupported.{0,20}max_tokens",
+    TEMPERATURE: r"temperature.*(unsupported|not support|not allowed|not permitted|only|deprecated|strictly positive)"
+    r"|(unsupported|not support|not allowed|not permitted|deprecated).*temperature",
+}
+WITHOUT = {
+    SYSTEM: "the judge takes no system message, so that the instructions go into the user's message",
+    MAX_TOKENS: "the judge takes max_completion_tokens in place of max_tokens",
+    TEMPERATURE: "the judge refuses --temperature, so that it samples with its own",
 }
 
 
@@ -41,10 +59,15 @@ BACKOFF = Backoff()
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge said. model: the exact id that the server returned. attempts: requests that it took."""
+    """A judge's reply.
+
+    model: the exact id that the server returned. cut: whether the reply was stopped at the limit of tokens.
+    attempts: the number of requests it took.
+    """
 
     text: str
     model: str
+    cut: bool
     attempts: int
 
 
@@ -72,11 +95,15 @@ class _Transient(Exception):
         self.pause = pause
 
 
+class _Adapted(_Transient):
+    """The request is changed to what the judge takes, and sent again at once."""
+
+
 class Endpoint:
     """An OpenAI-compatible server and a model there.
 
-    timeout: seconds for a whole reply, however slowly it drips. max_retries: repetitions of a request at most.
-    on_fault: told, in words, of each fault that is tried again.
+    timeout: seconds for a whole reply, however slowly it drips. max_retries: further requests that an item may take,
+    whatever they are for. on_fault: is called with the description of each fault that is tried again.
     """
 
     def __init__(
@@ -101,6 +128,7 @@ class Endpoint:
         backoff = backoff or BACKOFF
         self._pause = wait_random_exponential(multiplier=backoff.first, max=backoff.longest)
         self._on_fault, self._sleep = on_fault, sleep
+        self._refused: frozenset[str] = frozenset()  # keys of REFUSALS that this judge does not take
         self._open_at = 0.0  # the moment until which the server asked all of us to wait
 
     async def reply(self, messages: Messages, max_attempts: int | None = None) -> Reply:
@@ -118,10 +146,12 @@ class Endpoint:
             async for attempt in retrying:
                 with attempt:
                     attempts = attempt.retry_state.attempt_number
-                    text, model = await self._ask(messages)
+                    text, model, cut = await self._ask(messages)
+        except _Adapted as error:
+            raise AskFailed(f"{error}: raise --max-retries, which left no request for that", attempts) from error
         except (_Transient, _Refused) as error:
             raise AskFailed(str(error), attempts) from error
-        return Reply(text, model, attempts)
+        return Reply(text, model, cut, attempts)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -133,17 +163,30 @@ class Endpoint:
         self._on_fault(str(error))
         return self._pause(state) if not isinstance(error, _Transient) or error.pause is None else error.pause
 
-    async def _ask(self, messages: Messages) -> tuple[str, str]:
-        """One request: the reply's text, and the model's exact id."""
+    async def _ask(self, messages: Messages) -> tuple[str, str, bool]:
+        """One request: the reply's text, the model's exact id, and whether the reply was cut off."""
         if (rest := self._open_at - time.monotonic()) > 0:
             await self._sleep(rest)
+        refused, settings = self._refused, dict(self._settings)
+        if SYSTEM in refused:
+            messages = without_system(messages)
+        if MAX_TOKENS in refused:
+            settings["max_completion_tokens"] = settings.pop("max_tokens")
+        if TEMPERATURE in refused:
+            del settings["temperature"]
         create = self._client.chat.completions.with_raw_response.create
         try:
             # The client's own timeout is for each piece of a reply; this one is for all of it.
-            response = await asyncio.wait_for(create(messages=messages, **self._settings), self.timeout)  # type: ignore[arg-type]
+            response = await asyncio.wait_for(create(messages=messages, **settings), self.timeout)  # type: ignore[arg-type]
         except (asyncio.TimeoutError, openai.APITimeoutError):
             raise _Transient(f"no whole reply within {self.timeout:g} s (--timeout)") from None
         except openai.APIStatusError as error:
+            words = _words(error)[:400].lower()  # some servers repeat the whole request further on
+            for part, pattern in REFUSALS.items():
+                sent = part in settings or (part == SYSTEM and messages[0]["role"] == "system")
+                if sent and error.status_code in (400, 422, 500) and re.search(pattern, words):
+                    self._refused |= {part}
+                    raise _Adapted(f"{WITHOUT[part]} ({_said(error)})", pause=0.0) from None
             raise self._of_status(error) from None
         except openai.APIConnectionError as error:
             raise _Transient(f"the endpoint cannot be reached ({_short(error.__cause__ or error)})") from None
@@ -170,8 +213,8 @@ class Endpoint:
             return _Transient(f"the endpoint answered {status} ({said})", pause)
         return _Refused(f"the endpoint rejects the request with {status} ({said})")
 
-    def _read(self, content: bytes) -> tuple[str, str]:
-        """Text and model of a chat completion, whatever the server called its type."""
+    def _read(self, content: bytes) -> tuple[str, str, bool]:
+        """Text and model of a chat completion, and whether it was cut off, whatever the server called its type."""
         try:
             body = json.loads(content)
         except (ValueError, RecursionError):
@@ -183,15 +226,20 @@ class Endpoint:
             message = choice["message"]
             text, refusal = message.get("content"), message.get("refusal")
             reason, model = choice.get("finish_reason"), body.get("model")
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise _Transient(f"the endpoint answered no chat completion: {_short(content)!r}") from None
         if refusal or reason == "content_filter":
             raise _Refused(f"refused by the judge ({_short(refusal or reason)})")
+        cut = str(reason).lower() in CUT_OFF
         if isinstance(text, list):  # pieces, as some servers put it
+            reasoning = reasoning or any(isinstance(part, dict) and part.get("type") == "thinking" for part in text)
             text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
         if not isinstance(text, str) or not text.strip():
+            if reasoning or cut:
+                raise _Refused("the judge spent all its tokens on reasoning and gave no answer: raise --max-tokens")
             raise _Transient("the endpoint answered an empty message")
-        return text, model if isinstance(model, str) and model else self.model
+        return text, model if isinstance(model, str) and model else self.model, cut
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -211,10 +259,13 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _said(error: openai.APIStatusError) -> str:
-    """The server's own words about an error."""
-    body = error.body
-    message = body.get("message") if isinstance(body, dict) else None
-    return _short(message or error.response.text or error.response.reason_phrase or "no words")
+    """The server's own words about an error, in short."""
+    return _short(_words(error))
+
+
+def _words(error: openai.APIStatusError) -> str:
+    message = error.body.get("message") if isinstance(error.body, dict) else None
+    return str(message or error.response.text or error.response.reason_phrase or "no words")
 
 
 def _short(words: Any) -> str:

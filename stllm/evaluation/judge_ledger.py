@@ -6,6 +6,7 @@ leaves at most half a line, which the next one removes. Of several lines of an i
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from stllm.common.errors import UserError
 from stllm.evaluation.judge_parser import Unparsable, Verdict, parse_reply
 from stllm.evaluation.judge_predictions import JudgeItem
 
+MAX_NEW_TOKENS = 128  # of a local judge; a verdict takes a dozen, but a judge that thinks first needs --max-tokens
 RUN = "run"  # the key of a line that says by what items are judged
 COMPARED = {  # settings that a ledger does not mix, in words
     "axis": "axis",
@@ -43,12 +45,17 @@ class JudgeRun:
     num_items: int
     unanswered: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def limit(self) -> float:
+        """Tokens of a reply; an endpoint without --max-tokens is taken to have no limit."""
+        return self.max_tokens or (MAX_NEW_TOKENS if self.base_url is None else math.inf)
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A line: the item, what the judge replied, and why no score came of it (error), if so.
+    """A line: the item, the judge's reply, and the reason why there is no score (error), if so.
 
-    model: the exact id that the server returned with the reply. attempts: how often the item was asked.
+    model: the exact id that the server returned with the reply. attempts: the number of requests for the item.
     """
 
     key: str
@@ -63,10 +70,11 @@ class Entry:
     prompt_digest: str
     attempts: int
     error: str | None
+    cut: bool = False  # whether the reply was stopped at the limit of tokens; written only if so
 
     @classmethod
     def of(cls, item: JudgeItem, run: JudgeRun, **fields: Any) -> "Entry":
-        """The line of an item. fields: model, reply, parsed, attempts, error."""
+        """The line of an item. fields: model, reply, parsed, attempts, error, cut."""
         question, prediction = (_plain(texts) for texts in (item.questions, item.predictions))
         return cls(
             key=item.key,
@@ -85,13 +93,13 @@ class Entry:
         return texts == (self.question, self.answer, self.prediction)
 
     def outcome(self) -> Verdict | str:
-        """What the reply states, parsed anew; or why there is no score."""
+        """The verdict of the reply, parsed anew, or the reason why there is none."""
         if self.reply is None:
             return self.error or "there is no reply"
         try:
-            return parse_reply(self.reply, self.axis)
+            return parse_reply(self.reply, self.axis, cut=self.cut)
         except Unparsable as fault:
-            return self.error or str(fault)
+            return f"the reply cannot be read: {fault}"
 
     def is_scored(self) -> bool:
         """Whether its reply states a score."""
@@ -105,7 +113,7 @@ class Ledger:
         self.path = path
         self.run: JudgeRun | None = None  # of the last line that says it
         self.entries: dict[str, Entry] = {}  # the last one of each key, in the order of the first
-        self.model: str | None = None  # the exact id of the judge that made the scores
+        self.model: str | None = None  # the judge that made the scores, by the server's id without its route
         self._size = 0  # bytes of whole lines
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
         self._stream: Any = None
@@ -161,23 +169,31 @@ class Ledger:
 
     def append(self, entry: Entry) -> None:
         """Writes a line at once. Raises UserError when the judge is not the one of the lines before."""
-        if entry.is_scored() and self.model not in (None, entry.model):
+        if entry.is_scored() and self.model not in (None, name := self._judge(entry.model)):
             raise UserError(
-                f"{self.path}: {self.model} made the scores so far, and the server now replies as {entry.model}: ask "
-                "for an exact model with --model, or begin anew in another --output-dir"
+                f"{self.path}: {self.model} made the scores so far, and the server now replies as {name}: ask "
+                "for one exact model with --model (at a router, for one provider as well), or begin anew in another "
+                "--output-dir"
             )
-        self._write(asdict(entry))
+        self._write({name: value for name, value in asdict(entry).items() if name != "cut" or value})
         self._keep(entry)
 
     def _keep(self, entry: Entry) -> None:
         self.entries[entry.key] = entry
         if self.model is None and entry.is_scored():
-            self.model = entry.model
+            self.model = self._judge(entry.model)
+
+    def _judge(self, model: str | None) -> str | None:
+        """The id without the route that a router appends (`family/model:route`), unless --model asks for that one."""
+        name, _, route = (model or "").rpartition(":")
+        asked = self.run is not None and self.run.requested_model.endswith(f":{route}")
+        return name if "/" in name and not asked else model
 
     def _check_run(self, old: JudgeRun, new: JudgeRun) -> None:
         for name, words in COMPARED.items():
             before, now = getattr(old, name), getattr(new, name)
-            if before != now:
+            raised = name == "max_tokens" and new.limit >= old.limit  # replies that were whole remain as they are
+            if before != now and not raised:
                 raise UserError(
                     f"{self.path} holds scores with another {words}: it was {before!r} and is now {now!r}; set it back "
                     "to continue, or begin anew in another --output-dir"

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError
-from stllm.evaluation.judge_prompts import Messages
+from stllm.evaluation.judge_ledger import MAX_NEW_TOKENS
+from stllm.evaluation.judge_prompts import Messages, without_system
 
 SAMPLE = 1 << 20  # bytes read at both ends of a weight file for its digest
-MAX_NEW_TOKENS = 128  # a verdict takes a dozen
 
 
 class LocalJudge:
@@ -29,6 +29,8 @@ class LocalJudge:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        ends = model.generation_config.eos_token_id
+        self.end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     @classmethod
     def load(cls, path: str, *, device: str, dtype: str, max_new_tokens: int | None) -> "LocalJudge":
@@ -54,11 +56,11 @@ class LocalJudge:
         )
 
     @torch.inference_mode()
-    def replies(self, chats: list[Messages]) -> list[str | None]:
-        """A reply to each chat, None to one that is too long for the model."""
+    def replies(self, chats: list[Messages]) -> list[tuple[str, bool] | None]:
+        """A reply to each chat, and whether it was cut off; None for a chat that is too long for the model."""
         prompts = [self._prompt(messages) for messages in chats]
         fitting = [index for index, ids in enumerate(prompts) if self._fits(len(ids))]
-        replies: list[str | None] = [None] * len(chats)
+        replies: list[tuple[str, bool] | None] = [None] * len(chats)
         if not fitting:
             return replies
         batch = self.tokenizer.pad({"input_ids": [prompts[index] for index in fitting]}, return_tensors="pt")
@@ -71,28 +73,35 @@ class LocalJudge:
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
         )  # (B, S + new)
-        texts = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(fitting, texts, strict=True):
-            replies[index] = text
+        for index, new in zip(fitting, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            length = next((place for place, token in enumerate(new) if token in self.end_ids), None)
+            # Special tokens stay: some models mark their thoughts with them.
+            replies[index] = (str(self.tokenizer.decode(new[:length])), length is None)
         return replies
 
     def _prompt(self, messages: Messages) -> list[int]:
         """Token ids of a chat: by the model's own template, or one message after the other where it has none."""
-        if self.tokenizer.chat_template:
+        [merged] = without_system(messages)
+        if not self.tokenizer.chat_template:
+            return self.tokenizer(f"{merged['content']}\n\n")["input_ids"]
+        try:
+            text = self._templated(messages)
+        except TemplateError:  # of a family without a system role
+            text = ""
+        if messages[0]["content"].strip() not in text:  # some templates drop the system message
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except TemplateError:  # of a family that has no system role
-                merged = [{"role": "user", "content": _joined(messages)}]
-                text = self.tokenizer.apply_chat_template(merged, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.tokenizer(f"{_joined(messages)}\n\n")["input_ids"]
+                text = self._templated([merged])
+            except TemplateError as error:
+                raise UserError(
+                    f"{self.model_id}: its chat template refuses a single user message ({error}): use a chat model"
+                ) from None
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _templated(self, messages: Messages) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def _fits(self, length: int) -> bool:
         return self.max_length is None or length + self.max_new_tokens <= self.max_length
-
-
-def _joined(messages: Messages) -> str:
-    return "\n\n".join(message["content"] for message in messages)
 
 
 def _digest(folder: Path) -> str:

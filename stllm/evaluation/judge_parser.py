@@ -1,124 +1,254 @@
-"""A judge's reply, read: one score from 0 to 5, and yes or no in the axis qa; anything ambiguous is not read at all.
+r"""Reading a judge's reply: one score from 0 to 5 and, on the axis qa, yes or no.
 
-Understood: a Python dictionary, JSON, either in a fence or between sentences, prose that states exactly one score
-("score: 4", "4/5", a bare number), and slips of the quotes as in `{''score': 4.8}`. Nothing is ever evaluated.
+A reply is read in three steps, as a person reads it:
+
+1. Thoughts are removed (`<think>...</think>` and the tags of other models). What is left is the answer.
+2. Dictionaries and Markdown tables with a score are the verdict.
+3. Without them, a clearly worded verdict counts: "Score: 4", "I would rate 3", "4/5", `\boxed{4}`, "Yes, 5".
+
+A reply without a verdict, or with two that differ, raises `Unparsable`: nothing is guessed, and nothing is evaluated.
 """
 
-import ast
-import json
-import math
 import re
-import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from stllm.evaluation.judge_axes import HIGHEST, LOWEST, QA
 
-MAX_NUMBER = 1e9
-MAX_LENGTH = 20_000  # characters; a longer reply is no grade
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
-_BRACES = re.compile(r"\{[^{}]*\}")
-_MARKUP = re.compile(r"[*`]+")
-_SCALE = re.compile(r"\b(?:from |between )?0(?: ?[-–—] ?| to | and )5\b", re.IGNORECASE)  # "on a scale from 0 to 5"
-_OF_FIVE = re.compile(r"(?<![\d.,])(-?\d+(?:\.\d+)?) ?(?:/| out of ) ?5(?![\d%]|[.,]\d)", re.IGNORECASE)
-_NUMBER = r"([-+]?\d+(?:\.\d+)?)(?![\w%/+]|[.,]\d| out of )"
-_MARKED = re.compile(
-    rf"(?:score|rating|grade)d?(?:[^\w\n]{{0,8}}?\b(?:is|of|as|would be))?[^\w\n]{{0,8}}?{_NUMBER}", re.I
-)
-_ANOTHER = re.compile(r" ?(?:-|–|—|or|to|and) ?\d", re.IGNORECASE)  # "score 3 or 4" is two scores
-_BARE = re.compile(rf"\s*{_NUMBER}\.?\s*")
-_DECIDED = re.compile(r"pred(?:iction)?[^\w\n]{1,8}(?:is )?[^\w\n]{0,4}(yes|no)\b", re.IGNORECASE)
-_FIRST_WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+_T = TypeVar("_T")
+MAX_LENGTH = 20_000  # characters of an answer, its thoughts not counted; a longer answer is no grade
 
 
 class Unparsable(ValueError):
-    """A reply that states no score, several different ones, or one outside the scale; says which."""
+    """A reply without a readable verdict. str() says why."""
+
+
+class CutOff(Unparsable):
+    """A reply that ended before its verdict, so that the same request would give the same again."""
+
+    def __init__(self) -> None:
+        super().__init__("it was cut off before its verdict: raise --max-tokens")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A score from 0 to 5, and whether the prediction matches (None where that is not asked)."""
+    """A score from 0 to 5, and whether the prediction matches (None on axes that do not ask for it)."""
 
     score: float
     pred: str | None = None  # "yes" or "no"
 
 
-def parse_reply(reply: str, axis: str) -> Verdict:
-    """What the reply states. Raises Unparsable."""
-    if len(reply) > MAX_LENGTH:
-        raise Unparsable(f"a reply of {len(reply)} characters")
-    text = _THOUGHTS.sub("", reply)
-    found = [fields for group in _BRACES.findall(text) if (fields := _mapping(group)) is not None]
-    graded = [fields for fields in found if "score" in fields]
-    if graded:
-        scores = {_number(fields["score"]) for fields in graded} | _prose_scores(_BRACES.sub(" ", text))
-        decisions = {_decision(fields["pred"]) for fields in graded if "pred" in fields}
+def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
+    """Read the verdict of a reply. Raises Unparsable.
+
+    cut: whether the reply was stopped at the limit of tokens. Such a reply counts only if it opens with a dictionary or
+        is nothing but a verdict; anything else may be an unfinished thought.
+    """
+    answer = _without_thoughts(reply).translate(_STRAIGHT)
+    if len(answer) > MAX_LENGTH:
+        raise Unparsable(f"a reply of {len(answer)} characters")
+    if cut and not _DICTIONARY.match(answer) and not _WHOLE.fullmatch(answer):
+        raise CutOff
+    final = list(_FINAL.finditer(answer))
+    if final:  # "Final verdict: ..." replaces what was considered before it
+        answer = answer[final[-1].start() :]
+    scores, decisions, rest = _tabulated(answer)
+    if scores:
+        scores |= _worded_scores(rest, _STATED)  # "Score: 4" beside {'score': 2} is a contradiction
+        decisions |= _labelled_decisions(rest)
     else:
-        scores, decisions = _prose_scores(text), _prose_decisions(text)
-    score = _in_scale(_only(scores, "score"))
-    return Verdict(score, _only(decisions, "yes or no") if axis == QA else None)
-
-
-def _mapping(group: str) -> dict[str, Any] | None:
-    """The dictionary that a text is a literal of, in Python or JSON, its keys in lower case; None for any other."""
-    for read in (ast.literal_eval, json.loads):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes that Python does not know
-                value = read(group)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            return {str(key).strip().lower(): entry for key, entry in value.items()}
-    return None
-
-
-def _number(value: Any) -> float:
-    """A number, or a text that is one ("4", "4/5")."""
-    if isinstance(value, str):
-        match = _BARE.fullmatch(_OF_FIVE.sub(r"\1", value))
-        value = float(match[1]) if match else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Unparsable("its score is no number")
-    return float(value) if abs(value) <= MAX_NUMBER else math.inf  # NaN, too; none of them is in the scale
-
-
-def _decision(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    word = str(value).strip().strip(".!").lower()
-    if word not in ("yes", "no"):
+        scores = _worded_scores(rest, _STATED + _MENTIONED)
+    score = _only(scores, "score")
+    if not LOWEST <= score <= HIGHEST:  # NaN, too
+        raise Unparsable(f"its score {score:g} is not from {LOWEST} to {HIGHEST}")
+    if axis != QA:
+        return Verdict(score)
+    decision = _only(decisions or _worded_decisions(rest), "yes or no")
+    if not decision:
         raise Unparsable("its pred is neither yes nor no")
-    return word
+    return Verdict(score, decision)
 
 
-def _prose_scores(text: str) -> set[float]:
-    """All scores that are marked as such, or the number that is the whole reply."""
-    text = _SCALE.sub(" ", " ".join(_MARKUP.sub("", text).split()))
-    of_five = {float(number) for number in _OF_FIVE.findall(text)}
-    text = _OF_FIVE.sub(r"\1", text)
-    bare = _BARE.fullmatch(text)
-    if bare:
-        return {float(bare[1])}
-    marked = list(_MARKED.finditer(text))
-    if any(_ANOTHER.match(text, match.end()) for match in marked):
-        raise Unparsable("it states more than one score")
-    return of_five | {float(match[1]) for match in marked}
-
-
-def _prose_decisions(text: str) -> set[str]:
-    marked = {word.lower() for word in _DECIDED.findall(text)}
-    first = _FIRST_WORD.match(text)
-    return marked or ({first[1].lower()} if first else set())
-
-
-def _only(found: set[Any], what: str) -> Any:
+def _only(found: set[_T], what: str) -> _T:
     if len(found) != 1:
         raise Unparsable(f"it states no {what}" if not found else f"it states more than one {what}")
     return next(iter(found))
 
 
-def _in_scale(score: float) -> float:
-    if not LOWEST <= score <= HIGHEST:
-        raise Unparsable(f"its score {score:g} is not from {LOWEST} to {HIGHEST}")
-    return score
+# ---- 1. thoughts ----------------------------------------------------------------------------------------------------
+
+_NAMES = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|rationale|scratchpad)"
+_OPEN = (
+    rf"<{_NAMES}(?:\s[^<>]*)?>"  # <think>, <thinking>, <seed:think>
+    r"|\[THINK(?:ING)?\]|◁think▷"
+    r"|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|inner_prefix\|>"
+    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought)|\Aanalysis(?=[A-Z])"  # gpt-oss, with its tokens or without
+)
+_CLOSE = (
+    rf"</\s*{_NAMES}\s*>"
+    r"|\[/THINK(?:ING)?\]|◁/think▷"
+    r"|<\|end(?:_of)?_(?:thought|thinking)\|>|<\|inner_suffix\|>"
+    r"|<\|channel\|>\s*final|<channel\|>|assistantfinal"
+)
+_THOUGHT_TAG = re.compile(rf"(?P<close>{_CLOSE})|{_OPEN}", re.IGNORECASE)
+_WRAPPING = re.compile(r"<\|[^|<>]{0,40}\|>|</?[a-z_]{1,20}>|```[a-z]*", re.IGNORECASE)  # <|end|>, </s>, <answer>
+
+
+def _without_thoughts(reply: str) -> str:
+    """Remove the thoughts; an end without a beginning means that the reply began inside one. Raises CutOff."""
+    pieces: list[str] = []
+    start, inside = 0, False
+    for tag in _THOUGHT_TAG.finditer(reply):
+        if tag["close"]:
+            if not inside:
+                pieces.clear()
+            start, inside = tag.end(), False
+        elif not inside:
+            pieces.append(reply[start : tag.start()])
+            inside = True
+    if inside:
+        raise CutOff
+    return _WRAPPING.sub(" ", "".join([*pieces, reply[start:]])).strip()
+
+
+# ---- 2. dictionaries and tables -------------------------------------------------------------------------------------
+
+_STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\N{MINUS SIGN}": "-"})
+_STRING = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\\n]|\\.)*'"
+_DICTIONARY = re.compile(rf"\{{((?:[^{{}}'\"]|{_STRING})*)\}}")  # innermost; strings may hold braces
+_COMMENT = re.compile(rf"({_STRING})|(?:#|//)[^\n]*|/\*.*?\*/", re.DOTALL)
+_FIELD = re.compile(rf"(?P<key>{_STRING}|\w+)\s*[:=]\s*(?P<value>(?:{_STRING})(?=\s*(?:[,\n]|\Z))|[^,\n]*)")
+_EXAMPLE = re.compile(r"\b(?:example|e\.g\.|for instance|maybe|perhaps)[^.\n]{0,12}$", re.IGNORECASE)
+_ROW = r"[^\n|]*\|[^\n]*"
+_TABLE = re.compile(rf"^({_ROW})\n[ |:]*-[ |:-]*\n((?:{_ROW}(?:\n|\Z))+)", re.MULTILINE)
+_DECISIONS = {
+    "yes": "yes",
+    "true": "yes",
+    "correct": "yes",
+    "no": "no",
+    "false": "no",
+    "incorrect": "no",
+    "wrong": "no",
+}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
+_OF_FIVE = re.compile(r"\s*(?:/|out of)\s*5(?:\.0)?$")
+
+
+def _tabulated(answer: str) -> tuple[set[float], set[str], str]:
+    """Scores and decisions in dictionaries and tables, and the text around them. Raises Unparsable."""
+    scores: set[float] = set()
+    decisions: set[str] = set()
+
+    def read(fields: Iterable[tuple[str, str]]) -> bool:
+        known = [(key, value) for key, value in fields if key in ("score", "pred")]
+        scores.update(_number(value) for key, value in known if key == "score")
+        decisions.update(_DECISIONS.get(value.rstrip(".!").lower(), "") for key, value in known if key == "pred")
+        return bool(known)
+
+    def dictionary(match: re.Match[str]) -> str:
+        if _EXAMPLE.search(answer, max(0, match.start() - 80), match.start()):
+            return "\n"
+        fields = _FIELD.finditer(_COMMENT.sub(r"\1", match[1]))
+        return "\n" if read((_bare(field["key"]).lower(), _bare(field["value"])) for field in fields) else match[0]
+
+    def table(match: re.Match[str]) -> str:
+        lines = (match[1], *match[2].splitlines())
+        keys, *rows = ([_bare(cell) for cell in line.strip(" |").split("|")] for line in lines)
+        fields = ((key.lower(), cell) for row in rows for key, cell in zip(keys, row, strict=False))
+        return "\n" if read(fields) else match[0]
+
+    around = _DICTIONARY.sub(dictionary, answer)
+    return scores, decisions, _TABLE.sub(table, around)
+
+
+def _bare(text: str) -> str:
+    return text.strip(" \t\n\r'\"*`")
+
+
+def _number(value: str) -> float:
+    value = _OF_FIVE.sub("", value.lower())
+    try:
+        return float(_NUMBER_WORDS.index(value) if value in _NUMBER_WORDS else value)
+    except ValueError:
+        raise Unparsable("its score is no number") from None
+
+
+# ---- 3. a verdict in words ------------------------------------------------------------------------------------------
+
+_OUT_OF = r" ?\(?(?:/|(?:out )?of) ?"
+_NUMERAL = (
+    rf"([-+]?\d+(?:\.\d+)?)(?:{_OUT_OF}5(?:\.0)?\b\)?)?"
+    rf"(?![\w%+^?]|[.,]\d| ?[*×/]|{_OUT_OF}\d| percent)"
+)
+_ANOTHER = re.compile(r" ?(?:-|–|—|~|->|→|or|to|and|minus|plus|times|x) ?\d", re.IGNORECASE)  # "3 or 4", "5 minus 1"
+_END = r"(?=\W*$|\s*[,:;()\"']|\s+[-–—]|\s+(?:for|because|since|as|based|due|points?|stars?|here|overall|to)\b)"
+_LABEL = r"(?:score|rating|grade|verdict|final answer)[sd]?"
+_GAP = r"[^\w.!?,;\n]{0,8}?"  # signs and spaces
+_STATED = (  # the judge's own verdict
+    rf"^\W*(?:[^\W_]+[ _]){{0,2}}{_LABEL}(?:{_GAP}[:=|]|\s+(?:is|would be|should be)\b){_GAP}{_NUMERAL}",
+    r"\bI(?:'d|'ll| would| will)?(?: \w+ly)? (?:rate|give|gave|score|grade|assign)(?: [^\W\d]+){0,6}?:? "
+    rf"{_NUMERAL}{_END}\D*$",
+    rf"\b(?:actually|correction|should)\b.{{0,40}}?\b(?:{_LABEL}|be){_GAP}(?:\b(?:is|be|of)\b)?{_GAP}{_NUMERAL}{_END}",
+    rf"\\boxed\{{(?:\\text\{{)?\s*{_NUMERAL}",
+)
+_MENTIONED = (  # the verdict only where no dictionary holds one
+    rf"{_LABEL}{_GAP}(?:\b(?:is|was|of|as|at|would be|should be)\b{_GAP})?{_NUMERAL}",
+    rf"(?<![\w.,/])([-+]?\d+(?:\.\d+)?) ?(?:/|out of) ?5(?:\.0)?(?![\w%/]|[.,]\d){_END}",
+)
+_FINAL = re.compile(
+    r"\b(?:final|overall|my)[ _](?:\w+[ _])?(?:verdict|answer|score|rating|grade|evaluation|judge?ment|decision)\b"
+    r"(?=[^\w.]*(?:is\b[^\w.]*)?(?:\d|\{|\\boxed|yes\b|no\b|['\"]?(?:pred|score)))",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"[*`]{1,3}(?!\s*[\d*`])|(?<![\d\s*`])[*`]{1,3}")  # not the signs of 0.8 * 5
+_SCALE = re.compile(r"(?:\bon a scale )?\b(?:from |between )?0(?: ?[-–—] ?| to | and )5\b", re.IGNORECASE)
+_HEADING = re.compile(
+    rf"^([^\w\n]{{0,8}}(?:[^\W_]+[ _])?{_LABEL})[:=\s]{{0,8}}\n\s{{0,8}}(?=\W?\d)", re.IGNORECASE | re.MULTILINE
+)
+_CLAUSE = re.compile(r"(?<=[.!?;])\s+|\n")
+_SUPPOSED = re.compile(  # a clause about another answer than this one, or about the scale
+    r"\b(?:if|unless|requires?|required|otherwise|could|might|example|maximum|highest|minimum|lowest)\b"
+    r"|\bwould (?!be|rate|give|score|grade|assign)",
+    re.IGNORECASE,
+)
+_WHOLE = re.compile(
+    rf"(?:[\w ]{{0,30}}:\s*)?[^\w+-]*(?:(?:yes|no)(?:[\s,;:/|.()*'\"]+|\s+[-–—]\s+))?{_NUMERAL}\W*", re.IGNORECASE
+)
+_DECIDED = re.compile(
+    r"\b(pred(?:iction)?|match(?:es)?|verdict|decision|final answer)"
+    r"(?:[^\w\n.!?,;]{0,4}[:=|]| is\b)[^\w\n]{0,4}(yes|no)\b",
+    re.IGNORECASE,
+)
+_RESTATED = re.compile(r"\banswer[^\w\n]{0,4}[:=|][^\w\n]{0,4}(?:yes|no)\b", re.IGNORECASE)
+_FIRST_WORD = re.compile(r"\W*(yes|no)(?=[.,:;!/|()'\"\n]|\s+[-–—\d(\n]|\s*$)", re.IGNORECASE)
+
+
+def _worded_scores(text: str, patterns: tuple[str, ...]) -> set[float]:
+    """The scores that a text states outside of suppositions, or the number that is all of it (after a yes or no)."""
+    text = _HEADING.sub(r"\1: ", _SCALE.sub(" ", _MARKUP.sub("", text))).strip()
+    if whole := _WHOLE.fullmatch(text):
+        return {float(whole[1])}
+    scores = set()
+    for clause in _CLAUSE.split(text):
+        if _SUPPOSED.search(clause):
+            continue
+        for pattern in patterns:
+            for match in re.finditer(pattern, clause, re.IGNORECASE):
+                if _ANOTHER.match(clause, match.end()):
+                    raise Unparsable("it states more than one score")
+                scores.add(float(match[1]))
+    return scores
+
+
+def _labelled_decisions(text: str) -> set[str]:
+    """Yes or no after a label. "Prediction: no" beside "Answer: no" repeats the item, and decides nothing."""
+    found = [(match[1].lower(), match[2].lower()) for match in _DECIDED.finditer(_MARKUP.sub("", text))]
+    restated = _RESTATED.search(_MARKUP.sub("", text))
+    return {decision for label, decision in found if label != "prediction" or not restated}
+
+
+def _worded_decisions(text: str) -> set[str]:
+    """Yes or no after a label, or else as the first word."""
+    first = _FIRST_WORD.match(_MARKUP.sub("", text).strip())
+    return _labelled_decisions(text) or ({first[1].lower()} if first else set())

@@ -80,6 +80,11 @@ def load_prompts(path: str | None) -> PromptSet:
         raise UserError(f"{path}: the instructions cannot be read ({reason}): give a YAML or JSON file") from None
 
 
+def without_system(messages: Messages) -> Messages:
+    """The same chat in one user message, for models that have no system role."""
+    return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
+
+
 def _prompt_set(text: str, source: str) -> PromptSet:
     try:
         content = yaml.safe_load(text)  # JSON is YAML

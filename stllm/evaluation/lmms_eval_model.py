@@ -9,6 +9,7 @@ run of lmms-eval, so that everything heavy is imported where the model is loaded
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +23,21 @@ from tqdm import tqdm
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Media, Request
+from stllm.conversation.requests import Media, Request, RequestError
+from stllm.conversation.seeing import Prepared
 from stllm.conversation.templates import Turn
+from stllm.datasets.media_info import MediaError
+from stllm.datasets.readers import open_media
 
 logger = logging.getLogger(__name__)
 
 NAME = "st_llm"
 ARGUMENTS = ("pretrained", "cfg_path", "device", "dtype", "batch_size", "num_frames", "sampling", "reader", "system")
+# The answer to a request that cannot be answered. It must be wrong by every metric: it is not empty, which some metrics
+# leave out or count as right; it has no letter of an option, no digit and no word, so that no correct answer is a part
+# of it; and it survives the removal of marks and capitals.
+UNANSWERED = "zxqzxq"
+NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)  # raised by a task's own code that looks for media
 KNOWN_SETTINGS = frozenset(
     ("until", "max_new_tokens", "num_beams", "temperature", "do_sample", "top_p", "repetition_penalty")
 )
@@ -95,9 +104,11 @@ class STLLMForHarness(lmms):
         """The answers, in the order of the requests.
 
         requests: instances with (context, doc_to_messages, generation settings, document's number, task, split).
-        Raises UserError at the first medium that cannot be read: lmms-eval knows no unanswered questions, and an empty
-        answer would be scored as if it were the model's. Check the data with `stllm doctor`.
+        A request that cannot be answered, such as one with an unreadable video, gets `UNANSWERED`, since lmms-eval
+        scores every answer; a warning names it, and another one at the end counts them by task.
+        Raises UserError for a task that is not for this model.
         """
+        unanswered: Counter[str] = Counter()
         groups: dict[Settings, list[int]] = {}
         for position, request in enumerate(requests):
             settings = settings_of(request.args[2], self.chat.decoding)
@@ -108,24 +119,39 @@ class STLLMForHarness(lmms):
                 for batch in _batches(positions, self.batch_size):
                     answers = self._answer([requests[position].args for position in batch], settings)
                     for position, text in zip(batch, answers, strict=True):
-                        texts[position] = text
+                        texts[position] = UNANSWERED if text is None else text
+                        unanswered[requests[position].args[4]] += text is None
                     bar.update(len(batch))
+        if unanswered.total():
+            counts = ", ".join(f"{task} {count}" for task, count in unanswered.items() if count)
+            logger.warning(
+                f"{unanswered.total()} of {len(requests)} requests could not be answered ({counts}): their answer is "
+                f"{UNANSWERED!r}, which is scored as wrong; the warnings above name them"
+            )
         return texts
 
-    def _answer(self, arguments: Sequence[tuple[Any, ...]], settings: Settings) -> list[str]:
-        """The answers to some requests, those with and those without a medium apart."""
-        texts = [""] * len(arguments)
+    def _answer(self, arguments: Sequence[tuple[Any, ...]], settings: Settings) -> list[str | None]:
+        """The answers to some requests, None for one that cannot be answered."""
+        texts: list[str | None] = [None] * len(arguments)
         with TemporaryDirectory(prefix="stllm_lmms_eval_") as folder:
-            asked = []
-            for number, (_, doc_to_messages, _, doc_id, task, split) in enumerate(arguments):
-                messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
-                asked.append(self._request(messages, Path(folder) / str(number)))
-            for with_media in (True, False):
-                positions = [place for place, one in enumerate(asked) if (one.media is not None) == with_media]
-                answers = self.chat.answer([asked[place] for place in positions], settings.decoding)
-                for place, answer in zip(positions, answers, strict=True):
-                    texts[place] = cut(answer.text, settings.until)
+            read = [self._prepared(one, Path(folder) / str(number)) for number, one in enumerate(arguments)]
+        prepared = {number: one for number, one in enumerate(read) if one is not None}
+        for with_media in (True, False):  # a batch is of one kind
+            numbers = [number for number, one in prepared.items() if (one.visual is not None) == with_media]
+            answers = self.chat.complete([prepared[number] for number in numbers], settings.decoding)
+            for number, answer in zip(numbers, answers, strict=True):
+                texts[number] = cut(answer.text, settings.until)
         return texts
+
+    def _prepared(self, arguments: tuple[Any, ...], folder: Path) -> Prepared | None:
+        """A request whose medium is read and encoded; None, with a warning, for one that cannot be answered."""
+        _, doc_to_messages, _, doc_id, task, split = arguments
+        try:
+            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
+            return self.chat.prepare(self._request(messages, folder))
+        except (RequestError, MediaError, *NOT_THERE) as error:
+            logger.warning("%s, document %s: %s", task, doc_id, error)
+            return None
 
     def _request(self, messages: Sequence[Any], folder: Path) -> Request:
         """A task's messages as a conversation about one medium. folder: for pictures that are no files."""
@@ -221,14 +247,14 @@ def _video(visual: Any) -> Media:
 
 
 def _written(pictures: Sequence[Any], folder: Path) -> Iterator[Path]:
-    """The pictures as a folder of numbered frames."""
+    """The pictures as a folder of numbered frames. Raises MediaError for one that cannot be read."""
     from PIL import Image
 
     for number, picture in enumerate(pictures, start=1):
         file = folder / f"{number:05d}.png"
         if isinstance(picture, str):
-            with Image.open(picture) as opened:
-                opened.convert("RGB").save(file)
+            with open_media(picture) as opened:
+                Image.fromarray(next(opened.frames([opened.info.first_index]))).save(file)
         else:
             picture.convert("RGB").save(file)
         yield file

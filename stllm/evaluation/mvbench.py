@@ -4,28 +4,29 @@ Source: arXiv 2311.17005 for data and matching, arXiv 2404.00308 for the prompt.
 are asked alike.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, did_you_mean
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
 from stllm.conversation.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
 from stllm.conversation.requests import Request
 from stllm.conversation.templates import PromptTemplate, Turn
 from stllm.datasets.annotations import Fields, text_of
-from stllm.datasets.doctor_checks import Fault, Finding, check_mvbench
-from stllm.evaluation.ground_truth import MediaFolders, chosen_tasks, examined, read_records, system_of
+from stllm.datasets.doctor_checks import Fault, check_mvbench
+from stllm.datasets.doctor_sources import records_of
+from stllm.evaluation.ground_truth import Entry, MediaFolders, Search, chosen_tasks, entries_of, system_of
 from stllm.evaluation.items import Item, Record
 from stllm.evaluation.matching import gold_option, official_match, strict_match
-from stllm.evaluation.mvbench_tasks import TASKS, MVBenchLayout, MVBenchTask, task_of
+from stllm.evaluation.mvbench_tasks import TASKS, MVBenchLayout, task_of
 from stllm.evaluation.tallies import RULES, by_task, tally
 
+SHOWN_IDS = 5  # of the items that a note is about
 ANSWER_MARK = "###Assistant: "
-Numbered = tuple[str, str, Fields]  # id, file and record, fields
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class MVBench:
     excluded: Mapping[str, str]
     num_excluded: int
     system: str = SYSTEM
+    notes: Sequence[str] = ()
     name: str = field(default="mvbench", init=False)
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
@@ -108,84 +110,134 @@ def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[st
 @benchmarks.register("mvbench")
 def mvbench(settings: EvaluationSettings) -> MVBench:
     """Reads the annotation files and looks for their media. Raises UserError."""
-    if settings.anno_path is None:
-        raise UserError("mvbench: no ground truth was named: give MVBench's folder, which holds json and video")
-    layout = MVBenchLayout.of(settings.anno_path, settings.video_dir)
-    if not layout.files:
-        raise UserError(
-            f"{settings.anno_path}: found no JSON file, expected MVBench's folder with json and video in it (such as "
-            f"json/{TASKS[0].file}): name that folder"
-        )
-    files = {file.stem: file for file in sorted(layout.files, key=_place)}
-    records = {slug: list(_numbered(files[slug])) for slug in chosen_tasks(list(files), settings)}
-    media = MediaFolders(layout.media, settings)
+    entries = entries_of(mvbench_entries(settings))
     items: list[Item] = []
     excluded: dict[str, str] = {}
     num_excluded = 0
-    for slug, of_file in records.items():
-        of_task = _task_items(files[slug], of_file, media)
+    for task in dict.fromkeys(entry.item.task for entry in entries):
+        of_task = [entry.item for entry in entries if entry.item.task == task]
         asked = of_task[: settings.limit]
         if any(item.media for item in of_task):
             items += asked
         else:
-            reason = f"none of its {len(of_task)} items can be asked, the first one because: {of_task[0].error}"
-            excluded[of_task[0].task] = reason
+            excluded[task] = f"none of its {len(of_task)} items can be asked, the first one because: {of_task[0].error}"
             num_excluded += len(asked)
     if not items:
-        reason = next(iter(excluded.values()))
-        raise UserError(
-            f"{settings.anno_path}: no task has media to be asked about; of {next(iter(excluded))} {reason}"
+        task, reason = next(iter(excluded.items()))
+        raise UserError(f"{settings.anno_path}: no task has media to be asked about; of {task} {reason}")
+    return MVBench(
+        items=items,
+        excluded=excluded,
+        num_excluded=num_excluded,
+        system=system_sentence(settings),
+        notes=tuple(_notes(entries, settings)),
+    )
+
+
+def mvbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+    """Every record of the chosen tasks, and the faults that concern whole files. Raises UserError."""
+    if settings.anno_path is None:
+        raise UserError("mvbench: no ground truth was named: give MVBench's folder, which holds json and video")
+    layout = MVBenchLayout.of(settings.anno_path, settings.video_dir)
+    if not layout.files:
+        sentence = (
+            "found no JSON file, expected MVBench's folder with json and video in it (such as "
+            f"json/{TASKS[0].file}): name that folder"
         )
-    return MVBench(items=items, excluded=excluded, num_excluded=num_excluded, system=system_sentence(settings))
+        yield Fault("annotation", str(settings.anno_path), "folder", sentence)
+        return
+    files: dict[str, Path] = {}
+    for file in sorted(layout.files, key=_place):
+        if file.stem in files:
+            yield Fault("annotation", str(file), "file", f"there is {files[file.stem].name}, too: keep one of the two")
+        files[file.stem] = file
+    records: list[tuple[Path, str, str, Fields]] = []
+    for slug in chosen_tasks(list(files), settings):
+        for number, (where, fields) in enumerate(records_of(files[slug], "mvbench")):
+            if isinstance(fields, Fault):
+                yield replace(fields, sentence=fields.sentence + _official_name(files[slug]))
+            else:
+                records.append((files[slug], f"{slug}/{number}", where, fields))
+    if not records:
+        return
+    media = MediaFolders(layout.media, settings)
+    entries = [_entry(*record, media) for record in records]
+    yield from entries
+    yield from _collisions(entries)
 
 
-def _task_items(file: Path, records: Sequence[Numbered], media: MediaFolders) -> list[Item]:
-    """An item a record, those that cannot be asked among them. A file of another name is a task of one's own: its media
-    lie in the media folder itself, and count from start to end where these are given."""
+def _entry(file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
+    """A file of another name is a task of one's own: its media are in the media folder itself, and start and end are
+    used where a record has them."""
     task = task_of(file)
-    if task is None:
-        own = MVBenchTask(name=file.stem.replace("_", " ").replace("-", " ").title(), folder="")
-        return [_item(own, own.folders, True, media, *record) for record in records]
-    # what lies in the media folder itself was put there by hand
-    return [_item(task, (*task.folders, ""), task.bounded, media, *record) for record in records]
-
-
-def _numbered(file: Path) -> Iterator[Numbered]:
-    for number, (where, fields) in enumerate(read_records(file, "mvbench")):
-        yield f"{file.stem}/{number}", where, fields
-
-
-def _item(
-    task: MVBenchTask, folders: Sequence[str], bounded: bool, media: MediaFolders, id: str, where: str, fields: Fields
-) -> Item:
-    findings = check_mvbench(fields, where, media=task.media, bounded=task.bounded, fps=task.fps)
-    medium, error = examined(finding for finding in findings if not _is_harmless(finding, fields))
     candidates = fields.get("candidates")
-    if not error and len(fields["candidates"]) > len(ascii_uppercase):
-        error = f"{where}: found {len(fields['candidates'])} candidates, expected at most one a letter: leave some out"
-    found = None
-    if not error and medium is not None:
-        found = media.find(medium, folders, bounded=bounded)
-        error = "" if found else media.missing(medium.name, folders)
-    return Item(
+    item = Item(
         id=id,
-        task=task.name,
+        task=task.name if task else file.stem.replace("_", " ").replace("-", " ").title(),
         video=text_of(fields.get("video")) or "",
-        media=found,
+        media=None,
         questions=(text_of(fields.get("question")) or "",),
         answer=text_of(fields.get("answer")) or "",
         candidates=tuple(text_of(option) or "" for option in candidates) if isinstance(candidates, list) else (),
         fields=fields,
-        error=error,
     )
+    findings = check_mvbench(fields, where, bounded=task is None or task.bounded)
+    if task is None:
+        entry = media.entry(item, findings, Search())
+        if entry.folder is None:
+            entry = replace(entry, item=replace(entry.item, error=entry.item.error + _official_name(file)))
+        return entry
+    frames = {task.folder: task.fps} if task.fps else None
+    # what is in the media folder itself was put there by hand
+    search = Search((*task.folders, ""), segments=task.segments, frames=frames)
+    return media.entry(item, findings, search, needs_bounds=task.bounded)
 
 
-def _is_harmless(finding: Finding, fields: Fields) -> bool:
-    """An option that stands there twice leaves the item as the official script has it."""
-    if not isinstance(finding, Fault) or finding.kind != "candidates":
-        return False
-    options = fields["candidates"]
-    return isinstance(options, list) and 1 < len(options) <= len(ascii_uppercase) and fields.get("answer") in options
+def _official_name(file: Path) -> str:
+    """The end of a message about a file that may be one of the benchmark's under a wrong name."""
+    return did_you_mean(file.name, [task.file for task in TASKS]) if task_of(file) is None else ""
+
+
+def _collisions(entries: Sequence[Entry]) -> Iterator[Fault]:
+    """Files in the media folder itself by which tasks with different media folders mean different videos."""
+    folders = {task.name: task.folder for task in TASKS}
+    users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
+    for entry in entries:
+        if entry.folder == "" and entry.item.task in folders:
+            users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
+    for place, by_folder in users.items():
+        if len(by_folder) > 1:
+            *_, last = by_folder.values()
+            tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
+            sentence = (
+                f"{tasks} mean different videos by this name, but there is one file in the media folder itself: put "
+                "each task's videos into its own folder, or evaluate one of them with --tasks"
+            )
+            yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)
+
+
+def _notes(entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
+    """Sentences for the results: media found outside the official folders, clamped starts, tasks without a file."""
+    official = {task.name: task for task in TASKS}
+    elsewhere: dict[str, Counter[str]] = {}
+    for entry in entries:
+        task = official.get(entry.item.task)
+        if task is not None and entry.folder not in (None, task.folder):
+            elsewhere.setdefault(str(entry.folder), Counter())[task.name] += 1
+    segments = {folder for task in TASKS for folder in task.segments}
+    for folder, counts in elsewhere.items():
+        found = ", ".join(f"{task} {count}" for task, count in counts.items())
+        cut = "; its videos are cut already, so start and end are not applied" if folder in segments else ""
+        place = folder or "the media folder itself"
+        yield f"items whose media were found in {place} instead of the official folder: {found}{cut}"
+    clamped = [entry.item.id for entry in entries if entry.item.media and (entry.item.media.start or 0) < 0]
+    if clamped:
+        shown = ", ".join(clamped[:SHOWN_IDS]) + (", ..." if len(clamped) > SHOWN_IDS else "")
+        yield f"items whose negative start is clamped to 0, as in the official script: {len(clamped)} ({shown})"
+    there = {entry.item.task for entry in entries} & official.keys()
+    if there and not settings.tasks and len(there) < len(TASKS):
+        absent = ", ".join(name for name in official if name not in there)
+        yield f"tasks without an annotation file: {len(TASKS) - len(there)} of {len(TASKS)} ({absent})"
 
 
 def _place(file: Path) -> tuple[int, str]:

@@ -118,8 +118,10 @@ def _task_names(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
 
 
 def _left_out(benchmark: Benchmark, records: Sequence[Record]) -> list[str]:
-    """Excluded tasks by name, and failed items by task and cause."""
+    """Notes, excluded tasks by name, and failed items by task and cause."""
     parts = []
+    if benchmark.notes:
+        parts += ["## Notes\n", "\n".join(f"- {note}" for note in benchmark.notes) + "\n"]
     if benchmark.excluded:
         parts += ["## Excluded tasks\n", table(("task", "why"), list(benchmark.excluded.items()), texts=2)]
     failed = failures(records)

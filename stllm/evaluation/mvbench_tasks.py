@@ -1,6 +1,8 @@
 """MVBench's twenty tasks as data: their annotation files, media folders and kinds of media; where a copy has them.
 
 Source: the benchmark's own table of tasks (arXiv 2311.17005) and its release. Folders are relative to the media root.
+The release's branch `video` on the hub, which lmms-eval reads, has other folders: converted videos, and the bounded
+tasks' videos cut into segments. They are searched after the official ones.
 """
 
 from dataclasses import dataclass
@@ -13,13 +15,15 @@ from stllm.common.errors import UserError
 class MVBenchTask:
     """One task.
 
-    name: as the tables print it. folder: of its media; fallbacks: where videos that were added later lie.
+    name: as the tables print it. folder: of its media; fallbacks: where videos that were added later, or converted
+    ones, lie; segments: folders of videos that are cut to an item's start and end.
     media: "video", or "frames" for a folder of numbered pictures, taken at `fps`. bounded: items have start and end.
     """
 
     name: str
     folder: str
     fallbacks: tuple[str, ...] = ()
+    segments: tuple[str, ...] = ()
     media: str = "video"
     bounded: bool = False
     fps: float | None = None
@@ -31,36 +35,48 @@ class MVBenchTask:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where its media are looked for, the first one first."""
-        return (self.folder, *self.fallbacks)
+        """The folders that its media are searched in, in order."""
+        return (self.folder, *self.fallbacks, *self.segments)
 
 
-_STAR = ("star/Charades_v1_480", ("data0613/star/Charades_v1_480", "data0613/star"))
+_STAR = (
+    "star/Charades_v1_480",
+    ("data0613/star/Charades_v1_480", "data0613/star"),
+    ("star/Charades_segment", "data0613/star/Charades_segment"),
+)
 _CLEVRER = ("clevrer/video_validation", ("data0613/clevrer/video_validation", "data0613/clevrer"))
 _PERCEPTION = "perception/videos"
 
 TASKS = (
     MVBenchTask("Action Sequence", *_STAR, bounded=True),
     MVBenchTask("Action Prediction", *_STAR, bounded=True),
-    MVBenchTask("Action Antonym", "ssv2_video"),
+    MVBenchTask("Action Antonym", "ssv2_video", ("ssv2_video_mp4",)),
     MVBenchTask("Fine-grained Action", "Moments_in_Time_Raw/videos"),
     MVBenchTask("Unexpected Action", "FunQA_test/test"),
     MVBenchTask("Object Existence", *_CLEVRER),
     MVBenchTask("Object Interaction", *_STAR, bounded=True),
     MVBenchTask("Object Shuffle", _PERCEPTION),
     MVBenchTask("Moving Direction", *_CLEVRER),
-    MVBenchTask("Action Localization", "sta/sta_video", bounded=True),
+    MVBenchTask("Action Localization", "sta/sta_video", segments=("sta/sta_video_segment",), bounded=True),
     MVBenchTask("Scene Transition", "scene_qa/video"),
     MVBenchTask("Action Count", _PERCEPTION),
     MVBenchTask("Moving Count", *_CLEVRER),
     MVBenchTask("Moving Attribute", *_CLEVRER),
     MVBenchTask("State Change", _PERCEPTION),
-    MVBenchTask("Fine-grained Pose", "nturgbd"),
+    MVBenchTask("Fine-grained Pose", "nturgbd", ("nturgbd_convert",)),
     MVBenchTask("Character Order", _PERCEPTION),
     MVBenchTask("Egocentric Navigation", "vlnqa"),
-    MVBenchTask("Episodic Reasoning", "tvqa/frames_fps3_hq", media="frames", bounded=True, fps=3.0),
+    MVBenchTask(
+        "Episodic Reasoning",
+        "tvqa/frames_fps3_hq",
+        segments=("tvqa/video_fps3_hq_segment",),
+        media="frames",
+        bounded=True,
+        fps=3.0,
+    ),
     MVBenchTask("Counterfactual Inference", *_CLEVRER),
 )
+MEDIA_FOLDERS = {folder for task in TASKS for folder in task.folders}
 
 
 @dataclass(frozen=True)
@@ -73,20 +89,23 @@ class MVBenchLayout:
     @classmethod
     def of(cls, path: str | Path, video_dir: str | Path | None = None) -> "MVBenchLayout":
         """path: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
-        video_dir: where the media are instead of in `video`. Raises UserError for a folder above one of those."""
+        video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
+        Raises UserError for a folder above one of those."""
         root = Path(path).expanduser()
         folder = root / "json" if (root / "json").is_dir() else root
-        files = tuple(sorted(folder.glob("*.json"))) if folder.is_dir() else (root,)
+        files = tuple(sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])) if folder.is_dir() else (root,)
         holder = folder if folder.is_dir() else folder.parent
-        media = (holder.parent if holder.name == "json" else holder) / "video"
+        above = holder.parent if holder.name == "json" else holder
+        beside = not (above / "video").is_dir() and any((above / folder).is_dir() for folder in MEDIA_FOLDERS)
+        media = above if beside else above / "video"
         if video_dir is None and not media.is_dir():
             _check_not_above(root)
         return cls(files, Path(video_dir).expanduser() if video_dir else media)
 
 
 def task_of(file: Path) -> MVBenchTask | None:
-    """The task whose annotation file is called so; None when there is none."""
-    return next((task for task in TASKS if task.file == file.name), None)
+    """The task whose annotation file is called so, JSON or JSONL; None when there is none."""
+    return next((task for task in TASKS if task.file == file.with_suffix(".json").name), None)
 
 
 def _check_not_above(root: Path) -> None:

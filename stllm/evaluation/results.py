@@ -43,6 +43,7 @@ def write(
         "benchmark": benchmark.name,
         "scores": benchmark.scores(lines),
         "counts": counts(benchmark, lines),
+        **({"notes": list(benchmark.notes)} if benchmark.notes else {}),
         "settings": dict(settings),
         "digests": dict(digests),
         "versions": versions(),
@@ -58,13 +59,23 @@ def write(
 
 
 def counts(benchmark: Benchmark, records: Sequence[Record]) -> dict[str, int]:
-    """Items in all; of them answered, failed (their media could not be read), and excluded with their whole task."""
+    """Items in all; of them answered, failed (their media could not be read), and excluded with their whole task.
+
+    Where the context rule cut prompts, also the items whose prompts were `cut`, and the visual and text tokens cut.
+    """
     failed = sum(bool(line.get("error")) for line in records)
+    cuts = [line["cut_tokens"] for line in records if any(line.get("cut_tokens", {}).values())]
+    found = {
+        "cut": len(cuts),
+        "cut_visual_tokens": sum(cut["visual"] for cut in cuts),
+        "cut_text_tokens": sum(cut["text"] for cut in cuts),
+    }
     return {
         "total": len(benchmark.items) + benchmark.num_excluded,
         "answered": len(records) - failed,
         "failed": failed,
         "excluded": benchmark.num_excluded,
+        **(found if cuts else {}),
     }
 
 

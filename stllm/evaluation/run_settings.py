@@ -22,7 +22,7 @@ from stllm.processors.prompts import PromptProcessor
 # has what is unset in `evaluation` as the model's family has it.
 FREE = re.compile(
     r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers"
-    r"|num_beams|max_new_tokens|repetition_penalty)"
+    r"|num_beams|max_new_tokens|repetition_penalty|context)"
 )
 # Asked of nobody: it shows the words around a question, which belong to the code and may change with it.
 SAMPLE = Item(
@@ -59,6 +59,7 @@ def run_settings(
             "checkpoint": checkpoint,
             "dtype": dtype,
             "quantization": "8bit" if opened.settings.get("low_resource") else None,
+            "num_frames": config.num_frames,
             "video_input": config.video_input,
             "residual_size": config.residual_size,
             "image_size": config.vision_config["image_size"],

@@ -49,7 +49,8 @@ class Runs:
         self.dtype = str(resolve_dtype(dtype, self.device)).removeprefix("torch.")
         self.processor = processor_of(opened)
         self.folder = Path(settings.output_dir).expanduser()
-        given = {name: getattr(settings, name) for name in ("num_beams", "max_new_tokens", "repetition_penalty")}
+        names = ("num_beams", "max_new_tokens", "repetition_penalty", "context")
+        given = {name: getattr(settings, name) for name in names}
         asked = {name: value for name, value in given.items() if value is not None}
         self.decoding = replace(Decoding.published(self.processor.template), **asked)
 

@@ -20,6 +20,7 @@ class Variant:
         self.items = items
         self.excluded = benchmark.excluded
         self.num_excluded = benchmark.num_excluded
+        self.notes = benchmark.notes
         self._original = benchmark
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:

@@ -3,7 +3,7 @@
 Source: arXiv 2306.05424. A judge scores the predictions (`stllm judge`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
 from stllm.conversation.templates import PromptTemplate
 from stllm.datasets.annotations import Fields, text_of
-from stllm.datasets.doctor_checks import check_vcgbench
+from stllm.datasets.doctor_checks import Fault, check_vcgbench
+from stllm.datasets.doctor_sources import records_of
 from stllm.evaluation.ground_truth import (
+    Entry,
     MediaFolders,
+    Search,
     check_any_found,
     chosen_tasks,
-    examined,
+    entries_of,
     open_requests,
-    read_records,
     system_of,
 )
 from stllm.evaluation.items import Item, Record
@@ -39,6 +41,7 @@ class VcgBench:
     system: str | None
     excluded: Mapping[str, str] = field(default_factory=dict)
     num_excluded: int = 0
+    notes: Sequence[str] = ()
     name: str = field(default="vcgbench", init=False)
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
@@ -68,58 +71,60 @@ class VcgBench:
 @benchmarks.register("vcgbench")
 def vcgbench(settings: EvaluationSettings) -> VcgBench:
     """Reads the ground truth, a folder with its files or one of them, and looks for the videos. Raises UserError."""
+    items = [entry.item for entry in entries_of(vcgbench_entries(settings))]
+    check_any_found(items, settings.anno_path or "")
+    asked = [[item for item in items if item.task == part][: settings.limit] for part in QUESTIONS]
+    return VcgBench(items=[item for part in asked for item in part], system=system_of(settings))
+
+
+def vcgbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+    """Every record of the chosen parts, and the faults that concern whole files. Raises UserError."""
     if settings.anno_path is None:
         raise UserError(f"vcgbench: no ground truth was named: give {EXPECTED}, or the folder that holds them")
     files = _parts(Path(settings.anno_path).expanduser())
     media = MediaFolders(settings.video_dir, settings)
-    items, asked = [], []
     for part in chosen_tasks(list(files), settings):
-        records = enumerate(read_records(files[part], "vcgbench"))
-        of_part = [_item(part, number, where, fields, media) for number, (where, fields) in records]
-        items += of_part
-        asked += of_part[: settings.limit]
-    check_any_found(items, settings.anno_path)
-    return VcgBench(items=asked, system=system_of(settings))
+        for number, (where, fields) in enumerate(records_of(files[part], "vcgbench")):
+            if isinstance(fields, Fault):
+                yield fields
+                continue
+            if tuple(key for key in QUESTIONS[part] if key in fields) != QUESTIONS[part]:
+                expected = f"expected {' and '.join(QUESTIONS[part])} in a file of {part} questions"
+                yield Fault("incomplete", where, "record", f"found the fields {', '.join(fields)}, {expected}")
+            yield _entry(part, number, where, fields, media)
 
 
 def _parts(path: Path) -> dict[str, Path]:
     """The file of each part that is there. Raises UserError."""
     if not path.is_dir():
         return {_part_of(path): path}
-    named = [(part, path / f"{part}{ending}") for part in QUESTIONS for ending in (".json", "_qa.json")]
-    files = {part: file for part, file in named if file.is_file()}  # the official name, the last one, before the short
+    endings = (".json", ".jsonl", "_qa.jsonl", "_qa.json")  # the last one is the official name, which goes first
+    named = [(part, path / f"{part}{ending}") for part in QUESTIONS for ending in endings]
+    files = {part: file for part, file in named if file.is_file()}
     if not files:
         raise UserError(f"{path}: found none of VcgBench's files, expected {EXPECTED}: name the folder that holds them")
     return files
 
 
 def _part_of(file: Path) -> str:
-    """The part whose name the file bears, or that its first record's fields show. Raises UserError."""
-    fields = next(read_records(file, "vcgbench"))[1]
-    consistency = CONSISTENCY if "Q1" in fields else None
+    """The part that the file's name contains, or that its first record's fields show."""
+    _, fields = next(records_of(file, "vcgbench"))
+    consistency = CONSISTENCY if isinstance(fields, dict) and "Q1" in fields else None
     return next((part for part in QUESTIONS if part in file.name.lower()), consistency or "generic")
 
 
-def _item(part: str, number: int, where: str, fields: Fields, media: MediaFolders) -> Item:
-    medium, error = examined(check_vcgbench(fields, where))
-    asked = tuple(key for key in QUESTIONS[part] if key in fields)
-    if asked != QUESTIONS[part]:
-        questions, names = " and ".join(QUESTIONS[part]), ", ".join(fields)
-        raise UserError(f"{where}: found the fields {names}, expected {questions} in a file of {part} questions")
-    found = None
-    if not error and medium is not None:
-        found = media.find(medium, stems=medium.stems)
-        error = "" if found else media.missing(medium.name)
-    return Item(
+def _entry(part: str, number: int, where: str, fields: Fields, media: MediaFolders) -> Entry:
+    item = Item(
         id=f"{part}/{number}",
         task=part,
         video=text_of(fields.get("video_name")) or "",
-        media=found,
-        questions=tuple(text_of(fields[key]) or "" for key in asked),
+        media=None,
+        questions=tuple(text_of(fields.get(key)) or "" for key in QUESTIONS[part]),
         answer=text_of(fields.get("A")) or "",
         fields=fields,
-        error=error,
     )
+    asked = tuple(key for key in QUESTIONS[part] if key in fields)
+    return media.entry(item, check_vcgbench(fields, where, asked), Search(stems=[item.video]))
 
 
 def _truth(item: Item) -> Record:

@@ -4,7 +4,8 @@ Sources: MSVD-QA and MSRVTT-QA (Xu et al., 2017), ActivityNet-QA (arXiv 1906.024
 scores the predictions (`stllm judge qa`).
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,20 +16,23 @@ from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
 from stllm.conversation.templates import PromptTemplate
-from stllm.datasets.annotations import Fields, text_of
-from stllm.datasets.doctor_checks import check_videoqa
-from stllm.datasets.doctor_sources import ID_KEYS, answers_beside, id_of
+from stllm.datasets.annotations import Fields, read_file, text_of
+from stllm.datasets.doctor_checks import Fault, check_videoqa
+from stllm.datasets.doctor_sources import records_of
 from stllm.evaluation.ground_truth import (
+    Entry,
     MediaFolders,
+    Search,
     check_any_found,
-    examined,
+    entries_of,
     open_requests,
-    read_records,
     system_of,
 )
 from stllm.evaluation.items import Item, Record
 
 FORM = "videoqa"  # of the files
+ID_KEYS = ("question_id", "id")
+MAPPING = "youtube_mapping.txt"  # of MSVD's videos
 Numbered = tuple[str, str, Fields]  # id, file and record, fields
 
 
@@ -37,21 +41,31 @@ class Kind:
     """How one of these benchmarks names its videos.
 
     title: the benchmark's own name. keys: the fields that may name the video. stems: patterns of the file's name
-    without extension, tried in order, {} the name as given. needs_ids: every question has its own id.
+    without extension, tried in order, {} the name as given. needs_ids: every question has its own id. youtube: a
+    youtube_mapping.txt gives videos a second name.
     """
 
     title: str
     keys: tuple[str, ...]
     stems: tuple[str, ...] = ("{}",)
     needs_ids: bool = True
+    youtube: bool = False
 
 
 KINDS = {
-    "msvd": Kind("MSVD-QA", ("video_name", "video")),
+    "msvd": Kind("MSVD-QA", ("video_name", "video", "video_id"), ("vid{}", "{}"), youtube=True),
     "msrvtt": Kind("MSRVTT-QA", ("video_id", "video_name", "video"), ("video{}", "{}")),
     "activitynet": Kind("ActivityNet-QA", ("video_name", "video"), ("v_{}", "{}")),
     "tgif": Kind("TGIF-QA", ("video_name", "gif_name", "video"), needs_ids=False),
 }
+ANY = "videoqa"  # a name for `stllm doctor`: one of KINDS, whichever it is
+ANY_KIND = Kind(
+    "VideoQA",
+    ("video_name", "video", "gif_name", "video_id"),
+    ("{}", "video{}", "vid{}", "v_{}"),
+    needs_ids=False,
+    youtube=True,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,7 @@ class VideoQA:
     system: str | None
     excluded: Mapping[str, str] = field(default_factory=dict)
     num_excluded: int = 0
+    notes: Sequence[str] = ()
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
         """The one request."""
@@ -92,15 +107,11 @@ def _official(item: Item, line: Record) -> Record:
 
 def videoqa(settings: EvaluationSettings, *, name: str) -> VideoQA:
     """Reads questions and answers and looks for the videos. Raises UserError."""
-    kind = KINDS[name]
-    if settings.anno_path is None:
-        raise UserError(f"{name}: no ground truth was named: give {kind.title}'s file of questions")
     if settings.tasks:
-        raise UserError(f"{name}: found tasks {', '.join(settings.tasks)}, but {kind.title} has none: leave them out")
-    records = _paired(settings, kind)
-    media = MediaFolders(settings.video_dir, settings)
-    items = [_item(kind, *record, media) for record in records]
-    check_any_found(items, settings.anno_path)
+        title = KINDS[name].title
+        raise UserError(f"{name}: found tasks {', '.join(settings.tasks)}, but {title} has none: leave them out")
+    items = [entry.item for entry in entries_of(videoqa_entries(settings, name))]
+    check_any_found(items, settings.anno_path or "")
     return VideoQA(name=name, items=items[: settings.limit], system=system_of(settings))
 
 
@@ -108,69 +119,138 @@ for _name in KINDS:
     benchmarks.register(_name)(partial(videoqa, name=_name))
 
 
-def _paired(settings: EvaluationSettings, kind: Kind) -> list[Numbered]:
-    """Every question with its answer, which is found by the question's id where it has a file of its own."""
-    path = Path(settings.anno_path or "").expanduser()
-    questions = _numbered(path, kind)
+def videoqa_entries(settings: EvaluationSettings, name: str) -> Iterator[Entry | Fault]:
+    """Every question with its answer, and the faults that concern whole files. Raises UserError.
+
+    name: of KINDS, or ANY. Answers are found by the question's id if they have a file
+    of their own.
+    """
+    kind = KINDS.get(name, ANY_KIND)
+    if settings.anno_path is None:
+        raise UserError(f"{name}: no ground truth was named: give {kind.title}'s file of questions")
+    path = Path(settings.anno_path).expanduser()
     answers_path = Path(settings.answers_path).expanduser() if settings.answers_path else answers_beside(path)
-    unanswered = [where for _, where, fields in questions if "answer" not in fields]
-    if answers_path is None:
-        if len(unanswered) == len(questions):
-            raise UserError(f"{path}: no question has an answer: name the file that holds them with --answers-path")
-        return questions
-    answers = {id: fields for id, _, fields in _numbered(answers_path, None)}
+    questions = yield from _numbered(path, kind)
+    if answers_path is not None:
+        questions = yield from _answered(questions, path, answers_path)
+    elif questions and not any("answer" in fields for _, _, fields in questions):
+        sentence = "no question has an answer: name the file that holds them with --answers-path"
+        yield Fault("empty answer", str(path), "file", sentence)
+        return
+    if not questions:
+        return
+    media = MediaFolders(settings.video_dir, settings)
+    other_names = _youtube_names([path.parent, Path(media.root), Path(media.root).parent]) if kind.youtube else {}
+    for id, where, fields in questions:
+        yield _entry(kind, id, where, fields, media, other_names)
+
+
+def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Generator[Fault, None, list[Numbered]]:
+    """Yields what is wrong with a file of answers; returns the questions that have one, with it."""
+    answers = {id: fields for id, _, fields in (yield from _numbered(answers_path, None))}
     without = [id for id, _, _ in questions if id not in answers]
-    if without:
-        raise UserError(
-            f"{answers_path}: {len(without)} of the {len(questions)} questions of {path} have no answer there (such as "
-            f"question_id {without[0]}): name the answers of these questions with --answers-path"
+    for id in without:
+        sentence = (
+            f"{len(without)} of the {len(questions)} questions of {path} have no answer there (such as question_id "
+            f"{id}): name the answers of these questions with --answers-path"
         )
-    return [(id, where, {**answers[id], **fields, "answer": answers[id]["answer"]}) for id, where, fields in questions]
+        yield Fault("empty answer", str(answers_path), f"question {id}", sentence)
+    asked = {id for id, _, _ in questions}
+    for id in answers:
+        if id not in asked:
+            sentence = f"{path} has no question of that id; the answer is not used"
+            yield Fault("incomplete", str(answers_path), f"answer {id}", sentence, note=True)
+    return [
+        (id, where, {**answers[id], **fields, "answer": answers[id].get("answer")})
+        for id, where, fields in questions
+        if id in answers
+    ]
 
 
-def _numbered(path: Path, kind: Kind | None) -> list[Numbered]:
-    """The records of a file with their ids. kind: None for a file of answers. Raises UserError for a record of another
-    benchmark, an id that is missing or stands there twice, an answer that is missing from a file of answers."""
-    first: dict[str, str] = {}  # id -> where it stands
-    records = []
-    for number, (where, fields) in enumerate(read_records(path, FORM)):
-        if kind is not None:
-            _check_kind(where, fields, kind)
-        elif "answer" not in fields:
-            raise UserError(f"{where}: found the fields {', '.join(fields)}, expected answer and question_id")
-        id = id_of(fields) or ("" if kind is None or kind.needs_ids else str(number))
-        if not id:
-            raise UserError(f"{where}: found no id, expected {' or '.join(ID_KEYS)}: give every record its own")
-        if id in first:
-            raise UserError(f"{where}: the id {id} stands in {first[id]}, too: give every question its own")
+def answers_beside(questions: Path) -> Path | None:
+    """`test_a.json` beside `test_q.json`; None for other names, or when there is none."""
+    answers = questions.with_name(questions.name.replace("_q.", "_a."))
+    return answers if answers != questions and answers.exists() else None
+
+
+def _numbered(path: Path, kind: Kind | None) -> Generator[Fault, None, list[Numbered]]:
+    """Yields what is wrong with a file's ids and fields; returns its records with their ids.
+
+    kind: None for a file of answers.
+    """
+    first: dict[str, str] = {}  # id -> where it was first found
+    records: list[Numbered] = []
+    for number, (where, fields) in enumerate(records_of(path, FORM)):
+        if isinstance(fields, Fault):
+            yield fields
+            continue
+        if kind is not None and (sentence := _of_another_kind(fields, kind)):
+            yield Fault("annotation", where, "record", sentence)
+            return []  # and so are the others
+        id = next((text_of(fields[key]) or "" for key in ID_KEYS if key in fields), "")
+        if kind is None and "answer" not in fields:
+            expected = f"found the fields {', '.join(fields)}, expected answer and question_id"
+            yield Fault("incomplete", where, "record", expected)
+        if not id and (kind is None or kind.needs_ids):
+            sentence = f"found no id, expected {' or '.join(ID_KEYS)}: give every record its own"
+            yield Fault("incomplete", where, ID_KEYS[0], sentence)
+            if kind is None:
+                continue
+        elif id and id in first:
+            yield Fault(
+                "duplicate id", where, f"question {id}", f"the id is also that of {first[id]}: give each its own"
+            )
+            if kind is None:
+                continue
         first[id] = where
-        records.append((id, where, fields))
+        records.append((id or str(number), where, fields))
     return records
 
 
-def _check_kind(where: str, fields: Fields, kind: Kind) -> None:
+def _of_another_kind(fields: Fields, kind: Kind) -> str:
+    """A sentence about a record of another benchmark; "" if it may be one of this kind."""
     names = ", ".join(fields)
     if "candidates" in fields:
-        raise UserError(f"{where}: it looks like an MVBench task (fields {names}), expected {kind.title}")
-    if not any(key in fields for key in kind.keys) and any("video" in key for key in fields):
+        return f"it looks like an MVBench task (fields {names}), expected {kind.title}"
+    if {"a1", "a2"} <= fields.keys():
+        return f"it looks like TGIF-QA's questions with choices (fields {names}), expected its frame questions"
+    if not any(key in fields for key in kind.keys) and any("video" in key or "gif" in key for key in fields):
         keys = " or ".join(kind.keys)
-        raise UserError(f"{where}: found the fields {names}, expected {kind.title}, which names its video in {keys}")
+        return f"found the fields {names}, expected {kind.title}, which names its video in {keys}"
+    return ""
 
 
-def _item(kind: Kind, id: str, where: str, fields: Fields, media: MediaFolders) -> Item:
+def _youtube_names(folders: Sequence[Path]) -> dict[str, str]:
+    """MSVD's names of videos and their YouTube names, each by the other, from the first youtube_mapping.txt found in
+    the folders; empty without one. Raises UserError for a line that is not a pair of names."""
+    file = next((folder / MAPPING for folder in folders if (folder / MAPPING).is_file()), None)
+    if file is None:
+        return {}
+    names: dict[str, str] = {}
+    expected = "lines of a YouTube name and a vid<N>, such as -4wsuPCjDBc_5_15 vid1"
+    for number, line in enumerate(read_file(file, expected)[1].splitlines(), start=1):
+        words = line.split()
+        if len(words) == 2:
+            names |= {words[0]: words[1], words[1]: words[0]}
+        elif words:
+            raise UserError(f"{file}, line {number}: found {line[:60]!r}, expected {expected}")
+    return names
+
+
+def _entry(
+    kind: Kind, id: str, where: str, fields: Fields, media: MediaFolders, other_names: Mapping[str, str]
+) -> Entry:
     name = next((name for key in kind.keys if (name := text_of(fields.get(key)))), "")
-    medium, error = examined(check_videoqa({**fields, "video_name": name}, where))
-    found = None
-    if not error and medium is not None:
-        found = media.find(medium, stems=[stem.format(name) for stem in kind.stems])
-        error = "" if found else media.missing(name)
-    return Item(
+    stems = [stem.format(name) for stem in kind.stems]
+    bare = [os.path.splitext(stem)[0] for stem in stems]
+    stems += [other_names[stem] for stem in dict.fromkeys([*stems, *bare]) if stem in other_names]
+    item = Item(
         id=id,
         task="",
         video=name,
-        media=found,
+        media=None,
         questions=(text_of(fields.get("question")) or "",),
         answer=text_of(fields.get("answer")) or "",
         fields=fields,
-        error=error,
     )
+    return media.entry(item, check_videoqa(fields, where, kind.keys), Search(stems=stems))

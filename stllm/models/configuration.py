@@ -4,14 +4,17 @@ Only `from_config` functions and the composition in st_llm.py read it; the parts
 Sizes and names: paper (arXiv 2404.00308) section 3; defaults are the published 7B model's.
 """
 
+import textwrap
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, InstructBlipQFormerConfig, PretrainedConfig
 
 from stllm.common.errors import UserError
+from stllm.common.registry import templates
 
 VISION_DEFAULTS: dict[str, Any] = {
-    "encoder": "eva_clip_g",  # or eva_btadapter_g: with the branching temporal adapter
+    "encoder": "eva_clip_g",  # a registered vision encoder
     "image_size": 224,
     "patch_size": 14,
     "embed_dim": 1408,
@@ -36,6 +39,13 @@ WHOLE_NUMBERS = (
     *("num_query_tokens", "residual_size", "residual_bottleneck", "num_frames", "vit_chunk_size", "max_txt_len"),
 )
 MASK_RATE_DEFAULTS = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
+# what transformers raises for a value that no model can be built with, see `reason`
+CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError)
+
+
+def reason(error: Exception) -> str:
+    """The error's kind and text in one line, for the brackets of a message."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"
 
 
 def _known(kind: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -48,11 +58,12 @@ def _known(kind: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[s
 class STLLMConfig(PretrainedConfig):
     """Sizes and choices of an ST-LLM.
 
+    arch: the registered name of the model class.
     vision_config: the encoder's sizes, see `VISION_DEFAULTS`.
     qformer_config: `InstructBlipQFormerConfig` or its dictionary; ignored without `has_qformer`.
     text_config: the causal language model's own configuration (any of transformers').
-    video_input: mean, all or residual; `residual_size` local frames, `residual_bottleneck` its inner width
-        (default: a quarter of the language model's).
+    video_input: the registered name of the video input. `residual_size` and `residual_bottleneck`: the number of local
+        frames and the inner width (default: a quarter of the language model's) of `residual`.
     num_frames: of a video, where the user does not say how many (default: the published 64 for residual, else 16).
     use_mvm: whether masking comes with the loss of masked video modelling; `mvm_decode`: through a decoder.
     mask_rate: mean, std, min and max of the share of visual tokens dropped in training (paper section 3.3).
@@ -67,6 +78,7 @@ class STLLMConfig(PretrainedConfig):
     def __init__(
         self,
         *,
+        arch: str = "st_llm_hf",
         vision_config: dict[str, Any] | None = None,
         qformer_config: dict[str, Any] | InstructBlipQFormerConfig | None = None,
         text_config: dict[str, Any] | PretrainedConfig | None = None,
@@ -92,9 +104,10 @@ class STLLMConfig(PretrainedConfig):
         end_sym: str = "###",
         **kwargs: Any,
     ) -> None:
+        self.arch = arch
         self.vision_config = _known("vision_config", vision_config or {}, VISION_DEFAULTS)
         self.qformer_config = _qformer_config(qformer_config, self.vision_config["embed_dim"])
-        self.text_config = _text_config(text_config)
+        self.text_config = language_model_config(text_config)
         _check_patches(self.vision_config["image_size"], self.vision_config["patch_size"], has_qformer)
         self.has_qformer = has_qformer
         self.qformer_text_input = qformer_text_input and has_qformer
@@ -134,6 +147,11 @@ class STLLMConfig(PretrainedConfig):
         """Visual tokens of one frame before the video input: K queries, or P/4 merged patches without a Q-Former."""
         return self.num_query_tokens if self.has_qformer else self.num_patches // 4
 
+    @property
+    def adds_pad(self) -> bool:
+        """Whether the prompt template's family adds `[PAD]` to the tokenizer."""
+        return bool(templates.get(self.template).bos_is_eos)
+
 
 def _check_patches(image_size: int, patch_size: int, has_qformer: bool) -> None:
     """Raises UserError when an image does not divide into patches, or these not into fours where they are merged."""
@@ -153,7 +171,8 @@ def _qformer_config(given: dict[str, Any] | PretrainedConfig | None, vision_widt
     return InstructBlipQFormerConfig(**sizes)
 
 
-def _text_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+def language_model_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
+    """The language model's configuration of a dictionary with `model_type` (llama without one) and its fields."""
     if isinstance(given, PretrainedConfig):
         return given
     fields = dict(given or {"model_type": "llama"})

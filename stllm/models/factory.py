@@ -24,6 +24,7 @@ Fields = dict[str, Any]
 PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later ones over earlier ones
 # published names -> ours; `vision`, `qformer`, `llm`, LoRA and the mask rate are grouped in `settings_to_fields`
 RENAMED = {
+    "arch": "arch",
     "has_qformer": "has_qformer",
     "qformer_text_input": "qformer_text_input",
     "num_query_token": "num_query_tokens",
@@ -67,15 +68,15 @@ def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
 
 def published_settings(config: "STLLMConfig") -> Fields:
     """A configuration under the published key names: what `settings_to_fields` reads, sizes and LoRA left out."""
-    settings: Fields = {"arch": "st_llm_hf"}
-    settings |= {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
+    settings: Fields = {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
     settings |= {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}
     return settings | {f"mask_rate_{name}": value for name, value in config.mask_rate.items()}
 
 
 def piece_paths(settings: Mapping[str, Any]) -> list[str]:
-    """The weights that the section names, in the order in which they are read."""
-    return [settings[name] for name in PIECES if settings.get(name)]
+    """The weights that the section names, in the order in which they are read; a file named twice is read once."""
+    named = [settings[name] for name in PIECES if settings.get(name)]
+    return [path for place, path in enumerate(named) if path not in named[place + 1 :]]
 
 
 def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str] = ()) -> Fields:

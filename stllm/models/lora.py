@@ -1,7 +1,8 @@
-"""LoRA on the language model (peft): put in, saved apart with whatever else trained, loaded again, merged.
+"""LoRA on the language model (peft): injected, saved in a folder together with the other trained parts, loaded, merged.
 
-An adapter folder holds peft's own two files, for the language model, and `trained.safetensors`: the projection, the
-video input and every other part that trained beside it. Source: LoRA (arXiv 2106.09685), `peft`.
+An adapter folder holds peft's own two files, which `PeftModel.from_pretrained(language_model, folder)` loads, and
+`trained.safetensors`: the projection, the video input and every other part that was trained. Source: LoRA (arXiv
+2106.09685), `peft`.
 """
 
 from pathlib import Path
@@ -17,6 +18,7 @@ from stllm.common.errors import UserError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's name
 OTHER_WEIGHTS = "trained.safetensors"
+PEFT_PREFIX = "base_model.model."  # the language model's place inside a `PeftModel`; folders of old versions lack it
 LORA = "lora_"
 
 
@@ -25,12 +27,17 @@ def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel
     try:
         adapted: Any = inject_adapter_in_model(lora_config(lora), model)
     except ValueError as error:
+        targets = ", ".join(lora["target_modules"])
+        if "not found" not in str(error):
+            raise UserError(
+                f"peft can't adapt {targets} (model.lora_target_modules) with these settings: {error}"
+            ) from error
         names = sorted(
             {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "in_features")}
         )
         raise UserError(
-            f"model.lora_target_modules names {', '.join(lora['target_modules'])}, but the language model's linear "
-            f"layers are {', '.join(names)}: name some of these"
+            f"model.lora_target_modules names {targets}, but the language model's linear layers are "
+            f"{', '.join(names)}: name some of these"
         ) from error
     for name, parameter in adapted.named_parameters():
         if LORA in name:  # peft has started them; transformers' own start would undo that
@@ -38,23 +45,25 @@ def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel
     return cast(PreTrainedModel, adapted)
 
 
-def lora_config(lora: dict[str, Any]) -> LoraConfig:
-    """peft's configuration of ours."""
+def lora_config(lora: dict[str, Any], base_model: str | None = None) -> LoraConfig:
+    """peft's configuration of ours. base_model: the folder or hub name of the language model under the adapter."""
     return LoraConfig(
         r=lora["r"],
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
         target_modules=list(lora["target_modules"]),
         task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
     )
 
 
-def save_adapter(model: Any, folder: str | Path) -> None:
-    """Writes the adapter of an `STLLM` with LoRA, and the other weights that trained."""
+def save_adapter(model: Any, folder: str | Path, *, base_model: str | None = None) -> None:
+    """Writes the adapter of an `STLLM` with LoRA, and the other weights that trained. base_model: see `lora_config`."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    lora_config(model.config.lora).save_pretrained(str(target))
-    save_file(_contiguous(get_peft_model_state_dict(model.language_model)), target / ADAPTER_WEIGHTS)
+    lora_config(model.config.lora, base_model).save_pretrained(str(target))
+    adapter = {PEFT_PREFIX + key: value for key, value in get_peft_model_state_dict(model.language_model).items()}
+    save_file(_contiguous(adapter), target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     others = {name: p.data for name, p in model.named_parameters() if p.requires_grad and LORA not in name}
     save_file(_contiguous(others), target / OTHER_WEIGHTS)
 
@@ -81,11 +90,14 @@ def load_adapter(model: Any, folder: str | Path) -> None:
         inject_lora(model.language_model, model.config.lora)
     own = dict(model.named_parameters())
     others = load_file(source / OTHER_WEIGHTS)
+    adapter = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(source / ADAPTER_WEIGHTS).items()}
     try:
-        found: Any = set_peft_model_state_dict(model.language_model, load_file(source / ADAPTER_WEIGHTS))
+        found: Any = set_peft_model_state_dict(model.language_model, adapter)
         unexpected = [*found.unexpected_keys, *(name for name in others if name not in own)]
         if unexpected:
             raise UserError(f"{source} was trained on another model: this one has no {', '.join(unexpected[:3])}")
+        if missing := [key for key in found.missing_keys if LORA in key]:
+            raise UserError(f"{source} does not hold the whole adapter: missing are {', '.join(missing[:3])}")
         with torch.no_grad():
             for name, tensor in others.items():
                 own[name].copy_(tensor)
@@ -97,12 +109,13 @@ def load_adapter(model: Any, folder: str | Path) -> None:
 
 
 def merge_lora(model: Any) -> None:
-    """Adds the adapter to the weights it adapts, so that a plain model is left. In place, on an `STLLM`."""
-    for name, layer in list(model.language_model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(model.language_model.get_submodule(parent), child, layer.get_base_layer())
+    """Adds the adapter to the weights it adapts, which leaves a plain model. In place, on an `STLLM`."""
+    language_model = model.language_model
+    layers = [(name, layer) for name, layer in language_model.named_modules() if isinstance(layer, LoraLayer)]
+    for name, layer in reversed(layers):  # peft wraps the experts of a mixture once per parameter: inner layers first
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(language_model.get_submodule(parent), child, layer.base_layer)
     model.config.lora = None
 
 

@@ -10,16 +10,19 @@ import json
 import torch
 from torch import Tensor, nn
 
-from stllm.models.configuration import STLLMConfig
+from stllm.models.configuration import VISION_DEFAULTS, STLLMConfig
 from stllm.models.st_llm import STLLM
+from stllm.models.vision import build_vision_encoder
 
 
 def fault(config: STLLMConfig, stage: str) -> str | None:
     """Why a stage's output cannot stand for the pixels in training, and what to do; None when it can."""
-    if config.vision_config["encoder"] == "eva_btadapter_g":
+    with torch.device("meta"):
+        encoder = build_vision_encoder(config)
+    if encoder.adapter is not None:
         return (
-            "the temporal adapter (model.vit_model: eva_btadapter_g) trains even in a frozen encoder, so that its "
-            "output changes at every step: train from pixels"
+            f"the temporal adapter (model.vit_model: {config.vision_config['encoder']}) trains even in a frozen "
+            "encoder, so that its output changes at every step: train from pixels"
         )
     if not config.freeze_vit:
         return (
@@ -70,6 +73,8 @@ def weights_digest(model: STLLM, stage: str) -> str:
         "ln_vision": model.vision_encoder.ln_vision,
     }
     choices = {name: config.vision_config[name] for name in ("patch_size", "num_heads", "ln_eps")}
+    if (encoder := config.vision_config["encoder"]) != VISION_DEFAULTS["encoder"]:
+        choices["encoder"] = encoder
     if stage == "qformer":
         parts["qformer"] = model.qformer
         choices["qformer_heads"] = config.qformer_config.num_attention_heads

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from stllm.common.registry import models, vision_encoders
+from stllm.common.errors import UserError
+from stllm.common.registry import models
 from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
 from stllm.models.initialization import initialize_parts
@@ -22,7 +23,7 @@ from stllm.models.masking import MVMDecoder, draw_token_mask, keep_tokens, kept_
 from stllm.models.qformer import FrameQFormer, PatchMerger
 from stllm.models.sequences import VISUAL_TOKEN_ID, JoinedSequence, join_visual_tokens
 from stllm.models.video_inputs import build_video_input
-from stllm.models.vision import VisionEncoder
+from stllm.models.vision import build_vision_encoder
 
 
 @dataclass
@@ -54,8 +55,7 @@ class STLLM(PreTrainedModel):
     def __init__(self, config: STLLMConfig) -> None:
         super().__init__(config)
         width = config.text_config.hidden_size
-        build_vision = vision_encoders.get(config.vision_config["encoder"])
-        self.vision_encoder: VisionEncoder = build_vision(vision=config.vision_config, chunk_size=config.vit_chunk_size)
+        self.vision_encoder = build_vision_encoder(config)
         self.qformer: nn.Module = PatchMerger()
         frame_width = 4 * config.vision_config["embed_dim"]
         if config.has_qformer:
@@ -153,6 +153,11 @@ class STLLM(PreTrainedModel):
             sequence = self.join(list(visual), input_ids, attention_mask, labels=labels)
             output = self._score(sequence, num_items=num_items_in_batch)
             return STLLMOutput(**{**output, "kept_visual_tokens": visual.shape[1]})
+        if token_mask.shape != visual.shape[:2]:
+            raise UserError(
+                f"the video input {self.config.video_input} gives {visual.shape[1]} tokens, but the token mask has "
+                f"{token_mask.shape[1]}: make its num_tokens and its forward agree"
+            )
         mask = token_mask.to(visual.device)
         return self._masked_forward(visual, mask, input_ids, attention_mask, labels, num_items_in_batch)
 

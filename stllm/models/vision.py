@@ -7,15 +7,27 @@ B clips, T frames, P patches, C width.
 """
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from stllm.common.errors import UserError
 from stllm.common.registry import vision_encoders
-from stllm.models.temporal_adapter import TemporalAdapter
+
+if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its name is looked up
+    from timm.models.eva import Eva
+
+    from stllm.models.configuration import STLLMConfig
+    from stllm.models.temporal_adapter import TemporalAdapter
+
+
+def build_vision_encoder(config: "STLLMConfig") -> "VisionEncoder":
+    """The vision encoder that a configuration names."""
+    build = vision_encoders.get(config.vision_config["encoder"])
+    encoder: VisionEncoder = build(vision=config.vision_config, chunk_size=config.vit_chunk_size)
+    return encoder
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -33,7 +45,7 @@ class VisionEncoder(nn.Module):
     chunk_size: frames encoded at once, so that activation memory does not grow with T.
     """
 
-    def __init__(self, *, backbone: Eva, adapter: TemporalAdapter | None, ln_eps: float, chunk_size: int) -> None:
+    def __init__(self, *, backbone: "Eva", adapter: "TemporalAdapter | None", ln_eps: float, chunk_size: int) -> None:
         super().__init__()
         self.backbone = backbone
         self.adapter = adapter
@@ -63,6 +75,10 @@ class VisionEncoder(nn.Module):
 
 
 def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> VisionEncoder:
+    from timm.models.eva import Eva
+
+    from stllm.models.temporal_adapter import TemporalAdapter
+
     sizes = {key: vision[key] for key in ("embed_dim", "num_heads", "mlp_ratio")}
     backbone = Eva(
         img_size=vision["image_size"],
@@ -82,6 +98,11 @@ def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> Vi
     backbone.norm = nn.Identity()  # ln_vision takes its place
     adapter = None
     if with_adapter:
+        if vision["adapter_depth"] > vision["depth"]:
+            raise UserError(
+                f"the temporal adapter has {vision['adapter_depth']} layers, but the encoder has only "
+                f"{vision['depth']} blocks: lower model.vision.adapter_depth"
+            )
         adapter = TemporalAdapter(depth=vision["adapter_depth"], max_frames=vision["max_frames"], **sizes)
     return VisionEncoder(backbone=backbone, adapter=adapter, ln_eps=vision["ln_eps"], chunk_size=chunk_size)
 

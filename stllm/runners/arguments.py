@@ -1,26 +1,32 @@
-"""Section `run` as transformers' TrainingArguments: what the user says, and the few things that must be so."""
+"""Section `run` as transformers' TrainingArguments: the user's values, and the few that training fixes.
 
+Everything that transformers would refuse later, after the weights are loaded, is tried here first.
+"""
+
+import copy
+import json
+import multiprocessing
 import os
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from stllm.common.device import DTYPE_ALIASES, resolve_device
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.run_section import REFUSED
 from stllm.common.schema import RunSettings
 
-TRACKERS = ("tensorboard", "wandb")  # of report_to; others are checked by transformers
-NEEDED: dict[str, Any] = {
-    "disable_tqdm": True,  # our own bar shows the parts of the loss (progress.py)
-    "remove_unused_columns": False,  # a batch has more than the model's arguments
-    "logging_nan_inf_filter": False,  # a loss that is no number stops the run, it is not averaged away
-    "average_tokens_across_devices": True,  # the loss does not depend on the number of processes
-    "load_best_model_at_end": False,
-    "auto_find_batch_size": False,
-}
+# What users cannot choose; run_section.py says why.
+FIXED = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "average_tokens_across_devices": True}
+# They group the parameters themselves, layer by layer; ours are grouped by learning rate and weight decay.
+OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
 
 
 def training_arguments(
@@ -28,43 +34,113 @@ def training_arguments(
 ) -> TrainingArguments:
     """The checked `run` section as TrainingArguments; device, dtype, seed: the command line's, over the section's.
 
-    Raises UserError for what transformers refuses, and for a package that is named and not installed.
+    Raises UserError for a device that is absent, for what transformers or our training refuses, and for a package that
+    is named and not installed.
     """
     ours = {f.name for f in fields(RunSettings)}
     values = {key: value for key, value in run.items() if key not in ours and value is not None}
     if not values.get("output_dir"):
         raise UserError("run.output_dir is not set: name the folder that the run writes to")
-    _check_packages(values)
-    values |= NEEDED
+    _check_values(values)
+    values |= FIXED
     values |= _precision(dtype)
     if seed is not None:
         values["seed"] = seed
-    if device in ("auto", "cpu") and resolve_device(device).type == "cpu":
-        values["use_cpu"] = True  # said where there is nothing else, too: FSDP and bf16 on CPUs ask for it
-    elif device.startswith("cuda:"):  # before CUDA is initialised; under torchrun each process has its own
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", device.removeprefix("cuda:"))
+    place = torch.device("cpu") if device == "auto" and values.get("use_cpu") else resolve_device(device)
+    if ":" in device and ("LOCAL_RANK" in os.environ or values.get("deepspeed")):
+        raise UserError(
+            f"found device {device!r}, but torchrun and DeepSpeed give each process its own GPU: leave out --device "
+            "and --gpu-id, and choose GPUs with the environment variable CUDA_VISIBLE_DEVICES"
+        )
+    values["use_cpu"] = place.type == "cpu"
     values.setdefault("report_to", "none")
+    values.setdefault("disable_tqdm", False)
     values.setdefault("dataloader_persistent_workers", bool(values.get("dataloader_num_workers")))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(values["output_dir"], "tensorboard"))
     try:
         args = TrainingArguments(**values)
-        args._n_gpu = min(args.n_gpu, 1)  # several GPUs are torchrun's business, never torch.nn.DataParallel's
+        _try_optimizer(args)
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise UserError(f"the run section can't be used: {' '.join(str(error).split())}") from error
+    args._n_gpu = min(args.n_gpu, 1)  # torchrun starts a process for each GPU; torch.nn.DataParallel is never used
+    if place.type == "cuda" and "LOCAL_RANK" not in os.environ:
+        torch.cuda.set_device(place)  # transformers itself takes the first GPU
+        args._setup_devices = place  # a cached property
+    if args.fp16 and place.type == "cpu":
+        raise UserError("run.fp16 needs a GPU, and this run is on the CPU: use run.bf16=True, or neither")
+    if args.fsdp and args.deepspeed:
+        raise UserError("run.fsdp and run.deepspeed are both set: keep one of them")
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError("run.fsdp divides a model among processes: start several with torchrun, or leave run.fsdp out")
     return args
 
 
-def _check_packages(values: Mapping[str, Any]) -> None:
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raises UserError for values that training refuses, and for files and packages that are not there."""
+    for key, (accepted, reason) in REFUSED.items():
+        if key in values and values[key] != accepted:
+            raise UserError(
+                f"run.{key} must be {'unset' if accepted is None else accepted}, found {values[key]!r}: {reason}"
+            )
+    if values.get("save_strategy") == "best":
+        raise UserError("run.save_strategy must be steps, epoch or no, found 'best': training does not evaluate")
+    if str(values.get("optim")).startswith(OTHER_OPTIMIZERS):
+        raise UserError(
+            f"run.optim {values['optim']!r} is not supported, as it needs parameter groups of its own: use "
+            "adamw_torch, adafactor or a bitsandbytes optimizer such as adamw_bnb_8bit"
+        )
+    methods = multiprocessing.get_all_start_methods()
+    context = values.get("dataloader_multiprocessing_context")
+    if context is not None and context not in methods:
+        raise UserError(unknown_name("run.dataloader_multiprocessing_context", str(context), methods))
     named = values.get("report_to") or []
-    trackers = [named] if isinstance(named, str) else list(named)
-    for tracker in trackers:
-        if tracker in TRACKERS and find_spec(tracker) is None:
+    for tracker in [named] if isinstance(named, str) else named:
+        if tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            raise UserError(unknown_name("run.report_to", str(tracker), (*INTEGRATION_TO_CALLBACK, "all", "none")))
+        # transformers does not list flyte among those available
+        if tracker not in (*get_available_reporting_integrations(), "all", "none", "flyte"):
             raise UserError(f"run.report_to names {tracker}, which is not installed: `pip install {tracker}`")
     if values.get("deepspeed") and find_spec("deepspeed") is None:
         raise UserError(
             "run.deepspeed is set, but DeepSpeed is not installed: `pip install deepspeed`, or train without it "
             "(--options run.deepspeed=null)"
         )
+    for key in ("deepspeed", "fsdp_config"):
+        if isinstance(values.get(key), str):
+            _check_json(f"run.{key}", values[key])
+
+
+def _check_json(key: str, path: str) -> None:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be read ({error.strerror}): name a JSON file") from error
+    except ValueError as error:
+        raise UserError(f"{key}: {path} is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{key}: {path} must hold a JSON object, found {type(found).__name__}")
+
+
+def _try_optimizer(args: TrainingArguments) -> None:
+    """Builds optimizer and schedule for one parameter, so that what is missing or wrong is found before training."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    if args.optim_args:
+        plain = copy.copy(args)
+        plain.optim_args = None
+        if Trainer.get_optimizer_cls_and_kwargs(plain) == (kind, options):
+            name = OptimizerNames(args.optim).value
+            raise ValueError(f"run.optim_args {args.optim_args!r} has no effect on run.optim {name}")
+    optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
+    if isinstance(args.lr_scheduler_kwargs, str):  # transformers has turned JSON into a mapping by now
+        raise ValueError(f"run.lr_scheduler_kwargs must be a mapping of keys, found {args.lr_scheduler_kwargs!r}")
+    get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=args.get_warmup_steps(100),
+        num_training_steps=100,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
 
 
 def _precision(dtype: str) -> dict[str, bool]:

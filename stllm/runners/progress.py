@@ -23,9 +23,12 @@ class Progress(TrainerCallback):
     ) -> None:
         """A bar of all steps, begun where the run is continued."""
         if state.is_world_process_zero:
-            # disable=None: no bar where nobody looks
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                disable=args.disable_tqdm or None,  # None: no bar where the output is no terminal
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

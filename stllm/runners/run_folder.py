@@ -24,6 +24,7 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.failures import sentence
 from stllm.common.files import write_text
+from stllm.common.run_section import UNUSED
 from stllm.runners.meter import is_distributed
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"  # transformers writes it last
 # what may differ when a run is continued: none of it changes what is learned
 FREE = re.compile(
-    r"run\.(output_dir|resume_from_checkpoint|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+"
+    r"run\.(output_dir|resume_from_checkpoint|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+|disable_tqdm"
     r"|max_bad_fraction|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
     r"|model\.(vit_chunk_size|use_grad_checkpoint|qformer_tokenizer)"
     r"|datasets\.(\w+\.)?(anno_root|media_root)|datasets\.\w+\.(anno_path|media_dir|cache_dir|reader)"
@@ -196,7 +197,8 @@ def _remove(path: Path) -> None:
 
 
 def _decisive(values: Any) -> dict[str, Any]:
-    return {key: value for key, value in flat(values).items() if not FREE.fullmatch(key)}
+    flattened = flat(values).items()
+    return {k: v for k, v in flattened if not FREE.fullmatch(k) and k.removeprefix("run.") not in UNUSED}
 
 
 def _is_whole(line: str) -> bool:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
+from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
@@ -22,10 +24,12 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.registry import runners, tasks
 from stllm.datasets.bad_samples import BadSampleLog
+from stllm.datasets.collate import MEDIA_FIELDS
+from stllm.datasets.samples import SampleKey
 from stllm.runners.arguments import training_arguments
 from stllm.runners.run_folder import RunFolder
 from stllm.runners.signals import StopRequest, stopping_at_signals
-from stllm.runners.trainer import STLLMTrainer
+from stllm.runners.trainer import STLLMTrainer, gathered
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with stopping_at_signals() as stop:
             seed_everything(arguments.seed)
-            return int(runner(task.from_config(cfg, seed=arguments.seed), arguments, cfg, stop))
+            data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+            return int(runner(task.from_config(cfg, seed=data_seed), arguments, cfg, stop))
     except Exception as error:
         if not out_of_memory(error) or isinstance(error, UserError):
             raise
@@ -59,17 +64,17 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
     """Trains the task's model on transformers' Trainer. Raises UserError; returns the exit code."""
     disable_progress_bar()  # of transformers, at every checkpoint
     folder = RunFolder(str(args.output_dir))
-    folder.begin(cfg)
     checkpoint = _checkpoint(args, folder)
+    folder.begin(cfg)
     if folder.is_finished():
         log.info("%s: this run is finished; name another run.output_dir to train again", folder.path)
         return 0
     sampler = task.sampler(
         batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
     )
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = task.some_parts_idle()
     model = task.build_model(device=_home(args), **_dtypes(args))
+    if args.ddp_find_unused_parameters is None and args.world_size > 1 and not args.fsdp and not args.deepspeed:
+        args.ddp_find_unused_parameters = some_parts_idle(task, model, args)
     if args.deepspeed:
         set_hf_deepspeed_config(args.hf_deepspeed_config)
     trainer = STLLMTrainer(
@@ -91,24 +96,68 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
         log.info("continuing from %s", checkpoint)
     if is_main():
         folder.rewind_log(trainer.logged_step)
+    seed_everything((args.seed + args.process_index) % 2**32)  # processes must not draw the same dropout
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
-        log.info("stopped at step %d; checkpoint-%d is written: the same command continues from it", step, step)
+        again = "the same command" if _continues(args) else "the same command without run.resume_from_checkpoint"
+        log.info("stopped at step %d; checkpoint-%d is written: %s continues from it", step, step, again)
         return stop.exit_code
     _finish(task, trainer, folder)
     return 0
 
 
+def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> bool:
+    """Find out whether the data has batches that give some trained weights no gradient, which DDP must then look for.
+
+    Examples are images, which skip the residual's layers, and an MVM decoder where nothing is masked. One sample of
+    each kind (a video of so many frames, an image, text alone) goes forward and backward. A collective call.
+    """
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    collate, kinds, idle = task.collator(), set(), False
+    model.train()
+    for number in range(len(task.mixture.corpora)):
+        batch = collate([task.mixture[SampleKey(epoch=0, batch=0, corpus=number, index=0)]])
+        kind = tuple((name, batch[name].shape) for name in MEDIA_FIELDS if name in batch)
+        if kind in kinds:
+            continue
+        kinds.add(kind)
+        inputs = {name: value for name, value in batch.items() if name not in ("names", "failures")}
+        with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
+            loss = model(**send_to_device(inputs, args.device))["loss"]
+        loss.backward()
+        idle = idle or any(weight.grad is None for weight in trained)
+        model.zero_grad(set_to_none=True)
+    return any(gathered([idle]))
+
+
 def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
-    """Where to continue: what the user names, else the run's own last checkpoint."""
-    named = args.resume_from_checkpoint
-    if named in (None, "", "True", "true", True):
+    """The checkpoint to continue from: the one that the user names, else the run's own last one; None: begin anew.
+
+    Raises UserError for a folder that is no checkpoint, and when the run is to begin anew over another one.
+    """
+    named = str(args.resume_from_checkpoint or "").lower()
+    if not _continues(args):
+        last = folder.last_checkpoint()
+        if last is not None or folder.is_finished():
+            raise UserError(
+                f"run.resume_from_checkpoint is False, but {folder.path} holds {last.name if last else 'a model'} of "
+                "an earlier run, which would be lost: name another run.output_dir to begin anew, or leave out "
+                "run.resume_from_checkpoint to continue"
+            )
+        return None
+    if named in ("", "true"):
         return folder.last_checkpoint()
-    path = Path(str(named))
+    path = Path(str(args.resume_from_checkpoint))
     if not (path / "trainer_state.json").is_file():
         raise UserError(f"run.resume_from_checkpoint: {path} is no checkpoint of a run (it has no trainer_state.json)")
     return path
+
+
+def _continues(args: TrainingArguments) -> bool:
+    """False when run.resume_from_checkpoint is False: the run must begin anew."""
+    return str(args.resume_from_checkpoint).lower() != "false"
 
 
 def _dtypes(args: TrainingArguments) -> dict[str, Any]:

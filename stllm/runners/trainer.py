@@ -14,12 +14,18 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
+from stllm.models.checkpoints.assembly import restore
+from stllm.models.checkpoints.audit import MAX_NAMED
+from stllm.models.configuration import reason
+from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.meter import StepMeter, is_distributed
 from stllm.runners.optimizer import parameter_groups
@@ -72,7 +78,7 @@ class STLLMTrainer(Trainer):
         self.logged_step = 0
         self._save_to: Path | None = None
         self.progress = Progress()
-        for callback in (PrinterCallback, ProgressCallback):
+        for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         self.add_callback(self.progress)
         self.add_callback(_Stopper(self))
@@ -97,6 +103,7 @@ class STLLMTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
             worker_init_fn=obeying_parent_alone,
             generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
         )
@@ -234,14 +241,20 @@ class STLLMTrainer(Trainer):
             "logged_step": self.logged_step,
             "bad_samples": self.bad_samples.state_dict(),
             "global_batch": self.global_batch,
+            "model_only": self.args.save_only_model,
         }
 
     def resume(self, checkpoint: Path) -> None:
-        """Takes up our own state of a checkpoint, before `train(resume_from_checkpoint=...)` takes up the rest.
+        """Restores our own state from a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
 
-        Raises UserError when the batches would be others.
+        Raises UserError when the batches would be others, and for a checkpoint without the optimizer's state.
         """
         state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+        if state.get("model_only"):
+            raise UserError(
+                f"{checkpoint} holds the model alone (run.save_only_model), so a run cannot continue from it: name "
+                "another run.output_dir, and the checkpoint as model.ckpt to start from its weights"
+            )
         found, expected = self.global_batch, state["global_batch"]
         if found != expected:
             raise UserError(
@@ -252,6 +265,28 @@ class STLLMTrainer(Trainer):
             self.meter.load_state_dict(state["meter"])
         self.logged_step = state["logged_step"]
         self.bad_samples.load_state_dict(state["bad_samples"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The checkpoint's weights, all of them. Raises UserError naming those that it lacks.
+
+        FSDP reads its own file, which has the names in memory; the model in our format has those of `save_pretrained`.
+        """
+        quantized = getattr(self.model, "hf_quantizer", None) is not None  # its tensors are not the model's parameters
+        if isinstance(self.model, STLLM) and not self.is_fsdp_enabled and not quantized:
+            restore(self.model, Path(resume_from_checkpoint))
+            return
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:  # torch's, for weights that are missing or of another size
+            if out_of_memory(error):
+                raise
+            raise UserError(f"{resume_from_checkpoint} can't be continued from ({reason(error)})") from error
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if load_result.missing_keys:
+            raise UserError(
+                f"the checkpoint lacks weights of the model: {', '.join(load_result.missing_keys[:MAX_NAMED])}"
+            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._save_to is None else str(self._save_to)

@@ -11,6 +11,7 @@ from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Request
+from stllm.conversation.seeing import Prepared
 from stllm.serving.errors import ApiError
 from stllm.serving.replies import Finished
 from stllm.serving.requests import Asked
@@ -20,21 +21,19 @@ def answer_steps(chat: Chat, asked: Asked, path: Path | None, stop: Event) -> Ge
     """Pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError for what cannot be read."""
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
     with hiding(path):
-        prepared = chat.prepare(Request(asked.turns, media, asked.system))
-        num_prompt = len(prepared.ids)
-        if prepared.visual is not None:
-            num_prompt += len(prepared.visual) - 1  # they stand in place of one
+        prepared = chat.prepare(Request(asked.turns, media, asked.system), asked.decoding)
         with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
             ids = yield from pieces
-    yield _end(chat, asked.decoding, num_prompt, ids)
+    yield _end(chat, asked.decoding, prepared, ids)
 
 
-def _end(chat: Chat, decoding: Decoding, num_prompt: int, ids: Tensor) -> Finished:
+def _end(chat: Chat, decoding: Decoding, prepared: Prepared, ids: Tensor) -> Finished:
     """ids: (1, A), what was generated."""
     text = str(chat.processor.tokenizer.decode(ids[0], skip_special_tokens=True))
     ended = int(ids[0, -1]) == chat.processor.eos_token_id or chat.processor.end_sym in text
     cut = ids.shape[1] >= decoding.max_new_tokens and not ended
-    return Finished(chat.processor.clean(text), "length" if cut else "stop", num_prompt, ids.shape[1])
+    reason = "length" if cut else "stop"
+    return Finished(chat.processor.clean(text), reason, prepared.length, ids.shape[1], prepared.cut.total)
 
 
 @contextmanager

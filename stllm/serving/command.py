@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             num_frames=args.num_frames,
+            context=args.context,
         )
         server = Server(chat=chat, name=Path(checkpoint).name or "stllm", media_root=root, limits=limits)
         app = build_app(server, [*LOOPBACK, "[::1]"] if args.host in LOOPBACK else None)

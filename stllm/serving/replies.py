@@ -9,19 +9,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer. text: the whole of it; reason: "stop", or "length" when max_tokens ended it."""
+    """The end of an answer. text: the whole of it; reason: "stop", or "length" when max_tokens ended it.
+
+    prompt_tokens: read by the model, those of the video included; cut_tokens: cut before by the context rule.
+    """
 
     text: str
     reason: str
     prompt_tokens: int
     completion_tokens: int
+    cut_tokens: int = 0
 
     def usage(self) -> dict[str, int]:
-        """Tokens, those of the video among the prompt's."""
+        """Tokens as OpenAI counts them; `cut_tokens`, beyond OpenAI's fields, only where there are any."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            **({"cut_tokens": self.cut_tokens} if self.cut_tokens else {}),
         }
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stllm.common.errors import unknown_name
+from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.templates import Turn
 from stllm.serving.errors import ApiError
@@ -151,13 +151,16 @@ def _decoding(wanted: _Body, usual: Decoding, limits: Limits) -> Decoding:
     longest = wanted.max_completion_tokens or wanted.max_tokens
     if longest is not None and longest > limits.new_tokens:
         raise ApiError(400, f"max_tokens is {longest}, at most {limits.new_tokens} are taken", param="max_tokens")
-    return replace(
-        usual,
-        num_beams=1,
-        max_new_tokens=longest or min(usual.max_new_tokens, limits.new_tokens),
-        temperature=wanted.temperature or 0.0,
-        top_p=usual.top_p if wanted.top_p is None else wanted.top_p,
-    )
+    try:
+        return replace(
+            usual,
+            num_beams=1,
+            max_new_tokens=longest or min(usual.max_new_tokens, limits.new_tokens),
+            temperature=wanted.temperature or 0.0,
+            top_p=usual.top_p if wanted.top_p is None else wanted.top_p,
+        )
+    except UserError as error:  # more new tokens than the context rule has room for
+        raise ApiError(400, str(error), param="max_tokens") from None
 
 
 def _conversation(messages: list[_Message], limits: Limits) -> tuple[str | None, tuple[Turn, ...], str | None]:

@@ -65,10 +65,6 @@ class ToySeeingTask:
         """Frames to model arguments."""
         return collate
 
-    def some_parts_idle(self) -> bool:
-        """Every batch passes through all that trains."""
-        return False
-
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
         """Leaves in the trained model's folder its two parts alone, and their configuration."""
         assert isinstance(model, SeeingModel)
@@ -91,5 +87,7 @@ def _check(cfg: DictConfig, config: STLLMConfig) -> None:
             "run.task toy_seeing teaches the vision encoder and the Q-Former, but one of them is frozen: set "
             "model.freeze_vit=False and model.freeze_qformer=False"
         )
+    if cfg.run.get("gradient_checkpointing") or cfg.run.get("activation_checkpointing"):
+        raise UserError("run.task toy_seeing has no activation checkpointing: leave out run.gradient_checkpointing")
     if listed := [name for name in cfg.datasets if name not in ROOTS]:
         raise UserError(f"run.task toy_seeing draws its frames itself: found datasets.{listed[0]}, leave it out")

@@ -4,8 +4,9 @@ Builds, from a configuration, the data sets, the prompts and the model; how they
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ from torch import nn
 
 from stllm.common.errors import UserError
 from stllm.common.registry import tasks
+from stllm.conversation.templates import Turn
+from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.bad_samples import TOO_LONG
 from stllm.datasets.collate import Collator, TokenMasker
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
-from stllm.datasets.samples import Corpus
+from stllm.datasets.samples import Corpus, Sample, TextFirst
 from stllm.models import precomputed
 from stllm.models.checkpoints.deciding import decide_config, open_named
 from stllm.models.checkpoints.loading import Opened, processor_of
@@ -26,6 +30,7 @@ from stllm.models.configuration import STLLMConfig
 from stllm.models.factory import build_audited, model_section
 from stllm.models.lora import save_adapter
 from stllm.models.st_llm import STLLM
+from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
 
 log = logging.getLogger(__name__)
@@ -42,23 +47,24 @@ class VideoTextTask:
     config: STLLMConfig
     processor: PromptProcessor
     mixture: Mixture
+    base_model: str | None = None  # the language model's folder, unless a whole checkpoint gives the language model
 
     runner = "trainer"
 
     @classmethod
     def from_config(cls, cfg: DictConfig, *, seed: int) -> "VideoTextTask":
         """The task of a checked configuration. Raises UserError for data, weights or tokenizers that are not there."""
-        settings = model_section(cfg)
-        sources = open_named(settings)
-        config = decide_config(sources, settings)
-        named = settings.get("ckpt") or settings.get("llama_model")
-        if not named:
-            raise UserError("no tokenizer is named: set model.llama_model to a language model's folder, or model.ckpt")
-        processor = processor_of(Opened(Path(named), sources, settings, config))
+        opened = open_configured(cfg)
+        config, processor = opened.config, processor_of(opened)
         corpora = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
         check_features((source.corpus for source in corpora), config, needed=cfg.model.pre_encoding)
-        mixture = Mixture(corpora, seed=seed, max_tries=cfg.run.max_tries)
-        return cls(cfg, config, processor, mixture)
+        limit = PositionLimit.of(config, processor)
+        if limit is not None:
+            limit.check_room(source.corpus for source in corpora)
+        mixture = Mixture(corpora, seed=seed, max_tries=cfg.run.max_tries, check=limit)
+        whole = any(source.is_whole_model for source in opened.sources)
+        base_model = None if whole else opened.settings.get("llama_model")
+        return cls(cfg, config, processor, mixture, base_model)
 
     def build_model(
         self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None
@@ -78,28 +84,73 @@ class VideoTextTask:
 
     def collator(self) -> Collator:
         """Samples to model arguments, masks included where the configuration masks."""
-        return Collator(self.processor, seed=self.mixture.seed, masker=self._masker())
-
-    def _masker(self) -> TokenMasker | None:
-        config = self.config
-        if not config.use_mask:
-            return None
-        return TokenMasker(
-            mask_rate=config.mask_rate,
-            tokens_per_frame=config.tokens_per_frame,
-            video_input=config.video_input,
-            residual_size=config.residual_size,
-        )
-
-    def some_parts_idle(self) -> bool:
-        """Whether batches exist in which something that trains takes no part (images skip the residual and MVM)."""
-        return not self.mixture.only_videos or (self.config.mvm_decode and not self.config.use_mask)
+        masker = None
+        if self.config.use_mask:
+            masker = TokenMasker(self.config.mask_rate, partial(num_visual_tokens, self.config))
+        return Collator(self.processor, seed=self.mixture.seed, masker=masker)
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
         """Adds the LoRA adapter to the trained model's folder, apart; of a sharded model it is not there to be had."""
         assert isinstance(model, STLLM)
         if self.config.lora is not None and not sharded:
-            save_adapter(model, folder / ADAPTER_FOLDER)
+            save_adapter(model, folder / ADAPTER_FOLDER, base_model=self.base_model)
+
+
+@dataclass(frozen=True)
+class PositionLimit:
+    """Refuses samples that exceed the language model's positions: prompt, answer and visual tokens before masking."""
+
+    config: STLLMConfig
+    processor: PromptProcessor
+    num_positions: int
+
+    @classmethod
+    def of(cls, config: STLLMConfig, processor: PromptProcessor) -> "PositionLimit | None":
+        """The limit of a model; None for a language model without `max_position_embeddings`."""
+        num_positions = getattr(config.text_config, "max_position_embeddings", None)
+        return None if num_positions is None else cls(config, processor, num_positions)
+
+    def __call__(self, sample: Sample, num_frames: int) -> None:
+        """See `samples.LengthCheck`."""
+        found = self.num_tokens(sample.turns, sample.media, num_frames)
+        if found > self.num_positions:
+            visual = num_visual_tokens(self.config, num_frames) if sample.media is not None else 0
+            raise AnnotationError(
+                f"{sample.name}: its prompt and answer have {found} tokens ({visual} of them visual), but the "
+                f"language model has {self.num_positions} positions: shorten the text, use fewer frames, or leave the "
+                "record out",
+                cause=TOO_LONG,
+            )
+
+    def num_tokens(self, turns: Sequence[Turn], media: str | None, num_frames: int) -> int:
+        """Positions that the turns take in training, with the visual tokens of their medium."""
+        num_text = len(self.processor.training_ids(turns, media=media)[0])
+        # one id of the text is the placeholder of the visual tokens
+        return num_text if media is None else num_text - 1 + num_visual_tokens(self.config, num_frames)
+
+    def check_room(self, corpora: Iterable[Corpus]) -> None:
+        """Raises UserError for a data set of so many frames that no text fits beside them."""
+        for corpus in corpora:
+            if corpus.media is None or not isinstance(corpus, TextFirst):
+                continue
+            if self.num_tokens((Turn(question="", answer=""),), corpus.media, corpus.num_frames) > self.num_positions:
+                visual = num_visual_tokens(self.config, corpus.num_frames)
+                raise UserError(
+                    f"data set {corpus.name}: {corpus.num_frames} frames become {visual} visual tokens, which leaves "
+                    f"no room for text in the language model's {self.num_positions} positions: lower its num_frames, "
+                    "or set model.video_input to residual or mean"
+                )
+
+
+def open_configured(cfg: DictConfig) -> Opened:
+    """The files that `model` names, and the model's configuration, from their headers alone. Raises UserError."""
+    settings = model_section(cfg)
+    sources = open_named(settings)
+    config = decide_config(sources, settings)
+    named = settings.get("ckpt") or settings.get("llama_model")
+    if not named:
+        raise UserError("no tokenizer is named: set model.llama_model to a language model's folder, or model.ckpt")
+    return Opened(Path(named), sources, settings, config)
 
 
 def check_features(corpora: Iterable[Corpus], config: STLLMConfig, *, needed: bool) -> None:

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         num_frames=args.num_frames,
+        context=args.context,
     )
     if args.host not in LOOPBACK:
         logger.warning("serving on %s: whoever reaches this machine can use the demo, there is no password", args.host)

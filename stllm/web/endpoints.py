@@ -5,6 +5,7 @@ gradio_client and curl reach them; README.md has examples.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
@@ -73,6 +74,9 @@ class Endpoints:
             "frame_times": found.times,
             "segments": found.segments,
             "scores": found.scores,
+            "matters": found.matters,
+            "bound": found.bound,
+            "cut": found.cut,
         }
 
     def _checked(self, file: Any, question: Any, *controls: Any) -> tuple[str, str, Wishes]:
@@ -124,6 +128,7 @@ def _about(answer: Answer, num_tokens: int) -> dict[str, Any]:
     return {
         "frame_times": answer.frame_times,
         "visual_tokens": answer.visual_tokens,
+        "cut_tokens": asdict(answer.cut),
         "tokens": num_tokens,
         "seconds": answer.seconds,
     }

@@ -38,7 +38,7 @@ def film_html(film: Film | None, evidence: Evidence | None = None) -> str:
     """The strip and, once there is one, the curve, each point under its frame."""
     if film is None:
         return '<div class="film-empty">The frames that the model looks at will be shown here.</div>'
-    peak = () if evidence is None else range(*evidence.segments[evidence.peak])
+    peak = range(*evidence.segments[evidence.peak]) if evidence is not None and evidence.matters else ()
     frames = "".join(
         f'<figure class="film-frame{" film-peak" if place in peak else ""}">'
         f'<img src="{picture}" alt="frame {place + 1} of {len(film.pictures)}" loading="lazy">'
@@ -91,10 +91,17 @@ def _curve(evidence: Evidence) -> str:
 def _words(evidence: Evidence) -> str:
     first, end = evidence.segments[evidence.peak]
     score = evidence.scores[evidence.peak]
-    if score <= 0:
+    if not evidence.matters:
+        found = (
+            "No part of the video speaks for this answer or against it: leaving any out makes a difference of at most "
+            f"{evidence.bound:.2g} nats."
+        )
+    elif score <= 0:
         found = "No part of the video speaks for this answer: leaving any out makes it no less likely."
     else:
         found = f"Most rests on {_span(evidence, first, end)}: without it the answer is {score:.3g} nats less likely."
+    if evidence.cut:
+        found += f" The model did not read {len(evidence.cut)} parts, which were cut from the prompt."
     return (
         f'<div class="film-words"><b>{found}</b> The curve shows how much the log probability of '
         f"“{escape(_short(evidence.answer))}” ({evidence.log_probability:.3g} nats) falls when a part is left out; "

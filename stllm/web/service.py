@@ -68,7 +68,7 @@ class Service:
         media = Media(str(file), num_frames=num_frames)
         num_tokens = self.chat.model.video_input.num_tokens
         if known is not None and known.media == media:
-            count = num_tokens(len(known.times), self.chat.model.config.num_query_tokens)
+            count = num_tokens(len(known.times), self.chat.model.config.tokens_per_frame)
             return Progress(film=known).end("read", 0.0, len(known.times)).end("encode", 0.0, count)
         progress = Progress().begin("read")
         yield progress
@@ -81,7 +81,7 @@ class Service:
         yield progress.begin("encode")
         start = time.perf_counter()
         self.chat.see(media, clip)
-        count = num_tokens(len(film.times), self.chat.model.config.num_query_tokens)
+        count = num_tokens(len(film.times), self.chat.model.config.tokens_per_frame)
         progress = progress.end("encode", time.perf_counter() - start, count)
         yield progress
         return progress
@@ -91,11 +91,12 @@ class Service:
         progress = yield from self.look(path, wishes.num_frames, known)
         film = progress.film
         assert film is not None
-        prepared = self.chat.prepare(Request(tuple(turns), film.media))
+        prepared = self.chat.prepare(Request(tuple(turns), film.media), wishes.decoding)
         looked = progress.stages["encode"].seconds or 0.0
         seconds = {"read": progress.stages["read"].seconds or 0.0, "encode": looked + prepared.seconds["encode"]}
-        num_visual = 0 if prepared.visual is None else len(prepared.visual)
-        progress = progress.end("encode", seconds["encode"], num_visual).begin("answer")
+        progress = progress.end("encode", seconds["encode"], prepared.num_visual).begin("answer")
+        if prepared.cut.total:
+            progress = replace(progress, note=str(prepared.cut))
         yield progress
         start = time.perf_counter()
         for text in self._texts(prepared, wishes.decoding, stop):
@@ -103,7 +104,7 @@ class Service:
             yield progress
         seconds["answer"] = time.perf_counter() - start
         text = self.chat.processor.clean(progress.text)
-        answer = Answer(text, turns[-1].question, path, list(film.times), num_visual, seconds)
+        answer = Answer(text, turns[-1].question, path, list(film.times), prepared.num_visual, seconds, prepared.cut)
         progress = replace(progress, text=text, answer=answer).end("answer", seconds["answer"], self._num_tokens(text))
         yield progress
         return progress
@@ -116,7 +117,8 @@ class Service:
             progress = replace(progress, note=f"Temporal probe: {number} of {len(VIEWS)}, frames {view}")
             yield progress
             request = Request((Turn(question),), replace(film.media, view=view))
-            answer = self.chat.complete([self.chat.prepare(request)], wishes.decoding, stop)[0].text
+            prepared = self.chat.prepare(request, wishes.decoding)
+            answer = self.chat.complete([prepared], wishes.decoding, stop)[0].text
             if stop.is_set():
                 return progress
             progress = replace(progress, note="", answers={**progress.answers, view: answer})

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from stllm.common.config import load_config, model_settings, model_types, save_config
 from stllm.common.errors import UserError
+from stllm.common.registry import Registry
 from stllm.common.schema import ModelSettings, RunSettings
 
 SECTIONS = "model, datasets, run, evaluation"
@@ -20,11 +21,11 @@ model:
   arch: st_llm_hf
   model_type: instructblip_vicuna0
   use_grad_checkpoint: True
-  max_txt_len: 512
+  max_txt_len: 256
   end_sym: "###"
   prompt_template: '###Human: {} ###Assistant: '
   llama_model: /weights/vicuna
-  ckpt: ''
+  ckpt: /weights/instruct_blip_vicuna7b_trimmed.pth
   q_former_model: /weights/instruct_blip_vicuna7b_trimmed.pth
   qformer_text_input: True
   freeze_LLM: False
@@ -36,26 +37,29 @@ preprocess:
   vis_processor: {train: {name: blip2_image_train}}
 datasets:
   caption_videochat: {num_frames: 64, vis_processor: {train: {name: blip2_image_train}}}
-  reasoning_next_qa: {num_frames: 64}
+  conversation_videochat1: {num_frames: 64}
+  caption_videochatgpt: {num_frames: 64}
+  caption_webvid: {num_frames: 64}
+  vqa_webvid_qa: {num_frames: 64}
 run:
   task: video_text_it
   bf16: True
   tf32: False
   output_dir: output
   num_train_epochs: 2
-  dataloader_num_workers: 2
-  per_device_train_batch_size: 1
-  gradient_accumulation_steps: 8
+  dataloader_num_workers: 4
+  per_device_train_batch_size: 16
+  per_device_eval_batch_size: 16
+  gradient_accumulation_steps: 1
   evaluation_strategy: "no"
   learning_rate: 2e-5
   weight_decay: 0.
   warmup_ratio: 0.03
   lr_scheduler_type: 'cosine'
-  logging_steps: 1
+  logging_steps: 50
   model_max_length: 1024
-  save_steps: 3000
-  save_strategy: "steps"
-  save_total_limit: 10
+  save_strategy: "epoch"
+  save_total_limit: 1
   deepspeed: 'stllm/train/zero2.json'
 """
 TINY = "model: {model_type: tiny}\n"
@@ -84,9 +88,11 @@ def test_a_published_recipe_loads_as_it_is(write, caplog) -> None:
     cfg = load_config(write(PUBLISHED))
     model = model_settings(cfg)
     assert isinstance(model, ModelSettings)
-    assert (model.video_input, model.use_mask, model.freeze_LLM, model.ckpt) == ("residual", True, False, None)
+    assert (model.video_input, model.use_mask, model.freeze_LLM) == ("residual", True, False)
+    assert model.ckpt == model.q_former_model == "/weights/instruct_blip_vicuna7b_trimmed.pth"
+    assert load_config(write(PUBLISHED), ["model.ckpt=''"]).model.ckpt is None  # an empty text names nothing
     assert (model.image_size, model.num_query_token, model.vit_model) == (None, None, "eva_clip_g")
-    assert cfg.datasets == {"caption_videochat": {"num_frames": 64}, "reasoning_next_qa": {"num_frames": 64}}
+    assert len(cfg.datasets) == 5 and all(entry == {"num_frames": 64} for entry in cfg.datasets.values())
     assert cfg.run.eval_strategy == "no" and cfg.run.learning_rate == 2e-5 and cfg.run.qa_sampling == "one"
     assert "tf32" not in cfg.run and "model_max_length" not in cfg.run and "evaluation_strategy" not in cfg.run
     unused = ("model.prompt_template", "run.tf32", "run.model_max_length", "section preprocess")
@@ -327,6 +333,17 @@ def test_a_saved_configuration_without_a_run_loads_equal(tmp_path) -> None:
     cfg = load_config(model_type="tiny")
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_names_come_from_the_registries() -> None:
+    fields = {f.name: f for f in dataclasses.fields(ModelSettings) if isinstance(f.metadata.get("choices"), Registry)}
+    assert set(fields) == {"arch", "vit_model", "video_input", "template"}
+    for name, f in fields.items():
+        names = f.metadata["choices"]
+        assert f.default is None or f.default in names  # a default is not looked up
+        for known in names:
+            assert load_config(options=[f"model.{name}={known}"], model_type="tiny").model[name] == known
+    assert load_config(options=["model.arch=st_llm"], model_type="tiny").model.arch == "st_llm"  # an alias
 
 
 def test_training_arguments_are_imported_for_a_run_alone() -> None:

@@ -1,12 +1,18 @@
 """trainval.md says what is so: its commands parse, its examples can be read, its table is what is computed."""
 
+import copy
 import json
 import re
 import shlex
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from stllm.cli import COMMANDS, build_parser
 from stllm.common.config import load_config, load_evaluation
@@ -95,8 +101,61 @@ def test_the_table_is_what_is_computed() -> None:
         computed = [f"{memory[strategy]['gpu'][gpus] / 2**30:.1f}" for strategy, gpus in columns]
         assert figures.split(" | ") == computed
     same = {"fsdp": "instructblip_conversation", "image_video_joint": "instructblip_conversation"}
-    same["own_data"] = "lora_one_gpu"
+    same |= {"own_data": "lora_one_gpu", "instructblip_qa_all_corpora": "instructblip_qa"}
     assert {name for name, *_ in rows} | set(same) == set(RECIPES)
     for name, other in same.items():
         models = [full_size(load_config(CONFIGS / "train" / f"{recipe}.yaml")) for recipe in (name, other)]
         assert count_parameters(models[0]) == count_parameters(models[1])
+
+
+class FlashAttention(torch.autograd.Function):
+    """Stands for the fused attention kernels: they keep q, k, v and the output, never the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+
+def test_the_computed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of instructblip_qa, in bfloat16: what autograd keeps of adapter and Q-Former, and one hidden state a layer."""
+    cfg = load_config(CONFIGS / "train" / "instructblip_qa.yaml")
+    model: Any = copy.deepcopy(full_size(cfg))
+    model.to(torch.bfloat16).train()
+    batch, frames = cfg.run.per_device_train_batch_size, cfg.datasets.vqa_webvid_qa.num_frames
+    tokens = 1 + model.vision_encoder.backbone.patch_embed.num_patches
+    width = model.config.vision_config["embed_dim"]
+    meta: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    features = torch.empty(batch * frames, tokens, width, **meta)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: FlashAttention.apply(q, k, v))
+    adapter = model.vision_encoder.adapter
+    assert adapter is not None
+    kept = kept_bytes(adapter, lambda: adapter([features] * adapter.depth, features[:1], frames))
+    assert f"the temporal adapter keeps {kept / 2**30:.1f} GiB" in TEXT
+    queries = model.config.num_query_tokens
+    read = torch.empty(batch * frames, queries + 32, model.config.qformer_config.hidden_size, **meta)
+    layers: Any = model.qformer.bert.encoder
+    cross: dict[str, Any] = {"encoder_hidden_states": features.requires_grad_(), "query_length": queries}
+    kept = kept_bytes(layers, lambda: layers(read, **cross).last_hidden_state)
+    assert f"the Q-Former {kept / 2**30:.1f} GiB," in TEXT
+
+    text = model.config.get_text_config()
+    positions = frames * model.config.tokens_per_frame + cfg.model.max_txt_len
+    kept = text.num_hidden_layers * batch * positions * text.hidden_size * 2
+    product = f"{text.num_hidden_layers} x {batch} x {positions} x {text.hidden_size} x 2 bytes"
+    assert f"{product} = {kept / 2**30:.1f} GiB" in TEXT
+
+
+def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without the module's parameters."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        return kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    parameters = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    return sum(kept[key].untyped_storage().nbytes() for key in kept.keys() - parameters)

@@ -53,7 +53,8 @@ def test_questions_are_answered_one_line_each(clip: Path, capsys) -> None:
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
     assert [line["question"] for line in lines] == ["What happens?", "And then?"]
-    assert set(lines[0]) == {"video", "question", "answer", "frame_times", "visual_tokens", "seconds"}
+    assert set(lines[0]) == {"video", "question", "answer", "frame_times", "visual_tokens", "cut_tokens", "seconds"}
+    assert lines[0]["cut_tokens"] == {"visual": 0, "text": 0}
     assert lines[1]["seconds"]["read"] == 0
     assert captured.err == ""
 

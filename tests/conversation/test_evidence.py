@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, Media, Request
-from stllm.conversation.evidence import answer_ids, measure_evidence, split_frames
+from stllm.conversation.evidence import answer_ids, measure_evidence, smallest_difference, split_frames
 from stllm.conversation.filmstrip import Filmstrip, draw_evidence, evidence_figure, filmstrip
 from stllm.conversation.templates import Turn
 from stllm.models.sequences import VISUAL_TOKEN_ID
@@ -150,6 +150,19 @@ def test_the_frame_that_decides_is_the_peak(flash: Path, video_input: str) -> No
     assert found.times[found.peak] == pytest.approx(1.1)
     others = [score for number, score in enumerate(found.scores) if number != WHITE]
     assert found.scores[WHITE] > 0 >= max(others) - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "log_probability", "bound"),
+    [
+        (torch.float32, -50.0, 0.01),
+        (torch.bfloat16, -0.001, 0.01),  # a sure answer is exact in any type
+        (torch.bfloat16, -2.0, 20 * 2**-7),
+        (torch.bfloat16, -50.0, 40 * 2**-7),  # of four tokens
+    ],
+)
+def test_small_differences_are_rounding(dtype: torch.dtype, log_probability: float, bound: float) -> None:
+    assert smallest_difference(dtype, log_probability, 4) == pytest.approx(bound)
 
 
 def test_its_own_answer_is_the_one_explained(clip: Path) -> None:

@@ -1,5 +1,7 @@
 """Samples to model arguments: prompts, media, masks; equal for any number of workers and processes."""
 
+from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from stllm.datasets.collate import Collator, TokenMasker
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.datasets.samples import Failure, Sample, SampleKey
 from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+from stllm.models.video_inputs import build_video_input, num_visual_tokens
 from stllm.processors.vision import TrainTransform
 from tests.helpers.corpora import corpus_of, numbered_record, write_numbered_videos
+from tests.helpers.tiny import tiny_config
 from tests.processors.test_prompts import processor
 
 RATES = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
-MASKER = TokenMasker(RATES, tokens_per_frame=4)
+MASKER = TokenMasker(RATES, partial(mul, 4))
 
 
 def sample(index: int = 0, **fields: Any) -> Sample:
@@ -97,13 +101,12 @@ def test_masks_have_the_published_distribution() -> None:
     assert isinstance(dropped, Tensor) and dropped.std() < 0.04  # each place with equal chance
 
 
-@pytest.mark.parametrize("name", ["mean", "all", "residual"])
+@pytest.mark.parametrize("name", video_inputs.names())
 @pytest.mark.parametrize("num_frames", [1, 3, 16])
 def test_masks_fit_every_video_input(name: str, num_frames: int) -> None:
-    masker = TokenMasker(RATES, tokens_per_frame=4, video_input=name, residual_size=5)
-    module = video_inputs.get(name)(width=8, bottleneck=2, residual_size=5)
-    assert masker.num_tokens(num_frames) == module.num_tokens(num_frames, 4)
-    assert masker.num_tokens(num_frames) == module(torch.zeros(1, num_frames, 4, 8)).shape[1]
+    config = tiny_config(video_input=name, residual_size=5)
+    mask = TokenMasker(RATES, partial(num_visual_tokens, config)).draw([SampleKey(0, 0, 0, 0)], num_frames, seed=0)
+    assert mask.shape == build_video_input(config)(torch.zeros(1, num_frames, 4, 48)).shape[:2]
 
 
 @pytest.fixture(scope="module")

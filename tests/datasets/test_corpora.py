@@ -74,9 +74,13 @@ def test_the_whole_corpus_list_is_shipped() -> None:
         assert check_entry(name, entry, lambda key: "here") == entry and entry.get("media") == kind
         assert ("shards" in entry) == (name in SHARDS)
     assert entries["conversation_videochat1"]["anno_path"] == "video/conversation/videochat1/train_flat.json"
-    assert entries["caption_videochatgpt"]["anno_path"] == "video/caption/videochatgpt/train_full_flat.json"
-    assert entries["reasoning_clevrer_mc"]["anno_path"] == "video/reasoning/clevrer_mc/train.json"
-    assert entries["vqa_a_okvqa"]["anno_path"] == "image/vqa/a_okvqa/train.json"
+    assert entries["caption_videochatgpt"]["anno_path"] == "video/conversation/videochatgpt/train_full_flat.json"
+    assert entries["llava_full"]["anno_path"] == "image/llava/llava_full.json"
+    own_names = {"conversation_videochat1", "caption_videochatgpt", "llava_full"}
+    for name in (videos | images) - own_names:  # {video,image}/<type>/<set>/train.json
+        kind, _, of_kind = name.partition("_")
+        medium = "video" if name in videos else "image"
+        assert entries[name]["anno_path"] == f"{medium}/{kind}/{of_kind}/train.json"
 
 
 def test_known_and_own_data_sets(data: Path) -> None:

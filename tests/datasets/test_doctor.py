@@ -17,8 +17,10 @@ from PIL import Image
 
 from stllm.cli import main
 from stllm.common.errors import UserError
+from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.doctor_checks import KINDS, Fault
 from stllm.datasets.doctor_media import Use, check_use, run_tasks
+from stllm.datasets.toy_world import write_world
 from stllm.evaluation.mvbench_tasks import TASKS
 from tests.helpers.videos import write_video
 
@@ -290,7 +292,7 @@ def test_vcgbench(tmp_path, video, capsys) -> None:
     assert named(report) == {
         ("colliding names", "v_a"): 1,
         ("empty question", "Q"): 1,
-        ("incomplete", "Q2"): 1,
+        ("incomplete", "record"): 1,
         ("empty answer", "A"): 1,
         ("incomplete", "A"): 1,
         ("incomplete", "video_name"): 1,
@@ -420,3 +422,115 @@ def test_a_decoder_that_takes_its_process_along_is_said() -> None:
     assert list(run_tasks(whole, num_workers=2)) == faults
     with pytest.raises(UserError, match=r"a process died while it decoded: .*--num-workers 0"):
         list(run_tasks([*whole, partial(os._exit, 9)], num_workers=2))
+
+
+def test_flatten_makes_a_record_of_each_pair(tmp_path, video, capsys) -> None:
+    """Other keys stay, whatever they are; the result is checked and loaded as a data set like any other."""
+    put(video, tmp_path / "a.mp4", tmp_path / "b.mp4")
+    pairs = [{"i": "é \ud83d", "q": f"question {number}?", "a": f"answer {number}", "x": number} for number in range(3)]
+    records: list[dict[str, Any]] = [
+        {"video": "a.mp4", "start": 0.5, "QA": pairs[:2], "end": 1.5, "source": {"id": [1, None]}},
+        {"video": "b.mp4", "QA": []},
+        {"QA": pairs[2:], "video": "b.mp4"},
+    ]
+    deep, flat = write_json(tmp_path / "train.json", records), tmp_path / "new" / "flat.json"
+    assert main(["doctor", "--flatten", str(deep), str(flat)]) == 0
+    assert (
+        capsys.readouterr().out == f"written to {flat}: 3 records of one question and answer each, from 3 of {deep}\n"
+    )
+    first, second, third = json.loads(flat.read_text())
+    assert [first, second] == [{**records[0], "QA": [pair]} for pair in pairs[:2]] and third == records[2]
+    assert list(first) == list(records[0])
+    lines = tmp_path / "train.jsonl"  # one record a line is read, too
+    lines.write_text("\n".join(map(json.dumps, records)))
+    assert main(["doctor", "--flatten", str(lines), str(tmp_path / "second.json")]) == 0
+    assert (tmp_path / "second.json").read_text() == flat.read_text()
+    capsys.readouterr()
+    argv = ("--anno-path", flat, "--video-dir", tmp_path, "--format", "vc2")
+    assert doctor(capsys, *argv, code=0)["data_sets"] == {"vc2": 3}
+    loaded = JsonRecords(flat, media_dir=tmp_path)
+    turns = [loaded[index].turns for index in range(len(loaded))]
+    assert [(len(turn), turn[0].question, turn[0].answer) for turn in turns] == [
+        (1, pair["q"], pair["a"]) for pair in pairs
+    ]
+    assert [loaded[index].bounds for index in range(3)] == [(0.5, 1.5), (0.5, 1.5), None]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            '[{"video": "a.mp4", "QA": [{"q": "", "a": "b"}]}, {"video": "a.mp4", "caption": "c"}]',
+            ", record 2: found {",
+        ),
+        ('[{"video": "a.mp4", "QA": ["b"]}]', ", record 1: found {"),
+        ('[{"video": "a.mp4", "QA": {"q": "", "a": "b"}}]', ", record 1: found {"),
+        ('{"question": "q", "answer": "a", "video": "v"}', ", record 1: found {"),
+        ("[3]", ", record 1: found 3, expected "),
+        ('[{"video": "a.mp4", "QA": []}]', ": found no question-and-answer pair in 1 records"),
+        ("[]", ": found no question-and-answer pair in 0 records"),
+        ("", ": found no question-and-answer pair in 0 records"),
+        ('[{"video": "a.mp4", "QA": [{"q": "", "a": "b"}]}', ", line 1, column "),
+        ("\xff", ": not UTF-8 text"),
+        (None, ": there is no such annotation file"),
+    ],
+)
+def test_flatten_refuses_what_has_no_pairs_and_writes_nothing(tmp_path, capsys, content, sentence) -> None:
+    deep = tmp_path / "in.json"
+    if content is not None:
+        deep.write_text(content, encoding="latin-1")
+    assert main(["doctor", "--flatten", str(deep), str(tmp_path / "out.json")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {deep}{sentence}") and captured.err.count("\n") == 1
+    assert "unexpected" not in captured.err and "expected" in captured.err
+    assert captured.out == "" and sorted(path.name for path in tmp_path.iterdir()) == ["in.json"][content is None :]
+
+
+def test_flatten_overwrites_nothing_and_takes_no_other_option(tmp_path, capsys) -> None:
+    deep = write_json(tmp_path / "in.json", [record("a.mp4")])
+    for taken in (deep, tmp_path):
+        assert main(["doctor", "--flatten", str(deep), str(taken)]) == 1
+        assert f"{taken} is there already, expected a new file" in capsys.readouterr().err
+    assert json.loads(deep.read_text()) == [record("a.mp4")]
+    assert main(["doctor", "--flatten", str(deep), str(deep / "below.json")]) == 1
+    assert "unexpected" not in capsys.readouterr().err
+    for further in (["--cfg-path", "x"], ["--anno-path", "x", "--format", "vc2"], ["--json"], ["--format", "vc2"]):
+        assert main(["doctor", "--flatten", str(deep), str(tmp_path / "out.json"), *further]) == 2
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_question_longer_than_the_model_is_named(tmp_path, video, capsys) -> None:
+    """In words without a recipe, in tokens (with the visual ones) with one."""
+    write_world(tmp_path / "toy", num_train=10, num_test=4, seed=1)
+    put(video, tmp_path / "a.mp4")
+    pair = {"i": "", "q": "why", "a": "a square moves"}
+    long, half = {**pair, "q": "why " * 3000}, {**pair, "q": "why " * 350}
+    anno = write_json(
+        tmp_path / "train.json",
+        [{"video": "a.mp4", "QA": [pair, long]}, {"video": "a.mp4", "QA": [half, half]}],
+    )
+    report = doctor(capsys, "--anno-path", anno, "--format", "vc2")
+    (fault,) = report["faults"]
+    assert (fault["kind"], fault["where"], fault["subject"]) == ("too long", f"{anno}, record 1", "QA 2")
+    assert fault["sentence"].startswith("the question has 3000 words, so at least as many tokens, but Vicuna has 2048")
+
+    model = {
+        "model_type": "instructblip_vicuna0",
+        "llama_model": str(tmp_path / "toy/language_model"),
+        "qformer_tokenizer": str(tmp_path / "toy/qformer_tokenizer"),
+        "qformer": {"vocab_size": 513},
+        "num_query_token": 4,
+    }
+    entry = {"anno_path": str(anno), "num_frames": 8}
+    cfg = {"model": model, "datasets": {"one": entry, "talk": {**entry, "multi_turn": True}}}
+    config = tmp_path / "recipe.yaml"
+    config.write_text(yaml.safe_dump(cfg))
+    report = doctor(capsys, "--cfg-path", config)
+    found = [(fault["kind"], fault["where"][-1], fault["subject"]) for fault in report["faults"]]
+    assert found == [("too long", "1", "QA 2"), ("too long", "1", "QA"), ("too long", "2", "QA")]
+    assert report["faults"][0]["sentence"].startswith("its prompt and answer have 9044 tokens (32 of them visual)")
+    assert report["notes"] == []
+    gone = doctor(capsys, "--cfg-path", config, "--options", "model.llama_model=gone/away")
+    (note,) = gone["notes"]
+    assert note.endswith("as the model's files cannot be read: gone/away is not here")
+    assert {fault["kind"] for fault in gone["faults"]} == {"too long"}

@@ -168,10 +168,3 @@ def test_ten_million_samples_are_ordered_quickly() -> None:
     batches = iter(sampler)
     keys = [key for _ in range(1000) for key in next(batches)]
     assert len(keys) == 8000 and time.perf_counter() - start < 20  # 1 s when the machine is idle
-
-
-def test_text_and_images_are_no_videos() -> None:
-    mixed = mixture([3, 3])
-    assert mixed.only_videos and len(mixed) == 6
-    mixed.corpora[1].media = "image"
-    assert not mixed.only_videos

@@ -60,6 +60,55 @@ def test_a_local_model_scores_in_batches(tmp_path, template) -> None:
     assert results(tmp_path, "detail") == found
 
 
+def test_a_local_reply_that_does_not_end_within_128_tokens_fails_with_advice(tmp_path) -> None:
+    assert judge(tmp_path, write_judge(tmp_path / "judge", says="4"), "--concurrency", "5") == 1
+    found = results(tmp_path, "detail")
+    assert (found["counts"]["failed"], found["mean"]) == (5, None)
+    assert all("raise --max-tokens" in reason for reason in found["failed_items"].values())
+    assert [(line["reply"].split(), line["cut"]) for line in ledger(tmp_path, "detail")] == [(["4"] * 128, True)] * 5
+    assert judge(tmp_path, tmp_path / "judge", "--concurrency", "5", "--max-tokens", "130") == 1  # continues the ledger
+    assert [len(line["reply"].split()) for line in ledger(tmp_path, "detail")] == [128] * 5 + [130] * 5
+
+
+def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, monkeypatch) -> None:
+    local = LocalJudge.load(
+        str(write_judge(tmp_path / "judge", says="4")), device="cpu", dtype="float32", max_new_tokens=3
+    )
+    ids = local.tokenizer.get_vocab()
+    end, pad, other, four = (ids[token] for token in ("[EOS]", "[PAD]", "[UNK]", "4"))
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([[other, four, end], [four, end, pad], [four] * 3])], dim=1)
+
+    monkeypatch.setattr(local.model, "generate", generate)
+    chats = [[{"role": "user", "content": "cat"}]] * 3
+    assert local.replies(chats) == [("[UNK] 4", False), ("4", False), ("4 4 4", True)]
+
+
+def test_a_template_that_drops_the_system_message_gets_it_in_the_users(tmp_path, monkeypatch) -> None:
+    drops = TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
+    local = LocalJudge.load(
+        str(write_judge(tmp_path / "judge", template=drops)), device="cpu", dtype="float32", max_new_tokens=8
+    )
+    asked: list[list[int]] = []
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        asked.extend(input_ids.tolist())
+        return input_ids
+
+    monkeypatch.setattr(local.model, "generate", generate)
+    local.replies([[{"role": "system", "content": "cat dog"}, {"role": "user", "content": "what"}]])
+    local.replies([[{"role": "user", "content": "cat dog\n\nwhat"}]])
+    assert asked[0] == asked[1]
+    assert "cat dog what" in str(local.tokenizer.decode(asked[0]))
+
+
+def test_a_template_that_refuses_every_chat_is_named(tmp_path, capsys) -> None:
+    model = write_judge(tmp_path / "judge", template="{{ raise_exception('not a chat model') }}")
+    assert judge(tmp_path, model) == 1
+    assert "its chat template refuses a single user message (not a chat model)" in capsys.readouterr().err
+
+
 def test_a_model_that_says_nothing_of_use_fails_each_item_once(tmp_path, capsys) -> None:
     assert judge(tmp_path, write_judge(tmp_path / "judge"), "--max-tokens", "8") == 1
     assert "no item was scored" in capsys.readouterr().err

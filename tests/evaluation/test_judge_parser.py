@@ -1,13 +1,15 @@
 """Replies of judges: what is read, what is ambiguous, and that nothing else ever comes of a reply."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stllm.evaluation.judge_axes import AXES
-from stllm.evaluation.judge_parser import Unparsable, Verdict, parse_reply
+from stllm.evaluation.judge_parser import CutOff, Unparsable, Verdict, parse_reply
 
 SCORES = st.integers(0, 50).map(lambda tenths: tenths / 10)
 
@@ -83,7 +85,7 @@ def test_the_axis_qa_needs_a_decision_as_well(reply, verdict) -> None:
         ("{'score': 1e999}", "not from 0 to 5"),
         (f"{{'score': {'9' * 400}}}", "not from 0 to 5"),
         ("9" * 30_000, "30000 characters"),
-        ("{'score': __import__('os').getpid()}", "no score"),
+        ("{'score': __import__('os').getpid()}", "its score is no number"),
     ],
 )
 def test_anything_else_is_not_read(reply, why) -> None:
@@ -139,6 +141,43 @@ def test_whatever_a_judge_says_is_a_verdict_in_the_scale_or_unparsable(reply, ax
         return
     assert 0 <= verdict.score <= 5
     assert (verdict.pred in ("yes", "no")) == (axis == "qa")
+
+
+CASES = [json.loads(line) for line in Path(__file__).with_name("judge_replies.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case['axis']}: {case['reply'][:40]!r}" for case in CASES])
+def test_replies_are_read_as_a_person_reads_them(case) -> None:
+    """Replies of judges, with the verdict of a person; null where a person finds none."""
+    if case["read"] is None:
+        with pytest.raises(Unparsable):
+            parse_reply(case["reply"], case["axis"], cut=case.get("cut", False))
+    else:
+        pred, score = case["read"]
+        assert parse_reply(case["reply"], case["axis"], cut=case.get("cut", False)) == Verdict(score, pred)
+
+
+@pytest.mark.parametrize(
+    "reply", ["<think>It may be 4", "<|channel|>analysis<|message|>4", "[THINK]4", "analysisWe see 4"]
+)
+def test_an_unfinished_thought_is_named(reply) -> None:
+    with pytest.raises(CutOff, match="raise --max-tokens"):
+        parse_reply(reply, "detail")
+
+
+def test_a_long_thought_does_not_count_as_a_long_answer() -> None:
+    assert parse_reply(f"<think>{'hm ' * 50_000}</think>{{'score': 3}}", "detail") == Verdict(3)
+
+
+HOSTILE = ["{'", "'{'", "|", "*", "_", "|\n", "---|\n", "a|b\n", "I rate a ", "final ", "<think ", "{score:", "#", " "]
+
+
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_hostile_replies_are_read_in_time(piece) -> None:
+    start = time.process_time()
+    with pytest.raises(Unparsable):
+        parse_reply(piece * (19_000 // len(piece)), "qa")
+    assert time.process_time() - start < 5  # quadratic patterns took 20 to 60 s
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,10 @@ pytest.importorskip("lmms_eval", reason='lmms-eval is not installed: pip install
 from lmms_eval.api.model import lmms
 from lmms_eval.models import get_model
 from lmms_eval.protocol import ChatMessages
+from lmms_eval.tasks.mvbench.utils import mcq_acc, mvbench_aggregate_results
 
-from stllm.evaluation.lmms_eval_model import STLLMForHarness, cut, settings_of
+from stllm.evaluation.lmms_eval_model import UNANSWERED, STLLMForHarness, cut, settings_of
+from stllm.evaluation.matching import official_match, strict_match
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
 USUAL = Decoding(num_beams=5, max_new_tokens=300, repetition_penalty=1.5)
@@ -102,7 +104,8 @@ def shows(url: Any, kind: str = "video", **part: float) -> dict[str, Any]:
 def test_a_whole_run_of_the_real_command(documents: list[dict[str, Any]], tmp_path: Path) -> None:
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "data.json").write_text(json.dumps(documents))
+    gone = {**documents[0], "path": str(tmp_path / "gone.mp4")}
+    (tasks / "data.json").write_text(json.dumps([*documents, gone]))
     (tasks / "utils.py").write_text(UTILS)
     (tasks / "toy_state.yaml").write_text(TASK.format(data=tasks / "data.json"))
     command = [sys.executable, "-m", "lmms_eval", "--model", "st_llm"]
@@ -122,9 +125,12 @@ def test_a_whole_run_of_the_real_command(documents: list[dict[str, Any]], tmp_pa
     lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
     chat = load_chat(CHECKPOINT, device="cpu", num_frames=4)
     alone = [chat.ask(one["path"], one["question"], num_beams=1, max_new_tokens=6).text for one in documents]
-    assert [line["filtered_resps"] for line in lines] == [text.split("\n\n")[0].strip() for text in alone]
+    expected = [*(text.split("\n\n")[0].strip() for text in alone), UNANSWERED]
+    assert [line["filtered_resps"] for line in lines] == expected
     right = [document["answer"] in text for document, text in zip(documents, alone, strict=True)]
-    assert results["results"]["toy_state"]["says_it,none"] == sum(right) / len(right)
+    assert results["results"]["toy_state"]["says_it,none"] == sum(right) / len(lines)
+    assert f"toy_state, document 2: {gone['path']}: there is no such file" in run.stderr
+    assert f"1 of 3 requests could not be answered (toy_state 1): their answer is {UNANSWERED!r}" in run.stderr
 
 
 def test_an_installation_of_both_is_enough() -> None:
@@ -225,12 +231,60 @@ def test_an_answer_is_cut_at_the_first_end() -> None:
         ([says("What?", shows("a.wav", "audio"))], "shows audio at once"),
         ([says("What?", shows(3))], "video is a int"),
         ([says("What?"), says("Red.", role="assistant")], "end with no question"),
-        ([says("What?", shows("nowhere.mp4"))], "nowhere.mp4"),
     ],
 )
 def test_what_cannot_be_asked_is_said(model: STLLMForHarness, messages: list[Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         ask(model, [messages])
+
+
+def test_a_request_that_cannot_be_answered_does_not_end_the_others(
+    model: STLLMForHarness, documents: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "text.mp4").write_text("404: not found")
+    picture = Image.new("RGB", (28, 28))
+    asked = [
+        [says("What?", shows(str(tmp_path / "gone.mp4")))],
+        [says("What happens?", shows(documents[0]["path"]))],
+        [says("What?", shows(str(tmp_path / "text.mp4")))],
+        [says("What?", shows(picture, "image"), shows(str(tmp_path / "gone.png"), "image"))],
+        [says(" ", shows(documents[0]["path"]))],
+    ]
+    right = model.chat.ask(documents[0]["path"], "What happens?", num_beams=1, max_new_tokens=4).text
+    with caplog.at_level(logging.WARNING):
+        assert ask(model, asked) == [UNANSWERED, right, UNANSWERED, UNANSWERED, UNANSWERED]
+    *each, count = [record.getMessage() for record in caplog.records]
+    named = (
+        ("document 0: ", "gone.mp4"),
+        ("document 2: ", "text.mp4"),
+        ("document 3: ", "gone.png"),
+        ("document 4: ", ""),
+    )
+    assert len(each) == 4 and all(
+        number in line and name in line for (number, name), line in zip(named, each, strict=True)
+    )
+    assert count.startswith("4 of 5 requests could not be answered (toy 4): ")
+
+
+def test_a_task_that_looks_for_its_media_in_vain_is_one_failed_item(model: STLLMForHarness, tmp_path: Path) -> None:
+    def messages(document: str) -> list[Any]:
+        return [says(f"How many of {len(os.listdir(tmp_path / document))}?")]
+
+    (tmp_path / "there").mkdir()
+    model.task_dict = {"toy": {"test": ["there", "gone"]}}
+    requests = [SimpleNamespace(args=("", messages, SHORT, number, "toy", "test")) for number in range(2)]
+    first, second = model.generate_until(requests)
+    assert first != second == UNANSWERED
+
+
+def test_the_answer_of_an_unanswered_request_is_wrong_by_every_rule() -> None:
+    options = ["no", "a dog", "zebra", "x", ""]
+    for number, letter in enumerate("ABCDE"):
+        assert mcq_acc(letter, UNANSWERED) == 0
+        assert not official_match(UNANSWERED, f"({letter}) {options[number]}")
+        assert not strict_match(UNANSWERED, options[:4], "zebra")
+        assert letter not in UNANSWERED.upper()
+    assert mvbench_aggregate_results([{"pred_answer": UNANSWERED, "score": 0}, {"pred_answer": "A", "score": 1}]) == 50
 
 
 def test_log_likelihoods_are_refused(model: STLLMForHarness) -> None:

@@ -132,8 +132,8 @@ A = [{"answer": "a", "question_id": n} for n in range(3)]
     [
         (Q, A[:1], "2 of the 3 questions of .*test_q.json have no answer there .such as question_id 1."),
         (Q, [{"answer": "a"}] * 3, "test_a.json, record 1: found no id, expected question_id or id"),
-        (Q, [*A, A[1]], "test_a.json, record 4: the id 1 stands in .*record 2, too"),
-        ([*Q, Q[0]], A, "test_q.json, record 4: the id 0 stands in .*record 1, too"),
+        (Q, [*A, A[1]], "test_a.json, record 4, question 1: the id is also that of .*test_a.json, record 2: give"),
+        ([*Q, Q[0]], A, "test_q.json, record 4, question 0: the id is also that of .*test_q.json, record 1: give"),
         ([asked(video_name="a")], A, "test_q.json, record 1: found no id"),
         (Q, Q, "test_a.json, record 1: found the fields question, video_name, question_id, expected answer"),
         (Q, "{", "test_a.json: line 1, column 2: not valid JSON"),
@@ -151,7 +151,12 @@ def test_answers_that_do_not_fit_are_one_sentence(tmp_path, questions, answers, 
         ("msvd", {"Q": "q", "A": "a", "video_name": "a"}, "looks like a VcgBench ground truth"),
         ("msvd", {"video": "a", "QA": [{"q": "q", "a": "a"}]}, "looks like training data"),
         ("tgif", asked(video="a", answer="x", candidates=["x", "y"]), "looks like an MVBench task"),
-        ("msvd", asked(video_id=3, id=1, answer="x"), "expected MSVD-QA, which names its video in video_name or video"),
+        (
+            "activitynet",
+            asked(video_id=3, id=1, answer="x"),
+            "expected ActivityNet-QA, which names its video in video_name or video$",
+        ),
+        ("tgif", asked(gif_name="a", a1="x", a2="y", answer="1"), "it looks like TGIF-QA's questions with choices"),
     ],
 )
 def test_a_file_of_another_benchmark_is_one_sentence(tmp_path, name, record, said) -> None:

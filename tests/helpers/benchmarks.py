@@ -58,6 +58,7 @@ class Asking:
     name = "asking"
     excluded: Mapping[str, str] = {}
     num_excluded = 0
+    notes: Sequence[str] = ()
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
@@ -87,6 +88,7 @@ class OpenBenchmark:
     name: str = "vcgbench"
     excluded: Mapping[str, str] = field(default_factory=dict)
     num_excluded: int = 0
+    notes: Sequence[str] = ()
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
         """Is never asked."""

@@ -69,6 +69,60 @@ def fair(request: dict[str, Any], number: int = 0) -> Answer:
     return says(str({"pred": "yes" if same else "no", "score": score}))
 
 
+THINKING = "<think>\nI need to reply like the example {example}. Now, the predicted answer says"
+
+
+def judge_by_name(request: dict[str, Any], number: int) -> Answer:
+    """A judge as users meet them, chosen by the model's name. The verdict of each reply is `no`, 0, if it has one."""
+    qa = "'pred'" in json.dumps(request["messages"])
+    example = "{'pred': 'yes', 'score': 4}" if qa else "{'score': 3}"
+    verdict = "{'pred': 'no', 'score': 0}" if qa else "{'score': 0}"
+    replies = {
+        "good": verdict,
+        "half-think": f"Okay. The example was {example}, but here it is wrong.\n</think>\n\n{verdict}",
+        "thinking-tag": f"<thinking>maybe {example}</thinking>{verdict}",
+        "channels": f"<|channel|>analysis<|message|>maybe {example}<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{verdict}",
+        "mistral": f"[THINK]maybe {example}[/THINK]{verdict}",
+        "note": f"{verdict}\nNote: a score of 5 would require the dog.",
+    }
+    refusals = {
+        "new-parameters": {
+            "max_tokens": "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+            "temperature": "Unsupported value: 'temperature' does not support 0 with this model.",
+        },
+        "no-system": {"system": "System role not supported"},
+        "no-system-500": {"system": "Jinja Exception: Conversation roles must alternate user/assistant/user"},
+        "no-system-o1": {"system": "Unsupported value: 'messages[0].role' does not support 'system' with this model."},
+        "no-system-422": {"system": "Developer instruction is not enabled for models/gemma"},
+    }
+    sent = {*request, *(message["role"] for message in request["messages"])}
+    match request["model"]:
+        case "cut-think":
+            return says(THINKING.format(example=example), finish_reason="length")
+        case "cut-without-tag":  # the template opened the thought
+            return says(f"Okay. The example is {example}. Now", finish_reason="length")
+        case "cut-tag-alone":  # the server takes the end for a stop
+            return says(THINKING.format(example=example))
+        case "empty-reasoning":
+            return says("", finish_reason="length", reasoning_content=f"the example is {example}")
+        case "null-reasoning":
+            return says(None, reasoning=f"the example is {example}")
+        case "parts-reasoning":
+            return says([{"type": "thinking", "thinking": [{"type": "text", "text": example}]}])
+        case "parts":
+            thought = {"type": "thinking", "thinking": [{"type": "text", "text": example}]}
+            return says([thought, {"type": "text", "text": verdict}])
+        case "router":
+            return says(verdict, model=f"family/judge-70b:{'ab'[number % 2]}")
+        case model if model in refusals:
+            status = int(model[-3:]) if model[-3:].isdigit() else 400
+            refused = [message for part, message in refusals[model].items() if part in sent]
+            return fails(status, refused[0], code="unsupported_value") if refused else says(verdict)
+        case model:
+            return says(replies[model])
+
+
 @contextmanager
 def judge_server(behave: Callable[[dict[str, Any], int], Answer] = fair) -> Iterator[FakeJudge]:
     """Serves until the block ends; `url` is the base URL."""

@@ -19,6 +19,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS: dict[str, Any] = {**SMALL, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": SMALL,
     "mistral": SMALL,
@@ -27,6 +28,39 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {**SMALL, "logits_scaling": 4.0},
     "cohere": {**SMALL, "logit_scale": 0.25},
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "gemma": {**SMALL, "head_dim": 8},
+    "falcon": SMALL,
+    "opt": {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": SMALL,
+    "mixtral": {**EXPERTS, "num_local_experts": 4},
+    "phimoe": {**EXPERTS, "num_local_experts": 4},
+    "gpt_oss": {**EXPERTS, "num_local_experts": 4, "head_dim": 8},
+    "granitemoe": {**EXPERTS, "num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 8},
+    "olmoe": {**EXPERTS, "num_experts": 4},
+    "deepseek_v3": {
+        **EXPERTS,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "jamba": {
+        **EXPERTS,
+        "num_experts": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
 }
 
 

@@ -1,14 +1,18 @@
 """LoRA: an adapter put on its base again gives the trained model; merged, it gives the same without LoRA."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 
 from stllm.common.errors import UserError
 from stllm.models.lora import load_adapter, merge_lora, save_adapter
 from stllm.models.st_llm import STLLM
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_model
+from tests.models.test_language_model import ARCHITECTURES
 
 LORA = {"r": 2, "alpha": 4, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
 
@@ -48,6 +52,56 @@ def test_save_load_merge(tmp_path: Path) -> None:
     assert loss(STLLM.from_pretrained(tmp_path / "merged").eval()) == loss(again)
 
 
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("llama", ["q_proj", "v_proj"]),
+        ("gpt_neox", ["query_key_value"]),
+        ("qwen3_moe", ["q_proj", "v_proj"]),
+        ("qwen3_moe", ["gate_proj", "up_proj", "down_proj"]),  # of the experts, which peft wraps as parameters
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following .* did not match")  # of peft, for the experts
+def test_peft_loads_the_whole_adapter(name: str, modules: list[str], tmp_path: Path) -> None:
+    text = {"model_type": name, **ARCHITECTURES[name]}
+    model = tiny_model(text_config=text, lora={**LORA, "dropout": 0.0, "target_modules": modules}, has_qformer=False)
+    save_adapter(model, tmp_path, base_model="a/name")
+    weights = {key: value for key, value in model.state_dict().items() if "lora_" not in key}
+    plain = tiny_model(seed=1, text_config=text, has_qformer=False)
+    plain.load_state_dict({key.replace(".base_layer", ""): value for key, value in weights.items()})
+    wrapped: Any = PeftModel.from_pretrained(plain.language_model, tmp_path)
+    found = wrapped.load_adapter(tmp_path, adapter_name="again")
+    assert not found.unexpected_keys and not [key for key in found.missing_keys if ".again." in key]
+    saved = LoraConfig.from_pretrained(str(tmp_path))
+    assert (saved.task_type, saved.base_model_name_or_path) == ("CAUSAL_LM", "a/name")
+    ids = torch.randint(3, 60, (2, 7))
+    with torch.no_grad():
+        expected = model.language_model(input_ids=ids).logits
+        assert torch.equal(wrapped.eval()(input_ids=ids).logits, expected)
+        merge_lora(model)
+        assert torch.allclose(model.language_model(input_ids=ids).logits, expected, atol=1e-5)
+    assert not any("lora" in key or "base_layer" in key for key in model.state_dict())
+
+
+def test_folders_of_old_versions_without_pefts_prefix_are_read(tmp_path: Path) -> None:
+    model = trained()
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key.removeprefix("base_model.model."): value for key, value in load_file(path).items()}, path)
+    again = tiny_model(lora=LORA, video_input="residual")
+    load_adapter(again, tmp_path)
+    assert loss(again) == loss(model)
+
+
+def test_an_adapter_that_is_not_whole(tmp_path: Path) -> None:
+    model = trained()
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if "layers.1.self_attn.q_proj" not in key}, path)
+    with pytest.raises(UserError, match=r"not hold the whole adapter: missing are .*layers\.1\.self_attn\.q_proj"):
+        load_adapter(model, tmp_path)
+
+
 def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no LoRA adapter of a run: it lacks adapter_model\.safetensors"):
         load_adapter(tiny_model(), tmp_path)
@@ -77,3 +131,6 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
 def test_layers_that_are_not_there() -> None:
     with pytest.raises(UserError, match=r"names query, but the language model's linear layers are .*q_proj"):
         STLLM(tiny_config(lora={**LORA, "target_modules": ["query"]}))
+    experts = {"model_type": "qwen3_moe", **ARCHITECTURES["qwen3_moe"]}
+    with pytest.raises(UserError, match=r"can't adapt gate_proj, up_proj .*dropout"):
+        STLLM(tiny_config(text_config=experts, lora={**LORA, "target_modules": ["gate_proj", "up_proj"]}))

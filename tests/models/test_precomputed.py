@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from stllm.common.registry import vision_encoders
 from stllm.models import precomputed
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_model
 
@@ -42,3 +43,16 @@ def test_the_digest_is_of_what_the_stage_depends_on() -> None:
         assert found == stages, name
     others = tiny_model(vision_config={**tiny_config().vision_config, "ln_eps": 1e-6})
     assert precomputed.weights_digest(others, "vit") != digests["vit"]
+
+
+def test_an_encoder_under_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registered one with an adapter is refused; one that computes something else has a digest of its own."""
+    entries = vision_encoders._entries
+    with_adapter, plain = vision_encoders.get("eva_btadapter_g"), vision_encoders.get("eva_clip_g")
+    monkeypatch.setattr(vision_encoders, "_entries", {**entries, "mine": with_adapter, "other": plain})
+    assert "model.vit_model: mine" in str(precomputed.fault(tiny_config(encoder="mine"), "vit"))
+    assert precomputed.fault(tiny_config(encoder="other"), "vit") is None
+    model = tiny_model()
+    digest = precomputed.weights_digest(model, "vit")
+    model.config.vision_config["encoder"] = "other"
+    assert precomputed.weights_digest(model, "vit") != digest

@@ -247,3 +247,10 @@ def test_a_fresh_lora_changes_nothing_yet() -> None:
     model = STLLM(tiny_config(lora={"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}))
     started = {name: p.any().item() for name, p in model.named_parameters() if "lora_" in name}
     assert started == {name: "lora_A" in name for name in started}
+
+
+def test_a_mask_of_another_length_is_an_error() -> None:
+    model = tiny_model(video_input="all").train()
+    message = "the video input all gives 24 tokens, but the token mask has 23: make its num_tokens and its forward"
+    with pytest.raises(UserError, match=message):
+        model(**tiny_batch(), token_mask=torch.zeros(2, 23, dtype=torch.bool))

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stllm.cli import main
+from stllm.models.checkpoints.loading import load_model
 from stllm.models.st_llm import STLLM
 from tests.helpers.training import losses, read_log, train, write_recipe
+from tests.models.test_language_model import ARCHITECTURES
 
 FIELDS = {
     "step",
@@ -104,6 +109,62 @@ def test_a_run_that_was_killed_continues_exactly(trained: Path, tmp_path: Path, 
     run(recipe, f"run.dataloader_num_workers={workers}")
     for found, expected in zip(losses(tmp_path / "run"), losses(trained), strict=True):
         assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen3_moe", {}),
+        ("gpt_neox", {"freeze_LLM": True, "lora_r": 2, "lora_target_modules": ["query_key_value"]}),
+    ],
+)
+def test_language_models_with_other_names_on_disk(
+    name: str, settings: dict[str, Any], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained, asked and continued; a checkpoint that lacks a weight is refused. transformers renames these weights."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "language_model")
+    base = tmp_path / "language_model"
+    config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], "vocab_size": len(tokenizer)})
+    config.max_position_embeddings = 256
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "whole").mkdir()
+    recipe = tmp_path / "whole" / "recipe.yaml"
+    model = {"llama_model": str(base), **settings}
+    run(write_recipe(recipe, toy, model=model, max_steps=6))
+    whole = tmp_path / "whole" / "run"
+    clip = next((toy / "vc2" / "media").glob("*.mp4"))
+    capsys.readouterr()
+    chat = ["chat", "--ckpt-path", str(whole), "--video", str(clip), "--question", "what moves?", "--json"]
+    assert main([*chat, "--max-new-tokens", "3"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 32
+
+    learned = load_model(whole, device="cpu").state_dict()
+    recipe = unfinished(whole, tmp_path / "cut", 3)
+    path = tmp_path / "cut" / "run" / "checkpoint-3" / "model.safetensors"
+    weights = load_file(path)
+    renamed = next(key for key in weights if key.startswith("language_model.") and key not in learned)
+    save_file({key: tensor for key, tensor in weights.items() if key != renamed}, path)
+    assert "does not hold all of the model's weights: language_model." in failure(capsys, recipe)
+    save_file(weights, path)
+    run(recipe)
+    assert losses(tmp_path / "cut" / "run") == losses(whole)
+
+    if settings:
+        wrapped: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole / "lora_adapter")
+        adapter = {key: value for key, value in wrapped.base_model.model.state_dict().items() if "lora_" in key}
+        assert adapter and all(torch.equal(value, learned[f"language_model.{key}"]) for key, value in adapter.items())
+        assert wrapped.peft_config["default"].base_model_name_or_path == str(base)
+        (tmp_path / "next").mkdir()
+        run(
+            write_recipe(
+                tmp_path / "next" / "recipe.yaml",
+                toy,
+                model={**settings, "ckpt": str(whole), "llama_model": None, "fresh": []},
+                max_steps=1,
+            )
+        )
+        assert read_log(tmp_path / "next" / "run")[0]["loss_lm"] < read_log(whole)[0]["loss_lm"]
 
 
 def test_a_run_continues_with_its_own_settings_alone(
@@ -277,3 +338,50 @@ def test_bad_samples_are_replaced_counted_and_limited(
     assert "could not be read" in found
     assert "more than run.max_bad_fraction (0.1) allows" in found
     assert "gone.mp4" in found
+
+
+def test_a_record_too_long_for_the_model_is_skipped_whole_and_counted(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Questions of 9,000 tokens, a conversation that is too long in sum, and text alone; a long answer is cut."""
+    records = json.loads((toy / "vc2/video/vqa/toy_direction/train.json").read_text())[:1] * 4
+    pair = {"i": "", "q": "what moves?", "a": "a square"}
+    long = {"video": "never_looked_for.mp4", "QA": [{**pair, "q": "why " * 3000}]}
+    talk = {"video": "never_looked_for.mp4", "QA": [{**pair, "q": "why " * 350}] * 2}  # 1,050 tokens each
+    answered = {**records[0], "QA": [{**pair, "a": "why " * 3000}]}
+    contents = {
+        "single": [long, *records[:2], answered],
+        "talk": [talk, *records[:3]],
+        "alone": [{"QA": long["QA"]}, *({"QA": [pair]} for _ in range(3))],
+    }
+    datasets: dict[str, Any] = {}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        datasets[name] = {"anno_path": str(tmp_path / f"{name}.json"), "media_dir": "media", "num_frames": 4}
+    datasets["talk"]["multi_turn"] = True
+    datasets["alone"]["media"] = "text"
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, datasets=datasets, max_steps=-1, num_train_epochs=1)
+    run(recipe, "run.max_bad_fraction=0.9")
+    shown = capsys.readouterr().err
+    assert f"single, left out: {toy}/vc2/media/never_looked_for.mp4 ({tmp_path}/single.json, record 1): its" in shown
+    assert "tokens (8 of them visual), but the language model has 2048 positions" in shown
+    assert "data set talk, left out: " in shown and "data set alone, left out: " in shown
+    log = read_log(tmp_path / "run")
+    assert (len(log), log[-1]["skipped_samples"]) == (3, 3)
+    options = (f"run.output_dir={tmp_path / 'strict'}", "run.max_bad_fraction=0.1")
+    found = failure(capsys, recipe, *options)
+    assert "2 of 10 samples could not be used (2 too long), more than run.max_bad_fraction (0.1) allows" in found
+    hopeless = ("run.max_bad_fraction=0.9", "datasets.single.max_samples=1", "run.max_tries=2")
+    found = failure(capsys, recipe, options[0], *hopeless)
+    assert "data set single: 3 samples drawn one after another could not be used, the last one is " in found
+
+
+def test_more_visual_tokens_than_positions_are_named_before_any_weight_is_read(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy)
+    assert failure(capsys, recipe, "datasets.toy_state.num_frames=1020") == (
+        "error: data set toy_state: 1020 frames become 2040 visual tokens, which leaves no room for text in the "
+        "language model's 2048 positions: lower its num_frames, or set model.video_input to residual or mean"
+    )
+    assert not (tmp_path / "run").exists()

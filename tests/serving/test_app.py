@@ -286,7 +286,7 @@ def test_one_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
     server = Server(chat, MODEL, media_root=clips[0].parent, limits=replace(LIMITS, waiting=1))
     prepared: list[str] = []
     original = chat.prepare
-    chat.prepare = lambda request: (prepared.append(request.turns[0].question), original(request))[1]  # type: ignore
+    chat.prepare = lambda *asked: (prepared.append(asked[0].turns[0].question), original(*asked))[1]  # type: ignore
     with serving(server) as address:
         stream = complete(client_of(address), user("first", "20.mp4"), stream=True, max_tokens=400)
         next(iter(stream))

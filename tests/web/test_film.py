@@ -63,8 +63,16 @@ def test_a_sure_answer_is_not_called_certain() -> None:
 
 def test_no_evidence_is_no_division_by_zero() -> None:
     html = film_html(FILM, replace(EVIDENCE, scores=[0.0, 0.0, 0.0]))
-    assert "No part of the video speaks for this answer" in html and "nan" not in html
+    assert "No part of the video speaks for this answer or against it" in html and "nan" not in html
+    assert "film-peak" not in html
     assert "film-strip" not in film_html(None)
+
+
+def test_differences_within_the_bound_are_no_evidence() -> None:
+    small = replace(EVIDENCE, scores=[0.009, -0.009, 0.0])
+    assert "difference of at most 0.01 nats" in film_html(FILM, small) and "Most rests" not in film_html(FILM, small)
+    assert "Most rests" in film_html(FILM, replace(EVIDENCE, scores=[0.011, 0.0, 0.0]))
+    assert "did not read 2 parts" in film_html(FILM, replace(EVIDENCE, cut=[0, 1]))
 
 
 def test_a_small_strip_shows_the_order() -> None:

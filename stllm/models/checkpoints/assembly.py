@@ -6,6 +6,7 @@ gives and may start fresh is initialised last.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -14,11 +15,12 @@ from tqdm import tqdm
 
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.audit import AuditReport
-from stllm.models.checkpoints.formats import Entry, Source
+from stllm.common.registry import models
+from stllm.models.checkpoints.audit import MAX_NAMED, AuditReport
+from stllm.models.checkpoints.formats import Entry, Source, open_source
 from stllm.models.checkpoints.keys import check_zero
 from stllm.models.checkpoints.planning import POS_EMBED, Plan, make_plan
-from stllm.models.configuration import STLLMConfig
+from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig, reason
 from stllm.models.st_llm import STLLM
 
 
@@ -68,11 +70,11 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
     """The model without memory for its weights. Raises UserError for sizes that don't fit each other."""
     try:
         with _default_dtype(dtype), torch.device("meta"):
-            model = STLLM(config)
-    except (ValueError, AssertionError, ZeroDivisionError) as error:
+            model: STLLM = models.get(config.arch)(config)
+    except (*CONFIG_ERRORS, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"the configuration's sizes don't make a model ({error}): correct them") from error
+        raise UserError(f"the configuration's sizes don't make a model ({reason(error)}): correct them") from error
     config.dtype = dtype
     return model
 
@@ -110,6 +112,22 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
         model.tie_weights()
     left = [key for key, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
     assert not left, f"weights without memory: {left[:5]}"
+
+
+@torch.no_grad()
+def restore(model: STLLM, folder: Path) -> None:
+    """Copies a checkpoint in our format into the same model, in place. Raises UserError for weights that don't fit."""
+    plan = make_plan(model, [open_source(folder)])
+    if lacking := [*plan.report.keys("missing"), *plan.report.keys("wrong_shape")]:
+        more = f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
+        raise UserError(
+            f"{folder} does not hold all of the model's weights: {', '.join(lacking[:MAX_NAMED])}{more} are missing or "
+            "of another size; remove this folder to continue from the checkpoint before it, or name another one with "
+            "run.resume_from_checkpoint"
+        )
+    for source, keys in _in_file_order(plan):
+        for key in keys:
+            _copy(source, plan.origins[key][1], key, model.get_parameter_or_buffer(key))
 
 
 def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:

@@ -3,7 +3,7 @@
 What is left over (a weight missing or of another shape) is the audit's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +116,10 @@ def check_family(name: str, shapes: Shapes, config: "STLLMConfig", whole: bool) 
         )
 
 
-def check_adapter(name: str, shapes: Shapes, config: "STLLMConfig", *, fresh_allowed: bool) -> None:
-    """QA weights (with the temporal adapter) against conversation ones."""
+def check_adapter(name: str, shapes: Shapes, model: Iterable[str], *, fresh_allowed: bool) -> None:
+    """QA weights (with the temporal adapter) against conversation ones. model: the keys of the model to be filled."""
     saved = any(key.startswith(ADAPTER) for key in shapes)
-    wanted = config.vision_config["encoder"] == "eva_btadapter_g"
+    wanted = any(key.startswith(ADAPTER) for key in model)
     if saved and not wanted:
         raise UserError(
             f"{name} is a QA checkpoint (it has the temporal adapter), but the configuration is for conversation "
@@ -138,7 +138,7 @@ def check_vocabulary(name: str, rows: int | None, config: "STLLMConfig", tokens:
 
     rows: of the embeddings in the weights. tokens: of the family, by the tokenizer beside the weights.
     """
-    adds_pad = config.template == "instructblip"
+    adds_pad = config.adds_pad
     expected = config.text_config.vocab_size
     found = expected if rows is None else rows
     # a vocabulary may be padded to a round number; one more than the MiniGPT-4 family has is the other family's

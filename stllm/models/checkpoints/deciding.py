@@ -14,10 +14,11 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
 from stllm.common.errors import UserError
+from stllm.common.registry import templates
 from stllm.models.checkpoints import contradictions
 from stllm.models.checkpoints.formats import Format, Source, open_source
 from stllm.models.checkpoints.sizes import BACKBONE, Fields, sizes_from_weights, with_head_counts
-from stllm.models.configuration import VISION_DEFAULTS, STLLMConfig
+from stllm.models.configuration import CONFIG_ERRORS, VISION_DEFAULTS, STLLMConfig, reason
 from stllm.models.factory import piece_paths, settings_to_fields
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,14 @@ EVA_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/mod
 LN_VISION = "vision_encoder.ln_vision.weight"
 ADAPTER_SIZES = ("adapter_depth", "max_frames")
 NESTED = ("vision_config", "qformer_config", "mask_rate")  # merged key by key
-NOT_THE_MODELS = ("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version")
+NOT_THE_MODELS = (
+    "architectures",
+    "_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "quantization_config",  # a quantized language model is dequantized when it is read
+)
 RESIDUAL_INDEX = "model.stllm_model.residual_index"  # (R,): not a weight of ours, but its length tells R
 
 
@@ -89,8 +97,10 @@ def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, def
     fields["text_config"] = _with_pad_token(fields, sources, named=asked_llm is not None)
     try:
         config = STLLMConfig(**fields)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: its configuration can't be used ({error})") from error
+    except CONFIG_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: its configuration can't be used ({reason(error)}): correct it") from error
     contradictions.check_family(name, shapes, config, any(source.is_whole_model for source in sources))
     return config
 
@@ -134,7 +144,8 @@ def _own_fields(source: Source) -> Fields:
         known = inspect.signature(STLLMConfig.__init__).parameters
         own = {key: value for key, value in source.config.items() if key in known and key not in ("self", "kwargs")}
         vision = own.get("vision_config") or {}
-        if vision.get("encoder") != "eva_btadapter_g":  # what it says of an adapter that it lacks binds nobody
+        plain = VISION_DEFAULTS["encoder"]
+        if vision.get("encoder", plain) == plain:  # it has no adapter, so its adapter sizes settle nothing
             own["vision_config"] = {key: value for key, value in vision.items() if key not in ADAPTER_SIZES}
         return own
     if source.format is Format.RELEASED:
@@ -190,7 +201,7 @@ def _text_config(config: Mapping[str, Any]) -> Fields:
 def _with_pad_token(fields: Fields, sources: Sequence[Source], *, named: bool) -> Fields:
     """The language model's configuration with room for the `[PAD]` that the InstructBLIP family adds."""
     text = dict(fields["text_config"])
-    if fields["template"] != "instructblip":
+    if not templates.get(fields["template"]).bos_is_eos:
         return text
     if not sources and not named:  # the published Vicuna, nothing on disk
         return {**text, "vocab_size": text.get("vocab_size", 32000) + 1}

@@ -20,6 +20,7 @@ from stllm.models.checkpoints.shards import Weights, open_weights
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors", "*.bin", "*.jinja", "qformer_tokenizer/*")
+LANGUAGE_MODEL = "language_model."  # prefix of its keys, in our format and in transformers' InstructBLIP
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.(?:bin|safetensors)$")
 
@@ -61,7 +62,7 @@ class Source:
     def is_whole_model(self) -> bool:
         """Whether it holds every part, so that nothing else needs to be named."""
         if self.format is Format.TRANSFORMERS_BLIP:
-            return not self.table.ignores("language_model.")
+            return not self.table.ignores(LANGUAGE_MODEL)
         return self.format in (Format.STLLM, Format.RELEASED)
 
     @cached_property
@@ -103,17 +104,21 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     weights = open_weights(weight_files(place))
     kind = config.get("model_type")
     if kind == "stllm":
+        weights = _language_model_converted(place, weights, config)
         return Source(place, Format.STLLM, tables.OURS, weights, config, meta)
     if kind == "st_llm_hf" or any(key.startswith("model.stllm_model.") for key in weights.specs):
         return Source(place, Format.RELEASED, tables.RELEASED, weights, config, meta)
     if kind in ("instructblip", "instructblipvideo", "blip-2"):
-        return Source(place, Format.TRANSFORMERS_BLIP, _blip_table(config), weights, config, meta)
+        table = _blip_table(config)
+        if not table.ignores(LANGUAGE_MODEL):
+            weights = _language_model_converted(place, weights, config)
+        return Source(place, Format.TRANSFORMERS_BLIP, table, weights, config, meta)
     if kind is None:
         return _file_source(place, weights, depth)
-    from stllm.models.checkpoints.causal_lm import causal_lm_weights
+    from stllm.models.checkpoints.causal_lm import convert_language_model, read_config
 
-    table, weights = causal_lm_weights(place, weights)
-    return Source(place, Format.CAUSAL_LM, table, weights, config, meta)
+    weights = convert_language_model(place, weights, read_config(place), prefix="")
+    return Source(place, Format.CAUSAL_LM, tables.CAUSAL_LM, weights, config, meta)
 
 
 def locate(path: str | Path) -> Path:
@@ -140,6 +145,9 @@ def locate(path: str | Path) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder, complete and in order. Raises UserError when there are none or one is missing."""
+    for path in folder.iterdir():
+        if path.suffix in WEIGHT_ENDINGS and path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: copy or download it again")
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{ending}.index.json"
         if index.is_file():
@@ -163,16 +171,23 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file. Raises UserError when it is damaged."""
+    """A JSON object, {} when there is no such file. Raises UserError when it is damaged.
+
+    transformers writes infinity as {"__float__": "Infinity"}, which is read as the number.
+    """
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object, expected the keys of a configuration: copy or download it again")
     return content
+
+
+def _special_float(content: dict[str, Any]) -> Any:
+    return float(content["__float__"]) if content.keys() == {"__float__"} else content
 
 
 def _file_source(path: Path, weights: Weights, depth: int | None) -> Source:
@@ -201,6 +216,20 @@ def _file_source(path: Path, weights: Weights, depth: int | None) -> Source:
         f"{path} is no known checkpoint (its first weights are {first}): expected one of "
         f"{', '.join(known.value for known in Format)}"
     )
+
+
+def _language_model_converted(place: Path, weights: Weights, config: dict[str, Any]) -> Weights:
+    """Converts the language model inside a whole model's folder, where there is one."""
+    from stllm.models.checkpoints.causal_lm import convert_language_model
+    from stllm.models.configuration import CONFIG_ERRORS, language_model_config, reason
+
+    if not any(key.startswith(LANGUAGE_MODEL) for key in weights.specs):
+        return weights
+    try:
+        text_config = language_model_config(config.get("text_config"))
+    except CONFIG_ERRORS as error:
+        raise UserError(f"{place}/config.json: its text_config can't be used ({reason(error)}): correct it") from error
+    return convert_language_model(place, weights, text_config, prefix=LANGUAGE_MODEL)
 
 
 def _blip_table(config: dict[str, Any]) -> KeyTable:

@@ -42,8 +42,8 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     """
     config = config_of(model)
     name = names_of(sources) or "the model"
-    contradictions.check_adapter(name, merged_shapes(sources), config, fresh_allowed=training)
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    contradictions.check_adapter(name, merged_shapes(sources), wanted, fresh_allowed=training)
     plan = Plan(AuditReport(source=name))
     plain = {key.replace(".base_layer.", "."): key for key in wanted}  # LoRA wraps the layers that it adapts
     for source in sources:
@@ -129,8 +129,7 @@ def _check_vocabulary(model: STLLM, plan: Plan) -> None:
     source, entry = plan.origins[key]
     if _grows(key, source):  # its rows are counted in `decide_config`
         return
-    adds_pad = model.config.template == "instructblip"
-    tokens = family_tokens(source.path, adds_pad=adds_pad, config=model.config.text_config)
+    tokens = family_tokens(source.path, adds_pad=model.config.adds_pad, config=model.config.text_config)
     contradictions.check_vocabulary(str(source.path), entry.shape[0], config_of(model), tokens)
 
 

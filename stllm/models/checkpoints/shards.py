@@ -134,7 +134,7 @@ class TorchFile(WeightFile):
         if not self._mappable:
             with self.path.open("rb") as stream:
                 if stream.read(1) != b"\x80":  # the pickle protocol mark that every torch.save begins with
-                    raise UserError(_no_torch_file(self.path))
+                    raise ValueError("it is neither a file of torch.save nor of safetensors")
         content = torch.load(self.path, map_location="cpu", mmap=self._mappable, weights_only=True)
         return _state_dict(content, self.path)
 
@@ -203,8 +203,10 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     raise UserError(f"{path} holds no weights: expected a state dict, at the top or under 'model'")
 
 
-def _no_torch_file(path: Path) -> str:
-    if path.stat().st_size == 0:
+def _unreadable(path: Path, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    size = path.stat().st_size
+    if size == 0:
         return f"{path} is empty, expected weights: copy or download it again"
     with path.open("rb") as stream:
         start = stream.read(64)
@@ -212,15 +214,9 @@ def _no_torch_file(path: Path) -> str:
         return f"{path} is a git-lfs pointer, not the weights: fetch them with `git lfs pull`"
     if start.startswith(b"PK"):
         return (
-            f"{path} ends too early ({path.stat().st_size} bytes; the directory at its end is missing): it was cut off "
-            "or is still being written; copy or download it again"
+            f"{path} ends too early ({size} bytes; the directory at its end is missing): it was cut off or is still "
+            "being written; copy or download it again"
         )
-    return f"{path} is no weight file: expected what torch.save or safetensors writes"
-
-
-def _unreadable(path: Path, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    size = path.stat().st_size if path.exists() else 0
     return (
         f"{path} can't be read as weights ({size} bytes; {reason}): it is damaged or cut off, copy or download it again"
     )

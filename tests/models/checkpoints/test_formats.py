@@ -70,6 +70,12 @@ def test_the_trainers_own_file_is_no_weight_file(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
+def test_a_dead_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "gone")
+    with pytest.raises(UserError, match=r"model\.safetensors is a link to .*gone, which does not exist"):
+        weight_files(tmp_path)
+
+
 @pytest.mark.parametrize("make", ["empty", "two", "unknown", "orphan", "bad json"])
 def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: str) -> None:
     expected = "holds no weights"

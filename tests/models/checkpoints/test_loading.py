@@ -1,17 +1,22 @@
 """Loading: ours and the released layout, in any type, nothing left on the meta device; any language model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 import stllm
 from stllm.common.errors import UserError
 from stllm.models.checkpoints import assembly
+from stllm.models.checkpoints.assembly import restore
 from stllm.models.checkpoints.convert import convert
+from stllm.models.checkpoints.formats import open_source
 from stllm.models.checkpoints.loading import (
     load_model,
     load_pretrained,
@@ -20,19 +25,21 @@ from stllm.models.checkpoints.loading import (
 )
 from stllm.models.factory import build_audited
 from stllm.models.st_llm import STLLM, config_of
-from tests.helpers.tiny import tiny_batch, tiny_model
+from tests.helpers.tiny import VISION, tiny_batch, tiny_model
 from tests.models.checkpoints.conftest import FOREIGN, GOLDEN, HEADS, golden_weights
+from tests.models.test_language_model import ARCHITECTURES
 
 NAME = "instructblip_bta_all_mvm"
 LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
 
 
 def assert_same(one: STLLM, other: STLLM) -> None:
-    assert set(one.state_dict()) == set(other.state_dict())
+    expected = other.state_dict()
+    assert set(one.state_dict()) == set(expected)
     for key, tensor in one.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[key]), key
-    for (key, buffer), (_, expected) in zip(one.named_buffers(), other.named_buffers(), strict=True):
-        assert torch.equal(buffer, expected) and buffer.dtype == expected.dtype, key
+        assert torch.equal(tensor, expected[key]), key
+    for (key, buffer), (_, same) in zip(one.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.equal(buffer, same) and buffer.dtype == same.dtype, key
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -74,6 +81,79 @@ def test_ours_loads_equal_here_and_through_transformers(changes: dict[str, Any],
     batch = tiny_batch(text_input=model.config.qformer_text_input)
     with torch.no_grad():
         assert torch.equal(streamed(**batch).loss, model(**batch).loss)
+
+
+# what transformers calls otherwise on disk, or keeps in several tensors there
+RENAMED = {"gpt_neox", "mixtral", "phimoe", "granitemoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "jamba"}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_language_model_is_read_back(name: str, tmp_path: Path) -> None:
+    """By chat, by a run that continues, by transformers, and as `model.llama_model`; with both kinds of names."""
+    text, vision = {"model_type": name, **ARCHITECTURES[name]}, {**VISION, "depth": 1}
+    model = tiny_model(text_config=text, vision_config=vision, has_qformer=False)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) - set(model.state_dict()) or name not in RENAMED
+    read = load_model(tmp_path, device="cpu")
+    assert_same(read, model)
+    for parameter in read.parameters():
+        parameter.data.zero_()
+    restore(read, tmp_path)
+    assert_same(read, model)
+    assert_same(STLLM.from_pretrained(tmp_path), model)
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    assert_same(load_model(tmp_path / "memory", device="cpu"), model)
+    plain = model.language_model
+    plain.save_pretrained(tmp_path / "plain")
+    source = open_source(tmp_path / "plain")
+    found = {key: source.weights.read(entry.key) for key, entry in source.entries.items()}
+    for key, tensor in plain.state_dict().items():
+        if key not in plain.all_tied_weights_keys:
+            assert torch.equal(found.pop(f"language_model.{key}"), tensor), key
+    assert not found
+
+
+def test_a_quantized_language_model_is_dequantized(tmp_path: Path) -> None:
+    """GPT-OSS as published: experts in MXFP4, blocks of 32 four-bit numbers with a power of two for each."""
+    sizes = {**ARCHITECTURES["gpt_oss"], "intermediate_size": 32}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **sizes)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for key in [key for key in weights if key.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, rows = weights.pop(key).shape
+        weights[f"{key}_blocks"] = torch.randint(0, 256, (experts, rows, width // 32, 16), dtype=torch.uint8)
+        weights[f"{key}_scales"] = torch.full((experts, rows, width // 32), 127 - 3, dtype=torch.uint8)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = open_source(tmp_path).weights.read("model.layers.1.mlp.experts.gate_up_proj")
+    assert (read.float().abs() * 2**3).unique().tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    text = {"model_type": "qwen3_moe", **ARCHITECTURES["qwen3_moe"]}
+    model = tiny_model(text_config=text, has_qformer=False)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["language_model.model.layers.1.mlp.experts.2.down_proj.weight"]
+    save_file(weights, path)
+    key = r"language_model\.model\.layers\.1\.mlp\.experts\.down_proj"
+    with pytest.raises(UserError, match=rf"{key}: found \(3, 32, 16\), expected \(4, 32, 16\)"):
+        load_model(tmp_path, device="cpu")
+    with pytest.raises(UserError, match=rf"does not hold all of the model's weights: {key}: found"):
+        restore(model, tmp_path)
+
+
+def test_what_transformers_cannot_build_is_a_sentence(tmp_path: Path) -> None:
+    tiny_model(has_qformer=False).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for change in ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, {"num_attention_heads": "four"}):
+        path.write_text(json.dumps({**config, "text_config": {**config["text_config"], **change}}))
+        with pytest.raises(UserError, match=r"config\.json: .*(magic|four)"):
+            load_model(tmp_path, device="cpu")
 
 
 def test_sharded_safetensors_and_the_device_map_load_equal(tmp_path: Path) -> None:
@@ -156,7 +236,7 @@ def test_lora_weights_are_not_dropped_silently(tmp_path: Path) -> None:
         load_model(tmp_path, options=["model.lora_r=0"], device="cpu")
 
 
-def test_any_causal_language_model_is_read_by_transformers(tmp_path: Path) -> None:
+def test_a_missing_prefix_of_a_language_model_is_added(tmp_path: Path) -> None:
     """GPT-2 of old: no `transformer.` prefix on disk, tied embeddings."""
     torch.manual_seed(0)
     gpt2 = AutoModelForCausalLM.from_config(

@@ -108,14 +108,15 @@ def test_a_truncated_file_is_told(tensors: dict[str, torch.Tensor], tmp_path: Pa
 @pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
 def test_another_file_is_told(tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"no weight file|can't be read as weights"):
+    with pytest.raises(UserError, match=r"can't be read as weights"):
         open_weights([tmp_path / name])
 
 
-def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
-    (tmp_path / "w.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+@pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
+def test_a_git_lfs_pointer_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
     with pytest.raises(UserError, match="git lfs pull"):
-        open_weights([tmp_path / "w.bin"])
+        open_weights([tmp_path / name])
 
 
 def test_python_objects_are_never_loaded(tmp_path: Path) -> None:
