@@ -16,6 +16,11 @@ LFS_SENTENCE = "found a Git LFS pointer, expected the file itself: fetch it with
 LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
 
 
+def user_path(path: str | Path) -> Path:
+    """The path that a user wrote: one that is there, or else with ~ and ~user replaced by the home folder."""
+    return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`: moved to `path` when the block succeeds, removed when it fails.

@@ -88,7 +88,7 @@ class Decoding:
 
     def arguments(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> dict[str, Any]:
         """The same as arguments of `generate`; a checkpoint's own generation defaults play no part."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature > 0 else {}
+        sampling = {"temperature": float(self.temperature), "top_p": self.top_p} if self.temperature > 0 else {}
         config = GenerationConfig(
             num_beams=self.num_beams,
             max_new_tokens=self.max_new_tokens,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.conversation.context import NOTHING_CUT, Cut
 from stllm.conversation.templates import VISUAL, Turn
 from stllm.datasets.media import check_clip
@@ -21,7 +22,8 @@ class RequestError(UserError):
 class Media:
     """A video, gif, frame folder or image on disk, and the part of it that is meant.
 
-    num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
+    num_frames: None for the model's usual number; start, end: seconds, None for the whole: the frames whose own times
+        lie within them, except with the sampling rule `segment`; reader: see open_media.
     sampling: a rule of datasets/sampling.py; fps: of a frame folder; view: how the frames are shown, of
         datasets/views.py.
     """
@@ -57,11 +59,12 @@ class Media:
             bounds=self.bounds,
             reader=self.reader,
             fps=self.fps,
+            own_times=True,
         )
 
     def stamp(self) -> tuple[Any, ...]:
         """Changes when the file (or a file of the folder) changes: path, size and time of change."""
-        path = Path(self.path).expanduser()
+        path = user_path(self.path)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         return (self, tuple(_marks(files)))
 

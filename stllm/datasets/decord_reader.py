@@ -29,14 +29,14 @@ class DecordReader(Reader):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._pyav = PyAvReader(path)
-        self.info = self._pyav.info
+        self.info, self.seconds = self._pyav.info, self._pyav.seconds
         self._decord: Any = None
         doubt = self._doubt()
         if doubt:
             _note(self.path, doubt)
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        self._pyav.check(indices)
+        self.check(indices)
         for done, index in enumerate(indices):
             if self._decord is None:
                 yield from self._pyav.frames(indices[done:])
@@ -50,8 +50,8 @@ class DecordReader(Reader):
                 return
             yield frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
 
-    def times(self, indices: Sequence[int]) -> list[float]:
-        return self._pyav.times(indices)
+    def check(self, indices: Sequence[int]) -> None:
+        self._pyav.check(indices)
 
     def close(self) -> None:
         self._decord = None
@@ -60,8 +60,8 @@ class DecordReader(Reader):
     def _doubt(self) -> str | None:
         """Opens the file with decord; why it cannot be trusted with it, or None."""
         timeline = self._pyav.timeline
-        if timeline.open_gops or timeline.counted or self._pyav.turn in MIRRORING:
-            return "decord would give wrong frames of it (open GOPs, no times, or mirrored)"
+        if timeline.open_gops or timeline.counted or self._pyav.turn in MIRRORING or self._pyav.transparent:
+            return "decord would give wrong frames of it (open GOPs, no times, mirrored or transparent)"
         try:
             import decord
 

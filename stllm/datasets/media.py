@@ -15,7 +15,7 @@ from torch import Tensor
 from stllm.common.errors import UserError
 from stllm.datasets.media_info import MediaError, MediaInfo, Reader
 from stllm.datasets.readers import open_media
-from stllm.datasets.sampling import Bounds, BoundsError, Generator, sample_indices
+from stllm.datasets.sampling import Bounds, BoundsError, Generator, sample_indices, within
 from stllm.datasets.views import FORWARD, check_view, view_frames, view_order
 from stllm.processors.vision import FrameTransform
 
@@ -55,11 +55,14 @@ def load_clip(
     fps: float | None = None,
     generator: Generator | None = None,
     view: str = FORWARD,
+    own_times: bool = False,
 ) -> Clip:
     """Opens a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
 
     num_frames, sampling, bounds (start and end in seconds), generator: see `sampling.sample_indices`. An image gives
-        one frame (T = 1) whatever they say.
+        one frame (T = 1) whatever they are.
+    own_times: choose the frames whose own times lie within the bounds, instead of turning bounds into indices by the
+        average rate, as training and the benchmarks do. The rule `segment` is a benchmark's and ignores it.
     transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.vision.EvalTransform`.
     reader, fps: see `readers.open_media`.
     view: how the sampled frames are shown, of views.py; indices and times follow.
@@ -67,7 +70,7 @@ def load_clip(
     """
     check_view(view)
     with open_media(path, reader=reader, fps=fps) as medium:
-        indices = _sample(medium, path, sampling, num_frames, bounds, generator)
+        indices = _sample(medium, path, sampling, num_frames, bounds, generator, own_times)
         times = medium.times(indices)
         frames = _prepare(medium.frames(indices), len(indices), transform)
         order = view_order(view, len(indices))
@@ -88,10 +91,11 @@ def check_clip(
     bounds: Bounds | None = None,
     reader: str = "auto",
     fps: float | None = None,
+    own_times: bool = False,
 ) -> None:
     """Raises what `load_clip` would raise, as far as it shows without decoding the frames; arguments as there."""
     with open_media(path, reader=reader, fps=fps) as medium:
-        medium.times(_sample(medium, path, sampling, num_frames, bounds, None))
+        medium.times(_sample(medium, path, sampling, num_frames, bounds, None, own_times))
 
 
 def _sample(
@@ -101,19 +105,24 @@ def _sample(
     num_frames: int,
     bounds: Bounds | None,
     generator: Generator | None,
+    own_times: bool,
 ) -> list[int]:
     """The indices of a clip's frames, as the reader counts; an error names the path."""
     info = medium.info
     if info.kind == "image":
         return [info.first_index]
+    first, count = 0, info.num_frames
     try:
+        if bounds is not None and own_times and sampling != "segment":
+            first, count = within(bounds, seconds=medium.seconds, duration=info.duration)
+            bounds = None
         return sample_indices(
             sampling,
             num_frames=num_frames,
-            total_frames=info.num_frames,
+            total_frames=count,
             fps=info.fps,
             bounds=bounds,
-            first_index=info.first_index,
+            first_index=info.first_index + first,
             generator=generator,
         )
     except UserError as error:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -62,9 +63,14 @@ ReaderT = TypeVar("ReaderT", bound="Reader")
 
 
 class Reader(Protocol):
-    """Frames of one medium. Use it as a context manager, or call `close`."""
+    """Frames of one medium. Use it as a context manager, or call `close`.
 
+    seconds: (num_frames,) when each frame is shown, after the first one; evenly spaced where a cut file lacks frames.
+    """
+
+    path: Path
     info: MediaInfo
+    seconds: "np.ndarray[Any, np.dtype[np.float64]]"
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         """The frames of those indices, (H, W, 3) uint8 RGB, in the order asked, one at a time; repeats are allowed.
@@ -75,8 +81,19 @@ class Reader(Protocol):
         ...
 
     def times(self, indices: Sequence[int]) -> list[float]:
-        """When those frames are shown, in seconds after the first frame."""
-        ...
+        """When those frames are shown, in seconds after the first frame. Raises MediaError as `frames` does."""
+        self.check(indices)
+        return [float(self.seconds[index - self.info.first_index]) for index in indices]
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Raises MediaError when an index lies outside the medium."""
+        first, last = self.info.first_index, self.info.first_index + self.info.num_frames - 1
+        for index in indices:
+            if not first <= index <= last:
+                raise MediaError(
+                    f"{self.path}: frame {index} was asked for, but the {self.info.kind} has frames {first} to {last}; "
+                    "sample indices by the reader's own info"
+                )
 
     def close(self) -> None:
         """Gives back the file and the decoder; calling it twice does no harm."""
@@ -89,14 +106,3 @@ class Reader(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def check_indices(path: object, info: MediaInfo, indices: Sequence[int]) -> None:
-    """Raises MediaError when an index lies outside the medium."""
-    first, last = info.first_index, info.first_index + info.num_frames - 1
-    for index in indices:
-        if not first <= index <= last:
-            raise MediaError(
-                f"{path}: frame {index} was asked for, but the {info.kind} has frames {first} to {last}; "
-                "sample indices by the reader's own info"
-            )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from stllm.datasets import picture_readers
 from stllm.datasets.media_info import Frame
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ def turned(picture: "np.ndarray[Any, Any]", turn: Turn) -> "np.ndarray[Any, Any]
     return np.ascontiguousarray(picture)
 
 
+def is_transparent(frame: "VideoFrame") -> bool:
+    """Whether the frame's format has transparency; a palette may have it."""
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
 def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
-    """The decoded frame as shown, (H, W, 3) uint8 RGB. Non-square pixels stay as stored, as in the published system."""
+    """The decoded frame as shown, (H, W, 3) uint8 RGB, transparent parts over white as in pictures.
+
+    Non-square pixels stay as stored, as in the published system.
+    """
+    if is_transparent(frame):
+        from PIL import Image
+
+        return turned(picture_readers.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"))), turn)
     return turned(frame.to_ndarray(format="rgb24"), turn)

@@ -1,18 +1,21 @@
 """Media made of pictures, read with Pillow: single images, animated pictures and folders of numbered frames.
 
-Transparency is shown over white, as a page would: logos and diagrams are mostly dark on nothing.
+Transparent parts are shown over white, here and in videos: logos and diagrams are mostly dark lines without background.
 """
 
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, check_indices, warn_once
+from stllm.common.errors import UserError
+from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, warn_once
+from stllm.datasets.sniff import AVIF
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +24,12 @@ GIF_FPS = 25.0  # the benchmarks' protocol, whatever the delays in the file say
 FOLDER_FPS = 3.0  # TVQA's `%05d.jpg`
 RAW_FOLDER_FPS = 5.0  # raw training frames' `%06d.jpg`
 GIF_END = b";"
+ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # other formats hold pages, sizes or views, of which the first is read
+# No others, because files come from anywhere: EPS would run Ghostscript, and MPEG would claim videos.
+FORMATS = (
+    *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "HEIF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI", "PSD", "DDS"),
+    *("ICNS", "SGI", "PCX", "TGA"),
+)
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -37,6 +46,45 @@ def to_rgb(image: "Image") -> Frame:
     return np.array(image.convert("RGB"))
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this installation reads."""
+    from PIL import Image as images
+
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    images.init()
+    return tuple(name for name in FORMATS if name in images.OPEN)
+
+
+def open_image(file: Path | BytesIO) -> "Image":
+    """The picture, not yet decoded. Raises what Pillow raises, and UserError for one that needs another package."""
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
+    try:
+        return images.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        with file.open("rb") if isinstance(file, Path) else BytesIO(file.getvalue()) as opened:
+            head = opened.read(12)
+        if head[4:8] != b"ftyp":
+            raise
+        name, package = ("AVIF", "pillow 11.3 or later") if head[8:12] in AVIF else ("HEIC", "pillow-heif")
+        raise UserError(
+            f"found a picture in {name} format, which needs the package {package}: install it with "
+            f"`pip install -U {package.split()[0]}`, or convert the picture to PNG or JPEG"
+        ) from None
+
+
+def open_picture(path: Path, *, fps: float = GIF_FPS) -> Reader:
+    """A reader for an image or an animated picture. Raises MediaError when the file is neither, or damaged."""
+    with _damage(path), open_image(path) as image:
+        animated = image.format == "GIF" or (image.format in ANIMATED and getattr(image, "is_animated", False))
+    return GifReader(path, fps=fps) if animated else ImageReader(path)
+
+
 class ImageReader(Reader):
     """A single image: one frame, turned upright by its EXIF orientation. Raises MediaError when it is damaged."""
 
@@ -45,49 +93,43 @@ class ImageReader(Reader):
         self._frame = read_image(self.path)
         height, width = self._frame.shape[:2]
         self.info = MediaInfo("image", num_frames=1, fps=1.0, width=width, height=height)
+        self.seconds = np.zeros(1)
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        check_indices(self.path, self.info, indices)
+        self.check(indices)
         for _ in indices:
             yield self._frame.copy()
-
-    def times(self, indices: Sequence[int]) -> list[float]:
-        check_indices(self.path, self.info, indices)
-        return [0.0 for _ in indices]
 
     def close(self) -> None:
         pass
 
 
 class GifReader(Reader):
-    """An animated picture (gif, animated webp), each frame composed with those under it.
+    """An animated picture (gif, or animated webp, png or avif), each frame composed with those under it.
 
     fps: how fast it is taken to play. Raises MediaError when the file is damaged.
     """
 
     def __init__(self, path: str | Path, *, fps: float = GIF_FPS) -> None:
-        from PIL import Image as images
-
         self.path = Path(path)
         with _damage(self.path):
-            self._image = images.open(self.path)
+            self._image = open_image(self.path)
             width, height = self._image.size
-            num_frames = getattr(self._image, "n_frames", 1)
+            # A png may begin with a picture for programs that know no animation; it is not part of it.
+            self._first = int(getattr(self._image, "default_image", False))
+            num_frames = getattr(self._image, "n_frames", 1) - self._first
         if self._image.format == "GIF" and not _has_end(self.path):
             warn_once(str(self.path), f"the gif ends early; the {num_frames} frames in it are used")
         self.info = MediaInfo("gif", num_frames=num_frames, fps=fps, width=width, height=height)
+        self.seconds = np.arange(num_frames) / fps
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        check_indices(self.path, self.info, indices)
+        self.check(indices)
         for index in indices:
             with _damage(self.path, f"; {self._image.tell()} frames could be read"):
-                self._image.seek(index)
+                self._image.seek(index + self._first)
                 frame = to_rgb(self._image)
             yield frame
-
-    def times(self, indices: Sequence[int]) -> list[float]:
-        check_indices(self.path, self.info, indices)
-        return [index / self.info.fps for index in indices]
 
     def close(self) -> None:
         self._image.close()
@@ -107,15 +149,12 @@ class FrameFolderReader(Reader):
             fps = RAW_FOLDER_FPS if len(self._files[0].stem) == 6 else FOLDER_FPS
         height, width = read_image(self._files[0]).shape[:2]
         self.info = MediaInfo("frames", len(self._files), fps, width, height, first_index=1)
+        self.seconds = np.arange(len(self._files)) / fps
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        check_indices(self.path, self.info, indices)
+        self.check(indices)
         for index in indices:
             yield read_image(self._files[index - 1])
-
-    def times(self, indices: Sequence[int]) -> list[float]:
-        check_indices(self.path, self.info, indices)
-        return [(index - 1) / self.info.fps for index in indices]
 
     def close(self) -> None:
         pass
@@ -132,10 +171,9 @@ def decode_image(data: bytes, name: str) -> Frame:
 
 
 def _upright(file: Path | BytesIO, name: object) -> Frame:
-    from PIL import Image as images
     from PIL import ImageOps
 
-    with _damage(name), images.open(file) as image:
+    with _damage(name), open_image(file) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
@@ -186,6 +224,8 @@ def _damage(path: object, so_far: str = "") -> Iterator[None]:
         raise MediaError(f"{path}: permission to read it is denied; expected a readable file: run chmod +r") from None
     except images.DecompressionBombError as error:
         raise MediaError(f"{path}: found an image too large to be one ({error}); scale it down first") from error
+    except UserError as error:
+        raise MediaError(f"{path}: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
         # Pillow has no one exception for broken files: its decoders let all of these through.
         raise MediaError(

@@ -1,8 +1,9 @@
 """Frame-accurate reading of container videos with PyAV: index i is the i-th frame shown, whatever the file.
 
-The timeline is read first (`timeline.py`); each frame wanted is then reached by decoding on or from the keyframe before
-it, and is taken only by its presentation time. Where a seek lands wrong (a broken index, a keyframe that is none), an
-earlier keyframe and at last the start of the file serve instead; a wrong frame is never handed out.
+The timeline is read first (`timeline.py`). Each frame is then reached by decoding on or from the keyframe before it,
+and is recognised by its presentation time. Where a seek fails (a broken index, a false keyframe), the reader decodes
+from an earlier keyframe and at last from the start of the file. Where times do not order the frames, the video is
+decoded once to count its frames, and each is then found by decoding from the start.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -10,17 +11,28 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stllm.common.registry import readers
-from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, check_indices, warn_once
-from stllm.datasets.orientation import to_rgb, turn_of
-from stllm.datasets.timeline import Timeline, average_fps, decoded_timeline, demuxed_timeline
+from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, warn_once
+from stllm.datasets.orientation import is_transparent, to_rgb, turn_of
+from stllm.datasets.timeline import Timeline, average_fps, counted_timeline, demuxed_timeline
 from stllm.datasets.video_source import VideoSource
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
+MAX_COUNTED = 4_000_000  # frames of which the counted timelines are kept, 16 bytes each
 SEEK_COST = 8  # frames: a flushed decoder has to fill its threads and its reorder buffer again
 NUM_CHECKED = 3  # frames decoded at opening, to see whether the timeline is what the decoder gives
+
+
+_counted: dict[tuple[str, int, int, int], Timeline] = {}  # the oldest first; each data worker has its own
+
+
+def _identity(path: Path) -> tuple[str, int, int, int]:
+    stat = path.stat()
+    return str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @readers.register("pyav")
@@ -40,6 +52,7 @@ class PyAvReader(Reader):
         try:
             self.timeline, first = self._read_timeline()
             self.turn = turn_of(first)  # the whole stream's
+            self.transparent = is_transparent(first)
             picture = to_rgb(first, self.turn)
             self.info = MediaInfo(
                 kind="video",
@@ -48,6 +61,9 @@ class PyAvReader(Reader):
                 width=picture.shape[1],
                 height=picture.shape[0],
             )
+            missing = self.info.num_frames - self.timeline.num_readable  # of a file that was cut
+            later = self.timeline.seconds[-1] + np.arange(1, missing + 1) / self.info.fps
+            self.seconds = np.concatenate([self.timeline.seconds, later])
         except BaseException:
             self.close()
             raise
@@ -62,10 +78,6 @@ class PyAvReader(Reader):
                 yield picture.copy()  # callers may write into theirs
             yield picture
 
-    def times(self, indices: Sequence[int]) -> list[float]:
-        self.check(indices)
-        return [self.timeline.seconds(index) for index in indices]
-
     def close(self) -> None:
         self._pass = iter(())
         self._last = None
@@ -73,7 +85,7 @@ class PyAvReader(Reader):
 
     def check(self, indices: Sequence[int]) -> None:
         """Raises MediaError for indices outside the video, or past where a cut file ends."""
-        check_indices(self.path, self.info, indices)
+        super().check(indices)
         for index in indices:
             if index >= self.timeline.num_readable:
                 raise MediaError(
@@ -85,8 +97,11 @@ class PyAvReader(Reader):
     def _read_timeline(self) -> "tuple[Timeline, VideoFrame]":
         """The timeline, checked against the first frames that the decoder really gives, and the first of those."""
         source = self.source
-        timeline = demuxed_timeline(source.container, source.stream, cut=source.is_cut)
-        source.strict = timeline is not None and not timeline.open_gops
+        timeline = _counted.get(_identity(self.path))
+        counted = timeline is not None
+        if timeline is None:
+            timeline = demuxed_timeline(source.container, source.stream, cut=source.is_cut)
+            source.strict = timeline is not None and not timeline.open_gops
         start = self._first_frames()
         if source.strict and (timeline is None or not timeline.begins_with([frame.pts for frame in start])):
             source.strict = False
@@ -98,14 +113,26 @@ class PyAvReader(Reader):
                 "copy or download it again"
             )
         stamps = [frame.pts for frame in start]
-        if timeline is not None and stamps[0] is not None:
+        if timeline is not None and not counted and stamps[0] is not None:
             timeline = timeline.starting_at(stamps[0])
-        if timeline is None or not timeline.begins_with(stamps):
-            every_stamp = [frame.pts for _, frame in source.decode(None, counted=True)]
-            timeline = decoded_timeline(source.stream, every_stamp)  # after decoding, which opens the file again
+        if timeline is None or not (counted or timeline.begins_with(stamps)):
+            timeline = self._count(self._decoded_stamps())
         if source.is_cut and timeline.num_promised == timeline.num_readable:
             warn_once(str(self.path), f"the file ends early; the {timeline.num_readable} frames in it are used")
         return timeline, start[0]
+
+    def _decoded_stamps(self) -> list[int | None]:
+        """The stamp of every frame, in the order in which decoding the whole video gives them."""
+        return [frame.pts for _, frame in self.source.decode(None, counted=True)]
+
+    def _count(self, stamps: list[int | None]) -> Timeline:
+        """The timeline by those stamps; it is kept, so that a process counts the frames of a file once."""
+        timeline = counted_timeline(self.source.stream, stamps)
+        if timeline.num_readable <= MAX_COUNTED:
+            _counted[_identity(self.path)] = timeline
+        while sum(known.num_readable for known in list(_counted.values())) > MAX_COUNTED:
+            _counted.pop(next(iter(_counted)), None)
+        return timeline
 
     def _first_frames(self) -> "list[VideoFrame]":
         return [frame for _, frame in islice(self.source.decode(None, counted=True), NUM_CHECKED)]
@@ -120,6 +147,12 @@ class PyAvReader(Reader):
             self.source.strict = False
             self.source.reopen()
             frame = self._find(stamp)
+        if frame is None and not self.timeline.counted:
+            stamps = self._decoded_stamps()
+            if len(stamps) == self.timeline.num_readable and stamps != self.timeline.stamps.tolist():
+                self.timeline, self._seekable = self._count(stamps), False  # whole, but in another order
+                self._last = None
+                return self._frame_at(index, ())
         if frame is None:
             raise MediaError(
                 f"{self.path}: frame {index} of {self.info.num_frames} could not be decoded (damaged data), the "

@@ -6,10 +6,11 @@ with Pillow. A file is judged by its content, so a wrong extension does no harm.
 
 from pathlib import Path
 
+from stllm.common.files import user_path
 from stllm.common.registry import readers
 from stllm.datasets.decord_reader import DecordReader
 from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader
-from stllm.datasets.picture_readers import GIF_FPS, FrameFolderReader, GifReader, ImageReader
+from stllm.datasets.picture_readers import GIF_FPS, FrameFolderReader, GifReader, ImageReader, open_picture
 from stllm.datasets.pyav_reader import PyAvReader
 from stllm.datasets.sniff import kind_of, read_head
 
@@ -33,20 +34,24 @@ def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = No
     """A reader for whatever lies at `path`; close it, or use it in a `with`.
 
     reader: which library decodes container videos: "auto", "pyav" or "decord".
-    fps: how fast a frame folder (default 3; 5 for six-digit names) or a gif (default 25) plays; a container video and
-        an image know better, and it is not used there.
+    fps: how fast a frame folder (default 3; 5 for six-digit names) or an animated picture (default 25) plays; not used
+        for videos, which hold their frames' times, and images.
     Raises MediaError when nothing there can be read, UserError for an unknown reader.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     video_reader = readers.get(AUTO if reader == "auto" else reader)
     if fps is not None and not 0 < fps < float("inf"):
         raise MediaError(f"{path}: fps is {fps}; expected a positive number of frames a second")
     if path.is_dir():
         return FrameFolderReader(path, fps=fps)
-    kind = kind_of(read_head(path))
-    if kind == "gif":
-        return GifReader(path, fps=GIF_FPS if fps is None else fps)
-    if kind == "image":
-        return ImageReader(path)
-    opened: Reader = video_reader(path)
+    if kind_of(read_head(path)) == "picture":
+        return open_picture(path, fps=GIF_FPS if fps is None else fps)
+    try:
+        opened: Reader = video_reader(path)
+    except MediaError:
+        try:  # some pictures, such as TGA, have no signature
+            return ImageReader(path)
+        except MediaError:
+            pass
+        raise
     return opened

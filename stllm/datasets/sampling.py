@@ -14,6 +14,7 @@ import numpy as np
 from stllm.common.errors import UserError, unknown_name
 
 RULES = ("rand", "middle", "fps<x>", "uniform", "segment")
+MAX_PARTS = 5  # named in a message
 MIN_SEGMENTS, MAX_SEGMENTS = 4, 16  # MVBench's bounds on one frame a second (`segment` with num_frames=0)
 
 Bounds = tuple[float, float]
@@ -111,6 +112,26 @@ def bounded(bounds: Bounds, *, total_frames: int, fps: float) -> tuple[int, int]
             f"expected at least {1 / fps:.3g} s: widen it, or leave this part out"
         )
     return first, stop - first
+
+
+def within(bounds: Bounds, *, seconds: np.ndarray, duration: float) -> tuple[int, int]:
+    """The frames whose own time lies in [start, end), as (first, count); first counts from 0.
+
+    seconds: (N,) when each frame is shown, ascending. duration: of the video, for the message.
+    Raises BoundsError for a bound that is empty, lies outside the video or holds no frame: it names the parts that do.
+    """
+    start, end = _check_bounds(bounds, max(duration, float(seconds[-1])))
+    first, stop = (int(place) for place in np.searchsorted(seconds, (start, end)))
+    if stop > first:
+        return first, stop - first
+    gaps = np.diff(seconds)
+    splits = np.flatnonzero(gaps >= max(min(end, duration) - start, 2 * float(np.median(gaps)))) if len(gaps) else gaps
+    parts = [f"{round(part[0], 3):g} to {round(part[-1], 3):g} s" for part in np.split(seconds, splits.astype(int) + 1)]
+    shown = ", ".join(parts[:MAX_PARTS]) + (f" and {len(parts) - MAX_PARTS} more parts" if parts[MAX_PARTS:] else "")
+    raise BoundsError(
+        f"no frame is shown within {_seconds(bounds)}; the {len(seconds)} frames of the video are at {shown}: "
+        "choose a part that holds some of them"
+    )
 
 
 def sample_indices(

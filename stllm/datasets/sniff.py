@@ -13,7 +13,38 @@ from stllm.datasets.media_info import MediaError
 
 HEAD_BYTES = 4096
 BMP_HEADERS = (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")  # their sizes; two letters prove little
+SIGNATURES = (
+    *(
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"GIF87a",
+        b"GIF89a",
+        b"II*\0",
+        b"MM\0*",
+        b"8BPS",
+        b"qoif",
+        b"icns",
+        b"DDS ",
+    ),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\1\0"),  # JPEG 2000 and its codestream, ICO
+)
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # ftyp's major brands
+AVIF = (b"avif", b"avis")
 FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # with which an mp4 or mov may begin
+OTHER_BOXES = (
+    b"moof",
+    b"mfra",
+    b"sidx",
+    b"ssix",
+    b"styp",
+    b"emsg",
+    b"prft",
+    b"meta",
+    b"uuid",
+    b"udta",
+    b"pdin",
+    b"pnot",
+)
 EXPECTED = (
     "a video (mp4, webm, avi, mov, mkv), a gif, an image (png, jpg, webp, bmp, tiff) or a folder of numbered frames"
 )
@@ -45,17 +76,14 @@ def read_head(path: Path) -> bytes:
 
 
 def kind_of(head: bytes) -> str:
-    """One of gif (any animated picture), image, text, or container (all else: the decoder will tell)."""
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        animated = head[12:16] == b"VP8X" and len(head) > 20 and bool(head[20] & 0x02)
-        return "gif" if animated else "image"
-    if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")):
-        return "image"
-    if head[:2] == b"BM" and head[14:18] in BMP_HEADERS:
-        return "image"
-    return "text" if _is_text(head) else "container"
+    """One of picture (an image or an animated picture), text, or container (anything else: the decoder decides)."""
+    if head.startswith(SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return "picture"
+    if (head[:2] == b"BM" and head[14:18] in BMP_HEADERS) or (head[4:8] == b"ftyp" and head[8:12] in HEIF + AVIF):
+        return "picture"
+    if head[:1] == b"P" and head[1:2] in b"1234567fF" and head[2:3].isspace():
+        return "picture"  # PPM and its relatives
+    return "text" if _is_text(head) and not head.startswith(b"YUV4MPEG2 ") else "container"
 
 
 def explain_unreadable(path: Path, head: bytes) -> str:
@@ -113,6 +141,8 @@ def _boxes(path: Path) -> list[tuple[bytes, int]]:
         start = 0
         while start + 8 <= size:
             length, name = _box_header(file, start)
+            if name not in FIRST_BOXES + OTHER_BOXES:
+                break  # something behind the mp4, which players do not read either
             if length < 8:  # 0: "until the end of the file"; 1 to 7: damaged
                 found.append((name, size))
                 break

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
+from stllm.datasets.timeline import DECODING_TIMES
 
 if TYPE_CHECKING:
-    from av import Packet
+    from av import Packet, VideoCodecContext
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
@@ -24,6 +25,7 @@ FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,live_flv,asf,ogg,rm,mxf,dv,wtv,nut,gxf,yuv4mpegpipe,"
     "swf,wav,mp3,aac,flac,ac3"
 )
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave transparency out
 SKIPPABLE = ("h264", "hevc")  # decoders that can leave out frames to which no other frame refers (a quarter faster)
 
 
@@ -43,7 +45,7 @@ class VideoSource:
         self.num_damaged = 0
         self.strict = False
         self._head = read_head(path)
-        self.container, self.stream = open_stream(path, self._head, strict=self.strict)
+        self._open()
 
     @property
     def is_cut(self) -> bool:
@@ -55,7 +57,16 @@ class VideoSource:
     def reopen(self) -> None:
         """Back to the first packet; a changed `strict` takes effect."""
         self.close()
+        self._open()
+
+    def _open(self) -> None:
+        from av import CodecContext
+
         self.container, self.stream = open_stream(self.path, self._head, strict=self.strict)
+        self.decoder: VideoCodecContext = self.stream.codec_context
+        alpha = {key.lower(): value for key, value in self.stream.metadata.items()}.get("alpha_mode") == "1"
+        if alpha and self.decoder.name in ALPHA_DECODERS:
+            self.decoder = cast("VideoCodecContext", CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r"))
 
     def decode(
         self, key: int | None, *, wanted: Collection[int] | None = None, counted: bool = False
@@ -73,7 +84,10 @@ class VideoSource:
             first_packet = self._start(key)
             landing: int | None = None
             count = 0
+            by_dts = self.container.format.name in DECODING_TIMES
             for packet in self.container.demux(self.stream):
+                if by_dts:
+                    packet.pts = packet.dts  # as in the timeline: the guessed presentation times change after a seek
                 if first_packet:
                     first_packet = False
                     if packet.pts is None or key is None or packet.pts > key or not packet.is_keyframe:
@@ -99,6 +113,7 @@ class VideoSource:
             return False
         self.num_seeks += 1
         self.container.seek(key, stream=self.stream, backward=True)
+        self.decoder.flush_buffers()
         return True
 
     def _decode_packet(self, packet: "Packet[VideoStream]", wanted: Collection[int] | None) -> "list[VideoFrame]":
@@ -109,7 +124,7 @@ class VideoSource:
             needed = wanted is None or packet.pts is None or packet.pts in wanted
             context.skip_frame = "DEFAULT" if needed else "NONREF"
         try:
-            frames = packet.decode()
+            frames = self.decoder.decode(packet)
         except FFmpegError:
             self.num_damaged += 1
             return []

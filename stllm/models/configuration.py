@@ -35,6 +35,9 @@ QFORMER_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 512,
     "cross_attention_frequency": 2,
 }
+WHOLE_NUMBERS = (
+    *("num_query_tokens", "residual_size", "residual_bottleneck", "num_frames", "vit_chunk_size", "max_txt_len"),
+)
 MASK_RATE_DEFAULTS = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
 # what transformers raises for a value that no model can be built with, see `reason`
 CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError)
@@ -128,6 +131,11 @@ class STLLMConfig(PretrainedConfig):
         self.end_sym = end_sym
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
+        for name in WHOLE_NUMBERS:
+            if not isinstance(value := getattr(self, name), int) and value is not None:
+                raise UserError(
+                    f"{name} is {value!r} in the model's configuration, expected a whole number: correct it"
+                )
 
     @property
     def num_patches(self) -> int:

@@ -202,6 +202,109 @@ def test_frames_that_share_a_time_are_counted(tmp_path: Path) -> None:
         assert codes(reader, [59, 20, 21, 40]) == [59, 20, 21, 40]
 
 
+REORDERING: dict[str, dict[str, Any]] = {
+    "h264": {"b_frames": 3, "gop": 15},
+    "hevc": {"codec": "libx265", "options": X265},
+    "mpeg4": {"codec": "mpeg4", "b_frames": 2},
+    "mpeg2": {"codec": "mpeg2video", "b_frames": 2},
+}
+
+
+def write_disordered(path: Path, source: Path, *, first: int = 0) -> Path:
+    """The packets of `source` in another container; from packet `first` on, shown when they are decoded."""
+    with av.open(str(source)) as reading, av.open(str(path), "w") as writing:
+        stream = reading.streams.video[0]
+        copy = writing.add_stream_from_template(stream)
+        for index, packet in enumerate([packet for packet in reading.demux(stream) if packet.size]):
+            packet.pts = packet.dts if index >= first else packet.pts
+            packet.stream = copy
+            writing.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("first", [0, 30])
+@pytest.mark.parametrize(
+    ("codec", "suffix"),
+    [
+        *((codec, suffix) for codec in ("h264", "hevc") for suffix in ("mkv", "mp4", "ts", "flv")),
+        *((codec, suffix) for codec in ("mpeg4", "mpeg2") for suffix in ("mkv", "mp4", "avi")),
+    ],
+)
+def test_times_that_are_those_of_decoding_do_not_order_frames(
+    tmp_path: Path, codec: str, suffix: str, first: int
+) -> None:
+    """From the first frame on or from a later one: the whole index is checked."""
+    source = write_video(tmp_path / "source.mp4", num_frames=60, **REORDERING[codec])
+    path = write_disordered(tmp_path / f"video.{suffix}", source, first=first)
+    with PyAvReader(path) as reader:
+        shown = codes(reader, list(range(reader.info.num_frames)))
+        assert shown == sorted(set(shown)) and len(shown) >= (58 if suffix == "mp4" else 60)  # its edit list hides two
+        assert reader.timeline.counted
+        assert np.diff(reader.times(range(len(shown)))) == pytest.approx([0.04] * (len(shown) - 1), abs=1e-3)
+        for index in (47, 3, 31, 30, 5):
+            assert codes(reader, [index]) == [shown[index]]
+
+
+def matrix() -> dict[str, dict[str, Any]]:
+    """Codecs x containers x (plain, variable rate, edit list, rotated)."""
+    codecs: dict[str, dict[str, Any]] = {
+        **REORDERING,
+        "h264_plain": {"b_frames": 0},
+        "h264_open": {"options": OPEN_GOP},
+        "hevc_plain": {"codec": "libx265", "options": {"x265-params": "keyint=12:bframes=0:log-level=none"}},
+        "mpeg4_plain": {"codec": "mpeg4"},
+        "vp8": {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}},
+        "vp9": {"codec": "libvpx-vp9", "options": {"deadline": "good", "cpu-used": "8", "lag-in-frames": "16"}},
+        "wmv2": {"codec": "wmv2"},
+        "ffv1": {"codec": "ffv1"},
+    }
+    containers = {
+        "mp4": ("h264", "h264_plain", "h264_open", "hevc", "hevc_plain", "mpeg4", "mpeg2", "vp9"),
+        "mov": ("h264", "hevc", "mpeg4"),
+        "mkv": tuple(name for name in codecs if name != "wmv2"),
+        "webm": ("vp8", "vp9"),
+        "avi": ("h264", "h264_plain", "h264_open", "mpeg4", "mpeg4_plain", "mpeg2", "vp8", "wmv2", "ffv1"),
+        "ts": ("h264", "h264_plain", "h264_open", "hevc", "mpeg2"),
+        "flv": ("h264", "h264_plain", "h264_open", "hevc", "vp9"),
+        "asf": ("h264", "mpeg4", "wmv2"),
+        "mpg": ("mpeg2",),
+    }
+    kinds: dict[str, dict[str, Any]] = {"": {}, "_variable": {"times": VARIABLE[:40]}}
+    edited = {**kinds, "_edited": {"start": -5}, "_rotated": {"rotation": 90}}
+    return {
+        f"{name}{kind}.{suffix}": {**codecs[name], **options}
+        for suffix, names in containers.items()
+        for name in names
+        for kind, options in (edited if suffix in ("mp4", "mov") else kinds).items()
+        if not (name == "mpeg2" and kind == "_variable")  # its encoder knows no such rate
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", matrix())
+def test_random_access_gives_what_reading_through_gives(tmp_path: Path, name: str) -> None:
+    options = matrix()[name]
+    try:
+        av.Codec(options.get("codec", "libx264"), "w")
+    except ValueError:
+        pytest.skip(f"this PyAV has no encoder {options['codec']}")
+    video = write_video(tmp_path / name, num_frames=40, **options)
+    with av.open(str(video)) as container:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    shown = [read_code(np.rot90(picture) if "rotated" in name else picture) for picture in pictures]
+    assert shown == list(range(40 - len(shown), 40)) or "rotated" in name
+    with PyAvReader(video) as reader:
+        assert reader.info.num_frames == len(shown) == (35 if "edited" in name else 40)
+        assert codes(reader, list(range(len(shown)))) == shown
+        shuffled = np.random.default_rng(0).permutation(len(shown)).tolist()
+        assert codes(reader, shuffled) == [shown[index] for index in shuffled]
+        if "variable" in name and not name.endswith(("avi", "asf")):  # these hold decoding times only
+            expected = [VARIABLE[index] / 1000 for index in range(40)]
+        else:
+            expected = [index / 25 for index in range(len(shown))]
+        assert reader.times(range(len(shown))) == pytest.approx(expected, abs=0.041 if "variable" in name else 1e-3)
+
+
 def test_hidden_vp8_frames_are_no_frames() -> None:
     shown, hidden = b"\x10\x02\x00", b"\x00\x02\x00"  # bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)
     assert not _is_hidden(shown, "vp8") and _is_hidden(hidden, "vp8")  # type: ignore[arg-type]

@@ -199,7 +199,7 @@ def test_what_cannot_be_extracted(toy: Path, tmp_path: Path, capsys: pytest.Capt
         ("vit", "model.freeze_vit=False"): "the vision encoder trains (model.freeze_vit: False)",
         (
             "vit",
-            "model.vit_model=eva_btadapter_g",
+            "model.vit_model=eva_btadapter_g model.vision.adapter_depth=1",
         ): "the temporal adapter (model.vit_model: eva_btadapter_g) trains even",
         ("qformer", "model.freeze_vit=True"): "this Q-Former reads the question too (model.qformer_text_input: True)",
         ("qformer", "model.has_qformer=False"): "the model has no Q-Former (model.has_qformer: False)",
@@ -207,7 +207,7 @@ def test_what_cannot_be_extracted(toy: Path, tmp_path: Path, capsys: pytest.Capt
         ("vit", "datasets.media_root=nowhere"): "not found: nowhere/media",
     }
     for (stage, option), words in cases.items():
-        extract(recipe, tmp_path / "features", stage, "--options", option, code=1)
+        extract(recipe, tmp_path / "features", stage, "--options", *option.split(), code=1)
         assert words in failure(capsys), option
     plain = ["model.qformer_text_input=False", "model.freeze_qformer=False"]
     extract(recipe, tmp_path / "features", "qformer", "--options", *plain, code=1)
