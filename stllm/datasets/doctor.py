@@ -120,7 +120,7 @@ def examine(args: argparse.Namespace) -> Report:
         for item in items:
             if item.expects != "text":
                 place = os.path.normpath(os.path.join(source.folder, item.name))
-                found = survey.finder.by_path(item.name, [source.folder]) is not None
+                found = survey.finder.by_path(item.name, [source.folder]) == place
                 report.faults += survey.add(item, place, found=found, root=source.folder, fps=source.fps)
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
