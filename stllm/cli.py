@@ -71,7 +71,10 @@ def _unknown(words: Sequence[str], args: argparse.Namespace) -> str | None:
     if not words:
         return None
     known = [f"--{name.replace('_', '-')}" for name in vars(args)]
-    hint = did_you_mean(words[0].partition("=")[0], known)
+    name = words[0].partition("=")[0]
+    if name in known:  # a value that is given by its place
+        return f"found {name}, which stllm {args.command} takes without a name, as in: {COMMANDS[args.command].example}"
+    hint = did_you_mean(name, known)
     return f"found {' '.join(words)}, which stllm {args.command} --help does not list{hint}"
 
 

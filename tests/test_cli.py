@@ -112,6 +112,7 @@ def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
             "found --num-frame 8, which stllm chat --help does not list; did you mean '--num-frames'?\n",
         ),
         ("evaluate mvbench --low_resource", "found --low-resource, which stllm evaluate --help does not list\n"),
+        ("judge --axis qa", "found --axis, which stllm judge takes without a name, as in: stllm judge qa --pred-path"),
     ],
 )
 def test_an_unknown_option_is_named_with_the_nearest(ran, capsys, words, told) -> None:

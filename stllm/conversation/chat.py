@@ -28,6 +28,7 @@ from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.conversation.templates import Turn
 from stllm.datasets.media import Clip
+from stllm.models.configuration import STLLMConfig
 from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
@@ -58,8 +59,7 @@ class Chat:
         self.model = model.eval()
         self.processor = processor
         self.decoding = decoding or Decoding.published(processor.template)
-        usual = LONG_CLIP_FRAMES if model.config.video_input == "residual" else SHORT_CLIP_FRAMES
-        self.num_frames = num_frames or model.config.num_frames or usual
+        self.num_frames = num_frames or default_num_frames(model.config)
         self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
@@ -291,6 +291,11 @@ def load_chat(
     model, processor = load_pretrained(path, cfg_path, options=options, device=device, dtype=dtype)
     decoding = Decoding.published(processor.template).with_options(context=context)
     return Chat(model=model, processor=processor, decoding=decoding, num_frames=num_frames, cache_bytes=cache_bytes)
+
+
+def default_num_frames(config: STLLMConfig) -> int:
+    """The number of frames of a video where nobody names one: the checkpoint's own, or else the published one."""
+    return config.num_frames or (LONG_CLIP_FRAMES if config.video_input == "residual" else SHORT_CLIP_FRAMES)
 
 
 def _no_numbers(what: str, dtype: torch.dtype) -> str:

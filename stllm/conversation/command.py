@@ -103,9 +103,11 @@ def _evidence(conversation: Conversation, request: Request, args: argparse.Names
         answer = conversation.turns[-1].answer
         evidence = measure_evidence(chat, request, answer, decoding=conversation.decoding)
         draw_evidence(path, evidence, filmstrip(request.media, chat.num_frames))
-    if evidence.matters:
+    if evidence.supports:
         seconds = evidence.times[evidence.segments[evidence.peak][0]]
         words = f"most evidence at {seconds:.1f} s, {max(evidence.scores):+.3g} nats"
+    elif evidence.matters:
+        words = "no part of the video speaks for this answer: leaving any out makes it no less likely"
     else:
         words = f"no part of the video matters to this answer: no difference exceeds {evidence.bound:.2g} nats"
     if evidence.cut:

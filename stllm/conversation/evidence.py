@@ -60,6 +60,11 @@ class Evidence:
         """Whether leaving out any segment changes the answer's log probability by more than `bound`."""
         return max(map(abs, self.scores)) > self.bound
 
+    @property
+    def supports(self) -> bool:
+        """Whether leaving out any segment makes the answer less likely, by more than `bound`."""
+        return max(self.scores) > self.bound
+
 
 def measure_evidence(
     chat: "Chat",

@@ -120,7 +120,7 @@ def examine(args: argparse.Namespace) -> Report:
         for item in items:
             if item.expects != "text":
                 place = os.path.normpath(os.path.join(source.folder, item.name))
-                found = survey.finder.by_path(item.name, [source.folder]) is not None
+                found = survey.finder.by_path(item.name, [source.folder]) == place
                 report.faults += survey.add(item, place, found=found, root=source.folder, fps=source.fps)
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
@@ -167,8 +167,8 @@ def _sources(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Ite
         return []
     if args.format != "vc2":
         raise UserError(
-            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or check "
-            "a few items with stllm evaluate --limit"
+            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or "
+            "check a few items with stllm evaluate --limit"
         )
     return [training_source(args.format, args.anno_path, args.video_dir or os.path.dirname(args.anno_path) or ".")]
 

@@ -5,6 +5,7 @@ Each folder is listed once and not asked for every file: on network disks that i
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +28,17 @@ class Listing:
         except OSError:
             self.exists, self.names = False, frozenset()
 
+    def called(self, name: str) -> str | None:
+        """The file of this name, whatever the Unicode form of its letters; None when there is none."""
+        return name if name in self.names else self._by_form.get(_composed(name))
+
     def like(self, name: str) -> list[str]:
         """The names that are equal to this one but for their case."""
         return self._by_lower.get(name.lower(), [])
 
     def with_stem(self, stem: str) -> list[str]:
         """The media called `stem` and an extension, those first that stand first in `EXTENSIONS`."""
-        return self._by_stem.get(stem, [])
+        return self._by_stem.get(_composed(stem), [])
 
     def segments(self, stem: str, bounds: Bounds) -> list[str]:
         """The media called `<stem>_<start>_<end>` and an extension, with these bounds in seconds."""
@@ -52,6 +57,10 @@ class Listing:
         return groups
 
     @cached_property
+    def _by_form(self) -> dict[str, str]:
+        return {_composed(name): name for name in sorted(self.names)}
+
+    @cached_property
     def _by_lower(self) -> dict[str, list[str]]:
         return _grouped((name.lower(), name) for name in sorted(self.names))
 
@@ -60,7 +69,7 @@ class Listing:
         split = [os.path.splitext(name) for name in sorted(self.names)]
         media = [(stem, extension) for stem, extension in split if extension.lower() in EXTENSIONS]
         media.sort(key=lambda parts: EXTENSIONS.index(parts[1].lower()))
-        return _grouped((stem, stem + extension) for stem, extension in media)
+        return _grouped((_composed(stem), stem + extension) for stem, extension in media)
 
 
 class MediaFinder:
@@ -80,8 +89,8 @@ class MediaFinder:
         """The first of the folders' files (or folders) of that relative path; None when there is none."""
         for folder in folders:
             parent, last = os.path.split(os.path.normpath(os.path.join(folder, name)))
-            if last in self.listing(parent or ".").names:
-                return os.path.join(parent, last)
+            if found := self.listing(parent or ".").called(last):
+                return os.path.join(parent, found)
         return None
 
     def by_stem(self, stems: Sequence[str], folders: Sequence[str]) -> list[str]:
@@ -100,6 +109,11 @@ class MediaFinder:
         stem = stem if extension.lower() in EXTENSIONS else name
         parent, last = os.path.split(os.path.normpath(os.path.join(folder, stem)))
         return [os.path.join(parent, file) for file in self.listing(parent).segments(last, bounds)] if bounds else []
+
+
+def _composed(name: str) -> str:
+    """The name in Unicode's composed form: files from a Mac have "e" and an accent where annotations have "é"."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

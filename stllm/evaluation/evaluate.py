@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import write_text
 from stllm.common.registry import benchmarks
+from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results
 from stllm.evaluation.items import Benchmark
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     opened = open_model(checkpoint, args.cfg_path, options=args.options)
     own = {} if opened.config.num_frames is None else {"num_frames": opened.config.num_frames}
     settings = load_evaluation(args.benchmark, args.cfg_path, args.options, given, own)
+    if settings.num_frames is None:  # an empty value in a YAML takes back the preset's
+        settings = replace(settings, num_frames=default_num_frames(opened.config))
     _check_name(settings)
     benchmark = benchmarks.get(args.benchmark)(settings)
     try:

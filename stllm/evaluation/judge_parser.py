@@ -50,6 +50,8 @@ def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
         raise Unparsable(f"a reply of {len(answer)} characters")
     if cut and not _DICTIONARY.match(answer) and not _WHOLE.fullmatch(answer):
         raise CutOff
+    if scale := _OTHER_SCALE.search(answer):
+        raise Unparsable(f"it mentions a scale up to {scale[1] or scale[2]}, not {HIGHEST}")
     final = list(_FINAL.finditer(answer))
     if final:  # "Final verdict: ..." replaces what was considered before it
         answer = answer[final[-1].start() :]
@@ -82,14 +84,14 @@ _NAMES = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|rat
 _OPEN = (
     rf"<{_NAMES}(?:\s[^<>]*)?>"  # <think>, <thinking>, <seed:think>
     r"|\[THINK(?:ING)?\]|◁think▷"
-    r"|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|inner_prefix\|>"
+    r"|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|inner_prefix\|>|<unused94>"
     r"|<\|?channel\|?>\s*(?:analysis|commentary|thought)|\Aanalysis(?=[A-Z])"  # gpt-oss, with its tokens or without
 )
 _CLOSE = (
     rf"</\s*{_NAMES}\s*>"
     r"|\[/THINK(?:ING)?\]|◁/think▷"
     r"|<\|end(?:_of)?_(?:thought|thinking)\|>|<\|inner_suffix\|>"
-    r"|<\|channel\|>\s*final|<channel\|>|assistantfinal"
+    r"|<\|channel\|>\s*final|<channel\|>|assistantfinal|<unused95>|\[BEGIN FINAL RESPONSE\]"
 )
 _THOUGHT_TAG = re.compile(rf"(?P<close>{_CLOSE})|{_OPEN}", re.IGNORECASE)
 _WRAPPING = re.compile(r"<\|[^|<>]{0,40}\|>|</?[a-z_]{1,20}>|```[a-z]*", re.IGNORECASE)  # <|end|>, </s>, <answer>
@@ -118,8 +120,23 @@ _STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\N{M
 _STRING = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\\n]|\\.)*'"
 _DICTIONARY = re.compile(rf"\{{((?:[^{{}}'\"]|{_STRING})*)\}}")  # innermost; strings may hold braces
 _COMMENT = re.compile(rf"({_STRING})|(?:#|//)[^\n]*|/\*.*?\*/", re.DOTALL)
-_FIELD = re.compile(rf"(?P<key>{_STRING}|\w+)\s*[:=]\s*(?P<value>(?:{_STRING})(?=\s*(?:[,\n]|\Z))|[^,\n]*)")
-_EXAMPLE = re.compile(r"\b(?:example|e\.g\.|for instance|maybe|perhaps)[^.\n]{0,12}$", re.IGNORECASE)
+_FIELD = re.compile(
+    rf"(?P<key>{_STRING}|\w+)\s*[:=]\s*"
+    rf"(?P<value>(?:{_STRING})(?=\s*(?:[,\n]|\Z))|[^,\n]*(?:,\s?\d[^,\n]*)?)"  # 4,5 is one value, and no number
+)
+_EXAMPLE = re.compile(  # what comes before a dictionary that is not the verdict: an example, the form, a supposition
+    r"\b(?:e\.g\.|for instance|maybe|perhaps|(?<!this )example"
+    r"|(?:in the form(?: of)?|formatted as|the format is|such as|like(?: this)?|wants|expected output)\W*\Z"
+    r"|(?:if|unless|could|might)\b[^.\n]*\b(?:would|could|might|be)\b)[^.\n]*\Z|(?:^|\n)\W*format\W*\Z",
+    re.IGNORECASE,
+)
+_OTHER_SCALE = re.compile(  # the end of a scale that is not 5: "out of 10", "on a scale of 1 to 10", 'max': 10
+    r"\b(?:out of (?=[6-9]|\d\d)|scale (?:(?:of|from|between) )?(?:\d+(?: ?[-–—] ?| to | and ))?(?!5\b))"
+    r"(\d+)\b(?! ?[A-Za-z–—-])"
+    r"|\b(?:out_?of|max(?:imum)?(?:_score)?|scale)['\"]?\s*:\s*['\"]?"
+    r"(?:\d+ ?[-–—] ?)?(?!5(?:\.0)?\b)(\d+)\b(?! ?[–—-])",
+    re.IGNORECASE,
+)
 _ROW = r"[^\n|]*\|[^\n]*"
 _TABLE = re.compile(rf"^({_ROW})\n[ |:]*-[ |:-]*\n((?:{_ROW}(?:\n|\Z))+)", re.MULTILINE)
 _DECISIONS = {
@@ -147,7 +164,7 @@ def _tabulated(answer: str) -> tuple[set[float], set[str], str]:
         return bool(known)
 
     def dictionary(match: re.Match[str]) -> str:
-        if _EXAMPLE.search(answer, max(0, match.start() - 80), match.start()):
+        if _EXAMPLE.search(answer, max(0, match.start() - 120), match.start()):
             return "\n"
         fields = _FIELD.finditer(_COMMENT.sub(r"\1", match[1]))
         return "\n" if read((_bare(field["key"]).lower(), _bare(field["value"])) for field in fields) else match[0]
@@ -168,6 +185,8 @@ def _bare(text: str) -> str:
 
 def _number(value: str) -> float:
     value = _OF_FIVE.sub("", value.lower())
+    if "_" in value:  # Python's float reads 0_5
+        raise Unparsable("its score is no number")
     try:
         return float(_NUMBER_WORDS.index(value) if value in _NUMBER_WORDS else value)
     except ValueError:
@@ -178,46 +197,57 @@ def _number(value: str) -> float:
 
 _OUT_OF = r" ?\(?(?:/|(?:out )?of) ?"
 _NUMERAL = (
-    rf"([-+]?\d+(?:\.\d+)?)(?:{_OUT_OF}5(?:\.0)?\b\)?)?"
+    rf"(?<!\.)([-+]?\d+(?:\.\d+)?)(?:{_OUT_OF}5(?:\.0)?\b\)?)?"
     rf"(?![\w%+^?]|[.,]\d| ?[*×/]|{_OUT_OF}\d| percent)"
 )
-_ANOTHER = re.compile(r" ?(?:-|–|—|~|->|→|or|to|and|minus|plus|times|x) ?\d", re.IGNORECASE)  # "3 or 4", "5 minus 1"
-_END = r"(?=\W*$|\s*[,:;()\"']|\s+[-–—]|\s+(?:for|because|since|as|based|due|points?|stars?|here|overall|to)\b)"
+_OR = r" ?(?:-|–|—|~|\+|=|->|→|or|to|and|minus|plus|times|x) ?\d| \d+/\d"  # "3 or 4", "5 minus 1", "2 1/2"
+_ANOTHER = re.compile(_OR, re.IGNORECASE)
+_END = (
+    rf"(?=\W*$|\s*[,:;()|\"']|\s+[-–—]|\s+(?-i:[A-Z])|{_OR}"
+    r"|\s+(?:for|because|since|as|based|due|points?(?! (?:are |is |were )?deducted)|stars?|here|overall|to|and|pred)\b)"
+)
 _LABEL = r"(?:score|rating|grade|verdict|final answer)[sd]?"
-_GAP = r"[^\w.!?,;\n]{0,8}?"  # signs and spaces
+_GAP = r"[^\w.!?,;\n<>≤≥]{0,8}?"  # signs and spaces
 _STATED = (  # the judge's own verdict
-    rf"^\W*(?:[^\W_]+[ _]){{0,2}}{_LABEL}(?:{_GAP}[:=|]|\s+(?:is|would be|should be)\b){_GAP}{_NUMERAL}",
+    rf"^\W*(?:[^\W_]+[ _]){{0,2}}{_LABEL}(?:{_GAP}[:=|]|\s+(?:is|would be|should be)\b){_GAP}{_NUMERAL}{_END}",
     r"\bI(?:'d|'ll| would| will)?(?: \w+ly)? (?:rate|give|gave|score|grade|assign)(?: [^\W\d]+){0,6}?:? "
     rf"{_NUMERAL}{_END}\D*$",
     rf"\b(?:actually|correction|should)\b.{{0,40}}?\b(?:{_LABEL}|be){_GAP}(?:\b(?:is|be|of)\b)?{_GAP}{_NUMERAL}{_END}",
     rf"\\boxed\{{(?:\\text\{{)?\s*{_NUMERAL}",
 )
 _MENTIONED = (  # the verdict only where no dictionary holds one
-    rf"{_LABEL}{_GAP}(?:\b(?:is|was|of|as|at|would be|should be)\b{_GAP})?{_NUMERAL}",
+    rf"{_LABEL}{_GAP}(?:\b(?:is|was|of|as|at|would be|should be)\b{_GAP})?{_NUMERAL}{_END}",
     rf"(?<![\w.,/])([-+]?\d+(?:\.\d+)?) ?(?:/|out of) ?5(?:\.0)?(?![\w%/]|[.,]\d){_END}",
 )
 _FINAL = re.compile(
-    r"\b(?:final|overall|my)[ _](?:\w+[ _])?(?:verdict|answer|score|rating|grade|evaluation|judge?ment|decision)\b"
+    r"(?<!'s )\b(?:final|overall|my)[ _](?:\w+[ _])?"
+    r"(?:verdict|answer|score|rating|grade|evaluation|judge?ment|decision)\b"
     r"(?=[^\w.]*(?:is\b[^\w.]*)?(?:\d|\{|\\boxed|yes\b|no\b|['\"]?(?:pred|score)))",
     re.IGNORECASE,
 )
-_MARKUP = re.compile(r"[*`]{1,3}(?!\s*[\d*`])|(?<![\d\s*`])[*`]{1,3}")  # not the signs of 0.8 * 5
-_SCALE = re.compile(r"(?:\bon a scale )?\b(?:from |between )?0(?: ?[-–—] ?| to | and )5\b", re.IGNORECASE)
+_MARKUP = re.compile(r"[*`]{1,3}(?![ \t]*[\d*`])|(?<![\d\s*`])[*`]{1,3}")  # not the signs of 0.8 * 5
+_SCALE = re.compile(r"(?:\bon a scale )?\b(?:from |between )?0(?: ?[-–—] ?| to | and |, ?(?=5\]))5\b", re.IGNORECASE)
 _HEADING = re.compile(
     rf"^([^\w\n]{{0,8}}(?:[^\W_]+[ _])?{_LABEL})[:=\s]{{0,8}}\n\s{{0,8}}(?=\W?\d)", re.IGNORECASE | re.MULTILINE
 )
 _CLAUSE = re.compile(r"(?<=[.!?;])\s+|\n")
 _SUPPOSED = re.compile(  # a clause about another answer than this one, or about the scale
     r"\b(?:if|unless|requires?|required|otherwise|could|might|example|maximum|highest|minimum|lowest)\b"
-    r"|\bwould (?!be|rate|give|score|grade|assign)",
+    r"|\bwould (?!be|rate|give|score|grade|assign)|\bwould be (?:too|over|under|generous|harsh|unfair|excessive)"
+    r"|\btoo (?:high|low|generous|harsh|lenient|strict)\b|\b(?:was|were) going to\b|\balmost\b|\bhesita"
+    r"|\bnot (?:warranted|appropriate|justified|deserved|merited|earned)\b"
+    r"|\b(?:not|never|cannot|\w+n't) (?:be |deserve |merit |warrant |worth |get |reach |give |have )?(?:it )?a "
+    rf"{_LABEL}"
+    rf"|\b(?:says|states|claims|mentions|shows|reports|reads)\b[^,;:]*\b{_LABEL}"  # a score in the video or an answer
+    rf"|\b(?:player|team|film|movie|game)(?:'?s'?)?(?: \w+)? {_LABEL}|, (?:says|according to)\b",
     re.IGNORECASE,
 )
 _WHOLE = re.compile(
-    rf"(?:[\w ]{{0,30}}:\s*)?[^\w+-]*(?:(?:yes|no)(?:[\s,;:/|.()*'\"]+|\s+[-–—]\s+))?{_NUMERAL}\W*", re.IGNORECASE
+    rf"(?:[\w ]{{0,30}}:\s*)?[^\w+<>≤≥-]*(?:(?:yes|no)(?:[\s,;:/|.()*'\"]+|\s+[-–—]\s+))?{_NUMERAL}\W*", re.IGNORECASE
 )
 _DECIDED = re.compile(
     r"\b(pred(?:iction)?|match(?:es)?|verdict|decision|final answer)"
-    r"(?:[^\w\n.!?,;]{0,4}[:=|]| is\b)[^\w\n]{0,4}(yes|no)\b",
+    r"(?:[^\w\n.!?,;]{0,4}[:=|]|(?<!prediction) is\b)[^\w\n]{0,4}(yes|no)\b",
     re.IGNORECASE,
 )
 _RESTATED = re.compile(r"\banswer[^\w\n]{0,4}[:=|][^\w\n]{0,4}(?:yes|no)\b", re.IGNORECASE)

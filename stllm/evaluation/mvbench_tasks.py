@@ -93,7 +93,9 @@ class MVBenchLayout:
         Raises UserError for a folder above one of those."""
         root = Path(path).expanduser()
         folder = root / "json" if (root / "json").is_dir() else root
-        files = tuple(sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])) if folder.is_dir() else (root,)
+        found = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+        # hidden files are not annotations: archives packed on a Mac hold a ._NAME.json for every file
+        files = tuple(file for file in found if not file.name.startswith(".")) if folder.is_dir() else (root,)
         holder = folder if folder.is_dir() else folder.parent
         above = holder.parent if holder.name == "json" else holder
         beside = not (above / "video").is_dir() and any((above / folder).is_dir() for folder in MEDIA_FOLDERS)

@@ -209,13 +209,15 @@ def _numbered(path: Path, kind: Kind | None) -> Generator[Fault, None, list[Numb
 
 def _of_another_kind(fields: Fields, kind: Kind) -> str:
     """A sentence about a record of another benchmark; "" if it may be one of this kind."""
-    names = ", ".join(fields)
+    names = ", ".join(fields) or "none"
+    keys = " or ".join(kind.keys)
+    if not {"question", *kind.keys} & fields.keys():
+        return f"found the fields {names}, expected question, answer and {keys}"
     if "candidates" in fields:
         return f"it looks like an MVBench task (fields {names}), expected {kind.title}"
     if {"a1", "a2"} <= fields.keys():
         return f"it looks like TGIF-QA's questions with choices (fields {names}), expected its frame questions"
     if not any(key in fields for key in kind.keys) and any("video" in key or "gif" in key for key in fields):
-        keys = " or ".join(kind.keys)
         return f"found the fields {names}, expected {kind.title}, which names its video in {keys}"
     return ""
 

@@ -38,7 +38,7 @@ def film_html(film: Film | None, evidence: Evidence | None = None) -> str:
     """The strip and, once there is one, the curve, each point under its frame."""
     if film is None:
         return '<div class="film-empty">The frames that the model looks at will be shown here.</div>'
-    peak = range(*evidence.segments[evidence.peak]) if evidence is not None and evidence.matters else ()
+    peak = range(*evidence.segments[evidence.peak]) if evidence is not None and evidence.supports else ()
     frames = "".join(
         f'<figure class="film-frame{" film-peak" if place in peak else ""}">'
         f'<img src="{picture}" alt="frame {place + 1} of {len(film.pictures)}" loading="lazy">'
@@ -96,7 +96,7 @@ def _words(evidence: Evidence) -> str:
             "No part of the video speaks for this answer or against it: leaving any out makes a difference of at most "
             f"{evidence.bound:.2g} nats."
         )
-    elif score <= 0:
+    elif not evidence.supports:
         found = "No part of the video speaks for this answer: leaving any out makes it no less likely."
     else:
         found = f"Most rests on {_span(evidence, first, end)}: without it the answer is {score:.3g} nats less likely."

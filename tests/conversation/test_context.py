@@ -27,7 +27,11 @@ from tests.helpers.videos import write_video
 
 FAMILIES = ("instructblip", "minigpt4")
 FRAMES, QUERIES = 64, 32  # the published MSVD and MSRVTT setting: 2,048 visual tokens
-PUBLISHED_SIZES: dict[str, Any] = {"num_query_tokens": QUERIES, "text_config": {"max_position_embeddings": 2048}}
+ONE_LAYER = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 1, "intermediate_size": 32}
+PUBLISHED_SIZES: dict[str, Any] = {
+    "num_query_tokens": QUERIES,
+    "text_config": {"max_position_embeddings": 2048, **ONE_LAYER},
+}
 SHORT = Decoding(num_beams=1, max_new_tokens=8, repetition_penalty=1.5)
 GPT2 = {"model_type": "gpt2", "max_position_embeddings": 64}
 
@@ -340,6 +344,7 @@ def test_a_rerun_does_not_mix_context_rules(
         (3, [], 3, "3 frames of each video, the checkpoint's own number"),
         (3, ["--num-frames", "4"], 4, "4 frames of each video (the checkpoint's own number: 3)"),
         (3, ["--cfg-path", "frames.yaml"], 2, "2 frames of each video (the checkpoint's own number: 3)"),
+        (3, ["--options", "evaluation.num_frames=null"], 3, "3 frames of each video, the checkpoint's own number"),
     ],
 )
 def test_a_checkpoint_is_asked_with_its_own_number_of_frames(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ def refused(capsys: pytest.CaptureFixture[str], output: Path, name: str, *more: 
 
 
 # ---- VideoQA --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("named", "file"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_in_either_unicode_form(
+    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: Any, file: Any
+) -> None:
+    """Files from a Mac have "e" and an accent where the annotations have "\u00e9"."""
+    name, stored = (unicodedata.normalize(form, "caf\u00e9") for form in (named, file))
+    questions = [asked(video_name=video_name, id=number) for number, video_name in enumerate((name, f"{name}.mp4"))]
+    root = put(tmp_path, {"test_qa.json": questions}, video, f"videos/{stored}.mp4")
+    files = words(root / "test_qa.json", root / "videos")
+    assert evaluate("msvd", tmp_path / "out", *files) == 0
+    assert results(tmp_path / "out", "msvd")[0]["counts"]["answered"] == 2
+    assert doctor(capsys, "msvd", *files) == []
 
 
 @pytest.mark.parametrize("beside", ["", "videos/"])
@@ -297,6 +312,16 @@ def test_a_pointer_in_place_of_a_video_is_named(tmp_path, video, capsys) -> None
     )
     (fault,) = doctor(capsys, "mvbench", *words(root), code=1)
     assert fault["kind"] == "unreadable" and fault["sentence"] in lines[0]["error"]
+
+
+def test_files_that_macs_put_into_archives_are_passed_over(
+    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"json/own.json": [item("a.mp4")], "json/._own.json": "\x00\x05\x16\x07"}
+    root = put(tmp_path, files, video, "video/a.mp4")
+    assert evaluate("mvbench", tmp_path / "out", *words(root)) == 0
+    assert results(tmp_path / "out", "mvbench")[0]["counts"]["total"] == 1
+    assert doctor(capsys, "mvbench", *words(root)) == []
 
 
 def test_two_files_of_one_task(tmp_path, video, capsys) -> None:

@@ -72,6 +72,8 @@ def test_differences_within_the_bound_are_no_evidence() -> None:
     small = replace(EVIDENCE, scores=[0.009, -0.009, 0.0])
     assert "difference of at most 0.01 nats" in film_html(FILM, small) and "Most rests" not in film_html(FILM, small)
     assert "Most rests" in film_html(FILM, replace(EVIDENCE, scores=[0.011, 0.0, 0.0]))
+    against = film_html(FILM, replace(EVIDENCE, scores=[0.001, -2.0, 0.0]))
+    assert "No part of the video speaks for this answer: " in against and "film-peak" not in against
     assert "did not read 2 parts" in film_html(FILM, replace(EVIDENCE, cut=[0, 1]))
 
 
