@@ -30,7 +30,7 @@ from stllm.conversation.templates import Turn
 from stllm.datasets.media import Clip
 from stllm.models.configuration import STLLMConfig
 from stllm.models.sequences import VISUAL_TOKEN_ID
-from stllm.models.st_llm import STLLM
+from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.vision import EvalTransform
 
@@ -59,7 +59,7 @@ class Chat:
         self.model = model.eval()
         self.processor = processor
         self.decoding = decoding or Decoding.published(processor.template)
-        self.num_frames = num_frames or default_num_frames(model.config)
+        self.num_frames = num_frames or default_num_frames(config_of(model))
         self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times

@@ -32,7 +32,10 @@ from stllm.datasets.readers import open_media
 logger = logging.getLogger(__name__)
 
 NAME = "st_llm"
-ARGUMENTS = ("pretrained", "cfg_path", "device", "dtype", "batch_size", "num_frames", "sampling", "reader", "system")
+ARGUMENTS = (
+    *("pretrained", "cfg_path", "device", "dtype", "batch_size", "num_frames", "sampling", "reader", "system"),
+    "context",
+)
 # The answer to a request that cannot be answered. It must be wrong by every metric: it is not empty, which some metrics
 # leave out or count as right; it has no letter of an option, no digit and no word, so that no correct answer is a part
 # of it; and it survives the removal of marks and capitals.
@@ -61,9 +64,11 @@ class STLLMForHarness(lmms):
 
     pretrained: weights of any layout that `stllm chat` reads. cfg_path: the model's YAML, default: what the checkpoint
         says. device, dtype: as everywhere in stllm. batch_size: questions answered at once.
-    num_frames: taken from each video; default: 64 for global-local models, 16 for others. sampling: which; a rule of
+    num_frames: taken from each video; default: the checkpoint's own, or else 64 for global-local models and 16 for
+        others. sampling: which; a rule of
         datasets/sampling.py. reader: auto, pyav or decord.
     system: "template" for the model family's own system sentence, "none", or a file with another; a task's own wins.
+    context: the rule for long prompts, `published` (the default) or `all`; see conversation/context.py.
     Raises UserError for what cannot be loaded.
     """
 
@@ -80,6 +85,7 @@ class STLLMForHarness(lmms):
         sampling: str = "uniform",
         reader: str = "auto",
         system: str = "template",
+        context: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -90,7 +96,9 @@ class STLLMForHarness(lmms):
 
         frames = None if num_frames is None else _number("num_frames", num_frames)
         self.batch_size = _number("batch_size", batch_size)
-        self.chat = load_chat(pretrained, cfg_path=cfg_path, device=device, dtype=dtype, num_frames=frames)
+        self.chat = load_chat(
+            pretrained, cfg_path=cfg_path, device=device, dtype=dtype, num_frames=frames, context=context
+        )
         self.sampling, self.reader = sampling, reader
         known: dict[str, str | None] = {"template": self.chat.processor.template.system, "none": ""}
         self.system = known[system] if system in known else self._resolve_system_prompt(system)
@@ -134,7 +142,10 @@ class STLLMForHarness(lmms):
         """The answers to some requests, None for one that cannot be answered."""
         texts: list[str | None] = [None] * len(arguments)
         with TemporaryDirectory(prefix="stllm_lmms_eval_") as folder:
-            read = [self._prepared(one, Path(folder) / str(number)) for number, one in enumerate(arguments)]
+            read = [
+                self._prepared(one, Path(folder) / str(number), settings.decoding)
+                for number, one in enumerate(arguments)
+            ]
         prepared = {number: one for number, one in enumerate(read) if one is not None}
         for with_media in (True, False):  # a batch is of one kind
             numbers = [number for number, one in prepared.items() if (one.visual is not None) == with_media]
@@ -143,12 +154,12 @@ class STLLMForHarness(lmms):
                 texts[number] = cut(answer.text, settings.until)
         return texts
 
-    def _prepared(self, arguments: tuple[Any, ...], folder: Path) -> Prepared | None:
+    def _prepared(self, arguments: tuple[Any, ...], folder: Path, decoding: Decoding) -> Prepared | None:
         """A request whose medium is read and encoded; None, with a warning, for one that cannot be answered."""
         _, doc_to_messages, _, doc_id, task, split = arguments
         try:
             messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).messages
-            return self.chat.prepare(self._request(messages, folder))
+            return self.chat.prepare(self._request(messages, folder), decoding)
         except (RequestError, MediaError, *NOT_THERE) as error:
             logger.warning("%s, document %s: %s", task, doc_id, error)
             return None

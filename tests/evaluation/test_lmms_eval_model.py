@@ -161,6 +161,23 @@ def test_each_request_keeps_its_own_settings(model: STLLMForHarness, documents: 
     assert cut_short == expected[0].split(word)[0]
 
 
+@pytest.mark.parametrize(("max_new_tokens", "length"), [(4, 1996), (1000, 1000)])
+def test_a_prompt_leaves_room_for_the_tasks_own_answer(
+    model: STLLMForHarness, monkeypatch: pytest.MonkeyPatch, max_new_tokens: int, length: int
+) -> None:
+    """The published context rule, with the number of new tokens that the task names."""
+    lengths: list[int] = []
+
+    def complete(prepared: Sequence[Any], decoding: Decoding) -> list[Any]:
+        lengths.extend(one.length for one in prepared)
+        return [SimpleNamespace(text="red") for _ in prepared]
+
+    monkeypatch.setattr(model.chat, "complete", complete)
+    talk = [says("what " * 1500), says("a ball", role="assistant"), says("and then")]
+    assert ask(model, [talk], {"max_new_tokens": max_new_tokens}) == ["red"]
+    assert lengths == [length]
+
+
 def test_messages_become_a_conversation(model: STLLMForHarness, documents: list[dict[str, Any]]) -> None:
     path = documents[0]["path"]
     messages = [
