@@ -167,8 +167,8 @@ def _sources(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Ite
         return []
     if args.format != "vc2":
         raise UserError(
-            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or check "
-            "a few items with stllm evaluate --limit"
+            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or "
+            "check a few items with stllm evaluate --limit"
         )
     return [training_source(args.format, args.anno_path, args.video_dir or os.path.dirname(args.anno_path) or ".")]
 
