@@ -66,16 +66,19 @@ class DatasetSettings:
 
 
 def check_entry(name: str, entry: Mapping[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
-    """An entry's values converted and checked; its keys are known already (layers.py).
+    """An entry's values converted and checked, those that are null left out; its keys are known already (layers.py).
 
-    where: tells which file a dotted key stands in. Raises UserError for a value of a wrong type or out of range.
+    where: gives the file that a dotted key is in. Raises UserError for a value of a wrong type or out of range.
     """
     types = typing.get_type_hints(DatasetSettings)
     known = {f.name: f for f in fields(DatasetSettings)}
     result: dict[str, Any] = {}
     for key, value in entry.items():
         dotted = f"datasets.{name}.{key}"
-        result[key] = typed(value, types[key], dotted, where)
+        value = typed(value, types[key], dotted, where)
+        if value is None:
+            continue  # the shipped value or the default holds
+        result[key] = value
         fault = field_fault(known[key], result[key], dotted)
         if key in TEXTS and not all(isinstance(text, str) for text in texts(value)):
             fault = f"'{dotted}' must be a text or a list of texts, found {value!r}"

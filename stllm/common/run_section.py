@@ -7,11 +7,13 @@ them is in exactly one of three tables: HONOURED, UNUSED (accepted with a note) 
 
 import dataclasses
 import enum
+import json
 import logging
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ HONOURED = {
     *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("activation_checkpointing", "activation_checkpointing_kwargs"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
-    *("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm", "debug"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm"),
     *("log_level", "log_level_replica", "log_on_each_node"),  # of transformers' own messages
     *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
@@ -111,6 +113,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "load_best_model_at_end": (False, "training does not evaluate, so no checkpoint is known to be the best"),
     "eval_strategy": ("no", _EVALUATION),
     "eval_on_start": (False, _EVALUATION),
+    "debug": (None, "transformers' check for overflow can't read a batch's masks; a loss that is NaN stops the run"),
     "push_to_hub": (False, "training uploads nothing; upload the finished folder with `hf upload NAME DIR`"),
     "optim_target_modules": (
         None,
@@ -121,7 +124,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 # Lowest and highest value, both allowed; None: no bound.
 BOUNDS: dict[str, tuple[float, float | None]] = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "ddp_timeout"), (1, None)),
+    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "every_n_layers"), (1, None)),
+    "ddp_timeout": (1, 10**9),  # seconds
     **dict.fromkeys(("dataloader_prefetch_factor", "ddp_bucket_cap_mb", "torch_empty_cache_steps"), (1, None)),
     **dict.fromkeys(("dataloader_num_workers", "save_total_limit", "warmup_steps"), (0, None)),
     **dict.fromkeys(("learning_rate", "projection_lr", "weight_decay", "max_grad_norm", "adam_epsilon"), (0, None)),
@@ -130,13 +134,32 @@ BOUNDS: dict[str, tuple[float, float | None]] = {
 }
 POSITIVE = ("num_train_epochs", "save_steps", "logging_steps")
 STEPS = ("warmup_steps", "save_steps", "logging_steps")  # a number of steps, or below 1 a share of all steps
-# Of `fsdp_config`, which transformers does not check; each may begin with `fsdp_`.
-FSDP_KEYS = (
-    *("version", "reshard_after_forward", "cpu_offload", "activation_checkpointing", "cpu_ram_efficient_loading"),
-    *("state_dict_type", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"),
-    *("forward_prefetch", "backward_prefetch", "limit_all_gathers", "use_orig_params", "sync_module_states"),
-    *("xla", "xla_fsdp_v2", "xla_fsdp_settings", "xla_fsdp_grad_ckpt"),
-)
+# Mapping -> the types of its keys. transformers does not check these; those of `fsdp_config` may begin with `fsdp_`.
+_CHECKPOINTING = {
+    **dict.fromkeys(("use_reentrant", "preserve_rng_state", "debug", "early_stop", "offload"), bool),
+    "determinism_check": str,
+    "every_n_layers": int,
+}
+SUBKEYS: dict[str, dict[str, Any]] = {
+    "fsdp_config": dict.fromkeys(
+        (
+            *("version", "reshard_after_forward", "cpu_offload", "activation_checkpointing"),
+            *("cpu_ram_efficient_loading", "state_dict_type", "auto_wrap_policy", "transformer_layer_cls_to_wrap"),
+            *("min_num_params", "forward_prefetch", "backward_prefetch", "limit_all_gathers", "use_orig_params"),
+            *("sync_module_states", "xla", "xla_fsdp_v2", "xla_fsdp_settings", "xla_fsdp_grad_ckpt"),
+        ),
+        Any,
+    ),
+    "activation_checkpointing_kwargs": _CHECKPOINTING,
+    "gradient_checkpointing_kwargs": _CHECKPOINTING,
+}
+# Mapping -> the switches without any of which it has no effect.
+SWITCHED_BY = {
+    "fsdp_config": ("fsdp",),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
+}
+JSON_FILES = ("deepspeed", "fsdp_config")  # mappings, or the names of files that hold them
 DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repository
 _NODES: dict[Any, tuple[Callable[..., Any], str]] = {
     bool: (BooleanNode, "true or false"),
@@ -157,13 +180,16 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
     for key, value in given.items():
         new, new_value = key, value
         if key not in known and key in SWITCHES:
-            if not value:
+            if not typed(value, bool, f"run.{key}", lambda _: source):
                 continue
             new, new_value = SWITCHES[key]
         elif key not in known and key in RENAMED:
             new = RENAMED[key]
-            if key == "warmup_ratio" and isinstance(value, (int, float)) and not 0 <= value < 1:
-                raise UserError(f"{source}: 'run.warmup_ratio' must be at least 0 and below 1, found {value!r}")
+            is_open = isinstance(value, str) and "${" in value
+            if key == "warmup_ratio" and value is not None and not is_open:
+                new_value = typed(value, float, "run.warmup_ratio", lambda _: source)
+                if not 0 <= new_value < 1:
+                    raise UserError(f"{source}: 'run.warmup_ratio' must be at least 0 and below 1, found {value!r}")
         unused = "it is off unless it is asked for" if (key, value) == ("tf32", False) else UNUSED.get(new)
         if unused is not None:
             log.info("%s: run.%s has no effect: %s", source, key, unused, extra=ONCE)
@@ -182,14 +208,17 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
 def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
     """The merged and resolved `run` with our defaults under it, its values checked and converted.
 
-    where: gives the file that a dotted key is in. Text that spells a number or a switch (as `${oc.env:NAME}` gives it)
-    is converted. Raises UserError for a value of a wrong type, out of range or outside an enumeration.
+    A key that is null is left out, so that its default holds. where: gives the file that a dotted key is in. Text that
+    spells a number or a switch (as `${oc.env:NAME}` gives it) is converted. Raises UserError for a value of a wrong
+    type, out of range or outside an enumeration.
     """
     known = run_keys()
     ours = [f for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata]
     result = {f.name: f.default for f in ours}
     for key, value in run.items():
-        result[key] = typed(value, known[key], f"run.{key}", where)
+        value = typed(value, known[key], f"run.{key}", where)
+        if value is not None:
+            result[key] = value
     for f in ours:
         fault = field_fault(f, result[f.name], f"run.{f.name}")
         if fault:
@@ -197,7 +226,11 @@ def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any
     for key, value in result.items():
         if fault := _number_fault(key, value):
             raise UserError(f"{where('run.' + key)}: 'run.{key}' must be {fault}, found {value}")
-    _check_fsdp_config(result.get("fsdp_config"), where)
+    for key, switches in SWITCHED_BY.items():
+        if isinstance(result.get(key), dict):
+            result[key] = _mapping(result[key], SUBKEYS[key], f"run.{key}", where)
+        if result.get(key) and not any(result.get(switch) for switch in switches):
+            log.info("%s: run.%s has no effect without run.%s", where(f"run.{key}"), key, switches[0], extra=ONCE)
     deepspeed: Any = result.get("deepspeed")
     if isinstance(deepspeed, str):
         result["deepspeed"] = _deepspeed_file(deepspeed, where("run.deepspeed"))
@@ -239,11 +272,19 @@ def _number_fault(key: str, value: Any) -> str | None:
     return None
 
 
-def _check_fsdp_config(given: Any, where: Callable[[str], str]) -> None:
-    for name in given if isinstance(given, dict) else ():
-        if str(name).removeprefix("fsdp_") not in FSDP_KEYS:
-            key = f"run.fsdp_config.{name}"
-            raise UserError(f"{where(key)}: {unknown_name('key of run.fsdp_config', str(name), FSDP_KEYS)}")
+def _mapping(
+    given: Mapping[str, Any], types: Mapping[str, Any], key: str, where: Callable[[str], str]
+) -> dict[str, Any]:
+    """A mapping's values converted and checked. Raises UserError for an unknown key and as `typed` does."""
+    result = {}
+    for name, value in given.items():
+        plain, dotted = str(name).removeprefix("fsdp_"), f"{key}.{name}"
+        if plain not in types:
+            raise UserError(f"{where(dotted)}: {unknown_name(f'key of {key}', str(name), types)}")
+        result[name] = typed(value, types[plain], dotted, where)
+        if fault := _number_fault(plain, result[name]):
+            raise UserError(f"{where(dotted)}: '{dotted}' must be {fault}, found {value}")
+    return result
 
 
 def _deepspeed_file(path: str, source: str) -> str:
@@ -256,10 +297,12 @@ def _deepspeed_file(path: str, source: str) -> str:
 
 
 def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
-    """The value converted to the type, where that is a simple one.
+    """The value converted to the type; None for a false value of a type that has no switch (`deepspeed: false`).
 
     Raises UserError, naming the key, when it cannot be converted or is no member of the type's enumeration.
     """
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where(key)}: '{key}' must be between -2**63 and 2**63, found a larger number")
     if key == "run.fsdp" and isinstance(value, bool):  # text by its annotation, a switch by its documentation
         # where it is a list of words yet, the switch would not wrap layer by layer
         return value if _simple(annotation) or not value else "full_shard auto_wrap"
@@ -268,8 +311,10 @@ def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) ->
     if choices and value is not None and value not in choices:
         raise UserError(f"{where(key)}: {unknown_name(key, str(value), choices)}")
     kind = _simple(annotation)
-    if kind is None or value is None:
-        return value
+    if value is None:
+        return None
+    if kind is None:
+        return _container(value, annotation, key, where)
     node, words = _NODES[kind]
     try:
         converted = node(value)._value()
@@ -277,6 +322,27 @@ def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) ->
         raise UserError(f"{where(key)}: '{key}' must be {words}, found {value!r}") from None
     # a whole number stays one where a fraction is allowed: 100 warm-up steps are not 100.0
     return value if kind is float and isinstance(value, int) else converted
+
+
+def _container(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
+    """A value of a type that takes mappings or lists; text in place of a mapping is JSON, or names a file."""
+    kinds = [typing.get_origin(kind) or kind for kind in _members(annotation)]
+    if not set(kinds) <= _CONTAINERS.keys():
+        return value  # enumerations are checked already, and Any takes anything
+    if value is False and bool not in kinds:
+        return None
+    found = value
+    if isinstance(value, str) and dict in kinds and key.removeprefix("run.") not in JSON_FILES:
+        kinds = [dict]
+        with suppress(ValueError):
+            found = json.loads(value)
+    if not isinstance(found, tuple(kinds)) or (isinstance(found, bool) and bool not in kinds):
+        words = " or ".join(_CONTAINERS[kind] for kind in kinds)
+        raise UserError(f"{where(key)}: '{key}' must be {words}, found {value!r}")
+    return found
+
+
+_CONTAINERS: dict[Any, str] = {dict: "a mapping of keys", list: "a list", str: "text", bool: "true or false"}
 
 
 def _simple(annotation: Any) -> type | None:

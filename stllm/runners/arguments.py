@@ -4,19 +4,23 @@ Everything that transformers would refuse later, after the weights are loaded, i
 """
 
 import copy
+import inspect
 import json
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
+from torch import distributed as dist
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.training_args import OptimizerNames, ParallelMode
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.training_args import OptimizerNames, ParallelMode, trainer_log_levels
 
 from stllm.common.device import DTYPE_ALIASES, resolve_device
 from stllm.common.errors import UserError, unknown_name
@@ -53,6 +57,10 @@ def training_arguments(
             "and --gpu-id, and choose GPUs with the environment variable CUDA_VISIBLE_DEVICES"
         )
     values["use_cpu"] = place.type == "cpu"
+    for key in {"adam_beta1", "adam_beta2"} & values.keys():
+        values[key] = float(values[key])  # torch refuses 0 beside 0.999
+    if "LOCAL_RANK" not in os.environ:
+        values.pop("ddp_backend", None)  # accelerate would look for the other processes
     values.setdefault("report_to", "none")
     values.setdefault("disable_tqdm", False)
     values.setdefault("dataloader_persistent_workers", bool(values.get("dataloader_num_workers")))
@@ -60,6 +68,8 @@ def training_arguments(
     try:
         args = TrainingArguments(**values)
         _try_optimizer(args)
+    except UserError:
+        raise
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         raise UserError(f"the run section can't be used: {' '.join(str(error).split())}") from error
     args._n_gpu = min(args.n_gpu, 1)  # torchrun starts a process for each GPU; torch.nn.DataParallel is never used
@@ -78,7 +88,7 @@ def training_arguments(
 def _check_values(values: Mapping[str, Any]) -> None:
     """Raises UserError for values that training refuses, and for files and packages that are not there."""
     for key, (accepted, reason) in REFUSED.items():
-        if key in values and values[key] != accepted:
+        if key in values and values[key] != accepted and not (accepted is None and values[key] == ""):
             raise UserError(
                 f"run.{key} must be {'unset' if accepted is None else accepted}, found {values[key]!r}: {reason}"
             )
@@ -89,10 +99,17 @@ def _check_values(values: Mapping[str, Any]) -> None:
             f"run.optim {values['optim']!r} is not supported, as it needs its own parameter groups: use "
             "adamw_torch, adafactor or a bitsandbytes optimizer such as adamw_bnb_8bit"
         )
-    methods = multiprocessing.get_all_start_methods()
-    context = values.get("dataloader_multiprocessing_context")
-    if context is not None and context not in methods:
-        raise UserError(unknown_name("run.dataloader_multiprocessing_context", str(context), methods))
+    choices: dict[str, Iterable[str]] = {
+        "dataloader_multiprocessing_context": multiprocessing.get_all_start_methods(),
+        "ddp_backend": [name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED],
+        "log_level": trainer_log_levels,
+        "log_level_replica": trainer_log_levels,
+        "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend],
+        "torch_compile_mode": torch._inductor.list_mode_options(),
+    }
+    for key, known in choices.items():
+        if key in values and values[key] not in known:
+            raise UserError(unknown_name(f"run.{key}", str(values[key]), known))
     named = values.get("report_to") or []
     for tracker in [named] if isinstance(named, str) else named:
         if tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
@@ -124,6 +141,8 @@ def _check_json(key: str, path: str) -> None:
 
 def _try_optimizer(args: TrainingArguments) -> None:
     """Builds optimizer and schedule for one parameter, so that what is missing or wrong is found before training."""
+    if args.optim_args and not all(part.count("=") == 1 for part in args.optim_args.split(",")):
+        raise UserError(f"run.optim_args must be key=value pairs with commas between them, found {args.optim_args!r}")
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     if args.optim_args:
         plain = copy.copy(args)
@@ -132,8 +151,13 @@ def _try_optimizer(args: TrainingArguments) -> None:
             name = OptimizerNames(args.optim).value
             raise ValueError(f"run.optim_args {args.optim_args!r} has no effect on run.optim {name}")
     optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
-    if isinstance(args.lr_scheduler_kwargs, str):  # transformers has turned JSON into a mapping by now
-        raise ValueError(f"run.lr_scheduler_kwargs must be a mapping of keys, found {args.lr_scheduler_kwargs!r}")
+    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters
+    known = parameters.keys() - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for name in args.lr_scheduler_kwargs or () if "kwargs" not in known else ():
+        if not known:
+            raise UserError(f"run.lr_scheduler_type {args.lr_scheduler_type.value} takes no lr_scheduler_kwargs")
+        if name not in known:
+            raise UserError(unknown_name("key of run.lr_scheduler_kwargs", str(name), known))
     get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,

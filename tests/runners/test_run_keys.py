@@ -15,8 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from stllm.cli import main
 from stllm.common.config import load_config
+from stllm.common.datasets_section import DatasetSettings
 from stllm.common.errors import UserError
-from stllm.common.run_section import HONOURED, REFUSED, UNUSED
+from stllm.common.run_section import HONOURED, REFUSED, RENAMED, SWITCHES, UNUSED, run_keys
+from stllm.common.schema import RunSettings
 from stllm.runners.trainer import STLLMTrainer
 from tests.helpers.training import read_log, write_recipe
 
@@ -66,8 +68,40 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
         (("adam_beta2=1",), "the run section can't be used: Invalid beta parameter at index 1"),
         (("data_seed=-1",), "'run.data_seed' must be from 0 to 4294967295, found -1"),
         (("lr_scheduler_type=cosin",), "unknown run.lr_scheduler_type 'cosin': known are constant, "),
-        (("lr_scheduler_type=cosine", "lr_scheduler_kwargs={x: 1}"), "unexpected keyword argument 'x'"),
-        (("lr_scheduler_kwargs=abc",), "run.lr_scheduler_kwargs must be a mapping of keys, found 'abc'"),
+        (
+            ("lr_scheduler_type=cosine", "lr_scheduler_kwargs={num_cycle: 1}"),
+            "unknown key of run.lr_scheduler_kwargs 'num_cycle': known are num_cycles",
+        ),
+        (
+            ("lr_scheduler_type=constant", "lr_scheduler_kwargs={num_cycles: 1}"),
+            "run.lr_scheduler_type constant takes no lr_scheduler_kwargs",
+        ),
+        (("lr_scheduler_kwargs=abc",), "'run.lr_scheduler_kwargs' must be a mapping of keys, found 'abc'"),
+        (("lr_scheduler_kwargs=[1]",), "'run.lr_scheduler_kwargs' must be a mapping of keys or text, found [1]"),
+        (("gradient_checkpointing_kwargs=abc",), "must be a mapping of keys, found 'abc'"),
+        (
+            ("gradient_checkpointing_kwargs={use_reentrat: true}",),
+            "unknown key of run.gradient_checkpointing_kwargs 'use_reentrat': known are ",
+        ),
+        (
+            ("activation_checkpointing_kwargs={every_n_layers: 0}",),
+            "'run.activation_checkpointing_kwargs.every_n_layers' must be at least 1, found 0",
+        ),
+        (("fsdp_config={fsdp_versio: 2}",), "unknown key of run.fsdp_config 'fsdp_versio': known are "),
+        (("fsdp_config=1",), "'run.fsdp_config' must be a mapping of keys or text, found 1"),
+        (("report_to=5",), "'run.report_to' must be text or a list, found 5"),
+        (("torch_compile_mode=abc",), "unknown run.torch_compile_mode 'abc': known are default, "),
+        (("torch_compile_backend=abc",), "unknown run.torch_compile_backend 'abc': known are "),
+        (("log_level=abc",), "unknown run.log_level 'abc': known are critical, "),
+        (("ddp_backend=abc",), "unknown run.ddp_backend 'abc': known are "),
+        (("ddp_timeout=1000000000000000",), "'run.ddp_timeout' must be from 1 to 1000000000"),
+        (("debug=underflow_overflow",), "run.debug must be unset, found 'underflow_overflow'"),
+        (("adafactor=perhaps",), "'run.adafactor' must be true or false, found 'perhaps'"),
+        (("warmup_ratio='1'",), "'run.warmup_ratio' must be at least 0 and below 1, found '1'"),
+        *(
+            ((f"{key}=1{'0' * 400}",), f"'run.{key}' must be between -2**63 and 2**63")
+            for key in ("seed", "learning_rate", "max_steps", "logging_steps", "max_tries")
+        ),
         (("lr_scheduler_type=reduce_lr_on_plateau",), "requires an eval strategy"),
         (("optim=adam",), "unknown run.optim 'adam': known are "),
         (("optim=adamw_bnb_8bit",), "bitsandbytes"),
@@ -76,6 +110,10 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
         (("optim=schedule_free_adamw",), "schedulefree"),
         (("optim=galore_adamw",), "run.optim 'galore_adamw' is not supported"),
         (("optim=lomo",), "run.optim 'lomo' is not supported"),
+        (
+            ("optim=sgd", "optim_args=abc"),
+            "run.optim_args must be key=value pairs with commas between them, found 'abc'",
+        ),
         (("optim_args='beta1=0.5'",), "run.optim_args 'beta1=0.5' has no effect on run.optim adamw_torch_fused"),
         (("report_to=wandbb",), "unknown run.report_to 'wandbb'"),
         (("report_to=[mlflow]",), "run.report_to names mlflow, which is not installed: `pip install mlflow`"),
@@ -197,10 +235,10 @@ def test_honoured_keys_have_their_effect(trainer_of: Callable[..., STLLMTrainer]
         trainer = trainer_of(
             *("seed=5", "data_seed=9", "full_determinism=true", "per_device_train_batch_size=2", "num_train_epochs=3"),
             *("optim=adamw_torch", "learning_rate=0.004", "mm_projector_lr=0.002", "weight_decay=0.25"),
-            *("adam_beta1=0.5", "adam_beta2=0.625", "adam_epsilon=0.001", "max_grad_norm=0.5"),
+            *("adam_beta1=0", "adam_beta2=0.625", "adam_epsilon=0.001", "max_grad_norm=0.5"),
             *("lr_scheduler_type=cosine_with_min_lr", "lr_scheduler_kwargs={min_lr: 0.001}", "warmup_ratio=0.2"),
             *("bf16=true", "torch_compile_mode=reduce-overhead", "gradient_checkpointing=true"),
-            *("debug=underflow_overflow", "log_level=error", "max_steps=-1"),
+            *("log_level=error", "max_steps=-1", "ddp_backend=gloo"),
             *("dataloader_num_workers=1", "dataloader_prefetch_factor=3", "dataloader_persistent_workers=false"),
             *("dataloader_multiprocessing_context=spawn", "ddp_find_unused_parameters=true", "ddp_bucket_cap_mb=7"),
             *("ddp_broadcast_buffers=false", "ddp_static_graph=true", "disable_tqdm=true"),
@@ -217,7 +255,7 @@ def test_honoured_keys_have_their_effect(trainer_of: Callable[..., STLLMTrainer]
     groups = trainer.optimizer.param_groups
     assert {group["initial_lr"] for group in groups} == {0.004, 0.002}
     assert {group["weight_decay"] for group in groups} == {0.25, 0.0}
-    assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.625), 0.001)}
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.0, 0.625), 0.001)}
     rates = []
     for _ in range(10):
         trainer.optimizer.step()
@@ -227,7 +265,6 @@ def test_honoured_keys_have_their_effect(trainer_of: Callable[..., STLLMTrainer]
     assert trainer.accelerator.mixed_precision == "bf16"
     assert trainer.accelerator.state.dynamo_plugin.mode == "reduce-overhead"
     assert trainer.model.is_gradient_checkpointing
-    assert any(module._forward_hooks for module in trainer.model.modules())
     loader = trainer.get_train_dataloader()
     assert (loader.num_workers, loader.prefetch_factor, loader.persistent_workers) == (1, 3, False)
     assert loader.multiprocessing_context.get_start_method() == "spawn"
@@ -266,6 +303,33 @@ def test_keys_without_an_effect_are_noted(recipe: Path, caplog: pytest.LogCaptur
     for name in names:
         assert f"--options: run.{name} has no effect: {UNUSED[name]}" in caplog.messages
     assert not names & run.keys()
+
+
+def test_a_null_key_has_its_default(recipe: Path) -> None:
+    keys = [*run_keys(), *RENAMED, *SWITCHES]
+    cfg = load_config(recipe, [f"run.{key}=null" for key in keys if key not in UNUSED and RENAMED.get(key) not in keys])
+    defaults = {f.name: f.default for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata}
+    assert cfg.run == defaults
+    entry = "datasets.toy_state"
+    cfg = load_config(recipe, [f"{entry}.{f.name}=null" for f in dataclasses.fields(DatasetSettings)])
+    assert cfg.datasets.toy_state == {}
+
+
+def test_a_switch_that_is_off_in_words(recipe: Path) -> None:
+    options = ["run.adafactor='off'", "run.deepspeed=false", "run.report_to=false", "run.warmup_ratio='0.25'"]
+    run = load_config(recipe, options).run
+    assert not {"optim", "deepspeed", "report_to"} & run.keys() and run.warmup_steps == 0.25
+
+
+def test_mappings_without_their_switch_are_noted(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    kwargs = "run.gradient_checkpointing_kwargs={use_reentrant: true}"
+    note = "--options: run.gradient_checkpointing_kwargs has no effect without run.activation_checkpointing"
+    load_config(recipe, [kwargs, "run.gradient_checkpointing=true"])
+    assert note not in caplog.messages
+    load_config(recipe, [kwargs, "run.fsdp_config={version: 2}"])
+    assert note in caplog.messages
+    assert "--options: run.fsdp_config has no effect without run.fsdp" in caplog.messages
 
 
 def test_a_run_that_must_begin_anew_does_so_in_a_new_folder_alone(
