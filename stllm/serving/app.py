@@ -1,6 +1,7 @@
 """The web application: /v1/chat/completions, /v1/models, /health. It holds no state of a client between requests."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -12,13 +13,13 @@ from typing import Any
 
 import anyio
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stllm.conversation.chat import Chat
 from stllm.serving.answering import answer_steps, hiding
@@ -30,7 +31,7 @@ from stllm.serving.media import fetch_medium
 from stllm.serving.replies import Finished, Reply, event, model_object
 from stllm.serving.requests import Asked, parse_request
 
-TEMPORARY = "stllm-serve-"  # begins the names of folders for uploads
+HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
 GONE = Response(status_code=499)  # nobody reads it
 
 Step = str | Finished
@@ -39,12 +40,17 @@ Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 @dataclass
 class Server:
-    """One engine and its queue. name: of the model; media_root: the folder of which clients may name files, or None."""
+    """One engine and its queue.
+
+    name: of the model. media_root: the folder of which clients may name files, or None.
+    folder: where the media of requests are written; None: the system's folder for temporary files.
+    """
 
     chat: Chat
     name: str
     media_root: Path | None = None
     limits: Limits = field(default_factory=Limits)
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.jobs = Jobs(1 + self.limits.waiting)
@@ -114,7 +120,8 @@ class Server:
         asked = parse_request(body, model=self.name, usual=self.chat.decoding, limits=self.limits)
         if asked.url is None:
             return asked, None
-        folder = Path(job.resources.enter_context(TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True)))
+        place = TemporaryDirectory(prefix="request-", dir=self.folder, ignore_cleanup_errors=True)
+        folder = Path(job.resources.enter_context(place))
         with hiding(None):
             path = fetch_medium(asked.url, folder=folder, root=self.media_root, limits=self.limits)
         with hiding(path):
@@ -126,6 +133,27 @@ class Server:
         while isinstance(step, str):
             step = await job.next()
         return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
+
+
+class OwnHosts:
+    """Middleware that turns away requests to other names, with which a page elsewhere would reach this machine.
+
+    As starlette's TrustedHostMiddleware, but its refusal is OpenAI's error object. hosts: names that are served.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or answers 400."""
+        if scope["type"] == "http":
+            named = HOST.fullmatch(Headers(scope=scope).get("host", ""))
+            if named is None or named[1].lower() not in self.hosts:
+                refusal = ApiError(400, f"invalid Host header: this server answers to {', '.join(self.hosts)}")
+                await _error_response(refusal)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class EventStream(StreamingResponse):
@@ -182,7 +210,7 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
             Route("/v1/models/{name:path}", _answers(server.model)),
             Route("/v1/chat/completions", _answers(server.completions), methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        middleware=[] if hosts is None else [Middleware(OwnHosts, hosts=hosts)],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.readers import open_media
+from stllm.datasets.sniff import EXPECTED, kind_of, read_head
 
 MEBIBYTE = 1 << 20
 
@@ -42,6 +43,8 @@ class Limits:
     def check_file(self, path: Path) -> None:
         """Looks into the file without decoding it. Raises MediaError for one that is no medium, or too large."""
         self.check_size(path.stat().st_size)
+        if kind_of(read_head(path)) == "text":  # without its first words: it may be a file that the client cannot read
+            raise MediaError(f"{path}: found text, expected {EXPECTED}")
         with open_media(path) as medium:
             info = medium.info
         if info.kind != "image" and info.duration > self.media_seconds:
