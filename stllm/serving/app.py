@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stllm.conversation.chat import Chat
+from stllm.datasets.media_info import limited_pixels
 from stllm.serving.answering import answer_steps, hiding
 from stllm.serving.body import read_body
 from stllm.serving.errors import ApiError, api_error
@@ -84,7 +85,7 @@ class Server:
         streams = False
         try:
             asked, path = await self._arrive(request, job)
-            job.start(partial(answer_steps, self.chat, asked, path))
+            job.start(partial(answer_steps, self.chat, self.limits, asked, path))
             watch = asyncio.create_task(_give_up_when_gone(request, job))
             try:
                 first = await job.next()
@@ -124,8 +125,6 @@ class Server:
         folder = Path(job.resources.enter_context(place))
         with hiding(None):
             path = fetch_medium(asked.url, folder=folder, root=self.media_root, limits=self.limits)
-        with hiding(path):
-            self.limits.check_file(path)
         return asked, path
 
     async def _whole(self, job: Job[Step], first: Step) -> Response:
@@ -200,8 +199,9 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(server.jobs.close)
+        with limited_pixels(server.limits.media_pixels):
+            yield
+            await anyio.to_thread.run_sync(server.jobs.close)
 
     return Starlette(
         routes=[

@@ -8,6 +8,7 @@ from stllm.datasets.readers import open_media
 from stllm.datasets.sniff import EXPECTED, kind_of, read_head
 
 MEBIBYTE = 1 << 20
+MEDIA_PIXELS = 36_000_000  # 8K, and a phone's pictures
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Limits:
 
     media_bytes: int = 100 * MEBIBYTE
     media_seconds: float = 1800.0
-    media_pixels: int = 36_000_000  # 8K, and a phone's pictures
+    media_pixels: int = MEDIA_PIXELS
     text_characters: int = 100_000
     frames: int = 128
     new_tokens: int = 1024
