@@ -24,15 +24,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stllm.conversation.chat import Chat
 from stllm.datasets.media_info import limited_pixels
 from stllm.serving.answering import answer_steps, hiding
-from stllm.serving.body import read_body
+from stllm.serving.body import Bodies
 from stllm.serving.errors import ApiError, api_error
 from stllm.serving.jobs import Job, Jobs
 from stllm.serving.limits import Limits
-from stllm.serving.media import fetch_medium
+from stllm.serving.media import fetch_medium, split_medium
 from stllm.serving.replies import Finished, Reply, event, model_object
 from stllm.serving.requests import Asked, parse_request
 
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
+BODIES = 8  # of the largest size that may arrive at once, chosen here; smaller ones are as many as fit
 GONE = Response(status_code=499)  # nobody reads it
 
 Step = str | Finished
@@ -55,6 +56,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.jobs = Jobs(1 + self.limits.waiting)
+        self.bodies = Bodies(self.limits.body_bytes, BODIES * self.limits.body_bytes, self.limits.body_seconds)
         self._created = int(time.time())
 
     # ---- endpoints --------------------------------------------------------------------------------------------------
@@ -78,13 +80,16 @@ class Server:
     async def completions(self, request: Request) -> Response:
         """Answers a chat completion request, whole or as a stream."""
         try:
-            job: Job[Step] = self.jobs.admit()
+            self.jobs.check_room()
         except ApiError:
-            await read_body(request, 0, self.limits.body_seconds)  # so that the client reads the refusal
+            await self.bodies.read(request, keep=False)  # so that the client reads the refusal
             raise
+        body = await self._arrive(request)
+        job: Job[Step] = self.jobs.admit()  # not before, so that slow senders hold no places
         streams = False
         try:
-            asked, path = await self._arrive(request, job)
+            asked, path = await anyio.to_thread.run_sync(self._unpack, body, job)
+            del body
             job.start(partial(answer_steps, self.chat, self.limits, asked, path))
             watch = asyncio.create_task(_give_up_when_gone(request, job))
             try:
@@ -103,28 +108,30 @@ class Server:
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
-    async def _arrive(self, request: Request, job: Job[Step]) -> tuple[Asked, Path | None]:
-        """The request as it was asked, and its medium as a file, which goes when the job leaves."""
+    async def _arrive(self, request: Request) -> bytearray:
+        """The request's body. Raises ApiError when it is no JSON, too large or too slow."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             # A page elsewhere on the web can have a browser send any other type here unasked.
             raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
-        body = await read_body(request, self.limits.body_bytes, self.limits.body_seconds)
+        body = await self.bodies.read(request)
         if body is None:
             raise ApiError(
                 413,
                 f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
                 code="request_too_large",
             )
-        return await anyio.to_thread.run_sync(self._unpack, body, job)
+        return body
 
-    def _unpack(self, body: bytes, job: Job[Step]) -> tuple[Asked, Path | None]:
-        asked = parse_request(body, model=self.name, usual=self.chat.decoding, limits=self.limits)
+    def _unpack(self, body: bytearray, job: Job[Step]) -> tuple[Asked, Path | None]:
+        """The request as it was asked, and its medium as a file, which goes when the job leaves."""
+        words, medium = split_medium(body, self.limits)
+        asked = parse_request(words, model=self.name, usual=self.chat.decoding, limits=self.limits)
         if asked.url is None:
             return asked, None
         place = TemporaryDirectory(prefix="request-", dir=self.folder, ignore_cleanup_errors=True)
         folder = Path(job.resources.enter_context(place))
         with hiding(None):
-            path = fetch_medium(asked.url, folder=folder, root=self.media_root, limits=self.limits)
+            path = fetch_medium(asked.url, medium, folder=folder, root=self.media_root, limits=self.limits)
         return asked, path
 
     async def _whole(self, job: Job[Step], first: Step) -> Response:

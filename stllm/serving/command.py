@@ -16,9 +16,11 @@ from stllm.conversation.embedded import chosen_checkpoint
 from stllm.serving.app import Server, build_app
 from stllm.serving.ending import end_at_once, own_folder
 from stllm.serving.limits import MEBIBYTE, Limits
+from stllm.serving.protocol import TimedProtocol
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 SHUTDOWN_SECONDS = 5
+CONNECTIONS = 500  # fewer than the files that a process may open by default
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"warning: whoever reaches {args.host} can ask, without a password", file=sys.stderr)
         config = uvicorn.Config(
             app,
+            http=TimedProtocol,
+            limit_concurrency=CONNECTIONS,
             log_level="warning",
             access_log=False,
             server_header=False,

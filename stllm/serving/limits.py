@@ -29,9 +29,14 @@ class Limits:
     body_seconds: float = 60.0
 
     @property
+    def words_bytes(self) -> int:
+        """Of a request, all but its medium: the text, escaped, and the JSON around it."""
+        return 8 * self.text_characters + MEBIBYTE
+
+    @property
     def body_bytes(self) -> int:
-        """Of a request: the medium in base64, and text."""
-        return self.media_bytes * 4 // 3 + 8 * self.text_characters + MEBIBYTE
+        """Of a request: the medium in base64, and the rest."""
+        return self.media_bytes * 4 // 3 + self.words_bytes
 
     def check_size(self, num_bytes: int) -> None:
         """Raises MediaError for a file that is too large."""
