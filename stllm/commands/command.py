@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stllm.common.arguments import path, whole
+from stllm.common.arguments import host, path, whole
 from stllm.conversation.context import CONTEXTS, PUBLISHED
 
 Parser = argparse.ArgumentParser
@@ -47,7 +47,11 @@ def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) ->
 def add_address(parser: Parser, *, port: int) -> None:
     """`--host` and `--port` of a command that listens."""
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)"
+        "--host",
+        type=host,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen at (default: 127.0.0.1, this machine alone)",
     )
     parser.add_argument(
         "--port", type=whole(0, 65535), default=port, metavar="N", help=f"0: any that is free (default: {port})"

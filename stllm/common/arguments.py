@@ -13,6 +13,13 @@ def path(text: str) -> str:
     return text
 
 
+def host(text: str) -> str:
+    """An address or a host's name. An empty one, as of an unset variable, would open every address of the machine."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("found nothing, expected an address such as 127.0.0.1 (0.0.0.0: all of them)")
+    return text.strip()
+
+
 def names(text: str) -> list[str]:
     """Names between commas, at least one."""
     found = [name.strip() for name in text.split(",") if name.strip()]

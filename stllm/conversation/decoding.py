@@ -11,10 +11,12 @@ from stllm.common.errors import UserError
 from stllm.conversation.context import PUBLISHED, check_context
 from stllm.conversation.templates import PromptTemplate
 
+MIN_TEMPERATURE = 1e-5  # chosen here, vLLM's value too; scores divided by less than about 1e-36 overflow
+
 
 @dataclass(frozen=True)
 class Decoding:
-    """num_beams; max_new_tokens; temperature (0: no sampling); top_p; repetition_penalty (1: none).
+    """num_beams; max_new_tokens; temperature (below 1e-5: no sampling); top_p; repetition_penalty (1: none).
 
     context: the rule for long prompts, `published` or `all`; see context.py.
     The repetition penalty applies to generated tokens only, and an answer may be empty: the published `min_length` of 1
@@ -88,11 +90,12 @@ class Decoding:
 
     def arguments(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> dict[str, Any]:
         """The same as arguments of `generate`; a checkpoint's own generation defaults play no part."""
-        sampling = {"temperature": float(self.temperature), "top_p": self.top_p} if self.temperature > 0 else {}
+        samples = self.temperature >= MIN_TEMPERATURE
+        sampling = {"temperature": float(self.temperature), "top_p": self.top_p} if samples else {}
         config = GenerationConfig(
             num_beams=self.num_beams,
             max_new_tokens=self.max_new_tokens,
-            do_sample=self.temperature > 0,
+            do_sample=samples,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             stop_strings=stop_strings,

@@ -1,7 +1,9 @@
 """What every reader of media offers: what the medium is, its frames by index, their times."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +53,36 @@ class MediaInfo:
     def duration(self) -> float:
         """Seconds."""
         return self.num_frames / self.fps
+
+
+_decoder_options: dict[str, str] = {}  # of FFmpeg's decoders, for every video that is opened
+
+
+@contextmanager
+def limited_pixels(most: int) -> Iterator[None]:
+    """Within it, all decoders of this process refuse pictures and frames of more than `most` pixels before decoding.
+
+    Both libraries check every size that they find, in a file's header as well as in later frames' own: Pillow with its
+    own global setting, FFmpeg with the decoders' option `max_pixels`. It is for a process that reads strangers' files.
+    """
+    from PIL import Image
+
+    before, options_before = Image.MAX_IMAGE_PIXELS, decoder_options()
+    Image.MAX_IMAGE_PIXELS = most // 2  # Pillow warns above this, and refuses above twice as much
+    _decoder_options["max_pixels"] = str(most)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+        _decoder_options.clear()
+        _decoder_options.update(options_before)
+
+
+def decoder_options() -> dict[str, str]:
+    """Options with which FFmpeg's decoders are opened."""
+    return dict(_decoder_options)
 
 
 @lru_cache(maxsize=4096)

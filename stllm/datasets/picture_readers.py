@@ -223,7 +223,11 @@ def _damage(path: object, so_far: str = "") -> Iterator[None]:
     except PermissionError:
         raise MediaError(f"{path}: permission to read it is denied; expected a readable file: run chmod +r") from None
     except images.DecompressionBombError as error:
-        raise MediaError(f"{path}: found an image too large to be one ({error}); scale it down first") from error
+        assert images.MAX_IMAGE_PIXELS is not None
+        raise MediaError(
+            f"{path}: found a picture that is too large, at most {2 * images.MAX_IMAGE_PIXELS} pixels are read: make "
+            "it smaller"
+        ) from error
     except UserError as error:
         raise MediaError(f"{path}: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:

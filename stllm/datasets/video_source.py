@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from stllm.datasets.media_info import MediaError
+from stllm.datasets.media_info import MediaError, decoder_options
 from stllm.datasets.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
 from stllm.datasets.timeline import DECODING_TIMES
 
@@ -67,6 +67,7 @@ class VideoSource:
         alpha = {key.lower(): value for key, value in self.stream.metadata.items()}.get("alpha_mode") == "1"
         if alpha and self.decoder.name in ALPHA_DECODERS:
             self.decoder = cast("VideoCodecContext", CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r"))
+            self.decoder.options = decoder_options()
 
     def decode(
         self, key: int | None, *, wanted: Collection[int] | None = None, counted: bool = False
@@ -141,7 +142,7 @@ def open_stream(path: Path, head: bytes, *, strict: bool) -> "tuple[InputContain
         raise MediaError(f"{path}: found text ({first_words(head)!r}), expected {EXPECTED}: download it again")
     try:
         # An absolute path has no protocol; nothing but this file may be opened.
-        options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS}
+        options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS, **decoder_options()}
         container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
     except (FFmpegError, ValueError) as error:
         found = explain_unreadable(path, head)
@@ -156,8 +157,7 @@ def open_stream(path: Path, head: bytes, *, strict: bool) -> "tuple[InputContain
         raise MediaError(f"{path}: its video codec is unknown to PyAV {av.__version__}; convert it to H.264 mp4")
     stream.thread_type = "AUTO"
     stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
-    if strict:
-        stream.codec_context.options = {"err_detect": "explode"}
+    stream.codec_context.options = {**decoder_options(), **({"err_detect": "explode"} if strict else {})}
     return container, stream
 
 

@@ -13,14 +13,22 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.seeing import Prepared
 from stllm.serving.errors import ApiError
+from stllm.serving.limits import Limits
 from stllm.serving.replies import Finished
 from stllm.serving.requests import Asked
 
 
-def answer_steps(chat: Chat, asked: Asked, path: Path | None, stop: Event) -> Generator[str | Finished, None, None]:
-    """Pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError for what cannot be read."""
+def answer_steps(
+    chat: Chat, limits: Limits, asked: Asked, path: Path | None, stop: Event
+) -> Generator[str | Finished, None, None]:
+    """Pieces of text, and `Finished` last. path: of the request's medium, which only this opens: one at a time.
+
+    Raises ApiError for what cannot be read.
+    """
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
     with hiding(path):
+        if path is not None:
+            limits.check_file(path)
         prepared = chat.prepare(Request(asked.turns, media, asked.system), asked.decoding)
         with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
             ids = yield from pieces

@@ -1,6 +1,7 @@
 """The web application: /v1/chat/completions, /v1/models, /health. It holds no state of a client between requests."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -12,25 +13,27 @@ from typing import Any
 
 import anyio
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stllm.conversation.chat import Chat
+from stllm.datasets.media_info import limited_pixels
 from stllm.serving.answering import answer_steps, hiding
-from stllm.serving.body import read_body
+from stllm.serving.body import Bodies
 from stllm.serving.errors import ApiError, api_error
 from stllm.serving.jobs import Job, Jobs
 from stllm.serving.limits import Limits
-from stllm.serving.media import fetch_medium
+from stllm.serving.media import fetch_medium, split_medium
 from stllm.serving.replies import Finished, Reply, event, model_object
 from stllm.serving.requests import Asked, parse_request
 
-TEMPORARY = "stllm-serve-"  # begins the names of folders for uploads
+HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
+BODIES = 8  # of the largest size that may arrive at once, chosen here; smaller ones are as many as fit
 GONE = Response(status_code=499)  # nobody reads it
 
 Step = str | Finished
@@ -39,15 +42,21 @@ Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 @dataclass
 class Server:
-    """One engine and its queue. name: of the model; media_root: the folder of which clients may name files, or None."""
+    """One engine and its queue.
+
+    name: of the model. media_root: the folder of which clients may name files, or None.
+    folder: where the media of requests are written; None: the system's folder for temporary files.
+    """
 
     chat: Chat
     name: str
     media_root: Path | None = None
     limits: Limits = field(default_factory=Limits)
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         self.jobs = Jobs(1 + self.limits.waiting)
+        self.bodies = Bodies(self.limits.body_bytes, BODIES * self.limits.body_bytes, self.limits.body_seconds)
         self._created = int(time.time())
 
     # ---- endpoints --------------------------------------------------------------------------------------------------
@@ -71,14 +80,17 @@ class Server:
     async def completions(self, request: Request) -> Response:
         """Answers a chat completion request, whole or as a stream."""
         try:
-            job: Job[Step] = self.jobs.admit()
+            self.jobs.check_room()
         except ApiError:
-            await read_body(request, 0, self.limits.body_seconds)  # so that the client reads the refusal
+            await self.bodies.read(request, keep=False)  # so that the client reads the refusal
             raise
+        body = await self._arrive(request)
+        job: Job[Step] = self.jobs.admit()  # not before, so that slow senders hold no places
         streams = False
         try:
-            asked, path = await self._arrive(request, job)
-            job.start(partial(answer_steps, self.chat, asked, path))
+            asked, path = await anyio.to_thread.run_sync(self._unpack, body, job)
+            del body
+            job.start(partial(answer_steps, self.chat, self.limits, asked, path))
             watch = asyncio.create_task(_give_up_when_gone(request, job))
             try:
                 first = await job.next()
@@ -96,29 +108,30 @@ class Server:
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
-    async def _arrive(self, request: Request, job: Job[Step]) -> tuple[Asked, Path | None]:
-        """The request as it was asked, and its medium as a file, which goes when the job leaves."""
+    async def _arrive(self, request: Request) -> bytearray:
+        """The request's body. Raises ApiError when it is no JSON, too large or too slow."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             # A page elsewhere on the web can have a browser send any other type here unasked.
             raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
-        body = await read_body(request, self.limits.body_bytes, self.limits.body_seconds)
+        body = await self.bodies.read(request)
         if body is None:
             raise ApiError(
                 413,
                 f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
                 code="request_too_large",
             )
-        return await anyio.to_thread.run_sync(self._unpack, body, job)
+        return body
 
-    def _unpack(self, body: bytes, job: Job[Step]) -> tuple[Asked, Path | None]:
-        asked = parse_request(body, model=self.name, usual=self.chat.decoding, limits=self.limits)
+    def _unpack(self, body: bytearray, job: Job[Step]) -> tuple[Asked, Path | None]:
+        """The request as it was asked, and its medium as a file, which goes when the job leaves."""
+        words, medium = split_medium(body, self.limits)
+        asked = parse_request(words, model=self.name, usual=self.chat.decoding, limits=self.limits)
         if asked.url is None:
             return asked, None
-        folder = Path(job.resources.enter_context(TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True)))
+        place = TemporaryDirectory(prefix="request-", dir=self.folder, ignore_cleanup_errors=True)
+        folder = Path(job.resources.enter_context(place))
         with hiding(None):
-            path = fetch_medium(asked.url, folder=folder, root=self.media_root, limits=self.limits)
-        with hiding(path):
-            self.limits.check_file(path)
+            path = fetch_medium(asked.url, medium, folder=folder, root=self.media_root, limits=self.limits)
         return asked, path
 
     async def _whole(self, job: Job[Step], first: Step) -> Response:
@@ -126,6 +139,27 @@ class Server:
         while isinstance(step, str):
             step = await job.next()
         return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
+
+
+class OwnHosts:
+    """Middleware that turns away requests to other names, with which a page elsewhere would reach this machine.
+
+    As starlette's TrustedHostMiddleware, but its refusal is OpenAI's error object. hosts: names that are served.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or answers 400."""
+        if scope["type"] == "http":
+            named = HOST.fullmatch(Headers(scope=scope).get("host", ""))
+            if named is None or named[1].lower() not in self.hosts:
+                refusal = ApiError(400, f"invalid Host header: this server answers to {', '.join(self.hosts)}")
+                await _error_response(refusal)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 class EventStream(StreamingResponse):
@@ -172,8 +206,9 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(server.jobs.close)
+        with limited_pixels(server.limits.media_pixels):
+            yield
+            await anyio.to_thread.run_sync(server.jobs.close)
 
     return Starlette(
         routes=[
@@ -182,7 +217,7 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
             Route("/v1/models/{name:path}", _answers(server.model)),
             Route("/v1/chat/completions", _answers(server.completions), methods=["POST"]),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)],
+        middleware=[] if hosts is None else [Middleware(OwnHosts, hosts=hosts)],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )

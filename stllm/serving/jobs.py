@@ -28,16 +28,18 @@ class Jobs:
 
     @property
     def num_inside(self) -> int:
-        """Requests that are here, whether they arrive, wait or are answered."""
+        """Requests that have arrived whole, whether they wait or are answered."""
         return len(self._inside)
+
+    def check_room(self) -> None:
+        """Raises ApiError when no place is free."""
+        if len(self._inside) >= self.places:
+            raise ApiError(503, f"all {self.places} places are taken: try again in a moment", code="server_overloaded")
 
     def admit(self) -> "Job":
         """A place for one request. Raises ApiError when none is free."""
         with self._lock:
-            if len(self._inside) >= self.places:
-                raise ApiError(
-                    503, f"all {self.places} places are taken: try again in a moment", code="server_overloaded"
-                )
+            self.check_room()
             job: Job = Job(self)
             self._inside.add(job)
             return job

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.readers import open_media
+from stllm.datasets.sniff import EXPECTED, kind_of, read_head
 
 MEBIBYTE = 1 << 20
+MEDIA_PIXELS = 36_000_000  # 8K, and a phone's pictures
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Limits:
 
     media_bytes: int = 100 * MEBIBYTE
     media_seconds: float = 1800.0
-    media_pixels: int = 36_000_000  # 8K, and a phone's pictures
+    media_pixels: int = MEDIA_PIXELS
     text_characters: int = 100_000
     frames: int = 128
     new_tokens: int = 1024
@@ -27,9 +29,14 @@ class Limits:
     body_seconds: float = 60.0
 
     @property
+    def words_bytes(self) -> int:
+        """Of a request, all but its medium: the text, escaped, and the JSON around it."""
+        return 8 * self.text_characters + MEBIBYTE
+
+    @property
     def body_bytes(self) -> int:
-        """Of a request: the medium in base64, and text."""
-        return self.media_bytes * 4 // 3 + 8 * self.text_characters + MEBIBYTE
+        """Of a request: the medium in base64, and the rest."""
+        return self.media_bytes * 4 // 3 + self.words_bytes
 
     def check_size(self, num_bytes: int) -> None:
         """Raises MediaError for a file that is too large."""
@@ -42,6 +49,8 @@ class Limits:
     def check_file(self, path: Path) -> None:
         """Looks into the file without decoding it. Raises MediaError for one that is no medium, or too large."""
         self.check_size(path.stat().st_size)
+        if kind_of(read_head(path)) == "text":  # without its first words: it may be a file that the client cannot read
+            raise MediaError(f"{path}: found text, expected {EXPECTED}")
         with open_media(path) as medium:
             info = medium.info
         if info.kind != "image" and info.duration > self.media_seconds:

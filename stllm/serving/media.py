@@ -1,24 +1,60 @@
 """The video or image of a request: written from its data URL, or found under the one folder that is open to clients."""
 
-import base64
 import binascii
+import json
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 
+CUT_OUT = "data:cut-out"  # in place of a large data URL, so that the JSON parser never copies it
+PIECE = 4 << 20  # characters of base64 decoded at once, a multiple of 4; others run in between
 
-def fetch_medium(url: str, *, folder: Path, root: Path | None, limits: Limits) -> Path:
-    """The file that a URL of a request means.
+
+def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | None]:
+    """(the request without its large data URL, that URL), or the whole request and None when it holds none.
+
+    Nothing is parsed: parsing 130 MiB of tiny messages would take gigabytes and hold up all other requests.
+    Raises ApiError when all but the data URL is too large.
+    """
+    most = limits.words_bytes
+    start, end = 0, 0
+    while (start := body.find(b'"data:', end, most + 6)) >= 0:
+        end = body.find(b'"', start + 1)
+        if end < 0 or end - start > most:
+            break
+        end += 1
+    found = start >= 0 and end > 0 and end - start > most
+    if len(body) - (end - start if found else 0) > most:
+        raise ApiError(
+            413,
+            f"the request is too large: beside the data URL of one video or image, at most {most} bytes are taken",
+            code="request_too_large",
+        )
+    if not found:
+        return bytes(body), None
+    words = bytes(body[: start + 1]) + CUT_OUT.encode() + bytes(body[end:])
+    if body.find(b"\\", start, end) >= 0:  # PHP, for one, escapes every slash
+        try:
+            return words, memoryview(json.loads(bytes(body[start : end + 1])).encode())
+        except ValueError:
+            raise ApiError(400, "the request is no JSON") from None
+    return words, memoryview(body)[start + 1 : end]
+
+
+def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Path | None, limits: Limits) -> Path:
+    """The file that a URL of a request means. medium: the URL itself, where `split_medium` has cut it out.
 
     folder: where a data URL's content is written. root: what `file:` URLs and relative paths may name; None: nothing.
     Raises ApiError, MediaError for one that is too large.
     """
-    scheme, colon, rest = url.partition(":")
+    if medium is not None and url != CUT_OUT:
+        raise ApiError(413, "the request is too large: only a video or image may be", code="request_too_large")
+    scheme, colon, _ = url.partition(":")
     scheme = scheme.lower() if colon else ""
     if scheme == "data":
-        return _write(rest, folder, limits)
+        return _write(memoryview(url.encode()) if medium is None else medium, folder, limits)
     if scheme in ("http", "https", "ftp"):
         raise ApiError(
             400,
@@ -34,17 +70,24 @@ def fetch_medium(url: str, *, folder: Path, root: Path | None, limits: Limits) -
     return _find(path, root)
 
 
-def _write(rest: str, folder: Path, limits: Limits) -> Path:
-    header, comma, data = rest.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
+def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
+    header, comma, _ = bytes(url[:200]).partition(b",")
+    if not comma or not header.lower().endswith(b";base64"):
         raise ApiError(400, "the data URL is not of the form data:video/mp4;base64,...", code="invalid_data_url")
-    limits.check_size(len(data) * 3 // 4 - data[-2:].count("="))
-    try:
-        content = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise ApiError(400, "what follows base64, in the data URL is no base64", code="invalid_data_url") from None
+    data = url[len(header) + 1 :]
+    limits.check_size(len(data) * 3 // 4 - bytes(data[-2:]).count(b"="))
     path = folder / "medium"  # what it is, its content tells
-    path.write_bytes(content)
+    with path.open("wb") as file:
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            try:
+                content = binascii.a2b_base64(piece, strict_mode=True)
+            except binascii.Error:
+                content = b""
+            is_last = start + PIECE >= len(data)
+            if not content or (len(content) < PIECE // 4 * 3 and not is_last):  # padding in the middle
+                raise ApiError(400, "what follows base64, in the data URL is no base64", code="invalid_data_url")
+            file.write(content)
     return path
 
 

@@ -14,6 +14,7 @@ from stllm.conversation.templates import Turn
 from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 
+MAX_MESSAGES, MAX_PARTS = 1000, 100  # chosen here
 PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NEUTRAL: dict[str, Any] = {  # taken with this value, or null
     "n": 1,
@@ -78,7 +79,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -165,6 +166,9 @@ def _decoding(wanted: _Body, usual: Decoding, limits: Limits) -> Decoding:
 
 def _conversation(messages: list[_Message], limits: Limits) -> tuple[str | None, tuple[Turn, ...], str | None]:
     """(system sentence, turns, URL): user and assistant by turns, the video or image in the first user message."""
+    num_parts = max(1 if isinstance(message.content, str) else len(message.content) for message in messages)
+    if num_parts > MAX_PARTS:
+        raise ApiError(400, f"a message has {num_parts} parts, at most {MAX_PARTS} are taken", param="messages")
     texts = [message.text() for message in messages]
     if sum(map(len, texts)) > limits.text_characters:
         raise ApiError(

@@ -3,14 +3,15 @@
 import argparse
 import logging
 import os
-import signal
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.embedded import FOLDER, KNOWS, chosen_checkpoint, find_examples
+from stllm.datasets.media_info import limited_pixels
+from stllm.serving.ending import own_folder
+from stllm.serving.limits import MEDIA_PIXELS
 from stllm.web.limits import Limits
 
 if TYPE_CHECKING:
@@ -36,10 +37,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.host not in LOOPBACK:
         logger.warning("serving on %s: whoever reaches this machine can use the demo, there is no password", args.host)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was uploaded is removed then, too
-    with tempfile.TemporaryDirectory(prefix="stllm-demo-") as folder:
+    with own_folder("stllm-demo-") as folder, limited_pixels(MEDIA_PIXELS):
         about = describe(chat, Path(checkpoint))
-        page = open_page(chat, limits, Path(folder), host=args.host, port=args.port or None, about=about)
+        page = open_page(chat, limits, folder, host=args.host, port=args.port or None, about=about)
         print(f"The demo is at {page.local_url} (Ctrl-C ends it)", flush=True)
         page.block_thread()
     return 0

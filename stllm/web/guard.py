@@ -5,14 +5,18 @@ pages. Here nothing is fetched, neither by the server nor by the browser, and a 
 """
 
 import json
+import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,9 +45,11 @@ class Guard:
         self.app = app
         self.limits = limits
         self.folder = folder
+        self._num_uploads = 0  # that arrive now
+        self._announced = 0  # their bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses with 403, 400, 413 or 507 and a sentence, or lets the request through."""
+        """Refuses with 403, 400, 408, 413 or 507 and a sentence, or lets the request through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -52,11 +58,18 @@ class Guard:
         upload = scope["path"].rstrip("/").endswith("/upload")
         if SHUT.search(scope["path"]):
             refusal = 403, "this is not offered here"
+        elif scope["method"] not in ("GET", "HEAD", "OPTIONS") and _is_foreign(Headers(scope=scope)):
+            refusal = 403, "a page of another site may not do this"
         elif scope["method"] == "POST" and upload:
             refusal = self._no_room(scope)
+            if refusal is None:
+                await self._take_upload(scope, receive, send)
+                return
         elif scope["method"] in ("POST", "PUT", "PATCH"):
-            body = await _read(receive, MAX_MESSAGE)
-            refusal = _fault(body)
+            body = None
+            with anyio.move_on_after(self.limits.body_seconds) as patience:
+                body = await _read(receive, MAX_MESSAGE)
+            refusal = (408, "the request did not arrive in time") if patience.cancelled_caught else _fault(body)
             receive = _replay(body or b"", receive)
         if refusal is not None:
             await JSONResponse({"detail": refusal[1]}, status_code=refusal[0])(scope, receive, send)
@@ -71,10 +84,70 @@ class Guard:
             return 411, "an upload must say how long it is"
         if int(announced) > largest + MAX_MESSAGE:
             return 413, f"the file is too large: at most {self.limits.file_megabytes} MB are taken"
-        held = sum(_sizes(self.folder))
+        held = sum(_sizes(self.folder)) + self._announced
         if held + int(announced) > self.limits.folder_megabytes * MEGABYTE:
             return 507, "the server holds as many uploads as it may: try again later"
         return None
+
+    async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets gradio store the upload, which has to arrive in time, and removes what it leaves behind.
+
+        gradio writes each file of a form into `folder` and moves those of the field `files` into folders within. Files
+        of other fields and of uploads that are broken off stay.
+        """
+        announced = int(Headers(scope=scope)["content-length"])
+        self._num_uploads += 1
+        self._announced += announced
+        try:
+            await self.app(scope, _in_time(receive, self.limits.upload_seconds), send)
+        except ClientDisconnect:
+            await JSONResponse({"detail": "the upload did not arrive whole"}, status_code=408)(scope, receive, send)
+        finally:
+            self._num_uploads -= 1
+            self._announced -= announced
+            self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        """Removes files directly in `folder`; while other uploads arrive, only those too old to belong to them."""
+        oldest = time.time() - self.limits.upload_seconds if self._num_uploads else float("inf")
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with suppress(OSError):  # moved in the meantime
+                    if entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < oldest:
+                        os.unlink(entry)
+
+
+def _is_foreign(headers: Headers) -> bool:
+    """Whether a browser sends it for a page of another origin. Programs send neither of these headers.
+
+    Behind a proxy that changes the Host header, Sec-Fetch-Site or X-Forwarded-Host says what the browser asked for.
+    """
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    origin = headers.get("origin")
+    if origin is None:
+        return False
+    try:
+        return urlsplit(origin).netloc not in (headers.get("host"), headers.get("x-forwarded-host"))
+    except ValueError:
+        return True
+
+
+def _in_time(receive: Receive, seconds: float) -> Receive:
+    """Gives the parts of a body; after that many seconds without its end, the client counts as gone."""
+    end = anyio.current_time() + seconds
+    whole = False
+
+    async def receive_in_time() -> Message:
+        nonlocal whole
+        message: Message = {"type": "http.disconnect"}
+        with anyio.CancelScope(deadline=float("inf") if whole else end):
+            message = await receive()
+        whole = whole or not message.get("more_body", False)
+        return message
+
+    return receive_in_time
 
 
 def _with_headers(send: Send) -> Send:

@@ -16,7 +16,7 @@ class Limits:
     """The most of each: size and length of a file, frames, beams and tokens, characters of a question.
 
     queue: requests that may wait. folder_megabytes: of all uploads together. keep_seconds: how long an upload is kept
-        after it was last asked about.
+        after it was last asked about. upload_seconds, body_seconds: for an upload, or another request, to arrive whole.
     """
 
     file_megabytes: int = 256
@@ -28,6 +28,8 @@ class Limits:
     queue: int = 32
     folder_megabytes: int = 4096
     keep_seconds: int = 3600
+    upload_seconds: float = 600.0
+    body_seconds: float = 60.0
 
     def check_question(self, question: object) -> str:
         """The question without outer spaces. Raises UserError when it is empty or too long."""

@@ -15,6 +15,7 @@ import uvicorn
 
 from stllm.conversation.chat import Chat
 from stllm.serving.app import Server, build_app
+from stllm.serving.protocol import TimedProtocol
 
 MODEL = "tiny"
 
@@ -24,7 +25,9 @@ def serving(server: Server) -> Iterator[str]:
     """The server's address, http://127.0.0.1:PORT, while it runs."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(build_app(server, ["127.0.0.1"]), log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        build_app(server, ["127.0.0.1"]), http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=5
+    )
     running = uvicorn.Server(config)
     thread = Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

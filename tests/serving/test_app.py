@@ -4,9 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -16,7 +14,6 @@ import pytest
 from stllm.conversation.chat import Chat, Request
 from stllm.conversation.requests import Media
 from stllm.conversation.templates import Turn
-from stllm.serving import app
 from stllm.serving.app import Server
 from stllm.serving.limits import Limits
 from tests.conversation.test_chat import new_chat
@@ -57,10 +54,11 @@ def client(address: str) -> openai.OpenAI:
 @pytest.fixture(autouse=True)
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> Iterator[Path]:
     """Where uploads lie; after each test none does, and no request is left."""
-    monkeypatch.setattr(app, "TemporaryDirectory", partial(TemporaryDirectory, dir=tmp_path))
-    yield tmp_path
+    monkeypatch.setattr(server, "folder", tmp_path / "uploads")
+    (tmp_path / "uploads").mkdir()
+    yield tmp_path / "uploads"
     wait_until(lambda: not server.jobs.num_inside)
-    assert not list(tmp_path.glob("stllm-serve-*"))
+    assert not list((tmp_path / "uploads").iterdir())
 
 
 def complete(client: openai.OpenAI, *messages: Any, **fields: Any) -> Any:
@@ -115,6 +113,23 @@ def test_turns_and_a_system_message_are_in_view(client: openai.OpenAI, chat: Cha
         assert complete(client, *before, *messages).choices[0].message.content == expected
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-38, 1e-6])
+def test_a_tiny_temperature_is_greedy(client: openai.OpenAI, clips: list[Path], temperature: float) -> None:
+    answers = [
+        complete(client, user(QUESTIONS[0], clips[0].name), temperature=value).choices[0].message.content
+        for value in (0, temperature)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_text_under_the_media_root_is_not_quoted(client: openai.OpenAI, clips: list[Path]) -> None:
+    secret = clips[0].parent / "secret.mp4"
+    secret.write_text("password: 1234\n" * 9)
+    with pytest.raises(openai.BadRequestError, match="found text, expected") as caught:
+        complete(client, user("what", secret.name))
+    assert "password" not in str(caught.value)
+
+
 def test_an_image_and_text_alone(client: openai.OpenAI, chat: Chat, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -163,7 +178,11 @@ TEXT = "data:video/mp4;base64,aGVsbG8gd29ybGQsIHRoaXMgaXMgbm8gdmlkZW8="
     ("fields", "kind", "words"),
     [
         ({"messages": [user(" ", "20.mp4")]}, openai.BadRequestError, "the question is empty"),
-        ({"messages": [user("what", TEXT)]}, openai.BadRequestError, r"the video or image: found text \(.hello world"),
+        (
+            {"messages": [user("what", TEXT)]},
+            openai.BadRequestError,
+            "the video or image: found text, expected a video",
+        ),
         ({"messages": [user("what", "data:video/mp4;base64,")]}, openai.BadRequestError, "the file is empty"),
         ({"messages": [user("what", "data:,x")]}, openai.BadRequestError, "not of the form data:video/mp4;base64"),
         ({"messages": [user("what", "../../secret.mp4")]}, openai.NotFoundError, "no such file under this server's"),
@@ -200,7 +219,11 @@ def test_unknown_paths_methods_types_and_hosts(address: str) -> None:
     assert httpx.get(f"{address}/../../etc/passwd").status_code == 404
     plain = httpx.post(url, content=b"{}", headers={"content-type": "text/plain"})  # what a foreign page could send
     assert (plain.status_code, "application/json" in plain.json()["error"]["message"]) == (415, True)
-    assert httpx.get(f"{address}/health", headers={"host": "evil.example"}).status_code == 400
+    for host in ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", ""):
+        foreign = httpx.get(f"{address}/health", headers={"host": host})
+        assert foreign.status_code == 400
+        assert foreign.json()["error"]["message"] == "invalid Host header: this server answers to 127.0.0.1"
+    assert httpx.get(f"{address}/health", headers={"host": "127.0.0.1:99"}).status_code == 200
 
 
 def test_a_request_that_does_not_arrive_is_given_up(chat: Chat) -> None:
@@ -245,11 +268,11 @@ def test_a_failure_in_mid_answer_ends_the_stream(client, chat: Chat, clips, monk
 
 
 @pytest.fixture
-def slow(clips: list[Path]) -> Iterator[tuple[Server, Endless, str]]:
+def slow(clips: list[Path], uploads: Path) -> Iterator[tuple[Server, Endless, str]]:
     """A server with one place, and a model that would write for minutes."""
     chat = new_chat("minigpt4")
     endless = Endless(chat, seconds=0.1)
-    server = Server(chat, MODEL, media_root=clips[0].parent, limits=replace(LIMITS, waiting=0))
+    server = Server(chat, MODEL, media_root=clips[0].parent, limits=replace(LIMITS, waiting=0), folder=uploads)
     with serving(server) as address:
         yield server, endless, address
 
@@ -258,7 +281,7 @@ def test_a_full_queue_is_said_at_once_and_a_client_that_leaves_makes_room(slow, 
     server, endless, address = slow
     stream = complete(client_of(address), user("what", data_url(clips[0])), stream=True, max_tokens=400)
     next(iter(stream))
-    assert len(list(uploads.glob("stllm-serve-*/*"))) == 1
+    assert len(list(uploads.glob("request-*/*"))) == 1
     with pytest.raises(openai.InternalServerError, match="all 1 places are taken") as caught:
         complete(client_of(address), user("what", f"data:video/mp4;base64,{'A' * 200_000}"))
     assert caught.value.status_code == 503

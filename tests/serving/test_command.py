@@ -39,6 +39,13 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, capsys, monk
     assert "no checkpoint was named: give one with --ckpt-path" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["serve", "demo"])
+@pytest.mark.parametrize("host", ["", " "])
+def test_an_empty_host_is_a_mistake(unloaded, capsys, name: str, host: str) -> None:
+    assert main([name, "--ckpt-path", "d", "--host", host]) == 2
+    assert "argument --host: found nothing, expected an address such as 127.0.0.1" in capsys.readouterr().err
+
+
 def test_the_embedded_model_is_named_where_it_is(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(embedded, "FOLDER", tmp_path)
     with pytest.raises(UserError, match="no checkpoint was named"):

@@ -50,4 +50,4 @@ def test_fifty_questions_by_eight_clients(tmp_path: Path, monkeypatch: pytest.Mo
         wait_until(lambda: not server.jobs.num_inside)
         assert resident_bytes() - before < 30 << 20
     assert chat.cache.num_bytes <= 200_000
-    assert not list(tmp_path.glob("stllm-serve-*"))
+    assert not list(tmp_path.glob("request-*"))

@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def fetch(url: str, root: Path | None, folder: Path, **limits: float) -> Path:
-    return fetch_medium(url, folder=folder, root=root, limits=Limits(**limits))  # type: ignore[arg-type]
+    return fetch_medium(url, None, folder=folder, root=root, limits=Limits(**limits))  # type: ignore[arg-type]
 
 
 def test_files_under_the_folder_are_found(root: Path, tmp_path: Path) -> None:

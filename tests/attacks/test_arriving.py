@@ -1,0 +1,148 @@
+"""Requests while they arrive: slow senders hold no places, and large bodies take bounded memory and time."""
+
+import base64
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stllm.conversation.chat import Chat
+from stllm.serving import protocol
+from stllm.serving.app import Server
+from stllm.serving.limits import Limits
+from stllm.serving.media import split_medium
+from tests.conversation.test_chat import new_chat
+from tests.helpers import memory
+from tests.helpers.serving import MODEL, serving, user, wait_until
+
+MEBIBYTE = 1 << 20
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return new_chat()
+
+
+@pytest.fixture
+def server(chat: Chat, tmp_path: Path) -> Server:
+    return Server(chat, MODEL, limits=Limits(waiting=1), folder=tmp_path)
+
+
+@pytest.fixture
+def address(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
+    with serving(server) as address:
+        yield address
+
+
+def connected(address: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", httpx.URL(address).port or 0), timeout=10)
+
+
+def post(address: str, body: bytes) -> httpx.Response:
+    headers = {"content-type": "application/json"}
+    return httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60)
+
+
+def test_slow_bodies_hold_no_places(address: str, server: Server) -> None:
+    body = json.dumps({"model": MODEL, "messages": [user("what")], "max_tokens": 2}).encode()
+    with ExitStack() as stack:
+        for _ in range(40):
+            connection = stack.enter_context(closing(connected(address)))
+            connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
+        wait_until(lambda: server.bodies.num_bytes == 40)
+        assert httpx.get(f"{address}/health").json()["requests"] == 0
+        assert post(address, body).status_code == 200
+    wait_until(lambda: server.bodies.num_bytes == 0)
+
+
+def test_headers_have_their_time(address: str) -> None:
+    whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    for sent in (b"", b"G", whole[:-2]):
+        with closing(connected(address)) as connection:
+            connection.sendall(sent)
+            assert connection.recv(1000) == b""
+    with closing(connected(address)) as connection:
+        for piece in (whole, whole[:9], whole[9:], whole[:-2]):  # the last one is never finished
+            connection.sendall(piece)
+            time.sleep(0.2)
+        replies = b""
+        while more := connection.recv(1000):
+            replies += more
+        assert replies.count(b"200 OK") == 2
+
+
+def test_all_bodies_together_have_a_size(address: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.bodies, "most_together", MEBIBYTE)
+    with closing(connected(address)) as connection:
+        connection.sendall(f"{HEAD}Content-Length: 1000000\r\n\r\n{'x' * 900_000}".encode())
+        wait_until(lambda: server.bodies.num_bytes == 900_000)
+        reply = post(address, b"x" * 200_000)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "server_overloaded")
+        assert post(address, b"{}").status_code == 400
+    wait_until(lambda: server.bodies.num_bytes == 0)
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("kind", ["messages", "parts", "numbers", "marks", "opened"])
+def test_many_tiny_things_take_neither_memory_nor_time(address: str, kind: str) -> None:
+    start = f'{{"model": "{MODEL}", "messages": ['
+    tiny = {
+        "messages": '{"role":"user","content":"a"},',
+        "parts": '{"role":"user","content":[{"type":"text","text":"a"}]},',
+        "numbers": "1,",
+        "marks": '"data:",',
+        "opened": "[",
+    }[kind]
+    body = (start + tiny * (40 * MEBIBYTE // len(tiny))).encode()
+    with memory.peak_below(200), ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(post, address, body)
+        slowest = 0.0
+        while not sent.done():
+            before = time.monotonic()
+            httpx.get(f"{address}/health", timeout=30)
+            slowest = max(slowest, time.monotonic() - before)
+    assert sent.result().status_code == 413
+    assert slowest < 1.5
+
+
+def test_messages_and_parts_are_counted(address: str) -> None:
+    many = [{"role": "user", "content": "a"}] * 1001
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}] * 101}]
+    for messages, words in ((many, "at most 1000 items"), (parts, "a message has 101 parts")):
+        reply = post(address, json.dumps({"model": MODEL, "messages": messages}).encode())
+        assert (reply.status_code, words in reply.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="memory is read from /proc")
+def test_a_large_medium_takes_two_and_a_half_times_its_size(address: str) -> None:
+    content = os.urandom(40 * MEBIBYTE)
+    url = b"data:video/mp4;base64," + base64.b64encode(content)
+    body = json.dumps({"model": MODEL, "messages": [user("what", "URL")]}).encode().replace(b"URL", url)
+    del url, content
+    with memory.peak_below(100):  # the client's sending is in it
+        reply = post(address, body)
+    assert "neither video nor image" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_a_cut_out_medium_is_the_same(escaped: bool, tmp_path: Path) -> None:
+    from stllm.serving.media import fetch_medium
+
+    limits = Limits(text_characters=10)
+    content = os.urandom(3 * MEBIBYTE + 1)
+    url = "data:video/mp4;base64," + base64.b64encode(content).decode()
+    body = json.dumps({"a": "data: not this", "url": url, "b": 'x"data:'})
+    words, medium = split_medium(bytearray((body.replace("/", "\\/") if escaped else body).encode()), limits)
+    found = json.loads(words)
+    assert (found["a"], found["b"]) == ("data: not this", 'x"data:')
+    path = fetch_medium(found["url"], medium, folder=tmp_path, root=None, limits=limits)
+    assert path.read_bytes() == content

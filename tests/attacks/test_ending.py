@@ -1,0 +1,112 @@
+"""How a serving process ends: Ctrl-C once and twice with requests in flight, SIGKILL, and what lies in its folder."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+from stllm.serving.ending import own_folder
+from tests.helpers.serving import data_url, user, wait_until
+from tests.helpers.videos import write_video
+
+SERVER = """
+import sys
+import uvicorn
+from pathlib import Path
+from stllm.serving import command
+from tests.conversation.test_chat import new_chat
+from tests.helpers.serving import Endless
+
+chat = new_chat("minigpt4")
+endless = Endless(chat, seconds=30)
+command.load_chat = lambda *_, **__: chat
+from stllm.cli import main
+sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0", "--queue-size", "2"]))
+"""
+
+
+OWNER = """
+import sys, time
+from stllm.serving.ending import own_folder
+with own_folder("mine-") as folder:
+    (folder / "upload").write_bytes(b"x")
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def own_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Temporary files lie in the test's folder, and its signal handlers end with it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(code: str, folder: Path) -> "subprocess.Popen[str]":
+    """Python on that code, temporary files under `folder`."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_a_second_signal_ends_the_server_without_tracebacks(tmp_path: Path) -> None:
+    clip = data_url(write_video(tmp_path / "clip.mp4", num_frames=20))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    process = run(SERVER, temporary)
+    assert process.stdout is not None
+    found = re.search(r"http://\S+/v1", process.stdout.readline())
+    assert found is not None, process.communicate()
+
+    def ask() -> None:
+        body = {"model": "tiny", "messages": [user("what", clip)], "max_tokens": 400}
+        with suppress(httpx.HTTPError):
+            httpx.post(f"{found[0]}/chat/completions", json=body, timeout=60)
+
+    with ThreadPoolExecutor(3) as clients:
+        for _ in range(3):
+            clients.submit(ask)
+        wait_until(lambda: len(list(temporary.glob("stllm-serve-*/request-*/medium"))) == 3)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=5) == ("", "interrupted\n")
+    assert process.returncode == 130
+    assert not list(temporary.iterdir())
+
+
+def test_the_next_start_removes_what_a_killed_process_left(tmp_path: Path, own_signals: None) -> None:
+    process = run(OWNER, tmp_path)
+    assert process.stdout is not None
+    left = Path(process.stdout.readline().strip())
+    with own_folder("mine-"):
+        assert (left / "upload").exists()
+    process.kill()
+    process.communicate()
+    with own_folder("mine-") as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_folder_of_a_running_owner_is_kept(tmp_path: Path, own_signals: None) -> None:
+    (tmp_path / "mine-abandoned" / "inner").mkdir(parents=True)
+    (tmp_path / "mine-linked").symlink_to(tmp_path.parent)
+    with own_folder("mine-") as first:
+        (first / "upload").write_bytes(b"x")
+        with own_folder("mine-") as second:
+            assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name, "mine-linked"}
+            assert (first / "upload").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine-linked"]

@@ -1,0 +1,105 @@
+"""What uploads to the demo leave behind, who may send them, and how long they may take."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stllm.conversation.chat import Chat
+from stllm.web.limits import Limits
+from tests.conversation.test_chat import new_chat
+from tests.helpers.demo import served
+from tests.helpers.serving import wait_until
+
+FOREIGN: list[dict[str, str]] = [
+    {"origin": "http://evil.example"},
+    {"origin": "null"},
+    {"origin": "http://127.0.0.1:1"},
+    {"origin": "http://[", "host": "127.0.0.1"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site", "origin": "http://127.0.0.1:1"},
+]
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return new_chat()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def url(chat: Chat, folder: Path) -> Iterator[str]:
+    with served(chat, folder, Limits(file_megabytes=1, upload_seconds=1.5, body_seconds=0.3)) as url:
+        yield url
+
+
+def half_sent(url: str) -> socket.socket:
+    """An upload of which half has been sent."""
+    connection = socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)
+    head = 'Content-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
+    connection.sendall(
+        f"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1:{httpx.URL(url).port}\r\nContent-Length: 200000\r\n"
+        f"Content-Type: multipart/form-data; boundary=xx\r\n\r\n--xx\r\n{head}{'x' * 100_000}".encode()
+    )
+    return connection
+
+
+def files(folder: Path) -> list[Path]:
+    """What the tests' uploads left; the demo's examples lie there, too."""
+    return [path for path in folder.rglob("*") if path.is_file() and (path.parent == folder or path.name == "a.mp4")]
+
+
+def test_aborted_uploads_and_foreign_fields_leave_nothing(url: str, folder: Path) -> None:
+    for _ in range(30):
+        half_sent(url).close()
+    for _ in range(3):
+        httpx.post(f"{url}gradio_api/upload", files={"others": ("a.mp4", b"something")})
+    wait_until(lambda: not files(folder), 10)
+    path = Path(httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", b"something")}).json()[0])
+    assert files(folder) == [path]
+    with closing(half_sent(url)):  # another that still arrives keeps its file, and does not hold the others'
+        wait_until(lambda: len(files(folder)) == 2, 10)
+        half_sent(url).close()
+        assert httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", b"something")}).json() == [str(path)]
+        assert len(files(folder)) >= 2
+    wait_until(lambda: files(folder) == [path], 10)
+    path.unlink()
+
+
+def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
+    with closing(half_sent(url)) as connection:
+        assert b"408" in connection.recv(1000)
+    wait_until(lambda: not files(folder), 10)
+    with closing(socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)) as connection:
+        head = f"POST /gradio_api/call/ask HTTP/1.1\r\nHost: 127.0.0.1:{httpx.URL(url).port}\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert b"408" in connection.recv(1000)
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_a_page_of_another_site_writes_nothing(url: str, folder: Path, headers: dict[str, str]) -> None:
+    for path, sent in (
+        ("gradio_api/upload", {"files": {"files": ("a.mp4", b"something")}}),
+        ("gradio_api/call/ask", {"json": {"data": []}}),
+        ("gradio_api/queue/join", {"json": {"data": []}}),
+    ):
+        options: dict[str, Any] = dict(sent)
+        assert httpx.post(f"{url}{path}", headers=headers, **options).status_code == 403
+    assert not files(folder)
+
+
+@pytest.mark.parametrize(
+    "site", [{"sec-fetch-site": "same-origin", "origin": "https://public.example"}, {"origin": ""}]
+)
+def test_its_own_page_writes(url: str, site: dict[str, str]) -> None:
+    headers = {**site, **({"origin": url.rstrip("/")} if not site["origin"] else {})}
+    reply = httpx.post(f"{url}gradio_api/upload", headers=headers, files={"files": ("a.mp4", b"something")})
+    Path(reply.json()[0]).unlink()
