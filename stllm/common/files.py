@@ -1,9 +1,10 @@
-"""Files and folders written whole or not at all."""
+"""Files and folders: written whole or not at all, and read only where reading comes to an end."""
 
 import errno
 import glob
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,29 @@ from stllm.common.errors import UserError
 OLD = ".old.partial"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of a Git LFS pointer
 LFS_SENTENCE = "found a Git LFS pointer, expected the file itself: fetch it with `git lfs pull`"
+SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
+
+
+def check_regular(place: str | Path, expected: str, error: type[UserError] = UserError) -> None:
+    """Raise `error` when `place`, or an entry of that folder, is a pipe, a device or a socket.
+
+    Reading one of these can wait without end. Every reader of a file that the user names calls this first. A path that
+    does not exist passes: the reader has its own sentence for it.
+    expected: what the reader needs instead, for the message.
+    """
+    path = Path(place).expanduser()
+    try:
+        entries = [path, *path.iterdir()] if path.is_dir() else [path]
+    except OSError:  # a folder that may not be listed; the reader says so
+        entries = [path]
+    for entry in entries:
+        try:
+            kind = SPECIAL.get(stat.S_IFMT(entry.stat().st_mode))
+        except (OSError, ValueError):  # missing, forbidden, or no path at all; the reader says so
+            continue
+        if kind is not None:
+            raise error(f"{entry}: found {kind}, expected {expected}: write it to a file first")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError
+from stllm.common.files import check_regular
 from stllm.evaluation.judge_ledger import MAX_NEW_TOKENS
 from stllm.evaluation.judge_prompts import Messages, without_system
 from stllm.models.configuration import reason
@@ -41,6 +42,7 @@ class LocalJudge:
             raise UserError(
                 f"local:{path}: found no config.json there, expected a folder of a transformers language model"
             )
+        check_regular(folder, "a transformers language model")
         place = resolve_device(device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

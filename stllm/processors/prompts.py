@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from stllm.common.errors import UserError
+from stllm.common.files import check_regular
 from stllm.common.registry import templates
 from stllm.conversation.templates import BOS, VISUAL, PromptTemplate, Turn
 from stllm.models.configuration import STLLMConfig, reason
@@ -253,6 +254,7 @@ def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrained
     """The Q-Former's BERT tokenizer with `[DEC]` added as BOS, cutting on the left. Raises UserError."""
     own = folder / QFORMER_FOLDER
     source = str(named) if named is not None else str(own) if own.is_dir() else DEFAULT_QFORMER_TOKENIZER
+    check_regular(source, "a tokenizer")
     try:
         if Path(source).is_file():
             tokenizer: PreTrainedTokenizerBase = BertTokenizer(source, do_lower_case=True)
