@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import logging
 import os
 import shutil
 import stat
@@ -9,8 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from stllm.common.errors import UserError
 
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of a network file system without a lock service
 OLD = ".old.partial"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of a Git LFS pointer
 LFS_SENTENCE = "found a Git LFS pointer, expected the file itself: fetch it with `git lfs pull`"
@@ -37,6 +43,29 @@ def check_regular(place: str | Path, expected: str, error: type[UserError] = Use
             continue
         if kind is not None:
             raise error(f"{entry}: found {kind}, expected {expected}: write it to a file first")
+
+
+@contextmanager
+def locked(path: Path, busy: str, *, seconds: float = 0) -> Iterator[None]:
+    """Hold the lock file `path`, which stays there; the lock ends with the process, however that ends.
+
+    It is flock's, which also holds between machines where the file system passes it on (NFS 4, Lustre with -o flock).
+    busy: the sentence of the UserError that is raised when another process holds it. seconds: how long to wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise UserError(busy) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks (%s): start only one process on this folder", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from stllm.common.config import save_config
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.failures import sentence
-from stllm.common.files import write_text
+from stllm.common.files import locked, write_text
 from stllm.common.run_section import UNUSED
 from stllm.runners.meter import is_distributed
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LOCK = ".train.lock"
+LOCK_SECONDS = 6  # data workers of a killed training notice within 5 seconds that it is gone
 STATE = "trainer_state.json"  # transformers writes it last
 # what may differ when a run is continued: none of it changes what is learned
 FREE = re.compile(
@@ -50,6 +52,24 @@ class RunFolder:
         self._partial = self.path / ".checkpoint.partial"
 
     # ---- beginning and continuing -------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, no other training may use this folder. A collective call; the main process holds the lock.
+
+        Raises UserError, on every process, when another training holds it.
+        """
+        busy = f"{self.path}: another training uses this folder: wait until it ends, or name another run.output_dir"
+        with ExitStack() as stack:
+            error: Exception | None = None
+            if is_main():
+                try:
+                    stack.enter_context(locked(self.path / LOCK, busy, seconds=LOCK_SECONDS))
+                except Exception as caught:  # the other processes wait below
+                    error = caught
+            if anywhere(error is not None):
+                raise error or UserError(busy)
+            yield
 
     def begin(self, cfg: DictConfig) -> None:
         """Makes the folder and writes `config.yaml`, or sees that the run in it is this one.
