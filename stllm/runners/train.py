@@ -91,6 +91,7 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
             ),
             stop=stop,
             projection_lr=cfg.run.projection_lr,
+            resume_only_model=cfg.run.resume_only_model,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
