@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.helpers.training import read_log, train, write_recipe
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 FILES = (*STATES, "trainer_state.json", "run_state.json", "model.safetensors", "config.json")
-RUN = {"max_steps": 4, "save_steps": 2}
+RUN: dict[str, Any] = {"max_steps": 4, "save_steps": 2}
 
 
 def cut(path: Path) -> None:
