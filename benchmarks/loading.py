@@ -88,7 +88,9 @@ def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
     if loader == "ours":
         model = load_model(folder, device="cpu", dtype=dtype)
     else:
-        model = STLLM.from_pretrained(folder, dtype=getattr(torch, dtype), device_map={"": "cpu"})
+        model = STLLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), device_map={"": "cpu"}, trust_remote_code=False
+        )
     spent = time.perf_counter() - start
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     # touches what is only mapped, in pieces: a sum in float32 converts what it is given

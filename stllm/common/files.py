@@ -1,24 +1,76 @@
-"""Files and folders written whole or not at all."""
+"""Files and folders: written whole or not at all, and read only where reading comes to an end."""
 
 import errno
 import glob
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from stllm.common.errors import UserError
 
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of a network file system without a lock service
 OLD = ".old.partial"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of a Git LFS pointer
 LFS_SENTENCE = "found a Git LFS pointer, expected the file itself: fetch it with `git lfs pull`"
+SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
 
 
 def user_path(path: str | Path) -> Path:
     """The path that a user wrote: one that is there, or else with ~ and ~user replaced by the home folder."""
     return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
+
+
+def check_regular(place: str | Path, expected: str, error: type[UserError] = UserError) -> None:
+    """Raise `error` when `place`, or an entry of that folder, is a pipe, a device or a socket.
+
+    Reading one of these can wait without end. Every reader of a file that the user names calls this first. A path that
+    does not exist passes: the reader has its own sentence for it.
+    expected: what the reader needs instead, for the message.
+    """
+    path = user_path(place)
+    try:
+        entries = [path, *path.iterdir()] if path.is_dir() else [path]
+    except OSError:  # a folder that may not be listed; the reader says so
+        entries = [path]
+    for entry in entries:
+        try:
+            kind = SPECIAL.get(stat.S_IFMT(entry.stat().st_mode))
+        except (OSError, ValueError):  # missing, forbidden, or no path at all; the reader says so
+            continue
+        if kind is not None:
+            raise error(f"{entry}: found {kind}, expected {expected}: write it to a file first")
+
+
+@contextmanager
+def locked(path: Path, busy: str, *, seconds: float = 0) -> Iterator[None]:
+    """Hold the lock file `path`, which stays there; the lock ends with the process, however that ends.
+
+    It is flock's, which also holds between machines where the file system passes it on (NFS 4, Lustre with -o flock).
+    busy: the sentence of the UserError that is raised when another process holds it. seconds: how long to wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise UserError(busy) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("%s: this file system has no locks (%s): start only one process on this folder", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

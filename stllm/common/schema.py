@@ -182,6 +182,7 @@ class RunSettings:
     max_bad_fraction: float = _within(0.1, 0, 1)  # a larger share of unreadable samples stops the run
     qa_sampling: str = _one_of("one", "one", "all")  # of a record's QA pairs, one an epoch at random or each
     projection_lr: float | None = None  # learning rate of llama_proj; unset: learning_rate
+    resume_only_model: bool = False  # continue with the weights and the step alone: optimizer and dropout begin anew
 
     # Old LAVIS keys without an effect here
     distributed: bool | None = _unused(_LAUNCHER)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from stllm.common.errors import UserError
-from stllm.common.files import LFS_POINTER, LFS_SENTENCE, replacing
+from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular, replacing
 from stllm.conversation.templates import Turn
 from stllm.datasets.records import Record
 from stllm.datasets.sampling import Bounds
@@ -140,6 +140,7 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
 
 def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
     """The file's bytes, and the same as text. Raises UserError."""
+    check_regular(path, expected)
     try:
         data = path.read_bytes()
         # A byte order mark would be one character and three bytes; it is no part of the JSON.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stllm.common.errors import UserError
+from stllm.common.files import check_regular
 from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, warn_once
 from stllm.datasets.sniff import AVIF
 
@@ -162,6 +163,7 @@ class FrameFolderReader(Reader):
 
 def read_image(path: Path) -> Frame:
     """(H, W, 3) uint8, upright. Raises MediaError when the file is no whole image."""
+    check_regular(path, "an image", MediaError)
     return _upright(path, path)
 
 

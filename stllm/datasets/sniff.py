@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from stllm.common.files import LFS_POINTER, LFS_SENTENCE
+from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular
 from stllm.datasets.media_info import MediaError
 
 HEAD_BYTES = 4096
@@ -52,8 +52,7 @@ EXPECTED = (
 
 def read_head(path: Path) -> bytes:
     """The file's first bytes. Raises MediaError when it is missing, a folder, empty or may not be read."""
-    if path.is_fifo():  # it would wait for a writer, and cannot be read twice
-        raise MediaError(f"{path}: found a pipe, expected {EXPECTED}: write it to a file first")
+    check_regular(path, EXPECTED, MediaError)
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError
+from stllm.common.files import check_regular
 from stllm.evaluation.judge_ledger import MAX_NEW_TOKENS
 from stllm.evaluation.judge_prompts import Messages, without_system
+from stllm.models.configuration import reason
 
 SAMPLE = 1 << 20  # bytes read at both ends of a weight file for its digest
 
@@ -40,13 +42,17 @@ class LocalJudge:
             raise UserError(
                 f"local:{path}: found no config.json there, expected a folder of a transformers language model"
             )
+        check_regular(folder, "a transformers language model")
         place = resolve_device(device)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype, place))
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=resolve_dtype(dtype, place), trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"local:{path}: no causal language model can be loaded from it ({reason})") from error
+            raise UserError(
+                f"local:{path}: no causal language model can be loaded from it ({reason(error)})"
+            ) from error
         limit = max_new_tokens or MAX_NEW_TOKENS
         return cls(
             model.to(place).eval(),

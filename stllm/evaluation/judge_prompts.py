@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from stllm.common.errors import UserError, did_you_mean
+from stllm.common.files import check_regular
 from stllm.evaluation.judge_axes import AXES, CONSISTENCY
 from stllm.evaluation.judge_predictions import JudgeItem
 
@@ -73,6 +74,7 @@ def load_prompts(path: str | None) -> PromptSet:
     if path is None:
         with as_file(files("stllm") / "configs" / "judge" / "prompts.yaml") as shipped:
             return _prompt_set(shipped.read_text(encoding="utf-8"), "the instructions of stllm")
+    check_regular(path, "a YAML or JSON file")
     try:
         return _prompt_set(Path(path).expanduser().read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
+from stllm.common.files import check_regular
 from stllm.evaluation.judge_axes import QA, VCGBENCH_AXES
 from stllm.evaluation.judge_scores import vcgbench_average
 from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMNS
@@ -106,6 +107,7 @@ def _split(entry: str) -> tuple[str, Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    check_regular(path, EXPECTED)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -12,10 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from stllm.common.errors import UserError
-from stllm.common.files import write_text
+from stllm.common.files import locked, write_text
 from stllm.evaluation.items import Record
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -64,18 +62,9 @@ class RecordFiles:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Within, no other run may write here. Raises UserError when one does."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / f".{self.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{self.path}: another process writes to it: wait until it ends, or name another --output-name"
-            ) from None
-        try:
+        busy = f"{self.path}: another process writes to it: wait until it ends, or name another --output-name"
+        with locked(self.folder / f".{self.name}.lock", busy):
             yield
-        finally:
-            lock.release()
 
 
 class RecordWriter:

@@ -45,6 +45,8 @@ CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError, KeyError, Attribut
 
 def reason(error: Exception) -> str:
     """The error's kind and text in one line, for the brackets of a message."""
+    if "trust_remote_code" in str(error):  # transformers advises the user to allow it, which stllm never does
+        return "it needs Python code from its own folder or repository, and stllm runs no code from checkpoints"
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"
 
 

@@ -17,7 +17,7 @@ from stllm.models.sequences import IGNORE_INDEX
 
 def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | None = None) -> PreTrainedModel:
     """The causal LM of that configuration, weights not loaded. lora: {r, alpha, dropout, target_modules} or None."""
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if lora is not None:
         from stllm.models.lora import inject_lora
 

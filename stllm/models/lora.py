@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from stllm.common.errors import UserError
+from stllm.common.files import check_regular
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's name
 OTHER_WEIGHTS = "trained.safetensors"
@@ -74,6 +75,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     Raises UserError when the folder is no adapter, or one of another model.
     """
     source = Path(folder)
+    check_regular(source, "a LoRA adapter")
     missing = [
         name for name in (ADAPTER_WEIGHTS, OTHER_WEIGHTS, "adapter_config.json") if not (source / name).is_file()
     ]

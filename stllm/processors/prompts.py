@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from stllm.common.errors import UserError
+from stllm.common.files import check_regular
 from stllm.common.registry import templates
 from stllm.conversation.templates import BOS, VISUAL, PromptTemplate, Turn
-from stllm.models.configuration import STLLMConfig
+from stllm.models.configuration import STLLMConfig, reason
 from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 
 QFORMER_FOLDER = "qformer_tokenizer"  # beside the weights, as in transformers' InstructBLIP
@@ -224,13 +225,13 @@ def _load_tokenizer(folder: Path, config: STLLMConfig) -> PreTrainedTokenizerBas
     again = "where it is there, it may be damaged or cut off: copy or download it again"
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, config=config.text_config, local_files_only=True
+            folder, config=config.text_config, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds; the sentence keeps the cause
         _check_sentencepiece(folder)
         # what is no sentencepiece model is taken for a tiktoken file: a package to install would mislead
-        reason = "" if "tiktoken" in str(error) else f" ({_first_line(error)})"
-        raise UserError(f"the tokenizer in {folder} could not be read{reason}: {expected}; {again}") from error
+        cause = "" if "tiktoken" in str(error) else f" ({reason(error)})"
+        raise UserError(f"the tokenizer in {folder} could not be read{cause}: {expected}; {again}") from error
     if not set(tokenizer.encode("a video", add_special_tokens=False)) - {tokenizer.unk_token_id}:
         # of an empty or foreign tokenizer.model transformers makes a tokenizer of special tokens alone
         raise UserError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens and no words: {expected}; {again}")
@@ -244,7 +245,7 @@ def _check_sentencepiece(folder: Path) -> None:
     except Exception as error:  # not installed, or an older protobuf than it was made for (VersionError)
         if (folder / "tokenizer.model").is_file():
             raise UserError(
-                f"{folder / 'tokenizer.model'} cannot be read here ({_first_line(error)}): install sentencepiece and "
+                f"{folder / 'tokenizer.model'} cannot be read here ({reason(error)}): install sentencepiece and "
                 "a protobuf as new as it asks for, or an older sentencepiece"
             ) from error
 
@@ -253,14 +254,15 @@ def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrained
     """The Q-Former's BERT tokenizer with `[DEC]` added as BOS, cutting on the left. Raises UserError."""
     own = folder / QFORMER_FOLDER
     source = str(named) if named is not None else str(own) if own.is_dir() else DEFAULT_QFORMER_TOKENIZER
+    check_regular(source, "a tokenizer")
     try:
         if Path(source).is_file():
             tokenizer: PreTrainedTokenizerBase = BertTokenizer(source, do_lower_case=True)
         else:
             # only a hub model that the user named is worth a download
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=named is None)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=named is None, trust_remote_code=False)
     except Exception as error:
-        where = f"found as {source!r} ({_first_line(error)})"
+        where = f"found as {source!r} ({reason(error)})"
         if source == DEFAULT_QFORMER_TOKENIZER and named is None:
             where = f"found: {own} is not there, and {source} is not in the hub's cache on this machine"
         download = f" (--options model.qformer_tokenizer={DEFAULT_QFORMER_TOKENIZER} downloads it)"
@@ -271,7 +273,3 @@ def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrained
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.truncation_side = "left"
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -24,6 +24,7 @@ from transformers.training_args import OptimizerNames, ParallelMode, trainer_log
 
 from stllm.common.device import DTYPE_ALIASES, resolve_device
 from stllm.common.errors import UserError, unknown_name
+from stllm.common.files import check_regular
 from stllm.common.run_section import REFUSED
 from stllm.common.schema import RunSettings
 
@@ -128,6 +129,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 def _check_json(key: str, path: str) -> None:
+    check_regular(path, f"a JSON file for {key}")
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)

@@ -10,30 +10,35 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
+from transformers.trainer_pt_utils import safe_globals
 
 from stllm.common.changes import flat, told_changes
 from stllm.common.config import save_config
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.failures import sentence
-from stllm.common.files import write_text
+from stllm.common.files import locked, write_text
 from stllm.common.run_section import UNUSED
+from stllm.models.checkpoints.shards import open_weights
 from stllm.runners.meter import is_distributed
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LOCK = ".train.lock"
+LOCK_SECONDS = 6  # data workers of a killed training notice within 5 seconds that it is gone
+STATES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")  # transformers' names
 STATE = "trainer_state.json"  # transformers writes it last
 # what may differ when a run is continued: none of it changes what is learned
 FREE = re.compile(
-    r"run\.(output_dir|resume_from_checkpoint|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+|disable_tqdm"
+    r"run\.(output_dir|resume_from_checkpoint|resume_only_model|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+|disable_tqdm"
     r"|max_bad_fraction|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
     r"|model\.(vit_chunk_size|use_grad_checkpoint|qformer_tokenizer)"
     r"|datasets\.(\w+\.)?(anno_root|media_root)|datasets\.\w+\.(anno_path|media_dir|cache_dir|reader)"
@@ -50,6 +55,24 @@ class RunFolder:
         self._partial = self.path / ".checkpoint.partial"
 
     # ---- beginning and continuing -------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, no other training may use this folder. A collective call; the main process holds the lock.
+
+        Raises UserError, on every process, when another training holds it.
+        """
+        busy = f"{self.path}: another training uses this folder: wait until it ends, or name another run.output_dir"
+        with ExitStack() as stack:
+            error: Exception | None = None
+            if is_main():
+                try:
+                    stack.enter_context(locked(self.path / LOCK, busy, seconds=LOCK_SECONDS))
+                except Exception as caught:  # the other processes wait below
+                    error = caught
+            if anywhere(error is not None):
+                raise error or UserError(busy)
+            yield
 
     def begin(self, cfg: DictConfig) -> None:
         """Makes the folder and writes `config.yaml`, or sees that the run in it is this one.
@@ -85,6 +108,15 @@ class RunFolder:
             return []
         found = [(int(match[1]), entry) for entry in self.path.iterdir() if (match := CHECKPOINT.fullmatch(entry.name))]
         return [entry for _, entry in sorted(found) if (entry / STATE).is_file()]
+
+    def refusal(self, checkpoint: Path, fault: str) -> str:
+        """A sentence that `checkpoint` cannot be continued from, and from which other one the run can."""
+        whole = [one for one in self.checkpoints() if one.resolve() != checkpoint.resolve() and damage(one) is None]
+        if whole:
+            advice = f"the last whole checkpoint is {whole[-1]}: remove {checkpoint.name} to continue from it"
+        else:
+            advice = f"there is no other whole checkpoint in {self.path}: name another run.output_dir to begin anew"
+        return f"{checkpoint} cannot be continued from: {fault}; {advice}"
 
     def is_finished(self) -> bool:
         """Whether the trained model is here: its config.json is moved in last."""
@@ -160,6 +192,33 @@ class RunFolder:
         kept = f"{last.name} before it is whole" if last else "there is none before it"
         cause = "another process could not write its part" if error is None else sentence(error)
         return f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}: run again to continue from it"
+
+
+def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
+    """Name the first file of a checkpoint that is not what it should be; None when there is none.
+
+    Files of tensors are mapped, not read. only_model: without the files in `STATES`.
+    """
+    for path in sorted(checkpoint.iterdir()):
+        is_state = STATES.fullmatch(path.name) is not None
+        if only_model and is_state:
+            continue
+        try:
+            content: Any = {}
+            if path.suffix == ".json" or path.name == STATE:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            elif is_state:
+                with safe_globals():
+                    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            elif path.suffix == ".safetensors":
+                open_weights([path])
+        except UserError as error:
+            return str(error)
+        except Exception as error:  # of json, torch and the file system: many kinds
+            return f"{path.name} is damaged or cut off ({type(error).__name__})"
+        if not isinstance(content, dict):
+            return f"{path.name} is damaged (found {type(content).__name__}, expected named values)"
+    return None
 
 
 def anywhere(flag: bool) -> bool:

@@ -64,47 +64,49 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
     """Trains the task's model on transformers' Trainer. Raises UserError; returns the exit code."""
     disable_progress_bar()  # of transformers, at every checkpoint
     folder = RunFolder(str(args.output_dir))
-    checkpoint = _checkpoint(args, folder)
-    folder.begin(cfg)
-    if folder.is_finished():
-        log.info("%s: this run is finished; name another run.output_dir to train again", folder.path)
+    with folder.locked():
+        checkpoint = _checkpoint(args, folder)
+        folder.begin(cfg)
+        if folder.is_finished():
+            log.info("%s: this run is finished; name another run.output_dir to train again", folder.path)
+            return 0
+        sampler = task.sampler(
+            batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
+        )
+        model = task.build_model(device=_home(args), **_dtypes(args))
+        if args.ddp_find_unused_parameters is None and args.world_size > 1 and not args.fsdp and not args.deepspeed:
+            args.ddp_find_unused_parameters = some_parts_idle(task, model, args)
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+        trainer = STLLMTrainer(
+            model=model,
+            args=args,
+            dataset=task.mixture,
+            sampler=sampler,
+            collator=task.collator(),
+            processor=task.processor,
+            folder=folder,
+            bad_samples=BadSampleLog(
+                max_bad_fraction=cfg.run.max_bad_fraction, epoch_size=len(sampler) * sampler.global_batch
+            ),
+            stop=stop,
+            projection_lr=cfg.run.projection_lr,
+            resume_only_model=cfg.run.resume_only_model,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+            log.info("continuing from %s", checkpoint)
+        if is_main():
+            folder.rewind_log(trainer.logged_step)
+        seed_everything((args.seed + args.process_index) % 2**32)  # processes must not draw the same dropout
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
+            step = trainer.state.global_step
+            again = "the same command" if _continues(args) else "the same command without run.resume_from_checkpoint"
+            log.info("stopped at step %d; checkpoint-%d is written: %s continues from it", step, step, again)
+            return stop.exit_code
+        _finish(task, trainer, folder)
         return 0
-    sampler = task.sampler(
-        batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
-    )
-    model = task.build_model(device=_home(args), **_dtypes(args))
-    if args.ddp_find_unused_parameters is None and args.world_size > 1 and not args.fsdp and not args.deepspeed:
-        args.ddp_find_unused_parameters = some_parts_idle(task, model, args)
-    if args.deepspeed:
-        set_hf_deepspeed_config(args.hf_deepspeed_config)
-    trainer = STLLMTrainer(
-        model=model,
-        args=args,
-        dataset=task.mixture,
-        sampler=sampler,
-        collator=task.collator(),
-        processor=task.processor,
-        folder=folder,
-        bad_samples=BadSampleLog(
-            max_bad_fraction=cfg.run.max_bad_fraction, epoch_size=len(sampler) * sampler.global_batch
-        ),
-        stop=stop,
-        projection_lr=cfg.run.projection_lr,
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        log.info("continuing from %s", checkpoint)
-    if is_main():
-        folder.rewind_log(trainer.logged_step)
-    seed_everything((args.seed + args.process_index) % 2**32)  # processes must not draw the same dropout
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
-        step = trainer.state.global_step
-        again = "the same command" if _continues(args) else "the same command without run.resume_from_checkpoint"
-        log.info("stopped at step %d; checkpoint-%d is written: %s continues from it", step, step, again)
-        return stop.exit_code
-    _finish(task, trainer, folder)
-    return 0
 
 
 def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> bool:

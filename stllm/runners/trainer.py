@@ -5,7 +5,9 @@ The loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision are transform
 
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
-from stllm.common.files import write_text
+from stllm.common.files import check_regular, write_text
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
 from stllm.models.checkpoints.assembly import restore
@@ -30,7 +32,7 @@ from stllm.processors.prompts import PromptProcessor
 from stllm.runners.meter import StepMeter, is_distributed
 from stllm.runners.optimizer import parameter_groups
 from stllm.runners.progress import Progress
-from stllm.runners.run_folder import RunFolder
+from stllm.runners.run_folder import STATE, RunFolder, damage
 from stllm.runners.signals import StopRequest, obeying_parent_alone
 
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
@@ -52,6 +54,7 @@ class STLLMTrainer(Trainer):
     collator: list of samples -> model arguments, and `names` and `failures`. processor: its tokenizers are saved beside
     the model, None: there are none. folder: where checkpoints and log go.
     bad_samples: counts what could not be read and stops the run when it is too much. stop: a signal's request.
+    resume_only_model: continue with a checkpoint's weights and step; optimizer and random state begin anew.
     """
 
     def __init__(
@@ -67,11 +70,13 @@ class STLLMTrainer(Trainer):
         bad_samples: BadSampleLog,
         stop: StopRequest,
         projection_lr: float | None = None,
+        resume_only_model: bool = False,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
         self.model_accepts_loss_kwargs = True  # forward takes num_items_in_batch
         self.dataset, self.sampler, self.prompts, self.folder = dataset, sampler, processor, folder
         self.bad_samples, self.stop, self.projection_lr = bad_samples, stop, projection_lr
+        self.resume_only_model = resume_only_model
         self.meter = StepMeter(args.device)
         self.stopping = False  # as agreed on by all processes
         self.new_failures: list[Any] = []
@@ -241,20 +246,39 @@ class STLLMTrainer(Trainer):
             "logged_step": self.logged_step,
             "bad_samples": self.bad_samples.state_dict(),
             "global_batch": self.global_batch,
+            "num_processes": self.accelerator.num_processes,
             "model_only": self.args.save_only_model,
         }
 
     def resume(self, checkpoint: Path) -> None:
         """Restores our own state from a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
 
-        Raises UserError when the batches would be others, and for a checkpoint without the optimizer's state.
+        Raises UserError when the batches would be others, for a damaged checkpoint, and for one that lacks a state,
+        unless `resume_only_model`.
         """
-        state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
-        if state.get("model_only"):
+        check_regular(checkpoint, "a checkpoint")
+        fault = damage(checkpoint, only_model=self.resume_only_model)
+        if fault is None and not (checkpoint / RUN_STATE).is_file():
+            fault = f"{RUN_STATE} is missing"
+        if fault is not None:
+            raise UserError(self.folder.refusal(checkpoint, fault))
+        with self._reading(checkpoint, RUN_STATE):
+            state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+            self._take_run_state(checkpoint, state)
+        with self._reading(checkpoint, STATE):
+            TrainerState.load_from_json(str(checkpoint / STATE))
+            int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+
+    def _take_run_state(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        only_model = "run.resume_only_model=True continues with its weights, but with a new optimizer state"
+        if state.get("model_only") and not self.resume_only_model:
             raise UserError(
                 f"{checkpoint} holds the model alone (run.save_only_model), so a run cannot continue from it: name "
-                "another run.output_dir, and the checkpoint as model.ckpt to start from its weights"
+                f"another run.output_dir, and the checkpoint as model.ckpt to start from its weights; {only_model}"
             )
+        lacking = [] if self.resume_only_model else self._lacking(checkpoint, state)
+        if lacking:
+            raise UserError(self.folder.refusal(checkpoint, f"{lacking[0]} is missing ({only_model})"))
         found, expected = self.global_batch, state["global_batch"]
         if found != expected:
             raise UserError(
@@ -266,6 +290,51 @@ class STLLMTrainer(Trainer):
         self.logged_step = state["logged_step"]
         self.bad_samples.load_state_dict(state["bad_samples"])
 
+    def _lacking(self, checkpoint: Path, state: Mapping[str, Any]) -> list[str]:
+        """The states that the checkpoint lacks; FSDP and DeepSpeed have optimizer files of their own."""
+        names = ["scheduler.pt"]
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            names.insert(0, "optimizer.pt")
+        if self.accelerator.scaler is not None:
+            names.append("scaler.pt")
+        processes = self.accelerator.num_processes
+        if state.get("num_processes", processes) == processes:  # else there is no random state for each of these
+            names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
+        return [name for name in names if not (checkpoint / name).is_file()]
+
+    @contextmanager
+    def _reading(self, checkpoint: str | Path, files: str) -> Iterator[None]:
+        """Raises UserError, naming the files and the last whole checkpoint, for whatever their contents raise."""
+        try:
+            yield
+        except Exception as error:  # of torch, json and transformers: many kinds
+            if isinstance(error, UserError) or out_of_memory(error):
+                raise
+            fault = f"{files} cannot be used ({reason(error)})"
+            raise UserError(self.folder.refusal(Path(checkpoint), fault)) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.resume_only_model:
+            with self._reading(checkpoint or "", "optimizer.pt or scheduler.pt"):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        step = int(json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"])
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # under accelerate's, if it is there
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch: the optimizer has made no step yet
+            for _ in range(step):
+                schedule.step()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if not self.resume_only_model:
+            with self._reading(checkpoint or "", "the random state (rng_state*.pth)"):
+                super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if not self.resume_only_model:
+            with self._reading(checkpoint or "", "scaler.pt"):
+                super()._load_scaler(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The checkpoint's weights, all of them. Raises UserError naming those that it lacks.
 
@@ -273,7 +342,8 @@ class STLLMTrainer(Trainer):
         """
         quantized = getattr(self.model, "hf_quantizer", None) is not None  # its tensors are not the model's parameters
         if isinstance(self.model, STLLM) and not self.is_fsdp_enabled and not quantized:
-            restore(self.model, Path(resume_from_checkpoint))
+            with self._reading(resume_from_checkpoint, "the weights"):
+                restore(self.model, Path(resume_from_checkpoint))
             return
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

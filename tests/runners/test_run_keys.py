@@ -124,7 +124,7 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
         (("fsdp=true",), "run.fsdp divides a model among processes: start several with torchrun"),
         (("fsdp=true", "fsdp_config=gone.json"), "run.fsdp_config: gone.json cannot be read (No such file"),
         (("deepspeed=gone.json",), "run.deepspeed: gone.json cannot be read (No such file or directory)"),
-        (("deepspeed=/dev/null",), "run.deepspeed: /dev/null is not valid JSON"),
+        (("deepspeed=/dev/null",), "/dev/null: found a device, expected a JSON file for run.deepspeed"),
         (("dataloader_multiprocessing_context=thread",), "unknown run.dataloader_multiprocessing_context 'thread'"),
         (("save_strategy=best",), "run.save_strategy must be steps, epoch or no, found 'best'"),
         (("evaluation_strategy=steps",), "run.eval_strategy must be no, found 'steps': training does not evaluate"),

@@ -39,7 +39,7 @@ def convert_language_model(folder: Path, weights: Weights, config: PretrainedCon
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except CONFIG_ERRORS as error:
         raise UserError(
             f"{folder}/config.json: transformers can't build this {config.model_type} language model "
@@ -60,7 +60,7 @@ def convert_language_model(folder: Path, weights: Weights, config: PretrainedCon
 def read_config(folder: Path) -> PretrainedConfig:
     """The language model's configuration. Raises UserError when transformers does not know it as a causal LM."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (*CONFIG_ERRORS, OSError) as error:
         raise UserError(
             f"{folder} is no language model that transformers can read ({reason(error)}): name another folder"
@@ -153,7 +153,7 @@ class QuantizedWeights(Weights):
 def _load(folder: Path) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, output_loading_info=True
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, trust_remote_code=False
         )
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(

@@ -220,7 +220,7 @@ def family_tokens(folder: Path, *, adds_pad: bool, config: PretrainedConfig | No
     if not folder.is_dir() or not any(folder.glob("tokenizer*")):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError):
         return None
     return len(tokenizer) + int(adds_pad and "[PAD]" not in tokenizer.get_vocab())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
+from stllm.common.files import check_regular
 from stllm.models.checkpoints import tables
 from stllm.models.checkpoints.keys import KeyTable, Target, UnknownKeyError
 from stllm.models.checkpoints.shards import Weights, open_weights
@@ -95,7 +96,8 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     Raises UserError: nothing there, no checkpoint, a shard missing, a file damaged.
     """
     place = locate(path)
-    if place.is_file():
+    check_regular(place, "weights")
+    if not place.is_dir():
         shard = SHARD.match(place.name)
         if shard and int(shard["total"]) > 1:
             raise UserError(f"{place} is one of {int(shard['total'])} shards: name their folder, {place.parent}")

@@ -44,7 +44,12 @@ def place(
         arguments["quantization_config"] = quantization_config(quantization, kind)
     if [source.format for source in sources] == [Format.STLLM] and not training:
         loaded: Any = STLLM.from_pretrained(
-            sources[0].path, config=config, output_loading_info=True, local_files_only=True, **arguments
+            sources[0].path,
+            config=config,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **arguments,
         )
         report = _audit_of(sources[0], loaded[1])
         return loaded[0].eval(), report
@@ -52,7 +57,9 @@ def place(
     plan = make_plan(model, sources, training=training)
     plan.report.raise_for_problems()
     fill(model, plan, torch.device("cpu"))
-    placed = STLLM.from_pretrained(None, config=config, state_dict=model.state_dict(), **arguments)
+    placed = STLLM.from_pretrained(
+        None, config=config, state_dict=model.state_dict(), trust_remote_code=False, **arguments
+    )
     return placed.eval(), plan.report
 
 

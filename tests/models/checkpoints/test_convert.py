@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from stllm.models.checkpoints.loading import load_model, load_pretrained, load_p
 from stllm.models.checkpoints.released import released_state, save_released
 from stllm.models.factory import build_audited
 from tests.helpers.tiny import tiny_model
-from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, GOLDEN, HEADS, golden_weights
+from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, GOLDEN, HEADS, change_json, golden_weights
 
 NAME = "instructblip_residual_mvm"
 
@@ -122,10 +123,38 @@ def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     convert([GOLDEN / NAME], target)  # an empty folder is taken
     before = sorted(path.name for path in target.iterdir())
     with pytest.raises(UserError, match="holds files already, expected a new or an empty folder"):
-        convert([GOLDEN / NAME], target)
+        convert([GOLDEN / NAME], target, format="released")
     assert sorted(path.name for path in target.iterdir()) == before
     with pytest.raises(UserError, match="is a file already"):
         convert([GOLDEN / NAME], target / "config.json")
+
+
+def test_the_same_command_again_finds_it_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a kill between the last rename and the end of the process."""
+    shutil.copytree(GOLDEN / NAME, tmp_path / "source")
+    shutil.copytree(FOREIGN / "bert", tmp_path / "foreign" / "bert")
+    target = tmp_path / "source" / "ours"
+    words = ["convert", str(tmp_path / "source"), "--to", str(target)]
+    assert main(words) == 0
+    written = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "holds the result of this command already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == written
+    for more in (["--dtype", "float16"], ["--format", "released"], ["--options", "model.video_input=mean"]):
+        assert main([*words, *more]) == 1
+    capsys.readouterr()
+    weights = target / "model.safetensors"
+    with weights.open("r+b") as stream:
+        stream.truncate(weights.stat().st_size - 1)
+    assert main(words) == 1
+    assert "holds files already" in capsys.readouterr().err
+    shutil.rmtree(target)
+    assert main(words) == 0
+    change_json(tmp_path / "source" / "config.json", lambda config: config.update(more="another source"))
+    assert main(words) == 1
+    (target / convert_module.RECORD).write_text("[]")
+    assert main(words) == 1
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""Pipes and devices where a file belongs: one sentence, where reading would wait without end."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stllm.cli import main
+from stllm.common.errors import UserError
+from stllm.common.files import check_regular
+from stllm.datasets.media import MediaError
+from stllm.datasets.readers import open_media
+from tests.attacks.test_no_code import CLIP, TINY
+from tests.evaluation.test_judge_local import judge, write_judge
+from tests.helpers.training import write_recipe
+
+SECONDS = 60
+
+
+@pytest.fixture(autouse=True)
+def bounded() -> Iterator[None]:
+    """Ends a test that waits for a pipe."""
+
+    def fail(number: int, frame: object) -> None:
+        raise AssertionError("it waited for a pipe")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def pipe_at(path: Path) -> Path:
+    """A pipe that nobody writes to, in place of the file."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "more.bin", "qformer_tokenizer/tokenizer.json"]
+)
+def test_a_pipe_in_a_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(TINY, folder)
+    path = pipe_at(folder / name)
+    words = ["--device", "cpu", "--ckpt-path", str(folder), "--video", str(CLIP), "--question", "Why?"]
+    assert main(["chat", *words]) == 1
+    assert f"{path}: found a pipe, expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "pipe"])
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_weights_that_are_no_file(
+    command: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = pipe_at(tmp_path / "w.pth") if device == "pipe" else Path(device)
+    more = ["--to", str(tmp_path / "new")] if command == "convert" else []
+    assert main([command, str(place), *more]) == 1
+    assert f"{place}: found a {'pipe' if device == 'pipe' else 'device'}, expected weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "pipe"])
+def test_media_that_are_no_file(device: str, tmp_path: Path) -> None:
+    place = pipe_at(tmp_path / "clip.mp4") if device == "pipe" else tmp_path / "clip.mp4"
+    if device != "pipe":
+        place.symlink_to(device)
+    with pytest.raises(MediaError, match=r"found a (pipe|device), expected a video"):
+        open_media(place)
+
+
+def test_a_pipe_among_frames(tmp_path: Path) -> None:
+    pipe_at(tmp_path / "00001.jpg")
+    with pytest.raises(MediaError, match=r"00001\.jpg: found a pipe, expected an image"):
+        open_media(tmp_path)
+
+
+def test_an_annotation_that_is_a_pipe(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = pipe_at(tmp_path / "train.json")
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", toy, datasets={"own": {"anno_path": str(pipe), "media_dir": str(tmp_path)}}
+    )
+    assert main(["train", "--cfg-path", str(recipe)]) == 1
+    assert f"{pipe}: found a pipe, expected" in capsys.readouterr().err
+
+
+def test_a_judge_with_a_pipe_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_judge(tmp_path / "judge", says="4")
+    pipe_at(model / "tokenizer.json")
+    assert judge(tmp_path, model) == 1
+    assert "tokenizer.json: found a pipe, expected" in capsys.readouterr().err
+
+
+def test_files_folders_and_links_to_them_pass(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dead").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path, tmp_path / "link", tmp_path / "dead", tmp_path / "missing", "a\0b"):
+        check_regular(place, "a file")
+    pipe_at(tmp_path / "folder" / "pipe")
+    check_regular(tmp_path, "a file")
+    with pytest.raises(UserError, match="found a pipe"):
+        check_regular(tmp_path / "folder", "a file")
