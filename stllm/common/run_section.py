@@ -227,8 +227,9 @@ def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any
         if fault := _number_fault(key, value):
             raise UserError(f"{where('run.' + key)}: 'run.{key}' must be {fault}, found {value}")
     for key, switches in SWITCHED_BY.items():
-        if isinstance(result.get(key), dict):
-            result[key] = _mapping(result[key], SUBKEYS[key], f"run.{key}", where)
+        given: Any = result.get(key)
+        if isinstance(given, dict):
+            result[key] = _mapping(given, SUBKEYS[key], f"run.{key}", where)
         if result.get(key) and not any(result.get(switch) for switch in switches):
             log.info("%s: run.%s has no effect without run.%s", where(f"run.{key}"), key, switches[0], extra=ONCE)
     deepspeed: Any = result.get("deepspeed")

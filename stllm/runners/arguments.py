@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode, trainer_log_levels
 
 from stllm.common.device import DTYPE_ALIASES, resolve_device
@@ -153,11 +154,13 @@ def _try_optimizer(args: TrainingArguments) -> None:
             name = OptimizerNames(args.optim).value
             raise ValueError(f"run.optim_args {args.optim_args!r} has no effect on run.optim {name}")
     optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
-    parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters
+    schedule, given = SchedulerType(args.lr_scheduler_type), cast("dict[str, Any]", args.lr_scheduler_kwargs or {})
+    function: Any = TYPE_TO_SCHEDULER_FUNCTION[schedule]
+    parameters = inspect.signature(function).parameters
     known = parameters.keys() - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-    for name in args.lr_scheduler_kwargs or () if "kwargs" not in known else ():
+    for name in given if "kwargs" not in known else ():
         if not known:
-            raise UserError(f"run.lr_scheduler_type {args.lr_scheduler_type.value} takes no lr_scheduler_kwargs")
+            raise UserError(f"run.lr_scheduler_type {schedule.value} takes no lr_scheduler_kwargs")
         if name not in known:
             raise UserError(unknown_name("key of run.lr_scheduler_kwargs", str(name), known))
     get_scheduler(
@@ -165,7 +168,7 @@ def _try_optimizer(args: TrainingArguments) -> None:
         optimizer=optimizer,
         num_warmup_steps=args.get_warmup_steps(100),
         num_training_steps=100,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=given or None,
     )
 
 
