@@ -108,11 +108,11 @@ class JsonRecords:
         return os.path.join(self.media_dir, named)
 
 
-def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
+def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
     """Writes a training file that has one record for each question-and-answer pair.
 
     The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
-    Returns the numbers of records read and written.
+    Returns the numbers of records read, left out and written.
     Raises UserError for a target that is there already, and for a source that cannot be read or has a record without
     QA; the target is then not written.
     """
@@ -121,13 +121,14 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
         raise UserError(f"{new} exists already, expected a new file: name another one, or remove it")
     expected = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]}"
     _, text = read_file(path, expected)
-    num_read = num_written = 0
+    num_read = num_empty = num_written = 0
     with replacing(new) as partial, partial.open("w", encoding="utf-8") as stream:
         for _, _, record in json_values(path, text, expected):
             num_read += 1
             pairs = record.get("QA") if isinstance(record, dict) else None
             if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
                 raise UserError(f"{path}, record {num_read}: found {_short(record)}, expected {expected}")
+            num_empty += not pairs
             for pair in pairs:
                 stream.write(",\n" if num_written else "[\n")
                 stream.write(json.dumps({**record, "QA": [pair]}))
@@ -135,7 +136,7 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int]:
         if not num_written:
             raise UserError(f"{path}: found no question-and-answer pair in {num_read} records, expected {expected}")
         stream.write("\n]\n")
-    return num_read, num_written
+    return num_read, num_empty, num_written
 
 
 def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:

@@ -79,9 +79,11 @@ def run(args: argparse.Namespace) -> int:
     """The command."""
     if args.flatten is not None:
         source, target = args.flatten
-        num_read, num_written = flatten(source, target)
+        num_read, num_empty, num_written = flatten(source, target)
+        left_out = f"; left out, as they have no question: {num_empty}" if num_empty else ""
         print(
-            f"written to {target}: {num_written} records of one question and answer each, from {num_read} of {source}"
+            f"written to {target}: {num_written} records of one question and answer each, from {num_read} of "
+            f"{source}{left_out}"
         )
         return 0
     report = examine(args)

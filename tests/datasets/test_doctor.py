@@ -435,8 +435,9 @@ def test_flatten_makes_a_record_of_each_pair(tmp_path, video, capsys) -> None:
     ]
     deep, flat = write_json(tmp_path / "train.json", records), tmp_path / "new" / "flat.json"
     assert main(["doctor", "--flatten", str(deep), str(flat)]) == 0
-    assert (
-        capsys.readouterr().out == f"written to {flat}: 3 records of one question and answer each, from 3 of {deep}\n"
+    assert capsys.readouterr().out == (
+        f"written to {flat}: 3 records of one question and answer each, from 3 of {deep}; left out, as "
+        "they have no question: 1\n"
     )
     first, second, third = json.loads(flat.read_text())
     assert [first, second] == [{**records[0], "QA": [pair]} for pair in pairs[:2]] and third == records[2]
