@@ -56,8 +56,12 @@ def locked(path: Path, busy: str, *, seconds: float = 0) -> Iterator[None]:
 
     It is flock's, which also holds between machines where the file system passes it on (NFS 4, Lustre with -o flock).
     busy: the sentence of the UserError that is raised when another process holds it. seconds: how long to wait.
+    Raises UserError, too, where the folder of the lock file cannot be created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path.parent} cannot be created ({error.strerror}): name another one") from error
     lock = FileLock(path)
     try:
         lock.acquire(timeout=seconds)

@@ -72,3 +72,13 @@ def test_every_process_of_the_second_ends(processes: int, toy: Path, tmp_path: P
     assert "unexpected" not in second.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [run_folder.LOCK]
     assert subprocess.run(words, capture_output=True, env=os.environ, timeout=120).returncode == 0
+
+
+def test_a_folder_that_cannot_be_created_is_named(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=1)
+    assert main(["train", "--cfg-path", str(recipe), "--options", f"run.output_dir={recipe}/run"]) == 1
+    assert f"error: the folder {recipe}/run cannot be created (Not a directory): name another one" in (
+        capsys.readouterr().err
+    )
