@@ -122,6 +122,7 @@ def test_messages_and_parts_are_counted(address: str) -> None:
         assert (reply.status_code, words in reply.json()["error"]["message"]) == (400, True)
 
 
+@pytest.mark.slow  # it measures memory and seconds, which other work on the machine changes
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="memory is read from /proc")
 def test_a_large_medium_takes_two_and_a_half_times_its_size(address: str) -> None:
     content = os.urandom(40 * MEBIBYTE)
