@@ -91,6 +91,7 @@ def test_all_bodies_together_have_a_size(address: str, server: Server, monkeypat
     wait_until(lambda: server.bodies.num_bytes == 0)
 
 
+@pytest.mark.slow  # it measures memory and seconds, too
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("kind", ["messages", "parts", "numbers", "marks", "opened"])
 def test_many_tiny_things_take_neither_memory_nor_time(address: str, kind: str) -> None:
