@@ -66,7 +66,7 @@ COMMANDS = {
     ),
     "table": Command(
         help="prints results of several benchmarks as a row of the paper's table, below the published ones",
-        target="stllm.evaluation.paper_table:run",
+        target="stllm.evaluation.reports.paper_table:run",
         add_options=_table_options,
         example="stllm table eval/mvbench.results.json eval/vcgbench.judged/*.results.json "
         "msvd=eval/msvd.judged/qa.results.json",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.doctor_checks import Fault
+from stllm.datasets.faults import Fault
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
 from stllm.datasets.image_text_index import ABSENT, Entry

@@ -23,8 +23,8 @@ from stllm.datasets.toy_media import write_frames, write_json, write_video
 from stllm.datasets.toy_questions import Example
 from stllm.datasets.toy_tasks import TASKS, ToyTask
 from stllm.datasets.toy_video_questions import DIRECTION_QUESTIONS
-from stllm.evaluation.mvbench_tasks import TASKS as MVBENCH_TASKS
-from stllm.evaluation.mvbench_tasks import MVBenchTask
+from stllm.evaluation.benchmarks.mvbench import TASKS as MVBENCH_TASKS
+from stllm.evaluation.benchmarks.mvbench import MVBenchTask
 
 TOY_TASKS = {task.make.__name__: task for task in TASKS}
 # Which toy task stands for each of MVBench's; those with bounds are all of one kind.

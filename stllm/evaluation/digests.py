@@ -1,4 +1,4 @@
-"""What made a result, as short digests: the configuration, the prompts, the checkpoint. 16 hex digits each."""
+"""Short digests of what made a result: the configuration, the prompts, the checkpoint. 16 hex digits each."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stllm.evaluation.items import Benchmark, Item
+from stllm.evaluation.benchmarks.base import Item, Loaded
 from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.processors.prompts import PromptProcessor
 
@@ -24,17 +24,17 @@ def content_digest(content: Any) -> str:
     return _digest([json.dumps(content, sort_keys=True, ensure_ascii=False).encode()])
 
 
-def prompts_digest(benchmark: Benchmark, processor: PromptProcessor) -> str:
+def prompts_digest(loaded: Loaded, processor: PromptProcessor) -> str:
     """Of every prompt that the benchmark's items give, and what the Q-Former reads beside it."""
-    asked = [item for item in benchmark.items if item.media is not None]
-    return content_digest([[item.id, item_prompts(benchmark, item, processor)] for item in asked])
+    asked = [item for item in loaded.items if item.media is not None]
+    return content_digest([[item.id, item_prompts(loaded, item, processor)] for item in asked])
 
 
-def item_prompts(benchmark: Benchmark, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
+def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
     """`pieces` of each question's prompt, and what the `qformer` reads."""
     template = processor.template
     prompts = []
-    for request in benchmark.requests(item, template):
+    for request in loaded.requests(item, template):
         turn = request.turns[-1]
         system = processor.system if request.system is None else request.system
         pieces = request.pieces or template.render(turn, first=True, media="video", system=system)
@@ -49,18 +49,15 @@ def checkpoint_digest(sources: Sequence[Source]) -> str:
     changes nearly all of what trains.
     """
     parts: list[bytes] = []
-    for source in sources:
-        for path in _files(source.path):
+    for place in (source.path for source in sources):
+        files = [place]
+        if not place.is_file():
+            beside = {path for pattern in BESIDE for path in place.glob(pattern) if path.is_file()}
+            files = sorted({*weight_files(place), *beside})
+        for path in files:
             size = path.stat().st_size
             parts += [f"{path.name} {size}".encode(), *_blocks(path, size)]
     return _digest(parts)
-
-
-def _files(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    beside = {path for pattern in BESIDE for path in place.glob(pattern) if path.is_file()}
-    return sorted({*weight_files(place), *beside})
 
 
 def _blocks(path: Path, size: int) -> Iterable[bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.common.files import locked, write_text
-from stllm.evaluation.items import Record
+from stllm.evaluation.benchmarks.base import Record
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

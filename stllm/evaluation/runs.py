@@ -1,30 +1,53 @@
-"""An evaluation in its folder: begun or continued, alone or divided among processes, its lines joined at the end."""
+"""An evaluation in its folder: begun or continued, alone or divided among processes, its lines joined at the end.
+
+The settings that made the lines are kept beside them, so that a rerun continues, or refuses to mix.
+"""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from stllm.common.changes import flat, told_changes
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import write_text
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.evaluation.digests import checkpoint_digest, content_digest, prompts_digest
+from stllm.evaluation.benchmarks.base import Item, Loaded, Record
+from stllm.evaluation.digests import checkpoint_digest, content_digest, item_prompts, prompts_digest
 from stllm.evaluation.engine import Engine, head, share
-from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.evaluation.record_files import RecordFiles, RecordWriter, telling_full_disk
-from stllm.evaluation.run_settings import check_same, decisive, run_settings, save_settings
 from stllm.models.checkpoints.loading import Opened, load_opened, processor_of
 from stllm.runners.processes import num_decoders, wait_for_all
 
 log = logging.getLogger(__name__)
+
+# What may differ when a run is continued: no answer depends on it, items are compared line by line, and `decoding`
+# holds the model family's values for what is unset in `evaluation`.
+FREE = re.compile(
+    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers"
+    r"|num_beams|max_new_tokens|repetition_penalty|context)"
+)
+# Never asked: its prompt shows the words around a question, which belong to the code and may change with it.
+SAMPLE = Item(
+    id="sample",
+    task="",
+    video="",
+    media=None,
+    questions=("QUESTION",),
+    answer="FIRST",
+    candidates=("FIRST", "SECOND"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Runs:
     def _checkpoint(self) -> str:
         return checkpoint_digest(self.opened.sources)
 
-    def run(self, benchmark: Benchmark, name: str, *, variant: str = "") -> Outcome | None:
+    def run(self, loaded: Loaded, name: str, *, variant: str = "") -> Outcome | None:
         """Asks what is not answered yet, into `<name>.jsonl`. A collective call; None on all but the main process.
 
         variant: of the benchmark's items, where they are not as published. Raises UserError: lines of other settings or
@@ -72,47 +95,72 @@ class Runs:
         """
         files = RecordFiles(self.folder, name)
         with files.locked() if is_main() else nullcontext():
-            settings = self._begin(files, benchmark, variant) if is_main() else {}
+            settings = self._begin(files, loaded, variant) if is_main() else {}
             wait_for_all()  # until the lines of earlier runs are in one file
             done = {id_ for id_, record in files.read().items() if not record.get("error")}
-            pending = [item for item in benchmark.items if item.id not in done]
+            pending = [item for item in loaded.items if item.id not in done]
             if is_main():
-                log.info(
-                    "%s: %d items to ask, %d are answered", name, len(pending), len(benchmark.items) - len(pending)
-                )
-            self._ask(files, benchmark, share(pending, rank(), world_size()))
+                log.info("%s: %d items to ask, %d are answered", name, len(pending), len(loaded.items) - len(pending))
+            self._ask(files, loaded, share(pending, rank(), world_size()))
             wait_for_all()
-            return self._end(files, benchmark, settings) if is_main() else None
+            if not is_main():
+                return None
+            records = files.join([item.id for item in loaded.items])
+        missing = [item.id for item in loaded.items if item.id not in records]
+        if missing:
+            raise UserError(f"{files.path} lacks {len(missing)} items ({missing[0]}): run the same command again")
+        digests = {
+            "config": content_digest(decisive(settings)),
+            "prompts": prompts_digest(loaded, self.processor),
+            "checkpoint": self._checkpoint,
+        }
+        spent = sum(sum(record["seconds"].values()) for record in records.values())
+        return Outcome(list(records.values()), settings, digests, spent)
 
-    def _begin(self, files: RecordFiles, benchmark: Benchmark, variant: str) -> dict[str, Any]:
+    def _settings(self, loaded: Loaded, variant: str) -> dict[str, Any]:
+        """All that answers depend on, as plain values."""
+        config, processor = self.opened.config, self.processor
+        return {
+            "benchmark": loaded.name,
+            **({"variant": variant} if variant else {}),
+            "evaluation": asdict(self.settings),
+            "decoding": asdict(self.decoding),
+            "prompt": item_prompts(loaded, SAMPLE, processor)[0],
+            "model": {
+                "checkpoint": self._checkpoint,
+                "dtype": self.dtype,
+                "quantization": "8bit" if self.opened.settings.get("low_resource") else None,
+                "num_frames": config.num_frames,
+                "video_input": config.video_input,
+                "residual_size": config.residual_size,
+                "image_size": config.vision_config["image_size"],
+                "template": processor.template.name,
+                "system": processor.system,
+                "max_txt_len": processor.max_txt_len,
+                "end_sym": processor.end_sym,
+            },
+        }
+
+    def _begin(self, files: RecordFiles, loaded: Loaded, variant: str) -> dict[str, Any]:
         """Sees that these settings and items go with the lines that are there, and joins those."""
-        settings = run_settings(
-            benchmark,
-            self.settings,
-            self.decoding,
-            self.opened,
-            self.processor,
-            checkpoint=self._checkpoint,
-            dtype=self.dtype,
-            variant=variant,
-        )
+        settings = self._settings(loaded, variant)
         file = self.folder / f"{files.name}.config.yaml"
         records = files.gather()
         if records:
             check_same(file, settings, files.path)
-            _check_items(files.path, records, benchmark.items)
-        files.join([item.id for item in benchmark.items])
+            check_items(files.path, records, loaded.items)
+        files.join([item.id for item in loaded.items])
         with telling_full_disk(file):
-            save_settings(file, settings)
+            write_text(file, OmegaConf.to_yaml(OmegaConf.create(settings)))
         return settings
 
-    def _ask(self, files: RecordFiles, benchmark: Benchmark, items: Sequence[Item]) -> None:
+    def _ask(self, files: RecordFiles, loaded: Loaded, items: Sequence[Item]) -> None:
         """This process's items, each written as soon as it is known."""
         if not items:
             return
         engine = Engine(
             self.chat,
-            benchmark,
+            loaded,
             decoding=self.decoding,
             batch_size=self.settings.batch_size,
             num_workers=num_decoders(self.settings.num_workers),
@@ -128,21 +176,8 @@ class Runs:
         finally:
             writer.close()
 
-    def _end(self, files: RecordFiles, benchmark: Benchmark, settings: Mapping[str, Any]) -> Outcome:
-        records = files.join([item.id for item in benchmark.items])
-        missing = [item.id for item in benchmark.items if item.id not in records]
-        if missing:
-            raise UserError(f"{files.path} lacks {len(missing)} items ({missing[0]}): run the same command again")
-        digests = {
-            "config": content_digest(decisive(settings)),
-            "prompts": prompts_digest(benchmark, self.processor),
-            "checkpoint": self._checkpoint,
-        }
-        spent = sum(sum(record["seconds"].values()) for record in records.values())
-        return Outcome(list(records.values()), settings, digests, spent)
 
-
-def _check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:
+def check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:
     """Raises UserError unless every line is about an item that is asked now, and every answer about it as it is now.
 
     An item that failed is asked again, as it is now.
@@ -163,3 +198,25 @@ def _check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item
                 f"{path}: the ground truth is another one now: {key} of {id_} was {record.get(key)!r} and is "
                 f"{now[key]!r}; name another --output-name to begin anew"
             )
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that answers depend on, by dotted key."""
+    return {key: value for key, value in flat(settings).items() if not FREE.fullmatch(key)}
+
+
+def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
+    """Raises UserError, naming the first setting that differs, unless `records` were made with these settings.
+
+    path: the file that keeps the settings of those lines.
+    """
+    another = "name another --output-name to begin anew"
+    if not path.is_file():
+        raise UserError(f"{records} holds lines, but not beside it {path.name}, which says what made them: {another}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of yaml, OmegaConf and the file system
+        raise UserError(f"{path} cannot be read ({error}): {another}") from error
+    made = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    if changes := told_changes(decisive(made), decisive(settings)):
+        raise UserError(f"{records} was made with another setting: {changes}; set it back to go on, or {another}")

@@ -14,7 +14,7 @@ from stllm.conversation.embedded import EXAMPLES, FOLDER
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.templates import Turn
 from stllm.datasets.views import FORWARD, REVERSED
-from stllm.evaluation.mvbench import prompt_pieces
+from stllm.evaluation.benchmarks.mvbench import prompt_pieces
 
 LISTED = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
 TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}

@@ -18,10 +18,10 @@ from PIL import Image
 from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import JsonRecords
-from stllm.datasets.doctor_checks import KINDS, Fault
 from stllm.datasets.doctor_media import Use, check_use, run_tasks
+from stllm.datasets.faults import KINDS, Fault
 from stllm.datasets.toy_world import write_world
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
 from tests.helpers.videos import write_video
 
 

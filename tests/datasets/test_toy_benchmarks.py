@@ -14,7 +14,7 @@ from stllm.datasets.toy_benchmarks import STAND_INS, benchmark_bytes, num_benchm
 from stllm.datasets.toy_clips import World
 from stllm.datasets.toy_language import world_texts
 from stllm.datasets.toy_video_questions import DIRECTION_QUESTIONS
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
 from tests.helpers.twins import NUM_FRAMES, SEED, twins
 
 MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".jpg")

@@ -26,7 +26,7 @@ from stllm.datasets.toy_questions import Asked
 from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, frame_times, render
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, action_sequence
 from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
-from stllm.evaluation.mvbench import prompt_pieces
+from stllm.evaluation.benchmarks.mvbench import prompt_pieces
 from stllm.models.checkpoints.deciding import decide_config, open_named
 from stllm.models.factory import build_model, model_section
 from stllm.processors.prompts import PromptProcessor

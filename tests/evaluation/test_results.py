@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from stllm.evaluation import results
-from stllm.evaluation.charts import bars_figure
-from stllm.evaluation.items import Benchmark, Item, Record
-from stllm.evaluation.mvbench_report import mvbench_bars
+from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.published import MVBENCH_TASKS
-from tests.helpers.benchmarks import OpenBenchmark, choice_benchmark, choice_item, letter_of, lines_of
+from stllm.evaluation.reports.charts import bars_figure
+from stllm.evaluation.reports.run_report import run_bars
+from tests.helpers.benchmarks import choice_benchmark, choice_item, judged_benchmark, letter_of, lines_of
 
 ABOUT: dict[str, Any] = {
     "settings": {"num_frames": 0},
@@ -79,7 +79,7 @@ letter of the option, or the option's text exactly; anything else is wrong.
 """
 
 
-def six_items() -> tuple[Benchmark, list[Record]]:
+def six_items() -> tuple[Loaded, list[Record]]:
     """Of four in one task one is empty and one cannot be read, of two in another one is wrong; a third is excluded."""
     items = [*map(choice_item, range(4)), *(choice_item(number, "State Change") for number in range(2))]
     answers: dict[str, str | None] = {item.id: letter_of(item, item.answer) for item in items}
@@ -131,7 +131,7 @@ def test_a_line_that_lacks_is_a_defect(tmp_path: Path) -> None:
 
 def test_the_bars_are_the_figures_over_all() -> None:
     benchmark, lines = six_items()
-    axes = bars_figure(mvbench_bars(benchmark, lines)).axes[0]
+    axes = bars_figure(run_bars(benchmark, lines)).axes[0]
     groups = [label.get_text() for label in axes.get_yticklabels()]
     assert groups == ["Average", "Moving Direction", "State Change", "Fine-grained Pose"]
     widths = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
@@ -155,7 +155,7 @@ def test_nothing_left_out_leaves_no_gap(tmp_path: Path) -> None:
 def test_tasks_come_in_the_order_of_the_paper_and_unknown_ones_last() -> None:
     items = [choice_item(0, task) for task in ("My task", "State Change", "Action Sequence")]
     benchmark = choice_benchmark(items)
-    bars = mvbench_bars(benchmark, lines_of(benchmark, lambda item: letter_of(item, item.answer)))
+    bars = run_bars(benchmark, lines_of(benchmark, lambda item: letter_of(item, item.answer)))
     assert bars.groups == ["Average", "Action Sequence", "State Change", "My task"]
     assert bars.series["ST-LLM, published"][-1] is None
 
@@ -182,7 +182,7 @@ def open_item(number: int, task: str, questions: int = 1) -> Item:
 
 
 def test_what_a_judge_decides_has_counts_and_the_next_step(tmp_path: Path) -> None:
-    benchmark = OpenBenchmark(
+    benchmark = judged_benchmark(
         [open_item(0, "generic"), open_item(1, "generic"), open_item(2, "generic"), open_item(0, "consistency", 2)]
     )
     lines = lines_of(
@@ -208,7 +208,7 @@ def test_what_a_judge_decides_has_counts_and_the_next_step(tmp_path: Path) -> No
 
 
 def test_videoqa_is_judged_by_one_axis(tmp_path: Path) -> None:
-    benchmark = OpenBenchmark([open_item(0, "")], name="msvd")
+    benchmark = judged_benchmark([open_item(0, "")], name="msvd")
     results.write(tmp_path, "msvd", benchmark, lines_of(benchmark, lambda item: "a man"), **ABOUT)
     text = (tmp_path / "msvd.md").read_text(encoding="utf-8")
     assert text.count("stllm judge") == 1 and "stllm judge qa --pred-path" in text
