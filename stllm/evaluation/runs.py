@@ -1,11 +1,14 @@
 """An evaluation in its folder: begun or continued, alone or divided among processes, its lines joined at the end.
 
-The settings that made the lines are kept beside them, so that a rerun continues, or refuses to mix.
+The settings that made the lines are kept beside them, so that a rerun continues, or refuses to mix. Results carry short
+digests (16 hex digits) of what made them: the configuration, the prompts, the checkpoint.
 """
 
+import hashlib
+import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,10 +27,11 @@ from stllm.common.files import write_text
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
-from stllm.evaluation.digests import checkpoint_digest, content_digest, item_prompts, prompts_digest
 from stllm.evaluation.engine import Engine, head, share
 from stllm.evaluation.record_files import RecordFiles, RecordWriter, telling_full_disk
+from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.models.checkpoints.loading import Opened, load_opened, processor_of
+from stllm.processors.prompts import PromptProcessor
 from stllm.runners.processes import num_decoders, wait_for_all
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,13 @@ log = logging.getLogger(__name__)
 FREE = re.compile(
     r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers"
     r"|num_beams|max_new_tokens|repetition_penalty|context)"
+)
+SMALL = 16 << 20  # bytes: a file up to here is read whole
+BLOCK, STRIDE = 4 << 10, 4 << 20  # of a larger one, a block in every stride: some seconds for 16 GiB
+# files beside the weights that answers depend on
+BESIDE = (
+    *("config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    "qformer_tokenizer/*",
 )
 # Never asked: its prompt shows the words around a question, which belong to the code and may change with it.
 SAMPLE = Item(
@@ -220,3 +231,62 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
     made = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
     if changes := told_changes(decisive(made), decisive(settings)):
         raise UserError(f"{records} was made with another setting: {changes}; set it back to go on, or {another}")
+
+
+def content_digest(content: Any) -> str:
+    """Of what JSON can hold; the order of keys does not matter."""
+    return _digest([json.dumps(content, sort_keys=True, ensure_ascii=False).encode()])
+
+
+def prompts_digest(loaded: Loaded, processor: PromptProcessor) -> str:
+    """Of every prompt that the benchmark's items give, and what the Q-Former reads beside it."""
+    asked = [item for item in loaded.items if item.media is not None]
+    return content_digest([[item.id, item_prompts(loaded, item, processor)] for item in asked])
+
+
+def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
+    """`pieces` of each question's prompt, and what the `qformer` reads."""
+    template = processor.template
+    prompts = []
+    for request in loaded.requests(item, template):
+        turn = request.turns[-1]
+        system = processor.system if request.system is None else request.system
+        pieces = request.pieces or template.render(turn, first=True, media="video", system=system)
+        prompts.append({"pieces": list(pieces), "qformer": template.text(turn)})
+    return prompts
+
+
+def checkpoint_digest(sources: Sequence[Source]) -> str:
+    """Of the files that weights and tokenizers come from, wherever they lie: names, sizes, and content.
+
+    Large files are sampled, so that a checkpoint that differs in a few numbers alone could pass for another; training
+    changes nearly all of what trains.
+    """
+    parts: list[bytes] = []
+    for place in (source.path for source in sources):
+        files = [place]
+        if not place.is_file():
+            beside = {path for pattern in BESIDE for path in place.glob(pattern) if path.is_file()}
+            files = sorted({*weight_files(place), *beside})
+        for path in files:
+            size = path.stat().st_size
+            parts += [f"{path.name} {size}".encode(), *_blocks(path, size)]
+    return _digest(parts)
+
+
+def _blocks(path: Path, size: int) -> Iterable[bytes]:
+    with path.open("rb") as stream:
+        if size <= SMALL:
+            yield stream.read()
+            return
+        for start in (*range(0, size, STRIDE), size - BLOCK):
+            stream.seek(start)
+            yield stream.read(BLOCK)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -145,8 +145,6 @@ def permutation_bars(scores: Mapping[str, Any]) -> Bars:
             "predictions": [letters["chosen"][letter] for letter in groups],
             "answers": [letters["gold"].get(letter) for letter in groups],
         },
-        notes={},
-        limit=109.0,
     )
 
 

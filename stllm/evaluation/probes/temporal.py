@@ -192,6 +192,4 @@ def probe_bars(scores: Mapping[str, Any]) -> Bars:
         axis="strict accuracy, % of the items answered",
         groups=groups,
         series={view: [scores["accuracy"][group][view] for group in groups] for view in VIEWS},
-        notes={},
-        limit=109.0,
     )

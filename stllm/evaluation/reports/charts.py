@@ -1,7 +1,7 @@
 """Charts as PNG files, drawn without a screen. matplotlib is imported only here, when a chart is drawn."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,16 +20,16 @@ ROW, EDGES, WIDTH = 0.42, 1.7, 9.0  # inches: of a group, of title and axis, of 
 class Bars:
     """Groups of horizontal bars, the first group on top.
 
-    series: name -> one value a group; None draws no bar. notes: what stands in place of a group's bars.
-    limit: where the axis ends.
+    series: name -> one value a group; None draws no bar. notes: texts in place of a group's bars.
+    limit: where the axis ends; by default after 100 % and its label.
     """
 
     title: str
     axis: str
     groups: Sequence[str]
     series: Mapping[str, Sequence[float | None]]
-    notes: Mapping[str, str]
-    limit: float = 100.0
+    notes: Mapping[str, str] = field(default_factory=dict)
+    limit: float = 109.0
 
 
 def bars_figure(bars: Bars) -> "Figure":

@@ -53,7 +53,12 @@ def paper_table(results: Sequence[str]) -> str:
     figures: dict[str, Figure] = {}
     judged: list[dict[str, Any]] = []
     for entry in results:
-        name, path = _split(entry)
+        name, equals, file = entry.partition("=")
+        if not equals or Path(entry).expanduser().exists():  # a path that exists is never taken apart
+            name, file = "", entry
+        elif name not in OF_BENCHMARK:
+            raise UserError(unknown_name("benchmark", name, OF_BENCHMARK))
+        path = Path(file).expanduser()
         content = _read(path)
         column = _column(content, name, path)
         if column in figures:
@@ -62,7 +67,12 @@ def paper_table(results: Sequence[str]) -> str:
         if content.get("axis") in OF_AXIS:
             judged.append(content)
     notes = [f"{column}: {figures[column].note}" for column in COLUMNS if column in figures]
+    # the benchmarks that our rows show in part only, as " (MVBench: first 5 a task)"
+    named = [(VCGBENCH if column in SCORES else column, figure.part) for column, figure in figures.items()]
+    asked = dict.fromkeys(f"{title}: {part}" for title, part in named if part)
+    parts = f" ({'; '.join(asked)})" if asked else ""
     if judged:
+        notes.insert(0, "Scores depend on the judge and its instructions: compare those of one judge only.")
         try:
             average = vcgbench_average(judged)
             figures[AVERAGE] = Figure(average["mean_truncated"], average["mean"], "")
@@ -70,40 +80,13 @@ def paper_table(results: Sequence[str]) -> str:
             notes.append(str(error))
     rows: list[tuple[str, ...]] = [(method, *map(_cell, COLUMNS, values)) for method, values in METHODS.items()]
     ours = [figures.get(column, NO_FIGURE) for column in COLUMNS]
-    parts = _parts(figures)
     rows.append((f"ours, official rules{parts}", *map(_cell, COLUMNS, [figure.official for figure in ours])))
     rows.append((f"ours, strict rules{parts}", *map(_cell, COLUMNS, [figure.own for figure in ours])))
-    return table(("", *COLUMNS), rows) + _legend(notes, bool(judged))
-
-
-def _parts(figures: Mapping[str, Figure]) -> str:
-    """For the name of our rows, as " (MVBench: first 5 a task)": which benchmarks were asked in part alone."""
-    named = [
-        f"{VCGBENCH if column in SCORES else column}: {figure.part}"
-        for column, figure in figures.items()
-        if figure.part
-    ]
-    return f" ({'; '.join(dict.fromkeys(named))})" if named else ""
-
-
-def _legend(notes: Sequence[str], judged: bool) -> str:
-    lines = [
+    rules = (
         f"Rows above ours: published ({SOURCE}). Official rules: MVBench's matcher, a judge's scores truncated; strict "
-        "rules: the option's letter or text, scores as they are. MVBench and VideoQA in percent, VcgBench from 0 to 5.",
-        "Scores depend on the judge and its instructions: compare those of one judge only." if judged else "",
-        *notes,
-    ]
-    return "\n" + "".join(f"- {line}\n" for line in lines if line)
-
-
-def _split(entry: str) -> tuple[str, Path]:
-    """("msvd", path) of msvd=path; a path that exists is never taken apart."""
-    name, equals, path = entry.partition("=")
-    if not equals or Path(entry).expanduser().exists():
-        return "", Path(entry).expanduser()
-    if name not in OF_BENCHMARK:
-        raise UserError(unknown_name("benchmark", name, OF_BENCHMARK))
-    return name, Path(path).expanduser()
+        "rules: the option's letter or text, scores as they are. MVBench and VideoQA in percent, VcgBench from 0 to 5."
+    )
+    return table(("", *COLUMNS), rows) + "\n" + "".join(f"- {line}\n" for line in (rules, *notes))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -60,7 +60,6 @@ def run_bars(loaded: Loaded, records: Sequence[Record]) -> Bars:
         groups=groups,
         series=series,
         notes=dict.fromkeys(loaded.excluded, "excluded"),
-        limit=109.0,
     )
 
 
