@@ -8,9 +8,10 @@ An item's record depends on the item alone: not on the batch, the workers or the
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
@@ -58,22 +59,13 @@ def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
     return [item for item in items if item.id in mine]
 
 
-class ClipDataset(Dataset[ReadClip]):
-    """Clips by number, read in whichever process asks."""
-
-    def __init__(self, reader: ClipReader, media: Sequence[Media]) -> None:
-        self.reader, self.media = reader, media
-
-    def __len__(self) -> int:
-        return len(self.media)
-
-    def __getitem__(self, number: int) -> ReadClip:
-        """Reads one clip; an unreadable one gives its error."""
-        start = time.perf_counter()
-        try:
-            return ReadClip(self.reader(self.media[number]), "", time.perf_counter() - start)
-        except UserError as error:
-            return ReadClip(None, str(error), time.perf_counter() - start)
+def read_clip(reader: ClipReader, media: Media) -> ReadClip:
+    """Reads one clip, in whichever process; an unreadable one gives its error."""
+    start = time.perf_counter()
+    try:
+        return ReadClip(reader(media), "", time.perf_counter() - start)
+    except UserError as error:
+        return ReadClip(None, str(error), time.perf_counter() - start)
 
 
 class _Question(NamedTuple):
@@ -104,9 +96,10 @@ class Engine:
         groups = by_clip(items)
         num_workers = min(self.num_workers, len(groups))
         more: dict[str, Any] = {"prefetch_factor": CLIPS_AHEAD} if num_workers else {}
-        clips = DataLoader(
-            ClipDataset(self.chat.read, list(groups)),
+        clips: DataLoader[Any] = DataLoader(
+            list(groups),  # type: ignore[arg-type]  # a list of media is a data set
             batch_size=None,
+            collate_fn=partial(read_clip, self.chat.read),
             num_workers=num_workers,
             worker_init_fn=obeying_parent_alone,
             **more,

@@ -4,7 +4,6 @@ settings -> benchmark (items) -> runs (lines, one an item) -> official files, fi
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from stllm.common.config import load_evaluation
 from stllm.common.device import out_of_memory
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
-from stllm.common.files import write_text
 from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results
@@ -24,7 +22,8 @@ from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
 from stllm.evaluation.probes.permutation import probe_options
 from stllm.evaluation.probes.temporal import probe_views
 from stllm.evaluation.record_files import telling_full_disk
-from stllm.evaluation.runs import Outcome, Runs
+from stllm.evaluation.results import Outcome
+from stllm.evaluation.runs import Runs
 from stllm.models.checkpoints.loading import open_model
 from stllm.models.factory import explicit_settings
 from stllm.runners.processes import process_group
@@ -84,7 +83,7 @@ def evaluate(runs: Runs, loaded: Loaded, probes: Sequence[Probe] = ()) -> int:
     outcome = runs.run(loaded, name)
     if outcome is not None:
         with telling_full_disk(runs.folder):
-            content = write_outcome(runs.folder, name, loaded, outcome)
+            content = results.write(runs.folder, name, loaded, outcome)
         print(summary(runs.folder / name, loaded, outcome, content, time.perf_counter() - started))
         if not content["counts"]["answered"]:
             first = next((record["error"] for record in outcome.records), "there is no item")
@@ -96,22 +95,6 @@ def evaluate(runs: Runs, loaded: Loaded, probes: Sequence[Probe] = ()) -> int:
         if found is not None:
             print(found)
     return code
-
-
-def write_outcome(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str, Any]:
-    """Writes the official script's files, the results file, the table and the chart; returns the results."""
-    for part, content in loaded.benchmark.official(loaded.items, outcome.records).items():
-        path = folder / f"{name}.{part}.json" if part else folder / f"{name}.json"
-        write_text(path, json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    return results.write(
-        folder,
-        name,
-        loaded,
-        outcome.records,
-        settings=outcome.settings,
-        digests=outcome.digests,
-        seconds=outcome.seconds,
-    )
 
 
 def summary(path: Path, loaded: Loaded, outcome: Outcome, content: Mapping[str, Any], seconds: float) -> str:

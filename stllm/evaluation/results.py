@@ -1,4 +1,4 @@
-"""The results of a benchmark's run: `<name>.results.json`, the table `<name>.md` and the chart `<name>.png`.
+"""The results of a benchmark's run: the official script's files, `<name>.results.json`, a table and a chart.
 
 All are computed from the lines alone, so a run that was continued writes the same as an uninterrupted one.
 """
@@ -6,6 +6,7 @@ All are computed from the lines alone, so a run that was continued writes the sa
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,34 +22,41 @@ from stllm.evaluation.reports.run_report import run_bars, run_report
 PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord")} | {"pillow": "PIL"}
 
 
-def write(
-    folder: Path,
-    name: str,
-    loaded: Loaded,
-    records: Sequence[Record],
-    *,
-    settings: Mapping[str, Any],
-    digests: Mapping[str, str],
-    seconds: float,
-) -> dict[str, Any]:
-    """Writes the three files, each whole or not at all, and returns the content of the results file.
+@dataclass(frozen=True)
+class Outcome:
+    """The lines of a finished run and what made them.
 
-    records: one line an item of the benchmark, failed ones among them, in any order. settings: of the run.
-    digests: of config, prompts and checkpoint. seconds: that the run took.
+    records: one line an item of the benchmark, failed ones among them, in any order. settings: of the run. digests: of
+    config, prompts and checkpoint. seconds: spent on the items, by all runs and processes.
+    """
+
+    records: Sequence[Record]
+    settings: Mapping[str, Any]
+    digests: Mapping[str, str]
+    seconds: float
+
+
+def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str, Any]:
+    """Writes all files of a run, each whole or not at all, and returns the content of the results file.
+
     A benchmark that a judge scores has no scores yet and no chart.
     """
-    by_id = {line["id"]: line for line in records}
-    assert len(by_id) == len(records) == len(loaded.items), (len(by_id), len(records), len(loaded.items))
+    by_id = {line["id"]: line for line in outcome.records}
+    sizes = (len(by_id), len(outcome.records), len(loaded.items))
+    assert len(set(sizes)) == 1, sizes
     lines = [by_id[item.id] for item in loaded.items]
+    for part, official in loaded.benchmark.official(loaded.items, lines).items():
+        text = json.dumps(official, ensure_ascii=False, indent=1, allow_nan=False)
+        write_text(folder / (f"{name}.{part}.json" if part else f"{name}.json"), text + "\n")
     content = {
         "benchmark": loaded.name,
         "scores": loaded.benchmark.summary(lines),
         "counts": counts(loaded, lines),
         **({"notes": list(loaded.notes)} if loaded.notes else {}),
-        "settings": dict(settings),
-        "digests": dict(digests),
+        "settings": dict(outcome.settings),
+        "digests": dict(outcome.digests),
         "versions": versions(),
-        "seconds": round(seconds, 3),
+        "seconds": round(outcome.seconds, 3),
     }
     write_json(folder / f"{name}.results.json", content)
     write_text(folder / f"{name}.md", run_report(name, loaded, lines, content))
@@ -57,21 +65,12 @@ def write(
     return content
 
 
-def write_probe(
-    path: Path,
-    loaded: Loaded,
-    scores: Mapping[str, Any],
-    report: str,
-    bars: Bars,
-    *,
-    settings: Mapping[str, Any],
-    digests: Mapping[str, str],
-) -> str:
+def write_probe(path: Path, loaded: Loaded, plain: Outcome, scores: Mapping[str, Any], report: str, bars: Bars) -> str:
     """Writes a probe's figures, tables and chart, each whole or not at all; returns the files in words.
 
-    path: without an ending. settings, digests: of the benchmark's own run.
+    path: without an ending. plain: the outcome of the benchmark itself.
     """
-    about = {"settings": dict(settings), "digests": dict(digests), "versions": versions()}
+    about = {"settings": dict(plain.settings), "digests": dict(plain.digests), "versions": versions()}
     write_json(path.with_name(f"{path.name}.json"), {"benchmark": loaded.name, **scores, **about})
     write_text(path.with_name(f"{path.name}.md"), report)
     draw_bars(path.with_name(f"{path.name}.png"), bars)

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from stllm.conversation.decoding import Decoding
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.engine import Engine, head, share
 from stllm.evaluation.record_files import RecordFiles, RecordWriter, telling_full_disk
+from stllm.evaluation.results import Outcome
 from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.models.checkpoints.loading import Opened, load_opened, processor_of
 from stllm.processors.prompts import PromptProcessor
@@ -59,16 +60,6 @@ SAMPLE = Item(
     answer="FIRST",
     candidates=("FIRST", "SECOND"),
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to. records: in the ground truth's order; seconds: spent on them, by all runs and processes."""
-
-    records: list[Record]
-    settings: Mapping[str, Any]
-    digests: Mapping[str, str]
-    seconds: float
 
 
 class Runs:

@@ -1,6 +1,7 @@
 """A small benchmark of multiple choice without files, and answerers that need no model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from string import ascii_uppercase
 
 from stllm.common.evaluation_section import EvaluationSettings
@@ -55,7 +56,7 @@ class Asking(Benchmark):
 
     name, title, ground_truth = "asking", "Asking", "nothing"
 
-    def load(self, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         """Is never read."""
         raise NotImplementedError
 

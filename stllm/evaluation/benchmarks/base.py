@@ -8,6 +8,7 @@ Everything else is shared: limits, excluded tasks, batches, several processes, c
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
@@ -74,11 +75,11 @@ class Benchmark(ABC):
     judged = False
 
     @abstractmethod
-    def load(self, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         """Reads the ground truth and looks for its media: an entry a record, and faults that concern a whole file.
 
-        `stllm evaluate` stops at such a fault, `stllm doctor` lists all of them. settings: `anno_path` is set; `tasks`
-        is for this method to obey, `limit` is not. Raises UserError.
+        `stllm evaluate` stops at such a fault, `stllm doctor` lists all of them. path: what --anno-path names.
+        settings: this method obeys `tasks`, but not `limit`. Raises UserError.
         """
 
     @abstractmethod
@@ -181,4 +182,4 @@ def read_entries(benchmark: Benchmark, settings: EvaluationSettings) -> Iterator
     """Yields what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
     if settings.anno_path is None:
         raise UserError(f"{benchmark.name}: no ground truth was named: give {benchmark.ground_truth}")
-    yield from benchmark.load(settings)
+    yield from benchmark.load(Path(settings.anno_path).expanduser(), settings)

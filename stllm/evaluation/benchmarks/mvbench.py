@@ -115,15 +115,15 @@ class MVBench(Benchmark):
     ground_truth = "MVBench's folder, which holds json and video"
     excludes_tasks = finds_media = True
 
-    def load(self, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Reads the chosen tasks; see `annotation_files` for what `anno_path` and `video_dir` may be."""
-        found, media_dir = annotation_files(settings.anno_path or "", settings.video_dir)
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+        """Reads the chosen tasks; see `annotation_files` for what `path` and `video_dir` may be."""
+        found, media_dir = annotation_files(path, settings.video_dir)
         if not found:
             sentence = (
                 "found no JSON file, expected MVBench's folder with json and video in it (such as "
                 f"json/{TASKS[0].file}): name that folder"
             )
-            yield Fault("annotation", str(settings.anno_path), "folder", sentence)
+            yield Fault("annotation", str(path), "folder", sentence)
             return
         official = [file for task in TASKS for file in found if task_of(file) == task]
         files: dict[str, Path] = {}
@@ -215,14 +215,13 @@ def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[st
     return tuple(replace(template, opening=opening).render(Turn(text), first=True, media="video"))
 
 
-def annotation_files(path: str | Path, video_dir: str | Path | None = None) -> tuple[list[Path], Path]:
+def annotation_files(root: Path, video_dir: str | None) -> tuple[list[Path], Path]:
     """The annotation files of a copy of the benchmark, and the folder of all its media.
 
-    path: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
+    root: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
     video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
     Raises UserError for a folder above one of those.
     """
-    root = Path(path).expanduser()
     folder = root / "json" if (root / "json").is_dir() else root
     files, holder = [root], folder.parent
     if folder.is_dir():

@@ -31,9 +31,9 @@ class VcgBench(Benchmark):
     judged = True
     ground_truth = f"{FILES}, or the folder that holds them"
 
-    def load(self, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         """Reads the chosen parts from a folder with the benchmark's files, or from one of them."""
-        files = _parts(Path(settings.anno_path or "").expanduser())
+        files = _parts(path)
         media = MediaFolders(settings.video_dir, settings)
         for part in chosen_tasks(list(files), settings):
             keys = QUESTIONS[part]

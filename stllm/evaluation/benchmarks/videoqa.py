@@ -49,15 +49,15 @@ class VideoQA(Benchmark):
         """See `Benchmark`."""
         return f"{self.title}'s file of questions"
 
-    def load(self, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         """Reads the questions; if the answers are in a separate file, they are matched by the question's id."""
         if settings.tasks:
             tasks = ", ".join(settings.tasks)
             raise UserError(f"{self.name}: found tasks {tasks}, but {self.title} has none: leave them out")
-        path = Path(settings.anno_path or "").expanduser()
-        answers_path = Path(settings.answers_path).expanduser() if settings.answers_path else _answers_beside(path)
+        beside = path.with_name(path.name.replace("_q.", "_a."))  # test_a.json beside test_q.json
+        answers_path = Path(settings.answers_path).expanduser() if settings.answers_path else beside
         questions = yield from _numbered(path, self)
-        if answers_path is not None:
+        if settings.answers_path or (beside != path and beside.exists()):
             questions = yield from _answered(questions, path, answers_path)
         elif questions and not any("answer" in fields for _, _, fields in questions):
             sentence = "no question has an answer: name the file that holds them with --answers-path"
@@ -147,12 +147,6 @@ def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Gene
         for id, where, fields in questions
         if id in answers
     ]
-
-
-def _answers_beside(questions: Path) -> Path | None:
-    """`test_a.json` beside `test_q.json`; None for other names, or when there is none."""
-    answers = questions.with_name(questions.name.replace("_q.", "_a."))
-    return answers if answers != questions and answers.exists() else None
 
 
 def _numbered(path: Path, kind: VideoQA | None) -> Generator[Fault, None, list[Numbered]]:

@@ -15,8 +15,8 @@ from stllm.evaluation.benchmarks.multiple_choice import chosen_option, share, ta
 from stllm.evaluation.reports.charts import Bars
 from stllm.evaluation.reports.significance import chi_square, chi_square_p
 from stllm.evaluation.reports.tables import percent, table
-from stllm.evaluation.results import write_probe
-from stllm.evaluation.runs import Outcome, Runs
+from stllm.evaluation.results import Outcome, write_probe
+from stllm.evaluation.runs import Runs
 
 LEVEL = 0.05
 NO_LETTER = "none"  # the prediction names no option
@@ -38,8 +38,7 @@ def probe_options(runs: Runs, name: str, loaded: Loaded, plain: Outcome | None) 
         return None
     scores = permutation_scores(variants, [outcome.records for outcome in outcomes if outcome is not None])
     path = runs.folder / f"{name}.permute"
-    report, bars = permutation_report(name, scores), permutation_bars(scores)
-    files = write_probe(path, loaded, scores, report, bars, settings=plain.settings, digests=plain.digests)
+    files = write_probe(path, loaded, plain, scores, permutation_report(name, scores), permutation_bars(scores))
     return f"option permutations: {scores['verdict']}\nfiles: {files}"
 
 

@@ -15,8 +15,8 @@ from stllm.evaluation.probes.turned_round import TURNED, turned_report, turned_r
 from stllm.evaluation.reports.charts import Bars
 from stllm.evaluation.reports.significance import paired
 from stllm.evaluation.reports.tables import MISSING, percent, table
-from stllm.evaluation.results import write_probe
-from stllm.evaluation.runs import Outcome, Runs
+from stllm.evaluation.results import Outcome, write_probe
+from stllm.evaluation.runs import Runs
 
 LEVEL = 0.05
 ORDER_TASKS = (  # of MVBench, those whose answer may change with the order of frames; a choice of ours
@@ -56,8 +56,7 @@ def probe_views(runs: Runs, name: str, loaded: Loaded, plain: Outcome | None) ->
     by_view = {view: outcome.records for view, outcome in outcomes.items() if outcome is not None}
     scores = probe_scores(by_view, () if back is None else back.records)
     path = runs.folder / f"{name}.probe"
-    report, bars = probe_report(name, scores), probe_bars(scores)
-    files = write_probe(path, loaded, scores, report, bars, settings=plain.settings, digests=plain.digests)
+    files = write_probe(path, loaded, plain, scores, probe_report(name, scores), probe_bars(scores))
     return f"temporal probe: {scores['verdict']}\nfiles: {files}"
 
 

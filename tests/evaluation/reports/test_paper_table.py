@@ -44,7 +44,8 @@ def mvbench(folder: Path, name: str = "mvbench", **evaluation: Any) -> str:
     benchmark = choice_benchmark([choice_item(number) for number in range(4)])
     said = dict(zip((item.id for item in benchmark.items), ("A", "B", "", "A"), strict=True))
     about: dict[str, Any] = {"settings": {"evaluation": evaluation}, "digests": {}, "seconds": 1.0}
-    results.write(folder, name, benchmark, lines_of(benchmark, lambda item: said[item.id]), **about)
+    lines = lines_of(benchmark, lambda item: said[item.id])
+    results.write(folder, name, benchmark, results.Outcome(lines, **about))
     return str(folder / f"{name}.results.json")
 
 
