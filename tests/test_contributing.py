@@ -255,12 +255,14 @@ def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     data = kitchen(tmp_path / "data")
     files = ["--anno-path", str(data / "test.json"), "--video-dir", str(data / "videos")]
     words = ["evaluate", "kitchen", "--ckpt-path", str(CHECKPOINT), *files, "--output-dir", str(tmp_path / "out")]
-    assert main([*words, *QUICK]) == 0
+    assert main([*words, *QUICK, "--probe", "--permute"]) == 0
     assert "kitchen, strict: 0.0 % of all items, 0.0 % of those answered" in capsys.readouterr().out
     found = lines(tmp_path / "out", "kitchen")
     assert len(found) == 2 and all(line["prediction"] and not line["error"] for line in found)
     assert [line["correct"] for line in found] == [{"strict": False, "official": False}] * 2
-    assert (tmp_path / "out" / "kitchen.png").exists() and "published" not in (tmp_path / "out/kitchen.md").read_text()
+    probes = [tmp_path / "out" / f"kitchen{ending}" for ending in (".probe.json", ".permute.md", ".png")]
+    assert all(path.exists() for path in probes)
+    assert "published" not in (tmp_path / "out/kitchen.md").read_text()
     for line, (reply, strict, official) in zip(found, (("It.", True, True), ("it is", False, True)), strict=True):
         item = Item(line["id"], "", line["video"], None, (line["question"],), line["answer"])
         answered = registry.benchmarks.get("kitchen").score(item, [reply])

@@ -5,11 +5,12 @@ import argparse
 from stllm.commands.command import Command, Parser, add_checkpoint, add_config, add_context
 from stllm.common.arguments import names, path, whole
 from stllm.common.evaluation_section import benchmark_names
+from stllm.common.registry import benchmarks
 
 
 def _evaluate_options(parser: Parser) -> None:
-    benchmarks = benchmark_names()
-    parser.add_argument("benchmark", choices=benchmarks, metavar="BENCH", help=", ".join(benchmarks))
+    known = benchmark_names()
+    parser.add_argument("benchmark", choices=known, metavar="BENCH", help=", ".join(known))
     add_checkpoint(parser)
     add_config(parser, "what the checkpoint says")
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
@@ -42,7 +43,7 @@ def _evaluate_options(parser: Parser) -> None:
 
 
 def _evaluate_fault(args: argparse.Namespace) -> str | None:
-    if (args.probe or args.permute) and args.benchmark != "mvbench":
+    if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
         return f"--probe and --permute go with mvbench: the answers of {args.benchmark} need a judge"
     return None
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stllm.common.config import load_evaluation
 from stllm.common.device import out_of_memory
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
+from stllm.common.evaluation_section import EvaluationSettings
 from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results
@@ -28,11 +29,6 @@ from stllm.models.checkpoints.loading import open_model
 from stllm.models.factory import explicit_settings
 from stllm.runners.processes import process_group
 
-# options of the command that are settings of the section
-OPTIONS = (
-    *("anno_path", "answers_path", "video_dir", "output_dir", "output_name", "tasks", "limit", "num_frames"),
-    *("num_beams", "max_new_tokens", "context", "batch_size", "num_workers"),
-)
 SHOWN_FAILURES = 3
 Probe = Callable[[Runs, str, Loaded, Outcome | None], str | None]  # see probe_views
 PROBES: dict[str, Probe] = {"probe": probe_views, "permute": probe_options}
@@ -40,7 +36,8 @@ PROBES: dict[str, Probe] = {"probe": probe_views, "permute": probe_options}
 
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 0 when there are answers, 130 when Ctrl-C ended it. Raises UserError."""
-    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    keys = [field.name for field in fields(EvaluationSettings)]
+    given = {key: value for key in keys if (value := getattr(args, key, None)) is not None}
     checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
     if checkpoint is None:
         raise UserError(

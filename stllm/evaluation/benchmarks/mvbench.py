@@ -105,27 +105,34 @@ TASKS = (
     ),
     MVBenchTask("Counterfactual Inference", *_CLEVRER),
 )
-OF_FILE = {task.file: task for task in TASKS}
 
 
+@dataclass(frozen=True)
 class MVBench(Benchmark):
-    """The benchmark, and tasks of the user's own in its form: any JSON file of another name."""
+    """MVBench, or another benchmark in its form; and tasks of the user's own: any JSON file of another name."""
 
-    name, title = "mvbench", "MVBench"
-    ground_truth = "MVBench's folder, which holds json and video"
+    name: str = "mvbench"
+    title: str = "MVBench"
+    tasks: tuple[MVBenchTask, ...] = TASKS
+
     excludes_tasks = finds_media = True
 
+    @property
+    def ground_truth(self) -> str:  # type: ignore[override]
+        """See `Benchmark`."""
+        return f"{self.title}'s folder, which holds json and video"
+
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Reads the chosen tasks; see `annotation_files` for what `path` and `video_dir` may be."""
-        found, media_dir = annotation_files(path, settings.video_dir)
+        """Reads the chosen tasks; see `_files` for what `path` and `video_dir` may be."""
+        found, media_dir = self._files(path, settings.video_dir)
         if not found:
             sentence = (
-                "found no JSON file, expected MVBench's folder with json and video in it (such as "
-                f"json/{TASKS[0].file}): name that folder"
+                f"found no JSON file, expected {self.title}'s folder with json and video in it (such as "
+                f"json/{self.tasks[0].file}): name that folder"
             )
             yield Fault("annotation", str(path), "folder", sentence)
             return
-        official = [file for task in TASKS for file in found if task_of(file) == task]
+        official = [file for task in self.tasks for file in found if task_of(file, self.tasks) == task]
         files: dict[str, Path] = {}
         for file in (*official, *(file for file in found if file not in official)):
             if file.stem in files:
@@ -136,15 +143,15 @@ class MVBench(Benchmark):
         for slug in chosen_tasks(list(files), settings):
             for number, (where, fields) in enumerate(records_of(files[slug], EXPECTED, ("candidates",))):
                 if isinstance(fields, Fault):
-                    yield replace(fields, sentence=fields.sentence + _official_name(files[slug]))
+                    yield replace(fields, sentence=fields.sentence + self._official_name(files[slug]))
                 else:
                     records.append((files[slug], f"{slug}/{number}", where, fields))
         if not records:
             return
         media = MediaFolders(media_dir, settings)
-        entries = [_entry(*record, media) for record in records]
+        entries = [self._entry(*record, media) for record in records]
         yield from entries
-        yield from _collisions(entries)
+        yield from self._collisions(entries)
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
         """The one request; the Q-Former reads the question block alone."""
@@ -177,13 +184,13 @@ class MVBench(Benchmark):
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
         """Media found outside the official folders, starts that are clamped to 0, tasks without a file."""
-        official = {task.name: task for task in TASKS}
+        official = {task.name: task for task in self.tasks}
         elsewhere: dict[str, Counter[str]] = {}
         for entry in entries:
             task = official.get(entry.item.task)
             if task is not None and entry.folder not in (None, task.folder):
                 elsewhere.setdefault(str(entry.folder), Counter())[task.name] += 1
-        segments = {folder for task in TASKS for folder in task.segments}
+        segments = {folder for task in self.tasks for folder in task.segments}
         for folder, counts in elsewhere.items():
             found = ", ".join(f"{task} {count}" for task, count in counts.items())
             cut = "; its videos are cut already, so start and end are not applied" if folder in segments else ""
@@ -194,9 +201,85 @@ class MVBench(Benchmark):
             shown = ", ".join(clamped[:SHOWN_IDS]) + (", ..." if len(clamped) > SHOWN_IDS else "")
             yield f"items whose negative start is clamped to 0, as in the official script: {len(clamped)} ({shown})"
         there = {entry.item.task for entry in entries} & official.keys()
-        if there and not settings.tasks and len(there) < len(TASKS):
+        if there and not settings.tasks and len(there) < len(self.tasks):
             absent = ", ".join(name for name in official if name not in there)
-            yield f"tasks without an annotation file: {len(TASKS) - len(there)} of {len(TASKS)} ({absent})"
+            num_tasks = len(self.tasks)
+            yield f"tasks without an annotation file: {num_tasks - len(there)} of {num_tasks} ({absent})"
+
+    def _files(self, root: Path, video_dir: str | None) -> tuple[list[Path], Path]:
+        """The annotation files of a copy of the benchmark, and the folder of all its media.
+
+        root: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
+        video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
+        Raises UserError for a folder above one of those.
+        """
+        folder = root / "json" if (root / "json").is_dir() else root
+        files, holder = [root], folder.parent
+        if folder.is_dir():
+            found = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+            # hidden files are not annotations: archives packed on a Mac hold a ._NAME.json for every file
+            files, holder = [file for file in found if not file.name.startswith(".")], folder
+        if video_dir is not None:
+            return files, Path(video_dir).expanduser()
+        above = holder.parent if holder.name == "json" else holder
+        media = above / "video"
+        if not media.is_dir() and any((above / folder).is_dir() for task in self.tasks for folder in task.folders):
+            media = above
+        below = sorted(path.parent for path in root.glob("*/json") if path.is_dir())
+        if not media.is_dir() and below:
+            folders = " or ".join(map(str, below))
+            raise UserError(f"{root}: found no folder json in it, expected {self.title}'s own folder: name {folders}")
+        return files, media
+
+    def _official_name(self, file: Path) -> str:
+        """The end of a message about a file of another name: the official name that is nearest, if one is near."""
+        return did_you_mean(file.name, [task.file for task in self.tasks]) if task_of(file, self.tasks) is None else ""
+
+    def _entry(self, file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
+        """The entry of one record.
+
+        A file whose name is not official is a task of the user's: its media are in the media folder itself, and start
+        and end are used where a record has them.
+        """
+        task = task_of(file, self.tasks)
+        candidates = fields.get("candidates")
+        item = Item(
+            id=id,
+            task=task.name if task else file.stem.replace("_", " ").replace("-", " ").title(),
+            video=text_of(fields.get("video")) or "",
+            media=None,
+            questions=(text_of(fields.get("question")) or "",),
+            answer=text_of(fields.get("answer")) or "",
+            candidates=tuple(text_of(option) or "" for option in candidates) if isinstance(candidates, list) else (),
+            fields=fields,
+        )
+        findings = _check(fields, where, bounded=task is None or task.bounded)
+        if task is None:
+            entry = media.entry(item, findings, Search())
+            if entry.folder is None:
+                entry = replace(entry, item=replace(entry.item, error=entry.item.error + self._official_name(file)))
+            return entry
+        frames = {task.folder: task.fps} if task.fps else None
+        # what is in the media folder itself was put there by hand
+        search = Search((*task.folders, ""), segments=task.segments, frames=frames)
+        return media.entry(item, findings, search, needs_bounds=task.bounded)
+
+    def _collisions(self, entries: Sequence[Entry]) -> Iterator[Fault]:
+        """Yields faults of files in the media folder itself that tasks with different official folders would share."""
+        folders = {task.name: task.folder for task in self.tasks}
+        users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
+        for entry in entries:
+            if entry.folder == "" and entry.item.task in folders:
+                users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
+        for place, by_folder in users.items():
+            if len(by_folder) > 1:
+                *_, last = by_folder.values()
+                tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
+                sentence = (
+                    f"{tasks} mean different videos by this name, but there is one file in the media folder itself: "
+                    "put each task's videos into its own folder, or evaluate one of them with --tasks"
+                )
+                yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)
 
 
 benchmarks.register(MVBench.name)(MVBench())
@@ -215,70 +298,9 @@ def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[st
     return tuple(replace(template, opening=opening).render(Turn(text), first=True, media="video"))
 
 
-def annotation_files(root: Path, video_dir: str | None) -> tuple[list[Path], Path]:
-    """The annotation files of a copy of the benchmark, and the folder of all its media.
-
-    root: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
-    video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
-    Raises UserError for a folder above one of those.
-    """
-    folder = root / "json" if (root / "json").is_dir() else root
-    files, holder = [root], folder.parent
-    if folder.is_dir():
-        found = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
-        # hidden files are not annotations: archives packed on a Mac hold a ._NAME.json for every file
-        files, holder = [file for file in found if not file.name.startswith(".")], folder
-    if video_dir is not None:
-        return files, Path(video_dir).expanduser()
-    above = holder.parent if holder.name == "json" else holder
-    media = above / "video"
-    if not media.is_dir() and any((above / folder).is_dir() for task in TASKS for folder in task.folders):
-        media = above
-    below = sorted(path.parent for path in root.glob("*/json") if path.is_dir())
-    if not media.is_dir() and below:
-        folders = " or ".join(map(str, below))
-        raise UserError(f"{root}: found no folder json in it, expected MVBench's own folder: name {folders}")
-    return files, media
-
-
-def task_of(file: Path) -> MVBenchTask | None:
+def task_of(file: Path, tasks: Sequence[MVBenchTask] = TASKS) -> MVBenchTask | None:
     """The task whose annotation file has this name, as JSON or JSONL; None when there is none."""
-    return OF_FILE.get(file.with_suffix(".json").name)
-
-
-def _official_name(file: Path) -> str:
-    """The end of a message about a file of another name: the official name that is nearest, if one is near."""
-    return did_you_mean(file.name, list(OF_FILE)) if task_of(file) is None else ""
-
-
-def _entry(file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
-    """The entry of one record.
-
-    A file whose name is not official is a task of the user's: its media are in the media folder itself, and start and
-    end are used where a record has them.
-    """
-    task = task_of(file)
-    candidates = fields.get("candidates")
-    item = Item(
-        id=id,
-        task=task.name if task else file.stem.replace("_", " ").replace("-", " ").title(),
-        video=text_of(fields.get("video")) or "",
-        media=None,
-        questions=(text_of(fields.get("question")) or "",),
-        answer=text_of(fields.get("answer")) or "",
-        candidates=tuple(text_of(option) or "" for option in candidates) if isinstance(candidates, list) else (),
-        fields=fields,
-    )
-    findings = _check(fields, where, bounded=task is None or task.bounded)
-    if task is None:
-        entry = media.entry(item, findings, Search())
-        if entry.folder is None:
-            entry = replace(entry, item=replace(entry.item, error=entry.item.error + _official_name(file)))
-        return entry
-    frames = {task.folder: task.fps} if task.fps else None
-    # what is in the media folder itself was put there by hand
-    search = Search((*task.folders, ""), segments=task.segments, frames=frames)
-    return media.entry(item, findings, search, needs_bounds=task.bounded)
+    return next((task for task in tasks if task.file == file.with_suffix(".json").name), None)
 
 
 def _check(fields: Fields, where: str, *, bounded: bool) -> Iterator[Finding]:
@@ -309,21 +331,3 @@ def _check(fields: Fields, where: str, *, bounded: bool) -> Iterator[Finding]:
     if name := (yield from check_name(fields, where, ("video",))):
         pairs = pairs_of(fields.get("question"), fields.get("answer"))
         yield Medium(where, name, "video", bounds=bounds, pairs=pairs)
-
-
-def _collisions(entries: Sequence[Entry]) -> Iterator[Fault]:
-    """Yields faults of files in the media folder itself that tasks with different official folders would share."""
-    folders = {task.name: task.folder for task in TASKS}
-    users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
-    for entry in entries:
-        if entry.folder == "" and entry.item.task in folders:
-            users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
-    for place, by_folder in users.items():
-        if len(by_folder) > 1:
-            *_, last = by_folder.values()
-            tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
-            sentence = (
-                f"{tasks} mean different videos by this name, but there is one file in the media folder itself: put "
-                "each task's videos into its own folder, or evaluate one of them with --tasks"
-            )
-            yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)

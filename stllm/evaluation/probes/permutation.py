@@ -70,8 +70,8 @@ def permutation_scores(variants: Sequence[Loaded], runs: Sequence[Sequence[Recor
     for variant, run in zip(variants, runs, strict=True):
         items = {item.id: item for item in variant.items}
         for line in run:
-            if not line.get("error"):
-                item = items[line["id"]]
+            item = items[line["id"]]
+            if not line.get("error") and item.candidates:
                 chosen = chosen_option(line["prediction"], item.candidates)
                 groups.setdefault(item.id, []).append((item, line, chosen))
     complete = [asked for asked in groups.values() if len(asked) == len(asked[0][0].candidates)]
