@@ -47,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from stllm.common.logging import setup_logging
+    from stllm.common.parent import end_with_launcher
     from stllm.common.waiting import working
 
+    end_with_launcher()
     if "WORLD_SIZE" in os.environ and "local_rank" in args:  # LOCAL_RANK alone would promise a launcher
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     setup_logging(debug=args.debug)

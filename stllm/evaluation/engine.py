@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from stllm.common.errors import UserError
+from stllm.common.parent import end_with_parent
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Request, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.datasets.media import Clip
 from stllm.evaluation.items import Benchmark, Item, Record
-from stllm.runners.signals import obeying_parent_alone
 
 CLIPS_AHEAD = 2  # that each worker holds ready
 BATCHES_SORTED = 4  # that wait to be put together by length
@@ -134,7 +134,7 @@ class Engine:
             ClipDataset(self.chat.read, media),
             batch_size=None,
             num_workers=num_workers,
-            worker_init_fn=obeying_parent_alone,
+            worker_init_fn=end_with_parent,
             **more,
         )
 

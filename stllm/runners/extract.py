@@ -24,6 +24,7 @@ from stllm.common.datasets_section import ROOTS
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype, seed_everything
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
+from stllm.common.parent import end_with_parent
 from stllm.common.schema import RunSettings
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.corpora import build_corpora
@@ -34,7 +35,6 @@ from stllm.models import precomputed
 from stllm.models.factory import build_encoder, config_from_settings, model_section
 from stllm.models.st_llm import STLLM, config_of
 from stllm.runners.processes import num_decoders, process_group, wait_for_all
-from stllm.runners.signals import obeying_parent_alone
 from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Extraction:
             batch_size=None,
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
-            worker_init_fn=obeying_parent_alone,
+            worker_init_fn=end_with_parent,
         )
 
     def _encode(self, loader: DataLoader[ClipBatch]) -> None:

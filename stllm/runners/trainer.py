@@ -22,6 +22,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, write_text
+from stllm.common.parent import end_with_parent
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
 from stllm.models.checkpoints.assembly import restore
@@ -33,7 +34,7 @@ from stllm.runners.meter import StepMeter, is_distributed
 from stllm.runners.optimizer import parameter_groups
 from stllm.runners.progress import Progress
 from stllm.runners.run_folder import STATE, RunFolder, damage
-from stllm.runners.signals import StopRequest, obeying_parent_alone
+from stllm.runners.signals import StopRequest
 
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
 
@@ -109,7 +110,7 @@ class STLLMTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
-            worker_init_fn=obeying_parent_alone,
+            worker_init_fn=end_with_parent,
             generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
         )
 

@@ -1,0 +1,75 @@
+"""How the processes of a command end with the one that started them, even when SIGKILL gave it no chance to say so.
+
+Pipes do not tell: forked siblings hold each other's ends open. The kernel's own signal (PR_SET_PDEATHSIG) follows the
+thread that forked, which may end long before its process. So a thread looks once a second whose child this process is.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+SECONDS = 1.0  # between two looks
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Bind this process to the one that started it through multiprocessing: call it first in every such process.
+
+    It ends when its parent has ended or sends SIGTERM. SIGINT, and SIGTERM from anyone else, are ignored: torchrun,
+    Slurm and terminals signal the whole group, and a worker that ends breaks the step that its parent wants to finish.
+
+    worker: its number, unused; DataLoader's `worker_init_fn` is given it.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None, "not started by multiprocessing"
+    served = getattr(multiprocessing.current_process(), "_start_method", None) == "forkserver"
+    starter = os.getppid() if served else parent.pid  # not getppid(): the parent may have ended before this line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    can_wait = hasattr(signal, "sigtimedwait")  # not on macOS and Windows: there SIGTERM ends it, whoever sends it
+    if can_wait:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def is_over() -> bool:
+        if can_wait:
+            received = signal.sigtimedwait({signal.SIGTERM}, SECONDS)
+            if received is not None and received.si_pid == parent.pid:
+                return True
+        else:
+            parent.join(SECONDS)
+        return os.getppid() != starter or not parent.is_alive()
+
+    _end_when(is_over)
+
+
+def end_with_launcher() -> None:
+    """Bind a rank to the torchrun (or accelerate) that started it; no other process is changed.
+
+    A shell that started a command in the background may end. The ranks of a launcher that was killed may not go on:
+    nobody would notice when one of them fails, and the others would wait for it.
+    """
+    # torchrun starts each rank in a session of its own; what a rank starts in turn inherits its environment alone
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix" or os.getsid(0) != os.getpid():
+        return
+    launcher = os.getppid()
+    if launcher == 1 and not _is_python(1):  # it ended before this line: init has taken this process over
+        os._exit(1)
+    looked = threading.Event()
+    _end_when(lambda: looked.wait(SECONDS) or os.getppid() != launcher)
+
+
+def _end_when(is_over: Callable[[], bool]) -> None:
+    def watch() -> None:
+        while not is_over():
+            pass
+        os._exit(0)  # Python's own exit would wait for queues that nobody reads; another code than 0 reads as a crash
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _is_python(process: int) -> bool:
+    """Whether it is, as far as this user may know: a container's first process may be torchrun itself."""
+    try:
+        return "python" in os.path.basename(os.readlink(f"/proc/{process}/exe"))
+    except OSError:
+        return False
