@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 SECONDS = 1.0  # between two looks
@@ -52,10 +53,14 @@ def end_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix" or os.getsid(0) != os.getpid():
         return
     launcher = os.getppid()
-    if launcher == 1 and not _is_python(1):  # it ended before this line: init has taken this process over
+    if _takes_over(launcher):  # the launcher ended before this line
         os._exit(1)
-    looked = threading.Event()
-    _end_when(lambda: looked.wait(SECONDS) or os.getppid() != launcher)
+
+    def is_over() -> bool:
+        time.sleep(SECONDS)
+        return os.getppid() != launcher
+
+    _end_when(is_over)
 
 
 def _end_when(is_over: Callable[[], bool]) -> None:
@@ -67,9 +72,10 @@ def _end_when(is_over: Callable[[], bool]) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _is_python(process: int) -> bool:
-    """Whether it is, as far as this user may know: a container's first process may be torchrun itself."""
+def _takes_over(process: int) -> bool:
+    """Whether it is one of those that become the parents of orphans. In a container, process 1 may be torchrun."""
     try:
-        return "python" in os.path.basename(os.readlink(f"/proc/{process}/exe"))
-    except OSError:
-        return False
+        program = os.path.basename(os.readlink(f"/proc/{process}/exe"))
+    except OSError:  # another user's, or no Linux
+        program = ""
+    return program == "systemd" or (process == 1 and "python" not in program)
