@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LOCK = ".train.lock"
-LOCK_SECONDS = 6  # data workers of a killed training notice within 5 seconds that it is gone
+LOCK_SECONDS = 6  # data workers of a killed training hold it, too, until they end
 STATES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")  # transformers' names
 STATE = "trainer_state.json"  # transformers writes it last
 # what may differ when a run is continued: none of it changes what is learned

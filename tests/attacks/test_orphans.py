@@ -22,7 +22,7 @@ from tests.helpers.training import ROOT, command, write_recipe
 from tests.helpers.videos import write_video
 
 SECONDS = 10  # after which nothing may be left
-IMPORTS = 30  # more, where a worker that is not forked still imports torch when its parent is killed
+IMPORTS = 60  # more, where a worker that is not forked still imports torch when its parent is killed
 MARK = "STLLM_TEST_ORPHANS"
 
 
