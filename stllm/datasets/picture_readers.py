@@ -17,6 +17,7 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_regular
 from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, warn_once
 from stllm.datasets.sniff import AVIF
+from stllm.datasets.time_bound import keep_reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +129,12 @@ class GifReader(Reader):
         self.check(indices)
         for index in indices:
             with _damage(self.path, f"; {self._image.tell()} frames could be read"):
-                self._image.seek(index + self._first)
+                target = index + self._first
+                if target < self._image.tell():
+                    self._image.seek(0)
+                while self._image.tell() < target:  # Pillow would do the same steps in one call, which nothing ends
+                    keep_reading()
+                    self._image.seek(self._image.tell() + 1)
                 frame = to_rgb(self._image)
             yield frame
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stllm.datasets.hevc import PictureOrder
+from stllm.datasets.time_bound import keep_reading
 
 if TYPE_CHECKING:
     from av import Packet
@@ -95,6 +96,7 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
     usable, typed, reordered, open_gops = True, False, False, False
     try:
         for packet in container.demux(stream):
+            keep_reading()
             if packet.size == 0:
                 continue
             place = None if hevc is None else hevc.place(bytes(packet))  # of hidden pictures, too: others count on

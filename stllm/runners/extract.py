@@ -63,7 +63,12 @@ def run(args: argparse.Namespace) -> int:
                 settings={"image_size": image_size, "crop": "center", "dtype": str(dtype).removeprefix("torch.")},
                 max_bad_fraction=cfg.run.get("max_bad_fraction", RunSettings.max_bad_fraction),
             )
-            extraction.run(batch_size=args.batch_size, num_workers=num_decoders(args.num_workers))
+            configured = cfg.run.get("media_seconds", RunSettings.media_seconds)
+            extraction.run(
+                batch_size=args.batch_size,
+                num_workers=num_decoders(args.num_workers),
+                media_seconds=configured if args.media_seconds is None else args.media_seconds,
+            )
         except Exception as error:
             if not out_of_memory(error) or isinstance(error, UserError):
                 raise
@@ -111,12 +116,12 @@ class Extraction:
         size = self.num_done + len(self.pending)
         self.bad = BadSampleLog(max_bad_fraction=max_bad_fraction, epoch_size=size)
 
-    def run(self, *, batch_size: int, num_workers: int) -> None:
+    def run(self, *, batch_size: int, num_workers: int, media_seconds: float) -> None:
         """Decodes, encodes, writes. Raises UserError when too many clips could not be read."""
         started = time.perf_counter()
         log.info("%d clips to encode, %d are there", len(self.pending), self.num_done)
         try:
-            self._encode(self._loader(batch_size, num_workers))
+            self._encode(self._loader(batch_size, num_workers, media_seconds))
         finally:
             for writer in self.writers:  # whatever happened: what was computed is kept
                 writer.flush()
@@ -148,9 +153,9 @@ class Extraction:
                 f"{free / 2**30:.1f} GiB are free: name another disk with --output, or take fewer frames (num_frames)"
             )
 
-    def _loader(self, batch_size: int, num_workers: int) -> DataLoader[ClipBatch]:
+    def _loader(self, batch_size: int, num_workers: int, media_seconds: float) -> DataLoader[ClipBatch]:
         return DataLoader(
-            ClipDataset(self.corpora, self.own, batch_size=batch_size),
+            ClipDataset(self.corpora, self.own, batch_size=batch_size, media_seconds=media_seconds),
             batch_size=None,
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
