@@ -216,7 +216,8 @@ def write_disordered(path: Path, source: Path, *, first: int = 0, delay: float =
     with av.open(str(source)) as reading, av.open(str(path), "w") as writing:
         stream = reading.streams.video[0]
         copy = writing.add_stream_from_template(stream)
-        for index, packet in enumerate([packet for packet in reading.demux(stream) if packet.size]):
+        packets: list[Any] = [packet for packet in reading.demux(stream) if packet.size]
+        for index, packet in enumerate(packets):
             if index >= first:
                 packet.pts = packet.dts + round(delay / packet.time_base)
             packet.stream = copy
@@ -252,7 +253,7 @@ def test_true_times_that_turn_into_those_of_decoding_do_not_order_frames(tmp_pat
     """As two files joined: no time is doubled or missing, and the first part's times reorder frames as they should."""
     source = write_video(tmp_path / "source.mp4", num_frames=60, **REORDERING[codec])
     with av.open(str(source)) as container:
-        packets = [packet for packet in container.demux(video=0) if packet.size]
+        packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
         stored = [packet.pts * packet.time_base for packet in packets]
         delay = float(stored[0] - packets[0].dts * packets[0].time_base)
     # a place where all stored so far is shown before all that follow
