@@ -3,6 +3,7 @@
 Transparent parts are shown over white, here and in videos: logos and diagrams are mostly dark lines without background.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -240,6 +241,9 @@ def _damage(path: object, so_far: str = "") -> Iterator[None]:
         raise MediaError(f"{path}: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
         # Pillow has no one exception for broken files: its decoders let all of these through.
+        reason = str(error)
+        if re.search(r"\bb['\"]", reason):  # Pillow quotes the file's bytes, which a server must not show
+            reason = reason.removeprefix("b").strip("'\"").partition(": ")[0]
         raise MediaError(
-            f"{path}: found a damaged or cut image ({error}{so_far}), expected a whole one: copy or download it again"
+            f"{path}: found a damaged or cut image ({reason}{so_far}), expected a whole one: copy or download it again"
         ) from error

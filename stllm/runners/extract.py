@@ -10,7 +10,8 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stllm.common.datasets_section import ROOTS
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype, seed_everything
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
+from stllm.common.files import locked
 from stllm.common.schema import RunSettings
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.corpora import build_corpora
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     corpora = _with_media(source.corpus for source in build_corpora(cfg, image_size=image_size, train=False))
     # as training does, so that even weights that no file gives are the same ones there
     seed_everything(cfg.run.get("seed", 42) if args.seed is None else args.seed)
-    with process_group():
+    with process_group(), _locked(Path(args.output), corpora):
         try:
             extraction = Extraction(
                 build_encoder(cfg, device=device, dtype=dtype),
@@ -195,6 +197,18 @@ class Extraction:
             f"{num_read} clips encoded in {seconds:.0f} s ({num_read / max(seconds, 1e-9):.1f} a second), "
             f"{self.num_done} were there{left_out}; train on them with datasets.features_root={self.output}"
         )
+
+
+@contextmanager
+def _locked(output: Path, corpora: Iterable[FeatureSource]) -> Iterator[None]:
+    """Within, no other extraction may write these data sets' features; the main process holds the locks."""
+    with ExitStack() as stack:
+        for corpus in corpora if is_main() else ():
+            folder = output / corpus.name
+            busy = f"{folder}: another extraction writes to it: wait until it ends, or name another --output"
+            stack.enter_context(locked(output / f".{corpus.name}.lock", busy))
+        wait_for_all()
+        yield
 
 
 def _from_pixels(cfg: DictConfig) -> DictConfig:
