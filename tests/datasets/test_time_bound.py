@@ -37,14 +37,14 @@ def write_slow_gif(path: Path) -> Path:
 
 @pytest.fixture
 def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a reader whose read() never returns for files that are called hang*."""
+    """The name of a reader whose read() never returns for files that are called hang* or vid*."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     kept_open = os.open(pipe, os.O_RDWR)  # so that a reader waits for data, not for a writer
 
     class HangingReader(PyAvReader):
         def __init__(self, path: str | Path) -> None:
-            if Path(path).name.startswith("hang"):
+            if Path(path).name.startswith(("hang", "vid")):
                 with pipe.open("rb", buffering=0) as file:
                     file.read(1)
             super().__init__(path)
@@ -114,6 +114,18 @@ def test_many_readings_that_hang_stop_the_run(
         "yet: the storage hangs; check it, then run the same command again, or raise run.media_seconds",
         error,
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_many_readings_that_hang_stop_an_evaluation(
+    tmp_path: Path, hanging: str, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_set(tmp_path / "set", num_videos=9, num_questions=1)
+    limits = ("--media-seconds", "0.05", "--num-workers", str(workers))
+    assert evaluate(data, tmp_path / "out", *limits, "--options", f"evaluation.reader={hanging}") == 1
+    assert "8 media could not be read within 0.05 s each" in capsys.readouterr().err.splitlines()[-1]
+    lines = (tmp_path / "out" / "msvd.jsonl").read_text().splitlines()
+    assert [json.loads(line)["error"] is None for line in lines] == [False] * 7  # what was found out is kept
 
 
 def test_extraction_leaves_it_out(media: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
