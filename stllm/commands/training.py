@@ -1,6 +1,6 @@
 """`stllm train` and `stllm extract` on the command line."""
 
-from stllm.commands.command import Command, Parser
+from stllm.commands.command import Command, Parser, add_media_seconds
 from stllm.common.arguments import path, whole
 
 
@@ -26,6 +26,7 @@ def _extract_options(parser: Parser) -> None:
     parser.add_argument(
         "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
     )
+    add_media_seconds(parser, "run.media_seconds of the configuration")
 
 
 COMMANDS = {

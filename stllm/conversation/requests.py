@@ -22,8 +22,9 @@ class RequestError(UserError):
 class Media:
     """A video, gif, frame folder or image on disk, and the part of it that is meant.
 
-    num_frames: None for the model's usual number; start, end: seconds, None for the whole: the frames whose own times
-        lie within them, except with the sampling rule `segment`; reader: see open_media.
+    num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
+    own_times: the frames whose own times lie within start and end, as a viewer means it; else those that the average
+        rate puts there, as the benchmarks' scripts do, and the sampling rule `segment` always.
     sampling: a rule of datasets/sampling.py; fps: of a frame folder; view: how the frames are shown, of
         datasets/views.py.
     """
@@ -36,6 +37,7 @@ class Media:
     reader: str = "auto"
     fps: float | None = None
     view: str = FORWARD
+    own_times: bool = True
 
     def __post_init__(self) -> None:
         """Raises UserError for an empty path, which would mean the current folder, and for an unknown view."""
@@ -59,7 +61,7 @@ class Media:
             bounds=self.bounds,
             reader=self.reader,
             fps=self.fps,
-            own_times=True,
+            own_times=self.own_times,
         )
 
     def stamp(self) -> tuple[Any, ...]:

@@ -41,7 +41,7 @@ class ClipReader:
             reader=media.reader,
             fps=media.fps,
             view=media.view,
-            own_times=True,
+            own_times=media.own_times,
         )
 
 

@@ -21,6 +21,7 @@ from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.pools import one_a_core
+from stllm.common.schema import MEDIA_SECONDS
 from stllm.datasets.annotations import flatten
 from stllm.datasets.doctor_checks import KINDS, Fault, Item, Lengths, at_least_words
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
@@ -110,14 +111,17 @@ def examine(args: argparse.Namespace) -> Report:
     """Reads every record, then opens every medium; see the command's options. Raises UserError for a configuration."""
     report = Report(decode=args.decode)
     survey = Survey()
+    seconds = args.media_seconds
+    if seconds is None:  # all frames of a film take longer than those of a clip
+        seconds = 12 * MEDIA_SECONDS if args.decode == "all" else MEDIA_SECONDS
     tasks: list[Task] = []
     if args.format in BENCHMARKS:
         report.faults += _benchmark(args, report, survey)
-    for source in _sources(args, report, tasks):
+    for source in _sources(args, report, tasks, seconds):
         items = _items(source, report)
         if source.features is not None:
             keys = [(clip_key(item.name, item.bounds), item.where) for item in items]
-            tasks.append(partial(check_features, source.features, keys, decode=args.decode))
+            tasks.append(partial(check_features, source.features, keys, decode=args.decode, media_seconds=seconds))
             continue
         for item in items:
             if item.expects != "text":
@@ -126,7 +130,7 @@ def examine(args: argparse.Namespace) -> Report:
                 report.faults += survey.add(item, place, found=found, root=source.folder, fps=source.fps)
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
-    tasks += [partial(check_use, use, args.decode) for use in survey.uses.values()]
+    tasks += [partial(check_use, use, args.decode, seconds) for use in survey.uses.values()]
     report.faults += run_tasks(tasks, num_workers=one_a_core(args.num_workers, MAX_WORKERS))
     return report
 
@@ -158,12 +162,12 @@ def _items(source: Source, report: Report) -> Iterator[Item]:
             yield finding
 
 
-def _sources(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Iterable[Source]:
-    """The annotation files that the options ask for; shards become tasks."""
+def _sources(args: argparse.Namespace, report: Report, tasks: list[Task], seconds: float) -> Iterable[Source]:
+    """The annotation files that the options ask for; shards become tasks. seconds: the limit on reading a sample."""
     if args.cfg_path is not None:
-        return _configured(args, report, tasks)
+        return _configured(args, report, tasks, seconds)
     if args.format == "shards":
-        _add_shards(args.anno_path, report, tasks, args.decode)
+        _add_shards(args.anno_path, report, tasks, args.decode, seconds)
         return []
     if args.format in BENCHMARKS:
         return []
@@ -199,7 +203,7 @@ def _benchmark(args: argparse.Namespace, report: Report, survey: Survey) -> Iter
         yield Fault("refused", str(args.anno_path), "file", str(error).removeprefix(f"{args.anno_path}: "))
 
 
-def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Iterator[Source]:
+def _configured(args: argparse.Namespace, report: Report, tasks: list[Task], seconds: float) -> Iterator[Source]:
     """The data sets of a configuration."""
     from stllm.common.config import load_config
     from stllm.datasets.corpora import resolved_settings
@@ -210,7 +214,7 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
     for name, settings in entries.items():
         if settings.type == "image_text":
             before = report.num_shards
-            _add_shards(settings.shards, report, tasks, args.decode, settings)
+            _add_shards(settings.shards, report, tasks, args.decode, seconds, settings)
             report.data_sets[name] = report.num_shards - before
         elif settings.anno_path is None:
             report.faults.append(Fault("annotation", name, "anno_path", "none is given; name the annotation file"))
@@ -247,10 +251,21 @@ def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
 
 
 def _add_shards(
-    shards: str | list[str], report: Report, tasks: list[Task], decode: str, settings: DatasetSettings | None = None
+    shards: str | list[str],
+    report: Report,
+    tasks: list[Task],
+    decode: str,
+    seconds: float,
+    settings: DatasetSettings | None = None,
 ) -> None:
     settings = settings or DatasetSettings()
     names = expand_shards(shards)
     report.num_shards += len(names)
-    check = partial(check_shard, decode=decode, cache_dir=settings.cache_dir, cache_gb=settings.cache_gb)
+    check = partial(
+        check_shard,
+        decode=decode,
+        cache_dir=settings.cache_dir,
+        cache_gb=settings.cache_gb,
+        media_seconds=seconds,
+    )
     tasks += [partial(check, name) for name in names]

@@ -23,6 +23,7 @@ from stllm.datasets.media_info import MediaError
 from stllm.datasets.records import Record
 from stllm.datasets.samples import Corpus, Sample
 from stllm.datasets.sampling import Bounds
+from stllm.datasets.time_bound import now_reading
 
 STAGES = ("vit", "qformer")  # (T, 1+P, C) of the frozen encoder; (T, K, Q) of a Q-Former that reads no text
 INDEX = "index.json"
@@ -160,6 +161,7 @@ class FeatureStore:
         if place == len(self) or self._digests[place] != _digest(key):
             raise MediaError(f"{self.folder}: found no features of {key}; run `stllm extract` again", cause="missing")
         shard = self.folder / self._shards[self._shard_of[place]]
+        now_reading(shard)
         try:
             with safe_open(shard, framework="pt") as file:
                 features: Tensor = file.get_tensor(key)

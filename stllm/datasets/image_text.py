@@ -26,6 +26,7 @@ from stllm.datasets.image_text_shards import GIB, Content, ShardReader, expand_s
 from stllm.datasets.media_info import MediaError, warn_once
 from stllm.datasets.picture_readers import decode_image
 from stllm.datasets.samples import Sample, SampleKey
+from stllm.datasets.time_bound import now_reading
 from stllm.processors.vision import ClipTransform
 
 
@@ -110,8 +111,10 @@ class ImageTextCorpus:
         instruction = self.instruction[int(generator.integers(len(self.instruction)))] if self.instruction else ""
         crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
         shard, number = self.place(key.index)
+        now_reading(shard)
         content = self.reader.read(shard, number)
         name = f"{shard}/{content.name}"
+        now_reading(name)
         turn = Turn(question="", answer=caption_of(content, name), instruction=instruction)
         sample = Sample(key, name, (turn,), media=self.media)
         if self.features is None:

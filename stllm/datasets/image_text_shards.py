@@ -22,6 +22,7 @@ from stllm.common.errors import UserError
 from stllm.common.files import replacing
 from stllm.datasets.image_text_index import ABSENT, BLOCK, Member, ShardIndex, build_index, load_index
 from stllm.datasets.media_info import MediaError
+from stllm.datasets.time_bound import unbounded
 
 MAX_OPEN = 128  # files a process keeps open; systems commonly allow 1024
 GIB = 2**30
@@ -121,8 +122,9 @@ class ShardReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        index = self.index(shard)
-        tar = self._tar(shard)
+        with unbounded():  # a whole shard may be fetched or indexed, here or by another process
+            index = self.index(shard)
+            tar = self._tar(shard)
         try:
             file = os.open(tar, os.O_RDONLY)
         except OSError as error:

@@ -16,6 +16,7 @@ from stllm.common.errors import UserError
 from stllm.datasets.media_info import MediaError, MediaInfo, Reader
 from stllm.datasets.readers import open_media
 from stllm.datasets.sampling import Bounds, BoundsError, Generator, sample_indices, within
+from stllm.datasets.time_bound import keep_reading
 from stllm.datasets.views import FORWARD, check_view, view_frames, view_order
 from stllm.processors.vision import FrameTransform
 
@@ -134,6 +135,7 @@ def _prepare(frames: Iterator[np.ndarray], count: int, transform: FrameTransform
     """`count` frames through the transform into one tensor, (T, 3, S, S)."""
     prepared = np.empty(0, np.float32)  # filled by numpy: torch's copy would start threads for every frame
     for position, frame in enumerate(frames):
+        keep_reading()
         pixels = transform(frame).numpy()
         if position == 0:
             prepared = np.empty((count, *pixels.shape), pixels.dtype)

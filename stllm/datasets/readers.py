@@ -13,6 +13,7 @@ from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader
 from stllm.datasets.picture_readers import GIF_FPS, FrameFolderReader, GifReader, ImageReader, open_picture
 from stllm.datasets.pyav_reader import PyAvReader
 from stllm.datasets.sniff import kind_of, read_head
+from stllm.datasets.time_bound import now_reading
 
 __all__ = [
     "DecordReader",
@@ -38,6 +39,7 @@ def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = No
         for videos, which hold their frames' times, and images.
     Raises MediaError when nothing there can be read, UserError for an unknown reader.
     """
+    now_reading(path)
     path = user_path(path)
     video_reader = readers.get(AUTO if reader == "auto" else reader)
     if fps is not None and not 0 < fps < float("inf"):

@@ -8,6 +8,7 @@ What is written about an item depends on nothing but the item: not on the batch,
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +20,7 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Request, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.datasets.media import Clip
+from stllm.datasets.time_bound import StorageError, read_within
 from stllm.evaluation.items import Benchmark, Item, Record
 
 CLIPS_AHEAD = 2  # that each worker holds ready
@@ -66,17 +68,22 @@ def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
 class ClipDataset(Dataset[ReadClip]):
     """Clips by number, read in whichever process asks."""
 
-    def __init__(self, reader: ClipReader, media: Sequence[Media]) -> None:
-        self.reader, self.media = reader, media
+    def __init__(self, reader: ClipReader, media: Sequence[Media], media_seconds: float) -> None:
+        self.reader, self.media, self.media_seconds = reader, media, media_seconds
 
     def __len__(self) -> int:
         return len(self.media)
 
     def __getitem__(self, number: int) -> ReadClip:
         """Reads one; what cannot be read is told."""
-        start = time.perf_counter()
+        start, media = time.perf_counter(), self.media[number]
         try:
-            return ReadClip(self.reader(self.media[number]), "", time.perf_counter() - start)
+            clip = read_within(
+                self.media_seconds, partial(self.reader, media), medium=str(media.path), setting="--media-seconds"
+            )
+            return ReadClip(clip, "", time.perf_counter() - start)
+        except StorageError:
+            raise
         except UserError as error:
             return ReadClip(None, str(error), time.perf_counter() - start)
 
@@ -98,13 +105,23 @@ class _Waiting(NamedTuple):
 
 
 class Engine:
-    """Asks a model. batch_size: questions answered at once; num_workers: processes that decode, 0: this one."""
+    """Asks a model. batch_size: questions answered at once; num_workers: processes that decode, 0: this one.
+
+    media_seconds: the limit on reading one medium; 0: none.
+    """
 
     def __init__(
-        self, chat: Chat, benchmark: Benchmark, *, decoding: Decoding, batch_size: int, num_workers: int
+        self,
+        chat: Chat,
+        benchmark: Benchmark,
+        *,
+        decoding: Decoding,
+        batch_size: int,
+        num_workers: int,
+        media_seconds: float = 0,
     ) -> None:
         self.chat, self.benchmark, self.decoding = chat, benchmark, decoding
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.media_seconds = batch_size, num_workers, media_seconds
         self._queue: list[_Waiting] = []
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:
@@ -131,7 +148,7 @@ class Engine:
         num_workers = min(self.num_workers, len(media))
         more: dict[str, Any] = {"prefetch_factor": CLIPS_AHEAD} if num_workers else {}
         return DataLoader(
-            ClipDataset(self.chat.read, media),
+            ClipDataset(self.chat.read, media, self.media_seconds),
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=end_with_parent,

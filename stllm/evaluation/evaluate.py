@@ -33,7 +33,7 @@ from stllm.runners.processes import process_group
 # options of the command that are settings of the section
 OPTIONS = (
     *("anno_path", "answers_path", "video_dir", "output_dir", "output_name", "tasks", "limit", "num_frames"),
-    *("num_beams", "max_new_tokens", "context", "batch_size", "num_workers"),
+    *("num_beams", "max_new_tokens", "context", "batch_size", "num_workers", "media_seconds"),
 )
 SHOWN_FAILURES = 3
 PROBES = {"probe": probe_views, "permute": probe_options}

@@ -87,7 +87,9 @@ class MediaFolders:
             )
             raise UserError(f"{self.root}: {found}: name it with --video-dir DIR")
         _check_frames(settings)
-        self._frames = Media("-", settings.num_frames, sampling=settings.sampling, reader=settings.reader)
+        self._frames = Media(
+            "-", settings.num_frames, sampling=settings.sampling, reader=settings.reader, own_times=False
+        )
         self._finder = MediaFinder()
 
     def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:

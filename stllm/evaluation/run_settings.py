@@ -21,7 +21,7 @@ from stllm.processors.prompts import PromptProcessor
 # What may differ when a run is gone on with: no answer depends on it, items are looked at line by line, and `decoding`
 # has what is unset in `evaluation` as the model's family has it.
 FREE = re.compile(
-    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers"
+    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers|media_seconds"
     r"|num_beams|max_new_tokens|repetition_penalty|context)"
 )
 # Asked of nobody: it shows the words around a question, which belong to the code and may change with it.

@@ -116,6 +116,7 @@ class Runs:
             decoding=self.decoding,
             batch_size=self.settings.batch_size,
             num_workers=num_decoders(self.settings.num_workers),
+            media_seconds=self.settings.media_seconds,
         )
         writer = RecordWriter(files.path if world_size() == 1 else files.part(rank()))
         of_all = f" (1 of {world_size()} processes)" if world_size() > 1 else ""

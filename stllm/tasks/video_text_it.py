@@ -61,7 +61,8 @@ class VideoTextTask:
         limit = PositionLimit.of(config, processor)
         if limit is not None:
             limit.check_room(source.corpus for source in corpora)
-        mixture = Mixture(corpora, seed=seed, max_tries=cfg.run.max_tries, check=limit)
+        run = cfg.run
+        mixture = Mixture(corpora, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
         whole = any(source.is_whole_model for source in opened.sources)
         base_model = None if whole else opened.settings.get("llama_model")
         return cls(cfg, config, processor, mixture, base_model)

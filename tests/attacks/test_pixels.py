@@ -79,7 +79,7 @@ def write_growing_gif(path: Path, side: int) -> Path:
 @pytest.mark.parametrize(("write", "name"), [(write_growing_vp8, "grows.webm"), (write_growing_gif, "grows.gif")])
 def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(tmp_path: Path, write: Any, name: str) -> None:
     path = write(tmp_path / name, 1500)
-    with limited_pixels(1_000_000), pytest.raises(MediaError, match=r"too large|could not be decoded"):  # noqa: SIM117
+    with limited_pixels(1_000_000), pytest.raises(MediaError, match=r"too large|more than 1000000 pixels"):  # noqa: SIM117
         with open_media(path) as medium:
             list(medium.frames([medium.info.num_frames - 1]))
 
