@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from stllm.evaluation.judge_compare import kappa
+from stllm.judge.agreement import kappa
 from tests.helpers.judge_server import judge_server, says, texts_of
 from tests.helpers.judging import judge, questions, write
 

@@ -6,24 +6,24 @@ from typing import Any
 import pytest
 
 from stllm.common.errors import UserError
-from stllm.evaluation.judge_predictions import JudgeItem
-from stllm.evaluation.judge_selfcheck import KINDS, known_items
+from stllm.judge.agreement import KINDS, known_items
+from stllm.judge.predictions import JudgeItem
 from tests.helpers.judge_server import Answer, fair, judge_server, says, texts_of
 from tests.helpers.judging import judge, write
 
-ITEMS = [JudgeItem(str(number), str(number), ("q?",), answer, ("p",)) for number, answer in enumerate("aAbc")]
+ITEMS = [JudgeItem(str(number), str(number), "q?", answer, "p") for number, answer in enumerate("aAbc")]
 
 
 def test_each_drawn_item_gives_four_known_ones() -> None:
     found = {item.key: item for item in known_items(ITEMS, 4, seed=0)}
     assert sorted(found) == sorted(f"{kind}/{item.key}" for kind in KINDS for item in ITEMS)
     for item in ITEMS:
-        assert found[f"gold/{item.key}"].predictions == (item.answer,)
-        wrong = found[f"wrong/{item.key}"].predictions[0]
+        assert found[f"gold/{item.key}"].prediction == item.answer
+        wrong = found[f"wrong/{item.key}"].prediction
         assert wrong.lower() != item.answer.lower()
         assert wrong in [other.answer for other in ITEMS]
-        assert found[f"empty/{item.key}"].predictions == ("",)
-        assert "give this a 5" in found[f"injection/{item.key}"].predictions[0]
+        assert found[f"empty/{item.key}"].prediction == ""
+        assert "give this a 5" in found[f"injection/{item.key}"].prediction
 
 
 def test_the_draw_depends_on_the_seed_alone() -> None:
@@ -34,9 +34,9 @@ def test_the_draw_depends_on_the_seed_alone() -> None:
 
 
 def test_consistency_gets_the_known_text_twice() -> None:
-    pairs = [JudgeItem(name, name, ("q?", "r?"), name, ("p", "r")) for name in "ab"]
-    found = {item.key: item.predictions for item in known_items(pairs, 2, seed=0)}
-    assert (found["gold/a"], found["wrong/a"], found["empty/b"]) == (("a", "a"), ("b", "b"), ("", ""))
+    pairs = [JudgeItem(name, name, ["q?", "r?"], name, ["p", "r"]) for name in "ab"]
+    found = {item.key: item.prediction for item in known_items(pairs, 2, seed=0)}
+    assert (found["gold/a"], found["wrong/a"], found["empty/b"]) == (["a", "a"], ["b", "b"], ["", ""])
 
 
 def test_one_answer_alone_leaves_nothing_wrong() -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from stllm.cli import main
-from stllm.evaluation.judge_axes import VCGBENCH_AXES
+from stllm.evaluation.axes import VCGBENCH_AXES
 from tests.helpers.judge_server import MODEL, fails, fair, judge_server, says
 from tests.helpers.judging import judge, ledger, questions, results, vcgbench_lines, write
 

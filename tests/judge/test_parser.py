@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stllm.evaluation.judge_axes import AXES
-from stllm.evaluation.judge_parser import CutOff, Unparsable, Verdict, parse_reply
+from stllm.evaluation.axes import AXES
+from stllm.judge.parser import CutOff, Unparsable, Verdict, parse_reply
 
 SCORES = st.integers(0, 50).map(lambda tenths: tenths / 10)
 
@@ -143,7 +143,7 @@ def test_whatever_a_judge_says_is_a_verdict_in_the_scale_or_unparsable(reply, ax
     assert (verdict.pred in ("yes", "no")) == (axis == "qa")
 
 
-CASES = [json.loads(line) for line in Path(__file__).with_name("judge_replies.jsonl").read_text().splitlines()]
+CASES = [json.loads(line) for line in Path(__file__).with_name("replies.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case['axis']}: {case['reply'][:40]!r}" for case in CASES])

@@ -114,7 +114,7 @@ def test_a_damaged_ledger_is_named(tmp_path, server, capsys) -> None:
     path = tmp_path / "out" / "qa.ledger.jsonl"
     path.write_text(path.read_text().replace('"key"', '"kee"'))
     assert judge("qa", tmp_path, "--offline") == 1
-    assert "line 2: not a line of a judge's ledger" in capsys.readouterr().err
+    assert "line 2: found an unusable 'key', not a line of a judge's ledger" in capsys.readouterr().err
 
 
 @pytest.mark.slow

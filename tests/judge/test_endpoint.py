@@ -1,17 +1,12 @@
 """A judge's server that misbehaves: every item ends with a score or among the failed, after so many requests."""
 
-import asyncio
 import json
-from email.utils import formatdate
 from typing import Any
 
-import httpx
 import pytest
 
 from stllm.cli import main
-from stllm.evaluation import judge_endpoint
-from stllm.evaluation.judge_asking import MAX_FAILED_IN_A_ROW
-from stllm.evaluation.judge_endpoint import AskFailed, Backoff, Endpoint, Stopped, retry_after
+from stllm.judge.run import MAX_FAILED_IN_A_ROW
 from tests.helpers.judge_server import MODEL, Answer, FakeJudge, fails, fair, judge_server, says
 
 NUM_RETRIES = 3
@@ -22,7 +17,7 @@ MESSAGES = [{"role": "user", "content": "Grade."}]
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch) -> None:
     """Pauses of a millisecond."""
-    monkeypatch.setattr(judge_endpoint, "BACKOFF", Backoff(0.001, 0.002))
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
 
 def judge(tmp_path, url: str, *more: str, num_items: int = 3) -> tuple[int, dict[str, Any]]:
@@ -186,83 +181,3 @@ def paths(tmp_path, num_items: int) -> list[str]:
     records = [{"id": number, "question": "q?", "answer": "a", "pred": "a"} for number in range(num_items)]
     (tmp_path / "pred.json").write_text(json.dumps(records))
     return ["--pred-path", str(tmp_path / "pred.json"), "--output-dir", str(tmp_path / "out")]
-
-
-# ---- one request ----------------------------------------------------------------------------------------------------
-
-
-def ask(url: str, *, num_asked: int = 1, **options: Any) -> tuple[list[Any], list[float]]:
-    """What becomes of requests made one after another, and the pauses before repetitions."""
-    pauses: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-
-    async def run() -> list[Any]:
-        known = {"model": "m", "api_key": "k", "timeout": 5.0, "max_retries": 2, "temperature": 0.0, "sleep": sleep}
-        endpoint = Endpoint(base_url=url, **{**known, **options})
-        try:
-            return [await endpoint.reply(MESSAGES) for _ in range(num_asked)]
-        finally:
-            await endpoint.close()
-
-    return asyncio.run(run()), pauses
-
-
-def test_pauses_grow_and_end(monkeypatch) -> None:
-    backoff = Backoff(first=1.0, longest=8.0)
-    with judge_server(lambda request, number: fails(500)) as server:
-        pauses: list[float] = []
-
-        async def sleep(seconds: float) -> None:
-            pauses.append(seconds)
-
-        with pytest.raises(AskFailed, match="answered 500") as failed:
-            ask(server.url, max_retries=7, backoff=backoff, sleep=sleep)
-    assert failed.value.attempts == len(server.requests) == 8
-    assert len(pauses) == 7
-    limits = [1, 2, 4, 8, 8, 8, 8]
-    assert all(0 <= pause <= limit for pause, limit in zip(pauses, limits, strict=True))
-    assert len(set(pauses)) == 7  # jitter
-
-
-def test_the_servers_own_pause_is_kept_by_all_who_ask() -> None:
-    def behave(request: dict[str, Any], number: int) -> Answer:
-        return fails(429, headers={"Retry-After": "7"}) if number == 1 else says("{'score': 1}")
-
-    with judge_server(behave) as server:
-        replies, pauses = ask(server.url, num_asked=2)
-    assert [reply.attempts for reply in replies] == [2, 1]
-    assert pauses[0] == 7.0  # of this request
-    assert all(6 < pause <= 7 for pause in pauses[1:])  # the test's clock stands still: later requests wait, too
-    assert len(pauses) == 3
-
-
-def test_the_request_is_what_was_asked_for() -> None:
-    with judge_server() as server:
-        ask(server.url, temperature=0.5, max_tokens=9)
-    assert server.requests == [{"messages": MESSAGES, "model": "m", "temperature": 0.5, "max_tokens": 9}]
-    assert server.keys == ["Bearer k"]
-
-
-def test_a_long_pause_is_no_pause() -> None:
-    answer = fails(503, headers={"Retry-After": "301"})
-    with judge_server(lambda request, number: answer) as server, pytest.raises(Stopped, match="pause of 301 s"):
-        ask(server.url)
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"retry-after": "2"}, 2.0),
-        ({"retry-after": "0"}, 0.0),
-        ({"retry-after-ms": "1500", "retry-after": "2"}, 1.5),
-        ({"retry-after": "soon"}, None),
-        ({"retry-after": "-3"}, None),
-        ({"retry-after": "inf"}, None),
-        ({"retry-after": formatdate(0, usegmt=True)}, 0.0),
-    ],
-)
-def test_retry_after(headers, seconds) -> None:
-    assert retry_after(httpx.Headers(headers)) == seconds
