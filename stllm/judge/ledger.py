@@ -106,16 +106,8 @@ class Ledger:
         self.entries: dict[str, Entry] = {}
         self.model: str | None = None
         self._lines: Appender | None = None
-        number = 0
-        try:
-            for number, record in read_records(path, ADVICE):
-                if RUN in record:
-                    self.run = _RUN.validate_python(record[RUN])
-                else:
-                    self._keep(_ENTRY.validate_python(record))
-        except ValidationError as fault:
-            where = ".".join(map(str, fault.errors()[0]["loc"])) or RUN
-            raise UserError(f"{path}, line {number}: found an unusable {where!r}, {ADVICE}") from None
+        for number, record in read_records(path, ADVICE):
+            self._read(record, f"{path}, line {number}")
 
     def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
         """Raise UserError, which says what differs, when these items or settings are not those of the ledger."""
@@ -155,6 +147,16 @@ class Ledger:
             )
         self._lines.add({name: value for name, value in asdict(entry).items() if name != "cut" or value})
         self._keep(entry)
+
+    def _read(self, record: dict[str, Any], where: str) -> None:
+        try:
+            if RUN in record:
+                self.run = _RUN.validate_python(record[RUN])
+            else:
+                self._keep(_ENTRY.validate_python(record))
+        except ValidationError as fault:
+            field_ = ".".join(map(str, fault.errors()[0]["loc"])) or RUN
+            raise UserError(f"{where}: found an unusable {field_!r}, {ADVICE}") from None
 
     def _keep(self, entry: Entry) -> None:
         self.entries[entry.key] = entry

@@ -11,12 +11,6 @@ from tests.helpers.judging import judge, ledger, questions, results, write
 from tests.judge.test_parser import CASES
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch) -> None:
-    """Pauses of a millisecond."""
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
-
-
 @pytest.fixture
 def server():
     """A judge whose kind the model's name chooses."""

@@ -10,13 +10,6 @@ from tests.helpers.judge_server import MODEL, fails, fair, judge_server, says
 from tests.helpers.judging import judge, ledger, questions, results, vcgbench_lines, write
 
 
-@pytest.fixture
-def server():
-    """An honest judge."""
-    with judge_server() as judge:
-        yield judge
-
-
 def test_videoqa_has_an_accuracy_and_a_mean(tmp_path, server, capsys) -> None:
     write(tmp_path / "pred.json", questions())
     assert judge("qa", tmp_path, url=server.url) == 0
