@@ -74,7 +74,7 @@ def test_a_failed_write_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.M
 
         with monkeypatch.context() as patched:
             patched.setattr(lines, "_stream", Full())
-            with pytest.raises(UserError, match="no space left on the disk .* what was finished is kept"):
+            with pytest.raises(UserError, match=r"no space left on the disk .* what was finished is kept"):
                 lines.add({"id": "too long"})
         assert path.read_bytes() == b'{"id": "a"}\n'
         lines.add({"id": "b"})

@@ -108,7 +108,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
     ("number", "old", "new", "why"),
     [
         (2, '"key"', '"kee"', "found an unusable 'key'"),
-        (2, '"name": "1_0"', '"name": 3', "found an unusable 'name'"),
+        (2, '"name": "0_0"', '"name": 3', "found an unusable 'name'"),
         (2, '"cat"', DEEP, "found "),
         (3, '"attempts": 1', f'"attempts": {"9" * 5000}', "found "),
         (3, '"attempts": 1', '"attempts": [1]', "found an unusable 'attempts'"),
@@ -140,12 +140,8 @@ def test_ids_that_utf8_cannot_hold_stay_apart_and_are_asked_once(tmp_path, serve
     write(tmp_path / "pred.json", records)
     for _ in range(2):
         assert judge("qa", tmp_path, "--export-items", str(tmp_path / "items"), url=server.url) == 0
-    assert (
-        results(tmp_path)["counts"]["scored"]
-        == len(server.requests)
-        == len({line["key"] for line in ledger(tmp_path)})
-        == 3
-    )
+    assert len({line["key"] for line in ledger(tmp_path)}) == len(server.requests) == 3
+    assert results(tmp_path)["counts"]["scored"] == 3
     assert len(list((tmp_path / "items" / "qa").iterdir())) == 3
     server.behave = lambda request, number: says("Hm.")
     (tmp_path / "out" / "qa.ledger.jsonl").unlink()
