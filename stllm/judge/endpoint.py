@@ -10,13 +10,14 @@ import asyncio
 import json
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 
 from stllm.common.errors import UserError
+from stllm.judge.ledger import Reply
 from stllm.judge.prompts import Messages, without_system
 
 log = logging.getLogger(__name__)
@@ -45,23 +46,19 @@ WITHOUT = {
 }
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A judge's reply, or the reason why there is none (error).
+AGAIN, ITEM, RUN = "again", "item", "run"
 
-    model: the exact id that the server returned. cut: whether the reply was stopped at the limit of tokens.
-    attempts: the number of requests it took.
+
+class _Failure(Exception):
+    """A request without a reply.
+
+    kind: AGAIN is worth repeating; ITEM and RUN mean that this item, or any, cannot be asked; a key of REFUSALS is the
+    part of the request that the judge does not take.
     """
 
-    text: str = ""
-    model: str | None = None
-    cut: bool = False
-    attempts: int = 0
-    error: str | None = None
-
-
-class Stopped(UserError):
-    """Nothing more can come of this endpoint now: the whole run stops, and what is finished stays."""
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Endpoint:
@@ -82,7 +79,7 @@ class Endpoint:
         self._refused: set[str] = set()  # keys of REFUSALS that this judge does not take
 
     async def reply(self, messages: Messages, max_attempts: int) -> Reply:
-        """Ask, with at most so many requests. Raises Stopped when no item can be asked any more."""
+        """Ask, with at most so many requests. Raises UserError when no item can be asked any more."""
         attempts = 0
         while True:
             body = {**self._settings, "messages": without_system(messages) if SYSTEM in self._refused else messages}
@@ -90,60 +87,45 @@ class Endpoint:
                 body["max_completion_tokens"] = body.pop("max_tokens")
             if TEMPERATURE in self._refused:
                 del body["temperature"]
+            options: Any = {"max_retries": max_attempts - attempts - 1}
+            pause = ""
             try:
                 response = await self._client.post(
-                    "/chat/completions",
-                    cast_to=httpx.Response,
-                    body=body,
-                    options={"max_retries": max_attempts - attempts - 1},
+                    "/chat/completions", cast_to=httpx.Response, body=body, options=options
                 )
-            except openai.APIConnectionError as error:  # of `_Http.send`; timeouts, too
-                return Reply(error=str(error.__cause__), attempts=attempts + _num_requests(error.request))
+                request, outcome = response.request, response.extensions["outcome"]
+            except openai.APIConnectionError as error:  # raised by `_Http.send`
+                request, outcome = error.request, _Failure(ITEM, str(error.__cause__))
             except openai.APIStatusError as error:
-                attempts += _num_requests(error.request)
-                failure = error.response.extensions["failure"]
-                if isinstance(failure, Stopped):
-                    raise failure from None
-                if isinstance(failure, _Fault) and attempts < max_attempts:  # openai's client waits two minutes at most
-                    pause = error.response.headers.get("retry-after", "")
-                    raise Stopped(
-                        f"{failure} and asks for a pause {f'of {pause} s' if pause.isdigit() else f'until {pause}'}: "
-                        "run the same command again after that"
-                    ) from None
-                if not isinstance(failure, _Unsupported):
-                    return Reply(error=str(failure), attempts=attempts)
-                if failure.part not in self._refused:
-                    log.warning("%s", failure)
-                    self._refused.add(failure.part)
-                if attempts >= max_attempts:
-                    error_ = f"{failure}: raise --max-retries, which left no request for that"
-                    return Reply(error=error_, attempts=attempts)
-            else:
-                found: Reply = response.extensions["reply"]
-                model = found.model or self._settings["model"]
-                return replace(found, model=model, attempts=attempts + _num_requests(response.request))
+                request, outcome = error.request, error.response.extensions["outcome"]
+                pause = error.response.headers.get("retry-after", "")
+            # openai's client counts the repetitions in a header
+            attempts += int(request.headers.get("x-stainless-retry-count", 0)) + 1
+            if isinstance(outcome, Reply):
+                return replace(outcome, model=outcome.model or self._settings["model"], attempts=attempts)
+            if outcome.kind == RUN:
+                raise UserError(str(outcome))
+            if outcome.kind == AGAIN and attempts < max_attempts:  # openai's client waits two minutes at most
+                pause = f"of {pause} s" if pause.isdigit() else f"until {pause}"
+                raise UserError(f"{outcome} and asks for a pause {pause}: run the same command again after that")
+            if outcome.kind in (AGAIN, ITEM):
+                return Reply(error=str(outcome), attempts=attempts)
+            if outcome.kind not in self._refused:
+                log.warning("%s", outcome)
+                self._refused.add(outcome.kind)
+            if attempts >= max_attempts:
+                error = f"{outcome}: raise --max-retries, which left no request for that"
+                return Reply(error=error, attempts=attempts)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
 
 
-class _Fault(Exception):
-    """A request that failed and is worth repeating."""
-
-
-class _Unsupported(Exception):
-    """A part of the request (a key of REFUSALS) that the judge does not take."""
-
-    def __init__(self, part: str, said: str) -> None:
-        super().__init__(f"{WITHOUT[part]} ({said})")
-        self.part = part
-
-
 class _Http(openai.DefaultAsyncHttpxClient):
     """The HTTP client below openai's, which repeats a request when `send` raises, or as `x-should-retry` says.
 
-    The extensions of a response hold the `reply` or, for an error status, the `failure` that it means.
+    The extensions of a response hold the `outcome`: a Reply or a _Failure.
     """
 
     def __init__(self, base_url: str, seconds: float) -> None:
@@ -152,37 +134,29 @@ class _Http(openai.DefaultAsyncHttpxClient):
         self._warned: set[str] = set()
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Send a request once. Raises _Fault for what is neither a chat completion nor an error status."""
+        """Send a request once. Raises _Failure for what is neither a chat completion nor an error status."""
+        response = None
         try:
             # httpx's own timeout is for each piece of a reply; this one is for all of it.
             response = await asyncio.wait_for(super().send(request, **options), self._seconds)
-            if response.is_success:
-                response.extensions["reply"] = _reply(response.content)
-                return response
+            outcome = _reply(response.content) if response.is_success else self._failure(response)
         except (asyncio.TimeoutError, httpx.TimeoutException):
-            fault = _Fault(f"no whole reply within {self._seconds:g} s (--timeout)")
+            outcome = _Failure(AGAIN, f"no whole reply within {self._seconds:g} s (--timeout)")
         except httpx.HTTPError as error:
-            fault = _Fault(f"the endpoint cannot be reached ({_short(str(error) or type(error).__name__)})")
-        except _Fault as error:
-            fault = error
-        else:
-            failure = response.extensions["failure"] = self._failure(response)
-            response.headers["x-should-retry"] = str(isinstance(failure, _Fault)).lower()
-            if isinstance(failure, _Fault):
-                self._warn(failure)
-            return response
-        self._warn(fault)
-        raise fault
-
-    def _warn(self, fault: _Fault) -> None:
-        """Log each kind of fault once, so that a person sees why nothing moves."""
-        kind = str(fault).partition(" (")[0].partition(":")[0]
-        if kind not in self._warned:
+            outcome = _Failure(AGAIN, f"the endpoint cannot be reached ({_short(str(error) or type(error).__name__)})")
+        again = isinstance(outcome, _Failure) and outcome.kind == AGAIN
+        kind = str(outcome).partition(" (")[0].partition(":")[0]
+        if again and kind not in self._warned:  # once, so that a person sees why nothing moves
             self._warned.add(kind)
-            log.warning("%s: such requests are sent again, up to --max-retries times", fault)
+            log.warning("%s: such requests are sent again, up to --max-retries times", outcome)
+        if isinstance(outcome, _Failure) and (response is None or (again and response.is_success)):
+            raise outcome
+        response.headers["x-should-retry"] = str(again).lower()
+        response.extensions["outcome"] = outcome
+        return response
 
-    def _failure(self, response: httpx.Response) -> Exception:
-        """What an error status means: _Fault, _Unsupported, Stopped, or another exception for this item."""
+    def _failure(self, response: httpx.Response) -> _Failure:
+        """What an error status means."""
         status, body = response.status_code, _json(response.content)
         error = body.get("error", body) if isinstance(body, dict) else None
         message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (None, None)
@@ -193,25 +167,25 @@ class _Http(openai.DefaultAsyncHttpxClient):
             sent = {*sent, *(message["role"] for message in sent["messages"])}
             for part, pattern in REFUSALS.items():
                 if part in sent and re.search(pattern, words[:400].lower()):  # some servers repeat the whole request
-                    return _Unsupported(part, said)
+                    return _Failure(part, f"{WITHOUT[part]} ({said})")
         if status in ADVICE:
-            return Stopped(f"{self._server} answered {status} ({said}): {ADVICE[status]}")
+            return _Failure(RUN, f"{self._server} answered {status} ({said}): {ADVICE[status]}")
         if code == "insufficient_quota":
-            return Stopped(f"{self._server} answered {status} ({said}): the account has nothing left; top it up")
+            return _Failure(RUN, f"{self._server} answered {status} ({said}): the account has nothing left; top it up")
         if code == "content_filter":
-            return Exception(f"refused by the server's content filter ({said})")
+            return _Failure(ITEM, f"refused by the server's content filter ({said})")
         if status in (408, 409, 429) or status >= 500:
-            return _Fault(f"the endpoint answered {status} ({said})")
-        return Exception(f"the endpoint rejects the request with {status} ({said})")
+            return _Failure(AGAIN, f"the endpoint answered {status} ({said})")
+        return _Failure(ITEM, f"the endpoint rejects the request with {status} ({said})")
 
 
-def _reply(content: bytes) -> Reply:
-    """Read a chat completion, whatever the server called its type. Raises _Fault for anything else."""
+def _reply(content: bytes) -> Reply | _Failure:
+    """Read a chat completion, whatever the server called its type."""
     body = _json(content)
+    start = _short(content[: 4 * NUM_CHARACTERS].decode("utf-8", "replace"))
     if body is None:
-        start = content[:NUM_CHARACTERS].decode("utf-8", "replace")
-        kind = "HTML" if start.lstrip().lower().startswith(("<!doctype", "<html")) else "no JSON"
-        raise _Fault(f"the endpoint answered {kind} in place of a chat completion: {_short(start)!r}")
+        kind = "HTML" if start.lower().startswith(("<!doctype", "<html")) else "no JSON"
+        return _Failure(AGAIN, f"the endpoint answered {kind} in place of a chat completion: {start!r}")
     try:
         choice = body["choices"][0]
         message = choice["message"]
@@ -219,25 +193,18 @@ def _reply(content: bytes) -> Reply:
         reason, model = str(choice.get("finish_reason")).lower(), body.get("model")
         reasoning = message.get("reasoning_content") or message.get("reasoning")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise _Fault(
-            f"the endpoint answered no chat completion: {_short(content.decode(errors='replace'))!r}"
-        ) from None
+        return _Failure(AGAIN, f"the endpoint answered no chat completion: {start!r}")
     if refusal or reason == "content_filter":
-        return Reply(error=f"refused by the judge ({_short(str(refusal or reason))})")
-    cut = reason in CUT_OFF
+        return _Failure(ITEM, f"refused by the judge ({_short(str(refusal or reason))})")
     if isinstance(text, list):  # pieces, as some servers put it
         reasoning = reasoning or any(isinstance(part, dict) and part.get("type") == "thinking" for part in text)
         text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+    cut = reason in CUT_OFF
     if isinstance(text, str) and text.strip():
-        return Reply(text, model if isinstance(model, str) else None, cut)
+        return Reply(text, model if isinstance(model, str) else None, cut=cut)
     if reasoning or cut:
-        return Reply(error="the judge spent all its tokens on reasoning and gave no answer: raise --max-tokens")
-    raise _Fault("the endpoint answered an empty message")
-
-
-def _num_requests(request: httpx.Request) -> int:
-    """The number of times that openai's client sent this request: it counts the repetitions in a header."""
-    return int(request.headers.get("x-stainless-retry-count", 0)) + 1
+        return _Failure(ITEM, "the judge spent all its tokens on reasoning and gave no answer: raise --max-tokens")
+    return _Failure(AGAIN, "the endpoint answered an empty message")
 
 
 def _json(content: bytes) -> Any:

@@ -54,11 +54,23 @@ class JudgeRun:
 
 
 @dataclass(frozen=True)
-class Entry(JudgeItem):
-    """A line: an item, the judge's reply, and the reason why there is no score (error), if so.
+class Reply:
+    """A judge's reply to an item, or the reason why there is none (error).
 
-    model: the exact id that the server returned with the reply. attempts: the number of requests for the item.
+    model: the exact id that the server returned. attempts: the number of requests. cut: whether the reply was stopped
+    at the limit of tokens.
     """
+
+    reply: str | None = None
+    model: str | None = None
+    attempts: int = 1
+    error: str | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Entry(JudgeItem):
+    """A line: an item, the judge's reply as in `Reply`, and the reason why there is no score (error), if so."""
 
     axis: str
     model: str | None
@@ -67,7 +79,7 @@ class Entry(JudgeItem):
     prompt_digest: str
     attempts: int
     error: str | None
-    cut: bool = False  # whether the reply was stopped at the limit of tokens; written only if so
+    cut: bool = False  # written only if so
 
     @cached_property
     def outcome(self) -> Verdict | str:
@@ -132,21 +144,26 @@ class Ledger:
         """The items that have no score yet."""
         return [item for item in items if item.key not in self.entries or not self.entries[item.key].is_scored]
 
-    def append(self, item: JudgeItem, **fields: Any) -> None:
-        """Write the line of an item. fields: model, reply, parsed, attempts, error, cut.
-
-        Raises UserError when another judge made the scores before.
-        """
+    def append(self, item: JudgeItem, reply: Reply) -> Entry:
+        """Write the line of an item. Raises UserError when another judge made the scores before."""
         assert self.run is not None and self._lines is not None  # of `continued`
-        entry = Entry(**asdict(item), axis=self.run.axis, prompt_digest=self.run.prompt_digest, **fields)
-        if entry.is_scored and self.model not in (None, name := self._judge(entry.model)):
-            raise UserError(
-                f"{self.path}: {self.model} made the scores so far, and the server now replies as {name}: ask "
-                "for one exact model with --model (at a router, for one provider as well), or begin anew in another "
-                "--output-dir"
-            )
-        self._lines.add({name: value for name, value in asdict(entry).items() if name != "cut" or value})
+        fields = {**asdict(item), "axis": self.run.axis, "prompt_digest": self.run.prompt_digest, **asdict(reply)}
+        entry = Entry(**fields, parsed=None)
+        if isinstance(verdict := entry.outcome, Verdict):
+            fields["parsed"] = {"score": verdict.score, **({"pred": verdict.pred} if verdict.pred else {})}
+            if self.model not in (None, name := self._judge(entry.model)):
+                raise UserError(
+                    f"{self.path}: {self.model} made the scores so far, and the server now replies as {name}: ask "
+                    "for one exact model with --model (at a router, for one provider as well), or begin anew in "
+                    "another --output-dir"
+                )
+        else:
+            fields.update(parsed=None, error=verdict)
+        if not reply.cut:
+            del fields["cut"]
+        self._lines.add(fields)
         self._keep(entry)
+        return entry
 
     def _read(self, record: dict[str, Any], where: str) -> None:
         try:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular
-from stllm.judge.ledger import MAX_NEW_TOKENS
+from stllm.judge.ledger import MAX_NEW_TOKENS, Reply
 from stllm.judge.prompts import Messages, without_system
 from stllm.models.configuration import reason
 
@@ -55,12 +55,13 @@ class LocalJudge:
         self.end_ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     @torch.inference_mode()
-    def replies(self, chats: list[Messages]) -> list[tuple[str, bool] | None]:
-        """Reply to each chat, and tell whether the reply was cut off; None for a chat too long for the model."""
+    def replies(self, chats: list[Messages]) -> list[Reply]:
+        """Reply to each chat; a chat that is too long for the model gets an error."""
         prompts = [self._prompt(messages) for messages in chats]
         longest = math.inf if self.max_length is None else self.max_length - self.max_new_tokens
         fitting = [index for index, ids in enumerate(prompts) if len(ids) <= longest]
-        replies: list[tuple[str, bool] | None] = [None] * len(chats)
+        too_long = Reply(model=self.model_id, error="the instructions and texts are too long for the judge")
+        replies = [too_long] * len(chats)
         if not fitting:
             return replies
         batch = self.tokenizer.pad({"input_ids": [prompts[index] for index in fitting]}, return_tensors="pt")
@@ -75,8 +76,8 @@ class LocalJudge:
         )  # (B, S + new)
         for index, new in zip(fitting, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             length = next((place for place, token in enumerate(new) if token in self.end_ids), None)
-            # Special tokens stay: some models mark their thoughts with them.
-            replies[index] = (str(self.tokenizer.decode(new[:length])), length is None)
+            text = str(self.tokenizer.decode(new[:length]))  # special tokens stay: some mark a model's thoughts
+            replies[index] = Reply(text, self.model_id, cut=length is None)
         return replies
 
     def _prompt(self, messages: Messages) -> list[int]:

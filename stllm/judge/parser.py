@@ -67,7 +67,10 @@ def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
         raise Unparsable(f"its score {score:g} is not from {LOWEST} to {HIGHEST}")
     if axis != QA:
         return Verdict(score)
-    decision = _only(decisions or _worded_decisions(rest), "yes or no")
+    if not decisions and not (decisions := _labelled_decisions(rest)):
+        first = _FIRST_WORD.match(_MARKUP.sub("", rest).strip())
+        decisions = {first[2].lower()} if first else set()
+    decision = _only(decisions, "yes or no")
     if not decision:
         raise Unparsable("its pred is neither yes nor no")
     return Verdict(score, decision)
@@ -295,9 +298,3 @@ def _labelled_decisions(text: str) -> set[str]:
     found = [(match[1].lower(), match[2].lower()) for match in _DECIDED.finditer(_MARKUP.sub("", text))]
     restated = _RESTATED.search(_MARKUP.sub("", text))
     return {decision for label, decision in found if label != "prediction" or not restated}
-
-
-def _worded_decisions(text: str) -> set[str]:
-    """Yes or no after a label, or else as the first word, perhaps after the score."""
-    first = _FIRST_WORD.match(_MARKUP.sub("", text).strip())
-    return _labelled_decisions(text) or ({first[2].lower()} if first else set())

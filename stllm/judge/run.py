@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+import httpx
 from tqdm import tqdm
 
 from stllm.common.errors import UserError
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         other = Path(args.compare).expanduser()
         other = other / path.name if other.is_dir() else other
         compared = agreement.compare(read_ledger(path), read_ledger(other))
-        return _report(path.with_name(f"{args.axis}.comparison.json"), compared, agreement.comparison_lines(compared))
+        _report(path.with_name(f"{args.axis}.comparison.json"), compared, agreement.comparison_lines(compared))
+        return 0
     predictions = None if args.pred_path is None else read_predictions(args.pred_path, args.axis)
     if args.self_check is not None:
         assert predictions is not None  # the command line asks for it
@@ -83,10 +85,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(path: Path, result: dict[str, Any], lines: Sequence[str]) -> int:
+def _report(path: Path, result: dict[str, Any], lines: Sequence[str]) -> None:
     scores.write_json(path, result)
     print("\n".join(lines))
-    return 0
 
 
 def _average(folder: Path) -> None:
@@ -115,16 +116,12 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
         prompts.messages(args.axis, items[0])  # instructions that lack the axis are refused before a model is loaded
     is_local = args.model.startswith(LOCAL)
     base_url = args.base_url or OPENAI_URL
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UserError(f"--base-url: found {base_url!r}, expected a URL such as http://localhost:8000/v1")
+    address = _without_password(base_url)
     api_key = "none" if is_local else _api_key(args)
     judged = JudgeRun(
         axis=args.axis,
         requested_model=args.model,
-        base_url=None
-        if is_local
-        else urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])),  # no password
+        base_url=None if is_local else address,
         prompt_version=prompts.version,
         prompt_digest=prompts.digest,
         temperature=0.0 if is_local else args.temperature,
@@ -139,7 +136,7 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
         if num_done := len(items) - len(waiting):
             log.info("%d of %d items have their score in %s", num_done, len(items), path)
         with tqdm(total=len(items), initial=num_done, desc=args.axis, unit="item", disable=None) as bar:
-            asking = _Asking(ledger, prompts, bar)
+            asking = _Asking(judged, ledger, prompts, bar)
             if is_local:
                 from stllm.judge.local import LocalJudge
 
@@ -160,6 +157,18 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
             return asyncio.run(asking.endpoint(waiting, endpoint, args.concurrency, args.max_retries + 1))
 
 
+def _without_password(url: str) -> str:
+    """The URL as it may be written down. Raises UserError for what is no URL of a server."""
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and httpx.URL(url).host and parts.port != 0
+    except (ValueError, httpx.InvalidURL):
+        valid = False
+    if not valid:
+        raise UserError(f"--base-url: found {url!r}, expected a URL such as http://localhost:8000/v1")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
 def _api_key(args: argparse.Namespace) -> str:
     """The key of the named variable; OpenAI's goes to OpenAI alone unless it is named."""
     name = args.api_key_env or (OPENAI_KEY if args.base_url is None else None)
@@ -171,27 +180,26 @@ def _api_key(args: argparse.Namespace) -> str:
             f"the environment variable {name} is not set: put the endpoint's key into it, name another with "
             "--api-key-env, or the URL of a server of your own with --base-url"
         )
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"the environment variable {name} holds characters that no key has: copy the key anew")
     return key
 
 
 class _Asking:
     """Ask about items; each becomes a line of the ledger with a score or a reason for none."""
 
-    def __init__(self, ledger: Ledger, prompts: PromptSet, bar: "tqdm[Any]") -> None:
-        self._ledger, self._prompts, self._bar = ledger, prompts, bar
+    def __init__(self, run: JudgeRun, ledger: Ledger, prompts: PromptSet, bar: "tqdm[Any]") -> None:
+        self._axis, self._ledger, self._prompts, self._bar = run.axis, ledger, prompts, bar
         self._num_failed_in_a_row = 0
 
     def local(self, items: Sequence[JudgeItem], judge: "LocalJudge", batch_size: int) -> None:
         """Ask a model on this machine, once an item, as it would give the same reply again."""
         for start in range(0, len(items), batch_size):
             batch = items[start : start + batch_size]
-            replies = judge.replies([self._messages(item) for item in batch])
+            replies = judge.replies([self._prompts.messages(self._axis, item) for item in batch])
             for item, reply in zip(batch, replies, strict=True):
-                if reply is None:
-                    error = "the instructions and texts are too long for the judge"
-                    self._record(item, model=judge.model_id, attempts=1, error=error)
-                else:
-                    self._record_reply(item, reply[0], model=judge.model_id, attempts=1, cut=reply[1])
+                self._ledger.append(item, reply)
+                self._bar.update()
 
     async def endpoint(
         self, items: Sequence[JudgeItem], endpoint: "Endpoint", concurrency: int, max_attempts: int
@@ -217,44 +225,25 @@ class _Asking:
 
     async def _ask(self, item: JudgeItem, endpoint: "Endpoint", max_attempts: int) -> None:
         """Ask about one item until a reply states a score. Raises UserError when the run cannot go on."""
-        messages = self._messages(item)
+        messages = self._prompts.messages(self._axis, item)
         attempts = 0
-        for num_asked in range(1, NUM_REASKS + 2):
+        for _ in range(NUM_REASKS + 1):
             reply = await endpoint.reply(messages, max_attempts - attempts)
             attempts += reply.attempts
-            if reply.error is not None:
-                self._record(item, attempts=attempts, error=reply.error)
+            if reply.reply is None or attempts >= max_attempts:
                 break
-            last = num_asked > NUM_REASKS or attempts >= max_attempts
-            if self._record_reply(item, reply.text, last=last, model=reply.model, attempts=attempts, cut=reply.cut):
+            try:
+                parse_reply(reply.reply, self._axis, cut=reply.cut)
                 break
+            except CutOff:  # it would be cut off again
+                break
+            except Unparsable:
+                pass
+        entry = self._ledger.append(item, replace(reply, attempts=attempts))
+        self._bar.update()
+        self._num_failed_in_a_row = 0 if entry.is_scored else self._num_failed_in_a_row + 1
         if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-            last_fault = self._ledger.entries[item.key].error
             raise UserError(
-                f"{self._num_failed_in_a_row} items in a row failed (the last one: {last_fault}): correct that, or "
+                f"{self._num_failed_in_a_row} items in a row failed (the last one: {entry.outcome}): correct that, or "
                 f"check that the judge at {endpoint.base_url} works, then run the command again"
             )
-
-    def _messages(self, item: JudgeItem) -> list[dict[str, str]]:
-        assert self._ledger.run is not None
-        return self._prompts.messages(self._ledger.run.axis, item)
-
-    def _record_reply(self, item: JudgeItem, reply: str, *, cut: bool, last: bool = True, **fields: Any) -> bool:
-        """Record the verdict of a reply or, for the `last` reply, that it has none. Returns True if it recorded."""
-        assert self._ledger.run is not None
-        try:
-            verdict = parse_reply(reply, self._ledger.run.axis, cut=cut)
-        except Unparsable as fault:
-            last = last or isinstance(fault, CutOff)
-            if last:
-                self._record(item, reply=reply, cut=cut, **fields, error=f"the reply cannot be read: {fault}")
-            return last
-        parsed = {"score": verdict.score, **({"pred": verdict.pred} if verdict.pred else {})}
-        self._record(item, reply=reply, cut=cut, **fields, parsed=parsed)
-        return True
-
-    def _record(self, item: JudgeItem, **fields: Any) -> None:
-        fields = {"model": None, "reply": None, "parsed": None, "error": None, **fields}
-        self._ledger.append(item, **fields)
-        self._num_failed_in_a_row = self._num_failed_in_a_row + 1 if fields["error"] else 0
-        self._bar.update()

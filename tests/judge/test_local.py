@@ -80,7 +80,11 @@ def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, mo
 
     monkeypatch.setattr(local.model, "generate", generate)
     chats = [[{"role": "user", "content": "cat"}]] * 3
-    assert local.replies(chats) == [("[UNK] 4", False), ("4", False), ("4 4 4", True)]
+    assert [(reply.reply, reply.cut) for reply in local.replies(chats)] == [
+        ("[UNK] 4", False),
+        ("4", False),
+        ("4 4 4", True),
+    ]
 
 
 def test_a_template_that_drops_the_system_message_gets_it_in_the_users(tmp_path, monkeypatch) -> None:
