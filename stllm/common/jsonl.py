@@ -18,10 +18,9 @@ from stllm.common.errors import UserError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def json_text(content: Any, *, indent: int | None = None) -> str:
-    """JSON that UTF-8 can hold: a lone surrogate becomes its JSON escape, and is read back as it was."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=indent)
-    return text.encode("utf-8", "backslashreplace").decode()
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as its line."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_records(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -68,7 +67,7 @@ class Appender:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record. Raises UserError when the disk is full; the lines before it stay as they were."""
-        data = f"{json_text(record)}\n".encode()
+        data = line_of(record).encode(errors="backslashreplace")  # half a surrogate pair, as JSON spells it
         end = os.fstat(self._stream.fileno()).st_size
         try:
             with naming_full_disk(self.path):

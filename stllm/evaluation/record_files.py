@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.common.files import locked, write_text
-from stllm.common.jsonl import json_text, naming_full_disk, read_records
+from stllm.common.jsonl import line_of, naming_full_disk, read_records
 from stllm.evaluation.items import Record
 
 ADVICE = "expected a record as stllm evaluate writes it: remove the line, or name another --output-name"
@@ -45,7 +45,7 @@ class RecordFiles:
         parts, found = self._parts(), self.gather()
         records = {id_: found[id_] for id_ in order if id_ in found}
         assert len(records) == len(found), found.keys() - records.keys()
-        content = "".join(f"{json_text(record)}\n" for record in records.values())
+        content = "".join(map(line_of, records.values()))
         if self.path.is_file() or content:
             with naming_full_disk(self.path):
                 write_text(self.path, content)

@@ -106,7 +106,7 @@ class Endpoint:
             if outcome.kind == RUN:
                 raise UserError(str(outcome))
             if outcome.kind == AGAIN and attempts < max_attempts:  # openai's client waits two minutes at most
-                pause = f"of {pause} s" if pause.isdigit() else f"until {pause}"
+                pause = f"of {pause} s" if pause.isdigit() else f"until {pause or 'later'}"
                 raise UserError(f"{outcome} and asks for a pause {pause}: run the same command again after that")
             if outcome.kind in (AGAIN, ITEM):
                 return Reply(error=str(outcome), attempts=attempts)
@@ -114,8 +114,8 @@ class Endpoint:
                 log.warning("%s", outcome)
                 self._refused.add(outcome.kind)
             if attempts >= max_attempts:
-                error = f"{outcome}: raise --max-retries, which left no request for that"
-                return Reply(error=error, attempts=attempts)
+                too_few = f"{outcome}: raise --max-retries, which left no request for that"
+                return Reply(error=too_few, attempts=attempts)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -135,7 +135,8 @@ class _Http(openai.DefaultAsyncHttpxClient):
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
         """Send a request once. Raises _Failure for what is neither a chat completion nor an error status."""
-        response = None
+        response: httpx.Response | None = None
+        outcome: Reply | _Failure
         try:
             # httpx's own timeout is for each piece of a reply; this one is for all of it.
             response = await asyncio.wait_for(super().send(request, **options), self._seconds)
@@ -151,6 +152,7 @@ class _Http(openai.DefaultAsyncHttpxClient):
             log.warning("%s: such requests are sent again, up to --max-retries times", outcome)
         if isinstance(outcome, _Failure) and (response is None or (again and response.is_success)):
             raise outcome
+        assert response is not None
         response.headers["x-should-retry"] = str(again).lower()
         response.extensions["outcome"] = outcome
         return response
@@ -163,7 +165,7 @@ class _Http(openai.DefaultAsyncHttpxClient):
         words = str(message or response.text or response.reason_phrase or "no words")
         said = _short(words)
         if status in (400, 422, 500):
-            sent = json.loads(response.request.content)
+            sent = _json(response.request.content) or {"messages": []}  # a redirection may have dropped it
             sent = {*sent, *(message["role"] for message in sent["messages"])}
             for part, pattern in REFUSALS.items():
                 if part in sent and re.search(pattern, words[:400].lower()):  # some servers repeat the whole request

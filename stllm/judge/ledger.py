@@ -123,16 +123,18 @@ class Ledger:
 
     def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
         """Raise UserError, which says what differs, when these items or settings are not those of the ledger."""
-        for name, words in COMPARED.items() if self.run is not None else ():
-            before, now = getattr(self.run, name), getattr(run, name)
-            # replies that were whole at a lower limit remain as they are
-            if before != now and not (name == "max_tokens" and self.run and run.limit >= self.run.limit):
+        for name, words in COMPARED.items():
+            before, now = getattr(self.run or run, name), getattr(run, name)
+            raised = name == "max_tokens" and run.limit >= (self.run or run).limit  # whole replies remain as they are
+            if before != now and not raised:
                 raise UserError(
                     f"{self.path} holds scores with another {words}: it was {before!r} and is now {now!r}; set it back "
                     "to continue, or begin anew in another --output-dir"
                 )
-        by_key = {item.key: item for item in items or ()}
-        for key, entry in self.entries.items() if items is not None else ():
+        if items is None:
+            return
+        by_key = {item.key: item for item in items}
+        for key, entry in self.entries.items():
             if key not in by_key or not entry.same_texts(by_key[key]):
                 what = "has other texts now" if key in by_key else "is not there any more"
                 raise UserError(

@@ -13,7 +13,6 @@ from typing import Any
 from stllm import __version__
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
-from stllm.common.jsonl import json_text
 from stllm.evaluation.axes import HIGHEST, LOWEST, QA, SAME, VCGBENCH_AXES
 from stllm.judge.ledger import Entry, JudgeRun, Ledger
 from stllm.judge.parser import Verdict
@@ -89,7 +88,7 @@ def read_results(folder: Path) -> list[Results]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    write_text(path, json_text(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def export_items(entries: Iterable[Entry], folder: Path) -> int:
@@ -103,7 +102,7 @@ def export_items(entries: Iterable[Entry], folder: Path) -> int:
             pairs = zip(("q1", "q2", "pred1", "pred2"), (*entry.question, *entry.prediction), strict=False)
             texts = {**dict(pairs), "a": entry.answer}
         name = re.sub(r"[^\w.\-]", "_", entry.name)  # ids may hold slashes
-        write_text(folder / f"{name}.json", json_text([reply, texts]))
+        write_text(folder / f"{name}.json", json.dumps([reply, texts], ensure_ascii=False))
     return len(scored)
 
 

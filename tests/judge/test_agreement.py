@@ -100,7 +100,7 @@ def test_each_drawn_item_gives_four_known_ones() -> None:
     assert sorted(found) == sorted(f"{kind}/{item.key}" for kind in KINDS for item in ITEMS)
     for item in ITEMS:
         assert found[f"gold/{item.key}"].prediction == item.answer
-        wrong = found[f"wrong/{item.key}"].prediction
+        wrong = str(found[f"wrong/{item.key}"].prediction)
         assert wrong.lower() != item.answer.lower()
         assert wrong in [other.answer for other in ITEMS]
         assert found[f"empty/{item.key}"].prediction == ""
