@@ -94,7 +94,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all; half a surrogate pair as its escape, from which JSON reads it back."""
+    """Write `text` as UTF-8, whole or not at all. Half a surrogate pair becomes its escape, as JSON spells it."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
         stream.flush()

@@ -22,16 +22,15 @@ import httpx
 from tqdm import tqdm
 
 from stllm.common.errors import UserError
-from stllm.evaluation.axes import VCGBENCH_AXES, vcgbench_average
+from stllm.evaluation.axes import VCGBENCH_AXES
 from stllm.judge import agreement, scores
-from stllm.judge.ledger import JudgeRun, Ledger, continued, read_ledger
+from stllm.judge.ledger import JudgeRun, Ledger, Reply, continued, read_ledger
 from stllm.judge.parser import CutOff, Unparsable, parse_reply
 from stllm.judge.predictions import JudgeItem, read_predictions
 from stllm.judge.prompts import PromptSet, load_prompts
 
 if TYPE_CHECKING:
     from stllm.judge.endpoint import Endpoint
-    from stllm.judge.local import LocalJudge
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     result = scores.score(judged, ledger, None if predictions is None else [item.key for item in predictions.items])
     _report(folder / f"{args.axis}.results.json", result, scores.table(result))
     if args.axis in VCGBENCH_AXES:
-        _average(folder)
+        print(scores.write_average(folder), end="")
     if args.export_items is not None:
         exported = Path(args.export_items).expanduser() / args.axis  # three axes share their items' names
         print(f"{scores.export_items(ledger.entries.values(), exported)} item files in {exported}")
@@ -88,22 +87,6 @@ def run(args: argparse.Namespace) -> int:
 def _report(path: Path, result: dict[str, Any], lines: Sequence[str]) -> None:
     scores.write_json(path, result)
     print("\n".join(lines))
-
-
-def _average(folder: Path) -> None:
-    """Print and write VcgBench's average once all axes are there; warn when they do not belong together."""
-    results = scores.read_results(folder)
-    if len(results) < len(VCGBENCH_AXES):
-        return
-    path = folder / "vcgbench_average.json"
-    try:
-        average = vcgbench_average(results)
-    except UserError as error:
-        path.unlink(missing_ok=True)  # of scores that are no longer there
-        log.warning("%s", error)
-        return
-    lines = [f"VcgBench average {average['mean']:.2f} (truncated {average['mean_truncated']:.2f})"]
-    _report(path, average, lines)
 
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
@@ -136,13 +119,17 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
         if num_done := len(items) - len(waiting):
             log.info("%d of %d items have their score in %s", num_done, len(items), path)
         with tqdm(total=len(items), initial=num_done, desc=args.axis, unit="item", disable=None) as bar:
-            asking = _Asking(judged, ledger, prompts, bar)
             if is_local:
                 from stllm.judge.local import LocalJudge
 
                 name = args.model.removeprefix(LOCAL)
-                local = LocalJudge(name, device=args.device, dtype=args.dtype, max_new_tokens=args.max_tokens)
-                asking.local(waiting, local, args.concurrency)
+                judge = LocalJudge(name, device=args.device, dtype=args.dtype, max_new_tokens=args.max_tokens)
+                for start in range(0, len(waiting), args.concurrency):
+                    batch = waiting[start : start + args.concurrency]
+                    replies = judge.replies([prompts.messages(args.axis, item) for item in batch])
+                    for item, reply in zip(batch, replies, strict=True):
+                        ledger.append(item, reply)  # asked once: it would give the same reply again
+                        bar.update()
                 return None
             from stllm.judge.endpoint import Endpoint
 
@@ -154,7 +141,7 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
                 temperature=args.temperature,
                 max_tokens=args.max_tokens,
             )
-            return asyncio.run(asking.endpoint(waiting, endpoint, args.concurrency, args.max_retries + 1))
+            return asyncio.run(_ask_endpoint(waiting, endpoint, ledger, prompts, args, bar))
 
 
 def _without_password(url: str) -> str:
@@ -185,65 +172,52 @@ def _api_key(args: argparse.Namespace) -> str:
     return key
 
 
-class _Asking:
-    """Ask about items; each becomes a line of the ledger with a score or a reason for none."""
+async def _ask_endpoint(
+    items: Sequence[JudgeItem],
+    endpoint: "Endpoint",
+    ledger: Ledger,
+    prompts: PromptSet,
+    args: argparse.Namespace,
+    bar: "tqdm[Any]",
+) -> str | None:
+    """Ask an endpoint, several items at a time; returns why asking stopped before the last item, or None."""
+    waiting = iter(items)  # shared: each worker takes the next one
+    num_failed = 0  # in a row
 
-    def __init__(self, run: JudgeRun, ledger: Ledger, prompts: PromptSet, bar: "tqdm[Any]") -> None:
-        self._axis, self._ledger, self._prompts, self._bar = run.axis, ledger, prompts, bar
-        self._num_failed_in_a_row = 0
-
-    def local(self, items: Sequence[JudgeItem], judge: "LocalJudge", batch_size: int) -> None:
-        """Ask a model on this machine, once an item, as it would give the same reply again."""
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
-            replies = judge.replies([self._prompts.messages(self._axis, item) for item in batch])
-            for item, reply in zip(batch, replies, strict=True):
-                self._ledger.append(item, reply)
-                self._bar.update()
-
-    async def endpoint(
-        self, items: Sequence[JudgeItem], endpoint: "Endpoint", concurrency: int, max_attempts: int
-    ) -> str | None:
-        """Ask an endpoint, `concurrency` items at a time; returns why asking stopped before the last item, or None."""
-        waiting = iter(items)  # shared: each worker takes the next one
-
-        async def work() -> None:
-            for item in waiting:
-                await self._ask(item, endpoint, max_attempts)
-
-        workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(items)))]
+    def is_final(reply: Reply) -> bool:
+        """Whether asking again cannot help: there is a verdict, or no reply, or one that would be cut off again."""
         try:
-            await asyncio.gather(*workers)
-        except UserError as stop:  # also of the ledger, which does not mix judges
-            return str(stop)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-            await endpoint.close()
-        return None
+            return reply.reply is None or bool(parse_reply(reply.reply, args.axis, cut=reply.cut))
+        except Unparsable as fault:
+            return isinstance(fault, CutOff)
 
-    async def _ask(self, item: JudgeItem, endpoint: "Endpoint", max_attempts: int) -> None:
-        """Ask about one item until a reply states a score. Raises UserError when the run cannot go on."""
-        messages = self._prompts.messages(self._axis, item)
-        attempts = 0
-        for _ in range(NUM_REASKS + 1):
-            reply = await endpoint.reply(messages, max_attempts - attempts)
-            attempts += reply.attempts
-            if reply.reply is None or attempts >= max_attempts:
-                break
-            try:
-                parse_reply(reply.reply, self._axis, cut=reply.cut)
-                break
-            except CutOff:  # it would be cut off again
-                break
-            except Unparsable:
-                pass
-        entry = self._ledger.append(item, replace(reply, attempts=attempts))
-        self._bar.update()
-        self._num_failed_in_a_row = 0 if entry.is_scored else self._num_failed_in_a_row + 1
-        if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-            raise UserError(
-                f"{self._num_failed_in_a_row} items in a row failed (the last one: {entry.outcome}): correct that, or "
-                f"check that the judge at {endpoint.base_url} works, then run the command again"
-            )
+    async def work() -> None:
+        nonlocal num_failed
+        for item in waiting:
+            messages = prompts.messages(args.axis, item)
+            attempts = 0
+            for _ in range(NUM_REASKS + 1):
+                reply = await endpoint.reply(messages, args.max_retries + 1 - attempts)
+                attempts += reply.attempts
+                if attempts > args.max_retries or is_final(reply):
+                    break
+            entry = ledger.append(item, replace(reply, attempts=attempts))
+            bar.update()
+            num_failed = 0 if entry.is_scored else num_failed + 1
+            if num_failed >= MAX_FAILED_IN_A_ROW:
+                raise UserError(
+                    f"{num_failed} items in a row failed (the last one: {entry.outcome}): correct that, or check that "
+                    f"the judge at {endpoint.base_url} works, then run the command again"
+                )
+
+    workers = [asyncio.create_task(work()) for _ in range(min(args.concurrency, len(items)))]
+    try:
+        await asyncio.gather(*workers)
+    except UserError as stop:  # also of the ledger, which does not mix judges
+        return str(stop)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        await endpoint.close()
+    return None

@@ -4,6 +4,7 @@ Items that could not be judged are in no mean and in every count; the bounds say
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,9 +14,11 @@ from typing import Any
 from stllm import __version__
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
-from stllm.evaluation.axes import HIGHEST, LOWEST, QA, SAME, VCGBENCH_AXES
+from stllm.evaluation.axes import HIGHEST, LOWEST, QA, SAME, VCGBENCH_AXES, vcgbench_average
 from stllm.judge.ledger import Entry, JudgeRun, Ledger
 from stllm.judge.parser import Verdict
+
+log = logging.getLogger(__name__)
 
 NOT_ASKED = "not asked yet"
 MAX_NAMED = 5  # failed items in the printed table
@@ -72,18 +75,30 @@ def score(run: JudgeRun, ledger: Ledger, keys: Iterable[str] | None = None) -> R
     }
 
 
-def read_results(folder: Path) -> list[Results]:
-    """Read the results of VcgBench's axes in a folder. Raises UserError for a file that is none of ours."""
+def write_average(folder: Path) -> str:
+    """Write VcgBench's average once the results of all axes are in the folder; returns the line to print.
+
+    Warns when the axes do not belong together. Raises UserError for a file that holds no results.
+    """
+    paths = [folder / f"{axis}.results.json" for axis in VCGBENCH_AXES]
+    if not all(path.is_file() for path in paths):
+        return ""
     results = []
-    for axis in VCGBENCH_AXES:
-        path = folder / f"{axis}.results.json"
-        if path.is_file():
-            try:
-                result = json.loads(path.read_text(encoding="utf-8"))
-                results.append({name: result[name] for name in ("axis", "mean", "mean_truncated", *SAME)})
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f"{path}: not a judge's results: move it away, and judge the axis again") from None
-    return results
+    try:
+        for path in paths:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            results.append({name: result[name] for name in ("axis", "mean", "mean_truncated", *SAME)})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path}: not a judge's results: move it away, and judge the axis again") from None
+    target = folder / "vcgbench_average.json"
+    try:
+        average = vcgbench_average(results)
+    except UserError as error:
+        target.unlink(missing_ok=True)  # of scores that are no longer there
+        log.warning("%s", error)
+        return ""
+    write_json(target, average)
+    return f"VcgBench average {average['mean']:.2f} (truncated {average['mean_truncated']:.2f})\n"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
