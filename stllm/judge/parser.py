@@ -207,7 +207,8 @@ def _number(value: str) -> float:
 _OUT_OF = r" ?\(?(?:/|(?:out )?of) ?"
 _NUMERAL = (
     rf"(?<!\.)([-+]?\d+(?:\.\d+)?)(?:{_OUT_OF}5(?:\.0)?\b\)?)?"
-    rf"(?![\w%+^?]|[.,]\d| ?[*×/]|{_OUT_OF}\d| percent)"
+    rf"(?![\w%+^?]|[.,]\d| ?[*×/½]|{_OUT_OF}\d| percent| and a (?:half|quarter)\b"
+    r"| point (?:zero|one|two|three|four|five|six|seven|eight|nine)\b)"
 )
 _OR = r" ?(?:-|–|—|~|\+|=|->|→|or|to|and|minus|plus|times|x) ?\d| \d+/\d"  # "3 or 4", "5 minus 1", "2 1/2"
 _ANOTHER = re.compile(_OR, re.IGNORECASE)
