@@ -18,13 +18,13 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import write_text
+from stllm.common.jsonl import naming_full_disk
 from stllm.common.registry import benchmarks
 from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results
 from stllm.evaluation.items import Benchmark
 from stllm.evaluation.probes import Probe, probe_options, probe_views
-from stllm.evaluation.record_files import telling_full_disk
 from stllm.evaluation.runs import Outcome, Runs
 from stllm.models.checkpoints.loading import open_model
 from stllm.models.factory import explicit_settings
@@ -79,7 +79,7 @@ def evaluate(runs: Runs, benchmark: Benchmark, probes: Sequence[Probe] = ()) -> 
     outcome = runs.run(benchmark, name)
     code = 0 if outcome is None else _tell(runs.folder, name, benchmark, outcome, started)
     for probe in probes:
-        with telling_full_disk(runs.folder):
+        with naming_full_disk(runs.folder):
             found = probe(runs, name, benchmark, outcome)
         if found is not None:
             print(found)
@@ -88,7 +88,7 @@ def evaluate(runs: Runs, benchmark: Benchmark, probes: Sequence[Probe] = ()) -> 
 
 def _tell(folder: Path, name: str, benchmark: Benchmark, outcome: Outcome, started: float) -> int:
     """Writes what came out, and says it; returns the exit code. started: as perf_counter has it."""
-    with telling_full_disk(folder):
+    with naming_full_disk(folder):
         content = write_outcome(folder, name, benchmark, outcome)
     print(summary(folder / name, benchmark, outcome, content, time.perf_counter() - started))
     if content["counts"]["answered"]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from shlex import quote
 from typing import Any
 
+from stllm.evaluation.axes import QA, TASKS
 from stllm.evaluation.items import Benchmark, Record
-from stllm.evaluation.judge_axes import QA, TASKS
 from stllm.evaluation.mvbench_report import failures, provenance
 from stllm.evaluation.paper_table import JUDGED, OF_BENCHMARK
 from stllm.evaluation.tables import table

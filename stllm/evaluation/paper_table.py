@@ -12,8 +12,7 @@ from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import check_regular
-from stllm.evaluation.judge_axes import QA, VCGBENCH_AXES
-from stllm.evaluation.judge_scores import vcgbench_average
+from stllm.evaluation.axes import QA, VCGBENCH_AXES, vcgbench_average
 from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMNS
 from stllm.evaluation.tables import percent, score, table
 

@@ -14,12 +14,13 @@ from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.jsonl import Appender, naming_full_disk
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.digests import checkpoint_digest, content_digest, prompts_digest
 from stllm.evaluation.engine import Engine, head, share
 from stllm.evaluation.items import Benchmark, Item, Record
-from stllm.evaluation.record_files import RecordFiles, RecordWriter, telling_full_disk
+from stllm.evaluation.record_files import RecordFiles
 from stllm.evaluation.run_settings import check_same, decisive, run_settings, save_settings
 from stllm.models.checkpoints.loading import Opened, load_opened, processor_of
 from stllm.runners.processes import num_decoders, wait_for_all
@@ -102,7 +103,7 @@ class Runs:
             check_same(file, settings, files.path)
             _check_items(files.path, records, benchmark.items)
         files.join([item.id for item in benchmark.items])
-        with telling_full_disk(file):
+        with naming_full_disk(file):
             save_settings(file, settings)
         return settings
 
@@ -118,16 +119,14 @@ class Runs:
             num_workers=num_decoders(self.settings.num_workers),
             media_seconds=self.settings.media_seconds,
         )
-        writer = RecordWriter(files.path if world_size() == 1 else files.part(rank()))
+        path = files.path if world_size() == 1 else files.part(rank())
         of_all = f" (1 of {world_size()} processes)" if world_size() > 1 else ""
         hidden = None if is_main() else True  # None: no bar where nobody looks
-        try:
-            with tqdm(total=len(items), desc=f"{files.name}{of_all}", unit="item", disable=hidden) as bar:
-                for record in engine.records(items):
-                    writer.add(record)
-                    bar.update()
-        finally:
-            writer.close()
+        bar = tqdm(total=len(items), desc=f"{files.name}{of_all}", unit="item", disable=hidden)
+        with Appender(path) as lines, bar:
+            for record in engine.records(items):
+                lines.add(record)
+                bar.update()
 
     def _end(self, files: RecordFiles, benchmark: Benchmark, settings: Mapping[str, Any]) -> Outcome:
         records = files.join([item.id for item in benchmark.items])

@@ -6,17 +6,9 @@ from typing import Any
 
 import pytest
 
-from stllm.evaluation import judge_endpoint
-from stllm.evaluation.judge_endpoint import Backoff
-from tests.evaluation.test_judge_parser import CASES
 from tests.helpers.judge_server import Answer, FakeJudge, judge_by_name, judge_server, says
 from tests.helpers.judging import judge, ledger, questions, results, write
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch) -> None:
-    """Pauses of a millisecond."""
-    monkeypatch.setattr(judge_endpoint, "BACKOFF", Backoff(0.001, 0.002))
+from tests.judge.test_parser import CASES
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from stllm.evaluation.judge_axes import HIGHEST, LOWEST, QA
+from stllm.evaluation.axes import HIGHEST, LOWEST, QA
 
 _T = TypeVar("_T")
 MAX_LENGTH = 20_000  # characters of an answer, its thoughts not counted; a longer answer is no grade
@@ -48,6 +48,7 @@ def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
     answer = _without_thoughts(reply).translate(_STRAIGHT)
     if len(answer) > MAX_LENGTH:
         raise Unparsable(f"a reply of {len(answer)} characters")
+    answer = _IN_WORDS.sub(lambda match: match[1] + _DIGITS[match[2].lower()], answer)
     if cut and not _DICTIONARY.match(answer) and not _WHOLE.fullmatch(answer):
         raise CutOff
     if scale := _OTHER_SCALE.search(answer):
@@ -66,7 +67,10 @@ def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
         raise Unparsable(f"its score {score:g} is not from {LOWEST} to {HIGHEST}")
     if axis != QA:
         return Verdict(score)
-    decision = _only(decisions or _worded_decisions(rest), "yes or no")
+    if not decisions and not (decisions := _labelled_decisions(rest)):
+        first = _FIRST_WORD.match(_MARKUP.sub("", rest).strip())
+        decisions = {first[2].lower()} if first else set()
+    decision = _only(decisions, "yes or no")
     if not decision:
         raise Unparsable("its pred is neither yes nor no")
     return Verdict(score, decision)
@@ -127,7 +131,12 @@ _FIELD = re.compile(
 _EXAMPLE = re.compile(  # what comes before a dictionary that is not the verdict: an example, the form, a supposition
     r"\b(?:e\.g\.|for instance|maybe|perhaps|(?<!this )example"
     r"|(?:in the form(?: of)?|formatted as|the format is|such as|like(?: this)?|wants|expected output)\W*\Z"
+    r"|\bnot[ `\"']*\Z"
     r"|(?:if|unless|could|might)\b[^.\n]*\b(?:would|could|might|be)\b)[^.\n]*\Z|(?:^|\n)\W*format\W*\Z",
+    re.IGNORECASE,
+)
+_REJECTED = re.compile(  # what comes after a dictionary that is not the verdict
+    r"[ `\"']*(?:(?:is|was|would be) (?:not|never|wrong|incorrect|too)\b|does not\b|(?:is|was|would|does)n't\b)",
     re.IGNORECASE,
 )
 _OTHER_SCALE = re.compile(  # the end of a scale that is not 5: "out of 10", "on a scale of 1 to 10", 'max': 10
@@ -148,7 +157,6 @@ _DECISIONS = {
     "incorrect": "no",
     "wrong": "no",
 }
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five")
 _OF_FIVE = re.compile(r"\s*(?:/|out of)\s*5(?:\.0)?$")
 
 
@@ -164,7 +172,8 @@ def _tabulated(answer: str) -> tuple[set[float], set[str], str]:
         return bool(known)
 
     def dictionary(match: re.Match[str]) -> str:
-        if _EXAMPLE.search(answer, max(0, match.start() - 120), match.start()):
+        before = _EXAMPLE.search(answer, max(0, match.start() - 120), match.start())
+        if before or _REJECTED.match(answer, match.end()):
             return "\n"
         fields = _FIELD.finditer(_COMMENT.sub(r"\1", match[1]))
         return "\n" if read((_bare(field["key"]).lower(), _bare(field["value"])) for field in fields) else match[0]
@@ -188,7 +197,7 @@ def _number(value: str) -> float:
     if "_" in value:  # Python's float reads 0_5
         raise Unparsable("its score is no number")
     try:
-        return float(_NUMBER_WORDS.index(value) if value in _NUMBER_WORDS else value)
+        return float(value)
     except ValueError:
         raise Unparsable("its score is no number") from None
 
@@ -198,7 +207,8 @@ def _number(value: str) -> float:
 _OUT_OF = r" ?\(?(?:/|(?:out )?of) ?"
 _NUMERAL = (
     rf"(?<!\.)([-+]?\d+(?:\.\d+)?)(?:{_OUT_OF}5(?:\.0)?\b\)?)?"
-    rf"(?![\w%+^?]|[.,]\d| ?[*×/]|{_OUT_OF}\d| percent)"
+    rf"(?![\w%+^?]|[.,]\d| ?[*×/½]|{_OUT_OF}\d| percent| and a (?:half|quarter)\b"
+    r"| point (?:zero|one|two|three|four|five|six|seven|eight|nine)\b)"
 )
 _OR = r" ?(?:-|–|—|~|\+|=|->|→|or|to|and|minus|plus|times|x) ?\d| \d+/\d"  # "3 or 4", "5 minus 1", "2 1/2"
 _ANOTHER = re.compile(_OR, re.IGNORECASE)
@@ -242,8 +252,17 @@ _SUPPOSED = re.compile(  # a clause about another answer than this one, or about
     rf"|\b(?:player|team|film|movie|game)(?:'?s'?)?(?: \w+)? {_LABEL}|, (?:says|according to)\b",
     re.IGNORECASE,
 )
+_THEN = r"['\"*]*\s*[,;|\n]\s*['\"*]*"  # between a score and the yes or no after it
 _WHOLE = re.compile(
-    rf"(?:[\w ]{{0,30}}:\s*)?[^\w+<>≤≥-]*(?:(?:yes|no)(?:[\s,;:/|.()*'\"]+|\s+[-–—]\s+))?{_NUMERAL}\W*", re.IGNORECASE
+    rf"(?:[\w ]{{0,30}}:\s*)?[^\w+<>≤≥-]*(?:(?:yes|no)(?:[\s,;:/|.()*'\"]+|\s+[-–—]\s+))?{_NUMERAL}"
+    rf"(?:{_THEN}(?:yes|no))?\W*",
+    re.IGNORECASE,
+)
+_DIGITS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "ten": "10"}
+_IN_WORDS = re.compile(  # "Score: four", "out of five", "Four", "Yes, four"
+    rf"({_LABEL}{_GAP}(?:[:=|]|\b(?:is|was|of|as|be)\b){_GAP}|\bout of |\A\W*(?:(?:yes|no)[,;:.|]\s*)?)"
+    rf"({'|'.join(_DIGITS)})\b",
+    re.IGNORECASE,
 )
 _DECIDED = re.compile(
     r"\b(pred(?:iction)?|match(?:es)?|verdict|decision|final answer)"
@@ -251,7 +270,11 @@ _DECIDED = re.compile(
     re.IGNORECASE,
 )
 _RESTATED = re.compile(r"\banswer[^\w\n]{0,4}[:=|][^\w\n]{0,4}(?:yes|no)\b", re.IGNORECASE)
-_FIRST_WORD = re.compile(r"\W*(yes|no)(?=[.,:;!/|()'\"\n]|\s+[-–—\d(\n]|\s*$)", re.IGNORECASE)
+_FIRST_WORD = re.compile(
+    rf"(?:(?:[\w ]{{0,30}}:\s*)?[^\w+<>≤≥-]*{_NUMERAL}{_THEN})?\W*(yes|no)"
+    r"(?=[.,:;!/|()'\"\n]|\s+[-–—\d(\n]|\s*$)",
+    re.IGNORECASE,
+)
 
 
 def _worded_scores(text: str, patterns: tuple[str, ...]) -> set[float]:
@@ -276,9 +299,3 @@ def _labelled_decisions(text: str) -> set[str]:
     found = [(match[1].lower(), match[2].lower()) for match in _DECIDED.finditer(_MARKUP.sub("", text))]
     restated = _RESTATED.search(_MARKUP.sub("", text))
     return {decision for label, decision in found if label != "prediction" or not restated}
-
-
-def _worded_decisions(text: str) -> set[str]:
-    """Yes or no after a label, or else as the first word."""
-    first = _FIRST_WORD.match(_MARKUP.sub("", text).strip())
-    return _labelled_decisions(text) or ({first[1].lower()} if first else set())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stllm.common.errors import UserError
-from stllm.evaluation.judge_predictions import JudgeItem, read_predictions
+from stllm.judge.predictions import JudgeItem, read_predictions
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_official_vcgbench_lists(read) -> None:
     found = read([record, {**record, "Q": "r?"}, {**record, "video_name": "v_y"}], "temporal").items
     assert [item.key for item in found] == ["v_x_0", "v_x_1", "v_y_0"]
     assert [item.name for item in found] == ["v_x_0", "v_x_1", "v_y_0"]
-    assert found[1] == JudgeItem("v_x_1", "v_x_1", ("r?",), "a", ("p",))
+    assert found[1] == JudgeItem("v_x_1", "v_x_1", "r?", "a", "p")
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -47,7 +47,7 @@ def test_official_vcgbench_lists(read) -> None:
 def test_videoqa_in_both_spellings(read, names, lines) -> None:
     records = [{names[0]: number, "question": "q?", "answer": 3, names[1]: ""} for number in (7, 8)]
     found = read(records, "qa", lines=lines).items
-    assert [(item.key, item.answer, item.predictions) for item in found] == [("7_0", "3", ("",)), ("8_0", "3", ("",))]
+    assert [(item.key, item.answer, item.prediction) for item in found] == [("7_0", "3", ""), ("8_0", "3", "")]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_videoqa_in_both_spellings(read, names, lines) -> None:
     ],
 )
 def test_consistency_has_two_questions(read, record) -> None:
-    assert read([record], "consistency").items == (JudgeItem("v_0", "v_0", ("one?", "two?"), "a", ("p", "r")),)
+    assert read([record], "consistency").items == (JudgeItem("v_0", "v_0", ["one?", "two?"], "a", ["p", "r"]),)
 
 
 def test_lines_of_evaluate_are_told_by_their_task(read) -> None:
@@ -67,7 +67,7 @@ def test_lines_of_evaluate_are_told_by_their_task(read) -> None:
     for axis in ("correctness", "detail", "context"):
         assert [item.key for item in read(lines, axis, lines=True).items] == ["generic-1"]
     assert [item.key for item in read(lines, "temporal", lines=True).items] == ["temporal-2"]
-    assert read(lines, "consistency", lines=True).items[0].predictions == ("p", "p")
+    assert read(lines, "consistency", lines=True).items[0].prediction == ["p", "p"]
 
 
 def test_official_names_go_by_video_in_vcgbench_and_by_id_in_videoqa(read) -> None:
@@ -96,7 +96,7 @@ def test_what_cannot_be_judged_is_listed_apart(read) -> None:
 def test_the_later_line_of_an_id_counts(read) -> None:
     lines = [line(1, error="decoding failed"), line(2), line(1, prediction="now")]
     found = read(lines, "detail", lines=True)
-    assert {item.key: item.predictions for item in found.items} == {"generic-1": ("now",), "generic-2": ("p",)}
+    assert {item.key: item.prediction for item in found.items} == {"generic-1": "now", "generic-2": "p"}
     assert found.unanswered == {}
 
 

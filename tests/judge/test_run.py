@@ -5,16 +5,9 @@ import json
 import pytest
 
 from stllm.cli import main
-from stllm.evaluation.judge_axes import VCGBENCH_AXES
+from stllm.evaluation.axes import VCGBENCH_AXES
 from tests.helpers.judge_server import MODEL, fails, fair, judge_server, says
 from tests.helpers.judging import judge, ledger, questions, results, vcgbench_lines, write
-
-
-@pytest.fixture
-def server():
-    """An honest judge."""
-    with judge_server() as judge:
-        yield judge
 
 
 def test_videoqa_has_an_accuracy_and_a_mean(tmp_path, server, capsys) -> None:
@@ -144,10 +137,14 @@ def test_a_key_goes_to_the_server_it_was_named_for_alone(tmp_path, server, monke
         (["--api-key-env", "NOT_SET", "--base-url", "http://localhost/v1"], "variable NOT_SET is not set"),
         ([], "variable OPENAI_API_KEY is not set"),
         (["--base-url", "localhost:8000"], "found 'localhost:8000', expected a URL"),
+        (["--base-url", "http://[x/v1"], "found 'http://[x/v1', expected a URL"),
+        (["--base-url", "http://localhost:99999/v1"], "found 'http://localhost:99999/v1', expected a URL"),
+        (["--api-key-env", "ODD_KEY"], "variable ODD_KEY holds characters that no key has"),
     ],
 )
 def test_a_missing_key_or_url_is_told_before_anything_is_written(tmp_path, capsys, monkeypatch, options, words) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("ODD_KEY", "kľúč")
     write(tmp_path / "pred.json", questions(1))
     known = ["--pred-path", str(tmp_path / "pred.json"), "--model", "m"]
     assert judge("qa", tmp_path, *known, *options) == 1

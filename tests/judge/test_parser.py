@@ -8,55 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stllm.evaluation.judge_axes import AXES
-from stllm.evaluation.judge_parser import CutOff, Unparsable, Verdict, parse_reply
+from stllm.evaluation.axes import AXES
+from stllm.judge.parser import CutOff, Unparsable, Verdict, parse_reply
 
 SCORES = st.integers(0, 50).map(lambda tenths: tenths / 10)
-
-
-@pytest.mark.parametrize(
-    ("reply", "score"),
-    [
-        ("{'score': 4}", 4),
-        ("{''score': 4.8}", 4.8),
-        ('{"score": "4"}', 4),
-        ("{'SCORE': 4.5, 'reason': 'a score: of note'}", 4.5),
-        ("```python\n{'score': 2}\n```", 2),
-        ('Here it is:\n```json\n{"score": 2.5}\n```\nDone.', 2.5),
-        ('{"result": {"score": 3}}', 3),
-        ("{'score': 3, 'reason': 'it says {x}'}", 3),
-        ("{'score': 3", 3),
-        ("{'score': '3/5'}", 3),
-        ("<think>Perhaps a score: 2, or 5?</think>{'score': 4}", 4),
-        ("Score: 4", 4),
-        ("**Score:** 4/5", 4),
-        ("The score is 4.5.", 4.5),
-        ("On a scale from 0 to 5 I give it a score of 3.", 3),
-        ("I would give it 4 out of 5.", 4),
-        ("final_score = 0", 0),
-        ("It names 3 dogs where there are 2. Score: 1", 1),
-        ("4", 4),
-        (" 4.0.\n", 4),
-        ("{'score': 4} {'score': 4.0}", 4),
-    ],
-)
-def test_one_score_is_read(reply, score) -> None:
-    assert parse_reply(reply, "detail") == Verdict(score)
-
-
-@pytest.mark.parametrize(
-    ("reply", "verdict"),
-    [
-        ("{'pred': 'yes', 'score': 4}", Verdict(4, "yes")),
-        ('{"pred": "No", "score": 0}', Verdict(0, "no")),
-        ('{"pred": true, "score": 5}', Verdict(5, "yes")),
-        ("{'pred': yes, 'score': 4}", Verdict(4, "yes")),
-        ("pred: no, score: 1", Verdict(1, "no")),
-        ("Yes, they match. Score: 5", Verdict(5, "yes")),
-    ],
-)
-def test_the_axis_qa_needs_a_decision_as_well(reply, verdict) -> None:
-    assert parse_reply(reply, "qa") == verdict
 
 
 @pytest.mark.parametrize(
@@ -143,7 +98,7 @@ def test_whatever_a_judge_says_is_a_verdict_in_the_scale_or_unparsable(reply, ax
     assert (verdict.pred in ("yes", "no")) == (axis == "qa")
 
 
-CASES = [json.loads(line) for line in Path(__file__).with_name("judge_replies.jsonl").read_text().splitlines()]
+CASES = [json.loads(line) for line in Path(__file__).with_name("replies.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case['axis']}: {case['reply'][:40]!r}" for case in CASES])

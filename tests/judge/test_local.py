@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stllm.cli import main
-from stllm.evaluation.judge_local import LocalJudge
+from stllm.judge.local import LocalJudge
 from tests.helpers.judging import ledger, questions, results, write
 from tests.helpers.tiny import LLAMA
 
@@ -71,9 +71,7 @@ def test_a_local_reply_that_does_not_end_within_128_tokens_fails_with_advice(tmp
 
 
 def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, monkeypatch) -> None:
-    local = LocalJudge.load(
-        str(write_judge(tmp_path / "judge", says="4")), device="cpu", dtype="float32", max_new_tokens=3
-    )
+    local = LocalJudge(str(write_judge(tmp_path / "judge", says="4")), device="cpu", dtype="float32", max_new_tokens=3)
     ids = local.tokenizer.get_vocab()
     end, pad, other, four = (ids[token] for token in ("[EOS]", "[PAD]", "[UNK]", "4"))
 
@@ -82,12 +80,16 @@ def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, mo
 
     monkeypatch.setattr(local.model, "generate", generate)
     chats = [[{"role": "user", "content": "cat"}]] * 3
-    assert local.replies(chats) == [("[UNK] 4", False), ("4", False), ("4 4 4", True)]
+    assert [(reply.reply, reply.cut) for reply in local.replies(chats)] == [
+        ("[UNK] 4", False),
+        ("4", False),
+        ("4 4 4", True),
+    ]
 
 
 def test_a_template_that_drops_the_system_message_gets_it_in_the_users(tmp_path, monkeypatch) -> None:
     drops = TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
-    local = LocalJudge.load(
+    local = LocalJudge(
         str(write_judge(tmp_path / "judge", template=drops)), device="cpu", dtype="float32", max_new_tokens=8
     )
     asked: list[list[int]] = []
@@ -126,7 +128,7 @@ def test_what_does_not_fit_is_a_failed_item(tmp_path, capsys) -> None:
 
 def test_a_batch_says_what_each_chat_would_alone(tmp_path) -> None:
     folder = write_judge(tmp_path / "judge", template=TEMPLATE)
-    model = LocalJudge.load(str(folder), device="cpu", dtype="float32", max_new_tokens=8)
+    model = LocalJudge(str(folder), device="cpu", dtype="float32", max_new_tokens=8)
     chats = [[{"role": "user", "content": text}] for text in ("cat", "what dog what cat score no", "dog dog dog")]
     assert model.replies(chats) == [model.replies([chat])[0] for chat in chats]
     assert len(set(model.replies(chats))) > 1
@@ -136,7 +138,7 @@ def test_the_id_tells_weights_apart_that_share_a_name(tmp_path) -> None:
     ids = set()
     for place, says in (("one", None), ("two", "4"), ("three", "no")):
         folder = write_judge(tmp_path / place / "judge", says=says)
-        ids.add(LocalJudge.load(str(folder), device="cpu", dtype="float32", max_new_tokens=8).model_id)
+        ids.add(LocalJudge(str(folder), device="cpu", dtype="float32", max_new_tokens=8).model_id)
     assert len(ids) == 3
 
 

@@ -16,13 +16,6 @@ from tests.helpers.judge_server import Answer, FakeJudge, fails, fair, judge_ser
 from tests.helpers.judging import judge, ledger, questions, results, vcgbench_lines, write
 
 
-@pytest.fixture
-def server():
-    """An honest judge."""
-    with judge_server() as judge:
-        yield judge
-
-
 def test_a_rerun_asks_for_what_is_missing_alone(tmp_path, server) -> None:
     write(tmp_path / "pred.json", questions())
     server.behave = lambda request, number: says("Hm.") if '"what 2?"' in str(request) else fair(request)
@@ -108,13 +101,53 @@ def test_two_processes_do_not_write_to_one_ledger(tmp_path, server, capsys) -> N
     assert not server.requests
 
 
-def test_a_damaged_ledger_is_named(tmp_path, server, capsys) -> None:
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("number", "old", "new", "why"),
+    [
+        (2, '"key"', '"kee"', "found an unusable 'key'"),
+        (2, '"name": "0_0"', '"name": 3', "found an unusable 'name'"),
+        (2, '"cat"', DEEP, "found "),
+        (3, '"attempts": 1', f'"attempts": {"9" * 5000}', "found "),
+        (3, '"attempts": 1', '"attempts": [1]', "found an unusable 'attempts'"),
+        (1, '"num_items": 2', f'"num_items": {"9" * 400}', "found an unusable 'num_items'"),
+        (1, '"temperature": 0.0', '"temperature": 1e999', "found an unusable 'temperature'"),
+        (1, '{"axis"', '[{"axis"', "found "),
+    ],
+)
+def test_a_damaged_ledger_is_named_and_left_alone(tmp_path, server, capsys, number, old, new, why) -> None:
     write(tmp_path / "pred.json", questions(2))
-    assert judge("qa", tmp_path, url=server.url) == 0
+    assert judge("qa", tmp_path, "--concurrency", "1", url=server.url) == 0
     path = tmp_path / "out" / "qa.ledger.jsonl"
-    path.write_text(path.read_text().replace('"key"', '"kee"'))
-    assert judge("qa", tmp_path, "--offline") == 1
-    assert "line 2: not a line of a judge's ledger" in capsys.readouterr().err
+    lines = path.read_text().splitlines()
+    index = number - 1
+    assert old in lines[index]
+    lines[index] = lines[index].replace(old, new)
+    path.write_text("\n".join(lines) + "\n")
+    damaged = path.read_bytes()
+    for options in ([], ["--offline"], ["--compare", str(path)]):
+        assert judge("qa", tmp_path, *options, url=None if options else server.url) == 1
+        error = capsys.readouterr().err
+        assert f"line {number}: {why}" in error and "not a line of a judge's ledger; restore the file" in error
+    assert (path.read_bytes(), len(server.requests)) == (damaged, 2)
+
+
+def test_ids_that_utf8_cannot_hold_stay_apart_and_are_asked_once(tmp_path, server) -> None:
+    """Half a surrogate pair, which JSON can spell."""
+    ids = ("\ud800", "\udfff", "a")  # of `stllm evaluate`, whose ids are keys as they are
+    records = [{**record, "id": id_, "task": ""} for record, id_ in zip(questions(3), ids, strict=True)]
+    write(tmp_path / "pred.json", records)
+    for _ in range(2):
+        assert judge("qa", tmp_path, "--export-items", str(tmp_path / "items"), url=server.url) == 0
+    assert len({line["key"] for line in ledger(tmp_path)}) == len(server.requests) == 3
+    assert results(tmp_path)["counts"]["scored"] == 3
+    assert len(list((tmp_path / "items" / "qa").iterdir())) == 3
+    server.behave = lambda request, number: says("Hm.")
+    (tmp_path / "out" / "qa.ledger.jsonl").unlink()
+    assert judge("qa", tmp_path, url=server.url) == 1
+    assert len(results(tmp_path)["failed_items"]) == 3
 
 
 @pytest.mark.slow
