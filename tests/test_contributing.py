@@ -207,7 +207,7 @@ def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     model = build_model(load_config(recipe, tiny), device="cpu", dtype="float32")
     assert model.config.text_config.model_type == "qwen3" and model.config.video_input == "mean"
     assert model.config.vision_config["encoder"] == "eva_btadapter_g"
-    model.train()(**tiny_batch()).loss.backward()
+    model.train()(**tiny_batch(model)).loss.backward()
     trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
     assert trained == {"projection", "vision_encoder"}  # the adapter
 

@@ -29,9 +29,9 @@ from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.conversation.templates import Turn
 from stllm.datasets.media import Clip
 from stllm.models.configuration import STLLMConfig
-from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences
 from stllm.processors.vision import EvalTransform
 
 log = logging.getLogger(__name__)
@@ -213,20 +213,33 @@ class Chat:
 
     @torch.inference_mode()
     def _generate(self, prepared: Sequence[Prepared], decoding: Decoding, **more: Any) -> Tensor:
-        visual = [one.visual for one in prepared if one.visual is not None]
-        if len(visual) not in (0, len(prepared)):
-            raise UserError("a batch has questions with and without a video: ask them apart")
-        rows = self.processor.pad([one.ids for one in prepared], side="left")
-        batch = {name: tensor.to(self.model.device) for name, tensor in rows.items()}
+        batch = self.batch(prepared, side="left")
         arguments, watch = decoding.arguments(**self.processor.stopping()), NaNWatch()
         arguments["logits_processor"].insert(0, watch)
         with self.lock:
-            ids = self.model.generate(
-                **batch, visual_tokens=visual or None, **arguments, tokenizer=self.processor.tokenizer, **more
-            )
+            ids = self.model.generate(**batch, **arguments, tokenizer=self.processor.tokenizer, **more)
         if watch.found:
-            raise UserError(_no_numbers("the language model's scores", visual[0].dtype if visual else self.model.dtype))
+            raise UserError(_no_numbers("the language model's scores", self.model.dtype))
         return ids
+
+    def batch(
+        self, prepared: Sequence[Prepared], answer: Sequence[int] | None = None, *, side: str = "right"
+    ) -> dict[str, Any]:
+        """The prompts on the model's device: `pad_sequences`, and visual_tokens (V, D), None where all are text alone.
+
+        answer: ids that follow each of them, labelled.
+        """
+        rows = [[*one.ids, *(answer or ())] for one in prepared]
+        batch: dict[str, Any] = pad_sequences(
+            rows,
+            pad_id=self.processor.pad_token_id,
+            num_visual=[None if one.visual is None else len(one.visual) for one in prepared],
+            labels=None if answer is None else [[IGNORE_INDEX] * len(one.ids) + [*answer] for one in prepared],
+            side=side,
+        )
+        visual = [one.visual for one in prepared if one.visual is not None]
+        batch["visual_tokens"] = torch.cat(visual) if visual else None
+        return {name: None if tensor is None else tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def _prompt_ids(self, turns: Sequence[Turn], request: Request, kind: str | None) -> list[int]:
         if request.pieces is not None:

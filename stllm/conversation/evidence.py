@@ -20,7 +20,6 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Request, RequestError
 from stllm.conversation.seeing import Prepared
 from stllm.models import language_model as lm
-from stllm.models.sequences import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from stllm.conversation.chat import Chat
@@ -186,24 +185,15 @@ def log_probabilities(
 
 
 def _score(chat: "Chat", prepared: Sequence[Prepared], answer: list[int]) -> list[float]:
-    """One pass of the language model over B rows."""
-    model = chat.model
-    labels = [[IGNORE_INDEX] * len(one.ids) + answer for one in prepared]
-    rows = chat.processor.pad([one.ids + answer for one in prepared], labels=labels)
-    batch = {name: tensor.to(model.device) for name, tensor in rows.items()}
-    visual = [one.visual for one in prepared if one.visual is not None]
+    """One pass of the language model over B rows; logits of one row at a time, where the answer is: (A, vocabulary)."""
+    batch = chat.batch(prepared, answer)
+    targets = torch.tensor(answer, device=chat.model.device)
     with chat.lock:
-        sequence = model.join(visual or None, **batch)
-        hidden = lm.last_hidden_states(model.language_model, sequence.inputs_embeds, sequence.attention_mask)
-        assert sequence.labels is not None
-        return [_row_score(chat, *row) for row in zip(hidden, sequence.labels, strict=True)]
-
-
-def _row_score(chat: "Chat", hidden: Tensor, labels: Tensor) -> float:
-    """hidden: (S, D); labels: (S,). Logits are computed for one row at a time, where the answer is: (A, vocabulary)."""
-    targets = labels[1:]
-    wanted = targets != IGNORE_INDEX
-    logits = lm.logits_of(chat.model.language_model, hidden[:-1][wanted])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = logits.log_softmax(-1).gather(-1, targets[wanted][:, None])  # (A, 1)
-    return float(chosen.sum())
+        embeds = chat.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
+        hidden = lm.last_hidden_states(chat.model.language_model, embeds, batch["attention_mask"])  # (B, S, D)
+        found = []
+        for states in hidden.flatten(0, 1).index_select(0, batch["label_positions"]).split(len(answer)):  # (A, D)
+            logits = lm.logits_of(chat.model.language_model, states)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            found.append(float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum()))
+        return found

@@ -18,7 +18,7 @@ from stllm.common.registry import tasks
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.bad_samples import TOO_LONG
-from stllm.datasets.collate import Collator, TokenMasker
+from stllm.datasets.collate import Collator
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
@@ -85,10 +85,12 @@ class VideoTextTask:
 
     def collator(self) -> Collator:
         """Samples to model arguments, masks included where the configuration masks."""
-        masker = None
-        if self.config.use_mask:
-            masker = TokenMasker(self.config.mask_rate, partial(num_visual_tokens, self.config))
-        return Collator(self.processor, seed=self.mixture.seed, masker=masker)
+        return Collator(
+            self.processor,
+            seed=self.mixture.seed,
+            num_tokens=partial(num_visual_tokens, self.config),
+            mask_rate=self.config.mask_rate if self.config.use_mask else None,
+        )
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
         """Adds the LoRA adapter to the trained model's folder, apart; of a sharded model it is not there to be had."""

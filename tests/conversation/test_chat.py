@@ -16,9 +16,9 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.datasets.media import MediaError
 from stllm.models.configuration import STLLMConfig
-from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import VISUAL_TOKEN_ID
 from tests.helpers.tiny import LLAMA, QFORMER, VISION
 from tests.helpers.videos import write_video
 

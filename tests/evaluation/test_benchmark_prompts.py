@@ -20,7 +20,7 @@ from stllm.evaluation.items import Benchmark, Item
 from stllm.evaluation.mvbench import MVBench, system_sentence
 from stllm.evaluation.vcgbench import VcgBench
 from stllm.evaluation.videoqa import VideoQA
-from stllm.models.sequences import VISUAL_TOKEN_ID
+from stllm.processors.sequences import VISUAL_TOKEN_ID
 from tests.evaluation.test_presets import preset
 from tests.processors.test_prompts import FOLDERS
 from tests.processors.test_prompts import processor as load_processor

@@ -36,7 +36,7 @@ def test_a_tiny_model_is_built_from_nothing() -> None:
     encoder: Any = model.vision_encoder
     spatial, block = encoder.adapter.spatial[-1], encoder.backbone.blocks[-1]
     assert torch.equal(spatial.attn.qkv.weight, block.attn.qkv.weight)  # starts as a copy
-    batch = tiny_batch()
+    batch = tiny_batch(model)
     output = model(**batch)
     assert torch.isfinite(output.loss)
 

@@ -22,11 +22,10 @@ from stllm.models.checkpoints.formats import locate, read_json
 from stllm.models.checkpoints.keys import UnknownKeyError
 from stllm.models.checkpoints.loading import load_pretrained
 from stllm.models.checkpoints.tables import RELEASED
-from stllm.models.masking import keep_tokens
-from stllm.models.sequences import JoinedSequence
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import pad_sequences, training_sequences
 
 PLACEHOLDER = "<ImageHere>"  # the visual tokens in meta.json's instructions
 MARK = "\x00"  # stands for the question while a template is taken apart
@@ -125,20 +124,24 @@ class _Golden:
             self.processor.training_ids([Turn(question, answer)])
             for question, answer in zip(self.questions, self.meta["answers"], strict=True)
         ]
-        batch = self.processor.pad([ids for ids, _ in rows], labels=[labels for _, labels in rows])
+        ids, labels = zip(*rows, strict=True)
+        dropped, num_visual, pad_id = self.expected.get("mask"), self.visual.shape[1], self.processor.pad_token_id
+        batch = training_sequences(ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=dropped)
         self._equal("instructions", self._rendered(), list(self.meta["instructions"]))
-        mask = self.expected.get("mask")
+        for name in ("attention_mask", "labels"):
+            self._equal(name, batch[name].tolist(), self.expected[name].tolist())
+        visual = self.visual.flatten(0, 1)  # (B*N, D)
         with torch.no_grad():
-            kept = self.visual if mask is None else keep_tokens(self.visual, mask)
-            student = self.model.join(list(kept), batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
-            self._sequence(student)
-            hidden = lm.last_hidden_states(self.model.language_model, student.inputs_embeds, student.attention_mask)
+            kept = visual if dropped is None else visual[batch["kept"]]
+            embeds = self.model.embed(batch["input_ids"], batch["visual_positions"], kept)
+            self._tensor("inputs_embeds", embeds)
+            hidden = lm.last_hidden_states(self.model.language_model, embeds, batch["attention_mask"])
             logits = lm.logits_of(self.model.language_model, hidden)
-            real = student.attention_mask.bool()
+            real = batch["attention_mask"].bool()
             self._tensor("logits", logits[real], self.expected["logits"][real])
-            if mask is not None:
-                self._teacher(batch)
-        self.output = self.model(pixel_values=self.expected["video"], token_mask=mask, **batch, **self.texts)
+            if dropped is not None:
+                self._teacher(pad_sequences(ids, pad_id=pad_id, num_visual=[num_visual] * len(ids)), batch["teacher"])
+        self.output = self.model(pixel_values=self.expected["video"], **batch, **self.texts)
         for name in ("loss", "loss_lm", "loss_mvm"):
             found = getattr(self.output, name)  # None without masking: no such loss
             self._tensor(name, torch.zeros(()) if found is None else found.detach())
@@ -163,15 +166,16 @@ class _Golden:
         """The prompt of the first question, and the tokens that greedy search and beams make of it."""
         prompt = self.processor.prompt_ids([Turn(self.questions[0])], system="")
         self._equal("prompt_ids", [token for token in prompt if token >= 0], self._expected_prompt())
-        batch = self.processor.pad([prompt], side="left")
+        visual = self.visual[0]  # (N, D)
+        batch = pad_sequences([prompt], pad_id=self.processor.pad_token_id, num_visual=[len(visual)], side="left")
         with torch.no_grad():
-            sequence = self.model.join(list(self.visual[:1]), batch["input_ids"], batch["attention_mask"])
-        self._tensor("generate_inputs_embeds", sequence.inputs_embeds)
+            embeds = self.model.embed(batch["input_ids"], batch["visual_positions"], visual)
+        self._tensor("generate_inputs_embeds", embeds)
         for name, beams in (("greedy_ids", 1), ("beam3_ids", 3)):
             expected = self.expected[name][0, 1:].tolist()  # the first id is an artefact of the old library
             found = self.model.generate(
                 **batch,
-                visual_tokens=list(self.visual[:1]),
+                visual_tokens=visual,
                 max_new_tokens=len(expected),
                 num_beams=beams,
                 do_sample=False,
@@ -180,24 +184,13 @@ class _Golden:
             )
             self._equal(name, found[0].tolist(), expected)
 
-    def _teacher(self, batch: Mapping[str, Tensor]) -> None:
+    def _teacher(self, whole: Mapping[str, Tensor], short: Mapping[str, Tensor]) -> None:
         """The teacher's sequence; and that stopping at the last visual token leaves its states as they are."""
-        ids, attention = batch["input_ids"], batch["attention_mask"]
-        teacher = self.model.join(list(self.visual), ids, attention)
-        self._tensor("teacher_inputs_embeds", teacher.inputs_embeds)
-        self._equal(
-            "teacher_attention_mask", teacher.attention_mask.tolist(), self.expected["teacher_attention_mask"].tolist()
-        )
-        whole = lm.last_hidden_states(self.model.language_model, teacher.inputs_embeds, teacher.attention_mask)
-        positions = teacher.visual_positions(self.visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
-        prefix = self.model.teacher_hidden_states(self.visual, ids, attention)
-        self._tensor("teacher (prefix only)", prefix, whole.gather(1, positions))
-
-    def _sequence(self, student: JoinedSequence) -> None:
-        assert student.labels is not None  # they were given
-        self._tensor("inputs_embeds", student.inputs_embeds)
-        self._equal("attention_mask", student.attention_mask.tolist(), self.expected["attention_mask"].tolist())
-        self._equal("labels", student.labels.tolist(), self.expected["labels"].tolist())
+        visual, mask = self.visual.flatten(0, 1), "attention_mask"  # (B*N, D)
+        self._tensor("teacher_inputs_embeds", self.model.embed(whole["input_ids"], whole["visual_positions"], visual))
+        self._equal("teacher_attention_mask", whole[mask].tolist(), self.expected["teacher_attention_mask"].tolist())
+        found, full = (self.model.teacher_hidden_states(visual, **batch) for batch in (short, whole))
+        self._tensor("teacher (prefix only)", found, full)
 
     def _rendered(self) -> list[str]:
         template = self.processor.template

@@ -78,7 +78,7 @@ def test_ours_loads_equal_here_and_through_transformers(changes: dict[str, Any],
     assert_same(STLLM.from_pretrained(tmp_path), model)
     placed = load_model(tmp_path, device="cpu", device_map={"": "cpu"})
     assert_same(placed, model)
-    batch = tiny_batch(text_input=model.config.qformer_text_input)
+    batch = tiny_batch(model)
     with torch.no_grad():
         assert torch.equal(streamed(**batch).loss, model(**batch).loss)
 
