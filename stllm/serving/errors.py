@@ -7,6 +7,7 @@ import torch
 
 from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
+from stllm.serving.jobs import BusyError
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ def api_error(error: BaseException) -> ApiError:
     """Any failure of a request, as what the client is told. What is a defect of ours goes to the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, BusyError):
+        return ApiError(503, str(error), code="server_overloaded")
     if isinstance(error, UserError):
         return ApiError(400, " ".join(str(error).split()))
     if isinstance(error, Exception) and out_of_memory(error):

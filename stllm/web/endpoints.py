@@ -12,8 +12,8 @@ import gradio as gr
 
 from stllm.conversation.requests import Answer
 from stllm.conversation.templates import Turn
+from stllm.serving.jobs import Work
 from stllm.web.limits import Wishes
-from stllm.web.model_thread import Job, ModelThread
 from stllm.web.progress import Progress
 from stllm.web.service import Service
 
@@ -21,9 +21,8 @@ from stllm.web.service import Service
 class Endpoints:
     """The functions behind the endpoints. Each raises gr.Error with one sentence."""
 
-    def __init__(self, service: Service, thread: ModelThread) -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
-        self.thread = thread
 
     def ask(
         self,
@@ -66,7 +65,7 @@ class Endpoints:
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         given = str(answer) if answer else None
-        found = self._last(lambda _: self.service.evidence(path, None, turns, wishes, given)).evidence
+        found = self._last(lambda stop: self.service.evidence(path, None, turns, wishes, given, stop)).evidence
         assert found is not None
         return {
             "answer": found.answer,
@@ -85,22 +84,22 @@ class Endpoints:
         with _as_gradio_errors(self.service):
             return file["path"], self.service.limits.check_question(question), self.service.wishes(*controls)
 
-    def _followed(self, job: Job[Progress]) -> Iterator[Progress]:
+    def _followed(self, job: Work[Progress]) -> Iterator[Progress]:
         with _as_gradio_errors(self.service):
-            for progress in self.thread.iterate(job):
+            for progress in self.service.jobs.iterate(job):
                 if progress is not None:
                     yield progress
 
-    def _last(self, job: Job[Progress]) -> Progress:
+    def _last(self, job: Work[Progress]) -> Progress:
         progress = Progress()
         for progress in self._followed(job):  # noqa: B007
             pass
         return progress
 
 
-def add_endpoints(service: Service, thread: ModelThread, queue: dict[str, Any]) -> None:
-    """Adds them to the page that is being built. queue: of everything that needs the model."""
-    endpoints, usual = Endpoints(service, thread), service.chat.decoding
+def add_endpoints(service: Service, queue: dict[str, Any]) -> None:
+    """Adds them to the page that is being built. queue: gradio's options of everything that needs the model."""
+    endpoints, usual = Endpoints(service), service.chat.decoding
     with gr.Row(visible=False):
         file = gr.Video(label="file: a video or an image")
         question, answer = gr.Textbox(label="question"), gr.Textbox("", label="answer")

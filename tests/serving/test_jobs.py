@@ -4,9 +4,9 @@ from collections.abc import Generator
 from threading import Event
 
 import pytest
+from stllm.web.model_thread import ModelThread
 
 from stllm.web import model_thread
-from stllm.web.model_thread import ModelThread
 
 PATIENCE = 30.0  # seconds; only a test that fails waits so long
 
