@@ -62,7 +62,8 @@ class ReadingPool:
         """Starts the processes ahead of the first reading, which would wait for them for seconds."""
         processes = [self._free.get() for _ in range(self.num_processes)]
         for process in processes:
-            process.start()
+            with suppress(EOFError, OSError, NobodyWaits):  # the first reading will say so
+                process.start(lambda: self._check(Event()))
         for process in processes:
             self._give_back(process)
 
@@ -74,7 +75,8 @@ class ReadingPool:
         """
         process = self._take(stop)
         try:
-            connection = process.begin(task)
+            connection = process.start(lambda: self._check(stop))
+            connection.send(task)
             end = time.monotonic() + self.seconds
             while not connection.poll(TICK):
                 self._check(stop)
@@ -128,28 +130,27 @@ class _ReadingProcess:
 
     def __init__(self) -> None:
         self._connection: Connection | None = None
-        self._pid = 0
+        self._pid: int | None = None  # until it has told
 
-    def start(self) -> Connection:
-        """The connection to a process that waits for a task."""
+    def start(self, check: Callable[[], None]) -> Connection:
+        """The connection to a process that waits for a task. check: called while it starts, may raise."""
         if self._connection is not None and self._connection.poll():  # nothing was asked: it has ended
             self.end()
         if self._connection is None:
+            self._pid = None
             self._connection = _forks.connect()
+        if self._pid is None:
+            while not self._connection.poll(TICK):
+                check()
             self._pid = self._connection.recv()
         return self._connection
-
-    def begin(self, task: Callable[[], Any]) -> Connection:
-        """Hands over the task; its result comes through the connection."""
-        connection = self.start()
-        connection.send(task)
-        return connection
 
     def end(self) -> None:
         """Kills the process, whatever it does."""
         if self._connection is not None:
-            with suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+            if self._pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)
             self._connection.close()
             self._connection = None
 

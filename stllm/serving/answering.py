@@ -13,7 +13,7 @@ from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.seeing import Prepared
-from stllm.datasets.reading import ReadingPool
+from stllm.datasets.reading import NobodyWaits, ReadingPool
 from stllm.serving.errors import ApiError
 from stllm.serving.jobs import Stage
 from stllm.serving.limits import Limits
@@ -59,6 +59,8 @@ def hiding(path: Path | None) -> Iterator[None]:
     """Messages within speak of the medium, not of where it lies on this machine."""
     try:
         yield
+    except NobodyWaits:
+        raise
     except UserError as error:
         text = " ".join(str(error).split())
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None
