@@ -23,7 +23,7 @@ from stllm.conversation.cache import FeatureCache
 from stllm.conversation.context import num_positions
 from stllm.conversation.decoding import Decoding, NaNWatch
 from stllm.conversation.evidence import Evidence, measure_evidence
-from stllm.conversation.requests import Answer, Media, Request
+from stllm.conversation.requests import Answer, Media, Request, Stamp
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.conversation.templates import Turn
@@ -62,7 +62,7 @@ class Chat:
         self.num_frames = num_frames or default_num_frames(config_of(model))
         self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
-        self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
+        self._known: dict[Stamp, tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self.lock = Lock()  # one generation at a time
         self._warned = False  # whether a prompt beyond the positions was warned about
 
@@ -116,15 +116,14 @@ class Chat:
 
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
-    def see(self, media: Media, clip: Clip | None = None) -> Seen:
-        """Reads and encodes a video, or finds it encoded. clip: when it was read already. Raises MediaError."""
-        if media.num_frames is None:
-            media = replace(media, num_frames=self.num_frames)
-        stamp = media.stamp()
-        if (known := self._known.get(stamp)) is not None:
-            digest, kind, times = known
-            if (encoded := self.cache.get(digest)) is not None:
-                return Seen(encoded, kind, times)
+    def see(self, media: Media, clip: Clip | None = None, stamp: Stamp | None = None) -> Seen:
+        """Reads and encodes a video, or finds it encoded. Raises MediaError.
+
+        clip: when it was read already; stamp: the medium's from before that, if the file may have changed since.
+        """
+        if clip is None and (seen := self.recall(media)) is not None:
+            return seen
+        stamp = stamp or self.stamp(media)
         start = time.perf_counter()
         clip = clip or self.read(media)
         seconds = {"read": time.perf_counter() - start, "encode": 0.0}
@@ -136,6 +135,16 @@ class Chat:
         while len(self._known) > MAX_KNOWN_FILES:
             self._known.pop(next(iter(self._known)), None)
         return Seen(encoded, clip.info.kind, clip.times, seconds)
+
+    def recall(self, media: Media) -> Seen | None:
+        """What was encoded of the medium before, while it is kept and the file has not changed; nothing is read."""
+        digest, kind, times = self._known.get(self.stamp(media), ("", "", []))
+        encoded = self.cache.get(digest)
+        return None if encoded is None else Seen(encoded, kind, times)
+
+    def stamp(self, media: Media) -> Stamp:
+        """Changes when the file, or what is asked of it, changes."""
+        return replace(media, num_frames=media.num_frames or self.num_frames).stamp()
 
     @torch.inference_mode()
     def encode(self, clip: Clip, *, read_seconds: float = 0.0) -> Seen:

@@ -13,6 +13,8 @@ from stllm.datasets.media import check_clip
 from stllm.datasets.sampling import Bounds
 from stllm.datasets.views import FORWARD, check_view
 
+Stamp = tuple[Any, ...]  # of a medium and its file as it is at one moment
+
 
 class RequestError(UserError):
     """A question that cannot be answered, whatever the model: empty, no text, or too long."""
@@ -64,7 +66,7 @@ class Media:
             own_times=self.own_times,
         )
 
-    def stamp(self) -> tuple[Any, ...]:
+    def stamp(self) -> Stamp:
         """Changes when the file (or a file of the folder) changes: path, size and time of change."""
         path = user_path(self.path)
         files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -5,7 +5,7 @@ Letters: T frames, S the model's image size.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,16 @@ class Clip:
         key.update(frames.numpy().data)
         return key.hexdigest()
 
+    def viewed(self, view: str) -> "Clip":
+        """The clip, whose frames stand as they were sampled, in that view of views.py."""
+        order = view_order(view, len(self.indices))
+        return replace(
+            self,
+            frames=view_frames(view, self.frames),
+            indices=[self.indices[place] for place in order],
+            times=[self.times[place] for place in order],
+        )
+
 
 def load_clip(
     path: str | Path,
@@ -74,14 +84,7 @@ def load_clip(
         indices = _sample(medium, path, sampling, num_frames, bounds, generator, own_times)
         times = medium.times(indices)
         frames = _prepare(medium.frames(indices), len(indices), transform)
-        order = view_order(view, len(indices))
-        return Clip(
-            frames=view_frames(view, frames),
-            indices=[indices[place] for place in order],
-            times=[times[place] for place in order],
-            info=medium.info,
-            path=str(path),
-        )
+        return Clip(frames, indices, times, medium.info, str(path)).viewed(view)
 
 
 def check_clip(
