@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             log_level="warning",
             access_log=False,
             server_header=False,
+            use_colors=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)

@@ -18,6 +18,7 @@ import torch
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder
+from stllm.common.terminal import console
 from stllm.models.checkpoints.assembly import assemble
 from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.deciding import decide_config, open_checkpoint, open_named, open_pieces
@@ -36,8 +37,6 @@ RECORD = ".conversion"  # in the target: a digest of the command, and the sizes 
 
 def run(args: argparse.Namespace) -> int:
     """The command: converts, prints the audit, says where the result is. A conversion that is done is not repeated."""
-    from rich.console import Console
-
     report = convert(
         args.source,
         args.to,
@@ -51,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if report is None:
         print(f"{args.to} holds the result of this command already ({args.format}); nothing was written")
         return 0
-    console = Console()
-    console.print(report.table())
+    out = console()
+    out.print(report.table())
     for line in report.details():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     print(f"written to {args.to} ({args.format})")
     return 0
 
