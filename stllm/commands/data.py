@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.command import Command, Parser
+from stllm.commands.command import Command, Parser, add_allow_pipe
 from stllm.common.arguments import path, whole
 from stllm.common.evaluation_section import benchmark_names
 
@@ -43,6 +43,7 @@ def _doctor_options(parser: Parser) -> None:
     parser.add_argument(
         "--num-workers", type=whole(0), metavar="N", help="processes; 0: this one alone (default: one a core, up to 8)"
     )
+    add_allow_pipe(parser)
     parser.add_argument("--all", action="store_true", help="list every fault, not the first 20 of each kind")
     parser.add_argument("--json", action="store_true", help="print one JSON report, with every fault")
 

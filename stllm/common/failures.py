@@ -27,8 +27,16 @@ _PEER_WORDS = (
 )
 
 
+MOST = 2000  # characters of a message; more, such as a path of 5,000 or a text in place of an id, is cut
+
+
 def sentence(error: Exception) -> str:
     """What to print for an exception. A kind that is none of ours is called unexpected: it is a defect."""
+    text = _sentence(error)
+    return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
+
+
+def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return _own_words(str(error)) if _IN_A_WORKER in text else text

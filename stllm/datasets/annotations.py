@@ -24,6 +24,7 @@ from stllm.conversation.templates import Turn
 from stllm.datasets.records import Record
 from stllm.datasets.sampling import Bounds
 
+MAX_TEXT = 1_000_000  # characters of a question or an answer; no model reads as many tokens
 KINDS = ("video", "image", "text")
 VIDEO, IMAGE, TEXT = range(3)
 EXPECTED = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}"
@@ -264,6 +265,12 @@ def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
         Turn(question=text_of(question) or "", answer=text_of(answer), instruction=text_of(instruction) or "")
         for instruction, question, answer in pairs
     )
+    longest = max(len(text) for turn in turns for text in (turn.question, turn.answer or "", turn.instruction))
+    if longest > MAX_TEXT:
+        raise AnnotationError(
+            f"{where}: found a text of {longest:,} characters, expected at most {MAX_TEXT:,}: leave the record out",
+            cause="too long",
+        )
     if all(turn.answer is None for turn in turns):
         raise AnnotationError(f"{where}: found an empty answer, expected a text to learn: leave the record out")
     return turns

@@ -27,8 +27,9 @@ from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
 from stllm.datasets.doctor_sources import Source, training_source
 from stllm.datasets.features import clip_key
-from stllm.datasets.image_text_shards import expand_shards
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import LengthCheck
+from stllm.datasets.shard_names import expand_shards
 from stllm.evaluation.ground_truth import Entry
 from stllm.evaluation.mvbench import mvbench_entries
 from stllm.evaluation.vcgbench import vcgbench_entries
@@ -77,6 +78,7 @@ def counts(faults: Sequence[Fault]) -> dict[str, int]:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    allow_pipes(args.allow_pipe)
     if args.flatten is not None:
         source, target = args.flatten
         num_read, num_empty, num_written = flatten(source, target)

@@ -22,10 +22,11 @@ from stllm.common.registry import datasets
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
-from stllm.datasets.image_text_shards import GIB, Content, ShardReader, expand_shards, is_remote
+from stllm.datasets.image_text_shards import GIB, Content, ShardReader, is_remote
 from stllm.datasets.media_info import MediaError, warn_once
 from stllm.datasets.picture_readers import decode_image
 from stllm.datasets.samples import Sample, SampleKey
+from stllm.datasets.shard_names import expand_shards
 from stllm.processors.vision import ClipTransform
 
 
@@ -182,5 +183,5 @@ def caption_of(content: Content, name: str) -> str:
         expected = 'a JSON object with "caption"' if content.is_json else "UTF-8 text"
         raise AnnotationError(f"{name}: the caption cannot be read ({error}); expected {expected}") from error
     if not isinstance(caption, str) or not caption.strip():
-        raise AnnotationError(f"{name}: found the caption {caption!r}; expected text: correct or remove the sample")
+        raise AnnotationError(f"{name}: found the caption {caption!r:.60}; expected text: correct or remove it")
     return caption.strip().encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON, is no text

@@ -29,6 +29,7 @@ from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.distinct_clips import ClipBatch, ClipDataset, DistinctClip, distinct_clips
 from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
 from stllm.models.factory import build_encoder, config_from_settings, model_section
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 0 when every clip that can be read is there."""
+    allow_pipes(args.allow_pipe)
     cfg = _from_pixels(load_config(args.cfg_path, args.options))
     config = config_from_settings(model_section(cfg))
     fault = precomputed.fault(config, args.stage)
