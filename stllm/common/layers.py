@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stllm.common.datasets_section import ROOTS, DatasetSettings
 from stllm.common.errors import UserError, did_you_mean, nearest
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.logging import ONCE
 from stllm.common.run_section import translate_run
 from stllm.common.schema import ModelSettings, RunSettings
@@ -43,7 +44,7 @@ class Layer:
 
 def yaml_layer(path: str | Path) -> Layer:
     """The raw content of a YAML file. Raises UserError when it is missing, unreadable, or no mapping of keys."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise UserError(f"{path}: {'a folder' if file.is_dir() else 'no such file'}, expected a YAML configuration")
     try:
@@ -63,7 +64,7 @@ def yaml_layers(path: str | Path) -> list[Layer]:
 
     Raises UserError as `yaml_layer` does, for a base that is no file, and for files that name each other in a circle.
     """
-    layers, files = [yaml_layer(path)], [os.path.expanduser(path)]
+    layers, files = [yaml_layer(path)], [str(user_path(path))]
     while (base := layers[0].values.pop(BASE, None)) is not None:
         name = layers[0].name
         if not isinstance(base, str) or not base:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.pools import one_a_core
 from stllm.datasets.annotations import flatten
 from stllm.datasets.doctor_checks import KINDS, Fault, Item, Lengths, at_least_words
@@ -183,7 +183,7 @@ def _benchmark(args: argparse.Namespace, report: Report, survey: Survey) -> Iter
         anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
     )
     if args.format != "mvbench" and args.video_dir is None:
-        path = Path(args.anno_path).expanduser()
+        path = user_path(args.anno_path)
         settings.video_dir = str(path if path.is_dir() else path.parent)
     entries = BENCHMARKS[args.format](settings)
     try:

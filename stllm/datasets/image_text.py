@@ -4,7 +4,6 @@ Source: the shards of the published configurations (cc_sbu, laion, cc_sbu_align)
 json with `caption`. Letters: S the model's image size.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
+from stllm.common.json_text import loads
 from stllm.common.registry import datasets
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
@@ -178,7 +178,7 @@ def caption_of(content: Content, name: str) -> str:
         raise AnnotationError(f"{name}: the image has no caption beside it; expected a txt or json of the same name")
     try:
         text = content.caption.decode("utf-8")
-        caption = json.loads(text).get("caption") if content.is_json else text
+        caption = loads(text).get("caption") if content.is_json else text
     except (ValueError, AttributeError, RecursionError) as error:  # no UTF-8, no JSON, no object
         expected = 'a JSON object with "caption"' if content.is_json else "UTF-8 text"
         raise AnnotationError(f"{name}: the caption cannot be read ({error}); expected {expected}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.datasets.fetching import fetch, scheme_of
 from stllm.datasets.image_text_index import ABSENT, BLOCK, Member, ShardIndex, build_index, load_index
 from stllm.datasets.media_info import MediaError
@@ -39,7 +40,7 @@ def is_remote(shard: str) -> bool:
 
 def default_cache() -> Path:
     """Where indexes and fetched shards are kept unless a data set names its own `cache_dir`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stllm" / "shards"
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stllm" / "shards"
 
 
 class ShardReader:
@@ -50,7 +51,7 @@ class ShardReader:
     """
 
     def __init__(self, *, cache_dir: str | Path | None = None, cache_gb: float | None = None) -> None:
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        self.cache_dir = user_path(cache_dir) if cache_dir else default_cache()
         self.cache_gb = cache_gb
         self._open: OrderedDict[str, tuple[int, ShardIndex]] = OrderedDict()
 

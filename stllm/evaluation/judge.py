@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.evaluation import judge_compare, judge_scores, judge_selfcheck
 from stllm.evaluation.judge_ledger import JudgeRun, Ledger, read_ledger
 from stllm.evaluation.judge_predictions import JudgeItem, Predictions, read_predictions
@@ -27,7 +28,7 @@ OPENAI_KEY = "OPENAI_API_KEY"
 
 def run(args: argparse.Namespace) -> int:
     """The command; exit code 1 when the judge stopped, or nothing was scored."""
-    folder = Path(args.output_dir).expanduser()
+    folder = user_path(args.output_dir)
     path = folder / f"{args.axis}.ledger.jsonl"
     if args.compare is not None:
         return _compare(args.axis, path, _ledger_path(args.compare, args.axis))
@@ -52,14 +53,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(args: argparse.Namespace, result: judge_scores.Results, ledger: Ledger) -> None:
     """The results file and table of an axis, VcgBench's average if it can be told, and the official item files."""
-    folder = Path(args.output_dir).expanduser()
+    folder = user_path(args.output_dir)
     judge_scores.write_json(folder / f"{args.axis}.results.json", result)
     for line in judge_scores.table(result):
         print(line)
     if args.axis in judge_scores.VCGBENCH_AXES:
         _average(folder)
     if args.export_items is not None:
-        exported = Path(args.export_items).expanduser() / args.axis  # three axes share their items' names
+        exported = user_path(args.export_items) / args.axis  # three axes share their items' names
         print(f"{judge_scores.export_items(ledger.entries.values(), exported)} item files in {exported}")
 
 
@@ -164,7 +165,7 @@ def _average(folder: Path) -> None:
 
 def _ledger_path(text: str, axis: str) -> Path:
     """A ledger, or the one of the axis in a folder."""
-    path = Path(text).expanduser()
+    path = user_path(text)
     return path / f"{axis}.ledger.jsonl" if path.is_dir() else path
 
 

@@ -7,7 +7,6 @@ Keys and paths that the server does not accept stop the whole run.
 """
 
 import asyncio
-import json
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,6 +18,7 @@ import openai
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from stllm.common.errors import UserError
+from stllm.common.json_text import loads
 from stllm.evaluation.judge_prompts import Messages, without_system
 
 LONGEST_PAUSE = 300.0  # seconds that a server may ask for; a longer pause ends the run, which can be continued
@@ -216,7 +216,7 @@ class Endpoint:
     def _read(self, content: bytes) -> tuple[str, str, bool]:
         """Text and model of a chat completion, and whether it was cut off, whatever the server called its type."""
         try:
-            body = json.loads(content)
+            body = loads(content)
         except (ValueError, RecursionError):
             start = content[:NUM_CHARACTERS].decode("utf-8", "replace")
             kind = "HTML" if start.lstrip().lower().startswith(("<!doctype", "<html")) else "no JSON"

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stllm.common.errors import UserError
+from stllm.common.json_text import loads
 from stllm.evaluation.judge_parser import Unparsable, Verdict, parse_reply
 from stllm.evaluation.judge_predictions import JudgeItem
 
@@ -222,7 +223,7 @@ class Ledger:
 
     def _read_line(self, line: bytes, number: int) -> None:
         try:
-            fields = json.loads(line)
+            fields = loads(line)
             if RUN in fields:
                 self.run = JudgeRun(**fields[RUN])
             else:

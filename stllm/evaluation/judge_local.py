@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError
-from stllm.common.files import check_regular
+from stllm.common.files import check_regular, user_path
 from stllm.evaluation.judge_ledger import MAX_NEW_TOKENS
 from stllm.evaluation.judge_prompts import Messages, without_system
 from stllm.models.configuration import reason
@@ -37,7 +37,7 @@ class LocalJudge:
     @classmethod
     def load(cls, path: str, *, device: str, dtype: str, max_new_tokens: int | None) -> "LocalJudge":
         """The model in a folder of transformers' layout. Raises UserError for a folder that holds none."""
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"local:{path}: found no config.json there, expected a folder of a transformers language model"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.datasets.annotations import Fields, json_values, read_file
 from stllm.evaluation.judge_axes import CONSISTENCY, QA, TASKS
 
@@ -50,7 +51,7 @@ def read_predictions(path: str, axis: str) -> Predictions:
 
     Raises UserError, naming file and record, for what is no JSON, lacks a field, or has nothing for this axis.
     """
-    file, expected = Path(path).expanduser(), EXPECTED.get(axis, EXPECTED_GENERAL)
+    file, expected = user_path(path), EXPECTED.get(axis, EXPECTED_GENERAL)
     records = [(number, fields) for number, fields in _records(file, expected) if _of_axis(fields, axis)]
     if not records:
         raise UserError(f"{path}: found no prediction for the axis {axis}{_tasks_there(file, expected)}; {_wish(axis)}")

@@ -8,13 +8,12 @@ import json
 import re
 from dataclasses import dataclass
 from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stllm.common.errors import UserError, did_you_mean
-from stllm.common.files import check_regular
+from stllm.common.files import check_regular, user_path
 from stllm.evaluation.judge_axes import AXES, CONSISTENCY
 from stllm.evaluation.judge_predictions import JudgeItem
 
@@ -76,7 +75,7 @@ def load_prompts(path: str | None) -> PromptSet:
             return _prompt_set(shipped.read_text(encoding="utf-8"), "the instructions of stllm")
     check_regular(path, "a YAML or JSON file")
     try:
-        return _prompt_set(Path(path).expanduser().read_text(encoding="utf-8"), path)
+        return _prompt_set(user_path(path).read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{path}: the instructions cannot be read ({reason}): give a YAML or JSON file") from None

@@ -13,6 +13,7 @@ from typing import Any
 from stllm import __version__
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
+from stllm.common.json_text import loads
 from stllm.evaluation.judge_axes import HIGHEST, LOWEST, QA, VCGBENCH_AXES
 from stllm.evaluation.judge_ledger import Entry, JudgeRun
 from stllm.evaluation.judge_parser import Verdict
@@ -101,7 +102,7 @@ def read_results(folder: Path) -> list[Results]:
         path = folder / f"{axis}.results.json"
         if path.is_file():
             try:
-                result = json.loads(path.read_text(encoding="utf-8"))
+                result = loads(path.read_text(encoding="utf-8"))
                 results.append({name: result[name] for name in ("axis", "mean", "mean_truncated", *SAME)})
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: not a judge's results: move it away, and judge the axis again") from None

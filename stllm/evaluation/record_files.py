@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.common.files import locked, write_text
+from stllm.common.json_text import loads
 from stllm.evaluation.items import Record
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -103,7 +104,7 @@ def read_lines(path: Path) -> Iterator[Record]:
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
         try:
-            record = json.loads(line)
+            record = loads(line)
         except ValueError:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("id"), str):

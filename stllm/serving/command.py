@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.conversation.chat import load_chat
 from stllm.conversation.embedded import chosen_checkpoint
 from stllm.serving.app import Server, build_app
@@ -26,7 +27,7 @@ CONNECTIONS = 500  # fewer than the files that a process may open by default
 def run(args: argparse.Namespace) -> int:
     """Serves until Ctrl-C. Raises UserError."""
     checkpoint = chosen_checkpoint(args)
-    root = None if args.media_root is None else Path(args.media_root).expanduser().resolve()
+    root = None if args.media_root is None else user_path(args.media_root).resolve()
     if root is not None and not root.is_dir():
         raise UserError(f"--media-root {args.media_root} is no folder: name one that holds videos")
     limits = Limits(

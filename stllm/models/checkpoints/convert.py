@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from stllm.common.errors import UserError
-from stllm.common.files import check_new, new_folder
+from stllm.common.files import check_new, new_folder, user_path
+from stllm.common.json_text import loads
 from stllm.common.terminal import console
 from stllm.models.checkpoints.assembly import assemble
 from stllm.models.checkpoints.audit import AuditReport
@@ -77,7 +78,7 @@ def convert(
     that is not empty, for a full disk; the target is then as it was.
     """
     assert format in FORMATS
-    target = Path(to).expanduser()
+    target = user_path(to)
     record = _read_record(target)
     if record is None:
         check_new(target, "--to")
@@ -135,7 +136,7 @@ def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
 def _read_record(folder: Path) -> dict[str, Any] | None:
     """The record in the folder; None where there is none that a conversion wrote."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = loads((folder / RECORD).read_text(encoding="utf-8"))
         return {"command": str(record["command"]), "files": dict(record["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
