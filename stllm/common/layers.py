@@ -52,7 +52,7 @@ def yaml_layer(path: str | Path) -> Layer:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({error.problem})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not valid YAML ({first_line(error)})") from error
     except OSError as error:  # OmegaConf's word for a file that holds a bare value
         raise UserError(f"{path}: cannot be read as a configuration ({first_line(error)})") from error

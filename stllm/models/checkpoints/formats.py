@@ -4,7 +4,6 @@
 like `org/name` is fetched from the hub; that and a URL are the only reasons to use the network.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -182,7 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object, expected the keys of a configuration: copy or download it again")
