@@ -89,7 +89,7 @@ def without_system(messages: Messages) -> Messages:
 def _prompt_set(text: str, source: str) -> PromptSet:
     try:
         content = yaml.safe_load(text)  # JSON is YAML
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: neither YAML nor JSON ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{source}: found no mapping, expected version and, for each axis, system and user texts")
