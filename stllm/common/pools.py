@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from stllm.common.errors import UserError
+from stllm.common.terminal import escape_output
 
 CHUNK = 8  # tasks that a process is given at once
 
@@ -28,6 +29,12 @@ def one_a_core(asked: int | None, most: int) -> int:
     return min(os.cpu_count() or 1, most) if asked is None else asked
 
 
+def _begin() -> None:
+    """Prepares a process of the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    escape_output()
+
+
 @contextmanager
 def mapping(num_workers: int, *, died: str) -> Iterator[Map]:
     """What maps a function over tasks; results come in their order. Ctrl-C reaches this process alone.
@@ -39,9 +46,7 @@ def mapping(num_workers: int, *, died: str) -> Iterator[Map]:
         yield map
         return
     spawned = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
-    pool = ProcessPoolExecutor(
-        num_workers, spawned, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(num_workers, spawned, initializer=_begin)
     try:
         yield lambda function, tasks: pool.map(function, tasks, chunksize=CHUNK)
     except BrokenProcessPool:

@@ -54,14 +54,22 @@ class _Escaped:
 def escaped_output() -> Iterator[None]:
     """Within it, stdout and stderr escape control characters, and characters that their encoding lacks."""
     before = sys.stdout, sys.stderr
-    for stream in before:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (cast(TextIO, _Escaped(stream)) for stream in before)
+    escape_output()
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def escape_output() -> None:
+    """The same from now on, for a process that a command has started."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, _Escaped) else cast(TextIO, _Escaped(stream))
+        for stream in (sys.stdout, sys.stderr)
+    )
 
 
 def escape_traceback() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from stllm.common.terminal import escape_output
+
 log = logging.getLogger(__name__)
 
 
@@ -53,9 +55,12 @@ def stopping_at_signals() -> Iterator[StopRequest]:
 def obeying_parent_alone(worker: int) -> None:
     """Makes a data worker deaf to signals that are meant for its process, and reach the whole group all the same.
 
+    What it prints is escaped, as in its own process.
+
     torchrun, Slurm and terminals signal every process; a worker that ends breaks the step that is to be finished. Its
     own process's SIGTERM still ends it. worker: its number, as DataLoader's `worker_init_fn` is given it.
     """
+    escape_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
