@@ -35,6 +35,15 @@ def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
     )
 
 
+def add_allow_pipe(parser: Parser) -> None:
+    """`--allow-pipe`, of commands that open shards."""
+    parser.add_argument(
+        "--allow-pipe",
+        action="store_true",
+        help="let shards named pipe:CMD run the shell command CMD: only for lists that you trust",
+    )
+
+
 def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) -> None:
     """`--context`. default: the rule without it, as text for the help."""
     parser.add_argument(

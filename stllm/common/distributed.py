@@ -24,15 +24,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def end_with_parent() -> None:
-    """Has the kernel kill this process once the thread that started it is gone. Linux; elsewhere it does nothing."""
-    if sys.platform == "linux":
-        import ctypes
-        import signal
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _initialized(function: str, variable: str, alone: int) -> int:
     """What the process group says once there is one; before, what torchrun's environment says."""
     distributed = getattr(sys.modules.get("torch"), "distributed", None)

@@ -7,9 +7,12 @@ thread that forked, which may end long before its process. So a thread looks onc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+
+from stllm.common.terminal import escape_output
 
 SECONDS = 1.0  # between two looks
 
@@ -20,6 +23,8 @@ def end_with_parent(worker: int = 0) -> None:
     It ends when its parent has ended or sends SIGTERM. SIGINT, and SIGTERM from anyone else, are ignored: torchrun,
     Slurm and terminals signal the whole group, and a worker that ends breaks the step that its parent wants to finish.
 
+    What it prints is escaped, as in its parent.
+
     worker: its number, unused; DataLoader's `worker_init_fn` is given it.
     """
     parent = multiprocessing.parent_process()
@@ -27,6 +32,7 @@ def end_with_parent(worker: int = 0) -> None:
     served = getattr(multiprocessing.current_process(), "_start_method", None) == "forkserver"
     starter = os.getppid() if served else parent.pid  # not getppid(): the parent may have ended before this line
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    escape_output()
     can_wait = hasattr(signal, "sigtimedwait")  # not on macOS and Windows: there SIGTERM ends it, whoever sends it
     if can_wait:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -41,6 +47,17 @@ def end_with_parent(worker: int = 0) -> None:
         return os.getppid() != starter or not parent.is_alive()
 
     _end_when(is_over)
+
+
+def killed_with_parent() -> None:
+    """Have the kernel kill this process once the thread that forked it is gone. Linux; elsewhere nothing happens.
+
+    It works while a decoder holds the interpreter's lock, too, where no thread of Python can look.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end_with_launcher() -> None:

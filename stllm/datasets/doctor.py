@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.pools import one_a_core
 from stllm.common.schema import MEDIA_SECONDS
 from stllm.datasets.annotations import flatten
@@ -28,8 +28,9 @@ from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
 from stllm.datasets.doctor_sources import Source, training_source
 from stllm.datasets.features import clip_key
-from stllm.datasets.image_text_shards import expand_shards
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import LengthCheck
+from stllm.datasets.shard_names import expand_shards
 from stllm.evaluation.ground_truth import Entry
 from stllm.evaluation.mvbench import mvbench_entries
 from stllm.evaluation.vcgbench import vcgbench_entries
@@ -78,6 +79,7 @@ def counts(faults: Sequence[Fault]) -> dict[str, int]:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    allow_pipes(args.allow_pipe)
     if args.flatten is not None:
         source, target = args.flatten
         num_read, num_empty, num_written = flatten(source, target)
@@ -185,7 +187,7 @@ def _benchmark(args: argparse.Namespace, report: Report, survey: Survey) -> Iter
         anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
     )
     if args.format != "mvbench" and args.video_dir is None:
-        path = Path(args.anno_path).expanduser()
+        path = user_path(args.anno_path)
         settings.video_dir = str(path if path.is_dir() else path.parent)
     entries = BENCHMARKS[args.format](settings)
     try:

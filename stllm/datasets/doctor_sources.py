@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
+from stllm.common.json_text import loads
 from stllm.datasets.annotations import FOREIGN, Fields, json_values, read_file
 from stllm.datasets.doctor_checks import Fault, Finding, Item, Lengths, at_least_words, check_training
 
@@ -53,7 +55,7 @@ def training_source(
     media: "video", "image" or "text" when the data set holds only that. lengths: the check of lengths; by default one
     that needs no tokenizer.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     findings = _checked(file, media, lengths or Lengths(at_least_words))
     return Source(name, _of_one_medium(findings, file, media), media_dir, fps, features)
 
@@ -127,7 +129,7 @@ def _values(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}, line {number}"
         try:
             if line.strip():
-                yield where, json.loads(line)
+                yield where, loads(line)
         except (ValueError, RecursionError) as error:
             yield where, Fault("annotation", where, "line", f"not valid JSON ({error}); expected {expected}")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
+from stllm.common.json_text import loads
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.records import Record
 from stllm.datasets.samples import Corpus, Sample
@@ -186,7 +187,7 @@ def _digest(key: str) -> np.uint64:
 def _read_index(folder: Path) -> dict[str, Any]:
     check_regular(folder, "a folder of features")
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = loads((folder / INDEX).read_text(encoding="utf-8"))
         return {"stage": index["stage"], "settings": dict(index["settings"]), **index}
     except FileNotFoundError:
         raise UserError(f"{folder}: found no features (no {INDEX}); write them with `stllm extract`") from None

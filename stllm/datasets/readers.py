@@ -4,6 +4,7 @@ The registry `readers` names the libraries that decode container videos (`pyav`,
 with Pillow. A file is judged by its content, so a wrong extension does no harm.
 """
 
+import os
 from pathlib import Path
 
 from stllm.common.files import user_path
@@ -44,7 +45,7 @@ def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = No
     video_reader = readers.get(AUTO if reader == "auto" else reader)
     if fps is not None and not 0 < fps < float("inf"):
         raise MediaError(f"{path}: fps is {fps}; expected a positive number of frames a second")
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, of a name that is too long, too
         return FrameFolderReader(path, fps=fps)
     if kind_of(read_head(path)) == "picture":
         return open_picture(path, fps=GIF_FPS if fps is None else fps)

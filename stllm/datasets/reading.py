@@ -26,9 +26,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, from_numpy
 
-from stllm.common.distributed import end_with_parent
 from stllm.common.errors import UserError
 from stllm.common.logging import setup_logging
+from stllm.common.parent import killed_with_parent
+from stllm.common.terminal import escape_output
 from stllm.datasets.media_info import MediaError
 
 R = TypeVar("R")
@@ -213,7 +214,8 @@ def fork_at_request(control: int) -> None:
 
 def _work(connection: Connection) -> None:
     """Runs one task after the other, and ends when the other end of the connection is closed, at work, too."""
-    end_with_parent()
+    killed_with_parent()
+    escape_output()
     setup_logging()
     connection.send(os.getpid())
     tasks: SimpleQueue[bytes] = SimpleQueue()

@@ -6,7 +6,8 @@ the codec; otherwise the video is decoded once and its frames are counted.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,18 @@ class Timeline:
         )
 
 
+def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Packet[VideoStream]]":
+    """The stream's packets.
+
+    In a transport stream, another stream can begin in the middle of the file. PyAV fails at its first packet, which is
+    left out; reading goes on behind it.
+    """
+    while True:
+        with suppress(IndexError):
+            yield from container.demux(stream)
+            return
+
+
 def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut: bool) -> Timeline | None:
     """The timeline from the packets alone; None unless all of them bear times that can be true.
 
@@ -95,7 +108,7 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
     num_hidden, last_dts, latest = 0, None, None
     usable, typed, reordered, open_gops = True, False, False, False
     try:
-        for packet in container.demux(stream):
+        for packet in packets(container, stream):
             keep_reading()
             if packet.size == 0:
                 continue

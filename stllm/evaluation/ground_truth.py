@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.templates import Turn
 from stllm.datasets.doctor_checks import Fault, Finding
@@ -78,7 +79,7 @@ class MediaFolders:
     def __init__(self, root: str | Path | None, settings: EvaluationSettings) -> None:
         if root is None:
             raise UserError("no folder of media was named: give the one that holds the videos with --video-dir DIR")
-        self.root = str(Path(root).expanduser())
+        self.root = str(user_path(root))
         if not os.path.isdir(self.root):
             found = (
                 "found a file, expected the folder of media"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class MVBenchLayout:
         """path: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
         video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
         Raises UserError for a folder above one of those."""
-        root = Path(path).expanduser()
+        root = user_path(path)
         folder = root / "json" if (root / "json").is_dir() else root
         found = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
         # hidden files are not annotations: archives packed on a Mac hold a ._NAME.json for every file
@@ -102,7 +103,7 @@ class MVBenchLayout:
         media = above if beside else above / "video"
         if video_dir is None and not media.is_dir():
             _check_not_above(root)
-        return cls(files, Path(video_dir).expanduser() if video_dir else media)
+        return cls(files, user_path(video_dir) if video_dir else media)
 
 
 def task_of(file: Path) -> MVBenchTask | None:

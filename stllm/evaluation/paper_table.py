@@ -4,14 +4,14 @@ Source of the layout: ST-LLM (arXiv 2404.00308), its comparison of MVBench, VcgB
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.files import check_regular
+from stllm.common.files import check_regular, user_path
+from stllm.common.json_text import loads
 from stllm.evaluation.axes import QA, VCGBENCH_AXES, vcgbench_average
 from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMNS
 from stllm.evaluation.tables import percent, score, table
@@ -98,17 +98,17 @@ def _legend(notes: Sequence[str], judged: bool) -> str:
 def _split(entry: str) -> tuple[str, Path]:
     """("msvd", path) of msvd=path; a path that exists is never taken apart."""
     name, equals, path = entry.partition("=")
-    if not equals or Path(entry).expanduser().exists():
-        return "", Path(entry).expanduser()
+    if not equals or user_path(entry).exists():
+        return "", user_path(entry)
     if name not in OF_BENCHMARK:
         raise UserError(unknown_name("benchmark", name, OF_BENCHMARK))
-    return name, Path(path).expanduser()
+    return name, user_path(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
     check_regular(path, EXPECTED)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected {EXPECTED}") from None
     except ValueError:

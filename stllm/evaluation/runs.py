@@ -14,6 +14,7 @@ from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.jsonl import Appender, naming_full_disk
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
@@ -49,7 +50,7 @@ class Runs:
         self.device = resolve_device(device)
         self.dtype = str(resolve_dtype(dtype, self.device)).removeprefix("torch.")
         self.processor = processor_of(opened)
-        self.folder = Path(settings.output_dir).expanduser()
+        self.folder = user_path(settings.output_dir)
         names = ("num_beams", "max_new_tokens", "repetition_penalty", "context")
         given = {name: getattr(settings, name) for name in names}
         asked = {name: value for name, value in given.items() if value is not None}

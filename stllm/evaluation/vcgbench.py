@@ -10,6 +10,7 @@ from typing import Any
 
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
 from stllm.conversation.templates import PromptTemplate
@@ -81,7 +82,7 @@ def vcgbench_entries(settings: EvaluationSettings) -> Iterator[Entry | Fault]:
     """Every record of the chosen parts, and the faults that concern whole files. Raises UserError."""
     if settings.anno_path is None:
         raise UserError(f"vcgbench: no ground truth was named: give {EXPECTED}, or the folder that holds them")
-    files = _parts(Path(settings.anno_path).expanduser())
+    files = _parts(user_path(settings.anno_path))
     media = MediaFolders(settings.video_dir, settings)
     for part in chosen_tasks(list(files), settings):
         for number, (where, fields) in enumerate(records_of(files[part], "vcgbench")):

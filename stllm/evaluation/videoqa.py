@@ -13,6 +13,7 @@ from typing import Any
 
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
 from stllm.conversation.templates import PromptTemplate
@@ -127,8 +128,8 @@ def videoqa_entries(settings: EvaluationSettings, name: str) -> Iterator[Entry |
     kind = KINDS.get(name, ANY_KIND)
     if settings.anno_path is None:
         raise UserError(f"{name}: no ground truth was named: give {kind.title}'s file of questions")
-    path = Path(settings.anno_path).expanduser()
-    answers_path = Path(settings.answers_path).expanduser() if settings.answers_path else answers_beside(path)
+    path = user_path(settings.anno_path)
+    answers_path = user_path(settings.answers_path) if settings.answers_path else answers_beside(path)
     questions = yield from _numbered(path, kind)
     if answers_path is not None:
         questions = yield from _answered(questions, path, answers_path)

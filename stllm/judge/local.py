@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError
-from stllm.common.files import check_regular
+from stllm.common.files import check_regular, user_path
 from stllm.judge.ledger import MAX_NEW_TOKENS, Reply
 from stllm.judge.prompts import Messages, without_system
 from stllm.models.configuration import reason
@@ -28,7 +28,7 @@ class LocalJudge:
     """
 
     def __init__(self, path: str, *, device: str, dtype: str, max_new_tokens: int | None) -> None:
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"local:{path}: found no config.json there, expected a folder of a transformers language model"

@@ -6,10 +6,10 @@ Both spellings are read: {Q, A, pred}, {Q1, Q2, A, pred1, pred2} and {question, 
 import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.datasets.annotations import Fields, json_values, read_file
 from stllm.evaluation.axes import CONSISTENCY, QA, TASKS
 
@@ -49,7 +49,7 @@ def read_predictions(path: str, axis: str) -> Predictions:
 
     Raises UserError, naming file and record, for what is no JSON, lacks a field, or has nothing for this axis.
     """
-    file, expected = Path(path).expanduser(), EXPECTED.get(axis, EXPECTED_GENERAL)
+    file, expected = user_path(path), EXPECTED.get(axis, EXPECTED_GENERAL)
     items: dict[str, JudgeItem] = {}
     unanswered: dict[str, str] = {}
     num_seen: Counter[tuple[str, str]] = Counter()  # by id, and by official id

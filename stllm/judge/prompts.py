@@ -8,13 +8,12 @@ import json
 import re
 from dataclasses import dataclass
 from importlib.resources import as_file, files
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stllm.common.errors import UserError, did_you_mean
-from stllm.common.files import check_regular
+from stllm.common.files import check_regular, user_path
 from stllm.evaluation.axes import AXES, CONSISTENCY
 from stllm.judge.predictions import JudgeItem
 
@@ -80,7 +79,7 @@ def load_prompts(path: str | None) -> PromptSet:
         source = path
         check_regular(path, "a YAML or JSON file")
         try:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
+            text = user_path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise UserError(f"{path}: the instructions cannot be read ({reason}): give a YAML or JSON file") from None

@@ -22,6 +22,7 @@ import httpx
 from tqdm import tqdm
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.evaluation.axes import VCGBENCH_AXES
 from stllm.judge import agreement, scores
 from stllm.judge.ledger import JudgeRun, Ledger, Reply, continued, read_ledger
@@ -43,10 +44,10 @@ MAX_FAILED_IN_A_ROW = 10  # then the judge is taken to be out of order
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; exit code 1 when the judge stopped, or nothing was scored."""
-    folder = Path(args.output_dir).expanduser()
+    folder = user_path(args.output_dir)
     path = folder / f"{args.axis}.ledger.jsonl"
     if args.compare is not None:
-        other = Path(args.compare).expanduser()
+        other = user_path(args.compare)
         other = other / path.name if other.is_dir() else other
         compared = agreement.compare(read_ledger(path), read_ledger(other))
         _report(path.with_name(f"{args.axis}.comparison.json"), compared, agreement.comparison_lines(compared))
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.axis in VCGBENCH_AXES:
         print(scores.write_average(folder), end="")
     if args.export_items is not None:
-        exported = Path(args.export_items).expanduser() / args.axis  # three axes share their items' names
+        exported = user_path(args.export_items) / args.axis  # three axes share their items' names
         print(f"{scores.export_items(ledger.entries.values(), exported)} item files in {exported}")
     if stopped is not None:
         raise UserError(stopped)

@@ -14,6 +14,7 @@ from typing import Any
 from stllm import __version__
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
+from stllm.common.json_text import loads
 from stllm.evaluation.axes import HIGHEST, LOWEST, QA, SAME, VCGBENCH_AXES, vcgbench_average
 from stllm.judge.ledger import Entry, JudgeRun, Ledger
 from stllm.judge.parser import Verdict
@@ -86,7 +87,7 @@ def write_average(folder: Path) -> str:
     results = []
     try:
         for path in paths:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = loads(path.read_text(encoding="utf-8"))
             results.append({name: result[name] for name in ("axis", "mean", "mean_truncated", *SAME)})
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not a judge's results: move it away, and judge the axis again") from None

@@ -25,13 +25,14 @@ from stllm.common.datasets_section import ROOTS
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype, seed_everything
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
-from stllm.common.parent import end_with_parent
 from stllm.common.files import locked
+from stllm.common.parent import end_with_parent
 from stllm.common.schema import RunSettings
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.distinct_clips import ClipBatch, ClipDataset, DistinctClip, distinct_clips
 from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
 from stllm.models.factory import build_encoder, config_from_settings, model_section
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 0 when every clip that can be read is there."""
+    allow_pipes(args.allow_pipe)
     cfg = _from_pixels(load_config(args.cfg_path, args.options))
     config = config_from_settings(model_section(cfg))
     fault = precomputed.fault(config, args.stage)

@@ -25,6 +25,7 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.failures import sentence
 from stllm.common.files import locked, write_text
+from stllm.common.json_text import loads
 from stllm.common.run_section import UNUSED
 from stllm.models.checkpoints.shards import open_weights
 from stllm.runners.meter import is_distributed
@@ -129,7 +130,7 @@ class RunFolder:
         lines = [
             line for line in self.log_path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)
         ]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if loads(line)["step"] <= step]
         write_text(self.log_path, "".join(kept))
 
     def append_log(self, line: Mapping[str, Any]) -> None:
@@ -206,7 +207,7 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
         try:
             content: Any = {}
             if path.suffix == ".json" or path.name == STATE:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = loads(path.read_text(encoding="utf-8"))
             elif is_state:
                 with safe_globals():
                     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

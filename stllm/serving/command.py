@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Thread
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.conversation.chat import load_chat
 from stllm.conversation.embedded import chosen_checkpoint
 from stllm.datasets.reading import ReadingPool
@@ -20,7 +21,7 @@ SHUTDOWN_SECONDS = 5  # for answers that are being written
 def run(args: argparse.Namespace) -> int:
     """Serves until Ctrl-C. Raises UserError."""
     checkpoint = chosen_checkpoint(args)
-    root = None if args.media_root is None else Path(args.media_root).expanduser().resolve()
+    root = None if args.media_root is None else user_path(args.media_root).resolve()
     if root is not None and not root.is_dir():
         raise UserError(f"--media-root {args.media_root} is no folder: name one that holds videos")
     limits = Limits(

@@ -108,11 +108,10 @@ class AuditReport:
     def table(self) -> "Table":
         """The counts as a table for the terminal."""
         from rich.box import SIMPLE
-        from rich.markup import escape
         from rich.table import Table
 
         # seven columns have to fit 80 characters
-        table = Table(title=escape(f"audit of {self.source}"), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(title=f"audit of {self.source}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("part", no_wrap=True)
         for state in STATES:
             table.add_column(state.replace("_", " "), justify="right")

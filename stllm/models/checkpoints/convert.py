@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from stllm.common.errors import UserError
-from stllm.common.files import check_new, new_folder
+from stllm.common.files import check_new, new_folder, user_path
+from stllm.common.json_text import loads
+from stllm.common.terminal import console
 from stllm.models.checkpoints.assembly import assemble
 from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.deciding import decide_config, open_checkpoint, open_named, open_pieces
@@ -36,8 +38,6 @@ RECORD = ".conversion"  # in the target: a digest of the command, and the sizes 
 
 def run(args: argparse.Namespace) -> int:
     """The command: converts, prints the audit, says where the result is. A conversion that is done is not repeated."""
-    from rich.console import Console
-
     report = convert(
         args.source,
         args.to,
@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if report is None:
         print(f"{args.to} holds the result of this command already ({args.format}); nothing was written")
         return 0
-    console = Console()
-    console.print(report.table())
+    out = console()
+    out.print(report.table())
     for line in report.details():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     print(f"written to {args.to} ({args.format})")
     return 0
 
@@ -78,7 +78,7 @@ def convert(
     that is not empty, for a full disk; the target is then as it was.
     """
     assert format in FORMATS
-    target = Path(to).expanduser()
+    target = user_path(to)
     record = _read_record(target)
     if record is None:
         check_new(target, "--to")
@@ -136,7 +136,7 @@ def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
 def _read_record(folder: Path) -> dict[str, Any] | None:
     """The record in the folder; None where there is none that a conversion wrote."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = loads((folder / RECORD).read_text(encoding="utf-8"))
         return {"command": str(record["command"]), "files": dict(record["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None

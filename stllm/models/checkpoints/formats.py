@@ -4,7 +4,6 @@
 like `org/name` is fetched from the hub; that and a URL are the only reasons to use the network.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.common.files import check_regular
+from stllm.common.files import check_regular, user_path
+from stllm.common.json_text import loads
 from stllm.models.checkpoints import tables
 from stllm.models.checkpoints.keys import KeyTable, Target, UnknownKeyError
 from stllm.models.checkpoints.shards import Weights, open_weights
@@ -125,7 +125,7 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
 
 def locate(path: str | Path) -> Path:
     """The file or folder of that name: here, behind a URL, or on the hub. Raises UserError."""
-    place = Path(path).expanduser()
+    place = user_path(path)
     if place.exists():
         return place
     name = str(path)
@@ -180,8 +180,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object, expected the keys of a configuration: copy or download it again")

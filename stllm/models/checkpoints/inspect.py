@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from stllm.common.errors import UserError
+from stllm.common.terminal import console
 from stllm.models.checkpoints.assembly import meta_model
 from stllm.models.checkpoints.audit import PART_NAMES, AuditReport, part_of
 from stllm.models.checkpoints.contradictions import FAMILIES
@@ -184,30 +185,29 @@ def _sizes(config: STLLMConfig) -> dict[str, Any]:
 
 
 def _print(found: Mapping[str, Any], report: AuditReport | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    out = console()
     lines = [f"{key.replace('_', ' ')}: {_shown(key, found[key])}" for key in SUMMARY if key in found]
     lines += [f"{key.replace('_', ' ')}: {_shown(key, value)}" for key, value in found["sizes"].items()]
     lines += [f"assumed: {line}" for line in found.get("assumed", ())]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    out.print("\n".join(lines), soft_wrap=True)
     if "parameters" in found:
         table = Table(title="parameters")
         for column in ("part", "total", "trainable"):
             table.add_column(column, justify="left" if column == "part" else "right")
         for part, counts in [*found["parameters"].items(), ("all", found["total"])]:
             table.add_row(part, f"{counts['total']:,}", f"{counts['trainable']:,}")
-        console.print(table)
+        out.print(table)
         memory = ", ".join(f"{_readable(size)} as {name}" for name, size in found["memory_bytes"].items())
-        console.print(f"memory of the weights: {memory}", markup=False, soft_wrap=True)
+        out.print(f"memory of the weights: {memory}", soft_wrap=True)
     if "training_memory_bytes" in found:
         training = found["training_memory_bytes"]
-        console.print(memory_table(training["strategies"], training["precision"]))
+        out.print(memory_table(training["strategies"], training["precision"]))
     if report is not None:
-        console.print(report.table())
+        out.print(report.table())
         for line in report.details():
-            console.print(line, markup=False, soft_wrap=True)
+            out.print(line, soft_wrap=True)
 
 
 def _shown(key: str, value: Any) -> str:

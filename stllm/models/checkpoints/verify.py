@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stllm.common.errors import UserError
+from stllm.common.terminal import console
 from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.models import language_model as lm
 from stllm.models.checkpoints.formats import locate, read_json
@@ -48,12 +49,10 @@ class Row:
 
 def run(args: argparse.Namespace) -> int:
     """The command: a table for each folder; 1 when anything is beyond tolerance."""
-    from rich.console import Console
-
     failed = []
     for folder in args.dir:
         rows = verify_folder(folder, atol=args.atol, rtol=args.rtol)
-        Console().print(_table(str(folder), rows))
+        console().print(_table(str(folder), rows))
         failed += [f"{Path(folder).name}: {row.name}" for row in rows if not row.passed]
     if failed:
         print(f"error: beyond tolerance: {', '.join(failed)}", file=sys.stderr)
@@ -232,10 +231,10 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def _table(title: str, rows: Iterable[Row]) -> Any:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=escape(title))
+    table = Table(title=title)
     for column in ("tensor", "compared", "largest difference", "tolerance", ""):
         numeric = column in ("largest difference", "tolerance")
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -247,6 +246,6 @@ def _table(title: str, rows: Iterable[Row]) -> Any:
             words,
             difference,
             f"{row.tolerance:.0e}" if row.tolerance else "",
-            "ok" if row.passed else "[red]FAIL",
+            "ok" if row.passed else Text("FAIL", style="red"),
         )
     return table

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from stllm.common.waiting import working
+from stllm.common.terminal import working
 
 
 class Terminal(io.StringIO):
