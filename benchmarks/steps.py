@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.common import resident_bytes, take_turns
 from stllm.models import language_model as lm
-from stllm.models.checkpoints.assembly import assemble
+from stllm.models.checkpoints.load import assemble
 from stllm.models.configuration import STLLMConfig
 from stllm.models.masking import draw_dropped, keep_tokens, kept_positions, mvm_loss
 from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, JoinedSequence

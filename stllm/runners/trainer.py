@@ -24,8 +24,8 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_regular, write_text
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
-from stllm.models.checkpoints.assembly import restore
 from stllm.models.checkpoints.audit import MAX_NAMED
+from stllm.models.checkpoints.load import restore
 from stllm.models.configuration import reason
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor

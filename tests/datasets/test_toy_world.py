@@ -27,8 +27,9 @@ from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Sce
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, action_sequence
 from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
 from stllm.evaluation.mvbench import prompt_pieces
-from stllm.models.checkpoints.deciding import decide_config, open_named
-from stllm.models.factory import build_model, model_section
+from stllm.models.build import build_model
+from stllm.models.checkpoints.infer_config import decide_config, open_named
+from stllm.models.settings import model_section
 from stllm.processors.prompts import PromptProcessor
 
 SMALL: dict[str, Any] = {"num_train": 20, "num_test": 14, "seed": 3}

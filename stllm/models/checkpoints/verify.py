@@ -1,12 +1,13 @@
-"""`stllm verify DIR...`: recomputes a golden folder and shows the largest difference of every tensor.
+"""`stllm verify DIR...`: recompute a golden folder and show the largest difference of every tensor.
 
 Source of the numbers: the published system at a tiny size (model.md, section 9). In float32 on the CPU, through the
 loading and the prompts that everything else uses.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,9 @@ from stllm.common.errors import UserError
 from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.models import language_model as lm
 from stllm.models.checkpoints.formats import locate, read_json
-from stllm.models.checkpoints.keys import UnknownKeyError
-from stllm.models.checkpoints.loading import load_pretrained
-from stllm.models.checkpoints.tables import RELEASED
+from stllm.models.checkpoints.load import load_pretrained
+from stllm.models.checkpoints.tables import RELEASED, UnknownKeyError
 from stllm.models.masking import keep_tokens
-from stllm.models.sequences import JoinedSequence
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
 from stllm.processors.prompts import PromptProcessor
@@ -48,13 +47,24 @@ class Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: a table for each folder; 1 when anything is beyond tolerance."""
+    """Run the command: print a table for each folder; 1 when anything is beyond tolerance."""
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
     failed = []
     for folder in args.dir:
         rows = verify_folder(folder, atol=args.atol, rtol=args.rtol)
-        Console().print(_table(str(folder), rows))
+        table = Table(title=escape(str(folder)))
+        for column in ("tensor", "compared", "largest difference", "tolerance", ""):
+            numeric = column in ("largest difference", "tolerance")
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            words = {"tensor": "absolute", "gradient": "relative", "equal": "equality"}[row.kind]
+            difference = ("same" if row.passed else "differs") if row.kind == "equal" else f"{row.difference:.1e}"
+            tolerance = f"{row.tolerance:.0e}" if row.tolerance else ""
+            table.add_row(row.name, words, difference, tolerance, "ok" if row.passed else "[red]FAIL")
+        Console().print(table)
         failed += [f"{Path(folder).name}: {row.name}" for row in rows if not row.passed]
     if failed:
         print(f"error: beyond tolerance: {', '.join(failed)}", file=sys.stderr)
@@ -64,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def verify_folder(
     folder: str | Path, *, checkpoint: str | Path | None = None, atol: float = 1e-4, rtol: float = 1e-3
 ) -> list[Row]:
-    """Every comparison that the golden folder allows. checkpoint: where to take the weights from instead."""
+    """Make every comparison that the golden folder allows. checkpoint: where to take the weights from instead."""
     place = locate(folder)
     meta = read_json(place / "meta.json")
     if not (place / "expected.safetensors").is_file() or "instructions" not in meta:
@@ -73,10 +83,9 @@ def verify_folder(
         )
     expected = load_file(place / "expected.safetensors")
     model, processor = load_pretrained(checkpoint or place, device="cpu", dtype="float32")
-    golden = _Golden(model, processor, meta, expected, atol, rtol)
+    golden = _Golden(model.requires_grad_(True), processor, meta, expected, atol, rtol)
     golden.compare_encoder()
     golden.compare_training()
-    golden.compare_gradients()
     golden.compare_generation()
     return golden.rows
 
@@ -93,76 +102,96 @@ class _Golden:
         atol: float,
         rtol: float,
     ) -> None:
-        self.model = model.requires_grad_(True)
-        self.processor = processor
-        self.meta = meta
-        self.expected = expected
+        self.model, self.processor, self.meta, self.expected = model, processor, meta, expected
         self.atol, self.rtol = atol, rtol
         self.rows: list[Row] = []
-        self.questions = [_question(processor, text) for text in meta["instructions"]]
+        before, after = self._instruction(MARK).split(MARK)
+        for text in meta["instructions"]:
+            if not (text.startswith(before) and text.endswith(after)):
+                raise UserError(
+                    f"meta.json's instruction {text!r} does not have the form {before + '{question}' + after!r}: "
+                    "name a folder whose prompts are of this family"
+                )
+        self.questions = [text[len(before) : len(text) - len(after)] for text in meta["instructions"]]
         self.texts = processor.qformer_inputs(self.questions)
 
     def compare_encoder(self) -> None:
-        """Frames to projected tokens, and what evaluation makes of the first video."""
+        """Compare frames to projected tokens, and the visual tokens that evaluation makes of the first video."""
         video = self.expected["video"]
         with torch.no_grad():
             encoder = self.model.vision_encoder
             tokens = encoder.encode(video)
             self._tensor("vit", tokens)
             self._tensor("vit_ln", encoder.ln_vision(tokens))
-            self.frames = self.model.frame_tokens(self.model.encode_video(video), **self.texts)  # (B, T, K, D)
-            self.visual = self.model.video_input(self.frames)  # (B, N, D)
-        self._tensor("frame_tokens", self.frames)
-        self._tensor("infer_frame_tokens", self.frames[0])
+            frames = self.model.frame_tokens(self.model.encode_video(video), **self.texts)  # (B, T, K, D)
+            self.visual = self.model.video_input(frames)  # (B, N, D)
+        self._tensor("frame_tokens", frames)
+        self._tensor("infer_frame_tokens", frames[0])
         self._tensor("infer_visual_tokens", self.visual[:1])
         if "residual_index" in self.expected:
             indices = residual_frame_indices(video.shape[1], self.model.config.residual_size)
             self._equal("residual_index", indices, self.expected["residual_index"].tolist())
 
     def compare_training(self) -> None:
-        """Prompts, the joined sequences, the losses; logits both everywhere and only where there is a label."""
+        """Compare prompts, joined sequences, logits at all positions and at labels, losses, and gradients."""
         rows = [
             self.processor.training_ids([Turn(question, answer)])
             for question, answer in zip(self.questions, self.meta["answers"], strict=True)
         ]
         batch = self.processor.pad([ids for ids, _ in rows], labels=[labels for _, labels in rows])
-        self._equal("instructions", self._rendered(), list(self.meta["instructions"]))
+        ids, attention = batch["input_ids"], batch["attention_mask"]
+        rendered = [self._instruction(question) for question in self.questions]
+        self._equal("instructions", rendered, list(self.meta["instructions"]))
         mask = self.expected.get("mask")
         with torch.no_grad():
             kept = self.visual if mask is None else keep_tokens(self.visual, mask)
-            student = self.model.join(list(kept), batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
-            self._sequence(student)
+            student = self.model.join(list(kept), ids, attention, labels=batch["labels"])
+            assert student.labels is not None  # they were given
+            self._tensor("inputs_embeds", student.inputs_embeds)
+            self._equal("attention_mask", student.attention_mask.tolist(), self.expected["attention_mask"].tolist())
+            self._equal("labels", student.labels.tolist(), self.expected["labels"].tolist())
             hidden = lm.last_hidden_states(self.model.language_model, student.inputs_embeds, student.attention_mask)
             logits = lm.logits_of(self.model.language_model, hidden)
             real = student.attention_mask.bool()
             self._tensor("logits", logits[real], self.expected["logits"][real])
-            if mask is not None:
-                self._teacher(batch)
-        self.output = self.model(pixel_values=self.expected["video"], token_mask=mask, **batch, **self.texts)
+            if mask is not None:  # the teacher sees all tokens
+                teacher = self.model.join(list(self.visual), ids, attention)
+                wanted = self.expected["teacher_attention_mask"]
+                self._tensor("teacher_inputs_embeds", teacher.inputs_embeds)
+                self._equal("teacher_attention_mask", teacher.attention_mask.tolist(), wanted.tolist())
+                # stopping at the last visual token leaves its states as they are
+                whole = lm.last_hidden_states(self.model.language_model, teacher.inputs_embeds, teacher.attention_mask)
+                positions = teacher.visual_positions(self.visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
+                prefix = self.model.teacher_hidden_states(self.visual, ids, attention)
+                self._tensor("teacher (prefix only)", prefix, whole.gather(1, positions))
+        output = self.model(pixel_values=self.expected["video"], token_mask=mask, **batch, **self.texts)
         for name in ("loss", "loss_lm", "loss_mvm"):
-            found = getattr(self.output, name)  # None without masking: no such loss
+            found = getattr(output, name)  # None without masking: no such loss
             self._tensor(name, torch.zeros(()) if found is None else found.detach())
-        wanted = self.expected["labels"][:, 1:] != -100
-        self._tensor("logits (labels only)", self.output.logits.detach(), self.expected["logits"][:, :-1][wanted])
+        labelled = self.expected["labels"][:, 1:] != -100
+        self._tensor("logits (labels only)", output.logits.detach(), self.expected["logits"][:, :-1][labelled])
 
-    def compare_gradients(self) -> None:
-        """Gradients of the total loss, relative to each one's largest entry."""
-        self.output.loss.backward()
-        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        output.loss.backward()
+        parameters = dict(self.model.named_parameters())
         for name, expected in self.expected.items():
             if name.startswith("grad."):
                 try:
-                    found = gradients.get(RELEASED.to_ours(name.removeprefix("grad.")) or "")
+                    parameter = parameters.get(RELEASED.to_ours(name.removeprefix("grad.")) or "")
                 except UnknownKeyError:
-                    found = None
-                difference = float("inf") if found is None else _largest(found, expected) / expected.abs().max().item()
+                    parameter = None
+                gradient = None if parameter is None else parameter.grad
+                difference = (
+                    math.inf if gradient is None else _largest(gradient, expected) / expected.abs().max().item()
+                )
                 self.rows.append(Row(name, "gradient", difference, self.rtol))
         self.model.zero_grad(set_to_none=True)
 
     def compare_generation(self) -> None:
-        """The prompt of the first question, and the tokens that greedy search and beams make of it."""
+        """Compare the prompt of the first question, and the tokens that greedy search and beams make of it."""
         prompt = self.processor.prompt_ids([Turn(self.questions[0])], system="")
-        self._equal("prompt_ids", [token for token in prompt if token >= 0], self._expected_prompt())
+        names = ("prompt_ids",) if "prompt_ids" in self.expected else ("prompt_ids_before", "prompt_ids_after")
+        published = [token for name in names for token in self.expected[name][0].tolist()]
+        self._equal("prompt_ids", [token for token in prompt if token >= 0], published)
         batch = self.processor.pad([prompt], side="left")
         with torch.no_grad():
             sequence = self.model.join(list(self.visual[:1]), batch["input_ids"], batch["attention_mask"])
@@ -180,80 +209,22 @@ class _Golden:
             )
             self._equal(name, found[0].tolist(), expected)
 
-    def _teacher(self, batch: Mapping[str, Tensor]) -> None:
-        """The teacher's sequence; and that stopping at the last visual token leaves its states as they are."""
-        ids, attention = batch["input_ids"], batch["attention_mask"]
-        teacher = self.model.join(list(self.visual), ids, attention)
-        self._tensor("teacher_inputs_embeds", teacher.inputs_embeds)
-        self._equal(
-            "teacher_attention_mask", teacher.attention_mask.tolist(), self.expected["teacher_attention_mask"].tolist()
-        )
-        whole = lm.last_hidden_states(self.model.language_model, teacher.inputs_embeds, teacher.attention_mask)
-        positions = teacher.visual_positions(self.visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
-        prefix = self.model.teacher_hidden_states(self.visual, ids, attention)
-        self._tensor("teacher (prefix only)", prefix, whole.gather(1, positions))
-
-    def _sequence(self, student: JoinedSequence) -> None:
-        assert student.labels is not None  # they were given
-        self._tensor("inputs_embeds", student.inputs_embeds)
-        self._equal("attention_mask", student.attention_mask.tolist(), self.expected["attention_mask"].tolist())
-        self._equal("labels", student.labels.tolist(), self.expected["labels"].tolist())
-
-    def _rendered(self) -> list[str]:
-        template = self.processor.template
-        rendered = [template.render(Turn(question), first=True, media="video") for question in self.questions]
-        return ["".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces) for pieces in rendered]
-
-    def _expected_prompt(self) -> list[int]:
-        names = ("prompt_ids",) if "prompt_ids" in self.expected else ("prompt_ids_before", "prompt_ids_after")
-        return [token for name in names for token in self.expected[name][0].tolist()]
+    def _instruction(self, question: str) -> str:
+        """The question as the published template renders it."""
+        pieces = self.processor.template.render(Turn(question), first=True, media="video")
+        return "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)
 
     def _tensor(self, name: str, found: Tensor, expected: Tensor | None = None) -> None:
-        self.rows.append(
-            Row(name, "tensor", _largest(found, self.expected[name] if expected is None else expected), self.atol)
-        )
+        difference = _largest(found, self.expected[name] if expected is None else expected)
+        self.rows.append(Row(name, "tensor", difference, self.atol))
 
     def _equal(self, name: str, found: list[Any], expected: list[Any]) -> None:
-        self.rows.append(Row(name, "equal", 0.0 if found == expected else float("inf"), 0.0))
-
-
-def _question(processor: PromptProcessor, instruction: str) -> str:
-    """The question inside an instruction that the published template has rendered."""
-    pieces = processor.template.render(Turn(MARK), first=True, media="video")
-    around = "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)
-    before, after = around.split(MARK)
-    if not (instruction.startswith(before) and instruction.endswith(after)):
-        raise UserError(
-            f"meta.json's instruction {instruction!r} does not have the form {around.replace(MARK, '{question}')!r}: "
-            "name a folder whose prompts are of this family"
-        )
-    return instruction[len(before) : len(instruction) - len(after)]
+        self.rows.append(Row(name, "equal", 0.0 if found == expected else math.inf, 0.0))
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:
     """The largest absolute difference; infinite when the shapes differ or anything is no number."""
     if found.shape != expected.shape:
-        return float("inf")
+        return math.inf
     difference = (found.float() - expected.float()).abs().max().item() if found.numel() else 0.0
-    return difference if difference == difference else float("inf")
-
-
-def _table(title: str, rows: Iterable[Row]) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title))
-    for column in ("tensor", "compared", "largest difference", "tolerance", ""):
-        numeric = column in ("largest difference", "tolerance")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        words = {"tensor": "absolute", "gradient": "relative", "equal": "equality"}[row.kind]
-        difference = ("same" if row.passed else "differs") if row.kind == "equal" else f"{row.difference:.1e}"
-        table.add_row(
-            row.name,
-            words,
-            difference,
-            f"{row.tolerance:.0e}" if row.tolerance else "",
-            "ok" if row.passed else "[red]FAIL",
-        )
-    return table
+    return difference if difference == difference else math.inf

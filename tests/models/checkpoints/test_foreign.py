@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.assembly import assemble
-from stllm.models.checkpoints.deciding import EVA_URL, decide_config, open_named, open_pieces
-from stllm.models.checkpoints.loading import load_model, load_processor
-from stllm.models.factory import build_audited
+from stllm.models.build import build_audited
+from stllm.models.checkpoints.infer_config import EVA_URL, decide_config, open_model, open_named, open_pieces
+from stllm.models.checkpoints.load import assemble, load_model, processor_of
 from stllm.models.st_llm import STLLM
 from tests.models.checkpoints.conftest import FOREIGN, GOLDEN, golden_weights
 
@@ -65,7 +64,7 @@ def test_pieces_give_the_golden_frame_tokens(family: str, vicuna: Callable[[str]
             "what moves first? the red circle or the blue square",
             "which object appears after the green triangle",
         ]
-        texts = load_processor(golden).qformer_inputs(questions)
+        texts = processor_of(open_model(golden)).qformer_inputs(questions)
     else:  # the published encoder file is instructblip_residual_mvm's
         settings |= {"vit_ckpt": str(eva_file(golden.name, tmp_path / "eva.pth"))}
         tolerance = 1e-4
