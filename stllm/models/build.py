@@ -10,8 +10,8 @@ import torch
 from omegaconf import DictConfig
 
 from stllm.models.checkpoints.audit import AuditReport
-from stllm.models.checkpoints.infer_config import decide_config, open_named
-from stllm.models.checkpoints.load import assemble, place
+from stllm.models.checkpoints.infer_config import decide_config, open_sources
+from stllm.models.checkpoints.load import assemble
 from stllm.models.configuration import STLLMConfig
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def config_from_settings(settings: Mapping[str, Any]) -> STLLMConfig:
     """Infer the configuration from the section and the weights that it names. Raises UserError."""
-    return decide_config(open_named(settings), settings)
+    return decide_config(open_sources(settings), settings)
 
 
 def build_model(cfg: DictConfig | Mapping[str, Any], *, device: str = "auto", dtype: str = "auto") -> STLLM:
@@ -48,23 +48,20 @@ def build_audited(
 ) -> tuple[STLLM, AuditReport]:
     """Build as `build_model` does, and return the audit too; trained_dtype, with_language_model: as in `assemble`."""
     settings = model_section(cfg)
-    sources = open_named(settings)
+    sources = open_sources(settings)
     config = decide_config(sources, settings)
-    if settings.get("low_resource") and with_language_model:
-        gpu = f"cuda:{settings.get('device_8bit', 0)}"
-        name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-        model, report = place(config, sources, device=gpu, dtype=name, quantization="8bit", training=True)
-    else:
-        model, report = assemble(
-            config,
-            sources,
-            device=device,
-            dtype=dtype,
-            training=True,
-            fresh=settings.get("fresh") or (),
-            trained_dtype=trained_dtype,
-            with_language_model=with_language_model,
-        )
+    eight_bit = settings.get("low_resource") and with_language_model  # the published switch
+    model, report = assemble(
+        config,
+        sources,
+        device=f"cuda:{settings.get('device_8bit', 0)}" if eight_bit else device,
+        dtype=dtype,
+        training=True,
+        fresh=settings.get("fresh") or (),
+        trained_dtype=None if eight_bit else trained_dtype,
+        with_language_model=with_language_model,
+        quantization="8bit" if eight_bit else None,
+    )
     if settings.get("use_grad_checkpoint") and with_language_model:
         # newer releases of transformers have renamed it, and warn at the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -5,65 +5,67 @@ Anything missing or of a wrong shape that the model needs is an error that names
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stllm.common.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# our keys, first fit; the order is the way of a video
-PARTS: dict[str, str] = {
-    "vision_encoder.adapter.": "temporal adapter",
-    "vision_encoder.ln_vision.": "ln_vision",
-    "vision_encoder.": "vision encoder",
-    "qformer.": "qformer",
-    "projection.": "projection",
-    "video_input.": "video input",
-    "mvm_decoder.": "mvm decoder",
-    "language_model.": "language model",
-}
-PART_NAMES = ("vision encoder", "temporal adapter", "ln_vision", *tuple(PARTS.values())[3:])
-OTHER = "other"
 
-# their keys that are ignored or fit nothing, to find the part they would have belonged to
-_HINTS = (
-    (r"BTAdapter", "temporal adapter"),
-    (r"Qformer|qformer", "qformer"),
-    (
-        r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b",
+class Part(NamedTuple):
+    """A part of the model. prefix: of our keys; hint: a pattern that foreign keys of it match.
+
+    given_by: the setting that names its weights; switch: or else the setting that leaves the part out.
+    """
+
+    name: str
+    prefix: str
+    hint: str
+    given_by: str = ""
+    switch: str = ""
+
+
+# the first that fits counts
+PARTS = (
+    Part("temporal adapter", "vision_encoder.adapter.", r"BTAdapter", switch="model.vit_model=eva_clip_g"),
+    Part("ln_vision", "vision_encoder.ln_vision.", r"(?!)", "model.q_former_model"),
+    Part("qformer", "qformer.", r"Qformer|qformer", "model.q_former_model"),
+    Part(
         "vision encoder",
+        "vision_encoder.",
+        r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b",
+        "model.vit_ckpt (eva_vit_g.pth)",
     ),
-    (r"(?:llama|llm|t5|opt|language)_proj", "projection"),
-    (r"residual_index|down_proj|up_proj", "video input"),
-    (r"mvm", "mvm decoder"),
-    (r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\.", "language model"),
+    Part(
+        "projection",
+        "projection.",
+        r"(?:llama|llm|t5|opt|language)_proj",
+        "model.ckpt (or an InstructBLIP file as model.q_former_model)",
+    ),
+    Part("video input", "video_input.", r"residual_index|down_proj|up_proj", switch="model.video_input=all"),
+    Part("mvm decoder", "mvm_decoder.", r"mvm", switch="model.mvm_decode=False"),
+    Part(
+        "language model",
+        "language_model.",
+        r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\.",
+        "model.llama_model",
+    ),
 )
-# what gives a part, and what switches one off
-GIVEN_BY = {
-    "vision encoder": "model.vit_ckpt (eva_vit_g.pth)",
-    "ln_vision": "model.q_former_model",
-    "qformer": "model.q_former_model",
-    "projection": "model.ckpt (or an InstructBLIP file as model.q_former_model)",
-    "language model": "model.llama_model",
-}
-SWITCHES = {
-    "temporal adapter": "model.vit_model=eva_clip_g",
-    "video input": "model.video_input=all",
-    "mvm decoder": "model.mvm_decode=False",
-}
+OTHER = "other"
+# in the order of a video's way
+PART_NAMES = ("vision encoder", "temporal adapter", "ln_vision", "qformer", *(part.name for part in PARTS[4:]))
 MAX_NAMED = 6
-STATES = ("loaded", "fresh", "missing", "wrong_shape", "unexpected", "ignored")
 
 
 def part_of(key: str) -> str:
     """Return the part that one of our keys belongs to."""
-    return next((part for prefix, part in PARTS.items() if key.startswith(prefix)), OTHER)
+    return next((part.name for part in PARTS if key.startswith(part.prefix)), OTHER)
 
 
 def part_of_theirs(key: str) -> str:
     """Guess the part of a key of a foreign format."""
-    return next((part for pattern, part in _HINTS if re.search(pattern, key)), OTHER)
+    return next((part.name for part in PARTS if re.search(part.hint, key)), OTHER)
 
 
 @dataclass
@@ -76,6 +78,9 @@ class PartAudit:
     wrong_shape: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+
+
+STATES = tuple(PartAudit.__dataclass_fields__)
 
 
 @dataclass
@@ -106,11 +111,11 @@ class AuditReport:
             )
         if not missing:
             return
-        parts = {part for part, audit in self.parts.items() if audit.missing}
-        if named := sorted({GIVEN_BY[part] for part in parts if part in GIVEN_BY}):
+        parts = [part for part in PARTS if part.name in self.parts and self.parts[part.name].missing]
+        if named := sorted({part.given_by for part in parts if part.given_by}):
             advice = f"the download may be incomplete; when building from pieces, name them with {', '.join(named)}"
         else:
-            off = " and ".join(SWITCHES[part] for part in SWITCHES if part in parts) or "in the configuration"
+            off = " and ".join(part.switch for part in parts) or "in the configuration"
             advice = f"switch off what needs them ({off}), or use a checkpoint that has them"
         raise UserError(
             f"{self.source}: {_counted(missing)} missing that the configuration needs: {_named(missing)}; {advice}"

@@ -25,13 +25,13 @@ from transformers import PretrainedConfig
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder
 from stllm.models.checkpoints.audit import AuditReport
-from stllm.models.checkpoints.formats import Source, locate
-from stllm.models.checkpoints.infer_config import Opened, decide_config, open_checkpoint, open_named, open_pieces
+from stllm.models.checkpoints.formats import Source
+from stllm.models.checkpoints.infer_config import open_model
 from stllm.models.checkpoints.load import assemble, processor_of
 from stllm.models.checkpoints.tables import RELEASED, UnknownKeyError
 from stllm.models.configuration import QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig
 from stllm.models.lora import load_adapter, merge_lora
-from stllm.models.settings import VISION_RENAMED, explicit_settings, published_settings
+from stllm.models.settings import VISION_RENAMED, published_settings
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import QFORMER_FOLDER
 
@@ -93,7 +93,7 @@ def convert(
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or none that a conversion wrote
         done, written = "", {}
         check_new(target, "--to")
-    opened = open_for_conversion(sources, cfg_path, options)
+    opened = open_model(sources, cfg_path, options=options)
     files = [*(source.path for source in opened.sources), *([] if adapter is None else [Path(adapter)])]
     inputs = [{str(path.absolute()): [s.st_size, s.st_mtime_ns] for path, s in _files(one).items()} for one in files]
     words = json.dumps([inputs, opened.settings, format, dtype, merge], sort_keys=True, default=str)
@@ -134,19 +134,6 @@ def _files(place: Path) -> dict[Path, os.stat_result]:
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): status.st_size for path, status in _files(folder).items()}
-
-
-def open_for_conversion(paths: Sequence[str | Path], cfg_path: str | Path | None, options: Sequence[str]) -> Opened:
-    """Open the sources, and before them the pieces that the configuration names, unless one is a whole model."""
-    settings = explicit_settings(cfg_path, options)
-    places = [locate(path) for path in paths]
-    if len(places) == 1:
-        sources = open_checkpoint(places[0], settings)
-    else:
-        sources = open_pieces(places, settings)
-        if not any(source.is_whole_model for source in sources):
-            sources = open_named(settings, *places)
-    return Opened(places[-1], sources, settings, decide_config(sources, settings))
 
 
 def stored_dtype(sources: Sequence[Source]) -> torch.dtype:

@@ -31,8 +31,30 @@ EVA_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/mod
 BACKBONE, ADAPTER, BERT = "vision_encoder.backbone.", "vision_encoder.adapter.", "qformer.bert."
 LN_VISION = "vision_encoder.ln_vision.weight"
 TEXT_KEY = f"{BERT}embeddings.word_embeddings.weight"
+LAYERS = f"{BERT}encoder.layer."
+CROSS_ATTENTION = re.compile(rf"{re.escape(LAYERS)}(\d+)\.crossattention")
 RESIDUAL_INDEX = "model.stllm_model.residual_index"  # (R,): not a weight of ours, but its length shows R
 NESTED = ("vision_config", "qformer_config", "mask_rate")  # merged key by key
+# group, size, our key, axis; the first key that is there counts: a Q-Former's file shows the encoder's width, too
+SIZES = (
+    ("vision_config", "embed_dim", f"{BACKBONE}patch_embed.proj.weight", 0),
+    ("vision_config", "embed_dim", LN_VISION, 0),
+    ("vision_config", "patch_size", f"{BACKBONE}patch_embed.proj.weight", 2),
+    ("vision_config", "max_frames", f"{ADAPTER}time_embed.weight", 0),
+    ("qformer_config", "hidden_size", f"{LAYERS}0.attention.attention.query.weight", 0),
+    ("qformer_config", "intermediate_size", f"{LAYERS}0.intermediate_query.dense.weight", 0),
+    ("qformer_config", "encoder_hidden_size", f"{LAYERS}0.crossattention.attention.key.weight", 1),
+    ("qformer_config", "vocab_size", TEXT_KEY, 0),
+    ("qformer_config", "max_position_embeddings", f"{BERT}embeddings.position_embeddings.weight", 0),
+    ("", "num_query_tokens", "qformer.query_tokens", 1),
+    ("", "residual_bottleneck", "video_input.down_proj.weight", 0),
+)
+# group, number of layers, what comes before a layer's number
+DEPTHS = (
+    ("vision_config", "depth", f"{BACKBONE}blocks."),
+    ("vision_config", "adapter_depth", f"{ADAPTER}spatial."),
+    ("qformer_config", "num_hidden_layers", LAYERS),
+)
 # group, width, head count, default width, width of a published head (EVA-ViT-g's 1408 / 16, every BERT's), name
 HEADS = (
     ("vision_config", "embed_dim", "num_heads", VISION_DEFAULTS["embed_dim"], 88, "vision encoder"),
@@ -67,26 +89,26 @@ class Opened:
     config: STLLMConfig
 
 
-def open_model(path: str | Path, cfg_path: str | Path | None = None, *, options: Sequence[str] = ()) -> Opened:
-    """Open a checkpoint and infer its configuration. Raises UserError."""
+def open_model(
+    paths: str | Path | Sequence[str | Path], cfg_path: str | Path | None = None, *, options: Sequence[str] = ()
+) -> Opened:
+    """Open a checkpoint, or pieces of one, and infer its configuration. Raises UserError."""
     settings = explicit_settings(cfg_path, options)
-    place = locate(path)
-    sources = open_checkpoint(place, settings)
-    return Opened(place, sources, settings, decide_config(sources, settings))
+    places = [locate(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    sources = open_sources(settings, *places)
+    return Opened(places[-1], sources, settings, decide_config(sources, settings))
 
 
-def open_pieces(paths: Sequence[str | Path], settings: Mapping[str, Any]) -> list[Source]:
-    """Open weight files and folders in that order. Raises UserError."""
-    depth = (settings.get("vision") or {}).get("depth")
-    return [open_source(path, depth=depth) for path in paths]
-
-
-def open_named(settings: Mapping[str, Any], *further: str | Path) -> list[Source]:
-    """Open the pieces that the settings name, then the further ones.
+def open_sources(settings: Mapping[str, Any], *paths: str | Path) -> list[Source]:
+    """Open these weights, and before them the pieces that the settings name, unless one is a whole model.
 
     The published encoder need not be named where the published code has left it, in torch's cache. Raises UserError.
     """
-    sources = open_pieces([*piece_paths(settings), *further], settings)
+    depth = (settings.get("vision") or {}).get("depth")
+    sources = [open_source(path, depth=depth) for path in paths]
+    if any(source.is_whole_model for source in sources):
+        return sources
+    sources = [*(open_source(path, depth=depth) for path in piece_paths(settings)), *sources]
     shapes = merged_shapes(sources)
     if shapes.get(LN_VISION) == (VISION_DEFAULTS["embed_dim"],) and f"{BACKBONE}pos_embed" not in shapes:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(EVA_URL).name
@@ -96,14 +118,8 @@ def open_named(settings: Mapping[str, Any], *further: str | Path) -> list[Source
                 "download it once"
             )
         log.info("model.vit_ckpt is not set: the vision encoder is the published one, %s", cached)
-        return [*open_pieces([cached], settings), *sources]
+        sources.insert(0, open_source(cached, depth=depth))
     return sources
-
-
-def open_checkpoint(path: str | Path, settings: Mapping[str, Any]) -> list[Source]:
-    """Open a checkpoint to be used; where it is only a part, the pieces that the settings name come before it."""
-    source = open_pieces([path], settings)[0]
-    return [source] if source.is_whole_model else open_named(settings, path)
 
 
 def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, default_llm: bool = False) -> STLLMConfig:
@@ -250,69 +266,39 @@ def _text_config(config: Mapping[str, Any]) -> Fields:
 
 def sizes_from_weights(shapes: Shapes) -> Fields:
     """Infer the fields of `STLLMConfig` that these weights settle: each size in a shape, each part that has a key."""
-    fields: Fields = {}
-    patches = shapes.get(f"{BACKBONE}patch_embed.proj.weight")
-    vision: Fields = {}
-    if patches is not None:
-        width, patch = patches[0], patches[2]
-        vision = {"encoder": "eva_clip_g", "embed_dim": width, "patch_size": patch}
-        if depth := _count(shapes, f"{BACKBONE}blocks."):
-            vision["depth"] = depth
+    fields: Fields = {"vision_config": {}, "qformer_config": {}}
+    for group, name, key, axis in SIZES:
+        if key in shapes:
+            (fields[group] if group else fields).setdefault(name, shapes[key][axis])
+    for group, name, prefix in DEPTHS:
+        if numbers := {int(key[len(prefix) :].split(".")[0]) for key in shapes if key.startswith(prefix)}:
+            fields[group][name] = max(numbers) + 1
+    vision, qformer = fields["vision_config"], fields["qformer_config"]
+    if "patch_size" in vision:
+        vision["encoder"] = "eva_clip_g"
         if f"{BACKBONE}pos_embed" in shapes:
-            vision["image_size"] = math.isqrt(shapes[f"{BACKBONE}pos_embed"][1] - 1) * patch
+            vision["image_size"] = math.isqrt(shapes[f"{BACKBONE}pos_embed"][1] - 1) * vision["patch_size"]
         if f"{BACKBONE}blocks.0.mlp.fc1.weight" in shapes:
-            hidden = shapes[f"{BACKBONE}blocks.0.mlp.fc1.weight"][0]
+            hidden, width = shapes[f"{BACKBONE}blocks.0.mlp.fc1.weight"]
             usual = float(VISION_DEFAULTS["mlp_ratio"])
             # the ratio only has to give this width again once it is multiplied and cut off
             vision["mlp_ratio"] = usual if int(width * usual) == hidden else (hidden + 0.5) / width
-    elif LN_VISION in shapes:  # a Q-Former's file: it shows the encoder's width
-        vision = {"embed_dim": shapes[LN_VISION][0]}
     if f"{ADAPTER}class_token" in shapes:
         vision["encoder"] = "eva_btadapter_g"
-        if depth := _count(shapes, f"{ADAPTER}spatial."):
-            vision["adapter_depth"] = depth
-        if f"{ADAPTER}time_embed.weight" in shapes:
-            vision["max_frames"] = shapes[f"{ADAPTER}time_embed.weight"][0]
-    if vision:
-        fields["vision_config"] = vision
     if any(key.startswith(BERT) for key in shapes):
-        fields |= {"has_qformer": True, "qformer_text_input": TEXT_KEY in shapes, "qformer_config": _qformer(shapes)}
-    elif patches is not None and shapes.get("projection.weight", (0, 0))[1] == 4 * patches[0]:
+        fields |= {"has_qformer": True, "qformer_text_input": TEXT_KEY in shapes}
+        crossing = sorted({int(match[1]) for key in shapes if (match := CROSS_ATTENTION.match(key))})
+        if crossing:
+            every = crossing[1] - crossing[0] if len(crossing) > 1 else max(qformer["num_hidden_layers"], 1)
+            qformer["cross_attention_frequency"] = every
+    elif "patch_size" in vision and shapes.get("projection.weight", (0, 0))[1] == 4 * vision["embed_dim"]:
         # the projection takes four neighbouring patches at once: the model without a Q-Former
         fields |= {"has_qformer": False, "qformer_text_input": False}
-    if "qformer.query_tokens" in shapes:
-        fields["num_query_tokens"] = shapes["qformer.query_tokens"][1]
-    if "video_input.down_proj.weight" in shapes:
-        fields |= {"video_input": "residual", "residual_bottleneck": shapes["video_input.down_proj.weight"][0]}
+    if "residual_bottleneck" in fields:
+        fields["video_input"] = "residual"
     if "mvm_decoder.head.weight" in shapes:
         fields["mvm_decode"] = True
-    return fields
-
-
-def _qformer(shapes: Shapes) -> Fields:
-    layers = f"{BERT}encoder.layer."
-    fields: Fields = {"num_hidden_layers": _count(shapes, layers)}
-    for name, key, axis in (
-        ("hidden_size", f"{layers}0.attention.attention.query.weight", 0),
-        ("intermediate_size", f"{layers}0.intermediate_query.dense.weight", 0),
-        ("encoder_hidden_size", f"{layers}0.crossattention.attention.key.weight", 1),
-        ("vocab_size", TEXT_KEY, 0),
-        ("max_position_embeddings", f"{BERT}embeddings.position_embeddings.weight", 0),
-    ):
-        if key in shapes:
-            fields[name] = shapes[key][axis]
-    crossing = sorted(
-        {int(n) for key in shapes for n in re.findall(rf"^{re.escape(layers)}(\d+)\.crossattention", key)}
-    )
-    if crossing:
-        every = crossing[1] - crossing[0] if len(crossing) > 1 else max(fields["num_hidden_layers"], 1)
-        fields["cross_attention_frequency"] = every
-    return fields
-
-
-def _count(shapes: Shapes, prefix: str) -> int:
-    """One more than the largest number that follows the prefix, 0 when there is none."""
-    return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in shapes if key.startswith(prefix)), default=-1)
+    return {name: value for name, value in fields.items() if value != {}}
 
 
 def with_head_counts(fields: Fields, source: str) -> Fields:

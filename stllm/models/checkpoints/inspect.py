@@ -19,14 +19,13 @@ from torch import nn
 
 from stllm.common.errors import UserError
 from stllm.models.checkpoints.audit import PART_NAMES, AuditReport, part_of
-from stllm.models.checkpoints.formats import Source, locate
+from stllm.models.checkpoints.formats import Source, locate, open_source
 from stllm.models.checkpoints.infer_config import (
     FAMILIES,
     assumptions,
     decide_config,
     merged_shapes,
-    open_checkpoint,
-    open_pieces,
+    open_sources,
     sizes_from_weights,
 )
 from stllm.models.checkpoints.load import make_plan, meta_model
@@ -65,10 +64,10 @@ def inspect_path(
     settings = explicit_settings(cfg_path, options)
     place = locate(path)
     if not settings:
-        source = open_pieces([place], settings)[0]
+        source = open_source(place)
         if not source.is_whole_model:
             return {**_stored([source]), "sizes": sizes_from_weights(merged_shapes([source]))}, None
-    sources = open_checkpoint(place, settings)
+    sources = open_sources(settings, place)
     config = decide_config(sources, settings)
     found, report = _describe(config, sources, training=False)
     return {**found, "assumed": assumptions(sources, settings, config)}, report
@@ -84,7 +83,8 @@ def inspect_config(
     settings = model_section(cfg)
     paths = piece_paths(settings)
     here = [path for path in paths if Path(path).exists()]
-    sources = open_pieces(here, settings)
+    depth = (settings.get("vision") or {}).get("depth")
+    sources = [open_source(path, depth=depth) for path in here]
     config = decide_config(sources, settings, default_llm=True)
     found, report = _describe(config, sources, training=True, fresh=settings.get("fresh") or (), run=cfg.run)
     absent = [

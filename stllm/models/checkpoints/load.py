@@ -121,14 +121,9 @@ def load_opened(
     """Load the model of an opened checkpoint, and return its audit too."""
     if quantization is None and opened.settings.get("low_resource"):
         quantization = "8bit"
-    config, sources = opened.config, opened.sources
-    stored = sources[-1].config.get("quantization_config") if sources[-1].format is Format.STLLM else None
-    if quantization is None and device_map is None and stored is None:
-        model, report = assemble(config, sources, device=device, dtype=dtype)
-    else:
-        model, report = place(
-            config, sources, device=device, dtype=dtype, quantization=quantization, device_map=device_map
-        )
+    model, report = assemble(
+        opened.config, opened.sources, device=device, dtype=dtype, quantization=quantization, device_map=device_map
+    )
     for line in report.details():
         log.debug(line)
     if unexpected := report.keys("unexpected"):
@@ -148,16 +143,28 @@ def assemble(
     fresh: Sequence[str] = (),
     trained_dtype: torch.dtype | None = None,
     with_language_model: bool = True,
+    quantization: str | None = None,
+    device_map: Any = None,
 ) -> tuple[STLLM, AuditReport]:
     """Build the model, fill it, and return it in evaluation mode with its audit.
 
     training: allow fresh parts, see `build_model`; fresh: further ones, names of `ASKED_FRESH`.
     trained_dtype: the type of what trains, where it differs from the rest's (float32 masters).
     with_language_model: if False, it is audited, but neither read nor held; enough for all that comes before it.
+    quantization, device_map: as in `load_model`; a foreign format passes through main memory then.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
     kind = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
+    own = sources[-1] if sources and sources[-1].format is Format.STLLM else None
+    arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
+    if quantization or device_map or (own and not training and own.config.get("quantization_config")):
+        arguments = {"config": config, "dtype": kind, "device_map": device_map or {"": place}}
+        if quantization is not None:
+            arguments["quantization_config"] = quantization_config(quantization, kind)
+        if own and len(sources) == 1 and not training:
+            return _read_by_transformers(own, arguments)
+        place = torch.device("cpu")
     model = meta_model(config, kind)
     if trained_dtype is not None:
         for parameter in model.parameters():
@@ -180,7 +187,55 @@ def assemble(
             f"not enough memory on {place}: the weights need {size:.1f} GiB as {str(kind).removeprefix('torch.')}; "
             "use a smaller type (--dtype bfloat16), quantized loading, or another --device"
         ) from error
+    if arguments:
+        model = STLLM.from_pretrained(None, state_dict=model.state_dict(), trust_remote_code=False, **arguments)
     return model.eval(), plan.report
+
+
+def _read_by_transformers(source: Source, arguments: dict[str, Any]) -> tuple[STLLM, AuditReport]:
+    """Load a checkpoint in our own format, with transformers' report as the audit."""
+    loaded: Any = STLLM.from_pretrained(
+        source.path, output_loading_info=True, local_files_only=True, trust_remote_code=False, **arguments
+    )
+    model, info = loaded
+    report = AuditReport(source=str(source.path))
+    for state in ("missing", "unexpected"):
+        for key in info[f"{state}_keys"]:
+            report.add(state, part_of(key), key)
+    for key, found, expected in info["mismatched_keys"]:
+        report.add("wrong_shape", part_of(key), f"{key}: found {tuple(found)}, expected {tuple(expected)}")
+    missing = set(info["missing_keys"])
+    for key in source.entries:
+        if key not in missing:
+            report.add("loaded", part_of(key), key)
+    report.raise_for_problems()
+    return model.eval(), report
+
+
+def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return bitsandbytes' settings for the language model's linear layers, without its head, in 8bit or 4bit.
+
+    Raises UserError where that can't work.
+    """
+    if name not in QUANTIZATIONS:
+        raise UserError(unknown_name("quantization", name, QUANTIZATIONS))
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{name} loading needs a CUDA GPU, and none is here: load in bfloat16 (--dtype bfloat16) instead"
+        )
+    try:
+        import bitsandbytes  # noqa: F401  # only whether it is there
+    except ImportError as error:
+        raise UserError(
+            f"{name} loading needs bitsandbytes: `pip install bitsandbytes`, or load in bfloat16"
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_8bit=name == "8bit",
+        load_in_4bit=name == "4bit",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=list(KEPT_PRECISE),
+    )
 
 
 def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
@@ -361,7 +416,7 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
                 _copy(source, plan.origins[key][1], key, new)
                 _set_tensor(model, key, new, loaded=True)
                 bar.update(new.nbytes)
-            for key in {plan.origins[key][1].key for key in keys}:
+            for key in dict.fromkeys(plan.origins[key][1].key for key in keys):
                 for target in source.table.targets(key):
                     if target.key is None and (part := target.take(source.weights.read(key))).count_nonzero():
                         raise UserError(
@@ -426,70 +481,3 @@ def _set_tensor(model: STLLM, key: str, tensor: Tensor, *, loaded: bool) -> None
     new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     new._is_hf_initialized = loaded  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
     setattr(parent, name, new)
-
-
-def place(
-    config: STLLMConfig,
-    sources: Sequence[Source],
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    quantization: str | None = None,
-    device_map: Any = None,
-    training: bool = False,
-) -> tuple[STLLM, AuditReport]:
-    """Load the model quantised or spread over devices, in evaluation mode, with its audit. Raises UserError.
-
-    transformers reads our own format directly; a foreign one passes through main memory.
-    """
-    target = resolve_device(device)
-    kind = resolve_dtype(dtype, target)
-    arguments: dict[str, Any] = {"dtype": kind, "device_map": device_map or {"": target}, "trust_remote_code": False}
-    if quantization is not None:
-        arguments["quantization_config"] = quantization_config(quantization, kind)
-    if [source.format for source in sources] != [Format.STLLM] or training:
-        model, report = assemble(config, sources, device="cpu", dtype=kind, training=training)
-        placed = STLLM.from_pretrained(None, config=config, state_dict=model.state_dict(), **arguments)
-        return placed.eval(), report
-    loaded: Any = STLLM.from_pretrained(
-        sources[0].path, config=config, output_loading_info=True, local_files_only=True, **arguments
-    )
-    placed, info = loaded
-    report = AuditReport(source=str(sources[0].path))
-    for state in ("missing", "unexpected"):
-        for key in info[f"{state}_keys"]:
-            report.add(state, part_of(key), key)
-    for key, found, expected in info["mismatched_keys"]:
-        report.add("wrong_shape", part_of(key), f"{key}: found {tuple(found)}, expected {tuple(expected)}")
-    missing = set(info["missing_keys"])
-    for key in sources[0].entries:
-        if key not in missing:
-            report.add("loaded", part_of(key), key)
-    report.raise_for_problems()
-    return placed.eval(), report
-
-
-def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return bitsandbytes' settings for the language model's linear layers, but not its head, in 8bit or 4bit.
-
-    Raises UserError where that can't work.
-    """
-    if name not in QUANTIZATIONS:
-        raise UserError(unknown_name("quantization", name, QUANTIZATIONS))
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"{name} loading needs a CUDA GPU, and none is here: load in bfloat16 (--dtype bfloat16) instead"
-        )
-    try:
-        import bitsandbytes  # noqa: F401  # only whether it is there
-    except ImportError as error:
-        raise UserError(
-            f"{name} loading needs bitsandbytes: `pip install bitsandbytes`, or load in bfloat16"
-        ) from error
-    return BitsAndBytesConfig(
-        load_in_8bit=name == "8bit",
-        load_in_4bit=name == "4bit",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=list(KEPT_PRECISE),
-    )

@@ -21,7 +21,7 @@ from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.models import language_model as lm
 from stllm.models.checkpoints.formats import locate, read_json
 from stllm.models.checkpoints.load import load_pretrained
-from stllm.models.checkpoints.tables import RELEASED, UnknownKeyError
+from stllm.models.checkpoints.tables import RELEASED
 from stllm.models.masking import keep_tokens
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
@@ -29,6 +29,8 @@ from stllm.processors.prompts import PromptProcessor
 
 PLACEHOLDER = "<ImageHere>"  # the visual tokens in meta.json's instructions
 MARK = "\x00"  # stands for the question while a template is taken apart
+
+Comparison = tuple[str, Any, Any]  # name, found, expected
 
 
 @dataclass(frozen=True)
@@ -83,148 +85,125 @@ def verify_folder(
         )
     expected = load_file(place / "expected.safetensors")
     model, processor = load_pretrained(checkpoint or place, device="cpu", dtype="float32")
-    golden = _Golden(model.requires_grad_(True), processor, meta, expected, atol, rtol)
-    golden.compare_encoder()
-    golden.compare_training()
-    golden.compare_generation()
-    return golden.rows
+    comparisons = _recomputed(model.requires_grad_(True), processor, meta, expected)
+    return [_row(*comparison, atol, rtol) for comparison in comparisons]
 
 
-class _Golden:
-    """One folder being recomputed; each step adds its rows."""
+def _row(name: str, found: Any, expected: Any, atol: float, rtol: float) -> Row:
+    """Compare floating-point tensors by their largest difference, infinite for another shape; all else for equality."""
+    if not isinstance(expected, Tensor) or not expected.is_floating_point():
+        same = _plain(found) == _plain(expected)
+        return Row(name, "equal", 0.0 if same else math.inf, 0.0)
+    difference = math.inf
+    if found is not None and found.shape == expected.shape:
+        difference = (found.float() - expected.float()).abs().max().item() if found.numel() else 0.0
+    if not name.startswith("grad."):
+        return Row(name, "tensor", difference, atol)
+    return Row(name, "gradient", difference / expected.abs().max().item(), rtol)
 
-    def __init__(
-        self,
-        model: STLLM,
-        processor: PromptProcessor,
-        meta: Mapping[str, Any],
-        expected: Mapping[str, Tensor],
-        atol: float,
-        rtol: float,
-    ) -> None:
-        self.model, self.processor, self.meta, self.expected = model, processor, meta, expected
-        self.atol, self.rtol = atol, rtol
-        self.rows: list[Row] = []
-        before, after = self._instruction(MARK).split(MARK)
-        for text in meta["instructions"]:
-            if not (text.startswith(before) and text.endswith(after)):
-                raise UserError(
-                    f"meta.json's instruction {text!r} does not have the form {before + '{question}' + after!r}: "
-                    "name a folder whose prompts are of this family"
-                )
-        self.questions = [text[len(before) : len(text) - len(after)] for text in meta["instructions"]]
-        self.texts = processor.qformer_inputs(self.questions)
 
-    def compare_encoder(self) -> None:
-        """Compare frames to projected tokens, and the visual tokens that evaluation makes of the first video."""
-        video = self.expected["video"]
-        with torch.no_grad():
-            encoder = self.model.vision_encoder
-            tokens = encoder.encode(video)
-            self._tensor("vit", tokens)
-            self._tensor("vit_ln", encoder.ln_vision(tokens))
-            frames = self.model.frame_tokens(self.model.encode_video(video), **self.texts)  # (B, T, K, D)
-            self.visual = self.model.video_input(frames)  # (B, N, D)
-        self._tensor("frame_tokens", frames)
-        self._tensor("infer_frame_tokens", frames[0])
-        self._tensor("infer_visual_tokens", self.visual[:1])
-        if "residual_index" in self.expected:
-            indices = residual_frame_indices(video.shape[1], self.model.config.residual_size)
-            self._equal("residual_index", indices, self.expected["residual_index"].tolist())
+def _plain(values: Any) -> Any:
+    return values.tolist() if isinstance(values, Tensor) else values
 
-    def compare_training(self) -> None:
-        """Compare prompts, joined sequences, logits at all positions and at labels, losses, and gradients."""
-        rows = [
-            self.processor.training_ids([Turn(question, answer)])
-            for question, answer in zip(self.questions, self.meta["answers"], strict=True)
-        ]
-        batch = self.processor.pad([ids for ids, _ in rows], labels=[labels for _, labels in rows])
-        ids, attention = batch["input_ids"], batch["attention_mask"]
-        rendered = [self._instruction(question) for question in self.questions]
-        self._equal("instructions", rendered, list(self.meta["instructions"]))
-        mask = self.expected.get("mask")
-        with torch.no_grad():
-            kept = self.visual if mask is None else keep_tokens(self.visual, mask)
-            student = self.model.join(list(kept), ids, attention, labels=batch["labels"])
-            assert student.labels is not None  # they were given
-            self._tensor("inputs_embeds", student.inputs_embeds)
-            self._equal("attention_mask", student.attention_mask.tolist(), self.expected["attention_mask"].tolist())
-            self._equal("labels", student.labels.tolist(), self.expected["labels"].tolist())
-            hidden = lm.last_hidden_states(self.model.language_model, student.inputs_embeds, student.attention_mask)
-            logits = lm.logits_of(self.model.language_model, hidden)
-            real = student.attention_mask.bool()
-            self._tensor("logits", logits[real], self.expected["logits"][real])
-            if mask is not None:  # the teacher sees all tokens
-                teacher = self.model.join(list(self.visual), ids, attention)
-                wanted = self.expected["teacher_attention_mask"]
-                self._tensor("teacher_inputs_embeds", teacher.inputs_embeds)
-                self._equal("teacher_attention_mask", teacher.attention_mask.tolist(), wanted.tolist())
-                # stopping at the last visual token leaves its states as they are
-                whole = lm.last_hidden_states(self.model.language_model, teacher.inputs_embeds, teacher.attention_mask)
-                positions = teacher.visual_positions(self.visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
-                prefix = self.model.teacher_hidden_states(self.visual, ids, attention)
-                self._tensor("teacher (prefix only)", prefix, whole.gather(1, positions))
-        output = self.model(pixel_values=self.expected["video"], token_mask=mask, **batch, **self.texts)
-        for name in ("loss", "loss_lm", "loss_mvm"):
-            found = getattr(output, name)  # None without masking: no such loss
-            self._tensor(name, torch.zeros(()) if found is None else found.detach())
-        labelled = self.expected["labels"][:, 1:] != -100
-        self._tensor("logits (labels only)", output.logits.detach(), self.expected["logits"][:, :-1][labelled])
 
-        output.loss.backward()
-        parameters = dict(self.model.named_parameters())
-        for name, expected in self.expected.items():
-            if name.startswith("grad."):
-                try:
-                    parameter = parameters.get(RELEASED.to_ours(name.removeprefix("grad.")) or "")
-                except UnknownKeyError:
-                    parameter = None
-                gradient = None if parameter is None else parameter.grad
-                difference = (
-                    math.inf if gradient is None else _largest(gradient, expected) / expected.abs().max().item()
-                )
-                self.rows.append(Row(name, "gradient", difference, self.rtol))
-        self.model.zero_grad(set_to_none=True)
-
-    def compare_generation(self) -> None:
-        """Compare the prompt of the first question, and the tokens that greedy search and beams make of it."""
-        prompt = self.processor.prompt_ids([Turn(self.questions[0])], system="")
-        names = ("prompt_ids",) if "prompt_ids" in self.expected else ("prompt_ids_before", "prompt_ids_after")
-        published = [token for name in names for token in self.expected[name][0].tolist()]
-        self._equal("prompt_ids", [token for token in prompt if token >= 0], published)
-        batch = self.processor.pad([prompt], side="left")
-        with torch.no_grad():
-            sequence = self.model.join(list(self.visual[:1]), batch["input_ids"], batch["attention_mask"])
-        self._tensor("generate_inputs_embeds", sequence.inputs_embeds)
-        for name, beams in (("greedy_ids", 1), ("beam3_ids", 3)):
-            expected = self.expected[name][0, 1:].tolist()  # the first id is an artefact of the old library
-            found = self.model.generate(
-                **batch,
-                visual_tokens=list(self.visual[:1]),
-                max_new_tokens=len(expected),
-                num_beams=beams,
-                do_sample=False,
-                eos_token_id=self.processor.eos_token_id,
-                pad_token_id=self.processor.pad_token_id,
+def _recomputed(
+    model: STLLM, processor: PromptProcessor, meta: Mapping[str, Any], expected: Mapping[str, Tensor]
+) -> list[Comparison]:
+    """Compute all that the published system has computed: encoder, training with its gradients, generation."""
+    video, mask = expected["video"], expected.get("mask")
+    before, after = _instruction(processor, MARK).split(MARK)
+    for text in meta["instructions"]:
+        if not (text.startswith(before) and text.endswith(after)):
+            raise UserError(
+                f"meta.json's instruction {text!r} does not have the form {before + '{question}' + after!r}: "
+                "name a folder whose prompts are of this family"
             )
-            self._equal(name, found[0].tolist(), expected)
+    questions = [text[len(before) : len(text) - len(after)] for text in meta["instructions"]]
+    texts = processor.qformer_inputs(questions)
+    with torch.no_grad():
+        tokens = model.vision_encoder.encode(video)
+        frames = model.frame_tokens(model.encode_video(video), **texts)  # (B, T, K, D)
+        visual = model.video_input(frames)  # (B, N, D)
+        found: list[Comparison] = [
+            ("vit", tokens, expected["vit"]),
+            ("vit_ln", model.vision_encoder.ln_vision(tokens), expected["vit_ln"]),
+            ("frame_tokens", frames, expected["frame_tokens"]),
+            ("infer_frame_tokens", frames[0], expected["infer_frame_tokens"]),
+            ("infer_visual_tokens", visual[:1], expected["infer_visual_tokens"]),
+        ]
+    if "residual_index" in expected:
+        indices = residual_frame_indices(video.shape[1], model.config.residual_size)
+        found.append(("residual_index", indices, expected["residual_index"]))
 
-    def _instruction(self, question: str) -> str:
-        """The question as the published template renders it."""
-        pieces = self.processor.template.render(Turn(question), first=True, media="video")
-        return "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)
+    rendered = [_instruction(processor, question) for question in questions]
+    found.append(("instructions", rendered, list(meta["instructions"])))
+    turns = [[Turn(question, answer)] for question, answer in zip(questions, meta["answers"], strict=True)]
+    rows = [processor.training_ids(turn) for turn in turns]
+    batch = processor.pad([ids for ids, _ in rows], labels=[labels for _, labels in rows])
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        kept = visual if mask is None else keep_tokens(visual, mask)
+        student = model.join(list(kept), ids, attention, labels=batch["labels"])
+        found += [
+            (name, getattr(student, name), expected[name]) for name in ("inputs_embeds", "attention_mask", "labels")
+        ]
+        hidden = lm.last_hidden_states(model.language_model, student.inputs_embeds, student.attention_mask)
+        real = student.attention_mask.bool()
+        found.append(("logits", lm.logits_of(model.language_model, hidden)[real], expected["logits"][real]))
+        if mask is not None:  # the teacher sees all tokens
+            teacher = model.join(list(visual), ids, attention)
+            for name in ("inputs_embeds", "attention_mask"):
+                found.append((f"teacher_{name}", getattr(teacher, name), expected[f"teacher_{name}"]))
+            # stopping at the last visual token leaves its states as they are
+            whole = lm.last_hidden_states(model.language_model, teacher.inputs_embeds, teacher.attention_mask)
+            positions = teacher.visual_positions(visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
+            prefix = model.teacher_hidden_states(visual, ids, attention)
+            found.append(("teacher (prefix only)", prefix, whole.gather(1, positions)))
+    output = model(pixel_values=video, token_mask=mask, **batch, **texts)
+    for name in ("loss", "loss_lm", "loss_mvm"):
+        loss = getattr(output, name)  # None without masking: no such loss
+        found.append((name, torch.zeros(()) if loss is None else loss.detach(), expected[name]))
+    labelled = expected["labels"][:, 1:] != -100
+    found.append(("logits (labels only)", output.logits.detach(), expected["logits"][:, :-1][labelled]))
+    output.loss.backward()
+    gradients = {RELEASED.to_theirs(name): parameter.grad for name, parameter in model.named_parameters()}
+    for name in expected:
+        if name.startswith("grad."):
+            found.append((name, gradients.get(name.removeprefix("grad.")), expected[name]))
+    model.zero_grad(set_to_none=True)
+    return found + _generated(model, processor, questions[0], visual[:1], expected)
 
-    def _tensor(self, name: str, found: Tensor, expected: Tensor | None = None) -> None:
-        difference = _largest(found, self.expected[name] if expected is None else expected)
-        self.rows.append(Row(name, "tensor", difference, self.atol))
 
-    def _equal(self, name: str, found: list[Any], expected: list[Any]) -> None:
-        self.rows.append(Row(name, "equal", 0.0 if found == expected else math.inf, 0.0))
+def _generated(
+    model: STLLM, processor: PromptProcessor, question: str, visual: Tensor, expected: Mapping[str, Tensor]
+) -> list[Comparison]:
+    """Compute a question's prompt, and the tokens that greedy search and beams make of it."""
+    prompt = processor.prompt_ids([Turn(question)], system="")
+    names = ("prompt_ids",) if "prompt_ids" in expected else ("prompt_ids_before", "prompt_ids_after")
+    published = [token for name in names for token in expected[name][0].tolist()]
+    batch = processor.pad([prompt], side="left")
+    with torch.no_grad():
+        sequence = model.join(list(visual), batch["input_ids"], batch["attention_mask"])
+    found: list[Comparison] = [
+        ("prompt_ids", [token for token in prompt if token >= 0], published),
+        ("generate_inputs_embeds", sequence.inputs_embeds, expected["generate_inputs_embeds"]),
+    ]
+    for name, beams in (("greedy_ids", 1), ("beam3_ids", 3)):
+        wanted = expected[name][0, 1:]  # the first id is an artefact of the old library
+        answers = model.generate(
+            **batch,
+            visual_tokens=list(visual),
+            max_new_tokens=len(wanted),
+            num_beams=beams,
+            do_sample=False,
+            eos_token_id=processor.eos_token_id,
+            pad_token_id=processor.pad_token_id,
+        )
+        found.append((name, answers[0], wanted))
+    return found
 
 
-def _largest(found: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference; infinite when the shapes differ or anything is no number."""
-    if found.shape != expected.shape:
-        return math.inf
-    difference = (found.float() - expected.float()).abs().max().item() if found.numel() else 0.0
-    return difference if difference == difference else math.inf
+def _instruction(processor: PromptProcessor, question: str) -> str:
+    """The question as the published template renders it."""
+    pieces = processor.template.render(Turn(question), first=True, media="video")
+    return "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)

@@ -332,8 +332,8 @@ def test_the_published_8bit_switch_means_8bit(monkeypatch: pytest.MonkeyPatch) -
         asked.append(arguments)
         raise UserError("not here")
 
-    monkeypatch.setattr(load, "place", refuse)
-    monkeypatch.setattr(build, "place", refuse)
+    monkeypatch.setattr(load, "assemble", refuse)
+    monkeypatch.setattr(build, "assemble", refuse)
     with pytest.raises(UserError, match="not here"):
         load_opened(open_model(GOLDEN / "minigpt4_plain_all", options=["model.low_resource=True"]), device="cpu")
     settings = {
