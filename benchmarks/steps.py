@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.common import resident_bytes, take_turns
 from stllm.models import language_model as lm
-from stllm.models.checkpoints.assembly import assemble
+from stllm.models.checkpoints.load import assemble
 from stllm.models.configuration import STLLMConfig
 from stllm.models.masking import draw_dropped, mvm_loss
 from stllm.models.st_llm import STLLM

@@ -23,7 +23,7 @@ from stllm.common.errors import UserError
 from stllm.conversation import templates
 from stllm.evaluation import videoqa
 from stllm.models import st_llm, video_inputs, vision
-from stllm.models.factory import build_model
+from stllm.models.build import build_model
 from tests.evaluation import test_presets
 from tests.helpers.evaluation import CHECKPOINT, QUICK, lines, write_set
 from tests.helpers.tiny import tiny_batch

@@ -308,7 +308,7 @@ def load_chat(
     num_frames: of a video; None for the checkpoint's own number.
     context: the rule for long prompts, `published` (None) or `all`; see conversation/context.py.
     """
-    from stllm.models.checkpoints.loading import load_pretrained
+    from stllm.models.checkpoints.load import load_pretrained
 
     model, processor = load_pretrained(path, cfg_path, options=options, device=device, dtype=dtype)
     decoding = Decoding.published(processor.template).with_options(context=context)

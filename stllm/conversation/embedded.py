@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.common.json_text import loads
-from stllm.models.factory import explicit_settings
+from stllm.models.settings import explicit_settings
 
 log = logging.getLogger(__name__)
 

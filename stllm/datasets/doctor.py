@@ -234,8 +234,8 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task], sec
 
 def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
     """The configured model's length check; `at_least_words` if the model's files are not there."""
-    from stllm.models.checkpoints.loading import processor_of
-    from stllm.models.factory import model_section, piece_paths
+    from stllm.models.checkpoints.load import processor_of
+    from stllm.models.settings import model_section, piece_paths
     from stllm.tasks.video_text_it import PositionLimit, open_configured
 
     settings = model_section(cfg)

@@ -26,8 +26,8 @@ from stllm.evaluation import results
 from stllm.evaluation.items import Benchmark
 from stllm.evaluation.probes import Probe, probe_options, probe_views
 from stllm.evaluation.runs import Outcome, Runs
-from stllm.models.checkpoints.loading import open_model
-from stllm.models.factory import explicit_settings
+from stllm.models.checkpoints.infer_config import open_model
+from stllm.models.settings import explicit_settings
 from stllm.runners.processes import process_group
 
 # options of the command that are settings of the section

@@ -15,7 +15,7 @@ from stllm.common.files import write_text
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.digests import item_prompts
 from stllm.evaluation.items import Benchmark, Item
-from stllm.models.checkpoints.loading import Opened
+from stllm.models.checkpoints.infer_config import Opened
 from stllm.processors.prompts import PromptProcessor
 
 # What may differ when a run is gone on with: no answer depends on it, items are looked at line by line, and `decoding`

@@ -23,7 +23,8 @@ from stllm.evaluation.engine import Engine, head, share
 from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.evaluation.record_files import RecordFiles
 from stllm.evaluation.run_settings import check_same, decisive, run_settings, save_settings
-from stllm.models.checkpoints.loading import Opened, load_opened, processor_of
+from stllm.models.checkpoints.infer_config import Opened
+from stllm.models.checkpoints.load import load_opened, processor_of
 from stllm.runners.processes import num_decoders, wait_for_all
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,8 @@ from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
 from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
-from stllm.models.factory import build_encoder, config_from_settings, model_section
+from stllm.models.build import build_encoder, config_from_settings
+from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
 from stllm.runners.processes import num_decoders, process_group, wait_for_all
 from stllm.runners.trainer import gathered

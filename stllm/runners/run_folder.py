@@ -27,7 +27,7 @@ from stllm.common.failures import sentence
 from stllm.common.files import locked, write_text
 from stllm.common.json_text import loads
 from stllm.common.run_section import UNUSED
-from stllm.models.checkpoints.shards import open_weights
+from stllm.models.checkpoints.weights import WeightFiles
 from stllm.runners.meter import is_distributed
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
                 with safe_globals():
                     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             elif path.suffix == ".safetensors":
-                open_weights([path])
+                WeightFiles([path])
         except UserError as error:
             return str(error)
         except Exception as error:  # of json, torch and the file system: many kinds

@@ -26,8 +26,8 @@ from stllm.common.json_text import loads
 from stllm.common.parent import end_with_parent
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
-from stllm.models.checkpoints.assembly import restore
 from stllm.models.checkpoints.audit import MAX_NAMED
+from stllm.models.checkpoints.load import restore
 from stllm.models.configuration import reason
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor

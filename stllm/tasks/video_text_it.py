@@ -24,11 +24,12 @@ from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
 from stllm.datasets.samples import Corpus, Sample, TextFirst
 from stllm.models import precomputed
-from stllm.models.checkpoints.deciding import decide_config, open_named
-from stllm.models.checkpoints.loading import Opened, processor_of
+from stllm.models.build import build_audited
+from stllm.models.checkpoints.infer_config import Opened, decide_config, open_sources
+from stllm.models.checkpoints.load import processor_of
 from stllm.models.configuration import STLLMConfig
-from stllm.models.factory import build_audited, model_section
 from stllm.models.lora import save_adapter
+from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
@@ -148,7 +149,7 @@ class PositionLimit:
 def open_configured(cfg: DictConfig) -> Opened:
     """The files that `model` names, and the model's configuration, from their headers alone. Raises UserError."""
     settings = model_section(cfg)
-    sources = open_named(settings)
+    sources = open_sources(settings)
     config = decide_config(sources, settings)
     named = settings.get("ckpt") or settings.get("llama_model")
     if not named:

@@ -6,8 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stllm.models.checkpoints import tables
-from stllm.models.checkpoints.keys import KeyTable, UnknownKeyError
-from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, golden_weights
+from stllm.models.checkpoints.formats import open_source
+from stllm.models.checkpoints.tables import KeyTable, UnknownKeyError
+from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, GOLDEN, golden_weights
+
+LM_NORM = "language_model.model.norm.weight"
 
 INVERTIBLE = (
     tables.RELEASED,
@@ -15,7 +18,7 @@ INVERTIBLE = (
     tables.BLIP2_LAVIS,
     tables.MINIGPT4,
     tables.CAUSAL_LM,
-    tables.eva_table(39),
+    tables.EVA,
 )
 
 
@@ -63,28 +66,24 @@ def test_an_unknown_key_raises() -> None:
 
 
 def test_eva_leaves_out_one_block_and_the_classifier() -> None:
-    table = tables.eva_table(4)
-    weights = torch.load(FOREIGN / "eva_vit_g.pth", weights_only=True)
-    ignored = {key for key in weights if table.to_ours(key) is None}
-    assert {key.split(".")[0] for key in ignored} == {"blocks", "norm", "head"}
-    assert {key.split(".")[1] for key in ignored if key.startswith("blocks")} == {"4"}
-    assert "vision_encoder.backbone.blocks.3.norm1.weight" in table.convert(weights)
+    source = open_source(FOREIGN / "eva_vit_g.pth")
+    assert {key.split(".")[0] for key in source.ignored_keys} == {"blocks", "norm", "head"}
+    assert {key.split(".")[1] for key in source.ignored_keys if key.startswith("blocks")} == {"4"}
+    assert "vision_encoder.backbone.blocks.3.norm1.weight" in source.entries
 
 
-def test_a_fused_bias_is_split_and_its_k_part_must_be_zero() -> None:
-    key = "vision_model.encoder.layers.7.self_attn.qkv.bias"
+def test_a_fused_bias_is_split() -> None:
+    """That its k part must be zero is the loading's, see test_foreign.py."""
     fused = torch.cat([torch.full((4,), 1.0), torch.zeros(4), torch.full((4,), 3.0)])
-    ours = tables.TRANSFORMERS_BLIP.convert({key: fused})
+    targets = tables.TRANSFORMERS_BLIP.targets("vision_model.encoder.layers.7.self_attn.qkv.bias")
     stem = "vision_encoder.backbone.blocks.7.attn"
-    assert {name: tensor[0].item() for name, tensor in ours.items()} == {f"{stem}.q_bias": 1.0, f"{stem}.v_bias": 3.0}
-    fused[5] = 0.5
-    with pytest.raises(ValueError, match="no key bias"):
-        tables.TRANSFORMERS_BLIP.convert({key: fused})
+    parts = {target.key: target.take(fused).tolist() for target in targets}
+    assert parts == {f"{stem}.q_bias": [1.0] * 4, None: [0.0] * 4, f"{stem}.v_bias": [3.0] * 4}
 
 
-def test_a_converted_state_dict_has_the_same_tensors() -> None:
+def test_a_source_s_entries_are_its_tensors_under_our_names() -> None:
     weights = golden_weights("minigpt4_plain_all")
-    ours = tables.RELEASED.convert(weights)
-    assert ours["projection.weight"] is not None
+    source = open_source(GOLDEN / "minigpt4_plain_all")
+    ours = {key: source.weights.read(source.entries[key].key) for key in ("projection.weight", LM_NORM)}
     assert torch.equal(ours["projection.weight"], weights["model.stllm_model.llama_proj.weight"])
-    assert torch.equal(ours["language_model.model.norm.weight"], weights["model.norm.weight"])
+    assert torch.equal(ours[LM_NORM], weights["model.norm.weight"])

@@ -10,8 +10,8 @@ import torch
 
 from stllm.cli import main
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.loading import load_model, load_pretrained
-from stllm.models.factory import build_audited
+from stllm.models.build import build_audited
+from stllm.models.checkpoints.load import load_model, load_pretrained
 from tests.models.checkpoints.conftest import FOREIGN, GOLDEN, change_json, change_weights
 
 Copy = Callable[[str], Path]
