@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from stllm.common.errors import UserError
+from stllm.common.terminal import console
 from stllm.models.checkpoints.audit import PART_NAMES, AuditReport, part_of
 from stllm.models.checkpoints.formats import Source, locate, open_source
 from stllm.models.checkpoints.infer_config import (
