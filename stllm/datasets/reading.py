@@ -101,7 +101,7 @@ class ReadingPool:
             self._give_back(process)
         if isinstance(result, BaseException):
             raise result
-        return result  # type: ignore[no-any-return]
+        return result
 
     def close(self) -> None:
         """Ends the processes: at once those that rest, within a tick those that read. Later readings are refused."""

@@ -56,7 +56,11 @@ def listen(app: Any, listener: socket.socket, folder: Path, jobs: Jobs, *, patie
         timeout_graceful_shutdown=patience,
     )
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
-    _Server(config, folder, jobs).run(sockets=[listener])
+    server = _Server(config, folder, jobs)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        server.latest.cancel()
 
 
 class _Server(uvicorn.Server):
@@ -64,15 +68,15 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.folder = folder
         self.jobs = jobs
+        self.latest = Timer(LATEST_SECONDS, end_at_once, [folder])
+        self.latest.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins the shutdown, or ends the process when it has begun."""
         if self.should_exit:
             end_at_once(self.folder)
         self.jobs.reading.close()
-        latest = Timer(LATEST_SECONDS, end_at_once, [self.folder])
-        latest.daemon = True
-        latest.start()
+        self.latest.start()
         super().handle_exit(sig, frame)
 
 

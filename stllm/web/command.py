@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.embedded import FOLDER, KNOWS, chosen_checkpoint, find_examples
@@ -82,7 +82,7 @@ def build_app(service: "Service", *, local: bool, about: str = "") -> "FastAPI":
     middleware = [Middleware(Guard, limits=service.limits, folder=service.folder)]
     if local:  # a page elsewhere that lets its own name point here is turned away
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
-    closed = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     examples = find_examples()
     return gradio.mount_gradio_app(
         FastAPI(lifespan=lifespan, **closed),
