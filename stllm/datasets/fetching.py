@@ -69,8 +69,8 @@ def fetch(shard: str, path: Path) -> None:
             raise MediaError(f"{shard}: fetching it needs the program {error.filename!r}: install it") from error
         except (OSError, ValueError) as error:  # a URL of megabytes, or with a NUL
             raise MediaError(f"{shard[:200]}: the shard cannot be fetched ({error}); check the URL") from error
+        assert process.stdin is not None and process.stdout is not None
         try:
-            assert process.stdin is not None and process.stdout is not None
             with suppress(BrokenPipeError), process.stdin as entry:
                 entry.write(_hub_header() if scheme == "hf" else b"")
             _copy(shard, process.stdout, file, timed=scheme != PIPE)

@@ -148,7 +148,7 @@ def test_huge_members_are_bad_samples(tmp_path, toy, capsys) -> None:
     assert "c.json: found a caption of 7,000,026" in captured.out
     assert "found 2 faults" in captured.err
     data = {"pairs": {"type": "image_text", "shards": str(path), "cache_dir": str(tmp_path / "cache")}}
-    words = {"max_bad_fraction": 0.9, "max_steps": 3, "dataloader_num_workers": 1}
+    words: dict[str, Any] = {"max_bad_fraction": 0.9, "max_steps": 3, "dataloader_num_workers": 1}
     recipe = write_recipe(tmp_path / "t.yaml", toy, datasets=data, **words)
     assert main(["train", "--cfg-path", str(recipe)]) == 0
 

@@ -147,7 +147,7 @@ def transport_stream(codec: str, size: tuple[int, int], frames: int, pid: str, *
     file = io.BytesIO()
     drawn = np.random.default_rng(0)
     with av.open(file, "w", format="mpegts", options={"mpegts_start_pid": pid}) as container:
-        stream = container.add_stream(codec, rate=25)
+        stream: Any = container.add_stream(codec, rate=25)
         stream.width, stream.height = size
         stream.pix_fmt, stream.bit_rate = "yuv420p", 20_000_000
         for number in range(frames):
