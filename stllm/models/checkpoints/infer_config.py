@@ -60,15 +60,12 @@ HEADS = (
     ("vision_config", "embed_dim", "num_heads", VISION_DEFAULTS["embed_dim"], 88, "vision encoder"),
     ("qformer_config", "hidden_size", "num_attention_heads", QFORMER_DEFAULTS["hidden_size"], 64, "Q-Former"),
 )
-# sizes that shapes show and settings may contradict; image_size may: position embeddings are interpolated
-SIZE_KEYS = {
-    "vision_config": ("patch_size", "embed_dim", "depth", "adapter_depth", "max_frames"),
-    "qformer_config": (
-        *("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"),
-        *("cross_attention_frequency", "vocab_size"),
-    ),
-    "": ("num_query_tokens", "residual_bottleneck", "has_qformer"),
-}
+# what settings may contradict; image_size may differ: position embeddings are interpolated
+COMPARED = (
+    *((group, name) for group, name, *_ in (*SIZES, *DEPTHS)),
+    ("qformer_config", "cross_attention_frequency"),
+    ("", "has_qformer"),
+)
 PUBLISHED = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # groups of keys in a YAML
 LLM_KEYS = ("num_hidden_layers", "intermediate_size")  # compared beside the width, for which there is more to compare
 LLM_SIZES = {4096: " (7B)", 5120: " (13B)"}
@@ -133,15 +130,14 @@ def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, def
     asked_llm = asked.pop("text_config", None)
     inferred = _inferred(sources)
     check_language_models(sources, settings, asked_llm)
-    for group, keys in SIZE_KEYS.items():
+    for group, key in COMPARED:
         theirs, ours = (inferred.get(group) or {}, asked.get(group) or {}) if group else (inferred, asked)
-        for key in keys:
-            if key in theirs and key in ours and ours[key] is not None and theirs[key] != ours[key]:
-                published = "num_query_token" if key == "num_query_tokens" else PUBLISHED[group] + key
-                raise UserError(
-                    f"{name}: model.{published} is {ours[key]} in the configuration, but {theirs[key]} in the weights: "
-                    "leave the setting out, or use other weights"
-                )
+        if key in theirs and key in ours and theirs[key] != ours[key]:
+            published = "num_query_token" if key == "num_query_tokens" else PUBLISHED[group] + key
+            raise UserError(
+                f"{name}: model.{published} is {ours[key]} in the configuration, but {theirs[key]} in the weights: "
+                "leave the setting out, or use other weights"
+            )
     if inferred.get("lora") and "lora" in asked and not asked["lora"]:
         raise UserError(
             f"{name} has LoRA weights (rank {inferred['lora']['r']}), but the configuration has none: set "
@@ -229,18 +225,15 @@ def _own_fields(source: Source) -> Fields:
         if RESIDUAL_INDEX in source.weights.specs:
             fields["residual_size"] = source.weights.specs[RESIDUAL_INDEX].shape[0]
         sizes = source.meta.get("sizes") or {}
-        vision = dict(sizes.get("vision") or {})
-        if "img_size" in vision:
-            vision["image_size"] = vision.pop("img_size")
-        qformer = {key: value for key, value in (sizes.get("qformer") or {}).items() if value is not None}
-        qformer.pop("bert_vocab", None)
-        if vision:
-            fields["vision_config"] = {key: value for key, value in vision.items() if key in VISION_DEFAULTS}
-        if qformer:
-            fields["qformer_config"] = qformer
-        if sizes.get("bottleneck"):
-            fields["residual_bottleneck"] = sizes["bottleneck"]
-        fields = merge_fields(fields, settings_to_fields(source.meta.get("config") or {}))
+        vision = {key.replace("img_size", "image_size"): value for key, value in (sizes.get("vision") or {}).items()}
+        qformer = {key: value for key, value in (sizes.get("qformer") or {}).items() if key != "bert_vocab"}
+        settings = {
+            "vision": {key: value for key, value in vision.items() if key in VISION_DEFAULTS},
+            "qformer": qformer,
+            "residual_bottleneck": sizes.get("bottleneck") or None,
+            **(source.meta.get("config") or {}),
+        }
+        fields |= settings_to_fields(settings)
     elif source.format is Format.TRANSFORMERS_BLIP:
         vision, qformer = config.get("vision_config") or {}, config.get("qformer_config") or {}
         # transformers leaves out what equals its own defaults

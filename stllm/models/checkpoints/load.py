@@ -10,7 +10,7 @@ weights where they belong.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,18 +257,11 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
 
 @dataclass
 class Plan:
-    """The origin of each of the model's tensors; `report` names what became of the rest."""
+    """The origin of each of the model's tensors, in the order of the files; `report` names the fate of the rest."""
 
     report: AuditReport
     origins: dict[str, tuple[Source, Entry]] = field(default_factory=dict)
     fresh: set[str] = field(default_factory=set)
-
-    def in_file_order(self) -> Iterator[tuple[Source, list[str]]]:
-        """Yield each source with the keys that it fills, so that each file is read through once."""
-        for source in {id(source): source for source, _ in self.origins.values()}.values():
-            number = {key: number for number, key in enumerate(source.weights.specs)}
-            keys = [key for key, (owner, _) in self.origins.items() if owner is source]
-            yield source, sorted(keys, key=lambda key: number[self.origins[key][1].key])
 
 
 def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
@@ -285,8 +278,9 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     plain = {key.replace(".base_layer.", "."): key for key in wanted}  # LoRA wraps the layers that it adapts
     for source in sources:
         for key, entry in source.entries.items():
-            if plain.get(key, key) in wanted:
-                origins[plain.get(key, key)] = (source, entry)
+            if (own := plain.get(key, key)) in wanted:
+                origins.pop(own, None)  # of a source below: the order is that of the file which counts
+                origins[own] = (source, entry)
             elif key not in wanted:
                 report.add("unexpected", part_of(key), entry.key)
         for key in source.ignored_keys:
@@ -410,19 +404,17 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
     with tqdm(
         desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
     ) as bar:
-        for source, keys in plan.in_file_order():
-            for key in keys:
-                new = torch.empty_like(model.get_parameter_or_buffer(key), device=device, requires_grad=False)
-                _copy(source, plan.origins[key][1], key, new)
-                _set_tensor(model, key, new, loaded=True)
-                bar.update(new.nbytes)
-            for key in dict.fromkeys(plan.origins[key][1].key for key in keys):
-                for target in source.table.targets(key):
-                    if target.key is None and (part := target.take(source.weights.read(key))).count_nonzero():
-                        raise UserError(
-                            f"{source.path}: {key}: the encoder has no key bias, but this checkpoint's is not zero "
-                            f"(largest {part.abs().max().item():.3g}): it is not an EVA-ViT of the BLIP-2 line"
-                        )
+        for key, (source, entry) in plan.origins.items():
+            new = torch.empty_like(model.get_parameter_or_buffer(key), device=device, requires_grad=False)
+            _copy(source, entry, key, new)
+            _set_tensor(model, key, new, loaded=True)
+            bar.update(new.nbytes)
+            for target in source.table.targets(entry.key) if entry.target.num_parts > 1 else ():
+                if target.key is None and (part := target.take(source.weights.read(entry.key))).count_nonzero():
+                    raise UserError(
+                        f"{source.path}: {entry.key}: the encoder has no key bias, but this checkpoint's is not zero "
+                        f"(largest {part.abs().max().item():.3g}): it is not an EVA-ViT of the BLIP-2 line"
+                    )
     tied = set(model.all_tied_weights_keys)
     for key, old in [*model.named_parameters(), *model.named_buffers()]:
         if old.is_meta and key not in tied:
@@ -452,9 +444,8 @@ def restore(model: STLLM, folder: Path) -> None:
             "of another size; remove this folder to continue from the checkpoint before it, or name another one with "
             "run.resume_from_checkpoint"
         )
-    for source, keys in plan.in_file_order():
-        for key in keys:
-            _copy(source, plan.origins[key][1], key, model.get_parameter_or_buffer(key))
+    for key, (source, entry) in plan.origins.items():
+        _copy(source, entry, key, model.get_parameter_or_buffer(key))
 
 
 def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
