@@ -225,11 +225,11 @@ class DeviceReads(TorchDispatchMode):
 def test_a_micro_batch_reads_nothing_from_the_device(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], mask: int | None
 ) -> None:
-    reads = DeviceReads()
-    for name in ("tolist", "numpy"):  # no operations
-        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name: reads.found.append(name))
     model = tiny_model(**{**changes, **TRAINING}).train()
     batch = tiny_batch(model, mask=mask, shorter=4)
+    reads = DeviceReads()
+    for name in ("tolist", "numpy"):  # no operations
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, name=name: reads.found.append(name) or [])
     with reads:
         model(**batch, num_items_in_batch=torch.tensor(6)).loss.backward()
     assert reads.found == []
