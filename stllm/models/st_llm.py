@@ -160,7 +160,7 @@ class STLLM(PreTrainedModel):
             logits = lm.logits_of(self.language_model, hidden)
         else:
             loss_lm, logits = lm.language_loss(self.language_model, hidden, labels, label_positions, num_items_in_batch)
-        if visual is not None and teacher is not None and self.config.use_mvm:
+        if visual is not None and kept is not None and teacher is not None and self.config.use_mvm:
             # paper section 3.3: the student's states of the kept tokens towards those that a full clip gives
             student_hidden = hidden.flatten(0, 1).index_select(0, visual_positions)  # (V, D)
             teacher_hidden = self.teacher_hidden_states(visual.detach(), **teacher).index_select(0, kept)  # (V, D)
