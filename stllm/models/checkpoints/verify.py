@@ -23,10 +23,10 @@ from stllm.models import language_model as lm
 from stllm.models.checkpoints.formats import locate, read_json
 from stllm.models.checkpoints.load import load_pretrained
 from stllm.models.checkpoints.tables import RELEASED
-from stllm.models.masking import keep_tokens
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import pad_sequences, training_sequences
 
 PLACEHOLDER = "<ImageHere>"  # the visual tokens in meta.json's instructions
 MARK = "\x00"  # stands for the question while a template is taken apart
@@ -138,28 +138,27 @@ def _recomputed(
     rendered = [_instruction(processor, question) for question in questions]
     found.append(("instructions", rendered, list(meta["instructions"])))
     turns = [[Turn(question, answer)] for question, answer in zip(questions, meta["answers"], strict=True)]
-    rows = [processor.training_ids(turn) for turn in turns]
-    batch = processor.pad([ids for ids, _ in rows], labels=[labels for _, labels in rows])
-    ids, attention = batch["input_ids"], batch["attention_mask"]
+    ids, labels = zip(*(processor.training_ids(turn) for turn in turns), strict=True)
+    num_visual, pad_id = visual.shape[1], processor.pad_token_id
+    batch = training_sequences(ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=mask)
+    found += [(name, batch[name], expected[name]) for name in ("attention_mask", "labels")]
+    flat = visual.flatten(0, 1)  # (B*N, D)
     with torch.no_grad():
-        kept = visual if mask is None else keep_tokens(visual, mask)
-        student = model.join(list(kept), ids, attention, labels=batch["labels"])
-        found += [
-            (name, getattr(student, name), expected[name]) for name in ("inputs_embeds", "attention_mask", "labels")
-        ]
-        hidden = lm.last_hidden_states(model.language_model, student.inputs_embeds, student.attention_mask)
-        real = student.attention_mask.bool()
+        kept = flat if mask is None else flat[batch["kept"]]
+        embeds = model.embed(batch["input_ids"], batch["visual_positions"], kept)
+        found.append(("inputs_embeds", embeds, expected["inputs_embeds"]))
+        hidden = lm.last_hidden_states(model.language_model, embeds, batch["attention_mask"])
+        real = batch["attention_mask"].bool()
         found.append(("logits", lm.logits_of(model.language_model, hidden)[real], expected["logits"][real]))
         if mask is not None:  # the teacher sees all tokens
-            teacher = model.join(list(visual), ids, attention)
-            for name in ("inputs_embeds", "attention_mask"):
-                found.append((f"teacher_{name}", getattr(teacher, name), expected[f"teacher_{name}"]))
+            teacher = pad_sequences(ids, pad_id=pad_id, num_visual=[num_visual] * len(ids))
+            teacher_embeds = model.embed(teacher["input_ids"], teacher["visual_positions"], flat)
+            found.append(("teacher_inputs_embeds", teacher_embeds, expected["teacher_inputs_embeds"]))
+            found.append(("teacher_attention_mask", teacher["attention_mask"], expected["teacher_attention_mask"]))
             # stopping at the last visual token leaves its states as they are
-            whole = lm.last_hidden_states(model.language_model, teacher.inputs_embeds, teacher.attention_mask)
-            positions = teacher.visual_positions(visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
-            prefix = model.teacher_hidden_states(visual, ids, attention)
-            found.append(("teacher (prefix only)", prefix, whole.gather(1, positions)))
-    output = model(pixel_values=video, token_mask=mask, **batch, **texts)
+            prefix, whole = (model.teacher_hidden_states(flat, **one) for one in (batch["teacher"], teacher))
+            found.append(("teacher (prefix only)", prefix, whole))
+    output = model(pixel_values=video, **batch, **texts)
     for name in ("loss", "loss_lm", "loss_mvm"):
         loss = getattr(output, name)  # None without masking: no such loss
         found.append((name, torch.zeros(()) if loss is None else loss.detach(), expected[name]))
@@ -171,7 +170,7 @@ def _recomputed(
         if name.startswith("grad."):
             found.append((name, gradients.get(name.removeprefix("grad.")), expected[name]))
     model.zero_grad(set_to_none=True)
-    return found + _generated(model, processor, questions[0], visual[:1], expected)
+    return found + _generated(model, processor, questions[0], visual[0], expected)
 
 
 def _generated(
@@ -181,18 +180,18 @@ def _generated(
     prompt = processor.prompt_ids([Turn(question)], system="")
     names = ("prompt_ids",) if "prompt_ids" in expected else ("prompt_ids_before", "prompt_ids_after")
     published = [token for name in names for token in expected[name][0].tolist()]
-    batch = processor.pad([prompt], side="left")
+    batch = pad_sequences([prompt], pad_id=processor.pad_token_id, num_visual=[len(visual)], side="left")
     with torch.no_grad():
-        sequence = model.join(list(visual), batch["input_ids"], batch["attention_mask"])
+        embeds = model.embed(batch["input_ids"], batch["visual_positions"], visual)
     found: list[Comparison] = [
         ("prompt_ids", [token for token in prompt if token >= 0], published),
-        ("generate_inputs_embeds", sequence.inputs_embeds, expected["generate_inputs_embeds"]),
+        ("generate_inputs_embeds", embeds, expected["generate_inputs_embeds"]),
     ]
     for name, beams in (("greedy_ids", 1), ("beam3_ids", 3)):
         wanted = expected[name][0, 1:]  # the first id is an artefact of the old library
         answers = model.generate(
             **batch,
-            visual_tokens=list(visual),
+            visual_tokens=visual,
             max_new_tokens=len(wanted),
             num_beams=beams,
             do_sample=False,
