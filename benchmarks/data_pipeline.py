@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.common import arguments, report, take_turns
 from stllm.datasets.annotations import JsonRecords
-from stllm.datasets.collate import Collator, TokenMasker
+from stllm.datasets.collate import Collator
 from stllm.datasets.instruction import InstructionCorpus
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.models.configuration import MASK_RATE_DEFAULTS, STLLMConfig
@@ -82,11 +82,11 @@ def new_loader(annotations: Path, num_workers: int) -> KeyedLoader:
         transform=TrainTransform(config.vision_config["image_size"]),
     )
     mixture = Mixture([Source(corpus)], seed=SEED, max_tries=0)
-    masker = TokenMasker(MASK_RATE_DEFAULTS, partial(num_visual_tokens, config))
+    num_tokens = partial(num_visual_tokens, config)
     return KeyedLoader(
         mixture,
         batch_sampler=MixtureSampler(mixture, batch_size=BATCH_SIZE),
-        collate_fn=Collator(processor, seed=SEED, masker=masker),
+        collate_fn=Collator(processor, seed=SEED, num_tokens=num_tokens, mask_rate=MASK_RATE_DEFAULTS),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
     )

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, report, resident_bytes
-from stllm.models.checkpoints.assembly import meta_model
-from stllm.models.checkpoints.released import meta_of
+from stllm.models.checkpoints.convert import meta_of
+from stllm.models.checkpoints.load import meta_model
 from stllm.models.checkpoints.tables import RELEASED
 from stllm.models.configuration import STLLMConfig
 
@@ -80,7 +80,7 @@ def write_released(config: STLLMConfig, folder: Path) -> None:
 
 def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
     """Loads once in this process. peak_ratio: growth of the resident memory at its peak, over the weights."""
-    from stllm.models.checkpoints.loading import load_model
+    from stllm.models.checkpoints.load import load_model
     from stllm.models.st_llm import STLLM
 
     before = resident_bytes("VmRSS")
@@ -127,7 +127,7 @@ def main() -> None:
         released, ours = Path(folder) / "released", Path(folder) / "stllm"
         released.mkdir()
         write_released(new_config(size * GIB), released)
-        from stllm.models.checkpoints.loading import load_model
+        from stllm.models.checkpoints.load import load_model
 
         load_model(released, device="cpu", dtype="float16").save_pretrained(ours, max_shard_size="5GB")
         for layout, loader, dtype in CASES:

@@ -37,29 +37,30 @@ def measured(config: STLLMConfig, frames: int, device: torch.device, dtype: torc
     size = config.vision_config["image_size"]
     pixels = torch.randn(1, frames, 3, size, size, generator=torch.Generator().manual_seed(0))
     num_tokens = model.video_input.num_tokens(frames, config.tokens_per_frame)
-    text = new_batch(
-        Case(vocabulary=config.text_config.vocab_size, frames=num_tokens // config.tokens_per_frame), device
-    )
-    del text["query_features"]
-    question = text["input_ids"][:, 1:17] % config.qformer_config.vocab_size
-    text |= {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
+    case = Case(vocabulary=config.text_config.vocab_size, frames=num_tokens // config.tokens_per_frame)
+    batch = new_batch(case, device)
+    question = batch["whole"]["input_ids"][:, -16:] % config.qformer_config.vocab_size
+    for prompts in batch.values():
+        del prompts["query_features"]
+        prompts |= {"qformer_input_ids": question, "qformer_attention_mask": torch.ones_like(question)}
     row = {"frames": frames, "video input": config.video_input, "visual tokens": num_tokens}
-    return row | answering(model, pixels, text) | training(model, pixels, text)
+    return row | answering(model, pixels, batch) | training(model, pixels, batch)
 
 
 @torch.inference_mode()
-def answering(model: STLLM, pixels: Tensor, text: Batch) -> dict[str, float]:
+def answering(model: STLLM, pixels: Tensor, batch: Batch) -> dict[str, float]:
     """Columns of an answer. pixels: (1, T, 3, H, W), in main memory."""
-    prompt = {name: text[name] for name in ("input_ids", "attention_mask")}
-    question = {name: text[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
+    whole = batch["whole"]
+    prompt = {name: whole[name] for name in ("input_ids", "attention_mask", "visual_positions")}
+    question = {name: whole[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
 
     def encode() -> Tensor:
         encoded = model.encode_video(pixels.to(model.device))
-        return model.video_input(model.frame_tokens(encoded, **question))  # (1, N, D)
+        return model.video_input(model.frame_tokens(encoded, **question))[0]  # (N, D)
 
     def generate(visual: Tensor, num_tokens: int) -> None:
         exactly: dict[str, Any] = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-        ids = model.generate(**prompt, visual_tokens=list(visual), do_sample=False, pad_token_id=0, **exactly)
+        ids = model.generate(**prompt, visual_tokens=visual, do_sample=False, pad_token_id=0, **exactly)
         assert ids.shape == (1, num_tokens)
 
     visual = encode()
@@ -74,17 +75,16 @@ def answering(model: STLLM, pixels: Tensor, text: Batch) -> dict[str, float]:
     }
 
 
-def training(model: STLLM, pixels: Tensor, text: Batch) -> dict[str, float]:
+def training(model: STLLM, pixels: Tensor, batch: Batch) -> dict[str, float]:
     """Columns of a training step; MASK_RATE of the visual tokens are dropped."""
     model.train()
     checkpoint(model)
 
-    def step(**batch: Tensor) -> None:
+    def step(**prompts: Any) -> None:
         model.zero_grad(set_to_none=False)
-        model(pixel_values=pixels.to(model.device), **batch).loss.backward()
+        model(pixel_values=pixels.to(model.device), **prompts).loss.backward()
 
-    unmasked = {name: tensor for name, tensor in text.items() if name != "token_mask"}
-    steps = {"unmasked": partial(step, **unmasked), "masked with MVM": partial(step, **text)}
+    steps = {"unmasked": partial(step, **batch["whole"]), "masked with MVM": partial(step, **batch["masked"])}
     time = take_turns(steps, device=model.device)
     peaks = {name: peak_bytes(work, model.device) for name, work in steps.items()}
     return {

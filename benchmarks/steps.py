@@ -16,19 +16,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from benchmarks.common import resident_bytes, take_turns
 from stllm.models import language_model as lm
-from stllm.models.checkpoints.assembly import assemble
+from stllm.models.checkpoints.load import assemble
 from stllm.models.configuration import STLLMConfig
-from stllm.models.masking import draw_dropped, keep_tokens, kept_positions, mvm_loss
-from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, JoinedSequence
+from stllm.models.masking import draw_dropped, mvm_loss
 from stllm.models.st_llm import STLLM
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, training_sequences
 
 PUBLISHED = {"vocab_size": 32001, "hidden_size": 4096, "num_hidden_layers": 32}  # Vicuna-7B with [PAD]
 NUM_QUERY_TOKENS = 32
@@ -36,7 +38,7 @@ QFORMER_WIDTH = 768
 MASK_RATE = 0.5
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # relative, of losses and gradients' norms
 MIB = 2**20
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -110,23 +112,24 @@ def checkpoint(model: STLLM) -> None:
 
 
 def new_batch(case: Case, device: torch.device) -> Batch:
-    """Arguments of `STLLM.forward`: the visual block first, as in the InstructBLIP family; half of it is dropped."""
+    """Arguments of `STLLM.forward`, twice: masked, with half of the visual tokens dropped, and whole.
+
+    The visual block comes first, as in the InstructBLIP family.
+    """
     generator = torch.Generator().manual_seed(0)
-    lengths = case.text_tokens - 8 * torch.arange(case.batch)[:, None]  # (B, 1)
-    places = torch.arange(case.text_tokens)
     ids = torch.randint(case.vocabulary, (case.batch, case.text_tokens), generator=generator)
-    answered = (places < lengths) & (places >= lengths - case.answer_tokens)
-    labels = ids.masked_fill(~answered, IGNORE_INDEX)
     ids[:, 0] = VISUAL_TOKEN_ID
+    rows = [row[: case.text_tokens - 8 * number] for number, row in enumerate(ids.tolist())]
+    labels = [[IGNORE_INDEX] * (len(row) - case.answer_tokens) + row[-case.answer_tokens :] for row in rows]
     features = torch.randn(case.batch, case.frames, NUM_QUERY_TOKENS, QFORMER_WIDTH, generator=generator)
-    batch = {
-        "query_features": features.to(getattr(torch, case.dtype)),
-        "input_ids": ids,
-        "attention_mask": (places < lengths).long(),
-        "labels": labels,
-        "token_mask": draw_dropped(case.batch, case.frames * NUM_QUERY_TOKENS, rate=MASK_RATE, generator=generator),
+    features = features.to(device, getattr(torch, case.dtype))
+    num_visual = case.frames * NUM_QUERY_TOKENS
+    dropped = draw_dropped(case.batch, num_visual, rate=MASK_RATE, generator=generator)
+    prompts = partial(training_sequences, rows, labels, pad_id=0, num_visual=num_visual)
+    return {
+        "masked": {"query_features": features, **send_to_device(prompts(dropped=dropped), device)},
+        "whole": {"query_features": features, **send_to_device(prompts(), device)},
     }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 # ---- procedures: a model and a batch to a loss ----------------------------------------------------------------------
@@ -134,31 +137,32 @@ def new_batch(case: Case, device: torch.device) -> Batch:
 
 def ours(model: STLLM, batch: Batch) -> Tensor:
     """What `stllm train` does: masking, and MVM with the short teacher pass."""
-    return model(**batch).loss
+    return model(**batch["masked"]).loss
 
 
 def plain(model: STLLM, batch: Batch) -> Tensor:
     """Masking and MVM by the causal LM's own forward: both passes over everything, all logits, all layers' states."""
-    visual, ids, mask = visual_tokens(model, batch), batch["input_ids"], batch["token_mask"]
+    whole, student = batch["whole"], batch["masked"]
+    visual, kept = visual_tokens(model, whole), student["kept"]
     with torch.no_grad():
-        full = model.join(list(visual.detach()), ids, batch["attention_mask"])
-        teacher = _whole(model, full)
-    student = model.join(list(keep_tokens(visual, mask)), ids, batch["attention_mask"], labels=batch["labels"])
-    output = _whole(model, student)
-    kept = kept_positions(mask)  # (B, M)
-    student_hidden = _at(output.hidden_states[-1], student.visual_positions(kept.shape[1]))
-    teacher_hidden = _at(teacher.hidden_states[-1], full.visual_positions(mask.shape[1]).gather(1, kept))
-    return output.loss + mvm_loss(model.mvm_decoder(student_hidden), teacher_hidden)
+        _, teacher_hidden = _full_pass(model, whole, visual.detach())
+    loss, student_hidden = _full_pass(model, student, visual[kept])
+    return loss + mvm_loss(model.mvm_decoder(student_hidden), teacher_hidden[kept])
 
 
 def masked(model: STLLM, batch: Batch) -> Tensor:
     """Masking alone: the language loss on the kept tokens."""
-    return _language_loss(model, batch, keep_tokens(visual_tokens(model, batch), batch["token_mask"]))
+    student = batch["masked"]
+    embeds = model.embed(
+        student["input_ids"], student["visual_positions"], visual_tokens(model, student)[student["kept"]]
+    )
+    hidden = lm.last_hidden_states(model.language_model, embeds, student["attention_mask"])
+    return lm.language_loss(model.language_model, hidden, student["labels"], student["label_positions"])[0]
 
 
 def unmasked(model: STLLM, batch: Batch) -> Tensor:
     """The language loss on all tokens."""
-    return _language_loss(model, batch, visual_tokens(model, batch))
+    return model(**batch["whole"]).loss
 
 
 PROCEDURES: Mapping[str, Callable[[STLLM, Batch], Tensor]] = {
@@ -166,30 +170,21 @@ PROCEDURES: Mapping[str, Callable[[STLLM, Batch], Tensor]] = {
 }
 
 
-def visual_tokens(model: STLLM, batch: Batch) -> Tensor:
-    """All visual tokens of the batch, (B, N, D)."""
-    return model.video_input(model.projection(batch["query_features"]))
+def visual_tokens(model: STLLM, batch: Mapping[str, Tensor]) -> Tensor:
+    """All visual tokens of the batch, (B*N, D)."""
+    return model.video_input(model.projection(batch["query_features"])).flatten(0, 1)
 
 
-def _whole(model: STLLM, sequence: JoinedSequence) -> Any:
-    return model.language_model(
-        inputs_embeds=sequence.inputs_embeds,
-        attention_mask=sequence.attention_mask,
-        labels=sequence.labels,
+def _full_pass(model: STLLM, batch: Mapping[str, Tensor], visual: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the last hidden states of the visual tokens (V, D)."""
+    output = model.language_model(
+        inputs_embeds=model.embed(batch["input_ids"], batch["visual_positions"], visual),
+        attention_mask=batch["attention_mask"],
+        labels=batch["labels"],
         output_hidden_states=True,
         use_cache=False,
     )
-
-
-def _language_loss(model: STLLM, batch: Batch, visual: Tensor) -> Tensor:
-    sequence = model.join(list(visual), batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
-    hidden = lm.last_hidden_states(model.language_model, sequence.inputs_embeds, sequence.attention_mask)
-    assert sequence.labels is not None  # the batch has them
-    return lm.language_loss(model.language_model, hidden, sequence.labels)[0]
-
-
-def _at(hidden: Tensor, positions: Tensor) -> Tensor:
-    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
+    return output.loss, output.hidden_states[-1].flatten(0, 1)[batch["visual_positions"]]
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stllm.conversation.chat import load_chat
-    from stllm.models.checkpoints.loading import load_model
-    from stllm.models.factory import build_model
+    from stllm.models.build import build_model
+    from stllm.models.checkpoints.load import load_model
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "build_model", "load_chat", "load_model"]
 
 _HOMES = {
-    "build_model": "stllm.models.factory",
+    "build_model": "stllm.models.build",
     "load_chat": "stllm.conversation.chat",
-    "load_model": "stllm.models.checkpoints.loading",
+    "load_model": "stllm.models.checkpoints.load",
 }
 
 

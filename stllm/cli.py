@@ -5,7 +5,6 @@ Standard library only up to the moment a command runs, so that `--help` answers 
 """
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,10 +17,16 @@ from stllm.common.arguments import device_name, gpu_number, whole
 from stllm.common.device import DTYPE_ALIASES, DTYPES, resolve_device, seed_everything
 from stllm.common.errors import did_you_mean
 from stllm.common.failures import sentence
+from stllm.common.terminal import escape_traceback, escaped_output, working
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. Raises only under `--debug`."""
+    with escaped_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
         args, unknown = parser.parse_known_args(_hyphenated(sys.argv[1:] if argv is None else argv))
@@ -40,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         if args.debug:
+            escape_traceback()
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
@@ -47,14 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from stllm.common.logging import setup_logging
-    from stllm.common.waiting import working
+    from stllm.common.parent import end_with_launcher
 
+    end_with_launcher()
     if "WORLD_SIZE" in os.environ and "local_rank" in args:  # LOCAL_RANK alone would promise a launcher
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     setup_logging(debug=args.debug)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # text that the terminal's encoding lacks is escaped, not fatal
-            stream.reconfigure(errors="backslashreplace")
     module, function = COMMANDS[args.command].target.split(":")
     with working("starting"):  # torch and transformers alone take seconds to import
         run = getattr(import_module(module), function)

@@ -23,7 +23,7 @@ from stllm.common.errors import UserError
 from stllm.conversation import templates
 from stllm.evaluation.benchmarks.base import Item
 from stllm.models import st_llm, video_inputs, vision
-from stllm.models.factory import build_model
+from stllm.models.build import build_model
 from tests.evaluation.benchmarks import test_presets
 from tests.helpers.evaluation import CHECKPOINT, QUICK, lines, write_set
 from tests.helpers.tiny import tiny_batch
@@ -208,7 +208,7 @@ def test_a_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     model = build_model(load_config(recipe, tiny), device="cpu", dtype="float32")
     assert model.config.text_config.model_type == "qwen3" and model.config.video_input == "mean"
     assert model.config.vision_config["encoder"] == "eva_btadapter_g"
-    model.train()(**tiny_batch()).loss.backward()
+    model.train()(**tiny_batch(model)).loss.backward()
     trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
     assert trained == {"projection", "vision_encoder"}  # the adapter
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.command import Command, Parser, add_checkpoint, add_config, add_context
+from stllm.commands.command import Command, Parser, add_checkpoint, add_config, add_context, add_media_seconds
 from stllm.common.arguments import names, path, whole
 from stllm.common.evaluation_section import benchmark_names
 from stllm.common.registry import benchmarks
@@ -40,6 +40,7 @@ def _evaluate_options(parser: Parser) -> None:
     speed.add_argument(
         "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
     )
+    add_media_seconds(speed)
 
 
 def _evaluate_fault(args: argparse.Namespace) -> str | None:

@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stllm.common.arguments import host, path, whole
+from stllm.common.arguments import host, number, path, whole
+from stllm.common.schema import MEDIA_SECONDS
 from stllm.conversation.context import CONTEXTS, PUBLISHED
 
 Parser = argparse.ArgumentParser
@@ -34,6 +35,15 @@ def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
     )
 
 
+def add_allow_pipe(parser: Parser) -> None:
+    """`--allow-pipe`, of commands that open shards."""
+    parser.add_argument(
+        "--allow-pipe",
+        action="store_true",
+        help="let shards named pipe:CMD run the shell command CMD: only for lists that you trust",
+    )
+
+
 def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) -> None:
     """`--context`. default: the rule without it, as text for the help."""
     parser.add_argument(
@@ -41,6 +51,16 @@ def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) ->
         choices=CONTEXTS,
         help="published: a long prompt, video included, keeps its last 2,000 tokens less --max-new-tokens; all: "
         f"everything, also beyond the positions the model was trained for (default: {default})",
+    )
+
+
+def add_media_seconds(parser: argparse._ActionsContainer, default: str = f"{MEDIA_SECONDS:g}") -> None:
+    """`--media-seconds`. default: the limit without it, as text for the help."""
+    parser.add_argument(
+        "--media-seconds",
+        type=number(0),
+        metavar="SECONDS",
+        help=f"the longest that one medium is read before it counts as unreadable; 0: no limit (default: {default})",
     )
 
 

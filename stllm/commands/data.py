@@ -2,9 +2,10 @@
 
 import argparse
 
-from stllm.commands.command import Command, Parser
+from stllm.commands.command import Command, Parser, add_allow_pipe, add_media_seconds
 from stllm.common.arguments import path, whole
 from stllm.common.evaluation_section import benchmark_names
+from stllm.common.schema import MEDIA_SECONDS
 
 DOCTOR_FORMATS = ("vc2", *benchmark_names(), "videoqa", "shards")
 
@@ -43,6 +44,8 @@ def _doctor_options(parser: Parser) -> None:
     parser.add_argument(
         "--num-workers", type=whole(0), metavar="N", help="processes; 0: this one alone (default: one a core, up to 8)"
     )
+    add_media_seconds(parser, f"{MEDIA_SECONDS:g}; with --decode all: {12 * MEDIA_SECONDS:g}")
+    add_allow_pipe(parser)
     parser.add_argument("--all", action="store_true", help="list every fault, not the first 20 of each kind")
     parser.add_argument("--json", action="store_true", help="print one JSON report, with every fault")
 

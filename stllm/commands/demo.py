@@ -18,6 +18,13 @@ def _demo_options(parser: Parser) -> None:
         "--max-seconds", type=number(1), default=1800.0, metavar="SECONDS", help="of a video (default: 1800)"
     )
     limits.add_argument(
+        "--max-read-seconds",
+        type=number(1),
+        default=60.0,
+        metavar="SECONDS",
+        help="for decoding a video or image (default: 60)",
+    )
+    limits.add_argument(
         "--queue-size", type=whole(1), default=32, metavar="N", help="requests that may wait (default: 32)"
     )
 

@@ -4,7 +4,7 @@ import argparse
 
 from stllm.commands.command import Command, Parser
 from stllm.common.arguments import number, path, whole
-from stllm.evaluation.judge_axes import AXES
+from stllm.evaluation.axes import AXES
 
 
 def _judge_options(parser: Parser) -> None:
@@ -99,7 +99,7 @@ def _judge_fault(args: argparse.Namespace) -> str | None:
 COMMANDS = {
     "judge": Command(
         help="lets a language model grade predictions of VcgBench and VideoQA",
-        target="stllm.evaluation.judge:run",
+        target="stllm.judge.run:run",
         add_options=_judge_options,
         example="stllm judge qa --pred-path output/eval/msvd.jsonl --base-url http://localhost:8000/v1 --model NAME",
         check=_judge_fault,

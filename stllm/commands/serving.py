@@ -26,6 +26,13 @@ def _serve_options(parser: Parser) -> None:
         "--max-seconds", type=number(0), default=1800.0, metavar="SECONDS", help="of a video (default: 1800)"
     )
     limits.add_argument(
+        "--max-read-seconds",
+        type=number(1),
+        default=60.0,
+        metavar="SECONDS",
+        help="for decoding a video or image (default: 60)",
+    )
+    limits.add_argument(
         "--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of the longest answer (default: 1024)"
     )
     limits.add_argument(

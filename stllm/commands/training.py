@@ -1,11 +1,12 @@
 """`stllm train` and `stllm extract` on the command line."""
 
-from stllm.commands.command import Command, Parser
+from stllm.commands.command import Command, Parser, add_allow_pipe, add_media_seconds
 from stllm.common.arguments import path, whole
 
 
 def _train_options(parser: Parser) -> None:
     parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the run's configuration")
+    add_allow_pipe(parser)
 
 
 def _extract_options(parser: Parser) -> None:
@@ -26,6 +27,8 @@ def _extract_options(parser: Parser) -> None:
     parser.add_argument(
         "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
     )
+    add_media_seconds(parser, "run.media_seconds of the configuration")
+    add_allow_pipe(parser)
 
 
 COMMANDS = {

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stllm.common.schema import MEDIA_SECONDS
+
 PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
 
 
@@ -46,3 +48,4 @@ class EvaluationSettings:
     # Speed
     batch_size: int = field(default=8, metadata={"low": 1})  # questions answered at once
     num_workers: int | None = field(default=None, metadata={"low": 0})  # processes that decode; unset: one a core, to 8
+    media_seconds: float = field(default=MEDIA_SECONDS, metadata={"low": 0})  # to read one medium; 0: no limit

@@ -27,8 +27,16 @@ _PEER_WORDS = (
 )
 
 
+MOST = 2000  # characters of a message; more, such as a path of 5,000 or a text in place of an id, is cut
+
+
 def sentence(error: Exception) -> str:
     """What to print for an exception. A kind that is none of ours is called unexpected: it is a defect."""
+    text = _sentence(error)
+    return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
+
+
+def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return _own_words(str(error)) if _IN_A_WORKER in text else text
@@ -66,6 +74,22 @@ def sentence(error: Exception) -> str:
         return f"no permission{name}: give this user access, or name another path"
     if code in _IN_THE_WAY:
         return f"a file stands where a folder is needed{name}: name another path, or move the file"
+    if code == errno.ENAMETOOLONG:
+        return f"the name of a file or folder is too long{name}: name another path"
+    if code == errno.ELOOP:
+        return f"links that lead to each other in a circle{name}: name the file itself"
+    if isinstance(error, RecursionError):
+        return (
+            "found values nested within each other too deeply in a file that this command reads (a YAML, JSON or "
+            "annotation file): check the files that it names"
+        )
+    if isinstance(error, UnicodeError):
+        return (
+            f"found a text or a name with characters that cannot be written ({text}), such as half a surrogate pair: "
+            "correct it, or rename the file"
+        )
+    if "embedded null" in text:
+        return "found a zero byte in a path, expected the name of a file or folder: correct it"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback"
 
 

@@ -94,8 +94,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as stream:
+    """Write `text` as UTF-8, whole or not at all. Half a surrogate pair becomes its escape, as JSON spells it."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stllm.common.datasets_section import ROOTS, DatasetSettings
 from stllm.common.errors import UserError, did_you_mean, nearest
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.logging import ONCE
 from stllm.common.run_section import translate_run
 from stllm.common.schema import ModelSettings, RunSettings
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "evaluation")
 OPTIONS = "--options"  # the name of that layer
+MAX_VALUES = 100_000  # of a YAML; a few lines of aliases can stand for more than memory holds
 BASE = "base"  # top-level key of a YAML: the file below it
 UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # of published YAMLs
 
@@ -43,19 +45,33 @@ class Layer:
 
 def yaml_layer(path: str | Path) -> Layer:
     """The raw content of a YAML file. Raises UserError when it is missing, unreadable, or no mapping of keys."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise UserError(f"{path}: {'a folder' if file.is_dir() else 'no such file'}, expected a YAML configuration")
     try:
+        if _num_values(yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), {}) > MAX_VALUES:
+            raise UserError(f"{path}: its aliases (*name) stand for more than {MAX_VALUES:,} values: write fewer")
         values = OmegaConf.to_container(OmegaConf.load(file))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({error.problem})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: not valid YAML ({first_line(error)})") from error
     except OSError as error:  # OmegaConf's word for a file that holds a bare value
         raise UserError(f"{path}: cannot be read as a configuration ({first_line(error)})") from error
     return Layer(str(path), file.absolute().parent, _mapping(values, str(path), "the file"))
+
+
+def _num_values(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values a YAML node holds once its aliases are written out, as OmegaConf writes them."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in inner)
+    return known[id(node)]
 
 
 def yaml_layers(path: str | Path) -> list[Layer]:
@@ -63,7 +79,7 @@ def yaml_layers(path: str | Path) -> list[Layer]:
 
     Raises UserError as `yaml_layer` does, for a base that is no file, and for files that name each other in a circle.
     """
-    layers, files = [yaml_layer(path)], [os.path.expanduser(path)]
+    layers, files = [yaml_layer(path)], [str(user_path(path))]
     while (base := layers[0].values.pop(BASE, None)) is not None:
         name = layers[0].name
         if not isinstance(base, str) or not base:
@@ -86,7 +102,7 @@ def options_layer(options: Sequence[str]) -> Layer:
             raise UserError(f"--options: found {option!r}, expected key=value, e.g. model.video_input=residual")
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist(list(options)))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
         raise UserError(f"--options: {' '.join(options)!r} has a value that is not valid YAML") from error
     return Layer(OPTIONS, Path.cwd(), typing.cast(dict[str, Any], values))
 

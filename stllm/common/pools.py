@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from stllm.common.errors import UserError
+from stllm.common.parent import end_with_parent
 
 CHUNK = 8  # tasks that a process is given at once
 
@@ -39,9 +39,7 @@ def mapping(num_workers: int, *, died: str) -> Iterator[Map]:
         yield map
         return
     spawned = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
-    pool = ProcessPoolExecutor(
-        num_workers, spawned, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    pool = ProcessPoolExecutor(num_workers, spawned, initializer=end_with_parent)
     try:
         yield lambda function, tasks: pool.map(function, tasks, chunksize=CHUNK)
     except BrokenProcessPool:

@@ -7,7 +7,6 @@ them is in exactly one of three tables: HONOURED, UNUSED (accepted with a note) 
 
 import dataclasses
 import enum
-import json
 import logging
 import math
 import types
@@ -20,6 +19,7 @@ from typing import Any
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
 
 from stllm.common.errors import UserError, did_you_mean, unknown_name
+from stllm.common.json_text import loads
 from stllm.common.logging import ONCE
 from stllm.common.schema import RunSettings, field_fault
 
@@ -336,7 +336,7 @@ def _container(value: Any, annotation: Any, key: str, where: Callable[[str], str
     if isinstance(value, str) and dict in kinds and key.removeprefix("run.") not in JSON_FILES:
         kinds = [dict]
         with suppress(ValueError):
-            found = json.loads(value)
+            found = loads(value)
     if not isinstance(found, tuple(kinds)) or (isinstance(found, bool) and bool not in kinds):
         words = " or ".join(_CONTAINERS[kind] for kind in kinds)
         raise UserError(f"{where(key)}: '{key}' must be {words}, found {value!r}")

@@ -52,7 +52,7 @@ def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
     wrong = [name for name in named if choices and name not in choices]
     if choices and wrong:
         return unknown_name(key, str(wrong[0]), choices)
-    if (low is not None and value < low) or (high is not None and value > high):
+    if (low is not None and not value >= low) or (high is not None and not value <= high):  # nan is neither
         return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"
     if f.metadata.get("filled") and not value:
         return f"'{key}' must not be empty, found {value!r}"
@@ -172,6 +172,9 @@ class ModelSettings:
 _LAUNCHER = "the launcher (torchrun) and --device decide"
 
 
+MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage takes
+
+
 @dataclass
 class RunSettings:
     """Our own keys of section `run`; the others are transformers' TrainingArguments (run_section.py)."""
@@ -180,6 +183,7 @@ class RunSettings:
     runner: str | None = None  # how it is learned, by its registered name; unset: the task's own
     max_tries: int = _within(10, 1)  # samples tried in place of an unreadable one before giving up
     max_bad_fraction: float = _within(0.1, 0, 1)  # a larger share of unreadable samples stops the run
+    media_seconds: float = _within(MEDIA_SECONDS, 0)  # the longest that one medium is read; 0: no limit
     qa_sampling: str = _one_of("one", "one", "all")  # of a record's QA pairs, one an epoch at random or each
     projection_lr: float | None = None  # learning rate of llama_proj; unset: learning_rate
     resume_only_model: bool = False  # continue with the weights and the step alone: optimizer and dropout begin anew

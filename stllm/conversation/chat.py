@@ -23,15 +23,15 @@ from stllm.conversation.cache import FeatureCache
 from stllm.conversation.context import num_positions
 from stllm.conversation.decoding import Decoding, NaNWatch
 from stllm.conversation.evidence import Evidence, measure_evidence
-from stllm.conversation.requests import Answer, Media, Request
+from stllm.conversation.requests import Answer, Media, Request, Stamp
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.conversation.templates import Turn
 from stllm.datasets.media import Clip
 from stllm.models.configuration import STLLMConfig
-from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences
 from stllm.processors.vision import EvalTransform
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Chat:
         self.num_frames = num_frames or default_num_frames(config_of(model))
         self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
-        self._known: dict[tuple[Any, ...], tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
+        self._known: dict[Stamp, tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self.lock = Lock()  # one generation at a time
         self._warned = False  # whether a prompt beyond the positions was warned about
 
@@ -116,15 +116,14 @@ class Chat:
 
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
-    def see(self, media: Media, clip: Clip | None = None) -> Seen:
-        """Reads and encodes a video, or finds it encoded. clip: when it was read already. Raises MediaError."""
-        if media.num_frames is None:
-            media = replace(media, num_frames=self.num_frames)
-        stamp = media.stamp()
-        if (known := self._known.get(stamp)) is not None:
-            digest, kind, times = known
-            if (encoded := self.cache.get(digest)) is not None:
-                return Seen(encoded, kind, times)
+    def see(self, media: Media, clip: Clip | None = None, stamp: Stamp | None = None) -> Seen:
+        """Reads and encodes a video, or finds it encoded. Raises MediaError.
+
+        clip: when it was read already; stamp: the medium's from before that, if the file may have changed since.
+        """
+        if clip is None and (seen := self.recall(media)) is not None:
+            return seen
+        stamp = stamp or self.stamp(media)
         start = time.perf_counter()
         clip = clip or self.read(media)
         seconds = {"read": time.perf_counter() - start, "encode": 0.0}
@@ -136,6 +135,16 @@ class Chat:
         while len(self._known) > MAX_KNOWN_FILES:
             self._known.pop(next(iter(self._known)), None)
         return Seen(encoded, clip.info.kind, clip.times, seconds)
+
+    def recall(self, media: Media) -> Seen | None:
+        """What was encoded of the medium before, while it is kept and the file has not changed; nothing is read."""
+        digest, kind, times = self._known.get(self.stamp(media), ("", "", []))
+        encoded = self.cache.get(digest)
+        return None if encoded is None else Seen(encoded, kind, times)
+
+    def stamp(self, media: Media) -> Stamp:
+        """Changes when the file, or what is asked of it, changes."""
+        return replace(media, num_frames=media.num_frames or self.num_frames).stamp()
 
     @torch.inference_mode()
     def encode(self, clip: Clip, *, read_seconds: float = 0.0) -> Seen:
@@ -213,20 +222,33 @@ class Chat:
 
     @torch.inference_mode()
     def _generate(self, prepared: Sequence[Prepared], decoding: Decoding, **more: Any) -> Tensor:
-        visual = [one.visual for one in prepared if one.visual is not None]
-        if len(visual) not in (0, len(prepared)):
-            raise UserError("a batch has questions with and without a video: ask them apart")
-        rows = self.processor.pad([one.ids for one in prepared], side="left")
-        batch = {name: tensor.to(self.model.device) for name, tensor in rows.items()}
+        batch = self.batch(prepared, side="left")
         arguments, watch = decoding.arguments(**self.processor.stopping()), NaNWatch()
         arguments["logits_processor"].insert(0, watch)
         with self.lock:
-            ids = self.model.generate(
-                **batch, visual_tokens=visual or None, **arguments, tokenizer=self.processor.tokenizer, **more
-            )
+            ids = self.model.generate(**batch, **arguments, tokenizer=self.processor.tokenizer, **more)
         if watch.found:
-            raise UserError(_no_numbers("the language model's scores", visual[0].dtype if visual else self.model.dtype))
+            raise UserError(_no_numbers("the language model's scores", self.model.dtype))
         return ids
+
+    def batch(
+        self, prepared: Sequence[Prepared], answer: Sequence[int] | None = None, *, side: str = "right"
+    ) -> dict[str, Any]:
+        """The prompts on the model's device: `pad_sequences`, and visual_tokens (V, D), None where all are text alone.
+
+        answer: ids that follow each of them, labelled.
+        """
+        rows = [[*one.ids, *(answer or ())] for one in prepared]
+        batch: dict[str, Any] = pad_sequences(
+            rows,
+            pad_id=self.processor.pad_token_id,
+            num_visual=[None if one.visual is None else len(one.visual) for one in prepared],
+            labels=None if answer is None else [[IGNORE_INDEX] * len(one.ids) + [*answer] for one in prepared],
+            side=side,
+        )
+        visual = [one.visual for one in prepared if one.visual is not None]
+        batch["visual_tokens"] = torch.cat(visual) if visual else None
+        return {name: None if tensor is None else tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def _prompt_ids(self, turns: Sequence[Turn], request: Request, kind: str | None) -> list[int]:
         if request.pieces is not None:
@@ -286,7 +308,7 @@ def load_chat(
     num_frames: of a video; None for the checkpoint's own number.
     context: the rule for long prompts, `published` (None) or `all`; see conversation/context.py.
     """
-    from stllm.models.checkpoints.loading import load_pretrained
+    from stllm.models.checkpoints.load import load_pretrained
 
     model, processor = load_pretrained(path, cfg_path, options=options, device=device, dtype=dtype)
     decoding = Decoding.published(processor.template).with_options(context=context)

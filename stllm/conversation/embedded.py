@@ -1,13 +1,13 @@
 """Which checkpoint answers: the one that was named, else the tiny model that comes with the package."""
 
 import argparse
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from stllm.common.errors import UserError
-from stllm.models.factory import explicit_settings
+from stllm.common.json_text import loads
+from stllm.models.settings import explicit_settings
 
 log = logging.getLogger(__name__)
 
@@ -34,4 +34,4 @@ def find_examples() -> Sequence[tuple[Path, str]]:
     listing = EXAMPLES / "examples.json"
     if not listing.is_file():
         return []
-    return [(EXAMPLES / entry["file"], entry["question"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]
+    return [(EXAMPLES / entry["file"], entry["question"]) for entry in loads(listing.read_text(encoding="utf-8"))]

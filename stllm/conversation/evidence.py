@@ -9,6 +9,7 @@ T frames, K tokens a frame, D width of the language model, S positions of a sequ
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from threading import Event
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,9 +19,8 @@ from stllm.common.errors import UserError
 from stllm.conversation.context import PUBLISHED, has_position_table, num_positions
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Request, RequestError
-from stllm.conversation.seeing import Prepared
+from stllm.conversation.seeing import Prepared, Seen
 from stllm.models import language_model as lm
-from stllm.models.sequences import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from stllm.conversation.chat import Chat
@@ -74,6 +74,8 @@ def measure_evidence(
     decoding: Decoding | None = None,
     max_segments: int = MAX_SEGMENTS,
     max_positions: int = MAX_POSITIONS,
+    seen: Seen | None = None,
+    stop: Event | None = None,
 ) -> Evidence:
     """Leaves out one segment of the request's video at a time.
 
@@ -81,23 +83,25 @@ def measure_evidence(
     decoding: its context rule may cut the prompt; a segment is then left out of what is left of the prompt.
     max_segments: a segment is one frame up to that many frames, several neighbours beyond.
     max_positions: of one pass; the scores do not depend on it.
-    Raises UserError for a request without a video of at least two frames, and what `Chat.prepare` raises.
+    seen: the request's video, encoded. stop: ends the measurement when it is set.
+    Raises UserError for a request without a video of at least two frames, and when it was stopped, and what
+    `Chat.prepare` raises.
     """
     if request.media is None:
         raise UserError("evidence over time was asked for without a video: name one")
-    seen = chat.see(request.media)
+    seen = seen or chat.see(request.media)
     if len(seen.times) < 2:
         raise UserError(f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video")
     decoding = decoding or chat.decoding
     prepared = chat.prepare(request, decoding, seen)
-    text = chat.complete([prepared], decoding)[0].text if answer is None else answer
+    text = chat.complete([prepared], decoding, stop)[0].text if answer is None else answer
     ids = answer_ids(chat, request, text)
     _check_length(chat, prepared, len(ids), decoding.context)
     frames = chat.frame_tokens(request, seen)  # (1, T, K, D)
     segments = split_frames(len(seen.times), max_segments)
     left = [without(chat, frames, segment, prepared) for segment in segments]
     variants = [replace(prepared, visual=visual) for visual, _ in left]
-    whole, *parts = log_probabilities(chat, [prepared, *variants], ids, max_positions=max_positions)
+    whole, *parts = log_probabilities(chat, [prepared, *variants], ids, max_positions=max_positions, stop=stop)
     return Evidence(
         question=request.turns[-1].question,
         answer=text,
@@ -172,38 +176,37 @@ def answer_ids(chat: "Chat", request: Request, answer: str) -> list[int]:
 
 @torch.inference_mode()
 def log_probabilities(
-    chat: "Chat", prepared: Sequence[Prepared], answer: Sequence[int], *, max_positions: int = MAX_POSITIONS
+    chat: "Chat",
+    prepared: Sequence[Prepared],
+    answer: Sequence[int],
+    *,
+    max_positions: int = MAX_POSITIONS,
+    stop: Event | None = None,
 ) -> list[float]:
     """The answer's log probability in nats after each of the prompts, teacher-forced: exact, nothing is sampled.
 
     All rows in one padded pass, or in several where one would hold more than `max_positions`.
+    Raises UserError when `stop` was set before a pass.
     """
     size = max(1, max_positions // (max(one.length for one in prepared) + len(answer)))
     found: list[float] = []
     for start in range(0, len(prepared), size):
+        if stop is not None and stop.is_set():
+            raise UserError("evidence over time was stopped before it was measured")
         found += _score(chat, prepared[start : start + size], list(answer))
     return found
 
 
 def _score(chat: "Chat", prepared: Sequence[Prepared], answer: list[int]) -> list[float]:
-    """One pass of the language model over B rows."""
-    model = chat.model
-    labels = [[IGNORE_INDEX] * len(one.ids) + answer for one in prepared]
-    rows = chat.processor.pad([one.ids + answer for one in prepared], labels=labels)
-    batch = {name: tensor.to(model.device) for name, tensor in rows.items()}
-    visual = [one.visual for one in prepared if one.visual is not None]
+    """One pass of the language model over B rows; logits of one row at a time, where the answer is: (A, vocabulary)."""
+    batch = chat.batch(prepared, answer)
+    targets = torch.tensor(answer, device=chat.model.device)
     with chat.lock:
-        sequence = model.join(visual or None, **batch)
-        hidden = lm.last_hidden_states(model.language_model, sequence.inputs_embeds, sequence.attention_mask)
-        assert sequence.labels is not None
-        return [_row_score(chat, *row) for row in zip(hidden, sequence.labels, strict=True)]
-
-
-def _row_score(chat: "Chat", hidden: Tensor, labels: Tensor) -> float:
-    """hidden: (S, D); labels: (S,). Logits are computed for one row at a time, where the answer is: (A, vocabulary)."""
-    targets = labels[1:]
-    wanted = targets != IGNORE_INDEX
-    logits = lm.logits_of(chat.model.language_model, hidden[:-1][wanted])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = logits.log_softmax(-1).gather(-1, targets[wanted][:, None])  # (A, 1)
-    return float(chosen.sum())
+        embeds = chat.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
+        hidden = lm.last_hidden_states(chat.model.language_model, embeds, batch["attention_mask"])  # (B, S, D)
+        found = []
+        for states in hidden.flatten(0, 1).index_select(0, batch["label_positions"]).split(len(answer)):  # (A, D)
+            logits = lm.logits_of(chat.model.language_model, states)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            found.append(float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum()))
+        return found

@@ -13,6 +13,8 @@ from stllm.datasets.media import check_clip
 from stllm.datasets.sampling import Bounds
 from stllm.datasets.views import FORWARD, check_view
 
+Stamp = tuple[Any, ...]  # of a medium and its file as it is at one moment
+
 
 class RequestError(UserError):
     """A question that cannot be answered, whatever the model: empty, no text, or too long."""
@@ -22,8 +24,9 @@ class RequestError(UserError):
 class Media:
     """A video, gif, frame folder or image on disk, and the part of it that is meant.
 
-    num_frames: None for the model's usual number; start, end: seconds, None for the whole: the frames whose own times
-        lie within them, except with the sampling rule `segment`; reader: see open_media.
+    num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
+    own_times: the frames whose own times lie within start and end, as a viewer means it; else those that the average
+        rate puts there, as the benchmarks' scripts do, and the sampling rule `segment` always.
     sampling: a rule of datasets/sampling.py; fps: of a frame folder; view: how the frames are shown, of
         datasets/views.py.
     """
@@ -36,6 +39,7 @@ class Media:
     reader: str = "auto"
     fps: float | None = None
     view: str = FORWARD
+    own_times: bool = True
 
     def __post_init__(self) -> None:
         """Raises UserError for an empty path, which would mean the current folder, and for an unknown view."""
@@ -59,10 +63,10 @@ class Media:
             bounds=self.bounds,
             reader=self.reader,
             fps=self.fps,
-            own_times=True,
+            own_times=self.own_times,
         )
 
-    def stamp(self) -> tuple[Any, ...]:
+    def stamp(self) -> Stamp:
         """Changes when the file (or a file of the folder) changes: path, size and time of change."""
         path = user_path(self.path)
         files = sorted(path.iterdir()) if path.is_dir() else [path]

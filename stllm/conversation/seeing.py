@@ -12,7 +12,7 @@ from torch import Tensor
 from stllm.conversation.context import ALL, NOTHING_CUT, PUBLISHED, Cut, has_position_table, room
 from stllm.conversation.requests import Media, Request, RequestError
 from stllm.datasets.media import Clip, load_clip
-from stllm.models.sequences import VISUAL_TOKEN_ID
+from stllm.processors.sequences import VISUAL_TOKEN_ID
 from stllm.processors.vision import FrameTransform
 
 
@@ -41,7 +41,7 @@ class ClipReader:
             reader=media.reader,
             fps=media.fps,
             view=media.view,
-            own_times=True,
+            own_times=media.own_times,
         )
 
 

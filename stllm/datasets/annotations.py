@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from stllm.common.errors import UserError
-from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular, replacing
+from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular, replacing, user_path
+from stllm.common.json_text import loads
 from stllm.conversation.templates import Turn
 from stllm.datasets.records import Record
 from stllm.datasets.sampling import Bounds
 
+MAX_TEXT = 1_000_000  # characters of a question or an answer; no model reads as many tokens
 KINDS = ("video", "image", "text")
 VIDEO, IMAGE, TEXT = range(3)
 EXPECTED = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}"
@@ -63,7 +65,7 @@ class JsonRecords:
     """
 
     def __init__(self, path: str | Path, *, media_dir: str | Path = "", kind: str | None = None) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         self.media_dir = str(media_dir)
         self._data, text = read_file(self.path)
         starts, ends, pairs, kinds = _scan(self.path, text)
@@ -85,7 +87,7 @@ class JsonRecords:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        fields = json.loads(self._data[self._starts[index] : self._ends[index]])
+        fields = loads(self._data[self._starts[index] : self._ends[index]])
         where = f"{self.path}, record {self._numbers[index] + 1}"
         return Record(
             turns=turns_of(fields, where),
@@ -116,7 +118,7 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
     Raises UserError for a target that is there already, and for a source that cannot be read or has a record without
     QA; the target is then not written.
     """
-    path, new = Path(source).expanduser(), Path(target).expanduser()
+    path, new = user_path(source), user_path(target)
     if new.exists():
         raise UserError(f"{new} exists already, expected a new file: name another one, or remove it")
     expected = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]}"
@@ -264,6 +266,12 @@ def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
         Turn(question=text_of(question) or "", answer=text_of(answer), instruction=text_of(instruction) or "")
         for instruction, question, answer in pairs
     )
+    longest = max(len(text) for turn in turns for text in (turn.question, turn.answer or "", turn.instruction))
+    if longest > MAX_TEXT:
+        raise AnnotationError(
+            f"{where}: found a text of {longest:,} characters, expected at most {MAX_TEXT:,}: leave the record out",
+            cause="too long",
+        )
     if all(turn.answer is None for turn in turns):
         raise AnnotationError(f"{where}: found an empty answer, expected a text to learn: leave the record out")
     return turns

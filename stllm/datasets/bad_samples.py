@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from stllm.datasets.samples import (
     TextFirst,
     keyed_numpy,
 )
+from stllm.datasets.time_bound import read_within
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +38,20 @@ MIN_TRIED = 100  # a share of fewer samples says little: one bad file among the 
 
 
 def load_with_replacement(
-    corpus: Corpus, key: SampleKey, *, seed: int, max_tries: int, check: LengthCheck | None = None
+    corpus: Corpus,
+    key: SampleKey,
+    *,
+    seed: int,
+    max_tries: int,
+    check: LengthCheck | None = None,
+    media_seconds: float = 0,
 ) -> Sample:
     """The sample of that key, or another of the same data set when it cannot be used; `failures` lists those.
 
     check: refuses samples that are too long; it is asked before a medium is read where the data set allows that.
+    media_seconds: the limit on reading one medium; 0: none.
     The replacement depends on the key and the seed alone. Raises UserError, naming data set and last file, when
-    `max_tries` replacements could not be used either.
+    `max_tries` replacements could not be used either, and when the storage hangs (time_bound.py).
     """
     parts = (key.epoch, key.corpus, key.index, key.round)
     generator = keyed_numpy(seed, Stream.SAMPLE, *parts)
@@ -54,8 +63,8 @@ def load_with_replacement(
         try:
             if check is not None and isinstance(corpus, TextFirst):
                 check(corpus.draft(key, deepcopy(generator)), 0 if corpus.media is None else corpus.num_frames)
-                return replace(corpus.load(key, generator), failures=failures)
-            sample = corpus.load(key, generator)
+                return replace(load_within(media_seconds, corpus, key, generator), failures=failures)
+            sample = load_within(media_seconds, corpus, key, generator)
             if check is not None:
                 check(sample, sample.num_frames)
             return replace(sample, failures=failures)
@@ -67,6 +76,21 @@ def load_with_replacement(
         f"data set {corpus.name}: {len(failures)} samples drawn one after another could not be {verb}, the last one is "
         f"{last.sentence}; check it with `stllm doctor`, or raise run.max_tries ({max_tries})"
     )
+
+
+def load_within(
+    seconds: float,
+    corpus: Corpus,
+    key: SampleKey,
+    generator: np.random.Generator,
+    *,
+    setting: str = "run.media_seconds",
+) -> Sample:
+    """`corpus.load` with a limit on reading a medium; see `time_bound.read_within`. setting: the limit's name."""
+    if corpus.media is None:
+        return corpus.load(key, generator)
+    medium = f"data set {corpus.name}, sample {key.index}"
+    return read_within(seconds, partial(corpus.load, key, generator), medium=medium, setting=setting)
 
 
 def _another(index: int, size: int, generator: np.random.Generator) -> int:

@@ -1,12 +1,11 @@
 """Samples to the model's arguments: prompts tokenized and padded, media stacked, masks drawn.
 
 Masks are drawn here, keyed by epoch and sample, so that they do not depend on how many processes or workers there are.
-Letters: B samples, L text positions, T frames, S image size, P patches, C encoder width, K tokens a frame, Q Q-Former
-width, N visual tokens of a clip.
+Letters: B samples, T frames, S image size, P patches, C encoder width, K tokens a frame, Q Q-Former width, N visual
+tokens of a clip.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,67 +14,61 @@ from torch import Tensor
 from stllm.datasets.samples import Sample, SampleKey, Stream, keyed_torch
 from stllm.models.masking import draw_dropped, draw_mask_rate
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import training_sequences
 
 MEDIA_FIELDS = ("pixel_values", "vision_features", "query_features")
-
-
-@dataclass(frozen=True)
-class TokenMasker:
-    """Draws which visual tokens a clip drops in training (paper section 3.3).
-
-    mask_rate: mean, std, min and max of the share dropped.
-    num_tokens: T to N, as the model's video input counts them (`video_inputs.num_visual_tokens`).
-    """
-
-    mask_rate: Mapping[str, float]
-    num_tokens: Callable[[int], int]
-
-    def draw(self, keys: Sequence[SampleKey], num_frames: int, *, seed: int) -> Tensor:
-        """(B, N) bool, True = dropped: one rate for the global batch, so that all its rows drop equally many."""
-        batch = (keys[0].epoch, keys[0].batch)
-        rate = draw_mask_rate(**self.mask_rate, generator=keyed_torch(seed, Stream.MASK_RATE, *batch))
-        num_tokens = self.num_tokens(num_frames)
-        rows = [
-            draw_dropped(
-                1,
-                num_tokens,
-                rate=rate,
-                generator=keyed_torch(seed, Stream.MASK, *batch, key.corpus, key.index, key.round),
-            )
-            for key in keys
-        ]
-        return torch.cat(rows)
 
 
 class Collator:
     """A DataLoader's `collate_fn`: samples of one data set to the arguments of `STLLM.forward`.
 
-    masker: draws visual tokens to drop; None: none are dropped. A single image is never masked.
+    num_tokens: T to N, as the model's video input counts them (`video_inputs.num_visual_tokens`).
+    mask_rate: mean, std, min and max of the share of visual tokens that a clip drops (paper section 3.3); None: no
+        token is dropped. A single image is never masked.
     """
 
-    def __init__(self, processor: PromptProcessor, *, seed: int, masker: TokenMasker | None = None) -> None:
+    def __init__(
+        self,
+        processor: PromptProcessor,
+        *,
+        seed: int,
+        num_tokens: Callable[[int], int],
+        mask_rate: Mapping[str, float] | None = None,
+    ) -> None:
         self.processor = processor
         self.seed = seed
-        self.masker = masker
+        self.num_tokens = num_tokens
+        self.mask_rate = mask_rate
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """input_ids, attention_mask, labels (B, L); pixel_values (B, T, 3, S, S) or vision_features (B, T, 1+P, C) or
-        query_features (B, T, K, Q), none for text alone; qformer_* where the Q-Former reads text; token_mask (B, N).
+        """What `training_sequences` makes of the prompts; pixel_values (B, T, 3, S, S), vision_features (B, T, 1+P, C)
+        or query_features (B, T, K, Q), none for text alone; qformer_* where the Q-Former reads text.
 
         Besides, for whoever trains: names, the samples' own, and failures, what could not be read in their place.
         """
-        rows = [self.processor.training_ids(sample.turns, media=sample.media) for sample in samples]
-        batch: dict[str, Any] = self.processor.pad([ids for ids, _ in rows], labels=[labels for _, labels in rows])
-        batch |= stacked(samples)
+        batch: dict[str, Any] = stacked(samples)
+        num_visual = dropped = None
         if samples[0].media is not None:
             # Visual tokens come before every turn, so they can answer to the first one alone.
             batch |= self.processor.qformer_inputs([self.processor.template.text(s.turns[0]) for s in samples])
-            num_frames = next(batch[name] for name in MEDIA_FIELDS if name in batch).shape[1]
-            if self.masker is not None and num_frames > 1:
-                batch["token_mask"] = self.masker.draw([s.key for s in samples], num_frames, seed=self.seed)
+            num_visual = self.num_tokens(samples[0].num_frames)
+            if self.mask_rate is not None and samples[0].num_frames > 1:
+                dropped = self._draw([sample.key for sample in samples], num_visual, self.mask_rate)
+        ids, labels = zip(*(self.processor.training_ids(s.turns, media=s.media) for s in samples), strict=True)
+        pad_id = self.processor.pad_token_id
+        batch |= training_sequences(ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=dropped)
         batch["names"] = [sample.name for sample in samples]
         batch["failures"] = [failure for sample in samples for failure in sample.failures]
         return batch
+
+    def _draw(self, keys: Sequence[SampleKey], num_visual: int, mask_rate: Mapping[str, float]) -> Tensor:
+        """(B, N) bool, True = dropped: one rate for the global batch, so that all its rows drop equally many."""
+        batch = (keys[0].epoch, keys[0].batch)
+        rate = draw_mask_rate(**mask_rate, generator=keyed_torch(self.seed, Stream.MASK_RATE, *batch))
+        rows = [(Stream.MASK, *batch, key.corpus, key.index, key.round) for key in keys]
+        return torch.cat(
+            [draw_dropped(1, num_visual, rate=rate, generator=keyed_torch(self.seed, *row)) for row in rows]
+        )
 
 
 def stacked(samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stllm.common.registry import readers
-from stllm.datasets.media_info import Frame, Reader, warn_once
+from stllm.datasets.media_info import Frame, Reader, decoder_options, warn_once
 from stllm.datasets.orientation import MIRRORING
 from stllm.datasets.pyav_reader import PyAvReader
 from stllm.datasets.video_source import MAX_THREADS
@@ -59,6 +59,8 @@ class DecordReader(Reader):
 
     def _doubt(self) -> str | None:
         """Opens the file with decord; why it cannot be trusted with it, or None."""
+        if decoder_options():
+            return "decord cannot limit the size of later frames"
         timeline = self._pyav.timeline
         if timeline.open_gops or timeline.counted or self._pyav.turn in MIRRORING or self._pyav.transparent:
             return "decord would give wrong frames of it (open GOPs, no times, mirrored or transparent)"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.bad_samples import failure_of
+from stllm.datasets.bad_samples import failure_of, load_within
 from stllm.datasets.features import FeatureSource, FeatureWriter
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.samples import Corpus, Failure, SampleKey
@@ -54,11 +54,13 @@ def distinct_clips(corpus: FeatureSource, number: int, *, done: FeatureWriter) -
 class ClipDataset(Dataset[ClipBatch]):
     """Batches of clips by number; every batch is of one data set, so that its clips have equal shapes.
 
-    corpora: prepared as for evaluation, nothing random in them.
+    corpora: prepared as for evaluation, nothing random in them. media_seconds: the limit on reading a clip; 0: none.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], clips: Sequence[DistinctClip], *, batch_size: int) -> None:
-        self.corpora = corpora
+    def __init__(
+        self, corpora: Sequence[Corpus], clips: Sequence[DistinctClip], *, batch_size: int, media_seconds: float
+    ) -> None:
+        self.corpora, self.media_seconds = corpora, media_seconds
         self.batches: list[list[DistinctClip]] = []
         for clip in clips:
             last = self.batches[-1] if self.batches else []
@@ -76,7 +78,8 @@ class ClipDataset(Dataset[ClipBatch]):
         for clip in self.batches[number]:
             corpus = self.corpora[clip.corpus]
             try:
-                sample = corpus.load(SampleKey(0, 0, clip.corpus, clip.sample), np.random.default_rng(0))
+                key, generator = SampleKey(0, 0, clip.corpus, clip.sample), np.random.default_rng(0)
+                sample = load_within(self.media_seconds, corpus, key, generator, setting="--media-seconds")
             except (MediaError, AnnotationError) as error:
                 failures.append(failure_of(corpus.name, error))
                 continue

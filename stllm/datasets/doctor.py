@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from omegaconf import DictConfig
 from tqdm import tqdm
@@ -20,16 +19,19 @@ from tqdm import tqdm
 from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.pools import one_a_core
 from stllm.common.registry import benchmarks
+from stllm.common.schema import MEDIA_SECONDS
 from stllm.datasets.annotations import flatten
 from stllm.datasets.doctor_checks import Lengths, Source, at_least_words, training_source
 from stllm.datasets.doctor_media import Survey, Task, check_use, run_tasks
 from stllm.datasets.doctor_shards import check_features, check_shard
 from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key
-from stllm.datasets.image_text_shards import expand_shards
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import LengthCheck
+from stllm.datasets.shard_names import expand_shards
 from stllm.evaluation.benchmarks.base import Benchmark, read_entries
 from stllm.evaluation.benchmarks.videoqa import ANY
 
@@ -69,6 +71,7 @@ def counts(faults: Sequence[Fault]) -> dict[str, int]:
 
 def run(args: argparse.Namespace) -> int:
     """The command."""
+    allow_pipes(args.allow_pipe)
     if args.flatten is not None:
         source, target = args.flatten
         num_read, num_empty, num_written = flatten(source, target)
@@ -102,15 +105,18 @@ def examine(args: argparse.Namespace) -> Report:
     """Reads every record, then opens every medium; see the command's options. Raises UserError for a configuration."""
     report = Report(decode=args.decode)
     survey = Survey()
+    seconds = args.media_seconds
+    if seconds is None:  # all frames of a film take longer than those of a clip
+        seconds = 12 * MEDIA_SECONDS if args.decode == "all" else MEDIA_SECONDS
     tasks: list[Task] = []
     benchmark = ANY if args.format == ANY.name else benchmarks.get(args.format) if args.format in benchmarks else None
     if benchmark is not None:
         report.faults += _benchmark(benchmark, args, report, survey)
-    for source in _sources(args, report, tasks):
+    for source in _sources(args, report, tasks, seconds):
         items = _items(source, report)
         if source.features is not None:
             keys = [(clip_key(item.name, item.bounds), item.where) for item in items]
-            tasks.append(partial(check_features, source.features, keys, decode=args.decode))
+            tasks.append(partial(check_features, source.features, keys, decode=args.decode, media_seconds=seconds))
             continue
         for item in items:
             if item.expects != "text":
@@ -119,7 +125,7 @@ def examine(args: argparse.Namespace) -> Report:
                 report.faults += survey.add(item, place, found=found, root=source.folder, fps=source.fps)
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
-    tasks += [partial(check_use, use, args.decode) for use in survey.uses.values()]
+    tasks += [partial(check_use, use, args.decode, seconds) for use in survey.uses.values()]
     report.faults += run_tasks(tasks, num_workers=one_a_core(args.num_workers, MAX_WORKERS))
     return report
 
@@ -151,12 +157,12 @@ def _items(source: Source, report: Report) -> Iterator[Medium]:
             yield finding
 
 
-def _sources(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Iterable[Source]:
-    """The annotation files that the options ask for; shards become tasks."""
+def _sources(args: argparse.Namespace, report: Report, tasks: list[Task], seconds: float) -> Iterable[Source]:
+    """The annotation files that the options ask for; shards become tasks. seconds: the limit on reading a sample."""
     if args.cfg_path is not None:
-        return _configured(args, report, tasks)
+        return _configured(args, report, tasks, seconds)
     if args.format == "shards":
-        _add_shards(args.anno_path, report, tasks, args.decode)
+        _add_shards(args.anno_path, report, tasks, args.decode, seconds)
         return []
     if args.format != "vc2":
         return []  # a benchmark
@@ -169,7 +175,7 @@ def _benchmark(benchmark: Benchmark, args: argparse.Namespace, report: Report, s
         anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
     )
     if not benchmark.finds_media and args.video_dir is None:
-        path = Path(args.anno_path).expanduser()
+        path = user_path(args.anno_path)
         settings.video_dir = str(path if path.is_dir() else path.parent)
     entries = read_entries(benchmark, settings)
     try:
@@ -187,7 +193,7 @@ def _benchmark(benchmark: Benchmark, args: argparse.Namespace, report: Report, s
         yield Fault("refused", str(args.anno_path), "file", str(error).removeprefix(f"{args.anno_path}: "))
 
 
-def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> Iterator[Source]:
+def _configured(args: argparse.Namespace, report: Report, tasks: list[Task], seconds: float) -> Iterator[Source]:
     """The data sets of a configuration."""
     from stllm.common.config import load_config
     from stllm.datasets.corpora import resolved_settings
@@ -198,7 +204,7 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
     for name, settings in entries.items():
         if settings.type == "image_text":
             before = report.num_shards
-            _add_shards(settings.shards, report, tasks, args.decode, settings)
+            _add_shards(settings.shards, report, tasks, args.decode, seconds, settings)
             report.data_sets[name] = report.num_shards - before
         elif settings.anno_path is None:
             report.faults.append(Fault("annotation", name, "anno_path", "none is given; name the annotation file"))
@@ -216,8 +222,8 @@ def _configured(args: argparse.Namespace, report: Report, tasks: list[Task]) -> 
 
 def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
     """The configured model's length check; `at_least_words` if the model's files are not there."""
-    from stllm.models.checkpoints.loading import processor_of
-    from stllm.models.factory import model_section, piece_paths
+    from stllm.models.checkpoints.load import processor_of
+    from stllm.models.settings import model_section, piece_paths
     from stllm.tasks.video_text_it import PositionLimit, open_configured
 
     settings = model_section(cfg)
@@ -235,10 +241,21 @@ def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
 
 
 def _add_shards(
-    shards: str | list[str], report: Report, tasks: list[Task], decode: str, settings: DatasetSettings | None = None
+    shards: str | list[str],
+    report: Report,
+    tasks: list[Task],
+    decode: str,
+    seconds: float,
+    settings: DatasetSettings | None = None,
 ) -> None:
     settings = settings or DatasetSettings()
     names = expand_shards(shards)
     report.num_shards += len(names)
-    check = partial(check_shard, decode=decode, cache_dir=settings.cache_dir, cache_gb=settings.cache_gb)
+    check = partial(
+        check_shard,
+        decode=decode,
+        cache_dir=settings.cache_dir,
+        cache_gb=settings.cache_gb,
+        media_seconds=seconds,
+    )
     tasks += [partial(check, name) for name in names]

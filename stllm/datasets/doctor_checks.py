@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stllm.common.files import user_path
 from stllm.datasets.annotations import AnnotationError, Fields, text_of, turns_of
 from stllm.datasets.bad_samples import TOO_LONG
 from stllm.datasets.faults import Fault, Finding, Medium, Pairs, check_bounds, check_name, records_of
@@ -142,7 +143,7 @@ def training_source(
     media: "video", "image" or "text" when the data set holds only that. lengths: the check of lengths; by default one
     that needs no tokenizer.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     findings = _checked(file, media, lengths or Lengths(at_least_words))
     return Source(name, _of_one_medium(findings, file, media), media_dir, fps, features)
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from tqdm import tqdm
 
@@ -17,8 +18,10 @@ from stllm.datasets.find_media import MediaFinder
 from stllm.datasets.media_info import MediaError, MediaInfo
 from stllm.datasets.readers import open_media
 from stllm.datasets.sampling import Bounds, sample_indices
+from stllm.datasets.time_bound import keep_reading, read_within
 
 DECODE = ("none", "first", "all")
+SECONDS_OPTION = "--media-seconds"
 SLACK = 1.0  # seconds that an end may lie behind the video's; rounding in annotations explains so much
 
 Task = Callable[[], list[Fault]]
@@ -135,8 +138,23 @@ def _is_outside(place: str, root: str) -> bool:
     return not (inside and os.pardir not in place) and os.path.relpath(place, root).startswith(os.pardir)
 
 
-def check_use(use: Use, decode: str) -> list[Fault]:
-    """What is wrong with a medium that is there. decode: "none" of it (its size alone), its "first" frame, or "all"."""
+def check_use(use: Use, decode: str, media_seconds: float = 0) -> list[Fault]:
+    """What is wrong with a medium that is there. decode: "none" of it (its size alone), its "first" frame, or "all".
+
+    media_seconds: the limit on reading it; 0: none. Raises StorageError.
+    """
+    with _notes() as notes:
+        try:
+            faults = read_within(media_seconds, partial(_look, use, decode), medium=use.path, setting=SECONDS_OPTION)
+        except MediaError as error:
+            faults = [Fault("unreadable", use.whose, use.path, str(error).removeprefix(f"{use.path}: "))]
+    if any(fault.kind == "unreadable" for fault in faults):  # the notes say the same
+        return faults
+    return faults + [Fault("unreadable", use.whose, use.path, note) for note in notes]
+
+
+def _look(use: Use, decode: str) -> list[Fault]:
+    """See `check_use`. Raises MediaError for a medium that cannot be read."""
     try:
         if not os.path.isdir(use.path) and os.path.getsize(use.path) == 0:
             return [Fault("empty file", use.whose, use.path, "the file holds 0 bytes; copy or download it again")]
@@ -144,25 +162,14 @@ def check_use(use: Use, decode: str) -> list[Fault]:
         return [Fault("unreadable", use.whose, use.path, f"it cannot be read ({error.strerror}); check disk and link")]
     if decode == "none":
         return []
-    with _notes() as notes:
-        faults = _opened(use, decode)
-    if any(fault.kind == "unreadable" for fault in faults):  # the notes say the same
+    with open_media(use.path, fps=use.fps) as medium:
+        info = medium.info
+        faults = [*_wrong_medium(use, info), *_wrong_bounds(use, info), *_too_few(use, info)]
+        indices = range(info.first_index, info.first_index + info.num_frames)
+        medium.times(indices[-1:])  # raises when the file ends before its last frame
+        for _ in medium.frames(indices if decode == "all" else indices[:1]):
+            keep_reading()
         return faults
-    return faults + [Fault("unreadable", use.whose, use.path, note) for note in notes]
-
-
-def _opened(use: Use, decode: str) -> list[Fault]:
-    try:
-        with open_media(use.path, fps=use.fps) as medium:
-            info = medium.info
-            faults = [*_wrong_medium(use, info), *_wrong_bounds(use, info), *_too_few(use, info)]
-            indices = range(info.first_index, info.first_index + info.num_frames)
-            medium.times(indices[-1:])  # raises when the file ends before its last frame
-            for _ in medium.frames(indices if decode == "all" else indices[:1]):
-                pass
-            return faults
-    except MediaError as error:
-        return [Fault("unreadable", use.whose, use.path, str(error).removeprefix(f"{use.path}: "))]
 
 
 def _wrong_medium(use: Use, info: MediaInfo) -> Iterator[Fault]:

@@ -1,23 +1,34 @@
 """What can be wrong with image-text shards and with folders of precomputed features."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.doctor_media import SECONDS_OPTION
 from stllm.datasets.faults import Fault
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
 from stllm.datasets.image_text_index import ABSENT, Entry
-from stllm.datasets.image_text_shards import ShardReader
+from stllm.datasets.image_text_shards import Content, ShardReader
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.picture_readers import decode_image
+from stllm.datasets.time_bound import read_within
 
 
 def check_shard(
-    shard: str, *, decode: str, cache_dir: str | Path | None = None, cache_gb: float | None = None
+    shard: str,
+    *,
+    decode: str,
+    cache_dir: str | Path | None = None,
+    cache_gb: float | None = None,
+    media_seconds: float = 0,
 ) -> list[Fault]:
-    """What is wrong with one shard. decode: "none" of its samples (its headers alone), the "first" one, or "all"."""
+    """What is wrong with one shard. decode: "none" of its samples (its headers alone), the "first" one, or "all".
+
+    media_seconds: the limit on reading a sample; 0: none.
+    """
     reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
     try:
         index = reader.index(shard)
@@ -31,7 +42,7 @@ def check_shard(
     for sample in range(index.num_samples):
         faults += _half(shard, sample, index[sample])
         if sample < num_read:
-            faults += _read(reader, shard, sample)
+            faults += _read(reader, shard, sample, media_seconds)
     reader.close()
     return faults
 
@@ -47,12 +58,17 @@ def _half(shard: str, sample: int, entry: Entry) -> Iterator[Fault]:
         yield Fault("empty answer", where, "caption", "the caption holds 0 bytes; write one, or leave the sample out")
 
 
-def _read(reader: ShardReader, shard: str, sample: int) -> Iterator[Fault]:
+def _read(reader: ShardReader, shard: str, sample: int, media_seconds: float) -> Iterator[Fault]:
     where = f"{shard}, sample {sample + 1}"
-    try:
+
+    def read() -> Content:
         content = reader.read(shard, sample)
         if content.image is not None:
             decode_image(content.image, content.name)
+        return content
+
+    try:
+        content = read_within(media_seconds, read, medium=where, setting=SECONDS_OPTION)
     except MediaError as error:
         yield Fault("unreadable", where, "image", str(error))
         return
@@ -63,22 +79,22 @@ def _read(reader: ShardReader, shard: str, sample: int) -> Iterator[Fault]:
         yield Fault("empty answer", where, content.name, str(error).removeprefix(f"{content.name}: "))
 
 
-def check_features(folder: str, keys: list[tuple[str, str]], *, decode: str) -> list[Fault]:
+def check_features(folder: str, keys: list[tuple[str, str]], *, decode: str, media_seconds: float = 0) -> list[Fault]:
     """What is wrong with a folder of features. keys: the clip's key and its record, of each clip that must be there.
 
-    decode: "none" of them, or the tensors of all (they are small).
+    decode: "none" of them, or the tensors of all (they are small). media_seconds: the limit on reading one; 0: none.
     """
     try:
         store = FeatureStore(folder)
     except UserError as error:
         return [Fault("missing", folder, folder, str(error).removeprefix(f"{folder}: "))]
     wanted = keys if decode != "none" else []
-    return [fault for key, where in wanted for fault in _stored(store, key, where)]
+    return [fault for key, where in wanted for fault in _stored(store, key, where, media_seconds)]
 
 
-def _stored(store: FeatureStore, key: str, where: str) -> list[Fault]:
+def _stored(store: FeatureStore, key: str, where: str, media_seconds: float) -> list[Fault]:
     try:
-        store.load(key)
+        read_within(media_seconds, partial(store.load, key), medium=key, setting=SECONDS_OPTION)
     except MediaError as error:
         return [Fault("missing" if error.cause == "missing" else "unreadable", where, key, str(error))]
     return []

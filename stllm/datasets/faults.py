@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
+from stllm.common.json_text import loads
 from stllm.datasets.annotations import FOREIGN, AnnotationError, Fields, bounds_of, json_values, read_file, text_of
 from stllm.datasets.sampling import Bounds
 
@@ -128,7 +129,7 @@ def _values(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}, line {number}"
         try:
             if line.strip():
-                yield where, json.loads(line)
+                yield where, loads(line)
         except (ValueError, RecursionError) as error:
             yield where, Fault("annotation", where, "line", f"not valid JSON ({error}); expected {expected}")
 

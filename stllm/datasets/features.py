@@ -19,10 +19,12 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
+from stllm.common.json_text import loads
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.records import Record
 from stllm.datasets.samples import Corpus, Sample
 from stllm.datasets.sampling import Bounds
+from stllm.datasets.time_bound import now_reading
 
 STAGES = ("vit", "qformer")  # (T, 1+P, C) of the frozen encoder; (T, K, Q) of a Q-Former that reads no text
 INDEX = "index.json"
@@ -160,6 +162,7 @@ class FeatureStore:
         if place == len(self) or self._digests[place] != _digest(key):
             raise MediaError(f"{self.folder}: found no features of {key}; run `stllm extract` again", cause="missing")
         shard = self.folder / self._shards[self._shard_of[place]]
+        now_reading(shard)
         try:
             with safe_open(shard, framework="pt") as file:
                 features: Tensor = file.get_tensor(key)
@@ -184,7 +187,7 @@ def _digest(key: str) -> np.uint64:
 def _read_index(folder: Path) -> dict[str, Any]:
     check_regular(folder, "a folder of features")
     try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index: dict[str, Any] = loads((folder / INDEX).read_text(encoding="utf-8"))
         return {"stage": index["stage"], "settings": dict(index["settings"]), **index}
     except FileNotFoundError:
         raise UserError(f"{folder}: found no features (no {INDEX}); write them with `stllm extract`") from None

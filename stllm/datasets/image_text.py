@@ -4,7 +4,6 @@ Source: the shards of the published configurations (cc_sbu, laion, cc_sbu_align)
 json with `caption`. Letters: S the model's image size.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +17,17 @@ from tqdm import tqdm
 from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
+from stllm.common.json_text import loads
 from stllm.common.registry import datasets
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
-from stllm.datasets.image_text_shards import GIB, Content, ShardReader, expand_shards, is_remote
+from stllm.datasets.image_text_shards import GIB, Content, ShardReader, is_remote
 from stllm.datasets.media_info import MediaError, warn_once
 from stllm.datasets.picture_readers import decode_image
 from stllm.datasets.samples import Sample, SampleKey
+from stllm.datasets.shard_names import expand_shards
+from stllm.datasets.time_bound import now_reading
 from stllm.processors.vision import ClipTransform
 
 
@@ -110,8 +112,10 @@ class ImageTextCorpus:
         instruction = self.instruction[int(generator.integers(len(self.instruction)))] if self.instruction else ""
         crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
         shard, number = self.place(key.index)
+        now_reading(shard)
         content = self.reader.read(shard, number)
         name = f"{shard}/{content.name}"
+        now_reading(name)
         turn = Turn(question="", answer=caption_of(content, name), instruction=instruction)
         sample = Sample(key, name, (turn,), media=self.media)
         if self.features is None:
@@ -177,10 +181,10 @@ def caption_of(content: Content, name: str) -> str:
         raise AnnotationError(f"{name}: the image has no caption beside it; expected a txt or json of the same name")
     try:
         text = content.caption.decode("utf-8")
-        caption = json.loads(text).get("caption") if content.is_json else text
+        caption = loads(text).get("caption") if content.is_json else text
     except (ValueError, AttributeError, RecursionError) as error:  # no UTF-8, no JSON, no object
         expected = 'a JSON object with "caption"' if content.is_json else "UTF-8 text"
         raise AnnotationError(f"{name}: the caption cannot be read ({error}); expected {expected}") from error
     if not isinstance(caption, str) or not caption.strip():
-        raise AnnotationError(f"{name}: found the caption {caption!r}; expected text: correct or remove the sample")
+        raise AnnotationError(f"{name}: found the caption {caption!r:.60}; expected text: correct or remove it")
     return caption.strip().encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON, is no text

@@ -22,6 +22,7 @@ TEXT, JSON = "txt", "json"
 SUFFIXES = (*IMAGE_SUFFIXES, TEXT, JSON)
 BLOCK = tarfile.BLOCKSIZE  # of a header; a member's data follow its header at once
 ABSENT = -1
+MAX_HEADER = 1 << 20  # bytes of a member's name and other fields, which tarfile reads whole
 FORMAT = "1"  # of the index; another one is made anew
 
 
@@ -115,6 +116,18 @@ def _row(files: dict[str, Member]) -> list[int]:
     return [*image, *caption, int(TEXT not in files and JSON in files)]
 
 
+class _Header(tarfile.TarInfo):
+    """A member's header, refused where its size is negative, or that of a header's extension exceeds MAX_HEADER."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        extends = header.type in b"xgXLK"  # pax, Solaris, GNU's long names
+        if header.size < 0 or (extends and header.size > MAX_HEADER):
+            raise tarfile.HeaderError(f"a header of {header.size} bytes")
+        return header
+
+
 def _members(tar: Path, name: str) -> tuple[list[tuple[str, str, Member]], bool]:
     """(key, suffix, place) of each image and caption of a tar in order, and whether it came to its proper end."""
     from webdataset.tariterators import base_plus_ext
@@ -123,7 +136,7 @@ def _members(tar: Path, name: str) -> tuple[list[tuple[str, str, Member]], bool]
     size = tar.stat().st_size
     try:
         archive: Any  # its `members` are missing in the standard library's stubs
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # else it keeps every header it has seen
                 key, suffix = base_plus_ext(member.name)
@@ -134,7 +147,7 @@ def _members(tar: Path, name: str) -> tuple[list[tuple[str, str, Member]], bool]
             with tar.open("rb") as file:  # tarfile takes a damaged header, too, for the end
                 file.seek(archive.offset)
                 return found, file.read(BLOCK) == bytes(BLOCK)
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # headers that are no numbers, or chained
         return found, False
     except OSError as error:
         raise UserError(f"{name}: the shard cannot be read ({error.strerror}), expected a tar: check it") from error

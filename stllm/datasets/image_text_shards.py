@@ -1,30 +1,28 @@
-"""Tar shards, local or remote, read at any place: names expanded, remote ones fetched whole, members by offset.
+"""Tar shards, local or remote, read at any place: remote ones fetched whole, members by offset.
 
 Training asks for samples in any order, and a sample must be the same whichever process reads it; a stream from the
-network gives neither. So a remote shard is fetched once, through webdataset, and then is a local file like another.
+network gives neither. So a remote shard is fetched once (fetching.py), and then is a local file like another.
 """
 
-import glob
 import hashlib
 import os
 import re
-import shlex
-import shutil
 import tarfile
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from stllm.common.errors import UserError
-from stllm.common.files import replacing
+from stllm.common.files import user_path
+from stllm.datasets.fetching import fetch, scheme_of
 from stllm.datasets.image_text_index import ABSENT, BLOCK, Member, ShardIndex, build_index, load_index
 from stllm.datasets.media_info import MediaError
+from stllm.datasets.time_bound import unbounded
 
 MAX_OPEN = 128  # files a process keeps open; systems commonly allow 1024
 GIB = 2**30
+MAX_IMAGE_BYTES = 256 << 20
+MAX_CAPTION_BYTES = 1 << 20  # of a txt or json; a model reads some thousand tokens
 
 
 class Content(NamedTuple):
@@ -36,38 +34,14 @@ class Content(NamedTuple):
     is_json: bool
 
 
-def expand_shards(shards: str | Sequence[str]) -> list[str]:
-    """The shards that names, URLs, braces (`{00000..01255}.tar`) and globs stand for, in order.
-
-    Raises UserError for a glob that finds nothing, broken braces, and a shard that is named twice.
-    """
-    from webdataset.shardlists import expand_urls
-
-    found: list[str] = []
-    for pattern in [shards] if isinstance(shards, str) else shards:
-        try:
-            names = expand_urls(pattern)
-        except (AssertionError, ValueError) as error:  # an unset ${NAME}, braces without an end
-            raise UserError(f"shards: {pattern!r} cannot be expanded ({error}); write {{000..123}}.tar") from error
-        for name in names:
-            local = url2pathname(urlparse(name).path) if name.startswith("file:") else name
-            found += [name] if is_remote(local) else _local_shards(local)
-    twice = next((name for name in found if found.count(name) > 1), None) if len(set(found)) < len(found) else None
-    if twice is not None:
-        raise UserError(f"shards: {twice!r} is named twice; name every shard once, and raise sample_ratio instead")
-    if not found:
-        raise UserError("shards: found none; name tar files, such as {00000..01255}.tar, a glob, or URLs")
-    return found
-
-
 def is_remote(shard: str) -> bool:
     """Whether it is a URL or a `pipe:` rather than a file here."""
-    return urlparse(shard).scheme != ""
+    return scheme_of(shard) != ""
 
 
 def default_cache() -> Path:
     """Where indexes and fetched shards are kept unless a data set names its own `cache_dir`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "stllm" / "shards"
+    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stllm" / "shards"
 
 
 class ShardReader:
@@ -78,7 +52,7 @@ class ShardReader:
     """
 
     def __init__(self, *, cache_dir: str | Path | None = None, cache_gb: float | None = None) -> None:
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache()
+        self.cache_dir = user_path(cache_dir) if cache_dir else default_cache()
         self.cache_gb = cache_gb
         self._open: OrderedDict[str, tuple[int, ShardIndex]] = OrderedDict()
 
@@ -92,9 +66,20 @@ class ShardReader:
         return kept or build_index(path, self._tar(shard), shard)
 
     def read(self, shard: str, sample: int) -> Content:
-        """Sample number `sample` of a shard. Raises MediaError when it cannot be read where the index says."""
+        """Sample number `sample` of a shard.
+
+        Raises MediaError when it cannot be read where the index says, and for a member that is too large to be read.
+        """
         file, index = self._opened(shard)
         entry = index[sample]
+        bounds = (("an image", entry.image, MAX_IMAGE_BYTES), ("a caption", entry.caption, MAX_CAPTION_BYTES))
+        for what, member, most in bounds:
+            if member.size > most:
+                name = self._header(shard, file, member)[0].name
+                raise MediaError(
+                    f"{shard}/{name}: found {what} of {member.size:,} bytes, expected at most {most:,}: leave the "
+                    "sample out"
+                )
         image, caption = (self._member(shard, file, member) for member in (entry.image, entry.caption))
         name = image[0] if image else caption[0] if caption else str(sample)
         return Content(name, image and image[1], caption and caption[1], entry.is_json)
@@ -121,8 +106,9 @@ class ShardReader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        index = self.index(shard)
-        tar = self._tar(shard)
+        with unbounded():  # a whole shard may be fetched or indexed, here or by another process
+            index = self.index(shard)
+            tar = self._tar(shard)
         try:
             file = os.open(tar, os.O_RDONLY)
         except OSError as error:
@@ -190,36 +176,3 @@ class ShardReader:
             if path != newest:
                 path.unlink(missing_ok=True)
                 excess -= size
-
-
-def fetch(shard: str, path: Path) -> None:
-    """Copies a remote shard to `path`, whole or not at all, by webdataset: http, pipe, gs, hf, s3 (by `aws s3 cp`).
-
-    Raises MediaError when it cannot be had.
-    """
-    from webdataset.gopen import gopen, gopen_schemes
-
-    url = shard
-    if urlparse(shard).scheme == "s3" and "s3" not in gopen_schemes:
-        url = f"pipe:aws s3 cp {shlex.quote(shard)} -"  # the way that webdataset's own guide gives
-    try:
-        # Leaving gopen's stream raises when the command behind it has failed.
-        with replacing(path) as partial, partial.open("wb") as file, gopen(url) as stream:
-            shutil.copyfileobj(stream, file, 2**20)
-    except FileNotFoundError as error:
-        raise MediaError(f"{shard}: fetching it needs the program {error.filename!r}: install it") from error
-    except (OSError, ValueError) as error:
-        if getattr(error, "errno", None) is not None:  # ours, not the command's: a full disk
-            raise
-        ended = re.search(r"exit \d+", str(error))  # without the whole command line
-        reason = f"{url.partition(':')[0]}: {ended[0]}" if ended else error
-        raise MediaError(f"{shard}: the shard cannot be fetched ({reason}); check the URL and the network") from error
-
-
-def _local_shards(name: str) -> list[str]:
-    if not glob.has_magic(name):
-        return [os.path.expanduser(name)]
-    found = sorted(glob.glob(os.path.expanduser(name), recursive=True))
-    if not found:
-        raise UserError(f"shards: nothing matches {name!r}; check the folder and the pattern")
-    return found

@@ -5,7 +5,7 @@ Letters: T frames, S the model's image size.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from stllm.common.errors import UserError
 from stllm.datasets.media_info import MediaError, MediaInfo, Reader
 from stllm.datasets.readers import open_media
 from stllm.datasets.sampling import Bounds, BoundsError, Generator, sample_indices, within
+from stllm.datasets.time_bound import keep_reading
 from stllm.datasets.views import FORWARD, check_view, view_frames, view_order
 from stllm.processors.vision import FrameTransform
 
@@ -42,6 +43,16 @@ class Clip:
         key = hashlib.blake2b(f"{tuple(frames.shape)} {frames.dtype}".encode(), digest_size=16)
         key.update(frames.numpy().data)
         return key.hexdigest()
+
+    def viewed(self, view: str) -> "Clip":
+        """The clip, whose frames stand as they were sampled, in that view of views.py."""
+        order = view_order(view, len(self.indices))
+        return replace(
+            self,
+            frames=view_frames(view, self.frames),
+            indices=[self.indices[place] for place in order],
+            times=[self.times[place] for place in order],
+        )
 
 
 def load_clip(
@@ -73,14 +84,7 @@ def load_clip(
         indices = _sample(medium, path, sampling, num_frames, bounds, generator, own_times)
         times = medium.times(indices)
         frames = _prepare(medium.frames(indices), len(indices), transform)
-        order = view_order(view, len(indices))
-        return Clip(
-            frames=view_frames(view, frames),
-            indices=[indices[place] for place in order],
-            times=[times[place] for place in order],
-            info=medium.info,
-            path=str(path),
-        )
+        return Clip(frames, indices, times, medium.info, str(path)).viewed(view)
 
 
 def check_clip(
@@ -134,6 +138,7 @@ def _prepare(frames: Iterator[np.ndarray], count: int, transform: FrameTransform
     """`count` frames through the transform into one tensor, (T, 3, S, S)."""
     prepared = np.empty(0, np.float32)  # filled by numpy: torch's copy would start threads for every frame
     for position, frame in enumerate(frames):
+        keep_reading()
         pixels = transform(frame).numpy()
         if position == 0:
             prepared = np.empty((count, *pixels.shape), pixels.dtype)

@@ -27,16 +27,23 @@ class Mixture(Dataset[Sample]):
     """Samples by `SampleKey`; one that cannot be used is replaced (bad_samples.py).
 
     max_tries: samples tried in place of one that cannot be used. check: refuses samples that are too long.
+    media_seconds: the limit on reading one medium; 0: none.
     Raises UserError for no data set, or an empty one.
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, seed: int, max_tries: int, check: LengthCheck | None = None
+        self,
+        sources: Sequence[Source],
+        *,
+        seed: int,
+        max_tries: int,
+        check: LengthCheck | None = None,
+        media_seconds: float = 0,
     ) -> None:
         self.corpora = [source.corpus for source in sources]
         self.ratios = [source.ratio for source in sources]
         self.sizes = [len(corpus) for corpus in self.corpora]
-        self.seed, self.max_tries, self.check = seed, max_tries, check
+        self.seed, self.max_tries, self.check, self.media_seconds = seed, max_tries, check, media_seconds
         if not sources:
             raise UserError("no data set is named: list at least one under `datasets`")
         for corpus, size in zip(self.corpora, self.sizes, strict=True):
@@ -49,7 +56,14 @@ class Mixture(Dataset[Sample]):
     def __getitem__(self, key: SampleKey) -> Sample:
         """Raises UserError when neither the sample nor any tried in its place could be used."""
         corpus = self.corpora[key.corpus]
-        return load_with_replacement(corpus, key, seed=self.seed, max_tries=self.max_tries, check=self.check)
+        return load_with_replacement(
+            corpus,
+            key,
+            seed=self.seed,
+            max_tries=self.max_tries,
+            check=self.check,
+            media_seconds=self.media_seconds,
+        )
 
 
 class MixtureSampler:

@@ -3,6 +3,7 @@
 Transparent parts are shown over white, here and in videos: logos and diagrams are mostly dark lines without background.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_regular
 from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, warn_once
 from stllm.datasets.sniff import AVIF
+from stllm.datasets.time_bound import keep_reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,7 +130,12 @@ class GifReader(Reader):
         self.check(indices)
         for index in indices:
             with _damage(self.path, f"; {self._image.tell()} frames could be read"):
-                self._image.seek(index + self._first)
+                target = index + self._first
+                if target < self._image.tell():
+                    self._image.seek(0)
+                while self._image.tell() < target:  # Pillow would do the same steps in one call, which nothing ends
+                    keep_reading()
+                    self._image.seek(self._image.tell() + 1)
                 frame = to_rgb(self._image)
             yield frame
 
@@ -234,6 +241,9 @@ def _damage(path: object, so_far: str = "") -> Iterator[None]:
         raise MediaError(f"{path}: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
         # Pillow has no one exception for broken files: its decoders let all of these through.
+        reason = str(error)
+        if re.search(r"\bb['\"]", reason):  # Pillow quotes the file's bytes, which a server must not show
+            reason = reason.removeprefix("b").strip("'\"").partition(": ")[0]
         raise MediaError(
-            f"{path}: found a damaged or cut image ({error}{so_far}), expected a whole one: copy or download it again"
+            f"{path}: found a damaged or cut image ({reason}{so_far}), expected a whole one: copy or download it again"
         ) from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stllm.common.registry import readers
-from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, warn_once
+from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader, decoder_options, warn_once
 from stllm.datasets.orientation import is_transparent, to_rgb, turn_of
 from stllm.datasets.timeline import Timeline, average_fps, counted_timeline, demuxed_timeline
 from stllm.datasets.video_source import VideoSource
@@ -154,9 +154,11 @@ class PyAvReader(Reader):
                 self._last = None
                 return self._frame_at(index, ())
         if frame is None:
+            most = decoder_options().get("max_pixels")
+            larger = f", or a picture of more than {most} pixels" if most else ""
             raise MediaError(
-                f"{self.path}: frame {index} of {self.info.num_frames} could not be decoded (damaged data), the "
-                f"{index} frames before it could be read; copy or download the file again"
+                f"{self.path}: frame {index} of {self.info.num_frames} could not be decoded (damaged data{larger}), "
+                f"the {index} frames before it could be read; copy or download the file again"
             )
         if self.source.num_damaged and not self._warned:
             self._warned = True

@@ -4,6 +4,7 @@ The registry `readers` names the libraries that decode container videos (`pyav`,
 with Pillow. A file is judged by its content, so a wrong extension does no harm.
 """
 
+import os
 from pathlib import Path
 
 from stllm.common.files import user_path
@@ -13,6 +14,7 @@ from stllm.datasets.media_info import Frame, MediaError, MediaInfo, Reader
 from stllm.datasets.picture_readers import GIF_FPS, FrameFolderReader, GifReader, ImageReader, open_picture
 from stllm.datasets.pyav_reader import PyAvReader
 from stllm.datasets.sniff import kind_of, read_head
+from stllm.datasets.time_bound import now_reading
 
 __all__ = [
     "DecordReader",
@@ -38,11 +40,12 @@ def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = No
         for videos, which hold their frames' times, and images.
     Raises MediaError when nothing there can be read, UserError for an unknown reader.
     """
+    now_reading(path)
     path = user_path(path)
     video_reader = readers.get(AUTO if reader == "auto" else reader)
     if fps is not None and not 0 < fps < float("inf"):
         raise MediaError(f"{path}: fps is {fps}; expected a positive number of frames a second")
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, of a name that is too long, too
         return FrameFolderReader(path, fps=fps)
     if kind_of(read_head(path)) == "picture":
         return open_picture(path, fps=GIF_FPS if fps is None else fps)

@@ -6,11 +6,15 @@ the codec; otherwise the video is decoded once and its frames are counted.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from stllm.datasets.hevc import PictureOrder
+from stllm.datasets.time_bound import keep_reading
 
 if TYPE_CHECKING:
     from av import Packet
@@ -71,12 +75,25 @@ class Timeline:
         )
 
 
+def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Packet[VideoStream]]":
+    """The stream's packets.
+
+    In a transport stream, another stream can begin in the middle of the file. PyAV fails at its first packet, which is
+    left out; reading goes on behind it.
+    """
+    while True:
+        with suppress(IndexError):
+            yield from container.demux(stream)
+            return
+
+
 def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut: bool) -> Timeline | None:
     """The timeline from the packets alone; None unless all of them bear times that can be true.
 
     Times are rejected when one is missing or used twice, when decoding times (dts) do not ascend, and when the order
-    that they give contradicts the codec: a B picture is shown before one that is stored before it, any other is not.
-    Where picture types are unknown, a codec that reorders frames must have times that do so, and no other may.
+    that they give contradicts the codec: HEVC states the pictures' order; in older codecs a B picture is shown before
+    one that is stored before it, any other is not. Where neither is known, a codec that reorders frames must have times
+    that do so, and no other may.
 
     cut: the file is shorter than it should be. What is missing is then promised all the same, and the last packets are
     not trusted: a lost B-frame might have been shown between them.
@@ -86,13 +103,16 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
     context = stream.codec_context
     codec, by_dts, reorders = context.name, container.format.name in DECODING_TIMES, context.has_b_frames
     length_size = _length_size(context.extradata) if codec == "h264" else 0
-    stamps, keys = array("q"), array("q")  # eight bytes a frame, however long the film
+    hevc = PictureOrder(context.extradata) if codec == "hevc" else None
+    stamps, keys, places = array("q"), array("q"), array("q")  # eight bytes a frame each, however long the film
     num_hidden, last_dts, latest = 0, None, None
     usable, typed, reordered, open_gops = True, False, False, False
     try:
-        for packet in container.demux(stream):
+        for packet in packets(container, stream):
+            keep_reading()
             if packet.size == 0:
                 continue
+            place = None if hevc is None else hevc.place(bytes(packet))  # of hidden pictures, too: others count on
             if packet.is_discard or _is_hidden(packet, codec):
                 num_hidden += 1
                 continue
@@ -115,12 +135,19 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
             open_gops = open_gops or (is_earlier and bool(keys) and stamp < keys[-1])
             latest = stamp if latest is None else max(latest, stamp)
             stamps.append(stamp)
+            if place is not None:
+                places.append(place)
             if packet.is_keyframe:
                 keys.append(stamp)
     except FFmpegError:
         pass  # the file ends here: what is missing shows in num_promised, or as a frame that cannot be decoded
     order = np.unique(np.array(stamps))
-    if not usable or len(order) != len(stamps) or not keys or (not typed and reorders != reordered):
+    if not usable or len(order) != len(stamps) or not keys:
+        return None
+    if hevc is not None:
+        if len(places) != len(stamps) or (np.diff(np.array(stamps)[np.argsort(places)]) <= 0).any():
+            return None
+    elif not typed and reorders != reordered:
         return None
     num_promised = len(order)
     if cut:

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from stllm.common.errors import UserError
-from stllm.common.files import check_new, new_folder
+from stllm.common.files import check_new, new_folder, user_path
 from stllm.common.pools import Map, mapping, one_a_core
 from stllm.datasets.toy_annotations import Fields, Tellings, TrainingSet, record
 from stllm.datasets.toy_benchmarks import benchmark_bytes, num_benchmark_clips, write_benchmarks
@@ -71,7 +71,7 @@ class Each:
 
 def run(args: argparse.Namespace) -> int:
     """The command: writes the world, says what is in it and what can be done with it."""
-    target = Path(args.output).expanduser()
+    target = user_path(args.output)
     write_world(
         target,
         num_train=args.num_train,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stllm.datasets.media_info import MediaError, decoder_options
 from stllm.datasets.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
-from stllm.datasets.timeline import DECODING_TIMES
+from stllm.datasets.time_bound import keep_reading
+from stllm.datasets.timeline import DECODING_TIMES, packets
 
 if TYPE_CHECKING:
     from av import Packet, VideoCodecContext
@@ -86,7 +87,8 @@ class VideoSource:
             landing: int | None = None
             count = 0
             by_dts = self.container.format.name in DECODING_TIMES
-            for packet in self.container.demux(self.stream):
+            for packet in packets(self.container, self.stream):
+                keep_reading()
                 if by_dts:
                     packet.pts = packet.dts  # as in the timeline: the guessed presentation times change after a seek
                 if first_packet:

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader
 
 from stllm.common.errors import UserError
+from stllm.common.parent import end_with_parent
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.datasets.media import Clip
+from stllm.datasets.time_bound import StorageError, read_within
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
-from stllm.runners.signals import obeying_parent_alone
 
 CLIPS_AHEAD = 2  # that each worker holds ready
 BATCHES_SORTED = 4  # that wait to be put together by length
@@ -59,11 +60,14 @@ def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
     return [item for item in items if item.id in mine]
 
 
-def read_clip(reader: ClipReader, media: Media) -> ReadClip:
-    """Reads one clip, in whichever process; an unreadable one gives its error."""
+def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> ReadClip:
+    """Reads one clip, in whichever process; an unreadable one gives its error. Raises StorageError."""
     start = time.perf_counter()
     try:
-        return ReadClip(reader(media), "", time.perf_counter() - start)
+        clip = read_within(media_seconds, partial(reader, media), medium=str(media.path), setting="--media-seconds")
+        return ReadClip(clip, "", time.perf_counter() - start)
+    except StorageError:
+        raise
     except UserError as error:
         return ReadClip(None, str(error), time.perf_counter() - start)
 
@@ -78,11 +82,23 @@ class _Question(NamedTuple):
 
 
 class Engine:
-    """Asks a model. batch_size: questions answered at once; num_workers: processes that decode, 0: this one."""
+    """Asks a model. batch_size: questions answered at once; num_workers: processes that decode, 0: this one.
 
-    def __init__(self, chat: Chat, loaded: Loaded, *, decoding: Decoding, batch_size: int, num_workers: int) -> None:
+    media_seconds: the limit on reading one medium; 0: none.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        loaded: Loaded,
+        *,
+        decoding: Decoding,
+        batch_size: int,
+        num_workers: int,
+        media_seconds: float = 0,
+    ) -> None:
         self.chat, self.loaded, self.decoding = chat, loaded, decoding
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.media_seconds = batch_size, num_workers, media_seconds
         self._queue: list[_Question] = []
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:
@@ -99,9 +115,9 @@ class Engine:
         clips: DataLoader[Any] = DataLoader(
             list(groups),  # type: ignore[arg-type]  # a list of media is a data set
             batch_size=None,
-            collate_fn=partial(read_clip, self.chat.read),
+            collate_fn=partial(read_clip, self.chat.read, self.media_seconds),
             num_workers=num_workers,
-            worker_init_fn=obeying_parent_alone,
+            worker_init_fn=end_with_parent,
             **more,
         )
         for group, read in zip(groups.values(), clips, strict=True):

@@ -16,17 +16,17 @@ from stllm.common.device import out_of_memory
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.jsonl import naming_full_disk
 from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results
 from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
 from stllm.evaluation.probes.permutation import probe_options
 from stllm.evaluation.probes.temporal import probe_views
-from stllm.evaluation.record_files import telling_full_disk
 from stllm.evaluation.results import Outcome
 from stllm.evaluation.runs import Runs
-from stllm.models.checkpoints.loading import open_model
-from stllm.models.factory import explicit_settings
+from stllm.models.checkpoints.infer_config import open_model
+from stllm.models.settings import explicit_settings
 from stllm.runners.processes import process_group
 
 SHOWN_FAILURES = 3
@@ -79,7 +79,7 @@ def evaluate(runs: Runs, loaded: Loaded, probes: Sequence[Probe] = ()) -> int:
     started = time.perf_counter()
     outcome = runs.run(loaded, name)
     if outcome is not None:
-        with telling_full_disk(runs.folder):
+        with naming_full_disk(runs.folder):
             content = results.write(runs.folder, name, loaded, outcome)
         print(summary(runs.folder / name, loaded, outcome, content, time.perf_counter() - started))
         if not content["counts"]["answered"]:
@@ -87,7 +87,7 @@ def evaluate(runs: Runs, loaded: Loaded, probes: Sequence[Probe] = ()) -> int:
             print(f"error: not one item could be answered; the first one: {first}", file=sys.stderr)
             code = 1
     for probe in probes:
-        with telling_full_disk(runs.folder):
+        with naming_full_disk(runs.folder):
             found = probe(runs, name, loaded, outcome)
         if found is not None:
             print(found)

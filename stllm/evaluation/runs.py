@@ -23,15 +23,17 @@ from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
-from stllm.common.files import write_text
+from stllm.common.files import user_path, write_text
+from stllm.common.jsonl import Appender, naming_full_disk
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.engine import Engine, head, share
-from stllm.evaluation.record_files import RecordFiles, RecordWriter, telling_full_disk
+from stllm.evaluation.record_files import RecordFiles
 from stllm.evaluation.results import Outcome
 from stllm.models.checkpoints.formats import Source, weight_files
-from stllm.models.checkpoints.loading import Opened, load_opened, processor_of
+from stllm.models.checkpoints.infer_config import Opened
+from stllm.models.checkpoints.load import load_opened, processor_of
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.processes import num_decoders, wait_for_all
 
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 # What may differ when a run is continued: no answer depends on it, items are compared line by line, and `decoding`
 # holds the model family's values for what is unset in `evaluation`.
 FREE = re.compile(
-    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers"
+    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers|media_seconds"
     r"|num_beams|max_new_tokens|repetition_penalty|context)"
 )
 SMALL = 16 << 20  # bytes: a file up to here is read whole
@@ -73,7 +75,7 @@ class Runs:
         self.device = resolve_device(device)
         self.dtype = str(resolve_dtype(dtype, self.device)).removeprefix("torch.")
         self.processor = processor_of(opened)
-        self.folder = Path(settings.output_dir).expanduser()
+        self.folder = user_path(settings.output_dir)
         names = ("num_beams", "max_new_tokens", "repetition_penalty", "context")
         given = {name: getattr(settings, name) for name in names}
         asked = {name: value for name, value in given.items() if value is not None}
@@ -152,7 +154,7 @@ class Runs:
             check_same(file, settings, files.path)
             check_items(files.path, records, loaded.items)
         files.join([item.id for item in loaded.items])
-        with telling_full_disk(file):
+        with naming_full_disk(file):
             write_text(file, OmegaConf.to_yaml(OmegaConf.create(settings)))
         return settings
 
@@ -166,17 +168,16 @@ class Runs:
             decoding=self.decoding,
             batch_size=self.settings.batch_size,
             num_workers=num_decoders(self.settings.num_workers),
+            media_seconds=self.settings.media_seconds,
         )
-        writer = RecordWriter(files.path if world_size() == 1 else files.part(rank()))
+        path = files.path if world_size() == 1 else files.part(rank())
         of_all = f" (1 of {world_size()} processes)" if world_size() > 1 else ""
         hidden = None if is_main() else True  # None: no bar where nobody looks
-        try:
-            with tqdm(total=len(items), desc=f"{files.name}{of_all}", unit="item", disable=hidden) as bar:
-                for record in engine.records(items):
-                    writer.add(record)
-                    bar.update()
-        finally:
-            writer.close()
+        bar = tqdm(total=len(items), desc=f"{files.name}{of_all}", unit="item", disable=hidden)
+        with Appender(path) as lines, bar:
+            for record in engine.records(items):
+                lines.add(record)
+                bar.update()
 
 
 def check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:

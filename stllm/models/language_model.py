@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from stllm.models.sequences import IGNORE_INDEX
+from stllm.models.attention import masks_without_reads
 
 
 def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -26,9 +26,10 @@ def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | Non
 
 
 def last_hidden_states(model: PreTrainedModel, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-    """States after the final norm, (B, S, D). inputs_embeds: (B, S, D); attention_mask: (B, S)."""
+    """States after the final norm, (B, S, D). inputs_embeds: (B, S, D); attention_mask: (B, S), padded on the right."""
     decoder = model.get_decoder()
-    return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    with masks_without_reads(decoder):
+        return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -45,18 +46,18 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def language_loss(
-    model: PreTrainedModel, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None = None
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, positions: Tensor, num_items: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Next-token cross entropy in float32: the labelled tokens' sum over `num_items`, by default their own number.
 
-    hidden: (B, S, D); labels: (B, S), -100 where there is none. num_items: labelled tokens of the whole optimizer step,
-        all processes' and micro-batches', so that the loss does not depend on how it is divided among them.
-    Returns the loss and the logits (labelled tokens, vocabulary); logits are computed nowhere else.
+    hidden: (B, S, D); labels: (B, S). positions: (A,) in (B*S), of the states from which a labelled token is predicted.
+    num_items: labelled tokens of the whole optimizer step, all processes' and micro-batches', so that the loss does not
+        depend on how it is divided among them.
+    Returns the loss and the logits (A, vocabulary); logits are computed nowhere else.
     """
-    targets = labels[:, 1:]
-    wanted = targets != IGNORE_INDEX  # (B, S-1)
-    logits = logits_of(model, hidden[:, :-1][wanted])
-    if not wanted.any():  # every answer was cut off: no loss, but a graph that distributed training can reduce
+    logits = logits_of(model, hidden.flatten(0, 1).index_select(0, positions))
+    if not len(positions):  # every answer was cut off: no loss, but a graph that distributed training can reduce
         return logits.float().sum(), logits
-    total = F.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-    return total / (wanted.sum() if num_items is None else num_items), logits
+    targets = labels.flatten().index_select(0, positions + 1)
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (len(positions) if num_items is None else num_items), logits

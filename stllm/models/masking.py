@@ -1,27 +1,13 @@
 """Dynamic masking of visual tokens and the masked video modelling (MVM) loss; training only.
 
-Source: paper section 3.3. B clips, N visual tokens, D width. Dropped tokens are absent from the sequence, which is
-what makes training faster; the loss pulls the kept ones' hidden states towards those of an unmasked pass.
+Source: paper section 3.3. B clips, N visual tokens of a clip, V kept ones of all, D width. Dropped tokens are absent
+from the sequence, which makes training faster; the loss pulls the kept ones' hidden states towards those of an
+unmasked pass.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def draw_token_mask(
-    batch_size: int,
-    num_tokens: int,
-    *,
-    mean: float,
-    std: float,
-    min: float,
-    max: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """(B, N) bool, True = dropped. One rate for the batch ~ Normal(mean, std) in [min, max]; int(rate*N) a sample."""
-    rate = draw_mask_rate(mean=mean, std=std, min=min, max=max, generator=generator)
-    return draw_dropped(batch_size, num_tokens, rate=rate, generator=generator)
 
 
 def draw_mask_rate(
@@ -35,18 +21,6 @@ def draw_dropped(batch_size: int, num_tokens: int, *, rate: float, generator: to
     """(B, N) bool, True = dropped: int(rate*N) in each row, any of them with equal chance."""
     order = torch.rand(batch_size, num_tokens, generator=generator).argsort(dim=1)
     return order < int(rate * num_tokens)  # ranks below the count: exactly that many in every row
-
-
-def keep_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
-    """tokens: (B, N, D); mask: (B, N) with equally many True in each row. Returns the rest in order, (B, M, D)."""
-    return tokens.gather(1, kept_positions(mask)[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def kept_positions(mask: Tensor) -> Tensor:
-    """mask: (B, N) bool, True = dropped. Returns the kept tokens' positions, ascending, (B, M)."""
-    num_kept = int((~mask[0]).sum())
-    # a stable sort of the mask puts the kept (False) first and leaves them in order
-    return mask.int().argsort(dim=1, stable=True)[:, :num_kept]
 
 
 class MVMDecoder(nn.Module):
@@ -63,5 +37,5 @@ class MVMDecoder(nn.Module):
 
 
 def mvm_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """mean(2 - 2*cos) over all kept tokens. student, teacher: (B, M, D); computed in float32; a scalar."""
+    """mean(2 - 2*cos) over all kept tokens. student, teacher: (V, D); computed in float32; a scalar."""
     return (2 - 2 * F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
+from stllm.models.attention import masks_without_reads
+
 
 class FrameQFormer(nn.Module):
     """K learned queries read each frame; with `text_input` they read the question as well."""
@@ -37,12 +39,13 @@ class FrameQFormer(nn.Module):
             text_ids = text_ids.repeat_interleave(num_frames, dim=0)  # (B*T, L)
             text_attention_mask = text_attention_mask.repeat_interleave(num_frames, dim=0)
             mask = torch.cat([text_attention_mask.new_ones(queries.shape[:2]), text_attention_mask], dim=1)
-        out = self.bert(
-            input_ids=text_ids if self.text_input else None,
-            attention_mask=mask,
-            query_embeds=queries,
-            encoder_hidden_states=frames,
-        ).last_hidden_state[:, : queries.shape[1]]  # (B*T, K, Q): what follows the queries is the text's
+        with masks_without_reads(self.bert):
+            out = self.bert(
+                input_ids=text_ids if self.text_input else None,
+                attention_mask=mask,
+                query_embeds=queries,
+                encoder_hidden_states=frames,
+            ).last_hidden_state[:, : queries.shape[1]]  # (B*T, K, Q): what follows the queries is the text's
         return out.unflatten(0, (num_clips, num_frames))
 
 

@@ -2,10 +2,10 @@
 
 Source: "ST-LLM: Large Language Models Are Effective Temporal Learners", arXiv 2404.00308, section 3.
 B clips, T frames, P patches, C encoder width, K tokens a frame, D language-model width, N visual tokens of a clip,
-L text positions, S positions of the joined sequence.
+V of the batch, L positions of the Q-Former's text, S positions of a prompt with its visual tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,8 @@ from stllm.common.registry import models
 from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
 from stllm.models.initialization import initialize_parts
-from stllm.models.masking import MVMDecoder, draw_token_mask, keep_tokens, kept_positions, mvm_loss
+from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
-from stllm.models.sequences import VISUAL_TOKEN_ID, JoinedSequence, join_visual_tokens
 from stllm.models.video_inputs import build_video_input
 from stllm.models.vision import build_vision_encoder
 
@@ -100,126 +99,93 @@ class STLLM(PreTrainedModel):
             return encoded
         return self.projection(self._query_features(encoded, qformer_input_ids, qformer_attention_mask))
 
-    def join(
-        self,
-        visual_tokens: Sequence[Tensor] | None,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        *,
-        labels: Tensor | None = None,
-        padding_side: str = "right",
-    ) -> JoinedSequence:
-        """Embeds the text and puts each row's visual tokens, (N_b, D), where its placeholder stands."""
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(input_ids == VISUAL_TOKEN_ID, 0))
-        return join_visual_tokens(
-            embeds, input_ids, attention_mask, visual_tokens, labels=labels, padding_side=padding_side
-        )
+    def embed(self, input_ids: Tensor, visual_positions: Tensor, visual_tokens: Tensor | None = None) -> Tensor:
+        """Embeddings of prompts, (B, S, D), the visual tokens in their places.
+
+        input_ids: (B, S), see `processors.sequences.pad_sequences`. visual_tokens: (V, D), row after row.
+        visual_positions: (V,), their positions in (B*S).
+        """
+        embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # the placeholder's id is negative
+        if visual_tokens is None:
+            return embeds
+        return embeds.flatten(0, 1).index_copy(0, visual_positions, visual_tokens.to(embeds)).view_as(embeds)
 
     def forward(
         self,
         *,
         input_ids: Tensor,
         attention_mask: Tensor,
+        visual_positions: Tensor,
         labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
         pixel_values: Tensor | None = None,
         vision_features: Tensor | None = None,
         query_features: Tensor | None = None,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        mask_generator: torch.Generator | None = None,
+        kept: Tensor | None = None,
+        teacher: Mapping[str, Tensor] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> STLLMOutput:
-        """One training (or scoring) pass.
+        """One training (or scoring) pass; no value is read from the device.
 
-        input_ids, attention_mask, labels: (B, L), one `VISUAL_TOKEN_ID` a row where the video goes; none: text alone.
+        input_ids, attention_mask, visual_positions, labels, label_positions, kept, teacher: a batch padded on the
+            right, see `processors.sequences.training_sequences`. Visual tokens that are not `kept` are dropped (dynamic
+            masking), and the MVM loss is added unless the configuration has it off (`use_mvm`).
         pixel_values: (B, T, 3, H, W); or, precomputed, what the frozen encoder made of them, vision_features
-            (B, T, 1+P, C), or a Q-Former that reads no text, query_features (B, T, K, Q).
-        token_mask: (B, N) bool, True = dropped; drawn with `mask_generator` in training when the configuration says so.
+            (B, T, 1+P, C), or a Q-Former that reads no text, query_features (B, T, K, Q). None of them: text alone.
         num_items_in_batch: what the language loss is divided by; the labelled tokens of this batch by default.
+        Raises UserError for a video input whose number of tokens is not the one that the prompts have places for.
         """
         if pixel_values is not None:
             vision_features = self.vision_features(pixel_values)
         if vision_features is not None:
             query_features = self._query_features(vision_features, qformer_input_ids, qformer_attention_mask)
-        if query_features is None:
-            sequence = self.join(None, input_ids, attention_mask, labels=labels)
-            return self._score(sequence, num_items=num_items_in_batch)
-        frames = self.projection(query_features.to(self.projection.weight.dtype))  # (B, T, K, D)
-        visual = self.video_input(frames)  # (B, N, D)
-        if token_mask is None and self.training and self.config.use_mask and frames.shape[1] > 1:
-            token_mask = draw_token_mask(*visual.shape[:2], **self.config.mask_rate, generator=mask_generator)
-        if token_mask is None:
-            sequence = self.join(list(visual), input_ids, attention_mask, labels=labels)
-            output = self._score(sequence, num_items=num_items_in_batch)
-            return STLLMOutput(**{**output, "kept_visual_tokens": visual.shape[1]})
-        if token_mask.shape != visual.shape[:2]:
-            raise UserError(
-                f"the video input {self.config.video_input} gives {visual.shape[1]} tokens, but the token mask has "
-                f"{token_mask.shape[1]}: make its num_tokens and its forward agree"
-            )
-        mask = token_mask.to(visual.device)
-        return self._masked_forward(visual, mask, input_ids, attention_mask, labels, num_items_in_batch)
+        visual = None
+        if query_features is not None:
+            frames = self.projection(query_features.to(self.projection.weight.dtype))  # (B, T, K, D)
+            visual = self.video_input(frames)  # (B, N, D)
+            places = len(visual_positions if teacher is None else teacher["visual_positions"]) // len(visual)
+            if visual.shape[1] != places:
+                raise UserError(
+                    f"the video input {self.config.video_input} gives {visual.shape[1]} tokens, but the prompts have "
+                    f"places for {places}: make its num_tokens and its forward agree"
+                )
+            visual = visual.flatten(0, 1)  # (B*N, D)
+        present = visual if kept is None or visual is None else visual.index_select(0, kept)  # (V, D)
+        embeds = self.embed(input_ids, visual_positions, present)
+        hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask)  # (B, S, D)
+        loss_lm, loss_mvm = None, None
+        if labels is None or label_positions is None:
+            logits = lm.logits_of(self.language_model, hidden)
+        else:
+            loss_lm, logits = lm.language_loss(self.language_model, hidden, labels, label_positions, num_items_in_batch)
+        if visual is not None and kept is not None and teacher is not None and self.config.use_mvm:
+            # paper section 3.3: the student's states of the kept tokens towards those that a full clip gives
+            student_hidden = hidden.flatten(0, 1).index_select(0, visual_positions)  # (V, D)
+            teacher_hidden = self.teacher_hidden_states(visual.detach(), **teacher).index_select(0, kept)  # (V, D)
+            loss_mvm = mvm_loss(self.mvm_decoder(student_hidden), teacher_hidden)
+        return STLLMOutput(
+            loss=loss_mvm if loss_lm is None else loss_lm if loss_mvm is None else loss_lm + loss_mvm,
+            logits=logits,
+            loss_lm=loss_lm,
+            loss_mvm=loss_mvm,
+            kept_visual_tokens=None if present is None else len(present) // len(input_ids),
+        )
 
     def _query_features(self, features: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """vision features (B, T, 1+P, C) through the Q-Former, with the question where it reads one: (B, T, K, Q)."""
         features = features.to(self.vision_encoder.ln_vision.weight.dtype)
         return self.qformer(features, text_ids, text_mask) if self.config.has_qformer else self.qformer(features)
 
-    def _masked_forward(
-        self,
-        visual: Tensor,
-        mask: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor | None,
-        num_items: Tensor | int | None,
-    ) -> STLLMOutput:
-        """Student on the kept tokens, teacher on all of them up to the last visual one (paper section 3.3).
-
-        Without `use_mvm` there is no teacher: masking alone.
-        """
-        student = self.join(list(keep_tokens(visual, mask)), input_ids, attention_mask, labels=labels)
-        hidden = lm.last_hidden_states(self.language_model, student.inputs_embeds, student.attention_mask)
-        output = self._score(student, hidden, num_items)
-        kept = kept_positions(mask)  # (B, M)
-        if not self.config.use_mvm:
-            return STLLMOutput(**{**output, "kept_visual_tokens": kept.shape[1]})
-        teacher_hidden = self.teacher_hidden_states(visual.detach(), input_ids, attention_mask)  # (B, N, D)
-        student_hidden = _gather_positions(hidden, student.visual_positions(kept.shape[1]))  # (B, M, D)
-        loss_mvm = mvm_loss(self.mvm_decoder(student_hidden), _gather_positions(teacher_hidden, kept))
-        total = loss_mvm if output.loss_lm is None else output.loss_lm + loss_mvm
-        return STLLMOutput(
-            loss=total,
-            logits=output.logits,
-            loss_lm=output.loss_lm,
-            loss_mvm=loss_mvm,
-            kept_visual_tokens=kept.shape[1],
-        )
-
     @torch.no_grad()
-    def teacher_hidden_states(self, visual: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states (B, N, D) of all visual tokens, without a gradient.
-
-        Attention is causal: nothing after the last visual token can change them, so the sequence ends there.
-        """
-        sequence = self.join(list(visual), input_ids, attention_mask)
-        positions = sequence.visual_positions(visual.shape[1])
-        end = int(positions.max()) + 1
-        hidden = lm.last_hidden_states(
-            self.language_model, sequence.inputs_embeds[:, :end], sequence.attention_mask[:, :end]
-        )
-        return _gather_positions(hidden, positions)
-
-    def _score(
-        self, sequence: JoinedSequence, hidden: Tensor | None = None, num_items: Tensor | int | None = None
-    ) -> STLLMOutput:
-        if hidden is None:
-            hidden = lm.last_hidden_states(self.language_model, sequence.inputs_embeds, sequence.attention_mask)
-        if sequence.labels is None:
-            return STLLMOutput(logits=lm.logits_of(self.language_model, hidden))
-        loss, logits = lm.language_loss(self.language_model, hidden, sequence.labels, num_items)
-        return STLLMOutput(loss=loss, logits=logits, loss_lm=loss)
+    def teacher_hidden_states(
+        self, visual: Tensor, input_ids: Tensor, attention_mask: Tensor, visual_positions: Tensor
+    ) -> Tensor:
+        """Last hidden states (B*N, D) of all visual tokens (B*N, D), without a gradient."""
+        embeds = self.embed(input_ids, visual_positions, visual)
+        hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask)
+        return hidden.flatten(0, 1).index_select(0, visual_positions)
 
     @torch.no_grad()
     def generate(
@@ -227,17 +193,19 @@ class STLLM(PreTrainedModel):
         *,
         input_ids: Tensor,
         attention_mask: Tensor,
-        visual_tokens: Sequence[Tensor] | None = None,
+        visual_positions: Tensor,
+        visual_tokens: Tensor | None = None,
         **generation: Any,
     ) -> Tensor:
         """New token ids, (B, up to max_new_tokens), without the prompt.
 
-        visual_tokens: B tensors (N_b, D) from `video_input(frame_tokens(...))`; rows of different length are padded on
-        the left. generation: arguments of transformers' `GenerationMixin.generate`.
+        input_ids, attention_mask, visual_positions: see `embed`; padded on the left. visual_tokens: (V, D) from
+        `video_input(frame_tokens(...))`. generation: arguments of transformers' `GenerationMixin.generate`.
         """
-        sequence = self.join(visual_tokens, input_ids, attention_mask, padding_side="left")
         return self.language_model.generate(
-            inputs_embeds=sequence.inputs_embeds, attention_mask=sequence.attention_mask, **generation
+            inputs_embeds=self.embed(input_ids, visual_positions, visual_tokens),
+            attention_mask=attention_mask,
+            **generation,
         )
 
     # ---- what transformers asks of a model ----------------------------------------------------------------------
@@ -289,11 +257,6 @@ class STLLM(PreTrainedModel):
         super().initialize_weights()
         if not done:
             initialize_parts(self)
-
-
-def _gather_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """hidden: (B, S, D); positions: (B, M). Returns (B, M, D)."""
-    return hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def config_of(model: STLLM) -> STLLMConfig:

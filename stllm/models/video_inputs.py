@@ -81,7 +81,9 @@ class ResidualInput(nn.Module):
         if frame_tokens.shape[1] == 1:
             return frame_tokens[:, 0]
         indices = residual_frame_indices(frame_tokens.shape[1], self.residual_size)
-        local = frame_tokens[:, [index for index in indices if kept is None or index in kept]]  # (B, R, K, D)
+        frames = frame_tokens.split(1, dim=1)  # by a list of indices the device would wait for the list's copy
+        chosen = [frames[index] for index in indices if kept is None or index in kept]
+        local = torch.cat([frame_tokens[:, :0], *chosen], dim=1)  # (B, R, K, D)
         pooled = self.up_proj(F.relu(self.down_proj(_only(frame_tokens, kept).mean(dim=1))))  # (B, K, D)
         return (local + pooled[:, None]).flatten(1, 2)
 

@@ -8,9 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 from stllm.common.errors import UserError
@@ -18,7 +16,7 @@ from stllm.common.files import check_regular
 from stllm.common.registry import templates
 from stllm.conversation.templates import BOS, VISUAL, PromptTemplate, Turn
 from stllm.models.configuration import STLLMConfig, reason
-from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 
 QFORMER_FOLDER = "qformer_tokenizer"  # beside the weights, as in transformers' InstructBLIP
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
@@ -166,16 +164,6 @@ class PromptProcessor:
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 
-    def pad(
-        self, rows: Sequence[Sequence[int]], *, labels: Sequence[Sequence[int]] | None = None, side: str = "right"
-    ) -> dict[str, Tensor]:
-        """input_ids, attention_mask (and labels), (B, L). side: right for training, left for generation."""
-        padded = {
-            "input_ids": _pad(rows, self.pad_token_id, side),
-            "attention_mask": _pad([[1] * len(row) for row in rows], 0, side),
-        }
-        return padded if labels is None else {**padded, "labels": _pad(labels, IGNORE_INDEX, side)}
-
     def qformer_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """qformer_input_ids, qformer_attention_mask (B, L), cut on the left to `max_txt_len`; {} without such text."""
         if self.qformer_tokenizer is None:
@@ -203,12 +191,6 @@ class PromptProcessor:
             "pad_token_id": self.pad_token_id,
             "stop_strings": [self.end_sym],
         }
-
-
-def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
-    """(B, L) of the rows' values, filled up on that side."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 def _first_known(*ids: int | None) -> int:

@@ -5,7 +5,6 @@ Everything that transformers would refuse later, after the weights are loaded, i
 
 import copy
 import inspect
-import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,7 @@ from transformers.training_args import OptimizerNames, ParallelMode, trainer_log
 from stllm.common.device import DTYPE_ALIASES, resolve_device
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import check_regular
+from stllm.common.json_text import loads
 from stllm.common.run_section import REFUSED
 from stllm.common.schema import RunSettings
 
@@ -133,7 +133,7 @@ def _check_json(key: str, path: str) -> None:
     check_regular(path, f"a JSON file for {key}")
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+            found = loads(file.read())
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read ({error.strerror}): name a JSON file") from error
     except ValueError as error:

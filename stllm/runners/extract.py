@@ -10,7 +10,8 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,20 @@ from stllm.common.datasets_section import ROOTS
 from stllm.common.device import out_of_memory, resolve_device, resolve_dtype, seed_everything
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
+from stllm.common.files import locked
+from stllm.common.parent import end_with_parent
 from stllm.common.schema import RunSettings
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.distinct_clips import ClipBatch, ClipDataset, DistinctClip, distinct_clips
 from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
-from stllm.models.factory import build_encoder, config_from_settings, model_section
+from stllm.models.build import build_encoder, config_from_settings
+from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
 from stllm.runners.processes import num_decoders, process_group, wait_for_all
-from stllm.runners.signals import obeying_parent_alone
 from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ log = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 0 when every clip that can be read is there."""
+    allow_pipes(args.allow_pipe)
     cfg = _from_pixels(load_config(args.cfg_path, args.options))
     config = config_from_settings(model_section(cfg))
     fault = precomputed.fault(config, args.stage)
@@ -53,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     corpora = _with_media(source.corpus for source in build_corpora(cfg, image_size=image_size, train=False))
     # as training does, so that even weights that no file gives are the same ones there
     seed_everything(cfg.run.get("seed", 42) if args.seed is None else args.seed)
-    with process_group():
+    with process_group(), _locked(Path(args.output), corpora):
         try:
             extraction = Extraction(
                 build_encoder(cfg, device=device, dtype=dtype),
@@ -63,7 +68,12 @@ def run(args: argparse.Namespace) -> int:
                 settings={"image_size": image_size, "crop": "center", "dtype": str(dtype).removeprefix("torch.")},
                 max_bad_fraction=cfg.run.get("max_bad_fraction", RunSettings.max_bad_fraction),
             )
-            extraction.run(batch_size=args.batch_size, num_workers=num_decoders(args.num_workers))
+            configured = cfg.run.get("media_seconds", RunSettings.media_seconds)
+            extraction.run(
+                batch_size=args.batch_size,
+                num_workers=num_decoders(args.num_workers),
+                media_seconds=configured if args.media_seconds is None else args.media_seconds,
+            )
         except Exception as error:
             if not out_of_memory(error) or isinstance(error, UserError):
                 raise
@@ -111,12 +121,12 @@ class Extraction:
         size = self.num_done + len(self.pending)
         self.bad = BadSampleLog(max_bad_fraction=max_bad_fraction, epoch_size=size)
 
-    def run(self, *, batch_size: int, num_workers: int) -> None:
+    def run(self, *, batch_size: int, num_workers: int, media_seconds: float) -> None:
         """Decodes, encodes, writes. Raises UserError when too many clips could not be read."""
         started = time.perf_counter()
         log.info("%d clips to encode, %d are there", len(self.pending), self.num_done)
         try:
-            self._encode(self._loader(batch_size, num_workers))
+            self._encode(self._loader(batch_size, num_workers, media_seconds))
         finally:
             for writer in self.writers:  # whatever happened: what was computed is kept
                 writer.flush()
@@ -148,13 +158,13 @@ class Extraction:
                 f"{free / 2**30:.1f} GiB are free: name another disk with --output, or take fewer frames (num_frames)"
             )
 
-    def _loader(self, batch_size: int, num_workers: int) -> DataLoader[ClipBatch]:
+    def _loader(self, batch_size: int, num_workers: int, media_seconds: float) -> DataLoader[ClipBatch]:
         return DataLoader(
-            ClipDataset(self.corpora, self.own, batch_size=batch_size),
+            ClipDataset(self.corpora, self.own, batch_size=batch_size, media_seconds=media_seconds),
             batch_size=None,
             num_workers=num_workers,
             pin_memory=self.model.device.type == "cuda",
-            worker_init_fn=obeying_parent_alone,
+            worker_init_fn=end_with_parent,
         )
 
     def _encode(self, loader: DataLoader[ClipBatch]) -> None:
@@ -190,6 +200,18 @@ class Extraction:
             f"{num_read} clips encoded in {seconds:.0f} s ({num_read / max(seconds, 1e-9):.1f} a second), "
             f"{self.num_done} were there{left_out}; train on them with datasets.features_root={self.output}"
         )
+
+
+@contextmanager
+def _locked(output: Path, corpora: Iterable[FeatureSource]) -> Iterator[None]:
+    """Within, no other extraction may write these data sets' features; the main process holds the locks."""
+    with ExitStack() as stack:
+        for corpus in corpora if is_main() else ():
+            folder = output / corpus.name
+            busy = f"{folder}: another extraction writes to it: wait until it ends, or name another --output"
+            stack.enter_context(locked(output / f".{corpus.name}.lock", busy))
+        wait_for_all()
+        yield
 
 
 def _from_pixels(cfg: DictConfig) -> DictConfig:

@@ -25,21 +25,22 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.failures import sentence
 from stllm.common.files import locked, write_text
+from stllm.common.json_text import loads
 from stllm.common.run_section import UNUSED
-from stllm.models.checkpoints.shards import open_weights
+from stllm.models.checkpoints.weights import WeightFiles
 from stllm.runners.meter import is_distributed
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LOCK = ".train.lock"
-LOCK_SECONDS = 6  # data workers of a killed training notice within 5 seconds that it is gone
+LOCK_SECONDS = 6  # data workers of a killed training hold it, too, until they end
 STATES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")  # transformers' names
 STATE = "trainer_state.json"  # transformers writes it last
 # what may differ when a run is continued: none of it changes what is learned
 FREE = re.compile(
     r"run\.(output_dir|resume_from_checkpoint|resume_only_model|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+|disable_tqdm"
-    r"|max_bad_fraction|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
+    r"|max_bad_fraction|media_seconds|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
     r"|model\.(vit_chunk_size|use_grad_checkpoint|qformer_tokenizer)"
     r"|datasets\.(\w+\.)?(anno_root|media_root)|datasets\.\w+\.(anno_path|media_dir|cache_dir|reader)"
 )
@@ -129,7 +130,7 @@ class RunFolder:
         lines = [
             line for line in self.log_path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)
         ]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if loads(line)["step"] <= step]
         write_text(self.log_path, "".join(kept))
 
     def append_log(self, line: Mapping[str, Any]) -> None:
@@ -206,12 +207,12 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
         try:
             content: Any = {}
             if path.suffix == ".json" or path.name == STATE:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = loads(path.read_text(encoding="utf-8"))
             elif is_state:
                 with safe_globals():
                     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             elif path.suffix == ".safetensors":
-                open_weights([path])
+                WeightFiles([path])
         except UserError as error:
             return str(error)
         except Exception as error:  # of json, torch and the file system: many kinds

@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM during training: the step is finished and a checkpoint written; a second Ctrl-C stops at once."""
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -48,21 +47,3 @@ def stopping_at_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def obeying_parent_alone(worker: int) -> None:
-    """Makes a data worker deaf to signals that are meant for its process, and reach the whole group all the same.
-
-    torchrun, Slurm and terminals signal every process; a worker that ends breaks the step that is to be finished. Its
-    own process's SIGTERM still ends it. worker: its number, as DataLoader's `worker_init_fn` is given it.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

@@ -25,6 +25,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import runners, tasks
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.collate import MEDIA_FIELDS
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import SampleKey
 from stllm.runners.arguments import training_arguments
 from stllm.runners.run_folder import RunFolder
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 0 when the model is trained, 130 or 143 when a signal stopped the run."""
+    allow_pipes(args.allow_pipe)
     cfg = load_config(args.cfg_path, args.options)
     if not cfg.run:
         raise UserError(f"{args.cfg_path or 'the options'}: there is no run section: say at least run.output_dir")

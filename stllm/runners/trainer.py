@@ -22,10 +22,12 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, write_text
+from stllm.common.json_text import loads
+from stllm.common.parent import end_with_parent
 from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
-from stllm.models.checkpoints.assembly import restore
 from stllm.models.checkpoints.audit import MAX_NAMED
+from stllm.models.checkpoints.load import restore
 from stllm.models.configuration import reason
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
@@ -33,7 +35,7 @@ from stllm.runners.meter import StepMeter, is_distributed
 from stllm.runners.optimizer import parameter_groups
 from stllm.runners.progress import Progress
 from stllm.runners.run_folder import STATE, RunFolder, damage
-from stllm.runners.signals import StopRequest, obeying_parent_alone
+from stllm.runners.signals import StopRequest
 
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
 
@@ -109,7 +111,7 @@ class STLLMTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
-            worker_init_fn=obeying_parent_alone,
+            worker_init_fn=end_with_parent,
             generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
         )
 
@@ -263,11 +265,11 @@ class STLLMTrainer(Trainer):
         if fault is not None:
             raise UserError(self.folder.refusal(checkpoint, fault))
         with self._reading(checkpoint, RUN_STATE):
-            state = json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
+            state = loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
             self._take_run_state(checkpoint, state)
         with self._reading(checkpoint, STATE):
             TrainerState.load_from_json(str(checkpoint / STATE))
-            int(json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+            int(loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
 
     def _take_run_state(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         only_model = "run.resume_only_model=True continues with its weights, but with a new optimizer state"
@@ -318,7 +320,7 @@ class STLLMTrainer(Trainer):
             with self._reading(checkpoint or "", "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)
             return
-        step = int(json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"])
+        step = int(loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"])
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # under accelerate's, if it is there
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch: the optimizer has made no step yet

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -12,24 +13,33 @@ from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.seeing import Prepared
+from stllm.datasets.reading import NobodyWaits, ReadingPool
 from stllm.serving.errors import ApiError
+from stllm.serving.jobs import Stage
 from stllm.serving.limits import Limits
 from stllm.serving.replies import Finished
 from stllm.serving.requests import Asked
 
 
 def answer_steps(
-    chat: Chat, limits: Limits, asked: Asked, path: Path | None, stop: Event
-) -> Generator[str | Finished, None, None]:
-    """Pieces of text, and `Finished` last. path: of the request's medium, which only this opens: one at a time.
-
-    Raises ApiError for what cannot be read.
-    """
+    chat: Chat, reading: ReadingPool, limits: Limits, asked: Asked, path: Path | None, stop: Event
+) -> Generator[str | Finished | Stage, None, None]:
+    """Pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError for what cannot be read."""
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
+    request = Request(asked.turns, media, asked.system)
     with hiding(path):
-        if path is not None:
-            limits.check_file(path)
-        prepared = chat.prepare(Request(asked.turns, media, asked.system), asked.decoding)
+        request.check()
+        seen = None
+        if media is None or (seen := chat.recall(media)) is not None:
+            yield Stage.MODEL
+        else:
+            stamp = chat.stamp(media)
+            yield Stage.READING
+            clip = reading.read(partial(limits.read, chat.read, media), Path(media.path), stop)
+            yield Stage.MODEL
+            seen = chat.see(media, clip, stamp)
+            del clip
+        prepared = chat.prepare(request, asked.decoding, seen)
         with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
             ids = yield from pieces
     yield _end(chat, asked.decoding, prepared, ids)
@@ -49,6 +59,8 @@ def hiding(path: Path | None) -> Iterator[None]:
     """Messages within speak of the medium, not of where it lies on this machine."""
     try:
         yield
+    except NobodyWaits:
+        raise
     except UserError as error:
         text = " ".join(str(error).split())
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stllm.conversation.chat import Chat
-from stllm.datasets.media_info import limited_pixels
+from stllm.datasets.reading import ReadingPool
 from stllm.serving.answering import answer_steps, hiding
 from stllm.serving.body import Bodies
 from stllm.serving.errors import ApiError, api_error
-from stllm.serving.jobs import Job, Jobs
+from stllm.serving.jobs import BusyError, End, Job, Jobs
 from stllm.serving.limits import Limits
 from stllm.serving.media import fetch_medium, split_medium
 from stllm.serving.replies import Finished, Reply, event, model_object
@@ -46,6 +46,7 @@ class Server:
 
     name: of the model. media_root: the folder of which clients may name files, or None.
     folder: where the media of requests are written; None: the system's folder for temporary files.
+    reading: the processes that read media; None: new ones, which start with the first request.
     """
 
     chat: Chat
@@ -53,9 +54,10 @@ class Server:
     media_root: Path | None = None
     limits: Limits = field(default_factory=Limits)
     folder: Path | None = None
+    reading: ReadingPool | None = None
 
     def __post_init__(self) -> None:
-        self.jobs = Jobs(1 + self.limits.waiting)
+        self.jobs = Jobs(1 + self.limits.waiting, self.reading or ReadingPool(seconds=self.limits.read_seconds))
         self.bodies = Bodies(self.limits.body_bytes, BODIES * self.limits.body_bytes, self.limits.body_seconds)
         self._created = int(time.time())
 
@@ -81,27 +83,27 @@ class Server:
         """Answers a chat completion request, whole or as a stream."""
         try:
             self.jobs.check_room()
-        except ApiError:
+        except BusyError:
             await self.bodies.read(request, keep=False)  # so that the client reads the refusal
             raise
         body = await self._arrive(request)
-        job: Job[Step] = self.jobs.admit()  # not before, so that slow senders hold no places
+        news = News()
+        job: Job[Step] = self.jobs.admit(news.tell)  # not before, so that slow senders hold no places
         streams = False
         try:
-            asked, path = await anyio.to_thread.run_sync(self._unpack, body, job)
+            asked = await anyio.to_thread.run_sync(self._begin, body, job)
             del body
-            job.start(partial(answer_steps, self.chat, self.limits, asked, path))
             watch = asyncio.create_task(_give_up_when_gone(request, job))
             try:
-                first = await job.next()
+                first = await news.next()
                 if first is None:
                     return GONE
                 if not asked.stream:
-                    return await self._whole(job, first)
+                    return await self._whole(news, first)
             finally:
                 watch.cancel()
             streams = True
-            return EventStream(_events(job, first, Reply(self.name), asked.include_usage), job)
+            return EventStream(_events(news, first, Reply(self.name), asked.include_usage), job)
         finally:
             if not streams:
                 job.give_up()
@@ -122,23 +124,46 @@ class Server:
             )
         return body
 
-    def _unpack(self, body: bytearray, job: Job[Step]) -> tuple[Asked, Path | None]:
-        """The request as it was asked, and its medium as a file, which goes when the job leaves."""
+    def _begin(self, body: bytearray, job: Job[Step]) -> Asked:
+        """Begins to answer the request. Its medium becomes a file, which goes when the job leaves."""
         words, medium = split_medium(body, self.limits)
         asked = parse_request(words, model=self.name, usual=self.chat.decoding, limits=self.limits)
-        if asked.url is None:
-            return asked, None
-        place = TemporaryDirectory(prefix="request-", dir=self.folder, ignore_cleanup_errors=True)
-        folder = Path(job.resources.enter_context(place))
-        with hiding(None):
-            path = fetch_medium(asked.url, medium, folder=folder, root=self.media_root, limits=self.limits)
-        return asked, path
+        path = None
+        if asked.url is not None:
+            place = TemporaryDirectory(prefix="request-", dir=self.folder, ignore_cleanup_errors=True)
+            folder = Path(job.resources.enter_context(place))
+            with hiding(None):
+                path = fetch_medium(asked.url, medium, folder=folder, root=self.media_root, limits=self.limits)
+        job.start(partial(answer_steps, self.chat, self.jobs.reading, self.limits, asked, path))
+        return asked
 
-    async def _whole(self, job: Job[Step], first: Step) -> Response:
+    async def _whole(self, news: "News", first: Step) -> Response:
         step: Step | None = first
         while isinstance(step, str):
-            step = await job.next()
+            step = await news.next()
         return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
+
+
+class News:
+    """What a job tells, from its threads to the event loop in which this was made."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._told: asyncio.Queue[Step | End] = asyncio.Queue()
+
+    def tell(self, item: Step | End) -> None:
+        """Called in any thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
+            self._loop.call_soon_threadsafe(self._told.put_nowait, item)
+
+    async def next(self) -> Step | None:
+        """What the job tells next, None at its end. Raises what its work raised."""
+        item = await self._told.get()
+        if not isinstance(item, End):
+            return item
+        if item.error is not None:
+            raise item.error
+        return None
 
 
 class OwnHosts:
@@ -177,14 +202,14 @@ class EventStream(StreamingResponse):
             self.job.give_up()
 
 
-async def _events(job: Job[Step], first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
+async def _events(news: News, first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
     """The chunks of an answer; an error in the middle is an event, too."""
     yield reply.chunk({"role": "assistant", "content": ""})
     step: Step | None = first
     try:
         while isinstance(step, str):
             yield reply.chunk({"content": step})
-            step = await job.next()
+            step = await news.next()
     except Exception as error:
         yield event(api_error(error).body())
         return
@@ -206,9 +231,8 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        with limited_pixels(server.limits.media_pixels):
-            yield
-            await anyio.to_thread.run_sync(server.jobs.close)
+        yield
+        await anyio.to_thread.run_sync(server.jobs.close)
 
     return Starlette(
         routes=[

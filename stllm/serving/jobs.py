@@ -1,48 +1,105 @@
 """A bounded queue before the one model: a request that finds no place is refused at once, one at a time is answered.
 
-A job's work runs in the model's thread and tells the event loop what it yields. Whoever leaves gives up the job: a
-waiting one is dropped, a running one ends at its next token, and its place and its files are given back.
+The server and the demo both use it. A job is a generator: it yields news for its listener, and a `Stage` where its next
+steps belong into another thread: files are read by a few threads (in processes of their own, datasets/reading.py), so
+that a slow one holds up nobody else, and the model runs in one. Whoever leaves gives up the job: a waiting one is
+dropped, a reading one ends at once, an answering one at its next token, and its place and its files are given back.
 """
 
-import asyncio
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack
+from enum import Enum
+from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import Generic, TypeVar
 
-from stllm.serving.errors import ApiError
+from stllm.common.errors import UserError
+from stllm.datasets.reading import ReadingPool
 
 T = TypeVar("T")
-Work = Callable[[Event], Generator[T, None, None]]  # the event is set when nobody listens any more
+
+TICK = 0.5  # seconds without news after which a listening thread is asked whether it goes on
+
+
+class Stage(Enum):
+    """The thread in which the next steps of a job run."""
+
+    READING = "reading"
+    MODEL = "model"
+
+
+Work = Callable[[Event], Generator[T | Stage, None, object]]  # the event is set when nobody listens any more
+
+
+class BusyError(UserError):
+    """There is no place for another request now; there may be one in a moment."""
+
+
+class End:
+    """The last thing that a job tells. error: what its work raised."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
 
 
 class Jobs:
-    """places: requests that may be here at once, the one that is answered among them."""
+    """places: requests that may be here at once, the one that is answered among them. reading: closed with this."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, reading: ReadingPool) -> None:
         self.places = places
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.reading = reading
+        self.threads = {
+            Stage.READING: ThreadPoolExecutor(reading.num_processes, thread_name_prefix="reading"),
+            Stage.MODEL: ThreadPoolExecutor(1, thread_name_prefix="model"),
+        }
         self._inside: set[Job] = set()
         self._lock = Lock()
+        self._closed = False
 
     @property
     def num_inside(self) -> int:
-        """Requests that have arrived whole, whether they wait or are answered."""
+        """Requests that have arrived whole, whether they wait, are read or are answered."""
         return len(self._inside)
 
     def check_room(self) -> None:
-        """Raises ApiError when no place is free."""
+        """Raises BusyError when no place is free."""
+        if self._closed:
+            raise BusyError("the server is ending: try again in a moment")
         if len(self._inside) >= self.places:
-            raise ApiError(503, f"all {self.places} places are taken: try again in a moment", code="server_overloaded")
+            raise BusyError(f"all {self.places} places are taken: try again in a moment")
 
-    def admit(self) -> "Job":
-        """A place for one request. Raises ApiError when none is free."""
+    def admit(self, tell: "Callable[[T | End], None]") -> "Job[T]":
+        """A place for one request. tell: gets its news, in any thread. Raises BusyError when none is free."""
         with self._lock:
             self.check_room()
-            job: Job = Job(self)
+            job: Job[T] = Job(self, tell)
             self._inside.add(job)
             return job
+
+    def iterate(self, work: Work[T]) -> Generator[T | None, None, None]:
+        """The work's news for a listening thread, and None each half second without any. Raises what the work raises.
+
+        Closing the iterator gives up the job and does not wait for its end. Raises BusyError when no place is free.
+        """
+        news: SimpleQueue[T | End] = SimpleQueue()
+        job = self.admit(news.put)
+        try:
+            job.start(work)
+            while True:
+                try:
+                    item = news.get(timeout=TICK)
+                except Empty:
+                    yield None
+                    continue
+                if not isinstance(item, End):
+                    yield item
+                elif item.error is None:
+                    return
+                else:
+                    raise item.error
+        finally:
+            job.give_up()
 
     def leave(self, job: "Job") -> None:
         """Frees the job's place; a second time nothing happens."""
@@ -50,66 +107,74 @@ class Jobs:
             self._inside.discard(job)
 
     def close(self) -> None:
-        """Gives up all jobs and waits for the running one to end."""
+        """Gives up all jobs, ends what is being read, and waits for the model's running step to end."""
+        self.reading.close()
         with self._lock:
+            self._closed = True
             inside = list(self._inside)
         for job in inside:
             job.give_up()
-        self.worker.shutdown()
-
-
-class _End:
-    """The last thing that a job tells. error: what its work raised."""
-
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+        for threads in self.threads.values():
+            threads.shutdown()
 
 
 class Job(Generic[T]):
     """One request with a place in the house. resources: what is closed when it leaves."""
 
-    def __init__(self, jobs: Jobs) -> None:
+    def __init__(self, jobs: Jobs, tell: Callable[[T | End], None]) -> None:
         self.resources = ExitStack()
         self._jobs = jobs
-        self._loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[T | _End] = asyncio.Queue()
+        self._tell = tell
         self._given_up = Event()
-        self._future: Future[None] | None = None
+        self._steps: Generator[T | Stage, None, object] | None = None
+        self._future: Future[None] | None = None  # of the stage that waits for its thread, or runs
+        self._lock = Lock()  # between giving up and going on to another stage
 
     def start(self, work: Work[T]) -> None:
-        """Joins the queue."""
-        self._future = self._jobs.worker.submit(self._run, work)
-
-    async def next(self) -> T | None:
-        """What the work yields next, None at its end. Raises what it raises."""
-        item = await self._told.get()
-        if not isinstance(item, _End):
-            return item
-        if item.error is not None:
-            raise item.error
-        return None
+        """Begins the work, in this thread until it names a stage."""
+        self._steps = work(self._given_up)
+        self._go_on(None, Event())
 
     def give_up(self) -> None:
         """Nobody listens any more, because all was told or because the client has gone. May be called again."""
-        self._given_up.set()
-        if self._future is None or self._future.cancel():
-            self._leave(_End())
+        with self._lock:
+            self._given_up.set()
+            waits = self._steps is None if self._future is None else self._future.cancel()
+        if waits:
+            self._leave(End())
 
-    def _run(self, work: Work[T]) -> None:
-        end = _End()
+    def _go_on(self, stage: Stage | None, begun: Event) -> None:
+        """Runs the work up to its next stage or its end."""
+        begun.set()
+        assert self._steps is not None
         try:
-            with closing(work(self._given_up)) as items:
-                while not self._given_up.is_set() and (item := next(items, None)) is not None:
+            for item in self._steps:
+                if isinstance(item, Stage):
+                    if item is not stage and self._hand_over(stage, item):
+                        return
+                else:
                     self._tell(item)
+                if self._given_up.is_set():
+                    break
+            end = End()
         except BaseException as error:  # handed to the listener, who raises it
-            end = _End(error)
+            end = End(error)
         self._leave(end)
 
-    def _leave(self, end: _End) -> None:
+    def _hand_over(self, stage: Stage | None, following: Stage) -> bool:
+        """Queues the rest of the work for the next stage's thread; False when nobody wants it any more."""
+        begun = Event()
+        with self._lock:
+            if self._given_up.is_set():
+                return False
+            self._future = self._jobs.threads[following].submit(self._go_on, following, begun)
+        while stage is Stage.READING and not begun.wait(TICK) and not self._given_up.is_set():
+            pass  # a thread that has read waits for the model, so that few clips wait for it in memory
+        return True
+
+    def _leave(self, end: End) -> None:
+        if self._steps is not None:
+            self._steps.close()
         self.resources.close()
         self._jobs.leave(self)
         self._tell(end)
-
-    def _tell(self, item: T | _End) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
-            self._loop.call_soon_threadsafe(self._told.put_nowait, item)

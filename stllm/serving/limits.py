@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from stllm.datasets.media_info import MediaError
+from stllm.datasets.media_info import MediaError, limited_pixels
 from stllm.datasets.readers import open_media
 from stllm.datasets.sniff import EXPECTED, kind_of, read_head
 
+if TYPE_CHECKING:
+    from stllm.conversation.requests import Media
+    from stllm.conversation.seeing import ClipReader
+    from stllm.datasets.media import Clip
+
 MEBIBYTE = 1 << 20
 MEDIA_PIXELS = 36_000_000  # 8K, and a phone's pictures
+READ_SECONDS = 60.0  # half an hour of full HD takes less
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class Limits:
     """media_bytes, media_seconds, media_pixels (of a frame): of a video or image. text_characters: of all messages.
 
     frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is answered.
-    body_seconds: for a request to arrive whole.
+    body_seconds: for a request to arrive whole. read_seconds: for its video or image to be decoded.
     """
 
     media_bytes: int = 100 * MEBIBYTE
@@ -27,6 +34,7 @@ class Limits:
     new_tokens: int = 1024
     waiting: int = 16
     body_seconds: float = 60.0
+    read_seconds: float = READ_SECONDS
 
     @property
     def words_bytes(self) -> int:
@@ -63,3 +71,9 @@ class Limits:
                 f"the picture has {info.width} x {info.height} pixels, at most {self.media_pixels} in all are taken: "
                 "make it smaller"
             )
+
+    def read(self, reader: "ClipReader", media: "Media") -> "Clip":
+        """Checks the file and reads it, in a process for that (datasets/reading.py). Raises MediaError."""
+        with limited_pixels(self.media_pixels):
+            self.check_file(Path(media.path))
+            return reader(media)

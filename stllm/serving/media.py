@@ -1,10 +1,10 @@
 """The video or image of a request: written from its data URL, or found under the one folder that is open to clients."""
 
 import binascii
-import json
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from stllm.common.json_text import loads
 from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 
@@ -37,7 +37,7 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
     words = bytes(body[: start + 1]) + CUT_OUT.encode() + bytes(body[end:])
     if body.find(b"\\", start, end) >= 0:  # PHP, for one, escapes every slash
         try:
-            return words, memoryview(json.loads(bytes(body[start : end + 1])).encode())
+            return words, memoryview(loads(bytes(body[start : end + 1])).encode())
         except ValueError:
             raise ApiError(400, "the request is no JSON") from None
     return words, memoryview(body)[start + 1 : end]

@@ -20,8 +20,9 @@ from stllm.common.registry import tasks
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.datasets.toy_scenes import SHAPES
 from stllm.datasets.toy_seeing import SeenFrames, collate
+from stllm.models.build import build_audited, config_from_settings
 from stllm.models.configuration import STLLMConfig
-from stllm.models.factory import build_audited, config_from_settings, model_section
+from stllm.models.settings import model_section
 from stllm.models.toy_seeing import SeeingModel
 
 TAUGHT = ("vision_encoder.", "qformer.")

@@ -18,17 +18,18 @@ from stllm.common.registry import tasks
 from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.bad_samples import TOO_LONG
-from stllm.datasets.collate import Collator, TokenMasker
+from stllm.datasets.collate import Collator
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
 from stllm.datasets.samples import Corpus, Sample, TextFirst
 from stllm.models import precomputed
-from stllm.models.checkpoints.deciding import decide_config, open_named
-from stllm.models.checkpoints.loading import Opened, processor_of
+from stllm.models.build import build_audited
+from stllm.models.checkpoints.infer_config import Opened, decide_config, open_sources
+from stllm.models.checkpoints.load import processor_of
 from stllm.models.configuration import STLLMConfig
-from stllm.models.factory import build_audited, model_section
 from stllm.models.lora import save_adapter
+from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
@@ -61,7 +62,8 @@ class VideoTextTask:
         limit = PositionLimit.of(config, processor)
         if limit is not None:
             limit.check_room(source.corpus for source in corpora)
-        mixture = Mixture(corpora, seed=seed, max_tries=cfg.run.max_tries, check=limit)
+        run = cfg.run
+        mixture = Mixture(corpora, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
         whole = any(source.is_whole_model for source in opened.sources)
         base_model = None if whole else opened.settings.get("llama_model")
         return cls(cfg, config, processor, mixture, base_model)
@@ -84,10 +86,12 @@ class VideoTextTask:
 
     def collator(self) -> Collator:
         """Samples to model arguments, masks included where the configuration masks."""
-        masker = None
-        if self.config.use_mask:
-            masker = TokenMasker(self.config.mask_rate, partial(num_visual_tokens, self.config))
-        return Collator(self.processor, seed=self.mixture.seed, masker=masker)
+        return Collator(
+            self.processor,
+            seed=self.mixture.seed,
+            num_tokens=partial(num_visual_tokens, self.config),
+            mask_rate=self.config.mask_rate if self.config.use_mask else None,
+        )
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
         """Adds the LoRA adapter to the trained model's folder, apart; of a sharded model it is not there to be had."""
@@ -145,7 +149,7 @@ class PositionLimit:
 def open_configured(cfg: DictConfig) -> Opened:
     """The files that `model` names, and the model's configuration, from their headers alone. Raises UserError."""
     settings = model_section(cfg)
-    sources = open_named(settings)
+    sources = open_sources(settings)
     config = decide_config(sources, settings)
     named = settings.get("ckpt") or settings.get("llama_model")
     if not named:

@@ -12,8 +12,8 @@ import gradio as gr
 
 from stllm.conversation.requests import Answer
 from stllm.conversation.templates import Turn
+from stllm.serving.jobs import Work
 from stllm.web.limits import Wishes
-from stllm.web.model_thread import Job, ModelThread
 from stllm.web.progress import Progress
 from stllm.web.service import Service
 
@@ -21,9 +21,8 @@ from stllm.web.service import Service
 class Endpoints:
     """The functions behind the endpoints. Each raises gr.Error with one sentence."""
 
-    def __init__(self, service: Service, thread: ModelThread) -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
-        self.thread = thread
 
     def ask(
         self,
@@ -41,15 +40,16 @@ class Endpoints:
         for progress in self._followed(lambda stop: self.service.ask(path, None, turns, wishes, stop)):
             if progress.answer is not None:
                 yield progress.text, _about(progress.answer, progress.stages["answer"].count or 0)
-            elif progress.text:
+            else:
                 yield progress.text, {}
 
     def probe(
         self, file: Any, question: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
-    ) -> dict[str, str]:
-        """The answer under each view of the frames: forward, reversed, shuffled, single, blank."""
+    ) -> Iterator[dict[str, str]]:
+        """The answers so far under each view of the frames: forward, reversed, shuffled, single, blank."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
-        return dict(self._last(lambda stop: self.service.probe(path, None, text, wishes, stop)).answers)
+        for progress in self._followed(lambda stop: self.service.probe(path, None, text, wishes, stop)):
+            yield dict(progress.answers)
 
     def evidence(
         self,
@@ -61,23 +61,28 @@ class Endpoints:
         num_beams: Any,
         temperature: Any,
         max_new_tokens: Any,
-    ) -> dict[str, Any]:
-        """How much each part of the video mattered to the answer; without one, to the model's own."""
+    ) -> Iterator[dict[str, Any]]:
+        """How much each part of the video mattered to the answer; without one, to the model's own. Empty until then."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         given = str(answer) if answer else None
-        found = self._last(lambda _: self.service.evidence(path, None, turns, wishes, given)).evidence
-        assert found is not None
-        return {
-            "answer": found.answer,
-            "log_probability": found.log_probability,
-            "frame_times": found.times,
-            "segments": found.segments,
-            "scores": found.scores,
-            "matters": found.matters,
-            "bound": found.bound,
-            "cut": found.cut,
-        }
+        job: Work[Progress] = lambda stop: self.service.evidence(path, None, turns, wishes, given, stop)  # noqa: E731
+        for progress in self._followed(job):
+            found = progress.evidence
+            yield (
+                {}
+                if found is None
+                else {
+                    "answer": found.answer,
+                    "log_probability": found.log_probability,
+                    "frame_times": found.times,
+                    "segments": found.segments,
+                    "scores": found.scores,
+                    "matters": found.matters,
+                    "bound": found.bound,
+                    "cut": found.cut,
+                }
+            )
 
     def _checked(self, file: Any, question: Any, *controls: Any) -> tuple[str, str, Wishes]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
@@ -85,22 +90,18 @@ class Endpoints:
         with _as_gradio_errors(self.service):
             return file["path"], self.service.limits.check_question(question), self.service.wishes(*controls)
 
-    def _followed(self, job: Job[Progress]) -> Iterator[Progress]:
-        with _as_gradio_errors(self.service):
-            for progress in self.thread.iterate(job):
-                if progress is not None:
-                    yield progress
-
-    def _last(self, job: Job[Progress]) -> Progress:
+    def _followed(self, job: Work[Progress]) -> Iterator[Progress]:
+        """How far the job is, each half second, too, so that gradio can end it for a client that has left."""
         progress = Progress()
-        for progress in self._followed(job):  # noqa: B007
-            pass
-        return progress
+        with _as_gradio_errors(self.service):
+            for news in self.service.jobs.iterate(job):
+                progress = news or progress
+                yield progress
 
 
-def add_endpoints(service: Service, thread: ModelThread, queue: dict[str, Any]) -> None:
-    """Adds them to the page that is being built. queue: of everything that needs the model."""
-    endpoints, usual = Endpoints(service, thread), service.chat.decoding
+def add_endpoints(service: Service, queue: dict[str, Any]) -> None:
+    """Adds them to the page that is being built. queue: gradio's options of everything that needs the model."""
+    endpoints, usual = Endpoints(service), service.chat.decoding
     with gr.Row(visible=False):
         file = gr.Video(label="file: a video or an image")
         question, answer = gr.Textbox(label="question"), gr.Textbox("", label="answer")

@@ -5,15 +5,23 @@ HTML and SVG of our own, with the pictures inside: no file is written that would
 
 import base64
 import io
+from dataclasses import replace
 from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from stllm.conversation.evidence import Evidence
 from stllm.processors.vision import EvalTransform, FrameTransform
-from stllm.web.talk import Film
+
+if TYPE_CHECKING:  # read_film runs in a process without a model
+    from stllm.conversation.evidence import Evidence
+    from stllm.conversation.requests import Media
+    from stllm.conversation.seeing import ClipReader
+    from stllm.datasets.media import Clip
+    from stllm.serving.limits import Limits
+    from stllm.web.talk import Film
 
 SIDE = 144  # pixels of a picture
 HEIGHT, MARGIN = 100, 8  # of the curve, in units of its own
@@ -34,7 +42,14 @@ class Pictures:
         return self._transform(frame)
 
 
-def film_html(film: Film | None, evidence: Evidence | None = None) -> str:
+def read_film(limits: "Limits", reader: "ClipReader", media: "Media") -> "tuple[Clip, tuple[str, ...]]":
+    """The clip, and a picture of each frame, as data addresses. Raises MediaError."""
+    pictures = Pictures(reader.transform)
+    clip = limits.read(replace(reader, transform=pictures), media)
+    return clip, tuple(pictures.taken)
+
+
+def film_html(film: "Film | None", evidence: "Evidence | None" = None) -> str:
     """The strip and, once there is one, the curve, each point under its frame."""
     if film is None:
         return '<div class="film-empty">The frames that the model looks at will be shown here.</div>'
@@ -51,7 +66,7 @@ def film_html(film: Film | None, evidence: Evidence | None = None) -> str:
     return f'<div class="film-scroll" tabindex="0" aria-label="sampled frames">{strip}</div>{words}'
 
 
-def small_strip(film: Film, order: list[int], *, blank: bool = False, most: int = 8) -> str:
+def small_strip(film: "Film", order: list[int], *, blank: bool = False, most: int = 8) -> str:
     """At most so many pictures of the frames in that order; blank: grey ones."""
     places = order[:: max(1, -(-len(order) // most))]
     if blank:
@@ -66,7 +81,7 @@ def clock(seconds: float) -> str:
     return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
-def _curve(evidence: Evidence) -> str:
+def _curve(evidence: "Evidence") -> str:
     """An SVG as wide as the strip, one unit a frame; above the line: spoke for the answer."""
     count = len(evidence.times)
     low, high = min(0.0, *evidence.scores), max(0.0, *evidence.scores)
@@ -88,7 +103,7 @@ def _curve(evidence: Evidence) -> str:
     )
 
 
-def _words(evidence: Evidence) -> str:
+def _words(evidence: "Evidence") -> str:
     first, end = evidence.segments[evidence.peak]
     score = evidence.scores[evidence.peak]
     if not evidence.matters:
@@ -109,7 +124,7 @@ def _words(evidence: Evidence) -> str:
     )
 
 
-def _span(evidence: Evidence, first: int, end: int) -> str:
+def _span(evidence: "Evidence", first: int, end: int) -> str:
     """When a segment is shown."""
     start, last = clock(evidence.times[first]), clock(evidence.times[end - 1])
     return start if end - first == 1 else f"{start} to {last}"

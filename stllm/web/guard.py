@@ -4,7 +4,6 @@ gradio fetches web addresses that a client names as files, forwards requests, co
 pages. Here nothing is fetched, neither by the server nor by the browser, and a body is no larger than it has to be.
 """
 
-import json
 import os
 import re
 import time
@@ -20,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stllm.common.json_text import loads
 from stllm.web.limits import MEGABYTE, Limits
 
 SHUT = re.compile(
@@ -195,7 +195,7 @@ def _fault(body: bytes | None) -> tuple[int, str] | None:
     if body is None:
         return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
     try:
-        named = list(_paths(json.loads(body))) if body else []
+        named = list(_paths(loads(body))) if body else []
     except (ValueError, RecursionError):
         return 400, "the request is no JSON"
     if any(ADDRESS.match(path.strip()) for path in named):

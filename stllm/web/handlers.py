@@ -9,9 +9,9 @@ from html import escape
 from typing import Any
 
 from stllm.conversation.templates import Turn
+from stllm.serving.jobs import Work
 from stllm.web.film import film_html
 from stllm.web.limits import Wishes
-from stllm.web.model_thread import Job, ModelThread
 from stllm.web.probe import probe_html
 from stllm.web.progress import Progress, progress_html
 from stllm.web.service import Service
@@ -25,9 +25,8 @@ NO_ANSWER = "There is no answer yet: ask something first."
 class Handlers:
     """The page's handlers. Those that need the model are generators; the others return at once."""
 
-    def __init__(self, service: Service, thread: ModelThread) -> None:
+    def __init__(self, service: Service) -> None:
         self.service = service
-        self.thread = thread
 
     # ---- at once ----------------------------------------------------------------------------------------------------
 
@@ -62,7 +61,9 @@ class Handlers:
             yield {"status": _idle(talk)}  # gradio empties the page for a handler that yields nothing
             return
         frames = self.service.chat.num_frames if not isinstance(num_frames, int) else num_frames
-        yield from self._shown(session, talk, lambda _: self.service.look(path, frames), ready="Ready: ask about it.")
+        yield from self._shown(
+            session, talk, lambda stop: self.service.look(path, frames, None, stop), ready="Ready: ask about it."
+        )
 
     def ask(self, session: Session, question: object, *controls: object) -> Iterator[Shown]:
         """Answers, the text growing on the page. What fails leaves the conversation as it was."""
@@ -81,7 +82,7 @@ class Handlers:
             talk.turns.append(Turn(text, self.service.chat.processor.clean(progress.text)))
             return {**_conversation(talk), "film": film_html(talk.film)}
 
-        job: Job[Progress] = lambda stop: self.service.ask(path, talk.film, turns, wishes, stop)  # noqa: E731
+        job: Work[Progress] = lambda stop: self.service.ask(path, talk.film, turns, wishes, stop)  # noqa: E731
         yield from self._shown(session, talk, job, pending=text, close=close)
 
     def retry(self, session: Session, *controls: object) -> Iterator[Shown]:
@@ -125,7 +126,7 @@ class Handlers:
             return
         path, turns, wishes = talk.path or "", [*before, Turn(last.question)], asked[1]
         yield from self._shown(
-            session, talk, lambda _: self.service.evidence(path, talk.film, turns, wishes, last.answer)
+            session, talk, lambda stop: self.service.evidence(path, talk.film, turns, wishes, last.answer, stop)
         )
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ class Handlers:
         self,
         session: Session,
         talk: Talk,
-        job: Job[Progress],
+        job: Work[Progress],
         *,
         pending: str = "",
         probed: str = "",
@@ -159,7 +160,7 @@ class Handlers:
         start = {"question": "", **_pending(talk, pending, "")} if pending else {"probe": ""} if probed else {}
         yield {"busy": True, "status": progress_html(progress), **start}
         try:
-            for news in self.thread.iterate(job):
+            for news in self.service.jobs.iterate(job):
                 if session.talk is not talk:  # what was yielded before may come to the page after `begin`
                     yield _whole(session.talk)
                     return

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
+from stllm.serving.limits import READ_SECONDS
 from stllm.serving.limits import Limits as MediaLimits
 
 MEGABYTE = 1 << 20
@@ -17,6 +17,7 @@ class Limits:
 
     queue: requests that may wait. folder_megabytes: of all uploads together. keep_seconds: how long an upload is kept
         after it was last asked about. upload_seconds, body_seconds: for an upload, or another request, to arrive whole.
+        read_seconds: for a file to be decoded.
     """
 
     file_megabytes: int = 256
@@ -30,6 +31,7 @@ class Limits:
     keep_seconds: int = 3600
     upload_seconds: float = 600.0
     body_seconds: float = 60.0
+    read_seconds: float = READ_SECONDS
 
     def check_question(self, question: object) -> str:
         """The question without outer spaces. Raises UserError when it is empty or too long."""
@@ -42,9 +44,10 @@ class Limits:
             )
         return text
 
-    def check_medium(self, path: Path) -> None:
-        """Looks into the file. Raises UserError (MediaError) for one that is no medium, too large or too long."""
-        MediaLimits(media_bytes=self.file_megabytes * MEGABYTE, media_seconds=self.video_seconds).check_file(path)
+    @property
+    def media(self) -> MediaLimits:
+        """Those of a file that is read."""
+        return MediaLimits(media_bytes=self.file_megabytes * MEGABYTE, media_seconds=self.video_seconds)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,19 @@ from typing import Any
 
 import gradio as gr
 
+from stllm.serving.jobs import TICK
 from stllm.web.endpoints import add_endpoints
 from stllm.web.film import film_html
 from stllm.web.handlers import Handlers, Shown
-from stllm.web.model_thread import ModelThread
 from stllm.web.progress import Progress, progress_html
 from stllm.web.service import Service
 from stllm.web.talk import Session
 
 STYLE = Path(__file__).with_name("style.css")
 CLEAN_EVERY = 300  # seconds
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1}  # the model does one thing at a time
+MODEL: dict[str, Any] = {"concurrency_limit": None}  # they wait in the service's own queue
+OTHER_THREADS = 8  # beside those that wait for the model, for what the page does at once
+SESSIONS = 1000  # tabs whose state is kept
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 WELCOME = '<div class="welcome">Ask what happens in a video:<br>what moves, what comes first, what changes.</div>'
 UNDERSTANDING = (
@@ -65,16 +67,17 @@ class Parts:
 
 def build_page(service: Service, title: str, about: str, examples: Examples) -> gr.Blocks:
     """The whole page, to be launched. title: the tab's; about: which model answers."""
-    thread = ModelThread()
     limits = service.limits
     with gr.Blocks(
         title=title, analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
     ) as page:
         gr.HTML(f'<div class="head"><h1>ST-LLM</h1><p>Talk with a video. {about}</p></div>')
         parts, chosen = _lay_out(service, examples)
-        _wire(parts, Handlers(service, thread), chosen, examples)
-        add_endpoints(service, thread, MODEL)
-    page.queue(max_size=limits.queue, default_concurrency_limit=1, api_open=False)
+        _wire(parts, Handlers(service), chosen, examples)
+        add_endpoints(service, MODEL)
+    page.max_threads = service.jobs.places + OTHER_THREADS
+    page.state_session_capacity = SESSIONS
+    page.queue(max_size=service.jobs.places, default_concurrency_limit=1, api_open=False)
     return page
 
 
@@ -225,9 +228,16 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples:
 
 
 def _yielding(parts: Parts, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
-    def run(*values: Any) -> Iterator[dict[Any, Any]]:
-        for shown in handler(*values):
-            yield parts.update(shown)
+    """The handler, one of a tab after the other: who asks while a video is looked at is answered after that."""
+
+    def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
+        while not session.order.lock.acquire(timeout=TICK):
+            yield {parts.status: gr.skip()}
+        try:
+            for shown in handler(session, *values):
+                yield parts.update(shown)
+        finally:
+            session.order.lock.release()
 
     return run
 

@@ -1,16 +1,17 @@
 """What the page and its API ask of the engine: looking, answering, the temporal probe, evidence; stage by stage.
 
-Each is a generator that runs in the model's thread (model_thread.py) and yields how far it is; `stop` is set when
-nobody listens any more. Nothing here knows gradio.
+Each is a job of the queue (serving/jobs.py), a generator that yields how far it is; `stop` is set when nobody listens
+any more. Nothing here knows gradio.
 """
 
 import logging
 import os
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -21,29 +22,61 @@ from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import measure_evidence
-from stllm.conversation.requests import Answer, Media, Request
-from stllm.conversation.seeing import Prepared
+from stllm.conversation.requests import Answer, Media, Request, Stamp
+from stllm.conversation.seeing import Prepared, Seen
 from stllm.conversation.templates import Turn
-from stllm.datasets.views import VIEWS
-from stllm.web.film import Pictures
+from stllm.datasets.media import Clip
+from stllm.datasets.reading import ReadingPool
+from stllm.datasets.views import FORWARD, VIEWS
+from stllm.serving.jobs import Jobs, Stage
+from stllm.web.film import read_film
 from stllm.web.limits import Limits, Wishes
 from stllm.web.progress import Progress
 from stllm.web.talk import Film
 
 logger = logging.getLogger(__name__)
 
-Steps = Generator[Progress, None, Progress]  # what is returned was yielded last, too
+Steps = Generator[Progress | Stage, None, Progress]  # what is returned was yielded last, too
+
+
+@dataclass
+class Look:
+    """A medium that was looked at. seen: what is encoded of it, by view; clip, stamps: of what was read anew."""
+
+    chat: Chat
+    media: Media
+    progress: Progress
+    seen: dict[str, Seen]
+    clip: Clip | None = None
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+
+    def see(self, view: str = FORWARD) -> Seen:
+        """The medium in that view, encoded."""
+        if view not in self.seen:
+            assert self.clip is not None
+            media = replace(self.media, view=view)
+            self.seen[view] = self.chat.see(media, self.clip.viewed(view), self.stamps[view])
+        return self.seen[view]
 
 
 class Service:
-    """The engine behind the page. One job at a time: the caller sees to that.
+    """The engine behind the page, and the queue before it.
 
     folder: where uploads lie; examples: files beside them. No other file is read.
+    reading: the processes that read them; None: new ones, which start with the first request.
     """
 
-    def __init__(self, chat: Chat, limits: Limits, folder: Path, examples: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        limits: Limits,
+        folder: Path,
+        examples: Sequence[Path] = (),
+        reading: ReadingPool | None = None,
+    ) -> None:
         self.chat = chat
         self.limits = limits
+        self.jobs = Jobs(1 + limits.queue, reading or ReadingPool(seconds=limits.read_seconds))
         self.folder = folder.resolve()
         self.examples = frozenset(path.resolve() for path in examples)
         self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # no part of an upload's name
@@ -59,39 +92,19 @@ class Service:
             max_new_tokens=max_new_tokens,
         )
 
-    def look(self, path: str, num_frames: int, known: Film | None = None) -> Steps:
+    def look(self, path: str, num_frames: int, known: Film | None, stop: Event) -> Steps:
         """Reads and encodes a medium, and keeps what it looks like. known: from when that was done before.
 
         Raises UserError for a file that is none of ours, too long, or cannot be read.
         """
-        file = self._owned(path)
-        media = Media(str(file), num_frames=num_frames)
-        num_tokens = self.chat.model.video_input.num_tokens
-        if known is not None and known.media == media:
-            count = num_tokens(len(known.times), self.chat.model.config.tokens_per_frame)
-            return Progress(film=known).end("read", 0.0, len(known.times)).end("encode", 0.0, count)
-        progress = Progress().begin("read")
-        yield progress
-        self.limits.check_medium(file)
-        start = time.perf_counter()
-        pictures = Pictures(self.chat.read.transform)
-        clip = replace(self.chat.read, transform=pictures)(media)
-        film = Film(media, clip.info.kind, tuple(pictures.taken), tuple(clip.times))
-        progress = replace(progress, film=film).end("read", time.perf_counter() - start, len(film.times))
-        yield progress.begin("encode")
-        start = time.perf_counter()
-        self.chat.see(media, clip)
-        count = num_tokens(len(film.times), self.chat.model.config.tokens_per_frame)
-        progress = progress.end("encode", time.perf_counter() - start, count)
-        yield progress
-        return progress
+        return (yield from self._look(path, num_frames, known, stop)).progress
 
     def ask(self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, stop: Event) -> Steps:
         """Answers the last turn, with those before it in view; with one beam piece by piece. Raises UserError."""
-        progress = yield from self.look(path, wishes.num_frames, known)
-        film = progress.film
+        look = yield from self._look(path, wishes.num_frames, known, stop)
+        progress, film = look.progress, look.progress.film
         assert film is not None
-        prepared = self.chat.prepare(Request(tuple(turns), film.media), wishes.decoding)
+        prepared = self.chat.prepare(Request(tuple(turns), film.media), wishes.decoding, look.see())
         looked = progress.stages["encode"].seconds or 0.0
         seconds = {"read": progress.stages["read"].seconds or 0.0, "encode": looked + prepared.seconds["encode"]}
         progress = progress.end("encode", seconds["encode"], prepared.num_visual).begin("answer")
@@ -111,13 +124,13 @@ class Service:
 
     def probe(self, path: str, known: Film | None, question: str, wishes: Wishes, stop: Event) -> Steps:
         """The same question on the frames in every view, each asked alone. Raises UserError."""
-        progress = yield from self.look(path, wishes.num_frames, known)
-        film = _video(progress, "the temporal probe")
+        look = yield from self._look(path, wishes.num_frames, known, stop, VIEWS)
+        progress, film = look.progress, _video(look.progress, "the temporal probe")
         for number, view in enumerate(VIEWS, start=1):
             progress = replace(progress, note=f"Temporal probe: {number} of {len(VIEWS)}, frames {view}")
             yield progress
             request = Request((Turn(question),), replace(film.media, view=view))
-            prepared = self.chat.prepare(request, wishes.decoding)
+            prepared = self.chat.prepare(request, wishes.decoding, look.see(view))
             answer = self.chat.complete([prepared], wishes.decoding, stop)[0].text
             if stop.is_set():
                 return progress
@@ -126,14 +139,14 @@ class Service:
         return progress
 
     def evidence(
-        self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, answer: str | None
+        self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, answer: str | None, stop: Event
     ) -> Steps:
         """What the answer to the last turn rests on. answer: None for the model's own. Raises UserError."""
-        progress = yield from self.look(path, wishes.num_frames, known)
-        film = _video(progress, "evidence over time")
+        look = yield from self._look(path, wishes.num_frames, known, stop)
+        progress, film = look.progress, _video(look.progress, "evidence over time")
         yield replace(progress, note="Leaving out one part of the video after the other…")
         request = Request(tuple(turns), film.media)
-        found = measure_evidence(self.chat, request, answer, decoding=wishes.decoding)
+        found = measure_evidence(self.chat, request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
         progress = replace(progress, evidence=found)
         yield progress
         return progress
@@ -148,6 +161,42 @@ class Service:
             return "not enough memory for this: take fewer frames or fewer beams, or ask a shorter question"
         logger.error("a request failed", exc_info=error)
         return "something went wrong on the server, whose log says more; it goes on with the next question"
+
+    def _look(
+        self, path: str, num_frames: int, known: Film | None, stop: Event, views: Sequence[str] = (FORWARD,)
+    ) -> Generator[Progress | Stage, None, Look]:
+        """As `look`, for what needs those views. It ends in the model's thread; another process reads."""
+        file = self._owned(path)
+        media = Media(str(file), num_frames=num_frames)
+        in_views = {view: replace(media, view=view) for view in views}
+        stamps = {view: self.chat.stamp(medium) for view, medium in in_views.items()}
+        recalled = {view: self.chat.recall(medium) for view, medium in in_views.items()}
+        seen = {view: one for view, one in recalled.items() if one is not None}
+        num_tokens = self.chat.model.video_input.num_tokens
+        if known is not None and known.media == media and len(seen) == len(views):
+            yield Stage.MODEL
+            count = num_tokens(len(known.times), self.chat.model.config.tokens_per_frame)
+            progress = Progress(film=known).end("read", 0.0, len(known.times)).end("encode", 0.0, count)
+            return Look(self.chat, media, progress, seen)
+        progress = Progress().begin("read")
+        yield progress
+        yield Stage.READING
+        start = time.perf_counter()
+        clip, pictures = self.jobs.reading.read(
+            partial(read_film, self.limits.media, self.chat.read, media), file, stop
+        )
+        film = Film(media, clip.info.kind, pictures, tuple(clip.times))
+        progress = replace(progress, film=film).end("read", time.perf_counter() - start, len(film.times))
+        yield progress
+        yield Stage.MODEL
+        yield progress.begin("encode")
+        start = time.perf_counter()
+        look = Look(self.chat, media, progress, seen, clip, stamps)
+        look.see()
+        count = num_tokens(len(film.times), self.chat.model.config.tokens_per_frame)
+        look.progress = progress.end("encode", time.perf_counter() - start, count)
+        yield look.progress
+        return look
 
     def _texts(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, None]:
         """The answer's text so far, again and again; with several beams once, at the end."""

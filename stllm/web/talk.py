@@ -1,6 +1,7 @@
 """What one browser tab holds: a medium, what was seen of it, and what was said about it. Nothing here is shared."""
 
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Media
@@ -40,11 +41,22 @@ class Talk:
         return replace(self, turns=[], evidence=None, stopped=False)
 
 
+class Order:
+    """A lock of one tab, of which each copy that gradio makes of the page's first state is another one."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+
+    def __deepcopy__(self, memo: object) -> "Order":
+        return Order()
+
+
 @dataclass
 class Session:
-    """The state of one tab."""
+    """The state of one tab. order: held by the handler that uses the model for it."""
 
     talk: Talk = field(default_factory=Talk)
+    order: Order = field(default_factory=Order)
 
     def begin(self, talk: Talk) -> Talk:
         """Another conversation takes the place of this one, whose answer, if one is being written, stops."""

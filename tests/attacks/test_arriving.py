@@ -64,6 +64,17 @@ def test_slow_bodies_hold_no_places(address: str, server: Server) -> None:
     wait_until(lambda: server.bodies.num_bytes == 0)
 
 
+def test_a_hundred_aborted_requests_leave_nothing(address: str, server: Server, tmp_path: Path) -> None:
+    url = f"data:video/mp4;base64,{base64.b64encode(os.urandom(300_000)).decode()}"
+    body = json.dumps({"model": MODEL, "messages": [user("what", url)], "max_tokens": 2}).encode()
+    for at in range(100):  # half of them have been sent whole
+        with closing(connected(address)) as connection:
+            connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode())
+            connection.sendall(body if at % 2 else body[:200_000])
+    wait_until(lambda: not server.bodies.num_bytes and not server.jobs.num_inside)
+    assert not list(tmp_path.iterdir())
+
+
 def test_headers_have_their_time(address: str) -> None:
     whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     for sent in (b"", b"G", whole[:-2]):

@@ -27,6 +27,7 @@ from tests.conversation.test_chat import new_chat
 from tests.helpers.serving import Endless
 
 chat = new_chat("minigpt4")
+chat.model.language_model.get_decoder().register_forward_pre_hook(lambda *_: print("answering", flush=True))
 endless = Endless(chat, seconds=30)
 command.load_chat = lambda *_, **__: chat
 from stllm.cli import main
@@ -80,6 +81,7 @@ def test_a_second_signal_ends_the_server_without_tracebacks(tmp_path: Path) -> N
         for _ in range(3):
             clients.submit(ask)
         wait_until(lambda: len(list(temporary.glob("stllm-serve-*/request-*/medium"))) == 3)
+        assert process.stdout.readline() == "answering\n"
         process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.5)

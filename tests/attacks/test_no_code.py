@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stllm.cli import main
-from tests.evaluation.test_judge_local import judge, write_judge
+from tests.judge.test_local import judge, write_judge
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "stllm" / "assets" / "stllm-tiny"

@@ -5,7 +5,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import av
@@ -14,7 +13,6 @@ import pytest
 
 from stllm.datasets.media_info import MediaError, limited_pixels
 from stllm.datasets.readers import open_media
-from stllm.serving import limits
 from stllm.serving.app import Server
 from tests.conversation.test_chat import new_chat
 from tests.helpers import memory
@@ -79,7 +77,7 @@ def write_growing_gif(path: Path, side: int) -> Path:
 @pytest.mark.parametrize(("write", "name"), [(write_growing_vp8, "grows.webm"), (write_growing_gif, "grows.gif")])
 def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(tmp_path: Path, write: Any, name: str) -> None:
     path = write(tmp_path / name, 1500)
-    with limited_pixels(1_000_000), pytest.raises(MediaError, match=r"too large|could not be decoded"):  # noqa: SIM117
+    with limited_pixels(1_000_000), pytest.raises(MediaError, match=r"too large|more than 1000000 pixels"):  # noqa: SIM117
         with open_media(path) as medium:
             list(medium.frames([medium.info.num_frames - 1]))
 
@@ -104,26 +102,10 @@ def test_a_size_beyond_the_limit_is_refused_at_opening(tmp_path: Path, name: str
 
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="memory is read from /proc")
-def test_five_large_pictures_at_once_take_little_memory_and_one_is_decoded_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_five_large_pictures_at_once_take_little_memory(tmp_path: Path) -> None:
     bomb, fits = data_url(write_png(tmp_path / "bomb.png", 13_300)), data_url(write_png(tmp_path / "fits.png", 2000))
-    open_now, most, lock = 0, 0, Lock()
-
-    def counted(path: Path) -> Any:
-        nonlocal open_now, most
-        with lock:
-            open_now += 1
-            most = max(most, open_now)
-        try:
-            return open_media(path)
-        finally:
-            with lock:
-                open_now -= 1
-
-    monkeypatch.setattr(limits, "open_media", counted)
-    chat = new_chat()
-    with serving(Server(chat, MODEL, folder=tmp_path)) as address, ThreadPoolExecutor(5) as clients:
+    server = Server(new_chat(), MODEL, folder=tmp_path)
+    with serving(server) as address, ThreadPoolExecutor(5) as clients:
 
         def ask(url: str) -> str:
             with client_of(address) as client:
@@ -138,6 +120,6 @@ def test_five_large_pictures_at_once_take_little_memory_and_one_is_decoded_at_a_
         ask(fits)
         with memory.peak_below(200):
             refused = list(clients.map(ask, [bomb] * 5))
+            assert all(answer.startswith("chatcmpl-") for answer in clients.map(ask, [fits] * 5))
         assert all("too large, at most 36000000 pixels are read" in answer for answer in refused)
-        assert all(answer.startswith("chatcmpl-") for answer in clients.map(ask, [fits] * 5))
-        assert most == 1
+        assert memory.peak_of_children() < 1024  # three quarters of it are shared with the process they come from

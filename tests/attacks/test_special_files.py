@@ -14,8 +14,8 @@ from stllm.common.files import check_regular
 from stllm.datasets.media import MediaError
 from stllm.datasets.readers import open_media
 from tests.attacks.test_no_code import CLIP, TINY
-from tests.evaluation.test_judge_local import judge, write_judge
 from tests.helpers.training import write_recipe
+from tests.judge.test_local import judge, write_judge
 
 SECONDS = 60
 

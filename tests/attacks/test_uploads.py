@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from stllm.conversation.chat import Chat
+from stllm.serving import protocol
 from stllm.web.limits import Limits
 from tests.conversation.test_chat import new_chat
 from tests.helpers.demo import served
@@ -58,7 +59,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_aborted_uploads_and_foreign_fields_leave_nothing(url: str, folder: Path) -> None:
-    for _ in range(30):
+    for _ in range(100):
         half_sent(url).close()
     for _ in range(3):
         httpx.post(f"{url}gradio_api/upload", files={"others": ("a.mp4", b"something")})
@@ -82,6 +83,13 @@ def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
         head = f"POST /gradio_api/call/ask HTTP/1.1\r\nHost: 127.0.0.1:{httpx.URL(url).port}\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         assert b"408" in connection.recv(1000)
+
+
+def test_a_header_has_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
+    with closing(socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)) as connection:
+        connection.sendall(b"GET /config HTTP/1.1\r\n")
+        assert connection.recv(1000) == b""
 
 
 @pytest.mark.parametrize("headers", FOREIGN)

@@ -20,7 +20,7 @@ TINY = Case(width=256, depth=2, vocabulary=300, batch=2, frames=2, text_tokens=2
 def test_ours_and_the_plain_procedure_compute_the_same_and_masking_alone_does_not(dtype: str) -> None:
     case = replace(TINY, dtype=dtype)
     model, batch = new_model(case, CPU), new_batch(case, CPU)
-    assert {p.dtype for p in model.parameters()} == {batch["query_features"].dtype} == {getattr(torch, dtype)}
+    assert {p.dtype for p in model.parameters()} == {batch["whole"]["query_features"].dtype} == {getattr(torch, dtype)}
     assert_same(model, batch, "plain", "ours")
     with pytest.raises(AssertionError):
         assert_same(model, batch, "masked", "ours")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from stllm.models.checkpoints.assembly import meta_model
-from stllm.models.checkpoints.deciding import decide_config
+from stllm.models.checkpoints.infer_config import decide_config
+from stllm.models.checkpoints.load import meta_model
 from stllm.models.configuration import STLLMConfig
-from stllm.models.factory import model_section
+from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from stllm.common.config import load_evaluation
-from stllm.models.factory import explicit_settings
+from stllm.models.settings import explicit_settings
 
 FOLDER = Path(__file__).parents[2] / "configs" / "eval"
 BENCHMARKS = ("activitynet", "mvbench", "msrvtt", "msvd", "tgif", "vcgbench")

@@ -24,8 +24,8 @@ from stllm.common.errors import UserError
 from stllm.common.layers import yaml_layers
 from stllm.common.schema import RunSettings
 from stllm.datasets.corpora import resolved_settings
+from stllm.models.build import build_audited
 from stllm.models.checkpoints.inspect import parameters_by_part
-from stllm.models.factory import build_audited
 from tests.common.test_config import PUBLISHED
 from tests.configs.recipes import CONFIGS, RECIPES, full_size
 from tests.helpers.training import read_log

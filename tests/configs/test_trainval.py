@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stllm.cli import COMMANDS, build_parser
 from stllm.common.config import load_config, load_evaluation
 from stllm.datasets.annotations import JsonRecords
-from stllm.models.checkpoints.training_memory import count_parameters, training_memory
+from stllm.models.checkpoints.inspect import count_parameters, training_memory
 from tests.configs.recipes import CONFIGS, RECIPES, full_size
 
 ROOT = CONFIGS.parent

@@ -16,9 +16,9 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.datasets.media import MediaError
 from stllm.models.configuration import STLLMConfig
-from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import VISUAL_TOKEN_ID
 from tests.helpers.tiny import LLAMA, QFORMER, VISION
 from tests.helpers.videos import write_video
 
@@ -76,7 +76,7 @@ def requests_for(clips: list[Path]) -> list[Request]:
 def test_a_batch_gives_the_answers_of_one_at_a_time(clips: list[Path], family: str, num_beams: int) -> None:
     chat = new_chat(family)
     decoding = Decoding(num_beams=num_beams, max_new_tokens=8, repetition_penalty=1.5)
-    requests = requests_for(clips)
+    requests = [*requests_for(clips), Request((Turn(QUESTIONS[0]),))]  # the last one about no video
     together = chat.answer(requests, decoding)
     alone = [chat.answer([request], decoding)[0] for request in requests]
     assert [answer.text for answer in together] == [answer.text for answer in alone]

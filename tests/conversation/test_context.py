@@ -19,8 +19,8 @@ from stllm.conversation.context import CONTEXTS, Cut
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.templates import Turn
-from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.st_llm import STLLM
+from stllm.processors.sequences import VISUAL_TOKEN_ID
 from tests.conversation.test_chat import QUESTIONS, new_chat
 from tests.helpers.evaluation import lines
 from tests.helpers.videos import write_video
@@ -95,9 +95,8 @@ def test_the_published_rule_keeps_the_last_tokens(chats: dict[str, Chat], clip: 
     text = 0 if family == "instructblip" else prepared_front(chat, asked)
     assert prepared.cut == Cut(visual=whole.shape[1] - 1700 - text, text=text)
     assert prepared.num_visual == FRAMES * QUERIES - prepared.cut.visual
-    batch = chat.processor.pad([prepared.ids], side="left")
-    assert prepared.visual is not None
-    found = chat.model.join([prepared.visual], batch["input_ids"], batch["attention_mask"]).inputs_embeds
+    batch = chat.batch([prepared], side="left")
+    found = chat.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
     assert torch.equal(found, published_cut(whole, 300))
 
 

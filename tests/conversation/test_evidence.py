@@ -15,8 +15,8 @@ from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.evidence import answer_ids, measure_evidence, smallest_difference, split_frames
 from stllm.conversation.filmstrip import Filmstrip, draw_evidence, evidence_figure, filmstrip
 from stllm.conversation.templates import Turn
-from stllm.models.sequences import VISUAL_TOKEN_ID
 from stllm.models.video_inputs import ResidualInput, residual_frame_indices
+from stllm.processors.sequences import VISUAL_TOKEN_ID, training_sequences
 from tests.conversation.test_chat import new_chat
 from tests.helpers.videos import write_video
 
@@ -98,8 +98,9 @@ def test_the_whole_videos_log_probability_is_the_training_loss(clip: Path) -> No
     chat = new_chat("minigpt4")
     found = chat.evidence(clip, QUESTION, ANSWER)
     ids, labels = chat.processor.training_ids([Turn(QUESTION, ANSWER)])
-    batch = chat.processor.pad([ids], labels=[labels])
     frames = chat.read(Media(str(clip))).frames[None]
+    num_visual = chat.model.video_input.num_tokens(frames.shape[1], chat.model.config.tokens_per_frame)
+    batch = training_sequences([ids], [labels], pad_id=chat.processor.pad_token_id, num_visual=num_visual)
     loss = chat.model(pixel_values=frames, **batch).loss_lm
     num_labels = sum(label >= 0 for label in labels)
     assert found.log_probability == pytest.approx(-float(loss) * num_labels, rel=1e-5)  # the loss is in float32

@@ -1,5 +1,6 @@
 """Samples to model arguments: prompts, media, masks; equal for any number of workers and processes."""
 
+from dataclasses import replace
 from functools import partial
 from operator import mul
 from pathlib import Path
@@ -12,18 +13,22 @@ from torch.utils.data import DataLoader
 
 from stllm.common.registry import video_inputs
 from stllm.conversation.templates import Turn
-from stllm.datasets.collate import Collator, TokenMasker
+from stllm.datasets.collate import Collator
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.datasets.samples import Failure, Sample, SampleKey
-from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 from stllm.models.video_inputs import build_video_input, num_visual_tokens
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 from stllm.processors.vision import TrainTransform
 from tests.helpers.corpora import corpus_of, numbered_record, write_numbered_videos
 from tests.helpers.tiny import tiny_config
 from tests.processors.test_prompts import processor
 
 RATES = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
-MASKER = TokenMasker(RATES, partial(mul, 4))
+K = 4  # tokens a frame
+
+
+def collator(family: str = "instructblip", *, seed: int = 0, mask_rate: dict[str, float] | None = None) -> Collator:
+    return Collator(processor(family), seed=seed, num_tokens=partial(mul, K), mask_rate=mask_rate)
 
 
 def sample(index: int = 0, **fields: Any) -> Sample:
@@ -38,22 +43,23 @@ def test_prompts_are_the_processors_padded_on_the_right(family: str) -> None:
     prompts = processor(family)
     long = (Turn("what moves first? the red circle or the blue square", "the red circle"),)
     samples = [sample(0), sample(1, turns=long, failures=[Failure("a", "missing", "b.mp4", "b.mp4: gone")])]
-    batch = Collator(prompts, seed=0)(samples)
+    batch = collator(family)(samples)
     for row, (ids, labels) in enumerate(prompts.training_ids(s.turns) for s in samples):
-        assert batch["input_ids"][row, : len(ids)].tolist() == ids
-        assert batch["labels"][row, : len(ids)].tolist() == labels
-        assert batch["attention_mask"][row].tolist() == [1] * len(ids) + [0] * (batch["input_ids"].shape[1] - len(ids))
-        assert (batch["labels"][row, len(ids) :] == IGNORE_INDEX).all()
-    assert (batch["input_ids"] == VISUAL_TOKEN_ID).sum(dim=1).tolist() == [1, 1]
+        at, more = ids.index(VISUAL_TOKEN_ID), 3 * K - 1
+        length = len(ids) + more
+        assert batch["input_ids"][row, :length].tolist() == ids[:at] + [VISUAL_TOKEN_ID] * more + ids[at:]
+        assert batch["labels"][row, :length].tolist() == labels[:at] + [IGNORE_INDEX] * more + labels[at:]
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+        assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
     assert batch["pixel_values"].shape == (2, 3, 3, 8, 8) and batch["pixel_values"][1].eq(1).all()
     assert batch["names"] == ["sample 0", "sample 1"] and batch["failures"] == samples[1].failures
-    assert ("qformer_input_ids" in batch) == (family == "instructblip") and "token_mask" not in batch
+    assert ("qformer_input_ids" in batch) == (family == "instructblip") and "kept" not in batch
 
 
 def test_the_q_former_reads_the_first_turn() -> None:
     prompts = processor("instructblip")
     turns = (Turn("what moves first?", "the circle", "watch."), Turn("and then?", "the square"))
-    batch = Collator(prompts, seed=0)([sample(turns=turns)])
+    batch = collator()([sample(turns=turns)])
     assert batch["qformer_input_ids"].equal(prompts.qformer_inputs(["watch. what moves first?"])["qformer_input_ids"])
     assert (batch["labels"] == prompts.eos_token_id).sum() == 2  # both answers are learned
 
@@ -61,27 +67,33 @@ def test_the_q_former_reads_the_first_turn() -> None:
 @pytest.mark.parametrize(("name", "shape"), [("vision_features", (3, 5, 8)), ("query_features", (3, 4, 6))])
 def test_stored_features_are_stacked(name: str, shape: tuple[int, ...]) -> None:
     samples = [sample(i, **{"pixel_values": None, name: torch.full(shape, i).half()}) for i in range(2)]
-    batch = Collator(processor("minigpt4"), seed=0, masker=MASKER)(samples)
+    batch = collator("minigpt4", mask_rate=RATES)(samples)
     assert batch[name].shape == (2, *shape) and batch[name].dtype == torch.float16 and "pixel_values" not in batch
-    assert batch["token_mask"].shape == (2, 12)
+    assert batch["teacher"]["visual_positions"].shape == (2 * 3 * K,)
 
 
 def test_text_alone_has_no_media() -> None:
-    batch = Collator(processor("instructblip"), seed=0, masker=MASKER)([sample(media=None, pixel_values=None)])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "names", "failures"}
-    assert not (batch["input_ids"] == VISUAL_TOKEN_ID).any()
+    batch = collator(mask_rate=RATES)([sample(media=None, pixel_values=None)])
+    positions = {"visual_positions", "label_positions"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "names", "failures"} | positions
+    assert not (batch["input_ids"] == VISUAL_TOKEN_ID).any() and not len(batch["visual_positions"])
 
 
 def test_an_image_is_named_so_and_never_masked() -> None:
     prompts = processor("minigpt4")
     images = [sample(num_frames=1, media="image")]
-    batch = Collator(prompts, seed=0, masker=MASKER)(images)
-    assert "token_mask" not in batch
-    assert batch["input_ids"][0].tolist() == prompts.training_ids(images[0].turns, media="image")[0]
+    batch = collator("minigpt4", mask_rate=RATES)(images)
+    assert "kept" not in batch and len(batch["visual_positions"]) == K
+    ids = batch["input_ids"][0]
+    first = batch["visual_positions"][0]
+    assert [*ids[: first + 1], *ids[first + K :]] == prompts.training_ids(images[0].turns, media="image")[0]
 
 
 def draw(keys: list[SampleKey], num_frames: int = 8, seed: int = 0) -> Tensor:
-    return MASKER.draw(keys, num_frames, seed=seed)
+    """(B, N) bool, True = dropped, read off a batch."""
+    samples = [replace(sample(num_frames=num_frames), key=key) for key in keys]
+    kept = collator(seed=seed, mask_rate=RATES)(samples)["kept"]
+    return torch.ones(len(keys), num_frames * K).bool().flatten().index_fill(0, kept, False).view(len(keys), -1)
 
 
 def test_masks_are_keyed_by_batch_and_sample() -> None:
@@ -105,8 +117,11 @@ def test_masks_have_the_published_distribution() -> None:
 @pytest.mark.parametrize("num_frames", [1, 3, 16])
 def test_masks_fit_every_video_input(name: str, num_frames: int) -> None:
     config = tiny_config(video_input=name, residual_size=5)
-    mask = TokenMasker(RATES, partial(num_visual_tokens, config)).draw([SampleKey(0, 0, 0, 0)], num_frames, seed=0)
-    assert mask.shape == build_video_input(config)(torch.zeros(1, num_frames, 4, 48)).shape[:2]
+    own = Collator(processor("instructblip"), seed=0, num_tokens=partial(num_visual_tokens, config), mask_rate=RATES)
+    batch = own([sample(num_frames=num_frames)])
+    places = batch.get("teacher", batch)["visual_positions"]
+    assert len(places) == build_video_input(config)(torch.zeros(1, num_frames, 4, 48)).shape[1]
+    assert ("teacher" in batch) == (num_frames > 1)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +142,7 @@ def batches(mixture: Mixture, *, num_workers: int = 0, context: str | None = Non
         DataLoader(
             mixture,
             batch_sampler=MixtureSampler(mixture, **division),
-            collate_fn=Collator(processor("instructblip"), seed=5, masker=MASKER),
+            collate_fn=collator(seed=5, mask_rate=RATES),
             num_workers=num_workers,
             multiprocessing_context=context,
         )
@@ -135,9 +150,13 @@ def batches(mixture: Mixture, *, num_workers: int = 0, context: str | None = Non
 
 
 def check_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert value.equal(second[name]) if isinstance(value, Tensor) else value == second[name], name
+    torch.testing.assert_close(tensors(first), tensors(second), rtol=0, atol=0)
+    for name in ("names", "failures"):
+        assert first[name] == second[name]
+
+
+def tensors(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in ("names", "failures")}
 
 
 def test_workers_change_nothing(mixture: Mixture) -> None:
@@ -160,8 +179,9 @@ def test_processes_share_the_batches_of_one(mixture: Mixture) -> None:
     for batch, *halves in zip(whole, *parts, strict=True):
         for name in ("names", "failures"):
             assert batch[name] == halves[0][name] + halves[1][name]
-        for name in ("pixel_values", "token_mask"):
-            assert batch[name].equal(torch.cat([half[name] for half in halves]))
+        assert batch["pixel_values"].equal(torch.cat([half["pixel_values"] for half in halves]))
+        places = len(halves[0]["teacher"]["visual_positions"])
+        assert batch["kept"].equal(torch.cat([halves[0]["kept"], halves[1]["kept"] + places]))
         for half, rows in zip(halves, (slice(0, 2), slice(2, 4)), strict=True):  # padded to their own longest row
             length = half["input_ids"].shape[1]
             for name in ("input_ids", "labels", "attention_mask"):

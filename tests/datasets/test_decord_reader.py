@@ -41,6 +41,16 @@ def test_both_readers_give_the_same_bytes(
     assert not notes.records
 
 
+def test_pyav_serves_where_the_size_of_pictures_is_limited(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
+    """Decord would decode a later frame of any size."""
+    pytest.importorskip("decord")
+    video = write_video(tmp_path / "video.mp4", num_frames=5)
+    with media_info.limited_pixels(64 * 64), DecordReader(video) as reader:
+        assert codes(reader, [3]) == [3]
+        assert reader._decord is None
+    assert "PyAV reads it instead" in notes.records[0].message
+
+
 WRONG_WITH_DECORD: dict[str, dict[str, Any]] = {
     "open_gop.mp4": {"options": {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}},
     "b_frames.avi": {"codec": "mpeg4", "b_frames": 2},

@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,14 +28,23 @@ from stllm.datasets import image_text_shards, media_info
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.bad_samples import load_with_replacement
 from stllm.datasets.features import FeatureStore, FeatureWriter
+from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.image_text import ImageTextCorpus
 from stllm.datasets.image_text_index import scan
-from stllm.datasets.image_text_shards import expand_shards
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
+from stllm.datasets.shard_names import expand_shards
 from stllm.processors.vision import EvalTransform, TrainTransform
 
 SIZE = 16
+
+
+@pytest.fixture
+def pipes() -> Iterator[None]:
+    """What --allow-pipe does."""
+    allow_pipes(True)
+    yield
+    allow_pipes(False)
 
 
 @pytest.fixture(autouse=True)
@@ -330,7 +340,7 @@ def test_a_tar_that_changes_under_the_run_never_gives_a_wrong_pair(tmp_path) -> 
         load(data, 1)
 
 
-def test_names_are_expanded(tmp_path) -> None:
+def test_names_are_expanded(tmp_path, pipes) -> None:
     for name in ("b", "a", "c"):
         (tmp_path / f"{name}.tar").touch()
     a, b, c = (str(tmp_path / f"{name}.tar") for name in "abc")
@@ -345,6 +355,7 @@ def test_names_are_expanded(tmp_path) -> None:
         ([], "found none"),
         ("{1..", "cannot be expanded"),
         ("${UNSET_NAME}/x.tar", "cannot be expanded"),
+        ("gopher://x/0.tar", "has the scheme 'gopher', expected one of http, "),
     ]:
         with pytest.raises(UserError, match=words):
             expand_shards(wrong)
@@ -398,7 +409,7 @@ def test_the_cache_keeps_within_its_bound(tmp_path, shards, server, caplog) -> N
     assert 3 < len(asked) < 9
 
 
-def test_a_pipe_and_an_object_store(tmp_path, shards, monkeypatch) -> None:
+def test_a_pipe_and_an_object_store(tmp_path, shards, pipes, monkeypatch) -> None:
     path = tmp_path / "data" / "00002.tar"
     assert grey(load(corpus(tmp_path, f"pipe:cat {path}"), 1)) == 7
     tool = tmp_path / "bin" / "aws"
@@ -409,8 +420,8 @@ def test_a_pipe_and_an_object_store(tmp_path, shards, monkeypatch) -> None:
     assert grey(load(corpus(tmp_path, "s3://bucket/it's.tar"), 0)) == 6
 
 
-@pytest.mark.parametrize("shard", ["{url}/no.tar", "pipe:printf half; exit 3", "gopher://x/0.tar", "pipe:no-program"])
-def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(tmp_path, shards, server, shard) -> None:
+@pytest.mark.parametrize("shard", ["{url}/no.tar", "pipe:printf half; exit 3", "pipe:no-program"])
+def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(tmp_path, shards, server, pipes, shard) -> None:
     with pytest.raises(MediaError, match="the shard cannot be fetched") as caught:
         corpus(tmp_path, shard.replace("{url}", server[0]))
     assert "curl'" not in str(caught.value)

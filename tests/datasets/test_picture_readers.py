@@ -8,6 +8,7 @@ from PIL import Image
 
 from stllm.datasets.media_info import MediaError
 from stllm.datasets.picture_readers import FrameFolderReader, GifReader, ImageReader
+from stllm.datasets.readers import open_media
 from tests.helpers.videos import frame_code, read_code
 
 
@@ -171,3 +172,12 @@ def test_a_cut_gif_is_refused_or_noted(tmp_path: Path, caplog: pytest.LogCapture
             assert len(caplog.records) == 1  # however often it is read
         except MediaError as error:
             assert f"{percent}.gif: found a damaged or cut image" in str(error)
+
+
+@pytest.mark.parametrize("text", ["P6 ", "P5\n12 ", "P1 1 1 ", "Pf ", "P7\nWIDTH "])
+def test_a_text_that_begins_as_a_picture_does_is_not_shown(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(f"{text}hunter2hunter2")
+    with pytest.raises(MediaError, match=r"damaged or cut image \(.+\)") as caught:
+        open_media(path)
+    assert "hunter" not in str(caught.value).replace(str(path), "")

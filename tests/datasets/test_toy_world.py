@@ -27,8 +27,9 @@ from stllm.datasets.toy_scenes import COLORS, DIRECTIONS, Background, Event, Sce
 from stllm.datasets.toy_tasks import PICTURES, RARE, TASKS, action_sequence
 from stllm.datasets.toy_world import PAIRS, TESTED, shares, write_world
 from stllm.evaluation.benchmarks.mvbench import prompt_pieces
-from stllm.models.checkpoints.deciding import decide_config, open_named
-from stllm.models.factory import build_model, model_section
+from stllm.models.build import build_model
+from stllm.models.checkpoints.infer_config import decide_config, open_sources
+from stllm.models.settings import model_section
 from stllm.processors.prompts import PromptProcessor
 
 SMALL: dict[str, Any] = {"num_train": 20, "num_test": 14, "seed": 3}
@@ -269,7 +270,7 @@ def test_a_choice_has_the_same_tokens_in_training_and_in_the_benchmark(tokenizer
 
 def test_the_language_model_and_both_tokenizers_load(root: Path, tmp_path: Path) -> None:
     asked = {"llama_model": str(root / "language_model"), "qformer": {"vocab_size": 513}, "qformer_text_input": True}
-    config = decide_config(open_named(asked), asked)
+    config = decide_config(open_sources(asked), asked)
     processor = PromptProcessor.from_pretrained(
         root / "language_model", config=config, qformer_tokenizer=root / "qformer_tokenizer"
     )

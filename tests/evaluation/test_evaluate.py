@@ -9,9 +9,10 @@ import pytest
 from torch import Tensor
 
 from stllm.cli import main
+from stllm.common.jsonl import Appender
 from stllm.common.registry import templates
 from stllm.conversation.templates import BOS, INSTRUCTBLIP, VISUAL
-from stllm.evaluation import record_files, runs
+from stllm.evaluation import runs
 from stllm.models.st_llm import STLLM
 from tests.helpers.evaluation import arguments, copy_run, evaluate, lines, write_set
 
@@ -241,15 +242,15 @@ def test_what_stops_the_model_keeps_what_was_answered(
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_answered(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count, add = [0], record_files.RecordWriter.add
+    count, add = [0], Appender.add
 
-    def filling(self: record_files.RecordWriter, record: dict[str, object]) -> None:
+    def filling(self: Appender, record: dict[str, object]) -> None:
         count[0] += 1
         if count[0] > 5:  # half the line fits, the rest does not
             monkeypatch.setattr(self, "_stream", HalfFull(self._stream))
         add(self, record)
 
-    monkeypatch.setattr(record_files.RecordWriter, "add", filling)
+    monkeypatch.setattr(Appender, "add", filling)
     assert evaluate(data, tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "no space left on the disk for " in error and "what was finished is kept" in error

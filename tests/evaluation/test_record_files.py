@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from stllm.common.errors import UserError
+from stllm.common.jsonl import Appender
 from stllm.evaluation import record_files
-from stllm.evaluation.record_files import RecordFiles, RecordWriter
+from stllm.evaluation.record_files import RecordFiles
 
 
 def record(id_: str, **more: Any) -> dict[str, Any]:
@@ -17,10 +18,9 @@ def record(id_: str, **more: Any) -> dict[str, Any]:
 
 
 def write(path: Path, *records: dict[str, Any]) -> None:
-    writer = RecordWriter(path)
-    for one in records:
-        writer.add(one)
-    writer.close()
+    with Appender(path) as lines:
+        for one in records:
+            lines.add(one)
 
 
 def test_parts_are_joined_in_order_and_go(tmp_path: Path) -> None:
@@ -39,11 +39,22 @@ def test_half_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
     write(files.path, record("a"), record("b"))
     whole = files.path.read_bytes()
     first = whole.index(b"\n") + 1
-    for end in range(first, len(whole)):
+    for end in range(first, len(whole) - 1):
         files.path.write_bytes(whole[:end])
-        assert list(files.join(["a", "b"])) == ["a"]
         write(files.path, record("b"))
         assert files.path.read_bytes() == whole
+        files.path.write_bytes(whole[:end])
+        assert list(files.join(["a", "b"])) == ["a"]
+        assert files.path.read_bytes() == whole[:first]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+    files = RecordFiles(tmp_path, "run")
+    write(files.path, record("a"))
+    files.path.write_bytes(files.path.read_bytes().rstrip(b"\n"))
+    assert list(files.gather()) == ["a"]
+    write(files.path, record("b"))
+    assert list(files.join(["a", "b"])) == ["a", "b"]
 
 
 def test_an_answer_is_kept_over_a_failure_else_the_last_line_counts(tmp_path: Path) -> None:

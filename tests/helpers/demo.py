@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stllm.conversation.chat import Chat
-from stllm.web.command import open_page
+from stllm.conversation.embedded import find_examples
+from stllm.web.command import build_app
 from stllm.web.limits import Limits
+from stllm.web.service import Service
+from tests.helpers.serving import running
 
 
 @contextmanager
 def served(chat: Chat, folder: Path, limits: Limits | None = None) -> Iterator[str]:
     """The address of the running page."""
-    page = open_page(chat, limits or Limits(), folder, host="127.0.0.1", port=None)
-    try:
-        yield str(page.local_url)
-    finally:
-        page.close(verbose=False)
+    service = Service(chat, limits or Limits(), folder, [path for path, _ in find_examples()])
+    with running(build_app(service, local=True)) as address:
+        yield f"{address}/"

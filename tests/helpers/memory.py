@@ -1,7 +1,8 @@
-"""The peak of this process's memory, read from /proc."""
+"""The peaks of memory of this process and of those that it started, read from /proc."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -18,3 +19,22 @@ def peak_below(mebibytes: int) -> Iterator[None]:
     before = read("VmRSS")
     yield
     assert (read("VmHWM") - before) / 1024 < mebibytes
+
+
+def peak_of_children() -> float:
+    """Mebibytes that the processes below this one took at most, each by itself: the largest of them."""
+    peaks = [0.0]
+    for process in descendants(os.getpid()):
+        with suppress(OSError, StopIteration):
+            status = Path(f"/proc/{process}/status").read_text().splitlines()
+            peaks.append(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
+    return max(peaks)
+
+
+def descendants(process: int) -> list[int]:
+    """The processes that this one has started, and those that they have."""
+    found = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{process}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found + [one for child in found for one in descendants(child)]

@@ -4,7 +4,7 @@ import base64
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -20,22 +20,25 @@ from stllm.serving.protocol import TimedProtocol
 MODEL = "tiny"
 
 
-@contextmanager
-def serving(server: Server) -> Iterator[str]:
+def serving(server: Server) -> AbstractContextManager[str]:
     """The server's address, http://127.0.0.1:PORT, while it runs."""
+    return running(build_app(server, ["127.0.0.1"]))
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The application's address while it runs in a thread."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        build_app(server, ["127.0.0.1"]), http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=5
-    )
-    running = uvicorn.Server(config)
-    thread = Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+    config = uvicorn.Config(app, http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    wait_until(lambda: running.started)
+    wait_until(lambda: server.started)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
-        running.should_exit = True
+        server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stllm.models.configuration import STLLMConfig
-from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+from stllm.models.masking import draw_dropped
 from stllm.models.st_llm import STLLM
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, training_sequences
 
 VISION = {"image_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 4, "num_heads": 4, "max_frames": 16}
 QFORMER = {
@@ -54,20 +54,36 @@ def tiny_model(seed: int = 0, **changes: Any) -> STLLM:
     return model
 
 
-def tiny_batch(num_clips: int = 2, num_frames: int = 6, seed: int = 0, text_input: bool = True) -> dict[str, Tensor]:
-    """Arguments of `STLLM.forward`: the visual block at position 2, a label on the last three tokens."""
+def tiny_batch(
+    model: STLLM | None = None,
+    *,
+    num_clips: int = 2,
+    num_frames: int = 6,
+    seed: int = 0,
+    mask: int | None = None,
+    shorter: int = 0,
+) -> dict[str, Any]:
+    """Arguments of `STLLM.forward`: the visual block at position 2, nine ids after it, a label on the last three.
+
+    model: for which video input and Q-Former; None: all, with text. mask: seed with which half the tokens are dropped.
+    shorter: ids that the last prompt lacks.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 60, (num_clips, 12), generator=generator)
     ids[:, 2] = VISUAL_TOKEN_ID
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -3:] = ids[:, -3:]
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": labels,
-        "pixel_values": torch.randn(num_clips, num_frames, 3, 28, 28, generator=generator),
-    }
-    if text_input:
+    num_visual = num_frames * 4
+    if model is not None:
+        num_visual = model.video_input.num_tokens(num_frames, model.config.tokens_per_frame)
+    dropped = None
+    if mask is not None:
+        dropped = draw_dropped(num_clips, num_visual, rate=0.5, generator=torch.Generator().manual_seed(mask))
+    rows, answers = ids.tolist(), labels.tolist()
+    rows[-1], answers[-1] = (row[:3] + row[3 + shorter :] for row in (rows[-1], answers[-1]))
+    batch = training_sequences(rows, answers, pad_id=0, num_visual=num_visual, dropped=dropped)
+    batch["pixel_values"] = torch.randn(num_clips, num_frames, 3, 28, 28, generator=generator)
+    if model is None or model.config.qformer_text_input:
         batch["qformer_input_ids"] = torch.randint(1, 40, (num_clips, 7), generator=generator)
         batch["qformer_attention_mask"] = torch.ones(num_clips, 7, dtype=torch.long)
     return batch

@@ -79,8 +79,10 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     labels[:, :4] = -100
     whole = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
     hidden = last_hidden_states(model, embeds, mask)
-    assert torch.allclose(logits_of(model, hidden), whole.logits, atol=1e-5)
-    loss, logits = language_loss(model, hidden, labels)
+    real = mask.bool()  # states at padding are used nowhere
+    assert torch.allclose(logits_of(model, hidden)[real], whole.logits[real], atol=1e-5)
+    positions = (labels[:, 1:] != -100).nonzero() @ torch.tensor([9, 1])
+    loss, logits = language_loss(model, hidden, labels, positions)
     assert torch.allclose(loss, whole.loss, atol=1e-5)
     assert logits.shape == ((labels[:, 1:] != -100).sum(), 64)
 
@@ -88,7 +90,7 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
 def test_no_label_gives_a_loss_of_nothing_that_still_has_a_graph() -> None:
     model = build("llama")
     hidden = last_hidden_states(model, torch.randn(1, 5, 32), torch.ones(1, 5, dtype=torch.long))
-    loss, _ = language_loss(model, hidden, torch.full((1, 5), -100))
+    loss, _ = language_loss(model, hidden, torch.full((1, 5), -100), torch.empty(0, dtype=torch.long))
     assert loss.item() == 0
     loss.backward()
 

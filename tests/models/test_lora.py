@@ -21,14 +21,14 @@ def trained(**changes) -> STLLM:
     """A model whose adapter and projection have moved away from their start."""
     model = tiny_model(lora=LORA, video_input="residual", **changes).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    model(**tiny_batch()).loss.backward()
+    model(**tiny_batch(model)).loss.backward()
     optimizer.step()
     return model.eval()
 
 
 def loss(model: STLLM) -> float:
     with torch.no_grad():
-        return float(model(**tiny_batch(seed=5)).loss)
+        return float(model(**tiny_batch(model, seed=5)).loss)
 
 
 def test_save_load_merge(tmp_path: Path) -> None:

@@ -4,22 +4,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stllm.models.masking import draw_token_mask, keep_tokens, kept_positions, mvm_loss
+from stllm.models.masking import draw_dropped, draw_mask_rate, mvm_loss
 
 PUBLISHED = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
 
 
+def draw_token_mask(batch: int, num_tokens: int, *, generator: torch.Generator, **rates: float) -> torch.Tensor:
+    rate = draw_mask_rate(**rates, generator=generator)
+    return draw_dropped(batch, num_tokens, rate=rate, generator=generator)
+
+
 @given(batch=st.integers(1, 5), num_tokens=st.integers(1, 200), seed=st.integers(0, 10_000))
-def test_each_row_drops_the_same_number_and_keeps_the_order(batch: int, num_tokens: int, seed: int) -> None:
+def test_each_row_drops_the_same_number(batch: int, num_tokens: int, seed: int) -> None:
     mask = draw_token_mask(batch, num_tokens, **PUBLISHED, generator=torch.Generator().manual_seed(seed))
     dropped = mask.sum(dim=1)
     assert mask.shape == (batch, num_tokens)
     assert (dropped == dropped[0]).all()
     assert int(0.1 * num_tokens) <= dropped[0] <= int(0.7 * num_tokens)
-    positions = kept_positions(mask)
-    assert torch.equal(positions, torch.stack([(~row).nonzero()[:, 0] for row in mask]))
-    tokens = torch.arange(num_tokens).float().expand(batch, -1)[..., None]
-    assert torch.equal(keep_tokens(tokens, mask)[..., 0].long(), positions)
 
 
 def test_the_same_generator_seed_draws_the_same_mask() -> None:
@@ -42,14 +43,14 @@ def test_every_position_is_dropped_equally_often() -> None:
 
 
 def test_loss_is_zero_for_parallel_two_for_orthogonal_four_for_opposite_states() -> None:
-    state = torch.tensor([[[1.0, 0.0]]])
+    state = torch.tensor([[1.0, 0.0]])
     assert mvm_loss(3 * state, state).abs() < 1e-6
-    assert (mvm_loss(torch.tensor([[[0.0, 2.0]]]), state) - 2).abs() < 1e-6
+    assert (mvm_loss(torch.tensor([[0.0, 2.0]]), state) - 2).abs() < 1e-6
     assert (mvm_loss(-state, state) - 4).abs() < 1e-6
 
 
 def test_loss_is_computed_in_float32() -> None:
-    student, teacher = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+    student, teacher = torch.randn(10, 64), torch.randn(10, 64)
     half = mvm_loss(student.bfloat16(), teacher.bfloat16())
     assert half.dtype == torch.float32
     assert torch.equal(half, mvm_loss(student.bfloat16().float(), teacher.bfloat16().float()))

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stllm.common.errors import UserError
 from stllm.common.registry import video_inputs, vision_encoders
 from stllm.models import language_model as lm
-from stllm.models.masking import draw_token_mask
 from stllm.models.st_llm import STLLM
+from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, training_sequences
 from tests.helpers.tiny import VISION, tiny_batch, tiny_config, tiny_model
 
 CHOICES = (
@@ -32,17 +33,6 @@ COMBINATIONS = [
 ] + [{"has_qformer": False, "video_input": "all", **TRAINING}]
 
 
-def batch_for(model: STLLM, **options: Any) -> dict[str, torch.Tensor]:
-    return tiny_batch(text_input=model.config.qformer_text_input, **options)
-
-
-def mask_for(model: STLLM, batch: dict[str, torch.Tensor], seed: int = 0) -> torch.Tensor:
-    frames = batch["pixel_values"].shape[1]
-    count = model.video_input.num_tokens(frames, model.config.tokens_per_frame)
-    generator = torch.Generator().manual_seed(seed)
-    return draw_token_mask(len(batch["input_ids"]), count, **model.config.mask_rate, generator=generator)
-
-
 def train_without_dropout(model: STLLM) -> STLLM:
     """Training mode, but nothing is dropped at random."""
     model.train()
@@ -56,8 +46,8 @@ def train_without_dropout(model: STLLM) -> STLLM:
 def test_conformance(changes: dict[str, Any], tmp_path: Path) -> None:
     """Finite loss, a gradient for every trainable parameter and for no other, save -> load equality."""
     model = train_without_dropout(tiny_model(**changes))
-    batch = batch_for(model)
-    output = model(**batch, mask_generator=torch.Generator().manual_seed(3))
+    batch = tiny_batch(model)
+    output = model(**tiny_batch(model, mask=3 if "use_mask" in changes else None))
     output.loss.backward()
     assert output.loss.isfinite()
     for name, parameter in model.named_parameters():
@@ -83,8 +73,7 @@ def test_gradient_checkpointing_changes_nothing(encoder: str) -> None:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             assert model.vision_encoder.gradient_checkpointing
         train_without_dropout(model)
-        batch = batch_for(model)
-        model(**batch, token_mask=mask_for(model, batch)).loss.backward()
+        model(**tiny_batch(model, mask=0)).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
@@ -93,20 +82,19 @@ def test_gradient_checkpointing_changes_nothing(encoder: str) -> None:
 
 def test_teacher_prefix_equals_the_full_pass() -> None:
     model = tiny_model(**TRAINING)
-    batch = batch_for(model)
+    whole, teacher = tiny_batch(), tiny_batch(mask=0)["teacher"]
+    text = {name: whole[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
     with torch.no_grad():
-        encoded = model.encode_video(batch["pixel_values"])
-        frames = model.frame_tokens(encoded, batch["qformer_input_ids"], batch["qformer_attention_mask"])
-        visual = model.video_input(frames)
-        lean = model.teacher_hidden_states(visual, batch["input_ids"], batch["attention_mask"])
-        full = model.join(list(visual), batch["input_ids"], batch["attention_mask"])
-        hidden = lm.last_hidden_states(model.language_model, full.inputs_embeds, full.attention_mask)
-    assert torch.allclose(lean, hidden[:, 2 : 2 + visual.shape[1]], atol=1e-6)
+        frames = model.frame_tokens(model.encode_video(whole["pixel_values"]), **text)
+        visual = model.video_input(frames).flatten(0, 1)
+        lean = model.teacher_hidden_states(visual, **teacher)
+        embeds = model.embed(whole["input_ids"], whole["visual_positions"], visual)
+        hidden = lm.last_hidden_states(model.language_model, embeds, whole["attention_mask"])
+    assert torch.allclose(lean.unflatten(0, (2, -1)), hidden[:, 2 : 2 + 24], atol=1e-6)
 
 
 def test_the_teacher_stops_at_the_last_visual_token(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(**TRAINING).train()
-    batch = batch_for(model)
     lengths = []
     real = lm.last_hidden_states
 
@@ -115,48 +103,39 @@ def test_the_teacher_stops_at_the_last_visual_token(monkeypatch: pytest.MonkeyPa
         return real(language_model, inputs_embeds, attention_mask)
 
     monkeypatch.setattr(lm, "last_hidden_states", spy)
-    output = model(**batch)
+    output = model(**tiny_batch(mask=0))
     assert lengths == [11 + output.kept_visual_tokens, 2 + 6 * 4]
     assert output.logits.shape == (2 * 3, 64)
 
 
 def test_masking_alone_is_the_language_loss_on_the_kept_tokens() -> None:
     model = train_without_dropout(tiny_model(**TRAINING))
-    batch = batch_for(model)
-    mask = mask_for(model, batch)
-    both = model(**batch, token_mask=mask)
+    batch = tiny_batch(mask=0)
+    both = model(**batch)
     model.config.use_mvm = False
-    alone = model(**batch, token_mask=mask)
+    alone = model(**batch)
     assert alone.loss_mvm is None and both.loss_mvm > 0
     assert alone.loss == alone.loss_lm == both.loss_lm
     assert alone.kept_visual_tokens == both.kept_visual_tokens < 6 * 4
 
 
-def test_an_image_is_never_masked() -> None:
+def test_without_a_mask_all_tokens_enter() -> None:
+    """The collator draws masks, in training and of clips alone."""
     model = tiny_model(**TRAINING).train()
-    output = model(**batch_for(model, num_frames=1))
-    assert output.kept_visual_tokens == 4
-    assert output.loss_mvm is None
+    for num_frames in (1, 6):
+        output = model(**tiny_batch(num_frames=num_frames))
+        assert output.kept_visual_tokens == 4 * num_frames and output.loss_mvm is None
 
 
-def test_evaluation_is_never_masked() -> None:
-    model = tiny_model(**TRAINING)
-    assert model(**batch_for(model)).kept_visual_tokens == 6 * 4
-
-
-def test_the_mask_follows_its_generator() -> None:
+def test_the_loss_depends_on_which_tokens_are_dropped() -> None:
     model = tiny_model(**TRAINING).train()
-    losses = [
-        model(**batch_for(model), mask_generator=torch.Generator().manual_seed(seed)).loss.item() for seed in (1, 1, 2)
-    ]
+    losses = [model(**tiny_batch(mask=seed)).loss.item() for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_text_alone_trains_the_language_model() -> None:
     model = tiny_model().train()
-    batch = batch_for(model)
-    text = {key: batch[key][:, 3:] for key in ("input_ids", "attention_mask", "labels")}
-    output = model(**text)
+    output = model(**pad_sequences([[3, 4, 5], [6, 7]], labels=[[-100, 4, 5], [-100, 7]], pad_id=0))
     assert output.kept_visual_tokens is None
     assert output.loss.isfinite()
 
@@ -164,7 +143,7 @@ def test_text_alone_trains_the_language_model() -> None:
 def test_precomputed_features_equal_pixels() -> None:
     for text_input in (True, False):
         model = tiny_model(qformer_text_input=text_input)
-        batch = batch_for(model)
+        batch = tiny_batch(model)
         features = model.vision_features(batch["pixel_values"])
         rest = {key: value for key, value in batch.items() if key != "pixel_values"}
         assert torch.equal(model(**rest, vision_features=features).loss, model(**batch).loss)
@@ -172,26 +151,30 @@ def test_precomputed_features_equal_pixels() -> None:
     assert torch.equal(model(**rest, query_features=queries).loss, model(**batch).loss)
 
 
+def both_and_each(rows: list[list[int]], answers: list[int]) -> list[dict[str, Any]]:
+    """Batches of both prompts and of each, the last ids of each labelled."""
+    labels = [[-100] * (len(row) - count) + row[-count:] for row, count in zip(rows, answers, strict=True)]
+    media = {name: tensor for name, tensor in tiny_batch().items() if name.startswith(("pixel", "qformer"))}
+    return [
+        training_sequences(rows[part], labels[part], pad_id=0, num_visual=24)
+        | {name: tensor[part] for name, tensor in media.items()}
+        for part in (slice(0, 2), slice(0, 1), slice(1, 2))
+    ]
+
+
 def test_the_loss_does_not_depend_on_how_a_step_is_divided() -> None:
     """Answers of different lengths: the rows' losses, each over all labelled tokens, add up to the batch's."""
     model = tiny_model()
-    batch = batch_for(model)
-    batch["labels"][1, :-1] = -100
-    rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in (0, 1)]
+    whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8], [5, VISUAL_TOKEN_ID, 9, 10, 11]], answers=[3, 1])
     divided = sum(model(**row, num_items_in_batch=4).loss for row in rows)
-    torch.testing.assert_close(divided, model(**batch).loss)
+    torch.testing.assert_close(divided, model(**whole).loss)
 
 
 def test_a_batch_is_its_rows() -> None:
     """Right padding, different texts, one loss a row: nothing leaks between samples."""
     model = tiny_model()
-    batch = batch_for(model)
-    batch["attention_mask"][1, 10:] = 0
-    batch["labels"][1] = -100
-    batch["labels"][1, 7:10] = batch["input_ids"][1, 7:10]
-    both = model(**batch).logits
-    rows = [model(**{key: value[i : i + 1] for key, value in batch.items()}).logits for i in (0, 1)]
-    assert torch.allclose(both, torch.cat(rows), atol=1e-5)
+    whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8, 9, 10, 11], [VISUAL_TOKEN_ID, 12, 13]], answers=[3, 2])
+    assert torch.allclose(model(**whole).logits, torch.cat([model(**row).logits for row in rows]), atol=1e-5)
 
 
 def test_frozen_parts_stay_in_evaluation_mode() -> None:
@@ -212,26 +195,65 @@ def test_lora_trains_alone_in_the_language_model(tmp_path: Path) -> None:
     names = {name for name, p in model.language_model.named_parameters() if p.requires_grad}
     assert names
     assert all("lora_" in name for name in names)
-    model(**batch_for(model)).loss.backward()
+    model(**tiny_batch(model)).loss.backward()
     model.eval().save_pretrained(tmp_path)
     again = STLLM.from_pretrained(tmp_path).eval()
-    batch = batch_for(model)
+    batch = tiny_batch(model)
     assert torch.equal(again(**batch).loss, model(**batch).loss)
+
+
+class DeviceReads(TorchDispatchMode):
+    """Collects the operations whose result or size is a value on the device: a GPU waits at each of them."""
+
+    READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.startswith(("index", "_index")) and isinstance(args[1], (list, tuple)) else ()
+        boolean = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if boolean or name.strip("_").startswith(self.READING) or name in self.READING:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mask", [None, 0])
+@pytest.mark.parametrize("changes", COMBINATIONS[::2], ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_a_micro_batch_reads_nothing_from_the_device(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], mask: int | None
+) -> None:
+    model = tiny_model(**{**changes, **TRAINING}).train()
+    batch = tiny_batch(model, mask=mask, shorter=4)
+    reads = DeviceReads()
+    for name in ("tolist", "numpy"):  # no operations
+        monkeypatch.setattr(torch.Tensor, name, lambda _, name=name: reads.found.append(name))
+    with reads:
+        model(**batch, num_items_in_batch=torch.tensor(6)).loss.backward()
+    assert reads.found == []
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batched_generation_equals_one_at_a_time(num_beams: int) -> None:
     model = tiny_model()
-    ids = torch.tensor([[5, -200, 6, 7, 8], [0, 0, -200, 9, 10]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    visual = [torch.randn(4, 48), torch.randn(9, 48)]
-    options = {"max_new_tokens": 8, "num_beams": num_beams, "do_sample": False, "pad_token_id": 0}
-    both = model.generate(input_ids=ids, attention_mask=mask, visual_tokens=visual, **options)
-    first = model.generate(input_ids=ids[:1], attention_mask=mask[:1], visual_tokens=visual[:1], **options)
-    second = model.generate(input_ids=ids[1:, 2:], attention_mask=mask[1:, 2:], visual_tokens=visual[1:], **options)
-    for row, single in zip(both, (first[0], second[0]), strict=True):
+    rows, visual = [[5, VISUAL_TOKEN_ID, 6, 7, 8], [VISUAL_TOKEN_ID, 9, 10], [11, 12]], torch.randn(13, 48)
+    options: dict[str, Any] = {"max_new_tokens": 8, "num_beams": num_beams, "do_sample": False, "pad_token_id": 0}
+
+    def generate(rows: list[list[int]], counts: list[int | None], visual: torch.Tensor | None) -> torch.Tensor:
+        batch = pad_sequences(rows, pad_id=0, num_visual=counts, side="left")
+        return model.generate(**batch, visual_tokens=visual, **options)
+
+    both = generate(rows, [4, 9, None], visual)
+    singles = [
+        generate(rows[:1], [4], visual[:4]),
+        generate(rows[1:2], [9], visual[4:]),
+        generate(rows[2:], [None], None),
+    ]
+    for row, (single,) in zip(both, singles, strict=True):
         assert torch.equal(row[: len(single)], single)
-        assert not row[len(single) :].any()  # padding after an answer that ended earlier
+        assert set(row[len(single) :].tolist()) <= {0, 2}  # padding, or with beams the end again, after an earlier end
 
 
 @pytest.mark.parametrize(
@@ -249,8 +271,13 @@ def test_a_fresh_lora_changes_nothing_yet() -> None:
     assert started == {name: "lora_A" in name for name in started}
 
 
-def test_a_mask_of_another_length_is_an_error() -> None:
+@pytest.mark.parametrize("dropped", [None, torch.zeros(2, 23, dtype=torch.bool)])
+def test_a_video_input_that_gives_another_number_of_tokens_is_an_error(dropped: torch.Tensor | None) -> None:
     model = tiny_model(video_input="all").train()
-    message = "the video input all gives 24 tokens, but the token mask has 23: make its num_tokens and its forward"
+    rows = [[VISUAL_TOKEN_ID, 5], [VISUAL_TOKEN_ID, 6]]
+    prompts = training_sequences(rows, [[-100, 5], [-100, 6]], pad_id=0, num_visual=23, dropped=dropped)
+    message = (
+        "the video input all gives 24 tokens, but the prompts have places for 23: make its num_tokens and its forward"
+    )
     with pytest.raises(UserError, match=message):
-        model(**tiny_batch(), token_mask=torch.zeros(2, 23, dtype=torch.bool))
+        model(**tiny_batch() | prompts)

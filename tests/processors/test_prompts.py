@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from stllm.common.errors import UserError
 from stllm.conversation.templates import Turn
 from stllm.models.configuration import STLLMConfig
-from stllm.models.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 from stllm.processors.prompts import PromptProcessor, load_qformer_tokenizer
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {"instructblip": GOLDEN / "instructblip_residual_mvm", "minigpt4": GOLDEN / "minigpt4_plain_all"}
@@ -100,21 +100,6 @@ def test_qformer_text_is_cut_on_the_left_and_the_shorter_limit_counts() -> None:
 
 def test_without_text_the_qformer_gets_nothing() -> None:
     assert processor("minigpt4").qformer_inputs(["what"]) == {}
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(side: str) -> None:
-    prompts = processor("instructblip")
-    batch = prompts.pad([[5, 6, 7], [8]], labels=[[-100, 6, 7], [8]], side=side)
-    padding = prompts.pad_token_id
-    assert batch["input_ids"].tolist() == [
-        [5, 6, 7],
-        [8, padding, padding] if side == "right" else [padding, padding, 8],
-    ]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [3, 1]
-    assert torch.equal(
-        batch["labels"] != IGNORE_INDEX, torch.tensor([[False, True, True], batch["attention_mask"][1].tolist()]).bool()
-    )
 
 
 @pytest.fixture(scope="module")

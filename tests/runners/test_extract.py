@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stllm.cli import main
+from stllm.common.files import locked
 from stllm.datasets.features import FeatureStore
 from stllm.models import precomputed
 from stllm.runners import extract as extraction
@@ -132,6 +133,18 @@ def test_each_clip_once_and_bad_ones_left_out(
     # training counts as missing what could not be read, and goes on
     train(planted, f"datasets.features_root={output}", "run.per_device_train_batch_size=8")
     assert read_log(tmp_path / "run")[-1]["skipped_samples"] > 0
+
+
+def test_two_extractions_into_one_folder_do_not_mix(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "features" / "mine"
+    with locked(tmp_path / "features" / ".mine.lock", busy="the test is the first one"):
+        extract(planted, tmp_path / "features", "vit", code=1)
+    busy = f"error: {folder}: another extraction writes to it: wait until it ends, or name another --output"
+    assert capsys.readouterr().err.splitlines()[-1] == busy
+    assert not folder.exists()
+    extract(planted, tmp_path / "features", "vit")
 
 
 def test_an_interrupted_extraction_goes_on(

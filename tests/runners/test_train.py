@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stllm.cli import main
-from stllm.models.checkpoints.loading import load_model
+from stllm.models.checkpoints.load import load_model
 from stllm.models.st_llm import STLLM
 from tests.helpers.training import losses, read_log, train, write_recipe
 from tests.models.test_language_model import ARCHITECTURES

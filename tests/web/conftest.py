@@ -9,7 +9,6 @@ import pytest
 from stllm.conversation.chat import Chat
 from stllm.web.handlers import Handlers
 from stllm.web.limits import Limits
-from stllm.web.model_thread import ModelThread
 from stllm.web.service import Service
 from tests.conversation.test_chat import new_chat
 from tests.helpers.videos import write_video
@@ -37,7 +36,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def handlers(chat: Chat, folder: Path) -> Iterator[Handlers]:
-    yield Handlers(Service(chat, Limits(), folder.parent), ModelThread())
+    service = Service(chat, Limits(), folder.parent)
+    yield Handlers(service)
+    service.jobs.close()
 
 
 def last(shown: list[dict[str, Any]], name: str) -> Any:

@@ -156,6 +156,35 @@ def test_a_client_that_leaves_ends_its_answer(url: str, chat: Chat, place: Path,
     assert closed.wait(60)
 
 
+def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, chat: Chat, place: Path, monkeypatch):
+    """As the page calls them: the second handler of a tab waits for the first, and need not read the video again."""
+    api, tab = f"{url}gradio_api", {"session_hash": "a-tab"}
+    numbers = {one["api_name"]: one["id"] for one in httpx.get(f"{url}config").json()["dependencies"]}
+    read, see = [], chat.see
+    monkeypatch.setattr(chat, "see", lambda *asked: (read.append(asked), sleep(0.3), see(*asked))[2])
+    with (place / "two.mp4").open("rb") as file:
+        path = httpx.post(f"{api}/upload", files={"files": file}).json()[0]
+
+    def run(**handlers: list[Any]) -> dict[str, Any]:
+        """What each handler shows at last."""
+        events = {}
+        for name, data in handlers.items():
+            body = {"data": data, "fn_index": numbers[name], **tab}
+            events[httpx.post(f"{api}/queue/join", json=body).json()["event_id"]] = name
+        last: dict[str, Any] = {}
+        with httpx.stream("GET", f"{api}/queue/data", params=tab, timeout=60) as reply:
+            for line in reply.iter_lines():
+                message = json.loads(line.removeprefix("data: ") or "{}")
+                if message.get("msg") == "process_completed":
+                    last[events[message["event_id"]]] = message["output"]
+        return last
+
+    run(begin=[{"path": path, "meta": {"_type": "gradio.FileData"}}, None])
+    last = run(run=[None, 5], run_3=[None, FIRST, 5, 1, 0, 8])  # look and ask
+    assert list(last) == ["run", "run_3"] and len(read) == 1
+    assert chat.ask(place / "two.mp4", FIRST, num_frames=5).text in json.dumps(last["run_3"], ensure_ascii=False)
+
+
 @pytest.mark.slow
 def test_fifty_questions_by_eight_clients(url: str, chat: Chat, place: Path) -> None:
     """All answered, each its own; and nothing is left of them."""

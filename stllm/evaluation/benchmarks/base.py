@@ -13,6 +13,7 @@ from typing import Any
 
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.templates import PromptTemplate
@@ -182,4 +183,4 @@ def read_entries(benchmark: Benchmark, settings: EvaluationSettings) -> Iterator
     """Yields what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
     if settings.anno_path is None:
         raise UserError(f"{benchmark.name}: no ground truth was named: give {benchmark.ground_truth}")
-    yield from benchmark.load(Path(settings.anno_path).expanduser(), settings)
+    yield from benchmark.load(user_path(settings.anno_path), settings)

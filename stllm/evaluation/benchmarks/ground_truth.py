@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.templates import Turn
 from stllm.datasets.faults import Fault, Finding, Medium
@@ -39,7 +40,7 @@ class MediaFolders:
     def __init__(self, root: str | Path | None, settings: EvaluationSettings) -> None:
         if root is None:
             raise UserError("no folder of media was named: give the one that holds the videos with --video-dir DIR")
-        self.root = str(Path(root).expanduser())
+        self.root = str(user_path(root))
         if not os.path.isdir(self.root):
             is_file = os.path.exists(self.root)
             found = "found a file, expected the folder of media" if is_file else "there is no such folder of media"
@@ -49,7 +50,9 @@ class MediaFolders:
             sample_indices(settings.sampling, num_frames=count, total_frames=100, fps=25.0)
         except UserError as error:
             raise UserError(f"evaluation.sampling is {settings.sampling!r} with num_frames {count}: {error}") from None
-        self._frames = Media("-", settings.num_frames, sampling=settings.sampling, reader=settings.reader)
+        self._frames = Media(
+            "-", settings.num_frames, sampling=settings.sampling, reader=settings.reader, own_times=False
+        )
         self._finder = MediaFinder()
 
     def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:

@@ -15,6 +15,7 @@ from typing import Any
 
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
 from stllm.conversation.requests import Request
@@ -220,7 +221,7 @@ class MVBench(Benchmark):
             # hidden files are not annotations: archives packed on a Mac hold a ._NAME.json for every file
             files, holder = [file for file in found if not file.name.startswith(".")], folder
         if video_dir is not None:
-            return files, Path(video_dir).expanduser()
+            return files, user_path(video_dir)
         above = holder.parent if holder.name == "json" else holder
         media = above / "video"
         if not media.is_dir() and any((above / folder).is_dir() for task in self.tasks for folder in task.folders):

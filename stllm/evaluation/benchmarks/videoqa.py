@@ -12,6 +12,7 @@ from typing import Any
 
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
 from stllm.conversation.templates import PromptTemplate
@@ -55,7 +56,7 @@ class VideoQA(Benchmark):
             tasks = ", ".join(settings.tasks)
             raise UserError(f"{self.name}: found tasks {tasks}, but {self.title} has none: leave them out")
         beside = path.with_name(path.name.replace("_q.", "_a."))  # test_a.json beside test_q.json
-        answers_path = Path(settings.answers_path).expanduser() if settings.answers_path else beside
+        answers_path = user_path(settings.answers_path) if settings.answers_path else beside
         questions = yield from _numbered(path, self)
         if settings.answers_path or (beside != path and beside.exists()):
             questions = yield from _answered(questions, path, answers_path)

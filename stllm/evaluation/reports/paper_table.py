@@ -4,16 +4,15 @@ Source of the layout: ST-LLM (arXiv 2404.00308), its comparison of MVBench, VcgB
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.files import check_regular
-from stllm.evaluation.judge_axes import QA, VCGBENCH_AXES
-from stllm.evaluation.judge_scores import vcgbench_average
+from stllm.common.files import check_regular, user_path
+from stllm.common.json_text import loads
+from stllm.evaluation.axes import QA, VCGBENCH_AXES, vcgbench_average
 from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMNS
 from stllm.evaluation.reports.tables import percent, score, table
 
@@ -54,11 +53,11 @@ def paper_table(results: Sequence[str]) -> str:
     judged: list[dict[str, Any]] = []
     for entry in results:
         name, equals, file = entry.partition("=")
-        if not equals or Path(entry).expanduser().exists():  # a path that exists is never taken apart
+        if not equals or user_path(entry).exists():  # a path that exists is never taken apart
             name, file = "", entry
         elif name not in OF_BENCHMARK:
             raise UserError(unknown_name("benchmark", name, OF_BENCHMARK))
-        path = Path(file).expanduser()
+        path = user_path(file)
         content = _read(path)
         column = _column(content, name, path)
         if column in figures:
@@ -92,7 +91,7 @@ def paper_table(results: Sequence[str]) -> str:
 def _read(path: Path) -> dict[str, Any]:
     check_regular(path, EXPECTED)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected {EXPECTED}") from None
     except ValueError:

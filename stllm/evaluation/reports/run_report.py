@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from shlex import quote
 from typing import Any
 
+from stllm.evaluation.axes import QA, TASKS
 from stllm.evaluation.benchmarks.base import Loaded, Record
 from stllm.evaluation.benchmarks.multiple_choice import RULES, by_task, tally
-from stllm.evaluation.judge_axes import QA, TASKS
 from stllm.evaluation.published import BY_TASK, LABEL, SOURCE, cell
 from stllm.evaluation.reports.charts import Bars
 from stllm.evaluation.reports.paper_table import JUDGED, OF_BENCHMARK

@@ -1,56 +1,71 @@
-"""`AuditReport`: what became of every weight, part by part.
+"""`AuditReport`: the fate of every weight, part by part.
 
 Anything missing or of a wrong shape that the model needs is an error that names the keys, never a warning.
 """
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stllm.common.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# our keys, first fit; the order is the way of a video
-PARTS: dict[str, str] = {
-    "vision_encoder.adapter.": "temporal adapter",
-    "vision_encoder.ln_vision.": "ln_vision",
-    "vision_encoder.": "vision encoder",
-    "qformer.": "qformer",
-    "projection.": "projection",
-    "video_input.": "video input",
-    "mvm_decoder.": "mvm decoder",
-    "language_model.": "language model",
-}
-PART_NAMES = ("vision encoder", "temporal adapter", "ln_vision", *tuple(PARTS.values())[3:])
-OTHER = "other"
 
-# their keys that are ignored or fit nothing, to find the part they would have belonged to
-_HINTS = (
-    (r"BTAdapter", "temporal adapter"),
-    (r"Qformer|qformer", "qformer"),
-    (
-        r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b",
+class Part(NamedTuple):
+    """A part of the model. prefix: of our keys; hint: a pattern that foreign keys of it match.
+
+    given_by: the setting that names its weights; switch: or else the setting that leaves the part out.
+    """
+
+    name: str
+    prefix: str
+    hint: str
+    given_by: str = ""
+    switch: str = ""
+
+
+# the first that fits counts
+PARTS = (
+    Part("temporal adapter", "vision_encoder.adapter.", r"BTAdapter", switch="model.vit_model=eva_clip_g"),
+    Part("ln_vision", "vision_encoder.ln_vision.", r"(?!)", "model.q_former_model"),
+    Part("qformer", "qformer.", r"Qformer|qformer", "model.q_former_model"),
+    Part(
         "vision encoder",
+        "vision_encoder.",
+        r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b",
+        "model.vit_ckpt (eva_vit_g.pth)",
     ),
-    (r"(?:llama|llm|t5|opt|language)_proj", "projection"),
-    (r"residual_index|down_proj|up_proj", "video input"),
-    (r"mvm", "mvm decoder"),
-    (r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\.", "language model"),
+    Part(
+        "projection",
+        "projection.",
+        r"(?:llama|llm|t5|opt|language)_proj",
+        "model.ckpt (or an InstructBLIP file as model.q_former_model)",
+    ),
+    Part("video input", "video_input.", r"residual_index|down_proj|up_proj", switch="model.video_input=all"),
+    Part("mvm decoder", "mvm_decoder.", r"mvm", switch="model.mvm_decode=False"),
+    Part(
+        "language model",
+        "language_model.",
+        r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\.",
+        "model.llama_model",
+    ),
 )
+OTHER = "other"
+# in the order of a video's way
+PART_NAMES = ("vision encoder", "temporal adapter", "ln_vision", "qformer", *(part.name for part in PARTS[4:]))
 MAX_NAMED = 6
-STATES = ("loaded", "fresh", "missing", "wrong_shape", "unexpected", "ignored")
 
 
 def part_of(key: str) -> str:
-    """The part that one of our keys belongs to."""
-    return next((part for prefix, part in PARTS.items() if key.startswith(prefix)), OTHER)
+    """Return the part that one of our keys belongs to."""
+    return next((part.name for part in PARTS if key.startswith(part.prefix)), OTHER)
 
 
 def part_of_theirs(key: str) -> str:
-    """The part that a key of a foreign format looks like."""
-    return next((part for pattern, part in _HINTS if re.search(pattern, key)), OTHER)
+    """Guess the part of a key of a foreign format."""
+    return next((part.name for part in PARTS if re.search(part.hint, key)), OTHER)
 
 
 @dataclass
@@ -65,6 +80,9 @@ class PartAudit:
     ignored: list[str] = field(default_factory=list)
 
 
+STATES = tuple(PartAudit.__dataclass_fields__)
+
+
 @dataclass
 class AuditReport:
     """The audit of one loading. source: what was loaded; notes: what else should be known (resized, grown, ...)."""
@@ -74,31 +92,37 @@ class AuditReport:
     notes: list[str] = field(default_factory=list)
 
     def add(self, state: str, part: str, entry: str) -> None:
-        """Enters a key under one of `STATES`."""
+        """Enter a key under one of `STATES`."""
         getattr(self.parts.setdefault(part, PartAudit()), state).append(entry)
 
     def keys(self, state: str) -> list[str]:
-        """All entries of one state, part after part."""
+        """List all entries of one state, part after part."""
         return [entry for _, audit in self._ordered() for entry in getattr(audit, state)]
 
     def raise_for_problems(self) -> None:
-        """Raises UserError naming what is missing or of a wrong shape."""
+        """Raise UserError naming what is missing or of a wrong shape."""
         wrong, missing = self.keys("wrong_shape"), self.keys("missing")
         # a part without any weights also leaves its sizes unknown, which makes others look wrong
         part_missing = any(audit.missing and not audit.loaded for audit in self.parts.values())
         if wrong and not part_missing:
             raise UserError(
-                f"{self.source}: {_counted(wrong, 'weight')} of another size than the configuration asks for: "
+                f"{self.source}: {_counted(wrong)} of another size than the configuration asks for: "
                 f"{_named(wrong)}; use the configuration that these weights were made with"
             )
-        if missing:
-            raise UserError(
-                f"{self.source}: {_counted(missing, 'weight')} missing that the configuration needs: "
-                f"{_named(missing)}; {_advice({part for part, audit in self.parts.items() if audit.missing})}"
-            )
+        if not missing:
+            return
+        parts = [part for part in PARTS if part.name in self.parts and self.parts[part.name].missing]
+        if named := sorted({part.given_by for part in parts if part.given_by}):
+            advice = f"the download may be incomplete; when building from pieces, name them with {', '.join(named)}"
+        else:
+            off = " and ".join(part.switch for part in parts) or "in the configuration"
+            advice = f"switch off what needs them ({off}), or use a checkpoint that has them"
+        raise UserError(
+            f"{self.source}: {_counted(missing)} missing that the configuration needs: {_named(missing)}; {advice}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts of what was loaded, names of everything else."""
+        """Return the number of loaded weights, and the names of all others."""
         parts = {
             part: {"loaded": len(audit.loaded), **{state: getattr(audit, state) for state in STATES[1:]}}
             for part, audit in self._ordered()
@@ -106,13 +130,12 @@ class AuditReport:
         return {"source": self.source, "parts": parts, "notes": self.notes}
 
     def table(self) -> "Table":
-        """The counts as a table for the terminal."""
+        """Return the counts as a table for the terminal."""
         from rich.box import SIMPLE
-        from rich.markup import escape
         from rich.table import Table
 
         # seven columns have to fit 80 characters
-        table = Table(title=escape(f"audit of {self.source}"), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        table = Table(title=f"audit of {self.source}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("part", no_wrap=True)
         for state in STATES:
             table.add_column(state.replace("_", " "), justify="right")
@@ -122,7 +145,7 @@ class AuditReport:
         return table
 
     def details(self) -> list[str]:
-        """One line for each kind of exception, and the notes."""
+        """Return a line for each kind of exception, and the notes."""
         lines = [
             f"{part}, {state.replace('_', ' ')}: {_named(getattr(audit, state))}"
             for part, audit in self._ordered()
@@ -141,26 +164,5 @@ def _named(keys: list[str]) -> str:
     return ", ".join(keys[:MAX_NAMED]) + more
 
 
-def _counted(keys: list[str], what: str) -> str:
-    return f"1 {what} is" if len(keys) == 1 else f"{len(keys)} {what}s are"
-
-
-def _advice(parts: set[str]) -> str:
-    """What to do when these parts are missing."""
-    names = {
-        "vision encoder": "model.vit_ckpt (eva_vit_g.pth)",
-        "ln_vision": "model.q_former_model",
-        "qformer": "model.q_former_model",
-        "projection": "model.ckpt (or an InstructBLIP file as model.q_former_model)",
-        "language model": "model.llama_model",
-    }
-    switches = {
-        "temporal adapter": "model.vit_model=eva_clip_g",
-        "video input": "model.video_input=all",
-        "mvm decoder": "model.mvm_decode=False",
-    }
-    named = sorted({names[part] for part in parts if part in names})
-    if not named:
-        off = " and ".join(switches[part] for part in switches if part in parts)
-        return f"switch off what needs them ({off or 'in the configuration'}), or use a checkpoint that has them"
-    return f"the download may be incomplete; when building from pieces, name them with {', '.join(named)}"
+def _counted(keys: list[str]) -> str:
+    return "1 weight is" if len(keys) == 1 else f"{len(keys)} weights are"

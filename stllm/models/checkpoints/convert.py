@@ -2,12 +2,15 @@
 
 Everything is written into a temporary folder beside the target and renamed at the end: a target is whole or not there.
 A whole target holds a record of the command, by which the same command recognises that it was done.
+
+The released layout is sharded .bin files with an index, config.json, and a meta.json for what weights don't show (head
+counts, mean or all frames, ...) in the golden folders' form, so that the folder loads again with nothing else named.
 """
 
 import argparse
 import hashlib
 import json
-import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -15,29 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from stllm.common.errors import UserError
-from stllm.common.files import check_new, new_folder
-from stllm.models.checkpoints.assembly import assemble
+from stllm.common.files import check_new, new_folder, user_path
+from stllm.common.json_text import loads
+from stllm.common.terminal import console
 from stllm.models.checkpoints.audit import AuditReport
-from stllm.models.checkpoints.deciding import decide_config, open_checkpoint, open_named, open_pieces
-from stllm.models.checkpoints.formats import Source, locate
-from stllm.models.checkpoints.loading import Opened, processor_of
-from stllm.models.checkpoints.released import save_released
-from stllm.models.factory import explicit_settings
+from stllm.models.checkpoints.formats import Source
+from stllm.models.checkpoints.infer_config import open_model
+from stllm.models.checkpoints.load import assemble, processor_of
+from stllm.models.checkpoints.tables import RELEASED, UnknownKeyError
+from stllm.models.configuration import QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig
 from stllm.models.lora import load_adapter, merge_lora
+from stllm.models.settings import VISION_RENAMED, published_settings
+from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import QFORMER_FOLDER
-
-log = logging.getLogger(__name__)
 
 FORMATS = ("stllm", "released")
 RECORD = ".conversion"  # in the target: a digest of the command, and the sizes of the files that it wrote
+SHARD_BYTES = 5 << 30
+# transformers' generic fields that LLaMA's config.json has, too
+KEPT_GENERIC = {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: converts, prints the audit, says where the result is. A conversion that is done is not repeated."""
-    from rich.console import Console
-
+    """Run the command: convert, print the audit, name the result. A conversion that is done is not repeated."""
     report = convert(
         args.source,
         args.to,
@@ -51,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     if report is None:
         print(f"{args.to} holds the result of this command already ({args.format}); nothing was written")
         return 0
-    console = Console()
-    console.print(report.table())
+    out = console()
+    out.print(report.table())
     for line in report.details():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     print(f"written to {args.to} ({args.format})")
     return 0
 
@@ -70,7 +78,7 @@ def convert(
     adapter: str | Path | None = None,
     merge: bool = False,
 ) -> AuditReport | None:
-    """Puts the sources together (later ones over earlier ones) and writes them to the new folder `to`.
+    """Put the sources together (later ones over earlier ones) and write them to the new folder `to`.
 
     dtype: auto keeps the type that most of the weights have. adapter: a LoRA adapter's folder, put on top of them.
     merge: adds LoRA to the weights that it adapts. Returns None when `to` holds the result of the same conversion.
@@ -78,15 +86,20 @@ def convert(
     that is not empty, for a full disk; the target is then as it was.
     """
     assert format in FORMATS
-    target = Path(to).expanduser()
-    record = _read_record(target)
-    if record is None:
+    target = user_path(to)
+    try:
+        record = loads((target / RECORD).read_text(encoding="utf-8"))
+        done, written = str(record["command"]), dict(record["files"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or none that a conversion wrote
+        done, written = "", {}
         check_new(target, "--to")
-    opened = open_for_conversion(sources, cfg_path, options)
+    opened = open_model(sources, cfg_path, options=options)
     files = [*(source.path for source in opened.sources), *([] if adapter is None else [Path(adapter)])]
-    command = _digest([_sizes(path, times=True) for path in files], opened.settings, format, dtype, merge)
-    if record is not None:
-        if record["command"] == command and record["files"].items() <= _sizes(target).items():
+    inputs = [{str(path.absolute()): [s.st_size, s.st_mtime_ns] for path, s in _files(one).items()} for one in files]
+    words = json.dumps([inputs, opened.settings, format, dtype, merge], sort_keys=True, default=str)
+    command = hashlib.blake2b(words.encode(), digest_size=16).hexdigest()
+    if done:
+        if done == command and written.items() <= _sizes(target).items():
             return None
         check_new(target, "--to")
     processor = processor_of(opened)
@@ -98,70 +111,108 @@ def convert(
         if model.config.lora is None:
             raise UserError(f"{' + '.join(map(str, sources))} has no LoRA to merge: leave out --merge-lora")
         merge_lora(model)  # the released layout, which has no place for LoRA, always does
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(target, needed) as folder:
         if format == "released":
             save_released(model, folder)
         else:
             model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        _copy_sentencepiece(opened.sources, folder)
+        # the sentencepiece file as well, for libraries that read no tokenizer.json
+        sentencepiece = [path for source in opened.sources if (path := source.path / "tokenizer.model").is_file()]
+        if sentencepiece:
+            shutil.copyfile(sentencepiece[-1], folder / "tokenizer.model")
         (folder / RECORD).write_text(json.dumps({"command": command, "files": _sizes(folder)}), encoding="utf-8")
     return report
 
 
-def open_for_conversion(paths: Sequence[str | Path], cfg_path: str | Path | None, options: Sequence[str]) -> Opened:
-    """Opens the sources, and before them the pieces that the configuration names, unless one is a whole model."""
-    settings = explicit_settings(cfg_path, options)
-    places = [locate(path) for path in paths]
-    if len(places) == 1:
-        sources = open_checkpoint(places[0], settings)
-    else:
-        sources = open_pieces(places, settings)
-        if not any(source.is_whole_model for source in sources):
-            sources = open_named(settings, *places)
-    return Opened(places[-1], sources, settings, decide_config(sources, settings))
+def _files(place: Path) -> dict[Path, os.stat_result]:
+    """A file, or a checkpoint folder's files, with their sizes and times."""
+    paths = [place, *place.glob("*"), *place.glob(f"{QFORMER_FOLDER}/*")]
+    return {path: path.stat() for path in paths if path.is_file()}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): status.st_size for path, status in _files(folder).items()}
 
 
 def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
-    """The floating-point type of most of the weights."""
+    """Return the floating-point type of most of the weights."""
     sizes: Counter[torch.dtype] = Counter()
     for source in sources:
         for spec in source.weights.specs.values():
             if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                sizes[spec.dtype] += torch.Size(spec.shape).numel()
+                sizes[spec.dtype] += spec.numel()
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    """The record in the folder; None where there is none that a conversion wrote."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return {"command": str(record["command"]), "files": dict(record["files"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write everything but the tokenizers. LoRA, for which there are no keys, is merged into the weights, in place.
 
-
-def _digest(*parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
-
-
-def _sizes(place: Path, *, times: bool = False) -> dict[str, Any]:
-    """The sizes of a file, or of a checkpoint folder's files, by their paths relative to it.
-
-    times: by absolute paths, with the time when each file was last changed beside its size.
+    Raises UserError for a language model that the layout has no place for.
     """
-    paths = [place, *place.glob("*"), *place.glob(f"{QFORMER_FOLDER}/*")]
-    found = {path: path.stat() for path in paths if path.is_file()}
-    if times:
-        return {str(path.absolute()): [status.st_size, status.st_mtime_ns] for path, status in found.items()}
-    return {str(path.relative_to(place)): status.st_size for path, status in found.items()}
+    state = released_state(model)
+    shards: list[list[str]] = [[]]  # keys in order, cut where a shard would grow beyond the limit
+    room = shard_bytes
+    for key, tensor in state.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(key)
+        room -= tensor.nbytes
+    files = {f"pytorch_model-{n:05d}-of-{len(shards):05d}.bin": keys for n, keys in enumerate(shards, start=1)}
+    for name, keys in tqdm(files.items(), desc="writing weights", unit="file", disable=None, delay=1, leave=False):
+        torch.save({key: state[key] for key in keys}, folder / name)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
+        "weight_map": {key: name for name, keys in files.items() for key in keys},
+    }
+    # config.json as old libraries read it: LLaMA's own fields, not transformers' generic ones
+    generic = set(PretrainedConfig().to_dict()) - KEPT_GENERIC
+    text = {key: value for key, value in model.config.text_config.to_dict().items() if key not in generic}
+    if "rope_theta" in (text.get("rope_parameters") or {}):
+        text.setdefault("rope_theta", text["rope_parameters"]["rope_theta"])
+    dtype = str(model.projection.weight.dtype).removeprefix("torch.")
+    config = {**text, "model_type": "st_llm_hf", "architectures": ["LlamaForCausalLM"], "torch_dtype": dtype}
+    for name, content in (
+        ("pytorch_model.bin.index.json", index),
+        ("config.json", config),
+        ("meta.json", meta_of(config_of(model))),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def _copy_sentencepiece(sources: Sequence[Source], folder: Path) -> None:
-    """The sentencepiece file as well, for libraries that read no tokenizer.json."""
-    for source in reversed(sources):
-        file = source.path / "tokenizer.model"
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-            return
+def released_state(model: STLLM) -> dict[str, Tensor]:
+    """Return the model's weights under the released names. Raises UserError."""
+    kind = model.config.text_config.model_type
+    if kind != "llama":
+        raise UserError(
+            f"the released layout has a place for LLaMA models alone, but this one's is {kind}: use --format stllm"
+        )
+    merge_lora(model)
+    state: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        if "lora_" in key:
+            continue
+        try:
+            state[RELEASED.to_theirs(key)] = tensor.detach().cpu()
+        except UnknownKeyError as error:
+            raise UserError(f"the released layout has no place for {key}: use --format stllm") from error
+    state["model.stllm_model.embed_tokens.weight"] = state["model.embed_tokens.weight"]  # as published
+    return state
+
+
+def meta_of(config: STLLMConfig) -> dict[str, Any]:
+    """Return what weights do not show: the configuration by its published names, and the sizes."""
+    vision = {key: config.vision_config[key] for key in VISION_DEFAULTS if key not in VISION_RENAMED.values()}
+    sizes: dict[str, Any] = {
+        "vision": {"img_size": config.vision_config["image_size"], **vision},
+        "llm": "config.json",
+        "bottleneck": config.residual_bottleneck,
+    }
+    if config.has_qformer:
+        names = [*QFORMER_DEFAULTS, "encoder_hidden_size"]
+        sizes["qformer"] = {name: getattr(config.qformer_config, name) for name in names}
+        if not config.qformer_text_input:
+            sizes["qformer"]["vocab_size"] = None
+    return {"config": published_settings(config), "sizes": sizes}

@@ -1,33 +1,32 @@
-"""What a file or folder is, told by itself: its config.json and the names of its weights.
+"""Detection of a checkpoint's format, from its config.json and the names of its weights.
 
 `open_source` gives a `Source`: format, key table, shapes, and the tensors on demand. A path that is not here and looks
 like `org/name` is fetched from the hub; that and a URL are the only reasons to use the network.
 """
 
-import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stllm.common.errors import UserError
-from stllm.common.files import check_regular
+from stllm.common.files import check_regular, user_path
+from stllm.common.json_text import loads
 from stllm.models.checkpoints import tables
-from stllm.models.checkpoints.keys import KeyTable, Target, UnknownKeyError
-from stllm.models.checkpoints.shards import Weights, open_weights
+from stllm.models.checkpoints.tables import KeyTable, Target, UnknownKeyError
+from stllm.models.checkpoints.weights import WeightFiles, Weights, convert_language_model, read_config
+from stllm.models.configuration import CONFIG_ERRORS, language_model_config, reason
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors", "*.bin", "*.jinja", "qformer_tokenizer/*")
 LANGUAGE_MODEL = "language_model."  # prefix of its keys, in our format and in transformers' InstructBLIP
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
-SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.(?:bin|safetensors)$")
+SHARD = re.compile(r".+-\d{5}-of-(?P<total>\d{5})\.(?:bin|safetensors)$")
 
 
 class Format(Enum):
-    """The layouts of model.md, section 7; the values are their names for people."""
+    """The known formats; the values are their names in messages."""
 
     STLLM = "stllm"
     RELEASED = "released ST-LLM"
@@ -39,9 +38,8 @@ class Format(Enum):
     CAUSAL_LM = "causal language model"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One of our tensors in a source: their key, which part of it, its shape once taken."""
+class Entry(NamedTuple):
+    """One of our tensors in a source: their key, which part of their tensor it is, and that part's shape."""
 
     key: str
     target: Target
@@ -50,7 +48,11 @@ class Entry:
 
 @dataclass
 class Source:
-    """A file or folder of weights in one format. config, meta: its config.json and meta.json, {} without one."""
+    """A file or folder of weights in one format.
+
+    config, meta: its config.json and meta.json, {} without one. entries: our keys and where they are found.
+    ignored_keys, unknown_keys: their keys that are known and not ours, and those that nothing in the table covers.
+    """
 
     path: Path
     format: Format
@@ -58,6 +60,22 @@ class Source:
     weights: Weights
     config: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(init=False, default_factory=dict)
+    ignored_keys: list[str] = field(init=False, default_factory=list)
+    unknown_keys: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        for key, spec in self.weights.specs.items():
+            try:
+                targets = self.table.targets(key)
+            except UnknownKeyError:
+                self.unknown_keys.append(key)
+                continue
+            if not targets:
+                self.ignored_keys.append(key)
+            for target in targets:
+                if target.key is not None:
+                    self.entries[target.key] = Entry(key, target, tuple(target.take(spec).shape))
 
     @property
     def is_whole_model(self) -> bool:
@@ -66,31 +84,9 @@ class Source:
             return not self.table.ignores(LANGUAGE_MODEL)
         return self.format in (Format.STLLM, Format.RELEASED)
 
-    @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """Our keys and where they are found; keys that are ignored or unknown are left out."""
-        found: dict[str, Entry] = {}
-        for key, spec in self.weights.specs.items():
-            try:
-                targets = self.table.targets(key)
-            except UnknownKeyError:
-                continue
-            for target in targets:
-                if target.key is not None:
-                    found[target.key] = Entry(key, target, target.shape(spec.shape))
-        return found
-
-    def ignored_keys(self) -> list[str]:
-        """Their keys that are known and not ours."""
-        return [key for key in self.weights.specs if self.table.ignores(key)]
-
-    def unknown_keys(self) -> list[str]:
-        """Their keys that fit nothing in the table."""
-        return [key for key in self.weights.specs if not self.table.ignores(key) and not _is_known(self.table, key)]
-
 
 def open_source(path: str | Path, *, depth: int | None = None) -> Source:
-    """Opens weights of any known format; nothing but names and shapes is read.
+    """Open weights of any known format; only names and shapes are read.
 
     depth: blocks of the vision encoder that are used, where the configuration says so.
     Raises UserError: nothing there, no checkpoint, a shard missing, a file damaged.
@@ -101,105 +97,36 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
         shard = SHARD.match(place.name)
         if shard and int(shard["total"]) > 1:
             raise UserError(f"{place} is one of {int(shard['total'])} shards: name their folder, {place.parent}")
-        return _file_source(place, open_weights([place]), depth)
+        return _without_config(place, WeightFiles([place]), depth)
     config, meta = read_json(place / "config.json"), read_json(place / "meta.json")
-    weights = open_weights(weight_files(place))
+    weights: Weights = WeightFiles(weight_files(place))
     kind = config.get("model_type")
     if kind == "stllm":
-        weights = _language_model_converted(place, weights, config)
+        weights = _with_language_model(place, weights, config)
         return Source(place, Format.STLLM, tables.OURS, weights, config, meta)
     if kind == "st_llm_hf" or any(key.startswith("model.stllm_model.") for key in weights.specs):
         return Source(place, Format.RELEASED, tables.RELEASED, weights, config, meta)
     if kind in ("instructblip", "instructblipvideo", "blip-2"):
-        table = _blip_table(config)
-        if not table.ignores(LANGUAGE_MODEL):
-            weights = _language_model_converted(place, weights, config)
+        text = config.get("text_config") or {}
+        if text.get("model_type", "opt") in ("t5", "mt5", "bart") or text.get("is_encoder_decoder", False):
+            table = tables.TRANSFORMERS_BLIP.ignoring(*tables.FOREIGN_LANGUAGE_MODEL)
+        else:
+            table, weights = tables.TRANSFORMERS_BLIP, _with_language_model(place, weights, config)
         return Source(place, Format.TRANSFORMERS_BLIP, table, weights, config, meta)
     if kind is None:
-        return _file_source(place, weights, depth)
-    from stllm.models.checkpoints.causal_lm import convert_language_model, read_config
-
+        return _without_config(place, weights, depth)
     weights = convert_language_model(place, weights, read_config(place), prefix="")
     return Source(place, Format.CAUSAL_LM, tables.CAUSAL_LM, weights, config, meta)
 
 
-def locate(path: str | Path) -> Path:
-    """The file or folder of that name: here, behind a URL, or on the hub. Raises UserError."""
-    place = Path(path).expanduser()
-    if place.exists():
-        return place
-    name = str(path)
-    if name.startswith(("https://", "http://")):
-        return _download(name)
-    if not HUB_NAME.match(name) or name.startswith("."):
-        raise UserError(f"{path}: no such file or folder, expected weights or a hub name (organisation/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # a missing repository, no network, no permission: many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{name} is neither a file or folder here nor could it be fetched from the hub ({reason}): check the path, "
-            "or download it to a folder and name that"
-        ) from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, complete and in order. Raises UserError when there are none or one is missing."""
-    for path in folder.iterdir():
-        if path.suffix in WEIGHT_ENDINGS and path.is_symlink() and not path.exists():
-            raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: copy or download it again")
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{ending}.index.json"
-        if index.is_file():
-            return _complete(folder, read_json(index).get("weight_map", {}).values())
-        shards = [path.name for path in folder.glob(f"{stem}-*-of-*.{ending}") if SHARD.match(path.name)]
-        if shards:
-            total = max(int(match["total"]) for name in shards if (match := SHARD.match(name)))
-            return _complete(folder, [f"{stem}-{i:05d}-of-{total:05d}.{ending}" for i in range(1, total + 1)])
-        if (folder / f"{stem}.{ending}").is_file():
-            return [folder / f"{stem}.{ending}"]
-    others = sorted(
-        path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name != "training_args.bin"
-    )
-    if len(others) == 1:
-        return others
-    if others:
-        raise UserError(f"{folder} holds several weight files ({', '.join(p.name for p in others)}): name one of them")
-    raise UserError(
-        f"{folder} holds no weights: expected model*.safetensors or pytorch_model*.bin beside a config.json"
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when there is no such file. Raises UserError when it is damaged.
-
-    transformers writes infinity as {"__float__": "Infinity"}, which is read as the number.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object, expected the keys of a configuration: copy or download it again")
-    return content
-
-
-def _special_float(content: dict[str, Any]) -> Any:
-    return float(content["__float__"]) if content.keys() == {"__float__"} else content
-
-
-def _file_source(path: Path, weights: Weights, depth: int | None) -> Source:
-    """A file without a config.json beside it: its key names tell what it is."""
+def _without_config(path: Path, weights: Weights, depth: int | None) -> Source:
+    """Recognise a file, or a folder without a config.json, by its key names."""
     keys = weights.specs
     if any(key.startswith("model.stllm_model.") for key in keys):
         return Source(path, Format.RELEASED, tables.RELEASED, weights)
     if "patch_embed.proj.weight" in keys and "blocks.0.attn.qkv.weight" in keys:
-        blocks = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
-        return Source(path, Format.EVA, tables.eva_table(depth or blocks - 1), weights)
+        last = max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
+        return Source(path, Format.EVA, tables.EVA.ignoring(rf"blocks\.{depth or last}\."), weights)
     if any(key.startswith("Qformer.") for key in keys):
         if "llm_proj.weight" in keys:
             return Source(path, Format.INSTRUCTBLIP, tables.INSTRUCTBLIP_LAVIS, weights)
@@ -220,11 +147,8 @@ def _file_source(path: Path, weights: Weights, depth: int | None) -> Source:
     )
 
 
-def _language_model_converted(place: Path, weights: Weights, config: dict[str, Any]) -> Weights:
-    """Converts the language model inside a whole model's folder, where there is one."""
-    from stllm.models.checkpoints.causal_lm import convert_language_model
-    from stllm.models.configuration import CONFIG_ERRORS, language_model_config, reason
-
+def _with_language_model(place: Path, weights: Weights, config: dict[str, Any]) -> Weights:
+    """Convert the language model inside a whole model's folder, where there is one."""
     if not any(key.startswith(LANGUAGE_MODEL) for key in weights.specs):
         return weights
     try:
@@ -234,39 +158,88 @@ def _language_model_converted(place: Path, weights: Weights, config: dict[str, A
     return convert_language_model(place, weights, text_config, prefix=LANGUAGE_MODEL)
 
 
-def _blip_table(config: dict[str, Any]) -> KeyTable:
-    text = config.get("text_config") or {}
-    is_causal = text.get("model_type", "opt") not in ("t5", "mt5", "bart") and not text.get("is_encoder_decoder", False)
-    return tables.TRANSFORMERS_BLIP if is_causal else tables.TRANSFORMERS_BLIP.ignoring(*tables.FOREIGN_LANGUAGE_MODEL)
+def locate(path: str | Path) -> Path:
+    """Find the file or folder of that name: here, behind a URL, or on the hub. Raises UserError."""
+    place = user_path(path)
+    if place.exists():
+        return place
+    name = str(path)
+    if name.startswith(("https://", "http://")):
+        import torch
 
+        target = Path(torch.hub.get_dir()) / "checkpoints" / name.rsplit("/", 1)[-1]  # torch's own cache
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(name, str(target))
+            except OSError as error:
+                raise UserError(
+                    f"{name} could not be downloaded ({error}): fetch it and name the file instead"
+                ) from error
+        return target
+    if not HUB_NAME.match(name) or name.startswith("."):
+        raise UserError(f"{path}: no such file or folder, expected weights or a hub name (organisation/name)")
+    from huggingface_hub import snapshot_download
 
-def _complete(folder: Path, names: Iterable[str]) -> list[Path]:
-    ordered = sorted(set(names))
-    for number, name in enumerate(ordered, start=1):
-        if not (folder / name).is_file():
-            raise UserError(
-                f"shard {number} of {len(ordered)}, {name}, is missing in {folder}: copy or download it again"
-            )
-    return [folder / name for name in ordered]
-
-
-def _download(url: str) -> Path:
-    """A published file behind a URL, kept in torch's own cache."""
-    import torch
-
-    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(target))
-        except OSError as error:
-            raise UserError(f"{url} could not be downloaded ({error}): fetch it and name the file instead") from error
-    return target
-
-
-def _is_known(table: KeyTable, key: str) -> bool:
     try:
-        table.to_ours(key)
-    except UnknownKeyError:
-        return False
-    return True
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # a missing repository, no network, no permission: many kinds
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name} is neither a file or folder here nor could it be fetched from the hub ({cause}): check the path, "
+            "or download it to a folder and name that"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the weight files of a folder, in order. Raises UserError when there are none or one is missing."""
+    for path in folder.iterdir():
+        if path.suffix in WEIGHT_ENDINGS and path.is_symlink() and not path.exists():
+            raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: copy or download it again")
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, whole = folder / f"{stem}.{ending}.index.json", folder / f"{stem}.{ending}"
+        shards = [SHARD.match(path.name) for path in folder.glob(f"{stem}-*-of-*.{ending}")]
+        total = max((int(shard["total"]) for shard in shards if shard), default=0)
+        if index.is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        elif total:
+            names = [f"{stem}-{number:05d}-of-{total:05d}.{ending}" for number in range(1, total + 1)]
+        elif whole.is_file():
+            names = [whole.name]
+        else:
+            continue
+        for number, name in enumerate(names, start=1):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"shard {number} of {len(names)}, {name}, is missing in {folder}: copy or download it again"
+                )
+        return [folder / name for name in names]
+    others = sorted(
+        path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name != "training_args.bin"
+    )
+    if len(others) == 1:
+        return others
+    if others:
+        raise UserError(f"{folder} holds several weight files ({', '.join(p.name for p in others)}): name one of them")
+    raise UserError(
+        f"{folder} holds no weights: expected model*.safetensors or pytorch_model*.bin beside a config.json"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, {} when there is no such file. Raises UserError when it is damaged.
+
+    transformers writes infinity as {"__float__": "Infinity"}, which is read as the number.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = loads(
+            path.read_text(encoding="utf-8"),
+            object_hook=lambda found: float(found["__float__"]) if found.keys() == {"__float__"} else found,
+        )
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): copy or download it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object, expected the keys of a configuration: copy or download it again")
+    return content

@@ -1,7 +1,8 @@
-"""`stllm inspect PATH`: what a checkpoint or a configuration is, from names and shapes alone; no weight is read.
+"""`stllm inspect PATH`: a checkpoint or a configuration described from names and shapes; no weight is read.
 
-Format, family, sizes, parameters of each part, the memory they need by type and, for a configuration with a `run`, to
-train; and the audit against a configuration.
+Format, family, sizes, parameters of each part, the memory they need by type, and the audit against a configuration. For
+a configuration with a `run`, also what training keeps in memory, computed from parameter counts: weights, gradients and
+AdamW's states. Not counted: activations, autocast's copies, fragmentation.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,29 @@ import torch
 from torch import nn
 
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.assembly import meta_model
+from stllm.common.terminal import console
 from stllm.models.checkpoints.audit import PART_NAMES, AuditReport, part_of
-from stllm.models.checkpoints.contradictions import FAMILIES
-from stllm.models.checkpoints.deciding import assumptions, decide_config, merged_shapes, open_checkpoint, open_pieces
-from stllm.models.checkpoints.formats import Source, locate
-from stllm.models.checkpoints.planning import make_plan
-from stllm.models.checkpoints.sizes import sizes_from_weights
-from stllm.models.checkpoints.training_memory import count_parameters, memory_table, training_memory
+from stllm.models.checkpoints.formats import Source, locate, open_source
+from stllm.models.checkpoints.infer_config import (
+    FAMILIES,
+    assumptions,
+    decide_config,
+    merged_shapes,
+    open_sources,
+    sizes_from_weights,
+)
+from stllm.models.checkpoints.load import make_plan, meta_model
 from stllm.models.configuration import STLLMConfig
-from stllm.models.factory import explicit_settings, model_section, piece_paths
+from stllm.models.settings import explicit_settings, model_section, piece_paths
 from stllm.models.st_llm import STLLM
 
 SUMMARY = ("path", "format", "family", "tensors", "stored_bytes", "stored_types")
 BYTES_4BIT = 0.5 + 4 / 64  # half a byte, and one float32 scale for each block of 64
+NUM_GPUS = (1, 8)  # of one machine
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: prints what it found; 1 when a configuration does not fit the weights."""
+    """Run the command: print what was found; 1 when a configuration does not fit the weights."""
     if args.path is None:
         found, report = inspect_config(args.cfg_path, args.options)
     else:
@@ -54,14 +61,14 @@ def run(args: argparse.Namespace) -> int:
 def inspect_path(
     path: str | Path, cfg_path: str | Path | None = None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Any], AuditReport | None]:
-    """A checkpoint; where it is only a part of a model and no configuration is given, there is no audit."""
+    """Describe a checkpoint; a part of a model is not audited where no configuration is given."""
     settings = explicit_settings(cfg_path, options)
     place = locate(path)
     if not settings:
-        source = open_pieces([place], settings)[0]
+        source = open_source(place)
         if not source.is_whole_model:
             return {**_stored([source]), "sizes": sizes_from_weights(merged_shapes([source]))}, None
-    sources = open_checkpoint(place, settings)
+    sources = open_sources(settings, place)
     config = decide_config(sources, settings)
     found, report = _describe(config, sources, training=False)
     return {**found, "assumed": assumptions(sources, settings, config)}, report
@@ -70,14 +77,15 @@ def inspect_path(
 def inspect_config(
     cfg_path: str | Path | None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Any], AuditReport | None]:
-    """The model that a configuration asks for, with the weights that it names, as far as they are here."""
+    """Describe the model that a configuration asks for, with those weights that it names and that are here."""
     from stllm.common.config import load_config
 
     cfg = load_config(cfg_path, options)
     settings = model_section(cfg)
     paths = piece_paths(settings)
     here = [path for path in paths if Path(path).exists()]
-    sources = open_pieces(here, settings)
+    depth = (settings.get("vision") or {}).get("depth")
+    sources = [open_source(path, depth=depth) for path in here]
     config = decide_config(sources, settings, default_llm=True)
     found, report = _describe(config, sources, training=True, fresh=settings.get("fresh") or (), run=cfg.run)
     absent = [
@@ -86,34 +94,6 @@ def inspect_config(
         if path not in here
     ]
     return {**found, "assumed": absent}, report if sources and not absent else None
-
-
-def parameters_by_part(model: STLLM) -> dict[str, dict[str, int]]:
-    """Total and trainable parameters of each part; tied weights count once."""
-    counts = {part: {"total": 0, "trainable": 0} for part in PART_NAMES}
-    for name, parameter in model.named_parameters():
-        part = counts[part_of(name)]
-        part["total"] += parameter.numel()
-        part["trainable"] += parameter.numel() * parameter.requires_grad
-    return {part: count for part, count in counts.items() if count["total"]}
-
-
-def memory_by_dtype(model: STLLM) -> dict[str, int]:
-    """Bytes of the weights alone. 8bit, 4bit: the language model's linear layers, all else in 2 bytes."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    head = model.get_output_embeddings()
-    linear = sum(
-        module.weight.numel()
-        for module in model.language_model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
-    sizes = {
-        "float32": 4 * total,
-        "bfloat16 or float16": 2 * total,
-        "8bit": 2 * (total - linear) + linear,
-        "4bit": 2 * (total - linear) + BYTES_4BIT * linear,
-    }
-    return {name: int(size) for name, size in sizes.items()}
 
 
 def _describe(
@@ -126,25 +106,38 @@ def _describe(
 ) -> tuple[dict[str, Any], AuditReport]:
     model = meta_model(config, torch.float32)
     report = make_plan(model, sources, training=training, fresh=fresh).report
+    text = config.text_config
+    sizes: dict[str, Any] = {
+        "vision": config.vision_config,
+        "language_model": {
+            "model_type": text.model_type,
+            **{name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
+        },
+        "tokens_per_frame": config.tokens_per_frame,
+    }
+    own = ["video_input", "use_mask", "mvm_decode", "lora", "template"]
+    own += ["residual_size", "residual_bottleneck"] if config.video_input == "residual" else []
+    sizes |= {name: getattr(config, name) for name in own}
+    if config.has_qformer:
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        qformer = {name: getattr(config.qformer_config, name) for name in names}
+        sizes["qformer"] = {**qformer, "text_input": config.qformer_text_input}
     parts = parameters_by_part(model)
-    return {
+    found = {
         **(_stored(sources) if sources else {}),
         "family": FAMILIES[config.qformer_text_input],
-        "sizes": _sizes(config),
+        "sizes": sizes,
         "parameters": parts,
         "total": {name: sum(part[name] for part in parts.values()) for name in ("total", "trainable")},
         "memory_bytes": memory_by_dtype(model),
-        **({"training_memory_bytes": _training(model, run)} if run else {}),
-        **({"audit": report.to_dict()} if sources else {}),
-    }, report
-
-
-def _training(model: STLLM, run: Mapping[str, Any]) -> dict[str, Any]:
-    precision = "bfloat16" if run.get("bf16") else "float16" if run.get("fp16") else "float32"
-    return {
-        "precision": precision,
-        "strategies": training_memory(count_parameters(model), half=precision != "float32"),
     }
+    if run:
+        precision = "bfloat16" if run.get("bf16") else "float16" if run.get("fp16") else "float32"
+        strategies = training_memory(count_parameters(model), half=precision != "float32")
+        found["training_memory_bytes"] = {"precision": precision, "strategies": strategies}
+    if sources:
+        found["audit"] = report.to_dict()
+    return found, report
 
 
 def _stored(sources: Sequence[Source]) -> dict[str, Any]:
@@ -154,66 +147,145 @@ def _stored(sources: Sequence[Source]) -> dict[str, Any]:
         "path": " + ".join(str(source.path) for source in sources),
         "format": " + ".join(source.format.value for source in sources),
         "tensors": len(specs),
-        "stored_bytes": sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs),
+        "stored_bytes": sum(spec.nbytes for spec in specs),
         "stored_types": dict(dtypes.most_common()),
     }
 
 
-def _sizes(config: STLLMConfig) -> dict[str, Any]:
-    text = config.text_config
-    sizes: dict[str, Any] = {
-        "vision": config.vision_config,
-        "language_model": {
-            "model_type": text.model_type,
-            **{name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
-        },
-        "tokens_per_frame": config.tokens_per_frame,
-        "video_input": config.video_input,
-        "use_mask": config.use_mask,
-        "mvm_decode": config.mvm_decode,
-        "lora": config.lora,
-        "template": config.template,
+def parameters_by_part(model: STLLM) -> dict[str, dict[str, int]]:
+    """Count total and trainable parameters of each part; tied weights count once."""
+    counts = {part: {"total": 0, "trainable": 0} for part in PART_NAMES}
+    for name, parameter in model.named_parameters():
+        part = counts[part_of(name)]
+        part["total"] += parameter.numel()
+        part["trainable"] += parameter.numel() * parameter.requires_grad
+    return {part: count for part, count in counts.items() if count["total"]}
+
+
+def memory_by_dtype(model: STLLM) -> dict[str, int]:
+    """Count the bytes of the weights. 8bit, 4bit: the language model's linear layers, all else in 2 bytes."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    linear = sum(
+        module.weight.numel()
+        for module in model.language_model.modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+    return {
+        "float32": 4 * total,
+        "bfloat16 or float16": 2 * total,
+        "8bit": 2 * (total - linear) + linear,
+        "4bit": int(2 * (total - linear) + BYTES_4BIT * linear),
     }
-    if config.video_input == "residual":
-        sizes |= {"residual_size": config.residual_size, "residual_bottleneck": config.residual_bottleneck}
-    if config.has_qformer:
-        qformer = config.qformer_config
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        sizes["qformer"] = {name: getattr(qformer, name) for name in names} | {"text_input": config.qformer_text_input}
-    return sizes
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model: frozen ones, trained ones, and what a device holds whole when the rest is sharded.
+
+    largest: of the module with most of its own (ZeRO-3 gathers one by one). gathered: of the largest layer and of all
+    that is in no layer (FSDP holds both at once).
+    """
+
+    frozen: int
+    trained: int
+    largest: int
+    gathered: int
+
+    @property
+    def all(self) -> int:
+        """Frozen and trained ones."""
+        return self.frozen + self.trained
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count a model that names its layers in `_no_split_modules`, as transformers' do; tied weights count once."""
+    layer_names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in layer_names]
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    own = [sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return ParameterCounts(
+        frozen=sum(parameter.numel() for parameter in model.parameters()) - trained,
+        trained=trained,
+        largest=max(own),
+        gathered=max(sizes, default=0) + sum(p.numel() for p in model.parameters() if id(p) not in inside),
+    )
+
+
+def training_memory(
+    counts: ParameterCounts, *, half: bool, num_gpus: Sequence[int] = NUM_GPUS
+) -> dict[str, dict[str, dict[int, int]]]:
+    """Compute bytes by strategy: `gpu` -> number of GPUs -> of each of them, `host` -> the same -> of the machine.
+
+    half: bf16 or fp16 with float32 masters; else all in float32, where DeepSpeed is left out.
+    A GPU holds some bytes whole, and its part of others that are sharded. The machine holds what is offloaded, or what
+    loading takes if that is more: every process fills a whole model. ZeRO: DeepSpeed's own estimates
+    (`estimate_zero{2,3}_model_states_mem_needs`), with frozen weights apart; FSDP 2 gathers in half precision.
+    """
+    weight = 2 if half else 4
+    states = 16 * counts.trained  # float32 weights, gradients and AdamW's two moments
+    zero3, fsdp = 2 * counts.all + states, 4 * counts.frozen + states
+    module, layers = 2 * 2 * counts.largest, 2 * weight * counts.gathered  # weights and their gradients
+    # whole on each GPU, sharded, offloaded, loaded by each process
+    strategies = {
+        "DDP": (weight * counts.frozen + states, 0, 0, 0),
+        "ZeRO-2": (2 * counts.all, states + 2 * counts.trained, 0, 2 * counts.all),  # gradients in half precision, too
+        "ZeRO-2 offload": (2 * counts.all, 0, states, 2 * counts.all),
+        "ZeRO-3": (module, zero3, 0, 2 * counts.all),
+        "ZeRO-3 offload": (module, 0, zero3, 2 * counts.all),
+        "FSDP": (layers, fsdp, 0, 4 * counts.all),
+        "FSDP offload": (layers, 0, fsdp, 4 * counts.all),
+    }
+    memory: dict[str, dict[str, dict[int, int]]] = {}
+    for name, (whole, sharded, offloaded, loaded) in strategies.items():
+        if half or not name.startswith("ZeRO"):
+            memory[name] = {
+                "gpu": {gpus: int(whole + sharded / gpus) for gpus in num_gpus},
+                "host": {gpus: max(offloaded, loaded * gpus) for gpus in num_gpus},
+            }
+    for gpus in num_gpus:  # with several GPUs DDP has buckets for the gradients
+        memory["DDP"]["gpu"][gpus] += 4 * counts.trained if gpus > 1 else 0
+    return memory
 
 
 def _print(found: Mapping[str, Any], report: AuditReport | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    lines = [f"{key.replace('_', ' ')}: {_shown(key, found[key])}" for key in SUMMARY if key in found]
-    lines += [f"{key.replace('_', ' ')}: {_shown(key, value)}" for key, value in found["sizes"].items()]
-    lines += [f"assumed: {line}" for line in found.get("assumed", ())]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    out = console()
+    values = {**{key: found[key] for key in SUMMARY if key in found}, **found["sizes"]}
+    for key, value in values.items():
+        shown = _readable(value) if key == "stored_bytes" else value
+        if isinstance(value, Mapping):
+            shown = ", ".join(f"{name} {entry}" for name, entry in value.items())
+        out.print(f"{key.replace('_', ' ')}: {shown}", soft_wrap=True)
+    for line in found.get("assumed", ()):
+        out.print(f"assumed: {line}", soft_wrap=True)
     if "parameters" in found:
         table = Table(title="parameters")
         for column in ("part", "total", "trainable"):
             table.add_column(column, justify="left" if column == "part" else "right")
         for part, counts in [*found["parameters"].items(), ("all", found["total"])]:
             table.add_row(part, f"{counts['total']:,}", f"{counts['trainable']:,}")
-        console.print(table)
+        out.print(table)
         memory = ", ".join(f"{_readable(size)} as {name}" for name, size in found["memory_bytes"].items())
-        console.print(f"memory of the weights: {memory}", markup=False, soft_wrap=True)
+        out.print(f"memory of the weights: {memory}", soft_wrap=True)
     if "training_memory_bytes" in found:
         training = found["training_memory_bytes"]
-        console.print(memory_table(training["strategies"], training["precision"]))
+        table = Table(title=f"training in {training['precision']} with AdamW, GiB, computed; activations come on top")
+        table.add_column("strategy")
+        for one, several in (("1 GPU", "each of {} GPUs"), ("host, 1 GPU", "host, {} GPUs")):
+            for number in NUM_GPUS:
+                table.add_column(one if number == 1 else several.format(number), justify="right")
+        for name, figures in training["strategies"].items():
+            cells = [figures[where][number] for where in ("gpu", "host") for number in NUM_GPUS]
+            table.add_row(name, *(f"{size / 2**30:.1f}" for size in cells))
+        out.print(table)
     if report is not None:
-        console.print(report.table())
+        out.print(report.table())
         for line in report.details():
-            console.print(line, markup=False, soft_wrap=True)
-
-
-def _shown(key: str, value: Any) -> str:
-    if key == "stored_bytes":
-        return _readable(value)
-    return ", ".join(f"{name} {entry}" for name, entry in value.items()) if isinstance(value, Mapping) else str(value)
+            out.print(line, soft_wrap=True)
 
 
 def _readable(size: float) -> str:

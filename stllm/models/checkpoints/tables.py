@@ -1,10 +1,98 @@
-"""The key tables of the foreign formats, ours on the right. Source: the published checkpoints' own key lists.
+"""How each format names its weights: a table that is declared once and read in both directions, ours on the right.
 
 ours: vision_encoder.{backbone,adapter,ln_vision}, qformer.{query_tokens,bert}, projection, video_input, mvm_decoder,
-language_model.
+language_model. A key that no table entry covers raises; nothing is dropped silently. Source: the published checkpoints'
+own key lists.
 """
 
-from stllm.models.checkpoints.keys import KeyTable, Pairs, Split
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from torch import Tensor
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+class UnknownKeyError(KeyError):
+    """A key that the table neither renames nor ignores."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The place of one of their tensors: our key (None for a part that must be zero), and which part of how many."""
+
+    key: str | None
+    part: int = 0
+    num_parts: int = 1
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """This target's rows of their tensor."""
+        return tensor.tensor_split(self.num_parts)[self.part]
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """One format's names.
+
+    prefixes: (theirs, ours), the first that fits is replaced; longer ones come before those that they begin with.
+    inner: their prefix -> (theirs, ours) replaced anywhere behind it.
+    splits: the end of a renamed key -> the ends of our keys for equal parts of that fused tensor's first dimension;
+        None for a part that must be zero.
+    ignored: regular expressions of keys that are known and not ours, matched from the start.
+    """
+
+    prefixes: Pairs
+    inner: Mapping[str, Pairs] = field(default_factory=dict)
+    splits: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    @cached_property
+    def _ignored(self) -> re.Pattern[str]:
+        return re.compile("|".join(f"(?:{pattern})" for pattern in self.ignored) or r"(?!)")
+
+    def ignores(self, key: str) -> bool:
+        """Tell whether their key is known and not ours."""
+        return self._ignored.match(key) is not None
+
+    def ignoring(self, *patterns: str) -> "KeyTable":
+        """Return the same table with more keys that are known and not ours."""
+        return replace(self, ignored=(*patterns, *self.ignored))
+
+    def to_ours(self, key: str) -> str | None:
+        """Return our name of their key; None when it is to be ignored. Raises UnknownKeyError."""
+        if self.ignores(key):
+            return None
+        for theirs, ours in self.prefixes:
+            if key.startswith(theirs):
+                rest = key[len(theirs) :]
+                for their_part, our_part in self.inner.get(theirs, ()):
+                    rest = rest.replace(their_part, our_part)
+                return ours + rest
+        raise UnknownKeyError(key)
+
+    def targets(self, key: str) -> list[Target]:
+        """Return where their tensor goes; nothing when it is to be ignored. Raises UnknownKeyError."""
+        renamed = self.to_ours(key)
+        if renamed is None:
+            return []
+        for fused, parts in self.splits.items():
+            if renamed.endswith(fused):
+                keys = [None if end is None else renamed.removesuffix(fused) + end for end in parts]
+                return [Target(ours, part, len(keys)) for part, ours in enumerate(keys)]
+        return [Target(renamed)]
+
+    def to_theirs(self, key: str) -> str:
+        """Return their name of our key. Raises UnknownKeyError when the format has no place for it."""
+        for theirs, ours in sorted(self.prefixes, key=lambda pair: -len(pair[1])):
+            if key.startswith(ours):
+                rest = key[len(ours) :]
+                for their_part, our_part in self.inner.get(theirs, ()):
+                    rest = rest.replace(our_part, their_part)
+                return theirs + rest
+        raise UnknownKeyError(key)
+
 
 QFORMER_INNER: Pairs = (
     ("crossattention.self.", "crossattention.attention."),
@@ -16,7 +104,7 @@ OLD_BUFFERS = (r".*rotary_emb\.inv_freq$",)  # saved by old libraries
 
 
 def _lavis_parts(prefix: str) -> Pairs:
-    """The parts that every file of the LAVIS line names alike, under some prefix."""
+    """Name the parts that every file of the LAVIS line names alike, under some prefix."""
     return (
         (f"{prefix}ln_vision.", "vision_encoder.ln_vision."),
         (f"{prefix}Qformer.bert.", "qformer.bert."),
@@ -24,10 +112,9 @@ def _lavis_parts(prefix: str) -> Pairs:
     )
 
 
-OURS = KeyTable(name="stllm", prefixes=(("", ""),))
+OURS = KeyTable(prefixes=(("", ""),))
 
 RELEASED = KeyTable(
-    name="released ST-LLM",
     prefixes=(
         ("model.stllm_model.visual_encoder.BTAdapter_cls", "vision_encoder.adapter.class_token"),
         ("model.stllm_model.visual_encoder.BTAdapter_position.", "vision_encoder.adapter.time_embed."),
@@ -42,8 +129,7 @@ RELEASED = KeyTable(
         ("model.", "language_model.model."),
         ("lm_head.", "language_model.lm_head."),
     ),
-    inner=QFORMER_INNER,
-    inner_prefixes=("model.stllm_model.Qformer.bert.",),
+    inner={"model.stllm_model.Qformer.bert.": QFORMER_INNER},
     ignored=(
         *QFORMER_IGNORED,
         r"model\.stllm_model\.embed_tokens\.weight$",  # repeats model.embed_tokens.weight
@@ -52,8 +138,8 @@ RELEASED = KeyTable(
     ),
 )
 
-_EVA = KeyTable(
-    name="EVA-ViT-g",
+# `eva_vit_g.pth` has one block more than BLIP-2 uses, which `open_source` adds to what is ignored
+EVA = KeyTable(
     prefixes=tuple(
         (key, f"vision_encoder.backbone.{key}") for key in ("cls_token", "pos_embed", "patch_embed.", "blocks.")
     ),
@@ -61,32 +147,22 @@ _EVA = KeyTable(
 )
 
 
-def eva_table(depth: int) -> KeyTable:
-    """`eva_vit_g.pth` read into `depth` blocks: the file has one more, whose output BLIP-2 does not use."""
-    return _EVA.ignoring(rf"blocks\.{depth}\.")
-
-
 INSTRUCTBLIP_LAVIS = KeyTable(
-    name="InstructBLIP (LAVIS)",
     prefixes=(*_lavis_parts(""), ("llm_proj.", "projection."), ("visual_encoder.", "vision_encoder.backbone.")),
-    inner=QFORMER_INNER,
-    inner_prefixes=("Qformer.bert.",),
+    inner={"Qformer.bert.": QFORMER_INNER},
     ignored=QFORMER_IGNORED,
 )
 
 BLIP2_LAVIS = KeyTable(
-    name="BLIP-2 (LAVIS)",
     prefixes=(*_lavis_parts(""), ("visual_encoder.", "vision_encoder.backbone.")),
-    inner=QFORMER_INNER,
-    inner_prefixes=("Qformer.bert.",),
+    inner={"Qformer.bert.": QFORMER_INNER},
     # projections into other language models, and the heads of BLIP-2's first stage
     ignored=(*QFORMER_IGNORED, r"(?:t5|opt)_proj\.", r"(?:vision_proj|text_proj|itm_head)\.", r"temp$"),
 )
 
-MINIGPT4 = KeyTable(name="MiniGPT-4", prefixes=(("llama_proj.", "projection."),))
+MINIGPT4 = KeyTable(prefixes=(("llama_proj.", "projection."),))
 
 TRANSFORMERS_BLIP = KeyTable(
-    name="InstructBLIP or BLIP-2 (transformers)",
     prefixes=(
         ("vision_model.embeddings.class_embedding", "vision_encoder.backbone.cls_token"),
         ("vision_model.embeddings.position_embedding", "vision_encoder.backbone.pos_embed"),
@@ -99,18 +175,19 @@ TRANSFORMERS_BLIP = KeyTable(
         ("language_projection.", "projection."),
         ("language_model.", "language_model."),
     ),
-    inner=(
-        (".self_attn.qkv.", ".attn.qkv."),
-        (".self_attn.projection.", ".attn.proj."),
-        (".layer_norm1.", ".norm1."),
-        (".layer_norm2.", ".norm2."),
-    ),
-    inner_prefixes=("vision_model.encoder.layers.",),
-    splits=(Split(".attn.qkv.bias", (".attn.q_bias", None, ".attn.v_bias")),),
+    inner={
+        "vision_model.encoder.layers.": (
+            (".self_attn.qkv.", ".attn.qkv."),
+            (".self_attn.projection.", ".attn.proj."),
+            (".layer_norm1.", ".norm1."),
+            (".layer_norm2.", ".norm2."),
+        )
+    },
+    splits={".attn.qkv.bias": (".attn.q_bias", None, ".attn.v_bias")},
     ignored=(r".*\.position_ids$", *OLD_BUFFERS),
 )
 
 # an encoder-decoder reads the projected tokens in its encoder: neither it nor the projection into it is ours
 FOREIGN_LANGUAGE_MODEL = (r"language_model\.", r"language_projection\.")
 
-CAUSAL_LM = KeyTable(name="causal language model", prefixes=(("", "language_model."),), ignored=OLD_BUFFERS)
+CAUSAL_LM = KeyTable(prefixes=(("", "language_model."),), ignored=OLD_BUFFERS)

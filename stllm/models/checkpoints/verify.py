@@ -1,12 +1,13 @@
-"""`stllm verify DIR...`: recomputes a golden folder and shows the largest difference of every tensor.
+"""`stllm verify DIR...`: recompute a golden folder and show the largest difference of every tensor.
 
 Source of the numbers: the published system at a tiny size (model.md, section 9). In float32 on the CPU, through the
 loading and the prompts that everything else uses.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stllm.common.errors import UserError
+from stllm.common.terminal import console
 from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.models import language_model as lm
 from stllm.models.checkpoints.formats import locate, read_json
-from stllm.models.checkpoints.keys import UnknownKeyError
-from stllm.models.checkpoints.loading import load_pretrained
+from stllm.models.checkpoints.load import load_pretrained
 from stllm.models.checkpoints.tables import RELEASED
-from stllm.models.masking import keep_tokens
-from stllm.models.sequences import JoinedSequence
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.sequences import pad_sequences, training_sequences
 
 PLACEHOLDER = "<ImageHere>"  # the visual tokens in meta.json's instructions
 MARK = "\x00"  # stands for the question while a template is taken apart
+
+Comparison = tuple[str, Any, Any]  # name, found, expected
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,23 @@ class Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: a table for each folder; 1 when anything is beyond tolerance."""
-    from rich.console import Console
+    """Run the command: print a table for each folder; 1 when anything is beyond tolerance."""
+    from rich.table import Table
+    from rich.text import Text
 
     failed = []
     for folder in args.dir:
         rows = verify_folder(folder, atol=args.atol, rtol=args.rtol)
-        Console().print(_table(str(folder), rows))
+        table = Table(title=str(folder))
+        for column in ("tensor", "compared", "largest difference", "tolerance", ""):
+            numeric = column in ("largest difference", "tolerance")
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            words = {"tensor": "absolute", "gradient": "relative", "equal": "equality"}[row.kind]
+            difference = ("same" if row.passed else "differs") if row.kind == "equal" else f"{row.difference:.1e}"
+            tolerance = f"{row.tolerance:.0e}" if row.tolerance else ""
+            table.add_row(row.name, words, difference, tolerance, "ok" if row.passed else Text("FAIL", style="red"))
+        console().print(table)
         failed += [f"{Path(folder).name}: {row.name}" for row in rows if not row.passed]
     if failed:
         print(f"error: beyond tolerance: {', '.join(failed)}", file=sys.stderr)
@@ -64,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 def verify_folder(
     folder: str | Path, *, checkpoint: str | Path | None = None, atol: float = 1e-4, rtol: float = 1e-3
 ) -> list[Row]:
-    """Every comparison that the golden folder allows. checkpoint: where to take the weights from instead."""
+    """Make every comparison that the golden folder allows. checkpoint: where to take the weights from instead."""
     place = locate(folder)
     meta = read_json(place / "meta.json")
     if not (place / "expected.safetensors").is_file() or "instructions" not in meta:
@@ -73,187 +85,124 @@ def verify_folder(
         )
     expected = load_file(place / "expected.safetensors")
     model, processor = load_pretrained(checkpoint or place, device="cpu", dtype="float32")
-    golden = _Golden(model, processor, meta, expected, atol, rtol)
-    golden.compare_encoder()
-    golden.compare_training()
-    golden.compare_gradients()
-    golden.compare_generation()
-    return golden.rows
+    comparisons = _recomputed(model.requires_grad_(True), processor, meta, expected)
+    return [_row(*comparison, atol, rtol) for comparison in comparisons]
 
 
-class _Golden:
-    """One folder being recomputed; each step adds its rows."""
+def _row(name: str, found: Any, expected: Any, atol: float, rtol: float) -> Row:
+    """Compare floating-point tensors by their largest difference, infinite for another shape; all else for equality."""
+    if not isinstance(expected, Tensor) or not expected.is_floating_point():
+        same = _plain(found) == _plain(expected)
+        return Row(name, "equal", 0.0 if same else math.inf, 0.0)
+    difference = math.inf
+    if found is not None and found.shape == expected.shape:
+        difference = (found.float() - expected.float()).abs().max().item() if found.numel() else 0.0
+    if not name.startswith("grad."):
+        return Row(name, "tensor", difference, atol)
+    return Row(name, "gradient", difference / expected.abs().max().item(), rtol)
 
-    def __init__(
-        self,
-        model: STLLM,
-        processor: PromptProcessor,
-        meta: Mapping[str, Any],
-        expected: Mapping[str, Tensor],
-        atol: float,
-        rtol: float,
-    ) -> None:
-        self.model = model.requires_grad_(True)
-        self.processor = processor
-        self.meta = meta
-        self.expected = expected
-        self.atol, self.rtol = atol, rtol
-        self.rows: list[Row] = []
-        self.questions = [_question(processor, text) for text in meta["instructions"]]
-        self.texts = processor.qformer_inputs(self.questions)
 
-    def compare_encoder(self) -> None:
-        """Frames to projected tokens, and what evaluation makes of the first video."""
-        video = self.expected["video"]
-        with torch.no_grad():
-            encoder = self.model.vision_encoder
-            tokens = encoder.encode(video)
-            self._tensor("vit", tokens)
-            self._tensor("vit_ln", encoder.ln_vision(tokens))
-            self.frames = self.model.frame_tokens(self.model.encode_video(video), **self.texts)  # (B, T, K, D)
-            self.visual = self.model.video_input(self.frames)  # (B, N, D)
-        self._tensor("frame_tokens", self.frames)
-        self._tensor("infer_frame_tokens", self.frames[0])
-        self._tensor("infer_visual_tokens", self.visual[:1])
-        if "residual_index" in self.expected:
-            indices = residual_frame_indices(video.shape[1], self.model.config.residual_size)
-            self._equal("residual_index", indices, self.expected["residual_index"].tolist())
+def _plain(values: Any) -> Any:
+    return values.tolist() if isinstance(values, Tensor) else values
 
-    def compare_training(self) -> None:
-        """Prompts, the joined sequences, the losses; logits both everywhere and only where there is a label."""
-        rows = [
-            self.processor.training_ids([Turn(question, answer)])
-            for question, answer in zip(self.questions, self.meta["answers"], strict=True)
-        ]
-        batch = self.processor.pad([ids for ids, _ in rows], labels=[labels for _, labels in rows])
-        self._equal("instructions", self._rendered(), list(self.meta["instructions"]))
-        mask = self.expected.get("mask")
-        with torch.no_grad():
-            kept = self.visual if mask is None else keep_tokens(self.visual, mask)
-            student = self.model.join(list(kept), batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
-            self._sequence(student)
-            hidden = lm.last_hidden_states(self.model.language_model, student.inputs_embeds, student.attention_mask)
-            logits = lm.logits_of(self.model.language_model, hidden)
-            real = student.attention_mask.bool()
-            self._tensor("logits", logits[real], self.expected["logits"][real])
-            if mask is not None:
-                self._teacher(batch)
-        self.output = self.model(pixel_values=self.expected["video"], token_mask=mask, **batch, **self.texts)
-        for name in ("loss", "loss_lm", "loss_mvm"):
-            found = getattr(self.output, name)  # None without masking: no such loss
-            self._tensor(name, torch.zeros(()) if found is None else found.detach())
-        wanted = self.expected["labels"][:, 1:] != -100
-        self._tensor("logits (labels only)", self.output.logits.detach(), self.expected["logits"][:, :-1][wanted])
 
-    def compare_gradients(self) -> None:
-        """Gradients of the total loss, relative to each one's largest entry."""
-        self.output.loss.backward()
-        gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}
-        for name, expected in self.expected.items():
-            if name.startswith("grad."):
-                try:
-                    found = gradients.get(RELEASED.to_ours(name.removeprefix("grad.")) or "")
-                except UnknownKeyError:
-                    found = None
-                difference = float("inf") if found is None else _largest(found, expected) / expected.abs().max().item()
-                self.rows.append(Row(name, "gradient", difference, self.rtol))
-        self.model.zero_grad(set_to_none=True)
-
-    def compare_generation(self) -> None:
-        """The prompt of the first question, and the tokens that greedy search and beams make of it."""
-        prompt = self.processor.prompt_ids([Turn(self.questions[0])], system="")
-        self._equal("prompt_ids", [token for token in prompt if token >= 0], self._expected_prompt())
-        batch = self.processor.pad([prompt], side="left")
-        with torch.no_grad():
-            sequence = self.model.join(list(self.visual[:1]), batch["input_ids"], batch["attention_mask"])
-        self._tensor("generate_inputs_embeds", sequence.inputs_embeds)
-        for name, beams in (("greedy_ids", 1), ("beam3_ids", 3)):
-            expected = self.expected[name][0, 1:].tolist()  # the first id is an artefact of the old library
-            found = self.model.generate(
-                **batch,
-                visual_tokens=list(self.visual[:1]),
-                max_new_tokens=len(expected),
-                num_beams=beams,
-                do_sample=False,
-                eos_token_id=self.processor.eos_token_id,
-                pad_token_id=self.processor.pad_token_id,
+def _recomputed(
+    model: STLLM, processor: PromptProcessor, meta: Mapping[str, Any], expected: Mapping[str, Tensor]
+) -> list[Comparison]:
+    """Compute all that the published system has computed: encoder, training with its gradients, generation."""
+    video, mask = expected["video"], expected.get("mask")
+    before, after = _instruction(processor, MARK).split(MARK)
+    for text in meta["instructions"]:
+        if not (text.startswith(before) and text.endswith(after)):
+            raise UserError(
+                f"meta.json's instruction {text!r} does not have the form {before + '{question}' + after!r}: "
+                "name a folder whose prompts are of this family"
             )
-            self._equal(name, found[0].tolist(), expected)
+    questions = [text[len(before) : len(text) - len(after)] for text in meta["instructions"]]
+    texts = processor.qformer_inputs(questions)
+    with torch.no_grad():
+        tokens = model.vision_encoder.encode(video)
+        frames = model.frame_tokens(model.encode_video(video), **texts)  # (B, T, K, D)
+        visual = model.video_input(frames)  # (B, N, D)
+        found: list[Comparison] = [
+            ("vit", tokens, expected["vit"]),
+            ("vit_ln", model.vision_encoder.ln_vision(tokens), expected["vit_ln"]),
+            ("frame_tokens", frames, expected["frame_tokens"]),
+            ("infer_frame_tokens", frames[0], expected["infer_frame_tokens"]),
+            ("infer_visual_tokens", visual[:1], expected["infer_visual_tokens"]),
+        ]
+    if "residual_index" in expected:
+        indices = residual_frame_indices(video.shape[1], model.config.residual_size)
+        found.append(("residual_index", indices, expected["residual_index"]))
 
-    def _teacher(self, batch: Mapping[str, Tensor]) -> None:
-        """The teacher's sequence; and that stopping at the last visual token leaves its states as they are."""
-        ids, attention = batch["input_ids"], batch["attention_mask"]
-        teacher = self.model.join(list(self.visual), ids, attention)
-        self._tensor("teacher_inputs_embeds", teacher.inputs_embeds)
-        self._equal(
-            "teacher_attention_mask", teacher.attention_mask.tolist(), self.expected["teacher_attention_mask"].tolist()
+    rendered = [_instruction(processor, question) for question in questions]
+    found.append(("instructions", rendered, list(meta["instructions"])))
+    turns = [[Turn(question, answer)] for question, answer in zip(questions, meta["answers"], strict=True)]
+    ids, labels = zip(*(processor.training_ids(turn) for turn in turns), strict=True)
+    num_visual, pad_id = visual.shape[1], processor.pad_token_id
+    batch = training_sequences(ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=mask)
+    found += [(name, batch[name], expected[name]) for name in ("attention_mask", "labels")]
+    flat = visual.flatten(0, 1)  # (B*N, D)
+    with torch.no_grad():
+        kept = flat if mask is None else flat[batch["kept"]]
+        embeds = model.embed(batch["input_ids"], batch["visual_positions"], kept)
+        found.append(("inputs_embeds", embeds, expected["inputs_embeds"]))
+        hidden = lm.last_hidden_states(model.language_model, embeds, batch["attention_mask"])
+        real = batch["attention_mask"].bool()
+        found.append(("logits", lm.logits_of(model.language_model, hidden)[real], expected["logits"][real]))
+        if mask is not None:  # the teacher sees all tokens
+            teacher = pad_sequences(ids, pad_id=pad_id, num_visual=[num_visual] * len(ids))
+            teacher_embeds = model.embed(teacher["input_ids"], teacher["visual_positions"], flat)
+            found.append(("teacher_inputs_embeds", teacher_embeds, expected["teacher_inputs_embeds"]))
+            found.append(("teacher_attention_mask", teacher["attention_mask"], expected["teacher_attention_mask"]))
+            # stopping at the last visual token leaves its states as they are
+            prefix, whole = (model.teacher_hidden_states(flat, **one) for one in (batch["teacher"], teacher))
+            found.append(("teacher (prefix only)", prefix, whole))
+    output = model(pixel_values=video, **batch, **texts)
+    for name in ("loss", "loss_lm", "loss_mvm"):
+        loss = getattr(output, name)  # None without masking: no such loss
+        found.append((name, torch.zeros(()) if loss is None else loss.detach(), expected[name]))
+    labelled = expected["labels"][:, 1:] != -100
+    found.append(("logits (labels only)", output.logits.detach(), expected["logits"][:, :-1][labelled]))
+    output.loss.backward()
+    gradients = {RELEASED.to_theirs(name): parameter.grad for name, parameter in model.named_parameters()}
+    for name in expected:
+        if name.startswith("grad."):
+            found.append((name, gradients.get(name.removeprefix("grad.")), expected[name]))
+    model.zero_grad(set_to_none=True)
+    return found + _generated(model, processor, questions[0], visual[0], expected)
+
+
+def _generated(
+    model: STLLM, processor: PromptProcessor, question: str, visual: Tensor, expected: Mapping[str, Tensor]
+) -> list[Comparison]:
+    """Compute a question's prompt, and the tokens that greedy search and beams make of it."""
+    prompt = processor.prompt_ids([Turn(question)], system="")
+    names = ("prompt_ids",) if "prompt_ids" in expected else ("prompt_ids_before", "prompt_ids_after")
+    published = [token for name in names for token in expected[name][0].tolist()]
+    batch = pad_sequences([prompt], pad_id=processor.pad_token_id, num_visual=[len(visual)], side="left")
+    with torch.no_grad():
+        embeds = model.embed(batch["input_ids"], batch["visual_positions"], visual)
+    found: list[Comparison] = [
+        ("prompt_ids", [token for token in prompt if token >= 0], published),
+        ("generate_inputs_embeds", embeds, expected["generate_inputs_embeds"]),
+    ]
+    for name, beams in (("greedy_ids", 1), ("beam3_ids", 3)):
+        wanted = expected[name][0, 1:]  # the first id is an artefact of the old library
+        answers = model.generate(
+            **batch,
+            visual_tokens=visual,
+            max_new_tokens=len(wanted),
+            num_beams=beams,
+            do_sample=False,
+            eos_token_id=processor.eos_token_id,
+            pad_token_id=processor.pad_token_id,
         )
-        whole = lm.last_hidden_states(self.model.language_model, teacher.inputs_embeds, teacher.attention_mask)
-        positions = teacher.visual_positions(self.visual.shape[1])[..., None].expand(-1, -1, whole.shape[-1])
-        prefix = self.model.teacher_hidden_states(self.visual, ids, attention)
-        self._tensor("teacher (prefix only)", prefix, whole.gather(1, positions))
-
-    def _sequence(self, student: JoinedSequence) -> None:
-        assert student.labels is not None  # they were given
-        self._tensor("inputs_embeds", student.inputs_embeds)
-        self._equal("attention_mask", student.attention_mask.tolist(), self.expected["attention_mask"].tolist())
-        self._equal("labels", student.labels.tolist(), self.expected["labels"].tolist())
-
-    def _rendered(self) -> list[str]:
-        template = self.processor.template
-        rendered = [template.render(Turn(question), first=True, media="video") for question in self.questions]
-        return ["".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces) for pieces in rendered]
-
-    def _expected_prompt(self) -> list[int]:
-        names = ("prompt_ids",) if "prompt_ids" in self.expected else ("prompt_ids_before", "prompt_ids_after")
-        return [token for name in names for token in self.expected[name][0].tolist()]
-
-    def _tensor(self, name: str, found: Tensor, expected: Tensor | None = None) -> None:
-        self.rows.append(
-            Row(name, "tensor", _largest(found, self.expected[name] if expected is None else expected), self.atol)
-        )
-
-    def _equal(self, name: str, found: list[Any], expected: list[Any]) -> None:
-        self.rows.append(Row(name, "equal", 0.0 if found == expected else float("inf"), 0.0))
+        found.append((name, answers[0], wanted))
+    return found
 
 
-def _question(processor: PromptProcessor, instruction: str) -> str:
-    """The question inside an instruction that the published template has rendered."""
-    pieces = processor.template.render(Turn(MARK), first=True, media="video")
-    around = "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)
-    before, after = around.split(MARK)
-    if not (instruction.startswith(before) and instruction.endswith(after)):
-        raise UserError(
-            f"meta.json's instruction {instruction!r} does not have the form {around.replace(MARK, '{question}')!r}: "
-            "name a folder whose prompts are of this family"
-        )
-    return instruction[len(before) : len(instruction) - len(after)]
-
-
-def _largest(found: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference; infinite when the shapes differ or anything is no number."""
-    if found.shape != expected.shape:
-        return float("inf")
-    difference = (found.float() - expected.float()).abs().max().item() if found.numel() else 0.0
-    return difference if difference == difference else float("inf")
-
-
-def _table(title: str, rows: Iterable[Row]) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(title))
-    for column in ("tensor", "compared", "largest difference", "tolerance", ""):
-        numeric = column in ("largest difference", "tolerance")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        words = {"tensor": "absolute", "gradient": "relative", "equal": "equality"}[row.kind]
-        difference = ("same" if row.passed else "differs") if row.kind == "equal" else f"{row.difference:.1e}"
-        table.add_row(
-            row.name,
-            words,
-            difference,
-            f"{row.tolerance:.0e}" if row.tolerance else "",
-            "ok" if row.passed else "[red]FAIL",
-        )
-    return table
+def _instruction(processor: PromptProcessor, question: str) -> str:
+    """The question as the published template renders it."""
+    pieces = processor.template.render(Turn(question), first=True, media="video")
+    return "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)

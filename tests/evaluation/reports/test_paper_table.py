@@ -9,7 +9,7 @@ import pytest
 from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.evaluation import results
-from stllm.evaluation.judge_axes import VCGBENCH_AXES
+from stllm.evaluation.axes import VCGBENCH_AXES
 from stllm.evaluation.reports.paper_table import paper_table
 from tests.helpers.benchmarks import choice_benchmark, choice_item, lines_of
 

@@ -12,11 +12,11 @@ import torch
 
 from stllm.cli import main
 from stllm.common.errors import UserError
+from stllm.models.build import build_audited
 from stllm.models.checkpoints import convert as convert_module
-from stllm.models.checkpoints.convert import convert
-from stllm.models.checkpoints.loading import load_model, load_pretrained, load_processor
-from stllm.models.checkpoints.released import released_state, save_released
-from stllm.models.factory import build_audited
+from stllm.models.checkpoints.convert import convert, released_state, save_released
+from stllm.models.checkpoints.infer_config import open_model
+from stllm.models.checkpoints.load import load_model, load_pretrained, processor_of
 from tests.helpers.tiny import tiny_model
 from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, GOLDEN, HEADS, change_json, golden_weights
 
@@ -55,7 +55,7 @@ def test_the_prompts_are_the_same_after_conversion(tmp_path: Path) -> None:
     from stllm.conversation.templates import Turn
 
     ids = [
-        load_processor(place).prompt_ids([Turn("what moves first?", "the red circle"), Turn("and then?")])
+        processor_of(open_model(place)).prompt_ids([Turn("what moves first?", "the red circle"), Turn("and then?")])
         for place in (GOLDEN / NAME, tmp_path / "ours", tmp_path / "released")
     ]
     assert ids[0] == ids[1] == ids[2]

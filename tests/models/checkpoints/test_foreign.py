@@ -17,10 +17,9 @@ from transformers import (
 )
 
 from stllm.common.errors import UserError
-from stllm.models.checkpoints.assembly import assemble
-from stllm.models.checkpoints.deciding import EVA_URL, decide_config, open_named, open_pieces
-from stllm.models.checkpoints.loading import load_model, load_processor
-from stllm.models.factory import build_audited
+from stllm.models.build import build_audited
+from stllm.models.checkpoints.infer_config import EVA_URL, decide_config, open_model, open_sources
+from stllm.models.checkpoints.load import assemble, load_model, processor_of
 from stllm.models.st_llm import STLLM
 from tests.models.checkpoints.conftest import FOREIGN, GOLDEN, golden_weights
 
@@ -65,7 +64,7 @@ def test_pieces_give_the_golden_frame_tokens(family: str, vicuna: Callable[[str]
             "what moves first? the red circle or the blue square",
             "which object appears after the green triangle",
         ]
-        texts = load_processor(golden).qformer_inputs(questions)
+        texts = processor_of(open_model(golden)).qformer_inputs(questions)
     else:  # the published encoder file is instructblip_residual_mvm's
         settings |= {"vit_ckpt": str(eva_file(golden.name, tmp_path / "eva.pth"))}
         tolerance = 1e-4
@@ -97,7 +96,7 @@ def test_pieces_may_stand_on_the_command_line_of_convert(vicuna: Callable[[str],
     """Without a configuration but the head counts: sizes come from the pieces themselves."""
     paths = [FOREIGN / "eva_vit_g.pth", FOREIGN / "instruct_blip_vicuna7b_trimmed.pth", vicuna("instructblip")]
     settings = {"vision": {"num_heads": 4}, "qformer": {"num_attention_heads": 4}}
-    sources = open_pieces(paths, settings)
+    sources = open_sources(settings, *paths)
     config = decide_config(sources, settings)
     assert config.qformer_text_input and config.num_query_tokens == 4 and config.text_config.vocab_size == 513
     assemble(config, sources, device="cpu")
@@ -130,7 +129,7 @@ def test_the_published_encoder_is_taken_from_the_cache_and_never_fetched_unasked
         build_audited({**settings, "vit_ckpt": EVA_URL}, device="cpu")
     (tmp_path / "cache" / "checkpoints").mkdir(parents=True, exist_ok=True)
     shutil.copy(FOREIGN / "eva_vit_g.pth", tmp_path / "cache" / "checkpoints")
-    assert [source.path.name for source in open_named(settings)] == ["eva_vit_g.pth", "qformer.pth"]
+    assert [source.path.name for source in open_sources(settings)] == ["eva_vit_g.pth", "qformer.pth"]
 
 
 def test_a_projection_may_start_fresh_only_where_no_file_has_one(vicuna: Callable[[str], Path]) -> None:

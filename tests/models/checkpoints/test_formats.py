@@ -17,7 +17,7 @@ def test_released_folders_are_recognised(name: str) -> None:
     source = open_source(GOLDEN / name)
     assert source.format is Format.RELEASED
     assert source.is_whole_model
-    assert not source.unknown_keys()
+    assert not source.unknown_keys
 
 
 @pytest.mark.parametrize(
@@ -36,14 +36,14 @@ def test_single_files_are_recognised_by_their_keys(name: str, format: Format, tm
         source = open_source(path)
         assert source.format is format
         assert not source.is_whole_model
-        assert not source.unknown_keys()
+        assert not source.unknown_keys
 
 
 def test_a_language_model_is_recognised(vicuna: Callable[[str], Path]) -> None:
     source = open_source(vicuna("minigpt4"))
     assert source.format is Format.CAUSAL_LM
     assert "language_model.model.layers.2.mlp.up_proj.weight" in source.entries
-    assert all("inv_freq" in key for key in source.ignored_keys())
+    assert all("inv_freq" in key for key in source.ignored_keys)
 
 
 @pytest.mark.parametrize("with_index", [False, True])

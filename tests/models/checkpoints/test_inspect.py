@@ -1,4 +1,4 @@
-"""`stllm inspect`: the published size without a weight, golden folders, single files, audits that fail."""
+"""`stllm inspect`: the published size without a weight, golden folders, single files, failed audits, training."""
 
 import json
 from collections.abc import Callable
@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from stllm.cli import main
-from stllm.models.checkpoints.inspect import inspect_config, inspect_path, memory_by_dtype, parameters_by_part
+from stllm.models.checkpoints.inspect import (
+    ParameterCounts,
+    count_parameters,
+    inspect_config,
+    inspect_path,
+    memory_by_dtype,
+    parameters_by_part,
+    training_memory,
+)
 from tests.helpers.tiny import tiny_model
 from tests.models.checkpoints.conftest import FOREIGN, GOLDEN, change_weights
 
@@ -90,3 +99,97 @@ def test_counts_are_those_of_the_model() -> None:
         p.numel() for p in model.parameters() if p.requires_grad
     )
     assert memory_by_dtype(model)["float32"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+COUNTS = ParameterCounts(frozen=100, trained=40, largest=7, gathered=20)
+
+
+class Layer(nn.Linear):
+    """4 x 4 weights and 4 biases: 20 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+
+class Model(nn.Module):
+    _no_split_modules = ("Layer",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)  # 40
+        self.layers = nn.Sequential(Layer(), Layer())  # 20 each
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embedding.weight  # tied: counted once
+        self.layers[0].requires_grad_(False)
+
+
+def test_parameters_are_counted() -> None:
+    counts = count_parameters(Model())
+    assert counts == ParameterCounts(frozen=20, trained=60, largest=40, gathered=20 + 40)
+    model = tiny_model(freeze_llm=True)
+    counts = count_parameters(model)
+    assert counts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts.all == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "one", "eight", "host_one", "host_eight"),
+    [
+        # frozen 2 a parameter; trained 4 + 4 + 8, and 4 of DDP's buckets
+        ("DDP", 200 + 640, 200 + 640 + 160, 0, 0),
+        # 2 a parameter; 2 + 4 + 4 + 8 of what trains, shared out; loading 2 a parameter and process
+        ("ZeRO-2", 280 + 720, 280 + 90, 280, 2240),
+        ("ZeRO-2 offload", 280, 280, 640, 2240),
+        # 2 a parameter and 16 of what trains, shared out; 4 of the largest module
+        ("ZeRO-3", 28 + 280 + 640, 28 + 35 + 80, 280, 2240),
+        ("ZeRO-3 offload", 28, 28, 280 + 640, 2240),
+        # frozen 4, trained 16, shared out; 4 of what is gathered; loading 4 a parameter and process
+        ("FSDP", 80 + 400 + 640, 80 + 50 + 80, 560, 4480),
+        ("FSDP offload", 80, 80, 400 + 640, 4480),
+    ],
+)
+def test_bytes_of_each_strategy(strategy: str, one: int, eight: int, host_one: int, host_eight: int) -> None:
+    figures = training_memory(COUNTS, half=True)[strategy]
+    assert figures == {"gpu": {1: one, 8: eight}, "host": {1: host_one, 8: host_eight}}
+
+
+def test_float32_is_without_deepspeed() -> None:
+    figures = training_memory(COUNTS, half=False, num_gpus=[2])
+    assert figures == {
+        "DDP": {"gpu": {2: 400 + 800}, "host": {2: 0}},
+        "FSDP": {"gpu": {2: 160 + 520}, "host": {2: 1120}},
+        "FSDP offload": {"gpu": {2: 160}, "host": {2: 1120}},
+    }
+
+
+def test_inspect_tells_it_for_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = tmp_path / "train.yaml"
+    cfg.write_text("model: {model_type: instructblip_vicuna0_btadapter, freeze_LLM: False}\nrun: {bf16: True}")
+    assert main(["inspect", "--cfg-path", str(cfg), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["training_memory_bytes"]
+    assert found["precision"] == "bfloat16"
+    trained = 105_600_128 + 3_149_824 + 6_738_423_808  # the adapter, the projection, the language model
+    frozen = 985_894_528 + 2_816 + 185_684_736
+    assert found["strategies"]["DDP"]["gpu"] == {"1": 2 * frozen + 16 * trained, "8": 2 * frozen + 20 * trained}
+    assert found["strategies"]["ZeRO-2"]["gpu"]["8"] == 2 * (frozen + trained) + 18 * trained // 8
+    embeddings = 32001 * 4096  # the module with most parameters of its own
+    assert found["strategies"]["ZeRO-3 offload"]["gpu"]["1"] == 4 * embeddings
+
+
+@pytest.mark.parametrize(
+    ("run", "told"), [("{bf16: True}", "bfloat16"), ("{fp16: True}", "float16"), ("{max_steps: 1}", "float32")]
+)
+def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str, told: str) -> None:
+    cfg = tmp_path / "train.yaml"
+    cfg.write_text(f"model: {{model_type: tiny}}\nrun: {run}")
+    assert main(["inspect", "--cfg-path", str(cfg)]) == 0
+    out = capsys.readouterr().out
+    assert f"training in {told} with AdamW" in out and "FSDP offload" in out
+    assert ("ZeRO-3" in out) == (told != "float32")
+
+
+def test_a_model_without_a_run_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = tmp_path / "model.yaml"
+    cfg.write_text("model: {model_type: tiny}")
+    assert main(["inspect", "--cfg-path", str(cfg), "--json"]) == 0
+    assert "training_memory_bytes" not in json.loads(capsys.readouterr().out)

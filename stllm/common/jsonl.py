@@ -1,0 +1,101 @@
+"""Append-only JSON Lines files: one record a line, handed to the system before the next record is computed.
+
+A process that is killed leaves at most an unfinished last line. Readers skip it, and the next writer removes it.
+`files.locked` keeps a second writer out; its lock ends with the process that holds it, however that ends.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stllm.common.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    """A record as its line."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_records(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the line number and the record of each line, nothing where there is no file.
+
+    A last line that is not a whole record is skipped. Raises UserError for any other line without a JSON object;
+    advice: the end of that message, which says what the line should be and what to do.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            record = _record(line)
+            if record is not None:
+                yield number, record
+            elif line.endswith(b"\n"):
+                found = line[:60].decode(errors="replace").strip()
+                raise UserError(f"{path}, line {number}: found {found!r}, {advice}")
+
+
+class Appender:
+    """A file that records are appended to, opened when an unfinished last line of an earlier process is removed.
+
+    Use it as a context manager. Hold a lock meanwhile where another process could write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = path.open("ab", buffering=0)  # unbuffered: a kill loses nothing
+        content = path.read_bytes()
+        last = content.rpartition(b"\n")[2]
+        if last and _record(last) is None:
+            self._stream.truncate(len(content) - len(last))
+        elif last:  # only the end of the line is missing
+            self._stream.write(b"\n")
+
+    def __enter__(self) -> "Appender":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append a record. Raises UserError when the disk is full; the lines before it stay as they were."""
+        data = line_of(record).encode(errors="backslashreplace")  # half a surrogate pair, as JSON spells it
+        end = os.fstat(self._stream.fileno()).st_size
+        try:
+            with naming_full_disk(self.path):
+                while data:  # a disk that is almost full takes a part
+                    data = data[self._stream.write(data) :]
+        except (UserError, OSError):
+            os.truncate(self.path, end)
+            raise
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Raise a full disk as a UserError that says what is kept and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"no space left on the disk for {path}: what was finished is kept; free some space, then run the same "
+            "command again"
+        ) from error
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line; None for anything else, such as nesting too deep or a number too long to read."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

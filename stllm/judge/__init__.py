@@ -1,0 +1,1 @@
+"""Grading predictions with a language model: what `stllm judge` does."""

@@ -1,0 +1,223 @@
+"""A judge behind an OpenAI-compatible endpoint: one chat completion for each call.
+
+openai's client repeats requests (429, 5xx, timeouts, broken connections), with growing pauses or those that the server
+asks for. `_Http` below it adds a limit of time for the whole reply, and says which failures are worth repeating. A
+judge that refuses a system message, `max_tokens` or the temperature is asked without it from then on; the refused
+requests count like all others.
+"""
+
+import asyncio
+import json
+import logging
+import re
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import openai
+
+from stllm.common.errors import UserError
+from stllm.judge.ledger import Reply
+from stllm.judge.prompts import Messages, without_system
+
+log = logging.getLogger(__name__)
+
+NUM_CHARACTERS = 120  # of a server's words in a message
+ADVICE = {
+    401: "it does not accept the key: name the environment variable that holds the right one with --api-key-env",
+    403: "the key may not use this model or endpoint: use another key (--api-key-env), --model or --base-url",
+    404: "it knows no such path or model: check --base-url (it usually ends in /v1) and --model",
+}
+CUT_OFF = ("length", "model_length", "max_tokens", "max_output_tokens")  # finish reasons of different servers
+
+# What a judge may refuse, and how its server words that: vLLM, TGI, LM Studio and llama.cpp quote the chat template.
+SYSTEM, MAX_TOKENS, TEMPERATURE = "system", "max_tokens", "temperature"
+REFUSALS = {
+    SYSTEM: r"\bsystem\b.{0,40}\b(role|message|prompt|instruction)|\brole.{0,60}\bsystem\b|developer instruction"
+    r"|roles must alternate|only .{0,20}user.{0,30} roles",
+    MAX_TOKENS: r"max_completion_tokens|max_tokens.{0,20}not support|unsupported.{0,20}max_tokens",
+    TEMPERATURE: r"temperature.*(unsupported|not support|not allowed|not permitted|only|deprecated|strictly positive)"
+    r"|(unsupported|not support|not allowed|not permitted|deprecated).*temperature",
+}
+WITHOUT = {
+    SYSTEM: "the judge takes no system message, so the instructions go into the user's message",
+    MAX_TOKENS: "the judge takes max_completion_tokens in place of max_tokens",
+    TEMPERATURE: "the judge refuses --temperature, so it uses its own",
+}
+
+
+AGAIN, ITEM, RUN = "again", "item", "run"
+
+
+class _Failure(Exception):
+    """A request without a reply.
+
+    kind: AGAIN is worth repeating; ITEM and RUN mean that this item, or any, cannot be asked; a key of REFUSALS is the
+    part of the request that the judge does not take.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Endpoint:
+    """An OpenAI-compatible server and a model there.
+
+    timeout: seconds for a whole reply, however slowly it arrives.
+    """
+
+    def __init__(
+        self, *, base_url: str, model: str, api_key: str, timeout: float, temperature: float, max_tokens: int | None
+    ) -> None:
+        self.base_url = base_url
+        self._settings: dict[str, Any] = {"model": model, "temperature": temperature}
+        if max_tokens is not None:
+            self._settings["max_tokens"] = max_tokens
+        http = _Http(base_url, timeout)
+        self._client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, http_client=http)
+        self._refused: set[str] = set()  # keys of REFUSALS that this judge does not take
+
+    async def reply(self, messages: Messages, max_attempts: int) -> Reply:
+        """Ask, with at most so many requests. Raises UserError when no item can be asked any more."""
+        attempts = 0
+        while True:
+            body = {**self._settings, "messages": without_system(messages) if SYSTEM in self._refused else messages}
+            if MAX_TOKENS in self._refused:
+                body["max_completion_tokens"] = body.pop("max_tokens")
+            if TEMPERATURE in self._refused:
+                del body["temperature"]
+            options: Any = {"max_retries": max_attempts - attempts - 1}
+            pause = ""
+            try:
+                response = await self._client.post(
+                    "/chat/completions", cast_to=httpx.Response, body=body, options=options
+                )
+                request, outcome = response.request, response.extensions["outcome"]
+            except openai.APIConnectionError as error:  # raised by `_Http.send`
+                request, outcome = error.request, _Failure(ITEM, str(error.__cause__))
+            except openai.APIStatusError as error:
+                request, outcome = error.request, error.response.extensions["outcome"]
+                pause = error.response.headers.get("retry-after", "")
+            # openai's client counts the repetitions in a header
+            attempts += int(request.headers.get("x-stainless-retry-count", 0)) + 1
+            if isinstance(outcome, Reply):
+                return replace(outcome, model=outcome.model or self._settings["model"], attempts=attempts)
+            if outcome.kind == RUN:
+                raise UserError(str(outcome))
+            if outcome.kind == AGAIN and attempts < max_attempts:  # openai's client waits two minutes at most
+                pause = f"of {pause} s" if pause.isdigit() else f"until {pause or 'later'}"
+                raise UserError(f"{outcome} and asks for a pause {pause}: run the same command again after that")
+            if outcome.kind in (AGAIN, ITEM):
+                return Reply(error=str(outcome), attempts=attempts)
+            if outcome.kind not in self._refused:
+                log.warning("%s", outcome)
+                self._refused.add(outcome.kind)
+            if attempts >= max_attempts:
+                too_few = f"{outcome}: raise --max-retries, which left no request for that"
+                return Reply(error=too_few, attempts=attempts)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+class _Http(openai.DefaultAsyncHttpxClient):
+    """The HTTP client below openai's, which repeats a request when `send` raises, or as `x-should-retry` says.
+
+    The extensions of a response hold the `outcome`: a Reply or a _Failure.
+    """
+
+    def __init__(self, base_url: str, seconds: float) -> None:
+        super().__init__(timeout=seconds)
+        self._server, self._seconds = base_url, seconds
+        self._warned: set[str] = set()
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        """Send a request once. Raises _Failure for what is neither a chat completion nor an error status."""
+        response: httpx.Response | None = None
+        outcome: Reply | _Failure
+        try:
+            # httpx's own timeout is for each piece of a reply; this one is for all of it.
+            response = await asyncio.wait_for(super().send(request, **options), self._seconds)
+            outcome = _reply(response.content) if response.is_success else self._failure(response)
+        except (asyncio.TimeoutError, httpx.TimeoutException):
+            outcome = _Failure(AGAIN, f"no whole reply within {self._seconds:g} s (--timeout)")
+        except httpx.HTTPError as error:
+            outcome = _Failure(AGAIN, f"the endpoint cannot be reached ({_short(str(error) or type(error).__name__)})")
+        again = isinstance(outcome, _Failure) and outcome.kind == AGAIN
+        kind = str(outcome).partition(" (")[0].partition(":")[0]
+        if again and kind not in self._warned:  # once, so that a person sees why nothing moves
+            self._warned.add(kind)
+            log.warning("%s: such requests are sent again, up to --max-retries times", outcome)
+        if isinstance(outcome, _Failure) and (response is None or (again and response.is_success)):
+            raise outcome
+        assert response is not None
+        response.headers["x-should-retry"] = str(again).lower()
+        response.extensions["outcome"] = outcome
+        return response
+
+    def _failure(self, response: httpx.Response) -> _Failure:
+        """What an error status means."""
+        status, body = response.status_code, _json(response.content)
+        error = body.get("error", body) if isinstance(body, dict) else None
+        message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (None, None)
+        words = str(message or response.text or response.reason_phrase or "no words")
+        said = _short(words)
+        if status in (400, 422, 500):
+            sent = _json(response.request.content) or {"messages": []}  # a redirection may have dropped it
+            sent = {*sent, *(message["role"] for message in sent["messages"])}
+            for part, pattern in REFUSALS.items():
+                if part in sent and re.search(pattern, words[:400].lower()):  # some servers repeat the whole request
+                    return _Failure(part, f"{WITHOUT[part]} ({said})")
+        if status in ADVICE:
+            return _Failure(RUN, f"{self._server} answered {status} ({said}): {ADVICE[status]}")
+        if code == "insufficient_quota":
+            return _Failure(RUN, f"{self._server} answered {status} ({said}): the account has nothing left; top it up")
+        if code == "content_filter":
+            return _Failure(ITEM, f"refused by the server's content filter ({said})")
+        if status in (408, 409, 429) or status >= 500:
+            return _Failure(AGAIN, f"the endpoint answered {status} ({said})")
+        return _Failure(ITEM, f"the endpoint rejects the request with {status} ({said})")
+
+
+def _reply(content: bytes) -> Reply | _Failure:
+    """Read a chat completion, whatever the server called its type."""
+    body = _json(content)
+    start = _short(content[: 4 * NUM_CHARACTERS].decode("utf-8", "replace"))
+    if body is None:
+        kind = "HTML" if start.lower().startswith(("<!doctype", "<html")) else "no JSON"
+        return _Failure(AGAIN, f"the endpoint answered {kind} in place of a chat completion: {start!r}")
+    try:
+        choice = body["choices"][0]
+        message = choice["message"]
+        text, refusal = message.get("content"), message.get("refusal")
+        reason, model = str(choice.get("finish_reason")).lower(), body.get("model")
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return _Failure(AGAIN, f"the endpoint answered no chat completion: {start!r}")
+    if refusal or reason == "content_filter":
+        return _Failure(ITEM, f"refused by the judge ({_short(str(refusal or reason))})")
+    if isinstance(text, list):  # pieces, as some servers put it
+        reasoning = reasoning or any(isinstance(part, dict) and part.get("type") == "thinking" for part in text)
+        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+    cut = reason in CUT_OFF
+    if isinstance(text, str) and text.strip():
+        return Reply(text, model if isinstance(model, str) else None, cut=cut)
+    if reasoning or cut:
+        return _Failure(ITEM, "the judge spent all its tokens on reasoning and gave no answer: raise --max-tokens")
+    return _Failure(AGAIN, "the endpoint answered an empty message")
+
+
+def _json(content: bytes) -> Any:
+    """What the bytes hold; None for no JSON, nesting too deep, or a number too long to read."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _short(words: str) -> str:
+    """The words in one line of at most NUM_CHARACTERS."""
+    text = " ".join(words.split())
+    return text if len(text) <= NUM_CHARACTERS else f"{text[: NUM_CHARACTERS - 3]}..."

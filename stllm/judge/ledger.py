@@ -1,0 +1,221 @@
+"""The ledger of a judge: one line an item, written as soon as its verdict is known.
+
+Scores are computed from the ledger, so they can be computed again without a network. Its first line describes the run:
+the judge, the instructions and their settings. Another judge or other predictions cannot be added to it. When an item
+has several lines, the last one counts.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+
+from stllm.common.errors import UserError
+from stllm.common.files import locked
+from stllm.common.jsonl import Appender, read_records
+from stllm.judge.parser import Unparsable, Verdict, parse_reply
+from stllm.judge.predictions import JudgeItem
+
+MAX_NEW_TOKENS = 128  # of a local judge; a verdict takes a dozen, but a judge that thinks first needs --max-tokens
+ADVICE = "not a line of a judge's ledger; restore the file, or begin anew in another --output-dir"
+RUN = "run"  # the key of a line that describes the run
+COMPARED = {  # settings that a ledger does not mix, in words
+    "axis": "axis",
+    "requested_model": "judge (--model)",
+    "prompt_digest": "digest of the instructions (--prompts)",
+    "temperature": "--temperature",
+    "max_tokens": "--max-tokens",
+}
+
+
+@dataclass(frozen=True)
+class JudgeRun:
+    """The judge and its settings. num_items: items to be judged. unanswered: items without a prediction, with why."""
+
+    axis: str
+    requested_model: str
+    base_url: str | None
+    prompt_version: str
+    prompt_digest: str
+    temperature: FiniteFloat
+    max_tokens: int | None
+    num_items: Annotated[int, Field(ge=0, lt=1 << 31)]
+    unanswered: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> float:
+        """Tokens of a reply; an endpoint without --max-tokens is taken to have no limit."""
+        return self.max_tokens or (MAX_NEW_TOKENS if self.base_url is None else math.inf)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A judge's reply to an item, or the reason why there is none (error).
+
+    model: the exact id that the server returned. attempts: the number of requests. cut: whether the reply was stopped
+    at the limit of tokens.
+    """
+
+    reply: str | None = None
+    model: str | None = None
+    attempts: int = 1
+    error: str | None = None
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Entry(JudgeItem):
+    """A line: an item, the judge's reply as in `Reply`, and the reason why there is no score (error), if so."""
+
+    axis: str
+    model: str | None
+    reply: str | None
+    parsed: dict[str, Any] | None
+    prompt_digest: str
+    attempts: int
+    error: str | None
+    cut: bool = False  # written only if so
+
+    @cached_property
+    def outcome(self) -> Verdict | str:
+        """The verdict of the reply, parsed again, or the reason why there is none."""
+        if self.reply is None:
+            return self.error or "there is no reply"
+        try:
+            return parse_reply(self.reply, self.axis, cut=self.cut)
+        except Unparsable as fault:
+            return f"the reply cannot be read: {fault}"
+
+    def same_texts(self, item: JudgeItem) -> bool:
+        """Whether an item, or the entry of another ledger, has the same texts."""
+        ours, theirs = ((one.question, one.answer, one.prediction) for one in (self, item))
+        return ours == theirs
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the reply states a score."""
+        return isinstance(self.outcome, Verdict)
+
+
+_RUN, _ENTRY = TypeAdapter(JudgeRun), TypeAdapter(Entry)  # check the types of what a file holds
+
+
+class Ledger:
+    """The lines of one axis in `path`. `continued` opens one to append to.
+
+    entries: the last line of each key, in the order of the first. model: the judge that made the scores, by the
+    server's id without its route.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run: JudgeRun | None = None  # of the last line that describes it
+        self.entries: dict[str, Entry] = {}
+        self.model: str | None = None
+        self._lines: Appender | None = None
+        for number, record in read_records(path, ADVICE):
+            self._read(record, f"{path}, line {number}")
+
+    def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
+        """Raise UserError, which says what differs, when these items or settings are not those of the ledger."""
+        for name, words in COMPARED.items():
+            before, now = getattr(self.run or run, name), getattr(run, name)
+            raised = name == "max_tokens" and run.limit >= (self.run or run).limit  # whole replies remain as they are
+            if before != now and not raised:
+                raise UserError(
+                    f"{self.path} holds scores with another {words}: it was {before!r} and is now {now!r}; set it back "
+                    "to continue, or begin anew in another --output-dir"
+                )
+        if items is None:
+            return
+        by_key = {item.key: item for item in items}
+        for key, entry in self.entries.items():
+            if key not in by_key or not entry.same_texts(by_key[key]):
+                what = "has other texts now" if key in by_key else "is not there any more"
+                raise UserError(
+                    f"{self.path} holds scores of other predictions: item {key} {what}; name the same --pred-path to "
+                    "continue, or begin anew in another --output-dir"
+                )
+
+    def unscored(self, items: Sequence[JudgeItem]) -> list[JudgeItem]:
+        """The items that have no score yet."""
+        return [item for item in items if item.key not in self.entries or not self.entries[item.key].is_scored]
+
+    def append(self, item: JudgeItem, reply: Reply) -> Entry:
+        """Write the line of an item. Raises UserError when another judge made the scores before."""
+        assert self.run is not None and self._lines is not None  # of `continued`
+        fields = {**asdict(item), "axis": self.run.axis, "prompt_digest": self.run.prompt_digest, **asdict(reply)}
+        entry = Entry(**fields, parsed=None)
+        if isinstance(verdict := entry.outcome, Verdict):
+            fields["parsed"] = {"score": verdict.score, **({"pred": verdict.pred} if verdict.pred else {})}
+            if self.model not in (None, name := self._judge(entry.model)):
+                raise UserError(
+                    f"{self.path}: {self.model} made the scores so far, and the server now replies as {name}: ask "
+                    "for one exact model with --model (at a router, for one provider as well), or begin anew in "
+                    "another --output-dir"
+                )
+        else:
+            fields.update(parsed=None, error=verdict)
+        if not reply.cut:
+            del fields["cut"]
+        self._lines.add(fields)
+        self._keep(entry)
+        return entry
+
+    def _read(self, record: dict[str, Any], where: str) -> None:
+        try:
+            if RUN in record:
+                self.run = _RUN.validate_python(record[RUN])
+            else:
+                self._keep(_ENTRY.validate_python(record))
+        except ValidationError as fault:
+            field_ = ".".join(map(str, fault.errors()[0]["loc"])) or RUN
+            raise UserError(f"{where}: found an unusable {field_!r}, {ADVICE}") from None
+
+    def _keep(self, entry: Entry) -> None:
+        self.entries[entry.key] = entry
+        if self.model is None and entry.is_scored:
+            self.model = self._judge(entry.model)
+
+    def _judge(self, model: str | None) -> str | None:
+        """The id without the route that a router appends (`family/model:route`), unless --model asks for that one."""
+        name, _, route = (model or "").rpartition(":")
+        asked = self.run is not None and self.run.requested_model.endswith(f":{route}")
+        return name if "/" in name and not asked else model
+
+
+@contextmanager
+def continued(path: Path, run: JudgeRun, items: Sequence[JudgeItem]) -> Iterator[Ledger]:
+    """Open a ledger to append to, which only one process at a time can do.
+
+    Raises UserError when the ledger holds scores of other items or settings; one without a score is begun anew.
+    """
+    busy = f"{path}: another process writes to it: wait until it ends, or name another --output-dir"
+    with locked(path.with_name(f".{path.name}.lock"), busy):
+        ledger = Ledger(path)
+        try:
+            ledger.check(run, items)
+        except UserError:
+            if ledger.model is not None:
+                raise
+            path.unlink()
+            ledger = Ledger(path)
+        with Appender(path) as ledger._lines:
+            if run != ledger.run:
+                ledger._lines.add({RUN: asdict(run)})
+                ledger.run = run
+            yield ledger
+
+
+def read_ledger(path: Path) -> tuple[JudgeRun, Ledger]:
+    """Read a ledger. Raises UserError when there is none."""
+    ledger = Ledger(path)
+    if ledger.run is None:
+        what = "holds no line yet" if path.is_file() else "there is no such ledger"
+        raise UserError(f"{path}: {what}; judge the axis first, without --offline")
+    return ledger.run, ledger

@@ -1,0 +1,301 @@
+r"""Reading a judge's reply: one score from 0 to 5 and, on the axis qa, yes or no.
+
+A reply is read in three steps, as a person reads it:
+
+1. Thoughts are removed (`<think>...</think>` and the tags of other models). What is left is the answer.
+2. Dictionaries and Markdown tables with a score are the verdict.
+3. Without them, a clearly worded verdict counts: "Score: 4", "I would rate 3", "4/5", `\boxed{4}`, "Yes, 5".
+
+A reply without a verdict, or with two that differ, raises `Unparsable`: nothing is guessed, and nothing is evaluated.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from stllm.evaluation.axes import HIGHEST, LOWEST, QA
+
+_T = TypeVar("_T")
+MAX_LENGTH = 20_000  # characters of an answer, its thoughts not counted; a longer answer is no grade
+
+
+class Unparsable(ValueError):
+    """A reply without a readable verdict. str() says why."""
+
+
+class CutOff(Unparsable):
+    """A reply that was cut off before its verdict. The same request would be cut off again."""
+
+    def __init__(self) -> None:
+        super().__init__("it was cut off before its verdict: raise --max-tokens")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A score from 0 to 5, and whether the prediction matches (None on axes that do not ask for it)."""
+
+    score: float
+    pred: str | None = None  # "yes" or "no"
+
+
+def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
+    """Read the verdict of a reply. Raises Unparsable.
+
+    cut: whether the reply was stopped at the limit of tokens. Such a reply counts only if it opens with a dictionary or
+        is nothing but a verdict; anything else may be an unfinished thought.
+    """
+    answer = _without_thoughts(reply).translate(_STRAIGHT)
+    if len(answer) > MAX_LENGTH:
+        raise Unparsable(f"a reply of {len(answer)} characters")
+    answer = _IN_WORDS.sub(lambda match: match[1] + _DIGITS[match[2].lower()], answer)
+    if cut and not _DICTIONARY.match(answer) and not _WHOLE.fullmatch(answer):
+        raise CutOff
+    if scale := _OTHER_SCALE.search(answer):
+        raise Unparsable(f"it mentions a scale up to {scale[1] or scale[2]}, not {HIGHEST}")
+    final = list(_FINAL.finditer(answer))
+    if final:  # "Final verdict: ..." replaces what was considered before it
+        answer = answer[final[-1].start() :]
+    scores, decisions, rest = _tabulated(answer)
+    if scores:
+        scores |= _worded_scores(rest, _STATED)  # "Score: 4" beside {'score': 2} is a contradiction
+        decisions |= _labelled_decisions(rest)
+    else:
+        scores = _worded_scores(rest, _STATED + _MENTIONED)
+    score = _only(scores, "score")
+    if not LOWEST <= score <= HIGHEST:  # NaN, too
+        raise Unparsable(f"its score {score:g} is not from {LOWEST} to {HIGHEST}")
+    if axis != QA:
+        return Verdict(score)
+    if not decisions and not (decisions := _labelled_decisions(rest)):
+        first = _FIRST_WORD.match(_MARKUP.sub("", rest).strip())
+        decisions = {first[2].lower()} if first else set()
+    decision = _only(decisions, "yes or no")
+    if not decision:
+        raise Unparsable("its pred is neither yes nor no")
+    return Verdict(score, decision)
+
+
+def _only(found: set[_T], what: str) -> _T:
+    if len(found) != 1:
+        raise Unparsable(f"it states no {what}" if not found else f"it states more than one {what}")
+    return next(iter(found))
+
+
+# ---- 1. thoughts ----------------------------------------------------------------------------------------------------
+
+_NAMES = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|rationale|scratchpad)"
+_OPEN = (
+    rf"<{_NAMES}(?:\s[^<>]*)?>"  # <think>, <thinking>, <seed:think>
+    r"|\[THINK(?:ING)?\]|◁think▷"
+    r"|<\|(?:begin_of|start)_(?:thought|thinking)\|>|<\|inner_prefix\|>|<unused94>"
+    r"|<\|?channel\|?>\s*(?:analysis|commentary|thought)|\Aanalysis(?=[A-Z])"  # gpt-oss, with its tokens or without
+)
+_CLOSE = (
+    rf"</\s*{_NAMES}\s*>"
+    r"|\[/THINK(?:ING)?\]|◁/think▷"
+    r"|<\|end(?:_of)?_(?:thought|thinking)\|>|<\|inner_suffix\|>"
+    r"|<\|channel\|>\s*final|<channel\|>|assistantfinal|<unused95>|\[BEGIN FINAL RESPONSE\]"
+)
+_THOUGHT_TAG = re.compile(rf"(?P<close>{_CLOSE})|{_OPEN}", re.IGNORECASE)
+_WRAPPING = re.compile(r"<\|[^|<>]{0,40}\|>|</?[a-z_]{1,20}>|```[a-z]*", re.IGNORECASE)  # <|end|>, </s>, <answer>
+
+
+def _without_thoughts(reply: str) -> str:
+    """Remove the thoughts; an end without a beginning means that the reply began inside one. Raises CutOff."""
+    pieces: list[str] = []
+    start, inside = 0, False
+    for tag in _THOUGHT_TAG.finditer(reply):
+        if tag["close"]:
+            if not inside:
+                pieces.clear()
+            start, inside = tag.end(), False
+        elif not inside:
+            pieces.append(reply[start : tag.start()])
+            inside = True
+    if inside:
+        raise CutOff
+    return _WRAPPING.sub(" ", "".join([*pieces, reply[start:]])).strip()
+
+
+# ---- 2. dictionaries and tables -------------------------------------------------------------------------------------
+
+_STRAIGHT = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "\N{MINUS SIGN}": "-"})
+_STRING = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\\n]|\\.)*'"
+_DICTIONARY = re.compile(rf"\{{((?:[^{{}}'\"]|{_STRING})*)\}}")  # innermost; strings may hold braces
+_COMMENT = re.compile(rf"({_STRING})|(?:#|//)[^\n]*|/\*.*?\*/", re.DOTALL)
+_FIELD = re.compile(
+    rf"(?P<key>{_STRING}|\w+)\s*[:=]\s*"
+    rf"(?P<value>(?:{_STRING})(?=\s*(?:[,\n]|\Z))|[^,\n]*(?:,\s?\d[^,\n]*)?)"  # 4,5 is one value, and no number
+)
+_EXAMPLE = re.compile(  # what comes before a dictionary that is not the verdict: an example, the form, a supposition
+    r"\b(?:e\.g\.|for instance|maybe|perhaps|(?<!this )example"
+    r"|(?:in the form(?: of)?|formatted as|the format is|such as|like(?: this)?|wants|expected output)\W*\Z"
+    r"|\bnot[ `\"']*\Z"
+    r"|(?:if|unless|could|might)\b[^.\n]*\b(?:would|could|might|be)\b)[^.\n]*\Z|(?:^|\n)\W*format\W*\Z",
+    re.IGNORECASE,
+)
+_REJECTED = re.compile(  # what comes after a dictionary that is not the verdict
+    r"[ `\"']*(?:(?:is|was|would be) (?:not|never|wrong|incorrect|too)\b|does not\b|(?:is|was|would|does)n't\b)",
+    re.IGNORECASE,
+)
+_OTHER_SCALE = re.compile(  # the end of a scale that is not 5: "out of 10", "on a scale of 1 to 10", 'max': 10
+    r"\b(?:out of (?=[6-9]|\d\d)|scale (?:(?:of|from|between) )?(?:\d+(?: ?[-–—] ?| to | and ))?(?!5\b))"
+    r"(\d+)\b(?! ?[A-Za-z–—-])"
+    r"|\b(?:out_?of|max(?:imum)?(?:_score)?|scale)['\"]?\s*:\s*['\"]?"
+    r"(?:\d+ ?[-–—] ?)?(?!5(?:\.0)?\b)(\d+)\b(?! ?[–—-])",
+    re.IGNORECASE,
+)
+_ROW = r"[^\n|]*\|[^\n]*"
+_TABLE = re.compile(rf"^({_ROW})\n[ |:]*-[ |:-]*\n((?:{_ROW}(?:\n|\Z))+)", re.MULTILINE)
+_DECISIONS = {
+    "yes": "yes",
+    "true": "yes",
+    "correct": "yes",
+    "no": "no",
+    "false": "no",
+    "incorrect": "no",
+    "wrong": "no",
+}
+_OF_FIVE = re.compile(r"\s*(?:/|out of)\s*5(?:\.0)?$")
+
+
+def _tabulated(answer: str) -> tuple[set[float], set[str], str]:
+    """Scores and decisions in dictionaries and tables, and the text around them. Raises Unparsable."""
+    scores: set[float] = set()
+    decisions: set[str] = set()
+
+    def read(fields: Iterable[tuple[str, str]]) -> bool:
+        known = [(key, value) for key, value in fields if key in ("score", "pred")]
+        scores.update(_number(value) for key, value in known if key == "score")
+        decisions.update(_DECISIONS.get(value.rstrip(".!").lower(), "") for key, value in known if key == "pred")
+        return bool(known)
+
+    def dictionary(match: re.Match[str]) -> str:
+        before = _EXAMPLE.search(answer, max(0, match.start() - 120), match.start())
+        if before or _REJECTED.match(answer, match.end()):
+            return "\n"
+        fields = _FIELD.finditer(_COMMENT.sub(r"\1", match[1]))
+        return "\n" if read((_bare(field["key"]).lower(), _bare(field["value"])) for field in fields) else match[0]
+
+    def table(match: re.Match[str]) -> str:
+        lines = (match[1], *match[2].splitlines())
+        keys, *rows = ([_bare(cell) for cell in line.strip(" |").split("|")] for line in lines)
+        fields = ((key.lower(), cell) for row in rows for key, cell in zip(keys, row, strict=False))
+        return "\n" if read(fields) else match[0]
+
+    around = _DICTIONARY.sub(dictionary, answer)
+    return scores, decisions, _TABLE.sub(table, around)
+
+
+def _bare(text: str) -> str:
+    return text.strip(" \t\n\r'\"*`")
+
+
+def _number(value: str) -> float:
+    value = _OF_FIVE.sub("", value.lower())
+    if "_" in value:  # Python's float reads 0_5
+        raise Unparsable("its score is no number")
+    try:
+        return float(value)
+    except ValueError:
+        raise Unparsable("its score is no number") from None
+
+
+# ---- 3. a verdict in words ------------------------------------------------------------------------------------------
+
+_OUT_OF = r" ?\(?(?:/|(?:out )?of) ?"
+_NUMERAL = (
+    rf"(?<!\.)([-+]?\d+(?:\.\d+)?)(?:{_OUT_OF}5(?:\.0)?\b\)?)?"
+    rf"(?![\w%+^?]|[.,]\d| ?[*×/½]|{_OUT_OF}\d| percent| and a (?:half|quarter)\b"
+    r"| point (?:zero|one|two|three|four|five|six|seven|eight|nine)\b)"
+)
+_OR = r" ?(?:-|–|—|~|\+|=|->|→|or|to|and|minus|plus|times|x) ?\d| \d+/\d"  # "3 or 4", "5 minus 1", "2 1/2"
+_ANOTHER = re.compile(_OR, re.IGNORECASE)
+_END = (
+    rf"(?=\W*$|\s*[,:;()|\"']|\s+[-–—]|\s+(?-i:[A-Z])|{_OR}"
+    r"|\s+(?:for|because|since|as|based|due|points?(?! (?:are |is |were )?deducted)|stars?|here|overall|to|and|pred)\b)"
+)
+_LABEL = r"(?:score|rating|grade|verdict|final answer)[sd]?"
+_GAP = r"[^\w.!?,;\n<>≤≥]{0,8}?"  # signs and spaces
+_STATED = (  # the judge's own verdict
+    rf"^\W*(?:[^\W_]+[ _]){{0,2}}{_LABEL}(?:{_GAP}[:=|]|\s+(?:is|would be|should be)\b){_GAP}{_NUMERAL}{_END}",
+    r"\bI(?:'d|'ll| would| will)?(?: \w+ly)? (?:rate|give|gave|score|grade|assign)(?: [^\W\d]+){0,6}?:? "
+    rf"{_NUMERAL}{_END}\D*$",
+    rf"\b(?:actually|correction|should)\b.{{0,40}}?\b(?:{_LABEL}|be){_GAP}(?:\b(?:is|be|of)\b)?{_GAP}{_NUMERAL}{_END}",
+    rf"\\boxed\{{(?:\\text\{{)?\s*{_NUMERAL}",
+)
+_MENTIONED = (  # the verdict only where no dictionary holds one
+    rf"{_LABEL}{_GAP}(?:\b(?:is|was|of|as|at|would be|should be)\b{_GAP})?{_NUMERAL}{_END}",
+    rf"(?<![\w.,/])([-+]?\d+(?:\.\d+)?) ?(?:/|out of) ?5(?:\.0)?(?![\w%/]|[.,]\d){_END}",
+)
+_FINAL = re.compile(
+    r"(?<!'s )\b(?:final|overall|my)[ _](?:\w+[ _])?"
+    r"(?:verdict|answer|score|rating|grade|evaluation|judge?ment|decision)\b"
+    r"(?=[^\w.]*(?:is\b[^\w.]*)?(?:\d|\{|\\boxed|yes\b|no\b|['\"]?(?:pred|score)))",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"[*`]{1,3}(?![ \t]*[\d*`])|(?<![\d\s*`])[*`]{1,3}")  # not the signs of 0.8 * 5
+_SCALE = re.compile(r"(?:\bon a scale )?\b(?:from |between )?0(?: ?[-–—] ?| to | and |, ?(?=5\]))5\b", re.IGNORECASE)
+_HEADING = re.compile(
+    rf"^([^\w\n]{{0,8}}(?:[^\W_]+[ _])?{_LABEL})[:=\s]{{0,8}}\n\s{{0,8}}(?=\W?\d)", re.IGNORECASE | re.MULTILINE
+)
+_CLAUSE = re.compile(r"(?<=[.!?;])\s+|\n")
+_SUPPOSED = re.compile(  # a clause about another answer than this one, or about the scale
+    r"\b(?:if|unless|requires?|required|otherwise|could|might|example|maximum|highest|minimum|lowest)\b"
+    r"|\bwould (?!be|rate|give|score|grade|assign)|\bwould be (?:too|over|under|generous|harsh|unfair|excessive)"
+    r"|\btoo (?:high|low|generous|harsh|lenient|strict)\b|\b(?:was|were) going to\b|\balmost\b|\bhesita"
+    r"|\bnot (?:warranted|appropriate|justified|deserved|merited|earned)\b"
+    r"|\b(?:not|never|cannot|\w+n't) (?:be |deserve |merit |warrant |worth |get |reach |give |have )?(?:it )?a "
+    rf"{_LABEL}"
+    rf"|\b(?:says|states|claims|mentions|shows|reports|reads)\b[^,;:]*\b{_LABEL}"  # a score in the video or an answer
+    rf"|\b(?:player|team|film|movie|game)(?:'?s'?)?(?: \w+)? {_LABEL}|, (?:says|according to)\b",
+    re.IGNORECASE,
+)
+_THEN = r"['\"*]*\s*[,;|\n]\s*['\"*]*"  # between a score and the yes or no after it
+_WHOLE = re.compile(
+    rf"(?:[\w ]{{0,30}}:\s*)?[^\w+<>≤≥-]*(?:(?:yes|no)(?:[\s,;:/|.()*'\"]+|\s+[-–—]\s+))?{_NUMERAL}"
+    rf"(?:{_THEN}(?:yes|no))?\W*",
+    re.IGNORECASE,
+)
+_DIGITS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "ten": "10"}
+_IN_WORDS = re.compile(  # "Score: four", "out of five", "Four", "Yes, four"
+    rf"({_LABEL}{_GAP}(?:[:=|]|\b(?:is|was|of|as|be)\b){_GAP}|\bout of |\A\W*(?:(?:yes|no)[,;:.|]\s*)?)"
+    rf"({'|'.join(_DIGITS)})\b",
+    re.IGNORECASE,
+)
+_DECIDED = re.compile(
+    r"\b(pred(?:iction)?|match(?:es)?|verdict|decision|final answer)"
+    r"(?:[^\w\n.!?,;]{0,4}[:=|]|(?<!prediction) is\b)[^\w\n]{0,4}(yes|no)\b",
+    re.IGNORECASE,
+)
+_RESTATED = re.compile(r"\banswer[^\w\n]{0,4}[:=|][^\w\n]{0,4}(?:yes|no)\b", re.IGNORECASE)
+_FIRST_WORD = re.compile(
+    rf"(?:(?:[\w ]{{0,30}}:\s*)?[^\w+<>≤≥-]*{_NUMERAL}{_THEN})?\W*(yes|no)"
+    r"(?=[.,:;!/|()'\"\n]|\s+[-–—\d(\n]|\s*$)",
+    re.IGNORECASE,
+)
+
+
+def _worded_scores(text: str, patterns: tuple[str, ...]) -> set[float]:
+    """The scores that a text states outside of suppositions, or the number that is all of it (after a yes or no)."""
+    text = _HEADING.sub(r"\1: ", _SCALE.sub(" ", _MARKUP.sub("", text))).strip()
+    if whole := _WHOLE.fullmatch(text):
+        return {float(whole[1])}
+    scores = set()
+    for clause in _CLAUSE.split(text):
+        if _SUPPOSED.search(clause):
+            continue
+        for pattern in patterns:
+            for match in re.finditer(pattern, clause, re.IGNORECASE):
+                if _ANOTHER.match(clause, match.end()):
+                    raise Unparsable("it states more than one score")
+                scores.add(float(match[1]))
+    return scores
+
+
+def _labelled_decisions(text: str) -> set[str]:
+    """Yes or no after a label. "Prediction: no" beside "Answer: no" repeats the item, and decides nothing."""
+    found = [(match[1].lower(), match[2].lower()) for match in _DECIDED.finditer(_MARKUP.sub("", text))]
+    restated = _RESTATED.search(_MARKUP.sub("", text))
+    return {decision for label, decision in found if label != "prediction" or not restated}

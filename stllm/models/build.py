@@ -1,0 +1,77 @@
+"""From a configuration to a model: the weights that its `model` section names are streamed in, later ones over earlier
+ones; what no file gives starts fresh only where training is meant to start it fresh.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from stllm.models.checkpoints.audit import AuditReport
+from stllm.models.checkpoints.infer_config import decide_config, open_sources
+from stllm.models.checkpoints.load import assemble
+from stllm.models.configuration import STLLMConfig
+from stllm.models.settings import model_section
+from stllm.models.st_llm import STLLM
+
+log = logging.getLogger(__name__)
+
+
+def config_from_settings(settings: Mapping[str, Any]) -> STLLMConfig:
+    """Infer the configuration from the section and the weights that it names. Raises UserError."""
+    return decide_config(open_sources(settings), settings)
+
+
+def build_model(cfg: DictConfig | Mapping[str, Any], *, device: str = "auto", dtype: str = "auto") -> STLLM:
+    """Build the model of a configuration, with weights from the files that it names, in evaluation mode.
+
+    cfg: what `load_config` returns, or its `model` section.
+    These parts may start fresh: the temporal adapter, the global-local module, the MVM decoder, LoRA; the projection
+    when no named file is of a kind that has one; what `model.fresh` names; everything when no file is named. Raises
+    UserError for anything else.
+    """
+    model, report = build_audited(cfg, device=device, dtype=dtype)
+    for line in report.details():
+        log.info(line)
+    return model
+
+
+def build_audited(
+    cfg: DictConfig | Mapping[str, Any],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trained_dtype: torch.dtype | None = None,
+    with_language_model: bool = True,
+) -> tuple[STLLM, AuditReport]:
+    """Build as `build_model` does, and return the audit too; trained_dtype, with_language_model: as in `assemble`."""
+    settings = model_section(cfg)
+    sources = open_sources(settings)
+    config = decide_config(sources, settings)
+    eight_bit = settings.get("low_resource") and with_language_model  # the published switch
+    model, report = assemble(
+        config,
+        sources,
+        device=f"cuda:{settings.get('device_8bit', 0)}" if eight_bit else device,
+        dtype=dtype,
+        training=True,
+        fresh=settings.get("fresh") or (),
+        trained_dtype=None if eight_bit else trained_dtype,
+        with_language_model=with_language_model,
+        quantization="8bit" if eight_bit else None,
+    )
+    if settings.get("use_grad_checkpoint") and with_language_model:
+        # newer releases of transformers have renamed it, and warn at the old name
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model, report
+
+
+def build_encoder(cfg: DictConfig | Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> STLLM:
+    """Build as `build_model` does, without the language model: enough to encode clips."""
+    model, report = build_audited(cfg, device=device, dtype=dtype, with_language_model=False)
+    encoder = ("vision encoder", "ln_vision", "qformer")
+    if fresh := [part for part, audit in report.parts.items() if audit.fresh and part in encoder]:
+        log.warning("from random weights, as no file gives them: %s", ", ".join(fresh))
+    return model

@@ -1,0 +1,474 @@
+"""From a checkpoint of any known format to a model and its prompts, audited.
+
+    model, processor = load_pretrained("path/to/checkpoint")
+
+First a plan from names and shapes: which tensor of which file goes where. Then the model, built on the meta device, is
+filled weight by weight, straight to its device and type, so that no copy of the whole is held twice; what no file gives
+and may start fresh is initialised last. With quantisation or a device map, transformers' `from_pretrained` puts the
+weights where they belong.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import BitsAndBytesConfig
+
+from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.registry import models
+from stllm.models.checkpoints.audit import MAX_NAMED, OTHER, AuditReport, part_of, part_of_theirs
+from stllm.models.checkpoints.formats import Entry, Format, Source, locate, open_source
+from stllm.models.checkpoints.infer_config import (
+    ADAPTER,
+    BACKBONE,
+    Opened,
+    check_vocabulary,
+    family_tokens,
+    names_of,
+    open_model,
+)
+from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig, reason
+from stllm.models.st_llm import STLLM, config_of
+from stllm.processors.prompts import PromptProcessor
+
+log = logging.getLogger(__name__)
+
+LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
+POS_EMBED = f"{BACKBONE}pos_embed"
+FRESH_PARTS = ("temporal adapter", "video input", "mvm decoder")  # what training may start without
+# model.fresh: what training may start without when the user asks for it
+ASKED_FRESH = {
+    "vision_encoder": ("vision encoder", "ln_vision"),
+    "qformer": ("qformer",),
+    "projection": ("projection",),
+    "language_model": ("language model",),
+}
+GIVES_PROJECTION = {Format.STLLM, Format.RELEASED, Format.INSTRUCTBLIP, Format.MINIGPT4}
+QUANTIZATIONS = ("8bit", "4bit")
+KEPT_PRECISE = ("vision_encoder", "qformer", "projection", "video_input", "mvm_decoder", "lm_head", "embed_out")
+
+
+def load_model(
+    path: str | Path,
+    cfg_path: str | Path | None = None,
+    *,
+    options: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    device_map: Any = None,
+) -> STLLM:
+    """Load the model of a checkpoint of any known format, in evaluation mode.
+
+    path: a folder, a file, or a hub name. cfg_path, options: what the checkpoint itself does not say, or other choices.
+    dtype: auto is what suits the device. quantization: 8bit or 4bit, of the language model (bitsandbytes, CUDA).
+    device_map: accelerate's, e.g. "auto", to spread the model over several devices.
+    Raises UserError for anything missing, damaged or contradictory.
+    """
+    opened = open_model(path, cfg_path, options=options)
+    return load_opened(opened, device=device, dtype=dtype, quantization=quantization, device_map=device_map)[0]
+
+
+def load_pretrained(
+    path: str | Path,
+    cfg_path: str | Path | None = None,
+    *,
+    options: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+) -> tuple[STLLM, PromptProcessor]:
+    """Load the model and the processor that writes its prompts; arguments as for `load_model`."""
+    opened = open_model(path, cfg_path, options=options)
+    processor = processor_of(opened)  # first: a missing tokenizer should not cost the loading of 16 GiB
+    return load_opened(opened, device=device, dtype=dtype)[0], processor
+
+
+def processor_of(opened: Opened) -> PromptProcessor:
+    """Build the prompt processor of an opened checkpoint from its tokenizers and template. Raises UserError."""
+    sources, settings = opened.sources, opened.settings
+    # the tokenizer goes with the language model: that of the last source that has one
+    with_tokenizer = [one.path for one in sources if one.path.is_dir() and any(one.path.glob("tokenizer*"))]
+    if not with_tokenizer and not settings.get("llama_model"):
+        raise UserError(f"{opened.path} has no tokenizer: name the language model's folder with model.llama_model")
+    folder = with_tokenizer[-1] if with_tokenizer else locate(settings["llama_model"])
+    named = settings.get("qformer_tokenizer")
+    for source in sources if not named else ():
+        # the Q-Former's vocabulary that a released folder's meta.json names, relative to the folder's parent
+        beside = ((source.meta.get("sizes") or {}).get("qformer") or {}).get("bert_vocab")
+        if beside and (vocabulary := source.path.absolute().parent / beside).exists():
+            named = str(vocabulary)
+    processor = PromptProcessor.from_pretrained(folder, config=opened.config, qformer_tokenizer=named)
+    check_vocabulary(str(opened.path), None, opened.config, processor.vocab_size)
+    return processor
+
+
+def load_opened(
+    opened: Opened,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    device_map: Any = None,
+) -> tuple[STLLM, AuditReport]:
+    """Load the model of an opened checkpoint, and return its audit too."""
+    if quantization is None and opened.settings.get("low_resource"):
+        quantization = "8bit"
+    model, report = assemble(
+        opened.config, opened.sources, device=device, dtype=dtype, quantization=quantization, device_map=device_map
+    )
+    for line in report.details():
+        log.debug(line)
+    if unexpected := report.keys("unexpected"):
+        log.info(
+            "%s: %d weights are not used, among them %s", report.source, len(unexpected), ", ".join(unexpected[:3])
+        )
+    return model, report
+
+
+def assemble(
+    config: STLLMConfig,
+    sources: Sequence[Source],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    training: bool = False,
+    fresh: Sequence[str] = (),
+    trained_dtype: torch.dtype | None = None,
+    with_language_model: bool = True,
+    quantization: str | None = None,
+    device_map: Any = None,
+) -> tuple[STLLM, AuditReport]:
+    """Build the model, fill it, and return it in evaluation mode with its audit.
+
+    training: allow fresh parts, see `build_model`; fresh: further ones, names of `ASKED_FRESH`.
+    trained_dtype: the type of what trains, where it differs from the rest's (float32 masters).
+    with_language_model: if False, it is audited, but neither read nor held; enough for all that comes before it.
+    quantization, device_map: as in `load_model`; a foreign format passes through main memory then.
+    Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
+    """
+    place = resolve_device(device) if isinstance(device, str) else device
+    kind = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
+    own = sources[-1] if sources and sources[-1].format is Format.STLLM else None
+    arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
+    if quantization or device_map or (own and not training and own.config.get("quantization_config")):
+        arguments = {"config": config, "dtype": kind, "device_map": device_map or {"": place}}
+        if quantization is not None:
+            arguments["quantization_config"] = quantization_config(quantization, kind)
+        if own and len(sources) == 1 and not training:
+            return _read_by_transformers(own, arguments)
+        place = torch.device("cpu")
+    model = meta_model(config, kind)
+    if trained_dtype is not None:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(trained_dtype)
+    plan = make_plan(model, sources, training=training, fresh=fresh)
+    plan.report.raise_for_problems()
+    if not with_language_model:
+        model.language_model = nn.Identity()
+        model.all_tied_weights_keys = {}
+        plan.origins = {key: origin for key, origin in plan.origins.items() if not key.startswith("language_model.")}
+        plan.fresh = {key for key in plan.fresh if not key.startswith("language_model.")}
+    try:
+        fill(model, plan, place)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        size = sum(tensor.nbytes for tensor in model.parameters()) / 2**30
+        raise UserError(
+            f"not enough memory on {place}: the weights need {size:.1f} GiB as {str(kind).removeprefix('torch.')}; "
+            "use a smaller type (--dtype bfloat16), quantized loading, or another --device"
+        ) from error
+    if arguments:
+        model = STLLM.from_pretrained(None, state_dict=model.state_dict(), trust_remote_code=False, **arguments)
+    return model.eval(), plan.report
+
+
+def _read_by_transformers(source: Source, arguments: dict[str, Any]) -> tuple[STLLM, AuditReport]:
+    """Load a checkpoint in our own format, with transformers' report as the audit."""
+    loaded: Any = STLLM.from_pretrained(
+        source.path, output_loading_info=True, local_files_only=True, trust_remote_code=False, **arguments
+    )
+    model, info = loaded
+    report = AuditReport(source=str(source.path))
+    for state in ("missing", "unexpected"):
+        for key in info[f"{state}_keys"]:
+            report.add(state, part_of(key), key)
+    for key, found, expected in info["mismatched_keys"]:
+        report.add("wrong_shape", part_of(key), f"{key}: found {tuple(found)}, expected {tuple(expected)}")
+    missing = set(info["missing_keys"])
+    for key in source.entries:
+        if key not in missing:
+            report.add("loaded", part_of(key), key)
+    report.raise_for_problems()
+    return model.eval(), report
+
+
+def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return bitsandbytes' settings for the language model's linear layers, without its head, in 8bit or 4bit.
+
+    Raises UserError where that can't work.
+    """
+    if name not in QUANTIZATIONS:
+        raise UserError(unknown_name("quantization", name, QUANTIZATIONS))
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{name} loading needs a CUDA GPU, and none is here: load in bfloat16 (--dtype bfloat16) instead"
+        )
+    try:
+        import bitsandbytes  # noqa: F401  # only whether it is there
+    except ImportError as error:
+        raise UserError(
+            f"{name} loading needs bitsandbytes: `pip install bitsandbytes`, or load in bfloat16"
+        ) from error
+    return BitsAndBytesConfig(
+        load_in_8bit=name == "8bit",
+        load_in_4bit=name == "4bit",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=list(KEPT_PRECISE),
+    )
+
+
+def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
+    """Build the model without memory for its weights. Raises UserError for sizes that don't fit each other."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model: STLLM = models.get(config.arch)(config)
+    except (*CONFIG_ERRORS, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the configuration's sizes don't make a model ({reason(error)}): correct them") from error
+    finally:
+        torch.set_default_dtype(before)
+    config.dtype = dtype
+    return model
+
+
+@dataclass
+class Plan:
+    """The origin of each of the model's tensors, in the order of the files; `report` names the fate of the rest."""
+
+    report: AuditReport
+    origins: dict[str, tuple[Source, Entry]] = field(default_factory=dict)
+    fresh: set[str] = field(default_factory=set)
+
+
+def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
+    """Match the sources' weights, later ones over earlier ones, with the model's; training, fresh: as in `assemble`.
+
+    Nothing is read. Raises UserError for weights of another kind than the configuration's.
+    """
+    config = config_of(model)
+    name = names_of(sources) or "the model"
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    _check_adapter(name, sources, wanted, fresh_allowed=training)
+    plan = Plan(AuditReport(source=name))
+    report, origins = plan.report, plan.origins
+    plain = {key.replace(".base_layer.", "."): key for key in wanted}  # LoRA wraps the layers that it adapts
+    for source in sources:
+        for key, entry in source.entries.items():
+            if (own := plain.get(key, key)) in wanted:
+                origins.pop(own, None)  # of a source below: the order is that of the file which counts
+                origins[own] = (source, entry)
+            elif key not in wanted:
+                report.add("unexpected", part_of(key), entry.key)
+        for key in source.ignored_keys:
+            report.add("ignored", part_of_theirs(key), key)
+        for key in source.unknown_keys:
+            report.add("unexpected", part_of_theirs(key) if source.is_whole_model else OTHER, key)
+
+    # layers beyond the last one of the model, as `language_model.model.layers.32`
+    kept = {match[0] for key in wanted if (match := LAYER.match(key))}
+    found = {match[0] for source in sources for key in source.entries if (match := LAYER.match(key))}
+    stacks = {layer.rpartition(".")[0] for layer in kept}
+    for layer in sorted(layer for layer in found - kept if layer.rpartition(".")[0] in stacks):
+        report.add("wrong_shape", part_of(layer), f"{layer}: found, but the configuration has fewer layers")
+
+    # of two tied weights only the one that the other is tied to is filled, whichever the file has
+    tied = model.all_tied_weights_keys
+    for target, origin in tied.items():
+        if target in origins:
+            origins.setdefault(origin, origins.pop(target))
+
+    owners = {source.path: None for key, (source, _) in origins.items() if part_of(key) == "language model"}
+    for source in sources:
+        if source.format is Format.CAUSAL_LM and source.path not in owners:  # a whole checkpoint has them all
+            taken = " + ".join(map(str, owners))
+            report.notes.append(f"the language model's weights are those of {taken}: none is from {source.path}")
+
+    embedding = model.get_input_embeddings().weight
+    key = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    if key in origins and not _grows(key, origins[key][0]):  # rows that grow are counted in `decide_config`
+        source, entry = origins[key]
+        tokens = family_tokens(source.path, adds_pad=config.adds_pad, config=config.text_config)
+        check_vocabulary(str(source.path), entry.shape[0], config, tokens)
+
+    asked = {part for name in fresh for part in ASKED_FRESH[name]}
+    for key in [key for key in origins if part_of(key) == "projection" and "projection" in asked]:
+        source, entry = origins[key]
+        if entry.shape != tuple(wanted[key].shape):
+            report.notes.append(f"{entry.key} of {source.path} is for a language model of another width: left out")
+            del origins[key]
+    for key, tensor in wanted.items():
+        if key in origins:
+            _check_shape(plan, key, tuple(tensor.shape), config)
+        elif key not in tied:
+            if part_of(key) in asked or _may_be_fresh(key, sources, config, training):
+                report.add("fresh", part_of(key), key)
+                plan.fresh.add(key)
+            else:
+                report.add("missing", part_of(key), key)
+    return plan
+
+
+def _check_adapter(name: str, sources: Sequence[Source], wanted: dict[str, Tensor], *, fresh_allowed: bool) -> None:
+    """Compare QA weights, which have the temporal adapter, and conversation weights, which have none."""
+    keys = [key for source in sources for key in source.entries]
+    saved = any(key.startswith(ADAPTER) for key in keys)
+    needed = any(key.startswith(ADAPTER) for key in wanted)
+    if saved and not needed:
+        raise UserError(
+            f"{name} is a QA checkpoint (it has the temporal adapter), but the configuration is for conversation "
+            "(model.vit_model: eva_clip_g, without one): set model.vit_model=eva_btadapter_g, or use conversation "
+            "weights"
+        )
+    if needed and not saved and not fresh_allowed and any(key.startswith(BACKBONE) for key in keys):
+        raise UserError(
+            f"{name} is a conversation checkpoint (it has no temporal adapter), but the configuration is for QA "
+            "(model.vit_model: eva_btadapter_g): set model.vit_model=eva_clip_g, or use QA weights"
+        )
+
+
+def _check_shape(plan: Plan, key: str, expected: tuple[int, ...], config: STLLMConfig) -> None:
+    """Enter a weight as loaded, or as one of a wrong shape where `fill` can't make it fit either."""
+    source, entry = plan.origins[key]
+    found = entry.shape
+    if found == expected:
+        pass
+    elif key == POS_EMBED and found[2] == expected[2] and _is_square(found[1] - 1) and _is_square(expected[1] - 1):
+        size = config.vision_config["patch_size"] * int((found[1] - 1) ** 0.5)
+        plan.report.notes.append(
+            f"position embeddings are interpolated from image size {size} to {config.vision_config['image_size']}"
+        )
+    elif _grows(key, source) and found[1:] == expected[1:] and found[0] < expected[0]:
+        plan.report.notes.append(f"{key} grows from {found[0]} to {expected[0]} rows: the added [PAD] is their mean")
+    else:
+        plan.report.add("wrong_shape", part_of(key), f"{entry.key}: found {found}, expected {expected}")
+        return
+    plan.report.add("loaded", part_of(key), key)
+
+
+def _is_square(count: int) -> bool:
+    return int(count**0.5) ** 2 == count
+
+
+def _grows(key: str, source: Source) -> bool:
+    """Tell whether [PAD] may be added: to embeddings and head of a language model that never was ST-LLM's."""
+    return (
+        source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
+        and key.startswith("language_model.")
+        and key.endswith((".weight", ".bias"))
+    )
+
+
+def _may_be_fresh(key: str, sources: Sequence[Source], config: STLLMConfig, training: bool) -> bool:
+    part = part_of(key)
+    if part == "ln_vision" and not config.has_qformer and not any(source.is_whole_model for source in sources):
+        return True  # it lies in the Q-Former's file: as published, it starts as the identity without one
+    if not training:
+        return False
+    if not sources or part in FRESH_PARTS or "lora_" in key:
+        return True
+    given = any(
+        source.format in GIVES_PROJECTION or (source.format is Format.TRANSFORMERS_BLIP and source.is_whole_model)
+        for source in sources
+    )
+    return part == "projection" and not given
+
+
+def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
+    """Copy every planned weight into place, then initialise the rest and tie what is tied."""
+    total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
+    # disable=None: no bar where nobody looks; delay: none for what is quick
+    with tqdm(
+        desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
+    ) as bar:
+        for key, (source, entry) in plan.origins.items():
+            new = torch.empty_like(model.get_parameter_or_buffer(key), device=device, requires_grad=False)
+            _copy(source, entry, key, new)
+            _set_tensor(model, key, new, loaded=True)
+            bar.update(new.nbytes)
+            for target in source.table.targets(entry.key) if entry.target.num_parts > 1 else ():
+                if target.key is None and (part := target.take(source.weights.read(entry.key))).count_nonzero():
+                    raise UserError(
+                        f"{source.path}: {entry.key}: the encoder has no key bias, but this checkpoint's is not zero "
+                        f"(largest {part.abs().max().item():.3g}): it is not an EVA-ViT of the BLIP-2 line"
+                    )
+    tied = set(model.all_tied_weights_keys)
+    for key, old in [*model.named_parameters(), *model.named_buffers()]:
+        if old.is_meta and key not in tied:
+            _set_tensor(model, key, torch.empty_like(old, device=device), loaded=False)
+    model.initialize_weights()  # of what is not marked as loaded: fresh parts and computed buffers
+    if any("lora_" in key for key in plan.fresh):
+        from peft.tuners.lora import LoraLayer
+
+        for module in model.modules():  # peft's own start, no update at first; transformers would draw them like others
+            if isinstance(module, LoraLayer):
+                for adapter in module.active_adapters:
+                    module.reset_lora_parameters(adapter, init_lora_weights=True)
+    if tied:
+        model.tie_weights()
+    left = [key for key, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
+    assert not left, f"weights without memory: {left[:5]}"
+
+
+@torch.no_grad()
+def restore(model: STLLM, folder: Path) -> None:
+    """Copy a checkpoint in our format into the same model, in place. Raises UserError for weights that don't fit."""
+    plan = make_plan(model, [open_source(folder)])
+    if lacking := [*plan.report.keys("missing"), *plan.report.keys("wrong_shape")]:
+        more = f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
+        raise UserError(
+            f"{folder} does not hold all of the model's weights: {', '.join(lacking[:MAX_NAMED])}{more} are missing or "
+            "of another size; remove this folder to continue from the checkpoint before it, or name another one with "
+            "run.resume_from_checkpoint"
+        )
+    for key, (source, entry) in plan.origins.items():
+        _copy(source, entry, key, model.get_parameter_or_buffer(key))
+
+
+def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
+    """Copy one weight. new: of the model's shape, which may differ from the file's, see `_check_shape`."""
+    if entry.target.num_parts == 1 and entry.shape == tuple(new.shape):
+        source.weights.copy_to(entry.key, new)
+        return
+    tensor = entry.target.take(source.weights.read(entry.key))
+    if tensor.shape == new.shape:
+        new.copy_(tensor)
+    elif key == POS_EMBED:  # (1, 1+P, C): the class token is kept; without antialiasing, as published
+        side = int((new.shape[1] - 1) ** 0.5)
+        new.copy_(resample_abs_pos_embed(tensor.float(), [side, side], num_prefix_tokens=1, antialias=False))
+    else:  # the vocabulary grew: what is added is the mean of what was there
+        rows = len(tensor)
+        new[:rows].copy_(tensor)
+        new[rows:] = tensor.float().mean(dim=0).to(new.dtype)
+
+
+def _set_tensor(model: STLLM, key: str, tensor: Tensor, *, loaded: bool) -> None:
+    parent_name, _, name = key.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, name)
+    new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    new._is_hf_initialized = loaded  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
+    setattr(parent, name, new)

@@ -1,0 +1,124 @@
+"""The `model` section of a configuration: published key names to fields of `STLLMConfig`, and back."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from stllm.models.configuration import STLLMConfig
+
+Fields = dict[str, Any]
+
+PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later ones over earlier ones
+# published names -> ours; `settings_to_fields` groups `vision`, `qformer`, `llm`, LoRA and the mask rate
+RENAMED = {
+    "arch": "arch",
+    "has_qformer": "has_qformer",
+    "qformer_text_input": "qformer_text_input",
+    "num_query_token": "num_query_tokens",
+    "video_input": "video_input",
+    "residual_size": "residual_size",
+    "residual_bottleneck": "residual_bottleneck",
+    "num_frames": "num_frames",
+    "use_mask": "use_mask",
+    "use_mvm": "use_mvm",
+    "mvm_decode": "mvm_decode",
+    "freeze_vit": "freeze_vit",
+    "freeze_qformer": "freeze_qformer",
+    "freeze_LLM": "freeze_llm",
+    "vit_chunk_size": "vit_chunk_size",
+    "template": "template",
+    "system": "system",
+    "max_txt_len": "max_txt_len",
+    "end_sym": "end_sym",
+}
+VISION_RENAMED = {"vit_model": "encoder", "image_size": "image_size", "drop_path_rate": "drop_path_rate"}
+
+
+def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
+    """Return the `model` section's settings as fields of `STLLMConfig`; a key that is None or absent sets nothing."""
+    given = _set(settings)
+    fields: Fields = {ours: given[theirs] for theirs, ours in RENAMED.items() if theirs in given}
+    qformer = _set(given.get("qformer"))
+    if "dropout" in qformer:
+        qformer["hidden_dropout_prob"] = qformer["attention_probs_dropout_prob"] = qformer.pop("dropout")
+    vision = {ours: given[theirs] for theirs, ours in VISION_RENAMED.items() if theirs in given}
+    groups = {
+        "vision_config": vision | _set(given.get("vision")),
+        "qformer_config": qformer,
+        "text_config": _set(given.get("llm")),
+        "mask_rate": {
+            name: given[f"mask_rate_{name}"] for name in ("mean", "std", "min", "max") if f"mask_rate_{name}" in given
+        },
+    }
+    fields |= {name: group for name, group in groups.items() if group}
+    if given.get("lora_r"):
+        fields["lora"] = {
+            "r": given["lora_r"],
+            "alpha": given.get("lora_alpha", 16),
+            "dropout": given.get("lora_dropout", 0.05),
+            "target_modules": list(given.get("lora_target_modules", ("q_proj", "v_proj"))),
+        }
+    elif "lora_r" in given:
+        fields["lora"] = None
+    return fields
+
+
+def _set(values: Mapping[str, Any] | None) -> Fields:
+    return {str(key): value for key, value in (values or {}).items() if value is not None}
+
+
+def published_settings(config: "STLLMConfig") -> Fields:
+    """Return a configuration under the published key names that `settings_to_fields` reads, without sizes and LoRA."""
+    settings: Fields = {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
+    settings |= {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}
+    return settings | {f"mask_rate_{name}": value for name, value in config.mask_rate.items()}
+
+
+def model_section(cfg: "DictConfig | Mapping[str, Any]") -> Fields:
+    """Return the `model` section as a plain dictionary, from a whole configuration or from the section itself."""
+    from omegaconf import DictConfig, OmegaConf
+
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    assert isinstance(plain, dict)  # a configuration is a mapping
+    section = plain.get("model", plain)
+    return {str(key): value for key, value in section.items()}
+
+
+def piece_paths(settings: Mapping[str, Any]) -> list[str]:
+    """List the weights that the section names, in reading order; a file named twice is read once."""
+    named = [settings[name] for name in PIECES if settings.get(name)]
+    return [path for place, path in enumerate(named) if path not in named[place + 1 :]]
+
+
+def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str] = ()) -> Fields:
+    """Return what the user's YAML and options set in the model section, checked, without the defaults below them.
+
+    The shipped defaults of a `model_type` that the user names count as set. Raises UserError as `load_config` does.
+    """
+    from omegaconf import OmegaConf
+
+    from stllm.common.config import DEFAULT_MODEL, SHIPPED, load_config, yaml_layer, yaml_layers
+
+    if cfg_path is None and not options:
+        return {}
+    cfg = load_config(cfg_path, options, model_type=DEFAULT_MODEL)
+    raw: list[Any] = [layer.values for layer in yaml_layers(cfg_path)] if cfg_path is not None else []
+    raw.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(options))))
+    said = [layer.get("model") or {} for layer in raw]
+    if any("model_type" in layer for layer in said):
+        said.insert(0, yaml_layer(SHIPPED / f"{cfg.model.model_type}.yaml").values["model"])
+    model = OmegaConf.to_container(cfg.model)
+    assert isinstance(model, dict)  # the section is a mapping
+    explicit: Fields = {}
+    for layer in said:
+        for key, value in layer.items():
+            if key not in model:
+                continue
+            resolved = model[key]
+            # `llm` is free-form, so all of it was set; of `vision` and `qformer`, the named sizes
+            part = {name: resolved[name] for name in value} if isinstance(value, dict) and key != "llm" else None
+            explicit[key] = resolved if part is None else {**explicit.get(key, {}), **part}
+    return explicit

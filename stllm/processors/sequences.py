@@ -1,0 +1,78 @@
+"""Prompts' ids to the model's arguments: placeholders expanded, rows padded, every position counted.
+
+All that the model needs to place and find tokens is worked out here, on the CPU, so that no device is asked for it.
+B prompts, S positions of a row, N visual tokens of a clip, V of the whole batch. Positions are those of the flattened
+(B*S) or (B*N), row after row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+VISUAL_TOKEN_ID = -200  # the place of a visual token in input_ids; in no vocabulary
+IGNORE_INDEX = -100  # labels that carry no loss
+
+
+def pad_sequences(
+    rows: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    num_visual: Sequence[int | None] | None = None,
+    labels: Sequence[Sequence[int]] | None = None,
+    side: str = "right",
+) -> dict[str, Tensor]:
+    """Expand the placeholders and pad the rows to one length.
+
+    rows: ids, with one `VISUAL_TOKEN_ID` where a row's visual tokens go; it becomes `num_visual` of them.
+    num_visual: of each row; None for text alone. labels: as long as their rows. side: left for generation.
+    Returns input_ids and attention_mask (B, S); visual_positions (V,); with labels also labels (B, S) and
+    label_positions, the positions from which a labelled token is predicted.
+    Raises ValueError for a row with other than one placeholder, or with one and no visual tokens.
+    """
+    counts = [None] * len(rows) if num_visual is None else num_visual
+    ids, repeats = [], []
+    for row, count in zip(rows, counts, strict=True):
+        if (found := list(row).count(VISUAL_TOKEN_ID)) != (expected := int(count is not None)):
+            raise ValueError(f"a prompt has {found} places for visual tokens, expected {expected}")
+        ids.append(torch.tensor(row, dtype=torch.long))
+        repeats.append(torch.where(ids[-1] == VISUAL_TOKEN_ID, count or 0, 1))
+
+    def padded(tensors: Sequence[Tensor], value: int) -> Tensor:
+        expanded = [tensor.repeat_interleave(times) for tensor, times in zip(tensors, repeats, strict=True)]
+        return pad_sequence(expanded, batch_first=True, padding_value=value, padding_side=side)
+
+    batch = {"input_ids": padded(ids, pad_id), "attention_mask": padded([torch.ones_like(row) for row in ids], 0)}
+    batch["visual_positions"] = (batch["input_ids"] == VISUAL_TOKEN_ID).flatten().nonzero()[:, 0]
+    if labels is not None:
+        batch["labels"] = padded([torch.tensor(row, dtype=torch.long) for row in labels], IGNORE_INDEX)
+        following = batch["labels"].roll(-1, dims=1)
+        following[:, -1] = IGNORE_INDEX
+        batch["label_positions"] = (following != IGNORE_INDEX).flatten().nonzero()[:, 0]
+    return batch
+
+
+def training_sequences(
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    num_visual: int | None,
+    dropped: Tensor | None = None,
+) -> dict[str, Any]:
+    """Arguments of `STLLM.forward` for prompts of one kind: `pad_sequences`, and what dynamic masking adds.
+
+    num_visual: N; None for text alone. dropped: (B, N) bool, the visual tokens that are left out. It adds kept, the
+    positions of the others in (B*N), and teacher, the `pad_sequences` of prompts with all visual tokens and no text
+    after them: attention is causal, so nothing after the last visual token can change the teacher's states of them.
+    """
+    if dropped is None:
+        return pad_sequences(rows, pad_id=pad_id, labels=labels, num_visual=[num_visual] * len(rows))
+    whole = [list(row)[: list(row).index(VISUAL_TOKEN_ID) + 1] for row in rows]
+    return {
+        **pad_sequences(rows, pad_id=pad_id, labels=labels, num_visual=(~dropped).sum(dim=1).tolist()),
+        "kept": (~dropped).flatten().nonzero()[:, 0],
+        "teacher": pad_sequences(whole, pad_id=pad_id, num_visual=[num_visual] * len(rows)),
+    }

@@ -1,0 +1,129 @@
+"""Predictions for a judge: both spellings, the lines of `stllm evaluate`, what is left out and what is refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from stllm.common.errors import UserError
+from stllm.judge.predictions import JudgeItem, read_predictions
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Writes records as a list, or as lines, and reads them for an axis."""
+
+    def write_and_read(records: list[Any], axis: str, *, lines: bool = False):
+        path = tmp_path / ("p.jsonl" if lines else "p.json")
+        path.write_text("\n".join(map(json.dumps, records)) if lines else json.dumps(records))
+        return read_predictions(str(path), axis)
+
+    return write_and_read
+
+
+def line(number: int, task: str = "generic", **fields: Any) -> dict[str, Any]:
+    """A line of `stllm evaluate`."""
+    known = {
+        "id": f"{task}-{number}",
+        "task": task,
+        "video": f"v{number}",
+        "question": "q?",
+        "answer": "a",
+        "error": "",
+    }
+    return {**known, "prediction": "p", **fields}
+
+
+def test_official_vcgbench_lists(read) -> None:
+    record = {"Q": "q?", "A": "a", "pred": "p", "video_name": "v_x"}
+    found = read([record, {**record, "Q": "r?"}, {**record, "video_name": "v_y"}], "temporal").items
+    assert [item.key for item in found] == ["v_x_0", "v_x_1", "v_y_0"]
+    assert [item.name for item in found] == ["v_x_0", "v_x_1", "v_y_0"]
+    assert found[1] == JudgeItem("v_x_1", "v_x_1", "r?", "a", "p")
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("names", [("id", "pred"), ("question_id", "prediction")])
+def test_videoqa_in_both_spellings(read, names, lines) -> None:
+    records = [{names[0]: number, "question": "q?", "answer": 3, names[1]: ""} for number in (7, 8)]
+    found = read(records, "qa", lines=lines).items
+    assert [(item.key, item.answer, item.prediction) for item in found] == [("7_0", "3", ""), ("8_0", "3", "")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"Q1": "one?", "Q2": "two?", "A": "a", "pred1": "p", "pred2": "r", "video_name": "v"},
+        {"question": ["one?", "two?"], "answer": "a", "prediction": ["p", "r"], "video_name": "v"},
+        {"question1": "one?", "question2": "two?", "answer": "a", "prediction1": "p", "prediction2": "r", "id": "v"},
+    ],
+)
+def test_consistency_has_two_questions(read, record) -> None:
+    assert read([record], "consistency").items == (JudgeItem("v_0", "v_0", ["one?", "two?"], "a", ["p", "r"]),)
+
+
+def test_lines_of_evaluate_are_told_by_their_task(read) -> None:
+    lines = [line(1), line(2, "temporal"), line(3, "consistency", question=["q", "r"], prediction=["p", "p"])]
+    for axis in ("correctness", "detail", "context"):
+        assert [item.key for item in read(lines, axis, lines=True).items] == ["generic-1"]
+    assert [item.key for item in read(lines, "temporal", lines=True).items] == ["temporal-2"]
+    assert read(lines, "consistency", lines=True).items[0].prediction == ["p", "p"]
+
+
+def test_official_names_go_by_video_in_vcgbench_and_by_id_in_videoqa(read) -> None:
+    lines = [line(1, video_name="v"), line(2, video_name="v")]
+    assert [item.name for item in read(lines, "detail").items] == ["v_0", "v_1"]
+    questions = [{"id": 5, "task": "", "video": "v", "question": "q", "answer": "a", "prediction": "p"}]
+    assert [item.name for item in read(questions, "qa").items] == ["5_0"]
+
+
+def test_what_cannot_be_judged_is_listed_apart(read) -> None:
+    lines = [
+        line(1),
+        line(2, error="v2.mp4: no such video", prediction=None),
+        line(3, answer=" "),
+        line(4, prediction=None),
+    ]
+    found = read(lines, "detail", lines=True)
+    assert [item.key for item in found.items] == ["generic-1"]
+    assert found.unanswered == {
+        "generic-2": "v2.mp4: no such video",
+        "generic-3": "the ground truth has an empty answer",
+        "generic-4": "the prediction or question is null",
+    }
+
+
+def test_the_later_line_of_an_id_counts(read) -> None:
+    lines = [line(1, error="decoding failed"), line(2), line(1, prediction="now")]
+    found = read(lines, "detail", lines=True)
+    assert {item.key: item.prediction for item in found.items} == {"generic-1": "now", "generic-2": "p"}
+    assert found.unanswered == {}
+
+
+@pytest.mark.parametrize(
+    ("records", "axis", "why"),
+    [
+        ([], "detail", "the file is empty"),
+        ([line(1, "temporal")], "detail", "its tasks are temporal.*with its generic part"),
+        ([line(1)], "qa", "its tasks are generic.*VideoQA"),
+        ([line(1, "Action Count")], "detail", "its tasks are Action Count"),
+        ([{"Q": "q", "A": "a", "video_name": "v"}], "detail", "record 1: found 0 predictions"),
+        ([{"Q1": "q", "Q2": "r", "A": "a", "pred1": "p", "pred2": "p", "id": 1}], "detail", "found 2 questions"),
+        ([{"Q": "q", "A": "a", "pred": "p", "id": 1}], "consistency", "found 1 questions.*needs 2"),
+        ([{"question": "q", "pred": "p", "id": 1}], "qa", "found no answer"),
+        ([{"question": "q", "answer": "a", "pred": "p"}], "qa", "found none of id, question_id"),
+        (["text"], "qa", 'record 1: found "text"'),
+    ],
+)
+def test_other_files_are_refused_in_a_sentence(read, records, axis, why) -> None:
+    with pytest.raises(UserError, match=why):
+        read(records, axis)
+
+
+def test_a_missing_and_a_torn_file_are_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="no such"):
+        read_predictions(str(tmp_path / "absent.json"), "qa")
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text(json.dumps(line(1)) + '\n{"id": "gene')
+    with pytest.raises(UserError, match="line 2"):
+        read_predictions(str(torn), "detail")

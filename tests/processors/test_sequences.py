@@ -1,0 +1,58 @@
+"""Prompts' ids to batches: placeholders expanded, padding, positions."""
+
+import pytest
+import torch
+
+from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences, training_sequences
+
+V = VISUAL_TOKEN_ID
+PAD = 0
+
+
+def test_the_placeholder_becomes_as_many_as_there_are_visual_tokens() -> None:
+    batch = pad_sequences([[5, V, 6, 7]], pad_id=PAD, num_visual=[3], labels=[[-100, -100, 6, 7]])
+    assert batch["input_ids"].tolist() == [[5, V, V, V, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1] * 6]
+    assert batch["labels"].tolist() == [[-100, -100, -100, -100, 6, 7]]
+    assert batch["visual_positions"].tolist() == [1, 2, 3]
+    assert batch["label_positions"].tolist() == [3, 4]  # from where they are predicted
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_different_length_are_padded_on_that_side(side: str) -> None:
+    """With one visual token, with three, with none that are left, and text alone."""
+    rows = [[V, 6], [5, V], [V, 7], [8]]
+    batch = pad_sequences(rows, pad_id=PAD, num_visual=[1, 3, 0, None], side=side)
+    left = [[0, 0, V, 6], [5, V, V, V], [0, 0, 0, 7], [0, 0, 0, 8]]
+    expected = torch.tensor(left if side == "left" else [sorted(row, key=lambda i: i == PAD) for row in left])
+    assert batch["input_ids"].equal(expected)
+    assert batch["attention_mask"].equal((expected != PAD).long())
+    assert expected.flatten()[batch["visual_positions"]].tolist() == [V] * 4
+    assert "labels" not in batch
+
+
+def test_a_label_at_a_rows_beginning_is_never_predicted() -> None:
+    batch = pad_sequences([[4, 5, 6], [7, 8]], pad_id=PAD, labels=[[IGNORE_INDEX, 5, 6], [7, 8]])
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 5, 6], [7, 8, IGNORE_INDEX]]
+    assert batch["label_positions"].tolist() == [0, 1, 3]
+    assert not len(batch["visual_positions"])
+
+
+@pytest.mark.parametrize(("row", "count"), [([4, 5], 1), ([V, V], 1), ([4, V], None)])
+def test_rows_with_visual_tokens_have_one_placeholder_and_others_none(row: list[int], count: int | None) -> None:
+    found, expected = row.count(V), int(count is not None)
+    with pytest.raises(ValueError, match=f"{found} places for visual tokens, expected {expected}"):
+        pad_sequences([row], pad_id=PAD, num_visual=[count])
+
+
+def test_masking_shortens_the_prompts_and_the_teacher_ends_at_the_last_visual_token() -> None:
+    rows, labels = [[5, V, 6], [V, 7, 8, 9]], [[-100, -100, 6], [-100, 7, 8, 9]]
+    dropped = torch.tensor([[True, False, False], [False, True, False]])
+    batch = training_sequences(rows, labels, pad_id=PAD, num_visual=3, dropped=dropped)
+    teacher = batch.pop("teacher")
+    assert batch.pop("kept").tolist() == [1, 2, 3, 5]  # of the six of both
+    plain = pad_sequences(rows, pad_id=PAD, num_visual=[2, 2], labels=labels)
+    assert batch.keys() == plain.keys() and all(batch[name].equal(plain[name]) for name in plain)
+    assert teacher["input_ids"].tolist() == [[5, V, V, V], [V, V, V, PAD]]
+    assert teacher["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert teacher["visual_positions"].tolist() == [1, 2, 3, 4, 5, 6]
