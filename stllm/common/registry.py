@@ -85,11 +85,11 @@ class Registry(Generic[T]):
 models: Registry[Any] = Registry("model", modules=("stllm.models.st_llm",))
 vision_encoders: Registry[Any] = Registry("vision encoder", modules=("stllm.models.vision",))
 video_inputs: Registry[Any] = Registry("video input", modules=("stllm.models.video_inputs",))
-processors: Registry[Any] = Registry("processor", modules=("stllm.processors.vision",))
+processors: Registry[Any] = Registry("processor", modules=("stllm.processors.transforms",))
 datasets: Registry[Any] = Registry("data set type", modules=("stllm.datasets.instruction", "stllm.datasets.image_text"))
-tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it", "stllm.tasks.toy_seeing"))
+tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it", "stllm.toy.task"))
 runners: Registry[Any] = Registry("runner", modules=("stllm.runners.train",))
-readers: Registry[Any] = Registry("reader", modules=("stllm.datasets.readers",))
+readers: Registry[Any] = Registry("reader", modules=("stllm.media.open",))
 benchmarks: Registry[Any] = Registry(
     "benchmark",
     modules=(
@@ -98,4 +98,4 @@ benchmarks: Registry[Any] = Registry(
         "stllm.evaluation.benchmarks.videoqa",
     ),
 )
-templates: Registry[Any] = Registry("prompt template", modules=("stllm.conversation.templates",))
+templates: Registry[Any] = Registry("prompt template", modules=("stllm.processors.templates",))

@@ -15,7 +15,7 @@ from typing import Any
 from stllm.common.errors import UserError
 from stllm.common.json_text import loads
 from stllm.datasets.annotations import FOREIGN, AnnotationError, Fields, bounds_of, json_values, read_file, text_of
-from stllm.datasets.sampling import Bounds
+from stllm.media.sampling import Bounds
 
 TRAINING = "training data"
 MARKS = {"QA": TRAINING, "caption": TRAINING, **FOREIGN}  # the fields that tell formats apart

@@ -17,6 +17,7 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.jsonl import naming_full_disk
+from stllm.common.processes import process_group
 from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results
@@ -27,7 +28,6 @@ from stllm.evaluation.results import Outcome
 from stllm.evaluation.runs import Runs
 from stllm.models.checkpoints.infer_config import open_model
 from stllm.models.settings import explicit_settings
-from stllm.runners.processes import process_group
 
 SHOWN_FAILURES = 3
 Probe = Callable[[Runs, str, Loaded, Outcome | None], str | None]  # see probe_views

@@ -25,6 +25,7 @@ from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path, write_text
 from stllm.common.jsonl import Appender, naming_full_disk
+from stllm.common.processes import num_decoders, wait_for_all
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
@@ -35,7 +36,6 @@ from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.models.checkpoints.infer_config import Opened
 from stllm.models.checkpoints.load import load_opened, processor_of
 from stllm.processors.prompts import PromptProcessor
-from stllm.runners.processes import num_decoders, wait_for_all
 
 log = logging.getLogger(__name__)
 

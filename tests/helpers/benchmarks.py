@@ -6,10 +6,10 @@ from string import ascii_uppercase
 
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import PromptTemplate, Turn
 from stllm.datasets.faults import Fault
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Loaded, Record
 from stllm.evaluation.benchmarks.mvbench import MVBench
+from stllm.processors.templates import PromptTemplate, Turn
 
 OPTIONS = ("up", "down", "left", "right")
 

@@ -16,9 +16,9 @@ from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import PromptTemplate
 from stllm.datasets.faults import Fault, Medium
 from stllm.evaluation.benchmarks.multiple_choice import Record, accuracies
+from stllm.processors.templates import PromptTemplate
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,7 @@ from stllm.common.errors import UserError, did_you_mean
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
-from stllm.conversation.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
 from stllm.conversation.requests import Request
-from stllm.conversation.templates import PromptTemplate, Turn
 from stllm.datasets.annotations import Fields, text_of
 from stllm.datasets.faults import (
     Fault,
@@ -35,6 +33,8 @@ from stllm.datasets.faults import (
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
 from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chosen_tasks
 from stllm.evaluation.benchmarks.multiple_choice import by_task, gold_option, official_match, strict_match, tally
+from stllm.processors.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
+from stllm.processors.templates import PromptTemplate, Turn
 
 EXPECTED = "a JSON list of {video, question, candidates, answer}"
 SHOWN_IDS = 5  # of the items that a note is about

@@ -11,11 +11,11 @@ from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
-from stllm.conversation.templates import PromptTemplate
 from stllm.datasets.annotations import text_of
 from stllm.datasets.faults import Fault, check_item, records_of
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
 from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chosen_tasks, open_requests
+from stllm.processors.templates import PromptTemplate
 
 CONSISTENCY = "consistency"
 QUESTIONS = {"generic": ("Q",), "temporal": ("Q",), CONSISTENCY: ("Q1", "Q2")}  # the fields of each part

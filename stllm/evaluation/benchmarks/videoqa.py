@@ -15,11 +15,11 @@ from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
-from stllm.conversation.templates import PromptTemplate
 from stllm.datasets.annotations import Fields, read_file, text_of
 from stllm.datasets.faults import Fault, check_item, records_of
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
 from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, open_requests
+from stllm.processors.templates import PromptTemplate
 
 EXPECTED = "a JSON list of {question, answer, video_name or video or video_id}, or TGIF-QA's table of them"
 ID_KEYS = ("question_id", "id")

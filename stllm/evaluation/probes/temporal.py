@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stllm.datasets.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 from stllm.evaluation.benchmarks.base import Loaded, Record
 from stllm.evaluation.benchmarks.multiple_choice import by_task, share, tally
 from stllm.evaluation.probes.turned_round import TURNED, turned_report, turned_round, turned_scores, turned_sentence
@@ -17,6 +16,7 @@ from stllm.evaluation.reports.significance import paired
 from stllm.evaluation.reports.tables import MISSING, percent, table
 from stllm.evaluation.results import Outcome, write_probe
 from stllm.evaluation.runs import Runs
+from stllm.media.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 
 LEVEL = 0.05
 ORDER_TASKS = (  # of MVBench, those whose answer may change with the order of frames; a choice of ours
@@ -61,7 +61,7 @@ def probe_views(runs: Runs, name: str, loaded: Loaded, plain: Outcome | None) ->
 
 
 def viewed(loaded: Loaded, view: str) -> Loaded:
-    """The benchmark with every clip under that view (datasets/views.py). Raises UserError for an unknown one."""
+    """The benchmark with every clip under that view (media/views.py). Raises UserError for an unknown one."""
     return replace(
         loaded,
         items=[

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stllm.datasets.views import FORWARD, REVERSED
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.benchmarks.multiple_choice import by_task, tally
 from stllm.evaluation.reports.tables import percent, table
+from stllm.media.views import FORWARD, REVERSED
 
 TURNED = "turned"  # the variant's name
 EVERY = "all of them"

@@ -14,9 +14,9 @@ import pytest
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks, templates
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import BOS, VISUAL
 from stllm.evaluation.benchmarks.base import Item, Loaded, system_of
 from stllm.processors.sequences import VISUAL_TOKEN_ID
+from stllm.processors.templates import BOS, VISUAL
 from tests.evaluation.benchmarks.test_presets import preset
 from tests.processors.test_prompts import FOLDERS
 from tests.processors.test_prompts import processor as load_processor

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from stllm.datasets.views import VIEWS, view_order
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.probes.permutation import (
     num_rotations,
@@ -18,6 +17,7 @@ from stllm.evaluation.probes.permutation import (
 )
 from stllm.evaluation.probes.temporal import probe_bars, probe_report, probe_scores, viewed
 from stllm.evaluation.reports.charts import bars_figure
+from stllm.media.views import VIEWS, view_order
 from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, lines_of
 
 ORDERED, OTHER = "Moving Direction", "Object Existence"

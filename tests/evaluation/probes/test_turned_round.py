@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from stllm.datasets.views import VIEWS
 from stllm.evaluation.benchmarks.base import Item
 from stllm.evaluation.probes.temporal import ORDER_TASKS, probe_report, probe_scores, viewed
 from stllm.evaluation.probes.turned_round import turned_item, turned_round
+from stllm.media.views import VIEWS
 from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, lines_of
 
 
