@@ -23,7 +23,7 @@ from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.models.configuration import MASK_RATE_DEFAULTS, STLLMConfig
 from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
-from stllm.processors.vision import TrainTransform
+from stllm.processors.transforms import TrainTransform
 from stllm.runners.trainer import KeyedLoader
 from tests.helpers.videos import write_video
 

@@ -17,12 +17,12 @@ from typing import Any
 from benchmarks.common import arguments, report, resident_bytes
 from benchmarks.reuse import new_chat, new_model
 from stllm.common.device import resolve_device
+from stllm.common.processes import num_decoders
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media
 from stllm.evaluation.engine import Engine
 from stllm.evaluation.items import Item
-from stllm.runners.processes import num_decoders
 from tests.helpers.benchmarks import Asking
 from tests.helpers.videos import write_video
 

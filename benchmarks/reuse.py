@@ -17,10 +17,10 @@ from benchmarks.common import arguments, report
 from stllm.common.device import resolve_device
 from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.templates import Turn
 from stllm.models.configuration import STLLMConfig
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.templates import Turn
 from tests.helpers.videos import write_video
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"

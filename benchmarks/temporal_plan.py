@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from stllm.common.config import load_config
 from stllm.common.registry import video_inputs
-from stllm.datasets.toy_tasks import RARE, TASKS
 from stllm.evaluation.mvbench_tasks import MVBenchTask, task_of
+from stllm.toy.tasks import RARE, TASKS
 
 PARTS = 4  # checkpoints of the part without masks
 LONG_PATH = f"video/{RARE.corpus}/packed.json"

@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 
 from benchmarks.temporal_plan import ALL, Plan, Variant, recipe
 from stllm.common.files import write_text
-from stllm.datasets.toy_tasks import RARE
 from stllm.evaluation.results import write_json
 from stllm.runners.run_folder import RunFolder
+from stllm.toy.tasks import RARE
 
 Result = dict[str, Any]
 MAX_NEW_TOKENS = 16  # an option's letter and text

@@ -12,8 +12,8 @@ settings.load_profile("unhurried")
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small toy world, made once."""
-    from stllm.datasets.toy_language import LLAMA
-    from stllm.datasets.toy_world import write_world
+    from stllm.toy.language import LLAMA
+    from stllm.toy.world import write_world
 
     folder = tmp_path_factory.mktemp("toy") / "world"
     with pytest.MonkeyPatch.context() as patch:  # less sharp than the recipes': two runs' rounding stays rounding

@@ -20,10 +20,10 @@ from stllm.cli import main
 from stllm.common import config, evaluation_section, registry
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
-from stllm.conversation import templates
 from stllm.evaluation import videoqa
 from stllm.models import st_llm, video_inputs, vision
 from stllm.models.build import build_model
+from stllm.processors import templates
 from tests.evaluation import test_presets
 from tests.helpers.evaluation import CHECKPOINT, QUICK, lines, write_set
 from tests.helpers.tiny import tiny_batch
@@ -40,14 +40,14 @@ REGISTRIES = [value for value in vars(registry).values() if isinstance(value, re
 BLOCKS: dict[str, str] = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", TEXT, re.M | re.S))
 EXTENDED = (
     *("stllm/models/video_inputs.py", "stllm/models/vision.py", "stllm/models/st_llm.py"),
-    *("stllm/conversation/templates.py", "tests/models/test_language_model.py", "stllm/evaluation/videoqa.py"),
+    *("stllm/processors/templates.py", "tests/models/test_language_model.py", "stllm/evaluation/videoqa.py"),
 )
 # the key of `model` that takes an example's name -> that name, the file, its module, the visual tokens of 16 frames
 NAMED: dict[str, tuple[str, str, ModuleType, int]] = {
     "video_input": ("stride", "stllm/models/video_inputs.py", video_inputs, 16),
     "vit_model": ("eva_smoothed", "stllm/models/vision.py", vision, 32),
     "arch": ("st_llm_light_mvm", "stllm/models/st_llm.py", st_llm, 32),
-    "template": ("vicuna", "stllm/conversation/templates.py", templates, 32),
+    "template": ("vicuna", "stllm/processors/templates.py", templates, 32),
 }
 
 

@@ -114,14 +114,14 @@ def _toy_fault(args: argparse.Namespace) -> str | None:
 COMMANDS = {
     "doctor": Command(
         help="checks data before hours are spent: what is missing, unreadable, empty, wrongly bounded or ambiguous",
-        target="stllm.datasets.doctor:run",
+        target="stllm.doctor.doctor:run",
         add_options=_doctor_options,
         example="stllm doctor --anno-path train.json --video-dir videos --format vc2",
         check=_doctor_fault,
     ),
     "toy": Command(
         help="writes the toy world: real mp4 files with VideoChat2-IT and MVBench annotations",
-        target="stllm.datasets.toy_world:run",
+        target="stllm.toy.world:run",
         add_options=_toy_options,
         example="stllm toy --output toy_world --num-train 2000 --num-test 400 --seed 1",
         check=_toy_fault,

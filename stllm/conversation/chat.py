@@ -26,13 +26,13 @@ from stllm.conversation.evidence import Evidence, measure_evidence
 from stllm.conversation.requests import Answer, Media, Request, Stamp
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
 from stllm.conversation.streaming import StopWhen, stream_answer
-from stllm.conversation.templates import Turn
-from stllm.datasets.media import Clip
+from stllm.media.clip import Clip
 from stllm.models.configuration import STLLMConfig
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences
-from stllm.processors.vision import EvalTransform
+from stllm.processors.templates import Turn
+from stllm.processors.transforms import EvalTransform
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from stllm.common.errors import UserError
 from stllm.conversation.context import PUBLISHED, check_context
-from stllm.conversation.templates import PromptTemplate
+from stllm.processors.templates import PromptTemplate
 
 MIN_TEMPERATURE = 1e-5  # chosen here, vLLM's value too; scores divided by less than about 1e-36 overflow
 

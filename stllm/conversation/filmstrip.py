@@ -15,7 +15,7 @@ from stllm.common.files import replacing
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Media
 from stllm.conversation.seeing import ClipReader
-from stllm.processors.vision import EvalTransform
+from stllm.processors.transforms import EvalTransform
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,10 @@ from typing import Any
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
 from stllm.conversation.context import NOTHING_CUT, Cut
-from stllm.conversation.templates import VISUAL, Turn
-from stllm.datasets.media import check_clip
-from stllm.datasets.sampling import Bounds
-from stllm.datasets.views import FORWARD, check_view
+from stllm.media.clip import check_clip
+from stllm.media.sampling import Bounds
+from stllm.media.views import FORWARD, check_view
+from stllm.processors.templates import VISUAL, Turn
 
 Stamp = tuple[Any, ...]  # of a medium and its file as it is at one moment
 
@@ -27,8 +27,8 @@ class Media:
     num_frames: None for the model's usual number; start, end: seconds, None for the whole; reader: see open_media.
     own_times: the frames whose own times lie within start and end, as a viewer means it; else those that the average
         rate puts there, as the benchmarks' scripts do, and the sampling rule `segment` always.
-    sampling: a rule of datasets/sampling.py; fps: of a frame folder; view: how the frames are shown, of
-        datasets/views.py.
+    sampling: a rule of media/sampling.py; fps: of a frame folder; view: how the frames are shown, of
+        media/views.py.
     """
 
     path: str

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from stllm.conversation.context import ALL, NOTHING_CUT, PUBLISHED, Cut, has_position_table, room
 from stllm.conversation.requests import Media, Request, RequestError
-from stllm.datasets.media import Clip, load_clip
+from stllm.media.clip import Clip, load_clip
 from stllm.processors.sequences import VISUAL_TOKEN_ID
-from stllm.processors.vision import FrameTransform
+from stllm.processors.transforms import FrameTransform
 
 
 def _no_time() -> Mapping[str, float]:

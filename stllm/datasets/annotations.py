@@ -21,9 +21,9 @@ import numpy as np
 from stllm.common.errors import UserError
 from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular, replacing, user_path
 from stllm.common.json_text import loads
-from stllm.conversation.templates import Turn
 from stllm.datasets.records import Record
-from stllm.datasets.sampling import Bounds
+from stllm.media.sampling import Bounds
+from stllm.processors.templates import Turn
 
 MAX_TEXT = 1_000_000  # characters of a question or an answer; no model reads as many tokens
 KINDS = ("video", "image", "text")

@@ -15,8 +15,8 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.registry import datasets, readers
 from stllm.datasets.mixture import Source
-from stllm.datasets.sampling import sample_indices
-from stllm.processors.vision import EvalTransform, TrainTransform
+from stllm.media.sampling import sample_indices
+from stllm.processors.transforms import EvalTransform, TrainTransform
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "datasets"
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.bad_samples import failure_of, load_within
 from stllm.datasets.features import FeatureSource, FeatureWriter
-from stllm.datasets.media_info import MediaError
+from stllm.datasets.replacement import failure_of, load_within
 from stllm.datasets.samples import Corpus, Failure, SampleKey
+from stllm.media.info import MediaError
 
 
 class DistinctClip(NamedTuple):

@@ -20,11 +20,11 @@ from torch import Tensor
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
 from stllm.common.json_text import loads
-from stllm.datasets.media_info import MediaError
 from stllm.datasets.records import Record
 from stllm.datasets.samples import Corpus, Sample
-from stllm.datasets.sampling import Bounds
-from stllm.datasets.time_bound import now_reading
+from stllm.media.info import MediaError
+from stllm.media.sampling import Bounds
+from stllm.media.time_bound import now_reading
 
 STAGES = ("vit", "qformer")  # (T, 1+P, C) of the frozen encoder; (T, K, Q) of a Q-Former that reads no text
 INDEX = "index.json"

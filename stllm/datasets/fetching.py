@@ -17,7 +17,7 @@ from typing import IO
 
 from stllm.common.errors import UserError
 from stllm.common.files import replacing
-from stllm.datasets.media_info import MediaError
+from stllm.media.info import MediaError
 
 PIPE = "pipe"
 FIRST_SECONDS = 15.0  # until the first byte arrives; without a network some programs try again for minutes

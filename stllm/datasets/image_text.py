@@ -19,16 +19,16 @@ from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.json_text import loads
 from stllm.common.registry import datasets
-from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
-from stllm.datasets.image_text_shards import GIB, Content, ShardReader, is_remote
-from stllm.datasets.media_info import MediaError, warn_once
-from stllm.datasets.picture_readers import decode_image
 from stllm.datasets.samples import Sample, SampleKey
 from stllm.datasets.shard_names import expand_shards
-from stllm.datasets.time_bound import now_reading
-from stllm.processors.vision import ClipTransform
+from stllm.datasets.shards import GIB, Content, ShardReader, is_remote
+from stllm.media.images import decode_image
+from stllm.media.info import MediaError, warn_once
+from stllm.media.time_bound import now_reading
+from stllm.processors.templates import Turn
+from stllm.processors.transforms import ClipTransform
 
 
 @datasets.register("image_text")

@@ -14,13 +14,13 @@ from torch import Tensor
 from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
-from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.features import FeatureStore, feature_key, frame_settings
-from stllm.datasets.media import MediaError, load_clip
 from stllm.datasets.records import Record, Records
 from stllm.datasets.samples import Sample, SampleKey
-from stllm.processors.vision import ClipTransform
+from stllm.media.clip import MediaError, load_clip
+from stllm.processors.templates import Turn
+from stllm.processors.transforms import ClipTransform
 
 
 @datasets.register("instruction")

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from stllm.common.errors import UserError
-from stllm.datasets.bad_samples import load_with_replacement
+from stllm.datasets.replacement import load_with_replacement
 from stllm.datasets.samples import Corpus, LengthCheck, Sample, SampleKey, Stream, keyed_numpy
 
 

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
-from stllm.conversation.templates import Turn
-from stllm.datasets.sampling import Bounds
+from stllm.media.sampling import Bounds
+from stllm.processors.templates import Turn
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stllm.conversation.templates import Turn
+from stllm.processors.templates import Turn
 
 
 class SampleKey(NamedTuple):

@@ -19,9 +19,9 @@ from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Request, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
-from stllm.datasets.media import Clip
-from stllm.datasets.time_bound import StorageError, read_within
 from stllm.evaluation.items import Benchmark, Item, Record
+from stllm.media.clip import Clip
+from stllm.media.time_bound import StorageError, read_within
 
 CLIPS_AHEAD = 2  # that each worker holds ready
 BATCHES_SORTED = 4  # that wait to be put together by length

@@ -19,6 +19,7 @@ from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import write_text
 from stllm.common.jsonl import naming_full_disk
+from stllm.common.processes import process_group
 from stllm.common.registry import benchmarks
 from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
@@ -28,7 +29,6 @@ from stllm.evaluation.probes import Probe, probe_options, probe_views
 from stllm.evaluation.runs import Outcome, Runs
 from stllm.models.checkpoints.infer_config import open_model
 from stllm.models.settings import explicit_settings
-from stllm.runners.processes import process_group
 
 # options of the command that are settings of the section
 OPTIONS = (

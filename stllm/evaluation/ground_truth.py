@@ -13,12 +13,12 @@ from stllm.common.errors import UserError, unknown_name
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import Turn
-from stllm.datasets.doctor_checks import Fault, Finding
-from stllm.datasets.doctor_checks import Item as Medium
-from stllm.datasets.find_media import EXTENSIONS, MediaFinder
-from stllm.datasets.sampling import sample_indices
+from stllm.doctor.checks import Fault, Finding
+from stllm.doctor.checks import Item as Medium
 from stllm.evaluation.items import Item
+from stllm.media.find import EXTENSIONS, MediaFinder
+from stllm.media.sampling import sample_indices
+from stllm.processors.templates import Turn
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import PromptTemplate
+from stllm.processors.templates import PromptTemplate
 
 Record = dict[str, Any]  # a line of `<name>.jsonl`
 

@@ -26,9 +26,9 @@ from stllm.conversation.context import PUBLISHED
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Request, RequestError
 from stllm.conversation.seeing import Prepared
-from stllm.conversation.templates import Turn
-from stllm.datasets.media_info import MediaError
-from stllm.datasets.readers import open_media
+from stllm.media.info import MediaError
+from stllm.media.open import open_media
+from stllm.processors.templates import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class STLLMForHarness(lmms):
     pretrained: weights of any layout that `stllm chat` reads. cfg_path: the model's YAML, default: what the checkpoint
         says. device, dtype: as everywhere in stllm. batch_size: questions answered at once.
     num_frames: taken from each video; default: the checkpoint's own number, else 64 for global-local models and 16 for
-        others. sampling: the rule that chooses them (datasets/sampling.py). reader: auto, pyav or decord.
+        others. sampling: the rule that chooses them (media/sampling.py). reader: auto, pyav or decord.
     system: "template" for the model family's own system sentence, "none", or a file with another; a task's own wins.
     context: the rule for long prompts, `published` or `all`; see conversation/context.py.
     Raises UserError for what cannot be loaded.

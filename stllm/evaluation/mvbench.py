@@ -13,17 +13,17 @@ from typing import Any
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
-from stllm.conversation.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
 from stllm.conversation.requests import Request
-from stllm.conversation.templates import PromptTemplate, Turn
 from stllm.datasets.annotations import Fields, text_of
-from stllm.datasets.doctor_checks import Fault, check_mvbench
-from stllm.datasets.doctor_sources import records_of
+from stllm.doctor.checks import Fault, check_mvbench
+from stllm.doctor.sources import records_of
 from stllm.evaluation.ground_truth import Entry, MediaFolders, Search, chosen_tasks, entries_of, system_of
 from stllm.evaluation.items import Item, Record
 from stllm.evaluation.matching import gold_option, official_match, strict_match
 from stllm.evaluation.mvbench_tasks import TASKS, MVBenchLayout, task_of
 from stllm.evaluation.tallies import RULES, by_task, tally
+from stllm.processors.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
+from stllm.processors.templates import PromptTemplate, Turn
 
 SHOWN_IDS = 5  # of the items that a note is about
 ANSWER_MARK = "###Assistant: "

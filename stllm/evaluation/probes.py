@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.files import write_text
-from stllm.datasets.views import FORWARD, VIEWS
 from stllm.evaluation.charts import Bars, draw_bars
 from stllm.evaluation.items import Benchmark
 from stllm.evaluation.permutation_probe import permutation_bars, permutation_report, permutation_scores
@@ -19,6 +18,7 @@ from stllm.evaluation.runs import Outcome, Runs
 from stllm.evaluation.temporal_probe import ORDER_TASKS, probe_bars, probe_report, probe_scores
 from stllm.evaluation.turned_round import TURNED, turned_round
 from stllm.evaluation.variants import num_rotations, rotated, viewed
+from stllm.media.views import FORWARD, VIEWS
 
 Probe = Callable[[Runs, str, Benchmark, Outcome | None], str | None]
 

@@ -16,6 +16,7 @@ from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.jsonl import Appender, naming_full_disk
+from stllm.common.processes import num_decoders, wait_for_all
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.digests import checkpoint_digest, content_digest, prompts_digest
@@ -25,7 +26,6 @@ from stllm.evaluation.record_files import RecordFiles
 from stllm.evaluation.run_settings import check_same, decisive, run_settings, save_settings
 from stllm.models.checkpoints.infer_config import Opened
 from stllm.models.checkpoints.load import load_opened, processor_of
-from stllm.runners.processes import num_decoders, wait_for_all
 
 log = logging.getLogger(__name__)
 

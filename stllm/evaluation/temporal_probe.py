@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stllm.datasets.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 from stllm.evaluation.charts import Bars
 from stllm.evaluation.items import Record
 from stllm.evaluation.significance import Paired, paired
 from stllm.evaluation.tables import MISSING, percent, share, table
 from stllm.evaluation.tallies import by_task, tally
 from stllm.evaluation.turned_round import turned_report, turned_scores, turned_sentence
+from stllm.media.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 
 LEVEL = 0.05
 ORDER_TASKS = (  # of MVBench, those whose answer may change with the order of frames; a choice of ours

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stllm.datasets.views import FORWARD, REVERSED
 from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.evaluation.tables import percent, table
 from stllm.evaluation.tallies import by_task, tally
 from stllm.evaluation.variants import Variant
+from stllm.media.views import FORWARD, REVERSED
 
 TURNED = "turned"  # the variant's name
 EVERY = "all of them"

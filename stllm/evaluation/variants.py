@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from stllm.conversation.requests import Request
-from stllm.conversation.templates import PromptTemplate
 from stllm.evaluation.items import Benchmark, Item, Record
+from stllm.processors.templates import PromptTemplate
 
 
 class Variant:
@@ -41,7 +41,7 @@ class Variant:
 
 
 def viewed(benchmark: Benchmark, view: str) -> Variant:
-    """Every clip under that view (datasets/views.py). Raises UserError for an unknown one."""
+    """Every clip under that view (media/views.py). Raises UserError for an unknown one."""
     items = [
         item if item.media is None else replace(item, media=replace(item.media, view=view)) for item in benchmark.items
     ]

@@ -13,10 +13,9 @@ from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
-from stllm.conversation.templates import PromptTemplate
 from stllm.datasets.annotations import Fields, text_of
-from stllm.datasets.doctor_checks import Fault, check_vcgbench
-from stllm.datasets.doctor_sources import records_of
+from stllm.doctor.checks import Fault, check_vcgbench
+from stllm.doctor.sources import records_of
 from stllm.evaluation.ground_truth import (
     Entry,
     MediaFolders,
@@ -28,6 +27,7 @@ from stllm.evaluation.ground_truth import (
     system_of,
 )
 from stllm.evaluation.items import Item, Record
+from stllm.processors.templates import PromptTemplate
 
 CONSISTENCY = "consistency"
 QUESTIONS = {"generic": ("Q",), "temporal": ("Q",), CONSISTENCY: ("Q1", "Q2")}  # the fields of each part

@@ -16,10 +16,9 @@ from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
 from stllm.conversation.requests import Request
-from stllm.conversation.templates import PromptTemplate
 from stllm.datasets.annotations import Fields, read_file, text_of
-from stllm.datasets.doctor_checks import Fault, check_videoqa
-from stllm.datasets.doctor_sources import records_of
+from stllm.doctor.checks import Fault, check_videoqa
+from stllm.doctor.sources import records_of
 from stllm.evaluation.ground_truth import (
     Entry,
     MediaFolders,
@@ -30,6 +29,7 @@ from stllm.evaluation.ground_truth import (
     system_of,
 )
 from stllm.evaluation.items import Item, Record
+from stllm.processors.templates import PromptTemplate
 
 FORM = "videoqa"  # of the files
 ID_KEYS = ("question_id", "id")

@@ -70,7 +70,7 @@ class STLLMConfig(PretrainedConfig):
     use_mvm: whether masking comes with the loss of masked video modelling; `mvm_decode`: through a decoder.
     mask_rate: mean, std, min and max of the share of visual tokens dropped in training (paper section 3.3).
     lora: {r, alpha, dropout, target_modules}, or None.
-    template, system, max_txt_len, end_sym: how prompts are written for these weights (conversation/templates.py).
+    template, system, max_txt_len, end_sym: how prompts are written for these weights (processors/templates.py).
     """
 
     model_type = "stllm"

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular
 from stllm.common.registry import templates
-from stllm.conversation.templates import BOS, VISUAL, PromptTemplate, Turn
 from stllm.models.configuration import STLLMConfig, reason
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+from stllm.processors.templates import BOS, VISUAL, PromptTemplate, Turn
 
 QFORMER_FOLDER = "qformer_tokenizer"  # beside the weights, as in transformers' InstructBLIP
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")

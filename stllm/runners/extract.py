@@ -27,18 +27,18 @@ from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.files import locked
 from stllm.common.parent import end_with_parent
+from stllm.common.processes import num_decoders, process_group, wait_for_all
 from stllm.common.schema import RunSettings
-from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.distinct_clips import ClipBatch, ClipDataset, DistinctClip, distinct_clips
 from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
 from stllm.datasets.fetching import allow_pipes
+from stllm.datasets.replacement import BadSampleLog
 from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
 from stllm.models.build import build_encoder, config_from_settings
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
-from stllm.runners.processes import num_decoders, process_group, wait_for_all
 from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)

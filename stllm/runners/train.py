@@ -23,9 +23,9 @@ from stllm.common.device import out_of_memory, seed_everything
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError
 from stllm.common.registry import runners, tasks
-from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.collate import MEDIA_FIELDS
 from stllm.datasets.fetching import allow_pipes
+from stllm.datasets.replacement import BadSampleLog
 from stllm.datasets.samples import SampleKey
 from stllm.runners.arguments import training_arguments
 from stllm.runners.run_folder import RunFolder

@@ -24,8 +24,8 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_regular, write_text
 from stllm.common.json_text import loads
 from stllm.common.parent import end_with_parent
-from stllm.datasets.bad_samples import BadSampleLog
 from stllm.datasets.mixture import MixtureSampler
+from stllm.datasets.replacement import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED
 from stllm.models.checkpoints.load import restore
 from stllm.models.configuration import reason

@@ -13,7 +13,7 @@ from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Request
 from stllm.conversation.seeing import Prepared
-from stllm.datasets.reading import NobodyWaits, ReadingPool
+from stllm.media.reading import NobodyWaits, ReadingPool
 from stllm.serving.errors import ApiError
 from stllm.serving.jobs import Stage
 from stllm.serving.limits import Limits

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stllm.conversation.chat import Chat
-from stllm.datasets.reading import ReadingPool
+from stllm.media.reading import ReadingPool
 from stllm.serving.answering import answer_steps, hiding
 from stllm.serving.body import Bodies
 from stllm.serving.errors import ApiError, api_error

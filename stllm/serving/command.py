@@ -9,7 +9,7 @@ from stllm.common.errors import UserError
 from stllm.common.files import user_path
 from stllm.conversation.chat import load_chat
 from stllm.conversation.embedded import chosen_checkpoint
-from stllm.datasets.reading import ReadingPool
+from stllm.media.reading import ReadingPool
 from stllm.serving.app import Server, build_app
 from stllm.serving.ending import own_folder
 from stllm.serving.limits import MEBIBYTE, Limits

@@ -7,7 +7,7 @@ import torch
 
 from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
-from stllm.datasets.reading import NobodyWaits
+from stllm.media.reading import NobodyWaits
 from stllm.serving.jobs import BusyError
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """A bounded queue before the one model: a request that finds no place is refused at once, one at a time is answered.
 
 The server and the demo both use it. A job is a generator: it yields news for its listener, and a `Stage` where its next
-steps belong into another thread: files are read by a few threads (in processes of their own, datasets/reading.py), so
+steps belong into another thread: files are read by a few threads (in processes of their own, media/reading.py), so
 that a slow one holds up nobody else, and the model runs in one. Whoever leaves gives up the job: a waiting one is
 dropped, a reading one ends at once, an answering one at its next token, and its place and its files are given back.
 """
@@ -15,7 +15,7 @@ from threading import Event, Lock
 from typing import Generic, TypeVar
 
 from stllm.common.errors import UserError
-from stllm.datasets.reading import ReadingPool
+from stllm.media.reading import ReadingPool
 
 T = TypeVar("T")
 

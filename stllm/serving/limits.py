@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stllm.datasets.media_info import MediaError, limited_pixels
-from stllm.datasets.readers import open_media
-from stllm.datasets.sniff import EXPECTED, kind_of, read_head
+from stllm.media.info import MediaError, limited_pixels
+from stllm.media.open import open_media
+from stllm.media.sniff import EXPECTED, kind_of, read_head
 
 if TYPE_CHECKING:
     from stllm.conversation.requests import Media
     from stllm.conversation.seeing import ClipReader
-    from stllm.datasets.media import Clip
+    from stllm.media.clip import Clip
 
 MEBIBYTE = 1 << 20
 MEDIA_PIXELS = 36_000_000  # 8K, and a phone's pictures
@@ -73,7 +73,7 @@ class Limits:
             )
 
     def read(self, reader: "ClipReader", media: "Media") -> "Clip":
-        """Checks the file and reads it, in a process for that (datasets/reading.py). Raises MediaError."""
+        """Checks the file and reads it, in a process for that (media/reading.py). Raises MediaError."""
         with limited_pixels(self.media_pixels):
             self.check_file(Path(media.path))
             return reader(media)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.templates import Turn
+from stllm.processors.templates import Turn
 from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 

@@ -15,13 +15,12 @@ from torch import nn
 
 from stllm.common.errors import UserError
 from stllm.common.registry import tasks
-from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.bad_samples import TOO_LONG
 from stllm.datasets.collate import Collator
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
+from stllm.datasets.replacement import TOO_LONG
 from stllm.datasets.samples import Corpus, Sample, TextFirst
 from stllm.models import precomputed
 from stllm.models.build import build_audited
@@ -33,6 +32,7 @@ from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.templates import Turn
 
 log = logging.getLogger(__name__)
 

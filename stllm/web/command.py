@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.embedded import FOLDER, KNOWS, chosen_checkpoint, find_examples
-from stllm.datasets.reading import ReadingPool
+from stllm.media.reading import ReadingPool
 from stllm.serving.ending import own_folder
 from stllm.serving.listening import LOOPBACK, address, bound, listen
 from stllm.web.limits import Limits

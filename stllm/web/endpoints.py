@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from stllm.conversation.requests import Answer
-from stllm.conversation.templates import Turn
+from stllm.processors.templates import Turn
 from stllm.serving.jobs import Work
 from stllm.web.limits import Wishes
 from stllm.web.progress import Progress

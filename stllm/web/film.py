@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from stllm.processors.vision import EvalTransform, FrameTransform
+from stllm.processors.transforms import EvalTransform, FrameTransform
 
 if TYPE_CHECKING:  # read_film runs in a process without a model
     from stllm.conversation.evidence import Evidence
     from stllm.conversation.requests import Media
     from stllm.conversation.seeing import ClipReader
-    from stllm.datasets.media import Clip
+    from stllm.media.clip import Clip
     from stllm.serving.limits import Limits
     from stllm.web.talk import Film
 

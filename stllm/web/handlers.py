@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from html import escape
 from typing import Any
 
-from stllm.conversation.templates import Turn
+from stllm.processors.templates import Turn
 from stllm.serving.jobs import Work
 from stllm.web.film import film_html
 from stllm.web.limits import Wishes

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from html import escape
 
-from stllm.datasets.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS, view_order
+from stllm.media.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS, view_order
 from stllm.web.film import small_strip
 from stllm.web.talk import Film
 

@@ -24,10 +24,10 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Answer, Media, Request, Stamp
 from stllm.conversation.seeing import Prepared, Seen
-from stllm.conversation.templates import Turn
-from stllm.datasets.media import Clip
-from stllm.datasets.reading import ReadingPool
-from stllm.datasets.views import FORWARD, VIEWS
+from stllm.media.clip import Clip
+from stllm.media.reading import ReadingPool
+from stllm.media.views import FORWARD, VIEWS
+from stllm.processors.templates import Turn
 from stllm.serving.jobs import Jobs, Stage
 from stllm.web.film import read_film
 from stllm.web.limits import Limits, Wishes

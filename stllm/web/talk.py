@@ -5,7 +5,7 @@ from threading import Lock
 
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Media
-from stllm.conversation.templates import Turn
+from stllm.processors.templates import Turn
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import av
 import openai
 import pytest
 
-from stllm.datasets.media_info import MediaError, limited_pixels
-from stllm.datasets.readers import open_media
+from stllm.media.info import MediaError, limited_pixels
+from stllm.media.open import open_media
 from stllm.serving.app import Server
 from tests.conversation.test_chat import new_chat
 from tests.helpers import memory

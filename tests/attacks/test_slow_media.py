@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from stllm.conversation.chat import Chat
-from stllm.datasets.reading import ReadingPool
+from stllm.media.reading import ReadingPool
 from stllm.serving.app import Server
 from stllm.serving.limits import Limits
 from stllm.web.command import build_app

@@ -11,8 +11,8 @@ import pytest
 from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular
-from stllm.datasets.media import MediaError
-from stllm.datasets.readers import open_media
+from stllm.media.clip import MediaError
+from stllm.media.open import open_media
 from tests.attacks.test_no_code import CLIP, TINY
 from tests.helpers.training import write_recipe
 from tests.judge.test_local import judge, write_judge

@@ -9,7 +9,7 @@ import pytest
 
 from stllm.cli import main
 from stllm.common.json_text import loads
-from stllm.datasets.readers import open_media
+from stllm.media.open import open_media
 from tests.attacks.test_no_code import CLIP, TINY
 from tests.helpers.training import write_recipe
 

@@ -303,7 +303,7 @@ def test_the_chart_has_a_bar_a_variant_and_the_spread(world: Path) -> None:
 @pytest.mark.slow
 def test_the_experiment_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps a run on a world of a few clips: a masked run starts where `all` was and is the shorter for it."""
-    from stllm.datasets.toy_world import write_world
+    from stllm.toy.world import write_world
 
     world, few = tmp_path / "world", ["run.per_device_train_batch_size=2", "run.dataloader_num_workers=0"]
     write_world(world, num_train=22, num_test=8, seed=3, long=True)

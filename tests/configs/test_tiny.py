@@ -12,8 +12,8 @@ from torch import Tensor
 
 from stllm.cli import main
 from stllm.common.config import load_config
-from stllm.datasets.toy_world import write_world
 from stllm.runners.run_folder import RunFolder
+from stllm.toy.world import write_world
 from tests.configs.recipes import CONFIGS
 
 TINY = CONFIGS / "tiny"

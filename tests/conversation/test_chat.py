@@ -13,12 +13,12 @@ import torch
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.templates import BOS, VISUAL, Turn
-from stllm.datasets.media import MediaError
+from stllm.media.clip import MediaError
 from stllm.models.configuration import STLLMConfig
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import VISUAL_TOKEN_ID
+from stllm.processors.templates import BOS, VISUAL, Turn
 from tests.helpers.tiny import LLAMA, QFORMER, VISION
 from tests.helpers.videos import write_video
 

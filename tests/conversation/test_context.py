@@ -18,9 +18,9 @@ from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.context import CONTEXTS, Cut
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import measure_evidence
-from stllm.conversation.templates import Turn
 from stllm.models.st_llm import STLLM
 from stllm.processors.sequences import VISUAL_TOKEN_ID
+from stllm.processors.templates import Turn
 from tests.conversation.test_chat import QUESTIONS, new_chat
 from tests.helpers.evaluation import lines
 from tests.helpers.videos import write_video

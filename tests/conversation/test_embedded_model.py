@@ -9,12 +9,12 @@ import pytest
 
 from stllm.cli import main
 from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.choices import SYSTEM, question_block
 from stllm.conversation.embedded import EXAMPLES, FOLDER
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import Turn
-from stllm.datasets.views import FORWARD, REVERSED
 from stllm.evaluation.mvbench import prompt_pieces
+from stllm.media.views import FORWARD, REVERSED
+from stllm.processors.choices import SYSTEM, question_block
+from stllm.processors.templates import Turn
 
 LISTED = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
 TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}

@@ -14,9 +14,9 @@ from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.evidence import answer_ids, measure_evidence, smallest_difference, split_frames
 from stllm.conversation.filmstrip import Filmstrip, draw_evidence, evidence_figure, filmstrip
-from stllm.conversation.templates import Turn
 from stllm.models.video_inputs import ResidualInput, residual_frame_indices
 from stllm.processors.sequences import VISUAL_TOKEN_ID, training_sequences
+from stllm.processors.templates import Turn
 from tests.conversation.test_chat import new_chat
 from tests.helpers.videos import write_video
 

@@ -6,8 +6,8 @@ import pytest
 
 from stllm.common.errors import UserError
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import Turn
-from stllm.datasets.media import MediaError
+from stllm.media.clip import MediaError
+from stllm.processors.templates import Turn
 from tests.helpers.videos import write_video
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stllm.common.errors import UserError
-from stllm.conversation.templates import Turn
 from stllm.datasets.annotations import AnnotationError, JsonRecords
+from stllm.processors.templates import Turn
 
 QA = [{"i": "Look.", "q": "What is it?", "a": "A cat."}]
 GOOD = {"video": "a.mp4", "QA": QA}

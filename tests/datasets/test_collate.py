@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stllm.common.registry import video_inputs
-from stllm.conversation.templates import Turn
 from stllm.datasets.collate import Collator
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.datasets.samples import Failure, Sample, SampleKey
 from stllm.models.video_inputs import build_video_input, num_visual_tokens
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
-from stllm.processors.vision import TrainTransform
+from stllm.processors.templates import Turn
+from stllm.processors.transforms import TrainTransform
 from tests.helpers.corpora import corpus_of, numbered_record, write_numbered_videos
 from tests.helpers.tiny import tiny_config
 from tests.processors.test_prompts import processor

@@ -23,18 +23,19 @@ from torch.utils.data import DataLoader, Dataset
 from stllm.common.datasets_section import DatasetSettings
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
-from stllm.conversation.templates import Turn
-from stllm.datasets import image_text_shards, media_info
+from stllm.datasets import shards as image_text_shards
 from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.bad_samples import load_with_replacement
 from stllm.datasets.features import FeatureStore, FeatureWriter
 from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.image_text import ImageTextCorpus
 from stllm.datasets.image_text_index import scan
-from stllm.datasets.media_info import MediaError
+from stllm.datasets.replacement import load_with_replacement
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
 from stllm.datasets.shard_names import expand_shards
-from stllm.processors.vision import EvalTransform, TrainTransform
+from stllm.media import info as media_info
+from stllm.media.info import MediaError
+from stllm.processors.templates import Turn
+from stllm.processors.transforms import EvalTransform, TrainTransform
 
 SIZE = 16
 

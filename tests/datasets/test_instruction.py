@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from stllm.conversation.templates import Turn
 from stllm.datasets.features import FeatureStore, FeatureWriter, feature_key
-from stllm.datasets.media_info import MediaError
 from stllm.datasets.samples import Sample, SampleKey, keyed_numpy
-from stllm.datasets.sampling import middle
-from stllm.processors.vision import TrainTransform
+from stllm.media.info import MediaError
+from stllm.media.sampling import middle
+from stllm.processors.templates import Turn
+from stllm.processors.transforms import TrainTransform
 from tests.helpers.corpora import FRAMES, codes_of, corpus_of, numbered_record, write_numbered_videos
 from tests.helpers.videos import frame_code, write_video
 

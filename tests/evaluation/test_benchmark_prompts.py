@@ -14,13 +14,13 @@ import pytest
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks, templates
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import BOS, VISUAL
 from stllm.evaluation.ground_truth import system_of
 from stllm.evaluation.items import Benchmark, Item
 from stllm.evaluation.mvbench import MVBench, system_sentence
 from stllm.evaluation.vcgbench import VcgBench
 from stllm.evaluation.videoqa import VideoQA
 from stllm.processors.sequences import VISUAL_TOKEN_ID
+from stllm.processors.templates import BOS, VISUAL
 from tests.evaluation.test_presets import preset
 from tests.processors.test_prompts import FOLDERS
 from tests.processors.test_prompts import processor as load_processor

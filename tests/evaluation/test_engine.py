@@ -13,9 +13,9 @@ from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Request
 from stllm.conversation.seeing import Prepared
-from stllm.conversation.templates import Turn
 from stllm.evaluation.engine import BATCHES_SORTED, Engine, by_clip, share
 from stllm.evaluation.items import Item, Record
+from stllm.processors.templates import Turn
 from tests.conversation.test_chat import new_chat
 from tests.helpers.benchmarks import Asking
 from tests.helpers.videos import write_video

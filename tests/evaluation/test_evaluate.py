@@ -11,9 +11,9 @@ from torch import Tensor
 from stllm.cli import main
 from stllm.common.jsonl import Appender
 from stllm.common.registry import templates
-from stllm.conversation.templates import BOS, INSTRUCTBLIP, VISUAL
 from stllm.evaluation import runs
 from stllm.models.st_llm import STLLM
+from stllm.processors.templates import BOS, INSTRUCTBLIP, VISUAL
 from tests.helpers.evaluation import arguments, copy_run, evaluate, lines, write_set
 
 

@@ -22,9 +22,9 @@ from stllm.common.errors import UserError
 from stllm.conversation.chat import load_chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.seeing import Prepared
-from stllm.datasets.toy_clips import FPS, World
-from stllm.datasets.toy_media import write_video
-from stllm.datasets.toy_tasks import TASKS, state_change
+from stllm.toy.clips import FPS, World
+from stllm.toy.media import write_video
+from stllm.toy.tasks import TASKS, state_change
 
 pytest.importorskip("lmms_eval", reason='lmms-eval is not installed: pip install ".[lmms-eval]"')
 

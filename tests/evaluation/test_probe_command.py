@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stllm.cli import main
-from stllm.datasets.views import VIEWS, view_order
 from stllm.evaluation import mvbench
+from stllm.media.views import VIEWS, view_order
 from tests.helpers.videos import write_video
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "instructblip_residual_mvm"

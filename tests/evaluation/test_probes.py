@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from stllm.datasets.views import VIEWS, view_order
 from stllm.evaluation.charts import bars_figure
 from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.evaluation.permutation_probe import permutation_bars, permutation_report, permutation_scores
 from stllm.evaluation.temporal_probe import probe_bars, probe_report, probe_scores
 from stllm.evaluation.variants import num_rotations, rotated, viewed
+from stllm.media.views import VIEWS, view_order
 from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, lines_of
 
 ORDERED, OTHER = "Moving Direction", "Object Existence"

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from stllm.datasets.views import VIEWS
 from stllm.evaluation.items import Item
 from stllm.evaluation.temporal_probe import ORDER_TASKS, probe_report, probe_scores
 from stllm.evaluation.turned_round import turned_item, turned_round
 from stllm.evaluation.variants import viewed
+from stllm.media.views import VIEWS
 from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, lines_of
 
 

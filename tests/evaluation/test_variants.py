@@ -3,10 +3,10 @@
 from collections import Counter
 
 from stllm.common.registry import templates
-from stllm.conversation.templates import PromptTemplate
-from stllm.datasets.views import VIEWS
 from stllm.evaluation.items import Benchmark
 from stllm.evaluation.variants import num_rotations, rotated, viewed
+from stllm.media.views import VIEWS
+from stllm.processors.templates import PromptTemplate
 from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, lines_of
 
 MIXED = choice_benchmark([choice_item(0), choice_item(1), choice_item(0, "Object Existence", ("yes", "no"))])

@@ -6,9 +6,9 @@ from string import ascii_uppercase
 from typing import Any
 
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import PromptTemplate, Turn
 from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.evaluation.mvbench import MVBench
+from stllm.processors.templates import PromptTemplate, Turn
 
 OPTIONS = ("up", "down", "left", "right")
 

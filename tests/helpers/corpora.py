@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.instruction import InstructionCorpus
-from stllm.processors.vision import CLIP_MEAN, CLIP_STD, EvalTransform
+from stllm.processors.transforms import CLIP_MEAN, CLIP_STD, EvalTransform
 from tests.helpers.videos import frame_code, read_code, write_video
 
 FRAMES = 20  # a video, at 10 frames a second

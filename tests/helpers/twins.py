@@ -4,8 +4,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from stllm.datasets.toy_benchmarks import write_benchmarks
-from stllm.datasets.toy_clips import World
+from stllm.toy.benchmarks import write_benchmarks
+from stllm.toy.clips import World
 
 SEED = 5
 NUM_FRAMES = 16  # of a clip of the usual length, at 4 frames a second

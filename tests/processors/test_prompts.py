@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from stllm.common.errors import UserError
-from stllm.conversation.templates import Turn
 from stllm.models.configuration import STLLMConfig
 from stllm.processors.prompts import PromptProcessor, load_qformer_tokenizer
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
+from stllm.processors.templates import Turn
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {"instructblip": GOLDEN / "instructblip_residual_mvm", "minigpt4": GOLDEN / "minigpt4_plain_all"}

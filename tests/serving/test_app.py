@@ -13,7 +13,7 @@ import pytest
 
 from stllm.conversation.chat import Chat, Request
 from stllm.conversation.requests import Media
-from stllm.conversation.templates import Turn
+from stllm.processors.templates import Turn
 from stllm.serving.app import Server
 from stllm.serving.limits import Limits
 from tests.conversation.test_chat import new_chat

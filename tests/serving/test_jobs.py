@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stllm.datasets.reading import ReadingPool
+from stllm.media.reading import ReadingPool
 from stllm.serving import jobs as queue
 from stllm.serving.jobs import BusyError, Jobs, Stage
 from tests.helpers.serving import wait_until

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from stllm.datasets.media_info import MediaError
+from stllm.media.info import MediaError
 from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 from stllm.serving.media import fetch_medium

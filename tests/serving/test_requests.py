@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.templates import Turn
+from stllm.processors.templates import Turn
 from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 from stllm.serving.requests import Asked, parse_request

@@ -9,7 +9,7 @@ import torch
 
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Media
-from stllm.datasets.views import VIEWS
+from stllm.media.views import VIEWS
 from stllm.web.film import HEIGHT, MARGIN, Pictures, clock, film_html, small_strip
 from stllm.web.probe import probe_html, verdict
 from stllm.web.progress import Progress, progress_html

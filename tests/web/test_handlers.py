@@ -10,8 +10,8 @@ import torch
 
 from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import Turn
-from stllm.datasets.views import VIEWS
+from stllm.media.views import VIEWS
+from stllm.processors.templates import Turn
 from stllm.web.handlers import NO_ANSWER, NO_VIDEO, Handlers
 from stllm.web.limits import Limits
 from stllm.web.talk import Session

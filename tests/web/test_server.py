@@ -18,8 +18,8 @@ from gradio_client import Client, handle_file
 from stllm.conversation.chat import Chat
 from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Media, Request
-from stllm.conversation.templates import Turn
-from stllm.datasets.views import VIEWS
+from stllm.media.views import VIEWS
+from stllm.processors.templates import Turn
 from stllm.web.limits import Limits
 from tests.helpers.demo import served
 from tests.helpers.videos import write_video

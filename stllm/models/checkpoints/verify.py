@@ -18,7 +18,6 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.common.terminal import console
-from stllm.conversation.templates import BOS, VISUAL, Turn
 from stllm.models import language_model as lm
 from stllm.models.checkpoints.formats import locate, read_json
 from stllm.models.checkpoints.load import load_pretrained
@@ -27,6 +26,7 @@ from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import pad_sequences, training_sequences
+from stllm.processors.templates import BOS, VISUAL, Turn
 
 PLACEHOLDER = "<ImageHere>"  # the visual tokens in meta.json's instructions
 MARK = "\x00"  # stands for the question while a template is taken apart

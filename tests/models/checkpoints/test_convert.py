@@ -52,7 +52,7 @@ def test_released_shards_have_an_index_and_load_without_a_configuration(tmp_path
 def test_the_prompts_are_the_same_after_conversion(tmp_path: Path) -> None:
     convert([GOLDEN / NAME], tmp_path / "ours")
     convert([tmp_path / "ours"], tmp_path / "released", format="released")
-    from stllm.conversation.templates import Turn
+    from stllm.processors.templates import Turn
 
     ids = [
         processor_of(open_model(place)).prompt_ids([Turn("what moves first?", "the red circle"), Turn("and then?")])

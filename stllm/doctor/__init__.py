@@ -1,0 +1,1 @@
+"""`stllm doctor`: checks data before a training or an evaluation uses it."""

@@ -1,0 +1,1 @@
+"""Media files to frames: opening, decoding, sampling. Knows nothing of models."""

@@ -1,0 +1,249 @@
+"""Media made of pictures, read with Pillow: single images, animated pictures and folders of numbered frames.
+
+Transparent parts are shown over white, here and in videos: logos and diagrams are mostly dark lines without background.
+"""
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stllm.common.errors import UserError
+from stllm.common.files import check_regular
+from stllm.media.info import Frame, MediaError, MediaInfo, Reader, warn_once
+from stllm.media.sniff import AVIF
+from stllm.media.time_bound import keep_reading
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+GIF_FPS = 25.0  # the benchmarks' protocol, whatever the delays in the file say
+FOLDER_FPS = 3.0  # TVQA's `%05d.jpg`
+RAW_FOLDER_FPS = 5.0  # raw training frames' `%06d.jpg`
+GIF_END = b";"
+ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # other formats hold pages, sizes or views, of which the first is read
+# No others, because files come from anywhere: EPS would run Ghostscript, and MPEG would claim videos.
+FORMATS = (
+    *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "HEIF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI", "PSD", "DDS"),
+    *("ICNS", "SGI", "PCX", "TGA"),
+)
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def to_rgb(image: "Image") -> Frame:
+    """(H, W, 3) uint8 of any Pillow mode, transparency over white, 16 bits brought down to 8."""
+    from PIL import Image as images
+
+    if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip all but the darkest 256 levels
+        grey = np.asarray(image).clip(0, 65535) // 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = images.alpha_composite(images.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this installation reads."""
+    from PIL import Image as images
+
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    images.init()
+    return tuple(name for name in FORMATS if name in images.OPEN)
+
+
+def open_image(file: Path | BytesIO) -> "Image":
+    """The picture, not yet decoded. Raises what Pillow raises, and UserError for one that needs another package."""
+    from PIL import Image as images
+    from PIL import UnidentifiedImageError
+
+    try:
+        return images.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        with file.open("rb") if isinstance(file, Path) else BytesIO(file.getvalue()) as opened:
+            head = opened.read(12)
+        if head[4:8] != b"ftyp":
+            raise
+        name, package = ("AVIF", "pillow 11.3 or later") if head[8:12] in AVIF else ("HEIC", "pillow-heif")
+        raise UserError(
+            f"found a picture in {name} format, which needs the package {package}: install it with "
+            f"`pip install -U {package.split()[0]}`, or convert the picture to PNG or JPEG"
+        ) from None
+
+
+def open_picture(path: Path, *, fps: float = GIF_FPS) -> Reader:
+    """A reader for an image or an animated picture. Raises MediaError when the file is neither, or damaged."""
+    with _damage(path), open_image(path) as image:
+        animated = image.format == "GIF" or (image.format in ANIMATED and getattr(image, "is_animated", False))
+    return GifReader(path, fps=fps) if animated else ImageReader(path)
+
+
+class ImageReader(Reader):
+    """A single image: one frame, turned upright by its EXIF orientation. Raises MediaError when it is damaged."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._frame = read_image(self.path)
+        height, width = self._frame.shape[:2]
+        self.info = MediaInfo("image", num_frames=1, fps=1.0, width=width, height=height)
+        self.seconds = np.zeros(1)
+
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
+        self.check(indices)
+        for _ in indices:
+            yield self._frame.copy()
+
+    def close(self) -> None:
+        pass
+
+
+class GifReader(Reader):
+    """An animated picture (gif, or animated webp, png or avif), each frame composed with those under it.
+
+    fps: how fast it is taken to play. Raises MediaError when the file is damaged.
+    """
+
+    def __init__(self, path: str | Path, *, fps: float = GIF_FPS) -> None:
+        self.path = Path(path)
+        with _damage(self.path):
+            self._image = open_image(self.path)
+            width, height = self._image.size
+            # A png may begin with a picture for programs that know no animation; it is not part of it.
+            self._first = int(getattr(self._image, "default_image", False))
+            num_frames = getattr(self._image, "n_frames", 1) - self._first
+        if self._image.format == "GIF" and not _has_end(self.path):
+            warn_once(str(self.path), f"the gif ends early; the {num_frames} frames in it are used")
+        self.info = MediaInfo("gif", num_frames=num_frames, fps=fps, width=width, height=height)
+        self.seconds = np.arange(num_frames) / fps
+
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
+        self.check(indices)
+        for index in indices:
+            with _damage(self.path, f"; {self._image.tell()} frames could be read"):
+                target = index + self._first
+                if target < self._image.tell():
+                    self._image.seek(0)
+                while self._image.tell() < target:  # Pillow would do the same steps in one call, which nothing ends
+                    keep_reading()
+                    self._image.seek(self._image.tell() + 1)
+                frame = to_rgb(self._image)
+            yield frame
+
+    def close(self) -> None:
+        self._image.close()
+
+
+class FrameFolderReader(Reader):
+    """A folder of frames named by number, 00001.jpg and on; indices are those numbers (`MediaInfo.first_index` is 1).
+
+    fps: frames a second that were extracted; default 3 (TVQA), or 5 where names have six digits (raw training frames).
+    Raises MediaError when the folder holds no frames, or their numbers do not run from 1 without gaps.
+    """
+
+    def __init__(self, path: str | Path, *, fps: float | None = None) -> None:
+        self.path = Path(path)
+        self._files = _numbered_frames(self.path)
+        if fps is None:
+            fps = RAW_FOLDER_FPS if len(self._files[0].stem) == 6 else FOLDER_FPS
+        height, width = read_image(self._files[0]).shape[:2]
+        self.info = MediaInfo("frames", len(self._files), fps, width, height, first_index=1)
+        self.seconds = np.arange(len(self._files)) / fps
+
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
+        self.check(indices)
+        for index in indices:
+            yield read_image(self._files[index - 1])
+
+    def close(self) -> None:
+        pass
+
+
+def read_image(path: Path) -> Frame:
+    """(H, W, 3) uint8, upright. Raises MediaError when the file is no whole image."""
+    check_regular(path, "an image", MediaError)
+    return _upright(path, path)
+
+
+def decode_image(data: bytes, name: str) -> Frame:
+    """(H, W, 3) uint8, upright, of an image file's bytes. Raises MediaError, beginning with `name`, as `read_image`."""
+    return _upright(BytesIO(data), name)
+
+
+def _upright(file: Path | BytesIO, name: object) -> Frame:
+    from PIL import ImageOps
+
+    with _damage(name), open_image(file) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def _has_end(path: Path) -> bool:
+    """Whether a gif's last byte is its trailer; some programs pad with zeros."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1024))
+        return file.read().rstrip(b"\0").endswith(GIF_END)
+
+
+def _numbered_frames(folder: Path) -> list[Path]:
+    """The folder's frames in order. Raises MediaError."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except PermissionError:
+        raise MediaError(f"{folder}: permission to list it is denied; expected a readable folder: chmod +rx") from None
+    files = [folder / name for name in names if _is_numbered(Path(name))]
+    if not files:
+        found = f"{len(names)} entries such as {names[0]!r}" if names else "nothing"
+        raise MediaError(
+            f"{folder}: found a folder with {found} in it, expected frames named 00001.jpg and on; name a video "
+            "file, or extract the frames first"
+        )
+    files.sort(key=lambda file: int(file.stem))
+    for expected, file in enumerate(files, start=1):
+        if int(file.stem) != expected:
+            raise MediaError(
+                f"{folder}: found frame {file.name} where number {expected} was expected; frames count from 1 without "
+                f"gaps or doubles ({len(files)} files): extract them again"
+            )
+    return files
+
+
+def _is_numbered(name: Path) -> bool:
+    return name.suffix.lower() in FRAME_SUFFIXES and name.stem.isascii() and name.stem.isdecimal()
+
+
+@contextmanager
+def _damage(path: object, so_far: str = "") -> Iterator[None]:
+    """Turns whatever Pillow raises on bad files into a MediaError; so_far: what could be read of it."""
+    from PIL import Image as images
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise MediaError(f"{path}: there is no such file; expected an image: check the path", cause="missing") from None
+    except PermissionError:
+        raise MediaError(f"{path}: permission to read it is denied; expected a readable file: run chmod +r") from None
+    except images.DecompressionBombError as error:
+        assert images.MAX_IMAGE_PIXELS is not None
+        raise MediaError(
+            f"{path}: found a picture that is too large, at most {2 * images.MAX_IMAGE_PIXELS} pixels are read: make "
+            "it smaller"
+        ) from error
+    except UserError as error:
+        raise MediaError(f"{path}: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
+        # Pillow has no one exception for broken files: its decoders let all of these through.
+        reason = str(error)
+        if re.search(r"\bb['\"]", reason):  # Pillow quotes the file's bytes, which a server must not show
+            reason = reason.removeprefix("b").strip("'\"").partition(": ")[0]
+        raise MediaError(
+            f"{path}: found a damaged or cut image ({reason}{so_far}), expected a whole one: copy or download it again"
+        ) from error

@@ -1,0 +1,268 @@
+"""Reading in processes that can be ended: a file decides how long it takes to decode, and whether its decoder crashes.
+
+A server reads its clients' files through these processes: each reading has a time limit, ends when nobody waits for it
+any more, and takes only its own process along when it crashes. They are forked from one process that has torch and the
+decoders imported and does nothing else, so that a new one is there within milliseconds. multiprocessing's own fork
+server listens at a path, which a long TMPDIR makes too long, and leaves it behind when its owner is killed.
+"""
+
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread
+from typing import Any, TypeVar
+
+from torch import Tensor, from_numpy
+
+from stllm.common.errors import UserError
+from stllm.common.logging import setup_logging
+from stllm.common.parent import killed_with_parent
+from stllm.common.terminal import escape_output
+from stllm.media.info import MediaError
+
+R = TypeVar("R")
+
+NUM_PROCESSES = 2  # chosen here: a slow file of one client leaves a process to the others
+TICK = 0.1  # seconds after which a reading is looked after again
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # forking needs it
+
+logger = logging.getLogger(__name__)
+
+
+class NobodyWaits(UserError):
+    """A reading was ended because its caller has left, or because the pool was closed."""
+
+
+class ReadingPool:
+    """Processes that read media for this one.
+
+    num_processes: readings at once, which bounds the memory that decoding takes. seconds: the limit of one reading.
+    """
+
+    def __init__(self, num_processes: int = NUM_PROCESSES, *, seconds: float) -> None:
+        self.num_processes = num_processes
+        self.seconds = seconds
+        self._closed = False
+        self._free: SimpleQueue[_ReadingProcess] = SimpleQueue()
+        for _ in range(num_processes):
+            self._free.put(_ReadingProcess())
+
+    def start(self) -> None:
+        """Starts the processes ahead of the first reading, which would wait for them for seconds."""
+        processes = [self._free.get() for _ in range(self.num_processes)]
+        for process in processes:
+            with suppress(EOFError, OSError, NobodyWaits):  # the first reading will say so
+                process.start(lambda: self._check(Event()))
+        for process in processes:
+            self._give_back(process)
+
+    def read(self, task: Callable[[], R], path: Path, stop: Event) -> R:
+        """The task's result, computed in another process as soon as one is free. task: can be pickled, as its result.
+
+        stop: ends the reading when it is set. Raises what the task raises, MediaError, naming the path, when it takes
+        too long or its process dies, and NobodyWaits when it was ended.
+        """
+        process = self._take(stop)
+        try:
+            connection = process.start(lambda: self._check(stop))
+            connection.send(task)
+            end = time.monotonic() + self.seconds
+            while not connection.poll(TICK):
+                self._check(stop)
+                if time.monotonic() > end:
+                    raise MediaError(
+                        f"{path}: it could not be decoded within {self.seconds:g} s, the limit of this server: send a "
+                        "shorter or a smaller one, or encode it anew"
+                    )
+            result = _receive(connection)
+        except (EOFError, OSError):
+            process.end()
+            logger.warning("a process died while it decoded a client's file")
+            raise MediaError(
+                f"{path}: the process that decoded it died; the file may be damaged, or memory ran out: encode it "
+                "anew, or send a smaller one"
+            ) from None
+        except BaseException:
+            process.end()
+            raise
+        finally:
+            self._give_back(process)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Ends the processes: at once those that rest, within a tick those that read. Later readings are refused."""
+        self._closed = True
+        with suppress(Empty):
+            while True:
+                self._free.get_nowait().end()
+
+    def _take(self, stop: Event) -> "_ReadingProcess":
+        while True:
+            self._check(stop)
+            with suppress(Empty):
+                return self._free.get(timeout=TICK)
+
+    def _give_back(self, process: "_ReadingProcess") -> None:
+        self._free.put(process)
+        if self._closed:
+            self.close()
+
+    def _check(self, stop: Event) -> None:
+        if self._closed or stop.is_set():
+            raise NobodyWaits("the reading was ended, because nobody waits for it")
+
+
+class _ReadingProcess:
+    """One process, started when it is needed and again after its end. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._connection: Connection | None = None
+        self._pid: int | None = None  # until it has told
+
+    def start(self, check: Callable[[], None]) -> Connection:
+        """The connection to a process that waits for a task. check: called while it starts, may raise."""
+        if self._connection is not None and self._connection.poll():  # nothing was asked: it has ended
+            self.end()
+        if self._connection is None:
+            self._pid = None
+            self._connection = _forks.connect()
+        if self._pid is None:
+            while not self._connection.poll(TICK):
+                check()
+            self._pid = self._connection.recv()
+        return self._connection
+
+    def end(self) -> None:
+        """Kills the process, whatever it does."""
+        if self._connection is not None:
+            if self._pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)
+            self._connection.close()
+            self._connection = None
+
+
+class _Forks:
+    """The process that the others are forked from. It ends with this one, however that ends, and they with it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._lock = Lock()
+
+    def connect(self) -> Connection:
+        """The connection to a new process, whose first message is its number."""
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            if self._control is None or self._process is None or self._process.poll() is not None:
+                self._control = self._start()
+            socket.send_fds(self._control, [b"."], [theirs.fileno()])
+        return Connection(ours.detach())
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            code = f"import sys; sys.path[:] = {sys.path!r}; from stllm.media.reading import fork_at_request"
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"{code}; fork_at_request({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **ONE_THREAD},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a terminal's Ctrl-C is for the serving process, which decides
+            )
+        return ours
+
+
+_forks = _Forks()
+
+
+# ---- in the processes -----------------------------------------------------------------------------------------------
+
+
+def fork_at_request(control: int) -> None:
+    """Forks a process for each connection that comes through the socket `control`, until its other end is closed."""
+    import av  # noqa: F401
+    import PIL.Image  # noqa: F401
+
+    import stllm.media.clip  # noqa: F401
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    with socket.socket(fileno=control) as requests:
+        while True:
+            message, connections, *_ = socket.recv_fds(requests, 1, 1)
+            if not message:
+                os._exit(0)
+            if os.fork() == 0:
+                requests.close()
+                _work(Connection(connections[0]))
+            os.close(connections[0])
+
+
+def _work(connection: Connection) -> None:
+    """Runs one task after the other, and ends when the other end of the connection is closed, at work, too."""
+    killed_with_parent()
+    escape_output()
+    setup_logging()
+    connection.send(os.getpid())
+    tasks: SimpleQueue[bytes] = SimpleQueue()
+    Thread(target=_receive_tasks, args=(connection, tasks), daemon=True).start()
+    while True:
+        result = _result(tasks.get())
+        _send(connection, result)
+        del result
+
+
+def _receive_tasks(connection: Connection, tasks: "SimpleQueue[bytes]") -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            tasks.put(connection.recv_bytes())
+    os._exit(0)
+
+
+def _result(task: bytes) -> Any:
+    """What the task returns, or raises."""
+    try:
+        return pickle.loads(task)()
+    except UserError as error:
+        return error
+    except Exception as error:  # a defect of ours: where it is shows only here
+        logger.error("a reading failed: %s", traceback.format_exc())
+        return error
+
+
+# ---- from process to process ----------------------------------------------------------------------------------------
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as arrays, whose numbers are sent apart from it and never copied here."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
+
+
+def _send(connection: Connection, result: Any) -> None:
+    buffers: list[pickle.PickleBuffer] = []
+    packed = BytesIO()
+    _Pickler(packed, protocol=5, buffer_callback=buffers.append).dump(result)
+    connection.send((packed.getvalue(), len(buffers)))
+    for buffer in buffers:
+        connection.send_bytes(buffer.raw())
+
+
+def _receive(connection: Connection) -> Any:
+    packed, num_buffers = connection.recv()
+    return pickle.loads(packed, buffers=[bytearray(connection.recv_bytes()) for _ in range(num_buffers)])

@@ -1,0 +1,205 @@
+"""What a file is, judged by its first bytes and not by its name, and whether it was cut short.
+
+Sources: ISO/IEC 14496-12 (boxes of mp4 and mov), RFC 8794 and 9559 (EBML, Matroska, WebM), the RIFF chunks of avi and
+webp. A cut download still opens and decodes up to the cut, so a reader has to ask how long the file should have been.
+"""
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular
+from stllm.media.info import MediaError
+
+HEAD_BYTES = 4096
+BMP_HEADERS = (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")  # their sizes; two letters prove little
+SIGNATURES = (
+    *(
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"GIF87a",
+        b"GIF89a",
+        b"II*\0",
+        b"MM\0*",
+        b"8BPS",
+        b"qoif",
+        b"icns",
+        b"DDS ",
+    ),
+    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\1\0"),  # JPEG 2000 and its codestream, ICO
+)
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # ftyp's major brands
+AVIF = (b"avif", b"avis")
+FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # with which an mp4 or mov may begin
+OTHER_BOXES = (
+    b"moof",
+    b"mfra",
+    b"sidx",
+    b"ssix",
+    b"styp",
+    b"emsg",
+    b"prft",
+    b"meta",
+    b"uuid",
+    b"udta",
+    b"pdin",
+    b"pnot",
+)
+EXPECTED = (
+    "a video (mp4, webm, avi, mov, mkv), a gif, an image (png, jpg, webp, bmp, tiff) or a folder of numbered frames"
+)
+
+
+def read_head(path: Path) -> bytes:
+    """The file's first bytes. Raises MediaError when it is missing, a folder, empty or may not be read."""
+    check_regular(path, EXPECTED, MediaError)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except FileNotFoundError:
+        raise MediaError(
+            f"{path}: there is no such file; expected {EXPECTED}: {_where(path)}", cause="missing"
+        ) from None
+    except IsADirectoryError:
+        raise MediaError(f"{path}: found a folder, expected one file: name a file in it") from None
+    except PermissionError:
+        raise MediaError(f"{path}: permission to read it is denied; expected a readable file: run chmod +r") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{path}: the file cannot be read ({reason}); expected {EXPECTED}: check disk") from None
+    if not head:
+        raise MediaError(f"{path}: the file is empty (0 bytes); expected {EXPECTED}: copy or download it again")
+    if head.startswith(LFS_POINTER):
+        raise MediaError(f"{path}: {LFS_SENTENCE}")
+    return head
+
+
+def kind_of(head: bytes) -> str:
+    """One of picture (an image or an animated picture), text, or container (anything else: the decoder decides)."""
+    if head.startswith(SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return "picture"
+    if (head[:2] == b"BM" and head[14:18] in BMP_HEADERS) or (head[4:8] == b"ftyp" and head[8:12] in HEIF + AVIF):
+        return "picture"
+    if head[:1] == b"P" and head[1:2] in b"1234567fF" and head[2:3].isspace():
+        return "picture"  # PPM and its relatives
+    return "text" if _is_text(head) and not head.startswith(b"YUV4MPEG2 ") else "container"
+
+
+def explain_unreadable(path: Path, head: bytes) -> str:
+    """Why a file that no decoder opened is not a video: what was found, for a message."""
+    if head[4:8] in FIRST_BOXES and not {name for name, _ in _boxes(path)} & {b"moov", b"moof"}:
+        return "an mp4 without its index (no moov box): the recording or download ended early"
+    if is_cut(path, head):
+        return f"a file cut short ({path.stat().st_size} of at least {promised_bytes(path, head)} bytes)"
+    if head[4:8] in FIRST_BOXES:
+        return "an mp4 whose index is damaged"
+    if head.startswith((b"\x1a\x45\xdf\xa3", b"RIFF")):
+        return "a damaged mkv, webm or avi file"
+    return f"neither video nor image (it begins with the bytes {head[:8].hex(' ')})"
+
+
+def promised_bytes(path: Path, head: bytes) -> int:
+    """How long the container's own headers say that the file is; 0 when they do not say."""
+    try:
+        if head[4:8] in FIRST_BOXES:
+            return max((end for _, end in _boxes(path)), default=0)
+        if head.startswith(b"\x1a\x45\xdf\xa3"):
+            return _matroska_end(head)
+        if head.startswith(b"RIFF"):
+            return max((end for _, end in _riff_chunks(path)), default=0)
+    except OSError:
+        pass
+    return 0
+
+
+def is_cut(path: Path, head: bytes) -> bool:
+    """True when the file ends before its own headers say it should."""
+    return promised_bytes(path, head) > path.stat().st_size
+
+
+def first_words(head: bytes) -> str:
+    """The beginning of a text file, for a message."""
+    return " ".join(head[:200].decode("utf-8", "replace").split())[:40]
+
+
+def _is_text(head: bytes) -> bool:
+    if b"\0" in head:
+        return False
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start >= len(head) - 3 and len(head) == HEAD_BYTES  # a character cut by our own reading
+    return True
+
+
+def _boxes(path: Path) -> list[tuple[bytes, int]]:
+    """Top-level boxes of an mp4 or mov as (name, where it should end)."""
+    found: list[tuple[bytes, int]] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 0
+        while start + 8 <= size:
+            length, name = _box_header(file, start)
+            if name not in FIRST_BOXES + OTHER_BOXES:
+                break  # something behind the mp4, which players do not read either
+            if length < 8:  # 0: "until the end of the file"; 1 to 7: damaged
+                found.append((name, size))
+                break
+            start += length
+            found.append((name, start))
+    return found
+
+
+def _box_header(file: BinaryIO, start: int) -> tuple[int, bytes]:
+    file.seek(start)
+    header = file.read(16)
+    length = int.from_bytes(header[:4], "big")
+    return (int.from_bytes(header[8:16], "big") if length == 1 else length), header[4:8]
+
+
+def _riff_chunks(path: Path) -> list[tuple[bytes, int]]:
+    """Top-level RIFF chunks of an avi (several when it is long) as (name, where it should end)."""
+    found: list[tuple[bytes, int]] = []
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 0
+        while start + 8 <= size:
+            file.seek(start)
+            header = file.read(8)
+            length = int.from_bytes(header[4:8], "little")
+            if header[:4] != b"RIFF" or length == 0:  # 0: a recorder that never came back to fill it in
+                break
+            start += 8 + length + length % 2
+            found.append((b"RIFF", start - length % 2))
+    return found
+
+
+def _matroska_end(head: bytes) -> int:
+    """Where the Segment, which holds everything, should end; 0 when its size is unknown (a live recording)."""
+    size, start = _vint(head, 4)
+    at = start + size
+    if head[at : at + 4] != b"\x18\x53\x80\x67":
+        return 0
+    size, start = _vint(head, at + 4)
+    return start + size if size else 0
+
+
+def _vint(data: bytes, at: int) -> tuple[int, int]:
+    """An EBML number and where it ends; 0 for the reserved "unknown" (all ones)."""
+    first = data[at] if at < len(data) else 0
+    length = 9 - first.bit_length() if first else 8
+    mask = (1 << 7 * length) - 1
+    value = int.from_bytes(data[at : at + length], "big") & mask
+    return (0 if value == mask else value), at + length
+
+
+def _where(path: Path) -> str:
+    """What to do about a missing file: where its path stops being true."""
+    if path.is_symlink():
+        return f"it is a link to {os.readlink(path)}, which is missing"
+    parent = path.absolute().parent
+    if parent.is_dir():
+        return f"the folder {parent} exists, so check the file's name and extension"
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    return f"the path is right up to {parent}, so check the media root"

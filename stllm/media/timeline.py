@@ -1,0 +1,246 @@
+"""The index of a container video: what each frame's number and time are.
+
+Packets are stored in decoding order; their presentation times (pts), sorted, are the frames in the order of showing.
+Reading them takes some microseconds a packet and no decoding. That order is used only where the whole index agrees with
+the codec; otherwise the video is decoded once and its frames are counted.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stllm.media.hevc import PictureOrder
+from stllm.media.time_bound import keep_reading
+
+if TYPE_CHECKING:
+    from av import Packet
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+Stamps = np.ndarray[Any, np.dtype[np.int64]]
+DECODING_TIMES = ("avi", "asf")  # containers that hold decoding times only; FFmpeg guesses presentation times from them
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Frames of one video stream in presentation order.
+
+    stamps: (N,) ascending; each identifies a frame: its presentation time in units of time_base, or 0 .. N-1 with
+        `counted`.
+    seconds: (N,) when each frame is shown, after the first one.
+    keys: (K,) stamps of the keyframes, ascending.
+    num_promised: frames the file should hold; more than N when it was cut short.
+    open_gops: some pictures are stored after a keyframe but shown before it.
+    counted: the stream's times do not order its frames, so that frames are found only by decoding from the start.
+    """
+
+    stamps: Stamps
+    seconds: "np.ndarray[Any, np.dtype[np.float64]]"
+    keys: Stamps
+    num_promised: int
+    open_gops: bool = False
+    counted: bool = False
+
+    @property
+    def num_readable(self) -> int:
+        return len(self.stamps)
+
+    def key_at(self, stamp: int) -> int:
+        """The position in `keys` of the last keyframe shown no later than `stamp`; 0 when there is none."""
+        return max(0, int(np.searchsorted(self.keys, stamp, side="right")) - 1)
+
+    def index_at(self, stamp: int) -> int:
+        """The index of the first frame shown at `stamp` or later."""
+        return int(np.searchsorted(self.stamps, stamp))
+
+    def begins_with(self, stamps: Sequence[int | None]) -> bool:
+        """Whether those are its first stamps, one or more."""
+        return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
+
+    def starting_at(self, stamp: int) -> "Timeline":
+        """Without the frames before `stamp`, which the decoder does not give: a film cut inside an open GOP."""
+        lost = self.index_at(stamp)
+        if lost in (0, self.num_readable):
+            return self
+        return replace(
+            self,
+            stamps=self.stamps[lost:],
+            seconds=self.seconds[lost:] - self.seconds[lost],
+            keys=self.keys[self.keys >= stamp],
+            num_promised=self.num_promised - lost,
+        )
+
+
+def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Packet[VideoStream]]":
+    """The stream's packets.
+
+    In a transport stream, another stream can begin in the middle of the file. PyAV fails at its first packet, which is
+    left out; reading goes on behind it.
+    """
+    while True:
+        with suppress(IndexError):
+            yield from container.demux(stream)
+            return
+
+
+def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut: bool) -> Timeline | None:
+    """The timeline from the packets alone; None unless all of them bear times that can be true.
+
+    Times are rejected when one is missing or used twice, when decoding times (dts) do not ascend, and when the order
+    that they give contradicts the codec: HEVC states the pictures' order; in older codecs a B picture is shown before
+    one that is stored before it, any other is not. Where neither is known, a codec that reorders frames must have times
+    that do so, and no other may.
+
+    cut: the file is shorter than it should be. What is missing is then promised all the same, and the last packets are
+    not trusted: a lost B-frame might have been shown between them.
+    """
+    from av.error import FFmpegError
+
+    context = stream.codec_context
+    codec, by_dts, reorders = context.name, container.format.name in DECODING_TIMES, context.has_b_frames
+    length_size = _length_size(context.extradata) if codec == "h264" else 0
+    hevc = PictureOrder(context.extradata) if codec == "hevc" else None
+    stamps, keys, places = array("q"), array("q"), array("q")  # eight bytes a frame each, however long the film
+    num_hidden, last_dts, latest = 0, None, None
+    usable, typed, reordered, open_gops = True, False, False, False
+    try:
+        for packet in packets(container, stream):
+            keep_reading()
+            if packet.size == 0:
+                continue
+            place = None if hevc is None else hevc.place(bytes(packet))  # of hidden pictures, too: others count on
+            if packet.is_discard or _is_hidden(packet, codec):
+                num_hidden += 1
+                continue
+            if packet.is_corrupt:  # the one across which the file was cut
+                continue
+            dts = packet.dts
+            stamp = dts if by_dts else packet.pts
+            if stamp is None and not reorders:
+                stamp = dts
+            if stamp is None:
+                usable = False
+                continue
+            if dts is not None:
+                usable = usable and (last_dts is None or dts > last_dts) and stamp >= dts
+                last_dts = dts
+            is_earlier = latest is not None and stamp < latest
+            reordered = reordered or is_earlier
+            if usable and (is_b := _is_b_picture(packet, codec, length_size)) is not None:
+                typed, usable = True, is_b == is_earlier
+            open_gops = open_gops or (is_earlier and bool(keys) and stamp < keys[-1])
+            latest = stamp if latest is None else max(latest, stamp)
+            stamps.append(stamp)
+            if place is not None:
+                places.append(place)
+            if packet.is_keyframe:
+                keys.append(stamp)
+    except FFmpegError:
+        pass  # the file ends here: what is missing shows in num_promised, or as a frame that cannot be decoded
+    order = np.unique(np.array(stamps))
+    if not usable or len(order) != len(stamps) or not keys:
+        return None
+    if hevc is not None:
+        if len(places) != len(stamps) or (np.diff(np.array(stamps)[np.argsort(places)]) <= 0).any():
+            return None
+    elif not typed and reorders != reordered:
+        return None
+    num_promised = len(order)
+    if cut:
+        if last_dts is not None and reorders:
+            order = order[order <= last_dts]
+        if stream.frames > 0:  # as the header counts them, or else by the duration that it states
+            num_promised = max(num_promised, stream.frames - num_hidden)
+        elif container.duration and stream.average_rate:
+            num_promised = max(num_promised, int(container.duration / 1_000_000 * stream.average_rate))
+    return Timeline(order, _seconds(order, stream), np.unique(np.array(keys)), num_promised, open_gops)
+
+
+def counted_timeline(stream: "VideoStream", stamps: Sequence[int | None]) -> Timeline:
+    """The timeline of a stream that was decoded whole. stamps: of every frame, in the order in which they came.
+
+    The k-th frame gets the k-th time in ascending order. Frames without a time lie evenly between those that have one;
+    where times are doubled or fewer than two are known, all frames are spaced evenly.
+    """
+    indices = np.arange(len(stamps), dtype=np.int64)
+    places = np.array([index for index, stamp in enumerate(stamps) if stamp is not None])
+    known = np.unique(np.array([stamp for stamp in stamps if stamp is not None], dtype=np.int64))
+    if len(known) == len(places) >= 2:
+        step = (known[-1] - known[0]) / (places[-1] - places[0])
+        before, after = np.minimum(indices - places[0], 0), np.maximum(indices - places[-1], 0)
+        seconds = _seconds(np.interp(indices, places, known) + (before + after) * step, stream)
+    else:
+        seconds = indices / float(stream.average_rate or stream.guessed_rate or 25)
+    return Timeline(indices, seconds, indices[:1], len(stamps), counted=True)
+
+
+def average_fps(timeline: Timeline, stream: "VideoStream") -> float:
+    """Average frames a second: the container's own figure unless the frames' times contradict it; 25 without either.
+
+    The benchmarks' protocols turn seconds into indices by the container's figure (decord's get_avg_fps). Containers
+    that count their frames include how long the last one is shown, so theirs is contradicted only when the video would
+    end before its last frame is shown. Others (mkv, webm) guess the figure from the first frames.
+    """
+    stated = float(stream.average_rate or 0)
+    count, span = timeline.num_readable, float(timeline.seconds[-1])
+    if span <= 0:
+        return stated or float(stream.guessed_rate or 25)
+    measured = (count - 1) / span
+    agrees = abs(stated - measured) < 0.02 * measured
+    return stated if stated > 0 and (agrees or (stream.frames > 0 and count / stated > span)) else measured
+
+
+def _seconds(stamps: "np.ndarray[Any, Any]", stream: "VideoStream") -> "np.ndarray[Any, np.dtype[np.float64]]":
+    assert stream.time_base is not None  # every demuxer sets it
+    return (stamps - stamps[:1]) * stream.time_base.numerator / stream.time_base.denominator
+
+
+def _is_hidden(packet: "Packet[VideoStream]", codec: str) -> bool:
+    """VP8 stores its hidden reference frames as packets of their own; bit 4 of a frame's first byte is "show"."""
+    return codec == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+def _length_size(extradata: bytes | None) -> int:
+    """Bytes of the length before each H.264 unit, as mp4 and mkv store it; 0 where start codes separate units."""
+    return (extradata[4] & 3) + 1 if extradata and len(extradata) > 4 and extradata[0] == 1 else 0
+
+
+def _is_b_picture(packet: "Packet[VideoStream]", codec: str, length_size: int) -> bool | None:
+    """Whether the packet holds a B picture; None when the codec is another one or no picture's header is found.
+
+    Sources: ISO/IEC 13818-2 (picture header), 14496-2 (video object plane), 14496-10 (slice header).
+    """
+    if codec == "h264":
+        slice_start = _h264_slice_start(packet, length_size)
+        # Two Exp-Golomb codes: first_mb_in_slice is 0 (1), slice_type is B: 1 (010) or 6 (00111).
+        return None if slice_start < 0x80 else slice_start >> 4 & 7 == 0b010 or slice_start >> 2 & 31 == 0b00111
+    if codec == "mpeg4":  # a packet may hold several planes ("packed bitstream", as DivX and XviD write it)
+        planes = bytes(packet).split(b"\0\0\1\xb6")[1:]
+        return any(plane[:1] >= b"\x80" and plane[0] < 0xC0 for plane in planes) if planes else None
+    if codec in ("mpeg1video", "mpeg2video"):
+        header = bytes(packet).partition(b"\0\0\1\0")[2][:2]
+        return header[1] >> 3 & 7 == 3 if len(header) == 2 else None
+    return None
+
+
+def _h264_slice_start(packet: "Packet[VideoStream]", length_size: int) -> int:
+    """The first byte of the first slice's header; 0 when there is none."""
+    data: memoryview | bytes = memoryview(packet) if length_size else bytes(packet)
+    at = length = 0
+    while True:
+        if isinstance(data, bytes):
+            at = data.find(b"\0\0\1", at) + 3
+            if at < 3:
+                return 0
+        else:
+            at += length
+            length = int.from_bytes(data[at : at + length_size], "big")
+            at += length_size
+        if at + 1 >= len(data):
+            return 0
+        if data[at] & 31 in (1, 5):  # nal_unit_type: a slice of a picture
+            return data[at + 1]

@@ -1,0 +1,85 @@
+"""Single frames with what is seen in them: the labels are what the frame shows."""
+
+import numpy as np
+import torch
+
+from stllm.datasets.samples import SampleKey
+from stllm.processors.transforms import CLIP_MEAN, CLIP_STD
+from stllm.toy.clips import split_of
+from stllm.toy.scenes import COLORS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
+from stllm.toy.seeing import NUM_COLORS, Seen, SeenFrame, SeenFrames, collate, labels
+
+PLAIN, STRIPED = Background("plain", 90, 0), Background("striped", 90, 0)
+THINGS = (
+    Thing("red", "square", 20, 44, 8, (Event("turn", 0.4, 0.6, "green"),)),
+    Thing("blue", "cross", 50, 12, 5, (Event("disappear", 0.5, 0.6),)),
+)
+
+
+def drawn(count: int, *, seed: int) -> list[SeenFrame]:
+    """Frames of a patch size of 8 pixels."""
+    source, generator = SeenFrames(size=64, patch=8, vocab_size=50), np.random.default_rng(seed)
+    return [source.load(SampleKey(0, 0, 0, number), generator) for number in range(count)]
+
+
+def test_labels_follow_the_scene_through_time() -> None:
+    scene = Scene(THINGS, PLAIN, Cut(0.7, STRIPED))
+    for time, square, cross, pattern in ((0.1, "red", "blue", "plain"), (0.9, "green", None, "striped")):
+        colors, shapes, places, slot_colors, slot_places, number = labels(scene, np.array([time]), 8)
+        expected = {"square": square, "cross": cross}
+        for slot, shape in enumerate(SHAPES):
+            color = expected.get(shape)
+            assert slot_colors[slot] == (0 if color is None else 1 + list(COLORS).index(color))
+            assert ((shapes == 1 + slot).sum() > 0) == (color is not None)
+        assert slot_places[list(SHAPES).index("square")].tolist() == [2, 5]  # 20 and 44 of 64, in eighths
+        assert list(PATTERNS)[int(number)] == pattern
+        covered = np.flatnonzero(colors)
+        assert {(patch % 8, patch // 8) for patch in covered} >= {(2, 5)}
+        middle = np.array([20, 44]) / 8 - 4
+        assert np.allclose(places[shapes == 1 + list(SHAPES).index("square")], middle)
+
+
+def test_frames_show_what_their_labels_say() -> None:
+    batch = collate(drawn(24, seed=5))
+    seen = Seen(**batch["seen"])
+    assert batch["pixel_values"].shape == (24, 1, 3, 64, 64) and seen.colors.shape == (24, 64)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    frames = ((batch["pixel_values"][:, 0] * std + mean) * 255).permute(0, 2, 3, 1)  # (B, S, S, 3)
+    levels = torch.tensor(list(COLORS.values()))
+    right = total = 0
+    for frame, colors, places in zip(frames, seen.slot_colors, seen.slot_places, strict=True):
+        for color, (x, y) in zip(colors.tolist(), places.tolist(), strict=True):
+            if color:
+                around = frame[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].reshape(-1, 3)  # the middle lies in there
+                nearest = torch.cdist(around, levels.float()).argmin(1)
+                total, right = total + 1, right + bool((nearest == color - 1).sum() >= 8)
+    assert total > 24 and right > 0.9 * total  # the others are covered, or change just then
+    assert int(seen.colors.max()) < NUM_COLORS and bool(((seen.colors > 0) == (seen.shapes > 0)).all())
+
+
+def test_the_seed_decides() -> None:
+    first, again, other = (collate(drawn(4, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+    assert not torch.equal(first["pixel_values"], other["pixel_values"])
+
+
+def test_words_are_padded_and_masked() -> None:
+    frames = drawn(12, seed=0)
+    batch = collate(frames)
+    ids, mask = batch["qformer_input_ids"], batch["qformer_attention_mask"]
+    assert ids.shape == mask.shape == (12, max(len(frame.words) for frame in frames))
+    assert mask.sum(1).tolist() == [len(frame.words) for frame in frames]
+    assert 6 <= int(mask.sum(1).min()) < int(mask.sum(1).max()) <= 15 and int(ids.max()) < 50
+    assert all(torch.equal(row[: len(frame.words)], frame.words) for row, frame in zip(ids, frames, strict=True))
+
+
+def test_scenes_of_the_test_are_never_seen(monkeypatch) -> None:
+    scenes: list[Scene] = []
+
+    def noted(scene: Scene, *_: object) -> Seen:
+        scenes.append(scene)
+        return Seen(*[torch.zeros(1)] * 6)
+
+    monkeypatch.setattr("stllm.toy.seeing.labels", noted)
+    drawn(30, seed=0)
+    assert len(scenes) == 30 and all(split_of(scene) == "train" for scene in scenes)
