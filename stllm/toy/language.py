@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from stllm.common.registry import templates
+from stllm.toy.annotations import PICTURE_REQUEST, STORY_REQUEST, TELLING, look_up, seen_in_words, tell
 from stllm.toy.tasks import PICTURES, RARE, TASKS
-from stllm.toy.texts import PICTURE_REQUEST, STORY_REQUEST, TELLING, look_up, seen_in_words, tell
 
 NUM_TEXTS = 40  # examples of each task from which the vocabularies are made: every word is among them
 LLM_TOKENS = 1024  # at most
