@@ -38,9 +38,9 @@ async def run_all(plan: Plan, seeds: Sequence[int], jobs: int) -> AsyncIterator[
 
     async def one(variant: Variant, seed: int) -> Result:
         try:
-            if variant.masked and plan.switch and "error" in (first := await tasks[ALL.name, seed]):
-                raise RunError(f"`all`, which it goes on from, failed: {first['error']}")
-            async with free:
+            async with free:  # in the order of creation, so that `all` of the seed has begun before
+                if variant.masked and plan.switch and "error" in (first := await tasks[ALL.name, seed]):
+                    raise RunError(f"`all`, which it goes on from, failed: {first['error']}")
                 print(f"{variant.name}, seed {seed}: {plan.folder(variant, seed)}", flush=True)
                 return await run(plan, variant, seed)
         except (RunError, OSError, KeyError, ValueError) as error:

@@ -147,9 +147,9 @@ def look_up(example: Example, generator: Generator) -> tuple[Turn, ...]:
     )
 
 
-def seen_in_words(scene: Scene) -> str:
-    """The middle of a clip, or a picture, shape by shape: "circle nothing, square red far left top, ..."."""
-    seen = dict.fromkeys(SHAPES, "nothing") | {thing.shape: _seen(thing, [0.5])[0] for thing in scene.things}
+def seen_in_words(scene: Scene, time: float = 0.5) -> str:
+    """The frame at a time, a part of the clip, shape by shape: "circle nothing, square red far left top, ..."."""
+    seen = dict.fromkeys(SHAPES, "nothing") | {thing.shape: _seen(thing, [time])[0] for thing in scene.things}
     return ", ".join(f"{shape} {words}" for shape, words in seen.items()) + "."
 
 

@@ -92,6 +92,13 @@ class Writer:
             yield file, task, example
 
 
+def mvbench_item(video: str, example: Example, bounds: dict[str, float]) -> dict[str, Any]:
+    """An item of an annotation file of MVBench: the clip's first question."""
+    asked = example.asked[0]
+    options = list(asked.options)
+    return {"video": video, "question": asked.question, "candidates": options, "answer": asked.answer, **bounds}
+
+
 def num_benchmark_clips(count: int) -> int:
     """The number of clips that `write_benchmarks` draws."""
     return count * (len(MVBENCH_TASKS) + len(VCGBENCH_PARTS) + 4)
@@ -127,9 +134,7 @@ def _write_mvbench_task(task: MVBenchTask, writer: Writer) -> None:
             write_frames(path, clip)
         elif task.folder != ABSENT:
             write_video(path, clip, FPS)
-        asked = example.asked[0]
-        item = {"video": video, "question": asked.question, "candidates": list(asked.options), "answer": asked.answer}
-        writer.append(f"mvbench/json/{task.file}", {**item, **bounds})
+        writer.append(f"mvbench/json/{task.file}", mvbench_item(video, example, bounds))
         writer.done()
 
 
@@ -140,8 +145,8 @@ def _write_vcgbench(writer: Writer) -> None:
         if part == "consistency":
             for file, _, example in clips:
                 first, second = (question.format(example.scene.things[0].name) for question in DIRECTION_QUESTIONS)
-                row = {"Q1": first, "Q2": second, "A": example.asked[0].answer, "video_name": file.stem}
-                writer.append("vcgbench/consistency_qa.json", row)
+                pair = {"Q1": first, "Q2": second, "A": example.asked[0].answer, "video_name": file.stem}
+                writer.append("vcgbench/consistency_qa.json", pair)
         else:
             for question in _questions(clips):
                 row = {"Q": question.text, "A": question.answer, "video_name": question.file.stem}

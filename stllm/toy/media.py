@@ -31,7 +31,7 @@ GIF_DELAY = 40  # milliseconds a frame: 25 a second
 
 
 def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
-    """Writes a clip, (T, H, W, 3) uint8 RGB, as the file's extension says: a key of ENCODERS, or .gif (25 fps)."""
+    """Write a clip, (T, H, W, 3) uint8 RGB, in the format of the extension: a key of ENCODERS, or .gif (25 fps)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
         first, *others = map(Image.fromarray, clip)
@@ -39,8 +39,7 @@ def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
         return
     codec, options = encoder(path.suffix)
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        options = {**options, "threads": "1", **(_same_bytes() if codec == H264[0] else {})}
-        stream: Any = container.add_stream(codec, rate=fps, options=options)
+        stream: Any = container.add_stream(codec, rate=fps, options={**options, "threads": "1"})
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for picture in clip:
@@ -49,7 +48,7 @@ def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
 
 
 def write_frames(folder: Path, clip: np.ndarray) -> None:
-    """Writes a clip, (T, H, W, 3) uint8 RGB, as a folder of pictures: 00001.jpg and on."""
+    """Write a clip, (T, H, W, 3) uint8 RGB, as a folder of pictures: 00001.jpg and on."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(clip, start=1):
         Image.fromarray(picture).save(folder / f"{number:05d}.jpg", quality=95)
@@ -57,7 +56,7 @@ def write_frames(folder: Path, clip: np.ndarray) -> None:
 
 @contextmanager
 def annotation_files(root: Path) -> Iterator[Append]:
-    """A function that appends a record to an annotation file below `root`: a JSON list with one record a line."""
+    """Yield a function that appends a record to an annotation file below `root`: a JSON list, one record a line."""
     files: dict[str, TextIO] = {}
 
     def append(name: str, record: Mapping[str, Any]) -> None:
@@ -82,7 +81,7 @@ def png_bytes(picture: np.ndarray) -> bytes:
 
 
 def write_shard(path: Path, pairs: Iterable[tuple[str, bytes, str]]) -> None:
-    """Writes (name, PNG, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
+    """Write (name, PNG, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, picture, text in pairs:
@@ -94,9 +93,11 @@ def write_shard(path: Path, pairs: Iterable[tuple[str, bytes, str]]) -> None:
 
 @cache
 def encoder(extension: str) -> Encoder:
-    """What writes files of that extension: MPEG-4, which is everywhere and said once, where PyAV has no H.264."""
+    """Codec and options for files of that extension. Without H.264 in PyAV: MPEG-4, which is logged once."""
     codec, options = ENCODERS[extension]
-    if codec == H264[0] and codec not in av.codecs_available:
+    if codec != H264[0]:
+        return codec, options
+    if codec not in av.codecs_available:
         log.info(
             "the installed PyAV %s has no H.264 encoder (libx264): %s files are MPEG-4 instead; "
             "PyAV's own wheels have it (pip install av)",
@@ -104,12 +105,7 @@ def encoder(extension: str) -> Encoder:
             extension,
         )
         return MPEG4
-    return codec, options
-
-
-@cache
-def _same_bytes() -> dict[str, str]:
-    """What keeps x264 from AVX-512: with it, the same clip gives one of several files, seen with PyAV 18.1."""
+    # With AVX-512, x264 gives one of several files for the same clip, seen with PyAV 18.1
     cpuinfo = Path("/proc/cpuinfo")  # of Linux
     has_avx512 = cpuinfo.is_file() and "avx512" in cpuinfo.read_text(errors="replace")
-    return {"x264-params": "asm=AVX2"} if has_avx512 else {}
+    return codec, options | ({"x264-params": "asm=AVX2"} if has_avx512 else {})

@@ -28,7 +28,6 @@ from stllm.datasets.collate import stacked
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.datasets.samples import Sample, SampleKey
 from stllm.models.build import build_audited, config_from_settings
-from stllm.models.configuration import STLLMConfig
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.transforms import EvalTransform
@@ -52,10 +51,10 @@ TAUGHT = ("vision_encoder.", "qformer.")
 
 
 class Seen(NamedTuple):
-    """What is seen in frames. Places are (x, y) in eighths of the picture's side.
+    """Labels of frames. Places are (x, y) in eighths of the picture's side.
 
-    Patches: colors and shapes (B, P), numbers of their tables from 1 on, 0 where nothing is; places (B, P, 2) of the
-    middle of what is there, from the picture's. Slots, one a shape, for no scene has two of one: slot_colors (B, H),
+    Of patches: colors and shapes (B, P), numbers of their tables from 1 on, 0 for nothing; places (B, P, 2) of the
+    thing's middle, from the picture's. Of slots, one a shape, since no scene has two of one: slot_colors (B, H),
     slot_places (B, H, 2), whole eighths. patterns: (B,), of the background.
     """
 
@@ -69,9 +68,9 @@ class Seen(NamedTuple):
 
 @dataclass(kw_only=True)
 class SeenFrame(Sample):
-    """One frame: pixel_values (1, 3, S, S), and what is seen in it, without B.
+    """One frame: pixel_values (1, 3, S, S), and its labels, without B.
 
-    words: (L,), random, so that what is seen comes to depend on none of them.
+    words: (L,), random, so that the Q-Former learns to see whatever the words.
     """
 
     seen: Seen
@@ -92,7 +91,7 @@ class SeenFrames:
         return EPOCH
 
     def load(self, key: SampleKey, generator: Generator) -> SeenFrame:
-        """Another frame for every generator; of the key only the name is made."""
+        """A frame drawn with the generator; the key only names it."""
         task = PICTURES if generator.random() < PICTURE_SHARE else pick(generator, (*TASKS, RARE))
         while split_of(scene := task.make(generator).scene) != "train":
             pass
@@ -110,7 +109,7 @@ class SeenFrames:
 
 
 def collate(frames: Sequence[SeenFrame]) -> dict[str, Any]:
-    """A DataLoader's `collate_fn`: frames to the arguments of `SeeingModel.forward`, and names and failures."""
+    """Arguments of `SeeingModel.forward` for a batch of frames, and names and failures; a DataLoader's `collate_fn`."""
     words = [frame.words for frame in frames]
     seen = Seen(*(torch.stack(part) for part in zip(*(frame.seen for frame in frames), strict=True)))
     return {
@@ -125,7 +124,7 @@ def collate(frames: Sequence[SeenFrame]) -> dict[str, Any]:
 
 
 def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
-    """What is seen at a time, (1,), a part of the clip; without B."""
+    """Labels of the frame at a time, (1,), a part of the clip; without B."""
     middles = (np.arange(grid) + 0.5) * (UNITS / grid)
     across, down = np.meshgrid(middles, middles)
     colors, shapes = np.zeros((grid, grid), int), np.zeros((grid, grid), int)
@@ -151,7 +150,10 @@ def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
 
 
 class SeeingHeads(nn.Module):
-    """What is seen, read off the encoder's patches and the Q-Former's queries by one linear layer each."""
+    """Linear layers that predict the labels from the encoder's patches and the Q-Former's queries.
+
+    Of the queries, the first predict one shape each and the next one the background.
+    """
 
     def __init__(self, *, width: int, query_width: int) -> None:
         super().__init__()
@@ -184,7 +186,7 @@ class SeeingHeads(nn.Module):
 
 
 class SeeingModel(nn.Module):
-    """An ST-LLM's vision encoder and Q-Former, and heads. model: gives the two parts, under their own names."""
+    """The vision encoder and Q-Former of an ST-LLM under their own names, and heads. model: has the two parts."""
 
     def __init__(self, model: STLLM) -> None:
         super().__init__()
@@ -229,7 +231,7 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
 @tasks.register("toy_seeing")
 @dataclass
 class ToySeeingTask:
-    """What is learned: what single frames show, drawn as they are asked for."""
+    """Training on single frames, drawn as they are asked for."""
 
     cfg: DictConfig
     mixture: Mixture
@@ -239,9 +241,22 @@ class ToySeeingTask:
 
     @classmethod
     def from_config(cls, cfg: DictConfig, *, seed: int) -> "ToySeeingTask":
-        """The task of a checked configuration. Raises UserError for a model that this cannot be learned with."""
+        """The task of a checked configuration. Raises UserError for a model or settings that it cannot train with."""
         config = config_from_settings(model_section(cfg))
-        _check(cfg, config)
+        if not config.has_qformer or config.num_query_tokens <= len(SHAPES):
+            raise UserError(
+                f"run.task toy_seeing needs a Q-Former of more than {len(SHAPES)} queries, one a shape and one for the "
+                f"background: set model.has_qformer=True and model.num_query_token={len(SHAPES) + 1} or more"
+            )
+        if config.freeze_vit or config.freeze_qformer:
+            raise UserError(
+                "run.task toy_seeing teaches the vision encoder and the Q-Former, but one of them is frozen: set "
+                "model.freeze_vit=False and model.freeze_qformer=False"
+            )
+        if cfg.run.get("gradient_checkpointing") or cfg.run.get("activation_checkpointing"):
+            raise UserError("run.task toy_seeing has no activation checkpointing: leave out run.gradient_checkpointing")
+        if listed := [name for name in cfg.datasets if name not in ROOTS]:
+            raise UserError(f"run.task toy_seeing draws its frames itself: found datasets.{listed[0]}, leave it out")
         frames = SeenFrames(
             size=config.vision_config["image_size"],
             patch=config.vision_config["patch_size"],
@@ -252,12 +267,12 @@ class ToySeeingTask:
     def build_model(
         self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None
     ) -> SeeingModel:
-        """The two parts under fresh heads; all of it trains."""
+        """The two parts with fresh heads; all of it trains."""
         model, _ = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
         return SeeingModel(model).to(device=device, dtype=trained_dtype or dtype)
 
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
-        """Which frames make which batch; batch_size: of one process."""
+        """The frames of each batch; batch_size: of one process."""
         return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def collator(self) -> Any:
@@ -265,28 +280,10 @@ class ToySeeingTask:
         return collate
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
-        """Leaves in the trained model's folder its two parts alone, and their configuration."""
+        """Keep in the trained model's folder only the two parts, without heads, and their configuration."""
         assert isinstance(model, SeeingModel)
         path = folder / "model.safetensors"
         # copies: the file that they come from is written over
         learned = {name: value.clone() for name, value in load_file(path).items() if name.startswith(TAUGHT)}
         save_file(learned, path, metadata={"format": "pt"})
         model.config.save_pretrained(folder)
-
-
-def _check(cfg: DictConfig, config: STLLMConfig) -> None:
-    """Raises UserError for what this task cannot do with the configuration."""
-    if not config.has_qformer or config.num_query_tokens <= len(SHAPES):
-        raise UserError(
-            f"run.task toy_seeing needs a Q-Former of more than {len(SHAPES)} queries, one a shape and one for the "
-            f"background: set model.has_qformer=True and model.num_query_token={len(SHAPES) + 1} or more"
-        )
-    if config.freeze_vit or config.freeze_qformer:
-        raise UserError(
-            "run.task toy_seeing teaches the vision encoder and the Q-Former, but one of them is frozen: set "
-            "model.freeze_vit=False and model.freeze_qformer=False"
-        )
-    if cfg.run.get("gradient_checkpointing") or cfg.run.get("activation_checkpointing"):
-        raise UserError("run.task toy_seeing has no activation checkpointing: leave out run.gradient_checkpointing")
-    if listed := [name for name in cfg.datasets if name not in ROOTS]:
-        raise UserError(f"run.task toy_seeing draws its frames itself: found datasets.{listed[0]}, leave it out")

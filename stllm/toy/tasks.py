@@ -12,6 +12,7 @@ from stllm.processors.templates import Turn
 from stllm.toy.questions import (
     ACTIONS,
     PLACES,
+    Asked,
     Example,
     Generator,
     ask,
@@ -34,9 +35,9 @@ from stllm.toy.questions import (
 from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
 
 CAPTION_INSTRUCTIONS = ("Describe the video.", "What happens in the video?", "Give a caption of this video.")
+IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
 NEAR = 0.6  # STEPs or HOPs: how far things go that share a picture
 LONG = 8.0  # clips of the usual length: 64 frames, which is the most there is, even where the usual ones have 8
-IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
 QUARTERS = ((20, 20), (44, 20), (20, 44), (44, 44))  # of several things, one in each quarter
 CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what happens in the middle
 SLOTS = 16  # into which a clip is divided for blinks: the frames of a clip of the usual length
@@ -47,8 +48,8 @@ HIDDEN = 6  # slots in which something that blinks cannot be seen, however often
 class ToyTask:
     """A kind of clip.
 
-    corpus: folder of its training set, as VideoChat2-IT names them. benchmark: MVBench's name of it, "" where it is not
-    tested; media_dir: MVBench's folder for its media.
+    corpus: folder of its training set, as VideoChat2-IT names them. benchmark: its name in MVBench, "" if there is no
+    test; media_dir: MVBench's folder for its media.
     """
 
     corpus: str
@@ -66,7 +67,7 @@ def a_scene(generator: Generator, *things: Thing, cut: Cut | None = None) -> Sce
 
 
 def a_background(generator: Generator, pattern: str) -> Background:
-    """Of that pattern, dark enough for every colour to be seen."""
+    """A background of that pattern, dark enough for every color to be seen."""
     shade, angle = int(generator.integers(45, 135)), int(generator.integers(180))
     red, green, blue = (int(level) for level in generator.integers(-14, 15, 3))
     return Background(pattern, shade, angle, (red, green, blue))
@@ -80,7 +81,7 @@ def a_thing(generator: Generator, *events: Event, color: str | None = None) -> T
 
 
 def bystanders(generator: Generator, thing: Thing, *, other_than: Sequence[str] = ()) -> tuple[Thing, ...]:
-    """Nobody, or one small thing of another colour and shape in a corner. other_than: colours that it has not."""
+    """Nothing, or one small thing of another color and shape in a corner. other_than: excluded colors."""
     if generator.integers(2):
         return ()
     color = pick(generator, [color for color in COLORS if color not in (thing.color, *other_than)])
@@ -96,7 +97,7 @@ def several(
     radii: tuple[int, int] = (5, 8),
     colors: Sequence[str] = tuple(COLORS),
 ) -> tuple[Thing, ...]:
-    """One thing for each of the events, at places of their own; colours and shapes are all different.
+    """One thing for each of the events, at different places, in different colors and shapes.
 
     radii: the smallest, and the one after the largest.
     """
@@ -109,23 +110,23 @@ def several(
 
 
 def a_moment(generator: Generator) -> float:
-    """A time near the middle of a clip, as likely before it as after it.
+    """A time near the middle of a clip, as likely before as after it.
 
-    It never is the middle, so that the middle frame, which begins there, is as likely before that time as after it.
+    It is never the middle itself, so that the middle frame, which begins there, is as likely before as after the time.
     """
     return pick(generator, (5, 6, 7, 9, 10, 11)) / SLOTS
 
 
 def turning(generator: Generator, color: str) -> Event:
-    """Takes another colour near the middle of the clip."""
+    """The change to another color near the middle of the clip."""
     middle = a_moment(generator)
     return Event("turn", middle - 1.5 / 32, middle + 1.5 / 32, color)
 
 
 def blinks(generator: Generator, count: int) -> tuple[Event, ...]:
-    """Hidden `count` times, each for two slots at least.
+    """Blinks of at least two slots each.
 
-    Neither how long it is hidden in all, nor whether it is in the middle frame, depends on the count.
+    Neither the time for which the thing is hidden in all, nor its presence in the middle frame, depends on the count.
     """
     in_the_middle = generator.integers(SLOTS) < HIDDEN
     while True:
@@ -135,8 +136,8 @@ def blinks(generator: Generator, count: int) -> tuple[Event, ...]:
         ends = [int(slot) for slot in (seen[:-1] + hidden).cumsum()]
         spans = [(end - int(length), end) for end, length in zip(ends, hidden, strict=True)]
         if in_the_middle == any(start <= SLOTS // 2 < end for start, end in spans):
-            # moved aside a little: no frame of a clip of 8, 16, 32 or 64 lies at such a time
-            return tuple(Event("blink", *(slot / SLOTS - 1 / 64 + 1 / 512 for slot in span)) for span in spans)
+            aside = 1 / 512 - 1 / 64  # from a slot's beginning: no frame of a clip of 8, 16, 32 or 64 lies there
+            return tuple(Event("blink", start / SLOTS + aside, end / SLOTS + aside) for start, end in spans)
 
 
 def some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ...]:
@@ -230,32 +231,32 @@ def rare_event(generator: Generator) -> Example:
 
 def mixed(generator: Generator) -> Example:
     """Several things that each do something else, perhaps before another background: many questions about one clip."""
-    deeds = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
+    names = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
     *_, after = colors = shuffled(generator, COLORS)
     kinds = shuffled(generator, ACTIONS)[:3]
-    events: dict[str, Callable[[], tuple[Event, ...]]] = {
-        "move": lambda: (Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),),
-        "turn": lambda: (turning(generator, after),),
-        "blink": lambda: blinks(generator, int(generator.integers(1, 4))),
-        "act": lambda: tuple(
-            Event(kind, number / 3, (number + 1) / 3, extent=NEAR) for number, kind in enumerate(kinds)
+    acts = tuple(Event(kind, number / 3, (number + 1) / 3, extent=NEAR) for number, kind in enumerate(kinds))
+    # the events of a thing, and what is asked about it
+    deeds: dict[str, tuple[Callable[[], tuple[Event, ...]], Callable[[Thing], list[Asked]]]] = {
+        "move": (
+            lambda: (Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),),
+            lambda thing: [direction_question(generator, thing)],
         ),
-        "stand": lambda: (),
+        "turn": (lambda: (turning(generator, after),), lambda thing: color_questions(generator, thing)),
+        "blink": (
+            lambda: blinks(generator, int(generator.integers(1, 4))),
+            lambda thing: [blink_question(generator, thing)],
+        ),
+        "act": (lambda: acts, lambda thing: sequence_questions(generator, thing.name, kinds)),
+        "stand": (lambda: (), lambda thing: [whether_question(generator, thing, "move")]),
     }
-    things = several(generator, [events[name]() for name in deeds], colors=colors[:-1])
+    things = several(generator, [deeds[name][0]() for name in names], colors=colors[:-1])
     changes = generator.integers(3) == 0
     before, other = shuffled(generator, PATTERNS)[:2]
     cut = Cut(a_moment(generator), a_background(generator, other)) if changes else None
     scene = replace(a_scene(generator, *things, cut=cut), background=a_background(generator, before))
     asked = [moving_question(generator, things), *existence_questions(generator, things)]
-    for name, thing in zip(deeds, things, strict=True):
-        asked += {
-            "move": lambda thing: [direction_question(generator, thing)],
-            "turn": lambda thing: color_questions(generator, thing),
-            "blink": lambda thing: [blink_question(generator, thing)],
-            "act": lambda thing: sequence_questions(generator, thing.name, kinds),
-            "stand": lambda thing: [whether_question(generator, thing, "move")],
-        }[name](thing)
+    for name, thing in zip(names, things, strict=True):
+        asked += deeds[name][1](thing)
     asked += background_questions(generator, scene) if changes else []
     text = story(generator, scene)
     return Example(scene, text, tuple(asked), told=(Turn("What happens in the video?", text),))

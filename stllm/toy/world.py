@@ -28,7 +28,7 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
 from stllm.common.pools import mapping, one_a_core
 from stllm.toy.annotations import TELLING, Records, clip_records, picture_records, text_records, training_records
-from stllm.toy.benchmarks import benchmark_bytes, num_benchmark_clips, write_benchmarks
+from stllm.toy.benchmarks import benchmark_bytes, mvbench_item, num_benchmark_clips, write_benchmarks
 from stllm.toy.clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, SIZE, World
 from stllm.toy.language import world_texts, write_language_model, write_qformer_tokenizer
 from stllm.toy.media import annotation_files, encoder, png_bytes, write_shard, write_video
@@ -165,9 +165,7 @@ def _test_clip(root: Path, world: World, task: ToyTask, index: int) -> Records:
     example, frames, bounds = world.clip(task, "test", index)
     file = f"{task.benchmark}_{index:05d}.mp4"
     write_video(root / "mvbench" / "video" / task.media_dir / file, frames, FPS)
-    asked = example.asked[0]
-    item = {"video": file, "question": asked.question, "candidates": list(asked.options), "answer": asked.answer}
-    return [(f"mvbench/json/{task.benchmark}.json", {**item, **bounds})]
+    return [(f"mvbench/json/{task.benchmark}.json", mvbench_item(file, example, bounds))]
 
 
 def _training_picture(root: Path, world: World, index: int) -> Records:
