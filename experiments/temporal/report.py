@@ -15,9 +15,9 @@ from experiments.temporal.plan import ALL, ROOT, VARIANTS, Plan, tested
 from experiments.temporal.runs import Result, commit
 from stllm.common.device import resolve_device
 from stllm.common.files import replacing, write_text
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
+from stllm.evaluation.reports.tables import MISSING, table
 from stllm.evaluation.results import versions, write_json
-from stllm.evaluation.tables import MISSING, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "evaluation")
 OPTIONS = "--options"  # the name of that layer
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf; the slow one refuses `[Which?]`
 MAX_VALUES = 100_000  # of a YAML; a few lines of aliases can stand for more than memory holds
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # OmegaConf's: the other one takes fewer texts
 BASE = "base"  # top-level key of a YAML: the file below it
 UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # of published YAMLs
 

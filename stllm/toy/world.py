@@ -27,7 +27,15 @@ from tqdm import tqdm
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
 from stllm.common.pools import mapping, one_a_core
-from stllm.toy.annotations import TELLING, Records, clip_records, picture_records, text_records, training_records
+from stllm.toy.annotations import (
+    TELLING,
+    Fields,
+    Records,
+    clip_records,
+    picture_records,
+    text_records,
+    training_records,
+)
 from stllm.toy.benchmarks import benchmark_bytes, mvbench_item, num_benchmark_clips, write_benchmarks
 from stllm.toy.clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, SIZE, World
 from stllm.toy.language import world_texts, write_language_model, write_qformer_tokenizer
@@ -154,7 +162,7 @@ def shares(total: int, tasks: tuple[ToyTask, ...]) -> list[int]:
 
 def _training_clip(root: Path, world: World, task: ToyTask, index: int) -> Records:
     example, frames, bounds = world.clip(task, "train", index)
-    medium = {"video": f"{Path(task.corpus).name}_{index:05d}.mp4", **bounds}
+    medium: Fields = {"video": f"{Path(task.corpus).name}_{index:05d}.mp4", **bounds}
     write_video(root / "vc2" / "media" / medium["video"], frames, FPS)
     records = training_records(f"vc2/video/{task.corpus}", world.seed, index, example, medium)
     # a few frames of a rare event do not show what happens in it
