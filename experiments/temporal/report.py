@@ -131,7 +131,7 @@ def _spread(values: Sequence[float | None]) -> Spread:
 
 def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
     """Each claim, the figures it is judged by, and whether it holds of the means; None: not measured."""
-    found = []
+    found: list[dict[str, Any]] = []
     for text, key, names, holds, words in CLAIMS:
         if key == LONG and not has_long:
             continue
