@@ -1,6 +1,6 @@
 """All measurements, each in a process of its own, and one page of them: JSON, tables, charts, and what has changed.
 
-The figures of benchmarks/temporal*, an experiment on answers rather than on speed, are not among them.
+They measure speed and memory; experiments/ measures answers.
 
     python -m benchmarks [--quick] [--only NAME ...] [--output-dir DIR] [--device DEVICE] [--page]
 """

@@ -87,7 +87,7 @@ vision_encoders: Registry[Any] = Registry("vision encoder", modules=("stllm.mode
 video_inputs: Registry[Any] = Registry("video input", modules=("stllm.models.video_inputs",))
 processors: Registry[Any] = Registry("processor", modules=("stllm.processors.transforms",))
 datasets: Registry[Any] = Registry("data set type", modules=("stllm.datasets.instruction", "stllm.datasets.image_text"))
-tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it", "stllm.toy.task"))
+tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it", "stllm.toy.seeing"))
 runners: Registry[Any] = Registry("runner", modules=("stllm.runners.train",))
 readers: Registry[Any] = Registry("reader", modules=("stllm.media.open",))
 benchmarks: Registry[Any] = Registry(

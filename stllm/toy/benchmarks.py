@@ -1,4 +1,4 @@
-"""Twins of the benchmarks in the toy world: the official folders, file names and fields, with rendered clips.
+"""Twins of the benchmarks: toy clips under the official folders, file names and fields.
 
     mvbench/json/<task>.json, mvbench/video/<MVBench's own folders>
     vcgbench/{generic,temporal,consistency}_qa.json
@@ -6,25 +6,23 @@
     activitynet/test_q.json + test_a.json
     tgif/test_qa.json
 
-Media of all but MVBench lie in <benchmark>/videos. What is asked is what the toy tasks ask, about scenes that are never
-trained on. As in reality, a few videos of MVBench lie in its fallback folders alone, those of `nturgbd` nowhere, and
-answers in a file of their own come in another order than their questions.
+Media of all but MVBench are in <benchmark>/videos. The questions are those of the toy tasks, about scenes that are
+never trained on. As in the originals, a few videos of MVBench are only in its fallback folders, those of `nturgbd` are
+missing, and a separate file of answers has another order than the file of questions.
 """
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stllm.evaluation.benchmarks.mvbench import TASKS as MVBENCH_TASKS
 from stllm.evaluation.benchmarks.mvbench import MVBenchTask
 from stllm.media.images import FOLDER_FPS
 from stllm.toy.clips import FPS, World
-from stllm.toy.media import write_frames, write_json, write_video
-from stllm.toy.questions import Example
+from stllm.toy.media import Append, annotation_files, write_frames, write_video
+from stllm.toy.questions import DIRECTION_QUESTIONS, Example
 from stllm.toy.tasks import TASKS, ToyTask
-from stllm.toy.video_questions import DIRECTION_QUESTIONS
 
 TOY_TASKS = {task.make.__name__: task for task in TASKS}
 # Which toy task stands for each of MVBench's; those with bounds are all of one kind.
@@ -60,177 +58,137 @@ TYPES = {"conversation": (5, 0, 4), "state_change": (2,), "moving_direction": (0
 FRAME_BYTES = 4000  # of a clip, rounded up: gifs and frame folders are larger than videos
 LONGEST = 1.5  # of a toy task's clips, in clips of the usual length
 
-Fields = dict[str, Any]
-Row = tuple[str, str, "Question"]  # the video's name, the question's id, the question
 
+class Question(NamedTuple):
+    """A question about a clip, without options. file: the video; number: of the question; type: ActivityNet-QA's."""
 
-@dataclass(frozen=True)
-class Clip:
-    """A written clip: its file's name, the toy task that it is of, what is in it."""
-
-    file: str
-    task: str
-    example: Example
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a written clip, without options. type: ActivityNet-QA's."""
-
-    file: str
+    file: Path
+    number: int
     text: str
-    answer: str
+    answer: str | None
     type: int
-
-    @property
-    def stem(self) -> str:
-        """The file's name without its extension."""
-        return Path(self.file).stem
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Draws clips and writes them. count: clips of each kind; done: called after each."""
+    """Destination and source of the clips. count: clips of each kind; done: called after each."""
 
+    root: Path
     world: World
     count: int
+    append: Append
     done: Callable[[], Any]
 
-    def clips(self, folder: Path, name: str, tasks: Sequence[str], extensions: Sequence[str]) -> list[Clip]:
-        """Clips of the toy tasks by turns, with the extensions by turns. name: a pattern for their numbers."""
-        clips = []
+    def clips(
+        self, benchmark: str, name: str, tasks: Sequence[str], extensions: Sequence[str]
+    ) -> Iterator[tuple[Path, str, Example]]:
+        """Write clips, with toy tasks and extensions in turn; yield file, task and example. name: a pattern."""
         for index in range(self.count):
             task = tasks[index % len(tasks)]
-            example, frames, _ = self.world.clip(_apart(task, f"{folder.parent.name}/{name}"), "test", index)
-            clips.append(Clip(name.format(index) + extensions[index % len(extensions)], task, example))
-            write_video(folder / clips[-1].file, frames, FPS)
+            example, frames, _ = self.world.clip(_apart(task, f"{benchmark}/{name}"), "test", index)
+            file = Path(name.format(index) + extensions[index % len(extensions)])
+            write_video(self.root / benchmark / "videos" / file, frames, FPS)
             self.done()
-        return clips
+            yield file, task, example
 
-    def questions(self, folder: Path, name: str, extensions: Sequence[str]) -> list[Question]:
-        """What is asked without options about clips of all sorts."""
-        return _questions(self.clips(folder, name, OPEN_TASKS, extensions))
+
+def mvbench_item(video: str, example: Example, bounds: dict[str, float]) -> dict[str, Any]:
+    """An item of an annotation file of MVBench: the clip's first question."""
+    asked = example.asked[0]
+    options = list(asked.options)
+    return {"video": video, "question": asked.question, "candidates": options, "answer": asked.answer, **bounds}
 
 
 def num_benchmark_clips(count: int) -> int:
-    """How many clips `write_benchmarks` draws."""
+    """The number of clips that `write_benchmarks` draws."""
     return count * (len(MVBENCH_TASKS) + len(VCGBENCH_PARTS) + 4)
 
 
 def benchmark_bytes(count: int, num_frames: int) -> int:
-    """How many bytes they take, rounded up. num_frames: of a clip of the usual length."""
+    """Bytes that the twins take, rounded up. num_frames: of a clip of the usual length."""
     return round(num_benchmark_clips(count) * num_frames * LONGEST * FRAME_BYTES)
 
 
 def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[], Any] = lambda: None) -> None:
-    """Writes all twins below `root`.
+    """Write all twins below `root`.
 
     count: items of each task of MVBench, and clips of each part of the other benchmarks. done: called after each clip.
     """
-    writer = Writer(world, count, done)
-    for task in MVBENCH_TASKS:
-        _write_mvbench_task(root / "mvbench", task, writer)
-    _write_vcgbench(root / "vcgbench", writer)
-    _write_msvd(root / "msvd", writer)
-    _write_msrvtt(root / "msrvtt", writer)
-    _write_activitynet(root / "activitynet", writer)
-    _write_tgif(root / "tgif", writer)
+    with annotation_files(root) as append:
+        writer = Writer(root, world, count, append, done)
+        for task in MVBENCH_TASKS:
+            _write_mvbench_task(task, writer)
+        _write_vcgbench(writer)
+        _write_videoqa(writer)
 
 
-def _write_mvbench_task(root: Path, task: MVBenchTask, writer: Writer) -> None:
+def _write_mvbench_task(task: MVBenchTask, writer: Writer) -> None:
     toy = _apart(STAND_INS[task.name], task.name)
     in_frames = task.media == "frames"
-    items: list[Fields] = []
     for index in range(writer.count):
         example, clip, bounds = writer.world.clip(toy, "test", index, FOLDER_FPS if in_frames else FPS)
         video = f"{Path(task.file).stem}_{index:05d}" + ("" if in_frames else ".mp4")
         in_fallback = task.name in IN_FALLBACK and index == writer.count - 1
-        path = root / "video" / (task.fallbacks[0] if in_fallback else task.folder) / video
+        path = writer.root / "mvbench" / "video" / (task.fallbacks[0] if in_fallback else task.folder) / video
         if in_frames:
             write_frames(path, clip)
         elif task.folder != ABSENT:
             write_video(path, clip, FPS)
-        turn = example.turns[0]
-        asked = {"question": turn.question, "candidates": list(example.candidates), "answer": turn.answer}
-        items.append({"video": video, **asked, **bounds})
+        writer.append(f"mvbench/json/{task.file}", mvbench_item(video, example, bounds))
         writer.done()
-    write_json(root / "json" / task.file, items)
 
 
-def _write_vcgbench(root: Path, writer: Writer) -> None:
+def _write_vcgbench(writer: Writer) -> None:
     extensions = (".webm", ".mp4", ".avi", ".mov", ".mkv")
-    generic, temporal, consistency = (
-        writer.clips(root / "videos", f"v_{part}_{{:05d}}", (toy,), extensions[number:] + extensions)
-        for number, (part, toy) in enumerate(VCGBENCH_PARTS.items())
-    )
-    for name, clips in (("generic", generic), ("temporal", temporal)):
-        rows = [{"Q": row.text, "A": row.answer, "video_name": row.stem} for row in _questions(clips)]
-        write_json(root / f"{name}_qa.json", rows)
-    pairs: list[Fields] = []
-    for clip in consistency:
-        first, second = (question.format(clip.example.scene.things[0].name) for question in DIRECTION_QUESTIONS)
-        stem = Path(clip.file).stem
-        pairs.append({"Q1": first, "Q2": second, "A": clip.example.turns[0].answer, "video_name": stem})
-    write_json(root / "consistency_qa.json", pairs)
+    for number, (part, toy) in enumerate(VCGBENCH_PARTS.items()):
+        clips = writer.clips("vcgbench", f"v_{part}_{{:05d}}", (toy,), extensions[number:] + extensions)
+        if part == "consistency":
+            for file, _, example in clips:
+                first, second = (question.format(example.scene.things[0].name) for question in DIRECTION_QUESTIONS)
+                pair = {"Q1": first, "Q2": second, "A": example.asked[0].answer, "video_name": file.stem}
+                writer.append("vcgbench/consistency_qa.json", pair)
+        else:
+            for question in _questions(clips):
+                row = {"Q": question.text, "A": question.answer, "video_name": question.file.stem}
+                writer.append(f"vcgbench/{part}_qa.json", row)
 
 
-def _write_msvd(root: Path, writer: Writer) -> None:
-    questions = writer.questions(root / "videos", "clip_{:05d}", (".avi", ".mp4"))
-    rows = [
-        {"id": number, "video_name": row.file, "question": row.text, "answer": row.answer}
-        for number, row in enumerate(questions)
-    ]
-    write_json(root / "test_qa.json", rows)
-    _write_split(root, [(row.stem, str(number), row) for number, row in enumerate(questions)])
+def _write_videoqa(writer: Writer) -> None:
+    msvd = _questions(writer.clips("msvd", "clip_{:05d}", OPEN_TASKS, (".avi", ".mp4")))
+    msrvtt = _questions(writer.clips("msrvtt", "video7{:03d}", OPEN_TASKS, (".mp4",)))
+    for name, asked in (("msvd", msvd), ("msrvtt", msrvtt)):
+        for key, row in enumerate(asked):
+            stem = row.file.stem
+            video = {"video_name": row.file.name} if name == "msvd" else {"video_id": int(stem.removeprefix("video"))}
+            told = {"question": row.text, "answer": row.answer}
+            writer.append(f"{name}/test_qa.json", {"id": key, **video, **told})
+        split = [(row.file.stem, str(key), row) for key, row in enumerate(asked)]
+        _write_split(writer, name, split)
+    activitynet = _questions(writer.clips("activitynet", "v_toy_{:05d}", OPEN_TASKS, (".mp4", ".mkv", ".webm")))
+    activitynet.sort(key=lambda row: row.number)  # one question of every video, then the next of every video
+    names = [row.file.stem.removeprefix("v_") for row in activitynet]
+    split = [(name, f"{name}_{row.number}", row) for name, row in zip(names, activitynet, strict=True)]
+    _write_split(writer, "activitynet", split)
+    for row in _questions(writer.clips("tgif", "toy_{:05d}", OPEN_TASKS, (".gif", ".mp4"))):
+        told = {"video_name": row.file.stem, "question": row.text, "answer": row.answer}
+        writer.append("tgif/test_qa.json", told)
 
 
-def _write_msrvtt(root: Path, writer: Writer) -> None:
-    questions = writer.questions(root / "videos", "video7{:03d}", (".mp4",))
-    rows = [
-        {
-            "id": number,
-            "video_id": int(row.stem.removeprefix("video")),
-            "question": row.text,
-            "answer": row.answer,
-        }
-        for number, row in enumerate(questions)
-    ]
-    write_json(root / "test_qa.json", rows)
-    _write_split(root, [(row.stem, str(number), row) for number, row in enumerate(questions)])
+def _write_split(writer: Writer, benchmark: str, rows: Sequence[tuple[str, str, Question]]) -> None:
+    """Write questions and answers as two files. rows: the video's name, the question's id, the question."""
+    for video, key, row in rows:
+        asked = {"video_name": video, "question": row.text, "question_id": key}
+        writer.append(f"{benchmark}/test_q.json", asked)
+    for _, key, row in reversed(rows):
+        kind = {"type": row.type} if benchmark == "activitynet" else {}
+        writer.append(f"{benchmark}/test_a.json", {"answer": row.answer, **kind, "question_id": key})
 
 
-def _write_activitynet(root: Path, writer: Writer) -> None:
-    rows: list[Row] = []
-    asked: Counter[str] = Counter()
-    for question in writer.questions(root / "videos", "v_toy_{:05d}", (".mp4", ".mkv", ".webm")):
-        name = question.stem.removeprefix("v_")
-        rows.append((name, f"{name}_{asked[name]}", question))
-        asked[name] += 1
-    rows.sort(key=lambda row: row[1].rsplit("_", 1)[1])  # one question of every video, then the next of every video
-    _write_split(root, rows, with_type=True)
-
-
-def _write_tgif(root: Path, writer: Writer) -> None:
-    questions = writer.questions(root / "videos", "toy_{:05d}", (".gif", ".mp4"))
-    rows = [{"video_name": row.stem, "question": row.text, "answer": row.answer} for row in questions]
-    write_json(root / "test_qa.json", rows)
-
-
-def _write_split(root: Path, rows: Sequence[Row], *, with_type: bool = False) -> None:
-    """Questions and answers as two files."""
-    asked = [{"video_name": name, "question": row.text, "question_id": key} for name, key, row in rows]
-    answers = [
-        {"answer": row.answer, **({"type": row.type} if with_type else {}), "question_id": key} for _, key, row in rows
-    ]
-    write_json(root / "test_q.json", asked)
-    write_json(root / "test_a.json", answers[::-1])
-
-
-def _questions(clips: Sequence[Clip]) -> list[Question]:
+def _questions(clips: Iterable[tuple[Path, str, Example]]) -> list[Question]:
     return [
-        Question(clip.file, turn.question, str(turn.answer), kind)
-        for clip in clips
-        for turn, kind in zip(clip.example.turns, TYPES[clip.task], strict=False)  # the second of a choice has options
+        Question(file, number, turn.question, turn.answer, kind)
+        for file, task, example in clips
+        for number, (turn, kind) in enumerate(zip(example.turns, TYPES[task], strict=False))  # a choice has options
     ]
 
 

@@ -1,7 +1,7 @@
-"""Clips of the toy world, drawn by number: everything is keyed by the seed, a task's name and a number.
+"""Clips of the toy world, drawn by number: the seed, a task's name and a number give a clip.
 
-A scene's digest alone says whether it belongs to training or to testing, so that nothing seen in training, of whatever
-seed and number of clips, is ever tested.
+The scene's digest decides between training and test, so that no test shows a scene of training, whatever the seeds and
+numbers of clips.
 """
 
 import zlib
@@ -22,7 +22,7 @@ TEST_SHARE = 4  # every fourth scene is one for testing
 
 @dataclass(frozen=True)
 class World:
-    """What is drawn, by numbers. num_frames: of a clip of the usual length; size: pixels a side."""
+    """Examples and their frames by number. num_frames: of a clip of the usual length; size: pixels a side."""
 
     seed: int
     num_frames: int
@@ -39,21 +39,17 @@ class World:
     def clip(
         self, task: ToyTask, split: str, index: int, fps: float = FPS
     ) -> tuple[Example, np.ndarray, dict[str, float]]:
-        """An example, its frames, (T, S, S, 3) uint8 RGB, and its bounds as annotations give them, {} without.
+        """An example, its frames, (T, S, S, 3) uint8 RGB, and its bounds in seconds, if it has any, as start and end.
 
         fps: at which the frames will be played.
         """
         example, generator = self.draw(task, split, index)
-        count = self.length(example)
+        count = min(round(example.length * self.num_frames), NUM_LONG_FRAMES)
         frames = render(example.scene, times=frame_times(count), size=self.size, generator=generator)
         if example.bounds is None:
             return example, frames, {}
         start, end = (round(part * count / fps, 3) for part in example.bounds)
         return example, frames, {"start": start, "end": end}
-
-    def length(self, example: Example) -> int:
-        """Its clip's frames."""
-        return min(round(example.length * self.num_frames), NUM_LONG_FRAMES)
 
     def picture(self, task: ToyTask, index: int) -> tuple[Example, np.ndarray]:
         """A training example of one frame, and the frame."""
@@ -62,5 +58,5 @@ class World:
 
 
 def split_of(scene: Scene) -> str:
-    """To which part a scene belongs, "train" or "test", whoever draws it."""
+    """The part that a scene belongs to, "train" or "test"."""
     return "train" if scene.digest() % TEST_SHARE else "test"

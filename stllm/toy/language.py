@@ -1,6 +1,6 @@
-"""The toy world's language: a tiny LLaMA with random weights, and two tokenizers that know the world's words.
+"""The toy world's language: a tiny LLaMA with random weights, and two tokenizers with the world's words.
 
-They stand for Vicuna and bert-base-uncased, in the same layouts, so that a tiny model takes the published ways. Both
+They replace Vicuna and bert-base-uncased, in the same layouts, so that a tiny model runs through the same code. Both
 tokenizers are the same for every world, and the Q-Former's has a fixed size, so that a configuration can name it.
 """
 
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from stllm.common.registry import templates
+from stllm.toy.annotations import PICTURE_REQUEST, STORY_REQUEST, TELLING, look_up, seen_in_words, tell
 from stllm.toy.tasks import PICTURES, RARE, TASKS
-from stllm.toy.texts import PICTURE_REQUEST, STORY_REQUEST, TELLING, look_up, seen_in_words, tell
 
-NUM_TEXTS = 40  # examples of each task from which the vocabularies are made: every word is among them
+NUM_TEXTS = 40  # examples of each task for the vocabularies: they contain every word
 LLM_TOKENS = 1024  # at most
 QFORMER_TOKENS = 512  # exactly, without [DEC]; BERT's vocabulary is filled up in the same way
 QFORMER_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -33,7 +33,7 @@ LLAMA: dict[str, Any] = {
 
 
 def world_texts() -> Iterator[str]:
-    """What is said in the toy world, and around it: questions, options, answers, prompts."""
+    """Texts of the toy world and around it: questions, options, answers, prompts."""
     for number, task in enumerate((*TASKS, RARE, PICTURES)):
         for index in range(NUM_TEXTS):
             generator = np.random.default_rng([number, index])
@@ -51,7 +51,7 @@ def world_texts() -> Iterator[str]:
 
 
 def write_language_model(folder: Path, texts: Iterable[str], seed: int) -> None:
-    """Writes a LLaMA of about a million parameters and its tokenizer: config.json, model.safetensors, tokenizer.json.
+    """Write a LLaMA of about a million parameters and its tokenizer: config.json, model.safetensors, tokenizer.json.
 
     seed: of the weights.
     """
@@ -93,7 +93,7 @@ def write_language_model(folder: Path, texts: Iterable[str], seed: int) -> None:
 
 
 def write_qformer_tokenizer(folder: Path, texts: Iterable[str]) -> None:
-    """Writes a BERT vocabulary, vocab.txt, and the settings beside it: whole words of the world, letters for others."""
+    """Write a BERT vocabulary, vocab.txt, and its settings: whole words of the world, letters for others."""
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
     from transformers import BertTokenizer

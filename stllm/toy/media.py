@@ -1,22 +1,26 @@
-"""Files of the toy world: videos of every kind, frame folders, pictures, shards of them, annotations.
+"""Files of the toy world: videos of every kind, frame folders, pictures, shards, annotations.
 
-The same input gives the same bytes: encoders run in one thread, and nothing carries a time or a random number.
+The same input gives the same bytes: encoders run in one thread, and no file contains a time or a random number.
 """
 
 import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import av
 import numpy as np
+from PIL import Image
 
 log = logging.getLogger(__name__)
 
 Encoder = tuple[str, dict[str, str]]
+Append = Callable[[str, Mapping[str, Any]], None]  # an annotation file, and a record for its end
 
 # Qualities at which shapes of a few pixels keep their colors
 H264: Encoder = ("libx264", {"preset": "veryfast", "crf": "18"})
@@ -27,17 +31,15 @@ GIF_DELAY = 40  # milliseconds a frame: 25 a second
 
 
 def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
-    """Writes a clip, (T, H, W, 3) uint8 RGB, as the file's extension says: a key of ENCODERS, or .gif (25 fps)."""
-    import av
-
+    """Write a clip, (T, H, W, 3) uint8 RGB, in the format of the extension: a key of ENCODERS, or .gif (25 fps)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
-        _write_gif(path, clip)
+        first, *others = map(Image.fromarray, clip)
+        first.save(path, save_all=True, append_images=others, duration=GIF_DELAY, loop=0)
         return
     codec, options = encoder(path.suffix)
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        options = {**options, "threads": "1", **(_same_bytes() if codec == H264[0] else {})}
-        stream: Any = container.add_stream(codec, rate=fps, options=options)
+        stream: Any = container.add_stream(codec, rate=fps, options={**options, "threads": "1"})
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for picture in clip:
@@ -46,43 +48,40 @@ def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
 
 
 def write_frames(folder: Path, clip: np.ndarray) -> None:
-    """Writes a clip, (T, H, W, 3) uint8 RGB, as a folder of pictures: 00001.jpg and on."""
-    from PIL import Image
-
+    """Write a clip, (T, H, W, 3) uint8 RGB, as a folder of pictures: 00001.jpg and on."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(clip, start=1):
         Image.fromarray(picture).save(folder / f"{number:05d}.jpg", quality=95)
 
 
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Writes a picture, (H, W, 3) uint8 RGB."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png_bytes(picture))
+@contextmanager
+def annotation_files(root: Path) -> Iterator[Append]:
+    """Yield a function that appends a record to an annotation file below `root`: a JSON list, one record a line."""
+    files: dict[str, TextIO] = {}
 
+    def append(name: str, record: Mapping[str, Any]) -> None:
+        file = files.get(name)
+        if file is None:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = files[name] = stack.enter_context(path.open("w", encoding="utf-8"))
+        file.write((",\n" if file.tell() else "[\n") + json.dumps(record))
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes an annotation file; of a list, one record a line, so that a long one is never a text as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as stream:
-        if not isinstance(content, list):
-            stream.write(json.dumps(content, indent=1) + "\n")
-            return
-        for number, record in enumerate(content):
-            stream.write(("[\n" if number == 0 else ",\n") + json.dumps(record))
-        stream.write("\n]\n" if content else "[]\n")
+    with ExitStack() as stack:
+        yield append
+        for file in files.values():
+            file.write("\n]\n")
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
     """A picture, (H, W, 3) uint8 RGB, as the bytes of a PNG file."""
-    from PIL import Image
-
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG")
     return stream.getvalue()
 
 
 def write_shard(path: Path, pairs: Iterable[tuple[str, bytes, str]]) -> None:
-    """Writes (name, PNG, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
+    """Write (name, PNG, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, picture, text in pairs:
@@ -94,11 +93,11 @@ def write_shard(path: Path, pairs: Iterable[tuple[str, bytes, str]]) -> None:
 
 @cache
 def encoder(extension: str) -> Encoder:
-    """What writes files of that extension: MPEG-4, which is everywhere and said once, where PyAV has no H.264."""
-    import av
-
+    """Codec and options for files of that extension. Without H.264 in PyAV: MPEG-4, which is logged once."""
     codec, options = ENCODERS[extension]
-    if codec == H264[0] and codec not in av.codecs_available:
+    if codec != H264[0]:
+        return codec, options
+    if codec not in av.codecs_available:
         log.info(
             "the installed PyAV %s has no H.264 encoder (libx264): %s files are MPEG-4 instead; "
             "PyAV's own wheels have it (pip install av)",
@@ -106,19 +105,7 @@ def encoder(extension: str) -> Encoder:
             extension,
         )
         return MPEG4
-    return codec, options
-
-
-@cache
-def _same_bytes() -> dict[str, str]:
-    """What keeps x264 from AVX-512: with it, the same clip gives one of several files, seen with PyAV 18.1."""
+    # With AVX-512, x264 gives one of several files for the same clip, seen with PyAV 18.1
     cpuinfo = Path("/proc/cpuinfo")  # of Linux
     has_avx512 = cpuinfo.is_file() and "avx512" in cpuinfo.read_text(errors="replace")
-    return {"x264-params": "asm=AVX2"} if has_avx512 else {}
-
-
-def _write_gif(path: Path, clip: np.ndarray) -> None:
-    from PIL import Image
-
-    pictures = [Image.fromarray(picture) for picture in clip]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=GIF_DELAY, loop=0)
+    return codec, options | ({"x264-params": "asm=AVX2"} if has_avx512 else {})

@@ -1,9 +1,10 @@
-"""How the toy world asks: a question with its answer and options, openly and as multiple choice.
+"""Questions of the toy world: a question with its answer and options, asked openly and as multiple choice.
 
-The wording of a choice is MVBench's: its system sentence, its question block, the beginning of its answer.
+The wording of a choice is MVBench's. The options of a question differ in their first word: a small model finds a letter
+by the word that follows it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,19 +12,31 @@ import numpy as np
 
 from stllm.processors.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
 from stllm.processors.templates import Turn
-from stllm.toy.scenes import Scene
+from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, UNITS, Event, Scene, Thing
 
 T = TypeVar("T")
 Generator = np.random.Generator
 
 NUM_OPTIONS = 4  # of a choice among many
+DIRECTION_QUESTIONS = ("In which direction does the {} move?", "What direction is the {} moving?")
+ACTIONS = {"jump": "jumps", "grow": "grows", "vanish": "vanishes", "step aside": "steps aside"}
+MOVING, BLINKING, THINGS = ("0", "1", "2", "3"), ("1", "2", "3"), ("1", "2", "3", "4")  # counts that are options
+BEGINNING, END = "at the beginning of the video", "at the end of the video"
+THIRDS = (13, 32, 51)  # the middles of a picture's thirds, in units
+ROWS = (
+    ("in the upper left", "at the top", "in the upper right"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the lower left", "at the bottom", "in the lower right"),
+)
+PLACES = {place: (x, y) for y, row in zip(THIRDS, ROWS, strict=True) for x, place in zip(THIRDS, row, strict=True)}
 
 
 @dataclass(frozen=True)
 class Asked:
     """A question, its answer, and the options in the order shown.
 
-    only: 0 or 1 when a clip's first or second conversation alone may have it, since one answer would tell another.
+    only: 0 or 1 when just the first or the second conversation about a clip may have it, because the answer would give
+    away another one.
     """
 
     question: str
@@ -32,11 +45,11 @@ class Asked:
     only: int | None = None
 
     def openly(self) -> Turn:
-        """Without options."""
+        """The question without options."""
         return Turn(self.question, self.answer)
 
     def as_choice(self) -> Turn:
-        """With its options, as MVBench asks, to the newlines: a small model takes other ones for another question."""
+        """The question with options, in MVBench's prompt to the last newline: a small model needs the same tokens."""
         letter = chr(ord("A") + self.options.index(self.answer))
         return Turn(
             f"{question_block(self.question, self.options)}\n{REQUEST}\n",
@@ -47,11 +60,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Example:
-    """One clip or picture, what is asked about it, and answered.
+    """One clip or picture with questions and answers.
 
-    asked: questions with options, no fact twice; a test asks the first one. told: turns without options, after them.
-    story: what is seen, in words.
-    length: of the clip, in clips of the usual length. bounds: which part of it is meant, from 0 to 1.
+    story: what is seen, in words. asked: questions with options, no fact twice; a test asks the first one.
+    told: turns without options, after them. length: of the clip, in clips of the usual length.
+    bounds: the part of the clip that the questions are about, from 0 to 1.
     """
 
     scene: Scene
@@ -64,31 +77,23 @@ class Example:
     @property
     def turns(self) -> tuple[Turn, ...]:
         """Every question openly and as multiple choice, then what is told."""
-        both = (turn for asked in self.asked for turn in (asked.openly(), asked.as_choice()))
-        return (*both, *self.told)
+        return (*(turn for asked in self.asked for turn in (asked.openly(), asked.as_choice())), *self.told)
 
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """The first question's options; none where answers are free."""
-        return self.asked[0].options if self.asked else ()
+    def conversations(self, generator: Generator, *, choices: bool = True) -> list[tuple[Turn, ...]]:
+        """Conversations in which no answer gives away a later one: two, or one where both would be the same.
 
-    def conversations(self, generator: Generator) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-        """Two conversations in which no answer tells a later one: what one asks openly, the other asks as a choice."""
+        choices: what one conversation asks openly, the other asks as a choice; otherwise all is asked openly.
+        """
         ordered = shuffled(generator, self.asked)
-        ways = [shuffled(generator, (asked.openly(), asked.as_choice())) for asked in ordered]
-        first, second = (
+        ways = [
+            shuffled(generator, (asked.openly(), asked.as_choice())) if choices else [asked.openly()] * 2
+            for asked in ordered
+        ]
+        talks = (
             tuple(way[number] for asked, way in zip(ordered, ways, strict=True) if asked.only in (None, number))
             for number in (0, 1)
         )
-        return (*first, *self.told), (*second, *self.told)
-
-    def open_conversations(self, generator: Generator) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-        """The same without options; both are alike unless an answer would tell another."""
-        ordered = shuffled(generator, self.asked)
-        first, second = (
-            tuple(asked.openly() for asked in ordered if asked.only in (None, number)) for number in (0, 1)
-        )
-        return (*first, *self.told), (*second, *self.told)
+        return list(dict.fromkeys((*talk, *self.told) for talk in talks))
 
 
 def ask(
@@ -110,12 +115,162 @@ def ask_whether(generator: Generator, question: str, answer: bool) -> Asked:
 
 
 def pick(generator: Generator, choices: Iterable[T]) -> T:
-    """One of them, each as likely."""
+    """One of the choices, each as likely."""
     listed = list(choices)
     return listed[int(generator.integers(len(listed)))]
 
 
 def shuffled(generator: Generator, choices: Iterable[T]) -> list[T]:
-    """All of them in any order."""
+    """All of the choices in random order."""
     listed = list(choices)
     return [listed[number] for number in generator.permutation(len(listed))]
+
+
+# ---- of clips -------------------------------------------------------------------------------------------------------
+
+
+def direction_question(generator: Generator, thing: Thing) -> Asked:
+    """In which direction does it move?"""
+    (way,) = (event.value for event in thing.events if event.kind == "move")
+    question = pick(generator, DIRECTION_QUESTIONS).format(thing.name)
+    return ask(generator, question, way, DIRECTIONS)
+
+
+def moving_question(generator: Generator, things: Sequence[Thing]) -> Asked:
+    """How many things move?"""
+    count = sum(any(event.kind == "move" for event in thing.events) for thing in things)
+    return ask(generator, "How many things move?", str(count), MOVING)
+
+
+def whether_question(generator: Generator, thing: Thing, kind: str) -> Asked:
+    """Does it move, or blink?"""
+    return ask_whether(generator, f"Does the {thing.name} {kind}?", any(event.kind == kind for event in thing.events))
+
+
+def blink_question(generator: Generator, thing: Thing) -> Asked:
+    """How often does it blink?"""
+    count = sum(event.kind == "blink" for event in thing.events)
+    return ask(generator, f"How many times does the {thing.name} blink?", str(count), BLINKING)
+
+
+def sequence_questions(generator: Generator, name: str, kinds: Sequence[str]) -> list[Asked]:
+    """What does the thing do first, last, and after something else? Shuffled. kinds: its actions in their order."""
+
+    def question(when: str, kind: str, only: int) -> Asked:
+        return ask(generator, f"What does the {name} do {when}?", ACTIONS[kind], ACTIONS.values(), only=only)
+
+    asked = [question("first", kinds[0], 0), question("last", kinds[-1], len(kinds) < 3)]
+    if len(kinds) > 2:  # of two actions, the one that is not named would be the answer
+        number = int(generator.integers(len(kinds) - 1))
+        asked.append(question(f"after it {ACTIONS[kinds[number]]}", kinds[number + 1], 1))
+    return shuffled(generator, asked)
+
+
+def color_questions(generator: Generator, thing: Thing) -> list[Asked]:
+    """What color is it at the beginning, and at the end? Shuffled; both colors are options of both questions."""
+    (after,) = (event.value for event in thing.events if event.kind == "turn")
+    others = shuffled(generator, [color for color in COLORS if color not in (thing.color, after)])[:2]
+    options = [thing.color, after, *others]
+    return [
+        ask(generator, f"What color is the {thing.shape} {when}?", color, options)
+        for when, color in shuffled(generator, ((BEGINNING, thing.color), (END, after)))
+    ]
+
+
+def background_questions(generator: Generator, scene: Scene) -> list[Asked]:
+    """How does the background change (the reversed change is an option), and how is it before and after?"""
+    assert scene.cut is not None
+    before, after = scene.background.pattern, scene.cut.background.pattern
+    others = shuffled(generator, [pattern for pattern in PATTERNS if pattern not in (before, after)])[:2]
+    pairs = ((before, after), (after, before), tuple(others), tuple(others[::-1]))
+    changes = [f"{first} to {second}" for first, second in pairs]
+    return [
+        ask(generator, "How does the background change?", changes[0], changes, only=0),
+        *(
+            ask(generator, f"What is the background like {when}?", pattern, [before, after, *others], only=1)
+            for when, pattern in ((BEGINNING, before), (END, after))
+        ),
+    ]
+
+
+def story(generator: Generator, scene: Scene) -> str:
+    """What happens: a sentence for each thing and one for a change of background, in random order."""
+    sentences = [f"A {thing.name} {deed(thing.events)}." for thing in scene.things]
+    if scene.cut is not None:
+        sentences.append(f"The background changes from {scene.background.pattern} to {scene.cut.background.pattern}.")
+    return " ".join(shuffled(generator, sentences))
+
+
+def deed(events: Sequence[Event]) -> str:
+    """What a thing does: "jumps, then it grows"."""
+    blinks = sum(event.kind == "blink" for event in events)
+    deeds = {
+        **ACTIONS,
+        "blink": f"blinks {blinks} time{'s' if blinks > 1 else ''}",
+        "flash": "flashes",
+        "appear": "appears",
+        "disappear": "disappears",
+    }
+    said = [f"{event.kind}s {event.value}" if event.value else deeds[event.kind] for event in events]  # moves, turns
+    between = ", then it " if any(event.kind in ACTIONS for event in events) else " and "
+    return between.join(dict.fromkeys(said)) or "stands still"  # all blinks are one deed
+
+
+# ---- of pictures ----------------------------------------------------------------------------------------------------
+
+
+def picture_questions(generator: Generator, things: Sequence[Thing], pattern: str) -> list[Asked]:
+    """What one frame answers, shuffled. pattern: of the background."""
+    thing = pick(generator, things)
+    asked = [ask_among(generator, f"What color is the {thing.shape}?", thing.color, COLORS)]
+    thing = pick(generator, things)
+    shapes = [f"the {shape}" for shape in SHAPES]
+    asked.append(ask(generator, f"Which shape is {thing.color}?", f"the {thing.shape}", shapes))
+    thing = pick(generator, things)
+    asked.append(ask_among(generator, f"Where is the {thing.name}?", place_of(thing), PLACES))
+    thing = pick(generator, things)  # the other things come first among the wrong answers
+    present = [f"a {other.name}" for other in things if other is not thing]
+    absent = shuffled(generator, [f"a {color} {shape}" for color in COLORS for shape in SHAPES])
+    wrong = [*present, *(name for name in absent if name not in (*present, f"a {thing.name}"))]
+    options = [f"a {thing.name}", *wrong[: NUM_OPTIONS - 1]]
+    asked.append(ask(generator, f"What is {place_of(thing)}?", f"a {thing.name}", options))
+    asked.append(ask(generator, "How many things are there?", str(len(things)), THINGS))
+    asked.append(existence_questions(generator, things)[0])
+    asked.append(ask_among(generator, "What is the background like?", pattern, PATTERNS))
+    if len(things) > 1:
+        first, second = shuffled(generator, things)[:2]
+        right, down = first.x - second.x, first.y - second.y
+        across = abs(right) >= abs(down)  # along the axis on which they are further apart
+        sides = ("left of", "right of") if across else ("above", "below")
+        question = f"Is the {first.name} {sides[0]} or {sides[1]} the {second.name}?"
+        asked.append(ask(generator, question, sides[(right if across else down) > 0], sides))
+    return shuffled(generator, asked)
+
+
+def picture_caption(scene: Scene) -> str:
+    """One sentence that names everything in a picture, and where it is."""
+    named = [f"a {thing.name} {place_of(thing)}" for thing in scene.things]
+    text = " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
+    return f"{text[0].upper()}{text[1:]}. The background is {scene.background.pattern}."
+
+
+def place_of(thing: Thing) -> str:
+    """The place in words: the third of the picture, across and down, that the thing is in."""
+    return ROWS[thing.y * 3 // UNITS][thing.x * 3 // UNITS]
+
+
+def existence_questions(generator: Generator, things: Sequence[Thing]) -> list[Asked]:
+    """Is it there? One question about a thing that is, one about a thing that is not, shuffled.
+
+    The absent one has a color that nothing has, or one thing's color and another one's shape.
+    """
+    present = pick(generator, things).name
+    nowhere = [color for color in COLORS if color not in {thing.color for thing in things}]
+    absent = f"{pick(generator, nowhere)} {pick(generator, SHAPES)}"
+    if len(things) > 1 and generator.integers(2):
+        first, second = shuffled(generator, things)[:2]
+        absent = f"{first.color} {second.shape}"
+    return shuffled(
+        generator,
+        [ask_whether(generator, f"Is there a {name}?", there) for name, there in ((present, True), (absent, False))],
+    )

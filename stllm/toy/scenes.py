@@ -1,8 +1,7 @@
-"""Scenes of the toy world: what is in a clip and what happens when, as data; and their pictures, by numpy alone.
+"""Scenes of the toy world: what is in a clip and what happens when, as data, and their frames, drawn with numpy.
 
-A new shape, colour, background or kind of event is one entry of a table here.
-
-Letters: T frames, S pixels a side.
+A new color, shape or background is one entry of a table; a new kind of event is one case of `follow`.
+T frames, S pixels a side.
 """
 
 import hashlib
@@ -32,9 +31,9 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclass(frozen=True)
 class Event:
-    """What a thing does between two times. kind: a key of EVENTS; start, end: parts of the clip, from 0 to 1.
+    """What a thing does between two times, parts of the clip from 0 to 1. kind: a case of `follow`.
 
-    value: the direction of a move, the new colour of a change. extent: how far it goes, in STEPs or HOPs.
+    value: the direction of a move, the new color of a turn. extent: the distance, in STEPs or HOPs.
     """
 
     kind: str
@@ -46,7 +45,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape at (x, y), the middle of its path if it moves."""
+    """A colored shape at (x, y), the middle of its path if it moves."""
 
     color: str
     shape: str
@@ -57,7 +56,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """As texts call it: "red circle"."""
+        """Its name in texts: "red circle"."""
         return f"{self.color} {self.shape}"
 
 
@@ -76,7 +75,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Cut:
-    """Another background from a time on, a part of the clip."""
+    """A change of background. time: a part of the clip."""
 
     time: float
     background: Background
@@ -107,31 +106,12 @@ class Track:
 
 
 def frame_times(num_frames: int) -> np.ndarray:
-    """When the frames of a clip are, (T,), parts of the clip."""
+    """Times of a clip's frames, (T,), parts of the clip."""
     return (np.arange(num_frames) + 0.5) / num_frames
 
 
-def render(scene: Scene, *, times: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """The frames at these times, (T, S, S, 3) uint8 RGB. times: (T,), parts of the clip. generator: draws the noise."""
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)
-    clip = generator.standard_normal((len(times), size, size, 3), np.float32) * np.float32(FLICKER)
-    grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)
-    canvas = np.empty_like(clip)
-    canvas[:] = _backdrop(scene, times, axis)
-    for thing in scene.things:
-        track = follow(thing, times)
-        rows, columns = _span(track.y, track, axis), _span(track.x, track, axis)
-        alpha = _coverage(thing.shape, track, axis[rows], axis[columns], size)[..., None]  # (T, rows, columns, 1)
-        part = canvas[:, rows, columns]
-        part += alpha * (track.color[:, None, None, :].astype(np.float32) - part)
-    clip += canvas
-    clip += grain
-    np.clip(np.rint(clip, out=clip), 0, 255, out=clip)
-    return clip.astype(np.uint8)
-
-
 def follow(thing: Thing, times: np.ndarray) -> Track:
-    """Where and how the thing is at each time. times: (T,), parts of the clip."""
+    """Place and look of the thing at each time. times: (T,), parts of the clip."""
     count = len(times)
     track = Track(
         x=np.full(count, float(thing.x)),
@@ -141,8 +121,35 @@ def follow(thing: Thing, times: np.ndarray) -> Track:
         color=np.tile(np.array(COLORS[thing.color], float), (count, 1)),
     )
     for event in thing.events:
-        progress = np.clip((times - event.start) / (event.end - event.start), 0, 1)
-        EVENTS[event.kind](track, progress, event)
+        progress = np.clip((times - event.start) / (event.end - event.start), 0, 1)  # 0 before the event, 1 after it
+        swing = np.sin(np.pi * progress)  # there and back
+        during = (progress > 0) & (progress < 1)
+        match event.kind:
+            case "move":
+                right, down = DIRECTIONS[event.value]
+                way = event.extent * STEP * (progress - 0.5)  # the middle frame does not show the direction
+                track.x += right * way
+                track.y += down * way
+            case "jump":
+                track.y -= event.extent * HOP * swing
+            case "step aside":
+                track.x += event.extent * HOP * swing
+            case "grow":
+                track.radius *= 1 + SWELLING * swing
+            case "vanish":
+                track.opacity *= 1 - np.minimum(1, 1.5 * swing)
+            case "turn":
+                track.color += progress[:, None] * (np.array(COLORS[event.value], float) - track.color)
+            case "appear":
+                track.opacity *= progress
+            case "disappear":
+                track.opacity *= 1 - progress
+            case "blink":
+                track.opacity *= ~during
+            case "flash":
+                track.opacity *= during
+            case _:
+                raise ValueError(f"unknown kind of event {event.kind!r}")
     return track
 
 
@@ -152,121 +159,18 @@ def nearest_colors(levels: np.ndarray) -> np.ndarray:
     return distances.argmin(-1)
 
 
-# ---- events: each changes the track in place. progress: (T,), 0 before the event, 1 after it ------------------------
+Function = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-
-def _move(track: Track, progress: np.ndarray, event: Event) -> None:
-    right, down = DIRECTIONS[event.value]
-    way = event.extent * STEP * (progress - 0.5)  # the middle frame tells nothing of the direction
-    track.x += right * way
-    track.y += down * way
-
-
-def _jump(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.y -= event.extent * HOP * np.sin(np.pi * progress)
-
-
-def _step_aside(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.x += event.extent * HOP * np.sin(np.pi * progress)
-
-
-def _grow(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.radius *= 1 + SWELLING * np.sin(np.pi * progress)
-
-
-def _vanish(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.opacity *= 1 - np.minimum(1, 1.5 * np.sin(np.pi * progress))
-
-
-def _turn(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.color += progress[:, None] * (np.array(COLORS[event.value], float) - track.color)
-
-
-def _appear(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.opacity *= progress
-
-
-def _disappear(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.opacity *= 1 - progress
-
-
-def _blink(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.opacity *= ~_during(progress)
-
-
-def _flash(track: Track, progress: np.ndarray, event: Event) -> None:
-    track.opacity *= _during(progress)
-
-
-def _during(progress: np.ndarray) -> np.ndarray:
-    return (progress > 0) & (progress < 1)
-
-
-EVENTS: dict[str, Callable[[Track, np.ndarray, Event], None]] = {
-    "move": _move,
-    "jump": _jump,
-    "step aside": _step_aside,
-    "grow": _grow,
-    "vanish": _vanish,
-    "turn": _turn,
-    "appear": _appear,
-    "disappear": _disappear,
-    "blink": _blink,
-    "flash": _flash,
+# x, y: radii from the middle. Below 1 lies inside the shape, 1 at its edge.
+SHAPES: dict[str, Function] = {
+    "circle": np.hypot,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) / 0.85,
+    "triangle": lambda x, y: np.maximum(y, np.abs(x) * 0.866 - y * 0.5) / 0.55,
+    "cross": lambda x, y: np.maximum(np.minimum(np.abs(x), np.abs(y)) / 0.33, np.maximum(np.abs(x), np.abs(y))),
 }
 
-
-# ---- shapes: x, y in radii from the middle; below 1 inside, 1 at the edge -------------------------------------------
-
-
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y)
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(x), np.abs(y)) / 0.85
-
-
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(y, np.abs(x) * 0.866 - y * 0.5) / 0.55
-
-
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    across, along = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
-    return np.maximum(across / 0.33, along)
-
-
-SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-}
-
-
-def _span(places: np.ndarray, track: Track, axis: np.ndarray) -> slice:
-    """The pixels along one axis that the thing ever reaches, with two to spare for soft edges."""
-    reach = 1.1 * track.radius + 2 * (axis[1] - axis[0])  # a triangle's tip is 1.1 radii away
-    first, last = np.searchsorted(axis, ((places - reach).min(), (places + reach).max()))
-    return slice(int(first), int(last))
-
-
-def _coverage(shape: str, track: Track, rows: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
-    """How much of each pixel the thing covers, (T, rows, columns), its edge softened over one pixel.
-
-    rows, columns: the pixels' places in units.
-    """
-    radius = track.radius.astype(np.float32)[:, None, None]
-    x = (columns[None, None, :] - track.x.astype(np.float32)[:, None, None]) / radius  # (T, 1, columns)
-    y = (rows[None, :, None] - track.y.astype(np.float32)[:, None, None]) / radius  # (T, rows, 1)
-    pixels = radius * np.float32(size / UNITS)
-    inside = np.clip((1 - SHAPES[shape](x, y)) * pixels + 0.5, 0, 1)
-    return inside * track.opacity.astype(np.float32)[:, None, None]
-
-
-# ---- backgrounds: x along the pattern, y across it, in parts of the picture; from -1 to 1 ---------------------------
-
-PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+# x along the pattern, y across it, in parts of the picture. From -1, dark, to 1.
+PATTERNS: dict[str, Function] = {
     "plain": lambda x, y: 0 * (x + y),
     "striped": lambda x, y: np.sin(30 * (x + 0 * y)),
     "checked": lambda x, y: np.sign(np.sin(20 * x) * np.sin(20 * y)),
@@ -275,12 +179,36 @@ PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def _backdrop(scene: Scene, times: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """The background of each frame, (T, S, S, 3), or (1, S, S, 3) where it stays the same."""
-    before = _background(scene.background, axis)[None]
-    if scene.cut is None:
-        return before
-    return np.where((times < scene.cut.time)[:, None, None, None], before, _background(scene.cut.background, axis))
+def render(scene: Scene, *, times: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """The frames at these times, (T, S, S, 3) uint8 RGB. times: (T,), parts of the clip. generator: draws the noise."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)  # the pixels' places in units
+    clip = generator.standard_normal((len(times), size, size, 3), np.float32) * np.float32(FLICKER)
+    grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)
+    canvas = np.empty_like(clip)
+    canvas[:] = _background(scene.background, axis)
+    if scene.cut is not None:
+        canvas[times >= scene.cut.time] = _background(scene.cut.background, axis)
+    for thing in scene.things:
+        track = follow(thing, times)
+        # only pixels that the thing ever reaches, and two more for soft edges; a triangle's tip is 1.1 radii away
+        reach = 1.1 * track.radius + 2 * (axis[1] - axis[0])
+        rows, columns = (
+            slice(*map(int, np.searchsorted(axis, ((middle - reach).min(), (middle + reach).max()))))
+            for middle in (track.y, track.x)
+        )
+        middle_x, middle_y, radius, opacity = (
+            values.astype(np.float32)[:, None, None] for values in (track.x, track.y, track.radius, track.opacity)
+        )
+        x = (axis[columns][None, None, :] - middle_x) / radius  # (T, 1, columns)
+        y = (axis[rows][None, :, None] - middle_y) / radius  # (T, rows, 1)
+        pixels = radius * np.float32(size / UNITS)
+        alpha = np.clip((1 - SHAPES[thing.shape](x, y)) * pixels + 0.5, 0, 1) * opacity  # edges soft over one pixel
+        part = canvas[:, rows, columns]
+        part += alpha[..., None] * (track.color[:, None, None, :].astype(np.float32) - part)
+    clip += canvas
+    clip += grain
+    np.clip(np.rint(clip, out=clip), 0, 255, out=clip)
+    return clip.astype(np.uint8)
 
 
 def _background(background: Background, axis: np.ndarray) -> np.ndarray:

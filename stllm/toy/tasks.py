@@ -1,48 +1,153 @@
-"""What the toy world asks: one small function a task, from a random generator to a scene with questions and answers.
+"""Tasks of the toy world: one small function a task, from a random generator to a scene with questions and answers.
 
-A new task is one function and one line of `TASKS`. The benchmark's names and media folders are MVBench's own, so that
-its reader finds everything where it looks for it. Tasks of time are drawn so that their middle frame, and the set of
-their frames without an order, say as little about the answer as can be; training asks more about the same clip.
+A new task is one function and one line of `TASKS`. The benchmark's names and media folders are MVBench's, so that its
+reader finds every file. Scenes about time are drawn so that neither their middle frame nor the unordered set of their
+frames gives the answer away, as far as possible; training asks more questions about the same clip.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from stllm.processors.templates import Turn
-from stllm.toy.draws import a_background, a_moment, a_scene, a_thing, blinks, bystanders, several, turning
-from stllm.toy.pictures import existence_questions, picture
-from stllm.toy.questions import Example, Generator, ask, ask_among, pick, shuffled
-from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Cut, Event, Thing
-from stllm.toy.video_questions import (
+from stllm.toy.questions import (
     ACTIONS,
+    PLACES,
+    Asked,
+    Example,
+    Generator,
+    ask,
+    ask_among,
     background_questions,
     blink_question,
     color_questions,
     deed,
     direction_question,
+    existence_questions,
     moving_question,
+    pick,
+    picture_caption,
+    picture_questions,
     sequence_questions,
+    shuffled,
     story,
     whether_question,
 )
+from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
 
 CAPTION_INSTRUCTIONS = ("Describe the video.", "What happens in the video?", "Give a caption of this video.")
+IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
 NEAR = 0.6  # STEPs or HOPs: how far things go that share a picture
 LONG = 8.0  # clips of the usual length: 64 frames, which is the most there is, even where the usual ones have 8
+QUARTERS = ((20, 20), (44, 20), (20, 44), (44, 44))  # of several things, one in each quarter
+CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what happens in the middle
+SLOTS = 16  # into which a clip is divided for blinks: the frames of a clip of the usual length
+HIDDEN = 6  # slots in which something that blinks cannot be seen, however often it blinks
 
 
 @dataclass(frozen=True)
 class ToyTask:
     """A kind of clip.
 
-    corpus: folder of its training set, as VideoChat2-IT names them. benchmark: MVBench's name of it, "" where it is not
-    tested; media_dir: MVBench's folder for its media.
+    corpus: folder of its training set, as VideoChat2-IT names them. benchmark: its name in MVBench, "" if there is no
+    test; media_dir: MVBench's folder for its media.
     """
 
     corpus: str
     make: Callable[[Generator], Example]
     benchmark: str = ""
     media_dir: str = ""
+
+
+# ---- parts of scenes, drawn at random -------------------------------------------------------------------------------
+
+
+def a_scene(generator: Generator, *things: Thing, cut: Cut | None = None) -> Scene:
+    """The things before some background."""
+    return Scene(things, a_background(generator, pick(generator, PATTERNS)), cut)
+
+
+def a_background(generator: Generator, pattern: str) -> Background:
+    """A background of that pattern, dark enough for every color to be seen."""
+    shade, angle = int(generator.integers(45, 135)), int(generator.integers(180))
+    red, green, blue = (int(level) for level in generator.integers(-14, 15, 3))
+    return Background(pattern, shade, angle, (red, green, blue))
+
+
+def a_thing(generator: Generator, *events: Event, color: str | None = None) -> Thing:
+    """The thing that a clip is about, near the middle of the picture."""
+    x, y = (int(place) for place in generator.integers(28, 37, 2))
+    color = color or pick(generator, COLORS)
+    return Thing(color, pick(generator, SHAPES), x, y, int(generator.integers(7, 11)), events)
+
+
+def bystanders(generator: Generator, thing: Thing, *, other_than: Sequence[str] = ()) -> tuple[Thing, ...]:
+    """Nothing, or one small thing of another color and shape in a corner. other_than: excluded colors."""
+    if generator.integers(2):
+        return ()
+    color = pick(generator, [color for color in COLORS if color not in (thing.color, *other_than)])
+    shape = pick(generator, [shape for shape in SHAPES if shape != thing.shape])
+    return (Thing(color, shape, *pick(generator, CORNERS), 5),)
+
+
+def several(
+    generator: Generator,
+    events: Sequence[tuple[Event, ...]],
+    *,
+    places: Sequence[tuple[int, int]] = QUARTERS,
+    radii: tuple[int, int] = (5, 8),
+    colors: Sequence[str] = tuple(COLORS),
+) -> tuple[Thing, ...]:
+    """One thing for each of the events, at different places, in different colors and shapes.
+
+    radii: the smallest, and the one after the largest.
+    """
+    hues, shapes, chosen = shuffled(generator, colors), shuffled(generator, SHAPES), shuffled(generator, places)
+    things = []
+    for color, shape, (x, y), does in zip(hues, shapes, chosen, events, strict=False):  # as many as events
+        right, down = (int(way) for way in generator.integers(-3, 4, 2))
+        things.append(Thing(color, shape, x + right, y + down, int(generator.integers(*radii)), does))
+    return tuple(things)
+
+
+def a_moment(generator: Generator) -> float:
+    """A time near the middle of a clip, as likely before as after it.
+
+    It is never the middle itself, so that the middle frame, which begins there, is as likely before as after the time.
+    """
+    return pick(generator, (5, 6, 7, 9, 10, 11)) / SLOTS
+
+
+def turning(generator: Generator, color: str) -> Event:
+    """The change to another color near the middle of the clip."""
+    middle = a_moment(generator)
+    return Event("turn", middle - 1.5 / 32, middle + 1.5 / 32, color)
+
+
+def blinks(generator: Generator, count: int) -> tuple[Event, ...]:
+    """Blinks of at least two slots each.
+
+    Neither the time for which the thing is hidden in all, nor its presence in the middle frame, depends on the count.
+    """
+    in_the_middle = generator.integers(SLOTS) < HIDDEN
+    while True:
+        hidden = 2 + generator.multinomial(HIDDEN - 2 * count, [1 / count] * count)
+        least = [1, *([2] * (count - 1)), 1]  # slots in which it is seen: before, between, after
+        seen = least + generator.multinomial(SLOTS - HIDDEN - sum(least), [1 / (count + 1)] * (count + 1))
+        ends = [int(slot) for slot in (seen[:-1] + hidden).cumsum()]
+        spans = [(end - int(length), end) for end, length in zip(ends, hidden, strict=True)]
+        if in_the_middle == any(start <= SLOTS // 2 < end for start, end in spans):
+            aside = 1 / 512 - 1 / 64  # from a slot's beginning: no frame of a clip of 8, 16, 32 or 64 lies there
+            return tuple(Event("blink", start / SLOTS + aside, end / SLOTS + aside) for start, end in spans)
+
+
+def some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ...]:
+    """Several things of which that many move, each in its own quarter."""
+    moves = [(Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),) for _ in range(count)]
+    still: list[tuple[Event, ...]] = [()] * (total - count)
+    return several(generator, [*moves, *still], radii=(4, 8))
+
+
+# ---- tasks ----------------------------------------------------------------------------------------------------------
 
 
 def moving_direction(generator: Generator) -> Example:
@@ -58,7 +163,7 @@ def moving_direction(generator: Generator) -> Example:
 
 def moving_count(generator: Generator) -> Example:
     """How many of several things move?"""
-    things = _some_moving(generator, int(generator.integers(4)), int(generator.integers(3, 5)))
+    things = some_moving(generator, int(generator.integers(4)), int(generator.integers(3, 5)))
     scene = a_scene(generator, *things)
     whether = (whether_question(generator, thing, "move") for thing in shuffled(generator, things)[:2])
     return Example(scene, story(generator, scene), (moving_question(generator, things), *whether))
@@ -104,7 +209,7 @@ def scene_transition(generator: Generator) -> Example:
 
 def object_existence(generator: Generator) -> Example:
     """Is it there? One frame is enough: the control of the other tasks."""
-    things = _some_moving(generator, int(generator.integers(2)), int(generator.integers(2, 4)))
+    things = some_moving(generator, int(generator.integers(2)), int(generator.integers(2, 4)))
     scene = a_scene(generator, *things)
     return Example(scene, story(generator, scene), tuple(existence_questions(generator, things)))
 
@@ -116,7 +221,7 @@ def rare_event(generator: Generator) -> Example:
     x, y = (int(place) for place in generator.integers(26, 39, 2))
     color, shape = pick(generator, COLORS), pick(generator, SHAPES)  # whatever else is there
     flashing = Thing(color, shape, x, y, int(generator.integers(16, 23)), (flash,))
-    scene = a_scene(generator, *_some_moving(generator, int(generator.integers(2)), 2), flashing)
+    scene = a_scene(generator, *some_moving(generator, int(generator.integers(2)), 2), flashing)
     asked = (
         ask_among(generator, "What color is the thing that flashes?", color, COLORS),
         ask(generator, "What shape flashes?", f"a {shape}", [f"a {name}" for name in SHAPES]),
@@ -126,35 +231,45 @@ def rare_event(generator: Generator) -> Example:
 
 def mixed(generator: Generator) -> Example:
     """Several things that each do something else, perhaps before another background: many questions about one clip."""
-    deeds = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
+    names = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
     *_, after = colors = shuffled(generator, COLORS)
     kinds = shuffled(generator, ACTIONS)[:3]
-    events: dict[str, Callable[[], tuple[Event, ...]]] = {
-        "move": lambda: (Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),),
-        "turn": lambda: (turning(generator, after),),
-        "blink": lambda: blinks(generator, int(generator.integers(1, 4))),
-        "act": lambda: tuple(
-            Event(kind, number / 3, (number + 1) / 3, extent=NEAR) for number, kind in enumerate(kinds)
+    acts = tuple(Event(kind, number / 3, (number + 1) / 3, extent=NEAR) for number, kind in enumerate(kinds))
+    # the events of a thing, and what is asked about it
+    deeds: dict[str, tuple[Callable[[], tuple[Event, ...]], Callable[[Thing], list[Asked]]]] = {
+        "move": (
+            lambda: (Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),),
+            lambda thing: [direction_question(generator, thing)],
         ),
-        "stand": lambda: (),
+        "turn": (lambda: (turning(generator, after),), lambda thing: color_questions(generator, thing)),
+        "blink": (
+            lambda: blinks(generator, int(generator.integers(1, 4))),
+            lambda thing: [blink_question(generator, thing)],
+        ),
+        "act": (lambda: acts, lambda thing: sequence_questions(generator, thing.name, kinds)),
+        "stand": (lambda: (), lambda thing: [whether_question(generator, thing, "move")]),
     }
-    things = several(generator, [events[name]() for name in deeds], colors=colors[:-1])
+    things = several(generator, [deeds[name][0]() for name in names], colors=colors[:-1])
     changes = generator.integers(3) == 0
     before, other = shuffled(generator, PATTERNS)[:2]
     cut = Cut(a_moment(generator), a_background(generator, other)) if changes else None
     scene = replace(a_scene(generator, *things, cut=cut), background=a_background(generator, before))
     asked = [moving_question(generator, things), *existence_questions(generator, things)]
-    for name, thing in zip(deeds, things, strict=True):
-        asked += {
-            "move": lambda thing: [direction_question(generator, thing)],
-            "turn": lambda thing: color_questions(generator, thing),
-            "blink": lambda thing: [blink_question(generator, thing)],
-            "act": lambda thing: sequence_questions(generator, thing.name, kinds),
-            "stand": lambda thing: [whether_question(generator, thing, "move")],
-        }[name](thing)
+    for name, thing in zip(names, things, strict=True):
+        asked += deeds[name][1](thing)
     asked += background_questions(generator, scene) if changes else []
     text = story(generator, scene)
     return Example(scene, text, tuple(asked), told=(Turn("What happens in the video?", text),))
+
+
+def picture(generator: Generator) -> Example:
+    """A single picture: many questions about it, and its caption."""
+    still: tuple[()] = ()
+    things = several(generator, [still] * int(generator.integers(1, 5)), places=tuple(PLACES.values()), radii=(5, 10))
+    scene = a_scene(generator, *things)
+    asked = tuple(picture_questions(generator, things, scene.background.pattern))
+    text = picture_caption(scene)
+    return Example(scene, text, asked, told=(Turn("", text, pick(generator, IMAGE_INSTRUCTIONS)),))
 
 
 def caption(generator: Generator) -> Example:
@@ -205,10 +320,3 @@ TASKS = (
 )
 RARE = ToyTask("reasoning/toy_rare", rare_event, "unexpected_action", "FunQA_test/test")
 PICTURES = ToyTask("vqa/toy_picture", picture)
-
-
-def _some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ...]:
-    """Several things of which that many move, each in its own quarter."""
-    moves = [(Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),) for _ in range(count)]
-    still: list[tuple[Event, ...]] = [()] * (total - count)
-    return several(generator, [*moves, *still], radii=(4, 8))

@@ -14,7 +14,7 @@ from stllm.media.open import open_media
 from stllm.toy.benchmarks import STAND_INS, benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.toy.clips import World
 from stllm.toy.language import world_texts
-from stllm.toy.video_questions import DIRECTION_QUESTIONS
+from stllm.toy.questions import DIRECTION_QUESTIONS
 from tests.helpers.twins import NUM_FRAMES, SEED, twins
 
 MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".jpg")

@@ -97,7 +97,7 @@ def test_what_a_killed_run_left_is_removed_and_a_running_one_is_left_alone(tmp_p
     for folder in (left, busy, other):
         (folder / "vc2").mkdir(parents=True)
     try:
-        monkeypatch.setattr(toy_world, "_write_language", lambda *_: None)
+        monkeypatch.setattr(toy_world, "write_language_model", lambda *_: None)
         write_world(tmp_path / "w", **LEAST)
     finally:
         running.communicate(b"\n")

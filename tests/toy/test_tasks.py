@@ -11,13 +11,11 @@ import pytest
 
 from stllm.processors.choices import SYSTEM
 from stllm.processors.templates import Turn
+from stllm.toy.annotations import TELLING, seen_in_words
 from stllm.toy.clips import World
-from stllm.toy.pictures import PLACES, place_of
-from stllm.toy.questions import Example
+from stllm.toy.questions import ACTIONS, PLACES, Example, place_of
 from stllm.toy.scenes import SHAPES, Thing, follow
 from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask
-from stllm.toy.texts import TELLING, seen_in_words
-from stllm.toy.video_questions import ACTIONS
 
 COUNT = 300
 BY_NAME = {task.make.__name__: task for task in (*TASKS, RARE, PICTURES)}
@@ -164,7 +162,7 @@ def test_conversations_ask_each_fact_once_and_both_ways_in_all(name: str) -> Non
 
 def test_open_conversations_ask_without_options() -> None:
     for example in drawn("mixed", 20):
-        talks = example.open_conversations(np.random.default_rng(0))
+        talks = example.conversations(np.random.default_rng(0), choices=False)
         assert {turn.question for talk in talks for turn in talk[:-1]} == {asked.question for asked in example.asked}
         assert all(turn.instruction == "" and "Options" not in turn.question for talk in talks for turn in talk)
 

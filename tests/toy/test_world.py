@@ -182,8 +182,8 @@ def test_no_clip_of_a_world_is_trained_and_tested() -> None:
 @pytest.mark.parametrize("task", TESTED, ids=lambda task: task.benchmark)
 def test_no_answer_and_no_letter_is_preferred(task) -> None:
     examples = [World(1, 16).draw(task, "test", index)[0] for index in range(400)]
-    count = len(examples[0].candidates)
-    letters = Counter(example.candidates.index(str(example.turns[0].answer)) for example in examples)
+    count = len(examples[0].asked[0].options)
+    letters = Counter(example.asked[0].options.index(str(example.turns[0].answer)) for example in examples)
     answers = Counter(example.turns[0].answer for example in examples)
     for found in (letters, answers):
         assert max(found.values()) < 1.35 * 400 / min(count, len(found))
@@ -192,9 +192,9 @@ def test_no_answer_and_no_letter_is_preferred(task) -> None:
 def test_options_are_asked_as_the_benchmark_asks() -> None:
     example = World(0, 16).draw(TASKS[0], "train", 0)[0]
     asked, chosen = example.turns
-    letter = chr(ord("A") + example.candidates.index(str(asked.answer)))
+    letter = chr(ord("A") + example.asked[0].options.index(str(asked.answer)))
     assert question_block("Where?", ("here", "there")) == "Question: Where?\nOptions:\n(A) here\n(B) there"
-    assert chosen.question.startswith(question_block(asked.question, example.candidates))
+    assert chosen.question.startswith(question_block(asked.question, example.asked[0].options))
     assert chosen.answer == f"Best option:({letter}) {asked.answer}"
 
 

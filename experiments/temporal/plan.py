@@ -1,4 +1,4 @@
-"""What the experiment on time compares: the variants, what all runs share, and each run's recipe."""
+"""The plan of the experiment: the variants, what all runs share, and each run's recipe."""
 
 import json
 import statistics
@@ -15,6 +15,7 @@ from stllm.common.registry import video_inputs
 from stllm.evaluation.benchmarks.mvbench import MVBenchTask, task_of
 from stllm.toy.tasks import RARE, TASKS
 
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = 4  # checkpoints of the part without masks
 LONG_PATH = f"video/{RARE.corpus}/packed.json"
 
@@ -173,12 +174,7 @@ def tested(plan: Plan) -> dict[str, dict[str, float]]:
         items = json.loads(file.read_text(encoding="utf-8"))[: plan.limit]
         chance = statistics.mean(100 / len(item["candidates"]) for item in items)
         if slug != RARE.benchmark or plan.has_long:
-            found[task_name(file)] = {"items": len(items), "chance": chance}
+            task = task_of(file)
+            assert isinstance(task, MVBenchTask), file  # the toy world's are MVBench's own
+            found[task.name] = {"items": len(items), "chance": chance}
     return found
-
-
-def task_name(file: Path) -> str:
-    """As the tables print the task of an annotation file."""
-    task = task_of(file)
-    assert isinstance(task, MVBenchTask), file  # the toy world's are MVBench's own
-    return task.name

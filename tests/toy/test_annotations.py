@@ -10,10 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stllm.toy.clips import World
-from stllm.toy.scenes import Event, Thing
-from stllm.toy.tasks import TASKS, ToyTask
-from stllm.toy.texts import (
+from stllm.toy.annotations import (
     AGAIN_REQUEST,
     CHOICES,
     FRAMES,
@@ -26,6 +23,9 @@ from stllm.toy.texts import (
     text_conversation,
     times_of,
 )
+from stllm.toy.clips import World
+from stllm.toy.scenes import Event, Thing
+from stllm.toy.tasks import TASKS, ToyTask
 
 WORLD = World(1, 16, 64)
 OPTION = re.compile(r"^\((\w)\) (.+)$", re.M)

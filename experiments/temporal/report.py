@@ -7,21 +7,60 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.charts import GREY, STYLE
 from benchmarks.common import machine
-from benchmarks.temporal_chart import draw
-from benchmarks.temporal_plan import ALL, VARIANTS, Plan, tested
-from benchmarks.temporal_runs import ROOT, Result, commit
+from experiments.temporal.plan import ALL, ROOT, VARIANTS, Plan, tested
+from experiments.temporal.runs import Result, commit
 from stllm.common.device import resolve_device
-from stllm.common.files import write_text
+from stllm.common.files import replacing, write_text
 from stllm.evaluation.benchmarks.mvbench import TASKS
 from stllm.evaluation.reports.tables import MISSING, table
 from stllm.evaluation.results import versions, write_json
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CONTROL, LONG = "Object Existence", "Unexpected Action"  # needs no time; the rare event in clips of 64 frames
 TEMPORAL, EVERY = "temporal tasks", "all tasks"
+COLOURS = ("#1f5fa8", "#d8742f", "#3a9d6b", "#a8cdb8", "#7fb2e5", "#9a5fc0")  # one a variant
+BARS = 0.8  # of a task's room, taken by its bars
 Spread = Mapping[str, float] | None  # mean, low, high over seeds; None where there is nothing
+
+POINTS = "{:.1f} and {:.1f} %"
+CLAIMS: tuple[tuple[str, str, tuple[str, ...], Callable[..., bool], str], ...] = (  # with the figure and its variants
+    ("`mean`: at most 60 % on temporal tasks", TEMPORAL, ("mean",), lambda a: a <= 60, "{:.1f} %"),
+    ("`all` knows more of time than `mean`", TEMPORAL, ("all", "mean"), lambda a, b: a > b, POINTS),
+    (
+        "`all+mask+mvm`: at most 2 points below `all`, all tasks",
+        EVERY,
+        ("all+mask+mvm", "all"),
+        lambda a, b: a >= b - 2,
+        POINTS,
+    ),
+    (
+        "`all+mask+mvm`: at most 0.7 × the seconds a step",
+        "relative",
+        ("all+mask+mvm",),
+        lambda a: a <= 0.7,
+        "{:.2f} ×",
+    ),
+    (
+        "`residual`: at most 3 points below `all` on clips of 64 frames",
+        LONG,
+        ("residual", "all"),
+        lambda a, b: a >= b - 3,
+        POINTS,
+    ),
+    (
+        "`residual`: above local frames only on rare events",
+        LONG,
+        ("residual", "local frames only"),
+        lambda a, b: a > b,
+        POINTS,
+    ),
+)
 
 
 def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, Any]:
@@ -29,6 +68,7 @@ def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, An
     done = [result for result in results if "error" not in result]
     asked = tested(plan)
     known = [task.name for task in TASKS if task.name in asked]
+    base, worlds = plan.base.resolve(), {"train": plan.world, "test": plan.test_world}
     variants = {
         variant.name: _figures([result for result in done if result["variant"] == variant.name], done, known)
         | {"tokens": {"usual": plan.tokens(variant, plan.short_frames), "long": plan.tokens(variant, plan.long_frames)}}
@@ -41,7 +81,7 @@ def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, An
         "failed": [result for result in results if "error" in result],
         "runs": {"done": len(done), "seeds": sorted({result["seed"] for result in done}), "jobs": jobs},
         "setting": {
-            "recipe": _shown(plan.base),
+            "recipe": base.relative_to(ROOT).as_posix() if base.is_relative_to(ROOT) else base.name,
             "steps": plan.steps,
             "steps before masking": plan.switch,
             "batch": plan.settings.run.per_device_train_batch_size,
@@ -50,23 +90,12 @@ def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, An
             "frames of long clips": plan.long_frames if plan.has_long else None,
             "residual_size": plan.residual_size,
         },
-        "worlds": {name: _about(folder) for name, folder in (("train", plan.world), ("test", plan.test_world))},
+        "worlds": {name: json.loads((folder / "toy_world.json").read_text()) for name, folder in worlds.items()},
         "commits": sorted({result["commit"] for result in done}),
         "reported at": commit(),
         "versions": versions(),
         "machine": machine(resolve_device(plan.device)),
     }
-
-
-def _shown(recipe: Path) -> str:
-    """The repository's own by its place there, another by its name alone."""
-    whole = recipe.resolve()
-    return whole.relative_to(ROOT).as_posix() if whole.is_relative_to(ROOT) else recipe.name
-
-
-def _about(world: Path) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((world / "toy_world.json").read_text(encoding="utf-8"))
-    return about
 
 
 def _figures(own: Sequence[Result], done: Sequence[Result], tasks: Sequence[str]) -> dict[str, Any]:
@@ -100,43 +129,18 @@ def _spread(values: Sequence[float | None]) -> Spread:
     return {"mean": statistics.mean(known), "low": min(known), "high": max(known)} if known else None
 
 
-# ---- claims ---------------------------------------------------------------------------------------------------------
-
-
 def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
-    """What was hoped for, the figures it is judged by, and whether it holds of the means; None: not measured."""
-
-    def mean(name: str, key: str) -> float | None:
-        found = variants[name]["accuracy"].get(key) if key == LONG else variants[name][key]
-        return None if found is None else float(found["mean"])
-
-    def claim(text: str, holds: Callable[..., bool], said: str, *values: float | None) -> dict[str, Any]:
-        if None in values:
-            return {"claim": text, "holds": None, "figures": MISSING}
-        return {"claim": text, "holds": holds(*values), "figures": said.format(*values)}
-
-    both, mask, points = "all+mask+mvm", mean("all+mask+mvm", "relative"), "{:.1f} and {:.1f} %"
-    found = [
-        claim("`mean`: at most 60 % on temporal tasks", lambda a: a <= 60, "{:.1f} %", mean("mean", TEMPORAL)),
-        claim(
-            "`all` knows more of time than `mean`",
-            lambda a, b: a > b,
-            points,
-            *(mean(name, TEMPORAL) for name in ("all", "mean")),
-        ),
-        claim(
-            "`all+mask+mvm`: at most 2 points below `all`, all tasks",
-            lambda a, b: a >= b - 2,
-            points,
-            *(mean(name, EVERY) for name in (both, "all")),
-        ),
-        claim("`all+mask+mvm`: at most 0.7 × the seconds a step", lambda a: a <= 0.7, "{:.2f} ×", mask),
-    ]
-    if has_long:
-        pairs = [(mean("residual", LONG), mean(name, LONG)) for name in ("all", "local frames only")]
-        said = "`residual`: at most 3 points below `all` on clips of 64 frames"
-        found.append(claim(said, lambda a, b: a >= b - 3, points, *pairs[0]))
-        found.append(claim("`residual`: above local frames only on rare events", lambda a, b: a > b, points, *pairs[1]))
+    """Each claim, the figures it is judged by, and whether it holds of the means; None: not measured."""
+    found: list[dict[str, Any]] = []
+    for text, key, names, holds, words in CLAIMS:
+        if key == LONG and not has_long:
+            continue
+        spreads = [variants[name]["accuracy"].get(key) if key == LONG else variants[name][key] for name in names]
+        if None in spreads:
+            found.append({"claim": text, "holds": None, "figures": MISSING})
+        else:
+            means = [float(spread["mean"]) for spread in spreads]
+            found.append({"claim": text, "holds": holds(*means), "figures": words.format(*means)})
     return found
 
 
@@ -144,43 +148,54 @@ def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Each file whole or not at all. report: of `summary`."""
+    """Write each file whole or not at all. report: of `summary`."""
+    from matplotlib import rc_context
+
     write_json(folder / "temporal.json", report)
     write_text(folder / "temporal.md", markdown(report))
-    draw(folder / "temporal.svg", report)
+    with rc_context(STYLE), replacing(folder / "temporal.svg") as partial:  # equal figures give equal bytes
+        chart(report).savefig(partial, format="svg", transparent=True, metadata={"Date": None})
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The page: tables, claims, what was done, what failed."""
-    runs = report["runs"]
+    runs, about = report["runs"], report["machine"]
     seeds = ", ".join(map(str, runs["seeds"])) or MISSING
-    total = len(VARIANTS) * len(runs["seeds"]) if runs["seeds"] else len(VARIANTS)
+    total = len(VARIANTS) * max(1, len(runs["seeds"]))
+    tasks = [
+        [task, asked["items"], f"{asked['chance']:.1f}"]
+        + [_cell(figures["accuracy"].get(task)) for figures in report["variants"].values()]
+        for task, asked in report["tasks"].items()
+    ]
+    words = {True: "yes", False: "no", None: "not measured"}
+    held = [(claim["claim"], words[claim["holds"]], claim["figures"]) for claim in report["claims"]]
+    failed = [f"- {run['variant']}, seed {run['seed']}: {run['error']}" for run in report["failed"]]
+    told = {
+        name: ", ".join(f"{key} {value}" for key, value in values.items())
+        for name, values in (*report["worlds"].items(), ("versions", report["versions"]))
+    }
     return "\n".join(
         [
             "# Does the model learn time? The variants on the toy world\n",
-            f"{runs['done']} runs, {len(report['failed'])} failed; seeds {seeds}. Strict accuracy, percent of the "
-            "items asked: the mean over seeds (lowest–highest). Averages are means over tasks; temporal tasks are all "
-            f"but {CONTROL}.\n",
+            f"{runs['done']} runs, {len(failed)} failed; seeds {seeds}. Strict accuracy, percent of the items asked: "
+            "the mean over seeds (lowest–highest). Averages are means over tasks; temporal tasks are all but "
+            f"{CONTROL}.\n",
             *([f"Runs are missing: {runs['done']} of {total} are there.\n"] if runs["done"] < total else []),
             _overview(report),
             "## Task by task\n",
-            _by_task(report),
+            table(["task", "items", "chance", *report["variants"]], tasks),
             "![accuracy by task and variant](temporal.svg)\n",
             "## What holds\n",
-            table(
-                ("claim", "holds", "figures"),
-                [(c["claim"], _WORDS[c["holds"]], c["figures"]) for c in report["claims"]],
-                texts=3,
-            ),
+            table(("claim", "holds", "figures"), held, texts=3),
             "Judged by the means over seeds; differences within the spread say little.\n",
             _done(report),
-            *_failed(report["failed"]),
-            _origin(report),
+            *(["## Failed\n", *failed, ""] if failed else []),
+            "## Where it comes from\n",
+            f"Toy worlds: {'; '.join(f'{name}: {told[name]}' for name in report['worlds'])}. Trained at commit "
+            f"{', '.join(report['commits']) or MISSING}, reported at {report['reported at']}. Machine: "
+            f"{about['accelerator'] or about['processor']}, {about['cores']} cores; {told['versions']}.\n",
         ]
     )
-
-
-_WORDS = {True: "yes", False: "no", None: "not measured"}
 
 
 def _overview(report: Mapping[str, Any]) -> str:
@@ -200,15 +215,6 @@ def _overview(report: Mapping[str, Any]) -> str:
     ]
     rows.append(["chance", "", *averages, *[""] * (len(header) - 1)])
     return table([*header, "tokens in training", "s a step", "× `all`"], rows)
-
-
-def _by_task(report: Mapping[str, Any]) -> str:
-    rows = [
-        [task, about["items"], f"{about['chance']:.1f}"]
-        + [_cell(figures["accuracy"].get(task)) for figures in report["variants"].values()]
-        for task, about in report["tasks"].items()
-    ]
-    return table(["task", "items", "chance", *report["variants"]], rows)
 
 
 def _cell(spread: Spread, digits: int = 1) -> str:
@@ -248,21 +254,28 @@ def _done(report: Mapping[str, Any]) -> str:
     )
 
 
-def _failed(failed: Sequence[Result]) -> list[str]:
-    lines = [f"- {run['variant']}, seed {run['seed']}: {run['error']}" for run in failed]
-    return ["## Failed\n", *lines, ""] if lines else []
+def chart(report: Mapping[str, Any]) -> "Figure":
+    """A bar for each variant in each task, the spread over seeds, and what guessing gives."""
+    from matplotlib.figure import Figure
 
-
-def _origin(report: Mapping[str, Any]) -> str:
-    about = report["machine"]
-    worlds = "; ".join(f"{name}: {_pairs(world)}" for name, world in report["worlds"].items())
-    return (
-        "## Where it comes from\n\n"
-        f"Toy worlds: {worlds}. Trained at commit {', '.join(report['commits']) or MISSING}, reported at "
-        f"{report['reported at']}. Machine: {about['accelerator'] or about['processor']}, {about['cores']} cores; "
-        f"{_pairs(report['versions'])}.\n"
-    )
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
+    tasks, variants = report["tasks"], report["variants"]
+    figure = Figure(figsize=(9, 1.2 + 0.85 * len(tasks)), layout="constrained")
+    axes = figure.subplots()
+    thickness = BARS / len(variants)
+    for number, ((name, figures), colour) in enumerate(zip(variants.items(), COLOURS, strict=True)):
+        found = [
+            (place, figures["accuracy"][task]) for place, task in enumerate(tasks) if figures["accuracy"].get(task)
+        ]
+        means = [spread["mean"] for _, spread in found]
+        reach = [[s["mean"] - s["low"] for _, s in found], [s["high"] - s["mean"] for _, s in found]]
+        places = [place - BARS / 2 + (number + 0.5) * thickness for place, _ in found]
+        axes.barh(places, means, height=0.9 * thickness, color=colour, label=name)
+        axes.errorbar(means, places, xerr=reach, fmt="none", ecolor=GREY, elinewidth=1, capsize=1.5)
+    for place, about in enumerate(tasks.values()):
+        axes.plot([about["chance"]] * 2, [place - BARS / 2, place + BARS / 2], color=GREY, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(tasks)), labels=list(tasks))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("strict accuracy, %; lines: lowest and highest of the seeds; dashed: guessing")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(variants), frameon=False, fontsize=8)
+    return figure

@@ -1,19 +1,23 @@
 """The experiment on time: recipes that differ in the variant alone, runs that go on, figures and claims by hand."""
 
+import asyncio
 import json
 import os
 import re
+import signal
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.temporal import main
-from benchmarks.temporal_chart import chart
-from benchmarks.temporal_plan import ALL, VARIANTS, Plan, recipe
-from benchmarks.temporal_report import claims, markdown, summary
-from benchmarks.temporal_runs import Commands, Result, RunError, training_figures
+from experiments.temporal.__main__ import main
+from experiments.temporal.plan import ALL, VARIANTS, Plan, recipe
+from experiments.temporal.report import chart, claims, markdown, summary
+from experiments.temporal.runs import Result, RunError, command, training_figures
 from stllm.common.config import load_config
 from tests.configs.recipes import CONFIGS
 from tests.helpers.training import train
@@ -59,13 +63,14 @@ def plan_of(world: Path, **changes: Any) -> Plan:
     return Plan(**{**values, **changes})
 
 
-class Stub(Commands):
+class Stub:
     """Leaves what the commands would. failing: variants whose training fails; calls: the words of each."""
 
-    failing: tuple[str, ...] = ()
-    calls: list[list[str]]
+    def __init__(self) -> None:
+        self.failing: tuple[str, ...] = ()
+        self.calls: list[list[str]] = []
 
-    def run(self, words: Sequence[str], log: Path) -> None:
+    async def __call__(self, words: Sequence[str], log: Path) -> None:
         self.calls.append(list(words))
         folder = log.parent
         if words[0] == "train":
@@ -87,10 +92,10 @@ class Stub(Commands):
 
 
 @pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
-    Stub.failing, Stub.calls = (), []
-    monkeypatch.setattr("benchmarks.temporal.Commands", Stub)
-    return Stub
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    stub = Stub()
+    monkeypatch.setattr("experiments.temporal.runs.command", stub)
+    return stub
 
 
 def start(world: Path, *more: str) -> int:
@@ -149,7 +154,7 @@ def test_a_world_without_long_clips_has_no_long_set(world: Path) -> None:
 
 
 def test_all_is_run_once_and_masked_runs_go_on_from_it(
-    world: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str]
+    world: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(world) == 0
     assert len(stub.calls) == 2 * len(VARIANTS) * 3  # training, two evaluations
@@ -164,9 +169,7 @@ def test_all_is_run_once_and_masked_runs_go_on_from_it(
     assert start(world) == 0 and stub.calls == []
 
 
-def test_a_failed_run_is_listed_and_tried_again(
-    world: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_run_is_listed_and_tried_again(world: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     stub.failing = ("all",)
     assert start(world) == 1
     page = (world.parent / "results" / "temporal.md").read_text()
@@ -190,7 +193,7 @@ def test_a_failed_run_is_listed_and_tried_again(
     ],
 )
 def test_what_cannot_be_compared_is_refused(
-    world: Path, stub: type[Stub], capsys: pytest.CaptureFixture[str], more: tuple[str, ...], said: str
+    world: Path, stub: Stub, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], said: str
 ) -> None:
     assert start(world, "--seeds", "1") == 0
     assert start(world, *more) == 1
@@ -199,14 +202,35 @@ def test_what_cannot_be_compared_is_refused(
 
 def test_a_command_that_fails_tells_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"stllm train ended with 1: error: .*missing\.yaml: no such file"):
-        Commands().run(["train", "--cfg-path", "missing.yaml"], tmp_path / "log.txt")
+        asyncio.run(command(["train", "--cfg-path", "missing.yaml"], tmp_path / "log.txt"))
 
 
-def test_nothing_begins_after_a_stop(tmp_path: Path) -> None:
-    commands = Commands()
-    commands.stop()
-    with pytest.raises(RunError, match="interrupted"):
-        commands.run(["--help"], tmp_path / "log.txt")
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_experiment_ends_its_commands_and_begins_no_other(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: signal.Signals
+) -> None:
+    """Two commands at once that end a moment after SIGTERM, as training does once its checkpoint is written."""
+    script = world.parent / "python"
+    script.write_text(
+        "#!/bin/sh\n"
+        f"trap 'sleep 0.2; echo x >> {world.parent}/stopped; exit 1' TERM\n"
+        f"echo x >> {world.parent}/begun\n"
+        "while :; do sleep 0.05; done\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+    def interrupt() -> None:
+        while not (world.parent / "begun").is_file() or len((world.parent / "begun").read_text().split()) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), name)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert start(world, "--jobs", "2") == 130
+    thread.join()
+    assert "interrupted: what was trained is kept" in capsys.readouterr().err
+    assert [len((world.parent / file).read_text().split()) for file in ("begun", "stopped")] == [2, 2]
 
 
 def test_seconds_are_of_the_steps_after_the_switch(world: Path, tmp_path: Path) -> None:

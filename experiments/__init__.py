@@ -1,0 +1,1 @@
+"""Experiments that measure answers; speed and memory are measured in `benchmarks`."""

@@ -1,0 +1,1 @@
+"""The experiment on time: every video input, trained alike on the toy world."""

@@ -1,0 +1,154 @@
+"""The paper's claim on the toy world: joint spatial-temporal tokens learn time where pooling cannot.
+
+Every variant of the video input is trained from the same checkpoint, on the same clips, for the same steps, with
+several seeds, and evaluated on MVBench's toy twin. The same command goes on where it stopped, and tries failed runs
+again.
+
+    python -m experiments.temporal --world TOY_ROOT --ckpt STAGE1_CHECKPOINT [--quick]
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from benchmarks.common import RESULTS
+from experiments.temporal.plan import ROOT, VARIANTS, Plan, tested
+from experiments.temporal.report import summary, write_report
+from experiments.temporal.runs import Result, run_all
+from stllm.common.arguments import path, whole
+from stllm.common.changes import flat, told_changes
+from stllm.common.config import load_config
+from stllm.common.errors import UserError
+from stllm.evaluation.results import write_json
+from stllm.evaluation.runs import content_digest
+
+QUICK = {"steps": 300, "seeds": 1, "limit": 40}
+NUM_SEEDS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing and write table and chart. Returns 0 when every run is there, 130 when interrupted."""
+    args = _arguments(argv)
+    try:
+        plan = _plan(args)
+        _check_same(plan)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    try:
+        failed = asyncio.run(_run(plan, args))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("interrupted: what was trained is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    print((args.output_dir / "temporal.md").read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+async def _run(plan: Plan, args: argparse.Namespace) -> list[Result]:
+    """Run all, with a report after each run; returns those that failed."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as asyncio does at Ctrl-C
+    seeds = range(args.seeds or (QUICK["seeds"] if args.quick else NUM_SEEDS))
+    results: list[Result] = []
+    async for result in run_all(plan, seeds, args.jobs):
+        results.append(result)
+        report = summary(plan, results, jobs=args.jobs)
+        write_report(args.output_dir, report)
+        if "error" in result:
+            told = f" failed: {result['error']}"
+        else:
+            spent = result["seconds_per_step"]
+            told = f": {sum(result['tasks'].values()) / len(result['tasks']):.1f} % right on average"
+            told += f", {spent:.3f} s a step" if spent else ""
+        about = f"{result['variant']}, seed {result['seed']}{told}"
+        print(f"[{len(results)} of {len(seeds) * len(VARIANTS)}] {about}", flush=True)
+    return [result for result in results if "error" in result]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.temporal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--world", type=Path, required=True, metavar="DIR", help="of stllm toy, best with --long")
+    parser.add_argument("--test-world", type=Path, metavar="DIR", help="asked about (default: --world's test clips)")
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR", help="what every run begins with: stage 1's")
+    parser.add_argument("--quick", action="store_true", help=f"rough figures: {QUICK}, where not said otherwise")
+    parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"(default: {NUM_SEEDS})")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="of every run (default: the base's)")
+    parser.add_argument("--mask-after", type=float, default=0.5, metavar="SHARE", help="of the steps (default: 0.5)")
+    parser.add_argument("--residual-size", type=whole(1), default=4, metavar="R", help="local frames (default: 4)")
+    parser.add_argument("--long-frames", type=whole(2), default=16, metavar="T", help="of 64-frame clips (default: 16)")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="the first N items of each task (default: all)")
+    parser.add_argument(
+        "--jobs", type=whole(1), default=2, metavar="N", help="runs at once, a thread each (default: 2)"
+    )
+    parser.add_argument("--base", type=Path, default=ROOT / "configs" / "tiny" / "temporal.yaml")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="over the base, for every run")
+    parser.add_argument("--work", type=path, metavar="DIR", help="of the runs (default: output/temporal, or _quick)")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where table and chart go")
+    parser.add_argument("--device", default="auto")
+    return parser.parse_args(argv)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    """The plan of the arguments. Raises UserError for what cannot be run."""
+    for folder in {args.world, args.test_world or args.world}:
+        if not (folder / "toy_world.json").is_file():
+            raise UserError(f"{folder} is no toy world: make one with stllm toy --output {folder} --long")
+    if not (args.ckpt / "config.json").is_file():
+        raise UserError(f"{args.ckpt} holds no trained model: train the stages before with bash scripts/train_tiny.sh")
+    if not 0 <= args.mask_after < 1:
+        raise UserError(f"--mask-after is {args.mask_after}; expected a share of the steps, from 0 to below 1")
+    os.environ["TOY_ROOT"] = str(args.world.resolve())  # the recipes' name for it
+    steps = args.steps or (QUICK["steps"] if args.quick else load_config(args.base, args.options).run.max_steps)
+    return Plan(
+        world=args.world,
+        test_world=args.test_world or args.world,
+        checkpoint=args.ckpt,
+        base=args.base,
+        work=Path(args.work or f"output/temporal{'_quick' if args.quick else ''}"),
+        steps=steps,
+        mask_after=args.mask_after,
+        residual_size=args.residual_size,
+        long_frames=args.long_frames,
+        limit=args.limit or (QUICK["limit"] if args.quick else None),
+        device=args.device,
+        options=tuple(args.options),
+    )
+
+
+def _check_same(plan: Plan) -> None:
+    """Write what the runs have in common. Raises UserError when the folder holds runs that cannot be compared."""
+    weights = sorted(plan.checkpoint.glob("*.safetensors"))
+    now: dict[str, Any] = {
+        "base": OmegaConf.to_container(plan.settings),
+        "checkpoint": content_digest([file.read_bytes().hex() for file in weights]),
+        "world": json.loads((plan.world / "toy_world.json").read_text(encoding="utf-8")),
+        "test_world": json.loads((plan.test_world / "toy_world.json").read_text(encoding="utf-8")),
+        "steps": plan.steps,
+        "mask_after": plan.mask_after,
+        "residual_size": plan.residual_size,
+        "long_frames": plan.long_frames,
+        "tasks": tested(plan),
+    }
+    file = plan.work / "experiment.json"
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if changes := told_changes(flat(before), flat(json.loads(json.dumps(now)))):
+            raise UserError(f"{plan.work} holds runs of another experiment: {changes}; name another --work")
+    else:
+        plan.work.mkdir(parents=True, exist_ok=True)
+        write_json(file, now)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
