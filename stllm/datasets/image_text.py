@@ -21,8 +21,8 @@ from stllm.common.json_text import loads
 from stllm.common.registry import datasets
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
+from stllm.datasets.fetching import expand_shards
 from stllm.datasets.samples import Sample, SampleKey
-from stllm.datasets.shard_names import expand_shards
 from stllm.datasets.shards import GIB, Content, ShardReader, is_remote
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError, warn_once

@@ -103,9 +103,6 @@ class ImageReader(Reader):
         for _ in indices:
             yield self._frame.copy()
 
-    def close(self) -> None:
-        pass
-
 
 class GifReader(Reader):
     """An animated picture (gif, or animated webp, png or avif), each frame composed with those under it.
@@ -163,9 +160,6 @@ class FrameFolderReader(Reader):
         self.check(indices)
         for index in indices:
             yield read_image(self._files[index - 1])
-
-    def close(self) -> None:
-        pass
 
 
 def read_image(path: Path) -> Frame:

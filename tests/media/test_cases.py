@@ -15,7 +15,8 @@ from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.embedded import FOLDER
 from stllm.media import video as pyav_reader
 from stllm.media.images import ImageReader
-from stllm.media.open import Reader, open_media
+from stllm.media.info import Reader
+from stllm.media.open import open_media
 from stllm.media.sampling import uniform
 from stllm.media.video import PyAvReader
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from stllm.media import info as media_info
-from stllm.media.decord_reader import DecordReader
-from stllm.media.video import PyAvReader
+from stllm.media.video import DecordReader, PyAvReader
 from tests.helpers.videos import read_code, write_video
 
 
