@@ -89,13 +89,14 @@ class JsonRecords:
             raise IndexError(index)
         fields = loads(self._data[self._starts[index] : self._ends[index]])
         where = f"{self.path}, record {self._numbers[index] + 1}"
+        count = fields.get("num_frames")
         return Record(
             turns=turns_of(fields, where),
             media=self._media(fields, where),
             kind="video" if self.kind == "text" else self.kind,
             where=where,
             bounds=bounds_of(fields, where),
-            num_frames=_count(fields.get("num_frames")),
+            num_frames=count if isinstance(count, int) and count > 0 else None,
         )
 
     def _media(self, fields: Fields, where: str) -> str | None:
@@ -317,10 +318,6 @@ def _seconds(value: Any, key: str, where: str) -> float | None:
         raise AnnotationError(
             f"{where}: found {key} {value!r}, expected a number of seconds: correct it", cause="bounds"
         ) from None
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _short(value: Any) -> str:

@@ -215,15 +215,15 @@ def _refuse_other(folder: Path, index: Mapping[str, Any], expected: Mapping[str,
 
 def _shards(folder: Path) -> dict[str, list[str]]:
     """The keys in each finished shard."""
-    return {path.name: list(_keys_in(path)) for path in sorted(folder.glob("features-*.safetensors"))}
-
-
-def _keys_in(shard: Path) -> Iterator[str]:
+    keys = {}
+    shard = folder
     try:
-        with safe_open(shard, framework="pt") as file:
-            yield from file.keys()
+        for shard in sorted(folder.glob("features-*.safetensors")):
+            with safe_open(shard, framework="pt") as file:
+                keys[shard.name] = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error
+    return keys
 
 
 class DistinctClip(NamedTuple):

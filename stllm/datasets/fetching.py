@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
-from math import inf, prod
+from math import inf
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlparse
@@ -195,11 +195,26 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def num_names(pattern: str) -> float:
-    """How many names the braces of a pattern stand for, without making them; see `braceexpand` for their grammar."""
-    return prod(map(_size, _groups(pattern)), start=1.0)
+    """The number of names that the braces of a pattern stand for, without making them; see `braceexpand`."""
+    # What is known where each brace opened: names of its group's earlier alternatives, names of the alternative so far,
+    # the group's beginning.
+    outer: list[tuple[float, float, int]] = []
+    earlier, names, start = 0.0, 1.0, 0
+    for found in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        if found[0] == "{":
+            outer.append((earlier, names, start))
+            earlier, names, start = 0.0, 1.0, found.end()
+        elif found[0] == "," and outer:
+            earlier, names = earlier + names, 1.0
+        elif found[0] == "}" and outer:
+            count = _range_size(pattern[start : found.start()]) or earlier + names
+            earlier, names, start = outer.pop()
+            names *= count
+    return outer[0][1] if outer else names  # braces without an end are refused by `braceexpand`
 
 
-def _size(group: str) -> float:
+def _range_size(group: str) -> float:
+    """The number of names in `1..20`, `1..20..2` or `a..z`; 0 for anything else."""
     numbers = _RANGE.fullmatch(group)
     if numbers:
         if max(map(len, filter(None, numbers.groups()))) > 18:
@@ -208,36 +223,7 @@ def _size(group: str) -> float:
         return abs(last - first) // (step or 1) + 1
     if re.fullmatch(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d+)?", group):
         return len(list(braceexpand(f"{{{group}}}")))
-    return sum(num_names(part) for part in _split(group))
-
-
-def _groups(pattern: str) -> list[str]:
-    """What stands in the outermost braces."""
-    groups, depth, start = [], 0, 0
-    for position, character in _unescaped(pattern):
-        if character == "{":
-            start = position + 1 if depth == 0 else start
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                groups.append(pattern[start:position])
-    return groups
-
-
-def _split(group: str) -> list[str]:
-    """The parts between the commas that stand in no braces of their own."""
-    parts, depth, start = [], 0, 0
-    for position, character in _unescaped(group):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            parts.append(group[start:position])
-            start = position + 1
-    return [*parts, group[start:]]
-
-
-def _unescaped(text: str) -> list[tuple[int, str]]:
-    return [(found.start(), found[0]) for found in re.finditer(r"\\.|[{},]", text, re.DOTALL) if len(found[0]) == 1]
+    return 0
 
 
 def _too_many(what: str, count: float) -> UserError:

@@ -4,7 +4,6 @@ Letters: T frames, S the model's image size.
 """
 
 import hashlib
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -120,8 +119,14 @@ def load_clip(
     with open_media(media.path, reader=media.reader, fps=media.fps) as medium:
         indices = _sample(media, medium, num_frames, generator)
         times = medium.times(indices)
-        frames = _prepare(medium.frames(indices), len(indices), transform)
-        return Clip(frames, indices, times, medium.info, media.path).viewed(media.view)
+        prepared = np.empty(0, np.float32)  # filled by numpy: torch's copy would start threads for every frame
+        for place, frame in enumerate(medium.frames(indices)):
+            keep_reading()
+            pixels = transform(frame).numpy()
+            if place == 0:
+                prepared = np.empty((len(indices), *pixels.shape), pixels.dtype)
+            prepared[place] = pixels
+        return Clip(torch.from_numpy(prepared), indices, times, medium.info, media.path).viewed(media.view)
 
 
 def _sample(media: Media, medium: Reader, num_frames: int, generator: Generator | None = None) -> list[int]:
@@ -146,15 +151,3 @@ def _sample(media: Media, medium: Reader, num_frames: int, generator: Generator 
     except UserError as error:
         cause = "bounds" if isinstance(error, BoundsError) else "unreadable"
         raise MediaError(f"{media.path}: {error}", cause=cause) from None
-
-
-def _prepare(frames: Iterator[np.ndarray], count: int, transform: FrameTransform) -> Tensor:
-    """`count` frames through the transform into one tensor, (T, 3, S, S)."""
-    prepared = np.empty(0, np.float32)  # filled by numpy: torch's copy would start threads for every frame
-    for position, frame in enumerate(frames):
-        keep_reading()
-        pixels = transform(frame).numpy()
-        if position == 0:
-            prepared = np.empty((count, *pixels.shape), pixels.dtype)
-        prepared[position] = pixels
-    return torch.from_numpy(prepared)

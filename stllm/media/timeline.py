@@ -221,7 +221,8 @@ def _is_b_picture(packet: "Packet[VideoStream]", codec: str, length_size: int) -
     Sources: ISO/IEC 13818-2 (picture header), 14496-2 (video object plane), 14496-10 (slice header).
     """
     if codec == "h264":
-        slice_start = _h264_slice_start(packet, length_size)
+        units = _units(memoryview(packet) if length_size else bytes(packet), length_size)
+        slice_start = next((unit[1] for unit in units if len(unit) > 1 and unit[0] & 31 in (1, 5)), 0)  # nal_unit_type
         # Two Exp-Golomb codes: first_mb_in_slice is 0 (1), slice_type is B: 1 (010) or 6 (00111).
         return None if slice_start < 0x80 else slice_start >> 4 & 7 == 0b010 or slice_start >> 2 & 31 == 0b00111
     if codec == "mpeg4":  # a packet may hold several planes ("packed bitstream", as DivX and XviD write it)
@@ -231,25 +232,6 @@ def _is_b_picture(packet: "Packet[VideoStream]", codec: str, length_size: int) -
         header = bytes(packet).partition(b"\0\0\1\0")[2][:2]
         return header[1] >> 3 & 7 == 3 if len(header) == 2 else None
     return None
-
-
-def _h264_slice_start(packet: "Packet[VideoStream]", length_size: int) -> int:
-    """The first byte of the first slice's header; 0 when there is none."""
-    data: memoryview | bytes = memoryview(packet) if length_size else bytes(packet)
-    at = length = 0
-    while True:
-        if isinstance(data, bytes):
-            at = data.find(b"\0\0\1", at) + 3
-            if at < 3:
-                return 0
-        else:
-            at += length
-            length = int.from_bytes(data[at : at + length_size], "big")
-            at += length_size
-        if at + 1 >= len(data):
-            return 0
-        if data[at] & 31 in (1, 5):  # nal_unit_type: a slice of a picture
-            return data[at + 1]
 
 
 # ---- HEVC ------------------------------------------------------------------------------------------------------------
@@ -379,22 +361,21 @@ class _Bits:
         return (1 << zeros) - 1 + self.read(zeros)
 
 
-def _units(data: bytes, length_size: int) -> Iterator[bytes]:
+def _units(data: bytes | memoryview, length_size: int) -> Iterator[bytes]:
     """The beginnings of the units in a packet. length_size: bytes of the length before each; 0: start codes."""
     at = 0
-    if length_size:
+    if isinstance(data, memoryview) or length_size:
         while at + length_size < len(data):
             at += length_size
             end = at + int.from_bytes(data[at - length_size : at], "big")
-            yield data[at : min(end, at + HEADER_BYTES)]
+            yield bytes(data[at : min(end, at + HEADER_BYTES)])
             at = end
     else:
-        at = data.find(b"\0\0\1")
-        while at >= 0:
-            following = data.find(b"\0\0\1", at + 3)
-            end = len(data) if following < 0 else following
-            yield data[at + 3 : min(end, at + 3 + HEADER_BYTES)]
-            at = following
+        at = data.find(b"\0\0\1") + 3
+        while at >= 3:
+            end = data.find(b"\0\0\1", at, at + HEADER_BYTES)
+            yield data[at : at + HEADER_BYTES if end < 0 else end]
+            at = data.find(b"\0\0\1", at) + 3
 
 
 def _units_of_arrays(extradata: bytes) -> Iterator[bytes]:

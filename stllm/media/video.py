@@ -30,7 +30,6 @@ from stllm.media.timeline import DECODING_TIMES, Timeline, average_fps, counted_
 
 if TYPE_CHECKING:
     from av import Packet, VideoCodecContext
-    from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -182,7 +181,7 @@ class PyAvReader(Reader):
                 f"{self.path}: frame {index} of {self.info.num_frames} could not be decoded (damaged data{larger}), "
                 f"the {index} frames before it could be read; copy or download the file again"
             )
-        if self.source.num_damaged and not self._warned:
+        if self.source.is_damaged and not self._warned:
             self._warned = True
             warn_once(str(self.path), f"damaged data up to frame {index}; pictures are shown as far as mended")
         return frame
@@ -293,7 +292,7 @@ def _identity(path: Path) -> tuple[str, int, int, int]:
 class VideoSource:
     """A container file and its main video stream. Keep neither: `decode` may open them anew.
 
-    num_decoded and num_seeks count the work done, num_damaged the packets that the decoder refused.
+    is_damaged: the decoder refused a packet.
     strict: from the next pass on, the decoder refuses damaged data instead of mending it by guesses. Open GOPs look
         damaged after a seek, and some encoders write streams that are never clean: the caller decides.
     Raises MediaError when the file cannot be opened or holds no video.
@@ -301,9 +300,7 @@ class VideoSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.num_decoded = 0
-        self.num_seeks = 0
-        self.num_damaged = 0
+        self.is_damaged = False
         self.strict = False
         self._head = read_head(path)
         self._open()
@@ -321,14 +318,40 @@ class VideoSource:
         self._open()
 
     def _open(self) -> None:
-        from av import CodecContext
+        """Opens the container and its main video stream, cover pictures left aside. Raises MediaError."""
+        import av
+        from av.error import FFmpegError
 
-        self.container, self.stream = open_stream(self.path, self._head, strict=self.strict)
-        self.decoder: VideoCodecContext = self.stream.codec_context
-        alpha = {key.lower(): value for key, value in self.stream.metadata.items()}.get("alpha_mode") == "1"
+        path, limits = self.path, decoder_options()
+        if kind_of(self._head) == "text":
+            found = first_words(self._head)
+            raise MediaError(f"{path}: found text ({found!r}), expected {EXPECTED}: download it again")
+        try:
+            # An absolute path has no protocol; nothing but this file may be opened.
+            options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS, **limits}
+            container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
+        except (FFmpegError, ValueError) as error:
+            found = explain_unreadable(path, self._head)
+            raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error
+        stream = cast("VideoStream | None", container.streams.best("video"))
+        disposition: Any = stream and stream.disposition  # an enum or a number, as PyAV's versions have it
+        if stream is None or getattr(disposition, "value", disposition) & COVER_PICTURE:
+            kinds = sorted({other.type for other in container.streams if other.type != "video"})
+            container.close()
+            found = ", ".join(kinds) or "no stream"
+            raise MediaError(f"{path}: found no video in it, only {found}; expected {EXPECTED}: name another file")
+        if cast(Any, stream).codec_context is None:
+            container.close()
+            raise MediaError(f"{path}: its video codec is unknown to PyAV {av.__version__}; convert it to H.264 mp4")
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
+        stream.codec_context.options = {**limits, **({"err_detect": "explode"} if self.strict else {})}
+        self.container, self.stream = container, stream
+        self.decoder: VideoCodecContext = stream.codec_context
+        alpha = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1"
         if alpha and self.decoder.name in ALPHA_DECODERS:
-            self.decoder = cast("VideoCodecContext", CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r"))
-            self.decoder.options = decoder_options()
+            self.decoder = cast("VideoCodecContext", av.CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r"))
+            self.decoder.options = limits
 
     def decode(
         self, key: int | None, *, wanted: Collection[int] | None = None, counted: bool = False
@@ -346,7 +369,6 @@ class VideoSource:
             if key is None:  # no seek is sure to find the first packet; opening the file again is
                 self.reopen()
             else:
-                self.num_seeks += 1
                 self.container.seek(key, stream=self.stream, backward=True)
                 self.decoder.flush_buffers()
             first_packet = key is not None  # the landing has to be checked
@@ -383,41 +405,10 @@ class VideoSource:
             needed = wanted is None or packet.pts is None or packet.pts in wanted
             context.skip_frame = "DEFAULT" if needed else "NONREF"
         try:
-            frames = self.decoder.decode(packet)
+            return self.decoder.decode(packet)
         except FFmpegError:
-            self.num_damaged += 1
+            self.is_damaged = True
             return []
-        self.num_decoded += len(frames)
-        return frames
-
-
-def open_stream(path: Path, head: bytes, *, strict: bool) -> "tuple[InputContainer, VideoStream]":
-    """The container and its main video stream, cover pictures left aside. Raises MediaError."""
-    import av
-    from av.error import FFmpegError
-
-    if kind_of(head) == "text":
-        raise MediaError(f"{path}: found text ({first_words(head)!r}), expected {EXPECTED}: download it again")
-    try:
-        # An absolute path has no protocol; nothing but this file may be opened.
-        options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS, **decoder_options()}
-        container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
-    except (FFmpegError, ValueError) as error:
-        found = explain_unreadable(path, head)
-        raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error
-    stream = cast("VideoStream | None", container.streams.best("video"))
-    disposition: Any = None if stream is None else stream.disposition  # an enum or a number, as PyAV's versions have it
-    if stream is None or getattr(disposition, "value", disposition) & COVER_PICTURE:
-        kinds = ", ".join(sorted({other.type for other in container.streams if other.type != "video"})) or "no stream"
-        container.close()
-        raise MediaError(f"{path}: found no video in it, only {kinds}; expected {EXPECTED}: name another file")
-    if cast(Any, stream).codec_context is None:
-        container.close()
-        raise MediaError(f"{path}: its video codec is unknown to PyAV {av.__version__}; convert it to H.264 mp4")
-    stream.thread_type = "AUTO"
-    stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
-    stream.codec_context.options = {**decoder_options(), **({"err_detect": "explode"} if strict else {})}
-    return container, stream
 
 
 def turn_of(frame: "VideoFrame") -> Turn:
@@ -437,18 +428,6 @@ def turn_of(frame: "VideoFrame") -> Turn:
     return False, a < 0, d < 0
 
 
-def turned(picture: "np.ndarray[Any, Any]", turn: Turn) -> "np.ndarray[Any, Any]":
-    """(H, W, C) -> the same or (W, H, C)."""
-    transpose, left_right, top_bottom = turn
-    if transpose:
-        picture = picture.swapaxes(0, 1)
-    if left_right:
-        picture = picture[:, ::-1]
-    if top_bottom:
-        picture = picture[::-1]
-    return np.ascontiguousarray(picture)
-
-
 def is_transparent(frame: "VideoFrame") -> bool:
     """Whether the frame's format has transparency; a palette may have it."""
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
@@ -462,5 +441,14 @@ def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
     if is_transparent(frame):
         from PIL import Image
 
-        return turned(images.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba"))), turn)
-    return turned(frame.to_ndarray(format="rgb24"), turn)
+        picture = images.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        picture = frame.to_ndarray(format="rgb24")
+    transpose, left_right, top_bottom = turn
+    if transpose:
+        picture = picture.swapaxes(0, 1)
+    if left_right:
+        picture = picture[:, ::-1]
+    if top_bottom:
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)

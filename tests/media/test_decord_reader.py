@@ -36,7 +36,6 @@ def test_both_readers_give_the_same_bytes(
         assert decord.times(wanted) == pyav.times(wanted)
         for found, expected in zip(decord.frames(wanted), pyav.frames(wanted), strict=True):
             np.testing.assert_array_equal(found, expected)
-        assert pyav.source.num_decoded > 0
     assert not notes.records
 
 
