@@ -70,7 +70,7 @@ class JsonRecords:
         self._data, text = read_file(self.path)
         starts, ends, pairs, kinds = _scan(self.path, text)
         self.kind = _one_kind(self.path, kinds, kind)
-        # A record without a medium stays among those with one: it is a fault to be told.
+        # A record without a medium stays among those with one: it is a fault to report.
         chosen = (kinds == KINDS.index(self.kind)) | (kinds == TEXT)
         if not chosen.any():
             raise UserError(f"{self.path}: found no {self.kind} record among {len(kinds)}: name another file or medium")
@@ -279,7 +279,7 @@ def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether there is something to read: a text that is not blank, or a number."""
+    """Check for a text that is not blank, or a number."""
     return bool(value.strip()) if isinstance(value, str) else isinstance(value, (int, float))
 
 

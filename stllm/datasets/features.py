@@ -38,7 +38,7 @@ SHARD_BYTES = 2**30
 
 
 def feature_key(record: Record, media_dir: str | Path) -> str:
-    """What a record's features are stored under: its medium relative to the media folder, and its bounds."""
+    """The key of a record's features: its medium relative to the media folder, and its bounds."""
     assert record.media is not None  # text alone has no features
     folder = os.path.join(media_dir, "")
     return clip_key(record.media.removeprefix(folder), record.bounds)
@@ -50,7 +50,7 @@ def clip_key(media: str, bounds: Bounds | None) -> str:
 
 
 def frame_settings(*, num_frames: int, sampling: str) -> dict[str, Any]:
-    """Which frames of a video its features are made of: the middle ones where training takes random ones."""
+    """The settings that choose the frames for features: the middle ones where training takes random ones."""
     return {"num_frames": num_frames, "sampling": "middle" if sampling == "rand" else sampling}
 
 
@@ -67,7 +67,7 @@ class FeatureSource(Corpus, Protocol):
     def frame_settings(self) -> dict[str, Any]: ...
 
     def key_of(self, index: int) -> str:
-        """What the features of a sample's medium are stored under. Raises MediaError or AnnotationError."""
+        """The key of the features of a sample's medium. Raises MediaError or AnnotationError."""
         ...
 
 
@@ -105,12 +105,12 @@ class FeatureWriter:
             write_text(self.folder / INDEX, json.dumps({**self.header, "complete": False}))
 
     def __contains__(self, key: str) -> bool:
-        """Whether these features are there already, written or waiting to be."""
+        """Check whether these features are there already, written or waiting to be."""
         return key in self._done or key in self._waiting
 
     @property
     def num_clips(self) -> int:
-        """How many clips' features are there already, written by whichever process or waiting to be."""
+        """The number of clips whose features are there already, written by any process or waiting to be."""
         return len(self._done) + len(self._waiting)
 
     def add(self, key: str, features: Tensor) -> None:
@@ -281,7 +281,7 @@ class ClipDataset(Dataset[ClipBatch]):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> ClipBatch:
-        """Decodes a batch; what cannot be read is told in its place."""
+        """Decodes a batch; clips that cannot be read are listed in `failures`."""
         read, frames, failures = [], [], []
         for clip in self.batches[number]:
             corpus = self.corpora[clip.corpus]

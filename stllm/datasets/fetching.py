@@ -53,7 +53,7 @@ def scheme_of(shard: str) -> str:
 
 
 def check_scheme(shard: str) -> None:
-    """Raises UserError for a scheme that no program here stands for, and for `pipe:` where it is not allowed."""
+    """Raises UserError for a scheme without a program here, and for `pipe:` where it is not allowed."""
     scheme = scheme_of(shard)
     if scheme == PIPE and not _allowed:
         raise UserError(

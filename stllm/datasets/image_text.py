@@ -130,7 +130,7 @@ class ImageTextCorpus:
         return {}
 
     def key_of(self, index: int) -> str:
-        """What the features of a sample's image are stored under. Raises MediaError."""
+        """The key of the features of a sample's image. Raises MediaError."""
         shard, number = self.place(index)
         return self._key(shard, number, self.reader.name(shard, number))
 

@@ -129,7 +129,7 @@ class InstructionCorpus:
         return frame_settings(num_frames=self.num_frames, sampling=self.sampling) if self.media == "video" else {}
 
     def key_of(self, index: int) -> str:
-        """What the features of a sample's medium are stored under. Raises AnnotationError."""
+        """The key of the features of a sample's medium. Raises AnnotationError."""
         return feature_key(self.records[self._place(index)[0]], self.records.media_dir)
 
     def load_pixels(self, record: Record, generator: np.random.Generator) -> Tensor:

@@ -24,7 +24,7 @@ class Source(NamedTuple):
 
 
 class Mixture(Dataset[Sample]):
-    """Samples by `SampleKey`; one that cannot be used is replaced (bad_samples.py).
+    """Samples by `SampleKey`; one that cannot be used is replaced (replacement.py).
 
     max_tries: samples tried in place of one that cannot be used. check: refuses samples that are too long.
     media_seconds: the limit on reading one medium; 0: none.
@@ -131,7 +131,7 @@ def batches_of(sizes: Sequence[int], ratios: Sequence[float | None], global_batc
 
 
 def batch_order(counts: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """Which data set each global batch of an epoch comes from, (batches,)."""
+    """The data set of each global batch of an epoch, (batches,)."""
     order = np.repeat(np.arange(len(counts)), counts)
     keyed_numpy(seed, Stream.ORDER, epoch).shuffle(order)
     return order

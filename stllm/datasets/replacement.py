@@ -133,7 +133,7 @@ class BadSampleLog:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from, as plain JSON."""
+        """The counts from which a resumed run goes on, as plain JSON."""
         return {"by_cause": dict(self.by_cause), "subjects": list(self._subjects)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -180,7 +180,7 @@ def _fault(tar: Path, name: str, num_samples: int) -> str:
 
 
 def _stamp(tar: Path) -> str:
-    """What changes when a tar does."""
+    """A text that changes when the tar does."""
     status = tar.stat()
     return f"{status.st_size} {status.st_mtime_ns}"
 
@@ -189,7 +189,7 @@ def _stamp(tar: Path) -> str:
 
 
 class Content(NamedTuple):
-    """What a shard holds of one sample; None for a part that is not there. name: of its first member."""
+    """The parts of one sample in a shard; None for a part that is not there. name: of its first member."""
 
     name: str
     image: bytes | None
@@ -198,12 +198,12 @@ class Content(NamedTuple):
 
 
 def is_remote(shard: str) -> bool:
-    """Whether it is a URL or a `pipe:` rather than a file here."""
+    """Check whether it is a URL or a `pipe:` rather than a file here."""
     return scheme_of(shard) != ""
 
 
 def default_cache() -> Path:
-    """Where indexes and fetched shards are kept unless a data set names its own `cache_dir`."""
+    """The folder of indexes and fetched shards unless a data set names its own `cache_dir`."""
     return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stllm" / "shards"
 
 
@@ -248,7 +248,7 @@ class ShardReader:
         return Content(name, image and image[1], caption and caption[1], entry.is_json)
 
     def name(self, shard: str, sample: int) -> str:
-        """The name in what `read` gives, with the headers alone read. Raises MediaError as it does."""
+        """The name in what `read` gives; only headers are read. Raises MediaError as it does."""
         file, index = self._opened(shard)
         entry = index[sample]
         member = entry.caption if entry.image.offset == ABSENT else entry.image

@@ -51,7 +51,7 @@ def to_rgb(image: "Image") -> Frame:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this installation reads."""
+    """The formats of `FORMATS` that this installation reads."""
     from PIL import Image as images
 
     with suppress(ImportError):

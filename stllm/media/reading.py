@@ -129,7 +129,7 @@ class _ReadingProcess:
 
     def __init__(self) -> None:
         self._connection: Connection | None = None
-        self._pid: int | None = None  # until it has told
+        self._pid: int | None = None  # None until it has sent it
 
     def start(self, check: Callable[[], None]) -> Connection:
         """The connection to a process that waits for a task. check: called while it starts, may raise."""

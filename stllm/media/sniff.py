@@ -1,4 +1,4 @@
-"""What a file is, judged by its first bytes and not by its name, and whether it was cut short.
+"""Recognise a file by its first bytes and not by its name, and find out whether it was cut short.
 
 Sources: ISO/IEC 14496-12 (boxes of mp4 and mov), RFC 8794 and 9559 (EBML, Matroska, WebM), the RIFF chunks of avi and
 webp. A cut download still opens and decodes up to the cut, so a reader has to ask how long the file should have been.
@@ -62,7 +62,7 @@ def kind_of(head: bytes) -> str:
 
 
 def explain_unreadable(path: Path, head: bytes) -> str:
-    """Why a file that no decoder opened is not a video: what was found, for a message."""
+    """The reason why no decoder opened a file as a video, for a message: what was found."""
     if head[4:8] in FIRST_BOXES and not {name for name, _ in _sections(path, head)} & {b"moov", b"moof"}:
         return "an mp4 without its index (no moov box): the recording or download ended early"
     if is_cut(path, head):
@@ -75,7 +75,7 @@ def explain_unreadable(path: Path, head: bytes) -> str:
 
 
 def promised_bytes(path: Path, head: bytes) -> int:
-    """How long the container's own headers say that the file is; 0 when they do not say."""
+    """The size of the file according to the container's headers; 0 when they do not state it."""
     if head.startswith(EBML):
         return _matroska_end(head)
     try:
@@ -85,7 +85,7 @@ def promised_bytes(path: Path, head: bytes) -> int:
 
 
 def is_cut(path: Path, head: bytes) -> bool:
-    """True when the file ends before its own headers say it should."""
+    """Check whether the file is shorter than its headers say."""
     return promised_bytes(path, head) > path.stat().st_size
 
 
@@ -131,7 +131,7 @@ def _sections(path: Path, head: bytes) -> list[tuple[bytes, int]]:
 
 
 def _matroska_end(head: bytes) -> int:
-    """Where the Segment, which holds everything, should end; 0 when its size is unknown (a live recording)."""
+    """The end of the Segment, which holds everything; 0 when its size is unknown (a live recording)."""
     size, start = _vint(head, 4)
     at = start + size
     if head[at : at + 4] != b"\x18\x53\x80\x67":
@@ -150,7 +150,7 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _where(path: Path) -> str:
-    """What to do about a missing file: where its path stops being true."""
+    """Advice about a missing file: the last part of its path that exists."""
     if path.is_symlink():
         return f"it is a link to {os.readlink(path)}, which is missing"
     parent = path.absolute().parent

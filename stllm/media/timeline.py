@@ -64,7 +64,7 @@ class Timeline:
         return int(np.searchsorted(self.stamps, stamp))
 
     def begins_with(self, stamps: Sequence[int | None]) -> bool:
-        """Whether those are its first stamps, one or more."""
+        """Check whether those are its first stamps, one or more."""
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":
@@ -206,7 +206,7 @@ def _seconds(stamps: "np.ndarray[Any, Any]", stream: "VideoStream") -> "np.ndarr
 
 
 def _is_hidden(packet: "Packet[VideoStream]", codec: str) -> bool:
-    """VP8 stores its hidden reference frames as packets of their own; bit 4 of a frame's first byte is "show"."""
+    """Check for a hidden reference frame, which VP8 stores as a separate packet; bit 4 of a frame's first byte is "show"."""
     return codec == "vp8" and not memoryview(packet)[0] & 0x10
 
 
@@ -216,7 +216,7 @@ def _length_size(extradata: bytes | None) -> int:
 
 
 def _is_b_picture(packet: "Packet[VideoStream]", codec: str, length_size: int) -> bool | None:
-    """Whether the packet holds a B picture; None when the codec is another one or no picture's header is found.
+    """Check whether the packet holds a B picture; None when the codec is another one or no picture's header is found.
 
     Sources: ISO/IEC 13818-2 (picture header), 14496-2 (video object plane), 14496-10 (slice header).
     """

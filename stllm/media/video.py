@@ -412,7 +412,7 @@ class VideoSource:
 
 
 def turn_of(frame: "VideoFrame") -> Turn:
-    """How to turn this frame, by the quarter turn and mirroring nearest to its display matrix."""
+    """The turn to show this frame: the quarter turn and mirroring nearest to its display matrix."""
     # Asked of a thumbnail, which carries the matrix too: `side_data` makes a reference cycle, and a full frame in it
     # would stay in memory until the garbage collector comes by.
     thumbnail = frame.reformat(width=16, height=16)
@@ -429,7 +429,7 @@ def turn_of(frame: "VideoFrame") -> Turn:
 
 
 def is_transparent(frame: "VideoFrame") -> bool:
-    """Whether the frame's format has transparency; a palette may have it."""
+    """Check whether the frame's format has transparency; a palette may have it."""
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
