@@ -21,6 +21,7 @@ AVIF = (b"avif", b"avis")
 FIRST_BOXES = tuple(b"ftyp moov mdat wide free skip".split())  # with which an mp4 or mov may begin
 OTHER_BOXES = tuple(b"moof mfra sidx ssix styp emsg prft meta uuid udta pdin pnot".split())
 EBML = b"\x1a\x45\xdf\xa3"  # with which mkv and webm begin
+SEGMENT = b"\x18\x53\x80\x67"
 EXPECTED = (
     "a video (mp4, webm, avi, mov, mkv), a gif, an image (png, jpg, webp, bmp, tiff) or a folder of numbered frames"
 )
@@ -76,8 +77,11 @@ def explain_unreadable(path: Path, head: bytes) -> str:
 
 def promised_bytes(path: Path, head: bytes) -> int:
     """The size of the file according to the container's headers; 0 when they do not state it."""
-    if head.startswith(EBML):
-        return _matroska_end(head)
+    if head.startswith(EBML):  # the Segment, which holds everything, follows this element
+        size, start = _vint(head, 4)
+        at = start + size
+        size, start = _vint(head, at + 4)
+        return start + size if size and head[at : at + 4] == SEGMENT else 0  # 0: a live recording
     try:
         return max((end for _, end in _sections(path, head)), default=0)
     except OSError:
@@ -128,16 +132,6 @@ def _sections(path: Path, head: bytes) -> list[tuple[bytes, int]]:
             found.append((name, start + length))
             start += length + padding
     return found
-
-
-def _matroska_end(head: bytes) -> int:
-    """The end of the Segment, which holds everything; 0 when its size is unknown (a live recording)."""
-    size, start = _vint(head, 4)
-    at = start + size
-    if head[at : at + 4] != b"\x18\x53\x80\x67":
-        return 0
-    size, start = _vint(head, at + 4)
-    return start + size if size else 0
 
 
 def _vint(data: bytes, at: int) -> tuple[int, int]:

@@ -206,7 +206,7 @@ def _seconds(stamps: "np.ndarray[Any, Any]", stream: "VideoStream") -> "np.ndarr
 
 
 def _is_hidden(packet: "Packet[VideoStream]", codec: str) -> bool:
-    """Check for a hidden reference frame, which VP8 stores as a separate packet; bit 4 of a frame's first byte is "show"."""
+    """Check for a hidden reference frame, which VP8 stores as a packet; bit 4 of a frame's first byte is "show"."""
     return codec == "vp8" and not memoryview(packet)[0] & 0x10
 
 
