@@ -129,6 +129,7 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Gives back the file and the decoder, where the reader holds any; calling it twice does no harm."""
+        return
 
     def __enter__(self: ReaderT) -> ReaderT:
         return self
