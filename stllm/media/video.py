@@ -441,7 +441,7 @@ def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
     if is_transparent(frame):
         from PIL import Image
 
-        picture = images.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+        picture: np.ndarray[Any, Any] = images.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
         picture = frame.to_ndarray(format="rgb24")
     transpose, left_right, top_bottom = turn
