@@ -170,6 +170,22 @@ def test_an_index_that_calls_every_frame_a_keyframe_misleads_nobody(tmp_path: Pa
         assert codes(reader, shuffled) == shuffled
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_a_video_is_cut_where_it_is_shorter_than_its_headers_say(tmp_path: Path, suffix: str) -> None:
+    options = {"movflags": "faststart"} if suffix == "mp4" else {}
+    video = write_video(tmp_path / f"video.{suffix}", num_frames=50, container_options=options)
+    whole = video.read_bytes()
+    until_end = whole.rfind(b"mdat") - 4  # a length of 0: the box goes on to the end of the file
+    for data, is_cut in (
+        (whole, False),
+        (whole[:-200], True),
+        *([(whole[:until_end] + bytes(4) + whole[until_end + 4 :], False)] if suffix == "mp4" else []),
+    ):
+        video.write_bytes(data)
+        with PyAvReader(video) as reader:
+            assert reader.source.is_cut == is_cut
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_a_film_cut_inside_an_open_gop_starts_at_its_first_whole_frame(tmp_path: Path, suffix: str) -> None:
     whole = write_video(tmp_path / "whole.mp4", num_frames=96, options=OPEN_GOP)
