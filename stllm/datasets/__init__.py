@@ -1,1 +1,1 @@
-"""Data: frame sampling, media readers, clips, and the data sets made of them."""
+"""Training data: annotation files and shards to prepared samples, and samples to batches."""

@@ -70,7 +70,7 @@ class JsonRecords:
         self._data, text = read_file(self.path)
         starts, ends, pairs, kinds = _scan(self.path, text)
         self.kind = _one_kind(self.path, kinds, kind)
-        # A record without a medium stays among those with one: it is a fault to be told.
+        # A record without a medium stays among those with one: it is a fault to report.
         chosen = (kinds == KINDS.index(self.kind)) | (kinds == TEXT)
         if not chosen.any():
             raise UserError(f"{self.path}: found no {self.kind} record among {len(kinds)}: name another file or medium")
@@ -89,13 +89,14 @@ class JsonRecords:
             raise IndexError(index)
         fields = loads(self._data[self._starts[index] : self._ends[index]])
         where = f"{self.path}, record {self._numbers[index] + 1}"
+        count = fields.get("num_frames")
         return Record(
             turns=turns_of(fields, where),
             media=self._media(fields, where),
             kind="video" if self.kind == "text" else self.kind,
             where=where,
             bounds=bounds_of(fields, where),
-            num_frames=_count(fields.get("num_frames")),
+            num_frames=count if isinstance(count, int) and count > 0 else None,
         )
 
     def _media(self, fields: Fields, where: str) -> str | None:
@@ -278,7 +279,7 @@ def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether there is something to read: a text that is not blank, or a number."""
+    """Check for a text that is not blank, or a number."""
     return bool(value.strip()) if isinstance(value, str) else isinstance(value, (int, float))
 
 
@@ -317,10 +318,6 @@ def _seconds(value: Any, key: str, where: str) -> float | None:
         raise AnnotationError(
             f"{where}: found {key} {value!r}, expected a number of seconds: correct it", cause="bounds"
         ) from None
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def _short(value: Any) -> str:

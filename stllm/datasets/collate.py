@@ -41,8 +41,9 @@ class Collator:
         self.mask_rate = mask_rate
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """What `training_sequences` makes of the prompts; pixel_values (B, T, 3, S, S), vision_features (B, T, 1+P, C)
-        or query_features (B, T, K, Q), none for text alone; qformer_* where the Q-Former reads text.
+        """The arguments by name: the output of `training_sequences` for the prompts; pixel_values (B, T, 3, S, S),
+        vision_features (B, T, 1+P, C) or query_features (B, T, K, Q), none of them for text alone; qformer_* where the
+        Q-Former reads text.
 
         Besides, for whoever trains: names, the samples' own, and failures, what could not be read in their place.
         """

@@ -111,8 +111,8 @@ def _check_files(entries: Mapping[str, DatasetSettings]) -> None:
     """Raises UserError naming every annotation file and media folder that is not there."""
     missing: dict[str, list[str]] = {}
     for name, settings in entries.items():
-        needed = [settings.anno_path, settings.media_dir if _reads_media(settings) else None]
-        for path in needed:
+        reads_media = settings.type == "instruction" and settings.media != "text" and settings.features_dir is None
+        for path in (settings.anno_path, settings.media_dir if reads_media else None):
             if path and not os.path.exists(path):
                 missing.setdefault(path, []).append(name)
     if missing:
@@ -121,7 +121,3 @@ def _check_files(entries: Mapping[str, DatasetSettings]) -> None:
             f"not found: {listed}; expected the annotation files and media folders of the data sets: set "
             "datasets.anno_root and datasets.media_root, or anno_path and media_dir of a data set"
         )
-
-
-def _reads_media(settings: DatasetSettings) -> bool:
-    return settings.type == "instruction" and settings.media != "text" and settings.features_dir is None

@@ -1,27 +1,33 @@
 """Precomputed features of a data set: written in safetensors shards once, read in place of the media in training.
 
 A folder holds `features-<rank>-<number>.safetensors`, one tensor a clip under the clip's key, and `index.json`, which
-says what the features are and lists the keys.
-Letters: T frames, P patches, C encoder width, K tokens a frame, Q Q-Former width.
+says what the features are and lists the keys. `distinct_clips` and `ClipDataset` give what is to be extracted: each
+medium and part of it once, decoded in batches.
+Letters: B clips of a batch, T frames, S the model's image size, P patches, C encoder width, K tokens a frame,
+Q Q-Former width.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
 from stllm.common.json_text import loads
+from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.records import Record
-from stllm.datasets.samples import Corpus, Sample
+from stllm.datasets.replacement import failure_of, load_within
+from stllm.datasets.samples import Corpus, Failure, Sample, SampleKey
 from stllm.media.info import MediaError
 from stllm.media.sampling import Bounds
 from stllm.media.time_bound import now_reading
@@ -32,7 +38,7 @@ SHARD_BYTES = 2**30
 
 
 def feature_key(record: Record, media_dir: str | Path) -> str:
-    """What a record's features are stored under: its medium relative to the media folder, and its bounds."""
+    """The key of a record's features: its medium relative to the media folder, and its bounds."""
     assert record.media is not None  # text alone has no features
     folder = os.path.join(media_dir, "")
     return clip_key(record.media.removeprefix(folder), record.bounds)
@@ -44,7 +50,7 @@ def clip_key(media: str, bounds: Bounds | None) -> str:
 
 
 def frame_settings(*, num_frames: int, sampling: str) -> dict[str, Any]:
-    """Which frames of a video its features are made of: the middle ones where training takes random ones."""
+    """The settings that choose the frames for features: the middle ones where training takes random ones."""
     return {"num_frames": num_frames, "sampling": "middle" if sampling == "rand" else sampling}
 
 
@@ -61,7 +67,7 @@ class FeatureSource(Corpus, Protocol):
     def frame_settings(self) -> dict[str, Any]: ...
 
     def key_of(self, index: int) -> str:
-        """What the features of a sample's medium are stored under. Raises MediaError or AnnotationError."""
+        """The key of the features of a sample's medium. Raises MediaError or AnnotationError."""
         ...
 
 
@@ -99,12 +105,12 @@ class FeatureWriter:
             write_text(self.folder / INDEX, json.dumps({**self.header, "complete": False}))
 
     def __contains__(self, key: str) -> bool:
-        """Whether these features are there already, written or waiting to be."""
+        """Check whether these features are there already, written or waiting to be."""
         return key in self._done or key in self._waiting
 
     @property
     def num_clips(self) -> int:
-        """How many clips' features are there already, written by whichever process or waiting to be."""
+        """The number of clips whose features are there already, written by any process or waiting to be."""
         return len(self._done) + len(self._waiting)
 
     def add(self, key: str, features: Tensor) -> None:
@@ -209,12 +215,83 @@ def _refuse_other(folder: Path, index: Mapping[str, Any], expected: Mapping[str,
 
 def _shards(folder: Path) -> dict[str, list[str]]:
     """The keys in each finished shard."""
-    return {path.name: list(_keys_in(path)) for path in sorted(folder.glob("features-*.safetensors"))}
-
-
-def _keys_in(shard: Path) -> Iterator[str]:
+    keys = {}
+    shard = folder
     try:
-        with safe_open(shard, framework="pt") as file:
-            yield from file.keys()
+        for shard in sorted(folder.glob("features-*.safetensors")):
+            with safe_open(shard, framework="pt") as file:
+                keys[shard.name] = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error
+    return keys
+
+
+class DistinctClip(NamedTuple):
+    """The number of its data set, a sample that shows it, and what its features are stored under."""
+
+    corpus: int
+    sample: int
+    key: str
+
+
+class ClipBatch(NamedTuple):
+    """Clips of one data set and their frames, (B, T, 3, S, S), None without a clip; and what could not be read."""
+
+    clips: list[DistinctClip]
+    pixel_values: Tensor | None
+    failures: list[Failure]
+
+
+def distinct_clips(corpus: FeatureSource, number: int, *, done: FeatureWriter) -> Iterator[DistinctClip | None]:
+    """For each sample the clip that it shows, where it is a new one; else None. done: what need not be made again.
+
+    A sample whose record cannot be used shows none: training counts it.
+    """
+    seen: set[str] = set()
+    for sample in range(len(corpus)):
+        try:
+            key = corpus.key_of(sample)
+        except (AnnotationError, MediaError):
+            yield None
+            continue
+        new = key not in seen and key not in done
+        seen.add(key)
+        yield DistinctClip(number, sample, key) if new else None
+
+
+class ClipDataset(Dataset[ClipBatch]):
+    """Batches of clips by number; every batch is of one data set, so that its clips have equal shapes.
+
+    corpora: prepared as for evaluation, nothing random in them. media_seconds: the limit on reading a clip; 0: none.
+    """
+
+    def __init__(
+        self, corpora: Sequence[Corpus], clips: Sequence[DistinctClip], *, batch_size: int, media_seconds: float
+    ) -> None:
+        self.corpora, self.media_seconds = corpora, media_seconds
+        self.batches: list[list[DistinctClip]] = []
+        for clip in clips:
+            last = self.batches[-1] if self.batches else []
+            if 0 < len(last) < batch_size and last[0].corpus == clip.corpus:
+                last.append(clip)
+            else:
+                self.batches.append([clip])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> ClipBatch:
+        """Decodes a batch; clips that cannot be read are listed in `failures`."""
+        read, frames, failures = [], [], []
+        for clip in self.batches[number]:
+            corpus = self.corpora[clip.corpus]
+            try:
+                key, generator = SampleKey(0, 0, clip.corpus, clip.sample), np.random.default_rng(0)
+                sample = load_within(self.media_seconds, corpus, key, generator, setting="--media-seconds")
+            except (MediaError, AnnotationError) as error:
+                failures.append(failure_of(corpus.name, error))
+                continue
+            assert sample.pixel_values is not None  # the data sets were built without features
+            read.append(clip)
+            frames.append(sample.pixel_values)
+        return ClipBatch(read, torch.stack(frames) if frames else None, failures)

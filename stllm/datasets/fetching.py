@@ -1,22 +1,32 @@
-"""A shard from elsewhere, copied to a file by the program that its URL's scheme stands for, within bounds of time.
+"""Shards as users and YAMLs name them: from names to the list of shards, and from a remote shard to a file.
 
-`pipe:` alone starts a shell: it runs what follows it as a command. Lists of shards come from strangers, so `pipe:` is
-refused unless the command line allows it; no key of a YAML can.
+Names may have braces, globs and URLs. They are counted before braces are expanded: a few characters can stand for more
+of them than memory holds. A remote shard is copied to a file by the program that its URL's scheme stands for, within
+bounds of time. `pipe:` alone starts a shell: it runs what follows it as a command. Lists of shards come from strangers,
+so `pipe:` is refused unless the command line allows it; no key of a YAML can.
 """
 
+import glob
 import os
 import re
 import select
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from braceexpand import braceexpand
 
 from stllm.common.errors import UserError
-from stllm.common.files import replacing
+from stllm.common.files import replacing, user_path
 from stllm.media.info import MediaError
 
 PIPE = "pipe"
@@ -24,6 +34,8 @@ FIRST_SECONDS = 15.0  # until the first byte arrives; without a network some pro
 STALL_SECONDS = 60.0  # from one byte to the next
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
 _HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", re.IGNORECASE)
+MAX_SHARDS = 100_000  # the largest set of the published recipes has 10,489
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 
 _allowed = False  # whether `pipe:` may run commands in this process
 
@@ -41,7 +53,7 @@ def scheme_of(shard: str) -> str:
 
 
 def check_scheme(shard: str) -> None:
-    """Raises UserError for a scheme that no program here stands for, and for `pipe:` where it is not allowed."""
+    """Raises UserError for a scheme without a program here, and for `pipe:` where it is not allowed."""
     scheme = scheme_of(shard)
     if scheme == PIPE and not _allowed:
         raise UserError(
@@ -124,7 +136,7 @@ def _hub_header() -> bytes:
     return f"Authorization: Bearer {token}".encode() if token else b""
 
 
-# What each scheme runs, without a shell. The programs hold the credentials.
+# The command that each scheme runs, without a shell. The programs hold the credentials.
 PROGRAMS: dict[str, Callable[[str], list[str]]] = {
     **dict.fromkeys(("http", "https", "ftps", "sftp", "scp"), _curl),
     "hf": _hub,
@@ -132,3 +144,104 @@ PROGRAMS: dict[str, Callable[[str], list[str]]] = {
     "s3": lambda url: ["aws", "s3", "cp", url, "-"],
     "ais": lambda url: ["ais", "get", url, "-"],
 }
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def expand_shards(shards: str | Sequence[str]) -> list[str]:
+    """The shards that names, URLs, braces (`{00000..01255}.tar`) and globs stand for, in order.
+
+    Raises UserError for a glob that finds nothing, broken braces, more than `MAX_SHARDS` names, a shard that is named
+    twice, and what `check_scheme` refuses.
+    """
+    found: list[str] = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        for name in _expanded(pattern):
+            local = url2pathname(urlparse(name).path) if name.startswith("file:") else name
+            if name is local and scheme_of(name):
+                check_scheme(name)
+                found.append(name)
+            else:
+                found += _local_shards(local)
+    if len(found) > MAX_SHARDS:
+        raise _too_many("the list", len(found))
+    twice = next((name for name, count in Counter(found).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"shards: {twice!r} is named twice; name every shard once, and raise sample_ratio instead")
+    if not found:
+        raise UserError("shards: found none; name tar files, such as {00000..01255}.tar, a glob, or URLs")
+    return found
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The names that `::`, `${NAME}` (of WDS_NAME) and braces stand for, as webdataset has them."""
+    from webdataset.shardlists import envsubst
+
+    names: list[str] = []
+    try:
+        for part in pattern.split("::"):
+            part = envsubst(part)
+            count = num_names(part)
+            if count > MAX_SHARDS:
+                raise _too_many(repr(_short(pattern)), count)
+            names += islice(braceexpand(part), MAX_SHARDS + 1)
+    except UserError:
+        raise
+    except (AssertionError, RecursionError, ValueError) as error:  # an unset ${NAME}, braces without an end
+        sentence = f"shards: {_short(pattern)!r} cannot be expanded ({_short(str(error))}); write {{000..123}}.tar"
+        raise UserError(sentence) from error
+    return names
+
+
+def num_names(pattern: str) -> float:
+    """The number of names that the braces of a pattern stand for, without making them; see `braceexpand`."""
+    # What is known where each brace opened: names of its group's earlier alternatives, names of the alternative so far,
+    # the group's beginning.
+    outer: list[tuple[float, float, int]] = []
+    earlier, names, start = 0.0, 1.0, 0
+    for found in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        if found[0] == "{":
+            outer.append((earlier, names, start))
+            earlier, names, start = 0.0, 1.0, found.end()
+        elif found[0] == "," and outer:
+            earlier, names = earlier + names, 1.0
+        elif found[0] == "}" and outer:
+            count = _range_size(pattern[start : found.start()]) or earlier + names
+            earlier, names, start = outer.pop()
+            names *= count
+    return outer[0][1] if outer else names  # braces without an end are refused by `braceexpand`
+
+
+def _range_size(group: str) -> float:
+    """The number of names in `1..20`, `1..20..2` or `a..z`; 0 for anything else."""
+    numbers = _RANGE.fullmatch(group)
+    if numbers:
+        if max(map(len, filter(None, numbers.groups()))) > 18:
+            return inf
+        first, last, step = (int(number or 1) for number in numbers.groups())
+        return abs(last - first) // (step or 1) + 1
+    if re.fullmatch(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d+)?", group):
+        return len(list(braceexpand(f"{{{group}}}")))
+    return 0
+
+
+def _too_many(what: str, count: float) -> UserError:
+    number = f"{count:,.0f}" if count < 1e15 else "more than 10^15"
+    return UserError(
+        f"shards: {what} stands for {number} shards, expected at most {MAX_SHARDS:,}: correct the braces, or divide "
+        "the shards among several data sets"
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _local_shards(name: str) -> list[str]:
+    path = str(user_path(name))
+    found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(name) else [path]
+    if not found:
+        raise UserError(f"shards: nothing matches {_short(name)!r}; check the folder and the pattern")
+    # A file called pipe:CMD is a file.
+    return [os.path.join(os.curdir, one) if scheme_of(one) else one for one in found]

@@ -21,8 +21,8 @@ from stllm.common.json_text import loads
 from stllm.common.registry import datasets
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
+from stllm.datasets.fetching import expand_shards
 from stllm.datasets.samples import Sample, SampleKey
-from stllm.datasets.shard_names import expand_shards
 from stllm.datasets.shards import GIB, Content, ShardReader, is_remote
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError, warn_once
@@ -130,7 +130,7 @@ class ImageTextCorpus:
         return {}
 
     def key_of(self, index: int) -> str:
-        """What the features of a sample's image are stored under. Raises MediaError."""
+        """The key of the features of a sample's image. Raises MediaError."""
         shard, number = self.place(index)
         return self._key(shard, number, self.reader.name(shard, number))
 

@@ -24,7 +24,7 @@ class Source(NamedTuple):
 
 
 class Mixture(Dataset[Sample]):
-    """Samples by `SampleKey`; one that cannot be used is replaced (bad_samples.py).
+    """Samples by `SampleKey`; one that cannot be used is replaced (replacement.py).
 
     max_tries: samples tried in place of one that cannot be used. check: refuses samples that are too long.
     media_seconds: the limit on reading one medium; 0: none.
@@ -93,31 +93,18 @@ class MixtureSampler:
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, done = self.epoch, [0] * len(self.sizes)
-        orders = [_Order(size, (self.seed, Stream.PERMUTATION, epoch, c)) for c, size in enumerate(self.sizes)]
+        orders: dict[int, tuple[int, np.ndarray]] = {}  # of each data set: the round, and its permutation
         for number, corpus in enumerate(batch_order(self.counts, self.seed, epoch).tolist()):
             first = done[corpus] * self.global_batch + self.rank * self.batch_size
             done[corpus] += 1
-            drawn = orders[corpus].take(first, self.batch_size)
-            yield [SampleKey(epoch, number, corpus, index, round) for index, round in drawn]
-
-
-class _Order:
-    """An endless order of a data set's samples: one permutation after another, each made when it is needed."""
-
-    def __init__(self, size: int, key: tuple[int, ...]) -> None:
-        self.size, self.key = size, key
-        self._round = -1
-        self._permutation = np.empty(0, np.int64)
-
-    def take(self, first: int, count: int) -> list[tuple[int, int]]:
-        """(index, round) at the places first, first + 1, ...; places must not go back by a round."""
-        places = (divmod(place, self.size) for place in range(first, first + count))
-        return [(int(self._of(round)[rest]), round) for round, rest in places]
-
-    def _of(self, round: int) -> np.ndarray:
-        if round != self._round:
-            self._round, self._permutation = round, keyed_numpy(*self.key, round).permutation(self.size)
-        return self._permutation
+            keys, size = [], self.sizes[corpus]
+            for place in range(first, first + self.batch_size):
+                round, rest = divmod(place, size)
+                if corpus not in orders or orders[corpus][0] != round:
+                    draw = keyed_numpy(self.seed, Stream.PERMUTATION, epoch, corpus, round)
+                    orders[corpus] = round, draw.permutation(size)
+                keys.append(SampleKey(epoch, number, corpus, int(orders[corpus][1][rest]), round))
+            yield keys
 
 
 def batches_of(sizes: Sequence[int], ratios: Sequence[float | None], global_batch: int) -> list[int]:
@@ -144,7 +131,7 @@ def batches_of(sizes: Sequence[int], ratios: Sequence[float | None], global_batc
 
 
 def batch_order(counts: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """Which data set each global batch of an epoch comes from, (batches,)."""
+    """The data set of each global batch of an epoch, (batches,)."""
     order = np.repeat(np.arange(len(counts)), counts)
     keyed_numpy(seed, Stream.ORDER, epoch).shuffle(order)
     return order

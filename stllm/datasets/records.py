@@ -1,4 +1,4 @@
-"""What an annotation file says, one record a medium: the common form of every training and doctoring format."""
+"""Records of annotation files, one a medium: the common form of every format."""
 
 from dataclasses import dataclass
 from typing import Protocol

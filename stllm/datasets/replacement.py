@@ -16,16 +16,7 @@ import numpy as np
 
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.samples import (
-    Corpus,
-    Failure,
-    LengthCheck,
-    Sample,
-    SampleKey,
-    Stream,
-    TextFirst,
-    keyed_numpy,
-)
+from stllm.datasets.samples import Corpus, Failure, LengthCheck, Sample, SampleKey, Stream, TextFirst, keyed_numpy
 from stllm.media.info import MediaError
 from stllm.media.time_bound import read_within
 
@@ -59,7 +50,9 @@ def load_with_replacement(
     for attempt in range(max_tries + 1):
         if attempt:
             generator = keyed_numpy(seed, Stream.REPLACEMENT, *parts, attempt)
-            key = key._replace(index=_another(key.index, len(corpus), generator))
+            if len(corpus) > 1:  # any other one
+                drawn = int(generator.integers(len(corpus) - 1))
+                key = key._replace(index=drawn + (drawn >= key.index))
         try:
             if check is not None and isinstance(corpus, TextFirst):
                 check(corpus.draft(key, deepcopy(generator)), 0 if corpus.media is None else corpus.num_frames)
@@ -91,14 +84,6 @@ def load_within(
         return corpus.load(key, generator)
     medium = f"data set {corpus.name}, sample {key.index}"
     return read_within(seconds, partial(corpus.load, key, generator), medium=medium, setting=setting)
-
-
-def _another(index: int, size: int, generator: np.random.Generator) -> int:
-    """Any index of the data set but this one, where there is another."""
-    if size == 1:
-        return index
-    drawn = int(generator.integers(size - 1))
-    return drawn + (drawn >= index)
 
 
 def failure_of(corpus: str, error: MediaError | AnnotationError) -> Failure:
@@ -148,7 +133,7 @@ class BadSampleLog:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from, as plain JSON."""
+        """The counts from which a resumed run goes on, as plain JSON."""
         return {"by_cause": dict(self.by_cause), "subjects": list(self._subjects)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What passes between a data set, the mixture and the collator, and how everything random is keyed.
+"""Types passed between data sets, the mixture and the collator, and the keys of everything random.
 
 Randomness is never taken from a process or worker: each draw has its own generator, made from the seed, the epoch and
 the sample, so that any worker count, process count or resumed run draws the same.
@@ -18,7 +18,7 @@ from stllm.processors.templates import Turn
 
 
 class SampleKey(NamedTuple):
-    """Which sample, at which place of the run.
+    """A sample and its place in the run.
 
     epoch: of the run. batch: number of the global batch within the epoch. corpus: number of the data set in the
     mixture. index: of the sample in it. round: how many times the data set has been gone through in this epoch.
@@ -33,7 +33,7 @@ class SampleKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that could not be used. cause: one of `bad_samples.CAUSES`; subject: the file."""
+    """A sample that could not be used. cause: one of `replacement.CAUSES`; subject: the file."""
 
     corpus: str
     cause: str
@@ -108,7 +108,7 @@ class LengthCheck(Protocol):
 
 
 class Stream(IntEnum):
-    """What is drawn: the first part of every key, so that no two kinds of draws share a generator."""
+    """Kinds of random draws: the first part of every key, so that no two kinds share a generator."""
 
     ORDER = 1  # which data set each batch comes from
     PERMUTATION = 2  # the order of a data set's samples

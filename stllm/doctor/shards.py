@@ -9,8 +9,7 @@ from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.faults import Fault
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
-from stllm.datasets.image_text_index import ABSENT, Entry
-from stllm.datasets.shards import Content, ShardReader
+from stllm.datasets.shards import ABSENT, Content, Entry, ShardReader
 from stllm.doctor.media import SECONDS_OPTION
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 GIF_FPS = 25.0  # the benchmarks' protocol, whatever the delays in the file say
 FOLDER_FPS = 3.0  # TVQA's `%05d.jpg`
 RAW_FOLDER_FPS = 5.0  # raw training frames' `%06d.jpg`
-GIF_END = b";"
+GIF_END = b";"  # the last byte
 ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # other formats hold pages, sizes or views, of which the first is read
 # No others, because files come from anywhere: EPS would run Ghostscript, and MPEG would claim videos.
 FORMATS = (
@@ -51,7 +51,7 @@ def to_rgb(image: "Image") -> Frame:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this installation reads."""
+    """The formats of `FORMATS` that this installation reads."""
     from PIL import Image as images
 
     with suppress(ImportError):
@@ -103,9 +103,6 @@ class ImageReader(Reader):
         for _ in indices:
             yield self._frame.copy()
 
-    def close(self) -> None:
-        pass
-
 
 class GifReader(Reader):
     """An animated picture (gif, or animated webp, png or avif), each frame composed with those under it.
@@ -121,8 +118,11 @@ class GifReader(Reader):
             # A png may begin with a picture for programs that know no animation; it is not part of it.
             self._first = int(getattr(self._image, "default_image", False))
             num_frames = getattr(self._image, "n_frames", 1) - self._first
-        if self._image.format == "GIF" and not _has_end(self.path):
-            warn_once(str(self.path), f"the gif ends early; the {num_frames} frames in it are used")
+        if self._image.format == "GIF":
+            with self.path.open("rb") as file:
+                file.seek(max(0, self.path.stat().st_size - 1024))
+                if not file.read().rstrip(b"\0").endswith(GIF_END):  # some programs pad with zeros
+                    warn_once(str(self.path), f"the gif ends early; the {num_frames} frames in it are used")
         self.info = MediaInfo("gif", num_frames=num_frames, fps=fps, width=width, height=height)
         self.seconds = np.arange(num_frames) / fps
 
@@ -164,9 +164,6 @@ class FrameFolderReader(Reader):
         for index in indices:
             yield read_image(self._files[index - 1])
 
-    def close(self) -> None:
-        pass
-
 
 def read_image(path: Path) -> Frame:
     """(H, W, 3) uint8, upright. Raises MediaError when the file is no whole image."""
@@ -186,20 +183,14 @@ def _upright(file: Path | BytesIO, name: object) -> Frame:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
-def _has_end(path: Path) -> bool:
-    """Whether a gif's last byte is its trailer; some programs pad with zeros."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 1024))
-        return file.read().rstrip(b"\0").endswith(GIF_END)
-
-
 def _numbered_frames(folder: Path) -> list[Path]:
     """The folder's frames in order. Raises MediaError."""
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except PermissionError:
         raise MediaError(f"{folder}: permission to list it is denied; expected a readable folder: chmod +rx") from None
-    files = [folder / name for name in names if _is_numbered(Path(name))]
+    files = [folder / name for name in names if Path(name).suffix.lower() in FRAME_SUFFIXES]
+    files = [file for file in files if file.stem.isascii() and file.stem.isdecimal()]
     if not files:
         found = f"{len(names)} entries such as {names[0]!r}" if names else "nothing"
         raise MediaError(
@@ -214,10 +205,6 @@ def _numbered_frames(folder: Path) -> list[Path]:
                 f"gaps or doubles ({len(files)} files): extract them again"
             )
     return files
-
-
-def _is_numbered(name: Path) -> bool:
-    return name.suffix.lower() in FRAME_SUFFIXES and name.stem.isascii() and name.stem.isdecimal()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What every reader of media offers: what the medium is, its frames by index, their times."""
+"""The interface of all readers of media: a description of the medium, its frames by index, and their times."""
 
 import logging
 import warnings
@@ -32,13 +32,13 @@ class MediaError(UserError):
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a medium is.
+    """Description of a medium.
 
     kind: "video" (a container file), "gif" (any animated picture), "frames" (a folder of pictures) or "image".
     num_frames: frames the medium promises; a file that was cut promises more than can be read.
     fps: average frames a second (1 for an image).
     width, height: pixels as shown, after rotation; of the first frame.
-    first_index: what the first frame is called. 0, but 1 for frame folders, whose indices are the file numbers
+    first_index: the number of the first frame: 0, but 1 for frame folders, whose indices are the file numbers
         themselves: valid indices are first_index .. first_index + num_frames - 1 for every reader.
     """
 
@@ -113,7 +113,7 @@ class Reader(Protocol):
         ...
 
     def times(self, indices: Sequence[int]) -> list[float]:
-        """When those frames are shown, in seconds after the first frame. Raises MediaError as `frames` does."""
+        """The times of those frames, in seconds after the first frame. Raises MediaError as `frames` does."""
         self.check(indices)
         return [float(self.seconds[index - self.info.first_index]) for index in indices]
 
@@ -128,8 +128,8 @@ class Reader(Protocol):
                 )
 
     def close(self) -> None:
-        """Gives back the file and the decoder; calling it twice does no harm."""
-        ...
+        """Gives back the file and the decoder, where the reader holds any; calling it twice does no harm."""
+        return
 
     def __enter__(self: ReaderT) -> ReaderT:
         return self

@@ -9,27 +9,15 @@ from pathlib import Path
 
 from stllm.common.files import user_path
 from stllm.common.registry import readers
-from stllm.media.decord_reader import DecordReader
-from stllm.media.images import GIF_FPS, FrameFolderReader, GifReader, ImageReader, open_picture
-from stllm.media.info import Frame, MediaError, MediaInfo, Reader
+from stllm.media.images import GIF_FPS, FrameFolderReader, ImageReader, open_picture
+from stllm.media.info import MediaError, Reader
 from stllm.media.sniff import kind_of, read_head
 from stllm.media.time_bound import now_reading
 from stllm.media.video import PyAvReader
 
-__all__ = [
-    "DecordReader",
-    "Frame",
-    "FrameFolderReader",
-    "GifReader",
-    "ImageReader",
-    "MediaError",
-    "MediaInfo",
-    "PyAvReader",
-    "Reader",
-    "open_media",
-]
+__all__ = ["MediaError", "PyAvReader", "Reader", "open_media"]
 
-AUTO = "pyav"  # exact on every file tried; decord is not (see decord_reader.py)
+AUTO = "pyav"  # exact on every file tried; decord is not (see video.py)
 
 
 def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = None) -> Reader:

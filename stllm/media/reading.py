@@ -74,7 +74,11 @@ class ReadingPool:
         stop: ends the reading when it is set. Raises what the task raises, MediaError, naming the path, when it takes
         too long or its process dies, and NobodyWaits when it was ended.
         """
-        process = self._take(stop)
+        process = None
+        while process is None:
+            self._check(stop)
+            with suppress(Empty):
+                process = self._free.get(timeout=TICK)
         try:
             connection = process.start(lambda: self._check(stop))
             connection.send(task)
@@ -110,12 +114,6 @@ class ReadingPool:
             while True:
                 self._free.get_nowait().end()
 
-    def _take(self, stop: Event) -> "_ReadingProcess":
-        while True:
-            self._check(stop)
-            with suppress(Empty):
-                return self._free.get(timeout=TICK)
-
     def _give_back(self, process: "_ReadingProcess") -> None:
         self._free.put(process)
         if self._closed:
@@ -131,7 +129,7 @@ class _ReadingProcess:
 
     def __init__(self) -> None:
         self._connection: Connection | None = None
-        self._pid: int | None = None  # until it has told
+        self._pid: int | None = None  # None until it has sent it
 
     def start(self, check: Callable[[], None]) -> Connection:
         """The connection to a process that waits for a task. check: called while it starts, may raise."""
@@ -221,7 +219,13 @@ def _work(connection: Connection) -> None:
     tasks: SimpleQueue[bytes] = SimpleQueue()
     Thread(target=_receive_tasks, args=(connection, tasks), daemon=True).start()
     while True:
-        result = _result(tasks.get())
+        try:
+            result = pickle.loads(tasks.get())()
+        except UserError as error:
+            result = error
+        except Exception as error:  # a defect of ours: where it is shows only here
+            logger.error("a reading failed: %s", traceback.format_exc())
+            result = error
         _send(connection, result)
         del result
 
@@ -231,17 +235,6 @@ def _receive_tasks(connection: Connection, tasks: "SimpleQueue[bytes]") -> None:
         while True:
             tasks.put(connection.recv_bytes())
     os._exit(0)
-
-
-def _result(task: bytes) -> Any:
-    """What the task returns, or raises."""
-    try:
-        return pickle.loads(task)()
-    except UserError as error:
-        return error
-    except Exception as error:  # a defect of ours: where it is shows only here
-        logger.error("a reading failed: %s", traceback.format_exc())
-        return error
 
 
 # ---- from process to process ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at: pure functions from counts and seconds to frame indices.
+"""Choice of the frames of a video to look at: pure functions from counts and seconds to frame indices.
 
 Sources: the frame sampling rules of training, chat and MVBench as published (arXiv 2404.00308 and its protocols);
 `tests/golden/sampling.json` holds numbers computed by the published system. Rounding is half to even, as numpy's.

@@ -1,4 +1,4 @@
-"""What a file is, judged by its first bytes and not by its name, and whether it was cut short.
+"""Recognise a file by its first bytes and not by its name, and find out whether it was cut short.
 
 Sources: ISO/IEC 14496-12 (boxes of mp4 and mov), RFC 8794 and 9559 (EBML, Matroska, WebM), the RIFF chunks of avi and
 webp. A cut download still opens and decodes up to the cut, so a reader has to ask how long the file should have been.
@@ -6,7 +6,6 @@ webp. A cut download still opens and decodes up to the cut, so a reader has to a
 
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular
 from stllm.media.info import MediaError
@@ -14,37 +13,15 @@ from stllm.media.info import MediaError
 HEAD_BYTES = 4096
 BMP_HEADERS = (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")  # their sizes; two letters prove little
 SIGNATURES = (
-    *(
-        b"\x89PNG\r\n\x1a\n",
-        b"\xff\xd8\xff",
-        b"GIF87a",
-        b"GIF89a",
-        b"II*\0",
-        b"MM\0*",
-        b"8BPS",
-        b"qoif",
-        b"icns",
-        b"DDS ",
-    ),
-    *(b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\1\0"),  # JPEG 2000 and its codestream, ICO
+    *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"8BPS", b"qoif", b"icns"),
+    *(b"DDS ", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\1\0"),  # JPEG 2000 and its codestream, ICO
 )
-HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")  # ftyp's major brands
+HEIF = tuple(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split())  # ftyp's major brands
 AVIF = (b"avif", b"avis")
-FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # with which an mp4 or mov may begin
-OTHER_BOXES = (
-    b"moof",
-    b"mfra",
-    b"sidx",
-    b"ssix",
-    b"styp",
-    b"emsg",
-    b"prft",
-    b"meta",
-    b"uuid",
-    b"udta",
-    b"pdin",
-    b"pnot",
-)
+FIRST_BOXES = tuple(b"ftyp moov mdat wide free skip".split())  # with which an mp4 or mov may begin
+OTHER_BOXES = tuple(b"moof mfra sidx ssix styp emsg prft meta uuid udta pdin pnot".split())
+EBML = b"\x1a\x45\xdf\xa3"  # with which mkv and webm begin
+SEGMENT = b"\x18\x53\x80\x67"
 EXPECTED = (
     "a video (mp4, webm, avi, mov, mkv), a gif, an image (png, jpg, webp, bmp, tiff) or a folder of numbered frames"
 )
@@ -86,34 +63,33 @@ def kind_of(head: bytes) -> str:
 
 
 def explain_unreadable(path: Path, head: bytes) -> str:
-    """Why a file that no decoder opened is not a video: what was found, for a message."""
-    if head[4:8] in FIRST_BOXES and not {name for name, _ in _boxes(path)} & {b"moov", b"moof"}:
+    """The reason why no decoder opened a file as a video, for a message: what was found."""
+    if head[4:8] in FIRST_BOXES and not {name for name, _ in _sections(path, head)} & {b"moov", b"moof"}:
         return "an mp4 without its index (no moov box): the recording or download ended early"
     if is_cut(path, head):
         return f"a file cut short ({path.stat().st_size} of at least {promised_bytes(path, head)} bytes)"
     if head[4:8] in FIRST_BOXES:
         return "an mp4 whose index is damaged"
-    if head.startswith((b"\x1a\x45\xdf\xa3", b"RIFF")):
+    if head.startswith((EBML, b"RIFF")):
         return "a damaged mkv, webm or avi file"
     return f"neither video nor image (it begins with the bytes {head[:8].hex(' ')})"
 
 
 def promised_bytes(path: Path, head: bytes) -> int:
-    """How long the container's own headers say that the file is; 0 when they do not say."""
+    """The size of the file according to the container's headers; 0 when they do not state it."""
+    if head.startswith(EBML):  # the Segment, which holds everything, follows this element
+        size, start = _vint(head, 4)
+        at = start + size
+        size, start = _vint(head, at + 4)
+        return start + size if size and head[at : at + 4] == SEGMENT else 0  # 0: a live recording
     try:
-        if head[4:8] in FIRST_BOXES:
-            return max((end for _, end in _boxes(path)), default=0)
-        if head.startswith(b"\x1a\x45\xdf\xa3"):
-            return _matroska_end(head)
-        if head.startswith(b"RIFF"):
-            return max((end for _, end in _riff_chunks(path)), default=0)
+        return max((end for _, end in _sections(path, head)), default=0)
     except OSError:
-        pass
-    return 0
+        return 0
 
 
 def is_cut(path: Path, head: bytes) -> bool:
-    """True when the file ends before its own headers say it should."""
+    """Check whether the file is shorter than its headers say."""
     return promised_bytes(path, head) > path.stat().st_size
 
 
@@ -132,56 +108,30 @@ def _is_text(head: bytes) -> bool:
     return True
 
 
-def _boxes(path: Path) -> list[tuple[bytes, int]]:
-    """Top-level boxes of an mp4 or mov as (name, where it should end)."""
+def _sections(path: Path, head: bytes) -> list[tuple[bytes, int]]:
+    """Top-level boxes of an mp4 or mov, or chunks of an avi (several when it is long), as (name, where it should end).
+
+    Other files have none. A box of another name lies behind the mp4, and players do not read it either.
+    """
     found: list[tuple[bytes, int]] = []
-    size = path.stat().st_size
+    start, size, is_mp4 = 0, path.stat().st_size, head[4:8] in FIRST_BOXES
     with path.open("rb") as file:
-        start = 0
-        while start + 8 <= size:
-            length, name = _box_header(file, start)
-            if name not in FIRST_BOXES + OTHER_BOXES:
-                break  # something behind the mp4, which players do not read either
-            if length < 8:  # 0: "until the end of the file"; 1 to 7: damaged
-                found.append((name, size))
-                break
-            start += length
-            found.append((name, start))
-    return found
-
-
-def _box_header(file: BinaryIO, start: int) -> tuple[int, bytes]:
-    file.seek(start)
-    header = file.read(16)
-    length = int.from_bytes(header[:4], "big")
-    return (int.from_bytes(header[8:16], "big") if length == 1 else length), header[4:8]
-
-
-def _riff_chunks(path: Path) -> list[tuple[bytes, int]]:
-    """Top-level RIFF chunks of an avi (several when it is long) as (name, where it should end)."""
-    found: list[tuple[bytes, int]] = []
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 0
         while start + 8 <= size:
             file.seek(start)
-            header = file.read(8)
-            length = int.from_bytes(header[4:8], "little")
-            if header[:4] != b"RIFF" or length == 0:  # 0: a recorder that never came back to fill it in
-                break
-            start += 8 + length + length % 2
-            found.append((b"RIFF", start - length % 2))
+            header = file.read(16)
+            if is_mp4:
+                name, length = header[4:8], int.from_bytes(header[:4], "big")
+                length = int.from_bytes(header[8:], "big") if length == 1 else length
+                length = size - start if length < 8 else length  # 0: "until the end of the file"; 1 to 7: damaged
+                padding = 0
+            else:
+                name, length = header[:4], 8 + int.from_bytes(header[4:8], "little")
+                padding = length % 2
+            if name not in (FIRST_BOXES + OTHER_BOXES if is_mp4 else (b"RIFF",)) or (length == 8 and not is_mp4):
+                break  # a RIFF chunk of no length: a recorder never came back to fill it in
+            found.append((name, start + length))
+            start += length + padding
     return found
-
-
-def _matroska_end(head: bytes) -> int:
-    """Where the Segment, which holds everything, should end; 0 when its size is unknown (a live recording)."""
-    size, start = _vint(head, 4)
-    at = start + size
-    if head[at : at + 4] != b"\x18\x53\x80\x67":
-        return 0
-    size, start = _vint(head, at + 4)
-    return start + size if size else 0
 
 
 def _vint(data: bytes, at: int) -> tuple[int, int]:
@@ -194,7 +144,7 @@ def _vint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _where(path: Path) -> str:
-    """What to do about a missing file: where its path stops being true."""
+    """Advice about a missing file: the last part of its path that exists."""
     if path.is_symlink():
         return f"it is a link to {os.readlink(path)}, which is missing"
     parent = path.absolute().parent

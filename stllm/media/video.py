@@ -1,38 +1,59 @@
-"""Frame-accurate reading of container videos with PyAV: index i is the i-th frame shown, whatever the file.
+"""Frame-accurate reading of container videos: index i is the i-th frame shown, whatever the file.
 
-The timeline is read first (`timeline.py`). Each frame is then reached by decoding on or from the keyframe before it,
-and is recognised by its presentation time. Where a seek fails (a broken index, a false keyframe), the reader decodes
-from an earlier keyframe and at last from the start of the file. Where times do not order the frames, the video is
-decoded once to count its frames, and each is then found by decoding from the start.
+`PyAvReader` reads the timeline first (timeline.py). Each frame is then reached by decoding on, or from the keyframe
+before it, and is recognised by its presentation time. Where a seek fails (a broken index, a false keyframe), the reader
+decodes from an earlier keyframe and at last from the start of the file. Where times do not order the frames, the video
+is decoded once to count its frames, and each is then found by decoding from the start.
+
+`DecordReader` reads with decord, for those who ask for it by name. PyAV is the default because decord 0.6, tried on
+files whose frames carry their own number, silently gives wrong frames after a seek when a picture is stored after a
+keyframe but shown before it (open GOPs: HEVC by default, any avi with B-frames), knows no mirrored display matrix and
+no AV1; it is also unmaintained and has no Arm wheel. On plain H.264 both give the same bytes.
+
+Source: ISO/IEC 14496-12, the matrix of the track header: a picture point (x, y) is shown at (a x + c y, b x + d y).
 """
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from stllm.common.registry import readers
+from stllm.media import images
 from stllm.media.info import Frame, MediaError, MediaInfo, Reader, decoder_options, warn_once
-from stllm.media.orientation import is_transparent, to_rgb, turn_of
-from stllm.media.timeline import Timeline, average_fps, counted_timeline, demuxed_timeline
-from stllm.media.video_source import VideoSource
+from stllm.media.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
+from stllm.media.time_bound import keep_reading
+from stllm.media.timeline import DECODING_TIMES, Timeline, average_fps, counted_timeline, demuxed_timeline, packets
 
 if TYPE_CHECKING:
+    from av import Packet, VideoCodecContext
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 MAX_COUNTED = 4_000_000  # frames of which the counted timelines are kept, 16 bytes each
 SEEK_COST = 8  # frames: a flushed decoder has to fill its threads and its reorder buffer again
 NUM_CHECKED = 3  # frames decoded at opening, to see whether the timeline is what the decoder gives
-
-
+MAX_THREADS = 4  # more threads hold more frames in memory and speed up little; a data loader opens many readers
+COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
+# Formats that hold their video themselves. Playlists (hls, dash, concat) would open other files by name.
+FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,live_flv,asf,ogg,rm,mxf,dv,wtv,nut,gxf,yuv4mpegpipe,"
+    "swf,wav,mp3,aac,flac,ac3"
+)
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave transparency out
+SKIPPABLE = ("h264", "hevc")  # decoders that can leave out frames to which no other frame refers (a quarter faster)
+Turn = tuple[bool, bool, bool]  # how to show a picture: (transpose, then flip left-right, then flip top-bottom)
+UPRIGHT: Turn = (False, False, False)
+BY_ROTATION: dict[int, Turn] = {  # quarter turns counterclockwise
+    1: (True, False, True),
+    2: (False, True, True),
+    3: (True, True, False),
+}
+MIRRORING = frozenset(turn for turn in np.ndindex(2, 2, 2) if sum(turn) % 2)  # an odd number of reflections
 _counted: dict[tuple[str, int, int, int], Timeline] = {}  # the oldest first; each data worker has its own
-
-
-def _identity(path: Path) -> tuple[str, int, int, int]:
-    stat = path.stat()
-    return str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @readers.register("pyav")
@@ -160,38 +181,32 @@ class PyAvReader(Reader):
                 f"{self.path}: frame {index} of {self.info.num_frames} could not be decoded (damaged data{larger}), "
                 f"the {index} frames before it could be read; copy or download the file again"
             )
-        if self.source.num_damaged and not self._warned:
+        if self.source.is_damaged and not self._warned:
             self._warned = True
             warn_once(str(self.path), f"damaged data up to frame {index}; pictures are shown as far as mended")
         return frame
 
     def _find(self, stamp: int) -> "VideoFrame | None":
         """The frame of that stamp, by the cheapest way that leads to it; None when none does."""
-        if self._last is not None and self._last < stamp and not self._seek_is_cheaper(stamp):
-            frame = self._reach(stamp)
-            if frame is not None:
-                return frame
-        for key in self._starts(stamp):
+        nearest = self.timeline.key_at(stamp)
+        if self._last is not None and self._last < stamp:
+            key_index = self.timeline.index_at(int(self.timeline.keys[nearest]))
+            if not self._seekable or key_index - self.timeline.index_at(self._last) <= SEEK_COST:
+                frame = self._reach(stamp)
+                if frame is not None:
+                    return frame
+        starts: list[int | None] = [None]  # the start of the file; before it, the nearest keyframes
+        if self._seekable:
+            starts = [*(int(self.timeline.keys[at]) for at in (nearest, nearest - 1) if at > 0), None]
+        for key in starts:
             counted = self.timeline.counted  # then no frame may be left out
             self._pass = self.source.decode(key, wanted=None if counted else self._wanted, counted=counted)
             frame = self._reach(stamp)
             if frame is not None:
                 # A frame that only decoding from the start gives: the index lies, and one lie is enough.
-                self._seekable = self._seekable and (key is not None or self.timeline.key_at(stamp) == 0)
+                self._seekable = self._seekable and (key is not None or nearest == 0)
                 return frame
         return None
-
-    def _starts(self, stamp: int) -> Iterator[int | None]:
-        """Keyframes to decode from, the nearest first; at last None, the start of the file."""
-        nearest = self.timeline.key_at(stamp)
-        if self._seekable:
-            yield from (int(self.timeline.keys[at]) for at in (nearest, nearest - 1) if at > 0)
-        yield None
-
-    def _seek_is_cheaper(self, stamp: int) -> bool:
-        key = int(self.timeline.keys[self.timeline.key_at(stamp)])
-        assert self._last is not None
-        return self._seekable and self.timeline.index_at(key) - self.timeline.index_at(self._last) > SEEK_COST
 
     def _reach(self, stamp: int) -> "VideoFrame | None":
         """Decodes on to the frame of that stamp; None when it does not come, or comes damaged."""
@@ -205,3 +220,235 @@ class PyAvReader(Reader):
                 self._last = found
                 return frame
         return None
+
+
+@readers.register("decord")
+class DecordReader(Reader):
+    """A container video decoded by decord; PyAV serves instead, with one logged note, where decord cannot.
+
+    Indices, times and errors are PyAvReader's. Raises MediaError when the file holds no video that can be decoded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._pyav = PyAvReader(path)
+        self.info, self.seconds = self._pyav.info, self._pyav.seconds
+        self._decord: Any = None
+        if doubt := self._open():
+            self._use_pyav(doubt)
+
+    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
+        self.check(indices)
+        for done, index in enumerate(indices):
+            try:
+                frame = None if self._decord is None else self._decord[index]
+            except Exception as error:  # decord raises its own, IndexError, StopIteration, ...
+                frame = None
+                self._use_pyav(f"decord failed at frame {index} ({_first_line(error)})")
+            if frame is None:
+                yield from self._pyav.frames(indices[done:])
+                return
+            yield frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
+
+    def check(self, indices: Sequence[int]) -> None:
+        self._pyav.check(indices)
+
+    def close(self) -> None:
+        self._decord = None
+        self._pyav.close()
+
+    def _use_pyav(self, why: str) -> None:
+        self._decord = None
+        warn_once(str(self.path), f"{why}; PyAV reads it instead")
+
+    def _open(self) -> str | None:
+        """Opens the file with decord; returns the reason why decord cannot be trusted with it, or None."""
+        if decoder_options():
+            return "decord cannot limit the size of later frames"
+        timeline = self._pyav.timeline
+        if timeline.open_gops or timeline.counted or self._pyav.turn in MIRRORING or self._pyav.transparent:
+            return "decord would give wrong frames of it (open GOPs, no times, mirrored or transparent)"
+        try:
+            import decord
+
+            decord.logging.set_level(decord.logging.QUIET)
+            self._decord = decord.VideoReader(str(self.path), num_threads=MAX_THREADS)
+        except Exception as error:  # ImportError, or whatever decord makes of the file
+            return f"decord cannot open it ({_first_line(error)})"
+        if len(self._decord) != self.info.num_frames:
+            return f"decord sees {len(self._decord)} frames where there are {self.info.num_frames}"
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _identity(path: Path) -> tuple[str, int, int, int]:
+    stat = path.stat()
+    return str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class VideoSource:
+    """A container file and its main video stream. Keep neither: `decode` may open them anew.
+
+    is_damaged: the decoder refused a packet.
+    strict: from the next pass on, the decoder refuses damaged data instead of mending it by guesses. Open GOPs look
+        damaged after a seek, and some encoders write streams that are never clean: the caller decides.
+    Raises MediaError when the file cannot be opened or holds no video.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_damaged = False
+        self.strict = False
+        self._head = read_head(path)
+        self._open()
+
+    @property
+    def is_cut(self) -> bool:
+        return is_cut(self.path, self._head)
+
+    def close(self) -> None:
+        self.container.close()
+
+    def reopen(self) -> None:
+        """Back to the first packet; a changed `strict` takes effect."""
+        self.close()
+        self._open()
+
+    def _open(self) -> None:
+        """Opens the container and its main video stream, cover pictures left aside. Raises MediaError."""
+        import av
+        from av.error import FFmpegError
+
+        path, limits = self.path, decoder_options()
+        if kind_of(self._head) == "text":
+            found = first_words(self._head)
+            raise MediaError(f"{path}: found text ({found!r}), expected {EXPECTED}: download it again")
+        try:
+            # An absolute path has no protocol; nothing but this file may be opened.
+            options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS, **limits}
+            container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
+        except (FFmpegError, ValueError) as error:
+            found = explain_unreadable(path, self._head)
+            raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error
+        stream = cast("VideoStream | None", container.streams.best("video"))
+        disposition: Any = stream and stream.disposition  # an enum or a number, as PyAV's versions have it
+        if stream is None or getattr(disposition, "value", disposition) & COVER_PICTURE:
+            kinds = sorted({other.type for other in container.streams if other.type != "video"})
+            container.close()
+            found = ", ".join(kinds) or "no stream"
+            raise MediaError(f"{path}: found no video in it, only {found}; expected {EXPECTED}: name another file")
+        if cast(Any, stream).codec_context is None:
+            container.close()
+            raise MediaError(f"{path}: its video codec is unknown to PyAV {av.__version__}; convert it to H.264 mp4")
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
+        stream.codec_context.options = {**limits, **({"err_detect": "explode"} if self.strict else {})}
+        self.container, self.stream = container, stream
+        self.decoder: VideoCodecContext = stream.codec_context
+        alpha = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1"
+        if alpha and self.decoder.name in ALPHA_DECODERS:
+            self.decoder = cast("VideoCodecContext", av.CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r"))
+            self.decoder.options = limits
+
+    def decode(
+        self, key: int | None, *, wanted: Collection[int] | None = None, counted: bool = False
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
+        """(stamp, frame) pairs from the keyframe with the stamp `key` on; None: from the start of the file.
+
+        wanted: stamps that must come; others may be left out. None: all must.
+        counted: stamps are 0, 1, ... instead of presentation times (with key None only).
+        Gives nothing when the seek lands anywhere but on a keyframe at or before `key`, and ends early where the file
+        does: whoever waits for a frame sees that it did not come.
+        """
+        from av.error import FFmpegError
+
+        try:
+            if key is None:  # no seek is sure to find the first packet; opening the file again is
+                self.reopen()
+            else:
+                self.container.seek(key, stream=self.stream, backward=True)
+                self.decoder.flush_buffers()
+            first_packet = key is not None  # the landing has to be checked
+            landing: int | None = None
+            count = 0
+            by_dts = self.container.format.name in DECODING_TIMES
+            for packet in packets(self.container, self.stream):
+                keep_reading()
+                if by_dts:
+                    packet.pts = packet.dts  # as in the timeline: the guessed presentation times change after a seek
+                if first_packet:
+                    first_packet = False
+                    if packet.pts is None or key is None or packet.pts > key or not packet.is_keyframe:
+                        return
+                    landing = packet.pts
+                for frame in self._decode_packet(packet, wanted):
+                    stamp = count if counted else frame.pts
+                    count += 1
+                    if stamp is None or (landing is not None and stamp < landing):
+                        continue  # a leading picture of an open GOP: what it refers to was not decoded
+                    if landing is not None and (stamp > landing or not frame.key_frame):
+                        return  # the index says keyframe, the decoder does not
+                    if landing is not None:
+                        landing = None
+                    yield stamp, frame
+        except FFmpegError:
+            return
+
+    def _decode_packet(self, packet: "Packet[VideoStream]", wanted: Collection[int] | None) -> "list[VideoFrame]":
+        from av.error import FFmpegError
+
+        context = self.stream.codec_context
+        if context.name in SKIPPABLE:
+            needed = wanted is None or packet.pts is None or packet.pts in wanted
+            context.skip_frame = "DEFAULT" if needed else "NONREF"
+        try:
+            return self.decoder.decode(packet)
+        except FFmpegError:
+            self.is_damaged = True
+            return []
+
+
+def turn_of(frame: "VideoFrame") -> Turn:
+    """The turn to show this frame: the quarter turn and mirroring nearest to its display matrix."""
+    # Asked of a thumbnail, which carries the matrix too: `side_data` makes a reference cycle, and a full frame in it
+    # would stay in memory until the garbage collector comes by.
+    thumbnail = frame.reformat(width=16, height=16)
+    try:
+        data = cast(Any, thumbnail.side_data.get("DISPLAYMATRIX"))
+    except ValueError:  # PyAV refuses all side data beside a kind that it does not know: EXIF in a camera's MJPEG
+        return BY_ROTATION.get(round(thumbnail.rotation / 90) % 4, UPRIGHT)
+    if data is None:
+        return UPRIGHT
+    a, b, _, c, d = np.frombuffer(data, np.int32, count=5).tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+def is_transparent(frame: "VideoFrame") -> bool:
+    """Check whether the frame's format has transparency; a palette may have it."""
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+
+
+def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
+    """The decoded frame as shown, (H, W, 3) uint8 RGB, transparent parts over white as in pictures.
+
+    Non-square pixels stay as stored, as in the published system.
+    """
+    if is_transparent(frame):
+        from PIL import Image
+
+        picture: np.ndarray[Any, Any] = images.to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+    else:
+        picture = frame.to_ndarray(format="rgb24")
+    transpose, left_right, top_bottom = turn
+    if transpose:
+        picture = picture.swapaxes(0, 1)
+    if left_right:
+        picture = picture[:, ::-1]
+    if top_bottom:
+        picture = picture[::-1]
+    return np.ascontiguousarray(picture)

@@ -1,6 +1,6 @@
-"""How a clip's frames are shown to the model: as they are, or with their order or their content taken away.
+"""Views of a clip: its frames as they are, or with their order or their content taken away.
 
-Comparing answers across views tells whether a model uses time at all. A view changes what was sampled already, so every
+Comparing answers across views shows whether a model uses time at all. A view changes what was sampled already, so every
 view but the last two shows the same frames. T frames.
 """
 
@@ -22,7 +22,7 @@ def check_view(view: str) -> None:
 
 
 def view_order(view: str, num_frames: int) -> list[int]:
-    """Which of the T sampled frames stands at each place; always T places. Raises UserError for an unknown view.
+    """The number of the sampled frame at each of T places. Raises UserError for an unknown view.
 
     forward and blank: as sampled. reversed: last first. shuffled: a fixed permutation, the same in every run.
     single: the middle frame at every place. The model then reads as many visual tokens as before, through the same

@@ -30,8 +30,15 @@ from stllm.common.parent import end_with_parent
 from stllm.common.processes import num_decoders, process_group, wait_for_all
 from stllm.common.schema import RunSettings
 from stllm.datasets.corpora import build_corpora
-from stllm.datasets.distinct_clips import ClipBatch, ClipDataset, DistinctClip, distinct_clips
-from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
+from stllm.datasets.features import (
+    SHARD_BYTES,
+    ClipBatch,
+    ClipDataset,
+    DistinctClip,
+    FeatureSource,
+    FeatureWriter,
+    distinct_clips,
+)
 from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.replacement import BadSampleLog
 from stllm.datasets.samples import Corpus

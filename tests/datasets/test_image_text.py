@@ -26,12 +26,11 @@ from stllm.common.registry import datasets
 from stllm.datasets import shards as image_text_shards
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore, FeatureWriter
-from stllm.datasets.fetching import allow_pipes
+from stllm.datasets.fetching import allow_pipes, expand_shards
 from stllm.datasets.image_text import ImageTextCorpus
-from stllm.datasets.image_text_index import scan
 from stllm.datasets.replacement import load_with_replacement
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
-from stllm.datasets.shard_names import expand_shards
+from stllm.datasets.shards import scan
 from stllm.media import info as media_info
 from stllm.media.info import MediaError
 from stllm.processors.templates import Turn
@@ -313,7 +312,7 @@ def test_the_index_is_kept_and_made_again_when_the_tar_changes(tmp_path, monkeyp
         scans.append(tar)
         return scan(tar, name)
 
-    monkeypatch.setattr("stllm.datasets.image_text_index.scan", counted)
+    monkeypatch.setattr("stllm.datasets.shards.scan", counted)
     assert [len(corpus(tmp_path, str(path))) for _ in range(3)] == [3, 3, 3]
     assert scans == [path]
     write_tar(path, pairs(10, 4))

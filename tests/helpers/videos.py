@@ -1,7 +1,7 @@
 """Test videos, rendered with PyAV: every frame carries its number in its pixels, so that frame accuracy shows."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+
+from stllm.media.video import VideoSource
 
 NUM_BITS = 16  # of the number in a frame: a grid of 4 x 4 blocks, white for one
 GRID = 4
@@ -102,3 +104,19 @@ def write_audio(path: Path) -> Path:
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+class Work:
+    """Counts what all videos' sources do from now on: seeks, and frames that they give."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_seeks = self.num_decoded = 0
+        decode = VideoSource.decode
+
+        def counting(source: VideoSource, key: int | None, **options: Any) -> Iterator[Any]:
+            self.num_seeks += key is not None
+            for item in decode(source, key, **options):
+                self.num_decoded += 1
+                yield item
+
+        monkeypatch.setattr(VideoSource, "decode", counting)

@@ -15,9 +15,11 @@ from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.embedded import FOLDER
 from stllm.media import video as pyav_reader
 from stllm.media.images import ImageReader
-from stllm.media.open import Reader, open_media
+from stllm.media.info import Reader
+from stllm.media.open import open_media
 from stllm.media.sampling import uniform
 from stllm.media.video import PyAvReader
+from tests.helpers.videos import Work
 
 CASES = Path(__file__).parent / "cases"
 NUM_FRAMES = 90
@@ -167,15 +169,17 @@ def test_frames_are_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(pyav_reader, "_counted", {})
     video = tmp_path / "numbered.avi"
     video.write_bytes((CASES / "numbered.avi").read_bytes())
-    decoded = []
+    decoded, work = [], Work(monkeypatch)
     for _ in range(2):
+        work.num_decoded = 0
         with PyAvReader(video) as reader:
             assert reader.timeline.counted
-            decoded.append(reader.source.num_decoded)
+            decoded.append(work.num_decoded)
     assert decoded[0] >= NUM_FRAMES > 10 > decoded[1]
+    work.num_decoded = 0
     video.write_bytes((CASES / "pts_is_dts.mkv").read_bytes())  # another file by the same name is counted anew
     with PyAvReader(video) as reader:
-        assert reader.source.num_decoded >= NUM_FRAMES
+        assert work.num_decoded >= NUM_FRAMES
         assert numbers(reader, [80]) == [80]
     monkeypatch.setattr(pyav_reader, "MAX_COUNTED", NUM_FRAMES)
     PyAvReader(CASES / "numbered.avi").close()

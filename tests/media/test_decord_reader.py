@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from stllm.media import info as media_info
-from stllm.media.decord_reader import DecordReader
-from stllm.media.video import PyAvReader
+from stllm.media.video import DecordReader, PyAvReader
 from tests.helpers.videos import read_code, write_video
 
 
@@ -37,7 +36,6 @@ def test_both_readers_give_the_same_bytes(
         assert decord.times(wanted) == pyav.times(wanted)
         for found, expected in zip(decord.frames(wanted), pyav.frames(wanted), strict=True):
             np.testing.assert_array_equal(found, expected)
-        assert pyav.source.num_decoded > 0
     assert not notes.records
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from stllm.common.errors import UserError
 from stllm.common.registry import readers
 from stllm.media.images import FrameFolderReader, GifReader, ImageReader
-from stllm.media.open import MediaError, Reader, open_media
+from stllm.media.info import MediaError, Reader
+from stllm.media.open import open_media
 from stllm.media.video import PyAvReader
 from tests.helpers.videos import copy_packets, frame_code, read_code, write_audio, write_video
 

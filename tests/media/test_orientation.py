@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from stllm.media.orientation import BY_ROTATION, UPRIGHT, turn_of
-from stllm.media.video import PyAvReader
+from stllm.media.video import BY_ROTATION, UPRIGHT, PyAvReader, turn_of
 from tests.helpers.videos import frame_code, read_code, write_video
 
 ORIENTATION = 0x0112  # EXIF's tag; 1 upright, 3 upside down, 6 and 8 a quarter turn

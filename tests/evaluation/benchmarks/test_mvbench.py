@@ -306,7 +306,7 @@ def test_frames_of_real_media_are_the_golden_ones(tmp_path, case) -> None:
 def test_another_sampling_rule_turns_bounds_into_indices_by_the_average_rate_too(tmp_path) -> None:
     """14 frames in 9.97 s, none of them from 2 to 8 s, as a viewer has it; the script's rule is one of rates."""
     (tmp_path / "video" / STAR).mkdir(parents=True)
-    shutil.copy(Path(__file__).parents[2] / "datasets" / "cases" / "gap.mp4", tmp_path / "video" / STAR / "a.mp4")
+    shutil.copy(Path(__file__).parents[2] / "media" / "cases" / "gap.mp4", tmp_path / "video" / STAR / "a.mp4")
     path = put(tmp_path, {"action_sequence": [item("a.mp4", start=2, end=8)]})
     settings = EvaluationSettings(anno_path=str(path), sampling="uniform", num_frames=2)
     (only,) = load_benchmark("mvbench", settings).items
