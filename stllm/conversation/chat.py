@@ -5,6 +5,7 @@ A video is read and encoded once; the encoder's output is kept (content-keyed, b
 only what depends on the question runs again. Letters: N visual tokens, D width of the language model.
 """
 
+import argparse
 import logging
 import time
 from collections.abc import Generator, Sequence
@@ -19,15 +20,16 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.conversation.cache import FeatureCache
+from stllm.common.json_text import loads
 from stllm.conversation.context import num_positions
 from stllm.conversation.decoding import Decoding, NaNWatch
 from stllm.conversation.evidence import Evidence, measure_evidence
 from stllm.conversation.requests import Answer, Media, Request, Stamp
-from stllm.conversation.seeing import ClipReader, Prepared, Seen
+from stllm.conversation.seeing import ClipReader, FeatureCache, Prepared, Seen
 from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.media.clip import Clip
 from stllm.models.configuration import STLLMConfig
+from stllm.models.settings import explicit_settings
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_BYTES = 2 << 30
 MAX_KNOWN_FILES = 10_000
+FOLDER = Path(__file__).parents[1] / "assets" / "stllm-tiny"  # the embedded model, for where nobody names another
+EXAMPLES = FOLDER.with_name("examples")  # clips that it answers well
+KNOWS = "it knows only the toy world: a few coloured shapes that move, blink and change, in short clips"
 SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the global-local module, 16 without
 
 
@@ -318,6 +323,27 @@ def load_chat(
 def default_num_frames(config: STLLMConfig) -> int:
     """The number of frames of a video where nobody names one: the checkpoint's own, or else the published one."""
     return config.num_frames or (LONG_CLIP_FRAMES if config.video_input == "residual" else SHORT_CLIP_FRAMES)
+
+
+def chosen_checkpoint(args: argparse.Namespace) -> str | Path:
+    """Of a command with --ckpt-path, --cfg-path and --options. Raises UserError."""
+    return args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
+
+
+def default_checkpoint() -> Path:
+    """The embedded model's folder. Raises UserError where this installation has none."""
+    if not (FOLDER / "config.json").is_file():
+        raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
+    log.info("no checkpoint was named: %s answers; %s, as in %s", FOLDER.name, KNOWS, EXAMPLES)
+    return FOLDER
+
+
+def find_examples() -> Sequence[tuple[Path, str]]:
+    """(file, question) of the clips that come with the package, as its examples.json lists them; none without it."""
+    listing = EXAMPLES / "examples.json"
+    if not listing.is_file():
+        return []
+    return [(EXAMPLES / entry["file"], entry["question"]) for entry in loads(listing.read_text(encoding="utf-8"))]
 
 
 def _no_numbers(what: str, dtype: torch.dtype) -> str:

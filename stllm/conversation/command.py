@@ -14,9 +14,8 @@ from typing import Any
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.failures import sentence
 from stllm.common.terminal import working
-from stllm.conversation.chat import Chat, Conversation, load_chat
+from stllm.conversation.chat import FOLDER, Chat, Conversation, chosen_checkpoint, find_examples, load_chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.embedded import FOLDER, chosen_checkpoint, find_examples
 from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.filmstrip import draw_evidence, filmstrip
 from stllm.conversation.requests import Answer, Media, Request

@@ -1,10 +1,12 @@
-"""From a medium to what the model has seen of it: read (by anyone, in any process), encoded (by the model).
+"""From a medium to the model's input: read (by anyone, in any process), encoded (by the model) and kept, prepared.
 
 Letters: T frames, P patches, C vision width, K tokens a frame, N visual tokens, D width of the language model.
 """
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +55,49 @@ class Seen:
     kind: str
     times: list[float]
     seconds: Mapping[str, float] = field(default_factory=_no_time)
+
+
+class FeatureCache:
+    """Least-recently-used tensors, kept in main memory up to `max_bytes`. Safe to share between threads.
+
+    Keys are content digests, so the same video under another name is found and a changed file is not.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """The tensor of that key, or None; it becomes the most recently used."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keeps a copy in main memory and drops the least recently used beyond `max_bytes`.
+
+        What alone is larger than that is not kept, and drops nothing else.
+        """
+        tensor = tensor.detach().cpu()
+        with self._lock:
+            self._drop(key)
+            if tensor.nbytes > self.max_bytes:
+                return
+            self._entries[key] = tensor
+            self.num_bytes += tensor.nbytes
+            while self.num_bytes > self.max_bytes:
+                self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: Hashable) -> None:
+        old = self._entries.pop(key, None)
+        if old is not None:
+            self.num_bytes -= old.nbytes
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from stllm.common.files import write_text
 from stllm.common.jsonl import naming_full_disk
 from stllm.common.processes import process_group
 from stllm.common.registry import benchmarks
-from stllm.conversation.chat import default_num_frames
-from stllm.conversation.embedded import FOLDER
+from stllm.conversation.chat import FOLDER, default_num_frames
 from stllm.evaluation import results
 from stllm.evaluation.items import Benchmark
 from stllm.evaluation.probes import Probe, probe_options, probe_views

@@ -3,12 +3,13 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 import anyio
@@ -21,15 +22,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
-from stllm.media.reading import ReadingPool
-from stllm.serving.answering import answer_steps, hiding
-from stllm.serving.body import Bodies
-from stllm.serving.errors import ApiError, api_error
-from stllm.serving.jobs import BusyError, End, Job, Jobs
+from stllm.conversation.requests import Media
+from stllm.conversation.requests import Request as Question
+from stllm.media.reading import NobodyWaits, ReadingPool
+from stllm.serving.jobs import BusyError, End, Job, Jobs, Stage
 from stllm.serving.limits import Limits
-from stllm.serving.media import fetch_medium, split_medium
-from stllm.serving.replies import Finished, Reply, event, model_object
+from stllm.serving.media import Bodies, fetch_medium, split_medium
+from stllm.serving.replies import ApiError, Finished, Reply, api_error, event, model_object
 from stllm.serving.requests import Asked, parse_request
 
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
@@ -99,7 +100,10 @@ class Server:
                 if first is None:
                     return GONE
                 if not asked.stream:
-                    return await self._whole(news, first)
+                    step: Step | None = first
+                    while isinstance(step, str):
+                        step = await news.next()
+                    return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
             finally:
                 watch.cancel()
             streams = True
@@ -136,12 +140,6 @@ class Server:
                 path = fetch_medium(asked.url, medium, folder=folder, root=self.media_root, limits=self.limits)
         job.start(partial(answer_steps, self.chat, self.jobs.reading, self.limits, asked, path))
         return asked
-
-    async def _whole(self, news: "News", first: Step) -> Response:
-        step: Step | None = first
-        while isinstance(step, str):
-            step = await news.next()
-        return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
 
 
 class News:
@@ -270,3 +268,46 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def _error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+# ---- the engine's part
+
+
+def answer_steps(
+    chat: Chat, reading: ReadingPool, limits: Limits, asked: Asked, path: Path | None, stop: Event
+) -> Generator[str | Finished | Stage, None, None]:
+    """Yield pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError."""
+    media = None if path is None else Media(str(path), num_frames=asked.num_frames)
+    request = Question(asked.turns, media, asked.system)
+    with hiding(path):
+        request.check()
+        seen = None
+        if media is None or (seen := chat.recall(media)) is not None:
+            yield Stage.MODEL
+        else:
+            stamp = chat.stamp(media)
+            yield Stage.READING
+            clip = reading.read(partial(limits.read, chat.read, media), Path(media.path), stop)
+            yield Stage.MODEL
+            seen = chat.see(media, clip, stamp)
+            del clip
+        prepared = chat.prepare(request, asked.decoding, seen)
+        with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
+            ids = yield from pieces  # (1, A)
+    processor, num_tokens = chat.processor, ids.shape[1]
+    text = str(processor.tokenizer.decode(ids[0], skip_special_tokens=True))
+    ended = int(ids[0, -1]) == processor.eos_token_id or processor.end_sym in text
+    reason = "length" if num_tokens >= asked.decoding.max_new_tokens and not ended else "stop"
+    yield Finished(processor.clean(text), reason, prepared.length, num_tokens, prepared.cut.total)
+
+
+@contextmanager
+def hiding(path: Path | None) -> Iterator[None]:
+    """Turn UserError into ApiError, whose message does not say where the medium is stored on this machine."""
+    try:
+        yield
+    except NobodyWaits:
+        raise
+    except UserError as error:
+        text = " ".join(str(error).split())
+        raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None

@@ -1,9 +1,13 @@
-"""What one request may take, so that there is room for the others; generous for a person, finite for all."""
+"""Limits of one request to the server or the page. They are generous for a person, and leave room for other requests.
+
+The processes that read media import this file, so it imports no model.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stllm.common.errors import UserError
 from stllm.media.info import MediaError, limited_pixels
 from stllm.media.open import open_media
 from stllm.media.sniff import EXPECTED, kind_of, read_head
@@ -14,27 +18,25 @@ if TYPE_CHECKING:
     from stllm.media.clip import Clip
 
 MEBIBYTE = 1 << 20
-MEDIA_PIXELS = 36_000_000  # 8K, and a phone's pictures
-READ_SECONDS = 60.0  # half an hour of full HD takes less
 
 
 @dataclass(frozen=True)
 class Limits:
     """media_bytes, media_seconds, media_pixels (of a frame): of a video or image. text_characters: of all messages.
 
-    frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is answered.
+    frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is being answered.
     body_seconds: for a request to arrive whole. read_seconds: for its video or image to be decoded.
     """
 
     media_bytes: int = 100 * MEBIBYTE
     media_seconds: float = 1800.0
-    media_pixels: int = MEDIA_PIXELS
+    media_pixels: int = 36_000_000  # 8K, and a phone's pictures
     text_characters: int = 100_000
     frames: int = 128
     new_tokens: int = 1024
     waiting: int = 16
     body_seconds: float = 60.0
-    read_seconds: float = READ_SECONDS
+    read_seconds: float = 60.0  # half an hour of full HD takes less
 
     @property
     def words_bytes(self) -> int:
@@ -77,3 +79,33 @@ class Limits:
         with limited_pixels(self.media_pixels):
             self.check_file(Path(media.path))
             return reader(media)
+
+
+@dataclass(frozen=True)
+class PageLimits(Limits):
+    """Limits of one user of the page. text_characters: of a question. folder_bytes: of all uploads together.
+
+    keep_seconds: how long an upload is kept after the last question about it. upload_seconds: for an upload to arrive
+    whole.
+    """
+
+    media_bytes: int = 256 * MEBIBYTE
+    text_characters: int = 4000
+    frames: int = 64
+    new_tokens: int = 512
+    waiting: int = 32
+    beams: int = 8
+    folder_bytes: int = 4096 * MEBIBYTE
+    keep_seconds: int = 3600
+    upload_seconds: float = 600.0
+
+    def check_question(self, question: object) -> str:
+        """Return the question without outer spaces. Raises UserError when it is empty or too long."""
+        text = question.strip() if isinstance(question, str) else ""
+        if not text:
+            raise UserError("the question is empty: ask something about the video")
+        if len(text) > self.text_characters:
+            raise UserError(
+                f"the question has {len(text)} characters, at most {self.text_characters} are read here: shorten it"
+            )
+        return text

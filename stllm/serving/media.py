@@ -1,15 +1,65 @@
-"""The video or image of a request: written from its data URL, or found under the one folder that is open to clients."""
+"""A request's body, and the video or image in it.
+
+A body is bounded in bytes, in time, and in the memory that all arriving bodies hold together. The medium is written
+from its data URL, or found under the one folder that is open to clients.
+"""
 
 import binascii
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from stllm.common.json_text import loads
-from stllm.serving.errors import ApiError
-from stllm.serving.limits import Limits
+import anyio
+from starlette.requests import Request
 
+from stllm.common.json_text import loads
+from stllm.serving.limits import MEBIBYTE, Limits
+from stllm.serving.replies import ApiError
+
+DISCARDED = 8  # times the limit, or this many MiB: read and dropped, so that the client gets to read the refusal
 CUT_OUT = "data:cut-out"  # in place of a large data URL, so that the JSON parser never copies it
 PIECE = 4 << 20  # characters of base64 decoded at once, a multiple of 4; others run in between
+
+
+class Bodies:
+    """The bodies that arrive now. most, most_together: bytes of one and of all; seconds: for one to arrive whole."""
+
+    def __init__(self, most: int, most_together: int, seconds: float) -> None:
+        self.most = most
+        self.most_together = most_together
+        self.seconds = seconds
+        self.num_bytes = 0
+
+    async def read(self, request: Request, *, keep: bool = True) -> bytearray | None:
+        """The body; None when it is too large, or not kept. What is not kept is still read, within bounds.
+
+        Raises ApiError when it does not arrive in time or all together are too large, starlette's ClientDisconnect when
+        the client has gone.
+        """
+        kept = bytearray()
+        num_bytes = 0
+        crowded = False
+        try:
+            with anyio.fail_after(self.seconds):
+                async for piece in request.stream():
+                    num_bytes += len(piece)
+                    crowded = crowded or (keep and self.num_bytes + len(piece) > self.most_together)
+                    if keep and not crowded and num_bytes <= self.most:
+                        kept += piece
+                        self.num_bytes += len(piece)
+                    elif kept:
+                        self.num_bytes -= len(kept)
+                        kept = bytearray()
+                    if num_bytes > DISCARDED * max(self.most, MEBIBYTE):
+                        break
+        except TimeoutError:
+            raise ApiError(408, f"the request did not arrive within {self.seconds:.0f} s") from None
+        finally:
+            self.num_bytes -= len(kept)
+        if num_bytes > self.most or not keep:
+            return None
+        if crowded:
+            raise ApiError(503, "too many large requests arrive: try again in a moment", code="server_overloaded")
+        return kept
 
 
 def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | None]:

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.decoding import Decoding
 from stllm.processors.templates import Turn
-from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
+from stllm.serving.replies import ApiError
 
 MAX_MESSAGES, MAX_PARTS = 1000, 100  # chosen here
 PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}

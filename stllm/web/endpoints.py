@@ -13,9 +13,8 @@ import gradio as gr
 from stllm.conversation.requests import Answer
 from stllm.processors.templates import Turn
 from stllm.serving.jobs import Work
-from stllm.web.limits import Wishes
 from stllm.web.progress import Progress
-from stllm.web.service import Service
+from stllm.web.service import Service, Wishes
 
 
 class Endpoints:

@@ -20,14 +20,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stllm.common.json_text import loads
-from stllm.web.limits import MEGABYTE, Limits
+from stllm.serving.limits import MEBIBYTE, PageLimits
 
 SHUT = re.compile(
     r"^(/gradio_api)?/(file=\s*[a-z]+:|proxy=|process_recording|deep_link|component_server|stream/|custom_component|"
     r"monitoring|vibe|undo-vibe|runs?-history|runs/?$|dev/|profiling)",
     re.IGNORECASE,
 )
-MAX_MESSAGE = MEGABYTE  # bytes of a request that is no upload
+MAX_MESSAGE = MEBIBYTE  # bytes of a request that is no upload
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of videos is WebAssembly; all is its own
@@ -41,7 +41,7 @@ HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of 
 class Guard:
     """ASGI middleware before gradio's application. folder: where uploads lie."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, folder: Path) -> None:
+    def __init__(self, app: ASGIApp, limits: PageLimits, folder: Path) -> None:
         self.app = app
         self.limits = limits
         self.folder = folder
@@ -79,13 +79,12 @@ class Guard:
     def _no_room(self, scope: Scope) -> tuple[int, str] | None:
         """Why an upload is not taken, judged before it is read; gradio itself counts what then comes in."""
         announced = Request(scope).headers.get("content-length", "")
-        largest = self.limits.file_megabytes * MEGABYTE
         if not announced.isdigit():
             return 411, "an upload must say how long it is"
-        if int(announced) > largest + MAX_MESSAGE:
-            return 413, f"the file is too large: at most {self.limits.file_megabytes} MB are taken"
+        if int(announced) > self.limits.media_bytes + MAX_MESSAGE:
+            return 413, f"the file is too large: at most {self.limits.media_bytes // MEBIBYTE} MB are taken"
         held = sum(_sizes(self.folder)) + self._announced
-        if held + int(announced) > self.limits.folder_megabytes * MEGABYTE:
+        if held + int(announced) > self.limits.folder_bytes:
             return 507, "the server holds as many uploads as it may: try again later"
         return None
 

@@ -10,10 +10,9 @@ import gradio as gr
 from stllm.serving.jobs import TICK
 from stllm.web.endpoints import add_endpoints
 from stllm.web.film import film_html
-from stllm.web.handlers import Handlers, Shown
+from stllm.web.handlers import Handlers, Session, Shown
 from stllm.web.progress import Progress, progress_html
 from stllm.web.service import Service
-from stllm.web.talk import Session
 
 STYLE = Path(__file__).with_name("style.css")
 CLEAN_EVERY = 300  # seconds
@@ -137,7 +136,7 @@ def _conversation(service: Service) -> tuple[gr.Chatbot, gr.Textbox, gr.Button, 
         question = gr.Textbox(
             show_label=False,
             placeholder="Ask about the video…",
-            max_length=service.limits.question_characters,
+            max_length=service.limits.text_characters,
             lines=1,
             max_lines=5,
             scale=8,

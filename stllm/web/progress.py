@@ -7,7 +7,7 @@ from time import perf_counter
 
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Answer
-from stllm.web.talk import Film
+from stllm.web.film import Film
 
 STAGES = {"read": ("Reading", "frames"), "encode": ("Encoding", "visual tokens"), "answer": ("Answering", "tokens")}
 

@@ -5,6 +5,7 @@ any more. Nothing here knows gradio.
 """
 
 import logging
+import math
 import os
 import re
 import time
@@ -29,14 +30,21 @@ from stllm.media.reading import ReadingPool
 from stllm.media.views import FORWARD, VIEWS
 from stllm.processors.templates import Turn
 from stllm.serving.jobs import Jobs, Stage
-from stllm.web.film import read_film
-from stllm.web.limits import Limits, Wishes
+from stllm.serving.limits import PageLimits
+from stllm.web.film import Film, read_film
 from stllm.web.progress import Progress
-from stllm.web.talk import Film
 
 logger = logging.getLogger(__name__)
 
 Steps = Generator[Progress | Stage, None, Progress]  # what is returned was yielded last, too
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The values of the page's controls: how many frames, and how to answer."""
+
+    num_frames: int
+    decoding: Decoding
 
 
 @dataclass
@@ -69,27 +77,28 @@ class Service:
     def __init__(
         self,
         chat: Chat,
-        limits: Limits,
+        limits: PageLimits,
         folder: Path,
         examples: Sequence[Path] = (),
         reading: ReadingPool | None = None,
     ) -> None:
         self.chat = chat
         self.limits = limits
-        self.jobs = Jobs(1 + limits.queue, reading or ReadingPool(seconds=limits.read_seconds))
+        self.jobs = Jobs(1 + limits.waiting, reading or ReadingPool(seconds=limits.read_seconds))
         self.folder = folder.resolve()
         self.examples = frozenset(path.resolve() for path in examples)
         self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # no part of an upload's name
 
     def wishes(self, num_frames: object, num_beams: object, temperature: object, max_new_tokens: object) -> Wishes:
-        """The page's controls, checked. Raises UserError."""
-        return Wishes.checked(
-            self.limits,
-            self.chat.decoding,
-            num_frames=num_frames,
-            num_beams=num_beams,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
+        """Check the numbers of a browser or client. Raises UserError, naming the one that is out of bounds."""
+        limits = self.limits
+        return Wishes(
+            num_frames=_whole("frames", num_frames, limits.frames),
+            decoding=self.chat.decoding.with_options(
+                num_beams=_whole("beams", num_beams, limits.beams),
+                max_new_tokens=_whole("tokens of the longest answer", max_new_tokens, limits.new_tokens),
+                temperature=_number("the temperature", temperature, 2.0),
+            ),
         )
 
     def look(self, path: str, num_frames: int, known: Film | None, stop: Event) -> Steps:
@@ -182,9 +191,7 @@ class Service:
         yield progress
         yield Stage.READING
         start = time.perf_counter()
-        clip, pictures = self.jobs.reading.read(
-            partial(read_film, self.limits.media, self.chat.read, media), file, stop
-        )
+        clip, pictures = self.jobs.reading.read(partial(read_film, self.limits, self.chat.read, media), file, stop)
         film = Film(media, clip.info.kind, pictures, tuple(clip.times))
         progress = replace(progress, film=film).end("read", time.perf_counter() - start, len(film.times))
         yield progress
@@ -238,3 +245,17 @@ def _video(progress: Progress, what: str) -> Film:
     if len(film.times) < 2:
         raise UserError(f"{what} needs a video of at least two frames, and this gives one: take a video")
     return film
+
+
+def _whole(what: str, value: object, most: int) -> int:
+    number = _number(f"the number of {what}", value, most)
+    if number != int(number) or number < 1:
+        raise UserError(f"the number of {what} is {value!r}: expected a whole number from 1 to {most}")
+    return int(number)
+
+
+def _number(what: str, value: object, most: float) -> float:
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not 0 <= number <= most:
+        raise UserError(f"{what} is {value!r}: expected a number from 0 to {most:g}")
+    return number

@@ -12,9 +12,8 @@ from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Media, Request
 from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
-from stllm.web.handlers import NO_ANSWER, NO_VIDEO, Handlers
-from stllm.web.limits import Limits
-from stllm.web.talk import Session
+from stllm.serving.limits import PageLimits
+from stllm.web.handlers import NO_ANSWER, NO_VIDEO, Handlers, Session
 from tests.web.conftest import CONTROLS, last
 
 FIRST, SECOND = "what moves first", "which color is the square"
@@ -256,7 +255,7 @@ def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, na
 
 
 def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> None:
-    handlers.service.limits = Limits(video_seconds=1.0)
+    handlers.service.limits = PageLimits(media_seconds=1.0)
     session = Session()
     handlers.begin(session, str(folder / "two.mp4"), "two.mp4")
     assert "the video lasts 1.2 s, at most 1.0 s are taken" in last(list(handlers.look(session, 6)), "status")

@@ -20,13 +20,13 @@ from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Media, Request
 from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
-from stllm.web.limits import Limits
+from stllm.serving.limits import PageLimits
 from tests.helpers.demo import served
 from tests.helpers.videos import write_video
 
 FIRST, SECOND = "what moves first", "which color is the square"
 SECRET = "a secret of this machine"
-LIMITS = Limits(file_megabytes=1, video_seconds=5.0, folder_megabytes=4)
+LIMITS = PageLimits(media_bytes=1 << 20, media_seconds=5.0, folder_bytes=4 << 20)
 
 
 @pytest.fixture(scope="module")
