@@ -34,17 +34,7 @@ class ClipReader:
 
     def __call__(self, media: Media) -> Clip:
         """The prepared frames. Raises MediaError for what cannot be read."""
-        return load_clip(
-            media.path,
-            num_frames=self.num_frames if media.num_frames is None else media.num_frames,
-            sampling=media.sampling,
-            bounds=media.bounds,
-            transform=self.transform,
-            reader=media.reader,
-            fps=media.fps,
-            view=media.view,
-            own_times=media.own_times,
-        )
+        return load_clip(media, self.transform, num_frames=self.num_frames)
 
 
 @dataclass(frozen=True)

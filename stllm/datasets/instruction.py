@@ -18,7 +18,7 @@ from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.features import FeatureStore, feature_key, frame_settings
 from stllm.datasets.records import Record, Records
 from stllm.datasets.samples import Sample, SampleKey
-from stllm.media.clip import MediaError, load_clip
+from stllm.media.clip import Media, MediaError, load_clip
 from stllm.processors.templates import Turn
 from stllm.processors.transforms import ClipTransform
 
@@ -136,16 +136,9 @@ class InstructionCorpus:
         """A record's frames, (T, 3, S, S), prepared; T is always `num_frames` (1 for an image). Raises MediaError."""
         assert record.media is not None
         crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
-        clip = load_clip(
-            record.media,
-            num_frames=self.num_frames,
-            sampling=self.sampling,
-            bounds=record.bounds,
-            transform=self.transform.for_clip(crops),
-            reader=self.reader,
-            fps=self.fps,
-            generator=generator,
-        )
+        start, end = record.bounds or (None, None)
+        media = Media(record.media, self.num_frames, start, end, self.sampling, self.reader, self.fps, own_times=False)
+        clip = load_clip(media, self.transform.for_clip(crops), generator=generator)
         if (clip.info.kind == "image") != (self.media == "image"):
             found, wanted = ("an image", "a video") if clip.info.kind == "image" else ("a video", "an image")
             raise MediaError(

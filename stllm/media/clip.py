@@ -1,18 +1,20 @@
-"""A clip: the frames of a video, gif, frame folder or image, sampled and prepared for the model.
+"""Media on disk, and clips: their frames, sampled and prepared for a model.
 
 Letters: T frames, S the model's image size.
 """
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.media.info import MediaError, MediaInfo, Reader
 from stllm.media.open import open_media
 from stllm.media.sampling import Bounds, BoundsError, Generator, sample_indices, within
@@ -20,7 +22,58 @@ from stllm.media.time_bound import keep_reading
 from stllm.media.views import FORWARD, check_view, view_frames, view_order
 from stllm.processors.transforms import FrameTransform
 
-__all__ = ["Clip", "MediaError", "MediaInfo", "check_clip", "load_clip"]
+__all__ = ["Clip", "Media", "MediaError", "MediaInfo", "Stamp", "load_clip"]
+
+Stamp = tuple[Any, ...]  # of a medium and its file as it is at one moment
+
+
+@dataclass(frozen=True)
+class Media:
+    """A video, gif, frame folder or image on disk, and the part of it to read.
+
+    num_frames: frames to sample (see `sampling.sample_indices`), None for the model's usual number; an image gives one
+        frame whatever it is. start, end: seconds, None for the whole. sampling: a rule of sampling.py.
+    reader, fps: see `open_media`. view: how the sampled frames are shown, of views.py; indices and times follow.
+    own_times: choose the frames whose own times lie within start and end, as a viewer means it. False: turn start and
+        end into indices by the average rate, as training and the benchmarks do; the rule `segment` always does.
+    """
+
+    path: str
+    num_frames: int | None = None
+    start: float | None = None
+    end: float | None = None
+    sampling: str = "uniform"
+    reader: str = "auto"
+    fps: float | None = None
+    view: str = FORWARD
+    own_times: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an empty path, which would mean the current folder, and for an unknown view."""
+        check_view(self.view)
+        if not self.path.strip():
+            raise UserError("the path of the video is empty: name a file or a folder of frames")
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """(start, end) in seconds, None for the whole."""
+        if self.start is None and self.end is None:
+            return None
+        return self.start or 0.0, float("inf") if self.end is None else self.end
+
+    def check(self) -> None:
+        """Raises what `load_clip` would raise, as far as it shows without decoding the frames."""
+        with open_media(self.path, reader=self.reader, fps=self.fps) as medium:
+            medium.times(_sample(self, medium, 1))
+
+    def stamp(self) -> Stamp:
+        """A key that changes when the file (or a file of the folder) changes: names, sizes and times of change."""
+        path, marks = user_path(self.path), []
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            with suppress(OSError, ValueError):  # gone, a dead link, no path at all: reading it says what is wrong
+                stat = file.stat()
+                marks.append((file.name, stat.st_size, stat.st_mtime_ns))
+        return self, tuple(marks)
 
 
 @dataclass
@@ -56,73 +109,34 @@ class Clip:
 
 
 def load_clip(
-    path: str | Path,
-    *,
-    num_frames: int,
-    sampling: str = "uniform",
-    bounds: Bounds | None = None,
-    transform: FrameTransform,
-    reader: str = "auto",
-    fps: float | None = None,
-    generator: Generator | None = None,
-    view: str = FORWARD,
-    own_times: bool = False,
+    media: Media, transform: FrameTransform, *, num_frames: int = 1, generator: Generator | None = None
 ) -> Clip:
     """Opens a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
 
-    num_frames, sampling, bounds (start and end in seconds), generator: see `sampling.sample_indices`. An image gives
-        one frame (T = 1) whatever they are.
-    own_times: choose the frames whose own times lie within the bounds, instead of turning bounds into indices by the
-        average rate, as training and the benchmarks do. The rule `segment` is a benchmark's and ignores it.
-    transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.vision.EvalTransform`.
-    reader, fps: see `readers.open_media`.
-    view: how the sampled frames are shown, of views.py; indices and times follow.
+    transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.transforms.EvalTransform`.
+    num_frames: for media that name no number. generator: for the sampling rule `rand`.
     Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
     """
-    check_view(view)
-    with open_media(path, reader=reader, fps=fps) as medium:
-        indices = _sample(medium, path, sampling, num_frames, bounds, generator, own_times)
+    with open_media(media.path, reader=media.reader, fps=media.fps) as medium:
+        indices = _sample(media, medium, num_frames, generator)
         times = medium.times(indices)
         frames = _prepare(medium.frames(indices), len(indices), transform)
-        return Clip(frames, indices, times, medium.info, str(path)).viewed(view)
+        return Clip(frames, indices, times, medium.info, media.path).viewed(media.view)
 
 
-def check_clip(
-    path: str | Path,
-    *,
-    num_frames: int,
-    sampling: str = "uniform",
-    bounds: Bounds | None = None,
-    reader: str = "auto",
-    fps: float | None = None,
-    own_times: bool = False,
-) -> None:
-    """Raises what `load_clip` would raise, as far as it shows without decoding the frames; arguments as there."""
-    with open_media(path, reader=reader, fps=fps) as medium:
-        medium.times(_sample(medium, path, sampling, num_frames, bounds, None, own_times))
-
-
-def _sample(
-    medium: Reader,
-    path: str | Path,
-    sampling: str,
-    num_frames: int,
-    bounds: Bounds | None,
-    generator: Generator | None,
-    own_times: bool,
-) -> list[int]:
+def _sample(media: Media, medium: Reader, num_frames: int, generator: Generator | None = None) -> list[int]:
     """The indices of a clip's frames, as the reader counts; an error names the path."""
     info = medium.info
     if info.kind == "image":
         return [info.first_index]
-    first, count = 0, info.num_frames
+    first, count, bounds = 0, info.num_frames, media.bounds
     try:
-        if bounds is not None and own_times and sampling != "segment":
+        if bounds is not None and media.own_times and media.sampling != "segment":
             first, count = within(bounds, seconds=medium.seconds, duration=info.duration)
             bounds = None
         return sample_indices(
-            sampling,
-            num_frames=num_frames,
+            media.sampling,
+            num_frames=num_frames if media.num_frames is None else media.num_frames,
             total_frames=count,
             fps=info.fps,
             bounds=bounds,
@@ -131,7 +145,7 @@ def _sample(
         )
     except UserError as error:
         cause = "bounds" if isinstance(error, BoundsError) else "unreadable"
-        raise MediaError(f"{path}: {error}", cause=cause) from None
+        raise MediaError(f"{media.path}: {error}", cause=cause) from None
 
 
 def _prepare(frames: Iterator[np.ndarray], count: int, transform: FrameTransform) -> Tensor:

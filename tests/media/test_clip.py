@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stllm.media.clip import Clip, MediaError, check_clip, load_clip
+from stllm.media.clip import Clip, Media, MediaError, load_clip
 from stllm.media.open import open_media
 from stllm.media.sampling import segment, uniform
 from stllm.processors.transforms import CLIP_MEAN, CLIP_STD, EvalTransform, TrainTransform
@@ -27,7 +27,7 @@ def clip_codes(clip: Clip) -> list[int]:
 
 
 def test_a_clip_holds_the_frames_sampled(video: Path) -> None:
-    clip = load_clip(video, num_frames=8, transform=TRANSFORM)
+    clip = load_clip(Media(str(video), num_frames=8), TRANSFORM)
     assert clip.frames.shape == (8, 3, 32, 32) and clip.frames.dtype == torch.float32
     assert clip.indices == uniform(8, total_frames=100) == clip_codes(clip)
     assert clip.times == pytest.approx([index / 25 for index in clip.indices])
@@ -35,22 +35,24 @@ def test_a_clip_holds_the_frames_sampled(video: Path) -> None:
 
 
 def test_clips_are_what_the_transform_makes_of_each_frame(video: Path) -> None:
-    clip = load_clip(video, num_frames=3, transform=TRANSFORM)
+    clip = load_clip(Media(str(video), num_frames=3), TRANSFORM)
     with open_media(video) as reader:
         expected = torch.stack([TRANSFORM(frame) for frame in reader.frames(clip.indices)])
     assert torch.equal(clip.frames, expected)
 
 
 def test_a_bound_limits_the_clip(video: Path) -> None:
-    clip = load_clip(video, num_frames=4, bounds=(2.0, 3.0), transform=TRANSFORM)
+    clip = load_clip(Media(str(video), num_frames=4, start=2.0, end=3.0, own_times=False), TRANSFORM)
     assert all(50 <= index < 75 for index in clip_codes(clip))
-    clip = load_clip(video, num_frames=4, sampling="segment", bounds=(2.0, 3.0), transform=TRANSFORM)
+    clip = load_clip(
+        Media(str(video), num_frames=4, sampling="segment", start=2.0, end=3.0, own_times=False), TRANSFORM
+    )
     assert clip_codes(clip) == segment(4, total_frames=100, fps=25, bounds=(2.0, 3.0))
 
 
 def test_random_sampling_takes_its_generator(video: Path) -> None:
     first, again, other = (
-        load_clip(video, num_frames=4, sampling="rand", transform=TRANSFORM, generator=np.random.default_rng(seed))
+        load_clip(Media(str(video), num_frames=4, sampling="rand"), TRANSFORM, generator=np.random.default_rng(seed))
         for seed in (0, 0, 1)
     )
     assert first.indices == again.indices != other.indices
@@ -59,56 +61,58 @@ def test_random_sampling_takes_its_generator(video: Path) -> None:
 @pytest.mark.parametrize("sampling", ["uniform", "segment"])
 def test_a_bound_outside_the_video_has_its_sentence(video: Path, sampling: str) -> None:
     with pytest.raises(MediaError, match=r"video.mp4: the bound \[9, 12\] s lies outside the video, which lasts 4"):
-        load_clip(video, num_frames=4, sampling=sampling, bounds=(9, 12), transform=TRANSFORM)
+        load_clip(Media(str(video), num_frames=4, sampling=sampling, start=9, end=12, own_times=False), TRANSFORM)
 
 
 def test_a_clip_can_be_checked_without_decoding_it(video: Path, tmp_path: Path) -> None:
-    check_clip(video, num_frames=4, bounds=(2.0, 3.0))
+    Media(str(video), 4, start=2.0, end=3.0, own_times=False).check()
     with pytest.raises(MediaError, match=r"video.mp4: the bound \[9, end\] s lies outside"):
-        check_clip(video, num_frames=4, bounds=(9, float("inf")))
+        Media(str(video), 4, start=9, own_times=False).check()
     cut = tmp_path / "cut.mp4"
     write_video(cut, num_frames=100, container_options={"movflags": "faststart"})
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size * 6 // 10])
     with pytest.raises(MediaError, match="the file is cut short"):
-        check_clip(cut, num_frames=16)
+        Media(str(cut), 16).check()
 
 
 def test_frame_folders_give_file_numbers(tmp_path: Path) -> None:
     for index in range(1, 31):
         Image.fromarray(frame_code(index)).save(tmp_path / f"{index:05d}.jpg")
-    clip = load_clip(tmp_path, num_frames=4, sampling="segment", bounds=(2.0, 8.0), transform=TRANSFORM)
+    clip = load_clip(
+        Media(str(tmp_path), num_frames=4, sampling="segment", start=2.0, end=8.0, own_times=False), TRANSFORM
+    )
     assert clip.indices == segment(4, total_frames=30, fps=3, bounds=(2.0, 8.0), first_index=1) == clip_codes(clip)
-    clip = load_clip(tmp_path, num_frames=4, sampling="uniform", transform=TRANSFORM)
+    clip = load_clip(Media(str(tmp_path), num_frames=4, sampling="uniform"), TRANSFORM)
     assert clip.indices == [1 + index for index in uniform(4, total_frames=30)] == clip_codes(clip)
     assert clip.times[0] == (clip.indices[0] - 1) / 3
 
 
 def test_an_image_is_one_frame(tmp_path: Path) -> None:
     Image.fromarray(frame_code(77)).save(tmp_path / "image.png")
-    clip = load_clip(tmp_path / "image.png", num_frames=64, bounds=(3, 4), transform=TRANSFORM)
+    clip = load_clip(Media(str(tmp_path / "image.png"), num_frames=64, start=3, end=4, own_times=False), TRANSFORM)
     assert clip.frames.shape == (1, 3, 32, 32) and clip_codes(clip) == [77]
     assert (clip.indices, clip.times) == ([0], [0.0])
 
 
 def test_one_frame_fills_a_padded_clip(tmp_path: Path) -> None:
     video = write_video(tmp_path / "one.mp4", num_frames=1)
-    assert load_clip(video, num_frames=8, sampling="middle", transform=TRANSFORM).frames.shape[0] == 8
-    assert load_clip(video, num_frames=8, transform=TRANSFORM).frames.shape[0] == 1
+    assert load_clip(Media(str(video), num_frames=8, sampling="middle"), TRANSFORM).frames.shape[0] == 8
+    assert load_clip(Media(str(video), num_frames=8), TRANSFORM).frames.shape[0] == 1
 
 
 def test_a_training_clip_has_one_crop(video: Path) -> None:
     transform = TrainTransform(32).for_clip(torch.Generator().manual_seed(0))
-    clip = load_clip(video, num_frames=8, sampling="fps0.01", transform=transform)
+    clip = load_clip(Media(str(video), num_frames=8, sampling="fps0.01"), transform)
     assert clip.frames.shape == (1, 3, 32, 32)
     still = write_video(video.with_name("still.mp4"), frames=[frame_code(21845)] * 9)
-    frames = load_clip(still, num_frames=4, transform=TrainTransform(32).for_clip(torch.Generator())).frames
+    frames = load_clip(Media(str(still), num_frames=4), TrainTransform(32).for_clip(torch.Generator())).frames
     torch.testing.assert_close(frames[0].expand_as(frames), frames, atol=0.1, rtol=0)
 
 
 def test_the_digest_tells_content_apart(video: Path, tmp_path: Path) -> None:
     copy = tmp_path / "another name.mkv"
     copy.write_bytes(video.read_bytes())
-    clips = [load_clip(path, num_frames=4, transform=TRANSFORM) for path in (video, copy)]
+    clips = [load_clip(Media(str(path), num_frames=4), TRANSFORM) for path in (video, copy)]
     assert clips[0].digest == clips[1].digest and len(clips[0].digest) == 32
     clips[1].frames[0, 0, 0, 0] += 1e-6
     assert clips[0].digest != clips[1].digest

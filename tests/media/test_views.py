@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from stllm.common.errors import UserError
-from stllm.conversation.requests import Media
-from stllm.media.clip import load_clip
+from stllm.media.clip import Media, load_clip
 from stllm.media.views import VIEWS, view_frames, view_order
 from stllm.processors.transforms import EvalTransform
 from tests.helpers.videos import write_video
@@ -55,7 +54,7 @@ def test_an_unknown_view_lists_the_known_ones() -> None:
 
 def test_clips_show_the_same_frames_in_the_order_of_the_view(tmp_path: Path) -> None:
     video = write_video(tmp_path / "video.mp4", num_frames=40)
-    clips = {view: load_clip(video, num_frames=5, transform=EvalTransform(28), view=view) for view in VIEWS}
+    clips = {view: load_clip(Media(str(video), 5, view=view), EvalTransform(28)) for view in VIEWS}
     forward = clips["forward"]
     assert forward.indices == sorted(forward.indices)
     for view, clip in clips.items():
