@@ -1,4 +1,4 @@
-"""The web application: /v1/chat/completions, /v1/models, /health. It holds no state of a client between requests."""
+"""The web application: /v1/chat/completions, /v1/models, /health. It keeps no state of a client between requests."""
 
 import asyncio
 import re
@@ -62,32 +62,39 @@ class Server:
         self.bodies = Bodies(self.limits.body_bytes, BODIES * self.limits.body_bytes, self.limits.body_seconds)
         self._created = int(time.time())
 
-    # ---- endpoints --------------------------------------------------------------------------------------------------
-
     async def health(self, request: Request) -> Response:
-        """Whether the server is up, and how busy it is."""
+        """Report that the server is up, and how busy it is."""
         return JSONResponse(
             {"status": "ok", "model": self.name, "requests": self.jobs.num_inside, "places": self.jobs.places}
         )
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """List the one model."""
         return JSONResponse({"object": "list", "data": [model_object(self.name, self._created)]})
 
     async def model(self, request: Request) -> Response:
-        """The one model, or 404."""
+        """Describe the one model, or answer 404."""
         if request.path_params["name"] != self.name:
             raise ApiError(404, f"the only model here is {self.name!r}", code="model_not_found")
         return JSONResponse(model_object(self.name, self._created))
 
     async def completions(self, request: Request) -> Response:
-        """Answers a chat completion request, whole or as a stream."""
+        """Answer a chat completion request, whole or as a stream."""
         try:
             self.jobs.check_room()
         except BusyError:
             await self.bodies.read(request, keep=False)  # so that the client reads the refusal
             raise
-        body = await self._arrive(request)
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            # A page elsewhere on the web can have a browser send any other type here unasked.
+            raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
+        body = await self.bodies.read(request)
+        if body is None:
+            raise ApiError(
+                413,
+                f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
+                code="request_too_large",
+            )
         news = News()
         job: Job[Step] = self.jobs.admit(news.tell)  # not before, so that slow senders hold no places
         streams = False
@@ -112,24 +119,8 @@ class Server:
             if not streams:
                 job.give_up()
 
-    # ---- steps ------------------------------------------------------------------------------------------------------
-
-    async def _arrive(self, request: Request) -> bytearray:
-        """The request's body. Raises ApiError when it is no JSON, too large or too slow."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            # A page elsewhere on the web can have a browser send any other type here unasked.
-            raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
-        body = await self.bodies.read(request)
-        if body is None:
-            raise ApiError(
-                413,
-                f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
-                code="request_too_large",
-            )
-        return body
-
     def _begin(self, body: bytearray, job: Job[Step]) -> Asked:
-        """Begins to answer the request. Its medium becomes a file, which goes when the job leaves."""
+        """Begin to answer the request. Its medium is written to a file, which is removed at the end of the job."""
         words, medium = split_medium(body, self.limits)
         asked = parse_request(words, model=self.name, usual=self.chat.decoding, limits=self.limits)
         path = None
@@ -143,19 +134,19 @@ class Server:
 
 
 class News:
-    """What a job tells, from its threads to the event loop in which this was made."""
+    """News of a job, from its threads to the event loop in which this object was made."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[Step | End] = asyncio.Queue()
 
     def tell(self, item: Step | End) -> None:
-        """Called in any thread."""
+        """Add an item, from any thread."""
         with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
             self._loop.call_soon_threadsafe(self._told.put_nowait, item)
 
     async def next(self) -> Step | None:
-        """What the job tells next, None at its end. Raises what its work raised."""
+        """Return the next item, None at the end of the job. Raises what the job raised."""
         item = await self._told.get()
         if not isinstance(item, End):
             return item
@@ -165,7 +156,7 @@ class News:
 
 
 class OwnHosts:
-    """Middleware that turns away requests to other names, with which a page elsewhere would reach this machine.
+    """Middleware that refuses requests to other host names, with which a page elsewhere could reach this machine.
 
     As starlette's TrustedHostMiddleware, but its refusal is OpenAI's error object. hosts: names that are served.
     """
@@ -175,7 +166,7 @@ class OwnHosts:
         self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers 400."""
+        """Pass the request on, or answer 400."""
         if scope["type"] == "http":
             named = HOST.fullmatch(Headers(scope=scope).get("host", ""))
             if named is None or named[1].lower() not in self.hosts:
@@ -186,14 +177,14 @@ class OwnHosts:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. However it ends, the job is given up."""
+    """A stream of server-sent events that gives up its job when it ends, in whatever way."""
 
     def __init__(self, events: AsyncIterator[str], job: Job[Step]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends them, until they end or the client has gone."""
+        """Send the events, until they end or the client has gone."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -201,7 +192,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(news: News, first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
-    """The chunks of an answer; an error in the middle is an event, too."""
+    """Yield the chunks of an answer; an error in the middle is also an event."""
     yield reply.chunk({"role": "assistant", "content": ""})
     step: Step | None = first
     try:
@@ -225,7 +216,7 @@ async def _give_up_when_gone(request: Request, job: Job[Step]) -> None:
 
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
-    """The application. hosts: names by which it may be called; None: any."""
+    """Build the application. hosts: names of this server that requests may use; None: any."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -246,7 +237,7 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
 
 
 def _answers(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, whose failures become OpenAI's error objects."""
+    """Wrap an endpoint so that its failures become OpenAI's error objects."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -260,7 +251,7 @@ def _answers(endpoint: Endpoint) -> Endpoint:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods."""
+    """Answer requests for unknown paths and methods."""
     assert isinstance(error, HTTPException)
     offered = "GET /health, GET /v1/models, POST /v1/chat/completions"
     return _error_response(ApiError(error.status_code, f"{error.detail}: this server offers {offered}"))

@@ -13,8 +13,7 @@ from stllm.media.open import open_media
 from stllm.media.sniff import EXPECTED, kind_of, read_head
 
 if TYPE_CHECKING:
-    from stllm.conversation.requests import Media
-    from stllm.conversation.seeing import ClipReader
+    from stllm.conversation.requests import ClipReader, Media
     from stllm.media.clip import Clip
 
 MEBIBYTE = 1 << 20

@@ -1,4 +1,4 @@
-"""The API as gradio gives it: /ask, /probe and /evidence. Each call stands alone: what was said before is sent with it.
+"""The page's API through gradio: /ask, /probe and /evidence. Calls keep no state: earlier turns are sent as history.
 
 gradio_client and curl reach them; README.md has examples.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import gradio as gr
 
-from stllm.conversation.requests import Answer
 from stllm.processors.templates import Turn
 from stllm.serving.jobs import Work
 from stllm.web.progress import Progress
@@ -38,7 +37,17 @@ class Endpoints:
         turns = [*_turns(history), Turn(text)]
         for progress in self._followed(lambda stop: self.service.ask(path, None, turns, wishes, stop)):
             if progress.answer is not None:
-                yield progress.text, _about(progress.answer, progress.stages["answer"].count or 0)
+                answer = progress.answer
+                yield (
+                    progress.text,
+                    {
+                        "frame_times": answer.frame_times,
+                        "visual_tokens": answer.visual_tokens,
+                        "cut_tokens": asdict(answer.cut),
+                        "tokens": progress.stages["answer"].count or 0,
+                        "seconds": answer.seconds,
+                    },
+                )
             else:
                 yield progress.text, {}
 
@@ -68,20 +77,19 @@ class Endpoints:
         job: Work[Progress] = lambda stop: self.service.evidence(path, None, turns, wishes, given, stop)  # noqa: E731
         for progress in self._followed(job):
             found = progress.evidence
-            yield (
-                {}
-                if found is None
-                else {
-                    "answer": found.answer,
-                    "log_probability": found.log_probability,
-                    "frame_times": found.times,
-                    "segments": found.segments,
-                    "scores": found.scores,
-                    "matters": found.matters,
-                    "bound": found.bound,
-                    "cut": found.cut,
-                }
-            )
+            if found is None:
+                yield {}
+                continue
+            yield {
+                "answer": found.answer,
+                "log_probability": found.log_probability,
+                "frame_times": found.times,
+                "segments": found.segments,
+                "scores": found.scores,
+                "matters": found.matters,
+                "bound": found.bound,
+                "cut": found.cut,
+            }
 
     def _checked(self, file: Any, question: Any, *controls: Any) -> tuple[str, str, Wishes]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
@@ -122,16 +130,6 @@ def add_endpoints(service: Service, queue: dict[str, Any]) -> None:
     evidence.click(
         endpoints.evidence, [file, question, history, answer, *controls], found, api_name="evidence", **options
     )
-
-
-def _about(answer: Answer, num_tokens: int) -> dict[str, Any]:
-    return {
-        "frame_times": answer.frame_times,
-        "visual_tokens": answer.visual_tokens,
-        "cut_tokens": asdict(answer.cut),
-        "tokens": num_tokens,
-        "seconds": answer.seconds,
-    }
 
 
 def _turns(history: Any) -> list[Turn]:

@@ -20,7 +20,7 @@ from stllm.processors.transforms import EvalTransform, FrameTransform
 
 if TYPE_CHECKING:  # read_film runs in a process without a model
     from stllm.conversation.evidence import Evidence
-    from stllm.conversation.seeing import ClipReader
+    from stllm.conversation.requests import ClipReader
     from stllm.media.clip import Clip
     from stllm.serving.limits import Limits
 
@@ -38,13 +38,12 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Film:
-    """What the model was shown. media: with the number of frames that was asked for.
+    """The frames that the model was shown. media: with the number of frames that was asked for.
 
-    kind: of `MediaInfo`. pictures: of each frame, as data addresses. times: seconds.
+    pictures: of each frame, as data addresses. times: seconds.
     """
 
     media: Media
-    kind: str
     pictures: tuple[str, ...]
     times: tuple[float, ...]
 
@@ -106,8 +105,17 @@ def clock(seconds: float) -> str:
 
 
 def probe_html(film: Film, question: str, answers: Mapping[str, str]) -> str:
-    """A card a view, with what was shown in small; views that have no answer yet wait."""
-    cards = "".join(_card(film, view, answers) for view in VIEWS)
+    """Draw a card for each view: a small strip and the answer, which may still be missing."""
+    same = {view: answers[view].strip().lower() == answers[FORWARD].strip().lower() for view in answers}
+    cards = ""
+    for view in VIEWS:
+        strip = small_strip(film, view_order(view, len(film.times)), blank=view == BLANK)
+        state, mark, text = " waiting", "", "…"
+        if view in answers:
+            state, text = "", escape(answers[view]) or "(an empty answer)"
+            if view != FORWARD:
+                mark = '<em class="same">same</em>' if same[view] else '<em class="other">differs</em>'
+        cards += f'<div class="probe-card{state}"><b>{view}{mark}</b><i>{MEANING[view]}</i>{strip}<p>{text}</p></div>'
     said = f'<div class="probe-words"><b>{verdict(answers)}</b></div>' if len(answers) == len(VIEWS) else ""
     asked = f'<div class="probe-question">Asked alone, under five views: “{escape(question)}”</div>'
     return f'{asked}<div class="probe-cards">{cards}</div>{said}'
@@ -126,17 +134,6 @@ def verdict(answers: Mapping[str, str]) -> str:
     if not same[BLANK]:
         return "One frame gives the same answer: nothing here needs time."
     return "The answer is the same without any picture: it comes from the question alone."
-
-
-def _card(film: Film, view: str, answers: Mapping[str, str]) -> str:
-    answer = answers.get(view)
-    strip = small_strip(film, view_order(view, len(film.times)), blank=view == BLANK)
-    if answer is None:
-        return f'<div class="probe-card waiting"><b>{view}</b><i>{MEANING[view]}</i>{strip}<p>…</p></div>'
-    same = view != FORWARD and answer.strip().lower() == answers[FORWARD].strip().lower()
-    mark = "" if view == FORWARD else f'<em class="{"same" if same else "other"}">{"same" if same else "differs"}</em>'
-    text = escape(answer) or "(an empty answer)"
-    return f'<div class="probe-card"><b>{view}{mark}</b><i>{MEANING[view]}</i>{strip}<p>{text}</p></div>'
 
 
 def _curve(evidence: "Evidence") -> str:

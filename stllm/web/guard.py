@@ -1,7 +1,7 @@
-"""What gradio's server offers and the demo does not need is shut, and what a request may hold is bounded.
+"""Middleware that closes the parts of gradio's server that the page does not need, and bounds each request.
 
 gradio fetches web addresses that a client names as files, forwards requests, converts recordings and keeps copies of
-pages. Here nothing is fetched, neither by the server nor by the browser, and a body is no larger than it has to be.
+pages. Here nothing is fetched, neither by the server nor by the browser, and bodies are bounded.
 """
 
 import os
@@ -21,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stllm.common.json_text import loads
 from stllm.serving.limits import MEBIBYTE, PageLimits
+from stllm.serving.media import Bodies
+from stllm.serving.replies import ApiError
 
 SHUT = re.compile(
     r"^(/gradio_api)?/(file=\s*[a-z]+:|proxy=|process_recording|deep_link|component_server|stream/|custom_component|"
@@ -28,6 +30,7 @@ SHUT = re.compile(
     re.IGNORECASE,
 )
 MAX_MESSAGE = MEBIBYTE  # bytes of a request that is no upload
+MESSAGES = 64  # of that size that may arrive at once, chosen here
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of videos is WebAssembly; all is its own
@@ -45,11 +48,12 @@ class Guard:
         self.app = app
         self.limits = limits
         self.folder = folder
+        self._bodies = Bodies(MAX_MESSAGE, MESSAGES * MAX_MESSAGE, limits.body_seconds)
         self._num_uploads = 0  # that arrive now
         self._announced = 0  # their bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses with 403, 400, 408, 413 or 507 and a sentence, or lets the request through."""
+        """Refuse with 403, 400, 408, 411, 413, 503 or 507 and a sentence, or let the request through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -67,10 +71,14 @@ class Guard:
                 return
         elif scope["method"] in ("POST", "PUT", "PATCH"):
             body = None
-            with anyio.move_on_after(self.limits.body_seconds) as patience:
-                body = await _read(receive, MAX_MESSAGE)
-            refusal = (408, "the request did not arrive in time") if patience.cancelled_caught else _fault(body)
-            receive = _replay(body or b"", receive)
+            try:
+                body = await self._bodies.read(Request(scope, receive))
+                refusal = _fault(body)
+            except ApiError as error:
+                refusal = error.status, str(error)
+            except ClientDisconnect:
+                return
+            receive = _replay(bytes(body or b""), receive)
         if refusal is not None:
             await JSONResponse({"detail": refusal[1]}, status_code=refusal[0])(scope, receive, send)
             return
@@ -168,18 +176,6 @@ def _sizes(folder: Path) -> Iterator[int]:
             yield path.stat().st_size
 
 
-async def _read(receive: Receive, most: int) -> bytes | None:
-    """The body; None when it is longer than that."""
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > most:
-            return None
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return body
-
-
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Gives the body that was read, then whatever else comes."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -190,11 +186,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _fault(body: bytes | None) -> tuple[int, str] | None:
+def _fault(body: bytearray | None) -> tuple[int, str] | None:
     if body is None:
         return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
     try:
-        named = list(_paths(loads(body))) if body else []
+        named = list(_paths(loads(bytes(body)))) if body else []
     except (ValueError, RecursionError):
         return 400, "the request is no JSON"
     if any(ADDRESS.match(path.strip()) for path in named):

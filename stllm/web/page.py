@@ -1,4 +1,4 @@
-"""The page: what stands where, and which handler serves what. The look is in style.css; the API in endpoints.py."""
+"""The page: its layout, and the handler of each event. The look is in style.css; the API in endpoints.py."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,11 +87,12 @@ def theme() -> gr.themes.Base:
     )
 
 
-# ---- what stands where ----------------------------------------------------------------------------------------------
+# ---- layout ---------------------------------------------------------------------------------------------------------
 
 
-def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | None]:
+def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset]:
     """Left the medium, right what is said about it and, in view with it, what was seen and what an answer rests on."""
+    usual, limits, frames = service.chat.decoding, service.limits, service.chat.num_frames
     session = gr.State(Session())
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
@@ -102,9 +103,25 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | 
                     image = gr.Image(
                         label="Image", show_label=False, type="filepath", height=320, elem_id="image", buttons=[]
                     )
-            chosen = _example_cards(examples)
+            chosen = gr.Dataset(
+                label="Examples",
+                components=[gr.Video(render=False), gr.Textbox(render=False)],
+                samples=[[str(path), question] for path, question in examples],
+                type="index",
+                visible=bool(examples),
+                elem_id="examples",
+            )
             with gr.Accordion("How to look and answer", open=False, elem_id="controls"):
-                controls = _controls(service)
+                most, longest = limits.new_tokens, min(usual.max_new_tokens, limits.new_tokens)
+                several = "above 1 the answer comes whole, not word by word"
+                controls = (
+                    gr.Slider(1, limits.frames, frames, step=1, label="Frames", info="taken from the video"),
+                    gr.Slider(1, limits.beams, 1, step=1, label="Beams", info=several),
+                    gr.Slider(
+                        0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; above: drawn at random"
+                    ),
+                    gr.Slider(1, most, longest, step=1, label="Longest answer (tokens)"),
+                )
         with gr.Column(scale=6, min_width=360):
             chat, question, send, stop = _conversation(service)
             with gr.Row(elem_id="actions"):
@@ -152,34 +169,10 @@ def _small(name: str) -> gr.Button:
     return gr.Button(name, size="sm", min_width=80, elem_id=name.split()[0].lower())
 
 
-def _controls(service: Service) -> tuple[gr.Slider, ...]:
-    usual, limits = service.chat.decoding, service.limits
-    return (
-        gr.Slider(1, limits.frames, service.chat.num_frames, step=1, label="Frames", info="taken from the video"),
-        gr.Slider(1, limits.beams, 1, step=1, label="Beams", info="above 1 the answer comes whole, not word by word"),
-        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; above: drawn at random"),
-        gr.Slider(
-            1, limits.new_tokens, min(usual.max_new_tokens, limits.new_tokens), step=1, label="Longest answer (tokens)"
-        ),
-    )
+# ---- events ---------------------------------------------------------------------------------------------------------
 
 
-def _example_cards(examples: Examples) -> gr.Dataset | None:
-    if not examples:
-        return None
-    return gr.Dataset(
-        label="Examples",
-        components=[gr.Video(render=False), gr.Textbox(render=False)],
-        samples=[[str(path), question] for path, question in examples],
-        type="index",
-        elem_id="examples",
-    )
-
-
-# ---- what serves what -----------------------------------------------------------------------------------------------
-
-
-def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples: Examples) -> None:
+def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset, examples: Examples) -> None:
     """Every handler in place. What begins anew stops the answer at once, and only then waits for the model."""
     frames = parts.controls[0]
     model: dict[str, Any] = {"outputs": parts.shown, **MODEL, **HIDDEN}
@@ -199,17 +192,19 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples:
         )
         begun.then(lambda: None, None, other, **at_once)
         begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
-    if chosen is not None:
 
-        def begin_example(index: int, session: Session) -> dict[Any, Any]:
-            path, question = examples[index]
-            shown = {**handlers.begin(session, str(path), path.name), "question": question}
-            media = {parts.video: str(path), parts.image: None}
-            return {parts.session: session, **media, **parts.update(shown)}
+    def begin_example(index: int, session: Session) -> dict[Any, Any]:
+        path, question = examples[index]
+        shown = {**handlers.begin(session, str(path), path.name), "question": question}
+        media = {parts.video: str(path), parts.image: None}
+        return {parts.session: session, **media, **parts.update(shown)}
 
-        outputs = [parts.session, parts.video, parts.image, *parts.shown]
-        begun = chosen.click(begin_example, [chosen, parts.session], outputs, **at_once)
-        begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
+    outputs = [parts.session, parts.video, parts.image, *parts.shown]
+    begun = chosen.click(begin_example, [chosen, parts.session], outputs, **at_once)
+    begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
+
+    def returning(handler: Callable[[Session], Shown]) -> Callable[[Session], dict[Any, Any]]:
+        return lambda session: parts.update(handler(session))
 
     asking = [parts.session, parts.question, *parts.controls]
     retry, undo, clear, evidence, probe = parts.others
@@ -223,7 +218,7 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples:
         (clear.click, handlers.clear),
         (parts.chat.clear, handlers.clear),  # the chat's own bin
     ):
-        event(_returning(parts, handler), [parts.session], parts.shown, **at_once)
+        event(returning(handler), [parts.session], parts.shown, **at_once)
 
 
 def _yielding(parts: Parts, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
@@ -237,12 +232,5 @@ def _yielding(parts: Parts, handler: Callable[..., Iterator[Shown]]) -> Callable
                 yield parts.update(shown)
         finally:
             session.order.lock.release()
-
-    return run
-
-
-def _returning(parts: Parts, handler: Callable[[Session], Shown]) -> Callable[[Session], dict[Any, Any]]:
-    def run(session: Session) -> dict[Any, Any]:
-        return parts.update(handler(session))
 
     return run

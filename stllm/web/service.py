@@ -22,9 +22,7 @@ from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.evidence import measure_evidence
-from stllm.conversation.requests import Answer, Media, Request, Stamp
-from stllm.conversation.seeing import Prepared, Seen
+from stllm.conversation.requests import Answer, Media, Prepared, Request, Seen, Stamp
 from stllm.media.clip import Clip
 from stllm.media.reading import ReadingPool
 from stllm.media.views import FORWARD, VIEWS
@@ -155,7 +153,7 @@ class Service:
         progress, film = look.progress, _video(look.progress, "evidence over time")
         yield replace(progress, note="Leaving out one part of the video after the other…")
         request = Request(tuple(turns), film.media)
-        found = measure_evidence(self.chat, request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
+        found = self.chat.measure_evidence(request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
         progress = replace(progress, evidence=found)
         yield progress
         return progress
@@ -192,7 +190,7 @@ class Service:
         yield Stage.READING
         start = time.perf_counter()
         clip, pictures = self.jobs.reading.read(partial(read_film, self.limits, self.chat.read, media), file, stop)
-        film = Film(media, clip.info.kind, pictures, tuple(clip.times))
+        film = Film(media, pictures, tuple(clip.times))
         progress = replace(progress, film=film).end("read", time.perf_counter() - start, len(film.times))
         yield progress
         yield Stage.MODEL

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stllm.conversation.seeing import FeatureCache
+from stllm.conversation.requests import FeatureCache
 
 
 @given(sizes=st.lists(st.integers(1, 30), max_size=40), room=st.integers(1, 60))

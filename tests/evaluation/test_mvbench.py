@@ -13,7 +13,7 @@ from PIL import Image
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
-from stllm.conversation.seeing import ClipReader
+from stllm.conversation.requests import ClipReader
 from stllm.evaluation.items import Item, Record
 from stllm.evaluation.mvbench import MVBench
 from stllm.evaluation.mvbench_tasks import TASKS

@@ -10,7 +10,7 @@ import torch
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks, templates
-from stllm.conversation.seeing import ClipReader
+from stllm.conversation.requests import ClipReader
 from stllm.evaluation.videoqa import KINDS, VideoQA
 from tests.helpers.twins import twins
 from tests.helpers.videos import write_video
