@@ -43,7 +43,7 @@ class Request:
     pieces: tuple[str, ...] | None = None
 
     def check(self) -> None:
-        """Raises RequestError when the question is nothing, or no text."""
+        """Raise RequestError when the question is empty, or no valid text."""
         assert self.pieces is None or self.pieces.count(VISUAL) == int(self.media is not None), self.pieces
         question = self.turns[-1].question
         if not question.strip():
@@ -56,7 +56,7 @@ class Request:
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads media as a model wants them; it holds no weights, so that other processes can have it.
+    """Reads media as a model takes them; it holds no weights, so that it can be sent to other processes.
 
     transform: of each frame. num_frames: of media that name no number.
     """
@@ -65,7 +65,7 @@ class ClipReader:
     num_frames: int
 
     def __call__(self, media: Media) -> Clip:
-        """The prepared frames. Raises MediaError for what cannot be read."""
+        """Return the prepared frames. Raises MediaError for an unreadable medium."""
         return load_clip(media, self.transform, num_frames=self.num_frames)
 
 
@@ -95,16 +95,16 @@ class FeatureCache:
         return len(self._entries)
 
     def get(self, key: Hashable) -> Tensor | None:
-        """The tensor of that key, or None; it becomes the most recently used."""
+        """Return the tensor of that key, or None; it becomes the most recently used."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keeps a copy in main memory and drops the least recently used beyond `max_bytes`.
+        """Keep a copy in main memory, and drop the least recently used tensors beyond `max_bytes`.
 
-        What alone is larger than that is not kept, and drops nothing else.
+        A tensor larger than `max_bytes` is not kept, and causes no other to be dropped.
         """
         tensor = tensor.detach().cpu()
         with self._lock:
@@ -138,32 +138,32 @@ class Prepared:
 
     @property
     def num_visual(self) -> int:
-        """Visual tokens of the prompt."""
+        """Return the number of visual tokens of the prompt."""
         return 0 if self.visual is None else len(self.visual)
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt, with the visual ones in place of their placeholder."""
+        """Return the number of tokens of the prompt, with the visual ones in place of their placeholder."""
         return len(self.ids) if self.visual is None else len(self.ids) - 1 + len(self.visual)
 
     def fitted(self, *, context: str, max_new_tokens: int, text_config: Any, num_question: int) -> "Prepared":
-        """This prompt, its first tokens cut by the context rule.
+        """Return this prompt, its first tokens cut by the context rule.
 
         text_config: the language model's. num_question: ids at the end that are never cut, those of the last question.
         Raises RequestError for a prompt that cannot be answered under this rule.
         """
-        place = room(context, max_new_tokens, text_config)
-        if place.longest is None or self.length <= place.longest:
+        longest, reason = room(context, max_new_tokens, text_config)
+        if longest is None or self.length <= longest:
             return self
-        if context == ALL or num_question > place.longest:
+        if context == ALL or num_question > longest:
             question = "" if context == ALL else f" and the {num_question} tokens of the question are never cut"
             extends = context == PUBLISHED and not has_position_table(text_config)
             raise RequestError(
-                f"the prompt has {self.length} tokens ({self.num_visual} of the video), but {place.reason}{question}: "
+                f"the prompt has {self.length} tokens ({self.num_visual} of the video), but {reason}{question}: "
                 "ask a shorter question, begin a new conversation, use fewer frames (--num-frames) or fewer new tokens "
                 f"(--max-new-tokens){', or keep the whole prompt (--context all)' if extends else ''}"
             )
-        excess = self.length - place.longest
+        excess = self.length - longest
         front = len(self.ids) if self.visual is None else self.ids.index(VISUAL_TOKEN_ID)
         before = min(excess, front)  # text before the visual tokens, visual tokens, text after them
         visual = min(excess - before, self.num_visual)
