@@ -39,16 +39,16 @@ class Limits:
 
     @property
     def words_bytes(self) -> int:
-        """Of a request, all but its medium: the text, escaped, and the JSON around it."""
+        """Return the most bytes of a request without its medium: the text, escaped, and the JSON around it."""
         return 8 * self.text_characters + MEBIBYTE
 
     @property
     def body_bytes(self) -> int:
-        """Of a request: the medium in base64, and the rest."""
+        """Return the most bytes of a request: the medium in base64, and the rest."""
         return self.media_bytes * 4 // 3 + self.words_bytes
 
     def check_size(self, num_bytes: int) -> None:
-        """Raises MediaError for a file that is too large."""
+        """Raise MediaError for a file that is too large."""
         if num_bytes > self.media_bytes:
             raise MediaError(
                 f"the video or image has {num_bytes / MEBIBYTE:.1f} MiB, at most {self.media_bytes / MEBIBYTE:.1f} are "
@@ -56,7 +56,7 @@ class Limits:
             )
 
     def check_file(self, path: Path) -> None:
-        """Looks into the file without decoding it. Raises MediaError for one that is no medium, or too large."""
+        """Check the file without decoding it. Raises MediaError for one that is no medium, or too large."""
         self.check_size(path.stat().st_size)
         if kind_of(read_head(path)) == "text":  # without its first words: it may be a file that the client cannot read
             raise MediaError(f"{path}: found text, expected {EXPECTED}")
@@ -74,7 +74,7 @@ class Limits:
             )
 
     def read(self, reader: "ClipReader", media: "Media") -> "Clip":
-        """Checks the file and reads it, in a process for that (media/reading.py). Raises MediaError."""
+        """Check the file and read it; called in a reading process (media/reading.py). Raises MediaError."""
         with limited_pixels(self.media_pixels):
             self.check_file(Path(media.path))
             return reader(media)

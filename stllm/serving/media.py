@@ -5,6 +5,7 @@ from its data URL, or found under the one folder that is open to clients.
 """
 
 import binascii
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,7 +22,7 @@ PIECE = 4 << 20  # characters of base64 decoded at once, a multiple of 4; others
 
 
 class Bodies:
-    """The bodies that arrive now. most, most_together: bytes of one and of all; seconds: for one to arrive whole."""
+    """The bodies that are arriving. most, most_together: bytes of one and of all; seconds: for one to arrive whole."""
 
     def __init__(self, most: int, most_together: int, seconds: float) -> None:
         self.most = most
@@ -30,7 +31,7 @@ class Bodies:
         self.num_bytes = 0
 
     async def read(self, request: Request, *, keep: bool = True) -> bytearray | None:
-        """The body; None when it is too large, or not kept. What is not kept is still read, within bounds.
+        """Return the body; None when it is too large, or not kept. It is then still read, within bounds.
 
         Raises ApiError when it does not arrive in time or all together are too large, starlette's ClientDisconnect when
         the client has gone.
@@ -63,10 +64,10 @@ class Bodies:
 
 
 def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | None]:
-    """(the request without its large data URL, that URL), or the whole request and None when it holds none.
+    """Return (the request without its large data URL, that URL), or the whole request and None without such a URL.
 
     Nothing is parsed: parsing 130 MiB of tiny messages would take gigabytes and hold up all other requests.
-    Raises ApiError when all but the data URL is too large.
+    Raises ApiError when the rest of the request is too large.
     """
     most = limits.words_bytes
     start, end = 0, 0
@@ -94,9 +95,9 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
 
 
 def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Path | None, limits: Limits) -> Path:
-    """The file that a URL of a request means. medium: the URL itself, where `split_medium` has cut it out.
+    """Return the file that a URL of a request names. medium: the URL itself, where `split_medium` has cut it out.
 
-    folder: where a data URL's content is written. root: what `file:` URLs and relative paths may name; None: nothing.
+    folder: where a data URL's content is written. root: the folder open to `file:` URLs and paths, or None.
     Raises ApiError, MediaError for one that is too large.
     """
     if medium is not None and url != CUT_OUT:
@@ -112,7 +113,10 @@ def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Pat
             "(data:video/mp4;base64,...)",
             code="unsupported_url",
         )
-    path = Path(unquote(urlsplit(url).path)) if scheme == "file" and _is_local(url) else Path(url)
+    path = Path(url)
+    with suppress(ValueError):
+        if scheme == "file" and urlsplit(url).netloc in ("", "localhost"):
+            path = Path(unquote(urlsplit(url).path))
     if root is None:
         raise ApiError(
             403, "this server opens no files of its own: send the video or image as a data URL", code="no_media_root"
@@ -141,15 +145,8 @@ def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
     return path
 
 
-def _is_local(url: str) -> bool:
-    try:
-        return urlsplit(url).netloc in ("", "localhost")
-    except ValueError:
-        return False
-
-
 def _find(path: Path, root: Path) -> Path:
-    """A file under the root, links followed. All else gets one answer, so that what lies elsewhere does not show."""
+    """Find a file under the root, following links. One error for all other paths reveals nothing about them."""
     try:
         found = (root / path).resolve()
         if found.is_relative_to(root.resolve()) and found.is_file():

@@ -36,7 +36,7 @@ class Finished:
     cut_tokens: int = 0
 
     def usage(self) -> dict[str, int]:
-        """Tokens as OpenAI counts them; `cut_tokens`, beyond OpenAI's fields, only where there are any."""
+        """Count tokens as OpenAI does; `cut_tokens`, beyond OpenAI's fields, only where there are any."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -54,18 +54,18 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, end: Finished) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole answer."""
         message = {"role": "assistant", "content": end.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": end.reason, "logprobs": None}
         return {**self._head("chat.completion"), "choices": [choice], "usage": end.usage()}
 
     def chunk(self, delta: dict[str, str], reason: str | None = None) -> str:
-        """A piece of the answer, as an event."""
+        """Return a piece of the answer, as an event."""
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def usage_chunk(self, end: Finished) -> str:
-        """What comes last where the client asked for it."""
+        """Return the last event, for clients that ask for usage."""
         return event({**self._head("chat.completion.chunk"), "choices": [], "usage": end.usage()})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -73,17 +73,17 @@ class Reply:
 
 
 def model_object(name: str, created: int) -> dict[str, Any]:
-    """A model as the list of models has it."""
+    """Return an entry of the list of models."""
     return {"id": name, "object": "model", "created": created, "owned_by": "stllm"}
 
 
 def event(value: dict[str, Any]) -> str:
-    """A server-sent event with JSON in it."""
+    """Return a server-sent event with JSON in it."""
     return f"data: {json.dumps(value)}\n\n"
 
 
 class ApiError(Exception):
-    """An error that the client is told. status: of HTTP; param: the field of the request that is meant."""
+    """An error for the client. status: of HTTP; param: the field of the request that is meant."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -92,17 +92,17 @@ class ApiError(Exception):
         self.param = param
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's object."""
+        """Return OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Retry-After, where trying again helps."""
+        """Return Retry-After, where trying again helps."""
         return {"Retry-After": str(RETRY_SECONDS)} if self.status == 503 else {}
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Any failure of a request, as what the client is told. What is a defect of ours goes to the log."""
+    """Turn any failure of a request into an error for the client. A defect of ours is logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):

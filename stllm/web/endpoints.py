@@ -17,7 +17,7 @@ from stllm.web.service import Service, Wishes
 
 
 class Endpoints:
-    """The functions behind the endpoints. Each raises gr.Error with one sentence."""
+    """The functions of the endpoints. Each raises gr.Error with one sentence."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -32,7 +32,7 @@ class Endpoints:
         temperature: Any,
         max_new_tokens: Any,
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The answer's text so far, and at the end what there is to say about it. history: what was said before."""
+        """Yield the answer's text so far, and at the end its details. history: the earlier turns."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         for progress in self._followed(lambda stop: self.service.ask(path, None, turns, wishes, stop)):
@@ -54,7 +54,7 @@ class Endpoints:
     def probe(
         self, file: Any, question: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
     ) -> Iterator[dict[str, str]]:
-        """The answers so far under each view of the frames: forward, reversed, shuffled, single, blank."""
+        """Yield the answers so far under each view of the frames: forward, reversed, shuffled, single, blank."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         for progress in self._followed(lambda stop: self.service.probe(path, None, text, wishes, stop)):
             yield dict(progress.answers)
@@ -70,7 +70,7 @@ class Endpoints:
         temperature: Any,
         max_new_tokens: Any,
     ) -> Iterator[dict[str, Any]]:
-        """How much each part of the video mattered to the answer; without one, to the model's own. Empty until then."""
+        """Measure how much each part of the video mattered to the answer, by default the model's own. Empty until then."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         given = str(answer) if answer else None
@@ -98,7 +98,7 @@ class Endpoints:
             return file["path"], self.service.limits.check_question(question), self.service.wishes(*controls)
 
     def _followed(self, job: Work[Progress]) -> Iterator[Progress]:
-        """How far the job is, each half second, too, so that gradio can end it for a client that has left."""
+        """Yield the progress, also each half second, so that gradio can end the job of a client that has left."""
         progress = Progress()
         with _as_gradio_errors(self.service):
             for news in self.service.jobs.iterate(job):
@@ -107,7 +107,7 @@ class Endpoints:
 
 
 def add_endpoints(service: Service, queue: dict[str, Any]) -> None:
-    """Adds them to the page that is being built. queue: gradio's options of everything that needs the model."""
+    """Add the endpoints to the page that is being built. queue: gradio's options for events that need the model."""
     endpoints, usual = Endpoints(service), service.chat.decoding
     with gr.Row(visible=False):
         file = gr.Video(label="file: a video or an image")
@@ -133,7 +133,7 @@ def add_endpoints(service: Service, queue: dict[str, Any]) -> None:
 
 
 def _turns(history: Any) -> list[Turn]:
-    """What was said before. Raises gr.Error unless it is pairs of texts."""
+    """Return the earlier turns. Raises gr.Error unless they are pairs of texts."""
     pairs = history if isinstance(history, list) else [] if history is None else [history]
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):

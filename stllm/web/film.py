@@ -49,7 +49,7 @@ class Film:
 
 
 class Pictures:
-    """A frame transform that also keeps a small picture of what it was given, cut as the model sees it."""
+    """A frame transform that also keeps a small picture of each frame, cropped as the model sees it."""
 
     def __init__(self, transform: FrameTransform) -> None:
         self._transform = transform
@@ -66,14 +66,14 @@ class Pictures:
 
 
 def read_film(limits: "Limits", reader: "ClipReader", media: Media) -> "tuple[Clip, tuple[str, ...]]":
-    """The clip, and a picture of each frame, as data addresses. Raises MediaError."""
+    """Read the clip, and make a picture of each frame, as data addresses. Raises MediaError."""
     pictures = Pictures(reader.transform)
     clip = limits.read(replace(reader, transform=pictures), media)
     return clip, tuple(pictures.taken)
 
 
 def film_html(film: Film | None, evidence: "Evidence | None" = None) -> str:
-    """The strip and, once there is one, the curve, each point under its frame."""
+    """Draw the strip and, with evidence, the curve, each point under its frame."""
     if film is None:
         return '<div class="film-empty">The frames that the model looks at will be shown here.</div>'
     peak = range(*evidence.segments[evidence.peak]) if evidence is not None and evidence.supports else ()
@@ -90,7 +90,7 @@ def film_html(film: Film | None, evidence: "Evidence | None" = None) -> str:
 
 
 def small_strip(film: Film, order: list[int], *, blank: bool = False, most: int = 8) -> str:
-    """At most so many pictures of the frames in that order; blank: grey ones."""
+    """Draw at most `most` pictures of the frames in that order; blank: grey ones."""
     places = order[:: max(1, -(-len(order) // most))]
     if blank:
         return '<div class="small-strip">' + '<span class="small-blank"></span>' * len(places) + "</div>"
@@ -99,7 +99,7 @@ def small_strip(film: Film, order: list[int], *, blank: bool = False, most: int 
 
 
 def clock(seconds: float) -> str:
-    """1:02.5, as players show it."""
+    """Format a time as players do: 1:02.5."""
     tenths = round(seconds * 10)
     return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
@@ -122,7 +122,7 @@ def probe_html(film: Film, question: str, answers: Mapping[str, str]) -> str:
 
 
 def verdict(answers: Mapping[str, str]) -> str:
-    """What the answers to one question say about time; a benchmark's probe says it of a model."""
+    """Conclude from the answers to one question whether they depend on time."""
     same = {view: answers[view].strip().lower() == answers[FORWARD].strip().lower() for view in VIEWS}
     if not same[REVERSED] and not same[SHUFFLED]:
         return "The answer changes when the order of the frames is taken away: here the model uses time."
@@ -137,7 +137,7 @@ def verdict(answers: Mapping[str, str]) -> str:
 
 
 def _curve(evidence: "Evidence") -> str:
-    """An SVG as wide as the strip, one unit a frame; above the line: spoke for the answer."""
+    """Draw an SVG as wide as the strip, one unit a frame. Segments above the line spoke for the answer."""
     count = len(evidence.times)
     low, high = min(0.0, *evidence.scores), max(0.0, *evidence.scores)
     unit = (HEIGHT - 2 * MARGIN) / ((high - low) or 1.0)
@@ -181,6 +181,6 @@ def _words(evidence: "Evidence") -> str:
 
 
 def _span(evidence: "Evidence", first: int, end: int) -> str:
-    """When a segment is shown."""
+    """Format the time of a segment."""
     start, last = clock(evidence.times[first]), clock(evidence.times[end - 1])
     return start if end - first == 1 else f"{start} to {last}"

@@ -85,7 +85,7 @@ class Guard:
         await self.app(scope, receive, send)
 
     def _no_room(self, scope: Scope) -> tuple[int, str] | None:
-        """Why an upload is not taken, judged before it is read; gradio itself counts what then comes in."""
+        """Return why an upload is refused, before it is read; gradio itself counts the bytes that arrive."""
         announced = Request(scope).headers.get("content-length", "")
         if not announced.isdigit():
             return 411, "an upload must say how long it is"
@@ -97,7 +97,7 @@ class Guard:
         return None
 
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets gradio store the upload, which has to arrive in time, and removes what it leaves behind.
+        """Let gradio store the upload, which has to arrive in time, and remove leftover files.
 
         gradio writes each file of a form into `folder` and moves those of the field `files` into folders within. Files
         of other fields and of uploads that are broken off stay.
@@ -115,7 +115,7 @@ class Guard:
             self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """Removes files directly in `folder`; while other uploads arrive, only those too old to belong to them."""
+        """Remove files directly in `folder`; while other uploads arrive, only those too old to belong to them."""
         oldest = time.time() - self.limits.upload_seconds if self._num_uploads else float("inf")
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -125,7 +125,7 @@ class Guard:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Whether a browser sends it for a page of another origin. Programs send neither of these headers.
+    """Check whether a browser sends the request for a page of another origin. Programs send neither header.
 
     Behind a proxy that changes the Host header, Sec-Fetch-Site or X-Forwarded-Host says what the browser asked for.
     """
@@ -142,7 +142,7 @@ def _is_foreign(headers: Headers) -> bool:
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:
-    """Gives the parts of a body; after that many seconds without its end, the client counts as gone."""
+    """Pass on the parts of a body; after that many seconds without its end, the client counts as gone."""
     end = anyio.current_time() + seconds
     whole = False
 
@@ -158,7 +158,7 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
 
 
 def _with_headers(send: Send) -> Send:
-    """Adds `HEADERS` to the reply."""
+    """Add `HEADERS` to the reply."""
 
     async def more(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -177,7 +177,7 @@ def _sizes(folder: Path) -> Iterator[int]:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body that was read, then whatever else comes."""
+    """Pass on the body that was read, then further messages."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -199,7 +199,7 @@ def _fault(body: bytearray | None) -> tuple[int, str] | None:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """What a request names as files: gradio's {"path": ...}, at any depth."""
+    """Yield the files that a request names: gradio's {"path": ...}, at any depth."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str):
             yield value["path"]

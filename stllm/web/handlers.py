@@ -86,7 +86,7 @@ class Handlers:
     # ---- at once ----------------------------------------------------------------------------------------------------
 
     def begin(self, session: Session, path: str | None, name: str) -> Shown:
-        """Another medium (or none) begins another conversation; an answer that is being written stops."""
+        """Begin another conversation, about another medium or none; an answer that is being written stops."""
         return {**_whole(session.begin(Talk(path, name))), "question": ""}
 
     def clear(self, session: Session) -> Shown:
@@ -95,11 +95,11 @@ class Handlers:
         return {**_whole(session.begin(talk)), "question": ""}
 
     def stop(self, session: Session) -> None:
-        """Ends what goes on; its handler shows what there is."""
+        """End the current job; its handler shows the result so far."""
         session.talk.stopped = True
 
     def undo(self, session: Session) -> Shown:
-        """Takes back the last question, which is put into the text box, and its answer."""
+        """Take back the last question, which is put into the text box, and its answer."""
         talk = session.talk
         if not talk.turns:
             return {"status": progress_html(Progress(), note=NO_ANSWER)}
@@ -110,7 +110,7 @@ class Handlers:
     # ---- with the model ---------------------------------------------------------------------------------------------
 
     def look(self, session: Session, num_frames: object) -> Iterator[Shown]:
-        """Reads and encodes the medium of `begin`, so that the first answer comes soon."""
+        """Read and encode the medium of `begin`, so that the first answer comes soon."""
         talk = session.talk
         path = talk.path
         if path is None:
@@ -123,7 +123,7 @@ class Handlers:
 
     @_showing_errors
     def ask(self, session: Session, question: object, *controls: object) -> Iterator[Shown]:
-        """Answers, the text growing on the page. What fails leaves the conversation as it was."""
+        """Answer, with the text growing on the page. A failure leaves the conversation unchanged."""
         talk = session.talk
         text, wishes = self._checked(talk, question, controls)
         path, turns = talk.path or "", [*talk.turns, Turn(text)]
@@ -140,7 +140,7 @@ class Handlers:
 
     @_showing_errors
     def retry(self, session: Session, *controls: object) -> Iterator[Shown]:
-        """Asks the last question again; until the new answer is there, the old one is not lost."""
+        """Ask the last question again; the old answer is kept until there is a new one."""
         talk = session.talk
         if not talk.turns:
             raise UserError(NO_ANSWER)
@@ -153,7 +153,7 @@ class Handlers:
 
     @_showing_errors
     def probe(self, session: Session, question: object, *controls: object) -> Iterator[Shown]:
-        """The question in the text box, or else the last one, under every view of the frames."""
+        """Ask the question in the text box, or else the last one, under every view of the frames."""
         talk = session.talk
         if not (isinstance(question, str) and question.strip()) and talk.turns:
             question = talk.turns[-1].question
@@ -165,7 +165,7 @@ class Handlers:
 
     @_showing_errors
     def evidence(self, session: Session, *controls: object) -> Iterator[Shown]:
-        """What the last answer rests on."""
+        """Measure the evidence for the last answer."""
         talk = session.talk
         if not talk.turns:
             raise UserError(NO_ANSWER)
@@ -195,10 +195,10 @@ class Handlers:
         ready: str = "",
         close: Callable[[Progress | None], Shown] = lambda _: {},
     ) -> Iterator[Shown]:
-        """Follows a job and shows it; once another conversation has begun, that one is shown.
+        """Show the progress of a job; once another conversation has begun, show that one.
 
-        pending: the question that is being answered. probed: the one of the temporal probe. ready: said at the end.
-        close: given how far it came, None when it failed, what is shown at the end, too.
+        pending: the question that is being answered. probed: the one of the temporal probe. ready: a note at the end.
+        close: returns more to show at the end, from the last progress, or from None after a failure.
         """
         progress, talk.stopped = Progress(), False
         start = {"question": "", **_pending(talk, pending, "")} if pending else {"probe": ""} if probed else {}
@@ -228,12 +228,12 @@ class Handlers:
 
 
 def _conversation(talk: Talk) -> Shown:
-    """The messages of what was said, and buttons at rest."""
+    """Return the messages so far, and buttons at rest."""
     return {"chat": messages(talk.turns), "busy": False}
 
 
 def _whole(talk: Talk) -> Shown:
-    """The page of a conversation that begins."""
+    """Return the whole page at the beginning of a conversation."""
     return {**_conversation(talk), "status": _idle(talk), "film": film_html(talk.film), "probe": ""}
 
 

@@ -50,11 +50,11 @@ class Parts:
 
     @property
     def shown(self) -> list[Any]:
-        """What a handler may change."""
+        """Return the components that a handler may change."""
         return [self.chat, self.question, self.status, self.film, self.probe, self.send, self.stop, *self.others]
 
     def update(self, shown: Shown) -> dict[Any, Any]:
-        """A handler's words as gradio takes them."""
+        """Turn a handler's parts into gradio's updates."""
         names = ("chat", "question", "status", "film", "probe")
         changed: dict[Any, Any] = {getattr(self, name): shown[name] for name in names if name in shown}
         if "busy" in shown:
@@ -65,7 +65,7 @@ class Parts:
 
 
 def build_page(service: Service, title: str, about: str, examples: Examples) -> gr.Blocks:
-    """The whole page, to be launched. title: the tab's; about: which model answers."""
+    """Build the whole page. title: the tab's; about: which model answers."""
     limits = service.limits
     with gr.Blocks(
         title=title, analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
@@ -81,7 +81,7 @@ def build_page(service: Service, title: str, about: str, examples: Examples) -> 
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the system alone: nothing is fetched."""
+    """Return a theme with fonts of the system only, so that nothing is fetched."""
     return gr.themes.Soft(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=["monospace"]
     )
@@ -91,7 +91,7 @@ def theme() -> gr.themes.Base:
 
 
 def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset]:
-    """Left the medium, right what is said about it and, in view with it, what was seen and what an answer rests on."""
+    """Lay out the medium on the left, and on the right the conversation, the frames, evidence and the probe."""
     usual, limits, frames = service.chat.decoding, service.limits, service.chat.num_frames
     session = gr.State(Session())
     with gr.Row(equal_height=False):
@@ -137,7 +137,7 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset]:
 
 
 def _conversation(service: Service) -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button]:
-    """What was said, the question, and the buttons that ask it and stop its answer."""
+    """Lay out the messages, the question, and the buttons that ask it and stop its answer."""
     chat = gr.Chatbot(
         show_label=False,
         height=300,
@@ -173,7 +173,7 @@ def _small(name: str) -> gr.Button:
 
 
 def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset, examples: Examples) -> None:
-    """Every handler in place. What begins anew stops the answer at once, and only then waits for the model."""
+    """Connect every handler. Those that begin a conversation stop the answer at once, and then wait for the model."""
     frames = parts.controls[0]
     model: dict[str, Any] = {"outputs": parts.shown, **MODEL, **HIDDEN}
     at_once: dict[str, Any] = {"queue": False, **HIDDEN}
@@ -222,7 +222,7 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset, examples: Exampl
 
 
 def _yielding(parts: Parts, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
-    """The handler, one of a tab after the other: who asks while a video is looked at is answered after that."""
+    """Run one handler of a tab at a time: a question during the reading of a video is answered after it."""
 
     def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
         while not session.order.lock.acquire(timeout=TICK):

@@ -1,6 +1,6 @@
-"""What the page and its API ask of the engine: looking, answering, the temporal probe, evidence; stage by stage.
+"""The engine's work for the page and its API: looking, answering, the temporal probe, evidence.
 
-Each is a job of the queue (serving/jobs.py), a generator that yields how far it is; `stop` is set when nobody listens
+Each is a job of the queue (serving/jobs.py), a generator that yields its progress; `stop` is set when nobody listens
 any more. Nothing here knows gradio.
 """
 
@@ -34,7 +34,7 @@ from stllm.web.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-Steps = Generator[Progress | Stage, None, Progress]  # what is returned was yielded last, too
+Steps = Generator[Progress | Stage, None, Progress]  # the return value is also yielded last
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Wishes:
 
 @dataclass
 class Look:
-    """A medium that was looked at. seen: what is encoded of it, by view; clip, stamps: of what was read anew."""
+    """A medium that was read. seen: its encodings by view; clip, stamps: None and empty if all encodings were kept."""
 
     chat: Chat
     media: Media
@@ -57,7 +57,7 @@ class Look:
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     def see(self, view: str = FORWARD) -> Seen:
-        """The medium in that view, encoded."""
+        """Encode the medium in that view, unless it is encoded already."""
         if view not in self.seen:
             assert self.clip is not None
             media = replace(self.media, view=view)
@@ -68,7 +68,7 @@ class Look:
 class Service:
     """The engine behind the page, and the queue before it.
 
-    folder: where uploads lie; examples: files beside them. No other file is read.
+    folder: of uploads; examples: other files that may be read.
     reading: the processes that read them; None: new ones, which start with the first request.
     """
 
@@ -100,14 +100,14 @@ class Service:
         )
 
     def look(self, path: str, num_frames: int, known: Film | None, stop: Event) -> Steps:
-        """Reads and encodes a medium, and keeps what it looks like. known: from when that was done before.
+        """Read and encode a medium, with pictures of its frames. known: the pictures of an earlier reading.
 
-        Raises UserError for a file that is none of ours, too long, or cannot be read.
+        Raises UserError for a file that is no upload or example, too long, or cannot be read.
         """
         return (yield from self._look(path, num_frames, known, stop)).progress
 
     def ask(self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, stop: Event) -> Steps:
-        """Answers the last turn, with those before it in view; with one beam piece by piece. Raises UserError."""
+        """Answer the last turn, with the earlier ones in the prompt; with one beam piece by piece. Raises UserError."""
         look = yield from self._look(path, wishes.num_frames, known, stop)
         progress, film = look.progress, look.progress.film
         assert film is not None
@@ -130,7 +130,7 @@ class Service:
         return progress
 
     def probe(self, path: str, known: Film | None, question: str, wishes: Wishes, stop: Event) -> Steps:
-        """The same question on the frames in every view, each asked alone. Raises UserError."""
+        """Ask the same question about the frames in every view, without earlier turns. Raises UserError."""
         look = yield from self._look(path, wishes.num_frames, known, stop, VIEWS)
         progress, film = look.progress, _video(look.progress, "the temporal probe")
         for number, view in enumerate(VIEWS, start=1):
@@ -148,7 +148,7 @@ class Service:
     def evidence(
         self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, answer: str | None, stop: Event
     ) -> Steps:
-        """What the answer to the last turn rests on. answer: None for the model's own. Raises UserError."""
+        """Measure the evidence for the answer to the last turn. answer: None for the model's own. Raises UserError."""
         look = yield from self._look(path, wishes.num_frames, known, stop)
         progress, film = look.progress, _video(look.progress, "evidence over time")
         yield replace(progress, note="Leaving out one part of the video after the other…")
@@ -159,7 +159,7 @@ class Service:
         return progress
 
     def explain(self, error: Exception) -> str:
-        """The sentence that a user reads. What is a defect of ours goes to the log."""
+        """Return the sentence for the user. A defect of ours is logged."""
         if isinstance(error, UserError):
             return " ".join(self._place.sub("", str(error)).split())
         if out_of_memory(error):
@@ -172,7 +172,7 @@ class Service:
     def _look(
         self, path: str, num_frames: int, known: Film | None, stop: Event, views: Sequence[str] = (FORWARD,)
     ) -> Generator[Progress | Stage, None, Look]:
-        """As `look`, for what needs those views. It ends in the model's thread; another process reads."""
+        """Look at the medium in those views. It ends in the model's thread; another process reads."""
         file = self._owned(path)
         media = Media(str(file), num_frames=num_frames)
         in_views = {view: replace(media, view=view) for view in views}
@@ -204,7 +204,7 @@ class Service:
         return look
 
     def _texts(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, None]:
-        """The answer's text so far, again and again; with several beams once, at the end."""
+        """Yield the answer's text so far, after each piece; with several beams once, at the end."""
         if decoding.num_beams > 1:
             yield self.chat.complete([prepared], decoding, stop)[0].text
             return
@@ -218,7 +218,7 @@ class Service:
         return len(self.chat.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _owned(self, path: str) -> Path:
-        """The file of that path, kept for another while. Raises UserError for what is neither upload nor example."""
+        """Return the file of that path, and keep it for longer. Raises UserError for other files than uploads and examples."""
         file = Path(path).resolve()
         if file in self.examples:
             return file
@@ -237,7 +237,7 @@ class Service:
 
 
 def _video(progress: Progress, what: str) -> Film:
-    """The film of a medium that has a time. Raises UserError for one that has none."""
+    """Return the film of a video. Raises UserError for a medium of one frame."""
     film = progress.film
     assert film is not None
     if len(film.times) < 2:
