@@ -78,7 +78,7 @@ class Jobs:
             return job
 
     def iterate(self, work: Work[T]) -> Generator[T | None, None, None]:
-        """Yield the work's news to a listening thread, and None each half second without any; raise what the work raises.
+        """Yield the work's news to a listening thread, and None each half second without any. Raises its errors.
 
         Closing the iterator gives up the job and does not wait for its end. Raises BusyError when no place is free.
         """

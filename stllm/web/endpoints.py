@@ -70,7 +70,7 @@ class Endpoints:
         temperature: Any,
         max_new_tokens: Any,
     ) -> Iterator[dict[str, Any]]:
-        """Measure how much each part of the video mattered to the answer, by default the model's own. Empty until then."""
+        """Measure how much each part of the video mattered to the answer (by default the model's own)."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         given = str(answer) if answer else None

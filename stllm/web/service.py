@@ -218,7 +218,7 @@ class Service:
         return len(self.chat.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _owned(self, path: str) -> Path:
-        """Return the file of that path, and keep it for longer. Raises UserError for other files than uploads and examples."""
+        """Return the file of that path, and keep it for longer. Raises UserError unless it is an upload or example."""
         file = Path(path).resolve()
         if file in self.examples:
             return file
