@@ -26,8 +26,8 @@ from stllm.common.arguments import path, whole
 from stllm.common.changes import flat, told_changes
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
-from stllm.evaluation.digests import content_digest
 from stllm.evaluation.results import write_json
+from stllm.evaluation.runs import content_digest
 
 QUICK = {"steps": 300, "seeds": 1, "limit": 40}
 NUM_SEEDS = 3

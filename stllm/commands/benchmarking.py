@@ -5,11 +5,12 @@ import argparse
 from stllm.commands.command import Command, Parser, add_checkpoint, add_config, add_context, add_media_seconds
 from stllm.common.arguments import names, path, whole
 from stllm.common.evaluation_section import benchmark_names
+from stllm.common.registry import benchmarks
 
 
 def _evaluate_options(parser: Parser) -> None:
-    benchmarks = benchmark_names()
-    parser.add_argument("benchmark", choices=benchmarks, metavar="BENCH", help=", ".join(benchmarks))
+    known = benchmark_names()
+    parser.add_argument("benchmark", choices=known, metavar="BENCH", help=", ".join(known))
     add_checkpoint(parser)
     add_config(parser, "what the checkpoint says")
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
@@ -43,7 +44,7 @@ def _evaluate_options(parser: Parser) -> None:
 
 
 def _evaluate_fault(args: argparse.Namespace) -> str | None:
-    if (args.probe or args.permute) and args.benchmark != "mvbench":
+    if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
         return f"--probe and --permute go with mvbench: the answers of {args.benchmark} need a judge"
     return None
 
@@ -67,7 +68,7 @@ COMMANDS = {
     ),
     "table": Command(
         help="prints results of several benchmarks as a row of the paper's table, below the published ones",
-        target="stllm.evaluation.paper_table:run",
+        target="stllm.evaluation.reports.paper_table:run",
         add_options=_table_options,
         example="stllm table eval/mvbench.results.json eval/vcgbench.judged/*.results.json "
         "msvd=eval/msvd.judged/qa.results.json",
