@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -217,12 +217,6 @@ async def _give_up_when_gone(request: Request, job: Job[Step]) -> None:
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
     """Build the application. hosts: names of this server that requests may use; None: any."""
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(server.jobs.close)
-
     return Starlette(
         routes=[
             Route("/health", _answers(server.health)),
@@ -232,7 +226,7 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
         ],
         middleware=[] if hosts is None else [Middleware(OwnHosts, hosts=hosts)],
         exception_handlers={HTTPException: _http_error},
-        lifespan=lifespan,
+        lifespan=server.jobs.lifespan,
     )
 
 

@@ -6,13 +6,15 @@ that a slow one delays no other, and the model runs in one. A client that leaves
 dropped, a reading one ends at once, an answering one at its next token, and its place and its files are freed.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from enum import Enum
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import anyio
 
 from stllm.common.errors import UserError
 from stllm.media.reading import ReadingPool
@@ -116,6 +118,12 @@ class Jobs:
             job.give_up()
         for threads in self.threads.values():
             threads.shutdown()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Close the queue when the application ends; for starlette's `lifespan`."""
+        yield
+        await anyio.to_thread.run_sync(self.close)
 
 
 class Job(Generic[T]):

@@ -3,8 +3,6 @@
 import argparse
 import logging
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
 def build_app(service: "Service", *, local: bool, about: str = "") -> "FastAPI":
     """The page as an application. local: whether to answer only to names of this machine."""
     os.environ.update(GRADIO_TEMP_DIR=str(service.folder), GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
-    import anyio
     import gradio
     from fastapi import FastAPI
     from starlette.middleware import Middleware
@@ -56,18 +53,13 @@ def build_app(service: "Service", *, local: bool, about: str = "") -> "FastAPI":
     from stllm.web.guard import Guard
     from stllm.web.page import STYLE, build_page, theme
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(service.jobs.close)
-
     middleware = [Middleware(Guard, limits=service.limits, folder=service.folder)]
     if local:  # a page elsewhere that lets its own name point here is turned away
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     examples = find_examples()
     return gradio.mount_gradio_app(
-        FastAPI(lifespan=lifespan, **closed),
+        FastAPI(lifespan=service.jobs.lifespan, **closed),
         build_page(service, "ST-LLM", about, examples),
         "/",
         show_error=False,
