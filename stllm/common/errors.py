@@ -4,6 +4,7 @@ The command line prints a `UserError` as that one sentence and exits with 1; any
 """
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 
 
@@ -29,3 +30,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     listed = ", ".join(names) if names else "none so far"
     return f"unknown {kind} {name!r}: known are {listed}{did_you_mean(name, names)}"
+
+
+def reason(error: Exception) -> str:
+    """The error's kind and text in one line, for the brackets of a message."""
+    if "trust_remote_code" in str(error):  # transformers advises the user to allow it, which stllm never does
+        return "it needs Python code from its own folder or repository, and stllm runs no code from checkpoints"
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from stllm.common.device import out_of_memory
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, write_text
 from stllm.common.json_text import loads
 from stllm.common.parent import end_with_parent
@@ -28,7 +28,6 @@ from stllm.datasets.mixture import MixtureSampler
 from stllm.datasets.replacement import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED
 from stllm.models.checkpoints.load import restore
-from stllm.models.configuration import reason
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.meter import StepMeter, is_distributed

@@ -32,8 +32,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from stllm.common.device import out_of_memory
-from stllm.common.errors import UserError
-from stllm.models.configuration import CONFIG_ERRORS, reason
+from stllm.common.errors import UserError, reason
+from stllm.models.configuration import CONFIG_ERRORS
 
 MAPPED_BYTES = 64 << 20
 CONTAINERS = ("model", "state_dict", "module")  # where training scripts put the weights
