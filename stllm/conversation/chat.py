@@ -1,10 +1,11 @@
-"""The engine: questions about videos and images, answered. Chat, demos and benchmarks all go through it.
+"""The engine, which answers questions about videos and images for chat, demos and benchmarks.
 
-read -> encode -> prepare (prompt and visual tokens) -> complete, each a step of its own; `answer` takes them all.
-A video is read and encoded once; the encoder's output is kept (content-keyed, bounded) for every further question, and
-only what depends on the question runs again. Letters: N visual tokens, D width of the language model.
+Steps: read -> encode -> prepare (prompt and visual tokens) -> complete; `answer` takes them all.
+A video is read and encoded once; the encoder's output is kept (content-keyed, bounded) for further questions, and only
+the parts that depend on the question run again. Letters: N visual tokens, D width of the language model.
 """
 
+import argparse
 import logging
 import time
 from collections.abc import Generator, Sequence
@@ -19,15 +20,33 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.conversation.cache import FeatureCache
-from stllm.conversation.context import num_positions
+from stllm.common.json_text import loads
+from stllm.conversation.context import PUBLISHED, has_position_table, num_positions
 from stllm.conversation.decoding import Decoding, NaNWatch
-from stllm.conversation.evidence import Evidence, measure_evidence
-from stllm.conversation.requests import Answer, Media, Request, Stamp
-from stllm.conversation.seeing import ClipReader, Prepared, Seen
+from stllm.conversation.evidence import (
+    MAX_POSITIONS,
+    MAX_SEGMENTS,
+    Evidence,
+    smallest_difference,
+    split_frames,
+    without,
+)
+from stllm.conversation.requests import (
+    Answer,
+    ClipReader,
+    FeatureCache,
+    Media,
+    Prepared,
+    Request,
+    RequestError,
+    Seen,
+    Stamp,
+)
 from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.media.clip import Clip
+from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
+from stllm.models.settings import explicit_settings
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences
@@ -38,6 +57,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_BYTES = 2 << 30
 MAX_KNOWN_FILES = 10_000
+FOLDER = Path(__file__).parents[1] / "assets" / "stllm-tiny"  # the embedded model, the default
+EXAMPLES = FOLDER.with_name("examples")  # clips that it answers well
+KNOWS = "it knows only the toy world: a few coloured shapes that move, blink and change, in short clips"
 SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the global-local module, 16 without
 
 
@@ -69,7 +91,7 @@ class Chat:
     # ---- asking -----------------------------------------------------------------------------------------------------
 
     def ask(self, path: str | Path | None, question: str, **options: Any) -> Answer:
-        """Answers one question. path: video, gif, frame folder or image; None for text alone.
+        """Answer one question. path: video, gif, frame folder or image; None for text alone.
 
         options: `Media` fields (num_frames, start, end, ...) and `Decoding.with_options` ones (num_beams, ...).
         Raises UserError (MediaError for an unreadable file).
@@ -77,7 +99,7 @@ class Chat:
         return self.conversation(path, **options).ask(question)
 
     def conversation(self, path: str | Path | None = None, **options: Any) -> "Conversation":
-        """A conversation of several turns about one video; options as for `ask`."""
+        """Begin a conversation of several turns about one video; options as for `ask`."""
         known = {*Media.__dataclass_fields__, *signature(Decoding.with_options).parameters} - {"path", "self"}
         for name in options:
             if name not in known:
@@ -87,16 +109,16 @@ class Chat:
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
 
     def evidence(self, path: str | Path, question: str, answer: str | None = None, **options: Any) -> Evidence:
-        """What an answer rests on, over time; the model's own answer by default. Options as for `ask`."""
+        """Measure what an answer rests on, over time; the model's own answer by default. Options as for `ask`."""
         conversation = self.conversation(path, **options)
-        return measure_evidence(self, conversation.request(question), answer, decoding=conversation.decoding)
+        return self.measure_evidence(conversation.request(question), answer, decoding=conversation.decoding)
 
     def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
-        """Answers a batch of requests in one generation; the same answers as one at a time."""
+        """Answer a batch of requests in one generation; the answers are the same as one at a time."""
         return self.complete([self.prepare(request, decoding) for request in requests], decoding)
 
     def stream(self, request: Request, decoding: Decoding) -> Generator[str, None, None]:
-        """The answer's text, piece by piece. Closing the iterator ends the generation. Raises UserError."""
+        """Yield the answer's text piece by piece. Closing the iterator ends the generation. Raises UserError."""
         decoding.check_streaming()
         prepared = self.prepare(request, decoding)
         if prepared.cut.total:
@@ -106,7 +128,7 @@ class Chat:
     def stream_prepared(
         self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
     ) -> Generator[str, None, Tensor]:
-        """The same for a request that was prepared. stop: ends it, too, when it is set. Returns the new ids, (1, A)."""
+        """Do the same for a prepared request. stop: ends it, too, when it is set. Returns the new ids, (1, A)."""
         decoding.check_streaming()
 
         def generate(**more: Any) -> Tensor:
@@ -117,9 +139,9 @@ class Chat:
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
     def see(self, media: Media, clip: Clip | None = None, stamp: Stamp | None = None) -> Seen:
-        """Reads and encodes a video, or finds it encoded. Raises MediaError.
+        """Read and encode a video, unless its encoding is kept. Raises MediaError.
 
-        clip: when it was read already; stamp: the medium's from before that, if the file may have changed since.
+        clip: of a video that was already read. stamp: of the medium before the reading, if the file may have changed.
         """
         if clip is None and (seen := self.recall(media)) is not None:
             return seen
@@ -137,18 +159,18 @@ class Chat:
         return Seen(encoded, clip.info.kind, clip.times, seconds)
 
     def recall(self, media: Media) -> Seen | None:
-        """What was encoded of the medium before, while it is kept and the file has not changed; nothing is read."""
+        """Return the kept encoding of a medium whose file has not changed, or None; nothing is read."""
         digest, kind, times = self._known.get(self.stamp(media), ("", "", []))
         encoded = self.cache.get(digest)
         return None if encoded is None else Seen(encoded, kind, times)
 
     def stamp(self, media: Media) -> Stamp:
-        """Changes when the file, or what is asked of it, changes."""
+        """Return a key that changes when the file, or the part of it to read, changes."""
         return replace(media, num_frames=media.num_frames or self.num_frames).stamp()
 
     @torch.inference_mode()
     def encode(self, clip: Clip, *, read_seconds: float = 0.0) -> Seen:
-        """What the encoder makes of a clip that was read, here or in another process. Nothing is kept."""
+        """Encode a clip that was read here or in another process. Nothing is kept."""
         start = time.perf_counter()
         encoded = self.model.encode_video(clip.frames[None].to(self.model.device))
         seconds = {"read": read_seconds, "encode": time.perf_counter() - start}
@@ -156,51 +178,48 @@ class Chat:
 
     @torch.inference_mode()
     def prepare(self, request: Request, decoding: Decoding | None = None, seen: Seen | None = None) -> Prepared:
-        """The prompt and the visual tokens, which may depend on the question, cut by the context rule.
+        """Make the prompt and the visual tokens, which may depend on the question, cut by the context rule.
 
         decoding: the settings that the answer will be generated with. seen: the request's medium, encoded.
         Raises RequestError for a question that cannot be answered, MediaError for an unreadable medium, UserError for
         a model whose tokens are no numbers.
         """
         request.check()
-        if request.media is None:
-            return self._fitted(Prepared(request, self._prompt_ids(request.turns, request, None)), None, decoding)
-        seen = seen or self.see(request.media)
+        decoding, text_config = decoding or self.decoding, self.model.config.text_config
+        seen = None if request.media is None else seen or self.see(request.media)
         start = time.perf_counter()
-        kind = "image" if seen.kind == "image" else "video"
-        ids = self._prompt_ids(request.turns, request, kind)
-        visual = self.model.video_input(self.frame_tokens(request, seen))[0]  # (N, D)
-        prepared = self._fitted(Prepared(request, ids, visual, seen.times), kind, decoding)
+        kind = None if seen is None else "image" if seen.kind == "image" else "video"
+        prepared = Prepared(request, self._prompt_ids(request.turns, request, kind))
+        # Of the last turn, the context rule may cut only the video and the text before it.
+        before = len(self._prompt_ids(request.turns[:-1], request, kind)) if len(request.turns) > 1 else 0
+        if seen is not None:
+            visual = self.model.video_input(self.frame_tokens(request, seen))[0]  # (N, D)
+            prepared = replace(prepared, visual=visual, times=seen.times)
+            before = max(before, prepared.ids.index(VISUAL_TOKEN_ID) + 1)
+        prepared = prepared.fitted(
+            context=decoding.context,
+            max_new_tokens=decoding.max_new_tokens,
+            text_config=text_config,
+            num_question=len(prepared.ids) - before,
+        )
+        positions = num_positions(text_config)
+        if positions is not None and prepared.length > positions and not self._warned:
+            self._warned = True
+            log.warning(
+                "a prompt has %d tokens, but the language model was trained for %d positions: answers may be noise",
+                prepared.length,
+                positions,
+            )
+        if seen is None or request.media is None:
+            return prepared
         if not bool(visual.isfinite().all()):
             raise UserError(_no_numbers(f"{request.media.path}: the model's visual tokens", visual.dtype))
         encode = seen.seconds["encode"] + time.perf_counter() - start
         return replace(prepared, seconds={**seen.seconds, "encode": encode})
 
-    def _fitted(self, prepared: Prepared, kind: str | None, decoding: Decoding | None) -> Prepared:
-        """The prompt, cut by the context rule. Of the last turn, only the video and the text before it may be cut."""
-        request, decoding = prepared.request, decoding or self.decoding
-        before = len(self._prompt_ids(request.turns[:-1], request, kind)) if len(request.turns) > 1 else 0
-        if prepared.visual is not None:
-            before = max(before, prepared.ids.index(VISUAL_TOKEN_ID) + 1)
-        fitted = prepared.fitted(
-            context=decoding.context,
-            max_new_tokens=decoding.max_new_tokens,
-            text_config=self.model.config.text_config,
-            num_question=len(prepared.ids) - before,
-        )
-        positions = num_positions(self.model.config.text_config)
-        if positions is not None and fitted.length > positions and not self._warned:
-            self._warned = True
-            log.warning(
-                "a prompt has %d tokens, but the language model was trained for %d positions: answers may be noise",
-                fitted.length,
-                positions,
-            )
-        return fitted
-
     @torch.inference_mode()
     def frame_tokens(self, request: Request, seen: Seen) -> Tensor:
-        """Each frame's tokens for that question, (1, T, K, D), before the video input."""
+        """Compute each frame's tokens for the question, (1, T, K, D), before the video input."""
         texts = self.processor.qformer_inputs([self.processor.template.text(request.turns[-1])])
         texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
         return self.model.frame_tokens(seen.encoded.to(self.model.device), **texts)
@@ -210,15 +229,25 @@ class Chat:
     def complete(
         self, prepared: Sequence[Prepared], decoding: Decoding | None = None, stop: Event | None = None
     ) -> list[Answer]:
-        """The answers of prepared requests, in one generation. stop: ends it with what there is when it is set."""
+        """Answer prepared requests in one generation. stop: when set, ends it with the tokens so far."""
         if not prepared:
             return []
         start = time.perf_counter()
         stopping = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([StopWhen(stop)])}
         ids = self._generate(prepared, decoding or self.decoding, **stopping)
         seconds = (time.perf_counter() - start) / len(prepared)
-        texts = [self.processor.decode(row) for row in ids]
-        return [_answer(one, text, seconds) for one, text in zip(prepared, texts, strict=True)]
+        return [
+            Answer(
+                text=self.processor.decode(row),
+                question=one.request.turns[-1].question,
+                video=one.request.media.path if one.request.media else None,
+                frame_times=one.times,
+                visual_tokens=one.num_visual,
+                seconds={**one.seconds, "answer": seconds},
+                cut=one.cut,
+            )
+            for one, row in zip(prepared, ids, strict=True)
+        ]
 
     @torch.inference_mode()
     def _generate(self, prepared: Sequence[Prepared], decoding: Decoding, **more: Any) -> Tensor:
@@ -234,7 +263,7 @@ class Chat:
     def batch(
         self, prepared: Sequence[Prepared], answer: Sequence[int] | None = None, *, side: str = "right"
     ) -> dict[str, Any]:
-        """The prompts on the model's device: `pad_sequences`, and visual_tokens (V, D), None where all are text alone.
+        """Collate the prompts on the model's device: `pad_sequences`, and visual_tokens (V, D), None without any video.
 
         answer: ids that follow each of them, labelled.
         """
@@ -255,10 +284,107 @@ class Chat:
             return self.processor.piece_ids(request.pieces)
         return self.processor.prompt_ids(turns, media=kind, system=request.system)
 
+    # ---- measuring an answer ----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def measure_evidence(
+        self,
+        request: Request,
+        answer: str | None = None,
+        *,
+        decoding: Decoding | None = None,
+        max_segments: int = MAX_SEGMENTS,
+        max_positions: int = MAX_POSITIONS,
+        seen: Seen | None = None,
+        stop: Event | None = None,
+    ) -> Evidence:
+        """Leave out one segment of the request's video at a time; see evidence.py.
+
+        answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
+        decoding: its context rule may cut the prompt; a segment is then left out of the rest of the prompt.
+        max_segments: a segment is one frame up to that many frames, several neighbours beyond.
+        max_positions: of one pass; the scores do not depend on it.
+        seen: the request's video, encoded. stop: ends the measurement when it is set.
+        Raises UserError for a request without a video of at least two frames, and when it was stopped, and what
+        `prepare` raises.
+        """
+        if request.media is None:
+            raise UserError("evidence over time was asked for without a video: name one")
+        seen = seen or self.see(request.media)
+        if len(seen.times) < 2:
+            raise UserError(
+                f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video"
+            )
+        decoding = decoding or self.decoding
+        prepared = self.prepare(request, decoding, seen)
+        text = self.complete([prepared], decoding, stop)[0].text if answer is None else answer
+        ids = self.answer_ids(request, text)
+        config = self.model.config.text_config
+        positions = num_positions(config)
+        bounded = decoding.context == PUBLISHED or has_position_table(config)
+        if positions is not None and bounded and prepared.length + len(ids) > positions:
+            raise RequestError(
+                f"the prompt has {prepared.length} tokens ({prepared.num_visual} of the video), but with the answer's "
+                f"{len(ids)} that is more than the language model's {positions} positions: give a shorter answer"
+            )
+        frames = self.frame_tokens(request, seen)  # (1, T, K, D)
+        segments = split_frames(len(seen.times), max_segments)
+        left = [without(self.model.video_input, frames, segment, prepared) for segment in segments]
+        variants = [replace(prepared, visual=visual) for visual, _ in left]
+        whole, *parts = self.log_probabilities([prepared, *variants], ids, max_positions=max_positions, stop=stop)
+        return Evidence(
+            question=request.turns[-1].question,
+            answer=text,
+            log_probability=whole,
+            times=seen.times,
+            segments=segments,
+            scores=[whole - part for part in parts],
+            bound=smallest_difference(self.model.dtype, whole, len(ids)),
+            cut=[number for number, (_, cut) in enumerate(left) if cut],
+        )
+
+    def answer_ids(self, request: Request, answer: str) -> list[int]:
+        """Return the answer's tokens and its end mark, as they follow the prompt in training; not cut."""
+        *before, last = request.turns
+        prompt = self.processor.prompt_ids(request.turns)
+        return self.processor.prompt_ids([*before, replace(last, answer=answer)])[len(prompt) :]
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self,
+        prepared: Sequence[Prepared],
+        answer: Sequence[int],
+        *,
+        max_positions: int = MAX_POSITIONS,
+        stop: Event | None = None,
+    ) -> list[float]:
+        """Measure the answer's log probability in nats after each of the prompts, teacher-forced: nothing is sampled.
+
+        All rows in one padded pass, or in several where one would hold more than `max_positions`. The logits are
+        computed for one row at a time, and only for the A tokens of the answer.
+        Raises UserError when `stop` was set before a pass.
+        """
+        size = max(1, max_positions // (max(one.length for one in prepared) + len(answer)))
+        targets = torch.tensor(answer, device=self.model.device)
+        found: list[float] = []
+        for start in range(0, len(prepared), size):
+            if stop is not None and stop.is_set():
+                raise UserError("evidence over time was stopped before it was measured")
+            batch = self.batch(prepared[start : start + size], answer)
+            with self.lock:
+                embeds = self.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
+                hidden = lm.last_hidden_states(self.model.language_model, embeds, batch["attention_mask"])  # (B, S, D)
+                rows = hidden.flatten(0, 1).index_select(0, batch["label_positions"]).split(len(answer))
+                for states in rows:  # (A, D)
+                    logits = lm.logits_of(self.model.language_model, states)  # (A, vocabulary)
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    found.append(float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum()))
+        return found
+
 
 @dataclass
 class Conversation:
-    """Several questions and answers about one video. media and turns may be looked at and replaced."""
+    """Several questions and answers about one video. media and turns may be read and replaced."""
 
     chat: Chat
     media: Media | None
@@ -266,13 +392,13 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     def ask(self, question: str) -> Answer:
-        """Answers with everything said before in view."""
+        """Answer with the earlier turns in the prompt."""
         answer = self.chat.answer([self.request(question)], self.decoding)[0]
         self.turns.append(Turn(question, answer.text))
         return answer
 
     def stream(self, question: str) -> Generator[str, None, None]:
-        """The answer piece by piece; what was said joins the conversation when the iterator ends or is closed."""
+        """Yield the answer piece by piece; the turn joins the conversation when the iterator ends or is closed."""
         pieces: list[str] = []
         try:
             for piece in self.chat.stream(self.request(question), self.decoding):
@@ -283,12 +409,12 @@ class Conversation:
         self.turns.append(Turn(question, self.chat.processor.clean("".join(pieces))))
 
     def reset(self, media: Media | None = None) -> None:
-        """Begins anew, about another video or about none."""
+        """Begin another conversation, about another video or about none."""
         self.turns.clear()
         self.media = media
 
     def request(self, question: str) -> Request:
-        """The question with everything said before."""
+        """Return the question with the earlier turns."""
         return Request(turns=(*self.turns, Turn(question)), media=self.media)
 
 
@@ -303,7 +429,7 @@ def load_chat(
     context: str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> Chat:
-    """Loads a checkpoint folder of any known format, ready for questions. Raises UserError.
+    """Load a checkpoint folder of any known format, ready for questions. Raises UserError.
 
     num_frames: of a video; None for the checkpoint's own number.
     context: the rule for long prompts, `published` (None) or `all`; see conversation/context.py.
@@ -316,24 +442,32 @@ def load_chat(
 
 
 def default_num_frames(config: STLLMConfig) -> int:
-    """The number of frames of a video where nobody names one: the checkpoint's own, or else the published one."""
+    """Return the default number of frames of a video: the checkpoint's own, or else the published one."""
     return config.num_frames or (LONG_CLIP_FRAMES if config.video_input == "residual" else SHORT_CLIP_FRAMES)
+
+
+def chosen_checkpoint(args: argparse.Namespace) -> str | Path:
+    """Return the checkpoint of a command with --ckpt-path, --cfg-path and --options. Raises UserError."""
+    return args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
+
+
+def default_checkpoint() -> Path:
+    """Return the embedded model's folder. Raises UserError where this installation has none."""
+    if not (FOLDER / "config.json").is_file():
+        raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
+    log.info("no checkpoint was named: %s answers; %s, as in %s", FOLDER.name, KNOWS, EXAMPLES)
+    return FOLDER
+
+
+def find_examples() -> Sequence[tuple[Path, str]]:
+    """List (file, question) of the clips that come with the package, as in its examples.json; none without it."""
+    listing = EXAMPLES / "examples.json"
+    if not listing.is_file():
+        return []
+    return [(EXAMPLES / entry["file"], entry["question"]) for entry in loads(listing.read_text(encoding="utf-8"))]
 
 
 def _no_numbers(what: str, dtype: torch.dtype) -> str:
     kind = str(dtype).removeprefix("torch.")
     hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
     return f"{what} are no numbers (NaN or infinite): the weights are damaged, get them again{hint}"
-
-
-def _answer(prepared: Prepared, text: str, seconds: float) -> Answer:
-    request = prepared.request
-    return Answer(
-        text=text,
-        question=request.turns[-1].question,
-        video=request.media.path if request.media else None,
-        frame_times=prepared.times,
-        visual_tokens=prepared.num_visual,
-        seconds={**prepared.seconds, "answer": seconds},
-        cut=prepared.cut,
-    )

@@ -5,28 +5,26 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.failures import sentence
 from stllm.common.terminal import working
-from stllm.conversation.chat import Chat, Conversation, load_chat
+from stllm.conversation.chat import FOLDER, Chat, Conversation, chosen_checkpoint, find_examples, load_chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.embedded import FOLDER, chosen_checkpoint, find_examples
-from stllm.conversation.evidence import measure_evidence
-from stllm.conversation.filmstrip import draw_evidence, filmstrip
-from stllm.conversation.requests import Answer, Media, Request
+from stllm.conversation.evidence import draw_evidence, filmstrip
+from stllm.conversation.requests import Media, Request
 
 COMMANDS = ("/video", "/image", "/new", "/help", "/quit")
 HELP = "Ask about the video. /video PATH or /image PATH takes another, /new begins anew, /quit leaves."
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answers the questions named, or opens the interactive prompt; where nothing is named, examples first.
+    """Answer the given questions, or open the interactive prompt; without any option, answer the examples first.
 
     Raises UserError.
     """
@@ -46,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _media(path: str, args: argparse.Namespace, *, start: float | None = None, end: float | None = None) -> Media:
-    """The medium of that path, looked into. Raises UserError."""
+    """Return the medium of that path, checked. Raises UserError."""
     media = Media(path=path, num_frames=args.num_frames, start=start, end=end, reader=args.reader or "auto")
     with working("looking"):
         media.check()
@@ -74,9 +72,8 @@ def _answer(conversation: Conversation, question: str, args: argparse.Namespace)
     if args.stream:
         pieces = conversation.stream(question)
         with working("looking and answering"):
-            piece = next(pieces, "")
-        print(piece, end="", flush=True)
-        for piece in pieces:
+            first = next(pieces, "")
+        for piece in chain([first], pieces):
             print(piece, end="", flush=True)
         print()
         _evidence(conversation, request, args)
@@ -89,11 +86,22 @@ def _answer(conversation: Conversation, question: str, args: argparse.Namespace)
         print(answer.text, flush=True)
     evidence = _evidence(conversation, request, args)
     if args.json:
-        print(_json_line(answer, evidence), flush=True)
+        line = {
+            "video": answer.video,
+            "question": answer.question,
+            "answer": answer.text,
+            "frame_times": [round(seconds, 3) for seconds in answer.frame_times],
+            "visual_tokens": answer.visual_tokens,
+            "cut_tokens": asdict(answer.cut),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in answer.seconds.items()},
+            **evidence,
+        }
+        ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+        print(json.dumps(line, ensure_ascii=ascii_only), flush=True)
 
 
 def _evidence(conversation: Conversation, request: Request, args: argparse.Namespace) -> dict[str, Any]:
-    """Draws what the last answer rests on, where that was asked for; what there is to say about it."""
+    """Draw the evidence for the last answer, where --evidence asks for it, and return its part of the JSON line."""
     if args.evidence is None or request.media is None:
         return {}
     path, chat = Path(args.evidence), conversation.chat
@@ -101,7 +109,7 @@ def _evidence(conversation: Conversation, request: Request, args: argparse.Names
         path = path.with_stem(f"{path.stem}-{number}")
     with working("looking for evidence"):
         answer = conversation.turns[-1].answer
-        evidence = measure_evidence(chat, request, answer, decoding=conversation.decoding)
+        evidence = chat.measure_evidence(request, answer, decoding=conversation.decoding)
         draw_evidence(path, evidence, filmstrip(request.media, chat.num_frames))
     if evidence.supports:
         seconds = evidence.times[evidence.segments[evidence.peak][0]]
@@ -126,85 +134,68 @@ def _evidence(conversation: Conversation, request: Request, args: argparse.Names
     }
 
 
-def _json_line(answer: Answer, more: Mapping[str, Any]) -> str:
-    return json.dumps(
-        {
-            "video": answer.video,
-            "question": answer.question,
-            "answer": answer.text,
-            "frame_times": [round(seconds, 3) for seconds in answer.frame_times],
-            "visual_tokens": answer.visual_tokens,
-            "cut_tokens": asdict(answer.cut),
-            "seconds": {stage: round(seconds, 3) for stage, seconds in answer.seconds.items()},
-            **more,
-        },
-        ensure_ascii=(sys.stdout.encoding or "").lower() not in ("utf-8", "utf8"),
-    )
-
-
 def _interactive(conversation: Conversation, args: argparse.Namespace, *, examples: bool) -> int:
-    """Reads lines until /quit or the end of input; what fails or is interrupted leaves the conversation as it was.
+    """Read lines until /quit or the end of input; a failed or interrupted line leaves the conversation unchanged.
 
-    A person goes on after an error and leaves with 0; lines from a pipe are all tried, and the code is 1 if one failed.
-    examples: shown to a person before the first line, and where no line comes.
+    A person continues after an error and leaves with 0; lines from a pipe are all tried, and the code is 1 if one
+    failed. examples: shown to a person before the first line, and where no line comes.
     """
     person = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no UTF-8 are the engine's to refuse
+        sys.stdin.reconfigure(errors="surrogateescape")  # the engine refuses bytes that are no UTF-8
     if person:
         if examples:
             _show_examples(conversation.chat, args)
         print(HELP, file=sys.stderr)
         with suppress(ImportError):
             import readline  # noqa: F401  # `input` gets line editing and a history by it
+    # The prompt goes to the terminal and never among the answers.
+    prompt, to_stdout = "> " if person else "", sys.stdout.isatty()
     failed, asked = False, person
-    while (line := _next_line(person)) not in (None, "/quit"):
-        failed, asked = failed | (not _succeeds(conversation, line, args)), True
+    while True:
+        if not to_stdout:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = input(prompt if to_stdout else "").strip()
+        except EOFError:
+            if person:
+                print(file=sys.stderr)
+            break
+        if line == "/quit":
+            break
+        asked = True
+        try:
+            _obey(conversation, line, args)
+        except Exception as error:
+            if args.debug or isinstance(error, BrokenPipeError):
+                raise
+            print(f"error: {sentence(error)}", file=sys.stderr)
+            failed = True
     if examples and not asked:
         _show_examples(conversation.chat, args)
     return int(failed and not person)
 
 
 def _show_examples(chat: Chat, args: argparse.Namespace) -> None:
-    """Answers a question about each clip that comes with the package."""
+    """Answer a question about each clip that comes with the package."""
     for path, question in find_examples():
         if not args.json:
             print(f"{path}\n  {question}", end="\n  > ", flush=True)
         _answer(_begin(chat, args, _media(str(path), args)), question, args)
 
 
-def _succeeds(conversation: Conversation, line: str, args: argparse.Namespace) -> bool:
-    try:
-        _obey(conversation, line, args)
-    except Exception as error:
-        if args.debug or isinstance(error, BrokenPipeError):
-            raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return False
-    return True
-
-
-def _next_line(person: bool) -> str | None:
-    """The next line, None at the end of input. The prompt goes to the terminal and never among the answers."""
-    prompt = "> " if person else ""
-    if not sys.stdout.isatty():
-        print(prompt, end="", file=sys.stderr, flush=True)
-        prompt = ""
-    try:
-        return input(prompt).strip()
-    except EOFError:
-        if person:
-            print(file=sys.stderr)
-        return None
-
-
 def _obey(conversation: Conversation, line: str, args: argparse.Namespace) -> None:
-    """One line of the interactive prompt: a command or a question. Ctrl-C ends the answer, not the session."""
+    """Obey a command, or answer a question, of the interactive prompt. Ctrl-C ends the answer, not the session."""
     command, _, rest = line.partition(" ")
     if command == "/new":
         conversation.reset(conversation.media)
     elif command in ("/video", "/image"):
-        conversation.reset(_media(_path(rest.strip()), args))
+        path = rest.strip()
+        if path and not Path(path).exists():  # quoted or escaped for a shell, as terminals do with dropped files
+            with suppress(ValueError):
+                words = shlex.split(path)
+                path = words[0] if len(words) == 1 else path
+        conversation.reset(_media(path, args))
     elif command == "/help":
         print(HELP, file=sys.stderr)
     elif command.startswith("/"):
@@ -218,13 +209,3 @@ def _obey(conversation: Conversation, line: str, args: argparse.Namespace) -> No
             if not sys.stdin.isatty():
                 raise
             print("\ninterrupted; /quit leaves", file=sys.stderr)
-
-
-def _path(text: str) -> str:
-    """A path as typed, or quoted or escaped as a shell would have it (terminals do so with dropped files)."""
-    if text and not Path(text).exists():
-        with suppress(ValueError):
-            words = shlex.split(text)
-            if len(words) == 1:
-                return words[0]
-    return text

@@ -28,27 +28,19 @@ class Cut:
 
     @property
     def total(self) -> int:
-        """All tokens that were cut."""
+        """Return the number of all tokens that were cut."""
         return self.visual + self.text
 
     def __str__(self) -> str:
-        """A sentence for the user."""
+        """Return a sentence for the user."""
         return f"The prompt is long: its first {self.total} tokens were cut, {self.visual} of them the video's."
 
 
 NOTHING_CUT = Cut()
 
 
-@dataclass(frozen=True)
-class Room:
-    """The room for a prompt. longest: its number of tokens at most, None for any. reason: what limits it, in words."""
-
-    longest: int | None = None
-    reason: str = ""
-
-
 def check_context(context: str, max_new_tokens: int) -> None:
-    """Raises UserError for an unknown rule, and for so many new tokens that the published rule leaves no prompt."""
+    """Raise UserError for an unknown rule, and for so many new tokens that the published rule leaves no prompt."""
     if context not in CONTEXTS:
         raise UserError(unknown_name("context", context, CONTEXTS))
     if context == PUBLISHED and max_new_tokens >= PUBLISHED_LENGTH:
@@ -67,20 +59,20 @@ def has_position_table(text_config: Any) -> bool:
 
 
 def num_positions(text_config: Any) -> int | None:
-    """The positions that a language model was trained for; None where it has no such number (ALiBi, state space)."""
+    """Return the positions that a language model was trained for; None where it has no number (ALiBi, state space)."""
     positions: int | None = getattr(text_config, "max_position_embeddings", None)
     return positions
 
 
-def room(context: str, max_new_tokens: int, text_config: Any) -> Room:
-    """The room for a prompt of this language model under a context rule."""
+def room(context: str, max_new_tokens: int, text_config: Any) -> tuple[int | None, str]:
+    """Return the longest prompt of this language model under a context rule (None: any), and the reason in words."""
     positions, rooms = num_positions(text_config), []
     if positions is not None and has_position_table(text_config):
         reason = f"the language model has {positions} positions, which it shares with {max_new_tokens} new tokens"
-        rooms.append(Room(positions - max_new_tokens, reason))
+        rooms.append((positions - max_new_tokens, reason))
     elif positions is not None and context == PUBLISHED:
-        rooms.append(Room(positions, f"the language model has {positions} positions"))
+        rooms.append((positions, f"the language model has {positions} positions"))
     if context == PUBLISHED:
         reason = f"the published context rule has {PUBLISHED_LENGTH} positions, {max_new_tokens} of them for new tokens"
-        rooms.append(Room(PUBLISHED_LENGTH - max_new_tokens, reason))
-    return min(rooms, key=lambda room: room.longest or 0, default=Room())
+        rooms.append((PUBLISHED_LENGTH - max_new_tokens, reason))
+    return min(rooms, key=lambda room: room[0], default=(None, ""))

@@ -1,4 +1,4 @@
-"""How an answer is generated: beams, length, sampling; transformers' `generate` does the work."""
+"""Settings of generation: beams, length, sampling; transformers' `generate` does the work."""
 
 import math
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ class Decoding:
     context: str = PUBLISHED
 
     def __post_init__(self) -> None:
-        """Raises UserError on a number that cannot be meant."""
+        """Raise UserError on a number out of range."""
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise UserError(
                 f"num_beams is {self.num_beams} and max_new_tokens {self.max_new_tokens}: both must be at least 1"
@@ -46,7 +46,7 @@ class Decoding:
 
     @classmethod
     def published(cls, template: PromptTemplate) -> "Decoding":
-        """The settings that the published demo and open-ended benchmarks use with this family of weights."""
+        """Return the settings that the published demo and open-ended benchmarks use with this family of weights."""
         return cls(
             num_beams=template.num_beams,
             max_new_tokens=template.max_new_tokens,
@@ -62,26 +62,26 @@ class Decoding:
         context: str | None = None,
         stream: bool = False,
     ) -> "Decoding":
-        """These settings with a user's wishes over them.
+        """Return these settings with a user's options over them.
 
         Sampling and streaming follow one beam, so either sets `num_beams` to 1 unless the user named a number.
         Raises UserError for streaming with several beams.
         """
         if num_beams is None and (stream or temperature):
             num_beams = 1
-        wanted = replace(
-            self,
-            num_beams=self.num_beams if num_beams is None else num_beams,
-            max_new_tokens=self.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            temperature=self.temperature if temperature is None else temperature,
-            context=self.context if context is None else context,
-        )
+        options: dict[str, Any] = {
+            "num_beams": num_beams,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "context": context,
+        }
+        wanted = replace(self, **{name: value for name, value in options.items() if value is not None})
         if stream:
             wanted.check_streaming()
         return wanted
 
     def check_streaming(self) -> None:
-        """Raises UserError for several beams: which of them wins is known only at the end."""
+        """Raise UserError for several beams: the best of them is known only at the end."""
         if self.num_beams > 1:
             raise UserError(
                 f"streaming follows one beam, but {self.num_beams} were asked for: name 1 beam (--num-beams 1, "
@@ -89,7 +89,7 @@ class Decoding:
             )
 
     def arguments(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> dict[str, Any]:
-        """The same as arguments of `generate`; a checkpoint's own generation defaults play no part."""
+        """Return the arguments of `generate`; a checkpoint's own generation defaults are not used."""
         samples = self.temperature >= MIN_TEMPERATURE
         sampling = {"temperature": float(self.temperature), "top_p": self.top_p} if samples else {}
         config = GenerationConfig(
@@ -110,18 +110,18 @@ class Decoding:
 
 
 class NaNWatch(LogitsProcessor):
-    """Notes whether any score was no number; generation itself would go on with whatever token comes first."""
+    """Notes whether any score was NaN; generation itself would continue with the first token."""
 
     def __init__(self) -> None:
         self._found: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """scores: (B, vocabulary), returned as they are. The GPU is not waited for."""
+        """Return the scores, (B, vocabulary), unchanged, without waiting for the GPU."""
         found = scores.isnan().any()
         self._found = found if self._found is None else self._found | found
         return scores
 
     @property
     def found(self) -> bool:
-        """Whether there was one."""
+        """Check whether any score was NaN."""
         return self._found is not None and bool(self._found)

@@ -1,38 +1,43 @@
-"""Evidence over time: how much each part of a video mattered to an answer.
+"""Evidence over time: how much each part of a video mattered to an answer, and a chart of it.
 
-One segment of the frames is left out at a time, and the answer's log probability is measured again. What is left out is
-absent, as tokens are under dynamic masking, for which the model was trained; positions close up. Nothing is encoded
-anew: an encoder with a temporal adapter has let the other frames see the one that is left out.
-T frames, K tokens a frame, D width of the language model, S positions of a sequence, A tokens of an answer.
+`Chat.measure_evidence` leaves out one segment of the frames at a time and measures the answer's log probability again.
+The tokens of the segment are removed, as under dynamic masking, for which the model was trained; positions close up.
+Frames are not encoded again: an encoder with a temporal adapter has let the other frames see the one that is left out.
+T frames, K tokens a frame, N visual tokens, D width of the language model, S pixels of a side.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import textwrap
+import warnings
+from dataclasses import dataclass, field
 from itertools import pairwise
-from threading import Event
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stllm.common.errors import UserError
-from stllm.conversation.context import PUBLISHED, has_position_table, num_positions
-from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Request, RequestError
-from stllm.conversation.seeing import Prepared, Seen
-from stllm.models import language_model as lm
+from stllm.common.files import replacing
+from stllm.conversation.requests import ClipReader, Media, Prepared
+from stllm.processors.transforms import EvalTransform
 
 if TYPE_CHECKING:
-    from stllm.conversation.chat import Chat
+    from matplotlib.figure import Figure
 
 MAX_SEGMENTS = 64
 MIN_DIFFERENCE = 0.01  # nats: a probability that changes by 1 %
 MAX_POSITIONS = 16_384  # of all sequences in one pass: what bounds the memory
 
+SIZE = 160
+MAX_PICTURES = 16  # a longer strip would be too small to see
+WIDTH, EDGE = 10.0, 0.9  # inches: of the figure, of the space left and right of the axes
+FOR, AGAINST = "#1f77b4", "#d62728"
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """What an answer rests on.
+    """The evidence for one answer.
 
     log_probability: of the answer and its end mark with the whole video in view, in nats.
     times: seconds of the T frames seen. segments: (first, end) positions among them, end excluded.
@@ -57,61 +62,13 @@ class Evidence:
 
     @property
     def matters(self) -> bool:
-        """Whether leaving out any segment changes the answer's log probability by more than `bound`."""
+        """Check whether leaving out any segment changes the answer's log probability by more than `bound`."""
         return max(map(abs, self.scores)) > self.bound
 
     @property
     def supports(self) -> bool:
-        """Whether leaving out any segment makes the answer less likely, by more than `bound`."""
+        """Check whether leaving out any segment makes the answer less likely, by more than `bound`."""
         return max(self.scores) > self.bound
-
-
-def measure_evidence(
-    chat: "Chat",
-    request: Request,
-    answer: str | None = None,
-    *,
-    decoding: Decoding | None = None,
-    max_segments: int = MAX_SEGMENTS,
-    max_positions: int = MAX_POSITIONS,
-    seen: Seen | None = None,
-    stop: Event | None = None,
-) -> Evidence:
-    """Leaves out one segment of the request's video at a time.
-
-    answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
-    decoding: its context rule may cut the prompt; a segment is then left out of what is left of the prompt.
-    max_segments: a segment is one frame up to that many frames, several neighbours beyond.
-    max_positions: of one pass; the scores do not depend on it.
-    seen: the request's video, encoded. stop: ends the measurement when it is set.
-    Raises UserError for a request without a video of at least two frames, and when it was stopped, and what
-    `Chat.prepare` raises.
-    """
-    if request.media is None:
-        raise UserError("evidence over time was asked for without a video: name one")
-    seen = seen or chat.see(request.media)
-    if len(seen.times) < 2:
-        raise UserError(f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video")
-    decoding = decoding or chat.decoding
-    prepared = chat.prepare(request, decoding, seen)
-    text = chat.complete([prepared], decoding, stop)[0].text if answer is None else answer
-    ids = answer_ids(chat, request, text)
-    _check_length(chat, prepared, len(ids), decoding.context)
-    frames = chat.frame_tokens(request, seen)  # (1, T, K, D)
-    segments = split_frames(len(seen.times), max_segments)
-    left = [without(chat, frames, segment, prepared) for segment in segments]
-    variants = [replace(prepared, visual=visual) for visual, _ in left]
-    whole, *parts = log_probabilities(chat, [prepared, *variants], ids, max_positions=max_positions, stop=stop)
-    return Evidence(
-        question=request.turns[-1].question,
-        answer=text,
-        log_probability=whole,
-        times=seen.times,
-        segments=segments,
-        scores=[whole - part for part in parts],
-        bound=smallest_difference(chat.model.dtype, whole, len(ids)),
-        cut=[number for number, (_, cut) in enumerate(left) if cut],
-    )
 
 
 def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: int) -> float:
@@ -122,19 +79,6 @@ def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: 
     sum of 1 - p is at most its number of tokens, and at most minus its log probability.
     """
     return max(MIN_DIFFERENCE, 10 * torch.finfo(dtype).eps * min(num_tokens, -log_probability))
-
-
-def _check_length(chat: "Chat", prepared: Prepared, num_answer: int, context: str) -> None:
-    """Raises RequestError if prompt and answer together have more tokens than the model has positions."""
-    config = chat.model.config.text_config
-    positions = num_positions(config)
-    if positions is None or prepared.length + num_answer <= positions:
-        return
-    if context == PUBLISHED or has_position_table(config):
-        raise RequestError(
-            f"the prompt has {prepared.length} tokens ({prepared.num_visual} of the video), but with the answer's "
-            f"{num_answer} that is more than the language model's {positions} positions: give a shorter answer"
-        )
 
 
 def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
@@ -149,16 +93,13 @@ def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-@torch.inference_mode()
-def without(chat: "Chat", frames: Tensor, segment: tuple[int, int], prepared: Prepared) -> tuple[Tensor, bool]:
+def without(video_input: Any, frames: Tensor, segment: tuple[int, int], prepared: Prepared) -> tuple[Tensor, bool]:
     """The prompt's visual tokens (N, D) without a segment's, and True if the segment's own had all been cut before.
 
     frames: (1, T, K, D), all of them. prepared: the prompt, whose first `cut.visual` visual tokens were cut.
     """
     first, end = segment
-    num_frames = frames.shape[1]
-    video_input = chat.model.video_input
-    tokens: Tensor = video_input(frames, [*range(first), *range(end, num_frames)])[0]
+    tokens: Tensor = video_input(frames, [*range(first), *range(end, frames.shape[1])])[0]
     if not prepared.cut.visual:
         return tokens, False
     own = prepared.cut.visual + prepared.num_visual - len(tokens)  # tokens that the segment alone gives
@@ -167,46 +108,82 @@ def without(chat: "Chat", frames: Tensor, segment: tuple[int, int], prepared: Pr
     return tokens[prepared.cut.visual - own_cut :], 0 < own == own_cut
 
 
-def answer_ids(chat: "Chat", request: Request, answer: str) -> list[int]:
-    """The answer's tokens and its end mark, as they follow the prompt in training; not cut."""
-    *before, last = request.turns
-    prompt = chat.processor.prompt_ids(request.turns)
-    return chat.processor.prompt_ids([*before, replace(last, answer=answer)])[len(prompt) :]
+# ---- the chart ------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def log_probabilities(
-    chat: "Chat",
-    prepared: Sequence[Prepared],
-    answer: Sequence[int],
-    *,
-    max_positions: int = MAX_POSITIONS,
-    stop: Event | None = None,
-) -> list[float]:
-    """The answer's log probability in nats after each of the prompts, teacher-forced: exact, nothing is sampled.
+def filmstrip(media: Media, num_frames: int, *, size: int = SIZE) -> np.ndarray:
+    """Read the frames that the model was shown, as it sees them, cropped: (T, S, S, 3) uint8. Raises MediaError.
 
-    All rows in one padded pass, or in several where one would hold more than `max_positions`.
-    Raises UserError when `stop` was set before a pass.
+    num_frames: of media that name no number.
     """
-    size = max(1, max_positions // (max(one.length for one in prepared) + len(answer)))
-    found: list[float] = []
-    for start in range(0, len(prepared), size):
-        if stop is not None and stop.is_set():
-            raise UserError("evidence over time was stopped before it was measured")
-        found += _score(chat, prepared[start : start + size], list(answer))
-    return found
+    transform = EvalTransform(size, mean=(0, 0, 0), std=(1, 1, 1))  # colours from 0 to 1
+    pixels = (ClipReader(transform, num_frames)(media).frames * 255).round().byte()  # (T, 3, S, S)
+    return pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _score(chat: "Chat", prepared: Sequence[Prepared], answer: list[int]) -> list[float]:
-    """One pass of the language model over B rows; logits of one row at a time, where the answer is: (A, vocabulary)."""
-    batch = chat.batch(prepared, answer)
-    targets = torch.tensor(answer, device=chat.model.device)
-    with chat.lock:
-        embeds = chat.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
-        hidden = lm.last_hidden_states(chat.model.language_model, embeds, batch["attention_mask"])  # (B, S, D)
-        found = []
-        for states in hidden.flatten(0, 1).index_select(0, batch["label_positions"]).split(len(answer)):  # (A, D)
-            logits = lm.logits_of(chat.model.language_model, states)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            found.append(float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum()))
-        return found
+def draw_evidence(path: str | Path, evidence: Evidence, pictures: np.ndarray) -> None:
+    """Draw the curve under the frames into a PNG file, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = evidence_figure(evidence, pictures)
+    FigureCanvasAgg(figure)
+    with replacing(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of scripts that the font lacks: it draws boxes
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def evidence_figure(evidence: Evidence, pictures: np.ndarray) -> "Figure":
+    """Return the figure: frames side by side, each over its own evidence, in nats. pictures: (T, S, S, 3).
+
+    Below zero the segment spoke against the answer. A grey area covers the frames that the context rule cut.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(pictures)
+    answer = _lines(evidence.answer or "(an empty answer)", 3)
+    found = "" if evidence.matters else f"; no part matters: no difference exceeds {evidence.bound:.2g} nats"
+    title = f"{_lines(evidence.question, 2)}\n{answer}\n(log probability {evidence.log_probability:.3g} nats{found})"
+    step = -(-count // MAX_PICTURES)
+    height = (WIDTH - 2 * EDGE) * step / count  # of a square picture, in inches
+    heading = 0.3 + 0.15 * len(title.splitlines())
+    figure = Figure(figsize=(WIDTH, total := heading + height + 2.7))
+    left, width = EDGE / WIDTH, 1 - 2 * EDGE / WIDTH
+    figure.text(left, 1 - 0.15 / total, title, va="top", fontsize=9, parse_math=False)
+
+    strip = figure.add_axes((left, 2.7 / total, width, height / total))
+    for first in range(0, count, step):  # one picture of each `step` frames, as wide as they are below
+        last = min(first + step, count)
+        shown = pictures[min(first + step // 2, count - 1)]
+        shown = shown[:, : round(shown.shape[1] * (last - first) / step)]
+        strip.imshow(shown, extent=(first - 0.5, last - 0.5, 0, 1))
+    strip.set_aspect("auto")
+    strip.set_xlim(-0.5, count - 0.5)
+    strip.set_ylim(0, 1)
+    strip.set_axis_off()
+
+    curve = figure.add_axes((left, 0.6 / total, width, 2.0 / total))
+    scores = np.repeat(evidence.scores, [end - first for first, end in evidence.segments])  # (T,)
+    edges = np.arange(count + 1) - 0.5
+    for sign, colour in ((scores >= 0, FOR), (scores < 0, AGAINST)):
+        curve.stairs(np.where(sign, scores, 0.0), edges, fill=True, color=colour, alpha=0.35)
+    for first, end in (evidence.segments[number] for number in evidence.cut):
+        curve.axvspan(first - 0.5, end - 0.5, color="grey", alpha=0.25, linewidth=0)
+    if evidence.cut:
+        curve.annotate("not read: cut from the prompt", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize=8)
+    curve.plot(range(count), scores, marker="o", markersize=3, color=FOR)
+    curve.axhline(0, color="black", linewidth=0.8)
+    places = range(0, count, step)
+    curve.set_xticks(places, [f"{round(evidence.times[place], 2):g}" for place in places])
+    curve.set_xlim(-0.5, count - 0.5)
+    curve.set_xlabel("seconds")
+    curve.ticklabel_format(axis="y", style="plain", useOffset=False)  # a sure model's evidence is small
+    curve.set_ylabel("evidence (nats)")
+    curve.grid(axis="y", alpha=0.3)
+    curve.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _lines(text: str, most: int) -> str:
+    """Wrap the text into at most `most` lines, without characters that cannot be printed."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return textwrap.fill(printable, 120, max_lines=most, placeholder=" …")

@@ -1,13 +1,27 @@
-"""Requests and answers: one question about a medium (or about none), and one answer."""
+"""A request on its way: its medium, read and encoded; its prompt, prepared; its answer.
 
-from dataclasses import dataclass
+The processes that read media import this file, so it imports no model.
+Letters: T frames, P patches, C vision width, K tokens a frame, N visual tokens, D width of the language model.
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import Any
+
+from torch import Tensor
 
 from stllm.common.errors import UserError
-from stllm.conversation.context import NOTHING_CUT, Cut
-from stllm.media.clip import Media, Stamp
+from stllm.conversation.context import ALL, NOTHING_CUT, PUBLISHED, Cut, has_position_table, room
+from stllm.media.clip import Clip, Media, Stamp, load_clip
+from stllm.processors.sequences import VISUAL_TOKEN_ID
 from stllm.processors.templates import VISUAL, Turn
+from stllm.processors.transforms import FrameTransform
 
-__all__ = ["Answer", "Media", "Request", "RequestError", "Stamp"]
+__all__ = ["Answer", "ClipReader", "FeatureCache", "Media", "Prepared", "Request", "RequestError", "Seen", "Stamp"]
+
+NO_TIME = {"read": 0.0, "encode": 0.0}  # seconds by stage
 
 
 class RequestError(UserError):
@@ -29,7 +43,7 @@ class Request:
     pieces: tuple[str, ...] | None = None
 
     def check(self) -> None:
-        """Raises RequestError when the question is nothing, or no text."""
+        """Raise RequestError when the question is empty, or no valid text."""
         assert self.pieces is None or self.pieces.count(VISUAL) == int(self.media is not None), self.pieces
         question = self.turns[-1].question
         if not question.strip():
@@ -38,6 +52,128 @@ class Request:
             question.encode()
         except UnicodeEncodeError:  # bytes of a command line or a pipe in another encoding
             raise RequestError(f"the question {question!r} is no valid text: write it in UTF-8") from None
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Reads media as a model takes them; it holds no weights, so that it can be sent to other processes.
+
+    transform: of each frame. num_frames: of media that name no number.
+    """
+
+    transform: FrameTransform
+    num_frames: int
+
+    def __call__(self, media: Media) -> Clip:
+        """Return the prepared frames. Raises MediaError for an unreadable medium."""
+        return load_clip(media, self.transform, num_frames=self.num_frames)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An encoded clip, and how long it took. encoded: (1, T, 1+P, C) or (1, T, K, D); kind: as `MediaInfo` has it."""
+
+    encoded: Tensor
+    kind: str
+    times: list[float]
+    seconds: Mapping[str, float] = field(default_factory=lambda: dict(NO_TIME))
+
+
+class FeatureCache:
+    """Least-recently-used tensors, kept in main memory up to `max_bytes`. Safe to share between threads.
+
+    Keys are content digests, so the same video under another name is found and a changed file is not.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """Return the tensor of that key, or None; it becomes the most recently used."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: Hashable, tensor: Tensor) -> None:
+        """Keep a copy in main memory, and drop the least recently used tensors beyond `max_bytes`.
+
+        A tensor larger than `max_bytes` is not kept, and causes no other to be dropped.
+        """
+        tensor = tensor.detach().cpu()
+        with self._lock:
+            self._drop(key)
+            if tensor.nbytes > self.max_bytes:
+                return
+            self._entries[key] = tensor
+            self.num_bytes += tensor.nbytes
+            while self.num_bytes > self.max_bytes:
+                self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: Hashable) -> None:
+        old = self._entries.pop(key, None)
+        if old is not None:
+            self.num_bytes -= old.nbytes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready to be answered. ids: of its prompt; visual: (N, D), None for text alone.
+
+    times: seconds of the frames seen. seconds: spent by stage so far. cut: tokens removed from `ids` and `visual`.
+    """
+
+    request: Request
+    ids: list[int]
+    visual: Tensor | None = None
+    times: list[float] = field(default_factory=list)
+    seconds: Mapping[str, float] = field(default_factory=lambda: dict(NO_TIME))
+    cut: Cut = NOTHING_CUT
+
+    @property
+    def num_visual(self) -> int:
+        """Return the number of visual tokens of the prompt."""
+        return 0 if self.visual is None else len(self.visual)
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens of the prompt, with the visual ones in place of their placeholder."""
+        return len(self.ids) if self.visual is None else len(self.ids) - 1 + len(self.visual)
+
+    def fitted(self, *, context: str, max_new_tokens: int, text_config: Any, num_question: int) -> "Prepared":
+        """Return this prompt, its first tokens cut by the context rule.
+
+        text_config: the language model's. num_question: ids at the end that are never cut, those of the last question.
+        Raises RequestError for a prompt that cannot be answered under this rule.
+        """
+        longest, reason = room(context, max_new_tokens, text_config)
+        if longest is None or self.length <= longest:
+            return self
+        if context == ALL or num_question > longest:
+            question = "" if context == ALL else f" and the {num_question} tokens of the question are never cut"
+            extends = context == PUBLISHED and not has_position_table(text_config)
+            raise RequestError(
+                f"the prompt has {self.length} tokens ({self.num_visual} of the video), but {reason}{question}: "
+                "ask a shorter question, begin a new conversation, use fewer frames (--num-frames) or fewer new tokens "
+                f"(--max-new-tokens){', or keep the whole prompt (--context all)' if extends else ''}"
+            )
+        excess = self.length - longest
+        front = len(self.ids) if self.visual is None else self.ids.index(VISUAL_TOKEN_ID)
+        before = min(excess, front)  # text before the visual tokens, visual tokens, text after them
+        visual = min(excess - before, self.num_visual)
+        after = excess - before - visual
+        return replace(
+            self,
+            ids=self.ids[before : front + 1] + self.ids[front + 1 + after :],
+            visual=None if self.visual is None else self.visual[visual:],
+            cut=Cut(visual=visual, text=before + after),
+        )
 
 
 @dataclass(frozen=True)

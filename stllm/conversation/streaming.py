@@ -21,30 +21,27 @@ class AnswerStream:
         self.ended = False
 
     def feed(self, piece: str) -> str:
-        """What may be shown now that `piece` has come."""
+        """Return the text that `piece` makes certain."""
         self._text = (self._text + piece).lstrip() if not self._shown else self._text + piece
         before, mark, _ = self._text.partition(self.end_sym)
         self.ended = bool(mark)
-        certain = before if mark else before[: len(before) - self._possible_mark(before)]
-        certain = certain.rstrip()
+        # Characters at the end that may be the beginning of the end mark.
+        lengths = range(len(self.end_sym) - 1, 0, -1)
+        held = 0 if mark else next((n for n in lengths if before.endswith(self.end_sym[:n])), 0)
+        certain = before[: len(before) - held].rstrip()
         new = certain[self._shown :]
         self._shown += len(new)
         return new
 
     def close(self) -> str:
-        """What was held back and turned out not to be the end mark."""
+        """Return the rest, which turned out not to be the end mark."""
         rest = self._text.split(self.end_sym)[0].rstrip()[self._shown :]
         self._shown += len(rest)
         return rest
 
-    def _possible_mark(self, text: str) -> int:
-        """Characters at the end of `text` that may be the beginning of the end mark."""
-        lengths = range(len(self.end_sym) - 1, 0, -1)
-        return next((n for n in lengths if text.endswith(self.end_sym[:n])), 0)
-
 
 class StopWhen(StoppingCriteria):
-    """Ends generation once the event is set: nobody listens any more."""
+    """Ends generation once the event is set, because nobody listens any more."""
 
     def __init__(self, event: Event) -> None:
         self.event = event

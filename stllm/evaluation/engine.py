@@ -17,8 +17,7 @@ from stllm.common.errors import UserError
 from stllm.common.parent import end_with_parent
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, Media, RequestError
-from stllm.conversation.seeing import ClipReader, Prepared, Seen
+from stllm.conversation.requests import Answer, ClipReader, Media, Prepared, RequestError, Seen
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.media.clip import Clip
 from stllm.media.time_bound import StorageError, read_within

@@ -18,8 +18,7 @@ from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.jsonl import naming_full_disk
 from stllm.common.processes import process_group
-from stllm.conversation.chat import default_num_frames
-from stllm.conversation.embedded import FOLDER
+from stllm.conversation.chat import FOLDER, default_num_frames
 from stllm.evaluation import results
 from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
 from stllm.evaluation.probes.permutation import probe_options

@@ -24,8 +24,7 @@ from tqdm import tqdm
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.context import PUBLISHED
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Media, Request, RequestError
-from stllm.conversation.seeing import Prepared
+from stllm.conversation.requests import Media, Prepared, Request, RequestError
 from stllm.media.info import MediaError
 from stllm.media.open import open_media
 from stllm.processors.templates import Turn

@@ -1,14 +1,15 @@
-"""The web application: /v1/chat/completions, /v1/models, /health. It holds no state of a client between requests."""
+"""The web application: /v1/chat/completions, /v1/models, /health. It keeps no state of a client between requests."""
 
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 import anyio
@@ -21,15 +22,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
-from stllm.media.reading import ReadingPool
-from stllm.serving.answering import answer_steps, hiding
-from stllm.serving.body import Bodies
-from stllm.serving.errors import ApiError, api_error
-from stllm.serving.jobs import BusyError, End, Job, Jobs
+from stllm.conversation.requests import Media
+from stllm.conversation.requests import Request as Question
+from stllm.media.reading import NobodyWaits, ReadingPool
+from stllm.serving.jobs import BusyError, End, Job, Jobs, Stage
 from stllm.serving.limits import Limits
-from stllm.serving.media import fetch_medium, split_medium
-from stllm.serving.replies import Finished, Reply, event, model_object
+from stllm.serving.media import Bodies, fetch_medium, split_medium
+from stllm.serving.replies import ApiError, Finished, Reply, api_error, event, model_object
 from stllm.serving.requests import Asked, parse_request
 
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
@@ -61,32 +62,39 @@ class Server:
         self.bodies = Bodies(self.limits.body_bytes, BODIES * self.limits.body_bytes, self.limits.body_seconds)
         self._created = int(time.time())
 
-    # ---- endpoints --------------------------------------------------------------------------------------------------
-
     async def health(self, request: Request) -> Response:
-        """Whether the server is up, and how busy it is."""
+        """Report that the server is up, and how busy it is."""
         return JSONResponse(
             {"status": "ok", "model": self.name, "requests": self.jobs.num_inside, "places": self.jobs.places}
         )
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """List the one model."""
         return JSONResponse({"object": "list", "data": [model_object(self.name, self._created)]})
 
     async def model(self, request: Request) -> Response:
-        """The one model, or 404."""
+        """Describe the one model, or answer 404."""
         if request.path_params["name"] != self.name:
             raise ApiError(404, f"the only model here is {self.name!r}", code="model_not_found")
         return JSONResponse(model_object(self.name, self._created))
 
     async def completions(self, request: Request) -> Response:
-        """Answers a chat completion request, whole or as a stream."""
+        """Answer a chat completion request, whole or as a stream."""
         try:
             self.jobs.check_room()
         except BusyError:
             await self.bodies.read(request, keep=False)  # so that the client reads the refusal
             raise
-        body = await self._arrive(request)
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            # A page elsewhere on the web can have a browser send any other type here unasked.
+            raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
+        body = await self.bodies.read(request)
+        if body is None:
+            raise ApiError(
+                413,
+                f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
+                code="request_too_large",
+            )
         news = News()
         job: Job[Step] = self.jobs.admit(news.tell)  # not before, so that slow senders hold no places
         streams = False
@@ -99,7 +107,10 @@ class Server:
                 if first is None:
                     return GONE
                 if not asked.stream:
-                    return await self._whole(news, first)
+                    step: Step | None = first
+                    while isinstance(step, str):
+                        step = await news.next()
+                    return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
             finally:
                 watch.cancel()
             streams = True
@@ -108,24 +119,8 @@ class Server:
             if not streams:
                 job.give_up()
 
-    # ---- steps ------------------------------------------------------------------------------------------------------
-
-    async def _arrive(self, request: Request) -> bytearray:
-        """The request's body. Raises ApiError when it is no JSON, too large or too slow."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            # A page elsewhere on the web can have a browser send any other type here unasked.
-            raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
-        body = await self.bodies.read(request)
-        if body is None:
-            raise ApiError(
-                413,
-                f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
-                code="request_too_large",
-            )
-        return body
-
     def _begin(self, body: bytearray, job: Job[Step]) -> Asked:
-        """Begins to answer the request. Its medium becomes a file, which goes when the job leaves."""
+        """Begin to answer the request. Its medium is written to a file, which is removed at the end of the job."""
         words, medium = split_medium(body, self.limits)
         asked = parse_request(words, model=self.name, usual=self.chat.decoding, limits=self.limits)
         path = None
@@ -137,27 +132,21 @@ class Server:
         job.start(partial(answer_steps, self.chat, self.jobs.reading, self.limits, asked, path))
         return asked
 
-    async def _whole(self, news: "News", first: Step) -> Response:
-        step: Step | None = first
-        while isinstance(step, str):
-            step = await news.next()
-        return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
-
 
 class News:
-    """What a job tells, from its threads to the event loop in which this was made."""
+    """News of a job, from its threads to the event loop in which this object was made."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._told: asyncio.Queue[Step | End] = asyncio.Queue()
 
     def tell(self, item: Step | End) -> None:
-        """Called in any thread."""
+        """Add an item, from any thread."""
         with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
             self._loop.call_soon_threadsafe(self._told.put_nowait, item)
 
     async def next(self) -> Step | None:
-        """What the job tells next, None at its end. Raises what its work raised."""
+        """Return the next item, None at the end of the job. Raises what the job raised."""
         item = await self._told.get()
         if not isinstance(item, End):
             return item
@@ -167,7 +156,7 @@ class News:
 
 
 class OwnHosts:
-    """Middleware that turns away requests to other names, with which a page elsewhere would reach this machine.
+    """Middleware that refuses requests to other host names, with which a page elsewhere could reach this machine.
 
     As starlette's TrustedHostMiddleware, but its refusal is OpenAI's error object. hosts: names that are served.
     """
@@ -177,7 +166,7 @@ class OwnHosts:
         self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers 400."""
+        """Pass the request on, or answer 400."""
         if scope["type"] == "http":
             named = HOST.fullmatch(Headers(scope=scope).get("host", ""))
             if named is None or named[1].lower() not in self.hosts:
@@ -188,14 +177,14 @@ class OwnHosts:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. However it ends, the job is given up."""
+    """A stream of server-sent events that gives up its job when it ends, in whatever way."""
 
     def __init__(self, events: AsyncIterator[str], job: Job[Step]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends them, until they end or the client has gone."""
+        """Send the events, until they end or the client has gone."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -203,7 +192,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(news: News, first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
-    """The chunks of an answer; an error in the middle is an event, too."""
+    """Yield the chunks of an answer; an error in the middle is also an event."""
     yield reply.chunk({"role": "assistant", "content": ""})
     step: Step | None = first
     try:
@@ -227,13 +216,7 @@ async def _give_up_when_gone(request: Request, job: Job[Step]) -> None:
 
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
-    """The application. hosts: names by which it may be called; None: any."""
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await anyio.to_thread.run_sync(server.jobs.close)
-
+    """Build the application. hosts: names of this server that requests may use; None: any."""
     return Starlette(
         routes=[
             Route("/health", _answers(server.health)),
@@ -243,12 +226,12 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
         ],
         middleware=[] if hosts is None else [Middleware(OwnHosts, hosts=hosts)],
         exception_handlers={HTTPException: _http_error},
-        lifespan=lifespan,
+        lifespan=server.jobs.lifespan,
     )
 
 
 def _answers(endpoint: Endpoint) -> Endpoint:
-    """The endpoint, whose failures become OpenAI's error objects."""
+    """Wrap an endpoint so that its failures become OpenAI's error objects."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -262,7 +245,7 @@ def _answers(endpoint: Endpoint) -> Endpoint:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Unknown paths and methods."""
+    """Answer requests for unknown paths and methods."""
     assert isinstance(error, HTTPException)
     offered = "GET /health, GET /v1/models, POST /v1/chat/completions"
     return _error_response(ApiError(error.status_code, f"{error.detail}: this server offers {offered}"))
@@ -270,3 +253,46 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def _error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+# ---- the engine's part
+
+
+def answer_steps(
+    chat: Chat, reading: ReadingPool, limits: Limits, asked: Asked, path: Path | None, stop: Event
+) -> Generator[str | Finished | Stage, None, None]:
+    """Yield pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError."""
+    media = None if path is None else Media(str(path), num_frames=asked.num_frames)
+    request = Question(asked.turns, media, asked.system)
+    with hiding(path):
+        request.check()
+        seen = None
+        if media is None or (seen := chat.recall(media)) is not None:
+            yield Stage.MODEL
+        else:
+            stamp = chat.stamp(media)
+            yield Stage.READING
+            clip = reading.read(partial(limits.read, chat.read, media), Path(media.path), stop)
+            yield Stage.MODEL
+            seen = chat.see(media, clip, stamp)
+            del clip
+        prepared = chat.prepare(request, asked.decoding, seen)
+        with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
+            ids = yield from pieces  # (1, A)
+    processor, num_tokens = chat.processor, ids.shape[1]
+    text = str(processor.tokenizer.decode(ids[0], skip_special_tokens=True))
+    ended = int(ids[0, -1]) == processor.eos_token_id or processor.end_sym in text
+    reason = "length" if num_tokens >= asked.decoding.max_new_tokens and not ended else "stop"
+    yield Finished(processor.clean(text), reason, prepared.length, num_tokens, prepared.cut.total)
+
+
+@contextmanager
+def hiding(path: Path | None) -> Iterator[None]:
+    """Turn UserError into ApiError, whose message does not say where the medium is stored on this machine."""
+    try:
+        yield
+    except NobodyWaits:
+        raise
+    except UserError as error:
+        text = " ".join(str(error).split())
+        raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None

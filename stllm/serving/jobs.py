@@ -1,18 +1,20 @@
-"""A bounded queue before the one model: a request that finds no place is refused at once, one at a time is answered.
+"""A bounded queue before the one model: it refuses requests beyond its places, and answers one at a time.
 
 The server and the demo both use it. A job is a generator: it yields news for its listener, and a `Stage` where its next
 steps belong into another thread: files are read by a few threads (in processes of their own, media/reading.py), so
-that a slow one holds up nobody else, and the model runs in one. Whoever leaves gives up the job: a waiting one is
-dropped, a reading one ends at once, an answering one at its next token, and its place and its files are given back.
+that a slow one delays no other, and the model runs in one. A client that leaves gives up its job: a waiting one is
+dropped, a reading one ends at once, an answering one at its next token, and its place and its files are freed.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from enum import Enum
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import anyio
 
 from stllm.common.errors import UserError
 from stllm.media.reading import ReadingPool
@@ -23,7 +25,7 @@ TICK = 0.5  # seconds without news after which a listening thread is asked wheth
 
 
 class Stage(Enum):
-    """The thread in which the next steps of a job run."""
+    """The kind of thread in which the next steps of a job run."""
 
     READING = "reading"
     MODEL = "model"
@@ -33,18 +35,18 @@ Work = Callable[[Event], Generator[T | Stage, None, object]]  # the event is set
 
 
 class BusyError(UserError):
-    """There is no place for another request now; there may be one in a moment."""
+    """There is no free place for another request; there may be one in a moment."""
 
 
 class End:
-    """The last thing that a job tells. error: what its work raised."""
+    """The last news of a job. error: raised by its work."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
 class Jobs:
-    """places: requests that may be here at once, the one that is answered among them. reading: closed with this."""
+    """The queue. places: for requests at once, including the one being answered. reading: closed with the queue."""
 
     def __init__(self, places: int, reading: ReadingPool) -> None:
         self.places = places
@@ -59,18 +61,18 @@ class Jobs:
 
     @property
     def num_inside(self) -> int:
-        """Requests that have arrived whole, whether they wait, are read or are answered."""
+        """Return the number of requests that wait, are read or are answered."""
         return len(self._inside)
 
     def check_room(self) -> None:
-        """Raises BusyError when no place is free."""
+        """Raise BusyError when no place is free."""
         if self._closed:
             raise BusyError("the server is ending: try again in a moment")
         if len(self._inside) >= self.places:
             raise BusyError(f"all {self.places} places are taken: try again in a moment")
 
     def admit(self, tell: "Callable[[T | End], None]") -> "Job[T]":
-        """A place for one request. tell: gets its news, in any thread. Raises BusyError when none is free."""
+        """Take a place for one request. tell: gets its news, in any thread. Raises BusyError when none is free."""
         with self._lock:
             self.check_room()
             job: Job[T] = Job(self, tell)
@@ -78,7 +80,7 @@ class Jobs:
             return job
 
     def iterate(self, work: Work[T]) -> Generator[T | None, None, None]:
-        """The work's news for a listening thread, and None each half second without any. Raises what the work raises.
+        """Yield the work's news to a listening thread, and None each half second without any. Raises its errors.
 
         Closing the iterator gives up the job and does not wait for its end. Raises BusyError when no place is free.
         """
@@ -102,12 +104,12 @@ class Jobs:
             job.give_up()
 
     def leave(self, job: "Job") -> None:
-        """Frees the job's place; a second time nothing happens."""
+        """Free the job's place; a second call does nothing."""
         with self._lock:
             self._inside.discard(job)
 
     def close(self) -> None:
-        """Gives up all jobs, ends what is being read, and waits for the model's running step to end."""
+        """Give up all jobs, end all readings, and wait for the model's running step to end."""
         self.reading.close()
         with self._lock:
             self._closed = True
@@ -117,9 +119,15 @@ class Jobs:
         for threads in self.threads.values():
             threads.shutdown()
 
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Close the queue when the application ends; for starlette's `lifespan`."""
+        yield
+        await anyio.to_thread.run_sync(self.close)
+
 
 class Job(Generic[T]):
-    """One request with a place in the house. resources: what is closed when it leaves."""
+    """One request with a place in the queue. resources: closed when it leaves."""
 
     def __init__(self, jobs: Jobs, tell: Callable[[T | End], None]) -> None:
         self.resources = ExitStack()
@@ -131,12 +139,12 @@ class Job(Generic[T]):
         self._lock = Lock()  # between giving up and going on to another stage
 
     def start(self, work: Work[T]) -> None:
-        """Begins the work, in this thread until it names a stage."""
+        """Begin the work, in this thread until it names a stage."""
         self._steps = work(self._given_up)
         self._go_on(None, Event())
 
     def give_up(self) -> None:
-        """Nobody listens any more, because all was told or because the client has gone. May be called again."""
+        """End the job: the listener has all its news, or has gone. May be called again."""
         with self._lock:
             self._given_up.set()
             waits = self._steps is None if self._future is None else self._future.cancel()
@@ -144,7 +152,7 @@ class Job(Generic[T]):
             self._leave(End())
 
     def _go_on(self, stage: Stage | None, begun: Event) -> None:
-        """Runs the work up to its next stage or its end."""
+        """Run the work up to its next stage or its end."""
         begun.set()
         assert self._steps is not None
         try:
@@ -162,7 +170,7 @@ class Job(Generic[T]):
         self._leave(end)
 
     def _hand_over(self, stage: Stage | None, following: Stage) -> bool:
-        """Queues the rest of the work for the next stage's thread; False when nobody wants it any more."""
+        """Queue the rest of the work for the next stage's thread. Returns False for a job that was given up."""
         begun = Event()
         with self._lock:
             if self._given_up.is_set():

@@ -1,53 +1,54 @@
-"""What one request may take, so that there is room for the others; generous for a person, finite for all."""
+"""Limits of one request to the server or the page. They are generous for a person, and leave room for other requests.
+
+The processes that read media import this file, so it imports no model.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stllm.common.errors import UserError
 from stllm.media.info import MediaError, limited_pixels
 from stllm.media.open import open_media
 from stllm.media.sniff import EXPECTED, kind_of, read_head
 
 if TYPE_CHECKING:
-    from stllm.conversation.requests import Media
-    from stllm.conversation.seeing import ClipReader
+    from stllm.conversation.requests import ClipReader, Media
     from stllm.media.clip import Clip
 
 MEBIBYTE = 1 << 20
-MEDIA_PIXELS = 36_000_000  # 8K, and a phone's pictures
-READ_SECONDS = 60.0  # half an hour of full HD takes less
 
 
 @dataclass(frozen=True)
 class Limits:
     """media_bytes, media_seconds, media_pixels (of a frame): of a video or image. text_characters: of all messages.
 
-    frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is answered.
+    frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is being answered.
     body_seconds: for a request to arrive whole. read_seconds: for its video or image to be decoded.
     """
 
     media_bytes: int = 100 * MEBIBYTE
     media_seconds: float = 1800.0
-    media_pixels: int = MEDIA_PIXELS
+    media_pixels: int = 36_000_000  # 8K, and a phone's pictures
     text_characters: int = 100_000
     frames: int = 128
     new_tokens: int = 1024
     waiting: int = 16
     body_seconds: float = 60.0
-    read_seconds: float = READ_SECONDS
+    read_seconds: float = 60.0  # half an hour of full HD takes less
 
     @property
     def words_bytes(self) -> int:
-        """Of a request, all but its medium: the text, escaped, and the JSON around it."""
+        """Return the most bytes of a request without its medium: the text, escaped, and the JSON around it."""
         return 8 * self.text_characters + MEBIBYTE
 
     @property
     def body_bytes(self) -> int:
-        """Of a request: the medium in base64, and the rest."""
+        """Return the most bytes of a request: the medium in base64, and the rest."""
         return self.media_bytes * 4 // 3 + self.words_bytes
 
     def check_size(self, num_bytes: int) -> None:
-        """Raises MediaError for a file that is too large."""
+        """Raise MediaError for a file that is too large."""
         if num_bytes > self.media_bytes:
             raise MediaError(
                 f"the video or image has {num_bytes / MEBIBYTE:.1f} MiB, at most {self.media_bytes / MEBIBYTE:.1f} are "
@@ -55,7 +56,7 @@ class Limits:
             )
 
     def check_file(self, path: Path) -> None:
-        """Looks into the file without decoding it. Raises MediaError for one that is no medium, or too large."""
+        """Check the file without decoding it. Raises MediaError for one that is no medium, or too large."""
         self.check_size(path.stat().st_size)
         if kind_of(read_head(path)) == "text":  # without its first words: it may be a file that the client cannot read
             raise MediaError(f"{path}: found text, expected {EXPECTED}")
@@ -73,7 +74,37 @@ class Limits:
             )
 
     def read(self, reader: "ClipReader", media: "Media") -> "Clip":
-        """Checks the file and reads it, in a process for that (media/reading.py). Raises MediaError."""
+        """Check the file and read it; called in a reading process (media/reading.py). Raises MediaError."""
         with limited_pixels(self.media_pixels):
             self.check_file(Path(media.path))
             return reader(media)
+
+
+@dataclass(frozen=True)
+class PageLimits(Limits):
+    """Limits of one user of the page. text_characters: of a question. folder_bytes: of all uploads together.
+
+    keep_seconds: how long an upload is kept after the last question about it. upload_seconds: for an upload to arrive
+    whole.
+    """
+
+    media_bytes: int = 256 * MEBIBYTE
+    text_characters: int = 4000
+    frames: int = 64
+    new_tokens: int = 512
+    waiting: int = 32
+    beams: int = 8
+    folder_bytes: int = 4096 * MEBIBYTE
+    keep_seconds: int = 3600
+    upload_seconds: float = 600.0
+
+    def check_question(self, question: object) -> str:
+        """Return the question without outer spaces. Raises UserError when it is empty or too long."""
+        text = question.strip() if isinstance(question, str) else ""
+        if not text:
+            raise UserError("the question is empty: ask something about the video")
+        if len(text) > self.text_characters:
+            raise UserError(
+                f"the question has {len(text)} characters, at most {self.text_characters} are read here: shorten it"
+            )
+        return text

@@ -1,27 +1,111 @@
-"""A web application on an address of this machine, until it is ended: what `stllm serve` and `stllm demo` share."""
+"""The life of a serving process, for `stllm serve` and `stllm demo`: address, model, requests, end.
 
+Its folder of uploads is removed at the end, and a second Ctrl-C ends it at once.
+"""
+
+import argparse
 import asyncio
+import fcntl
 import logging
+import os
+import shutil
+import signal
 import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stllm.common.errors import UserError
-from stllm.serving.ending import end_at_once
+from stllm.conversation.chat import Chat, chosen_checkpoint, load_chat
+from stllm.media.reading import ReadingPool
 from stllm.serving.jobs import Jobs
-from stllm.serving.protocol import TimedProtocol
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECTIONS = 500  # fewer than the files that a process may open by default
+HEADER_SECONDS = 10.0  # chosen here
 LATEST_SECONDS = 8.0  # after the first signal; what still runs then, such as a long encoding, is cut off
 
 
+@dataclass(frozen=True)
+class Host:
+    """A loaded model, and what an application about it needs.
+
+    checkpoint: of the model. reading: processes that read media. folder: for uploads. url: http://HOST:PORT.
+    local: whether only this machine reaches the address.
+    """
+
+    chat: Chat
+    checkpoint: Path
+    reading: ReadingPool
+    folder: Path
+    listener: socket.socket
+    url: str
+    local: bool
+
+    def listen(self, app: Any, jobs: Jobs, *, patience: int) -> None:
+        """Serve until SIGINT or SIGTERM, which are raised again at the end; a second one ends the process at once.
+
+        The first one ends the reading of media; answers that are being written have `patience` seconds.
+        """
+        config = uvicorn.Config(
+            app,
+            http=TimedProtocol,
+            limit_concurrency=CONNECTIONS,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=patience,
+        )
+        # Requests that the shutdown cancels are no failures, and each would print a traceback.
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda record: record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+        )
+        server = _Server(config, self.folder, jobs)
+        try:
+            server.run(sockets=[self.listener])
+        finally:
+            server.latest.cancel()
+
+
+@contextmanager
+def hosting(args: argparse.Namespace, prefix: str, *, read_seconds: float) -> Iterator[Host]:
+    """Take the address, start the reading processes and load the model. Raises UserError.
+
+    args: of a command with options for a checkpoint and an address. prefix: of the folder for uploads.
+    read_seconds: the limit of one reading.
+    """
+    checkpoint = chosen_checkpoint(args)
+    with bound(args.host, args.port) as listener, own_folder(prefix) as folder:
+        reading = ReadingPool(seconds=read_seconds)
+        started = Thread(target=reading.start, daemon=True)  # while the model is loaded
+        started.start()
+        chat = load_chat(
+            checkpoint,
+            cfg_path=args.cfg_path,
+            options=args.options,
+            device=args.device,
+            dtype=args.dtype,
+            num_frames=args.num_frames,
+            context=args.context,
+        )
+        started.join()
+        name = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{name}:{listener.getsockname()[1]}"
+        yield Host(chat, Path(checkpoint), reading, folder, listener, url, args.host in LOOPBACK)
+
+
 def bound(host: str, port: int) -> socket.socket:
-    """The address, taken before a model is loaded. Raises UserError when it is not to be had."""
+    """Take the address. Raises UserError when it is not available."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -35,32 +119,52 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def address(host: str, listener: socket.socket) -> str:
-    """http://HOST:PORT."""
-    port = listener.getsockname()[1]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+@contextmanager
+def own_folder(prefix: str) -> Iterator[Path]:
+    """Make a folder for uploads, removed at the end; from now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
 
-
-def listen(app: Any, listener: socket.socket, folder: Path, jobs: Jobs, *, patience: int) -> None:
-    """Serves until SIGINT or SIGTERM, which are raised again at the end; a second one ends the process at once.
-
-    The first one ends what is being read; answers that are written have `patience` seconds. folder: of uploads.
+    A second signal removes the folder and ends the process without waiting for anything. Folders of the same prefix and
+    user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its folder, which the
+    system releases however the process ends.
     """
-    config = uvicorn.Config(
-        app,
-        http=TimedProtocol,
-        limit_concurrency=CONNECTIONS,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=patience,
-    )
-    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
-    server = _Server(config, folder, jobs)
+    for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError):  # not a folder, not ours, its owner runs, or it has just been removed
+            lock = os.open(other, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.getuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(other, ignore_errors=True)
+            finally:
+                os.close(lock)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        with suppress(FileNotFoundError):  # another process removed it before it was locked
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.is_dir():
+                break
+            os.close(lock)
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for stopping in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stopping, lambda *_: end_at_once(folder))
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        server.run(sockets=[listener])
+        yield folder
     finally:
-        server.latest.cancel()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def end_at_once(folder: Path) -> NoReturn:
+    """Remove the folder and end the process, without waiting for threads or requests."""
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.stderr.write("interrupted\n")
+    sys.stderr.flush()
+    os._exit(130)
 
 
 class _Server(uvicorn.Server):
@@ -72,7 +176,7 @@ class _Server(uvicorn.Server):
         self.latest.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins the shutdown, or ends the process when it has begun."""
+        """Begin the shutdown, or end the process if the shutdown has begun."""
         if self.should_exit:
             end_at_once(self.folder)
         self.jobs.reading.close()
@@ -80,6 +184,34 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Whether to log it: requests that the shutdown cancels are no failures, and each would print a traceback."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
+class TimedProtocol(H11Protocol):
+    """uvicorn's HTTP protocol, which closes a connection whose header, first or later, is not complete in time.
+
+    uvicorn itself waits for a header without end.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first header."""
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        """Keep the timer as long as a header is incomplete."""
+        super().data_received(data)
+        arrives = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if not arrives:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

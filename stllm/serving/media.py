@@ -1,22 +1,73 @@
-"""The video or image of a request: written from its data URL, or found under the one folder that is open to clients."""
+"""A request's body, and the video or image in it.
+
+A body is bounded in bytes, in time, and in the memory that all arriving bodies hold together. The medium is written
+from its data URL, or found under the one folder that is open to clients.
+"""
 
 import binascii
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from stllm.common.json_text import loads
-from stllm.serving.errors import ApiError
-from stllm.serving.limits import Limits
+import anyio
+from starlette.requests import Request
 
+from stllm.common.json_text import loads
+from stllm.serving.limits import MEBIBYTE, Limits
+from stllm.serving.replies import ApiError
+
+DISCARDED = 8  # times the limit, or this many MiB: read and dropped, so that the client gets to read the refusal
 CUT_OUT = "data:cut-out"  # in place of a large data URL, so that the JSON parser never copies it
 PIECE = 4 << 20  # characters of base64 decoded at once, a multiple of 4; others run in between
 
 
+class Bodies:
+    """The bodies that are arriving. most, most_together: bytes of one and of all; seconds: for one to arrive whole."""
+
+    def __init__(self, most: int, most_together: int, seconds: float) -> None:
+        self.most = most
+        self.most_together = most_together
+        self.seconds = seconds
+        self.num_bytes = 0
+
+    async def read(self, request: Request, *, keep: bool = True) -> bytearray | None:
+        """Return the body; None when it is too large, or not kept. It is then still read, within bounds.
+
+        Raises ApiError when it does not arrive in time or all together are too large, starlette's ClientDisconnect when
+        the client has gone.
+        """
+        kept = bytearray()
+        num_bytes = 0
+        crowded = False
+        try:
+            with anyio.fail_after(self.seconds):
+                async for piece in request.stream():
+                    num_bytes += len(piece)
+                    crowded = crowded or (keep and self.num_bytes + len(piece) > self.most_together)
+                    if keep and not crowded and num_bytes <= self.most:
+                        kept += piece
+                        self.num_bytes += len(piece)
+                    elif kept:
+                        self.num_bytes -= len(kept)
+                        kept = bytearray()
+                    if num_bytes > DISCARDED * max(self.most, MEBIBYTE):
+                        break
+        except TimeoutError:
+            raise ApiError(408, f"the request did not arrive within {self.seconds:.0f} s") from None
+        finally:
+            self.num_bytes -= len(kept)
+        if num_bytes > self.most or not keep:
+            return None
+        if crowded:
+            raise ApiError(503, "too many large requests arrive: try again in a moment", code="server_overloaded")
+        return kept
+
+
 def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | None]:
-    """(the request without its large data URL, that URL), or the whole request and None when it holds none.
+    """Return (the request without its large data URL, that URL), or the whole request and None without such a URL.
 
     Nothing is parsed: parsing 130 MiB of tiny messages would take gigabytes and hold up all other requests.
-    Raises ApiError when all but the data URL is too large.
+    Raises ApiError when the rest of the request is too large.
     """
     most = limits.words_bytes
     start, end = 0, 0
@@ -44,9 +95,9 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
 
 
 def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Path | None, limits: Limits) -> Path:
-    """The file that a URL of a request means. medium: the URL itself, where `split_medium` has cut it out.
+    """Return the file that a URL of a request names. medium: the URL itself, where `split_medium` has cut it out.
 
-    folder: where a data URL's content is written. root: what `file:` URLs and relative paths may name; None: nothing.
+    folder: where a data URL's content is written. root: the folder open to `file:` URLs and paths, or None.
     Raises ApiError, MediaError for one that is too large.
     """
     if medium is not None and url != CUT_OUT:
@@ -62,7 +113,10 @@ def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Pat
             "(data:video/mp4;base64,...)",
             code="unsupported_url",
         )
-    path = Path(unquote(urlsplit(url).path)) if scheme == "file" and _is_local(url) else Path(url)
+    path = Path(url)
+    with suppress(ValueError):
+        if scheme == "file" and urlsplit(url).netloc in ("", "localhost"):
+            path = Path(unquote(urlsplit(url).path))
     if root is None:
         raise ApiError(
             403, "this server opens no files of its own: send the video or image as a data URL", code="no_media_root"
@@ -91,15 +145,8 @@ def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
     return path
 
 
-def _is_local(url: str) -> bool:
-    try:
-        return urlsplit(url).netloc in ("", "localhost")
-    except ValueError:
-        return False
-
-
 def _find(path: Path, root: Path) -> Path:
-    """A file under the root, links followed. All else gets one answer, so that what lies elsewhere does not show."""
+    """Find a file under the root, following links. One error for all other paths reveals nothing about them."""
     try:
         found = (root / path).resolve()
         if found.is_relative_to(root.resolve()) and found.is_file():

@@ -1,10 +1,25 @@
-"""OpenAI's reply objects: a whole completion, the chunks of a streamed one, the list of models."""
+"""OpenAI's reply objects: a whole completion, the chunks of a streamed one, the list of models, and errors.
+
+An error holds nothing of this machine: no paths, no tracebacks.
+"""
 
 import json
+import logging
 import time
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+from stllm.common.device import out_of_memory
+from stllm.common.errors import UserError
+from stllm.media.reading import NobodyWaits
+from stllm.serving.jobs import BusyError
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,7 @@ class Finished:
     cut_tokens: int = 0
 
     def usage(self) -> dict[str, int]:
-        """Tokens as OpenAI counts them; `cut_tokens`, beyond OpenAI's fields, only where there are any."""
+        """Count tokens as OpenAI does; `cut_tokens`, beyond OpenAI's fields, only where there are any."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -39,18 +54,18 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, end: Finished) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole answer."""
         message = {"role": "assistant", "content": end.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": end.reason, "logprobs": None}
         return {**self._head("chat.completion"), "choices": [choice], "usage": end.usage()}
 
     def chunk(self, delta: dict[str, str], reason: str | None = None) -> str:
-        """A piece of the answer, as an event."""
+        """Return a piece of the answer, as an event."""
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def usage_chunk(self, end: Finished) -> str:
-        """What comes last where the client asked for it."""
+        """Return the last event, for clients that ask for usage."""
         return event({**self._head("chat.completion.chunk"), "choices": [], "usage": end.usage()})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -58,10 +73,49 @@ class Reply:
 
 
 def model_object(name: str, created: int) -> dict[str, Any]:
-    """A model as the list of models has it."""
+    """Return an entry of the list of models."""
     return {"id": name, "object": "model", "created": created, "owned_by": "stllm"}
 
 
 def event(value: dict[str, Any]) -> str:
-    """A server-sent event with JSON in it."""
+    """Return a server-sent event with JSON in it."""
     return f"data: {json.dumps(value)}\n\n"
+
+
+class ApiError(Exception):
+    """An error for the client. status: of HTTP; param: the field of the request that is meant."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Return Retry-After, where trying again helps."""
+        return {"Retry-After": str(RETRY_SECONDS)} if self.status == 503 else {}
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Turn any failure of a request into an error for the client. A defect of ours is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, BusyError):
+        return ApiError(503, str(error), code="server_overloaded")
+    if isinstance(error, NobodyWaits):
+        return ApiError(503, "the server is ending: try again in a moment", code="server_overloaded")
+    if isinstance(error, UserError):
+        return ApiError(400, " ".join(str(error).split()))
+    if isinstance(error, Exception) and out_of_memory(error):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return ApiError(
+            500, "not enough memory for this request: ask about a shorter video or with fewer frames", code="memory"
+        )
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says why")

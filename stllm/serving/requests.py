@@ -1,6 +1,6 @@
-"""OpenAI's chat completion request, as JSON, checked and turned into what the engine is asked.
+"""OpenAI's chat completion request: JSON, checked and turned into a request to the engine.
 
-Fields that would change the answer and that this engine does not have are refused, not passed over.
+Fields that would change the answer and that this engine does not support are refused, not ignored.
 """
 
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stllm.common.errors import UserError, unknown_name
 from stllm.conversation.decoding import Decoding
 from stllm.processors.templates import Turn
-from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
+from stllm.serving.replies import ApiError
 
 MAX_MESSAGES, MAX_PARTS = 1000, 100  # chosen here
 PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -91,7 +91,7 @@ class _Body(BaseModel):
 
 @dataclass(frozen=True)
 class Asked:
-    """What one request asks. url: of its video or image; num_frames: None for the model's usual number."""
+    """The content of one request. url: of its video or image; num_frames: None for the model's usual number."""
 
     turns: tuple[Turn, ...]
     system: str | None
@@ -103,57 +103,35 @@ class Asked:
 
 
 def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -> Asked:
-    """Reads a request. model: the name served here; usual: settings over which the request's stand. Raises ApiError."""
+    """Parse a request. model: the name served here; usual: the settings of fields left out. Raises ApiError."""
     try:
         wanted = _Body.model_validate_json(body)
     except ValidationError as error:
-        raise _fault(error) from None
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(str(step) for step in first["loc"])
+        what = f"{place}: {first['msg']}" if place else first["msg"]
+        raise ApiError(400, f"the request is not as expected: {what}", param=place or None) from None
     except RecursionError:
         raise ApiError(400, "the request is nested too deeply") from None
     if wanted.model != model:
         raise ApiError(
             404, f"the model {wanted.model[:100]!r} is not served here, but {model!r} is", code="model_not_found"
         )
-    _check_extras(wanted.model_extra or {})
-    system, turns, url = _conversation(wanted.messages, limits)
-    if wanted.num_frames is not None and wanted.num_frames > limits.frames:
-        raise ApiError(400, f"num_frames is {wanted.num_frames}, at most {limits.frames} are taken", param="num_frames")
-    return Asked(
-        turns=turns,
-        system=system,
-        url=url,
-        num_frames=wanted.num_frames,
-        decoding=_decoding(wanted, usual, limits),
-        stream=bool(wanted.stream),
-        include_usage=wanted.stream_options is not None and wanted.stream_options.include_usage,
-    )
-
-
-def _fault(error: ValidationError) -> ApiError:
-    """The first of the faults, with the field that it is in."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    what = f"{place}: {first['msg']}" if place else first["msg"]
-    return ApiError(400, f"the request is not as expected: {what}", param=place or None)
-
-
-def _check_extras(extras: dict[str, Any]) -> None:
-    for name, value in extras.items():
+    for name, value in (wanted.model_extra or {}).items():
         if name in PASSED_OVER or (name in NEUTRAL and value in (None, NEUTRAL[name])):
             continue
         if name in NEUTRAL:
             raise ApiError(400, f"{name} is not supported by this server: leave it out", param=name)
         known = {*_Body.model_fields, *PASSED_OVER, *NEUTRAL}
         raise ApiError(400, unknown_name("field", name[:100], known), param=name[:100])
-
-
-def _decoding(wanted: _Body, usual: Decoding, limits: Limits) -> Decoding:
-    """One beam: an answer can then be streamed and stopped, and it is the same whether it is streamed or not."""
+    system, turns, url = _conversation(wanted.messages, limits)
+    if wanted.num_frames is not None and wanted.num_frames > limits.frames:
+        raise ApiError(400, f"num_frames is {wanted.num_frames}, at most {limits.frames} are taken", param="num_frames")
     longest = wanted.max_completion_tokens or wanted.max_tokens
     if longest is not None and longest > limits.new_tokens:
         raise ApiError(400, f"max_tokens is {longest}, at most {limits.new_tokens} are taken", param="max_tokens")
-    try:
-        return replace(
+    try:  # one beam: an answer can then be streamed and stopped, and it is the same whether it is streamed or not
+        decoding = replace(
             usual,
             num_beams=1,
             max_new_tokens=longest or min(usual.max_new_tokens, limits.new_tokens),
@@ -162,10 +140,19 @@ def _decoding(wanted: _Body, usual: Decoding, limits: Limits) -> Decoding:
         )
     except UserError as error:  # more new tokens than the context rule has room for
         raise ApiError(400, str(error), param="max_tokens") from None
+    return Asked(
+        turns=turns,
+        system=system,
+        url=url,
+        num_frames=wanted.num_frames,
+        decoding=decoding,
+        stream=bool(wanted.stream),
+        include_usage=wanted.stream_options is not None and wanted.stream_options.include_usage,
+    )
 
 
 def _conversation(messages: list[_Message], limits: Limits) -> tuple[str | None, tuple[Turn, ...], str | None]:
-    """(system sentence, turns, URL): user and assistant by turns, the video or image in the first user message."""
+    """Return (system sentence, turns, URL): user and assistant alternate, the first user message names the medium."""
     num_parts = max(1 if isinstance(message.content, str) else len(message.content) for message in messages)
     if num_parts > MAX_PARTS:
         raise ApiError(400, f"a message has {num_parts} parts, at most {MAX_PARTS} are taken", param="messages")

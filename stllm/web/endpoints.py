@@ -1,4 +1,4 @@
-"""The API as gradio gives it: /ask, /probe and /evidence. Each call stands alone: what was said before is sent with it.
+"""The page's API through gradio: /ask, /probe and /evidence. Calls keep no state: earlier turns are sent as history.
 
 gradio_client and curl reach them; README.md has examples.
 """
@@ -10,16 +10,14 @@ from typing import Any
 
 import gradio as gr
 
-from stllm.conversation.requests import Answer
 from stllm.processors.templates import Turn
 from stllm.serving.jobs import Work
-from stllm.web.limits import Wishes
 from stllm.web.progress import Progress
-from stllm.web.service import Service
+from stllm.web.service import Service, Wishes
 
 
 class Endpoints:
-    """The functions behind the endpoints. Each raises gr.Error with one sentence."""
+    """The functions of the endpoints. Each raises gr.Error with one sentence."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -34,19 +32,29 @@ class Endpoints:
         temperature: Any,
         max_new_tokens: Any,
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The answer's text so far, and at the end what there is to say about it. history: what was said before."""
+        """Yield the answer's text so far, and at the end its details. history: the earlier turns."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         for progress in self._followed(lambda stop: self.service.ask(path, None, turns, wishes, stop)):
             if progress.answer is not None:
-                yield progress.text, _about(progress.answer, progress.stages["answer"].count or 0)
+                answer = progress.answer
+                yield (
+                    progress.text,
+                    {
+                        "frame_times": answer.frame_times,
+                        "visual_tokens": answer.visual_tokens,
+                        "cut_tokens": asdict(answer.cut),
+                        "tokens": progress.stages["answer"].count or 0,
+                        "seconds": answer.seconds,
+                    },
+                )
             else:
                 yield progress.text, {}
 
     def probe(
         self, file: Any, question: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
     ) -> Iterator[dict[str, str]]:
-        """The answers so far under each view of the frames: forward, reversed, shuffled, single, blank."""
+        """Yield the answers so far under each view of the frames: forward, reversed, shuffled, single, blank."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         for progress in self._followed(lambda stop: self.service.probe(path, None, text, wishes, stop)):
             yield dict(progress.answers)
@@ -62,27 +70,26 @@ class Endpoints:
         temperature: Any,
         max_new_tokens: Any,
     ) -> Iterator[dict[str, Any]]:
-        """How much each part of the video mattered to the answer; without one, to the model's own. Empty until then."""
+        """Measure how much each part of the video mattered to the answer (by default the model's own)."""
         path, text, wishes = self._checked(file, question, num_frames, num_beams, temperature, max_new_tokens)
         turns = [*_turns(history), Turn(text)]
         given = str(answer) if answer else None
         job: Work[Progress] = lambda stop: self.service.evidence(path, None, turns, wishes, given, stop)  # noqa: E731
         for progress in self._followed(job):
             found = progress.evidence
-            yield (
-                {}
-                if found is None
-                else {
-                    "answer": found.answer,
-                    "log_probability": found.log_probability,
-                    "frame_times": found.times,
-                    "segments": found.segments,
-                    "scores": found.scores,
-                    "matters": found.matters,
-                    "bound": found.bound,
-                    "cut": found.cut,
-                }
-            )
+            if found is None:
+                yield {}
+                continue
+            yield {
+                "answer": found.answer,
+                "log_probability": found.log_probability,
+                "frame_times": found.times,
+                "segments": found.segments,
+                "scores": found.scores,
+                "matters": found.matters,
+                "bound": found.bound,
+                "cut": found.cut,
+            }
 
     def _checked(self, file: Any, question: Any, *controls: Any) -> tuple[str, str, Wishes]:
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
@@ -91,7 +98,7 @@ class Endpoints:
             return file["path"], self.service.limits.check_question(question), self.service.wishes(*controls)
 
     def _followed(self, job: Work[Progress]) -> Iterator[Progress]:
-        """How far the job is, each half second, too, so that gradio can end it for a client that has left."""
+        """Yield the progress, also each half second, so that gradio can end the job of a client that has left."""
         progress = Progress()
         with _as_gradio_errors(self.service):
             for news in self.service.jobs.iterate(job):
@@ -100,7 +107,7 @@ class Endpoints:
 
 
 def add_endpoints(service: Service, queue: dict[str, Any]) -> None:
-    """Adds them to the page that is being built. queue: gradio's options of everything that needs the model."""
+    """Add the endpoints to the page that is being built. queue: gradio's options for events that need the model."""
     endpoints, usual = Endpoints(service), service.chat.decoding
     with gr.Row(visible=False):
         file = gr.Video(label="file: a video or an image")
@@ -125,18 +132,8 @@ def add_endpoints(service: Service, queue: dict[str, Any]) -> None:
     )
 
 
-def _about(answer: Answer, num_tokens: int) -> dict[str, Any]:
-    return {
-        "frame_times": answer.frame_times,
-        "visual_tokens": answer.visual_tokens,
-        "cut_tokens": asdict(answer.cut),
-        "tokens": num_tokens,
-        "seconds": answer.seconds,
-    }
-
-
 def _turns(history: Any) -> list[Turn]:
-    """What was said before. Raises gr.Error unless it is pairs of texts."""
+    """Return the earlier turns. Raises gr.Error unless they are pairs of texts."""
     pairs = history if isinstance(history, list) else [] if history is None else [history]
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):

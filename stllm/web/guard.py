@@ -1,7 +1,7 @@
-"""What gradio's server offers and the demo does not need is shut, and what a request may hold is bounded.
+"""Middleware that closes the parts of gradio's server that the page does not need, and bounds each request.
 
 gradio fetches web addresses that a client names as files, forwards requests, converts recordings and keeps copies of
-pages. Here nothing is fetched, neither by the server nor by the browser, and a body is no larger than it has to be.
+pages. Here nothing is fetched, neither by the server nor by the browser, and bodies are bounded.
 """
 
 import os
@@ -20,14 +20,17 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stllm.common.json_text import loads
-from stllm.web.limits import MEGABYTE, Limits
+from stllm.serving.limits import MEBIBYTE, PageLimits
+from stllm.serving.media import Bodies
+from stllm.serving.replies import ApiError
 
 SHUT = re.compile(
     r"^(/gradio_api)?/(file=\s*[a-z]+:|proxy=|process_recording|deep_link|component_server|stream/|custom_component|"
     r"monitoring|vibe|undo-vibe|runs?-history|runs/?$|dev/|profiling)",
     re.IGNORECASE,
 )
-MAX_MESSAGE = MEGABYTE  # bytes of a request that is no upload
+MAX_MESSAGE = MEBIBYTE  # bytes of a request that is no upload
+MESSAGES = 64  # of that size that may arrive at once, chosen here
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of videos is WebAssembly; all is its own
@@ -41,15 +44,16 @@ HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of 
 class Guard:
     """ASGI middleware before gradio's application. folder: where uploads lie."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, folder: Path) -> None:
+    def __init__(self, app: ASGIApp, limits: PageLimits, folder: Path) -> None:
         self.app = app
         self.limits = limits
         self.folder = folder
+        self._bodies = Bodies(MAX_MESSAGE, MESSAGES * MAX_MESSAGE, limits.body_seconds)
         self._num_uploads = 0  # that arrive now
         self._announced = 0  # their bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuses with 403, 400, 408, 413 or 507 and a sentence, or lets the request through."""
+        """Refuse with 403, 400, 408, 411, 413, 503 or 507 and a sentence, or let the request through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -67,30 +71,33 @@ class Guard:
                 return
         elif scope["method"] in ("POST", "PUT", "PATCH"):
             body = None
-            with anyio.move_on_after(self.limits.body_seconds) as patience:
-                body = await _read(receive, MAX_MESSAGE)
-            refusal = (408, "the request did not arrive in time") if patience.cancelled_caught else _fault(body)
-            receive = _replay(body or b"", receive)
+            try:
+                body = await self._bodies.read(Request(scope, receive))
+                refusal = _fault(body)
+            except ApiError as error:
+                refusal = error.status, str(error)
+            except ClientDisconnect:
+                return
+            receive = _replay(bytes(body or b""), receive)
         if refusal is not None:
             await JSONResponse({"detail": refusal[1]}, status_code=refusal[0])(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
     def _no_room(self, scope: Scope) -> tuple[int, str] | None:
-        """Why an upload is not taken, judged before it is read; gradio itself counts what then comes in."""
+        """Return why an upload is refused, before it is read; gradio itself counts the bytes that arrive."""
         announced = Request(scope).headers.get("content-length", "")
-        largest = self.limits.file_megabytes * MEGABYTE
         if not announced.isdigit():
             return 411, "an upload must say how long it is"
-        if int(announced) > largest + MAX_MESSAGE:
-            return 413, f"the file is too large: at most {self.limits.file_megabytes} MB are taken"
+        if int(announced) > self.limits.media_bytes + MAX_MESSAGE:
+            return 413, f"the file is too large: at most {self.limits.media_bytes // MEBIBYTE} MB are taken"
         held = sum(_sizes(self.folder)) + self._announced
-        if held + int(announced) > self.limits.folder_megabytes * MEGABYTE:
+        if held + int(announced) > self.limits.folder_bytes:
             return 507, "the server holds as many uploads as it may: try again later"
         return None
 
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets gradio store the upload, which has to arrive in time, and removes what it leaves behind.
+        """Let gradio store the upload, which has to arrive in time, and remove leftover files.
 
         gradio writes each file of a form into `folder` and moves those of the field `files` into folders within. Files
         of other fields and of uploads that are broken off stay.
@@ -108,7 +115,7 @@ class Guard:
             self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """Removes files directly in `folder`; while other uploads arrive, only those too old to belong to them."""
+        """Remove files directly in `folder`; while other uploads arrive, only those too old to belong to them."""
         oldest = time.time() - self.limits.upload_seconds if self._num_uploads else float("inf")
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -118,7 +125,7 @@ class Guard:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Whether a browser sends it for a page of another origin. Programs send neither of these headers.
+    """Check whether a browser sends the request for a page of another origin. Programs send neither header.
 
     Behind a proxy that changes the Host header, Sec-Fetch-Site or X-Forwarded-Host says what the browser asked for.
     """
@@ -135,7 +142,7 @@ def _is_foreign(headers: Headers) -> bool:
 
 
 def _in_time(receive: Receive, seconds: float) -> Receive:
-    """Gives the parts of a body; after that many seconds without its end, the client counts as gone."""
+    """Pass on the parts of a body; after that many seconds without its end, the client counts as gone."""
     end = anyio.current_time() + seconds
     whole = False
 
@@ -151,7 +158,7 @@ def _in_time(receive: Receive, seconds: float) -> Receive:
 
 
 def _with_headers(send: Send) -> Send:
-    """Adds `HEADERS` to the reply."""
+    """Add `HEADERS` to the reply."""
 
     async def more(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -169,20 +176,8 @@ def _sizes(folder: Path) -> Iterator[int]:
             yield path.stat().st_size
 
 
-async def _read(receive: Receive, most: int) -> bytes | None:
-    """The body; None when it is longer than that."""
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > most:
-            return None
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return body
-
-
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Gives the body that was read, then whatever else comes."""
+    """Pass on the body that was read, then further messages."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -191,11 +186,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _fault(body: bytes | None) -> tuple[int, str] | None:
+def _fault(body: bytearray | None) -> tuple[int, str] | None:
     if body is None:
         return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
     try:
-        named = list(_paths(loads(body))) if body else []
+        named = list(_paths(loads(bytes(body)))) if body else []
     except (ValueError, RecursionError):
         return 400, "the request is no JSON"
     if any(ADDRESS.match(path.strip()) for path in named):
@@ -204,7 +199,7 @@ def _fault(body: bytes | None) -> tuple[int, str] | None:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """What a request names as files: gradio's {"path": ...}, at any depth."""
+    """Yield the files that a request names: gradio's {"path": ...}, at any depth."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str):
             yield value["path"]

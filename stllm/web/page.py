@@ -1,4 +1,4 @@
-"""The page: what stands where, and which handler serves what. The look is in style.css; the API in endpoints.py."""
+"""The page: its layout, and the handler of each event. The look is in style.css; the API in endpoints.py."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,9 @@ import gradio as gr
 from stllm.serving.jobs import TICK
 from stllm.web.endpoints import add_endpoints
 from stllm.web.film import film_html
-from stllm.web.handlers import Handlers, Shown
+from stllm.web.handlers import Handlers, Session, Shown
 from stllm.web.progress import Progress, progress_html
 from stllm.web.service import Service
-from stllm.web.talk import Session
 
 STYLE = Path(__file__).with_name("style.css")
 CLEAN_EVERY = 300  # seconds
@@ -51,11 +50,11 @@ class Parts:
 
     @property
     def shown(self) -> list[Any]:
-        """What a handler may change."""
+        """Return the components that a handler may change."""
         return [self.chat, self.question, self.status, self.film, self.probe, self.send, self.stop, *self.others]
 
     def update(self, shown: Shown) -> dict[Any, Any]:
-        """A handler's words as gradio takes them."""
+        """Turn a handler's parts into gradio's updates."""
         names = ("chat", "question", "status", "film", "probe")
         changed: dict[Any, Any] = {getattr(self, name): shown[name] for name in names if name in shown}
         if "busy" in shown:
@@ -66,7 +65,7 @@ class Parts:
 
 
 def build_page(service: Service, title: str, about: str, examples: Examples) -> gr.Blocks:
-    """The whole page, to be launched. title: the tab's; about: which model answers."""
+    """Build the whole page. title: the tab's; about: which model answers."""
     limits = service.limits
     with gr.Blocks(
         title=title, analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
@@ -82,17 +81,18 @@ def build_page(service: Service, title: str, about: str, examples: Examples) -> 
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the system alone: nothing is fetched."""
+    """Return a theme with fonts of the system only, so that nothing is fetched."""
     return gr.themes.Soft(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=["monospace"]
     )
 
 
-# ---- what stands where ----------------------------------------------------------------------------------------------
+# ---- layout ---------------------------------------------------------------------------------------------------------
 
 
-def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | None]:
-    """Left the medium, right what is said about it and, in view with it, what was seen and what an answer rests on."""
+def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset]:
+    """Lay out the medium on the left, and on the right the conversation, the frames, evidence and the probe."""
+    usual, limits, frames = service.chat.decoding, service.limits, service.chat.num_frames
     session = gr.State(Session())
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
@@ -103,9 +103,25 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | 
                     image = gr.Image(
                         label="Image", show_label=False, type="filepath", height=320, elem_id="image", buttons=[]
                     )
-            chosen = _example_cards(examples)
+            chosen = gr.Dataset(
+                label="Examples",
+                components=[gr.Video(render=False), gr.Textbox(render=False)],
+                samples=[[str(path), question] for path, question in examples],
+                type="index",
+                visible=bool(examples),
+                elem_id="examples",
+            )
             with gr.Accordion("How to look and answer", open=False, elem_id="controls"):
-                controls = _controls(service)
+                most, longest = limits.new_tokens, min(usual.max_new_tokens, limits.new_tokens)
+                several = "above 1 the answer comes whole, not word by word"
+                controls = (
+                    gr.Slider(1, limits.frames, frames, step=1, label="Frames", info="taken from the video"),
+                    gr.Slider(1, limits.beams, 1, step=1, label="Beams", info=several),
+                    gr.Slider(
+                        0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; above: drawn at random"
+                    ),
+                    gr.Slider(1, most, longest, step=1, label="Longest answer (tokens)"),
+                )
         with gr.Column(scale=6, min_width=360):
             chat, question, send, stop = _conversation(service)
             with gr.Row(elem_id="actions"):
@@ -121,7 +137,7 @@ def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset | 
 
 
 def _conversation(service: Service) -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button]:
-    """What was said, the question, and the buttons that ask it and stop its answer."""
+    """Lay out the messages, the question, and the buttons that ask it and stop its answer."""
     chat = gr.Chatbot(
         show_label=False,
         height=300,
@@ -137,7 +153,7 @@ def _conversation(service: Service) -> tuple[gr.Chatbot, gr.Textbox, gr.Button, 
         question = gr.Textbox(
             show_label=False,
             placeholder="Ask about the video…",
-            max_length=service.limits.question_characters,
+            max_length=service.limits.text_characters,
             lines=1,
             max_lines=5,
             scale=8,
@@ -153,35 +169,11 @@ def _small(name: str) -> gr.Button:
     return gr.Button(name, size="sm", min_width=80, elem_id=name.split()[0].lower())
 
 
-def _controls(service: Service) -> tuple[gr.Slider, ...]:
-    usual, limits = service.chat.decoding, service.limits
-    return (
-        gr.Slider(1, limits.frames, service.chat.num_frames, step=1, label="Frames", info="taken from the video"),
-        gr.Slider(1, limits.beams, 1, step=1, label="Beams", info="above 1 the answer comes whole, not word by word"),
-        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; above: drawn at random"),
-        gr.Slider(
-            1, limits.new_tokens, min(usual.max_new_tokens, limits.new_tokens), step=1, label="Longest answer (tokens)"
-        ),
-    )
+# ---- events ---------------------------------------------------------------------------------------------------------
 
 
-def _example_cards(examples: Examples) -> gr.Dataset | None:
-    if not examples:
-        return None
-    return gr.Dataset(
-        label="Examples",
-        components=[gr.Video(render=False), gr.Textbox(render=False)],
-        samples=[[str(path), question] for path, question in examples],
-        type="index",
-        elem_id="examples",
-    )
-
-
-# ---- what serves what -----------------------------------------------------------------------------------------------
-
-
-def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples: Examples) -> None:
-    """Every handler in place. What begins anew stops the answer at once, and only then waits for the model."""
+def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset, examples: Examples) -> None:
+    """Connect every handler. Those that begin a conversation stop the answer at once, and then wait for the model."""
     frames = parts.controls[0]
     model: dict[str, Any] = {"outputs": parts.shown, **MODEL, **HIDDEN}
     at_once: dict[str, Any] = {"queue": False, **HIDDEN}
@@ -200,17 +192,19 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples:
         )
         begun.then(lambda: None, None, other, **at_once)
         begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
-    if chosen is not None:
 
-        def begin_example(index: int, session: Session) -> dict[Any, Any]:
-            path, question = examples[index]
-            shown = {**handlers.begin(session, str(path), path.name), "question": question}
-            media = {parts.video: str(path), parts.image: None}
-            return {parts.session: session, **media, **parts.update(shown)}
+    def begin_example(index: int, session: Session) -> dict[Any, Any]:
+        path, question = examples[index]
+        shown = {**handlers.begin(session, str(path), path.name), "question": question}
+        media = {parts.video: str(path), parts.image: None}
+        return {parts.session: session, **media, **parts.update(shown)}
 
-        outputs = [parts.session, parts.video, parts.image, *parts.shown]
-        begun = chosen.click(begin_example, [chosen, parts.session], outputs, **at_once)
-        begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
+    outputs = [parts.session, parts.video, parts.image, *parts.shown]
+    begun = chosen.click(begin_example, [chosen, parts.session], outputs, **at_once)
+    begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
+
+    def returning(handler: Callable[[Session], Shown]) -> Callable[[Session], dict[Any, Any]]:
+        return lambda session: parts.update(handler(session))
 
     asking = [parts.session, parts.question, *parts.controls]
     retry, undo, clear, evidence, probe = parts.others
@@ -224,11 +218,11 @@ def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset | None, examples:
         (clear.click, handlers.clear),
         (parts.chat.clear, handlers.clear),  # the chat's own bin
     ):
-        event(_returning(parts, handler), [parts.session], parts.shown, **at_once)
+        event(returning(handler), [parts.session], parts.shown, **at_once)
 
 
 def _yielding(parts: Parts, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
-    """The handler, one of a tab after the other: who asks while a video is looked at is answered after that."""
+    """Run one handler of a tab at a time: a question during the reading of a video is answered after it."""
 
     def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
         while not session.order.lock.acquire(timeout=TICK):
@@ -238,12 +232,5 @@ def _yielding(parts: Parts, handler: Callable[..., Iterator[Shown]]) -> Callable
                 yield parts.update(shown)
         finally:
             session.order.lock.release()
-
-    return run
-
-
-def _returning(parts: Parts, handler: Callable[[Session], Shown]) -> Callable[[Session], dict[Any, Any]]:
-    def run(session: Session) -> dict[Any, Any]:
-        return parts.update(handler(session))
 
     return run

@@ -1,4 +1,4 @@
-"""How far a request is: reading, encoding, answering, with the seconds and the tokens of each."""
+"""The progress of a request: reading, encoding, answering, with the seconds and the tokens of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from time import perf_counter
 
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Answer
-from stllm.web.talk import Film
+from stllm.web.film import Film
 
 STAGES = {"read": ("Reading", "frames"), "encode": ("Encoding", "visual tokens"), "answer": ("Answering", "tokens")}
 
@@ -37,35 +37,34 @@ class Progress:
     evidence: Evidence | None = None
 
     def begin(self, name: str) -> "Progress":
-        """That stage goes on from now."""
+        """Start that stage."""
         return replace(self, stages={**self.stages, name: Stage()})
 
     def end(self, name: str, seconds: float, count: int) -> "Progress":
-        """That stage is over."""
+        """Finish that stage."""
         return replace(self, stages={**self.stages, name: Stage(seconds, count)})
 
     def write(self, text: str, count: int) -> "Progress":
-        """The answer has come so far; its stage goes on."""
+        """Set the answer's text so far; its stage goes on."""
         return replace(self, text=text, stages={**self.stages, "answer": replace(self.stages["answer"], count=count)})
 
 
 def progress_html(progress: Progress, *, error: str | None = None, note: str = "", over: bool = False) -> str:
-    """The three stages side by side, and below them an error or a note. over: nothing goes on any more."""
-    over = over or error is not None
-    stages = "".join(_stage(name, progress.stages.get(name), over) for name in STAGES)
+    """Draw the three stages side by side, and below them an error or a note. over: no stage is running any more."""
+    stages = ""
+    for name, (title, unit) in STAGES.items():
+        stage = progress.stages.get(name)
+        if stage is None:
+            stages += f'<div class="stage"><b>{title}</b><span>–</span></div>'
+            continue
+        seconds = perf_counter() - stage.started if stage.seconds is None else stage.seconds
+        spent = "kept" if stage.seconds == 0 else f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+        unit = unit if stage.count != 1 else unit.removesuffix("s")
+        count = "" if stage.count is None else f" · {stage.count} {unit}"
+        state = "done" if stage.seconds is not None else "ended" if over or error is not None else "going"
+        stages += f'<div class="stage {state}"><b>{title}</b><span>{spent}{count}</span></div>'
     note = note or progress.note
     below = f'<div class="stage-note">{escape(note)}</div>' if note else ""
     if error is not None:
         below = f'<div class="stage-error" role="alert">{escape(error)}</div>'
     return f'<div class="stages" aria-live="polite">{stages}</div>{below}'
-
-
-def _stage(name: str, stage: Stage | None, over: bool) -> str:
-    title, unit = STAGES[name]
-    if stage is None:
-        return f'<div class="stage"><b>{title}</b><span>–</span></div>'
-    seconds = perf_counter() - stage.started if stage.seconds is None else stage.seconds
-    spent = "kept" if stage.seconds == 0 else f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    count = "" if stage.count is None else f" · {stage.count} {unit if stage.count != 1 else unit.removesuffix('s')}"
-    state = "done" if stage.seconds is not None else "ended" if over else "going"
-    return f'<div class="stage {state}"><b>{title}</b><span>{spent}{count}</span></div>'

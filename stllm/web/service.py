@@ -1,10 +1,11 @@
-"""What the page and its API ask of the engine: looking, answering, the temporal probe, evidence; stage by stage.
+"""The engine's work for the page and its API: looking, answering, the temporal probe, evidence.
 
-Each is a job of the queue (serving/jobs.py), a generator that yields how far it is; `stop` is set when nobody listens
+Each is a job of the queue (serving/jobs.py), a generator that yields its progress; `stop` is set when nobody listens
 any more. Nothing here knows gradio.
 """
 
 import logging
+import math
 import os
 import re
 import time
@@ -21,27 +22,32 @@ from stllm.common.device import out_of_memory
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.evidence import measure_evidence
-from stllm.conversation.requests import Answer, Media, Request, Stamp
-from stllm.conversation.seeing import Prepared, Seen
+from stllm.conversation.requests import Answer, Media, Prepared, Request, Seen, Stamp
 from stllm.media.clip import Clip
 from stllm.media.reading import ReadingPool
 from stllm.media.views import FORWARD, VIEWS
 from stllm.processors.templates import Turn
 from stllm.serving.jobs import Jobs, Stage
-from stllm.web.film import read_film
-from stllm.web.limits import Limits, Wishes
+from stllm.serving.limits import PageLimits
+from stllm.web.film import Film, read_film
 from stllm.web.progress import Progress
-from stllm.web.talk import Film
 
 logger = logging.getLogger(__name__)
 
-Steps = Generator[Progress | Stage, None, Progress]  # what is returned was yielded last, too
+Steps = Generator[Progress | Stage, None, Progress]  # the return value is also yielded last
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The values of the page's controls: how many frames, and how to answer."""
+
+    num_frames: int
+    decoding: Decoding
 
 
 @dataclass
 class Look:
-    """A medium that was looked at. seen: what is encoded of it, by view; clip, stamps: of what was read anew."""
+    """A medium that was read. seen: its encodings by view; clip, stamps: None and empty if all encodings were kept."""
 
     chat: Chat
     media: Media
@@ -51,7 +57,7 @@ class Look:
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     def see(self, view: str = FORWARD) -> Seen:
-        """The medium in that view, encoded."""
+        """Encode the medium in that view, unless it is encoded already."""
         if view not in self.seen:
             assert self.clip is not None
             media = replace(self.media, view=view)
@@ -62,45 +68,46 @@ class Look:
 class Service:
     """The engine behind the page, and the queue before it.
 
-    folder: where uploads lie; examples: files beside them. No other file is read.
+    folder: of uploads; examples: other files that may be read.
     reading: the processes that read them; None: new ones, which start with the first request.
     """
 
     def __init__(
         self,
         chat: Chat,
-        limits: Limits,
+        limits: PageLimits,
         folder: Path,
         examples: Sequence[Path] = (),
         reading: ReadingPool | None = None,
     ) -> None:
         self.chat = chat
         self.limits = limits
-        self.jobs = Jobs(1 + limits.queue, reading or ReadingPool(seconds=limits.read_seconds))
+        self.jobs = Jobs(1 + limits.waiting, reading or ReadingPool(seconds=limits.read_seconds))
         self.folder = folder.resolve()
         self.examples = frozenset(path.resolve() for path in examples)
         self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # no part of an upload's name
 
     def wishes(self, num_frames: object, num_beams: object, temperature: object, max_new_tokens: object) -> Wishes:
-        """The page's controls, checked. Raises UserError."""
-        return Wishes.checked(
-            self.limits,
-            self.chat.decoding,
-            num_frames=num_frames,
-            num_beams=num_beams,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
+        """Check the numbers of a browser or client. Raises UserError, naming the one that is out of bounds."""
+        limits = self.limits
+        return Wishes(
+            num_frames=_whole("frames", num_frames, limits.frames),
+            decoding=self.chat.decoding.with_options(
+                num_beams=_whole("beams", num_beams, limits.beams),
+                max_new_tokens=_whole("tokens of the longest answer", max_new_tokens, limits.new_tokens),
+                temperature=_number("the temperature", temperature, 2.0),
+            ),
         )
 
     def look(self, path: str, num_frames: int, known: Film | None, stop: Event) -> Steps:
-        """Reads and encodes a medium, and keeps what it looks like. known: from when that was done before.
+        """Read and encode a medium, with pictures of its frames. known: the pictures of an earlier reading.
 
-        Raises UserError for a file that is none of ours, too long, or cannot be read.
+        Raises UserError for a file that is no upload or example, too long, or cannot be read.
         """
         return (yield from self._look(path, num_frames, known, stop)).progress
 
     def ask(self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, stop: Event) -> Steps:
-        """Answers the last turn, with those before it in view; with one beam piece by piece. Raises UserError."""
+        """Answer the last turn, with the earlier ones in the prompt; with one beam piece by piece. Raises UserError."""
         look = yield from self._look(path, wishes.num_frames, known, stop)
         progress, film = look.progress, look.progress.film
         assert film is not None
@@ -123,7 +130,7 @@ class Service:
         return progress
 
     def probe(self, path: str, known: Film | None, question: str, wishes: Wishes, stop: Event) -> Steps:
-        """The same question on the frames in every view, each asked alone. Raises UserError."""
+        """Ask the same question about the frames in every view, without earlier turns. Raises UserError."""
         look = yield from self._look(path, wishes.num_frames, known, stop, VIEWS)
         progress, film = look.progress, _video(look.progress, "the temporal probe")
         for number, view in enumerate(VIEWS, start=1):
@@ -141,18 +148,18 @@ class Service:
     def evidence(
         self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, answer: str | None, stop: Event
     ) -> Steps:
-        """What the answer to the last turn rests on. answer: None for the model's own. Raises UserError."""
+        """Measure the evidence for the answer to the last turn. answer: None for the model's own. Raises UserError."""
         look = yield from self._look(path, wishes.num_frames, known, stop)
         progress, film = look.progress, _video(look.progress, "evidence over time")
         yield replace(progress, note="Leaving out one part of the video after the other…")
         request = Request(tuple(turns), film.media)
-        found = measure_evidence(self.chat, request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
+        found = self.chat.measure_evidence(request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
         progress = replace(progress, evidence=found)
         yield progress
         return progress
 
     def explain(self, error: Exception) -> str:
-        """The sentence that a user reads. What is a defect of ours goes to the log."""
+        """Return the sentence for the user. A defect of ours is logged."""
         if isinstance(error, UserError):
             return " ".join(self._place.sub("", str(error)).split())
         if out_of_memory(error):
@@ -165,7 +172,7 @@ class Service:
     def _look(
         self, path: str, num_frames: int, known: Film | None, stop: Event, views: Sequence[str] = (FORWARD,)
     ) -> Generator[Progress | Stage, None, Look]:
-        """As `look`, for what needs those views. It ends in the model's thread; another process reads."""
+        """Look at the medium in those views. It ends in the model's thread; another process reads."""
         file = self._owned(path)
         media = Media(str(file), num_frames=num_frames)
         in_views = {view: replace(media, view=view) for view in views}
@@ -182,10 +189,8 @@ class Service:
         yield progress
         yield Stage.READING
         start = time.perf_counter()
-        clip, pictures = self.jobs.reading.read(
-            partial(read_film, self.limits.media, self.chat.read, media), file, stop
-        )
-        film = Film(media, clip.info.kind, pictures, tuple(clip.times))
+        clip, pictures = self.jobs.reading.read(partial(read_film, self.limits, self.chat.read, media), file, stop)
+        film = Film(media, pictures, tuple(clip.times))
         progress = replace(progress, film=film).end("read", time.perf_counter() - start, len(film.times))
         yield progress
         yield Stage.MODEL
@@ -199,7 +204,7 @@ class Service:
         return look
 
     def _texts(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, None]:
-        """The answer's text so far, again and again; with several beams once, at the end."""
+        """Yield the answer's text so far, after each piece; with several beams once, at the end."""
         if decoding.num_beams > 1:
             yield self.chat.complete([prepared], decoding, stop)[0].text
             return
@@ -213,7 +218,7 @@ class Service:
         return len(self.chat.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _owned(self, path: str) -> Path:
-        """The file of that path, kept for another while. Raises UserError for what is neither upload nor example."""
+        """Return the file of that path, and keep it for longer. Raises UserError unless it is an upload or example."""
         file = Path(path).resolve()
         if file in self.examples:
             return file
@@ -232,9 +237,23 @@ class Service:
 
 
 def _video(progress: Progress, what: str) -> Film:
-    """The film of a medium that has a time. Raises UserError for one that has none."""
+    """Return the film of a video. Raises UserError for a medium of one frame."""
     film = progress.film
     assert film is not None
     if len(film.times) < 2:
         raise UserError(f"{what} needs a video of at least two frames, and this gives one: take a video")
     return film
+
+
+def _whole(what: str, value: object, most: int) -> int:
+    number = _number(f"the number of {what}", value, most)
+    if number != int(number) or number < 1:
+        raise UserError(f"the number of {what} is {value!r}: expected a whole number from 1 to {most}")
+    return int(number)
+
+
+def _number(what: str, value: object, most: float) -> float:
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not 0 <= number <= most:
+        raise UserError(f"{what} is {value!r}: expected a number from 0 to {most:g}")
+    return number

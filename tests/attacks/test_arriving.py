@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from stllm.conversation.chat import Chat
-from stllm.serving import protocol
+from stllm.serving import listening
 from stllm.serving.app import Server
 from stllm.serving.limits import Limits
 from stllm.serving.media import split_medium
@@ -38,7 +38,7 @@ def server(chat: Chat, tmp_path: Path) -> Server:
 
 @pytest.fixture
 def address(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(listening, "HEADER_SECONDS", 0.5)
     with serving(server) as address:
         yield address
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stllm.serving.ending import own_folder
+from stllm.serving.listening import own_folder
 from tests.helpers.serving import data_url, user, wait_until
 from tests.helpers.videos import write_video
 
@@ -22,14 +22,14 @@ SERVER = """
 import sys
 import uvicorn
 from pathlib import Path
-from stllm.serving import command
+from stllm.serving import listening
 from tests.conversation.test_chat import new_chat
 from tests.helpers.serving import Endless
 
 chat = new_chat("minigpt4")
 chat.model.language_model.get_decoder().register_forward_pre_hook(lambda *_: print("answering", flush=True))
 endless = Endless(chat, seconds=30)
-command.load_chat = lambda *_, **__: chat
+listening.load_chat = lambda *_, **__: chat
 from stllm.cli import main
 sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0", "--queue-size", "2"]))
 """
@@ -37,7 +37,7 @@ sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0", "--queue-size", "2
 
 OWNER = """
 import sys, time
-from stllm.serving.ending import own_folder
+from stllm.serving.listening import own_folder
 with own_folder("mine-") as folder:
     (folder / "upload").write_bytes(b"x")
     print(folder, flush=True)

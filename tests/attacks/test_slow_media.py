@@ -19,9 +19,8 @@ import pytest
 from stllm.conversation.chat import Chat
 from stllm.media.reading import ReadingPool
 from stllm.serving.app import Server
-from stllm.serving.limits import Limits
+from stllm.serving.limits import Limits, PageLimits
 from stllm.web.command import build_app
-from stllm.web.limits import Limits as DemoLimits
 from stllm.web.service import Service
 from tests.conversation.test_chat import new_chat
 from tests.helpers import memory
@@ -32,10 +31,10 @@ SOON = 5.0  # seconds; a tenth of a second without other work on the machine
 
 SERVER = """
 import sys
-from stllm.serving import command
+from stllm.serving import listening
 from tests.conversation.test_chat import new_chat
 
-command.load_chat = lambda *_, **__: new_chat("minigpt4")
+listening.load_chat = lambda *_, **__: new_chat("minigpt4")
 from stllm.cli import main
 sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0"]))
 """
@@ -137,7 +136,7 @@ def test_what_is_read_elsewhere_is_the_same(chat: Chat, place: Path) -> None:
 
 
 def test_leaving_the_demo_ends_the_decoding(chat: Chat, tmp_path: Path, place: Path) -> None:
-    service = Service(chat, DemoLimits(read_seconds=30), tmp_path)
+    service = Service(chat, PageLimits(read_seconds=30), tmp_path)
     with running(build_app(service, local=True)) as address:
         api = f"{address}/gradio_api"
         with (place / "slow.gif").open("rb") as file:

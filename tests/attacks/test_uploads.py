@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from stllm.conversation.chat import Chat
-from stllm.serving import protocol
-from stllm.web.limits import Limits
+from stllm.serving import listening
+from stllm.serving.limits import PageLimits
 from tests.conversation.test_chat import new_chat
 from tests.helpers.demo import served
 from tests.helpers.serving import wait_until
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(chat: Chat, folder: Path) -> Iterator[str]:
-    with served(chat, folder, Limits(file_megabytes=1, upload_seconds=1.5, body_seconds=0.3)) as url:
+    with served(chat, folder, PageLimits(media_bytes=1 << 20, upload_seconds=1.5, body_seconds=0.3)) as url:
         yield url
 
 
@@ -86,7 +86,7 @@ def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
 
 
 def test_a_header_has_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(listening, "HEADER_SECONDS", 0.5)
     with closing(socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)) as connection:
         connection.sendall(b"GET /config HTTP/1.1\r\n")
         assert connection.recv(1000) == b""

@@ -1,7 +1,6 @@
 """The engine: cached equals uncached, batched equals single, streamed equals whole; what an answer says of itself."""
 
 import itertools
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -261,13 +260,6 @@ def test_the_stop_string_ends_an_answer(clips: list[Path]) -> None:
     chat.model.language_model.lm_head.bias = torch.nn.Parameter(bias)
     assert chat.ask(clips[0], QUESTIONS[0]).text == ""
     assert seen[0].shape == (1, 1)
-
-
-def test_answers_survive_json(clips: list[Path]) -> None:
-    from stllm.conversation.command import _json_line
-
-    line = json.loads(_json_line(new_chat().ask(clips[0], QUESTIONS[0]), {}))
-    assert set(line) == {"video", "question", "answer", "frame_times", "visual_tokens", "cut_tokens", "seconds"}
 
 
 @pytest.mark.parametrize(

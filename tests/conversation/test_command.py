@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stllm.cli import main
-from stllm.conversation import command, embedded
+from stllm.conversation import chat as engine
+from stllm.conversation import command
 from stllm.conversation.chat import Chat, Conversation, load_chat
 from tests.helpers.videos import write_video
 
@@ -70,10 +71,10 @@ def test_the_configuration_may_name_the_checkpoint(clip: Path, capsys, monkeypat
     argv = ["chat", "--video", str(clip), "--question", "What?", "--max-new-tokens", "2"]
     assert main([*argv, "--options", f"model.ckpt={CHECKPOINT}"]) == 0
     named = capsys.readouterr().out
-    monkeypatch.setattr(embedded, "FOLDER", CHECKPOINT)  # as if it came with the package
+    monkeypatch.setattr(engine, "FOLDER", CHECKPOINT)  # as if it came with the package
     assert main(argv) == 0
     assert capsys.readouterr().out == named
-    monkeypatch.setattr(embedded, "FOLDER", Path("/no/such"))
+    monkeypatch.setattr(engine, "FOLDER", Path("/no/such"))
     assert main(argv) == 1
     assert "no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt" in capsys.readouterr().err
 

@@ -17,7 +17,6 @@ from stllm.common.evaluation_section import EvaluationSettings
 from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.context import CONTEXTS, Cut
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.evidence import measure_evidence
 from stllm.models.st_llm import STLLM
 from stllm.processors.sequences import VISUAL_TOKEN_ID
 from stllm.processors.templates import Turn
@@ -225,7 +224,7 @@ def test_evidence_is_of_what_the_model_read(chats: dict[str, Chat], clip: Path) 
     chat = chats["instructblip"]
     asked, answer = request(clip), "the red square"
     decoding = Decoding(num_beams=1, max_new_tokens=1700)  # 300 tokens are kept
-    found = measure_evidence(chat, asked, answer, decoding=decoding)
+    found = chat.measure_evidence(asked, answer, decoding=decoding)
     whole = joined(chat, asked)
     kept, tail = whole[:, -300:], whole.shape[1] - FRAMES * QUERIES
     cut = FRAMES * QUERIES - (300 - tail)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from stllm.cli import main
-from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.embedded import EXAMPLES, FOLDER
+from stllm.conversation.chat import EXAMPLES, FOLDER, Chat, load_chat
 from stllm.conversation.requests import Media, Request
 from stllm.evaluation.benchmarks.mvbench import prompt_pieces
 from stllm.media.views import FORWARD, REVERSED

@@ -1,11 +1,14 @@
-"""What may be asked about what: a medium's part and its stamp, a question that is text."""
+"""Requests: a medium's part and its stamp, a question that is text; the bounded cache of encoded videos."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stllm.common.errors import UserError
-from stllm.conversation.requests import Media, Request
+from stllm.conversation.requests import FeatureCache, Media, Request
 from stllm.media.clip import MediaError
 from stllm.processors.templates import Turn
 from tests.helpers.videos import write_video
@@ -48,3 +51,39 @@ def test_the_stamp_follows_the_content_and_minds_no_dead_link(tmp_path: Path) ->
 def test_a_question_is_text(question: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Request(turns=(Turn(question),)).check()
+
+
+@given(sizes=st.lists(st.integers(1, 30), max_size=40), room=st.integers(1, 60))
+def test_never_more_than_its_room(sizes: list[int], room: int) -> None:
+    cache = FeatureCache(max_bytes=room)
+    for key, size in enumerate(sizes):
+        cache.put(key, torch.zeros(size, dtype=torch.uint8))
+        held = [k for k in range(key + 1) if cache.get(k) is not None]
+        assert cache.num_bytes == sum(sizes[k] for k in held) <= room
+        if size <= room:
+            assert key in held
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache = FeatureCache(max_bytes=2)
+    for key in "ab":
+        cache.put(key, torch.zeros(1, dtype=torch.uint8))
+    cache.get("a")
+    cache.put("c", torch.zeros(1, dtype=torch.uint8))
+    assert [cache.get(key) is not None for key in "abc"] == [True, False, True]
+
+
+def test_what_has_no_room_drops_nothing_else() -> None:
+    cache = FeatureCache(max_bytes=4)
+    cache.put("small", torch.zeros(3, dtype=torch.uint8))
+    cache.put("large", torch.zeros(5, dtype=torch.uint8))
+    assert [cache.get(key) is not None for key in ("small", "large")] == [True, False]
+    cache.put("small", torch.zeros(5, dtype=torch.uint8))  # a larger one of that key leaves no old one
+    assert (len(cache), cache.num_bytes) == (0, 0)
+
+
+def test_a_key_put_twice_counts_once() -> None:
+    cache = FeatureCache(max_bytes=10)
+    for size in (3, 4):
+        cache.put("a", torch.zeros(size, dtype=torch.uint8))
+    assert (len(cache), cache.num_bytes) == (1, 4)

@@ -9,8 +9,7 @@ import pytest
 
 from stllm.cli import main
 from stllm.conversation.chat import Chat
-from stllm.conversation.requests import Answer
-from stllm.conversation.seeing import Prepared
+from stllm.conversation.requests import Answer, Prepared
 from stllm.evaluation.benchmarks.mvbench import TASKS
 from tests.helpers.evaluation import CHECKPOINT
 from tests.helpers.judge_server import MODEL, FakeJudge, judge_server, texts_of

@@ -11,8 +11,7 @@ import torch
 
 from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, Media, Request
-from stllm.conversation.seeing import Prepared
+from stllm.conversation.requests import Answer, Media, Prepared, Request
 from stllm.evaluation.benchmarks.base import Item, Record
 from stllm.evaluation.engine import BATCHES_SORTED, Engine, by_clip, share
 from stllm.processors.templates import Turn

@@ -21,7 +21,7 @@ from PIL import Image
 from stllm.common.errors import UserError
 from stllm.conversation.chat import load_chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.seeing import Prepared
+from stllm.conversation.requests import Prepared
 from stllm.toy.clips import FPS, World
 from stllm.toy.media import write_video
 from stllm.toy.tasks import TASKS, state_change

@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stllm.conversation.chat import Chat
-from stllm.conversation.embedded import find_examples
+from stllm.conversation.chat import Chat, find_examples
+from stllm.serving.limits import PageLimits
 from stllm.web.command import build_app
-from stllm.web.limits import Limits
 from stllm.web.service import Service
 from tests.helpers.serving import running
 
 
 @contextmanager
-def served(chat: Chat, folder: Path, limits: Limits | None = None) -> Iterator[str]:
+def served(chat: Chat, folder: Path, limits: PageLimits | None = None) -> Iterator[str]:
     """The address of the running page."""
-    service = Service(chat, limits or Limits(), folder, [path for path, _ in find_examples()])
+    service = Service(chat, limits or PageLimits(), folder, [path for path, _ in find_examples()])
     with running(build_app(service, local=True)) as address:
         yield f"{address}/"

@@ -15,7 +15,7 @@ import uvicorn
 
 from stllm.conversation.chat import Chat
 from stllm.serving.app import Server, build_app
-from stllm.serving.protocol import TimedProtocol
+from stllm.serving.listening import TimedProtocol
 
 MODEL = "tiny"
 

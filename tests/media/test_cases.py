@@ -11,8 +11,7 @@ from PIL import Image
 
 from stllm.cli import main
 from stllm.conversation import command
-from stllm.conversation.chat import Chat, load_chat
-from stllm.conversation.embedded import FOLDER
+from stllm.conversation.chat import FOLDER, Chat, load_chat
 from stllm.media import video as pyav_reader
 from stllm.media.images import ImageReader
 from stllm.media.info import Reader

@@ -11,8 +11,8 @@ import pytest
 
 from stllm.cli import main
 from stllm.common.errors import UserError
-from stllm.conversation import embedded
-from stllm.serving import command
+from stllm.conversation import chat
+from stllm.serving import listening
 from tests.helpers.serving import client_of, data_url, user
 from tests.helpers.videos import write_video
 
@@ -22,7 +22,7 @@ CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong is said before the model is loaded."""
-    monkeypatch.setattr(command, "load_chat", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(listening, "load_chat", lambda *_, **__: pytest.fail("loaded"))
 
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, capsys, monkeypatch) -> None:
@@ -34,7 +34,7 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, capsys, monk
     assert f"127.0.0.1:{port} cannot be taken" in capsys.readouterr().err
     assert main(["serve", "--ckpt-path", "d", "--media-root", "/no/such"]) == 1
     assert "--media-root /no/such is no folder" in capsys.readouterr().err
-    monkeypatch.setattr(embedded, "FOLDER", Path("/no/such"))
+    monkeypatch.setattr(chat, "FOLDER", Path("/no/such"))
     assert main(["serve", "--port", "0"]) == 1
     assert "no checkpoint was named: give one with --ckpt-path" in capsys.readouterr().err
 
@@ -47,11 +47,11 @@ def test_an_empty_host_is_a_mistake(unloaded, capsys, name: str, host: str) -> N
 
 
 def test_the_embedded_model_is_named_where_it_is(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(embedded, "FOLDER", tmp_path)
+    monkeypatch.setattr(chat, "FOLDER", tmp_path)
     with pytest.raises(UserError, match="no checkpoint was named"):
-        embedded.default_checkpoint()
+        chat.default_checkpoint()
     (tmp_path / "config.json").write_text("{}")
-    assert embedded.default_checkpoint() == tmp_path
+    assert chat.default_checkpoint() == tmp_path
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from stllm.media.info import MediaError
-from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 from stllm.serving.media import fetch_medium
+from stllm.serving.replies import ApiError
 from tests.helpers.videos import write_video
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from stllm.conversation.decoding import Decoding
 from stllm.processors.templates import Turn
-from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
+from stllm.serving.replies import ApiError
 from stllm.serving.requests import Asked, parse_request
 from tests.helpers.serving import user
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from stllm.conversation.chat import Chat
+from stllm.serving.limits import PageLimits
 from stllm.web.handlers import Handlers
-from stllm.web.limits import Limits
 from stllm.web.service import Service
 from tests.conversation.test_chat import new_chat
 from tests.helpers.videos import write_video
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def handlers(chat: Chat, folder: Path) -> Iterator[Handlers]:
-    service = Service(chat, Limits(), folder.parent)
+    service = Service(chat, PageLimits(), folder.parent)
     yield Handlers(service)
     service.jobs.close()
 

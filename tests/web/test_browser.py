@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from stllm.conversation.chat import Chat
-from stllm.conversation.embedded import find_examples
-from stllm.web.limits import Limits
+from stllm.conversation.chat import Chat, find_examples
+from stllm.serving.limits import PageLimits
 from tests.helpers.demo import served
 from tests.helpers.videos import write_video
 
@@ -46,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(chat: Chat, place: Path) -> Iterator[str]:
-    with served(chat, place / "uploads", Limits(file_megabytes=1)) as url:
+    with served(chat, place / "uploads", PageLimits(media_bytes=1 << 20)) as url:
         yield url
 
 

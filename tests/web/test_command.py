@@ -14,13 +14,13 @@ import pytest
 
 from stllm.cli import main
 from stllm.conversation.chat import Chat
-from stllm.web import command
+from stllm.serving import listening
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, chat: Chat, tmp_path: Path) -> Iterator[Path]:
     """The engine is there at once, temporary folders lie in the one given, Ctrl-C is heard in the background, too."""
-    monkeypatch.setattr(command, "load_chat", lambda *_, **__: chat)
+    monkeypatch.setattr(listening, "load_chat", lambda *_, **__: chat)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ended, interrupted = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield tmp_path

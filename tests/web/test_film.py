@@ -10,12 +10,10 @@ import torch
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Media
 from stllm.media.views import VIEWS
-from stllm.web.film import HEIGHT, MARGIN, Pictures, clock, film_html, small_strip
-from stllm.web.probe import probe_html, verdict
+from stllm.web.film import HEIGHT, MARGIN, Film, Pictures, clock, film_html, probe_html, small_strip, verdict
 from stllm.web.progress import Progress, progress_html
-from stllm.web.talk import Film
 
-FILM = Film(Media("x.mp4", num_frames=4), "video", ("data:a", "data:b", "data:c", "data:d"), (0.0, 1.25, 62.5, 600.0))
+FILM = Film(Media("x.mp4", num_frames=4), ("data:a", "data:b", "data:c", "data:d"), (0.0, 1.25, 62.5, 600.0))
 EVIDENCE = Evidence("what", "<b>red</b>", -3.0, list(FILM.times), [(0, 1), (1, 2), (2, 4)], [1.0, -0.5, 2.0])
 
 

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Media, Request
 from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
-from stllm.web.handlers import NO_ANSWER, NO_VIDEO, Handlers
-from stllm.web.limits import Limits
-from stllm.web.talk import Session
+from stllm.serving.limits import PageLimits
+from stllm.web.handlers import NO_ANSWER, NO_VIDEO, Handlers, Session
 from tests.web.conftest import CONTROLS, last
 
 FIRST, SECOND = "what moves first", "which color is the square"
@@ -179,7 +177,7 @@ def test_evidence_is_the_engines(handlers: Handlers, folder: Path) -> None:
     shown = list(handlers.evidence(session, *CONTROLS))
     turns = session.talk.turns
     request = Request((turns[0], Turn(SECOND)), Media(str(folder / "one.mp4"), num_frames=6))
-    expected = measure_evidence(handlers.service.chat, request, turns[1].answer)
+    expected = handlers.service.chat.measure_evidence(request, turns[1].answer)
     found = session.talk.evidence
     assert found is not None and found.scores == pytest.approx(expected.scores)
     assert last(shown, "film").count("<rect") == 6 and "film-curve" in last(shown, "film")
@@ -256,7 +254,7 @@ def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, na
 
 
 def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> None:
-    handlers.service.limits = Limits(video_seconds=1.0)
+    handlers.service.limits = PageLimits(media_seconds=1.0)
     session = Session()
     handlers.begin(session, str(folder / "two.mp4"), "two.mp4")
     assert "the video lasts 1.2 s, at most 1.0 s are taken" in last(list(handlers.look(session, 6)), "status")

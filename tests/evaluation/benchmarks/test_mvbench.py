@@ -12,7 +12,7 @@ from PIL import Image
 
 from stllm.common.errors import UserError
 from stllm.common.evaluation_section import EvaluationSettings
-from stllm.conversation.seeing import ClipReader
+from stllm.conversation.requests import ClipReader
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record, load_benchmark
 from stllm.evaluation.benchmarks.mvbench import TASKS
 from tests.helpers.twins import twins
