@@ -74,6 +74,8 @@ def _sentence(error: Exception) -> str:
         return f"no permission{name}: give this user access, or name another path"
     if code in _IN_THE_WAY:
         return f"a file stands where a folder is needed{name}: name another path, or move the file"
+    if code == errno.EISDIR:
+        return f"a folder stands where a file is needed{name}: name another path, or move the folder"
     if code == errno.ENAMETOOLONG:
         return f"the name of a file or folder is too long{name}: name another path"
     if code == errno.ELOOP:

@@ -126,7 +126,11 @@ def _hub(url: str) -> list[str]:
     if found is None:
         raise MediaError(f"{url}: the shard cannot be fetched; expected hf://datasets/OWNER/NAME/FILE: correct the URL")
     kind, name, revision, file = found.groups()
-    return [*_curl(hf_hub_url(name, file, repo_type=kind and kind[:-1], revision=revision)), "-H", "@-"]
+    try:
+        address = hf_hub_url(name, file, repo_type=kind and kind[:-1], revision=revision)
+    except ValueError as error:  # characters that no owner's or set's name has
+        raise MediaError(f"{url}: the shard cannot be fetched ({error}); correct the URL") from error
+    return [*_curl(address), "-H", "@-"]
 
 
 def _hub_header() -> bytes:

@@ -29,6 +29,7 @@ from stllm.media.time_bound import unbounded
 
 MAX_OPEN = 128  # files a process keeps open; systems commonly allow 1024
 GIB = 2**30
+FETCHED = re.compile(r"-[0-9a-f]{16}\.tar$")  # the name of a fetched shard; the folder may hold the user's own tars
 MAX_IMAGE_BYTES = 256 << 20
 MAX_CAPTION_BYTES = 1 << 20  # of a txt or json; a model reads some thousand tokens
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -323,7 +324,7 @@ class ShardReader:
     def _cached(self, shard: str, suffix: str) -> Path:
         """A file in the cache for a shard: its name for the reader, a digest to tell equal names apart."""
         place = shard if is_remote(shard) else os.path.abspath(shard)
-        digest = hashlib.blake2b(place.encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(os.fsencode(place), digest_size=8).hexdigest()
         readable = re.sub(r"[^\w.-]+", "_", Path(place).name.removesuffix(".tar"))[-40:]
         return self.cache_dir / f"{readable}-{digest}{suffix}"
 
@@ -331,7 +332,8 @@ class ShardReader:
         """Removes the least recently used shards until the cache is within its bound, but not the newest."""
         if self.cache_gb is None:
             return
-        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in self.cache_dir.glob("*.tar"))
+        fetched = (path for path in self.cache_dir.glob("*.tar") if FETCHED.search(path.name))
+        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in fetched)
         excess = sum(size for _, size, _ in files) - self.cache_gb * GIB
         for _, size, path in files:
             if excess <= 0:

@@ -211,6 +211,7 @@ def _numbered_frames(folder: Path) -> list[Path]:
 def _damage(path: object, so_far: str = "") -> Iterator[None]:
     """Turns whatever Pillow raises on bad files into a MediaError; so_far: what could be read of it."""
     from PIL import Image as images
+    from PIL import UnidentifiedImageError
 
     try:
         yield
@@ -228,7 +229,8 @@ def _damage(path: object, so_far: str = "") -> Iterator[None]:
         raise MediaError(f"{path}: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
         # Pillow has no one exception for broken files: its decoders let all of these through.
-        reason = str(error)
+        # Its own words name the file again, or where its bytes lie in memory.
+        reason = "no picture's format" if isinstance(error, UnidentifiedImageError) else str(error)
         if re.search(r"\bb['\"]", reason):  # Pillow quotes the file's bytes, which a server must not show
             reason = reason.removeprefix("b").strip("'\"").partition(": ")[0]
         raise MediaError(

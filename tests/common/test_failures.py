@@ -26,6 +26,7 @@ from stllm.common.failures import sentence
         (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), "no permission (/locked/x): give"),
         (FileExistsError(errno.EEXIST, "File exists", "a"), "a file stands where a folder is needed (a): name another"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a file stands where a folder is needed (a/b)"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a folder stands where a file is needed (a): name"),
         (
             UserError(
                 'Caught UserError in DataLoader worker process 0.\nTraceback:\n  File "x.py", line 1\n'

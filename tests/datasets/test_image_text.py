@@ -232,7 +232,7 @@ BAD = [
     ([("a.png", picture(1)), ("a.json", b"[1]")], AnnotationError, "a JSON object", "annotation"),
     ([("a.png", picture(1)), ("a.json", b"{")], AnnotationError, "a JSON object", "annotation"),
     ([("a.png", picture(1)), ("a.json", b'{"text": "x"}')], AnnotationError, "found the caption None", "annotation"),
-    ([("a.png", b""), ("a.txt", b"text")], MediaError, "damaged or cut image", "unreadable"),
+    ([("a.png", b""), ("a.txt", b"text")], MediaError, r"damaged or cut image \(no picture.s format\)", "unreadable"),
 ]
 
 
@@ -409,6 +409,19 @@ def test_the_cache_keeps_within_its_bound(tmp_path, shards, server, caplog) -> N
     assert 3 < len(asked) < 9
 
 
+def test_making_room_leaves_the_user_s_own_tars(tmp_path, shards, server) -> None:
+    url, _ = server
+    names = [f"{url}/00000.tar", f"{url}/00001.tar", str(tmp_path / "data" / "00002.tar")]
+    data = corpus(tmp_path, names, cache_dir=tmp_path / "data", cache_gb=1e-9)
+    assert [grey(load(data, index)) for index in (0, 5, 9)] == [0, 5, 9]
+    assert {"00000.tar", "00001.tar", "00002.tar"} < {path.name for path in (tmp_path / "data").glob("*.tar")}
+
+
+def test_a_name_in_another_encoding(tmp_path, shards) -> None:
+    os.rename(tmp_path / "data" / "00001.tar", os.fsencode(tmp_path / "data") + b"/l\xe9.tar")
+    assert len(corpus(tmp_path, str(tmp_path / "data" / "*.tar"))) == 10
+
+
 def test_a_pipe_and_an_object_store(tmp_path, shards, pipes, monkeypatch) -> None:
     path = tmp_path / "data" / "00002.tar"
     assert grey(load(corpus(tmp_path, f"pipe:cat {path}"), 1)) == 7
@@ -420,7 +433,9 @@ def test_a_pipe_and_an_object_store(tmp_path, shards, pipes, monkeypatch) -> Non
     assert grey(load(corpus(tmp_path, "s3://bucket/it's.tar"), 0)) == 6
 
 
-@pytest.mark.parametrize("shard", ["{url}/no.tar", "pipe:printf half; exit 3", "pipe:no-program"])
+@pytest.mark.parametrize(
+    "shard", ["{url}/no.tar", "pipe:printf half; exit 3", "pipe:no-program", "hf://datasets/../../x.tar"]
+)
 def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(tmp_path, shards, server, pipes, shard) -> None:
     with pytest.raises(MediaError, match="the shard cannot be fetched") as caught:
         corpus(tmp_path, shard.replace("{url}", server[0]))

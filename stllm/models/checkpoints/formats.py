@@ -201,7 +201,10 @@ def weight_files(folder: Path) -> list[Path]:
         shards = [SHARD.match(path.name) for path in folder.glob(f"{stem}-*-of-*.{ending}")]
         total = max((int(shard["total"]) for shard in shards if shard), default=0)
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            found = read_json(index).get("weight_map")
+            if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+                raise UserError(f"{index} holds no weight_map, expected each tensor's file: copy or download it again")
+            names = sorted(set(found.values()))
         elif total:
             names = [f"{stem}-{number:05d}-of-{total:05d}.{ending}" for number in range(1, total + 1)]
         elif whole.is_file():

@@ -58,6 +58,13 @@ def test_a_missing_shard_is_told(golden_copy: Callable[[str], Path], with_index:
         open_source(folder)
 
 
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 5}}])
+def test_an_index_that_names_no_files(index: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json holds no weight_map, expected each tensor's file"):
+        weight_files(tmp_path)
+
+
 def test_safetensors_shards_are_found(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"model-{number:05d}-of-00002.safetensors").touch()
