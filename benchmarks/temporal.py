@@ -22,9 +22,8 @@ from benchmarks.common import RESULTS
 from benchmarks.temporal_plan import ALL, VARIANTS, Plan, Variant, tested
 from benchmarks.temporal_report import summary, write_report
 from benchmarks.temporal_runs import ROOT, Commands, Result, RunError, run
-from stllm.common.arguments import path, whole
-from stllm.common.changes import flat, told_changes
-from stllm.common.config import load_config
+from stllm.commands.options import path, whole
+from stllm.common.config import flat, load_config, told_changes
 from stllm.common.errors import UserError
 from stllm.evaluation.digests import content_digest
 from stllm.evaluation.results import write_json

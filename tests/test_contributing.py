@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stllm.cli import main
-from stllm.common import config, evaluation_section, registry
+from stllm.common import config, registry, schema
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
 from stllm.evaluation import videoqa
@@ -245,7 +245,7 @@ def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(config.PRESETS, tmp_path / "presets")
     preset = BLOCKS["stllm/configs/evaluation/kitchen.yaml"]
     (tmp_path / "presets" / "kitchen.yaml").write_text(preset, encoding="utf-8")
-    for module in (config, evaluation_section):
+    for module in (config, schema):
         monkeypatch.setattr(module, "PRESETS", tmp_path / "presets")
     monkeypatch.setattr(test_presets, "FOLDER", tmp_path / "presets")
     test_presets.test_a_preset_opens_with_what_it_is_for_and_how_to_run_it("kitchen")

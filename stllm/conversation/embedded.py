@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stllm.common.errors import UserError
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.models.settings import explicit_settings
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.datasets.records import Record
 from stllm.datasets.samples import Corpus, Sample
 from stllm.media.info import MediaError

@@ -16,12 +16,10 @@ from functools import partial
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
-from stllm.common.pools import one_a_core
-from stllm.common.schema import MEDIA_SECONDS
+from stllm.common.processes import one_a_core
+from stllm.common.schema import MEDIA_SECONDS, DatasetSettings, EvaluationSettings, texts
 from stllm.datasets.annotations import flatten
 from stllm.datasets.features import clip_key
 from stllm.datasets.fetching import allow_pipes

@@ -10,7 +10,7 @@ from functools import partial
 from tqdm import tqdm
 
 from stllm.common.errors import UserError
-from stllm.common.pools import CHUNK, mapping
+from stllm.common.processes import CHUNK, mapping
 from stllm.doctor.checks import Fault, Item, short_answer
 from stllm.media import info as media_info
 from stllm.media.find import MediaFinder

@@ -10,7 +10,7 @@ from typing import Any
 
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.datasets.annotations import FOREIGN, Fields, json_values, read_file
 from stllm.doctor.checks import Fault, Finding, Item, Lengths, at_least_words, check_training
 

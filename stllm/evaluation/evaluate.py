@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.config import load_evaluation
-from stllm.common.device import out_of_memory
-from stllm.common.distributed import is_main
-from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.distributed import is_main, process_group
+from stllm.common.errors import UserError, out_of_memory
 from stllm.common.files import write_text
 from stllm.common.jsonl import naming_full_disk
-from stllm.common.processes import process_group
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import default_num_frames
 from stllm.conversation.embedded import FOLDER
 from stllm.evaluation import results

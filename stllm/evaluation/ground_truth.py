@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.doctor.checks import Fault, Finding
 from stllm.doctor.checks import Item as Medium

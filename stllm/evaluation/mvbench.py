@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError, did_you_mean
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Request
 from stllm.datasets.annotations import Fields, text_of
 from stllm.doctor.checks import Fault, check_mvbench

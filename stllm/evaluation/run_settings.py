@@ -8,10 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from stllm.common.changes import flat, told_changes
+from stllm.common.config import flat, told_changes
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import write_text
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.digests import item_prompts
 from stllm.evaluation.items import Benchmark, Item

@@ -11,12 +11,12 @@ from typing import Any
 from tqdm import tqdm
 
 from stllm.common.device import resolve_device, resolve_dtype
-from stllm.common.distributed import is_main, rank, world_size
+from stllm.common.distributed import is_main, rank, wait_for_all, world_size
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.jsonl import Appender, naming_full_disk
-from stllm.common.processes import num_decoders, wait_for_all
+from stllm.common.processes import one_a_core
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.digests import checkpoint_digest, content_digest, prompts_digest
@@ -118,7 +118,7 @@ class Runs:
             benchmark,
             decoding=self.decoding,
             batch_size=self.settings.batch_size,
-            num_workers=num_decoders(self.settings.num_workers),
+            num_workers=one_a_core(self.settings.num_workers),
             media_seconds=self.settings.media_seconds,
         )
         path = files.path if world_size() == 1 else files.part(rank())

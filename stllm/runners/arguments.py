@@ -25,7 +25,7 @@ from transformers.training_args import OptimizerNames, ParallelMode, trainer_log
 from stllm.common.device import DTYPE_ALIASES, resolve_device
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import check_regular
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.common.run_section import REFUSED
 from stllm.common.schema import RunSettings
 

@@ -21,14 +21,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from stllm.common.config import load_config
-from stllm.common.datasets_section import ROOTS
-from stllm.common.device import out_of_memory, resolve_device, resolve_dtype, seed_everything
-from stllm.common.distributed import is_main, rank, world_size
-from stllm.common.errors import UserError
+from stllm.common.device import resolve_device, resolve_dtype, seed_everything
+from stllm.common.distributed import is_main, process_group, rank, wait_for_all, world_size
+from stllm.common.errors import UserError, out_of_memory
 from stllm.common.files import locked
-from stllm.common.parent import end_with_parent
-from stllm.common.processes import num_decoders, process_group, wait_for_all
-from stllm.common.schema import RunSettings
+from stllm.common.processes import end_with_parent, one_a_core
+from stllm.common.schema import ROOTS, RunSettings
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.distinct_clips import ClipBatch, ClipDataset, DistinctClip, distinct_clips
 from stllm.datasets.features import SHARD_BYTES, FeatureSource, FeatureWriter
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             configured = cfg.run.get("media_seconds", RunSettings.media_seconds)
             extraction.run(
                 batch_size=args.batch_size,
-                num_workers=num_decoders(args.num_workers),
+                num_workers=one_a_core(args.num_workers),
                 media_seconds=configured if args.media_seconds is None else args.media_seconds,
             )
         except Exception as error:

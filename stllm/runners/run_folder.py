@@ -19,13 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
 from transformers.trainer_pt_utils import safe_globals
 
-from stllm.common.changes import flat, told_changes
-from stllm.common.config import save_config
+from stllm.common.config import flat, save_config, told_changes
 from stllm.common.distributed import is_main
-from stllm.common.errors import UserError
-from stllm.common.failures import sentence
+from stllm.common.errors import UserError, sentence
 from stllm.common.files import locked, write_text
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.common.run_section import UNUSED
 from stllm.models.checkpoints.weights import WeightFiles
 from stllm.runners.meter import is_distributed

@@ -19,11 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from stllm.common.device import out_of_memory
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, out_of_memory
 from stllm.common.files import check_regular, write_text
-from stllm.common.json_text import loads
-from stllm.common.parent import end_with_parent
+from stllm.common.jsonl import loads
+from stllm.common.processes import end_with_parent
 from stllm.datasets.mixture import MixtureSampler
 from stllm.datasets.replacement import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED

@@ -4,7 +4,7 @@ import binascii
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.serving.errors import ApiError
 from stllm.serving.limits import Limits
 

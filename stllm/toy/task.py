@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stllm.common.datasets_section import ROOTS
 from stllm.common.errors import UserError
 from stllm.common.registry import tasks
+from stllm.common.schema import ROOTS
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.models.build import build_audited, config_from_settings
 from stllm.models.configuration import STLLMConfig

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
-from stllm.common.pools import Map, mapping, one_a_core
+from stllm.common.processes import Map, mapping, one_a_core
 from stllm.toy.annotations import Fields, Tellings, TrainingSet, record
 from stllm.toy.benchmarks import benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.toy.clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, SIZE, World

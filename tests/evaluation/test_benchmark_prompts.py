@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks, templates
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.evaluation.ground_truth import system_of
 from stllm.evaluation.items import Benchmark, Item

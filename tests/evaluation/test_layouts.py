@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stllm.cli import main
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from tests.helpers.evaluation import CHECKPOINT, QUICK
 from tests.helpers.videos import write_video
 

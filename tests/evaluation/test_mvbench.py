@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.seeing import ClipReader
 from stllm.evaluation.items import Item, Record
 from stllm.evaluation.mvbench import MVBench

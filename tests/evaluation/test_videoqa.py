@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks, templates
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.seeing import ClipReader
 from stllm.evaluation.videoqa import KINDS, VideoQA
 from tests.helpers.twins import twins
