@@ -17,7 +17,7 @@ import torch
 
 from stllm.common.device import resolve_device
 from stllm.common.errors import UserError
-from stllm.evaluation.tables import table
+from stllm.evaluation.reports.tables import table
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "timm", "av")

@@ -21,9 +21,9 @@ from stllm.common.processes import one_a_core
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media
+from stllm.evaluation.benchmarks.base import Item
 from stllm.evaluation.engine import Engine
-from stllm.evaluation.items import Item
-from tests.helpers.benchmarks import Asking
+from tests.helpers.benchmarks import asking
 from tests.helpers.videos import write_video
 
 BATCH_SIZE = 8
@@ -45,13 +45,11 @@ def new_items(videos: Sequence[Path], num_questions: int, **media: Any) -> list[
 
 def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]) -> list[dict[str, Any]]:
     """Rows of the baseline, over `sample`, and of ours, over all items. chat: keeps nothing."""
-    benchmark = Asking(items)
+    loaded = asking(items)
     start = time.perf_counter()
-    alone = {
-        item.id: chat.answer(benchmark.requests(item, chat.processor.template), DECODING)[0].text for item in sample
-    }
+    alone = {item.id: chat.answer(loaded.requests(item, chat.processor.template), DECODING)[0].text for item in sample}
     slow = (time.perf_counter() - start) / len(sample)
-    engine = Engine(chat, benchmark, decoding=DECODING, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
+    engine = Engine(chat, loaded, decoding=DECODING, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
     start = time.perf_counter()
     ours = {record["id"]: record["prediction"] for record in engine.records(items)}
     fast = (time.perf_counter() - start) / len(items)
@@ -65,7 +63,7 @@ def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]
 def memory(chat: Chat, items: Sequence[Item]) -> list[float]:
     """MiB that this process holds after each quarter of the items. A first pass has grown what grows once."""
     short = replace(DECODING, max_new_tokens=1)  # what is held, not for how long, is looked at
-    engine = Engine(chat, Asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
+    engine = Engine(chat, asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
     held = []
     for number, _ in enumerate(engine.records(items), start=1):
         if number % (len(items) // 4) == 0:
@@ -87,7 +85,7 @@ def main() -> None:
         residual = new_chat(new_model(IMAGE_SIZE, device), 0)
         joint = new_chat(new_model(IMAGE_SIZE, device, video_input="all"), 0)
         for chat, item in ((residual, msvd[0]), (joint, mvbench[0])):  # warm-up
-            chat.answer(Asking([item]).requests(item, chat.processor.template), DECODING)
+            chat.answer(asking([item]).requests(item, chat.processor.template), DECODING)
         rows = measure("MSVD-like", residual, msvd, msvd[: 2 * num_videos])
         rows += measure("MVBench-like", joint, mvbench, mvbench)
         small = new_chat(new_model(56, device), 0)

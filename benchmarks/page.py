@@ -9,7 +9,7 @@ from benchmarks.common import markdown
 from benchmarks.comparison import Change, Result, changes, comparable
 from benchmarks.measurements import AT_PUBLISHED_SIZE, MEASUREMENTS
 from stllm.common.files import replacing
-from stllm.evaluation.tables import table
+from stllm.evaluation.reports.tables import table
 
 INTRODUCTION = """# Speed and memory
 

@@ -25,8 +25,8 @@ from benchmarks.temporal_runs import ROOT, Commands, Result, RunError, run
 from stllm.commands.options import path, whole
 from stllm.common.config import flat, load_config, told_changes
 from stllm.common.errors import UserError
-from stllm.evaluation.digests import content_digest
 from stllm.evaluation.results import write_json
+from stllm.evaluation.runs import content_digest
 
 QUICK = {"steps": 300, "seeds": 1, "limit": 40}
 NUM_SEEDS = 3

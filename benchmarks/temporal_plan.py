@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from stllm.common.config import load_config
 from stllm.common.registry import video_inputs
-from stllm.evaluation.mvbench_tasks import MVBenchTask, task_of
+from stllm.evaluation.benchmarks.mvbench import MVBenchTask, task_of
 from stllm.toy.tasks import RARE, TASKS
 
 PARTS = 4  # checkpoints of the part without masks

@@ -15,9 +15,9 @@ from benchmarks.temporal_plan import ALL, VARIANTS, Plan, tested
 from benchmarks.temporal_runs import ROOT, Result, commit
 from stllm.common.device import resolve_device
 from stllm.common.files import write_text
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
+from stllm.evaluation.reports.tables import MISSING, table
 from stllm.evaluation.results import versions, write_json
-from stllm.evaluation.tables import MISSING, table
 
 CONTROL, LONG = "Object Existence", "Unexpected Action"  # needs no time; the rare event in clips of 64 frames
 TEMPORAL, EVERY = "temporal tasks", "all tasks"

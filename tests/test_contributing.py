@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,14 +16,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stllm.cli import main
+from stllm.commands import data as data_commands
 from stllm.common import config, registry, schema
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
-from stllm.evaluation import videoqa
+from stllm.evaluation.benchmarks.base import Item
 from stllm.models import st_llm, video_inputs, vision
 from stllm.models.build import build_model
 from stllm.processors import templates
-from tests.evaluation import test_presets
+from tests.evaluation.benchmarks import test_presets
 from tests.helpers.evaluation import CHECKPOINT, QUICK, lines, write_set
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.training import read_log, write_recipe
@@ -33,6 +33,7 @@ from tests.models.checkpoints.conftest import FOREIGN, HEADS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+KITCHEN = "stllm.evaluation.benchmarks.kitchen"
 REGISTRIES = [value for value in vars(registry).values() if isinstance(value, registry.Registry)]
 
 
@@ -40,7 +41,7 @@ REGISTRIES = [value for value in vars(registry).values() if isinstance(value, re
 BLOCKS: dict[str, str] = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```$", TEXT, re.M | re.S))
 EXTENDED = (
     *("stllm/models/video_inputs.py", "stllm/models/vision.py", "stllm/models/st_llm.py"),
-    *("stllm/processors/templates.py", "tests/models/test_language_model.py", "stllm/evaluation/videoqa.py"),
+    *("stllm/processors/templates.py", "tests/models/test_language_model.py"),
 )
 # the key of `model` that takes an example's name -> that name, the file, its module, the visual tokens of 16 frames
 NAMED: dict[str, tuple[str, str, ModuleType, int]] = {
@@ -147,7 +148,7 @@ def test_two_processes_in_a_changed_clone(toy: Path, tmp_path: Path) -> None:
     blocks = {path: block for path, block in BLOCKS.items() if path.startswith("stllm/")}
     edits = [  # a file, the text after which something is written, and that
         ("stllm/common/registry.py", '"stllm.datasets.image_text"', ', "stllm.datasets.csv_clips"'),
-        ("stllm/evaluation/videoqa.py", "needs_ids=False),\n}\n", blocks.pop("stllm/evaluation/videoqa.py")),
+        ("stllm/common/registry.py", '"stllm.evaluation.benchmarks.videoqa"', f', "{KITCHEN}"'),
     ]
     for path, block in blocks.items():
         with (tmp_path / "clone" / path).open("a", encoding="utf-8") as file:
@@ -179,7 +180,7 @@ def test_two_processes_in_a_changed_clone(toy: Path, tmp_path: Path) -> None:
     words += ["--json", "--num-beams", "1", "--max-new-tokens", "3"]
     assert json.loads(stllm(*words))["visual_tokens"] == 16
     data = kitchen(tmp_path / "data")
-    words = ["evaluate", "kitchen", "--ckpt-path", tmp_path / "run", "--anno-path", data / "test_qa.json"]
+    words = ["evaluate", "kitchen", "--ckpt-path", tmp_path / "run", "--anno-path", data / "test.json"]
     words += ["--video-dir", data / "videos", "--output-dir", tmp_path / "eval", *QUICK]
     stllm(*words, processes=2)
     assert len(lines(tmp_path / "eval", "kitchen")) == 2
@@ -237,25 +238,41 @@ def csv_entry(folder: Path, toy: Path) -> dict[str, Any]:
     return {"type": "csv", "anno_path": str(folder / "clips.csv"), "media_dir": str(clips[0].parent), "num_frames": 4}
 
 
-def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked on a golden checkpoint, as its YAML says."""
-    monkeypatch.setattr(videoqa, "KINDS", dict(videoqa.KINDS))
-    run("stllm/evaluation/videoqa.py", vars(videoqa))
-    registry.benchmarks.register("kitchen")(partial(videoqa.videoqa, name="kitchen"))  # as the loop below KINDS does
+def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked on a golden checkpoint as its YAML says, and read by the doctor."""
+    module = ModuleType(KITCHEN)
+    monkeypatch.setitem(sys.modules, KITCHEN, module)
+    vars(module).update(run("stllm/evaluation/benchmarks/kitchen.py", {"__name__": KITCHEN}))
     shutil.copytree(config.PRESETS, tmp_path / "presets")
     preset = BLOCKS["stllm/configs/evaluation/kitchen.yaml"]
     (tmp_path / "presets" / "kitchen.yaml").write_text(preset, encoding="utf-8")
-    for module in (config, schema):
-        monkeypatch.setattr(module, "PRESETS", tmp_path / "presets")
+    for users in (config, schema):
+        monkeypatch.setattr(users, "PRESETS", tmp_path / "presets")
+    monkeypatch.setattr(data_commands, "DOCTOR_FORMATS", (*data_commands.DOCTOR_FORMATS, "kitchen"))
     monkeypatch.setattr(test_presets, "FOLDER", tmp_path / "presets")
     test_presets.test_a_preset_opens_with_what_it_is_for_and_how_to_run_it("kitchen")
 
     data = kitchen(tmp_path / "data")
-    files = ["--anno-path", str(data / "test_qa.json"), "--video-dir", str(data / "videos")]
+    files = ["--anno-path", str(data / "test.json"), "--video-dir", str(data / "videos")]
     words = ["evaluate", "kitchen", "--ckpt-path", str(CHECKPOINT), *files, "--output-dir", str(tmp_path / "out")]
-    assert main([*words, *QUICK]) == 0
+    assert main([*words, *QUICK, "--probe", "--permute"]) == 0
+    assert "kitchen, strict: 0.0 % of all items, 0.0 % of those answered" in capsys.readouterr().out
     found = lines(tmp_path / "out", "kitchen")
-    assert len(found) == 2 and all(line["pred"] and not line["error"] for line in found)
+    assert len(found) == 2 and all(line["prediction"] and not line["error"] for line in found)
+    assert [line["correct"] for line in found] == [{"strict": False, "official": False}] * 2
+    probes = [tmp_path / "out" / f"kitchen{ending}" for ending in (".probe.json", ".permute.md", ".png")]
+    assert all(path.exists() for path in probes)
+    assert "published" not in (tmp_path / "out/kitchen.md").read_text()
+    for line, (reply, strict, official) in zip(found, (("It.", True, True), ("it is", False, True)), strict=True):
+        item = Item(line["id"], "", line["video"], None, (line["question"],), line["answer"])
+        answered = registry.benchmarks.get("kitchen").score(item, [reply])
+        assert answered == {"correct": {"strict": strict, "official": official}}
+
+    assert main(["doctor", "--format", "kitchen", *files]) == 0
+    assert "nothing found in 2 records, 2 media" in capsys.readouterr().out
+    next((data / "videos").iterdir()).unlink()
+    assert main(["doctor", "--format", "kitchen", *files]) == 1
+    assert "1 missing" in capsys.readouterr().out
 
 
 def kitchen(folder: Path) -> Path:
@@ -264,7 +281,8 @@ def kitchen(folder: Path) -> Path:
     for path in (data / "videos").iterdir():
         path.rename(path.with_name(f"clip_{path.name}"))
     records = json.loads((data / "test_qa.json").read_text())
-    for record in records:
-        record["clip"] = Path(record.pop("video_name")).stem
-    (data / "test_qa.json").write_text(json.dumps(records))
+    rows = [
+        {"clip": Path(one["video_name"]).stem, "question": one["question"], "answer": one["answer"]} for one in records
+    ]
+    (data / "test.json").write_text(json.dumps(rows))
     return data

@@ -13,12 +13,13 @@ from stllm.commands.options import (
     path,
     whole,
 )
+from stllm.common.registry import benchmarks
 from stllm.common.schema import benchmark_names
 
 
 def add_options(parser: Parser) -> None:
-    benchmarks = benchmark_names()
-    parser.add_argument("benchmark", choices=benchmarks, metavar="BENCH", help=", ".join(benchmarks))
+    known = benchmark_names()
+    parser.add_argument("benchmark", choices=known, metavar="BENCH", help=", ".join(known))
     add_checkpoint(parser)
     add_config(parser, "what the checkpoint says")
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
@@ -52,7 +53,7 @@ def add_options(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> str | None:
-    if (args.probe or args.permute) and args.benchmark != "mvbench":
+    if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
         return f"--probe and --permute go with mvbench: the answers of {args.benchmark} need a judge"
     return None
 

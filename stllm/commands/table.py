@@ -15,8 +15,8 @@ def add_options(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, which is in stllm.evaluation.paper_table; returns its exit code."""
-    from stllm.evaluation.paper_table import run
+    """Run the command, which is in stllm.evaluation.reports.paper_table; returns its exit code."""
+    from stllm.evaluation.reports.paper_table import run
 
     return run(args)
 
@@ -27,5 +27,5 @@ COMMAND = Command(
     "msvd=eval/msvd.judged/qa.results.json",
     add_options=add_options,
     run=run,
-    needs="stllm.evaluation.paper_table",
+    needs="stllm.evaluation.reports.paper_table",
 )

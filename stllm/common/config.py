@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "evaluation")
 OPTIONS = "--options"  # the name of that layer
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf; the slow one refuses `[Which?]`
 MAX_VALUES = 100_000  # of a YAML; a few lines of aliases can stand for more than memory holds
 BASE = "base"  # top-level key of a YAML: the file below it
 UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # of published YAMLs
@@ -172,7 +173,7 @@ def yaml_layer(path: str | Path) -> Layer:
     if not file.is_file():
         raise UserError(f"{path}: {'a folder' if file.is_dir() else 'no such file'}, expected a YAML configuration")
     try:
-        if _num_values(yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), {}) > MAX_VALUES:
+        if _num_values(yaml.compose(file.read_text(encoding="utf-8"), Loader=LOADER), {}) > MAX_VALUES:
             raise UserError(f"{path}: its aliases (*name) stand for more than {MAX_VALUES:,} values: write fewer")
         values = OmegaConf.to_container(OmegaConf.load(file))
     except yaml.MarkedYAMLError as error:

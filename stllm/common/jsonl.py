@@ -107,7 +107,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 def _record(line: bytes) -> dict[str, Any] | None:
     """The JSON object of a line; None for anything else, such as nesting too deep or a number too long to read."""
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
+        found = loads(line)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None

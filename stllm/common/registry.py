@@ -91,6 +91,11 @@ tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it", "s
 runners: Registry[Any] = Registry("runner", modules=("stllm.runners.train",))
 readers: Registry[Any] = Registry("reader", modules=("stllm.media.open",))
 benchmarks: Registry[Any] = Registry(
-    "benchmark", modules=("stllm.evaluation.mvbench", "stllm.evaluation.vcgbench", "stllm.evaluation.videoqa")
+    "benchmark",
+    modules=(
+        "stllm.evaluation.benchmarks.mvbench",
+        "stllm.evaluation.benchmarks.vcgbench",
+        "stllm.evaluation.benchmarks.videoqa",
+    ),
 )
 templates: Registry[Any] = Registry("prompt template", modules=("stllm.processors.templates",))

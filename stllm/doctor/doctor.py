@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
@@ -19,28 +19,20 @@ from tqdm import tqdm
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
 from stllm.common.processes import one_a_core
+from stllm.common.registry import benchmarks
 from stllm.common.schema import MEDIA_SECONDS, DatasetSettings, EvaluationSettings, texts
 from stllm.datasets.annotations import flatten
+from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key
 from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.samples import LengthCheck
 from stllm.datasets.shard_names import expand_shards
-from stllm.doctor.checks import KINDS, Fault, Item, Lengths, at_least_words
+from stllm.doctor.checks import Lengths, Source, at_least_words, training_source
 from stllm.doctor.media import Survey, Task, check_use, run_tasks
 from stllm.doctor.shards import check_features, check_shard
-from stllm.doctor.sources import Source, training_source
-from stllm.evaluation.ground_truth import Entry
-from stllm.evaluation.mvbench import mvbench_entries
-from stllm.evaluation.vcgbench import vcgbench_entries
-from stllm.evaluation.videoqa import ANY, videoqa_entries
-from stllm.evaluation.videoqa import KINDS as VIDEOQA
+from stllm.evaluation.benchmarks.base import Benchmark, read_entries
+from stllm.evaluation.benchmarks.videoqa import ANY
 
-# By the name of the benchmark, as for `stllm evaluate`; "videoqa": any of the VideoQA sets.
-BENCHMARKS: dict[str, Callable[[EvaluationSettings], Iterator[Entry | Fault]]] = {
-    "mvbench": mvbench_entries,
-    "vcgbench": vcgbench_entries,
-    **{name: partial(videoqa_entries, name=name) for name in (*VIDEOQA, ANY)},
-}
 MAX_LISTED = 20  # faults of a kind, unless all are asked for
 MAX_WORKERS = 8  # unless more are asked for
 
@@ -115,8 +107,9 @@ def examine(args: argparse.Namespace) -> Report:
     if seconds is None:  # all frames of a film take longer than those of a clip
         seconds = 12 * MEDIA_SECONDS if args.decode == "all" else MEDIA_SECONDS
     tasks: list[Task] = []
-    if args.format in BENCHMARKS:
-        report.faults += _benchmark(args, report, survey)
+    benchmark = ANY if args.format == ANY.name else benchmarks.get(args.format) if args.format in benchmarks else None
+    if benchmark is not None:
+        report.faults += _benchmark(benchmark, args, report, survey)
     for source in _sources(args, report, tasks, seconds):
         items = _items(source, report)
         if source.features is not None:
@@ -150,7 +143,7 @@ def listing(report: Report, most: int | None = None) -> Iterator[str]:
             yield f"  ... and {count - most} more (--all lists them)"
 
 
-def _items(source: Source, report: Report) -> Iterator[Item]:
+def _items(source: Source, report: Report) -> Iterator[Medium]:
     """The items of a source; its faults go to the report."""
     report.data_sets[source.name] = 0
     for finding in tqdm(source.findings, desc=source.name, unit=" records", disable=None, delay=1, leave=False):
@@ -169,25 +162,20 @@ def _sources(args: argparse.Namespace, report: Report, tasks: list[Task], second
     if args.format == "shards":
         _add_shards(args.anno_path, report, tasks, args.decode, seconds)
         return []
-    if args.format in BENCHMARKS:
-        return []
     if args.format != "vc2":
-        raise UserError(
-            f"the doctor cannot read the files of benchmark {args.format}: add it to BENCHMARKS of {__name__}, or "
-            "check a few items with stllm evaluate --limit"
-        )
+        return []  # a benchmark
     return [training_source(args.format, args.anno_path, args.video_dir or os.path.dirname(args.anno_path) or ".")]
 
 
-def _benchmark(args: argparse.Namespace, report: Report, survey: Survey) -> Iterator[Fault]:
+def _benchmark(benchmark: Benchmark, args: argparse.Namespace, report: Report, survey: Survey) -> Iterator[Fault]:
     """Faults of a benchmark's ground truth; its media go to the survey."""
     settings = EvaluationSettings(
         anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
     )
-    if args.format != "mvbench" and args.video_dir is None:
+    if not benchmark.finds_media and args.video_dir is None:
         path = user_path(args.anno_path)
         settings.video_dir = str(path if path.is_dir() else path.parent)
-    entries = BENCHMARKS[args.format](settings)
+    entries = read_entries(benchmark, settings)
     try:
         for entry in tqdm(entries, desc=args.format, unit=" records", disable=None, delay=1, leave=False):
             if isinstance(entry, Fault):

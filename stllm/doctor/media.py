@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from stllm.common.errors import UserError
 from stllm.common.processes import CHUNK, mapping
-from stllm.doctor.checks import Fault, Item, short_answer
+from stllm.datasets.faults import Fault, Medium
+from stllm.doctor.checks import short_answer
 from stllm.media import info as media_info
 from stllm.media.find import MediaFinder
 from stllm.media.info import MediaError, MediaInfo
@@ -62,7 +63,7 @@ class Survey:
         self._answers: dict[int, tuple[str, str]] = {}
 
     def add(
-        self, item: Item, place: str, *, found: bool, root: str = "", fps: float | None = None, rule: str = ""
+        self, item: Medium, place: str, *, found: bool, root: str = "", fps: float | None = None, rule: str = ""
     ) -> Iterator[Fault]:
         """Adds an item. Yields the faults of its name and its answer.
 
@@ -100,7 +101,7 @@ class Survey:
             sentence = "there is no such folder; check the media root, or fetch the media"
             yield Fault("missing", use.whose, parent, sentence)
 
-    def _note_missing(self, item: Item, place: str) -> None:
+    def _note_missing(self, item: Medium, place: str) -> None:
         if place in self._missing:
             self._missing[place].num_records += 1
         else:
@@ -113,14 +114,14 @@ class Survey:
         near = [*listing.like(name), *listing.with_stem(os.path.splitext(name)[0])]
         return f"; there is {near[0]}: correct the name" if near else "; fetch it, or leave the record out"
 
-    def _same_but_case(self, item: Item, place: str) -> Iterator[Fault]:
+    def _same_but_case(self, item: Medium, place: str) -> Iterator[Fault]:
         folder, name = os.path.split(place)
         others = [other for other in self.finder.listing(folder or ".").like(name) if other != name]
         if others:
             sentence = f"there is {', '.join(others)}, too; where case does not count, they are one file: rename one"
             yield Fault("colliding names", item.where, place, sentence)
 
-    def _contradictions(self, item: Item, place: str) -> Iterator[Fault]:
+    def _contradictions(self, item: Medium, place: str) -> Iterator[Fault]:
         for question, answer in item.pairs:
             short = short_answer(answer)
             if not question.strip() or short is None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.faults import Fault
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
 from stllm.datasets.image_text_index import ABSENT, Entry
 from stllm.datasets.shards import Content, ShardReader
-from stllm.doctor.checks import Fault
 from stllm.doctor.media import SECONDS_OPTION
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError

@@ -1,38 +1,30 @@
-"""A benchmark's items asked, whichever benchmark: records come out one by one, as soon as each is known.
+"""Asks a benchmark's items and yields a record for each, as soon as it is known.
 
 items by clip -> decoded ahead in other processes -> encoded once a clip -> batches across clips -> records
 
-What is written about an item depends on nothing but the item: not on the batch, the workers or the other items.
+An item's record depends on the item alone: not on the batch, the workers or the other items.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from stllm.common.errors import UserError
 from stllm.common.processes import end_with_parent
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, Media, Request, RequestError
+from stllm.conversation.requests import Answer, Media, RequestError
 from stllm.conversation.seeing import ClipReader, Prepared, Seen
-from stllm.evaluation.items import Benchmark, Item, Record
+from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.media.clip import Clip
 from stllm.media.time_bound import StorageError, read_within
 
 CLIPS_AHEAD = 2  # that each worker holds ready
 BATCHES_SORTED = 4  # that wait to be put together by length
-
-
-@dataclass(frozen=True)
-class ClipItems:
-    """One clip (file, part, frames) and the items that ask about it, in their order."""
-
-    media: Media
-    items: list[Item]
 
 
 class ReadClip(NamedTuple):
@@ -43,20 +35,23 @@ class ReadClip(NamedTuple):
     seconds: float
 
 
-def by_clip(items: Sequence[Item]) -> list[ClipItems]:
-    """The items that have a medium, each clip's together, in the order in which clips first come."""
-    groups: dict[Media, ClipItems] = {}
+def by_clip(items: Sequence[Item]) -> dict[Media, list[Item]]:
+    """The items of each clip (file, part, frames), clips in the order in which they first come."""
+    groups: dict[Media, list[Item]] = {}
     for item in items:
         if item.media is not None:
-            groups.setdefault(item.media, ClipItems(item.media, [])).items.append(item)
-    return list(groups.values())
+            groups.setdefault(item.media, []).append(item)
+    return groups
 
 
 def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
-    """The items of one process: a clip's all with one, numbers of questions as even as that allows. Deterministic."""
+    """The items of one process: a clip's items stay together, and questions are divided as evenly as that allows.
+
+    Deterministic.
+    """
     loads = [0] * num_ranks
     mine: set[str] = set()
-    groups = [group.items for group in by_clip(items)] + [[item] for item in items if item.media is None]
+    groups = [*by_clip(items).values(), *([item] for item in items if item.media is None)]
     for group in sorted(groups, key=lambda group: -sum(len(item.questions) for item in group)):
         lightest = loads.index(min(loads))
         loads[lightest] += sum(len(item.questions) for item in group)
@@ -65,43 +60,25 @@ def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
     return [item for item in items if item.id in mine]
 
 
-class ClipDataset(Dataset[ReadClip]):
-    """Clips by number, read in whichever process asks."""
-
-    def __init__(self, reader: ClipReader, media: Sequence[Media], media_seconds: float) -> None:
-        self.reader, self.media, self.media_seconds = reader, media, media_seconds
-
-    def __len__(self) -> int:
-        return len(self.media)
-
-    def __getitem__(self, number: int) -> ReadClip:
-        """Reads one; what cannot be read is told."""
-        start, media = time.perf_counter(), self.media[number]
-        try:
-            clip = read_within(
-                self.media_seconds, partial(self.reader, media), medium=str(media.path), setting="--media-seconds"
-            )
-            return ReadClip(clip, "", time.perf_counter() - start)
-        except StorageError:
-            raise
-        except UserError as error:
-            return ReadClip(None, str(error), time.perf_counter() - start)
+def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> ReadClip:
+    """Reads one clip, in whichever process; an unreadable one gives its error. Raises StorageError."""
+    start = time.perf_counter()
+    try:
+        clip = read_within(media_seconds, partial(reader, media), medium=str(media.path), setting="--media-seconds")
+        return ReadClip(clip, "", time.perf_counter() - start)
+    except StorageError:
+        raise
+    except UserError as error:
+        return ReadClip(None, str(error), time.perf_counter() - start)
 
 
-@dataclass
-class _Asked:
-    """An item whose questions wait in the queue, and the answers that have come, by the question's number."""
+class _Question(NamedTuple):
+    """A question in the queue. answers: those of its item that have come, by the question's number."""
 
     item: Item
-    answers: dict[int, Answer] = field(default_factory=dict)
-
-
-class _Waiting(NamedTuple):
-    """A question in the queue."""
-
-    asked: _Asked
     number: int
     prepared: Prepared
+    answers: dict[int, Answer]
 
 
 class Engine:
@@ -113,16 +90,16 @@ class Engine:
     def __init__(
         self,
         chat: Chat,
-        benchmark: Benchmark,
+        loaded: Loaded,
         *,
         decoding: Decoding,
         batch_size: int,
         num_workers: int,
         media_seconds: float = 0,
     ) -> None:
-        self.chat, self.benchmark, self.decoding = chat, benchmark, decoding
+        self.chat, self.loaded, self.decoding = chat, loaded, decoding
         self.batch_size, self.num_workers, self.media_seconds = batch_size, num_workers, media_seconds
-        self._queue: list[_Waiting] = []
+        self._queue: list[_Question] = []
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:
         """A record an item, in no promised order. An item that cannot be asked gives one with `error`.
@@ -133,64 +110,54 @@ class Engine:
             if item.media is None:
                 yield failed(item, item.error)
         groups = by_clip(items)
-        for group, read in zip(groups, self._loader([group.media for group in groups]), strict=True):
+        num_workers = min(self.num_workers, len(groups))
+        more: dict[str, Any] = {"prefetch_factor": CLIPS_AHEAD} if num_workers else {}
+        clips: DataLoader[Any] = DataLoader(
+            list(groups),  # type: ignore[arg-type]  # a list of media is a data set
+            batch_size=None,
+            collate_fn=partial(read_clip, self.chat.read, self.media_seconds),
+            num_workers=num_workers,
+            worker_init_fn=end_with_parent,
+            **more,
+        )
+        for group, read in zip(groups.values(), clips, strict=True):
             if read.clip is None:
-                yield from (failed(item, read.error, read.seconds) for item in group.items)
+                yield from (failed(item, read.error, read.seconds) for item in group)
                 continue
             seen = self.chat.encode(read.clip, read_seconds=read.seconds)
-            for item in group.items:
+            for item in group:
                 yield from self._ask(item, seen)
                 seen = replace(seen, seconds=dict.fromkeys(seen.seconds, 0.0))  # spent on the first item
             del seen, read  # while the next clip is waited for
         yield from self._answer_queue()
 
-    def _loader(self, media: Sequence[Media]) -> DataLoader[ReadClip]:
-        num_workers = min(self.num_workers, len(media))
-        more: dict[str, Any] = {"prefetch_factor": CLIPS_AHEAD} if num_workers else {}
-        return DataLoader(
-            ClipDataset(self.chat.read, media, self.media_seconds),
-            batch_size=None,
-            num_workers=num_workers,
-            worker_init_fn=end_with_parent,
-            **more,
-        )
-
     def _ask(self, item: Item, seen: Seen) -> Iterator[Record]:
         """Puts an item's questions into the queue, and gives the records of a full one."""
         try:
-            requests = self._requests(item)
+            requests = self.loaded.requests(item, self.chat.processor.template)
+            assert len(requests) == len(item.questions), item.id
+            assert all(request.media == item.media for request in requests), item.id
             prepared = [self.chat.prepare(request, self.decoding, seen) for request in requests]
         except RequestError as error:
             yield failed(item, f"{item.video}: {error}")
             return
-        asked = _Asked(item)
-        self._queue += [_Waiting(asked, number, one) for number, one in enumerate(prepared)]
+        answers: dict[int, Answer] = {}
+        self._queue += [_Question(item, number, one, answers) for number, one in enumerate(prepared)]
         if len(self._queue) >= self.batch_size * BATCHES_SORTED:
             yield from self._answer_queue()
 
-    def _requests(self, item: Item) -> tuple[Request, ...]:
-        requests = self.benchmark.requests(item, self.chat.processor.template)
-        assert len(requests) == len(item.questions), item.id
-        assert all(request.media == item.media for request in requests), item.id
-        return requests
-
     def _answer_queue(self) -> Iterator[Record]:
-        """Answers what waits in batches of like lengths, which need little padding."""
+        """Answers what waits in batches of like lengths, which need little padding; yields the complete records."""
         waiting, self._queue = sorted(self._queue, key=lambda one: one.prepared.length), []
         for first in range(0, len(waiting), self.batch_size):
-            yield from self._answer(waiting[first : first + self.batch_size])
+            batch = waiting[first : first + self.batch_size]
+            found = self.chat.complete([one.prepared for one in batch], self.decoding)
+            for one, answer in zip(batch, found, strict=True):
+                one.answers[one.number] = answer
+                if len(one.answers) == len(one.item.questions):
+                    yield self._record(one.item, [one.answers[number] for number in sorted(one.answers)])
 
-    def _answer(self, batch: Sequence[_Waiting]) -> Iterator[Record]:
-        """Answers a batch in one generation, and gives the records of the items that are complete."""
-        answers = self.chat.complete([one.prepared for one in batch], self.decoding)
-        for (asked, number, _), answer in zip(batch, answers, strict=True):
-            asked.answers[number] = answer
-            if len(asked.answers) == len(asked.item.questions):
-                yield self._record(asked)
-
-    def _record(self, asked: _Asked) -> Record:
-        item = asked.item
-        answers = [asked.answers[number] for number in range(len(item.questions))]
+    def _record(self, item: Item, answers: Sequence[Answer]) -> Record:
         texts = [answer.text for answer in answers]
         times = [round(time, 3) for time in answers[0].frame_times]
         stages = answers[0].seconds
@@ -201,7 +168,7 @@ class Engine:
             "cut_tokens": {kind: sum(getattr(answer.cut, kind) for answer in answers) for kind in ("visual", "text")},
             "seconds": {stage: round(sum(answer.seconds[stage] for answer in answers), 4) for stage in stages},
             "error": None,
-            **self.benchmark.fields(item, texts),
+            **self.loaded.benchmark.score(item, texts),
         }
 
 
@@ -213,7 +180,7 @@ def failed(item: Item, error: str, seconds: float = 0.0) -> Record:
 
 
 def head(item: Item) -> Record:
-    """What a record says of the item itself. clip: seconds of the part that is meant, None for the whole."""
+    """The record's fields about the item itself. clip: seconds of the part that is asked about, None for the whole."""
     named: Record = {"id": item.id, "task": item.task, "video": item.video}
     if item.media is not None:
         named["clip"] = None if item.media.bounds is None else [item.media.start, item.media.end]

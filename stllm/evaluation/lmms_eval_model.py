@@ -48,7 +48,7 @@ KNOWN_SETTINGS = frozenset(
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval's registry wants to know."""
+    """The model's entry in lmms-eval's registry."""
     return ModelManifest(model_id=NAME, chat_class_path=f"{__name__}.STLLMForHarness")
 
 
@@ -61,7 +61,7 @@ class Settings:
 
 
 class STLLMForHarness(lmms):
-    """What lmms-eval calls. The arguments are those of --model_args, as text or as numbers.
+    """The model as lmms-eval calls it. The arguments are those of --model_args, as text or as numbers.
 
     pretrained: weights of any layout that `stllm chat` reads. cfg_path: the model's YAML, default: what the checkpoint
         says. device, dtype: as everywhere in stllm. batch_size: questions answered at once.
@@ -105,7 +105,7 @@ class STLLMForHarness(lmms):
 
     @property
     def device(self) -> Any:
-        """On which torch device the model is."""
+        """The model's torch device."""
         return self.chat.model.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -124,7 +124,8 @@ class STLLMForHarness(lmms):
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc=NAME, disable=self.rank != 0) as bar:
             for settings, positions in groups.items():
-                for batch in _batches(positions, self.batch_size):
+                for first in range(0, len(positions), self.batch_size):
+                    batch = positions[first : first + self.batch_size]
                     answers = self._answer([requests[position].args for position in batch], settings)
                     for position, text in zip(batch, answers, strict=True):
                         texts[position] = UNANSWERED if text is None else text
@@ -275,11 +276,6 @@ def _written(pictures: Sequence[Any], folder: Path) -> Iterator[Path]:
         else:
             picture.convert("RGB").save(file)
         yield file
-
-
-def _batches(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for first in range(0, len(positions), size):
-        yield positions[first : first + size]
 
 
 def _number(name: str, value: int | str) -> int:

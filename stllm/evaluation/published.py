@@ -41,6 +41,7 @@ MVBENCH_TASKS = {
     "Episodic Reasoning": 41.5,
     "Counterfactual Inference": 58.5,
 }
+BY_TASK = {"mvbench": MVBENCH_TASKS}  # benchmark -> its published figures by task
 
 
 def cell(method: str, column: str) -> float | None:

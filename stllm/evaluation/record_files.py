@@ -12,7 +12,7 @@ from pathlib import Path
 from stllm.common.errors import UserError
 from stllm.common.files import locked, write_text
 from stllm.common.jsonl import line_of, naming_full_disk, read_records
-from stllm.evaluation.items import Record
+from stllm.evaluation.benchmarks.base import Record
 
 ADVICE = "expected a record as stllm evaluate writes it: remove the line, or name another --output-name"
 

@@ -1,43 +1,67 @@
-"""An evaluation in its folder: begun or continued, alone or divided among processes, its lines joined at the end."""
+"""An evaluation in its folder: begun or continued, alone or divided among processes, its lines joined at the end.
 
+The settings that made the lines are kept beside them, so that a rerun continues, or refuses to mix. Results carry short
+digests (16 hex digits) of what made them: the configuration, the prompts, the checkpoint.
+"""
+
+import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from stllm.common.config import flat, told_changes
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.distributed import is_main, rank, wait_for_all, world_size
 from stllm.common.errors import UserError
-from stllm.common.files import user_path
+from stllm.common.files import user_path, write_text
 from stllm.common.jsonl import Appender, naming_full_disk
 from stllm.common.processes import one_a_core
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.evaluation.digests import checkpoint_digest, content_digest, prompts_digest
+from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.engine import Engine, head, share
-from stllm.evaluation.items import Benchmark, Item, Record
 from stllm.evaluation.record_files import RecordFiles
-from stllm.evaluation.run_settings import check_same, decisive, run_settings, save_settings
+from stllm.evaluation.results import Outcome
+from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.models.checkpoints.infer_config import Opened
 from stllm.models.checkpoints.load import load_opened, processor_of
+from stllm.processors.prompts import PromptProcessor
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to. records: in the ground truth's order; seconds: spent on them, by all runs and processes."""
-
-    records: list[Record]
-    settings: Mapping[str, Any]
-    digests: Mapping[str, str]
-    seconds: float
+# What may differ when a run is continued: no answer depends on it, items are compared line by line, and `decoding`
+# holds the model family's values for what is unset in `evaluation`.
+FREE = re.compile(
+    r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers|media_seconds"
+    r"|num_beams|max_new_tokens|repetition_penalty|context)"
+)
+SMALL = 16 << 20  # bytes: a file up to here is read whole
+BLOCK, STRIDE = 4 << 10, 4 << 20  # of a larger one, a block in every stride: some seconds for 16 GiB
+# files beside the weights that answers depend on
+BESIDE = (
+    *("config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    "qformer_tokenizer/*",
+)
+# Never asked: its prompt shows the words around a question, which belong to the code and may change with it.
+SAMPLE = Item(
+    id="sample",
+    task="",
+    video="",
+    media=None,
+    questions=("QUESTION",),
+    answer="FIRST",
+    candidates=("FIRST", "SECOND"),
+)
 
 
 class Runs:
@@ -67,7 +91,7 @@ class Runs:
     def _checkpoint(self) -> str:
         return checkpoint_digest(self.opened.sources)
 
-    def run(self, benchmark: Benchmark, name: str, *, variant: str = "") -> Outcome | None:
+    def run(self, loaded: Loaded, name: str, *, variant: str = "") -> Outcome | None:
         """Asks what is not answered yet, into `<name>.jsonl`. A collective call; None on all but the main process.
 
         variant: of the benchmark's items, where they are not as published. Raises UserError: lines of other settings or
@@ -75,47 +99,72 @@ class Runs:
         """
         files = RecordFiles(self.folder, name)
         with files.locked() if is_main() else nullcontext():
-            settings = self._begin(files, benchmark, variant) if is_main() else {}
+            settings = self._begin(files, loaded, variant) if is_main() else {}
             wait_for_all()  # until the lines of earlier runs are in one file
             done = {id_ for id_, record in files.read().items() if not record.get("error")}
-            pending = [item for item in benchmark.items if item.id not in done]
+            pending = [item for item in loaded.items if item.id not in done]
             if is_main():
-                log.info(
-                    "%s: %d items to ask, %d are answered", name, len(pending), len(benchmark.items) - len(pending)
-                )
-            self._ask(files, benchmark, share(pending, rank(), world_size()))
+                log.info("%s: %d items to ask, %d are answered", name, len(pending), len(loaded.items) - len(pending))
+            self._ask(files, loaded, share(pending, rank(), world_size()))
             wait_for_all()
-            return self._end(files, benchmark, settings) if is_main() else None
+            if not is_main():
+                return None
+            records = files.join([item.id for item in loaded.items])
+        missing = [item.id for item in loaded.items if item.id not in records]
+        if missing:
+            raise UserError(f"{files.path} lacks {len(missing)} items ({missing[0]}): run the same command again")
+        digests = {
+            "config": content_digest(decisive(settings)),
+            "prompts": prompts_digest(loaded, self.processor),
+            "checkpoint": self._checkpoint,
+        }
+        spent = sum(sum(record["seconds"].values()) for record in records.values())
+        return Outcome(list(records.values()), settings, digests, spent)
 
-    def _begin(self, files: RecordFiles, benchmark: Benchmark, variant: str) -> dict[str, Any]:
+    def _settings(self, loaded: Loaded, variant: str) -> dict[str, Any]:
+        """All that answers depend on, as plain values."""
+        config, processor = self.opened.config, self.processor
+        return {
+            "benchmark": loaded.name,
+            **({"variant": variant} if variant else {}),
+            "evaluation": asdict(self.settings),
+            "decoding": asdict(self.decoding),
+            "prompt": item_prompts(loaded, SAMPLE, processor)[0],
+            "model": {
+                "checkpoint": self._checkpoint,
+                "dtype": self.dtype,
+                "quantization": "8bit" if self.opened.settings.get("low_resource") else None,
+                "num_frames": config.num_frames,
+                "video_input": config.video_input,
+                "residual_size": config.residual_size,
+                "image_size": config.vision_config["image_size"],
+                "template": processor.template.name,
+                "system": processor.system,
+                "max_txt_len": processor.max_txt_len,
+                "end_sym": processor.end_sym,
+            },
+        }
+
+    def _begin(self, files: RecordFiles, loaded: Loaded, variant: str) -> dict[str, Any]:
         """Sees that these settings and items go with the lines that are there, and joins those."""
-        settings = run_settings(
-            benchmark,
-            self.settings,
-            self.decoding,
-            self.opened,
-            self.processor,
-            checkpoint=self._checkpoint,
-            dtype=self.dtype,
-            variant=variant,
-        )
+        settings = self._settings(loaded, variant)
         file = self.folder / f"{files.name}.config.yaml"
         records = files.gather()
         if records:
             check_same(file, settings, files.path)
-            _check_items(files.path, records, benchmark.items)
-        files.join([item.id for item in benchmark.items])
+            check_items(files.path, records, loaded.items)
+        files.join([item.id for item in loaded.items])
         with naming_full_disk(file):
-            save_settings(file, settings)
+            write_text(file, OmegaConf.to_yaml(OmegaConf.create(settings)))
         return settings
 
-    def _ask(self, files: RecordFiles, benchmark: Benchmark, items: Sequence[Item]) -> None:
+    def _ask(self, files: RecordFiles, loaded: Loaded, items: Sequence[Item]) -> None:
         """This process's items, each written as soon as it is known."""
         if not items:
             return
         engine = Engine(
             self.chat,
-            benchmark,
+            loaded,
             decoding=self.decoding,
             batch_size=self.settings.batch_size,
             num_workers=one_a_core(self.settings.num_workers),
@@ -130,21 +179,8 @@ class Runs:
                 lines.add(record)
                 bar.update()
 
-    def _end(self, files: RecordFiles, benchmark: Benchmark, settings: Mapping[str, Any]) -> Outcome:
-        records = files.join([item.id for item in benchmark.items])
-        missing = [item.id for item in benchmark.items if item.id not in records]
-        if missing:
-            raise UserError(f"{files.path} lacks {len(missing)} items ({missing[0]}): run the same command again")
-        digests = {
-            "config": content_digest(decisive(settings)),
-            "prompts": prompts_digest(benchmark, self.processor),
-            "checkpoint": self._checkpoint,
-        }
-        spent = sum(sum(record["seconds"].values()) for record in records.values())
-        return Outcome(list(records.values()), settings, digests, spent)
 
-
-def _check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:
+def check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:
     """Raises UserError unless every line is about an item that is asked now, and every answer about it as it is now.
 
     An item that failed is asked again, as it is now.
@@ -165,3 +201,84 @@ def _check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item
                 f"{path}: the ground truth is another one now: {key} of {id_} was {record.get(key)!r} and is "
                 f"{now[key]!r}; name another --output-name to begin anew"
             )
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that answers depend on, by dotted key."""
+    return {key: value for key, value in flat(settings).items() if not FREE.fullmatch(key)}
+
+
+def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
+    """Raises UserError, naming the first setting that differs, unless `records` were made with these settings.
+
+    path: the file that keeps the settings of those lines.
+    """
+    another = "name another --output-name to begin anew"
+    if not path.is_file():
+        raise UserError(f"{records} holds lines, but not beside it {path.name}, which says what made them: {another}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of yaml, OmegaConf and the file system
+        raise UserError(f"{path} cannot be read ({error}): {another}") from error
+    made = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+    if changes := told_changes(decisive(made), decisive(settings)):
+        raise UserError(f"{records} was made with another setting: {changes}; set it back to go on, or {another}")
+
+
+def content_digest(content: Any) -> str:
+    """Of what JSON can hold; the order of keys does not matter."""
+    return _digest([json.dumps(content, sort_keys=True, ensure_ascii=False).encode()])
+
+
+def prompts_digest(loaded: Loaded, processor: PromptProcessor) -> str:
+    """Of every prompt that the benchmark's items give, and what the Q-Former reads beside it."""
+    asked = [item for item in loaded.items if item.media is not None]
+    return content_digest([[item.id, item_prompts(loaded, item, processor)] for item in asked])
+
+
+def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
+    """`pieces` of each question's prompt, and what the `qformer` reads."""
+    template = processor.template
+    prompts = []
+    for request in loaded.requests(item, template):
+        turn = request.turns[-1]
+        system = processor.system if request.system is None else request.system
+        pieces = request.pieces or template.render(turn, first=True, media="video", system=system)
+        prompts.append({"pieces": list(pieces), "qformer": template.text(turn)})
+    return prompts
+
+
+def checkpoint_digest(sources: Sequence[Source]) -> str:
+    """Of the files that weights and tokenizers come from, wherever they lie: names, sizes, and content.
+
+    Large files are sampled, so that a checkpoint that differs in a few numbers alone could pass for another; training
+    changes nearly all of what trains.
+    """
+    parts: list[bytes] = []
+    for place in (source.path for source in sources):
+        files = [place]
+        if not place.is_file():
+            beside = {path for pattern in BESIDE for path in place.glob(pattern) if path.is_file()}
+            files = sorted({*weight_files(place), *beside})
+        for path in files:
+            size = path.stat().st_size
+            parts += [f"{path.name} {size}".encode(), *_blocks(path, size)]
+    return _digest(parts)
+
+
+def _blocks(path: Path, size: int) -> Iterable[bytes]:
+    with path.open("rb") as stream:
+        if size <= SMALL:
+            yield stream.read()
+            return
+        for start in (*range(0, size, STRIDE), size - BLOCK):
+            stream.seek(start)
+            yield stream.read(BLOCK)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

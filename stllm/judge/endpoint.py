@@ -7,7 +7,6 @@ requests count like all others.
 """
 
 import asyncio
-import json
 import logging
 import re
 from dataclasses import replace
@@ -17,6 +16,7 @@ import httpx
 import openai
 
 from stllm.common.errors import UserError
+from stllm.common.jsonl import loads
 from stllm.judge.ledger import Reply
 from stllm.judge.prompts import Messages, without_system
 
@@ -212,8 +212,8 @@ def _reply(content: bytes) -> Reply | _Failure:
 def _json(content: bytes) -> Any:
     """What the bytes hold; None for no JSON, nesting too deep, or a number too long to read."""
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
+        return loads(content)
+    except ValueError:
         return None
 
 

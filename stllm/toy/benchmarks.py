@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stllm.evaluation.mvbench_tasks import TASKS as MVBENCH_TASKS
-from stllm.evaluation.mvbench_tasks import MVBenchTask
+from stllm.evaluation.benchmarks.mvbench import TASKS as MVBENCH_TASKS
+from stllm.evaluation.benchmarks.mvbench import MVBenchTask
 from stllm.media.images import FOLDER_FPS
 from stllm.toy.clips import FPS, World
 from stllm.toy.media import write_frames, write_json, write_video

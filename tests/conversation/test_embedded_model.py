@@ -11,7 +11,7 @@ from stllm.cli import main
 from stllm.conversation.chat import Chat, load_chat
 from stllm.conversation.embedded import EXAMPLES, FOLDER
 from stllm.conversation.requests import Media, Request
-from stllm.evaluation.mvbench import prompt_pieces
+from stllm.evaluation.benchmarks.mvbench import prompt_pieces
 from stllm.media.views import FORWARD, REVERSED
 from stllm.processors.choices import SYSTEM, question_block
 from stllm.processors.templates import Turn

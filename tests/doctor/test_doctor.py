@@ -18,9 +18,9 @@ from PIL import Image
 from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import JsonRecords
-from stllm.doctor.checks import KINDS, Fault
+from stllm.datasets.faults import KINDS, Fault
 from stllm.doctor.media import Use, check_use, run_tasks
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
 from stllm.toy.world import write_world
 from tests.helpers.videos import write_video
 

@@ -11,7 +11,7 @@ from stllm.cli import main
 from stllm.conversation.chat import Chat
 from stllm.conversation.requests import Answer
 from stllm.conversation.seeing import Prepared
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
 from tests.helpers.evaluation import CHECKPOINT
 from tests.helpers.judge_server import MODEL, FakeJudge, judge_server, texts_of
 from tests.helpers.twins import twins

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from stllm.evaluation import digests
-from stllm.evaluation.digests import checkpoint_digest, content_digest
+from stllm.evaluation import runs
+from stllm.evaluation.runs import checkpoint_digest, content_digest
 from stllm.models.checkpoints.formats import open_source
 from tests.helpers.evaluation import CHECKPOINT
 
@@ -37,15 +37,15 @@ def test_tokenizer_and_configuration_belong_to_it(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_sampled_all_over(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(digests, "SMALL", 1000)
-    monkeypatch.setattr(digests, "STRIDE", 100)
-    monkeypatch.setattr(digests, "BLOCK", 10)
+    monkeypatch.setattr(runs, "SMALL", 1000)
+    monkeypatch.setattr(runs, "STRIDE", 100)
+    monkeypatch.setattr(runs, "BLOCK", 10)
     content = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
     path = tmp_path / "model.safetensors"
 
     def blocks(values: np.ndarray) -> list[bytes]:
         path.write_bytes(values.tobytes())
-        return list(digests._blocks(path, path.stat().st_size))
+        return list(runs._blocks(path, path.stat().st_size))
 
     before = blocks(content)
     assert sum(map(len, before)) == 510

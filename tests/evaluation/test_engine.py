@@ -13,11 +13,11 @@ from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Request
 from stllm.conversation.seeing import Prepared
+from stllm.evaluation.benchmarks.base import Item, Record
 from stllm.evaluation.engine import BATCHES_SORTED, Engine, by_clip, share
-from stllm.evaluation.items import Item, Record
 from stllm.processors.templates import Turn
 from tests.conversation.test_chat import new_chat
-from tests.helpers.benchmarks import Asking
+from tests.helpers.benchmarks import asking
 from tests.helpers.videos import write_video
 
 GREEDY = Decoding(num_beams=1, max_new_tokens=6)
@@ -36,7 +36,7 @@ def item(number: int, media: Media | None, *more: str) -> Item:
 
 def engine(items: Sequence[Item], batch_size: int = 3, num_workers: int = 0, **options: Any) -> Engine:
     chat = new_chat(cache_bytes=0, **options)
-    return Engine(chat, Asking(items), decoding=GREEDY, batch_size=batch_size, num_workers=num_workers)
+    return Engine(chat, asking(items), decoding=GREEDY, batch_size=batch_size, num_workers=num_workers)
 
 
 def asked(clips: Sequence[str]) -> list[Item]:
@@ -135,10 +135,10 @@ def test_shares_are_whole_even_and_keep_a_clips_items_together(num_ranks: int) -
     items += [item(100 + number, None) for number in range(5)]
     shares = [share(items, rank, num_ranks) for rank in range(num_ranks)]
     assert sorted(one.id for part in shares for one in part) == sorted(one.id for one in items)
-    for group in by_clip(items):
-        assert sum(any(one.media == group.media for one in part) for part in shares) == 1
+    for media_ in by_clip(items):
+        assert sum(any(one.media == media_ for one in part) for part in shares) == 1
     loads = [len(part) for part in shares]
-    largest = max(len(group.items) for group in by_clip(items))
+    largest = max(map(len, by_clip(items).values()))
     assert max(loads) <= max(largest, -(-len(items) // num_ranks) + 4)
     assert shares == [share(list(items), rank, num_ranks) for rank in range(num_ranks)]
     order = {one.id: place for place, one in enumerate(items)}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
 from stllm.evaluation.published import COLUMNS, METHODS, MVBENCH_TASKS, cell
 
 

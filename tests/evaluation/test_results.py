@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from stllm.evaluation import results
-from stllm.evaluation.charts import bars_figure
-from stllm.evaluation.items import Benchmark, Item, Record
-from stllm.evaluation.mvbench_report import mvbench_bars
+from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.published import MVBENCH_TASKS
-from tests.helpers.benchmarks import OpenBenchmark, choice_benchmark, choice_item, letter_of, lines_of
+from stllm.evaluation.reports.charts import bars_figure
+from stllm.evaluation.reports.run_report import run_bars
+from stllm.evaluation.results import Outcome
+from tests.helpers.benchmarks import choice_benchmark, choice_item, judged_benchmark, letter_of, lines_of
 
 ABOUT: dict[str, Any] = {
     "settings": {"num_frames": 0},
@@ -79,7 +80,7 @@ letter of the option, or the option's text exactly; anything else is wrong.
 """
 
 
-def six_items() -> tuple[Benchmark, list[Record]]:
+def six_items() -> tuple[Loaded, list[Record]]:
     """Of four in one task one is empty and one cannot be read, of two in another one is wrong; a third is excluded."""
     items = [*map(choice_item, range(4)), *(choice_item(number, "State Change") for number in range(2))]
     answers: dict[str, str | None] = {item.id: letter_of(item, item.answer) for item in items}
@@ -95,7 +96,7 @@ def same_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_results_file_is_the_interface(tmp_path: Path) -> None:
     benchmark, lines = six_items()
-    returned = results.write(tmp_path, "toy", benchmark, lines, **ABOUT)
+    returned = results.write(tmp_path, "toy", benchmark, Outcome(lines, **ABOUT))
     content = json.loads((tmp_path / "toy.results.json").read_text(encoding="utf-8"))
     assert content == returned
     assert list(content) == ["benchmark", "scores", "counts", "settings", "digests", "versions", "seconds"]
@@ -108,30 +109,35 @@ def test_the_results_file_is_the_interface(tmp_path: Path) -> None:
 
 def test_the_table_to_the_byte(tmp_path: Path) -> None:
     benchmark, lines = six_items()
-    results.write(tmp_path, "toy", benchmark, lines, **ABOUT)
+    results.write(tmp_path, "toy", benchmark, Outcome(lines, **ABOUT))
     assert (tmp_path / "toy.md").read_text(encoding="utf-8") == EXPECTED_MD
 
 
 def test_the_order_of_lines_and_the_time_taken_change_no_file_but_the_seconds(tmp_path: Path) -> None:
     benchmark, lines = six_items()
-    first = results.write(tmp_path / "first", "toy", benchmark, lines, **ABOUT)
-    again = results.write(tmp_path / "again", "toy", benchmark, lines[::-1], **{**ABOUT, "seconds": 9})
+    first = results.write(tmp_path / "first", "toy", benchmark, Outcome(lines, **ABOUT))
+    again = results.write(tmp_path / "again", "toy", benchmark, Outcome(lines[::-1], **{**ABOUT, "seconds": 9}))
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
     for ending in ("md", "png"):
         assert (tmp_path / f"first/toy.{ending}").read_bytes() == (tmp_path / f"again/toy.{ending}").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["toy.md", "toy.png", "toy.results.json"]
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "toy.json",
+        "toy.md",
+        "toy.png",
+        "toy.results.json",
+    ]
 
 
 def test_a_line_that_lacks_is_a_defect(tmp_path: Path) -> None:
     benchmark, lines = six_items()
     with pytest.raises(AssertionError, match="5, 5, 6"):
-        results.write(tmp_path, "toy", benchmark, lines[1:], **ABOUT)
+        results.write(tmp_path, "toy", benchmark, Outcome(lines[1:], **ABOUT))
     assert not list(tmp_path.iterdir())
 
 
 def test_the_bars_are_the_figures_over_all() -> None:
     benchmark, lines = six_items()
-    axes = bars_figure(mvbench_bars(benchmark, lines)).axes[0]
+    axes = bars_figure(run_bars(benchmark, lines)).axes[0]
     groups = [label.get_text() for label in axes.get_yticklabels()]
     assert groups == ["Average", "Moving Direction", "State Change", "Fine-grained Pose"]
     widths = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
@@ -146,7 +152,9 @@ def test_the_bars_are_the_figures_over_all() -> None:
 
 def test_nothing_left_out_leaves_no_gap(tmp_path: Path) -> None:
     benchmark = choice_benchmark([choice_item(0)])
-    results.write(tmp_path, "toy", benchmark, lines_of(benchmark, lambda item: letter_of(item, item.answer)), **ABOUT)
+    results.write(
+        tmp_path, "toy", benchmark, Outcome(lines_of(benchmark, lambda item: letter_of(item, item.answer)), **ABOUT)
+    )
     text = (tmp_path / "toy.md").read_text(encoding="utf-8")
     assert "\n\n\n" not in text and "Excluded" not in text and "Failed items" not in text
     assert "score differently: 0\n" in text and "\n\nNone.\n" in text
@@ -155,7 +163,7 @@ def test_nothing_left_out_leaves_no_gap(tmp_path: Path) -> None:
 def test_tasks_come_in_the_order_of_the_paper_and_unknown_ones_last() -> None:
     items = [choice_item(0, task) for task in ("My task", "State Change", "Action Sequence")]
     benchmark = choice_benchmark(items)
-    bars = mvbench_bars(benchmark, lines_of(benchmark, lambda item: letter_of(item, item.answer)))
+    bars = run_bars(benchmark, lines_of(benchmark, lambda item: letter_of(item, item.answer)))
     assert bars.groups == ["Average", "Action Sequence", "State Change", "My task"]
     assert bars.series["ST-LLM, published"][-1] is None
 
@@ -163,14 +171,14 @@ def test_tasks_come_in_the_order_of_the_paper_and_unknown_ones_last() -> None:
 @pytest.mark.parametrize("answer", [lambda item: None, lambda item: ""], ids=["all failed", "all empty"])
 def test_nothing_answered_gives_no_nan(tmp_path: Path, answer: Any) -> None:
     benchmark = choice_benchmark([choice_item(0)])
-    content = results.write(tmp_path, "toy", benchmark, lines_of(benchmark, answer), **ABOUT)
+    content = results.write(tmp_path, "toy", benchmark, Outcome(lines_of(benchmark, answer), **ABOUT))
     assert content["scores"]["strict"]["average"] == 0.0
     written = (tmp_path / "toy.md").read_text() + (tmp_path / "toy.results.json").read_text()
     assert "nan" not in written.lower()
 
 
 def test_a_benchmark_without_items_gives_no_nan(tmp_path: Path) -> None:
-    content = results.write(tmp_path, "toy", choice_benchmark([], POSE, num_excluded=3), [], **ABOUT)
+    content = results.write(tmp_path, "toy", choice_benchmark([], POSE, num_excluded=3), Outcome([], **ABOUT))
     assert content["counts"] == {"total": 3, "answered": 0, "failed": 0, "excluded": 3}
     assert content["scores"]["strict"]["average"] is None
     assert "nan" not in (tmp_path / "toy.md").read_text().lower()
@@ -182,14 +190,14 @@ def open_item(number: int, task: str, questions: int = 1) -> Item:
 
 
 def test_what_a_judge_decides_has_counts_and_the_next_step(tmp_path: Path) -> None:
-    benchmark = OpenBenchmark(
+    benchmark = judged_benchmark(
         [open_item(0, "generic"), open_item(1, "generic"), open_item(2, "generic"), open_item(0, "consistency", 2)]
     )
     lines = lines_of(
         benchmark, lambda item: {"generic/0": "A man runs.", "generic/1": " ", "generic/2": None}.get(item.id, "x")
     )
     lines[3]["prediction"] = ["", "He runs."]
-    content = results.write(tmp_path, "v c", benchmark, lines, **ABOUT)
+    content = results.write(tmp_path, "v c", benchmark, Outcome(lines, **ABOUT))
     assert content["scores"] == {} and content["counts"] == {"total": 4, "answered": 3, "failed": 1, "excluded": 0}
     text = (tmp_path / "v c.md").read_text(encoding="utf-8")
     assert (
@@ -208,8 +216,8 @@ def test_what_a_judge_decides_has_counts_and_the_next_step(tmp_path: Path) -> No
 
 
 def test_videoqa_is_judged_by_one_axis(tmp_path: Path) -> None:
-    benchmark = OpenBenchmark([open_item(0, "")], name="msvd")
-    results.write(tmp_path, "msvd", benchmark, lines_of(benchmark, lambda item: "a man"), **ABOUT)
+    benchmark = judged_benchmark([open_item(0, "")], name="msvd")
+    results.write(tmp_path, "msvd", benchmark, Outcome(lines_of(benchmark, lambda item: "a man"), **ABOUT))
     text = (tmp_path / "msvd.md").read_text(encoding="utf-8")
     assert text.count("stllm judge") == 1 and "stllm judge qa --pred-path" in text
     assert "| questions |     1 |        1 |             0 |      0 |\n" in text and "| all" not in text

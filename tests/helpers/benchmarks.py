@@ -1,13 +1,14 @@
 """A small benchmark of multiple choice without files, and answerers that need no model."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
 
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
-from stllm.evaluation.items import Benchmark, Item, Record
-from stllm.evaluation.mvbench import MVBench
+from stllm.datasets.faults import Fault
+from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Loaded, Record
+from stllm.evaluation.benchmarks.mvbench import MVBench
 from stllm.processors.templates import PromptTemplate, Turn
 
 OPTIONS = ("up", "down", "left", "right")
@@ -26,24 +27,22 @@ def choice_item(number: int, task: str = "Moving Direction", options: Sequence[s
     )
 
 
-def choice_benchmark(
-    items: Sequence[Item], excluded: Mapping[str, str] | None = None, num_excluded: int = 0
-) -> MVBench:
+def choice_benchmark(items: Sequence[Item], excluded: Mapping[str, str] | None = None, num_excluded: int = 0) -> Loaded:
     """MVBench of those items."""
-    return MVBench(items=items, excluded=excluded or {}, num_excluded=num_excluded)
+    return Loaded(MVBench(), items, excluded or {}, num_excluded)
 
 
-def lines_of(benchmark: Benchmark, answer: Callable[[Item], str | None]) -> list[Record]:
+def lines_of(loaded: Loaded, answer: Callable[[Item], str | None]) -> list[Record]:
     """A line an item, as the engine gives it. answer: the model's text; None for a video that cannot be read."""
     lines = []
-    for item in benchmark.items:
+    for item in loaded.items:
         text = answer(item)
         head: Record = {"id": item.id, "task": item.task, "video": item.video, "answer": item.answer}
         head |= {"candidates": list(item.candidates)} if item.candidates else {}
         if text is None:
             lines.append({**head, "prediction": None, "error": f"/videos/{item.video}: the file is cut short"})
         else:
-            lines.append({**head, "error": None, **benchmark.fields(item, [text])})
+            lines.append({**head, "error": None, **loaded.benchmark.score(item, [text])})
     return lines
 
 
@@ -52,56 +51,42 @@ def letter_of(item: Item, text: str) -> str:
     return f"{ascii_uppercase[item.candidates.index(text)]}) {text}"
 
 
-class Asking:
-    """A benchmark that asks its items plainly. items: given."""
+class Asking(Benchmark):
+    """A benchmark that asks its items plainly."""
 
-    name = "asking"
-    excluded: Mapping[str, str] = {}
-    num_excluded = 0
-    notes: Sequence[str] = ()
+    name, title, ground_truth = "asking", "Asking", "nothing"
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = items
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+        """Is never read."""
+        raise NotImplementedError
 
-    def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
+    def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
         """The questions as they are."""
         return tuple(Request((Turn(question),), media=item.media) for question in item.questions)
 
-    def fields(self, item: Item, predictions: Sequence[str]) -> Record:
+    def score(self, item: Item, predictions: Sequence[str]) -> Record:
         """Whether the first reply is the answer."""
         return {"right": predictions[0] == item.answer}
 
-    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
-        """None."""
-        return {}
 
-    def official(self, records: Sequence[Record]) -> Mapping[str, Any]:
-        """None."""
-        return {}
+def asking(items: Sequence[Item]) -> Loaded:
+    """A benchmark of those items."""
+    return Loaded(Asking(), items)
 
 
-@dataclass(frozen=True)
-class OpenBenchmark:
+class Judged(Asking):
     """A benchmark that a judge decides."""
 
-    items: Sequence[Item]
-    name: str = "vcgbench"
-    excluded: Mapping[str, str] = field(default_factory=dict)
-    num_excluded: int = 0
-    notes: Sequence[str] = ()
+    judged = True
 
-    def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
-        """Is never asked."""
-        raise NotImplementedError
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def fields(self, item: Item, predictions: Sequence[str]) -> Record:
+    def score(self, item: Item, predictions: Sequence[str]) -> Record:
         """The predictions alone."""
         return {"prediction": predictions[0] if len(predictions) == 1 else list(predictions)}
 
-    def scores(self, records: Sequence[Record]) -> dict[str, Any]:
-        """A judge's affair."""
-        return {}
 
-    def official(self, records: Sequence[Record]) -> Mapping[str, Any]:
-        """None is looked at."""
-        return {}
+def judged_benchmark(items: Sequence[Item], name: str = "vcgbench") -> Loaded:
+    """A benchmark of those items that a judge decides."""
+    return Loaded(Judged(name), items)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stllm.cli import main
-from stllm.evaluation.mvbench_tasks import TASKS
+from stllm.evaluation.benchmarks.mvbench import TASKS
 from stllm.media.open import open_media
 from stllm.toy.benchmarks import STAND_INS, benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.toy.clips import World

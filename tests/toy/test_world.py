@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from stllm.common.config import load_config
 from stllm.common.registry import templates
-from stllm.evaluation.mvbench import prompt_pieces
+from stllm.evaluation.benchmarks.mvbench import prompt_pieces
 from stllm.media.open import open_media
 from stllm.models.build import build_model
 from stllm.models.checkpoints.infer_config import decide_config, open_sources

@@ -161,7 +161,13 @@ def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, ch
     api, tab = f"{url}gradio_api", {"session_hash": "a-tab"}
     numbers = {one["api_name"]: one["id"] for one in httpx.get(f"{url}config").json()["dependencies"]}
     read, see = [], chat.see
-    monkeypatch.setattr(chat, "see", lambda *asked: (read.append(asked), sleep(0.3), see(*asked))[2])
+
+    def slowly(*asked: Any) -> Any:
+        read.append(asked)
+        sleep(0.3)
+        return see(*asked)
+
+    monkeypatch.setattr(chat, "see", slowly)
     with (place / "two.mp4").open("rb") as file:
         path = httpx.post(f"{api}/upload", files={"files": file}).json()[0]
 

@@ -1,0 +1,186 @@
+"""A benchmark is a class with three methods: load, ask and score.
+
+ground truth -> load -> items -> ask -> requests (prompts as published) -> engine -> predictions -> score -> lines
+
+Everything else is shared: limits, excluded tasks, batches, several processes, continuing, lines, tables and charts.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stllm.common.errors import UserError
+from stllm.common.files import user_path
+from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
+from stllm.conversation.requests import Media, Request
+from stllm.datasets.faults import Fault, Medium
+from stllm.evaluation.benchmarks.multiple_choice import Record, accuracies
+from stllm.processors.templates import PromptTemplate
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that is asked, and the gold answer.
+
+    id: unique in the benchmark and the same in every run. task: a task or part of the benchmark, "" where it has none.
+    video: as the ground truth names it. media: where it is, with the part that is meant; None if it cannot be asked
+        about, and then `error` says why in a sentence.
+    questions: one; two where consistency is asked. candidates: the options, in order, of a multiple choice.
+    fields: the record as the ground truth has it, extra keys kept.
+    """
+
+    id: str
+    task: str
+    video: str
+    media: Media | None
+    questions: tuple[str, ...]
+    answer: str
+    candidates: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record of a ground truth as it was read; see `ground_truth.MediaFolders.entry`.
+
+    item: what is asked; its `error` is the first fault that prevents it. medium: what the record names, None if it
+    names nothing. place: the path of that medium, or where it should be; folder: the one of the folders searched that
+    it was found in, None if it is missing. faults: all faults except a missing medium.
+    """
+
+    item: Item
+    medium: Medium | None = None
+    place: str = ""
+    folder: str | None = None
+    faults: tuple[Fault, ...] = ()
+
+
+class Benchmark(ABC):
+    """A benchmark, before anything is read. One object serves every run, so it keeps no state.
+
+    name: as `stllm evaluate` takes it. title: as its authors write it. ground_truth: what --anno-path names, in words.
+    excludes_tasks: a task without any medium is left out of all scores instead of counted as failed.
+    judged: the predictions are scored by `stllm judge`, so lines have no `correct` and a run has no scores.
+    finds_media: the media are found from the ground truth's place; without that, --video-dir must name their folder.
+    """
+
+    name: str
+    title: str
+    ground_truth: str
+    excludes_tasks = False
+    finds_media = False
+    judged = False
+
+    @abstractmethod
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+        """Reads the ground truth and looks for its media: an entry a record, and faults that concern a whole file.
+
+        `stllm evaluate` stops at such a fault, `stllm doctor` lists all of them. path: what --anno-path names.
+        settings: this method obeys `tasks`, but not `limit`. Raises UserError.
+        """
+
+    @abstractmethod
+    def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
+        """Returns one request a question, with the prompt as published for the template's family of weights.
+
+        system: the sentence to use, None for the published one, "" for none.
+        """
+
+    @abstractmethod
+    def score(self, item: Item, predictions: Sequence[str]) -> Record:
+        """Returns what joins the item's line: the official fields, and `correct` where no judge is needed.
+
+        predictions: the model's text for each question. `correct`: {"strict": ..., "official": ...}, as bools.
+        """
+
+    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns `scores` of the results file: accuracies by rule and task, or {} where a judge decides.
+
+        records: all lines, failed ones (with `error`) among them.
+        """
+        return {} if self.judged else accuracies(records)
+
+    def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
+        """Returns files in the official scripts' layout: {"": ...} for `<name>.json`, {"generic": ...} for
+        `<name>.generic.json`. By default there are none."""
+        return {}
+
+    def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
+        """Yields what else the results should mention, such as media found outside the official folders."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A benchmark with its ground truth read, or a variant of one with changed items (see probes/variants.py).
+
+    excluded: tasks that cannot be asked as a whole, and why; none of their items is in `items`, but `num_excluded`
+    counts them. system: see `Benchmark.ask`.
+    """
+
+    benchmark: Benchmark
+    items: Sequence[Item]
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    num_excluded: int = 0
+    notes: Sequence[str] = ()
+    system: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The benchmark's name."""
+        return self.benchmark.name
+
+    def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
+        """Returns the item's prompts, with the system sentence of the settings."""
+        return self.benchmark.ask(item, template, self.system)
+
+
+def load_benchmark(name: str, settings: EvaluationSettings) -> Loaded:
+    """Reads the ground truth of a registered benchmark.
+
+    Raises UserError for a fault that concerns a whole file, and when no item has its medium.
+    """
+    benchmark: Benchmark = benchmarks.get(name)
+    entries: list[Entry] = []
+    for found in read_entries(benchmark, settings):
+        if isinstance(found, Entry):
+            entries.append(found)
+        elif not found.note:
+            raise UserError(found.in_words)
+    items: list[Item] = []
+    excluded: dict[str, str] = {}
+    num_excluded = 0
+    for task in dict.fromkeys(entry.item.task for entry in entries):
+        of_task = [entry.item for entry in entries if entry.item.task == task]
+        asked = of_task[: settings.limit]
+        if benchmark.excludes_tasks and not any(item.media for item in of_task):
+            excluded[task] = f"none of its {len(of_task)} items can be asked, the first one because: {of_task[0].error}"
+            num_excluded += len(asked)
+        else:
+            items += asked
+    if not any(entry.item.media for entry in entries):  # the folder is most likely another one
+        if benchmark.excludes_tasks:
+            task, reason = next(iter(excluded.items()))
+            raise UserError(f"{settings.anno_path}: no task has media to be asked about; of {task} {reason}")
+        first = entries[0].item.error
+        raise UserError(
+            f"{settings.anno_path}: none of its {len(entries)} items can be asked, the first one because: {first}"
+        )
+    notes = tuple(benchmark.notes(entries, settings))
+    return Loaded(benchmark, items, excluded, num_excluded, notes, system_of(settings))
+
+
+def system_of(settings: EvaluationSettings) -> str | None:
+    """The system sentence as `Benchmark.ask` takes it: None for the published one, "" for none."""
+    return None if settings.system == "template" else str(settings.system or "")  # None: an empty value in a YAML
+
+
+def read_entries(benchmark: Benchmark, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+    """Yields what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
+    if settings.anno_path is None:
+        raise UserError(f"{benchmark.name}: no ground truth was named: give {benchmark.ground_truth}")
+    yield from benchmark.load(user_path(settings.anno_path), settings)

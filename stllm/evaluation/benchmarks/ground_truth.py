@@ -1,0 +1,137 @@
+"""Media of a ground truth: where they are searched for, and the frames that the settings ask for."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.files import user_path
+from stllm.common.schema import EvaluationSettings
+from stllm.conversation.requests import Media, Request
+from stllm.datasets.faults import Fault, Finding, Medium
+from stllm.evaluation.benchmarks.base import Entry, Item
+from stllm.media.find import EXTENSIONS, MediaFinder
+from stllm.media.sampling import sample_indices
+from stllm.processors.templates import Turn
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a medium is searched for below the root of all media.
+
+    folders: relative to the root, in order. stems: names without an extension that are tried first. segments: those of
+    the folders whose files are already cut to start and end. frames: those that hold folders of numbered frames, with
+    the rate of the frames.
+    """
+
+    folders: Sequence[str] = ("",)
+    stems: Sequence[str] = ()
+    segments: Sequence[str] = ()
+    frames: dict[str, float] | None = None
+
+
+class MediaFolders:
+    """Finds a benchmark's media below a folder and gives them the frames that the settings ask for.
+
+    Raises UserError for a root that is no folder, and for frames that no video could give.
+    """
+
+    def __init__(self, root: str | Path | None, settings: EvaluationSettings) -> None:
+        if root is None:
+            raise UserError("no folder of media was named: give the one that holds the videos with --video-dir DIR")
+        self.root = str(user_path(root))
+        if not os.path.isdir(self.root):
+            is_file = os.path.exists(self.root)
+            found = "found a file, expected the folder of media" if is_file else "there is no such folder of media"
+            raise UserError(f"{self.root}: {found}: name it with --video-dir DIR")
+        count = 1 if settings.num_frames is None else settings.num_frames
+        try:  # an unknown rule, a random one, or one that cannot give that number of frames
+            sample_indices(settings.sampling, num_frames=count, total_frames=100, fps=25.0)
+        except UserError as error:
+            raise UserError(f"evaluation.sampling is {settings.sampling!r} with num_frames {count}: {error}") from None
+        self._frames = Media(
+            "-", settings.num_frames, sampling=settings.sampling, reader=settings.reader, own_times=False
+        )
+        self._finder = MediaFinder()
+
+    def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:
+        """The record's entry: its item with the medium that was found, or with the error that prevents it.
+
+        findings: of the record's check. needs_bounds: start and end must be there, unless the medium is a segment.
+        """
+        found = list(findings)
+        faults = [finding for finding in found if isinstance(finding, Fault)]
+        medium = next((finding for finding in found if isinstance(finding, Medium)), None)
+        folder, paths = self._find(medium, search) if medium else (None, [])
+        place = paths[0] if paths else os.path.join(self.root, search.folders[0], medium.name if medium else "")
+        if medium and folder is not None:
+            if folder in search.segments:
+                medium = replace(medium, bounds=None)
+            elif needs_bounds and medium.bounds is None and not any(fault.kind == "bounds" for fault in faults):
+                sentence = "found none, expected the part of the video that is asked about: add it"
+                faults.append(Fault("bounds", medium.where, "start, end", sentence))
+            if rate := (search.frames or {}).get(folder):
+                medium = replace(medium, expects="frames", fps=rate)
+                if not os.path.isdir(place):
+                    sentence = "found a file, expected a folder of numbered frames"
+                    faults.append(Fault("wrong medium", medium.where, place, sentence))
+            if len(paths) > 1:
+                names = ", ".join(map(os.path.basename, paths))
+                sentence = f"several files have this name ({names}); the first is used: keep one"
+                faults.append(Fault("colliding names", medium.where, os.path.join(folder, medium.name), sentence, True))
+        error = next((fault.in_words for fault in faults if not fault.note), "")
+        if not error and medium and folder is None:
+            places = ", ".join(map(self._place, search.folders))
+            error = (
+                f"{medium.name}: there is no such file in {places}; fetch it, or name another folder with --video-dir"
+            )
+        media = None
+        if medium and folder is not None and not error:
+            start, end = medium.bounds or (None, None)
+            end = None if end == float("inf") else end
+            media = replace(self._frames, path=place, start=start, end=end, fps=medium.fps)
+        return Entry(replace(item, media=media, error=error), medium, place, folder, tuple(faults))
+
+    def _find(self, medium: Medium, search: Search) -> tuple[str | None, list[str]]:
+        """The first folder that has the medium, and the files of its name there; the first file is used."""
+        name, extension = os.path.splitext(medium.name)
+        converted = [name] if extension.lower() in EXTENSIONS else []
+        ways: list[Callable[[str, str], list[str]]] = [
+            lambda _, place: self._finder.by_stem(search.stems, [place]),
+            lambda _, place: [path for path in [self._finder.by_path(medium.name, [place])] if path],
+            lambda _, place: self._finder.by_stem(converted, [place]),
+            lambda folder, place: (
+                self._finder.segments(medium.name, medium.bounds, place) if folder in search.segments else []
+            ),
+        ]
+        for way in ways:
+            for folder in search.folders:
+                if paths := way(folder, self._place(folder)):
+                    return folder, paths
+        return None, []
+
+    def _place(self, folder: str) -> str:
+        return os.path.join(self.root, folder) if folder else self.root
+
+
+def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str]:
+    """The tasks that the settings name, in the benchmark's order; all of them when none is named.
+
+    Case, spaces and hyphens make no difference. Raises UserError for an unknown one.
+    """
+
+    def plain(name: str) -> str:
+        return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+    by_name = {plain(name): name for name in known}
+    for name in settings.tasks:
+        if plain(name) not in by_name:
+            raise UserError(unknown_name("task", name, known))
+    wanted = set(map(plain, settings.tasks))
+    return [name for name in known if not wanted or plain(name) in wanted]
+
+
+def open_requests(item: Item, system: str | None) -> tuple[Request, ...]:
+    """One request a question, each by itself, in the template's own prompt."""
+    return tuple(Request(turns=(Turn(question),), media=item.media, system=system) for question in item.questions)

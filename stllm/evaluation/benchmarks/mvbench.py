@@ -1,0 +1,334 @@
+"""MVBench: twenty tasks of multiple choice about time in videos, asked and matched as published.
+
+Sources: arXiv 2311.17005 and its release for tasks, data and matching; arXiv 2404.00308 for the prompt. Tasks of your
+own in the same form are asked the same way. The release's branch `video` on the hub, which lmms-eval reads, has other
+media folders: converted videos, and the bounded tasks' videos cut into segments. They are searched after the official
+ones.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from stllm.common.errors import UserError, did_you_mean
+from stllm.common.files import user_path
+from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
+from stllm.conversation.requests import Request
+from stllm.datasets.annotations import Fields, text_of
+from stllm.datasets.faults import (
+    Fault,
+    Finding,
+    Medium,
+    check_bounds,
+    check_name,
+    check_texts,
+    pairs_of,
+    records_of,
+    shortened,
+)
+from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
+from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chosen_tasks
+from stllm.evaluation.benchmarks.multiple_choice import by_task, gold_option, official_match, strict_match, tally
+from stllm.processors.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
+from stllm.processors.templates import PromptTemplate, Turn
+
+EXPECTED = "a JSON list of {video, question, candidates, answer}"
+SHOWN_IDS = 5  # of the items that a note is about
+ANSWER_MARK = "###Assistant: "
+
+
+@dataclass(frozen=True)
+class MVBenchTask:
+    """One task.
+
+    name: as the tables print it. folder: of its media, relative to the media root; fallbacks: folders of videos that
+    were added later or converted; segments: folders of videos that are cut to an item's start and end.
+    media: "video", or "frames" for a folder of numbered pictures, taken at `fps`. bounded: items have start and end.
+    """
+
+    name: str
+    folder: str
+    fallbacks: tuple[str, ...] = ()
+    segments: tuple[str, ...] = ()
+    media: str = "video"
+    bounded: bool = False
+    fps: float | None = None
+
+    @property
+    def file(self) -> str:
+        """Its annotation file in the folder `json`."""
+        return self.name.lower().replace(" ", "_").replace("-", "_") + ".json"
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that its media are searched in, in order."""
+        return (self.folder, *self.fallbacks, *self.segments)
+
+
+_STAR = (
+    "star/Charades_v1_480",
+    ("data0613/star/Charades_v1_480", "data0613/star"),
+    ("star/Charades_segment", "data0613/star/Charades_segment"),
+)
+_CLEVRER = ("clevrer/video_validation", ("data0613/clevrer/video_validation", "data0613/clevrer"))
+_PERCEPTION = "perception/videos"
+
+TASKS = (
+    MVBenchTask("Action Sequence", *_STAR, bounded=True),
+    MVBenchTask("Action Prediction", *_STAR, bounded=True),
+    MVBenchTask("Action Antonym", "ssv2_video", ("ssv2_video_mp4",)),
+    MVBenchTask("Fine-grained Action", "Moments_in_Time_Raw/videos"),
+    MVBenchTask("Unexpected Action", "FunQA_test/test"),
+    MVBenchTask("Object Existence", *_CLEVRER),
+    MVBenchTask("Object Interaction", *_STAR, bounded=True),
+    MVBenchTask("Object Shuffle", _PERCEPTION),
+    MVBenchTask("Moving Direction", *_CLEVRER),
+    MVBenchTask("Action Localization", "sta/sta_video", segments=("sta/sta_video_segment",), bounded=True),
+    MVBenchTask("Scene Transition", "scene_qa/video"),
+    MVBenchTask("Action Count", _PERCEPTION),
+    MVBenchTask("Moving Count", *_CLEVRER),
+    MVBenchTask("Moving Attribute", *_CLEVRER),
+    MVBenchTask("State Change", _PERCEPTION),
+    MVBenchTask("Fine-grained Pose", "nturgbd", ("nturgbd_convert",)),
+    MVBenchTask("Character Order", _PERCEPTION),
+    MVBenchTask("Egocentric Navigation", "vlnqa"),
+    MVBenchTask(
+        "Episodic Reasoning",
+        "tvqa/frames_fps3_hq",
+        segments=("tvqa/video_fps3_hq_segment",),
+        media="frames",
+        bounded=True,
+        fps=3.0,
+    ),
+    MVBenchTask("Counterfactual Inference", *_CLEVRER),
+)
+
+
+@dataclass(frozen=True)
+class MVBench(Benchmark):
+    """MVBench, or another benchmark in its form; and tasks of the user's own: any JSON file of another name."""
+
+    name: str = "mvbench"
+    title: str = "MVBench"
+    tasks: tuple[MVBenchTask, ...] = TASKS
+
+    excludes_tasks = finds_media = True
+
+    @property
+    def ground_truth(self) -> str:  # type: ignore[override]
+        """See `Benchmark`."""
+        return f"{self.title}'s folder, which holds json and video"
+
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+        """Reads the chosen tasks; see `_files` for what `path` and `video_dir` may be."""
+        found, media_dir = self._files(path, settings.video_dir)
+        if not found:
+            sentence = (
+                f"found no JSON file, expected {self.title}'s folder with json and video in it (such as "
+                f"json/{self.tasks[0].file}): name that folder"
+            )
+            yield Fault("annotation", str(path), "folder", sentence)
+            return
+        official = [file for task in self.tasks for file in found if task_of(file, self.tasks) == task]
+        files: dict[str, Path] = {}
+        for file in (*official, *(file for file in found if file not in official)):
+            if file.stem in files:
+                sentence = f"there is also {files[file.stem].name}: keep one of the two"
+                yield Fault("annotation", str(file), "file", sentence)
+            files[file.stem] = file
+        records: list[tuple[Path, str, str, Fields]] = []
+        for slug in chosen_tasks(list(files), settings):
+            for number, (where, fields) in enumerate(records_of(files[slug], EXPECTED, ("candidates",))):
+                if isinstance(fields, Fault):
+                    yield replace(fields, sentence=fields.sentence + self._official_name(files[slug]))
+                else:
+                    records.append((files[slug], f"{slug}/{number}", where, fields))
+        if not records:
+            return
+        media = MediaFolders(media_dir, settings)
+        entries = [self._entry(*record, media) for record in records]
+        yield from entries
+        yield from self._collisions(entries)
+
+    def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
+        """The one request; the Q-Former reads the question block alone."""
+        block = question_block(item.questions[0], item.candidates)
+        pieces = prompt_pieces(block, SYSTEM if system is None else system, template)
+        return (Request(turns=(Turn(block),), media=item.media, pieces=pieces),)
+
+    def score(self, item: Item, predictions: Sequence[str]) -> Record:
+        """`prediction`: as the official script has it, "(" (with which the prompt ends) and the reply's first line;
+        `gold`: the right option, in its form; `correct`: by either rule."""
+        prediction = "(" + predictions[0].split("\n")[0]
+        gold = gold_option(item.candidates, item.answer)
+        correct = {
+            "official": official_match(prediction, gold),
+            "strict": strict_match(prediction, item.candidates, item.answer),
+        }
+        return {"prediction": prediction, "gold": gold, "correct": correct}
+
+    def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
+        """`acc_dict`: [right, asked] by the official rule, failed items among those asked; `res_list`: the answered
+        ones, since an empty prediction would be right in the official script."""
+        tallies = {name: tally(lines) for name, lines in by_task(records).items()}
+        accuracies = {name: [task.right["official"], task.asked] for name, task in tallies.items()}
+        results = [
+            {"pred": line["prediction"], "gt": line["gold"], "id": line["id"], "task_type": line["task"]}
+            for line in records
+            if not line.get("error")
+        ]
+        return {"": {"acc_dict": accuracies, "res_list": results}}
+
+    def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
+        """Media found outside the official folders, starts that are clamped to 0, tasks without a file."""
+        official = {task.name: task for task in self.tasks}
+        elsewhere: dict[str, Counter[str]] = {}
+        for entry in entries:
+            task = official.get(entry.item.task)
+            if task is not None and entry.folder not in (None, task.folder):
+                elsewhere.setdefault(str(entry.folder), Counter())[task.name] += 1
+        segments = {folder for task in self.tasks for folder in task.segments}
+        for folder, counts in elsewhere.items():
+            found = ", ".join(f"{task} {count}" for task, count in counts.items())
+            cut = "; its videos are cut already, so start and end are not applied" if folder in segments else ""
+            place = folder or "the media folder itself"
+            yield f"items whose media were found in {place} instead of the official folder: {found}{cut}"
+        clamped = [entry.item.id for entry in entries if entry.item.media and (entry.item.media.start or 0) < 0]
+        if clamped:
+            shown = ", ".join(clamped[:SHOWN_IDS]) + (", ..." if len(clamped) > SHOWN_IDS else "")
+            yield f"items whose negative start is clamped to 0, as in the official script: {len(clamped)} ({shown})"
+        there = {entry.item.task for entry in entries} & official.keys()
+        if there and not settings.tasks and len(there) < len(self.tasks):
+            absent = ", ".join(name for name in official if name not in there)
+            num_tasks = len(self.tasks)
+            yield f"tasks without an annotation file: {num_tasks - len(there)} of {num_tasks} ({absent})"
+
+    def _files(self, root: Path, video_dir: str | None) -> tuple[list[Path], Path]:
+        """The annotation files of a copy of the benchmark, and the folder of all its media.
+
+        root: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
+        video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
+        Raises UserError for a folder above one of those.
+        """
+        folder = root / "json" if (root / "json").is_dir() else root
+        files, holder = [root], folder.parent
+        if folder.is_dir():
+            found = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+            # hidden files are not annotations: archives packed on a Mac hold a ._NAME.json for every file
+            files, holder = [file for file in found if not file.name.startswith(".")], folder
+        if video_dir is not None:
+            return files, user_path(video_dir)
+        above = holder.parent if holder.name == "json" else holder
+        media = above / "video"
+        if not media.is_dir() and any((above / folder).is_dir() for task in self.tasks for folder in task.folders):
+            media = above
+        below = sorted(path.parent for path in root.glob("*/json") if path.is_dir())
+        if not media.is_dir() and below:
+            folders = " or ".join(map(str, below))
+            raise UserError(f"{root}: found no folder json in it, expected {self.title}'s own folder: name {folders}")
+        return files, media
+
+    def _official_name(self, file: Path) -> str:
+        """The end of a message about a file of another name: the official name that is nearest, if one is near."""
+        return did_you_mean(file.name, [task.file for task in self.tasks]) if task_of(file, self.tasks) is None else ""
+
+    def _entry(self, file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
+        """The entry of one record.
+
+        A file whose name is not official is a task of the user's: its media are in the media folder itself, and start
+        and end are used where a record has them.
+        """
+        task = task_of(file, self.tasks)
+        candidates = fields.get("candidates")
+        item = Item(
+            id=id,
+            task=task.name if task else file.stem.replace("_", " ").replace("-", " ").title(),
+            video=text_of(fields.get("video")) or "",
+            media=None,
+            questions=(text_of(fields.get("question")) or "",),
+            answer=text_of(fields.get("answer")) or "",
+            candidates=tuple(text_of(option) or "" for option in candidates) if isinstance(candidates, list) else (),
+            fields=fields,
+        )
+        findings = _check(fields, where, bounded=task is None or task.bounded)
+        if task is None:
+            entry = media.entry(item, findings, Search())
+            if entry.folder is None:
+                entry = replace(entry, item=replace(entry.item, error=entry.item.error + self._official_name(file)))
+            return entry
+        frames = {task.folder: task.fps} if task.fps else None
+        # what is in the media folder itself was put there by hand
+        search = Search((*task.folders, ""), segments=task.segments, frames=frames)
+        return media.entry(item, findings, search, needs_bounds=task.bounded)
+
+    def _collisions(self, entries: Sequence[Entry]) -> Iterator[Fault]:
+        """Yields faults of files in the media folder itself that tasks with different official folders would share."""
+        folders = {task.name: task.folder for task in self.tasks}
+        users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
+        for entry in entries:
+            if entry.folder == "" and entry.item.task in folders:
+                users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
+        for place, by_folder in users.items():
+            if len(by_folder) > 1:
+                *_, last = by_folder.values()
+                tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
+                sentence = (
+                    f"{tasks} mean different videos by this name, but there is one file in the media folder itself: "
+                    "put each task's videos into its own folder, or evaluate one of them with --tasks"
+                )
+                yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)
+
+
+benchmarks.register(MVBench.name)(MVBench())
+
+
+def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[str, ...]:
+    """The prompt that ends in "Best option:(", as pieces of `Request`.
+
+    The InstructBLIP family's is the published one. For the MiniGPT-4 family none was published: we put the same words
+    where that template has its question.
+    """
+    *before, last = template.opening
+    assert last.endswith(f" {ANSWER_MARK}"), last
+    opening = (*before, last.removesuffix(f" {ANSWER_MARK}") + ANSWER_MARK + ANSWER_BEGINS)
+    text = "".join(f"{part}\n" for part in (system, block, REQUEST) if part)
+    return tuple(replace(template, opening=opening).render(Turn(text), first=True, media="video"))
+
+
+def task_of(file: Path, tasks: Sequence[MVBenchTask] = TASKS) -> MVBenchTask | None:
+    """The task whose annotation file has this name, as JSON or JSONL; None when there is none."""
+    return next((task for task in tasks if task.file == file.with_suffix(".json").name), None)
+
+
+def _check(fields: Fields, where: str, *, bounded: bool) -> Iterator[Finding]:
+    """Yields the faults of a record, and its medium. bounded: start and end are used.
+
+    A negative start is kept: the sampling rule `segment` clamps it to 0.
+    """
+    yield from check_texts(fields, where, {"question": "empty question", "answer": "empty answer"})
+    candidates, answer = fields.get("candidates"), fields.get("answer")
+    if not isinstance(candidates, list) or len(candidates) < 2 or not all(map(text_of, candidates)):
+        sentence = f"found {shortened(candidates)}, expected a list of two texts or more: correct it"
+        yield Fault("candidates", where, "candidates", sentence)
+    else:
+        if len(candidates) > len(ascii_uppercase):
+            sentence = f"found {len(candidates)} candidates, expected at most one a letter: leave some out"
+            yield Fault("candidates", where, "candidates", sentence)
+        if text_of(answer) and answer not in candidates:
+            options = ", ".join(map(repr, candidates))
+            sentence = f"{answer!r} is none of the candidates {options}: correct either"
+            yield Fault("candidates", where, "answer", sentence)
+        for twice in sorted({repr(option) for option in candidates if candidates.count(option) > 1}):
+            sentence = f"{twice} is listed twice, so no letter is sure; the official script takes the last: correct it"
+            yield Fault("candidates", where, "candidates", sentence, note=True)
+    bounds = (yield from check_bounds(fields, where, negative_start=True)) if bounded else None
+    if bounds is not None and bounds[0] < 0:
+        sentence = f"start is {bounds[0]:g} s: it is clamped to 0, as in the official script"
+        yield Fault("bounds", where, "start, end", sentence, note=True)
+    if name := (yield from check_name(fields, where, ("video",))):
+        pairs = pairs_of(fields.get("question"), fields.get("answer"))
+        yield Medium(where, name, "video", bounds=bounds, pairs=pairs)

@@ -1,0 +1,216 @@
+"""VideoQA: short answers about the videos of MSVD, MSR-VTT and ActivityNet and the pictures of TGIF.
+
+Sources: MSVD-QA and MSRVTT-QA (Xu et al., 2017), ActivityNet-QA (arXiv 1906.02467), TGIF-QA (arXiv 1704.04497). A judge
+scores the predictions (`stllm judge qa`).
+"""
+
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stllm.common.errors import UserError
+from stllm.common.files import user_path
+from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
+from stllm.conversation.requests import Request
+from stllm.datasets.annotations import Fields, read_file, text_of
+from stllm.datasets.faults import Fault, check_item, records_of
+from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
+from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, open_requests
+from stllm.processors.templates import PromptTemplate
+
+EXPECTED = "a JSON list of {question, answer, video_name or video or video_id}, or TGIF-QA's table of them"
+ID_KEYS = ("question_id", "id")
+MAPPING = "youtube_mapping.txt"  # of MSVD's videos
+Numbered = tuple[str, str, Fields]  # id, file and record, fields
+
+
+@dataclass(frozen=True)
+class VideoQA(Benchmark):
+    """One of these benchmarks.
+
+    keys: the fields that may name the video. stems: patterns of the file's name without extension, tried in order, {}
+    the name as given. needs_ids: every question has its own id. youtube: a youtube_mapping.txt gives videos a second
+    name.
+    """
+
+    name: str
+    title: str
+    keys: tuple[str, ...]
+    stems: tuple[str, ...] = ("{}",)
+    needs_ids: bool = True
+    youtube: bool = False
+
+    judged = True
+
+    @property
+    def ground_truth(self) -> str:  # type: ignore[override]
+        """See `Benchmark`."""
+        return f"{self.title}'s file of questions"
+
+    def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
+        """Reads the questions; if the answers are in a separate file, they are matched by the question's id."""
+        if settings.tasks:
+            tasks = ", ".join(settings.tasks)
+            raise UserError(f"{self.name}: found tasks {tasks}, but {self.title} has none: leave them out")
+        beside = path.with_name(path.name.replace("_q.", "_a."))  # test_a.json beside test_q.json
+        answers_path = user_path(settings.answers_path) if settings.answers_path else beside
+        questions = yield from _numbered(path, self)
+        if settings.answers_path or (beside != path and beside.exists()):
+            questions = yield from _answered(questions, path, answers_path)
+        elif questions and not any("answer" in fields for _, _, fields in questions):
+            sentence = "no question has an answer: name the file that holds them with --answers-path"
+            yield Fault("empty answer", str(path), "file", sentence)
+            return
+        if not questions:
+            return
+        media = MediaFolders(settings.video_dir, settings)
+        folders = (path.parent, Path(media.root), Path(media.root).parent)
+        other_names = _youtube_names(folders) if self.youtube else {}
+        for id, where, fields in questions:
+            name = next((name for key in self.keys if (name := text_of(fields.get(key)))), "")
+            stems = [stem.format(name) for stem in self.stems]
+            bare = [os.path.splitext(stem)[0] for stem in stems]
+            stems += [other_names[stem] for stem in dict.fromkeys([*stems, *bare]) if stem in other_names]
+            item = Item(
+                id=id,
+                task="",
+                video=name,
+                media=None,
+                questions=(text_of(fields.get("question")) or "",),
+                answer=text_of(fields.get("answer")) or "",
+                fields=fields,
+            )
+            yield media.entry(item, check_item(fields, where, media=self.keys), Search(stems=stems))
+
+    def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
+        """The one request."""
+        return open_requests(item, system)
+
+    def score(self, item: Item, predictions: Sequence[str]) -> Record:
+        """`pred`, and the question's type where the ground truth has one (ActivityNet-QA, 0 to 8)."""
+        return {**_type_of(item.fields), "pred": predictions[0]}
+
+    def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
+        """The list that the official judge scripts read: `id` as the ground truth has it, `question`, `answer`, `pred`.
+        Items that failed are left out: a judge would score them."""
+        lines = {line["id"]: line for line in records if not line.get("error")}
+        rows = []
+        for item in items:
+            if line := lines.get(item.id):
+                own = next((item.fields[key] for key in ID_KEYS if key in item.fields), item.id)
+                known = {"id": own, "question": item.questions[0], "answer": item.answer, "pred": line["pred"]}
+                rows.append({**known, **_type_of(line)})
+        return {"": rows}
+
+
+SETS = (
+    VideoQA("msvd", "MSVD-QA", ("video_name", "video", "video_id"), ("vid{}", "{}"), youtube=True),
+    VideoQA("msrvtt", "MSRVTT-QA", ("video_id", "video_name", "video"), ("video{}", "{}")),
+    VideoQA("activitynet", "ActivityNet-QA", ("video_name", "video"), ("v_{}", "{}")),
+    VideoQA("tgif", "TGIF-QA", ("video_name", "gif_name", "video"), needs_ids=False),
+)
+for _set in SETS:
+    benchmarks.register(_set.name)(_set)
+ANY = VideoQA(  # for `stllm doctor`: one of them, whichever it is
+    "videoqa",
+    "VideoQA",
+    ("video_name", "video", "gif_name", "video_id"),
+    ("{}", "video{}", "vid{}", "v_{}"),
+    needs_ids=False,
+    youtube=True,
+)
+
+
+def _type_of(fields: Mapping[str, Any]) -> Record:
+    return {"type": fields["type"]} if "type" in fields else {}
+
+
+def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Generator[Fault, None, list[Numbered]]:
+    """Yields the faults of a file of answers; returns the answered questions with their answers."""
+    answers = {id: fields for id, _, fields in (yield from _numbered(answers_path, None))}
+    without = [id for id, _, _ in questions if id not in answers]
+    for id in without:
+        sentence = (
+            f"{len(without)} of the {len(questions)} questions of {path} have no answer there (such as question_id "
+            f"{id}): name the answers of these questions with --answers-path"
+        )
+        yield Fault("empty answer", str(answers_path), f"question {id}", sentence)
+    asked = {id for id, _, _ in questions}
+    for id in answers:
+        if id not in asked:
+            sentence = f"{path} has no question of that id; the answer is not used"
+            yield Fault("incomplete", str(answers_path), f"answer {id}", sentence, note=True)
+    return [
+        (id, where, {**answers[id], **fields, "answer": answers[id].get("answer")})
+        for id, where, fields in questions
+        if id in answers
+    ]
+
+
+def _numbered(path: Path, kind: VideoQA | None) -> Generator[Fault, None, list[Numbered]]:
+    """Yields the faults of a file's ids and fields; returns its records with their ids.
+
+    kind: None for a file of answers.
+    """
+    first: dict[str, str] = {}  # id -> where it was first found
+    records: list[Numbered] = []
+    for number, (where, fields) in enumerate(records_of(path, EXPECTED, ("question", "answer"), tables=True)):
+        if isinstance(fields, Fault):
+            yield fields
+            continue
+        if kind is not None and (sentence := _of_another_kind(fields, kind)):
+            yield Fault("annotation", where, "record", sentence)
+            return []  # and so are the others
+        id = next((text_of(fields[key]) or "" for key in ID_KEYS if key in fields), "")
+        if kind is None and "answer" not in fields:
+            expected = f"found the fields {', '.join(fields)}, expected answer and question_id"
+            yield Fault("incomplete", where, "record", expected)
+        if not id and (kind is None or kind.needs_ids):
+            sentence = f"found no id, expected {' or '.join(ID_KEYS)}: give every record its own"
+            yield Fault("incomplete", where, ID_KEYS[0], sentence)
+            if kind is None:
+                continue
+        elif id and id in first:
+            yield Fault(
+                "duplicate id", where, f"question {id}", f"the id is also that of {first[id]}: give each its own"
+            )
+            if kind is None:
+                continue
+        first[id] = where
+        records.append((id or str(number), where, fields))
+    return records
+
+
+def _of_another_kind(fields: Fields, kind: VideoQA) -> str:
+    """A sentence about a record of another benchmark; "" if it may be one of this kind."""
+    names = ", ".join(fields) or "none"
+    keys = " or ".join(kind.keys)
+    if not {"question", *kind.keys} & fields.keys():
+        return f"found the fields {names}, expected question, answer and {keys}"
+    if "candidates" in fields:
+        return f"it looks like an MVBench task (fields {names}), expected {kind.title}"
+    if {"a1", "a2"} <= fields.keys():
+        return f"it looks like TGIF-QA's questions with choices (fields {names}), expected its frame questions"
+    if not any(key in fields for key in kind.keys) and any("video" in key or "gif" in key for key in fields):
+        return f"found the fields {names}, expected {kind.title}, which names its video in {keys}"
+    return ""
+
+
+def _youtube_names(folders: Sequence[Path]) -> dict[str, str]:
+    """MSVD's names of videos and their YouTube names, each by the other, from the first youtube_mapping.txt found in
+    the folders; empty without one. Raises UserError for a line that is not a pair of names."""
+    file = next((folder / MAPPING for folder in folders if (folder / MAPPING).is_file()), None)
+    if file is None:
+        return {}
+    names: dict[str, str] = {}
+    expected = "lines of a YouTube name and a vid<N>, such as -4wsuPCjDBc_5_15 vid1"
+    for number, line in enumerate(read_file(file, expected)[1].splitlines(), start=1):
+        words = line.split()
+        if len(words) == 2:
+            names |= {words[0]: words[1], words[1]: words[0]}
+        elif words:
+            raise UserError(f"{file}, line {number}: found {line[:60]!r}, expected {expected}")
+    return names

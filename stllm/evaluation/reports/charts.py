@@ -1,0 +1,72 @@
+"""Charts as PNG files, drawn without a screen. matplotlib is imported only here, when a chart is drawn."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stllm.common.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#1f77b4", "#9ecae1", "#bdbdbd", "#fdae6b", "#756bb1")  # ours dark and light, published grey
+GROUP = 0.8  # of the room for one group, taken by its bars
+ROW, EDGES, WIDTH = 0.42, 1.7, 9.0  # inches: of a group, of title and axis, of the figure
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Groups of horizontal bars, the first group on top.
+
+    series: name -> one value a group; None draws no bar. notes: texts in place of a group's bars.
+    limit: where the axis ends; by default after 100 % and its label.
+    """
+
+    title: str
+    axis: str
+    groups: Sequence[str]
+    series: Mapping[str, Sequence[float | None]]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    limit: float = 109.0
+
+
+def bars_figure(bars: Bars) -> "Figure":
+    """The figure, to be saved or looked into. Every bar carries its value."""
+    from matplotlib.figure import Figure
+
+    count = len(bars.series)
+    figure = Figure(figsize=(WIDTH, EDGES + max(1, len(bars.groups)) * max(ROW, 0.15 * count)), layout="constrained")
+    axes = figure.subplots()
+    thickness = GROUP / count
+    for number, ((name, values), colour) in enumerate(zip(bars.series.items(), cycle(COLOURS), strict=False)):
+        offset = (number - (count - 1) / 2) * thickness
+        places = [place + offset for place, value in enumerate(values) if value is not None]
+        lengths = [value for value in values if value is not None]
+        drawn = axes.barh(places, lengths, height=thickness, color=colour, label=name)
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=6.5)
+    axes.set_title(bars.title, loc="left", fontsize=11, pad=26)
+    axes.set_xlabel(bars.axis)
+    axes.set_xlim(0, bars.limit)
+    axes.set_yticks(range(len(bars.groups)), labels=bars.groups)
+    axes.set_ylim(len(bars.groups) - 0.5, -0.5)
+    for group, note in bars.notes.items():
+        axes.text(0.5, bars.groups.index(group) - 0.15, note, fontsize=7, style="italic", va="center")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(bars.series), frameon=False, fontsize=8)
+    return figure
+
+
+def draw_bars(path: Path, bars: Bars) -> None:
+    """Draws them into a PNG file, whole or not at all; equal bars give equal bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = bars_figure(bars)
+    FigureCanvasAgg(figure)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

@@ -1,0 +1,160 @@
+"""`stllm table`: results of several benchmarks as one row of the paper's table, below the published rows.
+
+Source of the layout: ST-LLM (arXiv 2404.00308), its comparison of MVBench, VcgBench and zero-shot VideoQA.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.files import check_regular, user_path
+from stllm.common.jsonl import loads
+from stllm.evaluation.axes import QA, VCGBENCH_AXES, vcgbench_average
+from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMNS
+from stllm.evaluation.reports.tables import percent, score, table
+
+MVBENCH, AVERAGE = COLUMNS[:2]
+VCGBENCH = "VcgBench"  # for all of its columns
+OF_AXIS = dict(zip(VCGBENCH_AXES, VCGBENCH_COLUMNS, strict=True))
+OF_BENCHMARK = {"msvd": "MSVD", "msrvtt": "MSRVTT", "activitynet": "ANet"}  # in VideoQA
+SCORES = {AVERAGE, *VCGBENCH_COLUMNS}  # from 0 to 5; the other columns are percent
+JUDGED = ".judged"  # what the reports name the folder of a judge's results, beside those of the predictions
+EXPECTED = "a results file of `stllm evaluate` or `stllm judge` (NAME.results.json)"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One cell. official: as the benchmark's script counts; own: strictly matched, or not truncated.
+
+    note: where it comes from. part: what of the benchmark alone was asked, as "first 5 a task", "" for all.
+    """
+
+    official: float | None
+    own: float | None
+    note: str
+    part: str = ""
+
+
+NO_FIGURE = Figure(None, None, "")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command: prints the table."""
+    print(paper_table(args.results), end="")
+    return 0
+
+
+def paper_table(results: Sequence[str]) -> str:
+    """The Markdown text. results: paths, or BENCH=PATH for a judge's file of VideoQA. Raises UserError."""
+    figures: dict[str, Figure] = {}
+    judged: list[dict[str, Any]] = []
+    for entry in results:
+        name, equals, file = entry.partition("=")
+        if not equals or user_path(entry).exists():  # a path that exists is never taken apart
+            name, file = "", entry
+        elif name not in OF_BENCHMARK:
+            raise UserError(unknown_name("benchmark", name, OF_BENCHMARK))
+        path = user_path(file)
+        content = _read(path)
+        column = _column(content, name, path)
+        if column in figures:
+            raise UserError(f"{path}: a second result for the column {column}: a table shows one run, name one of them")
+        figures[column] = _figure(content, path)
+        if content.get("axis") in OF_AXIS:
+            judged.append(content)
+    notes = [f"{column}: {figures[column].note}" for column in COLUMNS if column in figures]
+    # the benchmarks that our rows show in part only, as " (MVBench: first 5 a task)"
+    named = [(VCGBENCH if column in SCORES else column, figure.part) for column, figure in figures.items()]
+    asked = dict.fromkeys(f"{title}: {part}" for title, part in named if part)
+    parts = f" ({'; '.join(asked)})" if asked else ""
+    if judged:
+        notes.insert(0, "Scores depend on the judge and its instructions: compare those of one judge only.")
+        try:
+            average = vcgbench_average(judged)
+            figures[AVERAGE] = Figure(average["mean_truncated"], average["mean"], "")
+        except UserError as error:  # an axis is missing, or others judged it: the cell stays empty and says so
+            notes.append(str(error))
+    rows: list[tuple[str, ...]] = [(method, *map(_cell, COLUMNS, values)) for method, values in METHODS.items()]
+    ours = [figures.get(column, NO_FIGURE) for column in COLUMNS]
+    rows.append((f"ours, official rules{parts}", *map(_cell, COLUMNS, [figure.official for figure in ours])))
+    rows.append((f"ours, strict rules{parts}", *map(_cell, COLUMNS, [figure.own for figure in ours])))
+    rules = (
+        f"Rows above ours: published ({SOURCE}). Official rules: MVBench's matcher, a judge's scores truncated; strict "
+        "rules: the option's letter or text, scores as they are. MVBench and VideoQA in percent, VcgBench from 0 to 5."
+    )
+    return table(("", *COLUMNS), rows) + "\n" + "".join(f"- {line}\n" for line in (rules, *notes))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    check_regular(path, EXPECTED)
+    try:
+        content = loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected {EXPECTED}") from None
+    except ValueError:
+        raise UserError(f"{path}: no JSON; expected {EXPECTED}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("counts"), dict):
+        raise UserError(f"{path}: another kind of file; expected {EXPECTED}")
+    return content
+
+
+def _column(content: Mapping[str, Any], name: str, path: Path) -> str:
+    """The column of a results file. name: of the VideoQA benchmark, where the user gives it."""
+    axis = content.get("axis")
+    if axis in OF_AXIS:
+        return OF_AXIS[axis]
+    if axis == QA:
+        name = name or str(_run_beside(path).get("benchmark", ""))
+        if name not in OF_BENCHMARK:
+            found = f"found {name}" if name else "the file does not say"
+            raise UserError(
+                f"{path}: of which benchmark is it? {found}, the table has columns for {', '.join(OF_BENCHMARK)}: "
+                "write one of them and = before the path"
+            )
+        return OF_BENCHMARK[name]
+    if content.get("benchmark") == "mvbench":
+        return MVBENCH
+    raise UserError(
+        f"{path}: of {content.get('benchmark')} it has counts and no scores: run `stllm judge`, and name its results"
+    )
+
+
+def _run_beside(path: Path) -> dict[str, Any]:
+    """What `stllm evaluate` says of the predictions that DIR/<name>.judged judges, {} when it is not there."""
+    folder = path.resolve().parent
+    beside = folder.with_name(f"{folder.name.removesuffix(JUDGED)}.results.json")
+    return _read(beside) if folder.name.endswith(JUDGED) and beside.is_file() else {}
+
+
+def _part(run: Mapping[str, Any]) -> str:
+    """What a run asked alone of its benchmark, "" for all of it. run: its results file."""
+    asked = (run.get("settings") or {}).get("evaluation") or {}
+    tasks, limit = asked.get("tasks"), asked.get("limit")
+    # of VcgBench a column is a task
+    words = [f"{len(tasks)} of its tasks"] if tasks and run.get("benchmark") == "mvbench" else []
+    return ", ".join([*words, f"first {limit} a task"] if limit else words)
+
+
+def _figure(content: Mapping[str, Any], path: Path) -> Figure:
+    counts = content["counts"]
+    try:
+        if "axis" in content:
+            missing, run = counts["failed"] + counts.get("unanswered", 0), _run_beside(path)
+            note = f"{path}, judge {content['judge']}, instructions {content['prompt_digest']}, {missing} not judged"
+            if not run:
+                note += f", {counts['scored']} judged; whether those are all of the benchmark's the file does not say"
+            if content["axis"] == QA:
+                return Figure(content["accuracy"], content["accuracy"], note, _part(run))
+            return Figure(content["mean_truncated"], content["mean"], note, _part(run))
+        note = f"{path}, {counts['answered']} answered, {counts['failed']} failed, {counts['excluded']} excluded"
+        scores = content["scores"]
+        return Figure(scores["official"]["average"], scores["strict"]["average"], note, _part(content))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: lacks {error}; expected {EXPECTED}") from None
+
+
+def _cell(column: str, value: float | None) -> str:
+    return score(value) if column in SCORES else percent(value)
