@@ -1,4 +1,4 @@
-"""The processes under torchrun: their numbers and their group.
+"""The processes under torchrun: their numbers, their group, and what they agree on.
 
 The numbers need no torch: it is asked only when something has imported it already.
 """
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 PATIENCE = timedelta(days=30)  # for a process with longer clips than the others
 
@@ -38,6 +39,24 @@ def _initialized(function: str, variable: str, alone: int) -> int:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(getattr(distributed, function)())
     return int(os.environ.get(variable, alone))
+
+
+def is_distributed() -> bool:
+    """Whether there is a group with other processes to agree with."""
+    from torch import distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """All processes' values, in the order of the processes. A collective call."""
+    from torch import distributed as dist
+
+    if not is_distributed():
+        return list(values)
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, values)
+    return [value for values in every for value in values]
 
 
 @contextmanager

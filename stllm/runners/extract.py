@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from stllm.common.config import load_config
 from stllm.common.device import resolve_device, resolve_dtype, seed_everything
-from stllm.common.distributed import is_main, process_group, rank, wait_for_all, world_size
+from stllm.common.distributed import gathered, is_main, process_group, rank, wait_for_all, world_size
 from stllm.common.errors import UserError, out_of_memory
 from stllm.common.files import locked
 from stllm.common.processes import end_with_parent, one_a_core
@@ -37,7 +37,6 @@ from stllm.models import precomputed
 from stllm.models.build import build_encoder, config_from_settings
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
-from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)
 

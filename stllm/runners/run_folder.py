@@ -16,17 +16,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import distributed as dist
 from transformers.trainer_pt_utils import safe_globals
 
 from stllm.common.config import flat, save_config, told_changes
-from stllm.common.distributed import is_main
+from stllm.common.distributed import gathered, is_main, wait_for_all
 from stllm.common.errors import UserError, sentence
 from stllm.common.files import locked, write_text
 from stllm.common.jsonl import loads
 from stllm.common.run_section import UNUSED
 from stllm.models.checkpoints.weights import WeightFiles
-from stllm.runners.meter import is_distributed
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ class RunFolder:
                     stack.enter_context(locked(self.path / LOCK, busy, seconds=LOCK_SECONDS))
                 except Exception as caught:  # the other processes wait below
                     error = caught
-            if anywhere(error is not None):
+            if any(gathered([error is not None])):
                 raise error or UserError(busy)
             yield
 
@@ -151,7 +149,7 @@ class RunFolder:
             yield self._partial
         except Exception as caught:
             error = caught
-        if anywhere(error is not None):
+        if any(gathered([error is not None])):
             if is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise UserError(self._lost(step, error)) from error
@@ -162,7 +160,7 @@ class RunFolder:
             os.replace(self._partial / target.name, target)
             self._rotate(limit)
             shutil.rmtree(self._partial, ignore_errors=True)
-        _wait()
+        wait_for_all()
 
     def place_final(self, folder: Path) -> None:
         """Moves a complete model's files from `folder` into the run's own, config.json last. On the main process."""
@@ -179,7 +177,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
-        _wait()
+        wait_for_all()
 
     def _rotate(self, limit: int | None) -> None:
         if limit is not None and limit > 0:
@@ -218,21 +216,6 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
         if not isinstance(content, dict):
             return f"{path.name} is damaged (found {type(content).__name__}, expected named values)"
     return None
-
-
-def anywhere(flag: bool) -> bool:
-    """Whether it is so on any process. A collective call."""
-    if not is_distributed():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
-def _wait() -> None:
-    if is_distributed():
-        dist.barrier()
 
 
 def _flush(folder: Path) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from omegaconf import DictConfig
-from torch import distributed as dist
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from stllm.common.device import seed_everything
-from stllm.common.distributed import is_main
+from stllm.common.distributed import gathered, is_main, wait_for_all
 from stllm.common.errors import UserError
 from stllm.common.registry import runners
 from stllm.datasets.collate import MEDIA_FIELDS
@@ -26,7 +25,7 @@ from stllm.datasets.replacement import BadSampleLog
 from stllm.datasets.samples import SampleKey
 from stllm.runners.run_folder import RunFolder
 from stllm.runners.signals import StopRequest
-from stllm.runners.trainer import STLLMTrainer, gathered
+from stllm.runners.trainer import STLLMTrainer
 
 log = logging.getLogger(__name__)
 
@@ -164,5 +163,4 @@ def _finish(task: Any, trainer: STLLMTrainer, folder: RunFolder) -> None:
         task.export(model, partial, sharded=trainer.is_fsdp_enabled)
         folder.place_final(partial)
         log.info("the trained model is in %s", folder.path)
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    wait_for_all()
