@@ -283,7 +283,12 @@ def merge_layers(
         return source_of(layers, key).name
 
     for section, schema in schemas.items():
-        converted = OmegaConf.merge(OmegaConf.structured(schema), _converted(plain[section], schema, section, where))
+        values = _converted(plain[section], schema, section, where)
+        try:
+            converted = OmegaConf.merge(OmegaConf.structured(schema), values)
+        except OmegaConfBaseException as error:  # an entry of a list, which `typed` does not look into
+            key = f"{section}.{error.full_key}"
+            raise UserError(f"{where(key.partition('[')[0])}: '{key}': {first_line(error)}") from error
         for f in dataclasses.fields(schema):
             if fault := field_fault(f, converted[f.name], f"{section}.{f.name}"):
                 raise UserError(f"{where(f'{section}.{f.name}')}: {fault}")
@@ -417,6 +422,10 @@ def _unresolvable(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[st
 
 
 def _absolute_paths(cfg: DictConfig, layers: Sequence[Layer]) -> None:
+    """Make paths absolute that are relative to their YAML's folder; hub names and paths relative to here stay.
+
+    A relative path is taken as relative to its YAML when it begins with a dot, or exists beside it.
+    """
     keys = [f"model.{f.name}" for f in dataclasses.fields(ModelSettings) if "path" in f.metadata]
     keys += [f"run.{key}" for key in RUN_PATHS]
     keys += [f"evaluation.{key}" for key in EVALUATION_PATHS if "evaluation" in cfg]
@@ -425,17 +434,15 @@ def _absolute_paths(cfg: DictConfig, layers: Sequence[Layer]) -> None:
         keys += [f"datasets.{name!s}{key}" for key in names if f"{name!s}{key}".endswith(DATASET_PATHS)]
     for key in keys:
         value, layer = OmegaConf.select(cfg, key), source_of(layers, key)
-        if isinstance(value, str):
-            optional = key.startswith("model.") and not value and key != "model.qformer_tokenizer"
-            OmegaConf.update(cfg, key, None if optional else _absolute(value, layer.folder))
-
-
-def _absolute(value: str, folder: Path) -> str:
-    """A path relative to `folder` made absolute; anything else (a hub name, a path relative to here) as it is."""
-    path = os.path.expanduser(value)
-    beside = os.path.abspath(folder / path)
-    marked = value in (".", "..") or value.startswith(("./", "../"))
-    return beside if value and not os.path.isabs(path) and (marked or os.path.exists(beside)) else path
+        if not isinstance(value, str):
+            continue
+        path = os.path.expanduser(value)
+        beside = os.path.abspath(layer.folder / path)
+        marked = value in (".", "..") or value.startswith(("./", "../"))
+        if value and not os.path.isabs(path) and (marked or os.path.exists(beside)):
+            path = beside
+        optional = key.startswith("model.") and not value and key != "model.qformer_tokenizer"
+        OmegaConf.update(cfg, key, None if optional else path)
 
 
 # ---- comparing ------------------------------------------------------------------------------------------------------

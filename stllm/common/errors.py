@@ -70,7 +70,10 @@ def sentence(error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return _own_words(str(error)) if _IN_A_WORKER in text else text
+        if _IN_A_WORKER in text:  # the text is a traceback, which ends with the error's own sentence
+            last = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)][-1:]
+            text = " ".join(last[0].partition(": ")[2].split()) if last else text
+        return text
     if out_of_memory(error):
         where = "on the GPU" if any(word in text for word in _GPU_WORDS) else "on this machine"
         return (
@@ -123,12 +126,6 @@ def _sentence(error: Exception) -> str:
     if "embedded null" in text:
         return "found a zero byte in a path, expected the name of a file or folder: correct it"
     return f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback"
-
-
-def _own_words(text: str) -> str:
-    """Of an error that a data loader's process raised, its own sentence: what follows the traceback's last colon."""
-    last = [line for line in text.splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)][-1:]
-    return " ".join(last[0].partition(": ")[2].split()) if last else " ".join(text.split())
 
 
 def out_of_memory(error: BaseException) -> bool:
