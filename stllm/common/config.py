@@ -285,7 +285,7 @@ def merge_layers(
     for section, schema in schemas.items():
         values = _converted(plain[section], schema, section, where)
         try:
-            converted = OmegaConf.merge(OmegaConf.structured(schema), values)
+            converted: Any = OmegaConf.merge(OmegaConf.structured(schema), values)
         except OmegaConfBaseException as error:  # an entry of a list, which `typed` does not look into
             key = f"{section}.{error.full_key}"
             raise UserError(f"{where(key.partition('[')[0])}: '{key}': {first_line(error)}") from error

@@ -309,7 +309,8 @@ def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) ->
     from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
 
     kinds = kinds_of(annotation)
-    choices = [member.value for kind in kinds if isinstance(kind, enum.EnumMeta) for member in kind]
+    enumerations: list[Any] = [kind for kind in kinds if isinstance(kind, enum.EnumMeta)]
+    choices = [member.value for enumeration in enumerations for member in enumeration]
     if value is None:
         return None
     if isinstance(value, int) and abs(value) >= 2**63 and str not in kinds:

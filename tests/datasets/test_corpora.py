@@ -8,9 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from stllm.common.config import load_config
+from stllm.common.config import check_entry, load_config
 from stllm.common.errors import UserError
-from stllm.common.schema import check_entry
 from stllm.datasets.corpora import build_corpora, resolved_settings, shipped_entries
 from stllm.datasets.features import FeatureWriter
 from stllm.datasets.instruction import InstructionCorpus
