@@ -8,6 +8,7 @@ heavy.
 import difflib
 import errno
 import re
+import textwrap
 from collections.abc import Iterable
 
 
@@ -142,3 +143,10 @@ def out_of_memory(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return False
+
+
+def reason(error: Exception) -> str:
+    """The error's kind and text in one line, for the brackets of a message."""
+    if "trust_remote_code" in str(error):  # transformers advises the user to allow it, which stllm never does
+        return "it needs Python code from its own folder or repository, and stllm runs no code from checkpoints"
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"

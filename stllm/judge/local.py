@@ -10,11 +10,10 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stllm.common.device import resolve_device, resolve_dtype
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
 from stllm.judge.ledger import MAX_NEW_TOKENS, Reply
 from stllm.judge.prompts import Messages, without_system
-from stllm.models.configuration import reason
 
 SAMPLE = 1 << 20  # bytes read at both ends of a weight file for its digest
 

@@ -4,7 +4,6 @@ Only `from_config` functions and the composition in st_llm.py read it; the parts
 Sizes and names: paper (arXiv 2404.00308) section 3; defaults are the published 7B model's.
 """
 
-import textwrap
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -39,15 +38,8 @@ WHOLE_NUMBERS = (
     *("num_query_tokens", "residual_size", "residual_bottleneck", "num_frames", "vit_chunk_size", "max_txt_len"),
 )
 MASK_RATE_DEFAULTS = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
-# what transformers raises for a value that no model can be built with, see `reason`
+# what transformers raises for a value that no model can be built with, see `common.errors.reason`
 CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError)
-
-
-def reason(error: Exception) -> str:
-    """The error's kind and text in one line, for the brackets of a message."""
-    if "trust_remote_code" in str(error):  # transformers advises the user to allow it, which stllm never does
-        return "it needs Python code from its own folder or repository, and stllm runs no code from checkpoints"
-    return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"
 
 
 def _known(kind: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular
 from stllm.common.registry import templates
-from stllm.models.configuration import STLLMConfig, reason
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
 from stllm.processors.templates import BOS, VISUAL, PromptTemplate, Turn
 
@@ -77,7 +76,7 @@ class PromptProcessor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, config: STLLMConfig, qformer_tokenizer: str | Path | None = None
+        cls, folder: str | Path, *, config: PretrainedConfig, qformer_tokenizer: str | Path | None = None
     ) -> "PromptProcessor":
         """Tokenizers of a checkpoint folder.
 
@@ -197,7 +196,7 @@ def _first_known(*ids: int | None) -> int:
     return next(i for i in ids if i is not None)
 
 
-def _load_tokenizer(folder: Path, config: STLLMConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     expected = (
         "a checkpoint folder needs tokenizer.model (with sentencepiece and protobuf installed) or tokenizer.json "
         "beside its weights"

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from stllm.common.distributed import gathered, is_distributed
-from stllm.common.errors import UserError, out_of_memory
+from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.common.files import check_regular, write_text
 from stllm.common.jsonl import loads
 from stllm.common.processes import end_with_parent
@@ -37,7 +37,6 @@ from stllm.datasets.mixture import MixtureSampler
 from stllm.datasets.replacement import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED
 from stllm.models.checkpoints.load import restore
-from stllm.models.configuration import reason
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.meter import StepMeter

@@ -10,13 +10,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
 from stllm.common.jsonl import loads
 from stllm.models.checkpoints import tables
 from stllm.models.checkpoints.tables import KeyTable, Target, UnknownKeyError
 from stllm.models.checkpoints.weights import WeightFiles, Weights, convert_language_model, read_config
-from stllm.models.configuration import CONFIG_ERRORS, language_model_config, reason
+from stllm.models.configuration import CONFIG_ERRORS, language_model_config
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
 HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors", "*.bin", "*.jinja", "qformer_tokenizer/*")

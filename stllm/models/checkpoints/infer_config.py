@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, reason
 from stllm.common.registry import templates
 from stllm.models.checkpoints.formats import Format, Source, locate, open_source, read_json
-from stllm.models.configuration import CONFIG_ERRORS, QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig, reason
+from stllm.models.configuration import CONFIG_ERRORS, QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig
 from stllm.models.settings import Fields, explicit_settings, piece_paths, settings_to_fields
 
 log = logging.getLogger(__name__)

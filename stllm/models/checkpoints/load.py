@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
 from stllm.common.device import resolve_device, resolve_dtype
-from stllm.common.errors import UserError, out_of_memory, unknown_name
+from stllm.common.errors import UserError, out_of_memory, reason, unknown_name
 from stllm.common.registry import models
 from stllm.models.checkpoints.audit import MAX_NAMED, OTHER, AuditReport, part_of, part_of_theirs
 from stllm.models.checkpoints.formats import Entry, Format, Source, locate, open_source
@@ -35,7 +35,7 @@ from stllm.models.checkpoints.infer_config import (
     names_of,
     open_model,
 )
-from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig, reason
+from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 

@@ -31,8 +31,8 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from stllm.common.errors import UserError, out_of_memory
-from stllm.models.configuration import CONFIG_ERRORS, reason
+from stllm.common.errors import UserError, out_of_memory, reason
+from stllm.models.configuration import CONFIG_ERRORS
 
 MAPPED_BYTES = 64 << 20
 CONTAINERS = ("model", "state_dict", "module")  # where training scripts put the weights
