@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.common import arguments, report, resident_bytes
 from benchmarks.reuse import new_chat, new_model
 from stllm.common.device import resolve_device
-from stllm.common.processes import num_decoders
+from stllm.common.processes import one_a_core
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media
@@ -49,7 +49,7 @@ def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]
     start = time.perf_counter()
     alone = {item.id: chat.answer(loaded.requests(item, chat.processor.template), DECODING)[0].text for item in sample}
     slow = (time.perf_counter() - start) / len(sample)
-    engine = Engine(chat, loaded, decoding=DECODING, batch_size=BATCH_SIZE, num_workers=num_decoders(None))
+    engine = Engine(chat, loaded, decoding=DECODING, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
     start = time.perf_counter()
     ours = {record["id"]: record["prediction"] for record in engine.records(items)}
     fast = (time.perf_counter() - start) / len(items)
@@ -63,7 +63,7 @@ def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]
 def memory(chat: Chat, items: Sequence[Item]) -> list[float]:
     """MiB that this process holds after each quarter of the items. A first pass has grown what grows once."""
     short = replace(DECODING, max_new_tokens=1)  # what is held, not for how long, is looked at
-    engine = Engine(chat, asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=num_decoders(None))
+    engine = Engine(chat, asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
     held = []
     for number, _ in enumerate(engine.records(items), start=1):
         if number % (len(items) // 4) == 0:
@@ -104,7 +104,7 @@ def main() -> None:
         args.output_dir,
         device=device,
         also={
-            "workers": num_decoders(None),
+            "workers": one_a_core(None),
             f"MiB held after each quarter of {num_asked} questions": [round(value) for value in held],
         },
     )

@@ -11,13 +11,41 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from stllm import __version__
-from stllm.commands import COMMANDS
-from stllm.commands.command import Parser
-from stllm.common.arguments import device_name, gpu_number, whole
+from stllm.commands import (
+    chat,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    extract,
+    inspect,
+    judge,
+    serve,
+    table,
+    toy,
+    train,
+    verify,
+)
+from stllm.commands.options import Command, Parser, device_name, gpu_number, whole
 from stllm.common.device import DTYPE_ALIASES, DTYPES, resolve_device, seed_everything
-from stllm.common.errors import did_you_mean
-from stllm.common.failures import sentence
-from stllm.common.terminal import escape_traceback, escaped_output, working
+from stllm.common.errors import did_you_mean, sentence
+from stllm.common.logging import escape_traceback, escaped_output, working
+
+COMMANDS: dict[str, Command] = {  # in the order of --help
+    "chat": chat.COMMAND,
+    "demo": demo.COMMAND,
+    "serve": serve.COMMAND,
+    "train": train.COMMAND,
+    "extract": extract.COMMAND,
+    "convert": convert.COMMAND,
+    "inspect": inspect.COMMAND,
+    "verify": verify.COMMAND,
+    "doctor": doctor.COMMAND,
+    "toy": toy.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "table": table.COMMAND,
+    "judge": judge.COMMAND,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,19 +81,19 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from stllm.common.logging import setup_logging
-    from stllm.common.parent import end_with_launcher
+    from stllm.common.processes import end_with_launcher
 
     end_with_launcher()
     if "WORLD_SIZE" in os.environ and "local_rank" in args:  # LOCAL_RANK alone would promise a launcher
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     setup_logging(debug=args.debug)
-    module, function = COMMANDS[args.command].target.split(":")
+    command = COMMANDS[args.command]
     with working("starting"):  # torch and transformers alone take seconds to import
-        run = getattr(import_module(module), function)
+        import_module(command.needs)
         seed_everything(args.seed or 0)
         if args.device not in ("auto", "cpu"):
             resolve_device(args.device)  # an absent device is refused by every command, in the same words
-    code = int(run(args))
+    code = command.run(args)
     sys.stdout.flush()  # a closed pipe shows here, not at the interpreter's exit
     return code
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -25,10 +26,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return record.code
 
     record.run = run
-    monkeypatch.setitem(sys.modules, "command_for_test", record)
     for name, command in COMMANDS.items():
-        fake = {**vars(command), "target": "command_for_test:run"}
-        monkeypatch.setitem(COMMANDS, name, type(command)(**fake))
+        monkeypatch.setitem(COMMANDS, name, replace(command, run=lambda args: record.run(args), needs="json"))
     return record
 
 
@@ -241,9 +240,9 @@ def test_interruption(ran, capsys) -> None:
 
 def test_a_closed_pipe_is_quiet() -> None:
     code = (
-        "import sys, types; from stllm.cli import main\n"
+        "import dataclasses, sys; from stllm.cli import COMMANDS, main\n"
         "def run(args):\n    print('x\\n' * 100_000)\n    return 0\n"
-        "sys.modules['stllm.models.checkpoints.inspect'] = types.SimpleNamespace(run=run)\n"
+        "COMMANDS['inspect'] = dataclasses.replace(COMMANDS['inspect'], run=run)\n"
         "sys.exit(main(['inspect', 'd']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

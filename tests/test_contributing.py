@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stllm.cli import main
-from stllm.commands import data as data_commands
-from stllm.common import config, evaluation_section, registry
+from stllm.commands import doctor
+from stllm.common import config, registry, schema
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
 from stllm.evaluation.benchmarks.base import Item
@@ -246,9 +246,9 @@ def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     shutil.copytree(config.PRESETS, tmp_path / "presets")
     preset = BLOCKS["stllm/configs/evaluation/kitchen.yaml"]
     (tmp_path / "presets" / "kitchen.yaml").write_text(preset, encoding="utf-8")
-    for users in (config, evaluation_section):
+    for users in (config, schema):
         monkeypatch.setattr(users, "PRESETS", tmp_path / "presets")
-    monkeypatch.setattr(data_commands, "DOCTOR_FORMATS", (*data_commands.DOCTOR_FORMATS, "kitchen"))
+    monkeypatch.setattr(doctor, "DOCTOR_FORMATS", (*doctor.DOCTOR_FORMATS, "kitchen"))
     monkeypatch.setattr(test_presets, "FOLDER", tmp_path / "presets")
     test_presets.test_a_preset_opens_with_what_it_is_for_and_how_to_run_it("kitchen")
 

@@ -19,7 +19,9 @@ DOCS = ("README.md", "trainval.md")
 FIGURE = ROOT / "docs" / "architecture.svg"
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 OURS: dict[str, list[str]] = {"demo.py": ["chat"], "demo_gradio.py": ["demo"], "stllm": []}
-FILE = re.compile(r"(?<![\w/$.-])(?:stllm|configs|scripts|benchmarks|experiments|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b")
+FILE = re.compile(
+    r"(?<![\w/$.-])(?:stllm|configs|scripts|benchmarks|experiments|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b"
+)
 
 NAME = re.compile(r"(?:def|class) (\w+)|self\.(\w+)(?:: \w+)? =|^    (\w+): |\.register\(\"(\w+)\"", re.MULTILINE)
 

@@ -23,9 +23,8 @@ from benchmarks.common import RESULTS
 from experiments.temporal.plan import ROOT, VARIANTS, Plan, tested
 from experiments.temporal.report import summary, write_report
 from experiments.temporal.runs import Result, run_all
-from stllm.common.arguments import path, whole
-from stllm.common.changes import flat, told_changes
-from stllm.common.config import load_config
+from stllm.commands.options import path, whole
+from stllm.common.config import flat, load_config, told_changes
 from stllm.common.errors import UserError
 from stllm.evaluation.results import write_json
 from stllm.evaluation.runs import content_digest

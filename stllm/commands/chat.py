@@ -2,11 +2,20 @@
 
 import argparse
 
-from stllm.commands.command import EMBEDDED, Command, Parser, add_checkpoint, add_config, add_context
-from stllm.common.arguments import number, path, whole
+from stllm.commands.options import (
+    EMBEDDED,
+    Command,
+    Parser,
+    add_checkpoint,
+    add_config,
+    add_context,
+    number,
+    path,
+    whole,
+)
 
 
-def _chat_options(parser: Parser) -> None:
+def add_options(parser: Parser) -> None:
     media = parser.add_mutually_exclusive_group()
     media.add_argument("--video", type=path, metavar="PATH", help="a video, a gif, or a folder of frames")
     media.add_argument("--image", type=path, metavar="PATH", help="an image")
@@ -49,7 +58,7 @@ def _chat_options(parser: Parser) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON line an answer")
 
 
-def _chat_fault(args: argparse.Namespace) -> str | None:
+def check(args: argparse.Namespace) -> str | None:
     if args.question and args.video is None and args.image is None:
         return "a --question needs a --video or an --image to look at"
     if args.evidence and (args.video is None or not args.question):
@@ -61,12 +70,18 @@ def _chat_fault(args: argparse.Namespace) -> str | None:
     return None
 
 
-COMMANDS = {
-    "chat": Command(
-        help="answers questions about a video or an image",
-        target="stllm.conversation.command:run",
-        add_options=_chat_options,
-        example='stllm chat --ckpt-path DIR --video clip.mp4 --question "What happens?"',
-        check=_chat_fault,
-    ),
-}
+def run(args: argparse.Namespace) -> int:
+    """Run the command, which is in stllm.conversation.command; returns its exit code."""
+    from stllm.conversation.command import run
+
+    return run(args)
+
+
+COMMAND = Command(
+    help="answers questions about a video or an image",
+    example='stllm chat --ckpt-path DIR --video clip.mp4 --question "What happens?"',
+    add_options=add_options,
+    run=run,
+    needs="stllm.conversation.command",
+    check=check,
+)

@@ -1,10 +1,21 @@
-"""`stllm demo` on the command line: what `demo_gradio.py` is."""
+"""`stllm demo` on the command line."""
 
-from stllm.commands.command import EMBEDDED, Command, Parser, add_address, add_checkpoint, add_config, add_context
-from stllm.common.arguments import number, whole
+import argparse
+
+from stllm.commands.options import (
+    EMBEDDED,
+    Command,
+    Parser,
+    add_address,
+    add_checkpoint,
+    add_config,
+    add_context,
+    number,
+    whole,
+)
 
 
-def _demo_options(parser: Parser) -> None:
+def add_options(parser: Parser) -> None:
     add_checkpoint(parser, EMBEDDED)
     add_config(parser, "what the checkpoint says")
     add_address(parser, port=7860)
@@ -29,11 +40,17 @@ def _demo_options(parser: Parser) -> None:
     )
 
 
-COMMANDS = {
-    "demo": Command(
-        help="serves a page in which to talk with videos",
-        target="stllm.web.command:run",
-        add_options=_demo_options,
-        example="stllm demo --ckpt-path DIR --port 7860",
-    ),
-}
+def run(args: argparse.Namespace) -> int:
+    """Run the command, which is in stllm.web.command; returns its exit code."""
+    from stllm.web.command import run
+
+    return run(args)
+
+
+COMMAND = Command(
+    help="serves a page in which to talk with videos",
+    example="stllm demo --ckpt-path DIR --port 7860",
+    add_options=add_options,
+    run=run,
+    needs="stllm.web.command",
+)

@@ -1,9 +1,5 @@
-"""The one place that chooses device and dtype, seeds, and knows what running out of memory looks like.
+"""The one place that chooses device and dtype, and seeds. torch is imported when a function needs it."""
 
-torch is imported when a function needs it: the command line asks `out_of_memory` of any exception.
-"""
-
-import errno
 import os
 import random
 import re
@@ -75,28 +71,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-_MEMORY_WORDS = (
-    "out of memory",  # CUDA, MPS
-    "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
-    "cannot allocate memory",  # mmap
-    "not enough memory",  # DefaultCPUAllocator on Windows
-    "cublas_status_alloc_failed",
-)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this exception, or the one that caused it, says that memory ran out, on whatever device."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
-            return True
-        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
-            return True
-        if isinstance(cause, ImportError) and "failed to map segment" in str(cause):  # of a library that does not fit
-            return True
-        if isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in _MEMORY_WORDS):
-            return True
-        cause = cause.__cause__
-    return False

@@ -1,9 +1,13 @@
-"""What a user can get wrong, said in one sentence: what was found, what was expected, what to do.
+"""Errors as one sentence: what was found, what was expected, what to do.
 
-The command line prints a `UserError` as that one sentence and exits with 1; anything else is a defect of ours.
+Our own code raises a `UserError`, whose text is that sentence. `sentence` words the errors of libraries and of the
+system. The command line prints the sentence and exits with 1. Standard library only: it is imported before anything
+heavy.
 """
 
 import difflib
+import errno
+import re
 import textwrap
 from collections.abc import Iterable
 
@@ -30,6 +34,117 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     listed = ", ".join(names) if names else "none so far"
     return f"unknown {kind} {name!r}: known are {listed}{did_you_mean(name, names)}"
+
+
+_GPU_WORDS = ("CUDA", "CUBLAS", "HIP", "MPS")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed", ". unexpected pos ")  # safetensors, torch
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+_IN_A_WORKER = "in DataLoader worker process"
+_WORKER_GONE = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
+_PROXY_WORDS = ("Using SOCKS proxy, but", "Unknown scheme for proxy URL")  # of httpx, when a client is built
+_PEER_WORDS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo/transport",
+    "ncclRemoteError",
+    "communicator was aborted",
+)
+MOST = 2000  # characters of a message; more, such as a path of 5,000 or a text in place of an id, is cut
+_MEMORY_WORDS = (
+    "out of memory",  # CUDA, MPS
+    "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
+    "cannot allocate memory",  # mmap
+    "not enough memory",  # DefaultCPUAllocator on Windows
+    "cublas_status_alloc_failed",
+)
+
+
+def sentence(error: Exception) -> str:
+    """What to print for an exception. A kind that is none of ours is called unexpected: it is a defect."""
+    text = _sentence(error)
+    return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        if _IN_A_WORKER in text:  # the text is a traceback, which ends with the error's own sentence
+            last = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)][-1:]
+            text = " ".join(last[0].partition(": ")[2].split()) if last else text
+        return text
+    if out_of_memory(error):
+        where = "on the GPU" if any(word in text for word in _GPU_WORDS) else "on this machine"
+        return (
+            f"not enough memory {where}: use fewer frames (--num-frames) or beams (--num-beams), a smaller type "
+            "(--dtype bfloat16), --options model.vit_chunk_size=1, or another --device"
+        )
+    if _WORKER_GONE.search(text):
+        return (
+            "a process that reads data was ended from outside, most likely because memory ran out: lower "
+            "run.dataloader_num_workers (--num-workers) or the number of frames, then run again"
+        )
+    peer_is_gone = isinstance(error, RuntimeError) and any(words in text for words in _PEER_WORDS)
+    if peer_is_gone or type(error).__name__ in ("DistNetworkError", "DistBackendError"):
+        return (
+            "another process of this run has ended, and this one cannot go on alone: its own message says why; the "
+            "same command continues from what was kept"
+        )
+    if any(words in text for words in _PROXY_WORDS):
+        return (
+            f"the proxy in the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) cannot be used ({text}): for a "
+            "socks5:// proxy run `pip install socksio`; else correct or unset the variable"
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "stllm":
+        return (
+            f"the package {error.name!r} is not installed here: run `pip install -r requirement.txt`, or activate the "
+            "environment that has it"
+        )
+    name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _FULL or any(words in text for words in _FULL_WORDS):
+        return f"no space left on the disk{name}: free some, or write to another folder, then run again"
+    if code in _FORBIDDEN:
+        return f"no permission{name}: give this user access, or name another path"
+    if code in _IN_THE_WAY:
+        return f"a file stands where a folder is needed{name}: name another path, or move the file"
+    if code == errno.EISDIR:
+        return f"a folder stands where a file is needed{name}: name another path, or move the folder"
+    if code == errno.ENAMETOOLONG:
+        return f"the name of a file or folder is too long{name}: name another path"
+    if code == errno.ELOOP:
+        return f"links that lead to each other in a circle{name}: name the file itself"
+    if isinstance(error, RecursionError):
+        return (
+            "found values nested within each other too deeply in a file that this command reads (a YAML, JSON or "
+            "annotation file): check the files that it names"
+        )
+    if isinstance(error, UnicodeError):
+        return (
+            f"found a text or a name with characters that cannot be written ({text}), such as half a surrogate pair: "
+            "correct it, or rename the file"
+        )
+    if "embedded null" in text:
+        return "found a zero byte in a path, expected the name of a file or folder: correct it"
+    return f"unexpected {type(error).__name__}: {text}; run again with --debug for the traceback"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this exception, or the one that caused it, says that memory ran out, on whatever device."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
+            return True
+        if isinstance(cause, ImportError) and "failed to map segment" in str(cause):  # of a library that does not fit
+            return True
+        if isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in _MEMORY_WORDS):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def reason(error: Exception) -> str:

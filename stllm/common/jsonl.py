@@ -1,4 +1,4 @@
-"""Append-only JSON Lines files: one record a line, handed to the system before the next record is computed.
+"""JSON texts, and append-only JSON Lines files: a record is handed to the system before the next one is computed.
 
 A process that is killed leaves at most an unfinished last line. Readers skip it, and the next writer removes it.
 `files.locked` keeps a second writer out; its lock ends with the process that holds it, however that ends.
@@ -7,16 +7,27 @@ A process that is killed leaves at most an unfinished last line. Readers skip it
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.common.json_text import loads
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The value of a JSON text, or of its bytes in UTF-8, -16 or -32; a byte order mark is no part of it.
+
+    Raises ValueError for what is no JSON, is nested too deeply, or has a number of thousands of digits.
+    """
+    text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+    try:
+        return json.loads(text.removeprefix("\ufeff"), object_hook=object_hook)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def line_of(record: Mapping[str, Any]) -> str:

@@ -1,14 +1,31 @@
-"""Notes and warnings of the command line, on stderr; results alone go to stdout. Libraries are kept quiet."""
+"""What a command prints: results on stdout, notes and warnings on stderr, control characters escaped on both.
 
+Names of files, answers of models, ledgers and error messages can hold escape sequences, which would move a terminal's
+cursor, hide text or rename its window. They are printed as `\\u001b`, which JSON reads back as the same text. Files
+keep the text as it is.
+"""
+
+import io
 import logging
 import os
+import re
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from stllm.common.distributed import is_main
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 ONCE = {"once": True}  # `extra` of a note that a command says once, though several of its parts come upon the matter
 _PREFIXES = {logging.INFO: "note", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
+# C0 without tab and newline, DEL, C1, and the marks that change the direction of the text around them.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_BAR_MOVES = re.compile(r"\r|[\n\x1b\[A]*\Z")  # how tqdm moves the cursor, at the beginning of what it writes
 
 
 class _Formatter(logging.Formatter):
@@ -53,3 +70,104 @@ def setup_logging(*, debug: bool = False) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(accelerate|peft|timm|torch|transformers)\b")
+
+
+def printable(text: str) -> str:
+    """The text with its control characters as `\\uXXXX`; doing it twice changes nothing."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class _Escaped:
+    """A text stream that escapes what is written; `raw` is the stream under it. All else is that stream's."""
+
+    def __init__(self, raw: TextIO) -> None:
+        self.raw = raw
+
+    def write(self, text: str) -> int:
+        moves = ""
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("tqdm."):  # every library's bars are tqdm's
+            found = _BAR_MOVES.match(text)
+            moves = found[0] if found else ""
+        self.raw.write(moves + printable(text[len(moves) :]))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """Within it, stdout and stderr escape control characters, and characters that their encoding lacks."""
+    before = sys.stdout, sys.stderr
+    escape_output()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def escape_output() -> None:
+    """The same from now on, for a process that a command has started."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, _Escaped) else cast(TextIO, _Escaped(stream))
+        for stream in (sys.stdout, sys.stderr)
+    )
+
+
+def escape_traceback() -> None:
+    """Have the traceback that ends this process escaped, too: the interpreter prints it when the command is left."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        with escaped_output():
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """rich's console, for tables and spinners: its own styles reach the terminal, control characters in texts do not.
+
+    Texts are no markup: a name that holds `[red]` is printed as it is.
+    """
+    from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+    from rich.segment import Segment
+
+    class Escaped:
+        def __init__(self, content: ConsoleRenderable) -> None:
+            self.content = content
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            for text, style, control in console.render(self.content, options):
+                yield Segment(text if control else printable(text), style, control)
+
+    class Escape(RenderHook):
+        def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+            return [Escaped(content) for content in renderables]
+
+    stream = sys.stderr if stderr else sys.stdout
+    while isinstance(stream, _Escaped):
+        stream = stream.raw
+    result = Console(file=stream, markup=False, emoji=False, highlight=False)
+    result.push_render_hook(Escape())
+    return result
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Shows `what` beside a spinner on stderr until the block ends.
+
+    Nothing where stderr is no terminal, or this not the main process.
+    """
+    if not sys.stderr.isatty() or not is_main():
+        yield
+        return
+    # The spinner takes the place of both streams, and would read colour codes in what is printed.
+    with console(stderr=True).status(what), escaped_output():
+        yield

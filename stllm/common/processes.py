@@ -1,37 +1,141 @@
-"""Several processes of one command: the group they form under torchrun, and how many more decode media for each."""
+"""Processes that a command starts: how many, a `map` over them, and how each ends with the one that started it.
 
+A process must end even when SIGKILL gave its parent no chance to say so. Pipes do not tell: forked siblings hold each
+other's ends open. The kernel's own signal (PR_SET_PDEATHSIG) follows the thread that forked, which may end long before
+its process. So a thread looks once a second whose child this process is.
+"""
+
+import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from datetime import timedelta
+from typing import Protocol, TypeVar
 
-from torch import distributed as dist
+from stllm.common.errors import UserError
+from stllm.common.logging import escape_output
 
-from stllm.common.distributed import world_size
+SECONDS = 1.0  # between two looks
+CHUNK = 8  # tasks that a process is given at once
+MAX_WORKERS = 8  # unless more are asked for
 
-MAX_WORKERS = 8
-PATIENCE = timedelta(days=30)  # for a process with longer clips than the others
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Bind this process to the one that started it through multiprocessing: call it first in every such process.
+
+    It ends when its parent has ended or sends SIGTERM. SIGINT, and SIGTERM from anyone else, are ignored: torchrun,
+    Slurm and terminals signal the whole group, and a worker that ends breaks the step that its parent wants to finish.
+
+    What it prints is escaped, as in its parent.
+
+    worker: its number, unused; DataLoader's `worker_init_fn` is given it.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None, "not started by multiprocessing"
+    served = getattr(multiprocessing.current_process(), "_start_method", None) == "forkserver"
+    starter = os.getppid() if served else parent.pid  # not getppid(): the parent may have ended before this line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    escape_output()
+    can_wait = hasattr(signal, "sigtimedwait")  # not on macOS and Windows: there SIGTERM ends it, whoever sends it
+    if can_wait:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def is_over() -> bool:
+        if can_wait:
+            received = signal.sigtimedwait({signal.SIGTERM}, SECONDS)
+            if received is not None and received.si_pid == parent.pid:
+                return True
+        else:
+            parent.join(SECONDS)
+        return os.getppid() != starter or not parent.is_alive()
+
+    _end_when(is_over)
+
+
+def killed_with_parent() -> None:
+    """Have the kernel kill this process once the thread that forked it is gone. Linux; elsewhere nothing happens.
+
+    It works while a decoder holds the interpreter's lock, too, where no thread of Python can look.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end_with_launcher() -> None:
+    """Bind a rank to the torchrun (or accelerate) that started it; no other process is changed.
+
+    A shell that started a command in the background may end. The ranks of a launcher that was killed may not go on:
+    nobody would notice when one of them fails, and the others would wait for it.
+    """
+    # torchrun starts each rank in a session of its own; what a rank starts in turn inherits its environment alone
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix" or os.getsid(0) != os.getpid():
+        return
+    launcher = os.getppid()
+    if _takes_over(launcher):  # the launcher ended before this line
+        os._exit(1)
+
+    def is_over() -> bool:
+        time.sleep(SECONDS)
+        return os.getppid() != launcher
+
+    _end_when(is_over)
+
+
+def _end_when(is_over: Callable[[], bool]) -> None:
+    def watch() -> None:
+        while not is_over():
+            pass
+        os._exit(0)  # Python's own exit would wait for queues that nobody reads; another code than 0 reads as a crash
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _takes_over(process: int) -> bool:
+    """Whether it is one of those that become the parents of orphans. In a container, process 1 may be torchrun."""
+    try:
+        program = os.path.basename(os.readlink(f"/proc/{process}/exe"))
+    except OSError:  # another user's, or no Linux
+        program = ""
+    return program == "systemd" or (process == 1 and "python" not in program)
+
+
+class Map(Protocol):
+    """The builtin of that name, or a pool's."""
+
+    def __call__(self, function: Callable[[T], R], tasks: Iterable[T], /) -> Iterator[R]: ...
+
+
+def one_a_core(asked: int | None, most: int = MAX_WORKERS) -> int:
+    """Processes: as many as are asked for, else one a core of this rank's share, from 1 to `most`."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(cores, most)) if asked is None else asked
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """The processes under torchrun as a group; gloo on GPUs, too: only counts pass between them."""
-    if world_size() > 1:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+def mapping(num_workers: int, *, died: str) -> Iterator[Map]:
+    """What maps a function over tasks; results come in their order. Ctrl-C reaches this process alone.
+
+    num_workers: processes, whose function and tasks can be pickled; 0: this one alone.
+    Raises UserError, `died`, when a process ends that was at work: no endless wait.
+    """
+    if num_workers < 1:
+        yield map
+        return
+    spawned = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+    pool = ProcessPoolExecutor(num_workers, spawned, initializer=end_with_parent)
     try:
-        yield
+        yield lambda function, tasks: pool.map(function, tasks, chunksize=CHUNK)
+    except BrokenProcessPool:
+        raise UserError(died) from None
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def wait_for_all() -> None:
-    """Returns when every process has come here. Raises RuntimeError when one of them has ended."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def num_decoders(asked: int | None) -> int:
-    """Processes that decode: a core each, up to `MAX_WORKERS`, unless the user says."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(cores, MAX_WORKERS)) if asked is None else asked
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -6,22 +6,16 @@ them is in exactly one of three tables: HONOURED, UNUSED (accepted with a note) 
 """
 
 import dataclasses
-import enum
 import logging
 import math
-import types
 import typing
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
-
 from stllm.common.errors import UserError, did_you_mean, unknown_name
-from stllm.common.json_text import loads
 from stllm.common.logging import ONCE
-from stllm.common.schema import RunSettings, field_fault
+from stllm.common.schema import RunSettings, field_fault, kinds_of, typed
 
 log = logging.getLogger(__name__)
 
@@ -159,14 +153,7 @@ SWITCHED_BY = {
     "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
     "gradient_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
 }
-JSON_FILES = ("deepspeed", "fsdp_config")  # mappings, or the names of files that hold them
 DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repository
-_NODES: dict[Any, tuple[Callable[..., Any], str]] = {
-    bool: (BooleanNode, "true or false"),
-    int: (IntegerNode, "a whole number"),
-    float: (FloatNode, "a number"),
-    str: (StringNode, "text"),
-}
 
 
 def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
@@ -216,25 +203,35 @@ def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any
     ours = [f for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata]
     result = {f.name: f.default for f in ours}
     for key, value in run.items():
-        value = typed(value, known[key], f"run.{key}", where)
-        if value is not None:
+        if key == "fsdp" and isinstance(value, bool):  # text by its annotation, a switch by its documentation
+            words = value and len(kinds_of(known[key])) > 1  # a list of words: the switch would not wrap each layer
+            result[key] = "full_shard auto_wrap" if words else value
+        elif (value := typed(value, known[key], f"run.{key}", where)) is not None:
             result[key] = value
     for f in ours:
-        fault = field_fault(f, result[f.name], f"run.{f.name}")
-        if fault:
+        if fault := field_fault(f, result[f.name], f"run.{f.name}"):
             raise UserError(f"{where('run.' + f.name)}: {fault}")
     for key, value in result.items():
         if fault := _number_fault(key, value):
             raise UserError(f"{where('run.' + key)}: 'run.{key}' must be {fault}, found {value}")
     for key, switches in SWITCHED_BY.items():
         given: Any = result.get(key)
-        if isinstance(given, dict):
-            result[key] = _mapping(given, SUBKEYS[key], f"run.{key}", where)
-        if result.get(key) and not any(result.get(switch) for switch in switches):
+        for name, value in given.items() if isinstance(given, dict) else ():
+            plain, dotted = str(name).removeprefix("fsdp_"), f"run.{key}.{name}"
+            if plain not in SUBKEYS[key]:
+                raise UserError(f"{where(dotted)}: {unknown_name(f'key of run.{key}', str(name), SUBKEYS[key])}")
+            given[name] = typed(value, SUBKEYS[key][plain], dotted, where)
+            if fault := _number_fault(plain, given[name]):
+                raise UserError(f"{where(dotted)}: '{dotted}' must be {fault}, found {value}")
+        if given and not any(result.get(switch) for switch in switches):
             log.info("%s: run.%s has no effect without run.%s", where(f"run.{key}"), key, switches[0], extra=ONCE)
     deepspeed: Any = result.get("deepspeed")
-    if isinstance(deepspeed, str):
-        result["deepspeed"] = _deepspeed_file(deepspeed, where("run.deepspeed"))
+    if isinstance(deepspeed, str) and not Path(deepspeed).is_absolute() and not Path(deepspeed).exists():
+        shipped = DEEPSPEED / Path(deepspeed).name  # published recipes say stllm/train/zero2.json
+        if shipped.is_file():
+            source = where("run.deepspeed")
+            log.info("%s: run.deepspeed: %s is not here, %s is taken", source, deepspeed, shipped, extra=ONCE)
+            result["deepspeed"] = str(shipped)
     return result
 
 
@@ -243,16 +240,7 @@ def run_keys() -> dict[str, Any]:
     from transformers import TrainingArguments
 
     trainer = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
-    return {**trainer, **_OURS}
-
-
-_OURS = typing.get_type_hints(RunSettings)
-
-
-def expected(annotation: Any) -> str | None:
-    """In words, what a simple type takes ("a whole number"); None for any other type."""
-    kind = _simple(annotation)
-    return None if kind is None else _NODES[kind][1]
+    return {**trainer, **typing.get_type_hints(RunSettings)}
 
 
 def _number_fault(key: str, value: Any) -> str | None:
@@ -271,89 +259,3 @@ def _number_fault(key: str, value: Any) -> str | None:
     if key in STEPS and value > 1 and value != int(value):
         return "a whole number of steps, or below 1 a share of all steps"
     return None
-
-
-def _mapping(
-    given: Mapping[str, Any], types: Mapping[str, Any], key: str, where: Callable[[str], str]
-) -> dict[str, Any]:
-    """A mapping's values converted and checked. Raises UserError for an unknown key and as `typed` does."""
-    result = {}
-    for name, value in given.items():
-        plain, dotted = str(name).removeprefix("fsdp_"), f"{key}.{name}"
-        if plain not in types:
-            raise UserError(f"{where(dotted)}: {unknown_name(f'key of {key}', str(name), types)}")
-        result[name] = typed(value, types[plain], dotted, where)
-        if fault := _number_fault(plain, result[name]):
-            raise UserError(f"{where(dotted)}: '{dotted}' must be {fault}, found {value}")
-    return result
-
-
-def _deepspeed_file(path: str, source: str) -> str:
-    """The file itself, or ours of the same name: published recipes say stllm/train/zero2.json, which is not here."""
-    ours = DEEPSPEED / Path(path).name
-    if Path(path).is_absolute() or Path(path).exists() or not ours.is_file():
-        return path
-    log.info("%s: run.deepspeed: %s is not here, %s is taken", source, path, ours, extra=ONCE)
-    return str(ours)
-
-
-def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
-    """The value converted to the type; None for a false value of a type that has no switch (`deepspeed: false`).
-
-    Raises UserError, naming the key, when it cannot be converted or is no member of the type's enumeration.
-    """
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{where(key)}: '{key}' must be between -2**63 and 2**63, found a larger number")
-    if key == "run.fsdp" and isinstance(value, bool):  # text by its annotation, a switch by its documentation
-        # where it is a list of words yet, the switch would not wrap layer by layer
-        return value if _simple(annotation) or not value else "full_shard auto_wrap"
-    enumerations: list[Any] = [kind for kind in _members(annotation) if isinstance(kind, enum.EnumMeta)]
-    choices = [member.value for enumeration in enumerations for member in enumeration]
-    if choices and value is not None and value not in choices:
-        raise UserError(f"{where(key)}: {unknown_name(key, str(value), choices)}")
-    kind = _simple(annotation)
-    if value is None:
-        return None
-    if kind is None:
-        return _container(value, annotation, key, where)
-    node, words = _NODES[kind]
-    try:
-        converted = node(value)._value()
-    except ValidationError:
-        raise UserError(f"{where(key)}: '{key}' must be {words}, found {value!r}") from None
-    # a whole number stays one where a fraction is allowed: 100 warm-up steps are not 100.0
-    return value if kind is float and isinstance(value, int) else converted
-
-
-def _container(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
-    """A value of a type that takes mappings or lists; text in place of a mapping is JSON, or names a file."""
-    kinds = [typing.get_origin(kind) or kind for kind in _members(annotation)]
-    if not set(kinds) <= _CONTAINERS.keys():
-        return value  # enumerations are checked already, and Any takes anything
-    if value is False and bool not in kinds:
-        return None
-    found = value
-    if isinstance(value, str) and dict in kinds and key.removeprefix("run.") not in JSON_FILES:
-        kinds = [dict]
-        with suppress(ValueError):
-            found = loads(value)
-    if not isinstance(found, tuple(kinds)) or (isinstance(found, bool) and bool not in kinds):
-        words = " or ".join(_CONTAINERS[kind] for kind in kinds)
-        raise UserError(f"{where(key)}: '{key}' must be {words}, found {value!r}")
-    return found
-
-
-_CONTAINERS: dict[Any, str] = {dict: "a mapping of keys", list: "a list", str: "text", bool: "true or false"}
-
-
-def _simple(annotation: Any) -> type | None:
-    """bool, int, float or str when the annotation is that, or that or None."""
-    kinds = _members(annotation)
-    return kinds[0] if len(kinds) == 1 and kinds[0] in _NODES else None
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The types of a union without None, or the one type."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(annotation) if union else (annotation,)
-    return [kind for kind in kinds if kind is not type(None)]

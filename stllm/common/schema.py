@@ -1,20 +1,40 @@
-"""The keys of a configuration, one comment each: what `model` may say, and what is ours under `run`.
+"""The keys of a configuration, one comment each, and the check of their values.
 
-The names are those of the published ST-LLM recipes, so that an existing YAML loads as it is; the defaults are the
-published sizes (arXiv 2404.00308). Types are checked by OmegaConf, names and files by config.py.
+Sections: `model`, `datasets`, `evaluation`, and our own keys of `run` (the others are in run_section.py). The names are
+those of the published ST-LLM recipes, so that an existing YAML loads as it is; the defaults are the published sizes
+(arXiv 2404.00308).
+
+datasets:                               # one entry a data set, and three roots set once for all
+  anno_root: /data/videochat2_it        # what annotation files are relative to
+  media_root: ${oc.env:MEDIA_ROOT}      # what media folders are relative to
+  caption_videochat: {num_frames: 64}   # a known data set (configs/datasets/), its defaults overridden
+  mine: {anno_path: mine.jsonl, media_dir: videos}
+evaluation: {num_frames: 32}            # over the benchmark's published settings (stllm/configs/evaluation/)
 """
 
-from collections.abc import Sequence
+import enum
+import types
+import typing
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import Field, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from stllm.common import registry
-from stllm.common.errors import unknown_name
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.jsonl import loads
 from stllm.common.registry import Registry
+
+MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage takes
+ROOTS = ("anno_root", "media_root", "features_root")  # texts directly under `datasets`
+TEXTS = ("instruction", "shards")  # keys of a data set that take a text or a list
+PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
+JSON_FILES = ("deepspeed", "fsdp_config")  # of `run`: mappings, or the names of files that hold them
 
 
 def _one_of(default: str | None, *choices: str) -> Any:
-    """A field whose values are enumerated; config.py checks them."""
+    """A field whose values are enumerated; `field_fault` checks them."""
     return field(default=default, metadata={"choices": choices})
 
 
@@ -24,7 +44,7 @@ def _registered(default: str | None, names: Registry[Any]) -> Any:
 
 
 def _within(default: float | None, low: float, high: float | None = None) -> Any:
-    """A number with bounds, both allowed; config.py checks them."""
+    """A number with bounds, both allowed; `field_fault` checks them."""
     return field(default=default, metadata={"low": low, "high": high})
 
 
@@ -34,7 +54,7 @@ def _path(default: str | None = None) -> Any:
 
 
 def _filled(default: str) -> Any:
-    """A text that must not be empty; config.py checks it."""
+    """A text that must not be empty; `field_fault` checks it."""
     return field(default=default, metadata={"filled": True})
 
 
@@ -43,24 +63,10 @@ def _unused(reason: str) -> Any:
     return field(default=None, metadata={"unused": reason})
 
 
-def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
-    """What is wrong with a field's value, by its enumeration, bounds or emptiness; None when nothing is."""
-    choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
-    if value is None or (isinstance(choices, Registry) and value == f.default):
-        return None
-    named = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    wrong = [name for name in named if choices and name not in choices]
-    if choices and wrong:
-        return unknown_name(key, str(wrong[0]), choices)
-    if (low is not None and not value >= low) or (high is not None and not value <= high):  # nan is neither
-        return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"
-    if f.metadata.get("filled") and not value:
-        return f"'{key}' must not be empty, found {value!r}"
-    return None
-
-
 _PARTS = ("vision_encoder", "qformer", "projection", "language_model")
 _PROMPTS = "prompts come from `template`"
+_PROCESSORS = "images are prepared by model.image_size, texts by model.template"
+_LAUNCHER = "the launcher (torchrun) and --device decide"
 
 
 @dataclass
@@ -169,12 +175,6 @@ class ModelSettings:
     pretrained: str | None = _unused("weights come from `ckpt`, `q_former_model`, `vit_ckpt` and `llama_model`")
 
 
-_LAUNCHER = "the launcher (torchrun) and --device decide"
-
-
-MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage takes
-
-
 @dataclass
 class RunSettings:
     """Our own keys of section `run`; the others are transformers' TrainingArguments (run_section.py)."""
@@ -193,3 +193,158 @@ class RunSettings:
     dist_url: str | None = _unused(_LAUNCHER)
     world_size: int | None = _unused(_LAUNCHER)
     device: str | None = _unused(_LAUNCHER)
+
+
+@dataclass
+class DatasetSettings:
+    """One data set's entry; unset keys (None) are the shipped ones of a known name."""
+
+    type: str = "instruction"  # how it is read, by its registered name (instruction, image_text)
+    media: str | None = _one_of(None, "video", "image", "text")  # unset: what the annotation file names
+    sample_ratio: float | None = _within(None, 0)  # its weight in the mixture; unset: its share of all samples
+    instruction: Any = None  # a text, or a list to draw from, for records without one
+    max_samples: int | None = _within(None, 1)  # use the first ones only
+
+    # Files; a relative path is relative to the roots (a path that exists beside the YAML comes first)
+    anno_path: str | None = None  # annotation file
+    anno_root: str | None = None
+    media_dir: str | None = None  # folder of the media that the annotation file names
+    media_root: str | None = None
+    features_dir: str | None = None  # precomputed features in place of the media (stllm extract); frames as there
+    shards: Any = None  # image_text: tar files, URLs, braces, globs; a text or a list
+    cache_dir: str | None = None  # image_text: where indexes and fetched shards are kept
+    cache_gb: float | None = _within(None, 0)  # image_text: the most that fetched shards may take
+
+    # Frames
+    num_frames: int = _within(16, 1)  # frames of every clip; a shorter one is padded with its last frame
+    sampling: str = "rand"  # which frames: rand, middle, uniform or fps<x>
+    crop: str = _one_of("random", "random", "center")  # of a clip in training; center: as in evaluation
+    fps: float | None = _within(None, 1e-3)  # of raw-frame folders and gifs
+    reader: str = "auto"  # what decodes videos: auto, pyav or decord
+
+    # Questions and answers
+    qa_sampling: str | None = _one_of(None, "one", "all")  # unset: run.qa_sampling
+    multi_turn: bool = False  # a record's pairs as one conversation, not a sample each
+
+    # Keys of LAVIS without an effect here
+    vis_processor: Any = field(default=None, metadata={"unused": _PROCESSORS})
+    text_processor: Any = field(default=None, metadata={"unused": _PROCESSORS})
+
+
+@dataclass
+class EvaluationSettings:
+    """One evaluation; unset keys (None) are the model's or the benchmark's own."""
+
+    # Files
+    anno_path: str | None = None  # the ground truth: a file, or MVBench's folder
+    answers_path: str | None = None  # the answers, where the questions have a file of their own
+    video_dir: str | None = None  # the folder of the media
+    output_dir: str = "output/eval"
+    output_name: str | None = None  # of the files there; unset: the benchmark's name
+
+    # What is asked
+    tasks: list[str] = field(default_factory=list)  # of these alone
+    limit: int | None = _within(None, 1)  # the first so many items of each task
+
+    # Frames
+    num_frames: int | None = _within(None, 0)  # 0: MVBench's one a second, 4 to 16
+    sampling: str = "uniform"  # which frames: uniform, segment, middle or fps<x>
+    reader: str = "auto"  # what decodes videos: auto, pyav or decord
+
+    # Prompt and decoding
+    system: Any = "template"  # the system sentence: "template" for the model family's own, "" for none, or a text
+    num_beams: int | None = _within(None, 1)
+    max_new_tokens: int | None = _within(None, 1)
+    repetition_penalty: float | None = None
+    context: str = _one_of("published", "published", "all")  # conversation/context.py
+
+    # Speed
+    batch_size: int = _within(8, 1)  # questions answered at once
+    num_workers: int | None = _within(None, 0)  # processes that decode; unset: one a core, to 8
+    media_seconds: float = _within(MEDIA_SECONDS, 0)  # to read one medium; 0: no limit
+
+
+def benchmark_names() -> list[str]:
+    """The names of the benchmarks: each has its shipped settings."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def texts(value: Any) -> tuple[Any, ...]:
+    """A key that takes a text or a list of them, as a tuple."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping of keys",
+    list: "a list",
+}
+
+
+def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
+    """What is wrong with a field's value, by its enumeration, bounds or emptiness; None when nothing is."""
+    choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
+    if value is None or (isinstance(choices, Registry) and value == f.default):
+        return None
+    named = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    wrong = [name for name in named if choices and name not in choices]
+    if choices and wrong:
+        return unknown_name(key, str(wrong[0]), choices)
+    if (low is not None and not value >= low) or (high is not None and not value <= high):  # nan is neither
+        return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"
+    if f.metadata.get("filled") and not value:
+        return f"'{key}' must not be empty, found {value!r}"
+    return None
+
+
+def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
+    """Convert a value to the type of its key; None for `false` where the type has no switch (`deepspeed: false`).
+
+    where: gives the file that a dotted key is in. Text that spells a number or a switch, as `${oc.env:NAME}` gives it,
+    is converted. Raises UserError, naming the key, for any other value.
+    """
+    from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
+
+    kinds = kinds_of(annotation)
+    enumerations: list[Any] = [kind for kind in kinds if isinstance(kind, enum.EnumMeta)]
+    choices = [member.value for enumeration in enumerations for member in enumeration]
+    if value is None:
+        return None
+    if isinstance(value, int) and abs(value) >= 2**63 and str not in kinds:
+        raise UserError(f"{where(key)}: '{key}' must be between -2**63 and 2**63, found a larger number")
+    if choices and value not in choices:
+        raise UserError(f"{where(key)}: {unknown_name(key, str(value), choices)}")
+    nodes: dict[Any, Callable[[Any], Any]] = {bool: BooleanNode, int: IntegerNode, float: FloatNode, str: StringNode}
+    if len(kinds) == 1 and kinds[0] in nodes:
+        with suppress(ValidationError):
+            converted = nodes[kinds[0]](value)._value()
+            # a whole number stays one where a fraction is allowed: 100 warm-up steps are not 100.0
+            return value if kinds == [float] and isinstance(value, int) else converted
+    elif not set(kinds) <= {dict, list, str, bool}:
+        return value  # enumerations are checked already, and Any takes anything
+    elif value is False and bool not in kinds:
+        return None
+    else:
+        found = value
+        if isinstance(value, str) and dict in kinds and key.removeprefix("run.") not in JSON_FILES:
+            kinds = [dict]  # text in place of a mapping is JSON, or names a file
+            with suppress(ValueError):
+                found = loads(value)
+        if isinstance(found, tuple(kinds)) and (bool in kinds or not isinstance(found, bool)):
+            return found
+    raise UserError(f"{where(key)}: '{key}' must be {expected(*kinds)}, found {value!r}")
+
+
+def expected(*kinds: Any) -> str:
+    """Describe in words what the types take: "a whole number"."""
+    return " or ".join(_WORDS[kind] for kind in kinds)
+
+
+def kinds_of(annotation: Any) -> list[Any]:
+    """List the types of a union without None, or the one type; of `list[str]`, list."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(annotation) if union else (annotation,)
+    return [typing.get_origin(kind) or kind for kind in kinds if kind is not type(None)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.conversation.context import PUBLISHED, has_position_table, num_positions
 from stllm.conversation.decoding import Decoding, NaNWatch
 from stllm.conversation.evidence import (

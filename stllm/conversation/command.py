@@ -11,9 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from stllm.common.errors import UserError, unknown_name
-from stllm.common.failures import sentence
-from stllm.common.terminal import working
+from stllm.common.errors import UserError, sentence, unknown_name
+from stllm.common.logging import working
 from stllm.conversation.chat import FOLDER, Chat, Conversation, chosen_checkpoint, find_examples, load_chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import draw_evidence, filmstrip

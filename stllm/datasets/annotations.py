@@ -20,7 +20,7 @@ import numpy as np
 
 from stllm.common.errors import UserError
 from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular, replacing, user_path
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.datasets.records import Record
 from stllm.media.sampling import Bounds
 from stllm.processors.templates import Turn

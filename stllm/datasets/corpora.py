@@ -10,10 +10,10 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from stllm.common.datasets_section import ROOTS, DatasetSettings, texts
 from stllm.common.distributed import is_main
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.registry import datasets, readers
+from stllm.common.schema import ROOTS, DatasetSettings, texts
 from stllm.datasets.mixture import Source
 from stllm.media.sampling import sample_indices
 from stllm.processors.transforms import EvalTransform, TrainTransform

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.datasets.annotations import FOREIGN, AnnotationError, Fields, bounds_of, json_values, read_file, text_of
 from stllm.media.sampling import Bounds
 

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.records import Record
 from stllm.datasets.replacement import failure_of, load_within

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.common.registry import datasets
+from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.fetching import expand_shards

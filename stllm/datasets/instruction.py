@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
+from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.features import FeatureStore, feature_key, frame_settings
 from stllm.datasets.records import Record, Records

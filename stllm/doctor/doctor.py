@@ -16,13 +16,11 @@ from functools import partial
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from stllm.common.datasets_section import DatasetSettings, texts
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
-from stllm.common.pools import one_a_core
+from stllm.common.processes import one_a_core
 from stllm.common.registry import benchmarks
-from stllm.common.schema import MEDIA_SECONDS
+from stllm.common.schema import MEDIA_SECONDS, DatasetSettings, EvaluationSettings, texts
 from stllm.datasets.annotations import flatten
 from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key

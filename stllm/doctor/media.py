@@ -10,7 +10,7 @@ from functools import partial
 from tqdm import tqdm
 
 from stllm.common.errors import UserError
-from stllm.common.pools import CHUNK, mapping
+from stllm.common.processes import CHUNK, mapping
 from stllm.datasets.faults import Fault, Medium
 from stllm.doctor.checks import short_answer
 from stllm.media import info as media_info

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import DataLoader
 
 from stllm.common.errors import UserError
-from stllm.common.parent import end_with_parent
+from stllm.common.processes import end_with_parent
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, ClipReader, Media, Prepared, RequestError, Seen

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.config import load_evaluation
-from stllm.common.device import out_of_memory
-from stllm.common.distributed import is_main
-from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.distributed import is_main, process_group
+from stllm.common.errors import UserError, out_of_memory
 from stllm.common.jsonl import naming_full_disk
-from stllm.common.processes import process_group
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import FOLDER, default_num_frames
 from stllm.evaluation import results
 from stllm.evaluation.benchmarks.base import Loaded, load_benchmark

@@ -18,14 +18,14 @@ from typing import Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from stllm.common.changes import flat, told_changes
+from stllm.common.config import flat, told_changes
 from stllm.common.device import resolve_device, resolve_dtype
-from stllm.common.distributed import is_main, rank, world_size
+from stllm.common.distributed import is_main, rank, wait_for_all, world_size
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path, write_text
 from stllm.common.jsonl import Appender, naming_full_disk
-from stllm.common.processes import num_decoders, wait_for_all
+from stllm.common.processes import one_a_core
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
@@ -167,7 +167,7 @@ class Runs:
             loaded,
             decoding=self.decoding,
             batch_size=self.settings.batch_size,
-            num_workers=num_decoders(self.settings.num_workers),
+            num_workers=one_a_core(self.settings.num_workers),
             media_seconds=self.settings.media_seconds,
         )
         path = files.path if world_size() == 1 else files.part(rank())

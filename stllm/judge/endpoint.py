@@ -16,7 +16,7 @@ import httpx
 import openai
 
 from stllm.common.errors import UserError
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.judge.ledger import Reply
 from stllm.judge.prompts import Messages, without_system
 

@@ -14,7 +14,7 @@ from typing import Any
 from stllm import __version__
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.evaluation.axes import HIGHEST, LOWEST, QA, SAME, VCGBENCH_AXES, vcgbench_average
 from stllm.judge.ledger import Entry, JudgeRun, Ledger
 from stllm.judge.parser import Verdict

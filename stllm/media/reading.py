@@ -27,9 +27,8 @@ from typing import Any, TypeVar
 from torch import Tensor, from_numpy
 
 from stllm.common.errors import UserError
-from stllm.common.logging import setup_logging
-from stllm.common.parent import killed_with_parent
-from stllm.common.terminal import escape_output
+from stllm.common.logging import escape_output, setup_logging
+from stllm.common.processes import killed_with_parent
 from stllm.media.info import MediaError
 
 R = TypeVar("R")

@@ -100,14 +100,13 @@ def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str]
     """
     from omegaconf import OmegaConf
 
-    from stllm.common.config import DEFAULT_MODEL, SHIPPED, load_config, yaml_layer, yaml_layers
+    from stllm.common.config import DEFAULT_MODEL, SHIPPED, merge_layers, read_layers, yaml_layer
 
     if cfg_path is None and not options:
         return {}
-    cfg = load_config(cfg_path, options, model_type=DEFAULT_MODEL)
-    raw: list[Any] = [layer.values for layer in yaml_layers(cfg_path)] if cfg_path is not None else []
-    raw.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(options))))
-    said = [layer.get("model") or {} for layer in raw]
+    layers = read_layers(cfg_path, options)
+    cfg = merge_layers(layers, DEFAULT_MODEL)
+    said = [layer.values.get("model", {}) for layer in layers]
     if any("model_type" in layer for layer in said):
         said.insert(0, yaml_layer(SHIPPED / f"{cfg.model.model_type}.yaml").values["model"])
     model = OmegaConf.to_container(cfg.model)

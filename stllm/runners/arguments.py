@@ -25,7 +25,7 @@ from transformers.training_args import OptimizerNames, ParallelMode, trainer_log
 from stllm.common.device import DTYPE_ALIASES, resolve_device
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import check_regular
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.common.run_section import REFUSED
 from stllm.common.schema import RunSettings
 
@@ -49,7 +49,8 @@ def training_arguments(
         raise UserError("run.output_dir is not set: name the folder that the run writes to")
     _check_values(values)
     values |= FIXED
-    values |= _precision(dtype)
+    if (name := DTYPE_ALIASES.get(dtype, dtype)) != "auto":  # --dtype over bf16 and fp16 of the section
+        values |= {"bf16": name == "bfloat16", "fp16": name == "float16"}
     if seed is not None:
         values["seed"] = seed
     place = torch.device("cpu") if device == "auto" and values.get("use_cpu") else resolve_device(device)
@@ -170,9 +171,3 @@ def _try_optimizer(args: TrainingArguments) -> None:
         num_training_steps=100,
         scheduler_specific_kwargs=given or None,
     )
-
-
-def _precision(dtype: str) -> dict[str, bool]:
-    """--dtype over bf16 and fp16 of the section."""
-    name = DTYPE_ALIASES.get(dtype, dtype)
-    return {} if name == "auto" else {"bf16": name == "bfloat16", "fp16": name == "float16"}

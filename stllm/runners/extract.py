@@ -15,20 +15,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from stllm.common.config import load_config
-from stllm.common.datasets_section import ROOTS
-from stllm.common.device import out_of_memory, resolve_device, resolve_dtype, seed_everything
-from stllm.common.distributed import is_main, rank, world_size
-from stllm.common.errors import UserError
+from stllm.common.device import resolve_device, resolve_dtype, seed_everything
+from stllm.common.distributed import gathered, is_main, process_group, rank, wait_for_all, world_size
+from stllm.common.errors import UserError, out_of_memory
 from stllm.common.files import locked
-from stllm.common.parent import end_with_parent
-from stllm.common.processes import num_decoders, process_group, wait_for_all
-from stllm.common.schema import RunSettings
+from stllm.common.processes import end_with_parent, one_a_core
+from stllm.common.schema import ROOTS, RunSettings
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.features import (
     SHARD_BYTES,
@@ -41,12 +37,10 @@ from stllm.datasets.features import (
 )
 from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.replacement import BadSampleLog
-from stllm.datasets.samples import Corpus
 from stllm.models import precomputed
 from stllm.models.build import build_encoder, config_from_settings
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
-from stllm.runners.trainer import gathered
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +48,11 @@ log = logging.getLogger(__name__)
 def run(args: argparse.Namespace) -> int:
     """The command. Exit code 0 when every clip that can be read is there."""
     allow_pipes(args.allow_pipe)
-    cfg = _from_pixels(load_config(args.cfg_path, args.options))
+    cfg = load_config(args.cfg_path, args.options)
+    cfg.datasets.pop("features_root", None)  # the features that data sets may name are about to be made
+    for name, entry in cfg.datasets.items():
+        if name not in ROOTS:
+            entry.pop("features_dir", None)
     config = config_from_settings(model_section(cfg))
     fault = precomputed.fault(config, args.stage)
     if fault:
@@ -62,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.dtype, device)
     image_size = config.vision_config["image_size"]
-    corpora = _with_media(source.corpus for source in build_corpora(cfg, image_size=image_size, train=False))
+    every = [source.corpus for source in build_corpora(cfg, image_size=image_size, train=False)]
+    corpora = [corpus for corpus in every if corpus.media is not None and isinstance(corpus, FeatureSource)]
+    if not corpora:
+        raise UserError("there is nothing to encode: no data set of the configuration has videos or images")
     # as training does, so that even weights that no file gives are the same ones there
     seed_everything(cfg.run.get("seed", 42) if args.seed is None else args.seed)
     with process_group(), _locked(Path(args.output), corpora):
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             configured = cfg.run.get("media_seconds", RunSettings.media_seconds)
             extraction.run(
                 batch_size=args.batch_size,
-                num_workers=num_decoders(args.num_workers),
+                num_workers=one_a_core(args.num_workers),
                 media_seconds=configured if args.media_seconds is None else args.media_seconds,
             )
         except Exception as error:
@@ -133,7 +134,15 @@ class Extraction:
         started = time.perf_counter()
         log.info("%d clips to encode, %d are there", len(self.pending), self.num_done)
         try:
-            self._encode(self._loader(batch_size, num_workers, media_seconds))
+            self._encode(
+                DataLoader(
+                    ClipDataset(self.corpora, self.own, batch_size=batch_size, media_seconds=media_seconds),
+                    batch_size=None,
+                    num_workers=num_workers,
+                    pin_memory=self.model.device.type == "cuda",
+                    worker_init_fn=end_with_parent,
+                )
+            )
         finally:
             for writer in self.writers:  # whatever happened: what was computed is kept
                 writer.flush()
@@ -165,15 +174,6 @@ class Extraction:
                 f"{free / 2**30:.1f} GiB are free: name another disk with --output, or take fewer frames (num_frames)"
             )
 
-    def _loader(self, batch_size: int, num_workers: int, media_seconds: float) -> DataLoader[ClipBatch]:
-        return DataLoader(
-            ClipDataset(self.corpora, self.own, batch_size=batch_size, media_seconds=media_seconds),
-            batch_size=None,
-            num_workers=num_workers,
-            pin_memory=self.model.device.type == "cuda",
-            worker_init_fn=end_with_parent,
-        )
-
     def _encode(self, loader: DataLoader[ClipBatch]) -> None:
         share = f" (1 of {world_size()} processes)" if world_size() > 1 else ""
         hidden = None if is_main() else True  # None: no bar where nobody looks
@@ -183,15 +183,13 @@ class Extraction:
                 for failure in failures:
                     self.bad.add(failure)
                 if pixel_values is not None:
-                    self._add(clips, pixel_values)
+                    pixel_values = pixel_values.to(self.model.device, non_blocking=True)
+                    features = precomputed.encode(self.model, pixel_values, self.stage)
+                    for clip, of_clip in zip(clips, features.cpu(), strict=True):
+                        self.writers[clip.corpus].add(clip.key, of_clip.clone())
                 num_read += len(clips)
                 self.bad.check(num_read)
                 bar.update(len(clips) + len(failures))
-
-    def _add(self, clips: Sequence[DistinctClip], pixel_values: torch.Tensor) -> None:
-        features = precomputed.encode(self.model, pixel_values.to(self.model.device, non_blocking=True), self.stage)
-        for clip, of_clip in zip(clips, features.cpu(), strict=True):
-            self.writers[clip.corpus].add(clip.key, of_clip.clone())
 
     def _finish(self, states: Sequence[dict[str, Any]], seconds: float) -> None:
         """The indexes and the last word, on the main process, when all have written."""
@@ -219,19 +217,3 @@ def _locked(output: Path, corpora: Iterable[FeatureSource]) -> Iterator[None]:
             stack.enter_context(locked(output / f".{corpus.name}.lock", busy))
         wait_for_all()
         yield
-
-
-def _from_pixels(cfg: DictConfig) -> DictConfig:
-    """The configuration without the features that its data sets may name: they are about to be made."""
-    cfg.datasets.pop("features_root", None)
-    for name, entry in cfg.datasets.items():
-        if name not in ROOTS:
-            entry.pop("features_dir", None)
-    return cfg
-
-
-def _with_media(corpora: Iterable[Corpus]) -> list[FeatureSource]:
-    found = [corpus for corpus in corpora if corpus.media is not None and isinstance(corpus, FeatureSource)]
-    if not found:
-        raise UserError("there is nothing to encode: no data set of the configuration has videos or images")
-    return found

@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from stllm.common.distributed import is_distributed
+
 SUMS = (
     *("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy"),
     *("told_batches", "masked_batches", "seen_batches", "judged_batches"),
 )
-
-
-def is_distributed() -> bool:
-    """Whether there are other processes to agree with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class StepMeter:

@@ -16,19 +16,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import distributed as dist
 from transformers.trainer_pt_utils import safe_globals
 
-from stllm.common.changes import flat, told_changes
-from stllm.common.config import save_config
-from stllm.common.distributed import is_main
-from stllm.common.errors import UserError
-from stllm.common.failures import sentence
+from stllm.common.config import flat, save_config, told_changes
+from stllm.common.distributed import gathered, is_main, wait_for_all
+from stllm.common.errors import UserError, sentence
 from stllm.common.files import locked, write_text
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.common.run_section import UNUSED
 from stllm.models.checkpoints.weights import WeightFiles
-from stllm.runners.meter import is_distributed
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +67,7 @@ class RunFolder:
                     stack.enter_context(locked(self.path / LOCK, busy, seconds=LOCK_SECONDS))
                 except Exception as caught:  # the other processes wait below
                     error = caught
-            if anywhere(error is not None):
+            if any(gathered([error is not None])):
                 raise error or UserError(busy)
             yield
 
@@ -84,18 +80,22 @@ class RunFolder:
             if is_main():
                 save_config(cfg, self.config_path)
         elif self.config_path.is_file():
-            self._check_same(cfg)
+            decisive = [
+                {
+                    k: v
+                    for k, v in flat(values).items()
+                    if not FREE.fullmatch(k) and k.removeprefix("run.") not in UNUSED
+                }
+                for values in map(OmegaConf.to_container, (OmegaConf.load(self.config_path), cfg))
+            ]
+            if changes := told_changes(*decisive):
+                raise UserError(
+                    f"{self.path} holds a run with another configuration: {changes}; set it back to continue, or name "
+                    "another run.output_dir to begin anew"
+                )
         else:
             raise UserError(
                 f"{self.path} holds a model that no run made there: name another folder with run.output_dir"
-            )
-
-    def _check_same(self, cfg: Any) -> None:
-        old, new = (_decisive(OmegaConf.to_container(one)) for one in (OmegaConf.load(self.config_path), cfg))
-        if changes := told_changes(old, new):
-            raise UserError(
-                f"{self.path} holds a run with another configuration: {changes}; set it back to continue, or name "
-                "another run.output_dir to begin anew"
             )
 
     def last_checkpoint(self) -> Path | None:
@@ -127,10 +127,9 @@ class RunFolder:
         """Drops the log's lines of steps after `step`: they are about to be made again."""
         if not self.log_path.is_file():
             return
-        lines = [
-            line for line in self.log_path.read_text(encoding="utf-8").splitlines(keepends=True) if _is_whole(line)
-        ]
-        kept = [line for line in lines if loads(line)["step"] <= step]
+        lines = self.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # a process that was killed while it wrote leaves half a line
+        kept = [line for line in lines if line.endswith("}\n") and loads(line)["step"] <= step]
         write_text(self.log_path, "".join(kept))
 
     def append_log(self, line: Mapping[str, Any]) -> None:
@@ -147,24 +146,35 @@ class RunFolder:
         limit: checkpoints to keep; older ones go once the new one is there. A collective call.
         Raises UserError, on every process, when one of them could not write; the checkpoints before stay whole.
         """
-        self._clear()
+        if is_main():
+            self.path.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir()
+        wait_for_all()
         error: Exception | None = None
         try:
             yield self._partial
         except Exception as caught:
             error = caught
-        if anywhere(error is not None):
+        if any(gathered([error is not None])):
             if is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
-            raise UserError(self._lost(step, error)) from error
+            last = self.last_checkpoint()
+            kept = f"{last.name} before it is whole" if last else "there is none before it"
+            cause = "another process could not write its part" if error is None else sentence(error)
+            raise UserError(
+                f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}: run again to continue "
+                "from it"
+            ) from error
         if is_main():
             target = self.path / f"checkpoint-{step}"
             _flush(self._partial / target.name)
             _remove(target)
             os.replace(self._partial / target.name, target)
-            self._rotate(limit)
+            for old in self.checkpoints()[:-limit] if limit else ():
+                _remove(old)
             shutil.rmtree(self._partial, ignore_errors=True)
-        _wait()
+        wait_for_all()
 
     def place_final(self, folder: Path) -> None:
         """Moves a complete model's files from `folder` into the run's own, config.json last. On the main process."""
@@ -175,24 +185,6 @@ class RunFolder:
             _remove(target)
             os.replace(entry, target)
         folder.rmdir()
-
-    def _clear(self) -> None:
-        if is_main():
-            self.path.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir()
-        _wait()
-
-    def _rotate(self, limit: int | None) -> None:
-        if limit is not None and limit > 0:
-            for old in self.checkpoints()[:-limit]:
-                _remove(old)
-
-    def _lost(self, step: int, error: Exception | None) -> str:
-        last = self.last_checkpoint()
-        kept = f"{last.name} before it is whole" if last else "there is none before it"
-        cause = "another process could not write its part" if error is None else sentence(error)
-        return f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}: run again to continue from it"
 
 
 def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
@@ -222,21 +214,6 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
     return None
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether it is so on any process. A collective call."""
-    if not is_distributed():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
-def _wait() -> None:
-    if is_distributed():
-        dist.barrier()
-
-
 def _flush(folder: Path) -> None:
     """Until here a power cut may lose the files; from here on it does not."""
     for path in [*folder.rglob("*"), folder]:
@@ -254,13 +231,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _decisive(values: Any) -> dict[str, Any]:
-    flattened = flat(values).items()
-    return {k: v for k, v in flattened if not FREE.fullmatch(k) and k.removeprefix("run.") not in UNUSED}
-
-
-def _is_whole(line: str) -> bool:
-    """A process that was killed while it wrote leaves half a line."""
-    return line.endswith("}\n")

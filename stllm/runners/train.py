@@ -3,7 +3,6 @@
 configuration -> task (data sets, prompts, model) -> trainer -> checkpoints, log, the model in the output folder
 """
 
-import argparse
 import logging
 import shutil
 from pathlib import Path
@@ -11,54 +10,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from omegaconf import DictConfig, OmegaConf
-from torch import distributed as dist
+from omegaconf import DictConfig
 from torch import nn
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from stllm.common.config import load_config
-from stllm.common.device import out_of_memory, seed_everything
-from stllm.common.distributed import is_main
+from stllm.common.device import seed_everything
+from stllm.common.distributed import gathered, is_main, wait_for_all
 from stllm.common.errors import UserError
-from stllm.common.registry import runners, tasks
+from stllm.common.registry import runners
 from stllm.datasets.collate import MEDIA_FIELDS
-from stllm.datasets.fetching import allow_pipes
 from stllm.datasets.replacement import BadSampleLog
 from stllm.datasets.samples import SampleKey
-from stllm.runners.arguments import training_arguments
 from stllm.runners.run_folder import RunFolder
-from stllm.runners.signals import StopRequest, stopping_at_signals
-from stllm.runners.trainer import STLLMTrainer, gathered
+from stllm.runners.signals import StopRequest
+from stllm.runners.trainer import STLLMTrainer
 
 log = logging.getLogger(__name__)
-
-
-def run(args: argparse.Namespace) -> int:
-    """The command. Exit code 0 when the model is trained, 130 or 143 when a signal stopped the run."""
-    allow_pipes(args.allow_pipe)
-    cfg = load_config(args.cfg_path, args.options)
-    if not cfg.run:
-        raise UserError(f"{args.cfg_path or 'the options'}: there is no run section: say at least run.output_dir")
-    settings = _plain(cfg.run)
-    arguments = training_arguments(settings, device=args.device, dtype=args.dtype, seed=args.seed)
-    cfg.run.seed = arguments.seed
-    unset_hf_deepspeed_config()  # ZeRO-3 would have every model built divided already; weights are filled in first
-    task = tasks.get(cfg.run.task)
-    runner = runners.get(cfg.run.runner or task.runner)
-    try:
-        with stopping_at_signals() as stop:
-            seed_everything(arguments.seed)
-            data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-            return int(runner(task.from_config(cfg, seed=data_seed), arguments, cfg, stop))
-    except Exception as error:
-        if not out_of_memory(error) or isinstance(error, UserError):
-            raise
-        raise UserError(_too_large(arguments)) from error
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @runners.register("trainer", "runner_base")
@@ -194,21 +163,4 @@ def _finish(task: Any, trainer: STLLMTrainer, folder: RunFolder) -> None:
         task.export(model, partial, sharded=trainer.is_fsdp_enabled)
         folder.place_final(partial)
         log.info("the trained model is in %s", folder.path)
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
-
-
-def _too_large(args: TrainingArguments) -> str:
-    size = args.per_device_train_batch_size
-    where = "on the GPU" if args.device.type == "cuda" else "on this machine"
-    return (
-        f"not enough memory {where} for batches of {size}: lower run.per_device_train_batch_size (and raise "
-        "run.gradient_accumulation_steps), use fewer frames, model.use_grad_checkpoint=True, run.bf16=True, LoRA "
-        "(model.lora_r), FSDP or DeepSpeed; the checkpoints written so far are whole"
-    )
-
-
-def _plain(section: Any) -> dict[str, Any]:
-    plain = OmegaConf.to_container(section, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    wait_for_all()

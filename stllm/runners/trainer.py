@@ -4,9 +4,10 @@ The loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision are transform
 """
 
 import json
+import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,37 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from stllm.common.device import out_of_memory
-from stllm.common.errors import UserError, reason
+from stllm.common.distributed import gathered, is_distributed
+from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.common.files import check_regular, write_text
-from stllm.common.json_text import loads
-from stllm.common.parent import end_with_parent
+from stllm.common.jsonl import loads
+from stllm.common.processes import end_with_parent
 from stllm.datasets.mixture import MixtureSampler
 from stllm.datasets.replacement import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED
 from stllm.models.checkpoints.load import restore
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
-from stllm.runners.meter import StepMeter, is_distributed
-from stllm.runners.optimizer import parameter_groups
-from stllm.runners.progress import Progress
+from stllm.runners.meter import StepMeter
 from stllm.runners.run_folder import STATE, RunFolder, damage
 from stllm.runners.signals import StopRequest
 
+log = logging.getLogger(__name__)
+
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
+PROJECTION = "projection."
+SHOWN = ("loss", "loss_lm", "loss_mvm", "accuracy", "learning_rate", "samples_per_second")
 
 
 class KeyedLoader(DataLoader[Any]):
@@ -376,6 +387,77 @@ class STLLMTrainer(Trainer):
         return 0
 
 
+def parameter_groups(
+    model: nn.Module,
+    *,
+    decayed: Collection[str],
+    weight_decay: float,
+    learning_rate: float,
+    projection_lr: float | None,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer: what trains, by learning rate and by whether it decays; none is empty.
+
+    decayed: names of the parameters with weight decay (transformers' rule: no biases, no norms).
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            own_rate = projection_lr is not None and PROJECTION in name and "adapter" not in name
+            groups.setdefault((own_rate, name in decayed), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr": projection_lr if own_rate else learning_rate,
+        }
+        for (own_rate, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+class Progress(TrainerCallback):
+    """A bar of optimizer steps with the losses and the samples a second; a line where the output is no terminal."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A bar of all steps, begun where the run is continued."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="training",
+                unit="step",
+                disable=args.disable_tqdm or None,  # None: no bar where the output is no terminal
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One step more."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n if not self.bar.disable else 0)
+
+    def show(self, step: int, max_steps: int, figures: Mapping[str, Any]) -> None:
+        """The figures of a line of the log."""
+        if self.bar is None:
+            return
+        words = {name.replace("_", " "): f"{figures[name]:.4g}" for name in SHOWN if figures.get(name) is not None}
+        if self.bar.disable:
+            log.info(
+                "step %d of %d: %s", step, max_steps, ", ".join(f"{name} {value}" for name, value in words.items())
+            )
+        else:
+            self.bar.set_postfix(words)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leaves the finished bar standing."""
+        if self.bar is not None:
+            self.bar.close()
+
+
 class _Stopper(TrainerCallback):
     """Ends the run after a step, with a checkpoint, when a signal asked for it."""
 
@@ -385,12 +467,3 @@ class _Stopper(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stopping:
             control.should_save = control.should_training_stop = True
-
-
-def gathered(values: list[Any]) -> list[Any]:
-    """All processes' values, in the order of the processes. A collective call."""
-    if not is_distributed():
-        return list(values)
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, values)
-    return [value for values in every for value in values]

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import anyio
 from starlette.requests import Request
 
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.serving.limits import MEBIBYTE, Limits
 from stllm.serving.replies import ApiError
 

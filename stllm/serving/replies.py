@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from stllm.common.device import out_of_memory
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, out_of_memory
 from stllm.media.reading import NobodyWaits
 from stllm.serving.jobs import BusyError
 

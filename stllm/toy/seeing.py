@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from stllm.common.datasets_section import ROOTS
 from stllm.common.errors import UserError
 from stllm.common.registry import tasks
+from stllm.common.schema import ROOTS
 from stllm.datasets.collate import stacked
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
 from stllm.datasets.samples import Sample, SampleKey

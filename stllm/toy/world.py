@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
-from stllm.common.pools import mapping, one_a_core
+from stllm.common.processes import mapping, one_a_core
 from stllm.toy.annotations import (
     TELLING,
     Fields,

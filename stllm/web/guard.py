@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.serving.limits import MEBIBYTE, PageLimits
 from stllm.serving.media import Bodies
 from stllm.serving.replies import ApiError

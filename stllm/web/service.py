@@ -18,8 +18,7 @@ from threading import Event
 
 import torch
 
-from stllm.common.device import out_of_memory
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, out_of_memory
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Prepared, Request, Seen, Stamp

@@ -11,7 +11,7 @@ import pytest
 from tqdm import tqdm
 
 from stllm.cli import main
-from stllm.common import terminal
+from stllm.common import logging as terminal
 from stllm.common.errors import UserError
 from tests.attacks.test_no_code import CLIP, ROOT, TINY
 
@@ -24,7 +24,7 @@ def test_nothing_goes_round_the_one_place() -> None:
     """Own consoles of rich, and streams under stdout and stderr, would print control characters as they are."""
     for path in (ROOT / "stllm").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        if path.name != "terminal.py":
+        if path.name != "logging.py":
             assert "rich.console" not in text and "rich import print" not in text, path
             assert not re.search(r"sys\.(__std|std(out|err)\.buffer)|os\.write\([12],", text), path
 
@@ -116,4 +116,4 @@ def test_json_is_read_in_one_place() -> None:
     for path in (ROOT / "stllm").rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         names = [ast.unparse(call.func) for call in calls]
-        assert path.name == "json_text.py" or not {"json.loads", "json.load"} & set(names), path
+        assert path.name == "jsonl.py" or not {"json.loads", "json.load"} & set(names), path

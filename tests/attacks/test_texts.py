@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stllm.cli import main
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.media.open import open_media
 from tests.attacks.test_no_code import CLIP, TINY
 from tests.helpers.training import write_recipe

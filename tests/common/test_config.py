@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from stllm.common.config import load_config, model_settings, model_types, save_config
+from stllm.common.config import flat, load_config, model_settings, model_types, save_config, told_changes
 from stllm.common.errors import UserError
 from stllm.common.registry import Registry
 from stllm.common.schema import ModelSettings, RunSettings
@@ -393,3 +393,15 @@ def test_any_system_sentence_survives_saving(tmp_path, system) -> None:
     cfg.model.system = system
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml").model.system == system
+
+
+def test_nested_settings_have_dotted_keys() -> None:
+    assert flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "d": [2]}
+
+
+def test_the_first_change_is_told_and_the_others_are_named() -> None:
+    assert told_changes({"a": 1}, {"a": 1}) == ""
+    assert told_changes({"a": 1}, {"a": "1"}) == "a was 1 and is now '1'"
+    assert told_changes({"b": 1, "a": 0}, {"c": 2, "a": 0}) == "b was 1 and is now None (and 1 more: c)"
+    many = told_changes({}, {f"k{number}": number for number in range(9)})
+    assert many == "k0 was None and is now 0 (and 8 more: k1, k2, k3, k4, k5)"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from stllm.common.device import out_of_memory, resolve_device, resolve_dtype, seed_everything
-from stllm.common.errors import UserError
+from stllm.common.device import resolve_device, resolve_dtype, seed_everything
+from stllm.common.errors import UserError, out_of_memory
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,8 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from stllm.cli import main
-from stllm.common.config import load_config
+from stllm.common.config import load_config, yaml_layers
 from stllm.common.errors import UserError
-from stllm.common.layers import yaml_layers
 from stllm.common.schema import RunSettings
 from stllm.datasets.corpora import resolved_settings
 from stllm.models.build import build_audited

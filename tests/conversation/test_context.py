@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from stllm.cli import main
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.context import CONTEXTS, Cut
 from stllm.conversation.decoding import Decoding

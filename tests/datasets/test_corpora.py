@@ -8,8 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from stllm.common.config import load_config
-from stllm.common.datasets_section import check_entry
+from stllm.common.config import check_entry, load_config
 from stllm.common.errors import UserError
 from stllm.datasets.corpora import build_corpora, resolved_settings, shipped_entries
 from stllm.datasets.features import FeatureWriter

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from stllm.common.datasets_section import DatasetSettings
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
+from stllm.common.schema import DatasetSettings
 from stllm.datasets import shards as image_text_shards
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore, FeatureWriter

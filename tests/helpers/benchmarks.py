@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.datasets.faults import Fault
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Loaded, Record

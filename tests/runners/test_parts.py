@@ -10,8 +10,8 @@ from torch import nn
 from stllm.common.errors import UserError
 from stllm.runners.arguments import training_arguments
 from stllm.runners.meter import StepMeter
-from stllm.runners.optimizer import parameter_groups
 from stllm.runners.signals import stopping_at_signals
+from stllm.runners.trainer import parameter_groups
 
 RUN = {"output_dir": "out", "task": "video_text_it", "max_tries": 3, "use_cpu": True}
 

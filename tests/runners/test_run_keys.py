@@ -15,10 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from stllm.cli import main
 from stllm.common.config import load_config
-from stllm.common.datasets_section import DatasetSettings
 from stllm.common.errors import UserError
 from stllm.common.run_section import HONOURED, REFUSED, RENAMED, SWITCHES, UNUSED, run_keys
-from stllm.common.schema import RunSettings
+from stllm.common.schema import DatasetSettings, RunSettings
 from stllm.runners.trainer import STLLMTrainer
 from tests.helpers.training import read_log, write_recipe
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.datasets.faults import Fault, Medium
 from stllm.evaluation.benchmarks.multiple_choice import Record, accuracies

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.datasets.faults import Fault, Finding, Medium
 from stllm.evaluation.benchmarks.base import Entry, Item

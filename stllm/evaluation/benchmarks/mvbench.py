@@ -14,9 +14,9 @@ from string import ascii_uppercase
 from typing import Any
 
 from stllm.common.errors import UserError, did_you_mean
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Request
 from stllm.datasets.annotations import Fields, text_of
 from stllm.datasets.faults import (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Request
 from stllm.datasets.annotations import text_of
 from stllm.datasets.faults import Fault, check_item, records_of

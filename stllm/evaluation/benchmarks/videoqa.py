@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Request
 from stllm.datasets.annotations import Fields, read_file, text_of
 from stllm.datasets.faults import Fault, check_item, records_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import check_regular, user_path
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.evaluation.axes import QA, VCGBENCH_AXES, vcgbench_average
 from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMNS
 from stllm.evaluation.reports.tables import percent, score, table

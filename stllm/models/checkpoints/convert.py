@@ -7,7 +7,6 @@ The released layout is sharded .bin files with an index, config.json, and a meta
 counts, mean or all frames, ...) in the golden folders' form, so that the folder loads again with nothing else named.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -24,8 +23,7 @@ from transformers import PretrainedConfig
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
-from stllm.common.json_text import loads
-from stllm.common.terminal import console
+from stllm.common.jsonl import loads
 from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.formats import Source
 from stllm.models.checkpoints.infer_config import open_model
@@ -42,29 +40,6 @@ RECORD = ".conversion"  # in the target: a digest of the command, and the sizes 
 SHARD_BYTES = 5 << 30
 # transformers' generic fields that LLaMA's config.json has, too
 KEPT_GENERIC = {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command: convert, print the audit, name the result. A conversion that is done is not repeated."""
-    report = convert(
-        args.source,
-        args.to,
-        cfg_path=args.cfg_path,
-        options=args.options,
-        format=args.format,
-        dtype=args.dtype,
-        adapter=args.adapter,
-        merge=args.merge_lora,
-    )
-    if report is None:
-        print(f"{args.to} holds the result of this command already ({args.format}); nothing was written")
-        return 0
-    out = console()
-    out.print(report.table())
-    for line in report.details():
-        out.print(line, soft_wrap=True)
-    print(f"written to {args.to} ({args.format})")
-    return 0
 
 
 def convert(

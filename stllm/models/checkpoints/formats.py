@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
-from stllm.common.json_text import loads
+from stllm.common.jsonl import loads
 from stllm.models.checkpoints import tables
 from stllm.models.checkpoints.tables import KeyTable, Target, UnknownKeyError
 from stllm.models.checkpoints.weights import WeightFiles, Weights, convert_language_model, read_config

@@ -5,9 +5,6 @@ a configuration with a `run`, also what training keeps in memory, computed from 
 AdamW's states. Not counted: activations, autocast's copies, fragmentation.
 """
 
-import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from stllm.common.errors import UserError
-from stllm.common.terminal import console
 from stllm.models.checkpoints.audit import PART_NAMES, AuditReport, part_of
 from stllm.models.checkpoints.formats import Source, locate, open_source
 from stllm.models.checkpoints.infer_config import (
@@ -34,28 +29,8 @@ from stllm.models.configuration import STLLMConfig
 from stllm.models.settings import explicit_settings, model_section, piece_paths
 from stllm.models.st_llm import STLLM
 
-SUMMARY = ("path", "format", "family", "tensors", "stored_bytes", "stored_types")
 BYTES_4BIT = 0.5 + 4 / 64  # half a byte, and one float32 scale for each block of 64
 NUM_GPUS = (1, 8)  # of one machine
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command: print what was found; 1 when a configuration does not fit the weights."""
-    if args.path is None:
-        found, report = inspect_config(args.cfg_path, args.options)
-    else:
-        found, report = inspect_path(args.path, args.cfg_path, args.options)
-    if args.json:
-        print(json.dumps(found, indent=1, default=str))
-    else:
-        _print(found, report)
-    try:
-        if report is not None:
-            report.raise_for_problems()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def inspect_path(
@@ -248,45 +223,3 @@ def training_memory(
     for gpus in num_gpus:  # with several GPUs DDP has buckets for the gradients
         memory["DDP"]["gpu"][gpus] += 4 * counts.trained if gpus > 1 else 0
     return memory
-
-
-def _print(found: Mapping[str, Any], report: AuditReport | None) -> None:
-    from rich.table import Table
-
-    out = console()
-    values = {**{key: found[key] for key in SUMMARY if key in found}, **found["sizes"]}
-    for key, value in values.items():
-        shown = _readable(value) if key == "stored_bytes" else value
-        if isinstance(value, Mapping):
-            shown = ", ".join(f"{name} {entry}" for name, entry in value.items())
-        out.print(f"{key.replace('_', ' ')}: {shown}", soft_wrap=True)
-    for line in found.get("assumed", ()):
-        out.print(f"assumed: {line}", soft_wrap=True)
-    if "parameters" in found:
-        table = Table(title="parameters")
-        for column in ("part", "total", "trainable"):
-            table.add_column(column, justify="left" if column == "part" else "right")
-        for part, counts in [*found["parameters"].items(), ("all", found["total"])]:
-            table.add_row(part, f"{counts['total']:,}", f"{counts['trainable']:,}")
-        out.print(table)
-        memory = ", ".join(f"{_readable(size)} as {name}" for name, size in found["memory_bytes"].items())
-        out.print(f"memory of the weights: {memory}", soft_wrap=True)
-    if "training_memory_bytes" in found:
-        training = found["training_memory_bytes"]
-        table = Table(title=f"training in {training['precision']} with AdamW, GiB, computed; activations come on top")
-        table.add_column("strategy")
-        for one, several in (("1 GPU", "each of {} GPUs"), ("host, 1 GPU", "host, {} GPUs")):
-            for number in NUM_GPUS:
-                table.add_column(one if number == 1 else several.format(number), justify="right")
-        for name, figures in training["strategies"].items():
-            cells = [figures[where][number] for where in ("gpu", "host") for number in NUM_GPUS]
-            table.add_row(name, *(f"{size / 2**30:.1f}" for size in cells))
-        out.print(table)
-    if report is not None:
-        out.print(report.table())
-        for line in report.details():
-            out.print(line, soft_wrap=True)
-
-
-def _readable(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

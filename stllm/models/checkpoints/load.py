@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
-from stllm.common.device import out_of_memory, resolve_device, resolve_dtype
-from stllm.common.errors import UserError, reason, unknown_name
+from stllm.common.device import resolve_device, resolve_dtype
+from stllm.common.errors import UserError, out_of_memory, reason, unknown_name
 from stllm.common.registry import models
 from stllm.models.checkpoints.audit import MAX_NAMED, OTHER, AuditReport, part_of, part_of_theirs
 from stllm.models.checkpoints.formats import Entry, Format, Source, locate, open_source

@@ -4,9 +4,7 @@ Source of the numbers: the published system at a tiny size (model.md, section 9)
 loading and the prompts that everything else uses.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stllm.common.errors import UserError
-from stllm.common.terminal import console
 from stllm.models import language_model as lm
 from stllm.models.checkpoints.formats import locate, read_json
 from stllm.models.checkpoints.load import load_pretrained
@@ -47,30 +44,6 @@ class Row:
     def passed(self) -> bool:
         """Whether it is within tolerance; a difference that is no number is not."""
         return self.difference <= self.tolerance
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command: print a table for each folder; 1 when anything is beyond tolerance."""
-    from rich.table import Table
-    from rich.text import Text
-
-    failed = []
-    for folder in args.dir:
-        rows = verify_folder(folder, atol=args.atol, rtol=args.rtol)
-        table = Table(title=str(folder))
-        for column in ("tensor", "compared", "largest difference", "tolerance", ""):
-            numeric = column in ("largest difference", "tolerance")
-            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-        for row in rows:
-            words = {"tensor": "absolute", "gradient": "relative", "equal": "equality"}[row.kind]
-            difference = ("same" if row.passed else "differs") if row.kind == "equal" else f"{row.difference:.1e}"
-            tolerance = f"{row.tolerance:.0e}" if row.tolerance else ""
-            table.add_row(row.name, words, difference, tolerance, "ok" if row.passed else Text("FAIL", style="red"))
-        console().print(table)
-        failed += [f"{Path(folder).name}: {row.name}" for row in rows if not row.passed]
-    if failed:
-        print(f"error: beyond tolerance: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def verify_folder(

@@ -31,8 +31,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from stllm.common.device import out_of_memory
-from stllm.common.errors import UserError, reason
+from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.models.configuration import CONFIG_ERRORS
 
 MAPPED_BYTES = 64 << 20

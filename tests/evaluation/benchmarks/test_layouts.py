@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stllm.cli import main
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.schema import EvaluationSettings
 from stllm.evaluation.benchmarks.base import load_benchmark
 from tests.helpers.evaluation import CHECKPOINT, QUICK
 from tests.helpers.videos import write_video

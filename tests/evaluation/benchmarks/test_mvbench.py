@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import ClipReader
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record, load_benchmark
 from stllm.evaluation.benchmarks.mvbench import TASKS

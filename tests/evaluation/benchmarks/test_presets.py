@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks
+from stllm.common.schema import EvaluationSettings
 
 FOLDER = files("stllm") / "configs" / "evaluation"
 # frames, sampling, system sentence, beams, new tokens, repetition penalty (None: of the family of weights)

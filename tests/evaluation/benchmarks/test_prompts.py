@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import benchmarks, templates
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.evaluation.benchmarks.base import Item, Loaded, system_of
 from stllm.processors.sequences import VISUAL_TOKEN_ID

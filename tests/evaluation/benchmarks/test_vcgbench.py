@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import templates
+from stllm.common.schema import EvaluationSettings
 from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
 from tests.helpers.twins import twins
 

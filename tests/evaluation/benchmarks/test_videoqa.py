@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stllm.common.errors import UserError
-from stllm.common.evaluation_section import EvaluationSettings
 from stllm.common.registry import templates
+from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import ClipReader
 from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
 from stllm.evaluation.benchmarks.videoqa import SETS

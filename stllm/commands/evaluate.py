@@ -1,14 +1,23 @@
-"""`stllm evaluate` and `stllm table` on the command line."""
+"""`stllm evaluate` on the command line."""
 
 import argparse
 
-from stllm.commands.command import Command, Parser, add_checkpoint, add_config, add_context, add_media_seconds
-from stllm.common.arguments import names, path, whole
-from stllm.common.evaluation_section import benchmark_names
+from stllm.commands.options import (
+    Command,
+    Parser,
+    add_checkpoint,
+    add_config,
+    add_context,
+    add_media_seconds,
+    names,
+    path,
+    whole,
+)
 from stllm.common.registry import benchmarks
+from stllm.common.schema import benchmark_names
 
 
-def _evaluate_options(parser: Parser) -> None:
+def add_options(parser: Parser) -> None:
     known = benchmark_names()
     parser.add_argument("benchmark", choices=known, metavar="BENCH", help=", ".join(known))
     add_checkpoint(parser)
@@ -43,34 +52,24 @@ def _evaluate_options(parser: Parser) -> None:
     add_media_seconds(speed)
 
 
-def _evaluate_fault(args: argparse.Namespace) -> str | None:
+def check(args: argparse.Namespace) -> str | None:
     if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
         return f"--probe and --permute go with mvbench: the answers of {args.benchmark} need a judge"
     return None
 
 
-def _table_options(parser: Parser) -> None:
-    parser.add_argument(
-        "results",
-        nargs="+",
-        metavar="[BENCH=]RESULTS.json",
-        help="results of stllm evaluate mvbench and of stllm judge; BENCH (msvd, msrvtt, activitynet) for the axis qa",
-    )
+def run(args: argparse.Namespace) -> int:
+    """Run the command, which is in stllm.evaluation.evaluate; returns its exit code."""
+    from stllm.evaluation.evaluate import run
+
+    return run(args)
 
 
-COMMANDS = {
-    "evaluate": Command(
-        help="asks a benchmark's questions, alone or under torchrun; the same command goes on where it stopped",
-        target="stllm.evaluation.evaluate:run",
-        add_options=_evaluate_options,
-        example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
-        check=_evaluate_fault,
-    ),
-    "table": Command(
-        help="prints results of several benchmarks as a row of the paper's table, below the published ones",
-        target="stllm.evaluation.reports.paper_table:run",
-        add_options=_table_options,
-        example="stllm table eval/mvbench.results.json eval/vcgbench.judged/*.results.json "
-        "msvd=eval/msvd.judged/qa.results.json",
-    ),
-}
+COMMAND = Command(
+    help="asks a benchmark's questions, alone or under torchrun; the same command goes on where it stopped",
+    example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
+    add_options=add_options,
+    run=run,
+    needs="stllm.evaluation.evaluate",
+    check=check,
+)

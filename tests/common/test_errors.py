@@ -4,8 +4,7 @@ import errno
 
 import pytest
 
-from stllm.common.errors import UserError
-from stllm.common.failures import sentence
+from stllm.common.errors import UserError, sentence
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from stllm.common.terminal import working
+from stllm.common.logging import working
 
 
 class Terminal(io.StringIO):

@@ -1,10 +1,22 @@
 """`stllm serve` on the command line."""
 
-from stllm.commands.command import EMBEDDED, Command, Parser, add_address, add_checkpoint, add_config, add_context
-from stllm.common.arguments import number, path, whole
+import argparse
+
+from stllm.commands.options import (
+    EMBEDDED,
+    Command,
+    Parser,
+    add_address,
+    add_checkpoint,
+    add_config,
+    add_context,
+    number,
+    path,
+    whole,
+)
 
 
-def _serve_options(parser: Parser) -> None:
+def add_options(parser: Parser) -> None:
     add_checkpoint(parser, EMBEDDED)
     add_config(parser, "what the checkpoint says")
     add_address(parser, port=8000)
@@ -40,11 +52,17 @@ def _serve_options(parser: Parser) -> None:
     )
 
 
-COMMANDS = {
-    "serve": Command(
-        help="serves OpenAI-compatible chat completions about videos and images",
-        target="stllm.serving.command:run",
-        add_options=_serve_options,
-        example="stllm serve --ckpt-path DIR --media-root videos",
-    ),
-}
+def run(args: argparse.Namespace) -> int:
+    """Run the command, which is in stllm.serving.command; returns its exit code."""
+    from stllm.serving.command import run
+
+    return run(args)
+
+
+COMMAND = Command(
+    help="serves OpenAI-compatible chat completions about videos and images",
+    example="stllm serve --ckpt-path DIR --media-root videos",
+    add_options=add_options,
+    run=run,
+    needs="stllm.serving.command",
+)

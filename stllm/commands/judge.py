@@ -2,12 +2,11 @@
 
 import argparse
 
-from stllm.commands.command import Command, Parser
-from stllm.common.arguments import number, path, whole
+from stllm.commands.options import Command, Parser, number, path, whole
 from stllm.evaluation.axes import AXES
 
 
-def _judge_options(parser: Parser) -> None:
+def add_options(parser: Parser) -> None:
     parser.add_argument("axis", choices=AXES, metavar="AXIS", help=f"what is graded: {', '.join(AXES)}")
     parser.add_argument(
         "--pred-path", type=path, metavar="FILE", help="predictions: NAME.jsonl of stllm evaluate, or an official list"
@@ -19,23 +18,6 @@ def _judge_options(parser: Parser) -> None:
         metavar="DIR",
         help="ledger and results, a file an axis; a rerun goes on there (default: output/judge)",
     )
-    _judge_endpoint_options(parser)
-    parser.add_argument(
-        "--prompts", type=path, metavar="FILE", help="your copy of the official instructions, YAML or JSON"
-    )
-    parser.add_argument("--offline", action="store_true", help="score the ledger again, and ask nothing")
-    parser.add_argument(
-        "--compare", type=path, metavar="LEDGER", help="compare the ledger in --output-dir with this one, or its folder"
-    )
-    parser.add_argument(
-        "--self-check", type=whole(1), metavar="N", help="grade the judge itself on answers known to be right or wrong"
-    )
-    parser.add_argument(
-        "--export-items", type=path, metavar="DIR", help="also write the official file of each item, to DIR/AXIS"
-    )
-
-
-def _judge_endpoint_options(parser: Parser) -> None:
     group = parser.add_argument_group("the judge")
     group.add_argument(
         "--model", metavar="NAME", help="the endpoint's name of it, or local:PATH for one on this machine"
@@ -72,9 +54,22 @@ def _judge_endpoint_options(parser: Parser) -> None:
         metavar="N",
         help="length of a reply, its thoughts included (default: the endpoint's; local: 128)",
     )
+    parser.add_argument(
+        "--prompts", type=path, metavar="FILE", help="your copy of the official instructions, YAML or JSON"
+    )
+    parser.add_argument("--offline", action="store_true", help="score the ledger again, and ask nothing")
+    parser.add_argument(
+        "--compare", type=path, metavar="LEDGER", help="compare the ledger in --output-dir with this one, or its folder"
+    )
+    parser.add_argument(
+        "--self-check", type=whole(1), metavar="N", help="grade the judge itself on answers known to be right or wrong"
+    )
+    parser.add_argument(
+        "--export-items", type=path, metavar="DIR", help="also write the official file of each item, to DIR/AXIS"
+    )
 
 
-def _judge_fault(args: argparse.Namespace) -> str | None:
+def check(args: argparse.Namespace) -> str | None:
     if args.options:
         return "it has no configuration: drop --options"
     modes = [name for name in ("offline", "compare", "self_check") if getattr(args, name) not in (None, False)]
@@ -96,12 +91,18 @@ def _judge_fault(args: argparse.Namespace) -> str | None:
     return None
 
 
-COMMANDS = {
-    "judge": Command(
-        help="lets a language model grade predictions of VcgBench and VideoQA",
-        target="stllm.judge.run:run",
-        add_options=_judge_options,
-        example="stllm judge qa --pred-path output/eval/msvd.jsonl --base-url http://localhost:8000/v1 --model NAME",
-        check=_judge_fault,
-    ),
-}
+def run(args: argparse.Namespace) -> int:
+    """Run the command, which is in stllm.judge.run; returns its exit code."""
+    from stllm.judge.run import run
+
+    return run(args)
+
+
+COMMAND = Command(
+    help="lets a language model grade predictions of VcgBench and VideoQA",
+    example="stllm judge qa --pred-path output/eval/msvd.jsonl --base-url http://localhost:8000/v1 --model NAME",
+    add_options=add_options,
+    run=run,
+    needs="stllm.judge.run",
+    check=check,
+)

@@ -1,16 +1,14 @@
-"""`stllm doctor` and `stllm toy` on the command line."""
+"""`stllm doctor` on the command line."""
 
 import argparse
 
-from stllm.commands.command import Command, Parser, add_allow_pipe, add_media_seconds
-from stllm.common.arguments import path, whole
-from stllm.common.evaluation_section import benchmark_names
-from stllm.common.schema import MEDIA_SECONDS
+from stllm.commands.options import Command, Parser, add_allow_pipe, add_media_seconds, path, whole
+from stllm.common.schema import MEDIA_SECONDS, benchmark_names
 
 DOCTOR_FORMATS = ("vc2", *benchmark_names(), "videoqa", "shards")
 
 
-def _doctor_options(parser: Parser) -> None:
+def add_options(parser: Parser) -> None:
     parser.add_argument("--cfg-path", type=path, metavar="YAML", help="check all data sets of this configuration")
     parser.add_argument(
         "--anno-path",
@@ -50,7 +48,7 @@ def _doctor_options(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON report, with every fault")
 
 
-def _doctor_fault(args: argparse.Namespace) -> str | None:
+def check(args: argparse.Namespace) -> str | None:
     if sum(given is not None for given in (args.cfg_path, args.anno_path, args.flatten)) != 1:
         return "name either a --cfg-path, or an --anno-path with its --format, or --flatten IN OUT"
     if args.flatten is not None:
@@ -70,60 +68,18 @@ def _doctor_fault(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _toy_options(parser: Parser) -> None:
-    parser.add_argument("--output", required=True, type=path, metavar="DIR", help="the folder to write: new, or empty")
-    parser.add_argument("--overwrite", action="store_true", help="replace the toy world in that folder")
-    parser.add_argument(
-        "--num-train", type=whole(1), default=1200, metavar="N", help="training clips, of all kinds (default: 1200)"
-    )
-    parser.add_argument(
-        "--num-test", type=whole(1), default=240, metavar="N", help="test clips, of all kinds (default: 240)"
-    )
-    parser.add_argument(
-        "--num-frames", type=whole(8, 64), default=16, metavar="N", help="of a clip, 8 to 64 (default: 16)"
-    )
-    parser.add_argument(
-        "--size", type=whole(64, 112), default=64, metavar="N", help="pixels a side, even, 64 to 112 (default: 64)"
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=whole(0),
-        metavar="N",
-        help="processes that draw; 0: this one (default: one a core, up to 16)",
-    )
-    parser.add_argument("--long", action="store_true", help="rare events in clips of 64 frames beside the other tasks")
-    parser.add_argument(
-        "--benchmarks",
-        type=whole(1),
-        nargs="?",
-        const=4,
-        default=0,
-        metavar="N",
-        help="a twin of every benchmark, too, with N items a task (default: none; without N: 4)",
-    )
+def run(args: argparse.Namespace) -> int:
+    """Run the command, which is in stllm.doctor.doctor; returns its exit code."""
+    from stllm.doctor.doctor import run
+
+    return run(args)
 
 
-def _toy_fault(args: argparse.Namespace) -> str | None:
-    if args.options or args.device not in ("auto", "cpu") or args.dtype != "auto":
-        return "it renders on the CPU and has no configuration: drop --options, --device and --dtype"
-    if args.size % 2:
-        return f"found --size {args.size}, expected an even number: videos have half as many pixels of colour a side"
-    return None
-
-
-COMMANDS = {
-    "doctor": Command(
-        help="checks data before hours are spent: what is missing, unreadable, empty, wrongly bounded or ambiguous",
-        target="stllm.doctor.doctor:run",
-        add_options=_doctor_options,
-        example="stllm doctor --anno-path train.json --video-dir videos --format vc2",
-        check=_doctor_fault,
-    ),
-    "toy": Command(
-        help="writes the toy world: real mp4 files with VideoChat2-IT and MVBench annotations",
-        target="stllm.toy.world:run",
-        add_options=_toy_options,
-        example="stllm toy --output toy_world --num-train 2000 --num-test 400 --seed 1",
-        check=_toy_fault,
-    ),
-}
+COMMAND = Command(
+    help="checks data before hours are spent: what is missing, unreadable, empty, wrongly bounded or ambiguous",
+    example="stllm doctor --anno-path train.json --video-dir videos --format vc2",
+    add_options=add_options,
+    run=run,
+    needs="stllm.doctor.doctor",
+    check=check,
+)

@@ -1,0 +1,31 @@
+"""`stllm table` on the command line."""
+
+import argparse
+
+from stllm.commands.options import Command, Parser
+
+
+def add_options(parser: Parser) -> None:
+    parser.add_argument(
+        "results",
+        nargs="+",
+        metavar="[BENCH=]RESULTS.json",
+        help="results of stllm evaluate mvbench and of stllm judge; BENCH (msvd, msrvtt, activitynet) for the axis qa",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command, which is in stllm.evaluation.reports.paper_table; returns its exit code."""
+    from stllm.evaluation.reports.paper_table import run
+
+    return run(args)
+
+
+COMMAND = Command(
+    help="prints results of several benchmarks as a row of the paper's table, below the published ones",
+    example="stllm table eval/mvbench.results.json eval/vcgbench.judged/*.results.json "
+    "msvd=eval/msvd.judged/qa.results.json",
+    add_options=add_options,
+    run=run,
+    needs="stllm.evaluation.reports.paper_table",
+)

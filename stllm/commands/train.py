@@ -1,0 +1,64 @@
+"""`stllm train` on the command line."""
+
+import argparse
+from typing import Any
+
+from stllm.commands.options import Command, Parser, add_allow_pipe, path
+from stllm.common.errors import UserError, out_of_memory
+
+
+def add_options(parser: Parser) -> None:
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the run's configuration")
+    add_allow_pipe(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train. Exit code 0 when the model is trained, 130 or 143 when a signal stopped the run."""
+    from omegaconf import OmegaConf
+    from torch import distributed as dist
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from stllm.common.config import load_config
+    from stllm.common.device import seed_everything
+    from stllm.common.registry import runners, tasks
+    from stllm.datasets.fetching import allow_pipes
+    from stllm.runners.arguments import training_arguments
+    from stllm.runners.signals import stopping_at_signals
+
+    allow_pipes(args.allow_pipe)
+    cfg = load_config(args.cfg_path, args.options)
+    if not cfg.run:
+        raise UserError(f"{args.cfg_path or 'the options'}: there is no run section: say at least run.output_dir")
+    settings: Any = OmegaConf.to_container(cfg.run, resolve=True)
+    arguments = training_arguments(settings, device=args.device, dtype=args.dtype, seed=args.seed)
+    cfg.run.seed = arguments.seed
+    unset_hf_deepspeed_config()  # ZeRO-3 would have every model built divided already; weights are filled in first
+    task = tasks.get(cfg.run.task)
+    runner = runners.get(cfg.run.runner or task.runner)
+    try:
+        with stopping_at_signals() as stop:
+            seed_everything(arguments.seed)
+            data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+            return int(runner(task.from_config(cfg, seed=data_seed), arguments, cfg, stop))
+    except Exception as error:
+        if not out_of_memory(error) or isinstance(error, UserError):
+            raise
+        size = arguments.per_device_train_batch_size
+        where = "on the GPU" if arguments.device.type == "cuda" else "on this machine"
+        raise UserError(
+            f"not enough memory {where} for batches of {size}: lower run.per_device_train_batch_size (and raise "
+            "run.gradient_accumulation_steps), use fewer frames, model.use_grad_checkpoint=True, run.bf16=True, LoRA "
+            "(model.lora_r), FSDP or DeepSpeed; the checkpoints written so far are whole"
+        ) from error
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+COMMAND = Command(
+    help="trains a model from a YAML, alone or under torchrun; the same command continues a run",
+    example="torchrun --nproc_per_node=8 -m stllm train --cfg-path configs/train/instructblip_qa.yaml",
+    add_options=add_options,
+    run=run,
+    needs="stllm.runners.train",
+)
