@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         started.join()
         server = Server(chat, Path(checkpoint).name or "stllm", root, limits, folder, reading)
         app = build_app(server, [*LOOPBACK, "[::1]"] if args.host in LOOPBACK else None)
+        listener.listen()  # who reads the address may come at once
         print(f"{server.name} answers at {address(args.host, listener)}/v1 (Ctrl-C ends it)", flush=True)
         if args.host not in LOOPBACK:
             print(f"warning: whoever reaches {args.host} can ask, without a password", file=sys.stderr)

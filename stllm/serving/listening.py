@@ -1,6 +1,7 @@
 """A web application on an address of this machine, until it is ended: what `stllm serve` and `stllm demo` share."""
 
 import asyncio
+import gc
 import logging
 import socket
 from pathlib import Path
@@ -13,7 +14,7 @@ import uvicorn
 from stllm.common.errors import UserError
 from stllm.serving.ending import end_at_once
 from stllm.serving.jobs import Jobs
-from stllm.serving.protocol import TimedProtocol
+from stllm.serving.protocol import REFUSED, TimedProtocol
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECTIONS = 500  # fewer than the files that a process may open by default
@@ -50,6 +51,7 @@ def listen(app: Any, listener: socket.socket, folder: Path, jobs: Jobs, *, patie
         app,
         http=TimedProtocol,
         limit_concurrency=CONNECTIONS,
+        backlog=REFUSED,  # which asyncio accepts in one go, before any of them is looked at
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -57,6 +59,7 @@ def listen(app: Any, listener: socket.socket, folder: Path, jobs: Jobs, *, patie
     )
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     server = _Server(config, folder, jobs)
+    gc.freeze()  # the modules and the model stay: the interpreter's last collection would look at them for seconds
     try:
         server.run(sockets=[listener])
     finally:

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
         service = Service(chat, limits, folder, [path for path, _ in find_examples()], reading)
         app = build_app(service, local=args.host in LOOPBACK, about=describe(chat, Path(checkpoint)))
+        listener.listen()  # who reads the address may come at once
         print(f"The demo is at {address(args.host, listener)}/ (Ctrl-C ends it)", flush=True)
         listen(app, listener, folder, service.jobs, patience=SHUTDOWN_SECONDS)
     return 0
@@ -79,7 +80,7 @@ def build_app(service: "Service", *, local: bool, about: str = "") -> "FastAPI":
         yield
         await anyio.to_thread.run_sync(service.jobs.close)
 
-    middleware = [Middleware(Guard, limits=service.limits, folder=service.folder)]
+    middleware = [Middleware(Guard, limits=service.limits, folder=service.folder, examples=service.examples)]
     if local:  # a page elsewhere that lets its own name point here is turned away
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}

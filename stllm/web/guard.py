@@ -7,7 +7,7 @@ pages. Here nothing is fetched, neither by the server nor by the browser, and a 
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of 
 
 
 class Guard:
-    """ASGI middleware before gradio's application. folder: where uploads lie."""
+    """ASGI middleware before gradio's application. folder: where uploads lie; examples: files beside them."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, folder: Path) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, folder: Path, examples: Collection[Path] = ()) -> None:
         self.app = app
         self.limits = limits
         self.folder = folder
+        self.open = {str(path) for path in examples}
         self._num_uploads = 0  # that arrive now
         self._announced = 0  # their bytes
 
@@ -69,12 +70,30 @@ class Guard:
             body = None
             with anyio.move_on_after(self.limits.body_seconds) as patience:
                 body = await _read(receive, MAX_MESSAGE)
-            refusal = (408, "the request did not arrive in time") if patience.cancelled_caught else _fault(body)
+            refusal = (408, "the request did not arrive in time") if patience.cancelled_caught else self._fault(body)
             receive = _replay(body or b"", receive)
         if refusal is not None:
             await JSONResponse({"detail": refusal[1]}, status_code=refusal[0])(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _fault(self, body: bytes | None) -> tuple[int, str] | None:
+        """Why a request is not taken. gradio copies every file that one names to the uploads, and checks none here.
+
+        It does so before any handler is asked, and it would copy devices without end.
+        """
+        if body is None:
+            return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
+        try:
+            named = list(_paths(loads(body))) if body else []
+        except (ValueError, RecursionError):
+            return 400, "the request is no JSON"
+        if any(ADDRESS.match(path.strip()) for path in named):
+            return 400, "a web address is not fetched here: upload the file"
+        inside = os.path.join(self.folder, "")
+        if not all(path in self.open or os.path.abspath(path).startswith(inside) for path in named):
+            return 400, "only uploaded files and the examples can be read here: upload the video or image"
+        return None
 
     def _no_room(self, scope: Scope) -> tuple[int, str] | None:
         """Why an upload is not taken, judged before it is read; gradio itself counts what then comes in."""
@@ -189,18 +208,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return again
-
-
-def _fault(body: bytes | None) -> tuple[int, str] | None:
-    if body is None:
-        return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
-    try:
-        named = list(_paths(loads(body))) if body else []
-    except (ValueError, RecursionError):
-        return 400, "the request is no JSON"
-    if any(ADDRESS.match(path.strip()) for path in named):
-        return 400, "a web address is not fetched here: upload the file"
-    return None
 
 
 def _paths(value: Any) -> Iterator[str]:
