@@ -17,7 +17,7 @@ from typing import NoReturn
 def own_folder(prefix: str) -> Iterator[Path]:
     """A new folder for uploads, removed at the end; from now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
 
-    A second signal removes the folder and ends the process without waiting for anything. Folders of the same prefix and
+    A second signal, or SIGHUP, removes the folder and ends the process without waiting for anything. Folders of the same prefix and
     user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its folder, which the
     system releases however the process ends.
     """
@@ -32,6 +32,8 @@ def own_folder(prefix: str) -> Iterator[Path]:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup; the terminal has gone, and nobody waits
+        signal.signal(signal.SIGHUP, lambda *_: end_at_once(folder))
     try:
         yield folder
     finally:
@@ -42,8 +44,9 @@ def own_folder(prefix: str) -> Iterator[Path]:
 def end_at_once(folder: Path) -> NoReturn:
     """Removes the folder and ends the process, without waiting for threads or requests."""
     shutil.rmtree(folder, ignore_errors=True)
-    sys.stderr.write("interrupted\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # the terminal, or whoever read our messages, has gone
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
     os._exit(130)
 
 

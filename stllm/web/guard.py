@@ -28,6 +28,7 @@ SHUT = re.compile(
     re.IGNORECASE,
 )
 MAX_MESSAGE = MEGABYTE  # bytes of a request that is no upload
+FULL = 507, "the server holds as many uploads as it may: try again later"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of videos is WebAssembly; all is its own
@@ -47,7 +48,7 @@ class Guard:
         self.folder = folder
         self.open = {str(path) for path in examples}
         self._num_uploads = 0  # that arrive now
-        self._announced = 0  # their bytes
+        self._held = 0  # bytes in `folder`, as far as is known without looking
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuses with 403, 400, 408, 413 or 507 and a sentence, or lets the request through."""
@@ -103,10 +104,14 @@ class Guard:
             return 411, "an upload must say how long it is"
         if int(announced) > largest + MAX_MESSAGE:
             return 413, f"the file is too large: at most {self.limits.file_megabytes} MB are taken"
-        held = sum(_sizes(self.folder)) + self._announced
-        if held + int(announced) > self.limits.folder_megabytes * MEGABYTE:
-            return 507, "the server holds as many uploads as it may: try again later"
+        sizes = list(_sizes(self.folder))
+        self._held = sum(sizes)  # what others have announced but not sent takes no room
+        if self._is_full(int(announced)) or len(sizes) > 2 * self.limits.folder_files:
+            return FULL
         return None
+
+    def _is_full(self, more: int = 0) -> bool:
+        return self._held + more > self.limits.folder_megabytes * MEGABYTE
 
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets gradio store the upload, which has to arrive in time, and removes what it leaves behind.
@@ -114,16 +119,21 @@ class Guard:
         gradio writes each file of a form into `folder` and moves those of the field `files` into folders within. Files
         of other fields and of uploads that are broken off stay.
         """
-        announced = int(Headers(scope=scope)["content-length"])
         self._num_uploads += 1
-        self._announced += announced
+        in_time = _in_time(receive, self.limits.upload_seconds)
+
+        async def receive_with_room() -> Message:
+            message = await in_time()
+            self._held += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if self._is_full() else message
+
         try:
-            await self.app(scope, _in_time(receive, self.limits.upload_seconds), send)
+            await self.app(scope, receive_with_room, send)
         except ClientDisconnect:
-            await JSONResponse({"detail": "the upload did not arrive whole"}, status_code=408)(scope, receive, send)
+            status, why = FULL if self._is_full() else (408, "the upload did not arrive whole")
+            await JSONResponse({"detail": why}, status_code=status)(scope, receive, send)
         finally:
             self._num_uploads -= 1
-            self._announced -= announced
             self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
@@ -183,6 +193,7 @@ def _with_headers(send: Send) -> Send:
 
 
 def _sizes(folder: Path) -> Iterator[int]:
+    """Of the files, each of which gradio puts into a folder, and of the folders."""
     for path in folder.rglob("*"):
         with suppress(OSError):  # removed in the meantime
             yield path.stat().st_size

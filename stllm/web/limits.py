@@ -15,7 +15,7 @@ MEGABYTE = 1 << 20
 class Limits:
     """The most of each: size and length of a file, frames, beams and tokens, characters of a question.
 
-    queue: requests that may wait. folder_megabytes: of all uploads together. keep_seconds: how long an upload is kept
+    queue: requests that may wait. folder_megabytes, folder_files: of all uploads together. keep_seconds: how long an upload is kept
         after it was last asked about. upload_seconds, body_seconds: for an upload, or another request, to arrive whole.
         read_seconds: for a file to be decoded.
     """
@@ -28,6 +28,7 @@ class Limits:
     question_characters: int = 4000
     queue: int = 32
     folder_megabytes: int = 4096
+    folder_files: int = 1000
     keep_seconds: int = 3600
     upload_seconds: float = 600.0
     body_seconds: float = 60.0
