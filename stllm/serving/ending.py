@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+_signals: list[int] = []  # those that have raised KeyboardInterrupt
+
 
 @contextmanager
 def own_folder(prefix: str) -> Iterator[Path]:
@@ -24,10 +26,12 @@ def own_folder(prefix: str) -> Iterator[Path]:
     for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         _remove_if_abandoned(other)
     folder, lock = _locked_folder(prefix)
+    _signals.clear()
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         for stopping in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stopping, lambda *_: end_at_once(folder))
+        _signals.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
@@ -39,6 +43,12 @@ def own_folder(prefix: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def check_interrupted() -> None:
+    """Raise KeyboardInterrupt again if a signal has raised it: in a `__del__`, Python prints it and goes on."""
+    if _signals:
+        raise KeyboardInterrupt
 
 
 def end_at_once(folder: Path) -> NoReturn:

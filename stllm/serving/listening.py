@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from stllm.common.errors import UserError
-from stllm.serving.ending import end_at_once
+from stllm.serving.ending import check_interrupted, end_at_once
 from stllm.serving.jobs import Jobs
 from stllm.serving.protocol import REFUSED, TimedProtocol
 
@@ -57,6 +57,7 @@ def listen(app: Any, listener: socket.socket, folder: Path, jobs: Jobs, *, patie
         server_header=False,
         timeout_graceful_shutdown=patience,
     )
+    check_interrupted()
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     server = _Server(config, folder, jobs)
     gc.freeze()  # the modules and the model stay: the interpreter's last collection would look at them for seconds

@@ -15,9 +15,9 @@ MEGABYTE = 1 << 20
 class Limits:
     """The most of each: size and length of a file, frames, beams and tokens, characters of a question.
 
-    queue: requests that may wait. folder_megabytes, folder_files: of all uploads together. keep_seconds: how long an upload is kept
-        after it was last asked about. upload_seconds, body_seconds: for an upload, or another request, to arrive whole.
-        read_seconds: for a file to be decoded.
+    queue: requests that may wait. folder_megabytes, folder_files: of all uploads together. keep_seconds: how long an
+        upload is kept after it was last asked about. upload_seconds, body_seconds: for an upload, or another request,
+        to arrive whole. read_seconds: for a file to be decoded.
     """
 
     file_megabytes: int = 256

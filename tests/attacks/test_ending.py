@@ -147,3 +147,24 @@ def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(tmp_path: Pat
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_python_passes_over_ends_the_server_before_it_serves(tmp_path: Path) -> None:
+    code = """
+import os
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), 15)
+        for _ in range(10):
+            pass
+def load(*_, **__):
+    Dropped()
+    return chat
+"""
+    process = run(
+        SERVER.replace("command.load_chat = lambda *_, **__: chat", f"{code}command.load_chat = load"), tmp_path
+    )
+    _, messages = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in messages  # Python's note that it was passed over
+    assert process.returncode == 130
+    assert not list(tmp_path.glob("stllm-*"))
