@@ -19,9 +19,9 @@ _signals: list[int] = []  # those that have raised KeyboardInterrupt
 def own_folder(prefix: str) -> Iterator[Path]:
     """A new folder for uploads, removed at the end; from now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
 
-    A second signal, or SIGHUP, removes the folder and ends the process without waiting for anything. Folders of the same prefix and
-    user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its folder, which the
-    system releases however the process ends.
+    A second signal, or SIGHUP, removes the folder and ends the process without waiting for anything. Folders of the
+    same prefix and user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its
+    folder, which the system releases however the process ends.
     """
     for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         _remove_if_abandoned(other)

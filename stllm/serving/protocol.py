@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, which lets nobody hold a connection for nothing: uvicorn waits in some places without end."""
+"""uvicorn's HTTP protocol, with a limit for everything that uvicorn waits for without end."""
 
 import asyncio
 import socket
@@ -12,7 +12,7 @@ REFUSED = 100  # connections beyond `limit_concurrency` that are told so; more w
 
 
 class TimedProtocol(H11Protocol):
-    """Closes a connection whose header is not whole in time, whose reply is sent or is not read, or that is too many."""
+    """Closes connections that are held for nothing: without a header, after the reply, unread, or one too many."""
 
     _timer: asyncio.TimerHandle | None = None
 

@@ -149,6 +149,7 @@ def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_signal_that_python_passes_over_ends_the_server_before_it_serves(tmp_path: Path) -> None:
     code = """
 import os
@@ -161,9 +162,8 @@ def load(*_, **__):
     Dropped()
     return chat
 """
-    process = run(
-        SERVER.replace("command.load_chat = lambda *_, **__: chat", f"{code}command.load_chat = load"), tmp_path
-    )
+    usual = "command.load_chat = lambda *_, **__: chat"
+    process = run(SERVER.replace(usual, f"{code}command.load_chat = load"), tmp_path)
     _, messages = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in messages  # Python's note that it was passed over
     assert process.returncode == 130
