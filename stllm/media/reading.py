@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -35,6 +36,9 @@ R = TypeVar("R")
 
 NUM_PROCESSES = 2  # chosen here: a slow file of one client leaves a process to the others
 TICK = 0.1  # seconds after which a reading is looked after again
+START_SECONDS = 60.0  # for a process to be there, the import of torch included
+SILENT_SECONDS = 5  # for the next bytes of a result that is being sent
+MEMORY = 4 << 30  # bytes that one reading may take: a small file can promise tables of any length (8K takes 1 GiB)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # forking needs it
 
 logger = logging.getLogger(__name__)
@@ -138,8 +142,12 @@ class _ReadingProcess:
             self._pid = None
             self._connection = _forks.connect()
         if self._pid is None:
+            end = time.monotonic() + START_SECONDS
             while not self._connection.poll(TICK):
                 check()
+                if time.monotonic() > end:
+                    _forks.end()
+                    raise EOFError("no process was forked")
             self._pid = self._connection.recv()
         return self._connection
 
@@ -168,7 +176,14 @@ class _Forks:
             if self._control is None or self._process is None or self._process.poll() is not None:
                 self._control = self._start()
             socket.send_fds(self._control, [b"."], [theirs.fileno()])
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENT_SECONDS, 0))
         return Connection(ours.detach())
+
+    def end(self) -> None:
+        """Kills it, and with it those that it has forked; the next connection starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -205,13 +220,16 @@ def fork_at_request(control: int) -> None:
                 os._exit(0)
             if os.fork() == 0:
                 requests.close()
-                _work(Connection(connections[0]))
+                with suppress(OSError):  # the other end is closed: nobody waits for it any more
+                    _work(Connection(connections[0]))
+                os._exit(0)
             os.close(connections[0])
 
 
 def _work(connection: Connection) -> None:
     """Runs one task after the other, and ends when the other end of the connection is closed, at work, too."""
     killed_with_parent()
+    _bound_memory()
     escape_output()
     setup_logging()
     connection.send(os.getpid())
@@ -227,6 +245,16 @@ def _work(connection: Connection) -> None:
             result = error
         _send(connection, result)
         del result
+
+
+def _bound_memory() -> None:
+    """Refuses this process more than `MEMORY` beside what it has. Linux; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
 def _receive_tasks(connection: Connection, tasks: "SimpleQueue[bytes]") -> None:

@@ -82,7 +82,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class PageLimits(Limits):
-    """Limits of one user of the page. text_characters: of a question. folder_bytes: of all uploads together.
+    """Limits of one user of the page. text_characters: of a question. folder_bytes,
+    folder_files: of all uploads together.
 
     keep_seconds: how long an upload is kept after the last question about it. upload_seconds: for an upload to arrive
     whole.
@@ -95,6 +96,7 @@ class PageLimits(Limits):
     waiting: int = 32
     beams: int = 8
     folder_bytes: int = 4096 * MEBIBYTE
+    folder_files: int = 1000
     keep_seconds: int = 3600
     upload_seconds: float = 600.0
 

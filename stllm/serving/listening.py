@@ -6,6 +6,7 @@ Its folder of uploads is removed at the end, and a second Ctrl-C ends it at once
 import argparse
 import asyncio
 import fcntl
+import gc
 import logging
 import os
 import shutil
@@ -32,7 +33,9 @@ from stllm.serving.jobs import Jobs
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECTIONS = 500  # fewer than the files that a process may open by default
-HEADER_SECONDS = 10.0  # chosen here
+HEADER_SECONDS = 10.0  # chosen here: for a request's header, and for the rest of a body after an early reply
+UNREAD_SECONDS = 30  # chosen here: for a client to take the bytes that are ready for it
+REFUSED = 100  # connections above CONNECTIONS that get a refusal; more could use up the files that a process may open
 LATEST_SECONDS = 8.0  # after the first signal; what still runs then, such as a long encoding, is cut off
 
 
@@ -61,16 +64,20 @@ class Host:
             app,
             http=TimedProtocol,
             limit_concurrency=CONNECTIONS,
+            backlog=REFUSED,  # asyncio accepts as many in one go, before it looks at any of them
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=patience,
         )
+        if _signals:  # Python prints a KeyboardInterrupt that is raised in a `__del__`, and goes on
+            raise KeyboardInterrupt
         # Requests that the shutdown cancels are no failures, and each would print a traceback.
         logging.getLogger("uvicorn.error").addFilter(
             lambda record: record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
         )
         server = _Server(config, self.folder, jobs)
+        gc.freeze()  # modules and model stay: the interpreter's last collection would look at them for seconds
         try:
             server.run(sockets=[self.listener])
         finally:
@@ -101,6 +108,7 @@ def hosting(args: argparse.Namespace, prefix: str, *, read_seconds: float) -> It
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{name}:{listener.getsockname()[1]}"
+        listener.listen()  # whoever reads the address may connect at once
         yield Host(chat, Path(checkpoint), reading, folder, listener, url, args.host in LOOPBACK)
 
 
@@ -119,13 +127,16 @@ def bound(host: str, port: int) -> socket.socket:
     return listener
 
 
+_signals: list[int] = []  # those that have raised KeyboardInterrupt
+
+
 @contextmanager
 def own_folder(prefix: str) -> Iterator[Path]:
     """Make a folder for uploads, removed at the end; from now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
 
-    A second signal removes the folder and ends the process without waiting for anything. Folders of the same prefix and
-    user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its folder, which the
-    system releases however the process ends.
+    A second signal, or SIGHUP, removes the folder and ends the process without waiting for anything. Folders of the
+    same prefix and user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its
+    folder, which the system releases however the process ends.
     """
     for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with suppress(OSError):  # not a folder, not ours, its owner runs, or it has just been removed
@@ -145,13 +156,18 @@ def own_folder(prefix: str) -> Iterator[Path]:
                 break
             os.close(lock)
 
+    _signals.clear()
+
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         for stopping in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stopping, lambda *_: end_at_once(folder))
+        _signals.append(number)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup: the terminal has gone, and nobody waits
+        signal.signal(signal.SIGHUP, lambda *_: end_at_once(folder))
     try:
         yield folder
     finally:
@@ -162,8 +178,9 @@ def own_folder(prefix: str) -> Iterator[Path]:
 def end_at_once(folder: Path) -> NoReturn:
     """Remove the folder and end the process, without waiting for threads or requests."""
     shutil.rmtree(folder, ignore_errors=True)
-    sys.stderr.write("interrupted\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # the terminal, or the reader of our messages, has gone
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
     os._exit(130)
 
 
@@ -185,23 +202,34 @@ class _Server(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, which closes a connection whose header, first or later, is not complete in time.
+    """uvicorn's HTTP protocol, with limits for what uvicorn waits for without end.
 
-    uvicorn itself waits for a header without end.
+    It closes connections without a complete header, connections whose reply was sent before the body ended, connections
+    whose client does not read, and connections above the limit.
     """
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first header."""
+        """Begin to wait for the first header. When all places are taken, close the one that has waited longest."""
         super().connection_made(transport)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; the system checks it, also while the connection is closing
+            client = transport.get_extra_info("socket")
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
+        if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
+            waiting = {one._timer.when(): one for one in self.connections if getattr(one, "_timer", None)}
+            if waiting:
+                longest = waiting[min(waiting)]
+                longest._stop_waiting()
+                longest.transport.abort()
+            elif len(self.connections) > self.limit_concurrency + REFUSED:
+                transport.abort()
         self._timer = self.loop.call_later(HEADER_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Keep the timer as long as a header is incomplete."""
+        """Keep the timer unless a request is being answered."""
         super().data_received(data)
-        arrives = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
-        if not arrives:
+        if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
             self._stop_waiting()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)

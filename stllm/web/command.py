@@ -53,7 +53,7 @@ def build_app(service: "Service", *, local: bool, about: str = "") -> "FastAPI":
     from stllm.web.guard import Guard
     from stllm.web.page import STYLE, build_page, theme
 
-    middleware = [Middleware(Guard, limits=service.limits, folder=service.folder)]
+    middleware = [Middleware(Guard, limits=service.limits, folder=service.folder, examples=service.examples)]
     if local:  # a page elsewhere that lets its own name point here is turned away
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}

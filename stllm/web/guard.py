@@ -7,7 +7,7 @@ pages. Here nothing is fetched, neither by the server nor by the browser, and bo
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ SHUT = re.compile(
 )
 MAX_MESSAGE = MEBIBYTE  # bytes of a request that is no upload
 MESSAGES = 64  # of that size that may arrive at once, chosen here
+FULL = 507, "the server holds as many uploads as it may: try again later"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of videos is WebAssembly; all is its own
@@ -42,15 +43,16 @@ HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of 
 
 
 class Guard:
-    """ASGI middleware before gradio's application. folder: where uploads lie."""
+    """ASGI middleware before gradio's application. folder: where uploads lie. examples: files beside them."""
 
-    def __init__(self, app: ASGIApp, limits: PageLimits, folder: Path) -> None:
+    def __init__(self, app: ASGIApp, limits: PageLimits, folder: Path, examples: Collection[Path] = ()) -> None:
         self.app = app
         self.limits = limits
         self.folder = folder
+        self.open = {str(path) for path in examples}
         self._bodies = Bodies(MAX_MESSAGE, MESSAGES * MAX_MESSAGE, limits.body_seconds)
         self._num_uploads = 0  # that arrive now
-        self._announced = 0  # their bytes
+        self._held = 0  # bytes in `folder`, as far as is known without looking
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse with 403, 400, 408, 411, 413, 503 or 507 and a sentence, or let the request through."""
@@ -73,7 +75,7 @@ class Guard:
             body = None
             try:
                 body = await self._bodies.read(Request(scope, receive))
-                refusal = _fault(body)
+                refusal = self._fault(body)
             except ApiError as error:
                 refusal = error.status, str(error)
             except ClientDisconnect:
@@ -84,6 +86,25 @@ class Guard:
             return
         await self.app(scope, receive, send)
 
+    def _fault(self, body: bytearray | None) -> tuple[int, str] | None:
+        """Return why a request is refused.
+
+        gradio copies every file that a request names to the uploads before it asks a handler. It would copy any file of
+        this machine, and read devices without end.
+        """
+        if body is None:
+            return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
+        try:
+            named = list(_paths(loads(bytes(body)))) if body else []
+        except (ValueError, RecursionError):
+            return 400, "the request is no JSON"
+        if any(ADDRESS.match(path.strip()) for path in named):
+            return 400, "a web address is not fetched here: upload the file"
+        inside = os.path.join(self.folder, "")
+        if not all(path in self.open or os.path.abspath(path).startswith(inside) for path in named):
+            return 400, "only uploaded files and the examples can be read here: upload the video or image"
+        return None
+
     def _no_room(self, scope: Scope) -> tuple[int, str] | None:
         """Return why an upload is refused, before it is read; gradio itself counts the bytes that arrive."""
         announced = Request(scope).headers.get("content-length", "")
@@ -91,10 +112,14 @@ class Guard:
             return 411, "an upload must say how long it is"
         if int(announced) > self.limits.media_bytes + MAX_MESSAGE:
             return 413, f"the file is too large: at most {self.limits.media_bytes // MEBIBYTE} MB are taken"
-        held = sum(_sizes(self.folder)) + self._announced
-        if held + int(announced) > self.limits.folder_bytes:
-            return 507, "the server holds as many uploads as it may: try again later"
+        sizes = list(_sizes(self.folder))
+        self._held = sum(sizes)  # bytes that others have announced but not sent take no room
+        if self._is_full(int(announced)) or len(sizes) > 2 * self.limits.folder_files:
+            return FULL
         return None
+
+    def _is_full(self, more: int = 0) -> bool:
+        return self._held + more > self.limits.folder_bytes
 
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let gradio store the upload, which has to arrive in time, and remove leftover files.
@@ -102,16 +127,21 @@ class Guard:
         gradio writes each file of a form into `folder` and moves those of the field `files` into folders within. Files
         of other fields and of uploads that are broken off stay.
         """
-        announced = int(Headers(scope=scope)["content-length"])
         self._num_uploads += 1
-        self._announced += announced
+        in_time = _in_time(receive, self.limits.upload_seconds)
+
+        async def receive_with_room() -> Message:
+            message = await in_time()
+            self._held += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if self._is_full() else message
+
         try:
-            await self.app(scope, _in_time(receive, self.limits.upload_seconds), send)
+            await self.app(scope, receive_with_room, send)
         except ClientDisconnect:
-            await JSONResponse({"detail": "the upload did not arrive whole"}, status_code=408)(scope, receive, send)
+            status, why = FULL if self._is_full() else (408, "the upload did not arrive whole")
+            await JSONResponse({"detail": why}, status_code=status)(scope, receive, send)
         finally:
             self._num_uploads -= 1
-            self._announced -= announced
             self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
@@ -171,6 +201,7 @@ def _with_headers(send: Send) -> Send:
 
 
 def _sizes(folder: Path) -> Iterator[int]:
+    """Yield the sizes of the files and of the folders; gradio puts each file into a folder."""
     for path in folder.rglob("*"):
         with suppress(OSError):  # removed in the meantime
             yield path.stat().st_size
@@ -184,18 +215,6 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return waiting.pop() if waiting else await receive()
 
     return again
-
-
-def _fault(body: bytearray | None) -> tuple[int, str] | None:
-    if body is None:
-        return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
-    try:
-        named = list(_paths(loads(bytes(body)))) if body else []
-    except (ValueError, RecursionError):
-        return 400, "the request is no JSON"
-    if any(ADDRESS.match(path.strip()) for path in named):
-        return 400, "a web address is not fetched here: upload the file"
-    return None
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -44,12 +44,24 @@ with own_folder("mine-") as folder:
     time.sleep(60)
 """
 
+STAYS = """
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("stays", flush=True)
+        while True:
+            try:
+                time.sleep(60)
+            except OSError:
+                pass
+"""
+
 
 @pytest.fixture
 def own_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Temporary files lie in the test's folder, and its signal handlers end with it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -112,3 +124,47 @@ def test_the_folder_of_a_running_owner_is_kept(tmp_path: Path, own_signals: None
             assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name, "mine-linked"}
             assert (first / "upload").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["mine-linked"]
+
+
+def test_a_gone_terminal_ends_the_owner_and_its_folder(tmp_path: Path) -> None:
+    process = run(OWNER, tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    left = Path(process.stdout.readline().strip())
+    assert left.is_dir()
+    process.stderr.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(10) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(tmp_path: Path) -> None:
+    process = run(OWNER.replace("    time.sleep(60)", STAYS), tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "stays\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_signal_that_python_passes_over_ends_the_server_before_it_serves(tmp_path: Path) -> None:
+    code = """
+import os
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), 15)
+        for _ in range(10):
+            pass
+def load(*_, **__):
+    Dropped()
+    return chat
+"""
+    usual = "command.load_chat = lambda *_, **__: chat"
+    process = run(SERVER.replace(usual, f"{code}command.load_chat = load"), tmp_path)
+    _, messages = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in messages  # Python's note that it was passed over
+    assert process.returncode == 130
+    assert not list(tmp_path.glob("stllm-*"))

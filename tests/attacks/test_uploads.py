@@ -1,8 +1,9 @@
 """What uploads to the demo leave behind, who may send them, and how long they may take."""
 
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,26 @@ def test_aborted_uploads_and_foreign_fields_leave_nothing(url: str, folder: Path
         assert len(files(folder)) >= 2
     wait_until(lambda: files(folder) == [path], 10)
     path.unlink()
+
+
+def test_uploads_are_counted(chat: Chat, tmp_path: Path) -> None:
+    with served(chat, tmp_path, PageLimits(folder_files=20)) as url:
+        for number in range(40):
+            reply = httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", str(number).encode())})
+            if reply.status_code != 200:
+                break
+        assert reply.status_code == 507 and 5 < number <= 21  # the demo's examples lie there, too
+
+
+def test_slow_uploads_take_no_room_from_others(chat: Chat, tmp_path: Path) -> None:
+    with served(chat, tmp_path, PageLimits(folder_bytes=1 << 20)) as url, ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(closing(half_sent(url)))
+        time.sleep(1)
+        assert httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", b"something")}).status_code == 200
+        for connection in (stack.enter_context(closing(half_sent(url))) for _ in range(3)):
+            connection.sendall(b"x" * 90_000)
+        wait_until(lambda: b"507" in connection.recv(1000))
 
 
 def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:

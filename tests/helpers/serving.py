@@ -26,11 +26,11 @@ def serving(server: Server) -> AbstractContextManager[str]:
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
-    """The application's address while it runs in a thread."""
+def running(app: Any, **options: Any) -> Iterator[str]:
+    """The application's address while it runs in a thread. options: of uvicorn."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=5, **options)
     server = uvicorn.Server(config)
     thread = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
