@@ -159,7 +159,7 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("model.lora_target_modules=q", "'model.lora_target_modules' must be a list, found 'q'"),
         ("model.lora_target_modules={a: 1}", "'model.lora_target_modules' must be a list, found {'a': 1}"),
         ("model.lora_target_modules=[null]", "'model.lora_target_modules[0]': "),
-        ("model.image_size=99999999999999999999", "'model.image_size' must be between -2**63 and 2**63, found a larger"),
+        ("model.image_size=99999999999999999999", "'model.image_size' must be between -2**63 and 2**63, found a"),
         ("model.llm=3", "'model.llm' must be a mapping of keys, found 3"),
         ("model=3", "'model' must be a mapping of keys, found 3"),
         ("model.video_input=resid", "unknown model.video_input 'resid': known are all, mean, residual; did you mean"),
