@@ -1,4 +1,4 @@
-"""`stllm <command>`: parses, imports the command's own module, and turns its failure into one sentence.
+"""`stllm <command>`: parse the words, run the command, turn its failure into one sentence.
 
 Standard library only up to the moment a command runs, so that `--help` answers at once. Exit codes: 0 success,
 1 failure, 2 wrong usage, 130 interrupted.

@@ -251,6 +251,8 @@ def _check_keys(values: dict[str, Any], schema: type, prefix: str, layer: Layer)
             values[key] = _mapping({} if value is None else value, layer.name, f"'{dotted}'")
             if dataclasses.is_dataclass(types[key]):
                 _check_keys(values[key], typing.cast(type, types[key]), dotted, layer)
+        elif typing.get_origin(types[key]) is list and isinstance(value, dict):  # OmegaConf cannot merge the two
+            raise UserError(f"{layer.name}: '{dotted}' must be a list, found {value!r}")
 
 
 # ---- merging and values ---------------------------------------------------------------------------------------------
