@@ -4,13 +4,15 @@ Pipes do not tell: forked siblings hold each other's ends open. The kernel's own
 thread that forked, which may end long before its process. So a thread looks once a second whose child this process is.
 """
 
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from typing import Any, cast
 
 from stllm.common.terminal import escape_output
 
@@ -23,7 +25,8 @@ def end_with_parent(worker: int = 0) -> None:
     It ends when its parent has ended or sends SIGTERM. SIGINT, and SIGTERM from anyone else, are ignored: torchrun,
     Slurm and terminals signal the whole group, and a worker that ends breaks the step that its parent wants to finish.
 
-    What it prints is escaped, as in its parent.
+    What it prints is escaped, as in its parent. A result that cannot be sent (no room in shared memory, too many open
+    files) ends it, too: Python would drop the result, and the parent would wait for it forever.
 
     worker: its number, unused; DataLoader's `worker_init_fn` is given it.
     """
@@ -33,6 +36,7 @@ def end_with_parent(worker: int = 0) -> None:
     starter = os.getppid() if served else parent.pid  # not getppid(): the parent may have ended before this line
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     escape_output()
+    cast(Any, multiprocessing.queues.Queue)._on_queue_feeder_error = staticmethod(_end_with_error)
     can_wait = hasattr(signal, "sigtimedwait")  # not on macOS and Windows: there SIGTERM ends it, whoever sends it
     if can_wait:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -78,6 +82,12 @@ def end_with_launcher() -> None:
         return os.getppid() != launcher
 
     _end_when(is_over)
+
+
+def _end_with_error(error: Exception, _: object) -> None:
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _end_when(is_over: Callable[[], bool]) -> None:
