@@ -106,6 +106,11 @@ def _sentence(error: Exception) -> str:
     code = error.errno if isinstance(error, OSError) else None
     if code in _FULL or any(words in text for words in _FULL_WORDS):
         return f"no space left on the disk{name}: free some, or write to another folder, then run again"
+    if code == errno.EFBIG or "File too large" in text:  # safetensors and torch give no number
+        return (
+            f"a file would be larger than is allowed here{name}: raise the limit (ulimit -f), or write to another file "
+            "system, then run again"
+        )
     if code in _FORBIDDEN:
         return f"no permission{name}: give this user access, or name another path"
     if code in _IN_THE_WAY:

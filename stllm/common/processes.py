@@ -5,17 +5,18 @@ other's ends open. The kernel's own signal (PR_SET_PDEATHSIG) follows the thread
 its process. So a thread looks once a second whose child this process is.
 """
 
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from stllm.common.errors import UserError
 from stllm.common.logging import escape_output
@@ -34,7 +35,8 @@ def end_with_parent(worker: int = 0) -> None:
     It ends when its parent has ended or sends SIGTERM. SIGINT, and SIGTERM from anyone else, are ignored: torchrun,
     Slurm and terminals signal the whole group, and a worker that ends breaks the step that its parent wants to finish.
 
-    What it prints is escaped, as in its parent.
+    What it prints is escaped, as in its parent. A result that cannot be sent (no room in shared memory, too many open
+    files) ends it, too: Python would drop the result, and the parent would wait for it forever.
 
     worker: its number, unused; DataLoader's `worker_init_fn` is given it.
     """
@@ -44,6 +46,7 @@ def end_with_parent(worker: int = 0) -> None:
     starter = os.getppid() if served else parent.pid  # not getppid(): the parent may have ended before this line
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     escape_output()
+    cast(Any, multiprocessing.queues.Queue)._on_queue_feeder_error = staticmethod(_end_with_error)
     can_wait = hasattr(signal, "sigtimedwait")  # not on macOS and Windows: there SIGTERM ends it, whoever sends it
     if can_wait:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -89,6 +92,12 @@ def end_with_launcher() -> None:
         return os.getppid() != launcher
 
     _end_when(is_over)
+
+
+def _end_with_error(error: Exception, _: object) -> None:
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _end_when(is_over: Callable[[], bool]) -> None:

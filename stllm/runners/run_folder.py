@@ -160,11 +160,10 @@ class RunFolder:
             if is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
             last = self.last_checkpoint()
-            kept = f"{last.name} before it is whole" if last else "there is none before it"
+            again = "begin anew" if last is None else f"continue from {last.name}, which is whole"
             cause = "another process could not write its part" if error is None else sentence(error)
             raise UserError(
-                f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}: run again to continue "
-                "from it"
+                f"checkpoint-{step} could not be written to {self.path} ({cause}): run again to {again}"
             ) from error
         if is_main():
             target = self.path / f"checkpoint-{step}"

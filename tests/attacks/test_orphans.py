@@ -16,7 +16,9 @@ from uuid import uuid4
 
 import psutil
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
+from stllm.common.processes import end_with_parent
 from tests.helpers.evaluation import CHECKPOINT, arguments
 from tests.helpers.training import ROOT, command, write_recipe
 from tests.helpers.videos import write_video
@@ -210,3 +212,20 @@ def test_a_command_in_the_background_outlives_its_shell(tmp_path: Path) -> None:
         shell.process.wait(120)
         time.sleep(3)
         assert len(shell.others()) == 2, shell.output.read_text()
+
+
+class Unsendable(Dataset[Any]):
+    """Its samples cannot be pickled, as tensors cannot be sent where shared memory has no room."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        return lambda: index
+
+
+def test_a_result_that_cannot_be_sent_ends_its_worker() -> None:
+    """torch's timeout would give another message."""
+    loader = DataLoader(Unsendable(), num_workers=1, worker_init_fn=end_with_parent, batch_size=None, timeout=20)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        next(iter(loader))

@@ -25,6 +25,8 @@ from stllm.common.errors import UserError, sentence
         (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), "no permission (/locked/x): give"),
         (FileExistsError(errno.EEXIST, "File exists", "a"), "a file stands where a folder is needed (a): name another"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a file stands where a folder is needed (a/b)"),
+        (OSError(errno.EFBIG, "File too large", "a"), "a file would be larger than is allowed here (a): raise the"),
+        (RuntimeError("I/O error: File too large (os error 27)"), "a file would be larger than is allowed here: raise"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a folder stands where a file is needed (a): name"),
         (
             UserError(
