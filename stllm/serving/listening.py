@@ -217,7 +217,9 @@ class TimedProtocol(H11Protocol):
             client = transport.get_extra_info("socket")
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
-            waiting = {one._timer.when(): one for one in self.connections if getattr(one, "_timer", None)}
+            waiting = {
+                one._timer.when(): one for one in self.connections if isinstance(one, TimedProtocol) and one._timer
+            }
             if waiting:
                 longest = waiting[min(waiting)]
                 longest._stop_waiting()
