@@ -86,10 +86,10 @@ def test_uploads_are_counted(chat: Chat, tmp_path: Path) -> None:
 
 
 def test_slow_uploads_take_no_room_from_others(chat: Chat, tmp_path: Path) -> None:
-    with served(chat, tmp_path, PageLimits(folder_bytes=1 << 20)) as url, ExitStack() as stack:
+    with served(chat, tmp_path, PageLimits(folder_bytes=1_210_000)) as url, ExitStack() as stack:
         for _ in range(10):
             stack.enter_context(closing(half_sent(url)))
-        time.sleep(1)
+        time.sleep(1)  # 1,000,000 bytes have arrived beside the examples of 157,000
         assert httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", b"something")}).status_code == 200
         for connection in (stack.enter_context(closing(half_sent(url))) for _ in range(3)):
             connection.sendall(b"x" * 90_000)
