@@ -190,9 +190,9 @@ class RunFolder:
 
     def _lost(self, step: int, error: Exception | None) -> str:
         last = self.last_checkpoint()
-        kept = "run again to begin anew" if last is None else f"run again to continue from {last.name}, which is whole"
+        kept = f"{last.name} before it is whole: run again to continue from it" if last else "run again to begin anew"
         cause = "another process could not write its part" if error is None else sentence(error)
-        return f"checkpoint-{step} could not be written to {self.path} ({cause}): {kept}"
+        return f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}"
 
 
 def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
