@@ -160,11 +160,11 @@ class RunFolder:
             if is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
             last = self.last_checkpoint()
-            again = "begin anew" if last is None else f"continue from {last.name}, which is whole"
+            kept = (
+                f"{last.name} before it is whole: run again to continue from it" if last else "run again to begin anew"
+            )
             cause = "another process could not write its part" if error is None else sentence(error)
-            raise UserError(
-                f"checkpoint-{step} could not be written to {self.path} ({cause}): run again to {again}"
-            ) from error
+            raise UserError(f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}") from error
         if is_main():
             target = self.path / f"checkpoint-{step}"
             _flush(self._partial / target.name)
