@@ -226,8 +226,12 @@ def test_an_interrupted_experiment_ends_its_commands_and_begins_no_other(
         os.kill(os.getpid(), name)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert start(world, "--jobs", "2") == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    try:
+        thread.start()
+        assert start(world, "--jobs", "2") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert "interrupted: what was trained is kept" in capsys.readouterr().err
     assert [len((world.parent / file).read_text().split()) for file in ("begun", "stopped")] == [2, 2]
