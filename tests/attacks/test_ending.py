@@ -36,7 +36,8 @@ sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0", "--queue-size", "2
 
 
 OWNER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also when the tests run under nohup
 from stllm.serving.listening import own_folder
 with own_folder("mine-") as folder:
     (folder / "upload").write_bytes(b"x")
@@ -46,6 +47,7 @@ with own_folder("mine-") as folder:
 
 STAYS = """
     try:
+        print(folder, flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         print("stays", flush=True)
@@ -138,7 +140,7 @@ def test_a_gone_terminal_ends_the_owner_and_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(tmp_path: Path) -> None:
-    process = run(OWNER.replace("    time.sleep(60)", STAYS), tmp_path)
+    process = run(OWNER.replace("    print(folder, flush=True)\n    time.sleep(60)\n", STAYS.lstrip("\n")), tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stderr.close()
