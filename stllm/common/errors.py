@@ -137,7 +137,7 @@ def _sentence(error: Exception) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this exception, or the one that caused it, says that memory ran out, on whatever device."""
+    """Check whether this exception, or the one that caused it, says that memory ran out, on whatever device."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":

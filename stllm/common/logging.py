@@ -55,7 +55,7 @@ class _Handler(logging.Handler):
 
 
 def setup_logging(*, debug: bool = False) -> None:
-    """Sends stllm's notes to stderr, those of the main process alone; call it before a heavy library is imported.
+    """Send stllm's notes to stderr, those of the main process alone; call it before a heavy library is imported.
 
     Unless `debug`, libraries' advisory messages and deprecation warnings are off. A verbosity that the user set
     through the libraries' own environment variables is respected.
@@ -161,7 +161,7 @@ def console(*, stderr: bool = False) -> "Console":
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Shows `what` beside a spinner on stderr until the block ends.
+    """Show `what` beside a spinner on stderr until the block ends.
 
     Nothing where stderr is no terminal, or this not the main process.
     """

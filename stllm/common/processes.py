@@ -110,7 +110,7 @@ def _end_when(is_over: Callable[[], bool]) -> None:
 
 
 def _takes_over(process: int) -> bool:
-    """Whether it is one of those that become the parents of orphans. In a container, process 1 may be torchrun."""
+    """Check whether it is one of those that become the parents of orphans. In a container, process 1 may be torchrun."""
     try:
         program = os.path.basename(os.readlink(f"/proc/{process}/exe"))
     except OSError:  # another user's, or no Linux

@@ -87,7 +87,7 @@ Finding = Fault | Medium
 def records_of(
     path: Path, expected: str, own: Sequence[str], *, tables: bool = False
 ) -> Iterator[tuple[str, "Fields | Fault"]]:
-    """Yields (file and record, its fields) of every record, with a fault in place of a broken one.
+    """Yield (file and record, its fields) of every record, with a fault in place of a broken one.
 
     expected: the format in words. own: its characteristic fields. If the first record has none of them but those of
     another format, the file gives one fault and no record. tables: .csv and .tsv files are read, too.
@@ -163,7 +163,7 @@ def check_item(
     answer: str = "answer",
     media: tuple[str, ...] = ("video",),
 ) -> Iterator[Finding]:
-    """Yields the faults of a benchmark's record, and its medium.
+    """Yield the faults of a benchmark's record, and its medium.
 
     questions, answer: the fields that hold them. media: the fields that may name the medium.
     """
@@ -174,7 +174,7 @@ def check_item(
 
 
 def check_texts(fields: Fields, where: str, needed: dict[str, str]) -> Iterator[Fault]:
-    """Yields faults of fields that must hold text. needed: field -> kind of the fault when it is empty."""
+    """Yield faults of fields that must hold text. needed: field -> kind of the fault when it is empty."""
     for field, kind in needed.items():
         if field not in fields:
             yield Fault("incomplete", where, field, f"the field is missing (found {', '.join(fields)}): add it")
@@ -183,7 +183,7 @@ def check_texts(fields: Fields, where: str, needed: dict[str, str]) -> Iterator[
 
 
 def check_name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[Finding, None, str | None]:
-    """Yields a fault when no field names the medium; returns the name, or None."""
+    """Yield a fault when no field names the medium; returns the name, or None."""
     name = next((name for key in keys if (name := text_of(fields.get(key))) is not None), None)
     if name is None:
         yield Fault("incomplete", where, keys[0], f"no medium is named; expected a text in {' or '.join(keys)}: add it")
@@ -193,7 +193,7 @@ def check_name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[F
 def check_bounds(
     fields: Fields, where: str, *, negative_start: bool = False
 ) -> Generator[Finding, None, Bounds | None]:
-    """Yields a fault of start and end; returns them, or None."""
+    """Yield a fault of start and end; returns them, or None."""
     try:
         return bounds_of(fields, where, negative_start=negative_start)
     except AnnotationError as error:

@@ -53,7 +53,7 @@ def scheme_of(shard: str) -> str:
 
 
 def check_scheme(shard: str) -> None:
-    """Raises UserError for a scheme without a program here, and for `pipe:` where it is not allowed."""
+    """Raise UserError for a scheme without a program here, and for `pipe:` where it is not allowed."""
     scheme = scheme_of(shard)
     if scheme == PIPE and not _allowed:
         raise UserError(
@@ -69,7 +69,7 @@ def check_scheme(shard: str) -> None:
 
 
 def fetch(shard: str, path: Path) -> None:
-    """Copies a remote shard to `path`, whole or not at all. Raises MediaError when it cannot be had."""
+    """Copy a remote shard to `path`, whole or not at all. Raises MediaError when it cannot be had."""
     scheme, url = scheme_of(shard), shard.strip()
     command = ["sh", "-c", url.partition(":")[2]] if scheme == PIPE else PROGRAMS[scheme](url)
     with replacing(path) as partial, partial.open("wb") as file, tempfile.TemporaryFile() as said:

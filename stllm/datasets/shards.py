@@ -93,7 +93,7 @@ def load_index(path: Path, tar: Path | None) -> ShardIndex | None:
 
 
 def build_index(path: Path, tar: Path, name: str) -> ShardIndex:
-    """Scans the tar and keeps the index in `path`. name: of the shard, for messages.
+    """Scan the tar and keeps the index in `path`. name: of the shard, for messages.
 
     A tar that is damaged, or no tar at all, gives the samples before the damage and says so in `fault`.
     Raises UserError when the tar is not there or may not be read.
@@ -256,7 +256,7 @@ class ShardReader:
         return str(sample) if member.offset == ABSENT else self._header(shard, file, member)[0].name
 
     def close(self) -> None:
-        """Closes the files; they are opened again when they are needed."""
+        """Close the files; they are opened again when they are needed."""
         while self._open:
             os.close(self._open.popitem()[1][0])
 
@@ -329,7 +329,7 @@ class ShardReader:
         return self.cache_dir / f"{readable}-{digest}{suffix}"
 
     def _make_room(self, newest: Path) -> None:
-        """Removes the least recently used shards until the cache is within its bound, but not the newest."""
+        """Remove the least recently used shards until the cache is within its bound, but not the newest."""
         if self.cache_gb is None:
             return
         fetched = (path for path in self.cache_dir.glob("*.tar") if FETCHED.search(path.name))

@@ -92,13 +92,13 @@ class Entry(JudgeItem):
             return f"the reply cannot be read: {fault}"
 
     def same_texts(self, item: JudgeItem) -> bool:
-        """Whether an item, or the entry of another ledger, has the same texts."""
+        """Check whether an item, or the entry of another ledger, has the same texts."""
         ours, theirs = ((one.question, one.answer, one.prediction) for one in (self, item))
         return ours == theirs
 
     @property
     def is_scored(self) -> bool:
-        """Whether the reply states a score."""
+        """Check whether the reply states a score."""
         return isinstance(self.outcome, Verdict)
 
 

@@ -48,7 +48,7 @@ class Media:
     own_times: bool = True
 
     def __post_init__(self) -> None:
-        """Raises UserError for an empty path, which would mean the current folder, and for an unknown view."""
+        """Raise UserError for an empty path, which would mean the current folder, and for an unknown view."""
         check_view(self.view)
         if not self.path.strip():
             raise UserError("the path of the video is empty: name a file or a folder of frames")
@@ -61,7 +61,7 @@ class Media:
         return self.start or 0.0, float("inf") if self.end is None else self.end
 
     def check(self) -> None:
-        """Raises what `load_clip` would raise, as far as it shows without decoding the frames."""
+        """Raise what `load_clip` would raise, as far as it shows without decoding the frames."""
         with open_media(self.path, reader=self.reader, fps=self.fps) as medium:
             medium.times(_sample(self, medium, 1))
 
@@ -110,7 +110,7 @@ class Clip:
 def load_clip(
     media: Media, transform: FrameTransform, *, num_frames: int = 1, generator: Generator | None = None
 ) -> Clip:
-    """Opens a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
+    """Open a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
 
     transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.transforms.EvalTransform`.
     num_frames: for media that name no number. generator: for the sampling rule `rand`.

@@ -63,7 +63,7 @@ class ReadingPool:
             self._free.put(_ReadingProcess())
 
     def start(self) -> None:
-        """Starts the processes ahead of the first reading, which would wait for them for seconds."""
+        """Start the processes ahead of the first reading, which would wait for them for seconds."""
         processes = [self._free.get() for _ in range(self.num_processes)]
         for process in processes:
             with suppress(EOFError, OSError, NobodyWaits):  # the first reading will say so
@@ -111,7 +111,7 @@ class ReadingPool:
         return result
 
     def close(self) -> None:
-        """Ends the processes: at once those that rest, within a tick those that read. Later readings are refused."""
+        """End the processes: at once those that rest, within a tick those that read. Later readings are refused."""
         self._closed = True
         with suppress(Empty):
             while True:
@@ -152,7 +152,7 @@ class _ReadingProcess:
         return self._connection
 
     def end(self) -> None:
-        """Kills the process, whatever it does."""
+        """Kill the process, whatever it does."""
         if self._connection is not None:
             if self._pid is not None:
                 with suppress(ProcessLookupError):
@@ -180,7 +180,7 @@ class _Forks:
         return Connection(ours.detach())
 
     def end(self) -> None:
-        """Kills it, and with it those that it has forked; the next connection starts another."""
+        """Kill it, and with it those that it has forked; the next connection starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -206,7 +206,7 @@ _forks = _Forks()
 
 
 def fork_at_request(control: int) -> None:
-    """Forks a process for each connection that comes through the socket `control`, until its other end is closed."""
+    """Fork a process for each connection that comes through the socket `control`, until its other end is closed."""
     import av  # noqa: F401
     import PIL.Image  # noqa: F401
 
@@ -227,7 +227,7 @@ def fork_at_request(control: int) -> None:
 
 
 def _work(connection: Connection) -> None:
-    """Runs one task after the other, and ends when the other end of the connection is closed, at work, too."""
+    """Run one task after the other, and ends when the other end of the connection is closed, at work, too."""
     killed_with_parent()
     _bound_memory()
     escape_output()
@@ -248,7 +248,7 @@ def _work(connection: Connection) -> None:
 
 
 def _bound_memory() -> None:
-    """Refuses this process more than `MEMORY` beside what it has. Linux; elsewhere nothing happens."""
+    """Refuse this process more than `MEMORY` beside what it has. Linux; elsewhere nothing happens."""
     if sys.platform == "linux":
         import resource
 

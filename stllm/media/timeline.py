@@ -288,7 +288,7 @@ class PictureOrder:
         return None
 
     def _take(self, unit: bytes) -> int | None:
-        """Reads a unit; the place of its picture when it is a picture's first slice."""
+        """Read a unit; the place of its picture when it is a picture's first slice."""
         if len(unit) < 3:
             return None
         kind, layer, temporal_id = unit[0] >> 1 & 63, (unit[0] & 1) << 5 | unit[1] >> 3, (unit[1] & 7) - 1

@@ -105,7 +105,7 @@ class PyAvReader(Reader):
         self.source.close()
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises MediaError for indices outside the video, or past where a cut file ends."""
+        """Raise MediaError for indices outside the video, or past where a cut file ends."""
         super().check(indices)
         for index in indices:
             if index >= self.timeline.num_readable:
@@ -209,7 +209,7 @@ class PyAvReader(Reader):
         return None
 
     def _reach(self, stamp: int) -> "VideoFrame | None":
-        """Decodes on to the frame of that stamp; None when it does not come, or comes damaged."""
+        """Decode on to the frame of that stamp; None when it does not come, or comes damaged."""
         self._last = None
         for found, frame in self._pass:
             if found > stamp:
@@ -262,7 +262,7 @@ class DecordReader(Reader):
         warn_once(str(self.path), f"{why}; PyAV reads it instead")
 
     def _open(self) -> str | None:
-        """Opens the file with decord; returns the reason why decord cannot be trusted with it, or None."""
+        """Open the file with decord; returns the reason why decord cannot be trusted with it, or None."""
         if decoder_options():
             return "decord cannot limit the size of later frames"
         timeline = self._pyav.timeline
@@ -318,7 +318,7 @@ class VideoSource:
         self._open()
 
     def _open(self) -> None:
-        """Opens the container and its main video stream, cover pictures left aside. Raises MediaError."""
+        """Open the container and its main video stream, cover pictures left aside. Raises MediaError."""
         import av
         from av.error import FFmpegError
 

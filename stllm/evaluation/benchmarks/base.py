@@ -77,7 +77,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Reads the ground truth and looks for its media: an entry a record, and faults that concern a whole file.
+        """Read the ground truth and looks for its media: an entry a record, and faults that concern a whole file.
 
         `stllm evaluate` stops at such a fault, `stllm doctor` lists all of them. path: what --anno-path names.
         settings: this method obeys `tasks`, but not `limit`. Raises UserError.
@@ -85,32 +85,32 @@ class Benchmark(ABC):
 
     @abstractmethod
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Returns one request a question, with the prompt as published for the template's family of weights.
+        """Return one request a question, with the prompt as published for the template's family of weights.
 
         system: the sentence to use, None for the published one, "" for none.
         """
 
     @abstractmethod
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Returns what joins the item's line: the official fields, and `correct` where no judge is needed.
+        """Return what joins the item's line: the official fields, and `correct` where no judge is needed.
 
         predictions: the model's text for each question. `correct`: {"strict": ..., "official": ...}, as bools.
         """
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns `scores` of the results file: accuracies by rule and task, or {} where a judge decides.
+        """Return `scores` of the results file: accuracies by rule and task, or {} where a judge decides.
 
         records: all lines, failed ones (with `error`) among them.
         """
         return {} if self.judged else accuracies(records)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Returns files in the official scripts' layout: {"": ...} for `<name>.json`, {"generic": ...} for
+        """Return files in the official scripts' layout: {"": ...} for `<name>.json`, {"generic": ...} for
         `<name>.generic.json`. By default there are none."""
         return {}
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
-        """Yields what else the results should mention, such as media found outside the official folders."""
+        """Yield what else the results should mention, such as media found outside the official folders."""
         yield from ()
 
 
@@ -135,12 +135,12 @@ class Loaded:
         return self.benchmark.name
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
-        """Returns the item's prompts, with the system sentence of the settings."""
+        """Return the item's prompts, with the system sentence of the settings."""
         return self.benchmark.ask(item, template, self.system)
 
 
 def load_benchmark(name: str, settings: EvaluationSettings) -> Loaded:
-    """Reads the ground truth of a registered benchmark.
+    """Read the ground truth of a registered benchmark.
 
     Raises UserError for a fault that concerns a whole file, and when no item has its medium.
     """
@@ -180,7 +180,7 @@ def system_of(settings: EvaluationSettings) -> str | None:
 
 
 def read_entries(benchmark: Benchmark, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-    """Yields what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
+    """Yield what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
     if settings.anno_path is None:
         raise UserError(f"{benchmark.name}: no ground truth was named: give {benchmark.ground_truth}")
     yield from benchmark.load(user_path(settings.anno_path), settings)

@@ -79,7 +79,7 @@ class Source:
 
     @property
     def is_whole_model(self) -> bool:
-        """Whether it holds every part, so that nothing else needs to be named."""
+        """Check whether it holds every part, so that nothing else needs to be named."""
         if self.format is Format.TRANSFORMERS_BLIP:
             return not self.table.ignores(LANGUAGE_MODEL)
         return self.format in (Format.STLLM, Format.RELEASED)

@@ -42,7 +42,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether it is within tolerance; a difference that is no number is not."""
+        """Check whether it is within tolerance; a difference that is no number is not."""
         return self.difference <= self.tolerance
 
 
