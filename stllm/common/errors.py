@@ -17,20 +17,20 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` most likely meant, whatever its case; None when nothing is close."""
+    """The known name most similar to `name`, ignoring case; None when nothing is close."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing when no known name is close: the end of a message."""
+    """The end of a message: `; did you mean 'x'?`, or nothing when no known name is close."""
     guess = nearest(name, known)
     return f"; did you mean {guess!r}?" if guess is not None else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not among `known`: lists them all, and the nearest."""
+    """The message for a name that is not among `known`. It lists all known names and the nearest one."""
     names = sorted(known)
     listed = ", ".join(names) if names else "none so far"
     return f"unknown {kind} {name!r}: known are {listed}{did_you_mean(name, names)}"
@@ -63,7 +63,9 @@ _MEMORY_WORDS = (
 
 
 def sentence(error: Exception) -> str:
-    """What to print for an exception. A kind that is none of ours is called unexpected: it is a defect."""
+    """The text to print for an exception. An exception of an unlisted kind is called unexpected: it is a defect of
+    ours.
+    """
     text = _sentence(error)
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 
@@ -137,7 +139,7 @@ def _sentence(error: Exception) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Check whether this exception, or the one that caused it, says that memory ran out, on whatever device."""
+    """Check whether this exception, or its cause, reports that memory ran out, on any device."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":

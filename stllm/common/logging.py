@@ -36,7 +36,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to what stderr is at that moment: under a spinner, that is what keeps the two apart."""
+    """A handler that writes to the current stderr, which keeps a running spinner and the text apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,9 +55,10 @@ class _Handler(logging.Handler):
 
 
 def setup_logging(*, debug: bool = False) -> None:
-    """Send stllm's notes to stderr, those of the main process alone; call it before a heavy library is imported.
+    """Send stllm's notes to stderr, in the main process only. Call it before a heavy library is imported.
 
-    Unless `debug`, libraries' advisory messages and deprecation warnings are off. A verbosity that the user set
+    Unless `debug` is set, advisory messages and deprecation warnings of libraries are off. A verbosity that the user
+    set
     through the libraries' own environment variables is respected.
     """
     handler = _Handler()
@@ -78,7 +79,7 @@ def printable(text: str) -> str:
 
 
 class _Escaped:
-    """A text stream that escapes what is written; `raw` is the stream under it. All else is that stream's."""
+    """A text stream that escapes what is written to `raw`, the stream below it. Everything else is passed to `raw`."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -101,7 +102,7 @@ class _Escaped:
 
 @contextmanager
 def escaped_output() -> Iterator[None]:
-    """Within it, stdout and stderr escape control characters, and characters that their encoding lacks."""
+    """Escape control characters on stdout and stderr in this block, and characters that their encoding lacks."""
     before = sys.stdout, sys.stderr
     escape_output()
     try:
@@ -111,7 +112,7 @@ def escaped_output() -> Iterator[None]:
 
 
 def escape_output() -> None:
-    """The same from now on, for a process that a command has started."""
+    """Do the same from now on, in a process that a command has started."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -122,7 +123,7 @@ def escape_output() -> None:
 
 
 def escape_traceback() -> None:
-    """Have the traceback that ends this process escaped, too: the interpreter prints it when the command is left."""
+    """Escape the traceback that ends this process, too. The interpreter prints it after the command has ended."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         with escaped_output():
@@ -163,7 +164,7 @@ def console(*, stderr: bool = False) -> "Console":
 def working(what: str) -> Iterator[None]:
     """Show `what` beside a spinner on stderr until the block ends.
 
-    Nothing where stderr is no terminal, or this not the main process.
+    Show nothing when stderr is not a terminal, or when this is not the main process.
     """
     if not sys.stderr.isatty() or not is_main():
         yield

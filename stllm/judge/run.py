@@ -186,7 +186,7 @@ async def _ask_endpoint(
     num_failed = 0  # in a row
 
     def is_final(reply: Reply) -> bool:
-        """Check whether asking again cannot help: there is a verdict, or no reply, or one that would be cut off again."""
+        """Check whether asking again cannot help: a verdict, no reply, or a reply that would be cut off again."""
         try:
             return reply.reply is None or bool(parse_reply(reply.reply, args.axis, cut=reply.cut))
         except Unparsable as fault:

@@ -61,7 +61,7 @@ class Media:
         return self.start or 0.0, float("inf") if self.end is None else self.end
 
     def check(self) -> None:
-        """Raise what `load_clip` would raise, as far as it shows without decoding the frames."""
+        """Raise what `load_clip` would raise, as far as it can be found without decoding the frames."""
         with open_media(self.path, reader=self.reader, fps=self.fps) as medium:
             medium.times(_sample(self, medium, 1))
 
@@ -90,14 +90,14 @@ class Clip:
 
     @property
     def digest(self) -> str:
-        """A key for the content: equal for equal prepared frames, whatever file they came from (32 hex digits)."""
+        """A key for the content (32 hex digits). Equal prepared frames have equal keys, whatever file they came from."""
         frames = self.frames.detach().cpu().contiguous()
         key = hashlib.blake2b(f"{tuple(frames.shape)} {frames.dtype}".encode(), digest_size=16)
         key.update(frames.numpy().data)
         return key.hexdigest()
 
     def viewed(self, view: str) -> "Clip":
-        """The clip, whose frames stand as they were sampled, in that view of views.py."""
+        """Apply that view of views.py to the clip, whose frames are in the order in which they were sampled."""
         order = view_order(view, len(self.indices))
         return replace(
             self,
@@ -110,10 +110,10 @@ class Clip:
 def load_clip(
     media: Media, transform: FrameTransform, *, num_frames: int = 1, generator: Generator | None = None
 ) -> Clip:
-    """Open a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
+    """Open a medium, sample its frames and prepare them one at a time, so that memory holds one full frame, not T.
 
     transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.transforms.EvalTransform`.
-    num_frames: for media that name no number. generator: for the sampling rule `rand`.
+    num_frames: for media that specify no number. generator: for the sampling rule `rand`.
     Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
     """
     with open_media(media.path, reader=media.reader, fps=media.fps) as medium:
