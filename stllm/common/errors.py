@@ -63,9 +63,7 @@ _MEMORY_WORDS = (
 
 
 def sentence(error: Exception) -> str:
-    """The text to print for an exception. An exception of an unlisted kind is called unexpected: it is a defect of
-    ours.
-    """
+    """The text to print for an exception. A kind that is not listed is called unexpected: it is a defect of ours."""
     text = _sentence(error)
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 

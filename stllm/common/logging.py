@@ -58,8 +58,7 @@ def setup_logging(*, debug: bool = False) -> None:
     """Send stllm's notes to stderr, in the main process only. Call it before a heavy library is imported.
 
     Unless `debug` is set, advisory messages and deprecation warnings of libraries are off. A verbosity that the user
-    set
-    through the libraries' own environment variables is respected.
+    set through the libraries' own environment variables is respected.
     """
     handler = _Handler()
     handler.setFormatter(_Formatter())

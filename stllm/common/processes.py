@@ -33,9 +33,8 @@ def end_with_parent(worker: int = 0) -> None:
     """Bind this process to the one that started it through multiprocessing. Call it first in every such process.
 
     The process ends when its parent has ended or sends SIGTERM. It ignores SIGINT, and SIGTERM from anyone else:
-    torchrun,
-    Slurm and terminals signal the whole group, and a worker that ends would break the step that its parent wants to
-    finish.
+    torchrun, Slurm and terminals signal the whole group, and a worker that ends would break the step that its parent
+    wants to finish.
 
     What the process prints is escaped, as in its parent. The process also ends when a result cannot be sent (no room in
     shared memory, too many open files): Python would drop the result, and the parent would wait for it forever.
@@ -80,8 +79,7 @@ def end_with_launcher() -> None:
     """Bind a rank to the torchrun (or accelerate) that started it. No other process is changed.
 
     A command may outlive the shell that started it in the background. A rank must not outlive its launcher: nobody
-    would
-    notice when a rank fails, and the other ranks would wait for it.
+    would notice when a rank fails, and the other ranks would wait for it.
     """
     # torchrun starts each rank in a session of its own; what a rank starts in turn inherits its environment alone
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix" or os.getsid(0) != os.getpid():

@@ -119,7 +119,7 @@ def records_of(
 
 
 def _values(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
-    """Yield (file and record, value). JSONL continues after a broken line. Raises UserError where reading cannot go on."""
+    """Yield (file and record, value). JSONL goes on after a broken line. Raises UserError where reading must stop."""
     text = read_file(path, expected)[1]
     if path.suffix.lower() != ".jsonl" or text.lstrip().startswith("["):
         for number, (_, _, value) in enumerate(json_values(path, text, expected), start=1):

@@ -90,7 +90,7 @@ class Clip:
 
     @property
     def digest(self) -> str:
-        """A key for the content (32 hex digits). Equal prepared frames have equal keys, whatever file they came from."""
+        """A key for the content (32 hex digits): equal for equal prepared frames, whatever file they came from."""
         frames = self.frames.detach().cpu().contiguous()
         key = hashlib.blake2b(f"{tuple(frames.shape)} {frames.dtype}".encode(), digest_size=16)
         key.update(frames.numpy().data)

@@ -77,8 +77,7 @@ class ReadingPool:
         picklable.
 
         stop: ends the reading when it is set. Raises what the task raises. Raises MediaError, naming the path, when the
-        task
-        takes too long or its process dies, and NobodyWaits when the reading was ended.
+        task takes too long or its process dies, and NobodyWaits when the reading was ended.
         """
         process = None
         while process is None:

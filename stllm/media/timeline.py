@@ -68,9 +68,7 @@ class Timeline:
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":
-        """The timeline without the frames before `stamp`, which the decoder does not give: a film cut inside an open
-        GOP.
-        """
+        """The timeline without the frames before `stamp`, which the decoder does not give (a film cut in an open GOP)."""
         lost = self.index_at(stamp)
         if lost in (0, self.num_readable):
             return self
@@ -100,10 +98,8 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
 
     Times are rejected when one is missing or used twice, when decoding times (dts) do not ascend, and when the order
     that they give contradicts the codec. HEVC states the order of its pictures. In older codecs a B picture is shown
-    before
-    a picture that is stored before it, and no other picture is. Where neither is known, a codec that reorders frames
-    must
-    have times that do so, and any other codec must not.
+    before a picture that is stored before it, and no other picture is. Where neither is known, a codec that reorders
+    frames must have times that do so, and any other codec must not.
 
     cut: the file is shorter than it should be. The missing frames are then still promised, and the last packets are
     not trusted: a lost B-frame might have been shown between them.
@@ -174,8 +170,7 @@ def counted_timeline(stream: "VideoStream", stamps: Sequence[int | None]) -> Tim
     """The timeline of a stream that was decoded whole. stamps: of every frame, in the order in which they were decoded.
 
     The k-th frame gets the k-th time in ascending order. Frames without a time are spaced evenly between those that
-    have
-    one. Where times are doubled or fewer than two are known, all frames are spaced evenly.
+    have one. Where times are doubled or fewer than two are known, all frames are spaced evenly.
     """
     indices = np.arange(len(stamps), dtype=np.int64)
     places = np.array([index for index, stamp in enumerate(stamps) if stamp is not None])

@@ -22,8 +22,7 @@ def masks_without_reads(model: PreTrainedModel) -> Iterator[None]:
     """Have a model that attends by torch's SDPA make its masks without reads.
 
     A causal model's rows must be padded on the right, and its states at padded positions are then meaningless. Models
-    whose
-    attention code knows only transformers' own kinds are not changed.
+    whose attention code knows only transformers' own kinds are not changed.
     """
     config = model.config
     if config._attn_implementation != "sdpa" or not model._supports_attention_backend:

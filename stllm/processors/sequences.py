@@ -67,9 +67,8 @@ def training_sequences(
 
     num_visual: N; None for text alone. dropped: (B, N) bool, the visual tokens that are left out. It adds `kept`, the
     positions of the others in (B*N), and `teacher`. `teacher` is the `pad_sequences` of prompts with all visual tokens
-    and no
-    text after them: attention is causal, so nothing after the last visual token can change the teacher's states of
-    them.
+    and no text after them: attention is causal, so nothing after the last visual token can change the teacher's states
+    of them.
     """
     if dropped is None:
         return pad_sequences(rows, pad_id=pad_id, labels=labels, num_visual=[num_visual] * len(rows))

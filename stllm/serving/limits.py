@@ -1,4 +1,4 @@
-"""Limits of one request to the server or the page. They are generous for a person, and leave room for other requests.
+"""Limits of one request to the server or the page. They are generous for one person and leave room for other requests.
 
 The processes that read media import this file, so it imports no model.
 """
@@ -23,8 +23,8 @@ MEBIBYTE = 1 << 20
 class Limits:
     """media_bytes, media_seconds, media_pixels (of a frame): of a video or image. text_characters: of all messages.
 
-    frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is being answered.
-    body_seconds: for a request to arrive whole. read_seconds: for its video or image to be decoded.
+    frames, new_tokens: the most that a request may ask for. waiting: requests in addition to the one being answered.
+    body_seconds: for a request to arrive completely. read_seconds: for its video or image to be decoded.
     """
 
     media_bytes: int = 100 * MEBIBYTE
@@ -82,11 +82,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class PageLimits(Limits):
-    """Limits of one user of the page. text_characters: of a question. folder_bytes,
-    folder_files: of all uploads together.
+    """Limits of one user of the page. text_characters: of a question. folder_bytes, folder_files: of all uploads
+    together.
 
     keep_seconds: how long an upload is kept after the last question about it. upload_seconds: for an upload to arrive
-    whole.
+    completely.
     """
 
     media_bytes: int = 256 * MEBIBYTE

@@ -1,6 +1,6 @@
-"""The life of a serving process, for `stllm serve` and `stllm demo`: address, model, requests, end.
+"""The life of a serving process, for `stllm serve` and `stllm demo`: take the address, load the model, serve, end.
 
-Its folder of uploads is removed at the end, and a second Ctrl-C ends it at once.
+At the end its folder of uploads is removed. A second Ctrl-C ends it at once.
 """
 
 import argparse
@@ -41,10 +41,10 @@ LATEST_SECONDS = 8.0  # after the first signal; what still runs then, such as a 
 
 @dataclass(frozen=True)
 class Host:
-    """A loaded model, and what an application about it needs.
+    """A loaded model, and what an application needs in order to serve it.
 
     checkpoint: of the model. reading: processes that read media. folder: for uploads. url: http://HOST:PORT.
-    local: whether only this machine reaches the address.
+    local: True if only this machine can reach the address.
     """
 
     chat: Chat
@@ -132,11 +132,11 @@ _signals: list[int] = []  # those that have raised KeyboardInterrupt
 
 @contextmanager
 def own_folder(prefix: str) -> Iterator[Path]:
-    """Make a folder for uploads, removed at the end; from now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
+    """Make a folder for uploads, removed at the end. From now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
 
     A second signal, or SIGHUP, removes the folder and ends the process without waiting for anything. Folders of the
-    same prefix and user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its
-    folder, which the system releases however the process ends.
+    same prefix and user whose process no longer runs (after SIGKILL) are removed first. The owner holds a lock on its
+    folder, and the system releases the lock however the process ends.
     """
     for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with suppress(OSError):  # not a folder, not ours, its owner runs, or it has just been removed
@@ -202,7 +202,7 @@ class _Server(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, with limits for what uvicorn waits for without end.
+    """uvicorn's HTTP protocol with limits, where uvicorn would wait forever.
 
     It closes connections without a complete header, connections whose reply was sent before the body ended, connections
     whose client does not read, and connections above the limit.
@@ -211,7 +211,7 @@ class TimedProtocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first header. When all places are taken, close the one that has waited longest."""
+        """Begin to wait for the first header. When all places are taken, close the connection that has waited longest."""
         super().connection_made(transport)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; the system checks it, also while the connection is closing
             client = transport.get_extra_info("socket")
