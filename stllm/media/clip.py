@@ -97,7 +97,7 @@ class Clip:
         return key.hexdigest()
 
     def viewed(self, view: str) -> "Clip":
-        """Apply that view of views.py to the clip, whose frames are in the order in which they were sampled."""
+        """The clip in that view of views.py. Its own frames must be in the order in which they were sampled."""
         order = view_order(view, len(self.indices))
         return replace(
             self,

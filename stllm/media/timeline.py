@@ -68,7 +68,9 @@ class Timeline:
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":
-        """The timeline without the frames before `stamp`, which the decoder does not give (a film cut in an open GOP)."""
+        """The timeline without the frames before `stamp`. A film cut in an open GOP has such frames, which cannot be
+        decoded.
+        """
         lost = self.index_at(stamp)
         if lost in (0, self.num_readable):
             return self

@@ -192,7 +192,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(news: News, first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
-    """Yield the chunks of an answer; an error in the middle is also an event."""
+    """Yield the chunks of an answer. An error in the middle is sent as an event, too."""
     yield reply.chunk({"role": "assistant", "content": ""})
     step: Step | None = first
     try:

@@ -56,9 +56,9 @@ class Host:
     local: bool
 
     def listen(self, app: Any, jobs: Jobs, *, patience: int) -> None:
-        """Serve until SIGINT or SIGTERM, which are raised again at the end; a second one ends the process at once.
+        """Serve until SIGINT or SIGTERM, which are raised again at the end. A second signal ends the process at once.
 
-        The first one ends the reading of media; answers that are being written have `patience` seconds.
+        The first signal ends the reading of media; answers in progress have `patience` seconds.
         """
         config = uvicorn.Config(
             app,
@@ -211,7 +211,7 @@ class TimedProtocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first header. When all places are taken, close the connection that has waited longest."""
+        """Begin to wait for the first header. When all places are taken, close the one that has waited longest."""
         super().connection_made(transport)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; the system checks it, also while the connection is closing
             client = transport.get_extra_info("socket")

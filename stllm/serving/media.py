@@ -22,9 +22,7 @@ PIECE = 4 << 20  # characters of base64 decoded at once, a multiple of 4; others
 
 
 class Bodies:
-    """The bodies that are arriving. most, most_together: bytes of one and of all; seconds: for one to arrive
-    completely.
-    """
+    """The bodies that are arriving. most, most_together: bytes of one and of all. seconds: for one to arrive whole."""
 
     def __init__(self, most: int, most_together: int, seconds: float) -> None:
         self.most = most
@@ -148,9 +146,7 @@ def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
 
 
 def _find(path: Path, root: Path) -> Path:
-    """Find a file under the root, following links. All other paths get the same error, which reveals nothing about
-    them.
-    """
+    """Find a file under the root, following links. All other paths get one error, which reveals nothing about them."""
     try:
         found = (root / path).resolve()
         if found.is_relative_to(root.resolve()) and found.is_file():

@@ -35,7 +35,7 @@ class Finished:
     cut_tokens: int = 0
 
     def usage(self) -> dict[str, int]:
-        """Count tokens as OpenAI does; `cut_tokens`, beyond OpenAI's fields, only where there are any."""
+        """Count tokens as OpenAI does. `cut_tokens`, which OpenAI does not have, is added only when tokens were cut."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -64,7 +64,7 @@ class Reply:
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def usage_chunk(self, end: Finished) -> str:
-        """Return the last event, for clients that ask for usage."""
+        """Return the last event, for clients that request the usage."""
         return event({**self._head("chat.completion.chunk"), "choices": [], "usage": end.usage()})
 
     def _head(self, kind: str) -> dict[str, Any]:
