@@ -158,7 +158,7 @@ class _Http(openai.DefaultAsyncHttpxClient):
         return response
 
     def _failure(self, response: httpx.Response) -> _Failure:
-        """What an error status means."""
+        """The meaning of an error status."""
         status, body = response.status_code, _json(response.content)
         error = body.get("error", body) if isinstance(body, dict) else None
         message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (None, None)
@@ -210,9 +210,7 @@ def _reply(content: bytes) -> Reply | _Failure:
 
 
 def _json(content: bytes) -> Any:
-    """The value of the bytes; None for bytes that are not JSON, are nested too deeply, or hold a number too long to
-    read.
-    """
+    """The value of the bytes; None for text that is no JSON, nesting too deep, or a number too long to read."""
     try:
         return loads(content)
     except ValueError:

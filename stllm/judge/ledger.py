@@ -122,7 +122,7 @@ class Ledger:
             self._read(record, f"{path}, line {number}")
 
     def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
-        """Raise UserError when these items or settings differ from those of the ledger; the message says what differs."""
+        """Raise UserError when these items or settings differ from the ledger's; the message says what differs."""
         for name, words in COMPARED.items():
             before, now = getattr(self.run or run, name), getattr(run, name)
             raised = name == "max_tokens" and run.limit >= (self.run or run).limit  # whole replies remain as they are
@@ -183,7 +183,7 @@ class Ledger:
             self.model = self._judge(entry.model)
 
     def _judge(self, model: str | None) -> str | None:
-        """The id without the route that a router appends (`family/model:route`), unless --model asks for that one."""
+        """The id without the route that a router appends (`family/model:route`), unless --model requests that route."""
         name, _, route = (model or "").rpartition(":")
         asked = self.run is not None and self.run.requested_model.endswith(f":{route}")
         return name if "/" in name and not asked else model

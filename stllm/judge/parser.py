@@ -102,7 +102,7 @@ _WRAPPING = re.compile(r"<\|[^|<>]{0,40}\|>|</?[a-z_]{1,20}>|```[a-z]*", re.IGNO
 
 
 def _without_thoughts(reply: str) -> str:
-    """Remove the thoughts. An end tag without a beginning means that the reply began inside a thought. Raises CutOff."""
+    """Remove the thoughts. An end without a beginning means that the reply began inside a thought. Raises CutOff."""
     pieces: list[str] = []
     start, inside = 0, False
     for tag in _THOUGHT_TAG.finditer(reply):

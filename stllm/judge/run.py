@@ -146,9 +146,7 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
 
 
 def _without_password(url: str) -> str:
-    """The URL without its password, so that it may be written down. Raises UserError for a text that is no server's
-    URL.
-    """
+    """The URL without its password, so that it may be written down. Raises UserError for what is no server's URL."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and httpx.URL(url).host and parts.port != 0

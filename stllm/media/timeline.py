@@ -68,9 +68,7 @@ class Timeline:
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":
-        """The timeline without the frames before `stamp`. A film cut in an open GOP has such frames, which cannot be
-        decoded.
-        """
+        """The timeline without the frames before `stamp`. The decoder lacks them in a film cut inside an open GOP."""
         lost = self.index_at(stamp)
         if lost in (0, self.num_readable):
             return self

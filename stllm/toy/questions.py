@@ -33,10 +33,10 @@ PLACES = {place: (x, y) for y, row in zip(THIRDS, ROWS, strict=True) for x, plac
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, its answer, and the options in the order shown.
+    """A question, its answer, and the options in the order in which they are shown.
 
-    only: 0 or 1 when just the first or the second conversation about a clip may have it, because the answer would give
-    away another one.
+    only: 0 or 1 when only the first or the second conversation about a clip may have the question, because the answer
+    would give away another one.
     """
 
     question: str
@@ -62,7 +62,7 @@ class Asked:
 class Example:
     """One clip or picture with questions and answers.
 
-    story: what is seen, in words. asked: questions with options, no fact twice; a test asks the first one.
+    story: the contents in words. asked: questions with options, never the same fact twice; a test asks the first one.
     told: turns without options, after them. length: of the clip, in clips of the usual length.
     bounds: the part of the clip that the questions are about, from 0 to 1.
     """
@@ -76,13 +76,13 @@ class Example:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """Every question openly and as multiple choice, then what is told."""
+        """Every question openly and as multiple choice, then the turns of `told`."""
         return (*(turn for asked in self.asked for turn in (asked.openly(), asked.as_choice())), *self.told)
 
     def conversations(self, generator: Generator, *, choices: bool = True) -> list[tuple[Turn, ...]]:
         """Conversations in which no answer gives away a later one: two, or one where both would be the same.
 
-        choices: what one conversation asks openly, the other asks as a choice; otherwise all is asked openly.
+        choices: if True, a question that is open in one conversation is a choice in the other; if False, all are open.
         """
         ordered = shuffled(generator, self.asked)
         ways = [

@@ -1,4 +1,5 @@
-"""Scenes of the toy world: what is in a clip and what happens when, as data, and their frames, drawn with numpy.
+"""Scenes of the toy world: the contents of a clip and its events over time, as data, and their frames, drawn with
+numpy.
 
 A new color, shape or background is one entry of a table; a new kind of event is one case of `follow`.
 T frames, S pixels a side.
@@ -90,7 +91,7 @@ class Scene:
     cut: Cut | None = None
 
     def digest(self) -> int:
-        """A number that depends on all of the scene and on nothing else, the same on every machine."""
+        """A number that depends on the whole scene and on nothing else, the same on every machine."""
         return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:8], "big")
 
 

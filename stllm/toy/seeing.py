@@ -1,9 +1,9 @@
 """The vision stage of the tiny model (`run.task: toy_seeing`): encoder and Q-Former learn from single frames.
 
-The published encoder and Q-Former arrive with EVA-CLIP's and BLIP-2's training; fresh ones learn almost nothing through
-a language model in the time a laptop has. Here they are trained with auxiliary heads that are discarded. Every frame is
-drawn when it is asked for, by its key, so that none is seen twice. The run's folder holds the two parts, to be named as
-`model.ckpt` over a language model.
+The published encoder and Q-Former were trained by EVA-CLIP and BLIP-2. Fresh ones learn almost nothing through a
+language model in the time that a laptop has. Here they are trained with auxiliary heads that are discarded. Every frame
+is drawn by its key when it is requested, so that none is used twice. The run's folder holds the two parts, which
+`model.ckpt` then names on top of a language model.
 
 B frames, P patches, C encoder width, K queries, Q their width, H shapes.
 """

@@ -1,8 +1,8 @@
-"""Tasks of the toy world: one small function a task, from a random generator to a scene with questions and answers.
+"""Tasks of the toy world: each is one small function from a random generator to a scene with questions and answers.
 
 A new task is one function and one line of `TASKS`. The benchmark's names and media folders are MVBench's, so that its
-reader finds every file. Scenes about time are drawn so that neither their middle frame nor the unordered set of their
-frames gives the answer away, as far as possible; training asks more questions about the same clip.
+reader finds every file. Scenes about time are drawn so that, as far as possible, neither their middle frame nor the
+unordered set of their frames gives the answer away. Training asks more questions about the same clip.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,9 +110,9 @@ def several(
 
 
 def a_moment(generator: Generator) -> float:
-    """A time near the middle of a clip, as likely before as after it.
+    """A time near the middle of a clip, as likely before the middle as after it.
 
-    It is never the middle itself, so that the middle frame, which begins there, is as likely before as after the time.
+    It is never the middle itself: the middle frame begins there, and must be as likely before as after the time.
     """
     return pick(generator, (5, 6, 7, 9, 10, 11)) / SLOTS
 
@@ -126,7 +126,7 @@ def turning(generator: Generator, color: str) -> Event:
 def blinks(generator: Generator, count: int) -> tuple[Event, ...]:
     """Blinks of at least two slots each.
 
-    Neither the time for which the thing is hidden in all, nor its presence in the middle frame, depends on the count.
+    The total time in which the thing is hidden does not depend on the count, nor does its presence in the middle frame.
     """
     in_the_middle = generator.integers(SLOTS) < HIDDEN
     while True:
@@ -215,7 +215,7 @@ def object_existence(generator: Generator) -> Example:
 
 
 def rare_event(generator: Generator) -> Example:
-    """What flashes? It shows in two or three of 64 frames: a few frames can miss it, an average hardly has it."""
+    """What flashes? It shows in two or three of 64 frames: a few frames can miss it, and an average barely has it."""
     first, frames = int(generator.integers(3, 58)), int(generator.integers(2, 4))
     flash = Event("flash", first / 64, (first + frames) / 64)
     x, y = (int(place) for place in generator.integers(26, 39, 2))
@@ -230,7 +230,7 @@ def rare_event(generator: Generator) -> Example:
 
 
 def mixed(generator: Generator) -> Example:
-    """Several things that each do something else, perhaps before another background: many questions about one clip."""
+    """Several things with different actions, and sometimes a change of background: many questions about one clip."""
     names = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
     *_, after = colors = shuffled(generator, COLORS)
     kinds = shuffled(generator, ACTIONS)[:3]
@@ -273,7 +273,7 @@ def picture(generator: Generator) -> Example:
 
 
 def caption(generator: Generator) -> Example:
-    """One sentence for each thing on what happens to it."""
+    """One sentence for each thing about what happens to it."""
     color, after = shuffled(generator, COLORS)[:2]
     first, then = shuffled(generator, ACTIONS)[:2]
     moment = a_moment(generator)
