@@ -73,8 +73,7 @@ class ReadingPool:
             self._give_back(process)
 
     def read(self, task: Callable[[], R], path: Path, stop: Event) -> R:
-        """Run a task in another process as soon as one is free, and return its result. Task and result must be
-        picklable.
+        """Run a task in another process as soon as one is free, and return its result. Both must be picklable.
 
         stop: ends the reading when it is set. Raises what the task raises. Raises MediaError, naming the path, when the
         task takes too long or its process dies, and NobodyWaits when the reading was ended.

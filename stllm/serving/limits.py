@@ -82,8 +82,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class PageLimits(Limits):
-    """Limits of one user of the page. text_characters: of a question. folder_bytes, folder_files: of all uploads
-    together.
+    """Limits of one user of the page. text_characters: of a question. folder_bytes, folder_files: of all uploads.
 
     keep_seconds: how long an upload is kept after the last question about it. upload_seconds: for an upload to arrive
     completely.

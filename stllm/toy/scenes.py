@@ -1,5 +1,4 @@
-"""Scenes of the toy world: the contents of a clip and its events over time, as data, and their frames, drawn with
-numpy.
+"""Scenes of the toy world: the contents of a clip and its events, as data, and their frames, drawn with numpy.
 
 A new color, shape or background is one entry of a table; a new kind of event is one case of `follow`.
 T frames, S pixels a side.

@@ -77,8 +77,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the ground truth and look for its media. Yield one entry for each record, and faults that concern a
-        whole file.
+        """Read the ground truth, look for its media, and yield one entry for each record, and faults of whole files.
 
         `stllm evaluate` stops at such a fault, `stllm doctor` lists all of them. path: what --anno-path names.
         settings: this method obeys `tasks`, but not `limit`. Raises UserError.

@@ -123,8 +123,7 @@ def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
 
 
 def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write everything but the tokenizers. The layout has no keys for LoRA, so LoRA is merged into the weights, in
-    place.
+    """Write everything but the tokenizers. LoRA is merged into the weights, in place: the layout has no keys for it.
 
     Raises UserError for a language model that the layout has no place for.
     """

@@ -192,8 +192,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 def training_memory(
     counts: ParameterCounts, *, half: bool, num_gpus: Sequence[int] = NUM_GPUS
 ) -> dict[str, dict[str, dict[int, int]]]:
-    """Compute bytes by strategy: `gpu` -> number of GPUs -> bytes of each; `host` -> number of GPUs -> bytes of the
-    machine.
+    """Compute bytes by strategy: `gpu` -> number of GPUs -> of each GPU; `host` -> number of GPUs -> of the machine.
 
     half: bf16 or fp16 with float32 masters; otherwise everything is in float32, and DeepSpeed is left out.
     A GPU holds some bytes whole, and its share of others that are sharded. The machine holds what is offloaded, or what

@@ -68,9 +68,9 @@ def load_model(
 ) -> STLLM:
     """Load the model of a checkpoint of any known format, in evaluation mode.
 
-    path: a folder, a file, or a hub name. cfg_path, options: settings that the checkpoint lacks, or that replace its
-    own.
-    dtype: auto is the type that suits the device. quantization: 8bit or 4bit, of the language model (bitsandbytes,
+    path: a folder, a file, or a hub name. cfg_path, options: settings that the checkpoint lacks, or replacements for
+    its own.
+    dtype: auto is the type that suits the device. quantization: 8bit or 4bit, for the language model (bitsandbytes,
     CUDA).
     device_map: accelerate's, e.g. "auto", to spread the model over several devices.
     Raises UserError for anything missing, damaged or contradictory.

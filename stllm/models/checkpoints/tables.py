@@ -1,5 +1,4 @@
-"""The names of weights in each format. A table is declared once and read in both directions, with our names on the
-right.
+"""The names of weights in each format. A table is declared once and read in both directions; ours are on the right.
 
 ours: vision_encoder.{backbone,adapter,ln_vision}, qformer.{query_tokens,bert}, projection, video_input, mvm_decoder,
 language_model. A key that no table entry covers raises an error; nothing is dropped silently. Source: the key lists of

@@ -1,7 +1,7 @@
 """`stllm verify DIR...`: recompute a golden folder and show the largest difference of every tensor.
 
-The golden numbers come from the published system at a tiny size (model.md, section 9). They are recomputed in float32
-on the CPU, with the same loading and prompts as everywhere else.
+The golden numbers come from the published system at a tiny size. They are recomputed in float32 on the CPU, with the
+same loading and prompts as everywhere else.
 """
 
 import math
@@ -63,7 +63,7 @@ def verify_folder(
 
 
 def _row(name: str, found: Any, expected: Any, atol: float, rtol: float) -> Row:
-    """Compare floating-point tensors by their largest difference (infinite for another shape), all else for equality."""
+    """Compare floating-point tensors by their largest difference, infinite for another shape; all else for equality."""
     if not isinstance(expected, Tensor) or not expected.is_floating_point():
         same = _plain(found) == _plain(expected)
         return Row(name, "equal", 0.0 if same else math.inf, 0.0)
