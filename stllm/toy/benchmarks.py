@@ -1,8 +1,10 @@
 """Twins of the benchmarks: toy clips in the official folders, file names and fields.
 
     mvbench/json/<task>.json, mvbench/video/<MVBench's own folders>
-    vcgbench/{generic,temporal,consistency}_qa.json msvd/test_qa.json, and as test_q.json + test_a.json; msrvtt the same
-    activitynet/test_q.json + test_a.json tgif/test_qa.json
+    vcgbench/{generic,temporal,consistency}_qa.json
+    msvd/test_qa.json, and as test_q.json + test_a.json; msrvtt the same
+    activitynet/test_q.json + test_a.json
+    tgif/test_qa.json
 
 Media of all but MVBench are in <benchmark>/videos. The questions are those of the toy tasks, about scenes that are
 never used in training. As in the originals, a few videos of MVBench are only in its fallback folders, those of
