@@ -52,7 +52,7 @@ _PEER_WORDS = (
     "ncclRemoteError",
     "communicator was aborted",
 )
-MOST = 2000  # characters of a message; more, such as a path of 5,000 or a text in place of an id, is cut
+MOST = 2000  # characters of a message; longer ones are cut (a path of 5,000 characters, a text in place of an id)
 _MEMORY_WORDS = (
     "out of memory",  # CUDA, MPS
     "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
@@ -71,7 +71,7 @@ def sentence(error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        if _IN_A_WORKER in text:  # the text is a traceback, which ends with the error's own sentence
+        if _IN_A_WORKER in text:  # the text is a traceback; it ends with the error's own sentence
             last = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)][-1:]
             text = " ".join(last[0].partition(": ")[2].split()) if last else text
         return text

@@ -21,7 +21,7 @@ from stllm.common.distributed import is_main
 if TYPE_CHECKING:
     from rich.console import Console
 
-ONCE = {"once": True}  # `extra` of a note that a command says once, though several of its parts come upon the matter
+ONCE = {"once": True}  # `extra` of a note that a command prints only once, although several of its parts may log it
 _PREFIXES = {logging.INFO: "note", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
 # C0 without tab and newline, DEL, C1, and the marks that change the direction of the text around them.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -50,7 +50,7 @@ class _Handler(logging.Handler):
                     return
                 self.said.add(line)
             print(line, file=sys.stderr, flush=True)
-        except Exception:  # as every handler: a note that cannot be written stops nothing
+        except Exception:  # as in every handler: a note that cannot be written stops nothing
             self.handleError(record)
 
 
@@ -63,9 +63,9 @@ def setup_logging(*, debug: bool = False) -> None:
     handler = _Handler()
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("stllm")
-    logger.handlers = [handler]  # not one more with each call
+    logger.handlers = [handler]  # one handler, however often this is called
     logger.setLevel(logging.DEBUG if debug else logging.INFO if is_main() else logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every forked data loader worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every forked data loader worker
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         for category in (DeprecationWarning, FutureWarning, UserWarning):

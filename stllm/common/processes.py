@@ -21,9 +21,9 @@ from typing import Any, Protocol, TypeVar, cast
 from stllm.common.errors import UserError
 from stllm.common.logging import escape_output
 
-SECONDS = 1.0  # between two looks
-CHUNK = 8  # tasks that a process is given at once
-MAX_WORKERS = 8  # unless more are asked for
+SECONDS = 1.0  # between two checks
+CHUNK = 8  # tasks passed to a process at once
+MAX_WORKERS = 8  # unless more are requested
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -114,7 +114,7 @@ def _takes_over(process: int) -> bool:
     """Check whether a process adopts orphans. In a container, process 1 may be torchrun."""
     try:
         program = os.path.basename(os.readlink(f"/proc/{process}/exe"))
-    except OSError:  # another user's, or no Linux
+    except OSError:  # another user's process, or not Linux
         program = ""
     return program == "systemd" or (process == 1 and "python" not in program)
 

@@ -1,7 +1,7 @@
 """The shards that users and YAMLs name: from names to a list of shards, and from a remote shard to a file.
 
 Names may contain braces, globs and URLs. Names are counted before braces are expanded: a few characters can stand for
-more names than fit in memory. The program for its URL's scheme copies a remote shard to a file, within a time limit.
+more names than fit in memory. Each URL scheme has a program that copies a remote shard to a file, within a time limit.
 Only `pipe:` starts a shell, which runs the rest of the name as a command. Lists of shards may come from strangers,
 so `pipe:` is refused unless the command line allows it; no key of a YAML can.
 """
@@ -37,7 +37,7 @@ _HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+
 MAX_SHARDS = 100_000  # the largest set of the published recipes has 10,489
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 
-_allowed = False  # whether `pipe:` may run commands in this process
+_allowed = False  # True: `pipe:` may run commands in this process
 
 
 def allow_pipes(allowed: bool) -> None:
@@ -88,7 +88,7 @@ def fetch(shard: str, path: Path) -> None:
             _copy(shard, process.stdout, file, timed=scheme != PIPE)
             code = process.wait()
         finally:
-            with suppress(ProcessLookupError):  # its children, too, and whatever it left behind
+            with suppress(ProcessLookupError):  # also its children, and processes that it left behind
                 os.killpg(process.pid, signal.SIGKILL)
             process.stdout.close()
             process.wait()

@@ -38,7 +38,7 @@ SUFFIXES = (*IMAGE_SUFFIXES, TEXT, JSON)
 BLOCK = tarfile.BLOCKSIZE  # of a header; a member's data follow its header at once
 ABSENT = -1
 MAX_HEADER = 1 << 20  # bytes of a member's name and other fields, which tarfile reads whole
-FORMAT = "1"  # of the index; another one is made anew
+FORMAT = "1"  # of the index; an index in another format is made anew
 
 
 class Member(NamedTuple):
@@ -85,7 +85,7 @@ def load_index(path: Path, tar: Path | None) -> ShardIndex | None:
         file: Any = safe_open(path, "np")
         kept = file.metadata() or {}
         rows = file.get_slice("samples")
-    except (FileNotFoundError, SafetensorError):  # of another program, or cut: it is made again
+    except (FileNotFoundError, SafetensorError):  # from another program, or cut short: it is made again
         return None
     if kept.get("format") != FORMAT or (tar is not None and kept["of"] != _stamp(tar)):
         return None
@@ -120,7 +120,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
             files.setdefault(suffix, member)  # a second image or caption of one name could be another pair's
         rows.append(_row(files))
     if not is_whole and rows and ABSENT in rows[-1]:
-        rows.pop()  # its other half lies behind the cut
+        rows.pop()  # its other half is behind the cut
     fault = "" if is_whole else _fault(tar, name, len(rows))
     return np.array(rows, np.int64).reshape(-1, 5), fault
 
@@ -154,13 +154,13 @@ def _members(tar: Path, name: str) -> tuple[list[tuple[str, str, Member]], bool]
         archive: Any  # its `members` are missing in the standard library's stubs
         with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # else it keeps every header it has seen
+                archive.members = []  # otherwise it keeps every header that it has read
                 key, suffix = base_plus_ext(member.name)
                 if member.offset_data + member.size > size:
                     return found, False
                 if key is not None and suffix.lower() in SUFFIXES and member.isreg():
                     found.append((key, suffix.lower(), Member(member.offset_data, member.size)))
-            with tar.open("rb") as file:  # tarfile takes a damaged header, too, for the end
+            with tar.open("rb") as file:  # tarfile also takes a damaged header for the end
                 file.seek(archive.offset)
                 return found, file.read(BLOCK) == bytes(BLOCK)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # headers that are no numbers, or chained
@@ -280,7 +280,7 @@ class ShardReader:
         except OSError as error:
             raise MediaError(f"{shard}: the shard cannot be opened ({error.strerror}); check {tar}") from error
         if is_remote(shard):
-            os.utime(tar)  # used now: others make room first
+            os.utime(tar)  # used just now, so others are removed first
         self._open[shard] = file, index
         if len(self._open) > MAX_OPEN:
             os.close(self._open.popitem(last=False)[1][0])

@@ -39,7 +39,7 @@ LOCAL = "local:"
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 NUM_REASKS = 2  # of an item whose reply states no score
-MAX_FAILED_IN_A_ROW = 10  # then the judge is taken to be out of order
+MAX_FAILED_IN_A_ROW = 10  # then the judge is considered out of order
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         _report(folder / f"{args.axis}.selfcheck.json", trust, agreement.trust_lines(trust))
         if stopped is not None:
             raise UserError(stopped)
-        return 1 if trust["told_apart"] is None else 0  # a check in which nothing was graded has not been passed
+        return 1 if trust["told_apart"] is None else 0  # a check that graded nothing is not passed
     stopped = None
     if predictions is not None and not args.offline:
         stopped = _judge(args, path, predictions.items, predictions.unanswered)
@@ -129,7 +129,7 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
                     batch = waiting[start : start + args.concurrency]
                     replies = judge.replies([prompts.messages(args.axis, item) for item in batch])
                     for item, reply in zip(batch, replies, strict=True):
-                        ledger.append(item, reply)  # asked once: it would give the same reply again
+                        ledger.append(item, reply)  # asked only once: it would give the same reply again
                         bar.update()
                 return None
             from stllm.judge.endpoint import Endpoint

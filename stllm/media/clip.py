@@ -23,7 +23,7 @@ from stllm.processors.transforms import FrameTransform
 
 __all__ = ["Clip", "Media", "MediaError", "MediaInfo", "Stamp", "load_clip"]
 
-Stamp = tuple[Any, ...]  # of a medium and its file as it is at one moment
+Stamp = tuple[Any, ...]  # of a medium and the state of its file at one moment
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Media:
         """A key that changes when the file (or a file of the folder) changes: names, sizes and times of change."""
         path, marks = user_path(self.path), []
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            with suppress(OSError, ValueError):  # gone, a dead link, no path at all: reading it says what is wrong
+            with suppress(OSError, ValueError):  # missing, a dead link, or not a path: reading it reports the fault
                 stat = file.stat()
                 marks.append((file.name, stat.st_size, stat.st_mtime_ns))
         return self, tuple(marks)

@@ -35,9 +35,9 @@ from stllm.media.info import MediaError
 
 R = TypeVar("R")
 
-NUM_PROCESSES = 2  # chosen here: a slow file of one client leaves a process to the others
-TICK = 0.1  # seconds after which a reading is looked after again
-START_SECONDS = 60.0  # for a process to be there, the import of torch included
+NUM_PROCESSES = 2  # chosen here: a slow file of one client leaves one process for the others
+TICK = 0.1  # seconds between two checks of a reading
+START_SECONDS = 60.0  # for a process to start, including the import of torch
 SILENT_SECONDS = 5  # for the next bytes of a result that is being sent
 MEMORY = 4 << 30  # bytes that one reading may take: a small file can promise tables of any length (8K takes 1 GiB)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # forking needs it
@@ -137,7 +137,7 @@ class _ReadingProcess:
 
     def start(self, check: Callable[[], None]) -> Connection:
         """Return the connection to a process that waits for a task. check: called during the start; it may raise."""
-        if self._connection is not None and self._connection.poll():  # nothing was asked: it has ended
+        if self._connection is not None and self._connection.poll():  # it was asked nothing, so it has ended
             self.end()
         if self._connection is None:
             self._pid = None
@@ -213,7 +213,7 @@ def fork_at_request(control: int) -> None:
 
     import stllm.media.clip  # noqa: F401
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for their exit codes
     with socket.socket(fileno=control) as requests:
         while True:
             message, connections, *_ = socket.recv_fds(requests, 1, 1)
@@ -241,7 +241,7 @@ def _work(connection: Connection) -> None:
             result = pickle.loads(tasks.get())()
         except UserError as error:
             result = error
-        except Exception as error:  # a defect of ours: where it is shows only here
+        except Exception as error:  # a defect of ours: only this traceback shows its place
             logger.error("a reading failed: %s", traceback.format_exc())
             result = error
         _send(connection, result)

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-MAX_COUNTED = 4_000_000  # frames of which the counted timelines are kept, 16 bytes each
+MAX_COUNTED = 4_000_000  # frames in all counted timelines that are kept, 16 bytes each
 SEEK_COST = 8  # frames: a flushed decoder has to fill its threads and its reorder buffer again
-NUM_CHECKED = 3  # frames decoded at opening, to see whether the timeline is what the decoder gives
+NUM_CHECKED = 3  # frames decoded at opening, to check that the timeline matches the decoder
 MAX_THREADS = 4  # more threads hold more frames in memory and speed up little; a data loader opens many readers
 COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 # Formats that hold their video themselves. Playlists (hls, dash, concat) would open other files by name.

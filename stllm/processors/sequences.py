@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-VISUAL_TOKEN_ID = -200  # the place of a visual token in input_ids; in no vocabulary
-IGNORE_INDEX = -100  # labels that carry no loss
+VISUAL_TOKEN_ID = -200  # stands for a visual token in input_ids; it is in no vocabulary
+IGNORE_INDEX = -100  # labels without a loss
 
 
 def pad_sequences(

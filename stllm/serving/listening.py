@@ -108,7 +108,7 @@ def hosting(args: argparse.Namespace, prefix: str, *, read_seconds: float) -> It
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{name}:{listener.getsockname()[1]}"
-        listener.listen()  # whoever reads the address may connect at once
+        listener.listen()  # a reader of the address may connect at once
         yield Host(chat, Path(checkpoint), reading, folder, listener, url, args.host in LOOPBACK)
 
 

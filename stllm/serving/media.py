@@ -1,7 +1,7 @@
 """A request's body, and the video or image in it.
 
-A body is limited in bytes, in time, and in the memory that all arriving bodies take together. The medium is decoded
-from its data URL, or found under the one folder that clients may read.
+A body is limited in bytes, in time, and in the memory that all arriving bodies take together. The medium is
+written to a file from its data URL, or found under the one folder that clients may read.
 """
 
 import binascii
@@ -130,7 +130,7 @@ def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
         raise ApiError(400, "the data URL is not of the form data:video/mp4;base64,...", code="invalid_data_url")
     data = url[len(header) + 1 :]
     limits.check_size(len(data) * 3 // 4 - bytes(data[-2:]).count(b"="))
-    path = folder / "medium"  # what it is, its content tells
+    path = folder / "medium"  # the content tells its type
     with path.open("wb") as file:
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
@@ -139,7 +139,7 @@ def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
             except binascii.Error:
                 content = b""
             is_last = start + PIECE >= len(data)
-            if not content or (len(content) < PIECE // 4 * 3 and not is_last):  # padding in the middle
+            if not content or (len(content) < PIECE // 4 * 3 and not is_last):  # padding in the middle of the data
                 raise ApiError(400, "what follows base64, in the data URL is no base64", code="invalid_data_url")
             file.write(content)
     return path

@@ -38,12 +38,12 @@ from stllm.toy.tasks import PICTURES, RARE, TASKS
 
 EPOCH = 100_000  # frames; the next epoch's are others
 PICTURE_SHARE = 0.5  # of the frames; the others are of clips
-LEAST_RADIUS = 6.0  # units: as far from a thing's middle, a patch is taken to show it
-NUM_COLORS = 1 + len(COLORS)  # 0: nothing there
+LEAST_RADIUS = 6.0  # units: a patch this close to a thing's middle counts as showing it
+NUM_COLORS = 1 + len(COLORS)  # 0: no thing
 NUM_SHAPES = 1 + len(SHAPES)
 NUM_PATTERNS, NUM_PLACES = len(PATTERNS), 8
 WORDS = (6, 16)  # random words read by a Q-Former that reads text: the fewest, and one more than the most
-NOTHING = 0.1  # weight of patches that show no thing: most of them
+NOTHING = 0.1  # weight of patches that show no thing, which are most of them
 TAUGHT = ("vision_encoder.", "qformer.")
 
 

@@ -36,11 +36,11 @@ from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Background, C
 
 CAPTION_INSTRUCTIONS = ("Describe the video.", "What happens in the video?", "Give a caption of this video.")
 IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
-NEAR = 0.6  # STEPs or HOPs: how far things go that share a picture
+NEAR = 0.6  # STEPs or HOPs: how far things move that share a picture
 LONG = 8.0  # clips of the usual length: 64 frames, which is the most there is, even where the usual ones have 8
 QUARTERS = ((20, 20), (44, 20), (20, 44), (44, 44))  # of several things, one in each quarter
 CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what happens in the middle
-SLOTS = 16  # into which a clip is divided for blinks: the frames of a clip of the usual length
+SLOTS = 16  # parts into which a clip is divided for blinks, as many as a clip of the usual length has frames
 HIDDEN = 6  # slots in which something that blinks cannot be seen, however often it blinks
 
 
