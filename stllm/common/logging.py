@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, notes and warnings on stderr, control characters escaped on both.
+"""A command's output: results on stdout, notes and warnings on stderr, control characters escaped on both.
 
 Names of files, answers of models, ledgers and error messages can hold escape sequences, which would move a terminal's
 cursor, hide text or rename its window. They are printed as `\\u001b`, which JSON reads back as the same text. Files

@@ -31,7 +31,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclass(frozen=True)
 class Event:
-    """What a thing does between two times, parts of the clip from 0 to 1. kind: a case of `follow`.
+    """An action of a thing between two times, which are parts of the clip from 0 to 1. kind: a case of `follow`.
 
     value: the direction of a move, the new color of a turn. extent: the distance, in STEPs or HOPs.
     """

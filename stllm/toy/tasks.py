@@ -151,7 +151,7 @@ def some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ..
 
 
 def moving_direction(generator: Generator) -> Example:
-    """Where does it move, alone or among others that move? The path's middle says nothing about it."""
+    """Where does one thing move, alone or among others? The middle of its path does not give the answer away."""
     count = int(generator.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
     start, end = int(generator.integers(0, 6)) / 32, int(generator.integers(27, 33)) / 32
     moves = [Event("move", start, end, pick(generator, DIRECTIONS), NEAR if count > 1 else 1.0) for _ in range(count)]
