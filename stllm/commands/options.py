@@ -1,6 +1,7 @@
-"""What a subcommand is to the command line: types of values, for argparse, and options that several commands take.
+"""Options that several commands share, and types of option values for argparse.
 
-Standard library only, as everything that `--help` imports. A type says what was found and what was expected.
+Everything that `--help` imports uses the standard library only. A type's error says what was found and what was
+expected.
 """
 
 import argparse
@@ -27,14 +28,14 @@ class Command:
 
 
 def path(text: str) -> str:
-    """A path, as it is; not nothing."""
+    """A path, unchanged. An empty one is refused."""
     if not text:  # an unset variable in a script; "" would mean this folder
         raise argparse.ArgumentTypeError("found nothing, expected a path")
     return text
 
 
 def host(text: str) -> str:
-    """An address or a host's name. An empty one, as of an unset variable, would open every address of the machine."""
+    """An address or a host name. An empty one (an unset variable) would open every address of the machine."""
     if not text.strip():
         raise argparse.ArgumentTypeError("found nothing, expected an address such as 127.0.0.1 (0.0.0.0: all of them)")
     return text.strip()
@@ -76,7 +77,7 @@ def number(low: float) -> Callable[[str], float]:
 
 
 def device_name(text: str) -> str:
-    """The form of a device's name; whether it is there, the command sees."""
+    """Check the form of a device's name. The command itself checks that the device exists."""
     if not DEVICE_PATTERN.fullmatch(text):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected auto, cpu, cuda, cuda:N or mps")
     return text
@@ -91,7 +92,7 @@ EMBEDDED = ", else the tiny model that comes with the package"
 
 
 def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
-    """`--ckpt-path`; otherwise: in words, what is taken when --cfg-path names none, either."""
+    """Add `--ckpt-path`. otherwise: in words, what is used when --cfg-path names no checkpoint either."""
     parser.add_argument(
         "--ckpt-path",
         type=path,
@@ -101,7 +102,7 @@ def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
 
 
 def add_allow_pipe(parser: Parser) -> None:
-    """`--allow-pipe`, of commands that open shards."""
+    """Add `--allow-pipe` to a command that opens shards."""
     parser.add_argument(
         "--allow-pipe",
         action="store_true",
@@ -110,7 +111,7 @@ def add_allow_pipe(parser: Parser) -> None:
 
 
 def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) -> None:
-    """`--context`. default: the rule without it, as text for the help."""
+    """Add `--context`. default: the rule that holds without it, as help text."""
     parser.add_argument(
         "--context",
         choices=CONTEXTS,
@@ -120,7 +121,7 @@ def add_context(parser: argparse._ActionsContainer, default: str = PUBLISHED) ->
 
 
 def add_media_seconds(parser: argparse._ActionsContainer, default: str = f"{MEDIA_SECONDS:g}") -> None:
-    """`--media-seconds`. default: the limit without it, as text for the help."""
+    """Add `--media-seconds`. default: the limit that holds without it, as help text."""
     parser.add_argument(
         "--media-seconds",
         type=number(0),
@@ -130,7 +131,7 @@ def add_media_seconds(parser: argparse._ActionsContainer, default: str = f"{MEDI
 
 
 def add_address(parser: Parser, *, port: int) -> None:
-    """`--host` and `--port` of a command that listens."""
+    """Add `--host` and `--port` to a command that listens."""
     parser.add_argument(
         "--host",
         type=host,
@@ -144,5 +145,5 @@ def add_address(parser: Parser, *, port: int) -> None:
 
 
 def add_config(parser: Parser, default: str) -> None:
-    """`--cfg-path`; default: in words, what holds without it."""
+    """Add `--cfg-path`. default: in words, what holds without it."""
     parser.add_argument("--cfg-path", type=path, metavar="YAML", help=f"the model's configuration (default: {default})")

@@ -17,20 +17,20 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` most likely meant, whatever its case; None when nothing is close."""
+    """The known name most similar to `name`, ignoring case; None when nothing is close."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing when no known name is close: the end of a message."""
+    """The end of a message: `; did you mean 'x'?`, or nothing when no known name is close."""
     guess = nearest(name, known)
     return f"; did you mean {guess!r}?" if guess is not None else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not among `known`: lists them all, and the nearest."""
+    """The message for a name that is not among `known`. It lists all known names and the nearest one."""
     names = sorted(known)
     listed = ", ".join(names) if names else "none so far"
     return f"unknown {kind} {name!r}: known are {listed}{did_you_mean(name, names)}"
@@ -52,7 +52,7 @@ _PEER_WORDS = (
     "ncclRemoteError",
     "communicator was aborted",
 )
-MOST = 2000  # characters of a message; more, such as a path of 5,000 or a text in place of an id, is cut
+MOST = 2000  # characters of a message; longer ones are cut (a path of 5,000 characters, a text in place of an id)
 _MEMORY_WORDS = (
     "out of memory",  # CUDA, MPS
     "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
@@ -63,7 +63,7 @@ _MEMORY_WORDS = (
 
 
 def sentence(error: Exception) -> str:
-    """What to print for an exception. A kind that is none of ours is called unexpected: it is a defect."""
+    """The text to print for an exception. A kind that is not listed is called unexpected: it is a defect of ours."""
     text = _sentence(error)
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 
@@ -71,7 +71,7 @@ def sentence(error: Exception) -> str:
 def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        if _IN_A_WORKER in text:  # the text is a traceback, which ends with the error's own sentence
+        if _IN_A_WORKER in text:  # the text is a traceback; it ends with the error's own sentence
             last = [line for line in str(error).splitlines() if re.match(r"[\w.]+(Error|Exception): ", line)][-1:]
             text = " ".join(last[0].partition(": ")[2].split()) if last else text
         return text
@@ -137,7 +137,7 @@ def _sentence(error: Exception) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this exception, or the one that caused it, says that memory ran out, on whatever device."""
+    """Check whether this exception, or its cause, reports that memory ran out, on any device."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":

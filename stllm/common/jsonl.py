@@ -1,7 +1,7 @@
-"""JSON texts, and append-only JSON Lines files: a record is handed to the system before the next one is computed.
+"""JSON texts, and append-only JSON Lines files. A record is handed to the system before the next one is computed.
 
-A process that is killed leaves at most an unfinished last line. Readers skip it, and the next writer removes it.
-`files.locked` keeps a second writer out; its lock ends with the process that holds it, however that ends.
+A killed process leaves at most one unfinished last line. Readers skip it, and the next writer removes it.
+`files.locked` keeps a second writer out; its lock is released when its process ends, for whatever reason.
 """
 
 import errno
@@ -19,9 +19,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """The value of a JSON text, or of its bytes in UTF-8, -16 or -32; a byte order mark is no part of it.
+    """The value of a JSON text, or of its bytes in UTF-8, -16 or -32. A byte order mark is skipped.
 
-    Raises ValueError for what is no JSON, is nested too deeply, or has a number of thousands of digits.
+    Raises ValueError for a text that is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
     try:
@@ -36,9 +36,9 @@ def line_of(record: Mapping[str, Any]) -> str:
 
 
 def read_records(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the record of each line, nothing where there is no file.
+    """Yield the line number and the record of each line; nothing when the file does not exist.
 
-    A last line that is not a whole record is skipped. Raises UserError for any other line without a JSON object;
+    An incomplete last line is skipped. Raises UserError for any other line that is not a JSON object.
     advice: the end of that message, which says what the line should be and what to do.
     """
     if not path.is_file():
@@ -54,9 +54,9 @@ def read_records(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]
 
 
 class Appender:
-    """A file that records are appended to, opened when an unfinished last line of an earlier process is removed.
+    """A file that records are appended to. Opening it removes an unfinished last line of an earlier process.
 
-    Use it as a context manager. Hold a lock meanwhile where another process could write.
+    Use it as a context manager. Hold a lock while it is open if another process could write to the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,7 +92,7 @@ class Appender:
 
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Raise a full disk as a UserError that says what is kept and what to do."""
+    """Turn the error of a full disk into a UserError that says what is kept and what to do."""
     try:
         yield
     except OSError as error:

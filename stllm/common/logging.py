@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, notes and warnings on stderr, control characters escaped on both.
+"""A command's output: results on stdout, notes and warnings on stderr, control characters escaped on both.
 
 Names of files, answers of models, ledgers and error messages can hold escape sequences, which would move a terminal's
 cursor, hide text or rename its window. They are printed as `\\u001b`, which JSON reads back as the same text. Files
@@ -21,7 +21,7 @@ from stllm.common.distributed import is_main
 if TYPE_CHECKING:
     from rich.console import Console
 
-ONCE = {"once": True}  # `extra` of a note that a command says once, though several of its parts come upon the matter
+ONCE = {"once": True}  # `extra` of a note that a command prints only once, although several of its parts may log it
 _PREFIXES = {logging.INFO: "note", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
 # C0 without tab and newline, DEL, C1, and the marks that change the direction of the text around them.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -36,7 +36,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to what stderr is at that moment: under a spinner, that is what keeps the two apart."""
+    """A handler that writes to the current stderr, which keeps a running spinner and the text apart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,22 +50,22 @@ class _Handler(logging.Handler):
                     return
                 self.said.add(line)
             print(line, file=sys.stderr, flush=True)
-        except Exception:  # as every handler: a note that cannot be written stops nothing
+        except Exception:  # as in every handler: a note that cannot be written stops nothing
             self.handleError(record)
 
 
 def setup_logging(*, debug: bool = False) -> None:
-    """Sends stllm's notes to stderr, those of the main process alone; call it before a heavy library is imported.
+    """Send stllm's notes to stderr, in the main process only. Call it before a heavy library is imported.
 
-    Unless `debug`, libraries' advisory messages and deprecation warnings are off. A verbosity that the user set
-    through the libraries' own environment variables is respected.
+    Unless `debug` is set, advisory messages and deprecation warnings of libraries are off. A verbosity that the user
+    set through the libraries' own environment variables is respected.
     """
     handler = _Handler()
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("stllm")
-    logger.handlers = [handler]  # not one more with each call
+    logger.handlers = [handler]  # one handler, however often this is called
     logger.setLevel(logging.DEBUG if debug else logging.INFO if is_main() else logging.WARNING)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns in every forked data loader worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every forked data loader worker
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         for category in (DeprecationWarning, FutureWarning, UserWarning):
@@ -78,7 +78,7 @@ def printable(text: str) -> str:
 
 
 class _Escaped:
-    """A text stream that escapes what is written; `raw` is the stream under it. All else is that stream's."""
+    """A text stream that escapes what is written to `raw`, the stream below it. Everything else is passed to `raw`."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -101,7 +101,7 @@ class _Escaped:
 
 @contextmanager
 def escaped_output() -> Iterator[None]:
-    """Within it, stdout and stderr escape control characters, and characters that their encoding lacks."""
+    """Escape control characters on stdout and stderr in this block, and characters that their encoding lacks."""
     before = sys.stdout, sys.stderr
     escape_output()
     try:
@@ -111,7 +111,7 @@ def escaped_output() -> Iterator[None]:
 
 
 def escape_output() -> None:
-    """The same from now on, for a process that a command has started."""
+    """Do the same from now on, in a process that a command has started."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -122,7 +122,7 @@ def escape_output() -> None:
 
 
 def escape_traceback() -> None:
-    """Have the traceback that ends this process escaped, too: the interpreter prints it when the command is left."""
+    """Escape the traceback that ends this process, too. The interpreter prints it after the command has ended."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         with escaped_output():
@@ -161,9 +161,9 @@ def console(*, stderr: bool = False) -> "Console":
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Shows `what` beside a spinner on stderr until the block ends.
+    """Show `what` beside a spinner on stderr until the block ends.
 
-    Nothing where stderr is no terminal, or this not the main process.
+    Show nothing when stderr is not a terminal, or when this is not the main process.
     """
     if not sys.stderr.isatty() or not is_main():
         yield

@@ -1,8 +1,8 @@
-"""Processes that a command starts: how many, a `map` over them, and how each ends with the one that started it.
+"""Processes that a command starts: how many, a `map` over them, and how each ends with the process that started it.
 
-A process must end even when SIGKILL gave its parent no chance to say so. Pipes do not tell: forked siblings hold each
-other's ends open. The kernel's own signal (PR_SET_PDEATHSIG) follows the thread that forked, which may end long before
-its process. So a thread looks once a second whose child this process is.
+A process must end even when its parent was killed by SIGKILL and could not tell it. Pipes do not show this, because
+forked siblings hold each other's ends open. The kernel's own signal (PR_SET_PDEATHSIG) follows the thread that forked,
+and that thread may end long before its process. So a thread checks the parent of this process once a second.
 """
 
 import multiprocessing.queues
@@ -21,24 +21,25 @@ from typing import Any, Protocol, TypeVar, cast
 from stllm.common.errors import UserError
 from stllm.common.logging import escape_output
 
-SECONDS = 1.0  # between two looks
-CHUNK = 8  # tasks that a process is given at once
-MAX_WORKERS = 8  # unless more are asked for
+SECONDS = 1.0  # between two checks
+CHUNK = 8  # tasks passed to a process at once
+MAX_WORKERS = 8  # unless more are requested
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def end_with_parent(worker: int = 0) -> None:
-    """Bind this process to the one that started it through multiprocessing: call it first in every such process.
+    """Bind this process to the one that started it through multiprocessing. Call it first in every such process.
 
-    It ends when its parent has ended or sends SIGTERM. SIGINT, and SIGTERM from anyone else, are ignored: torchrun,
-    Slurm and terminals signal the whole group, and a worker that ends breaks the step that its parent wants to finish.
+    The process ends when its parent has ended or sends SIGTERM. It ignores SIGINT, and SIGTERM from anyone else:
+    torchrun, Slurm and terminals signal the whole group, and a worker that ends would break the step that its parent
+    wants to finish.
 
-    What it prints is escaped, as in its parent. A result that cannot be sent (no room in shared memory, too many open
-    files) ends it, too: Python would drop the result, and the parent would wait for it forever.
+    What the process prints is escaped, as in its parent. The process also ends when a result cannot be sent (no room in
+    shared memory, too many open files): Python would drop the result, and the parent would wait for it forever.
 
-    worker: its number, unused; DataLoader's `worker_init_fn` is given it.
+    worker: its number, unused; DataLoader passes it to `worker_init_fn`.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None, "not started by multiprocessing"
@@ -64,9 +65,9 @@ def end_with_parent(worker: int = 0) -> None:
 
 
 def killed_with_parent() -> None:
-    """Have the kernel kill this process once the thread that forked it is gone. Linux; elsewhere nothing happens.
+    """Have the kernel kill this process once the thread that forked it is gone. Linux only; elsewhere nothing happens.
 
-    It works while a decoder holds the interpreter's lock, too, where no thread of Python can look.
+    This works even while a decoder holds the interpreter's lock and no Python thread can check.
     """
     if sys.platform == "linux":
         import ctypes
@@ -75,10 +76,10 @@ def killed_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """Bind a rank to the torchrun (or accelerate) that started it; no other process is changed.
+    """Bind a rank to the torchrun (or accelerate) that started it. No other process is changed.
 
-    A shell that started a command in the background may end. The ranks of a launcher that was killed may not go on:
-    nobody would notice when one of them fails, and the others would wait for it.
+    A command may outlive the shell that started it in the background. A rank must not outlive its launcher: nobody
+    would notice when a rank fails, and the other ranks would wait for it.
     """
     # torchrun starts each rank in a session of its own; what a rank starts in turn inherits its environment alone
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix" or os.getsid(0) != os.getpid():
@@ -110,10 +111,10 @@ def _end_when(is_over: Callable[[], bool]) -> None:
 
 
 def _takes_over(process: int) -> bool:
-    """Whether it is one of those that become the parents of orphans. In a container, process 1 may be torchrun."""
+    """Check whether a process adopts orphans. In a container, process 1 may be torchrun."""
     try:
         program = os.path.basename(os.readlink(f"/proc/{process}/exe"))
-    except OSError:  # another user's, or no Linux
+    except OSError:  # another user's process, or not Linux
         program = ""
     return program == "systemd" or (process == 1 and "python" not in program)
 
@@ -125,17 +126,17 @@ class Map(Protocol):
 
 
 def one_a_core(asked: int | None, most: int = MAX_WORKERS) -> int:
-    """Processes: as many as are asked for, else one a core of this rank's share, from 1 to `most`."""
+    """The number of processes: the one asked for, or else one for each core of this rank's share, from 1 to `most`."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(cores, most)) if asked is None else asked
 
 
 @contextmanager
 def mapping(num_workers: int, *, died: str) -> Iterator[Map]:
-    """What maps a function over tasks; results come in their order. Ctrl-C reaches this process alone.
+    """A map over tasks that yields results in the tasks' order. Ctrl-C reaches this process only.
 
-    num_workers: processes, whose function and tasks can be pickled; 0: this one alone.
-    Raises UserError, `died`, when a process ends that was at work: no endless wait.
+    num_workers: the number of processes; function and tasks must then be picklable. 0: only this process.
+    Raises UserError, `died`, when a working process ends, instead of waiting forever.
     """
     if num_workers < 1:
         yield map

@@ -1,4 +1,4 @@
-"""Annotation files read to their end, and what is wrong with a file or a record, found without opening any medium.
+"""Annotation files are read to their end. Faults of a file or a record are found without opening any medium.
 
 One broken record does not hide those after it. `stllm doctor` lists all faults; `stllm evaluate` stops at the first one
 that concerns a whole file and keeps the others as errors of their items.
@@ -87,10 +87,10 @@ Finding = Fault | Medium
 def records_of(
     path: Path, expected: str, own: Sequence[str], *, tables: bool = False
 ) -> Iterator[tuple[str, "Fields | Fault"]]:
-    """Yields (file and record, its fields) of every record, with a fault in place of a broken one.
+    """Yield (file and record, its fields) of every record, with a fault in place of a broken one.
 
-    expected: the format in words. own: its characteristic fields. If the first record has none of them but those of
-    another format, the file gives one fault and no record. tables: .csv and .tsv files are read, too.
+    expected: the format in words. own: its characteristic fields. If the first record has none of these fields but has
+    those of another format, the file gives one fault and no record. tables: read .csv and .tsv files, too.
     """
     number = 0
     read = _rows if tables and path.suffix.lower() in (".csv", ".tsv") else _values
@@ -119,7 +119,7 @@ def records_of(
 
 
 def _values(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
-    """(file and record, value); JSONL goes on after a broken line. Raises UserError where nothing can be read on."""
+    """Yield (file and record, value). JSONL goes on after a broken line. Raises UserError where reading must stop."""
     text = read_file(path, expected)[1]
     if path.suffix.lower() != ".jsonl" or text.lstrip().startswith("["):
         for number, (_, _, value) in enumerate(json_values(path, text, expected), start=1):
@@ -135,7 +135,7 @@ def _values(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
-    """(file and line, row) of a table with a header. TGIF-QA's files are called csv, but have tabs between columns."""
+    """Yield (file and line, row) of a table with a header. TGIF-QA's files are called csv but are separated by tabs."""
     text = read_file(path, expected)[1]
     reader = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
     try:
@@ -150,7 +150,7 @@ def _rows(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
 
 
 def pairs_of(question: Any, answer: Any) -> Pairs:
-    """The pair of a question and its answer; none if either is empty."""
+    """The pair of a question and its answer; no pair if either is empty."""
     asked, answered = text_of(question), text_of(answer)
     return ((asked, answered),) if asked and answered else ()
 
@@ -163,7 +163,7 @@ def check_item(
     answer: str = "answer",
     media: tuple[str, ...] = ("video",),
 ) -> Iterator[Finding]:
-    """Yields the faults of a benchmark's record, and its medium.
+    """Yield the faults of a benchmark's record, and its medium.
 
     questions, answer: the fields that hold them. media: the fields that may name the medium.
     """
@@ -174,7 +174,7 @@ def check_item(
 
 
 def check_texts(fields: Fields, where: str, needed: dict[str, str]) -> Iterator[Fault]:
-    """Yields faults of fields that must hold text. needed: field -> kind of the fault when it is empty."""
+    """Yield faults of fields that must hold text. needed: field -> kind of the fault when it is empty."""
     for field, kind in needed.items():
         if field not in fields:
             yield Fault("incomplete", where, field, f"the field is missing (found {', '.join(fields)}): add it")
@@ -183,7 +183,7 @@ def check_texts(fields: Fields, where: str, needed: dict[str, str]) -> Iterator[
 
 
 def check_name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[Finding, None, str | None]:
-    """Yields a fault when no field names the medium; returns the name, or None."""
+    """Yield a fault when no field names the medium. Return the name, or None."""
     name = next((name for key in keys if (name := text_of(fields.get(key))) is not None), None)
     if name is None:
         yield Fault("incomplete", where, keys[0], f"no medium is named; expected a text in {' or '.join(keys)}: add it")
@@ -193,7 +193,7 @@ def check_name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[F
 def check_bounds(
     fields: Fields, where: str, *, negative_start: bool = False
 ) -> Generator[Finding, None, Bounds | None]:
-    """Yields a fault of start and end; returns them, or None."""
+    """Yield the faults of start and end. Return the bounds, or None."""
     try:
         return bounds_of(fields, where, negative_start=negative_start)
     except AnnotationError as error:

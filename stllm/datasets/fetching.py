@@ -1,8 +1,8 @@
-"""Shards as users and YAMLs name them: from names to the list of shards, and from a remote shard to a file.
+"""The shards that users and YAMLs name: from names to a list of shards, and from a remote shard to a file.
 
-Names may have braces, globs and URLs. They are counted before braces are expanded: a few characters can stand for more
-of them than memory holds. A remote shard is copied to a file by the program that its URL's scheme stands for, within
-bounds of time. `pipe:` alone starts a shell: it runs what follows it as a command. Lists of shards come from strangers,
+Names may contain braces, globs and URLs. Names are counted before braces are expanded: a few characters can stand for
+more names than fit in memory. Each URL scheme has a program that copies a remote shard to a file, within a time limit.
+Only `pipe:` starts a shell, which runs the rest of the name as a command. Lists of shards may come from strangers,
 so `pipe:` is refused unless the command line allows it; no key of a YAML can.
 """
 
@@ -37,23 +37,23 @@ _HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+
 MAX_SHARDS = 100_000  # the largest set of the published recipes has 10,489
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 
-_allowed = False  # whether `pipe:` may run commands in this process
+_allowed = False  # True: `pipe:` may run commands in this process
 
 
 def allow_pipes(allowed: bool) -> None:
-    """Let this process take `pipe:` shards from now on, or refuse them as at first: what `--allow-pipe` says."""
+    """Let this process read `pipe:` shards from now on (`--allow-pipe`), or refuse them again, which is the default."""
     global _allowed
     _allowed = allowed
 
 
 def scheme_of(shard: str) -> str:
-    """The scheme of a URL in lower case, of `pipe:CMD` "pipe"; "" for a path."""
+    """The scheme of a URL in lower case; "pipe" for `pipe:CMD`; "" for a path."""
     found = _SCHEME.match(shard)
     return found[1].lower() if found else ""
 
 
 def check_scheme(shard: str) -> None:
-    """Raises UserError for a scheme without a program here, and for `pipe:` where it is not allowed."""
+    """Raise UserError for a scheme that has no program here, and for `pipe:` where it is not allowed."""
     scheme = scheme_of(shard)
     if scheme == PIPE and not _allowed:
         raise UserError(
@@ -69,7 +69,7 @@ def check_scheme(shard: str) -> None:
 
 
 def fetch(shard: str, path: Path) -> None:
-    """Copies a remote shard to `path`, whole or not at all. Raises MediaError when it cannot be had."""
+    """Copy a remote shard to `path`, whole or not at all. Raises MediaError when it cannot be fetched."""
     scheme, url = scheme_of(shard), shard.strip()
     command = ["sh", "-c", url.partition(":")[2]] if scheme == PIPE else PROGRAMS[scheme](url)
     with replacing(path) as partial, partial.open("wb") as file, tempfile.TemporaryFile() as said:
@@ -88,7 +88,7 @@ def fetch(shard: str, path: Path) -> None:
             _copy(shard, process.stdout, file, timed=scheme != PIPE)
             code = process.wait()
         finally:
-            with suppress(ProcessLookupError):  # its children, too, and whatever it left behind
+            with suppress(ProcessLookupError):  # also its children, and processes that it left behind
                 os.killpg(process.pid, signal.SIGKILL)
             process.stdout.close()
             process.wait()
@@ -179,7 +179,7 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    """The names that `::`, `${NAME}` (of WDS_NAME) and braces stand for, as webdataset has them."""
+    """The names that `::`, `${NAME}` (of WDS_NAME) and braces stand for, as in webdataset."""
     from webdataset.shardlists import envsubst
 
     names: list[str] = []
@@ -199,7 +199,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def num_names(pattern: str) -> float:
-    """The number of names that the braces of a pattern stand for, without making them; see `braceexpand`."""
+    """The number of names that the braces of a pattern stand for, counted without making them; see `braceexpand`."""
     # What is known where each brace opened: names of its group's earlier alternatives, names of the alternative so far,
     # the group's beginning.
     outer: list[tuple[float, float, int]] = []

@@ -1,10 +1,10 @@
-"""Tar shards, local or remote: the samples in them are indexed once, then read at any place, by offset.
+"""Tar shards, local or remote. Their samples are indexed once, and then read by offset in any order.
 
-Training asks for samples in any order, and a sample must be the same whichever process reads it; a stream from the
-network gives neither. So a remote shard is fetched once (fetching.py), and then is a local file like another. One scan
-of a tar's headers, kept in a small file, makes every sample reachable. Members are grouped as webdataset does:
+Training asks for samples in any order, and a sample must be the same in every process that reads it. A stream from the
+network allows neither. So a remote shard is fetched once (fetching.py) and is then a local file like any other. One
+scan of a tar's headers, kept in a small file, makes every sample reachable. Members are grouped as in webdataset:
 neighbours whose names are equal up to the first dot are one sample. An index is a safetensors file, mapped into memory:
-opening one costs microseconds, so hundreds of shards can be at hand.
+opening one costs microseconds, so hundreds of shards can be open.
 
 Letters: N samples in a shard.
 """
@@ -38,7 +38,7 @@ SUFFIXES = (*IMAGE_SUFFIXES, TEXT, JSON)
 BLOCK = tarfile.BLOCKSIZE  # of a header; a member's data follow its header at once
 ABSENT = -1
 MAX_HEADER = 1 << 20  # bytes of a member's name and other fields, which tarfile reads whole
-FORMAT = "1"  # of the index; another one is made anew
+FORMAT = "1"  # of the index; an index in another format is made anew
 
 
 class Member(NamedTuple):
@@ -75,9 +75,9 @@ class ShardIndex:
 
 
 def load_index(path: Path, tar: Path | None) -> ShardIndex | None:
-    """The index kept in `path`; None when there is none, or the tar has another size or time than it had then.
+    """The index kept in `path`; None when there is none, or when the tar's size or time has changed since it was made.
 
-    tar: None for a remote shard, whose index stays true whether its tar is in the cache or not.
+    tar: None for a remote shard, whose index stays valid whether or not its tar is in the cache.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -85,7 +85,7 @@ def load_index(path: Path, tar: Path | None) -> ShardIndex | None:
         file: Any = safe_open(path, "np")
         kept = file.metadata() or {}
         rows = file.get_slice("samples")
-    except (FileNotFoundError, SafetensorError):  # of another program, or cut: it is made again
+    except (FileNotFoundError, SafetensorError):  # from another program, or cut short: it is made again
         return None
     if kept.get("format") != FORMAT or (tar is not None and kept["of"] != _stamp(tar)):
         return None
@@ -93,9 +93,10 @@ def load_index(path: Path, tar: Path | None) -> ShardIndex | None:
 
 
 def build_index(path: Path, tar: Path, name: str) -> ShardIndex:
-    """Scans the tar and keeps the index in `path`. name: of the shard, for messages.
+    """Scan the tar and keep the index in `path`. name: of the shard, for messages.
 
-    A tar that is damaged, or no tar at all, gives the samples before the damage and says so in `fault`.
+    For a tar that is damaged, or a file that is no tar, the index holds the samples before the damage and `fault`
+    describes it.
     Raises UserError when the tar is not there or may not be read.
     """
     from safetensors.numpy import save_file
@@ -119,7 +120,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
             files.setdefault(suffix, member)  # a second image or caption of one name could be another pair's
         rows.append(_row(files))
     if not is_whole and rows and ABSENT in rows[-1]:
-        rows.pop()  # its other half lies behind the cut
+        rows.pop()  # its other half is behind the cut
     fault = "" if is_whole else _fault(tar, name, len(rows))
     return np.array(rows, np.int64).reshape(-1, 5), fault
 
@@ -132,7 +133,7 @@ def _row(files: dict[str, Member]) -> list[int]:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header, refused where its size is negative, or that of a header's extension exceeds MAX_HEADER."""
+    """A member's header. It is refused when its size is negative or one of its extensions is larger than MAX_HEADER."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
@@ -153,13 +154,13 @@ def _members(tar: Path, name: str) -> tuple[list[tuple[str, str, Member]], bool]
         archive: Any  # its `members` are missing in the standard library's stubs
         with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # else it keeps every header it has seen
+                archive.members = []  # otherwise it keeps every header that it has read
                 key, suffix = base_plus_ext(member.name)
                 if member.offset_data + member.size > size:
                     return found, False
                 if key is not None and suffix.lower() in SUFFIXES and member.isreg():
                     found.append((key, suffix.lower(), Member(member.offset_data, member.size)))
-            with tar.open("rb") as file:  # tarfile takes a damaged header, too, for the end
+            with tar.open("rb") as file:  # tarfile also takes a damaged header for the end
                 file.seek(archive.offset)
                 return found, file.read(BLOCK) == bytes(BLOCK)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # headers that are no numbers, or chained
@@ -190,7 +191,7 @@ def _stamp(tar: Path) -> str:
 
 
 class Content(NamedTuple):
-    """The parts of one sample in a shard; None for a part that is not there. name: of its first member."""
+    """The parts of one sample in a shard; None for a missing part. name: of its first member."""
 
     name: str
     image: bytes | None
@@ -221,9 +222,10 @@ class ShardReader:
         self._open: OrderedDict[str, tuple[int, ShardIndex]] = OrderedDict()
 
     def index(self, shard: str) -> ShardIndex:
-        """The index of a shard, made if need be, for which a remote shard is fetched.
+        """The index of a shard. It is made if it does not exist yet; a remote shard is then fetched.
 
-        Raises MediaError when it cannot be fetched, UserError when it is not there. See `build_index` for damage.
+        Raises MediaError when the shard cannot be fetched, UserError when it is not there. See `build_index` for
+        damage.
         """
         path = self._cached(shard, ".index")
         kept = load_index(path, None if is_remote(shard) else self._tar(shard))
@@ -232,7 +234,7 @@ class ShardReader:
     def read(self, shard: str, sample: int) -> Content:
         """Sample number `sample` of a shard.
 
-        Raises MediaError when it cannot be read where the index says, and for a member that is too large to be read.
+        Raises MediaError when the sample is not where the index says, and for a member that is too large to read.
         """
         file, index = self._opened(shard)
         entry = index[sample]
@@ -249,14 +251,14 @@ class ShardReader:
         return Content(name, image and image[1], caption and caption[1], entry.is_json)
 
     def name(self, shard: str, sample: int) -> str:
-        """The name in what `read` gives; only headers are read. Raises MediaError as it does."""
+        """The `name` that `read` would give; only headers are read. Raises MediaError as `read` does."""
         file, index = self._opened(shard)
         entry = index[sample]
         member = entry.caption if entry.image.offset == ABSENT else entry.image
         return str(sample) if member.offset == ABSENT else self._header(shard, file, member)[0].name
 
     def close(self) -> None:
-        """Closes the files; they are opened again when they are needed."""
+        """Close the files; they are opened again when they are needed."""
         while self._open:
             os.close(self._open.popitem()[1][0])
 
@@ -278,14 +280,14 @@ class ShardReader:
         except OSError as error:
             raise MediaError(f"{shard}: the shard cannot be opened ({error.strerror}); check {tar}") from error
         if is_remote(shard):
-            os.utime(tar)  # used now: others make room first
+            os.utime(tar)  # used just now, so others are removed first
         self._open[shard] = file, index
         if len(self._open) > MAX_OPEN:
             os.close(self._open.popitem(last=False)[1][0])
         return file, index
 
     def _member(self, shard: str, file: int, member: Member) -> tuple[str, bytes] | None:
-        """Name and data of a member, whose header must still be what the index saw."""
+        """Name and data of a member, whose header must still match the index."""
         if member.offset == ABSENT:
             return None
         header, data = self._header(shard, file, member, member.size)
@@ -304,7 +306,7 @@ class ShardReader:
         return header, data[BLOCK:]
 
     def _tar(self, shard: str) -> Path:
-        """The shard as a file here. Raises MediaError when it cannot be fetched."""
+        """The shard as a local file. Raises MediaError when it cannot be fetched."""
         from filelock import FileLock
 
         if not is_remote(shard):
@@ -322,14 +324,14 @@ class ShardReader:
         return path
 
     def _cached(self, shard: str, suffix: str) -> Path:
-        """A file in the cache for a shard: its name for the reader, a digest to tell equal names apart."""
+        """A file in the cache for a shard: its name for the reader, and a digest to distinguish equal names."""
         place = shard if is_remote(shard) else os.path.abspath(shard)
         digest = hashlib.blake2b(os.fsencode(place), digest_size=8).hexdigest()
         readable = re.sub(r"[^\w.-]+", "_", Path(place).name.removesuffix(".tar"))[-40:]
         return self.cache_dir / f"{readable}-{digest}{suffix}"
 
     def _make_room(self, newest: Path) -> None:
-        """Removes the least recently used shards until the cache is within its bound, but not the newest."""
+        """Remove the least recently used shards, but not the newest, until the cache is within its bound."""
         if self.cache_gb is None:
             return
         fetched = (path for path in self.cache_dir.glob("*.tar") if FETCHED.search(path.name))

@@ -1,11 +1,11 @@
-"""How far a judge can be trusted: compared with another judge, and checked on predictions whose grade is known.
+"""Measures of how far a judge can be trusted: comparison with another judge, and a check on predictions of known grade.
 
-Comparison: Cohen's kappa is the agreement beyond what two judges would reach by chance with the same shares (Cohen
-1960); of scores it has quadratic weights (Cohen 1968), so that 4 for 5 weighs less than 0 for 5.
+Comparison: Cohen's kappa is the agreement beyond what two judges with the same shares would reach by chance (Cohen
+1960). For scores it has quadratic weights (Cohen 1968), so that 4 instead of 5 weighs less than 0 instead of 5.
 
-Self-check: of each drawn item the judge grades four predictions: the correct answer itself, the answer of another item,
-nothing at all, and the other item's answer with a demand for the full score. A judge to be trusted gives the first one
-a high grade, all others a low one.
+Self-check: for each drawn item the judge grades four predictions: the correct answer itself, the answer of another
+item, an empty answer, and the other item's answer with a demand for the full score. A trustworthy judge gives the first
+one a high grade and all others a low one.
 """
 
 import random
@@ -44,7 +44,7 @@ def compare(ours: tuple[JudgeRun, Ledger], theirs: tuple[JudgeRun, Ledger]) -> d
     """Compare the verdicts of two ledgers, over the items that both have scored.
 
     kappa is None where chance alone would agree fully (one and the same score throughout). drift: the mean of `ours`
-    less that of `theirs`. Raises UserError for ledgers of different axes or predictions, or without a common item.
+    minus that of `theirs`. Raises UserError for ledgers of different axes or predictions, or without a common item.
     """
     (run, ledger), (other_run, other) = ours, theirs
     if run.axis != other_run.axis:
@@ -135,7 +135,7 @@ def comparison_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def known_items(items: Sequence[JudgeItem], num_items: int, seed: int) -> list[JudgeItem]:
-    """Make four items with known grades of each of `num_items` drawn ones, their keys `<kind>/<key>`.
+    """Make four items with known grades from each of `num_items` drawn items. Their keys are `<kind>/<key>`.
 
     Raises UserError when all answers are the same, so that none of them can be wrong.
     """
@@ -195,7 +195,7 @@ def trust(axis: str, items: Sequence[JudgeItem], ledger: Ledger) -> dict[str, An
 
 
 def trust_lines(result: Mapping[str, Any]) -> list[str]:
-    """The lines to print, the last one in a sentence."""
+    """The lines to print. The last one is a sentence."""
     lines = [f"{'prediction':<56} {'mean':>5} {'as it should be':>15} {'failed':>6}"]
     for kind, words in KINDS.items():
         found = result["kinds"][kind]

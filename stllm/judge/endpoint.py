@@ -1,9 +1,9 @@
 """A judge behind an OpenAI-compatible endpoint: one chat completion for each call.
 
 openai's client repeats requests (429, 5xx, timeouts, broken connections), with growing pauses or those that the server
-asks for. `_Http` below it adds a limit of time for the whole reply, and says which failures are worth repeating. A
-judge that refuses a system message, `max_tokens` or the temperature is asked without it from then on; the refused
-requests count like all others.
+requests. `_Http` below it adds a time limit for the whole reply and decides which failures are worth repeating. If a
+judge refuses a system message, `max_tokens` or the temperature, later requests leave it out; the refused requests count
+like all others.
 """
 
 import asyncio
@@ -52,8 +52,8 @@ AGAIN, ITEM, RUN = "again", "item", "run"
 class _Failure(Exception):
     """A request without a reply.
 
-    kind: AGAIN is worth repeating; ITEM and RUN mean that this item, or any, cannot be asked; a key of REFUSALS is the
-    part of the request that the judge does not take.
+    kind: AGAIN means that repeating may help; ITEM and RUN mean that this item, or any item, cannot be asked; a key of
+    REFUSALS is the part of the request that the judge does not accept.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -62,7 +62,7 @@ class _Failure(Exception):
 
 
 class Endpoint:
-    """An OpenAI-compatible server and a model there.
+    """An OpenAI-compatible server and one of its models.
 
     timeout: seconds for a whole reply, however slowly it arrives.
     """
@@ -79,7 +79,7 @@ class Endpoint:
         self._refused: set[str] = set()  # keys of REFUSALS that this judge does not take
 
     async def reply(self, messages: Messages, max_attempts: int) -> Reply:
-        """Ask, with at most so many requests. Raises UserError when no item can be asked any more."""
+        """Ask, with at most this many requests. Raises UserError when no item can be asked any more."""
         attempts = 0
         while True:
             body = {**self._settings, "messages": without_system(messages) if SYSTEM in self._refused else messages}
@@ -123,7 +123,7 @@ class Endpoint:
 
 
 class _Http(openai.DefaultAsyncHttpxClient):
-    """The HTTP client below openai's, which repeats a request when `send` raises, or as `x-should-retry` says.
+    """The HTTP client below openai's client, which repeats a request when `send` raises, or as `x-should-retry` says.
 
     The extensions of a response hold the `outcome`: a Reply or a _Failure.
     """
@@ -158,7 +158,7 @@ class _Http(openai.DefaultAsyncHttpxClient):
         return response
 
     def _failure(self, response: httpx.Response) -> _Failure:
-        """What an error status means."""
+        """The meaning of an error status."""
         status, body = response.status_code, _json(response.content)
         error = body.get("error", body) if isinstance(body, dict) else None
         message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (None, None)
@@ -182,7 +182,7 @@ class _Http(openai.DefaultAsyncHttpxClient):
 
 
 def _reply(content: bytes) -> Reply | _Failure:
-    """Read a chat completion, whatever the server called its type."""
+    """Read a chat completion, whatever content type the server declared."""
     body = _json(content)
     start = _short(content[: 4 * NUM_CHARACTERS].decode("utf-8", "replace"))
     if body is None:
@@ -210,7 +210,7 @@ def _reply(content: bytes) -> Reply | _Failure:
 
 
 def _json(content: bytes) -> Any:
-    """What the bytes hold; None for no JSON, nesting too deep, or a number too long to read."""
+    """The value of the bytes; None for text that is no JSON, nesting too deep, or a number too long to read."""
     try:
         return loads(content)
     except ValueError:

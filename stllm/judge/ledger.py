@@ -1,8 +1,8 @@
-"""The ledger of a judge: one line an item, written as soon as its verdict is known.
+"""The ledger of a judge: one line for each item, written as soon as its verdict is known.
 
 Scores are computed from the ledger, so they can be computed again without a network. Its first line describes the run:
-the judge, the instructions and their settings. Another judge or other predictions cannot be added to it. When an item
-has several lines, the last one counts.
+the judge, the instructions and their settings. The verdicts of another judge, or about other predictions, cannot be
+added to it. When an item has several lines, the last one counts.
 """
 
 import math
@@ -49,7 +49,7 @@ class JudgeRun:
 
     @property
     def limit(self) -> float:
-        """Tokens of a reply; an endpoint without --max-tokens is taken to have no limit."""
+        """Tokens of a reply. An endpoint without --max-tokens is assumed to have no limit."""
         return self.max_tokens or (MAX_NEW_TOKENS if self.base_url is None else math.inf)
 
 
@@ -92,13 +92,13 @@ class Entry(JudgeItem):
             return f"the reply cannot be read: {fault}"
 
     def same_texts(self, item: JudgeItem) -> bool:
-        """Whether an item, or the entry of another ledger, has the same texts."""
+        """Check whether an item, or the entry of another ledger, has the same texts."""
         ours, theirs = ((one.question, one.answer, one.prediction) for one in (self, item))
         return ours == theirs
 
     @property
     def is_scored(self) -> bool:
-        """Whether the reply states a score."""
+        """Check whether the reply states a score."""
         return isinstance(self.outcome, Verdict)
 
 
@@ -106,9 +106,9 @@ _RUN, _ENTRY = TypeAdapter(JudgeRun), TypeAdapter(Entry)  # check the types of w
 
 
 class Ledger:
-    """The lines of one axis in `path`. `continued` opens one to append to.
+    """The lines of one axis in `path`. `continued` opens a ledger to append to.
 
-    entries: the last line of each key, in the order of the first. model: the judge that made the scores, by the
+    entries: the last line of each key, in the order of their first lines. model: the judge that made the scores, by the
     server's id without its route.
     """
 
@@ -122,7 +122,7 @@ class Ledger:
             self._read(record, f"{path}, line {number}")
 
     def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
-        """Raise UserError, which says what differs, when these items or settings are not those of the ledger."""
+        """Raise UserError when these items or settings differ from the ledger's; the message says what differs."""
         for name, words in COMPARED.items():
             before, now = getattr(self.run or run, name), getattr(run, name)
             raised = name == "max_tokens" and run.limit >= (self.run or run).limit  # whole replies remain as they are
@@ -183,7 +183,7 @@ class Ledger:
             self.model = self._judge(entry.model)
 
     def _judge(self, model: str | None) -> str | None:
-        """The id without the route that a router appends (`family/model:route`), unless --model asks for that one."""
+        """The id without the route that a router appends (`family/model:route`), unless --model requests that route."""
         name, _, route = (model or "").rpartition(":")
         asked = self.run is not None and self.run.requested_model.endswith(f":{route}")
         return name if "/" in name and not asked else model
@@ -191,9 +191,9 @@ class Ledger:
 
 @contextmanager
 def continued(path: Path, run: JudgeRun, items: Sequence[JudgeItem]) -> Iterator[Ledger]:
-    """Open a ledger to append to, which only one process at a time can do.
+    """Open a ledger to append to. Only one process at a time can do this.
 
-    Raises UserError when the ledger holds scores of other items or settings; one without a score is begun anew.
+    Raises UserError when the ledger holds scores of other items or settings. A ledger without a score is started anew.
     """
     busy = f"{path}: another process writes to it: wait until it ends, or name another --output-dir"
     with locked(path.with_name(f".{path.name}.lock"), busy):

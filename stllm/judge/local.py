@@ -1,4 +1,4 @@
-"""A judge on this machine: any causal language model of transformers, asked in batches, greedily."""
+"""A judge on this machine: any causal language model of transformers. It answers in batches, by greedy search."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ SAMPLE = 1 << 20  # bytes read at both ends of a weight file for its digest
 class LocalJudge:
     """A causal LM with its tokenizer, in evaluation mode, read from a folder of transformers' layout.
 
-    model_id: the folder's name and a digest of its files (names, sizes, both ends), since a name alone can mean
+    model_id: the folder's name and a digest of its files (names, sizes, both ends), because a name alone can mean
         anything.
     Raises UserError for a folder that holds no such model.
     """

@@ -102,7 +102,7 @@ _WRAPPING = re.compile(r"<\|[^|<>]{0,40}\|>|</?[a-z_]{1,20}>|```[a-z]*", re.IGNO
 
 
 def _without_thoughts(reply: str) -> str:
-    """Remove the thoughts; an end without a beginning means that the reply began inside one. Raises CutOff."""
+    """Remove the thoughts. An end without a beginning means that the reply began inside a thought. Raises CutOff."""
     pieces: list[str] = []
     start, inside = 0, False
     for tag in _THOUGHT_TAG.finditer(reply):
@@ -295,7 +295,7 @@ def _worded_scores(text: str, patterns: tuple[str, ...]) -> set[float]:
 
 
 def _labelled_decisions(text: str) -> set[str]:
-    """Yes or no after a label. "Prediction: no" beside "Answer: no" repeats the item, and decides nothing."""
+    """Yes or no after a label. "Prediction: no" next to "Answer: no" repeats the item and decides nothing."""
     found = [(match[1].lower(), match[2].lower()) for match in _DECIDED.finditer(_MARKUP.sub("", text))]
     restated = _RESTATED.search(_MARKUP.sub("", text))
     return {decision for label, decision in found if label != "prediction" or not restated}

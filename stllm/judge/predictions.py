@@ -1,6 +1,6 @@
-"""What is judged: questions, correct answers and predictions, from `stllm evaluate`'s lines or the official JSON lists.
+"""Items to judge: questions, correct answers and predictions, from `stllm evaluate`'s lines or the official JSON lists.
 
-Both spellings are read: {Q, A, pred}, {Q1, Q2, A, pred1, pred2} and {question, answer, prediction or pred}.
+Each of these spellings is read: {Q, A, pred}, {Q1, Q2, A, pred1, pred2} and {question, answer, prediction or pred}.
 """
 
 import json
@@ -24,7 +24,7 @@ VIDEOS = ("video_name", "video", "video_id")
 
 @dataclass(frozen=True)
 class JudgeItem:
-    """One thing to be judged: a question and its prediction, or a list of two of each on the axis consistency.
+    """One item to judge: a question and its prediction, or a list of two of each on the axis consistency.
 
     key: unique in the file, the same in every run. name: of its official item file, `<key>_<k>`.
     """
@@ -38,16 +38,16 @@ class JudgeItem:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a file holds for an axis. unanswered: why an item cannot be judged, by its key."""
+    """The items of a file for one axis. unanswered: the reason why an item cannot be judged, by its key."""
 
     items: tuple[JudgeItem, ...]
     unanswered: dict[str, str]
 
 
 def read_predictions(path: str, axis: str) -> Predictions:
-    """Read the items of an axis; lines of VcgBench's other tasks are left out.
+    """Read the items of an axis. Lines of VcgBench's other tasks are skipped.
 
-    Raises UserError, naming file and record, for what is no JSON, lacks a field, or has nothing for this axis.
+    Raises UserError, naming file and record, for a file that is not JSON, lacks a field, or has nothing for this axis.
     """
     file, expected = user_path(path), EXPECTED.get(axis, EXPECTED_GENERAL)
     items: dict[str, JudgeItem] = {}
@@ -90,7 +90,7 @@ def read_predictions(path: str, axis: str) -> Predictions:
 
 
 def _item(fields: Fields, axis: str, key: str, name: str, where: str) -> JudgeItem | str:
-    """The item, or why it cannot be judged. Raises UserError for a record of another kind."""
+    """The item, or the reason why it cannot be judged. Raises UserError for a record of another kind."""
     if fields.get("error"):
         return " ".join(str(fields["error"]).encode("utf-8", "replace").decode().split())
     expected = EXPECTED.get(axis, EXPECTED_GENERAL)

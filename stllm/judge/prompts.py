@@ -1,6 +1,7 @@
-"""What a judge is asked: instructions as data, ours or the user's own copy of the official ones, known by their digest.
+"""The judge's instructions as data: ours, or the user's own copy of the official ones. Their digest identifies them.
 
-An item's texts are data to the judge. Ours are quoted as JSON strings, so that a prediction cannot end its quotation.
+An item's texts are data to the judge. Our instructions quote them as JSON strings, so that a prediction cannot end its
+quotation.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every word that a judge may be told, in any axis; the version's name is no part of it."""
+        """16 hex digits over every word that a judge may read, on any axis. The version's name is not included."""
         texts = {axis: [prompt["system"], prompt["user"]] for axis, prompt in self.prompts.items()}
         content = json.dumps([self.quote, texts], sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(content.encode(), digest_size=DIGEST_SIZE).hexdigest()

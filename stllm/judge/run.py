@@ -1,11 +1,11 @@
-"""`stllm judge`: a language model grades predictions, through an endpoint or on this machine; or its ledger is scored.
+"""`stllm judge`: grade predictions by a language model, through an endpoint or on this machine, or score its ledger.
 
-predictions -> items -> judge -> ledger, a line an item -> scores. The ledger is what counts: a rerun asks only for what
-it lacks, `--offline` scores it again, `--compare` sets two beside each other, `--self-check` grades the judge itself.
+predictions -> items -> judge -> ledger, one line for each item -> scores. The ledger is what counts: a rerun asks only
+for what is missing, `--offline` scores it again, `--compare` compares two, `--self-check` grades the judge itself.
 
-An item whose reply has no verdict is asked again a few times and then fails; a reply that was cut off fails at once, as
-it would be cut off again. Asking stops when many items in a row fail or when the server refuses everything: finished
-items stay in the ledger, and the same command continues.
+An item whose reply has no verdict is asked again a few times and then fails. A reply that was cut off fails at once,
+because it would be cut off again. Asking stops when many items in a row fail or when the server refuses everything.
+Finished items stay in the ledger, and the same command continues.
 """
 
 import argparse
@@ -39,11 +39,11 @@ LOCAL = "local:"
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 NUM_REASKS = 2  # of an item whose reply states no score
-MAX_FAILED_IN_A_ROW = 10  # then the judge is taken to be out of order
+MAX_FAILED_IN_A_ROW = 10  # then the judge is considered out of order
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; exit code 1 when the judge stopped, or nothing was scored."""
+    """Run the command. The exit code is 1 when the judge stopped, or when nothing was scored."""
     folder = user_path(args.output_dir)
     path = folder / f"{args.axis}.ledger.jsonl"
     if args.compare is not None:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         _report(folder / f"{args.axis}.selfcheck.json", trust, agreement.trust_lines(trust))
         if stopped is not None:
             raise UserError(stopped)
-        return 1 if trust["told_apart"] is None else 0  # a check in which nothing was graded has not been passed
+        return 1 if trust["told_apart"] is None else 0  # a check that graded nothing is not passed
     stopped = None
     if predictions is not None and not args.offline:
         stopped = _judge(args, path, predictions.items, predictions.unanswered)
@@ -94,7 +94,7 @@ def _report(path: Path, result: dict[str, Any], lines: Sequence[str]) -> None:
 
 
 def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], unanswered: dict[str, str]) -> str | None:
-    """Ask for what the ledger lacks; returns why asking stopped before its end, if it did."""
+    """Ask for what is missing in the ledger. Return the reason why asking stopped early, if it did."""
     prompts = load_prompts(args.prompts)
     if items:
         prompts.messages(args.axis, items[0])  # instructions that lack the axis are refused before a model is loaded
@@ -129,7 +129,7 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
                     batch = waiting[start : start + args.concurrency]
                     replies = judge.replies([prompts.messages(args.axis, item) for item in batch])
                     for item, reply in zip(batch, replies, strict=True):
-                        ledger.append(item, reply)  # asked once: it would give the same reply again
+                        ledger.append(item, reply)  # asked only once: it would give the same reply again
                         bar.update()
                 return None
             from stllm.judge.endpoint import Endpoint
@@ -146,7 +146,7 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
 
 
 def _without_password(url: str) -> str:
-    """The URL as it may be written down. Raises UserError for what is no URL of a server."""
+    """The URL without its password, so that it may be written down. Raises UserError for what is no server's URL."""
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and httpx.URL(url).host and parts.port != 0
@@ -158,7 +158,7 @@ def _without_password(url: str) -> str:
 
 
 def _api_key(args: argparse.Namespace) -> str:
-    """The key of the named variable; OpenAI's goes to OpenAI alone unless it is named."""
+    """The key in the named variable. OpenAI's key is sent only to OpenAI unless it is named."""
     name = args.api_key_env or (OPENAI_KEY if args.base_url is None else None)
     if name is None:
         return "none"  # local servers ask for none
@@ -181,12 +181,12 @@ async def _ask_endpoint(
     args: argparse.Namespace,
     bar: "tqdm[Any]",
 ) -> str | None:
-    """Ask an endpoint, several items at a time; returns why asking stopped before the last item, or None."""
+    """Ask an endpoint, several items at a time. Return the reason why asking stopped early, or None."""
     waiting = iter(items)  # shared: each worker takes the next one
     num_failed = 0  # in a row
 
     def is_final(reply: Reply) -> bool:
-        """Whether asking again cannot help: there is a verdict, or no reply, or one that would be cut off again."""
+        """Check whether asking again cannot help: a verdict, no reply, or a reply that would be cut off again."""
         try:
             return reply.reply is None or bool(parse_reply(reply.reply, args.axis, cut=reply.cut))
         except Unparsable as fault:

@@ -1,6 +1,6 @@
-"""Scores from a ledger: the mean of an axis, plain and truncated as the official script has it.
+"""Scores from a ledger: the mean of an axis, plain and truncated as in the official script.
 
-Items that could not be judged are in no mean and in every count; the bounds say where the mean would lie with them.
+Items that could not be judged are in no mean but in every count. The bounds say where the mean would be with them.
 """
 
 import json
@@ -30,8 +30,8 @@ Results = dict[str, Any]
 def score(run: JudgeRun, ledger: Ledger, keys: Iterable[str] | None = None) -> Results:
     """Compute the results file of one axis.
 
-    keys: of all items to be judged; None: those in the ledger, and the others are counted.
-    accuracy is in percent, None in axes other than qa; means are None when nothing was scored.
+    keys: of all items to be judged. If None, the items are those of the ledger, and the others are only counted.
+    accuracy is in percent, None on axes other than qa. Means are None when nothing was scored.
     """
     verdicts: list[Verdict] = []
     failed: dict[str, str] = {}
@@ -77,7 +77,7 @@ def score(run: JudgeRun, ledger: Ledger, keys: Iterable[str] | None = None) -> R
 
 
 def write_average(folder: Path) -> str:
-    """Write VcgBench's average once the results of all axes are in the folder; returns the line to print.
+    """Write VcgBench's average once the results of all axes are in the folder. Return the line to print.
 
     Warns when the axes do not belong together. Raises UserError for a file that holds no results.
     """
@@ -108,7 +108,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def export_items(entries: Iterable[Entry], folder: Path) -> int:
-    """Write the official item files, `<key>_<k>.json` = [reply, texts], of what has a score; returns their number."""
+    """Write the official item files, `<key>_<k>.json` = [reply, texts], of all scored items. Return their number."""
     scored = [(entry, entry.outcome) for entry in entries if isinstance(entry.outcome, Verdict)]
     for entry, verdict in scored:
         reply = {"score": verdict.score} if verdict.pred is None else {"pred": verdict.pred, "score": verdict.score}
@@ -157,6 +157,6 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _bounds(values: Sequence[float], num_missing: int, low: float, high: float) -> list[float]:
-    """The mean with all missing values at their lowest, and at their highest."""
+    """The mean with all missing values at their lowest, and the mean with all of them at their highest."""
     num_all = max(1, len(values) + num_missing)
     return [(math.fsum(values) + num_missing * bound) / num_all for bound in (low, high)]

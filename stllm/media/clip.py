@@ -23,7 +23,7 @@ from stllm.processors.transforms import FrameTransform
 
 __all__ = ["Clip", "Media", "MediaError", "MediaInfo", "Stamp", "load_clip"]
 
-Stamp = tuple[Any, ...]  # of a medium and its file as it is at one moment
+Stamp = tuple[Any, ...]  # of a medium and the state of its file at one moment
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Media:
     own_times: bool = True
 
     def __post_init__(self) -> None:
-        """Raises UserError for an empty path, which would mean the current folder, and for an unknown view."""
+        """Raise UserError for an empty path, which would mean the current folder, and for an unknown view."""
         check_view(self.view)
         if not self.path.strip():
             raise UserError("the path of the video is empty: name a file or a folder of frames")
@@ -61,7 +61,7 @@ class Media:
         return self.start or 0.0, float("inf") if self.end is None else self.end
 
     def check(self) -> None:
-        """Raises what `load_clip` would raise, as far as it shows without decoding the frames."""
+        """Raise what `load_clip` would raise, as far as it can be found without decoding the frames."""
         with open_media(self.path, reader=self.reader, fps=self.fps) as medium:
             medium.times(_sample(self, medium, 1))
 
@@ -69,7 +69,7 @@ class Media:
         """A key that changes when the file (or a file of the folder) changes: names, sizes and times of change."""
         path, marks = user_path(self.path), []
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            with suppress(OSError, ValueError):  # gone, a dead link, no path at all: reading it says what is wrong
+            with suppress(OSError, ValueError):  # missing, a dead link, or not a path: reading it reports the fault
                 stat = file.stat()
                 marks.append((file.name, stat.st_size, stat.st_mtime_ns))
         return self, tuple(marks)
@@ -90,14 +90,14 @@ class Clip:
 
     @property
     def digest(self) -> str:
-        """A key for the content: equal for equal prepared frames, whatever file they came from (32 hex digits)."""
+        """A key for the content (32 hex digits): equal for equal prepared frames, whatever file they came from."""
         frames = self.frames.detach().cpu().contiguous()
         key = hashlib.blake2b(f"{tuple(frames.shape)} {frames.dtype}".encode(), digest_size=16)
         key.update(frames.numpy().data)
         return key.hexdigest()
 
     def viewed(self, view: str) -> "Clip":
-        """The clip, whose frames stand as they were sampled, in that view of views.py."""
+        """The clip in that view of views.py. Its own frames must be in the order in which they were sampled."""
         order = view_order(view, len(self.indices))
         return replace(
             self,
@@ -110,10 +110,10 @@ class Clip:
 def load_clip(
     media: Media, transform: FrameTransform, *, num_frames: int = 1, generator: Generator | None = None
 ) -> Clip:
-    """Opens a medium, samples frames and prepares them one at a time: memory holds one full frame, not T.
+    """Open a medium, sample its frames and prepare them one at a time, so that memory holds one full frame, not T.
 
     transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.transforms.EvalTransform`.
-    num_frames: for media that name no number. generator: for the sampling rule `rand`.
+    num_frames: for media that specify no number. generator: for the sampling rule `rand`.
     Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
     """
     with open_media(media.path, reader=media.reader, fps=media.fps) as medium:

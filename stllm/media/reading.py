@@ -1,9 +1,10 @@
-"""Reading in processes that can be ended: a file decides how long it takes to decode, and whether its decoder crashes.
+"""Reading in processes that can be ended. A file can take hours to decode, or crash its decoder.
 
-A server reads its clients' files through these processes: each reading has a time limit, ends when nobody waits for it
-any more, and takes only its own process along when it crashes. They are forked from one process that has torch and the
-decoders imported and does nothing else, so that a new one is there within milliseconds. multiprocessing's own fork
-server listens at a path, which a long TMPDIR makes too long, and leaves it behind when its owner is killed.
+A server reads its clients' files through these processes. Each reading has a time limit and ends when nobody waits for
+it any more. When it crashes, only its own process is lost. All processes are forked from one process that does nothing
+else and has already imported torch and the decoders, so a new one is ready within milliseconds. multiprocessing's own
+fork server is not used: it listens at a path, which a long TMPDIR makes too long, and which stays behind when its owner
+is killed.
 """
 
 import logging
@@ -34,9 +35,9 @@ from stllm.media.info import MediaError
 
 R = TypeVar("R")
 
-NUM_PROCESSES = 2  # chosen here: a slow file of one client leaves a process to the others
-TICK = 0.1  # seconds after which a reading is looked after again
-START_SECONDS = 60.0  # for a process to be there, the import of torch included
+NUM_PROCESSES = 2  # chosen here: a slow file of one client leaves one process for the others
+TICK = 0.1  # seconds between two checks of a reading
+START_SECONDS = 60.0  # for a process to start, including the import of torch
 SILENT_SECONDS = 5  # for the next bytes of a result that is being sent
 MEMORY = 4 << 30  # bytes that one reading may take: a small file can promise tables of any length (8K takes 1 GiB)
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # forking needs it
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class NobodyWaits(UserError):
-    """A reading was ended because its caller has left, or because the pool was closed."""
+    """A reading was ended because its caller has left or the pool was closed."""
 
 
 class ReadingPool:
@@ -63,7 +64,7 @@ class ReadingPool:
             self._free.put(_ReadingProcess())
 
     def start(self) -> None:
-        """Starts the processes ahead of the first reading, which would wait for them for seconds."""
+        """Start the processes before the first reading, which would otherwise wait for them for seconds."""
         processes = [self._free.get() for _ in range(self.num_processes)]
         for process in processes:
             with suppress(EOFError, OSError, NobodyWaits):  # the first reading will say so
@@ -72,10 +73,10 @@ class ReadingPool:
             self._give_back(process)
 
     def read(self, task: Callable[[], R], path: Path, stop: Event) -> R:
-        """The task's result, computed in another process as soon as one is free. task: can be pickled, as its result.
+        """Run a task in another process as soon as one is free, and return its result. Both must be picklable.
 
-        stop: ends the reading when it is set. Raises what the task raises, MediaError, naming the path, when it takes
-        too long or its process dies, and NobodyWaits when it was ended.
+        stop: ends the reading when it is set. Raises what the task raises. Raises MediaError, naming the path, when the
+        task takes too long or its process dies, and NobodyWaits when the reading was ended.
         """
         process = None
         while process is None:
@@ -111,7 +112,7 @@ class ReadingPool:
         return result
 
     def close(self) -> None:
-        """Ends the processes: at once those that rest, within a tick those that read. Later readings are refused."""
+        """End the processes: idle ones at once, reading ones within a tick. Later readings are refused."""
         self._closed = True
         with suppress(Empty):
             while True:
@@ -128,15 +129,15 @@ class ReadingPool:
 
 
 class _ReadingProcess:
-    """One process, started when it is needed and again after its end. Used by one thread at a time."""
+    """One process, started when it is needed and restarted after it has ended. Only one thread uses it at a time."""
 
     def __init__(self) -> None:
         self._connection: Connection | None = None
         self._pid: int | None = None  # None until it has sent it
 
     def start(self, check: Callable[[], None]) -> Connection:
-        """The connection to a process that waits for a task. check: called while it starts, may raise."""
-        if self._connection is not None and self._connection.poll():  # nothing was asked: it has ended
+        """Return the connection to a process that waits for a task. check: called during the start; it may raise."""
+        if self._connection is not None and self._connection.poll():  # it was asked nothing, so it has ended
             self.end()
         if self._connection is None:
             self._pid = None
@@ -152,7 +153,7 @@ class _ReadingProcess:
         return self._connection
 
     def end(self) -> None:
-        """Kills the process, whatever it does."""
+        """Kill the process, whatever it is doing."""
         if self._connection is not None:
             if self._pid is not None:
                 with suppress(ProcessLookupError):
@@ -162,7 +163,7 @@ class _ReadingProcess:
 
 
 class _Forks:
-    """The process that the others are forked from. It ends with this one, however that ends, and they with it."""
+    """The process that the others are forked from. It and the others end when this process ends, for any reason."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -170,7 +171,7 @@ class _Forks:
         self._lock = Lock()
 
     def connect(self) -> Connection:
-        """The connection to a new process, whose first message is its number."""
+        """Return the connection to a new process. Its first message is the process's number."""
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
             if self._control is None or self._process is None or self._process.poll() is not None:
@@ -180,7 +181,7 @@ class _Forks:
         return Connection(ours.detach())
 
     def end(self) -> None:
-        """Kills it, and with it those that it has forked; the next connection starts another."""
+        """Kill it and the processes that it has forked. The next connection starts another one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -206,13 +207,13 @@ _forks = _Forks()
 
 
 def fork_at_request(control: int) -> None:
-    """Forks a process for each connection that comes through the socket `control`, until its other end is closed."""
+    """Fork a process for each connection that arrives through the socket `control`, until its other end is closed."""
     import av  # noqa: F401
     import PIL.Image  # noqa: F401
 
     import stllm.media.clip  # noqa: F401
 
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for their exit codes
     with socket.socket(fileno=control) as requests:
         while True:
             message, connections, *_ = socket.recv_fds(requests, 1, 1)
@@ -227,7 +228,7 @@ def fork_at_request(control: int) -> None:
 
 
 def _work(connection: Connection) -> None:
-    """Runs one task after the other, and ends when the other end of the connection is closed, at work, too."""
+    """Run one task after the other. End when the other end of the connection is closed, even during a task."""
     killed_with_parent()
     _bound_memory()
     escape_output()
@@ -240,7 +241,7 @@ def _work(connection: Connection) -> None:
             result = pickle.loads(tasks.get())()
         except UserError as error:
             result = error
-        except Exception as error:  # a defect of ours: where it is shows only here
+        except Exception as error:  # a defect of ours: only this traceback shows its place
             logger.error("a reading failed: %s", traceback.format_exc())
             result = error
         _send(connection, result)
@@ -248,7 +249,7 @@ def _work(connection: Connection) -> None:
 
 
 def _bound_memory() -> None:
-    """Refuses this process more than `MEMORY` beside what it has. Linux; elsewhere nothing happens."""
+    """Limit the memory that this process may take in addition to what it has to `MEMORY`. Linux only."""
     if sys.platform == "linux":
         import resource
 
@@ -268,7 +269,7 @@ def _receive_tasks(connection: Connection, tasks: "SimpleQueue[bytes]") -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as arrays, whose numbers are sent apart from it and never copied here."""
+    """A pickler that stores tensors as arrays, whose numbers are sent separately and are never copied here."""
 
     def reducer_override(self, value: Any) -> Any:
         return (from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented

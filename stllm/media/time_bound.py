@@ -1,7 +1,7 @@
-"""A limit on the time in which one medium is read: storage may hang, and a small file may decode for hours.
+"""A limit on the time in which one medium is read. Storage may hang, and a small file may take hours to decode.
 
-The reading runs in a thread, because data workers may not start processes. One that takes too long is given up: the
-caller goes on, and the thread ends by itself at the next frame, or when the storage answers.
+The reading runs in a thread, because data workers may not start processes. A reading that takes too long is given up:
+the caller goes on, and the thread ends by itself at the next frame, or when the storage answers.
 """
 
 import threading
@@ -23,7 +23,7 @@ class StorageError(UserError):
 
 
 class _GivenUp(BaseException):
-    """Ends the thread of a reading that was given up; no handler of errors takes it for one of the file."""
+    """The exception that ends the thread of a reading that was given up. Handlers of file errors do not catch it."""
 
 
 class _Reading(threading.Thread):
@@ -45,9 +45,9 @@ _hanging: list[_Reading] = []
 
 
 def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: str) -> T:
-    """Return `read()`, which has so many seconds; 0: no limit.
+    """Return `read()`, limited to this many seconds; 0: no limit.
 
-    medium: names what is read in messages, unless `now_reading` has named it. setting: the name of this limit there.
+    medium: its name in messages, unless `now_reading` has named it. setting: the name of the limit in messages.
     Raises what `read` raises, MediaError when it takes too long, StorageError when `MAX_HANGING` readings hang.
     """
     if not seconds:
@@ -82,7 +82,7 @@ def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: 
 
 
 def now_reading(medium: object) -> None:
-    """Name the file that this thread is about to read, for the message when it takes too long."""
+    """Name the file that this thread is about to read, for the message when reading takes too long."""
     thread = threading.current_thread()
     if isinstance(thread, _Reading):
         thread.medium = str(medium)
@@ -98,7 +98,7 @@ def keep_reading() -> None:
 
 @contextmanager
 def unbounded() -> Iterator[None]:
-    """Within it, the time does not count: more than one medium is fetched."""
+    """Do not count the time in this block: more than one medium is fetched."""
     thread = threading.current_thread()
     if isinstance(thread, _Reading):
         thread.unbounded = True

@@ -1,8 +1,8 @@
-"""The index of a container video: what each frame's number and time are.
+"""The index of a container video: the number and time of each frame.
 
-Packets are stored in decoding order; their presentation times (pts), sorted, are the frames in the order of showing.
-Reading them takes some microseconds a packet and no decoding. That order is used only where the whole index agrees with
-the codec; otherwise the video is decoded once and its frames are counted.
+Packets are stored in decoding order. Their presentation times (pts), sorted, give the order in which the frames are
+shown. Reading them takes some microseconds a packet and no decoding. That order is used only where the whole index
+agrees with the codec; otherwise the video is decoded once and its frames are counted.
 """
 
 from array import array
@@ -64,11 +64,11 @@ class Timeline:
         return int(np.searchsorted(self.stamps, stamp))
 
     def begins_with(self, stamps: Sequence[int | None]) -> bool:
-        """Check whether those are its first stamps, one or more."""
+        """Check whether the timeline starts with these stamps, one or more."""
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":
-        """Without the frames before `stamp`, which the decoder does not give: a film cut inside an open GOP."""
+        """The timeline without the frames before `stamp`. The decoder lacks them in a film cut inside an open GOP."""
         lost = self.index_at(stamp)
         if lost in (0, self.num_readable):
             return self
@@ -94,14 +94,14 @@ def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Pac
 
 
 def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut: bool) -> Timeline | None:
-    """The timeline from the packets alone; None unless all of them bear times that can be true.
+    """The timeline from the packets alone; None unless all of them have plausible times.
 
     Times are rejected when one is missing or used twice, when decoding times (dts) do not ascend, and when the order
-    that they give contradicts the codec: HEVC states the pictures' order; in older codecs a B picture is shown before
-    one that is stored before it, any other is not. Where neither is known, a codec that reorders frames must have times
-    that do so, and no other may.
+    that they give contradicts the codec. HEVC states the order of its pictures. In older codecs a B picture is shown
+    before a picture that is stored before it, and no other picture is. Where neither is known, a codec that reorders
+    frames must have times that do so, and any other codec must not.
 
-    cut: the file is shorter than it should be. What is missing is then promised all the same, and the last packets are
+    cut: the file is shorter than it should be. The missing frames are then still promised, and the last packets are
     not trusted: a lost B-frame might have been shown between them.
     """
     from av.error import FFmpegError
@@ -167,10 +167,10 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
 
 
 def counted_timeline(stream: "VideoStream", stamps: Sequence[int | None]) -> Timeline:
-    """The timeline of a stream that was decoded whole. stamps: of every frame, in the order in which they came.
+    """The timeline of a stream that was decoded whole. stamps: of every frame, in the order in which they were decoded.
 
-    The k-th frame gets the k-th time in ascending order. Frames without a time lie evenly between those that have one;
-    where times are doubled or fewer than two are known, all frames are spaced evenly.
+    The k-th frame gets the k-th time in ascending order. Frames without a time are spaced evenly between those that
+    have one. Where times are doubled or fewer than two are known, all frames are spaced evenly.
     """
     indices = np.arange(len(stamps), dtype=np.int64)
     places = np.array([index for index, stamp in enumerate(stamps) if stamp is not None])
@@ -216,7 +216,7 @@ def _length_size(extradata: bytes | None) -> int:
 
 
 def _is_b_picture(packet: "Packet[VideoStream]", codec: str, length_size: int) -> bool | None:
-    """Check whether the packet holds a B picture; None when the codec is another one or no picture's header is found.
+    """Check whether the packet holds a B picture; None for another codec, or when no picture header is found.
 
     Sources: ISO/IEC 13818-2 (picture header), 14496-2 (video object plane), 14496-10 (slice header).
     """
@@ -274,7 +274,7 @@ class PictureOrder:
         self._read(units)
 
     def place(self, packet: bytes) -> int | None:
-        """The place of the packet's picture: a later picture's is larger. None when its header cannot be read."""
+        """The place of the packet's picture; later pictures have larger ones. None when its header cannot be read."""
         return self._read(_units(packet, self._length_size))
 
     def _read(self, units: Iterable[bytes]) -> int | None:
@@ -288,7 +288,7 @@ class PictureOrder:
         return None
 
     def _take(self, unit: bytes) -> int | None:
-        """Reads a unit; the place of its picture when it is a picture's first slice."""
+        """Read a unit. Return the picture's place if the unit is the picture's first slice."""
         if len(unit) < 3:
             return None
         kind, layer, temporal_id = unit[0] >> 1 & 63, (unit[0] & 1) << 5 | unit[1] >> 3, (unit[1] & 7) - 1

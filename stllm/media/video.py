@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-MAX_COUNTED = 4_000_000  # frames of which the counted timelines are kept, 16 bytes each
+MAX_COUNTED = 4_000_000  # frames in all counted timelines that are kept, 16 bytes each
 SEEK_COST = 8  # frames: a flushed decoder has to fill its threads and its reorder buffer again
-NUM_CHECKED = 3  # frames decoded at opening, to see whether the timeline is what the decoder gives
+NUM_CHECKED = 3  # frames decoded at opening, to check that the timeline matches the decoder
 MAX_THREADS = 4  # more threads hold more frames in memory and speed up little; a data loader opens many readers
 COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 # Formats that hold their video themselves. Playlists (hls, dash, concat) would open other files by name.
@@ -105,7 +105,7 @@ class PyAvReader(Reader):
         self.source.close()
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises MediaError for indices outside the video, or past where a cut file ends."""
+        """Raise MediaError for indices outside the video, or past where a cut file ends."""
         super().check(indices)
         for index in indices:
             if index >= self.timeline.num_readable:
@@ -116,7 +116,7 @@ class PyAvReader(Reader):
                 )
 
     def _read_timeline(self) -> "tuple[Timeline, VideoFrame]":
-        """The timeline, checked against the first frames that the decoder really gives, and the first of those."""
+        """The timeline, checked against the first frames that the decoder gives, and the first of those frames."""
         source = self.source
         timeline = _counted.get(_identity(self.path))
         counted = timeline is not None
@@ -147,7 +147,7 @@ class PyAvReader(Reader):
         return [frame.pts for _, frame in self.source.decode(None, counted=True)]
 
     def _count(self, stamps: list[int | None]) -> Timeline:
-        """The timeline by those stamps; it is kept, so that a process counts the frames of a file once."""
+        """The timeline made from those stamps. It is kept, so that a process counts the frames of a file only once."""
         timeline = counted_timeline(self.source.stream, stamps)
         if timeline.num_readable <= MAX_COUNTED:
             _counted[_identity(self.path)] = timeline
@@ -159,7 +159,7 @@ class PyAvReader(Reader):
         return [frame for _, frame in islice(self.source.decode(None, counted=True), NUM_CHECKED)]
 
     def _frame_at(self, index: int, wanted: Collection[int]) -> "VideoFrame":
-        """Frame `index`, as it was stored, or as the decoder mends it where the file is damaged."""
+        """Frame `index` as it was stored, or as the decoder repairs it where the file is damaged."""
         stamp = int(self.timeline.stamps[index])
         if self._wanted is not wanted:  # the running pass may have left out what this caller wants
             self._wanted, self._last = wanted, None
@@ -187,7 +187,7 @@ class PyAvReader(Reader):
         return frame
 
     def _find(self, stamp: int) -> "VideoFrame | None":
-        """The frame of that stamp, by the cheapest way that leads to it; None when none does."""
+        """The frame with that stamp, found in the cheapest way that works; None when none does."""
         nearest = self.timeline.key_at(stamp)
         if self._last is not None and self._last < stamp:
             key_index = self.timeline.index_at(int(self.timeline.keys[nearest]))
@@ -209,7 +209,7 @@ class PyAvReader(Reader):
         return None
 
     def _reach(self, stamp: int) -> "VideoFrame | None":
-        """Decodes on to the frame of that stamp; None when it does not come, or comes damaged."""
+        """Decode up to the frame with that stamp; None when it does not come, or comes damaged."""
         self._last = None
         for found, frame in self._pass:
             if found > stamp:
@@ -224,9 +224,10 @@ class PyAvReader(Reader):
 
 @readers.register("decord")
 class DecordReader(Reader):
-    """A container video decoded by decord; PyAV serves instead, with one logged note, where decord cannot.
+    """A container video decoded by decord. Where decord cannot be used, PyAV is used instead, and one note is logged.
 
-    Indices, times and errors are PyAvReader's. Raises MediaError when the file holds no video that can be decoded.
+    Indices, times and errors are the same as PyAvReader's. Raises MediaError when the file holds no video that can be
+    decoded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -262,7 +263,7 @@ class DecordReader(Reader):
         warn_once(str(self.path), f"{why}; PyAV reads it instead")
 
     def _open(self) -> str | None:
-        """Opens the file with decord; returns the reason why decord cannot be trusted with it, or None."""
+        """Open the file with decord; returns the reason why decord cannot be trusted with it, or None."""
         if decoder_options():
             return "decord cannot limit the size of later frames"
         timeline = self._pyav.timeline
@@ -313,12 +314,12 @@ class VideoSource:
         self.container.close()
 
     def reopen(self) -> None:
-        """Back to the first packet; a changed `strict` takes effect."""
+        """Return to the first packet; a changed `strict` takes effect."""
         self.close()
         self._open()
 
     def _open(self) -> None:
-        """Opens the container and its main video stream, cover pictures left aside. Raises MediaError."""
+        """Open the container and its main video stream; cover pictures are skipped. Raises MediaError."""
         import av
         from av.error import FFmpegError
 
@@ -412,7 +413,7 @@ class VideoSource:
 
 
 def turn_of(frame: "VideoFrame") -> Turn:
-    """The turn to show this frame: the quarter turn and mirroring nearest to its display matrix."""
+    """The turn to show this frame: the quarter turn and mirroring closest to its display matrix."""
     # Asked of a thumbnail, which carries the matrix too: `side_data` makes a reference cycle, and a full frame in it
     # would stay in memory until the garbage collector comes by.
     thumbnail = frame.reformat(width=16, height=16)

@@ -1,7 +1,8 @@
-"""Attention masks that are made without reading a value from the device, where a read makes a GPU wait.
+"""Attention masks made without reading a value from the device; such a read makes a GPU wait.
 
-transformers looks whether a mask hides anything, so that it can leave it out. Here that is known: a causal model does
-not see padding on the right, and a Q-Former always gets its mask. Its public interfaces for own attention are used.
+transformers checks whether a mask hides anything, so that it can leave the mask out. Here the answer is known: a causal
+model does not see padding on the right, and a Q-Former always gets its mask. This file uses transformers' public
+interfaces for custom attention.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ WITHOUT_READS = "sdpa_without_reads"
 def masks_without_reads(model: PreTrainedModel) -> Iterator[None]:
     """Have a model that attends by torch's SDPA make its masks without reads.
 
-    A causal model's rows must be padded on the right, and its states at padded positions then mean nothing. Models with
-    attention code that knows only transformers' own kinds stay as they are.
+    A causal model's rows must be padded on the right, and its states at padded positions are then meaningless. Models
+    whose attention code knows only transformers' own kinds are not changed.
     """
     config = model.config
     if config._attn_implementation != "sdpa" or not model._supports_attention_backend:

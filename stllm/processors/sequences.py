@@ -1,6 +1,7 @@
-"""Prompts' ids to the model's arguments: placeholders expanded, rows padded, every position counted.
+"""From prompts' ids to the model's arguments: placeholders expanded, rows padded, positions computed.
 
-All that the model needs to place and find tokens is worked out here, on the CPU, so that no device is asked for it.
+Everything that the model needs to place and find tokens is computed here, on the CPU, so that nothing is read from a
+device.
 B prompts, S positions of a row, N visual tokens of a clip, V of the whole batch. Positions are those of the flattened
 (B*S) or (B*N), row after row.
 """
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-VISUAL_TOKEN_ID = -200  # the place of a visual token in input_ids; in no vocabulary
-IGNORE_INDEX = -100  # labels that carry no loss
+VISUAL_TOKEN_ID = -200  # stands for a visual token in input_ids; it is in no vocabulary
+IGNORE_INDEX = -100  # labels without a loss
 
 
 def pad_sequences(
@@ -62,11 +63,12 @@ def training_sequences(
     num_visual: int | None,
     dropped: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `STLLM.forward` for prompts of one kind: `pad_sequences`, and what dynamic masking adds.
+    """Arguments of `STLLM.forward` for prompts of one kind: those of `pad_sequences`, and those of dynamic masking.
 
-    num_visual: N; None for text alone. dropped: (B, N) bool, the visual tokens that are left out. It adds kept, the
-    positions of the others in (B*N), and teacher, the `pad_sequences` of prompts with all visual tokens and no text
-    after them: attention is causal, so nothing after the last visual token can change the teacher's states of them.
+    num_visual: N; None for text alone. dropped: (B, N) bool, the visual tokens that are left out. It adds `kept`, the
+    positions of the others in (B*N), and `teacher`. `teacher` is the `pad_sequences` of prompts with all visual tokens
+    and no text after them: attention is causal, so nothing after the last visual token can change the teacher's states
+    of them.
     """
     if dropped is None:
         return pad_sequences(rows, pad_id=pad_id, labels=labels, num_visual=[num_visual] * len(rows))

@@ -156,9 +156,9 @@ class News:
 
 
 class OwnHosts:
-    """Middleware that refuses requests to other host names, with which a page elsewhere could reach this machine.
+    """Middleware that refuses requests to other host names, which web pages elsewhere could use to reach this machine.
 
-    As starlette's TrustedHostMiddleware, but its refusal is OpenAI's error object. hosts: names that are served.
+    Like starlette's TrustedHostMiddleware, but its refusal is OpenAI's error object. hosts: names that are served.
     """
 
     def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
@@ -177,7 +177,7 @@ class OwnHosts:
 
 
 class EventStream(StreamingResponse):
-    """A stream of server-sent events that gives up its job when it ends, in whatever way."""
+    """A stream of server-sent events. It gives up its job when it ends, for whatever reason."""
 
     def __init__(self, events: AsyncIterator[str], job: Job[Step]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -192,7 +192,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(news: News, first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
-    """Yield the chunks of an answer; an error in the middle is also an event."""
+    """Yield the chunks of an answer. An error in the middle is sent as an event, too."""
     yield reply.chunk({"role": "assistant", "content": ""})
     step: Step | None = first
     try:
@@ -288,7 +288,7 @@ def answer_steps(
 
 @contextmanager
 def hiding(path: Path | None) -> Iterator[None]:
-    """Turn UserError into ApiError, whose message does not say where the medium is stored on this machine."""
+    """Turn UserError into an ApiError whose message does not reveal where the medium is stored on this machine."""
     try:
         yield
     except NobodyWaits:

@@ -1,9 +1,9 @@
-"""A bounded queue before the one model: it refuses requests beyond its places, and answers one at a time.
+"""A bounded queue in front of the one model. It refuses requests beyond its places and answers one at a time.
 
 The server and the demo both use it. A job is a generator: it yields news for its listener, and a `Stage` where its next
-steps belong into another thread: files are read by a few threads (in processes of their own, media/reading.py), so
-that a slow one delays no other, and the model runs in one. A client that leaves gives up its job: a waiting one is
-dropped, a reading one ends at once, an answering one at its next token, and its place and its files are freed.
+steps must run in another thread. A few threads read files (in processes of their own, media/reading.py), so that a slow
+file delays no other; one thread runs the model. When a client leaves, its job is given up: a waiting job is dropped, a
+job that reads ends at once, and a job that answers ends at its next token. Its place and its files are freed.
 """
 
 from collections.abc import AsyncIterator, Callable, Generator
@@ -35,7 +35,7 @@ Work = Callable[[Event], Generator[T | Stage, None, object]]  # the event is set
 
 
 class BusyError(UserError):
-    """There is no free place for another request; there may be one in a moment."""
+    """No place is free for another request; one may become free soon."""
 
 
 class End:
@@ -80,7 +80,7 @@ class Jobs:
             return job
 
     def iterate(self, work: Work[T]) -> Generator[T | None, None, None]:
-        """Yield the work's news to a listening thread, and None each half second without any. Raises its errors.
+        """Yield the work's news to a listening thread, and None after each half second without news. Raises its errors.
 
         Closing the iterator gives up the job and does not wait for its end. Raises BusyError when no place is free.
         """
@@ -104,7 +104,7 @@ class Jobs:
             job.give_up()
 
     def leave(self, job: "Job") -> None:
-        """Free the job's place; a second call does nothing."""
+        """Free the job's place. A second call does nothing."""
         with self._lock:
             self._inside.discard(job)
 
@@ -139,12 +139,12 @@ class Job(Generic[T]):
         self._lock = Lock()  # between giving up and going on to another stage
 
     def start(self, work: Work[T]) -> None:
-        """Begin the work, in this thread until it names a stage."""
+        """Begin the work, and run it in this thread until it names a stage."""
         self._steps = work(self._given_up)
         self._go_on(None, Event())
 
     def give_up(self) -> None:
-        """End the job: the listener has all its news, or has gone. May be called again."""
+        """End the job: the listener has all its news or has gone. A second call does nothing."""
         with self._lock:
             self._given_up.set()
             waits = self._steps is None if self._future is None else self._future.cancel()
@@ -170,7 +170,7 @@ class Job(Generic[T]):
         self._leave(end)
 
     def _hand_over(self, stage: Stage | None, following: Stage) -> bool:
-        """Queue the rest of the work for the next stage's thread. Returns False for a job that was given up."""
+        """Queue the rest of the work for the next stage's thread. Return False for a job that was given up."""
         begun = Event()
         with self._lock:
             if self._given_up.is_set():

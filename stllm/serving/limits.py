@@ -1,4 +1,4 @@
-"""Limits of one request to the server or the page. They are generous for a person, and leave room for other requests.
+"""Limits of one request to the server or the page. They are generous for one person and leave room for other requests.
 
 The processes that read media import this file, so it imports no model.
 """
@@ -23,8 +23,8 @@ MEBIBYTE = 1 << 20
 class Limits:
     """media_bytes, media_seconds, media_pixels (of a frame): of a video or image. text_characters: of all messages.
 
-    frames, new_tokens: the most that a request may ask for. waiting: requests beside the one that is being answered.
-    body_seconds: for a request to arrive whole. read_seconds: for its video or image to be decoded.
+    frames, new_tokens: the most that a request may ask for. waiting: requests in addition to the one being answered.
+    body_seconds: for a request to arrive completely. read_seconds: for its video or image to be decoded.
     """
 
     media_bytes: int = 100 * MEBIBYTE
@@ -39,12 +39,12 @@ class Limits:
 
     @property
     def words_bytes(self) -> int:
-        """Return the most bytes of a request without its medium: the text, escaped, and the JSON around it."""
+        """Return the largest size in bytes of a request without its medium: the escaped text and the JSON around it."""
         return 8 * self.text_characters + MEBIBYTE
 
     @property
     def body_bytes(self) -> int:
-        """Return the most bytes of a request: the medium in base64, and the rest."""
+        """Return the largest size in bytes of a request: the medium in base64, and the rest."""
         return self.media_bytes * 4 // 3 + self.words_bytes
 
     def check_size(self, num_bytes: int) -> None:
@@ -56,7 +56,7 @@ class Limits:
             )
 
     def check_file(self, path: Path) -> None:
-        """Check the file without decoding it. Raises MediaError for one that is no medium, or too large."""
+        """Check the file without decoding it. Raises MediaError for a file that is no medium or is too large."""
         self.check_size(path.stat().st_size)
         if kind_of(read_head(path)) == "text":  # without its first words: it may be a file that the client cannot read
             raise MediaError(f"{path}: found text, expected {EXPECTED}")
@@ -74,7 +74,7 @@ class Limits:
             )
 
     def read(self, reader: "ClipReader", media: "Media") -> "Clip":
-        """Check the file and read it; called in a reading process (media/reading.py). Raises MediaError."""
+        """Check the file and read it. Called in a reading process (media/reading.py). Raises MediaError."""
         with limited_pixels(self.media_pixels):
             self.check_file(Path(media.path))
             return reader(media)
@@ -82,11 +82,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class PageLimits(Limits):
-    """Limits of one user of the page. text_characters: of a question. folder_bytes,
-    folder_files: of all uploads together.
+    """Limits of one user of the page. text_characters: of a question. folder_bytes, folder_files: of all uploads.
 
     keep_seconds: how long an upload is kept after the last question about it. upload_seconds: for an upload to arrive
-    whole.
+    completely.
     """
 
     media_bytes: int = 256 * MEBIBYTE

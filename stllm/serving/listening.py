@@ -1,6 +1,6 @@
-"""The life of a serving process, for `stllm serve` and `stllm demo`: address, model, requests, end.
+"""The life of a serving process, for `stllm serve` and `stllm demo`: take the address, load the model, serve, end.
 
-Its folder of uploads is removed at the end, and a second Ctrl-C ends it at once.
+At the end its folder of uploads is removed. A second Ctrl-C ends it at once.
 """
 
 import argparse
@@ -41,10 +41,10 @@ LATEST_SECONDS = 8.0  # after the first signal; what still runs then, such as a 
 
 @dataclass(frozen=True)
 class Host:
-    """A loaded model, and what an application about it needs.
+    """A loaded model, and what an application needs in order to serve it.
 
     checkpoint: of the model. reading: processes that read media. folder: for uploads. url: http://HOST:PORT.
-    local: whether only this machine reaches the address.
+    local: True if only this machine can reach the address.
     """
 
     chat: Chat
@@ -56,9 +56,9 @@ class Host:
     local: bool
 
     def listen(self, app: Any, jobs: Jobs, *, patience: int) -> None:
-        """Serve until SIGINT or SIGTERM, which are raised again at the end; a second one ends the process at once.
+        """Serve until SIGINT or SIGTERM, which are raised again at the end. A second signal ends the process at once.
 
-        The first one ends the reading of media; answers that are being written have `patience` seconds.
+        The first signal ends the reading of media; answers in progress have `patience` seconds.
         """
         config = uvicorn.Config(
             app,
@@ -108,7 +108,7 @@ def hosting(args: argparse.Namespace, prefix: str, *, read_seconds: float) -> It
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{name}:{listener.getsockname()[1]}"
-        listener.listen()  # whoever reads the address may connect at once
+        listener.listen()  # a reader of the address may connect at once
         yield Host(chat, Path(checkpoint), reading, folder, listener, url, args.host in LOOPBACK)
 
 
@@ -132,11 +132,11 @@ _signals: list[int] = []  # those that have raised KeyboardInterrupt
 
 @contextmanager
 def own_folder(prefix: str) -> Iterator[Path]:
-    """Make a folder for uploads, removed at the end; from now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
+    """Make a folder for uploads, removed at the end. From now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
 
     A second signal, or SIGHUP, removes the folder and ends the process without waiting for anything. Folders of the
-    same prefix and user whose process no longer runs (after SIGKILL) are removed first: the owner holds a lock on its
-    folder, which the system releases however the process ends.
+    same prefix and user whose process no longer runs (after SIGKILL) are removed first. The owner holds a lock on its
+    folder, and the system releases the lock however the process ends.
     """
     for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with suppress(OSError):  # not a folder, not ours, its owner runs, or it has just been removed
@@ -202,7 +202,7 @@ class _Server(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP protocol, with limits for what uvicorn waits for without end.
+    """uvicorn's HTTP protocol with limits, where uvicorn would wait forever.
 
     It closes connections without a complete header, connections whose reply was sent before the body ended, connections
     whose client does not read, and connections above the limit.

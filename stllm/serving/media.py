@@ -1,7 +1,7 @@
 """A request's body, and the video or image in it.
 
-A body is bounded in bytes, in time, and in the memory that all arriving bodies hold together. The medium is written
-from its data URL, or found under the one folder that is open to clients.
+A body is limited in bytes, in time, and in the memory that all arriving bodies take together. The medium is
+written to a file from its data URL, or found under the one folder that clients may read.
 """
 
 import binascii
@@ -22,7 +22,7 @@ PIECE = 4 << 20  # characters of base64 decoded at once, a multiple of 4; others
 
 
 class Bodies:
-    """The bodies that are arriving. most, most_together: bytes of one and of all; seconds: for one to arrive whole."""
+    """The bodies that are arriving. most, most_together: bytes of one and of all. seconds: for one to arrive whole."""
 
     def __init__(self, most: int, most_together: int, seconds: float) -> None:
         self.most = most
@@ -31,10 +31,10 @@ class Bodies:
         self.num_bytes = 0
 
     async def read(self, request: Request, *, keep: bool = True) -> bytearray | None:
-        """Return the body; None when it is too large, or not kept. It is then still read, within bounds.
+        """Return the body; None when it is too large or was not kept. It is then still read, within limits.
 
-        Raises ApiError when it does not arrive in time or all together are too large, starlette's ClientDisconnect when
-        the client has gone.
+        Raises ApiError when the body does not arrive in time or all bodies together are too large. Raises starlette's
+        ClientDisconnect when the client has gone.
         """
         kept = bytearray()
         num_bytes = 0
@@ -64,9 +64,9 @@ class Bodies:
 
 
 def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | None]:
-    """Return (the request without its large data URL, that URL), or the whole request and None without such a URL.
+    """Split a request into its text without the large data URL, and that URL. Without one: the whole request and None.
 
-    Nothing is parsed: parsing 130 MiB of tiny messages would take gigabytes and hold up all other requests.
+    Nothing is parsed: parsing 130 MiB of tiny messages would take gigabytes and block all other requests.
     Raises ApiError when the rest of the request is too large.
     """
     most = limits.words_bytes
@@ -95,10 +95,10 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
 
 
 def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Path | None, limits: Limits) -> Path:
-    """Return the file that a URL of a request names. medium: the URL itself, where `split_medium` has cut it out.
+    """Return the file that a URL of a request names. medium: the URL that `split_medium` has cut out, if it has.
 
-    folder: where a data URL's content is written. root: the folder open to `file:` URLs and paths, or None.
-    Raises ApiError, MediaError for one that is too large.
+    folder: where a data URL's content is written. root: the folder that `file:` URLs and paths may name, or None.
+    Raises ApiError, and MediaError for a file that is too large.
     """
     if medium is not None and url != CUT_OUT:
         raise ApiError(413, "the request is too large: only a video or image may be", code="request_too_large")
@@ -130,7 +130,7 @@ def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
         raise ApiError(400, "the data URL is not of the form data:video/mp4;base64,...", code="invalid_data_url")
     data = url[len(header) + 1 :]
     limits.check_size(len(data) * 3 // 4 - bytes(data[-2:]).count(b"="))
-    path = folder / "medium"  # what it is, its content tells
+    path = folder / "medium"  # the content tells its type
     with path.open("wb") as file:
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
@@ -139,14 +139,14 @@ def _write(url: memoryview, folder: Path, limits: Limits) -> Path:
             except binascii.Error:
                 content = b""
             is_last = start + PIECE >= len(data)
-            if not content or (len(content) < PIECE // 4 * 3 and not is_last):  # padding in the middle
+            if not content or (len(content) < PIECE // 4 * 3 and not is_last):  # padding in the middle of the data
                 raise ApiError(400, "what follows base64, in the data URL is no base64", code="invalid_data_url")
             file.write(content)
     return path
 
 
 def _find(path: Path, root: Path) -> Path:
-    """Find a file under the root, following links. One error for all other paths reveals nothing about them."""
+    """Find a file under the root, following links. All other paths get one error, which reveals nothing about them."""
     try:
         found = (root / path).resolve()
         if found.is_relative_to(root.resolve()) and found.is_file():

@@ -1,6 +1,6 @@
 """OpenAI's reply objects: a whole completion, the chunks of a streamed one, the list of models, and errors.
 
-An error holds nothing of this machine: no paths, no tracebacks.
+An error reveals nothing about this machine: no paths, no tracebacks.
 """
 
 import json
@@ -23,9 +23,9 @@ RETRY_SECONDS = 2
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer. text: the whole of it; reason: "stop", or "length" when max_tokens ended it.
+    """The end of an answer. text: the whole answer; reason: "stop", or "length" when max_tokens ended it.
 
-    prompt_tokens: read by the model, those of the video included; cut_tokens: removed by the context rule.
+    prompt_tokens: read by the model, including those of the video; cut_tokens: removed by the context rule.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Finished:
     cut_tokens: int = 0
 
     def usage(self) -> dict[str, int]:
-        """Count tokens as OpenAI does; `cut_tokens`, beyond OpenAI's fields, only where there are any."""
+        """Count tokens as OpenAI does. `cut_tokens`, which OpenAI does not have, is added only when tokens were cut."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
@@ -46,7 +46,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Reply:
-    """Makes the objects of one reply."""
+    """The objects of one reply."""
 
     model: str
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
@@ -64,7 +64,7 @@ class Reply:
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def usage_chunk(self, end: Finished) -> str:
-        """Return the last event, for clients that ask for usage."""
+        """Return the last event, for clients that request the usage."""
         return event({**self._head("chat.completion.chunk"), "choices": [], "usage": end.usage()})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def event(value: dict[str, Any]) -> str:
 
 
 class ApiError(Exception):
-    """An error for the client. status: of HTTP; param: the field of the request that is meant."""
+    """An error for the client. status: of HTTP; param: the field of the request at fault."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -96,12 +96,12 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Return Retry-After, where trying again helps."""
+        """Return Retry-After when trying again can help."""
         return {"Retry-After": str(RETRY_SECONDS)} if self.status == 503 else {}
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Turn any failure of a request into an error for the client. A defect of ours is logged."""
+    """Turn any failure of a request into an error for the client. A defect of ours is also logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BusyError):

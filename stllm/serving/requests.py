@@ -1,4 +1,4 @@
-"""OpenAI's chat completion request: JSON, checked and turned into a request to the engine.
+"""OpenAI's chat completion request, checked and converted from JSON to a request to the engine.
 
 Fields that would change the answer and that this engine does not support are refused, not ignored.
 """
@@ -103,7 +103,7 @@ class Asked:
 
 
 def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -> Asked:
-    """Parse a request. model: the name served here; usual: the settings of fields left out. Raises ApiError."""
+    """Parse a request. model: the name served here; usual: the settings for omitted fields. Raises ApiError."""
     try:
         wanted = _Body.model_validate_json(body)
     except ValidationError as error:
@@ -152,7 +152,7 @@ def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -
 
 
 def _conversation(messages: list[_Message], limits: Limits) -> tuple[str | None, tuple[Turn, ...], str | None]:
-    """Return (system sentence, turns, URL): user and assistant alternate, the first user message names the medium."""
+    """Return (system sentence, turns, URL). User and assistant alternate; the first user message names the medium."""
     num_parts = max(1 if isinstance(message.content, str) else len(message.content) for message in messages)
     if num_parts > MAX_PARTS:
         raise ApiError(400, f"a message has {num_parts} parts, at most {MAX_PARTS} are taken", param="messages")

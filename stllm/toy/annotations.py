@@ -1,12 +1,12 @@
 """Training annotations of the toy world in VideoChat2-IT's layout: questions about clips and pictures, and text alone.
 
-video|image/<kind>/<set>/train.json    a record a medium: every question openly, then as choice; for qa_sampling
+video|image/<kind>/<set>/train.json    one record a medium: every question openly, then as choice; for qa_sampling
                          packed.json   for multi_turn: two records a medium, in which no answer gives away a later one
                          open.json     the same without options: a third of the tokens
-video/caption/toy_story, toy_path      what happens in a clip; each of its things, frame after frame
+video/caption/toy_story, toy_path      what happens in a clip; the place of each of its things, frame by frame
 image/caption/toy_seen                 what a picture shows
 text/<set>/told.json                   a scene in words, and choices about it
-           letters.json                options with their letters: slow to be learned from choices alone
+           letters.json                options with their letters, which are learned slowly from choices alone
 """
 
 from collections.abc import Sequence
@@ -109,8 +109,8 @@ def letters_conversation(world: World, task: ToyTask, index: int) -> tuple[Turn,
 def tell(example: Example, generator: Generator) -> tuple[Turn, ...]:
     """The scene in words, and choices about it, no fact twice; before half of the choices, the same question openly.
 
-    An answer that was just given teaches to look up its letter; choices alone teach that much later. Some scenes are
-    told again first, which teaches to look back.
+    An answer just given teaches the model to look up its letter; choices alone teach that much later. Some scenes are
+    told a second time first, which teaches the model to look back.
     """
     other = 1 - int(generator.integers(2))
     turns: list[Turn] = []
@@ -154,7 +154,7 @@ def seen_in_words(scene: Scene, time: float = 0.5) -> str:
 
 
 def times_of(example: Example) -> list[float]:
-    """Times of FRAMES frames of its clip, or of the part that is meant; parts of the whole clip."""
+    """Times of FRAMES frames of its clip, or of the part that the questions are about; parts of the whole clip."""
     begin, end = example.bounds or (0.0, 1.0)
     return [begin + (end - begin) * float(time) for time in frame_times(FRAMES)]
 

@@ -1,4 +1,4 @@
-"""Twins of the benchmarks: toy clips under the official folders, file names and fields.
+"""Twins of the benchmarks: toy clips in the official folders, file names and fields.
 
     mvbench/json/<task>.json, mvbench/video/<MVBench's own folders>
     vcgbench/{generic,temporal,consistency}_qa.json
@@ -7,8 +7,8 @@
     tgif/test_qa.json
 
 Media of all but MVBench are in <benchmark>/videos. The questions are those of the toy tasks, about scenes that are
-never trained on. As in the originals, a few videos of MVBench are only in its fallback folders, those of `nturgbd` are
-missing, and a separate file of answers has another order than the file of questions.
+never used in training. As in the originals, a few videos of MVBench are only in its fallback folders, those of
+`nturgbd` are missing, and a separate file of answers has a different order from the file of questions.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +71,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Writer:
-    """Destination and source of the clips. count: clips of each kind; done: called after each."""
+    """The destination and source of the clips. count: clips of each kind. done: called after each clip."""
 
     root: Path
     world: World

@@ -1,7 +1,7 @@
-"""Clips of the toy world, drawn by number: the seed, a task's name and a number give a clip.
+"""Clips of the toy world, drawn by number: a seed, a task's name and a number determine a clip.
 
-The scene's digest decides between training and test, so that no test shows a scene of training, whatever the seeds and
-numbers of clips.
+The scene's digest decides whether it belongs to training or test. So no test shows a scene from training, for any
+seeds and numbers of clips.
 """
 
 import zlib

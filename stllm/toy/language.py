@@ -1,7 +1,7 @@
 """The toy world's language: a tiny LLaMA with random weights, and two tokenizers with the world's words.
 
 They replace Vicuna and bert-base-uncased, in the same layouts, so that a tiny model runs through the same code. Both
-tokenizers are the same for every world, and the Q-Former's has a fixed size, so that a configuration can name it.
+tokenizers are the same for every world. The Q-Former's has a fixed size, so that a configuration can name it.
 """
 
 import string

@@ -33,10 +33,10 @@ PLACES = {place: (x, y) for y, row in zip(THIRDS, ROWS, strict=True) for x, plac
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, its answer, and the options in the order shown.
+    """A question, its answer, and the options in the order in which they are shown.
 
-    only: 0 or 1 when just the first or the second conversation about a clip may have it, because the answer would give
-    away another one.
+    only: 0 or 1 when only the first or the second conversation about a clip may have the question, because the answer
+    would give away another one.
     """
 
     question: str
@@ -62,7 +62,7 @@ class Asked:
 class Example:
     """One clip or picture with questions and answers.
 
-    story: what is seen, in words. asked: questions with options, no fact twice; a test asks the first one.
+    story: the contents in words. asked: questions with options, never the same fact twice; a test asks the first one.
     told: turns without options, after them. length: of the clip, in clips of the usual length.
     bounds: the part of the clip that the questions are about, from 0 to 1.
     """
@@ -76,13 +76,13 @@ class Example:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """Every question openly and as multiple choice, then what is told."""
+        """Every question openly and as multiple choice, then the turns of `told`."""
         return (*(turn for asked in self.asked for turn in (asked.openly(), asked.as_choice())), *self.told)
 
     def conversations(self, generator: Generator, *, choices: bool = True) -> list[tuple[Turn, ...]]:
         """Conversations in which no answer gives away a later one: two, or one where both would be the same.
 
-        choices: what one conversation asks openly, the other asks as a choice; otherwise all is asked openly.
+        choices: if True, a question that is open in one conversation is a choice in the other; if False, all are open.
         """
         ordered = shuffled(generator, self.asked)
         ways = [
@@ -130,31 +130,31 @@ def shuffled(generator: Generator, choices: Iterable[T]) -> list[T]:
 
 
 def direction_question(generator: Generator, thing: Thing) -> Asked:
-    """In which direction does it move?"""
+    """Ask in which direction a thing moves."""
     (way,) = (event.value for event in thing.events if event.kind == "move")
     question = pick(generator, DIRECTION_QUESTIONS).format(thing.name)
     return ask(generator, question, way, DIRECTIONS)
 
 
 def moving_question(generator: Generator, things: Sequence[Thing]) -> Asked:
-    """How many things move?"""
+    """Ask how many things move."""
     count = sum(any(event.kind == "move" for event in thing.events) for thing in things)
     return ask(generator, "How many things move?", str(count), MOVING)
 
 
 def whether_question(generator: Generator, thing: Thing, kind: str) -> Asked:
-    """Does it move, or blink?"""
+    """Ask whether a thing moves, or whether it blinks."""
     return ask_whether(generator, f"Does the {thing.name} {kind}?", any(event.kind == kind for event in thing.events))
 
 
 def blink_question(generator: Generator, thing: Thing) -> Asked:
-    """How often does it blink?"""
+    """Ask how often a thing blinks."""
     count = sum(event.kind == "blink" for event in thing.events)
     return ask(generator, f"How many times does the {thing.name} blink?", str(count), BLINKING)
 
 
 def sequence_questions(generator: Generator, name: str, kinds: Sequence[str]) -> list[Asked]:
-    """What does the thing do first, last, and after something else? Shuffled. kinds: its actions in their order."""
+    """Ask what a thing does first, last, and after something else, shuffled. kinds: its actions in their order."""
 
     def question(when: str, kind: str, only: int) -> Asked:
         return ask(generator, f"What does the {name} do {when}?", ACTIONS[kind], ACTIONS.values(), only=only)
@@ -167,7 +167,7 @@ def sequence_questions(generator: Generator, name: str, kinds: Sequence[str]) ->
 
 
 def color_questions(generator: Generator, thing: Thing) -> list[Asked]:
-    """What color is it at the beginning, and at the end? Shuffled; both colors are options of both questions."""
+    """Ask for a thing's color at the beginning and at the end, shuffled. Both questions have both colors as options."""
     (after,) = (event.value for event in thing.events if event.kind == "turn")
     others = shuffled(generator, [color for color in COLORS if color not in (thing.color, after)])[:2]
     options = [thing.color, after, *others]
@@ -178,7 +178,7 @@ def color_questions(generator: Generator, thing: Thing) -> list[Asked]:
 
 
 def background_questions(generator: Generator, scene: Scene) -> list[Asked]:
-    """How does the background change (the reversed change is an option), and how is it before and after?"""
+    """Ask how the background changes (the reversed change is an option), and how it is before and after."""
     assert scene.cut is not None
     before, after = scene.background.pattern, scene.cut.background.pattern
     others = shuffled(generator, [pattern for pattern in PATTERNS if pattern not in (before, after)])[:2]
@@ -194,7 +194,7 @@ def background_questions(generator: Generator, scene: Scene) -> list[Asked]:
 
 
 def story(generator: Generator, scene: Scene) -> str:
-    """What happens: a sentence for each thing and one for a change of background, in random order."""
+    """A text about what happens: a sentence for each thing and one for a change of background, in random order."""
     sentences = [f"A {thing.name} {deed(thing.events)}." for thing in scene.things]
     if scene.cut is not None:
         sentences.append(f"The background changes from {scene.background.pattern} to {scene.cut.background.pattern}.")
@@ -202,7 +202,7 @@ def story(generator: Generator, scene: Scene) -> str:
 
 
 def deed(events: Sequence[Event]) -> str:
-    """What a thing does: "jumps, then it grows"."""
+    """A thing's actions in words: "jumps, then it grows"."""
     blinks = sum(event.kind == "blink" for event in events)
     deeds = {
         **ACTIONS,
@@ -220,7 +220,7 @@ def deed(events: Sequence[Event]) -> str:
 
 
 def picture_questions(generator: Generator, things: Sequence[Thing], pattern: str) -> list[Asked]:
-    """What one frame answers, shuffled. pattern: of the background."""
+    """Questions that one frame answers, shuffled. pattern: of the background."""
     thing = pick(generator, things)
     asked = [ask_among(generator, f"What color is the {thing.shape}?", thing.color, COLORS)]
     thing = pick(generator, things)
@@ -260,7 +260,7 @@ def place_of(thing: Thing) -> str:
 
 
 def existence_questions(generator: Generator, things: Sequence[Thing]) -> list[Asked]:
-    """Is it there? One question about a thing that is, one about a thing that is not, shuffled.
+    """Ask about a thing that is there and about a thing that is not, shuffled.
 
     The absent one has a color that nothing has, or one thing's color and another one's shape.
     """

@@ -1,4 +1,4 @@
-"""Scenes of the toy world: what is in a clip and what happens when, as data, and their frames, drawn with numpy.
+"""Scenes of the toy world: the contents of a clip and its events, as data, and their frames, drawn with numpy.
 
 A new color, shape or background is one entry of a table; a new kind of event is one case of `follow`.
 T frames, S pixels a side.
@@ -31,7 +31,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclass(frozen=True)
 class Event:
-    """What a thing does between two times, parts of the clip from 0 to 1. kind: a case of `follow`.
+    """An action of a thing between two times, which are parts of the clip from 0 to 1. kind: a case of `follow`.
 
     value: the direction of a move, the new color of a turn. extent: the distance, in STEPs or HOPs.
     """
@@ -90,7 +90,7 @@ class Scene:
     cut: Cut | None = None
 
     def digest(self) -> int:
-        """A number that depends on all of the scene and on nothing else, the same on every machine."""
+        """A number that depends on the whole scene and on nothing else, the same on every machine."""
         return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:8], "big")
 
 

@@ -1,9 +1,9 @@
 """The vision stage of the tiny model (`run.task: toy_seeing`): encoder and Q-Former learn from single frames.
 
-The published encoder and Q-Former arrive with EVA-CLIP's and BLIP-2's training; fresh ones learn almost nothing through
-a language model in the time a laptop has. Here they are trained with auxiliary heads that are discarded. Every frame is
-drawn when it is asked for, by its key, so that none is seen twice. The run's folder holds the two parts, to be named as
-`model.ckpt` over a language model.
+The published encoder and Q-Former were trained by EVA-CLIP and BLIP-2. Fresh ones learn almost nothing through a
+language model in the time that a laptop has. Here they are trained with auxiliary heads that are discarded. Every frame
+is drawn by its key when it is requested, so that none is used twice. The run's folder holds the two parts, which
+`model.ckpt` then names on top of a language model.
 
 B frames, P patches, C encoder width, K queries, Q their width, H shapes.
 """
@@ -38,12 +38,12 @@ from stllm.toy.tasks import PICTURES, RARE, TASKS
 
 EPOCH = 100_000  # frames; the next epoch's are others
 PICTURE_SHARE = 0.5  # of the frames; the others are of clips
-LEAST_RADIUS = 6.0  # units: as far from a thing's middle, a patch is taken to show it
-NUM_COLORS = 1 + len(COLORS)  # 0: nothing there
+LEAST_RADIUS = 6.0  # units: a patch this close to a thing's middle counts as showing it
+NUM_COLORS = 1 + len(COLORS)  # 0: no thing
 NUM_SHAPES = 1 + len(SHAPES)
 NUM_PATTERNS, NUM_PLACES = len(PATTERNS), 8
 WORDS = (6, 16)  # random words read by a Q-Former that reads text: the fewest, and one more than the most
-NOTHING = 0.1  # weight of patches that show no thing: most of them
+NOTHING = 0.1  # weight of patches that show no thing, which are most of them
 TAUGHT = ("vision_encoder.", "qformer.")
 
 

@@ -1,8 +1,8 @@
-"""Tasks of the toy world: one small function a task, from a random generator to a scene with questions and answers.
+"""Tasks of the toy world: each is one small function from a random generator to a scene with questions and answers.
 
 A new task is one function and one line of `TASKS`. The benchmark's names and media folders are MVBench's, so that its
-reader finds every file. Scenes about time are drawn so that neither their middle frame nor the unordered set of their
-frames gives the answer away, as far as possible; training asks more questions about the same clip.
+reader finds every file. Scenes about time are drawn so that, as far as possible, neither their middle frame nor the
+unordered set of their frames gives the answer away. Training asks more questions about the same clip.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,11 +36,11 @@ from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Background, C
 
 CAPTION_INSTRUCTIONS = ("Describe the video.", "What happens in the video?", "Give a caption of this video.")
 IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
-NEAR = 0.6  # STEPs or HOPs: how far things go that share a picture
+NEAR = 0.6  # STEPs or HOPs: how far things move that share a picture
 LONG = 8.0  # clips of the usual length: 64 frames, which is the most there is, even where the usual ones have 8
 QUARTERS = ((20, 20), (44, 20), (20, 44), (44, 44))  # of several things, one in each quarter
 CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what happens in the middle
-SLOTS = 16  # into which a clip is divided for blinks: the frames of a clip of the usual length
+SLOTS = 16  # parts into which a clip is divided for blinks, as many as a clip of the usual length has frames
 HIDDEN = 6  # slots in which something that blinks cannot be seen, however often it blinks
 
 
@@ -110,9 +110,9 @@ def several(
 
 
 def a_moment(generator: Generator) -> float:
-    """A time near the middle of a clip, as likely before as after it.
+    """A time near the middle of a clip, as likely before the middle as after it.
 
-    It is never the middle itself, so that the middle frame, which begins there, is as likely before as after the time.
+    It is never the middle itself: the middle frame begins there, and must be as likely before as after the time.
     """
     return pick(generator, (5, 6, 7, 9, 10, 11)) / SLOTS
 
@@ -126,7 +126,7 @@ def turning(generator: Generator, color: str) -> Event:
 def blinks(generator: Generator, count: int) -> tuple[Event, ...]:
     """Blinks of at least two slots each.
 
-    Neither the time for which the thing is hidden in all, nor its presence in the middle frame, depends on the count.
+    The total time in which the thing is hidden does not depend on the count, nor does its presence in the middle frame.
     """
     in_the_middle = generator.integers(SLOTS) < HIDDEN
     while True:
@@ -151,7 +151,7 @@ def some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ..
 
 
 def moving_direction(generator: Generator) -> Example:
-    """Where does it move, alone or among others that move? The path's middle says nothing about it."""
+    """Where does one thing move, alone or among others? The middle of its path does not give the answer away."""
     count = int(generator.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
     start, end = int(generator.integers(0, 6)) / 32, int(generator.integers(27, 33)) / 32
     moves = [Event("move", start, end, pick(generator, DIRECTIONS), NEAR if count > 1 else 1.0) for _ in range(count)]
@@ -215,7 +215,7 @@ def object_existence(generator: Generator) -> Example:
 
 
 def rare_event(generator: Generator) -> Example:
-    """What flashes? It shows in two or three of 64 frames: a few frames can miss it, an average hardly has it."""
+    """What flashes? It shows in two or three of 64 frames: a few frames can miss it, and an average barely has it."""
     first, frames = int(generator.integers(3, 58)), int(generator.integers(2, 4))
     flash = Event("flash", first / 64, (first + frames) / 64)
     x, y = (int(place) for place in generator.integers(26, 39, 2))
@@ -230,7 +230,7 @@ def rare_event(generator: Generator) -> Example:
 
 
 def mixed(generator: Generator) -> Example:
-    """Several things that each do something else, perhaps before another background: many questions about one clip."""
+    """Several things with different actions, and sometimes a change of background: many questions about one clip."""
     names = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
     *_, after = colors = shuffled(generator, COLORS)
     kinds = shuffled(generator, ACTIONS)[:3]
@@ -273,7 +273,7 @@ def picture(generator: Generator) -> Example:
 
 
 def caption(generator: Generator) -> Example:
-    """One sentence for each thing on what happens to it."""
+    """One sentence for each thing about what happens to it."""
     color, after = shuffled(generator, COLORS)[:2]
     first, then = shuffled(generator, ACTIONS)[:2]
     moment = a_moment(generator)

@@ -95,13 +95,13 @@ def write_world(
     overwrite: bool = False,
     num_workers: int = 0,
 ) -> None:
-    """Write the whole world into the new folder `target`, or, when interrupted, nothing.
+    """Write the whole world into the new folder `target`. When interrupted, write nothing.
 
-    num_train, num_test: clips in all, divided among the tasks, at least one of each; there are as many training
+    num_train, num_test: clips in all, divided among the tasks, at least one of each. There are as many training
     pictures and image-text pairs, and TEXTS times as many texts. num_frames: of a clip of the usual length.
     size: pixels a side. long: add rare events in clips of 64 frames. benchmarks: items of each benchmark's tasks;
-    0: no twins. overwrite: replace another world there, once this one is complete. num_workers: processes that draw,
-    0: this one; the world is the same.
+    0: no twins. overwrite: replace another world there once this one is complete. num_workers: processes that draw,
+    0: only this one. The world does not depend on it.
     Raises UserError for a target that is not empty and for a full disk; the target is then as it was.
     """
     target = target.resolve()

@@ -1,7 +1,7 @@
-"""Middleware that closes the parts of gradio's server that the page does not need, and bounds each request.
+"""Middleware that closes the parts of gradio's server that the page does not need, and limits each request.
 
-gradio fetches web addresses that a client names as files, forwards requests, converts recordings and keeps copies of
-pages. Here nothing is fetched, neither by the server nor by the browser, and bodies are bounded.
+By itself, gradio fetches web addresses that a client names as files, forwards requests, converts recordings and keeps
+copies of pages. With this middleware neither the server nor the browser fetches anything, and bodies have a limit.
 """
 
 import os
@@ -43,7 +43,7 @@ HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of 
 
 
 class Guard:
-    """ASGI middleware before gradio's application. folder: where uploads lie. examples: files beside them."""
+    """ASGI middleware in front of gradio's application. folder: the uploads. examples: files that may also be read."""
 
     def __init__(self, app: ASGIApp, limits: PageLimits, folder: Path, examples: Collection[Path] = ()) -> None:
         self.app = app
@@ -87,10 +87,10 @@ class Guard:
         await self.app(scope, receive, send)
 
     def _fault(self, body: bytearray | None) -> tuple[int, str] | None:
-        """Return why a request is refused.
+        """Return the reason why a request is refused.
 
-        gradio copies every file that a request names to the uploads before it asks a handler. It would copy any file of
-        this machine, and read devices without end.
+        gradio copies every file that a request names to the uploads before it calls a handler. It would copy any file
+        of this machine, and would read devices without end.
         """
         if body is None:
             return 413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken"
@@ -106,7 +106,7 @@ class Guard:
         return None
 
     def _no_room(self, scope: Scope) -> tuple[int, str] | None:
-        """Return why an upload is refused, before it is read; gradio itself counts the bytes that arrive."""
+        """Return the reason why an upload is refused before it is read. gradio itself counts the bytes that arrive."""
         announced = Request(scope).headers.get("content-length", "")
         if not announced.isdigit():
             return 411, "an upload must say how long it is"
@@ -122,10 +122,10 @@ class Guard:
         return self._held + more > self.limits.folder_bytes
 
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let gradio store the upload, which has to arrive in time, and remove leftover files.
+        """Let gradio store the upload, which must arrive in time, and remove leftover files.
 
-        gradio writes each file of a form into `folder` and moves those of the field `files` into folders within. Files
-        of other fields and of uploads that are broken off stay.
+        gradio writes each file of a form into `folder` and moves those of the field `files` into folders within it.
+        Files of other fields and of interrupted uploads stay.
         """
         self._num_uploads += 1
         in_time = _in_time(receive, self.limits.upload_seconds)
@@ -145,7 +145,7 @@ class Guard:
             self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
-        """Remove files directly in `folder`; while other uploads arrive, only those too old to belong to them."""
+        """Remove files directly in `folder`; while other uploads arrive, only files too old to belong to them."""
         oldest = time.time() - self.limits.upload_seconds if self._num_uploads else float("inf")
         with os.scandir(self.folder) as entries:
             for entry in entries:

@@ -23,13 +23,13 @@ from stllm.processors.templates import PromptTemplate
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that is asked, and the gold answer.
+    """One question about a medium, or two, and the gold answer.
 
     id: unique in the benchmark and the same in every run. task: a task or part of the benchmark, "" where it has none.
-    video: as the ground truth names it. media: where it is, with the part that is meant; None if it cannot be asked
-        about, and then `error` says why in a sentence.
+    video: as the ground truth names it. media: where it is, with the part to use; None if it cannot be asked about, and
+        then `error` says why in a sentence.
     questions: one; two where consistency is asked. candidates: the options, in order, of a multiple choice.
-    fields: the record as the ground truth has it, extra keys kept.
+    fields: the record as in the ground truth, with extra keys.
     """
 
     id: str
@@ -48,8 +48,8 @@ class Entry:
     """A record of a ground truth as it was read; see `ground_truth.MediaFolders.entry`.
 
     item: what is asked; its `error` is the first fault that prevents it. medium: what the record names, None if it
-    names nothing. place: the path of that medium, or where it should be; folder: the one of the folders searched that
-    it was found in, None if it is missing. faults: all faults except a missing medium.
+    names nothing. place: the path of that medium, or where it should be. folder: the searched folder in which it was
+    found, None if it is missing. faults: all faults except a missing medium.
     """
 
     item: Item
@@ -60,12 +60,12 @@ class Entry:
 
 
 class Benchmark(ABC):
-    """A benchmark, before anything is read. One object serves every run, so it keeps no state.
+    """A benchmark before anything is read. One object serves every run, so it keeps no state.
 
     name: as `stllm evaluate` takes it. title: as its authors write it. ground_truth: what --anno-path names, in words.
     excludes_tasks: a task without any medium is left out of all scores instead of counted as failed.
     judged: the predictions are scored by `stllm judge`, so lines have no `correct` and a run has no scores.
-    finds_media: the media are found from the ground truth's place; without that, --video-dir must name their folder.
+    finds_media: the media are found relative to the ground truth; if False, --video-dir must name their folder.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Reads the ground truth and looks for its media: an entry a record, and faults that concern a whole file.
+        """Read the ground truth, look for its media, and yield one entry for each record, and faults of whole files.
 
         `stllm evaluate` stops at such a fault, `stllm doctor` lists all of them. path: what --anno-path names.
         settings: this method obeys `tasks`, but not `limit`. Raises UserError.
@@ -85,38 +85,38 @@ class Benchmark(ABC):
 
     @abstractmethod
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Returns one request a question, with the prompt as published for the template's family of weights.
+        """Return one request for each question, with the prompt published for the template's family of weights.
 
         system: the sentence to use, None for the published one, "" for none.
         """
 
     @abstractmethod
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Returns what joins the item's line: the official fields, and `correct` where no judge is needed.
+        """Return fields to add to the item's line: the official fields, and `correct` where no judge is needed.
 
         predictions: the model's text for each question. `correct`: {"strict": ..., "official": ...}, as bools.
         """
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns `scores` of the results file: accuracies by rule and task, or {} where a judge decides.
+        """Return `scores` of the results file: accuracies by rule and task, or {} where a judge decides.
 
-        records: all lines, failed ones (with `error`) among them.
+        records: all lines, including failed ones (with `error`).
         """
         return {} if self.judged else accuracies(records)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Returns files in the official scripts' layout: {"": ...} for `<name>.json`, {"generic": ...} for
+        """Return files in the official scripts' layout: {"": ...} for `<name>.json`, {"generic": ...} for
         `<name>.generic.json`. By default there are none."""
         return {}
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
-        """Yields what else the results should mention, such as media found outside the official folders."""
+        """Yield notes for the results, such as media found outside the official folders."""
         yield from ()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A benchmark with its ground truth read, or a variant of one with changed items (see probes/variants.py).
+    """A benchmark whose ground truth was read, or a variant of one with changed items (see evaluation/probes).
 
     excluded: tasks that cannot be asked as a whole, and why; none of their items is in `items`, but `num_excluded`
     counts them. system: see `Benchmark.ask`.
@@ -135,12 +135,12 @@ class Loaded:
         return self.benchmark.name
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
-        """Returns the item's prompts, with the system sentence of the settings."""
+        """Return the item's prompts, with the system sentence of the settings."""
         return self.benchmark.ask(item, template, self.system)
 
 
 def load_benchmark(name: str, settings: EvaluationSettings) -> Loaded:
-    """Reads the ground truth of a registered benchmark.
+    """Read the ground truth of a registered benchmark.
 
     Raises UserError for a fault that concerns a whole file, and when no item has its medium.
     """
@@ -175,12 +175,12 @@ def load_benchmark(name: str, settings: EvaluationSettings) -> Loaded:
 
 
 def system_of(settings: EvaluationSettings) -> str | None:
-    """The system sentence as `Benchmark.ask` takes it: None for the published one, "" for none."""
+    """The system sentence in the form that `Benchmark.ask` expects: None for the published one, "" for none."""
     return None if settings.system == "template" else str(settings.system or "")  # None: an empty value in a YAML
 
 
 def read_entries(benchmark: Benchmark, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-    """Yields what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
+    """Yield what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
     if settings.anno_path is None:
         raise UserError(f"{benchmark.name}: no ground truth was named: give {benchmark.ground_truth}")
     yield from benchmark.load(user_path(settings.anno_path), settings)

@@ -1,6 +1,6 @@
 """`AuditReport`: the fate of every weight, part by part.
 
-Anything missing or of a wrong shape that the model needs is an error that names the keys, never a warning.
+A weight that the model needs and that is missing or has a wrong shape is an error that names the key, never a warning.
 """
 
 import re
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A part of the model. prefix: of our keys; hint: a pattern that foreign keys of it match.
+    """A part of the model. prefix: of our keys; hint: a pattern that its foreign keys match.
 
     given_by: the setting that names its weights; switch: or else the setting that leaves the part out.
     """
@@ -85,7 +85,7 @@ STATES = tuple(PartAudit.__dataclass_fields__)
 
 @dataclass
 class AuditReport:
-    """The audit of one loading. source: what was loaded; notes: what else should be known (resized, grown, ...)."""
+    """The audit of one loading. source: what was loaded; notes: other facts to report (resized, grown, ...)."""
 
     source: str
     parts: dict[str, PartAudit] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class AuditReport:
         return [entry for _, audit in self._ordered() for entry in getattr(audit, state)]
 
     def raise_for_problems(self) -> None:
-        """Raise UserError naming what is missing or of a wrong shape."""
+        """Raise UserError naming what is missing or has a wrong shape."""
         wrong, missing = self.keys("wrong_shape"), self.keys("missing")
         # a part without any weights also leaves its sizes unknown, which makes others look wrong
         part_missing = any(audit.missing and not audit.loaded for audit in self.parts.values())

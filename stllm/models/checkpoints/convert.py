@@ -1,10 +1,11 @@
 """`stllm convert SOURCE... --to DIR`: weights of any known layout to ours, and to the released layout.
 
-Everything is written into a temporary folder beside the target and renamed at the end: a target is whole or not there.
-A whole target holds a record of the command, by which the same command recognises that it was done.
+Everything is written into a temporary folder beside the target, which is renamed at the end: a target is complete or
+does not exist. A complete target holds a record of the command, so the same command recognises that its work is done.
 
-The released layout is sharded .bin files with an index, config.json, and a meta.json for what weights don't show (head
-counts, mean or all frames, ...) in the golden folders' form, so that the folder loads again with nothing else named.
+The released layout is sharded .bin files with an index, config.json, and a meta.json in the golden folders' form.
+meta.json holds what weights don't show (head counts, mean or all frames, ...), so that the folder loads again with
+nothing else named.
 """
 
 import hashlib
@@ -53,12 +54,12 @@ def convert(
     adapter: str | Path | None = None,
     merge: bool = False,
 ) -> AuditReport | None:
-    """Put the sources together (later ones over earlier ones) and write them to the new folder `to`.
+    """Combine the sources (later ones override earlier ones) and write them to the new folder `to`.
 
-    dtype: auto keeps the type that most of the weights have. adapter: a LoRA adapter's folder, put on top of them.
+    dtype: auto keeps the type that most of the weights have. adapter: a LoRA adapter's folder, added on top of them.
     merge: adds LoRA to the weights that it adapts. Returns None when `to` holds the result of the same conversion.
-    Raises UserError for anything missing or contradictory, for a target
-    that is not empty, for a full disk; the target is then as it was.
+    Raises UserError for anything missing or contradictory, for a target that is not empty, and for a full disk; the
+    target is then as it was.
     """
     assert format in FORMATS
     target = user_path(to)
@@ -102,7 +103,7 @@ def convert(
 
 
 def _files(place: Path) -> dict[Path, os.stat_result]:
-    """A file, or a checkpoint folder's files, with their sizes and times."""
+    """The files of a checkpoint folder (or the file itself), with their sizes and times."""
     paths = [place, *place.glob("*"), *place.glob(f"{QFORMER_FOLDER}/*")]
     return {path: path.stat() for path in paths if path.is_file()}
 
@@ -122,7 +123,7 @@ def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
 
 
 def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write everything but the tokenizers. LoRA, for which there are no keys, is merged into the weights, in place.
+    """Write everything but the tokenizers. LoRA is merged into the weights, in place: the layout has no keys for it.
 
     Raises UserError for a language model that the layout has no place for.
     """

@@ -1,7 +1,7 @@
 """Detection of a checkpoint's format, from its config.json and the names of its weights.
 
-`open_source` gives a `Source`: format, key table, shapes, and the tensors on demand. A path that is not here and looks
-like `org/name` is fetched from the hub; that and a URL are the only reasons to use the network.
+`open_source` returns a `Source`: format, key table, shapes, and the tensors on demand. A path that does not exist here
+and looks like `org/name` is fetched from the hub. Only that and a URL use the network.
 """
 
 import re
@@ -50,8 +50,8 @@ class Entry(NamedTuple):
 class Source:
     """A file or folder of weights in one format.
 
-    config, meta: its config.json and meta.json, {} without one. entries: our keys and where they are found.
-    ignored_keys, unknown_keys: their keys that are known and not ours, and those that nothing in the table covers.
+    config, meta: its config.json and meta.json, {} if it has none. entries: our keys and where they are found.
+    ignored_keys: their keys that are known and not ours. unknown_keys: those that the table does not cover.
     """
 
     path: Path
@@ -79,16 +79,16 @@ class Source:
 
     @property
     def is_whole_model(self) -> bool:
-        """Whether it holds every part, so that nothing else needs to be named."""
+        """Check whether it holds every part, so that nothing else needs to be named."""
         if self.format is Format.TRANSFORMERS_BLIP:
             return not self.table.ignores(LANGUAGE_MODEL)
         return self.format in (Format.STLLM, Format.RELEASED)
 
 
 def open_source(path: str | Path, *, depth: int | None = None) -> Source:
-    """Open weights of any known format; only names and shapes are read.
+    """Open weights of any known format. Only names and shapes are read.
 
-    depth: blocks of the vision encoder that are used, where the configuration says so.
+    depth: blocks of the vision encoder that are used, where the configuration specifies it.
     Raises UserError: nothing there, no checkpoint, a shard missing, a file damaged.
     """
     place = locate(path)
@@ -159,7 +159,7 @@ def _with_language_model(place: Path, weights: Weights, config: dict[str, Any]) 
 
 
 def locate(path: str | Path) -> Path:
-    """Find the file or folder of that name: here, behind a URL, or on the hub. Raises UserError."""
+    """Find the file or folder of that name: here, at a URL, or on the hub. Raises UserError."""
     place = user_path(path)
     if place.exists():
         return place
@@ -230,9 +230,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, {} when there is no such file. Raises UserError when it is damaged.
+    """Read a JSON object; {} when the file does not exist. Raises UserError when it is damaged.
 
-    transformers writes infinity as {"__float__": "Infinity"}, which is read as the number.
+    transformers writes infinity as {"__float__": "Infinity"}; it is read as the number.
     """
     if not path.is_file():
         return {}

@@ -1,8 +1,8 @@
-"""The configuration that weights are built with, inferred from files and settings, nothing but headers read.
+"""The configuration of a model, inferred from its files and the settings. Only headers of weight files are read.
 
-Weakest first: published defaults, what shapes and keys show, the folder's own config.json and meta.json, the user's
-settings. Where two of them contradict each other, a sentence names what was found, what was expected and what to do;
-what is left over (a weight missing or of another shape) is the audit's. All keys of weights are ours.
+Sources, weakest first: published defaults, the shapes and keys of weights, the folder's own config.json and meta.json,
+the user's settings. Where two of them contradict each other, a sentence names what was found, what was expected and
+what to do. Other problems (a weight missing or of another shape) are left to the audit. All keys of weights are ours.
 """
 
 import inspect
@@ -78,7 +78,7 @@ NOT_THE_MODELS = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint of which only headers were read: its sources, the user's settings, the configuration inferred."""
+    """A checkpoint of which only headers were read: its sources, the user's settings, the inferred configuration."""
 
     path: Path
     sources: list[Source]
@@ -99,7 +99,7 @@ def open_model(
 def open_sources(settings: Mapping[str, Any], *paths: str | Path) -> list[Source]:
     """Open these weights, and before them the pieces that the settings name, unless one is a whole model.
 
-    The published encoder need not be named where the published code has left it, in torch's cache. Raises UserError.
+    The published encoder need not be named if the published code has left it in torch's cache. Raises UserError.
     """
     depth = (settings.get("vision") or {}).get("depth")
     sources = [open_source(path, depth=depth) for path in paths]
@@ -120,10 +120,10 @@ def open_sources(settings: Mapping[str, Any], *paths: str | Path) -> list[Source
 
 
 def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, default_llm: bool = False) -> STLLMConfig:
-    """Infer the configuration for these weights (later sources over earlier ones) and settings.
+    """Infer the configuration for these weights (later sources override earlier ones) and settings.
 
     default_llm: if nothing names a language model, take the published 7B shape instead of raising an error.
-    Raises UserError for what nothing settles, and for contradictions.
+    Raises UserError for fields that nothing determines, and for contradictions.
     """
     name = names_of(sources) or "the configuration"
     asked = settings_to_fields(settings)
@@ -181,7 +181,7 @@ def merge_fields(below: Fields, above: Fields) -> Fields:
 
 
 def merged_shapes(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
-    """Return our keys and their shapes over all sources, later ones over earlier ones."""
+    """Return our keys and their shapes over all sources; later ones override earlier ones."""
     return {key: entry.shape for source in sources for key, entry in source.entries.items()}
 
 
@@ -258,7 +258,7 @@ def _text_config(config: Mapping[str, Any]) -> Fields:
 
 
 def sizes_from_weights(shapes: Shapes) -> Fields:
-    """Infer the fields of `STLLMConfig` that these weights settle: each size in a shape, each part that has a key."""
+    """Infer the fields of `STLLMConfig` that these weights determine: sizes from shapes, parts from keys."""
     fields: Fields = {"vision_config": {}, "qformer_config": {}}
     for group, name, key, axis in SIZES:
         if key in shapes:
@@ -295,7 +295,7 @@ def sizes_from_weights(shapes: Shapes) -> Fields:
 
 
 def with_head_counts(fields: Fields, source: str) -> Fields:
-    """Fill in head counts that nothing named, for the published widths only. Raises UserError for any other width."""
+    """Fill in head counts that nothing names, for the published widths only. Raises UserError for any other width."""
     filled = dict(fields)
     for group, width_key, heads_key, default_width, head_width, part in HEADS:
         sizes = filled[group] = dict(fields.get(group) or {})
@@ -317,7 +317,7 @@ def with_head_counts(fields: Fields, source: str) -> Fields:
 
 
 def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any], asked: Fields | None) -> None:
-    """Compare all that weights, config.json, `llama_model` and `llm` say about the language model's size: 7B or 13B."""
+    """Compare the language model's size (7B or 13B) in the weights, config.json, `llama_model` and `llm`."""
     facts: list[tuple[str, Any]] = []
     for source in sources:
         text = source.config.get("text_config") or source.config
@@ -362,7 +362,7 @@ def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any]
 
 
 def check_family(name: str, shapes: Shapes, config: STLLMConfig, *, whole: bool) -> None:
-    """Compare the families, InstructBLIP and MiniGPT-4: does the Q-Former that was saved read text?"""
+    """Compare the families, InstructBLIP and MiniGPT-4, by whether the saved Q-Former reads text."""
     has_qformer = any(key.startswith(f"{BERT}encoder.") for key in shapes)
     reads, asked = TEXT_KEY in shapes, config.qformer_text_input
     if has_qformer and config.has_qformer and reads != asked and (asked or whole):
@@ -399,7 +399,7 @@ def check_vocabulary(name: str, rows: int | None, config: STLLMConfig, tokens: i
 
 
 def family_tokens(folder: Path, *, adds_pad: bool, config: PretrainedConfig | None = None) -> int | None:
-    """Count the folder's tokens, `[PAD]` included where the family adds it; None when there is no tokenizer.
+    """Count the folder's tokens, including `[PAD]` where the family adds it; None when there is no tokenizer.
 
     config: of the language model, where the folder's own config.json does not name a known one.
     """

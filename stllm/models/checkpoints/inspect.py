@@ -1,8 +1,8 @@
-"""`stllm inspect PATH`: a checkpoint or a configuration described from names and shapes; no weight is read.
+"""`stllm inspect PATH`: describe a checkpoint or a configuration from names and shapes. No weight is read.
 
-Format, family, sizes, parameters of each part, the memory they need by type, and the audit against a configuration. For
-a configuration with a `run`, also what training keeps in memory, computed from parameter counts: weights, gradients and
-AdamW's states. Not counted: activations, autocast's copies, fragmentation.
+It shows format, family, sizes, the parameters of each part, the memory that they need by type, and the audit against a
+configuration. For a configuration with a `run`, it also shows what training keeps in memory, computed from parameter
+counts: weights, gradients and AdamW's states. Not counted: activations, autocast's copies, fragmentation.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ NUM_GPUS = (1, 8)  # of one machine
 def inspect_path(
     path: str | Path, cfg_path: str | Path | None = None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Any], AuditReport | None]:
-    """Describe a checkpoint; a part of a model is not audited where no configuration is given."""
+    """Describe a checkpoint. A part of a model is not audited when no configuration is given."""
     settings = explicit_settings(cfg_path, options)
     place = locate(path)
     if not settings:
@@ -52,7 +52,7 @@ def inspect_path(
 def inspect_config(
     cfg_path: str | Path | None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Any], AuditReport | None]:
-    """Describe the model that a configuration asks for, with those weights that it names and that are here."""
+    """Describe the model of a configuration, with those of the weights it names that exist here."""
     from stllm.common.config import load_config
 
     cfg = load_config(cfg_path, options)
@@ -138,7 +138,7 @@ def parameters_by_part(model: STLLM) -> dict[str, dict[str, int]]:
 
 
 def memory_by_dtype(model: STLLM) -> dict[str, int]:
-    """Count the bytes of the weights. 8bit, 4bit: the language model's linear layers, all else in 2 bytes."""
+    """Count the bytes of the weights. 8bit, 4bit: the language model's linear layers; all others take 2 bytes each."""
     total = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     linear = sum(
@@ -156,10 +156,10 @@ def memory_by_dtype(model: STLLM) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model: frozen ones, trained ones, and what a device holds whole when the rest is sharded.
+    """Parameters of a model: frozen ones, trained ones, and those that a device holds whole when the rest is sharded.
 
-    largest: of the module with most of its own (ZeRO-3 gathers one by one). gathered: of the largest layer and of all
-    that is in no layer (FSDP holds both at once).
+    largest: of the module with the most parameters of its own (ZeRO-3 gathers modules one by one). gathered: of the
+    largest layer plus everything that is in no layer (FSDP holds both at once).
     """
 
     frozen: int
@@ -192,10 +192,10 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 def training_memory(
     counts: ParameterCounts, *, half: bool, num_gpus: Sequence[int] = NUM_GPUS
 ) -> dict[str, dict[str, dict[int, int]]]:
-    """Compute bytes by strategy: `gpu` -> number of GPUs -> of each of them, `host` -> the same -> of the machine.
+    """Compute bytes by strategy: `gpu` -> number of GPUs -> of each GPU; `host` -> number of GPUs -> of the machine.
 
-    half: bf16 or fp16 with float32 masters; else all in float32, where DeepSpeed is left out.
-    A GPU holds some bytes whole, and its part of others that are sharded. The machine holds what is offloaded, or what
+    half: bf16 or fp16 with float32 masters; otherwise everything is in float32, and DeepSpeed is left out.
+    A GPU holds some bytes whole, and its share of others that are sharded. The machine holds what is offloaded, or what
     loading takes if that is more: every process fills a whole model. ZeRO: DeepSpeed's own estimates
     (`estimate_zero{2,3}_model_states_mem_needs`), with frozen weights apart; FSDP 2 gathers in half precision.
     """

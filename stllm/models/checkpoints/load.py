@@ -1,11 +1,11 @@
-"""From a checkpoint of any known format to a model and its prompts, audited.
+"""Loading: from a checkpoint of any known format to a model and its prompts, audited.
 
     model, processor = load_pretrained("path/to/checkpoint")
 
-First a plan from names and shapes: which tensor of which file goes where. Then the model, built on the meta device, is
-filled weight by weight, straight to its device and type, so that no copy of the whole is held twice; what no file gives
-and may start fresh is initialised last. With quantisation or a device map, transformers' `from_pretrained` puts the
-weights where they belong.
+First, a plan is made from names and shapes: which tensor of which file goes where. Then the model is built on the meta
+device and filled weight by weight, straight to its device and type, so that memory never holds two copies of it.
+Weights that no file has and that may start fresh are initialised last. With quantisation or a device map, transformers'
+`from_pretrained` puts the weights in place.
 """
 
 import logging
@@ -68,8 +68,10 @@ def load_model(
 ) -> STLLM:
     """Load the model of a checkpoint of any known format, in evaluation mode.
 
-    path: a folder, a file, or a hub name. cfg_path, options: what the checkpoint itself does not say, or other choices.
-    dtype: auto is what suits the device. quantization: 8bit or 4bit, of the language model (bitsandbytes, CUDA).
+    path: a folder, a file, or a hub name. cfg_path, options: settings that the checkpoint lacks, or replacements for
+    its own.
+    dtype: auto is the type that suits the device. quantization: 8bit or 4bit, for the language model (bitsandbytes,
+    CUDA).
     device_map: accelerate's, e.g. "auto", to spread the model over several devices.
     Raises UserError for anything missing, damaged or contradictory.
     """
@@ -148,10 +150,10 @@ def assemble(
 ) -> tuple[STLLM, AuditReport]:
     """Build the model, fill it, and return it in evaluation mode with its audit.
 
-    training: allow fresh parts, see `build_model`; fresh: further ones, names of `ASKED_FRESH`.
-    trained_dtype: the type of what trains, where it differs from the rest's (float32 masters).
-    with_language_model: if False, it is audited, but neither read nor held; enough for all that comes before it.
-    quantization, device_map: as in `load_model`; a foreign format passes through main memory then.
+    training: allow fresh parts, see `build_model`. fresh: further ones, names of `ASKED_FRESH`.
+    trained_dtype: the type of the trained weights, where it differs from the others' (float32 masters).
+    with_language_model: if False, the language model is audited, but neither read nor held; all parts before it work.
+    quantization, device_map: as in `load_model`; a foreign format then passes through main memory.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
@@ -257,7 +259,7 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
 
 @dataclass
 class Plan:
-    """The origin of each of the model's tensors, in the order of the files; `report` names the fate of the rest."""
+    """The origin of each of the model's tensors, in the order of the files. `report` names the fate of all others."""
 
     report: AuditReport
     origins: dict[str, tuple[Source, Entry]] = field(default_factory=dict)
@@ -265,9 +267,10 @@ class Plan:
 
 
 def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
-    """Match the sources' weights, later ones over earlier ones, with the model's; training, fresh: as in `assemble`.
+    """Match the model with the sources' weights, of which later ones override earlier ones.
 
-    Nothing is read. Raises UserError for weights of another kind than the configuration's.
+    training, fresh: as in `assemble`. Nothing is read. Raises UserError for weights of another kind than the
+    configuration's.
     """
     config = config_of(model)
     name = names_of(sources) or "the model"
@@ -333,7 +336,7 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
 
 
 def _check_adapter(name: str, sources: Sequence[Source], wanted: dict[str, Tensor], *, fresh_allowed: bool) -> None:
-    """Compare QA weights, which have the temporal adapter, and conversation weights, which have none."""
+    """Compare the weights with the settings: QA weights have the temporal adapter, conversation weights have none."""
     keys = [key for source in sources for key in source.entries]
     saved = any(key.startswith(ADAPTER) for key in keys)
     needed = any(key.startswith(ADAPTER) for key in wanted)
@@ -351,7 +354,7 @@ def _check_adapter(name: str, sources: Sequence[Source], wanted: dict[str, Tenso
 
 
 def _check_shape(plan: Plan, key: str, expected: tuple[int, ...], config: STLLMConfig) -> None:
-    """Enter a weight as loaded, or as one of a wrong shape where `fill` can't make it fit either."""
+    """Record a weight as loaded, or as one of a wrong shape where `fill` can't make it fit."""
     source, entry = plan.origins[key]
     found = entry.shape
     if found == expected:
@@ -374,7 +377,7 @@ def _is_square(count: int) -> bool:
 
 
 def _grows(key: str, source: Source) -> bool:
-    """Tell whether [PAD] may be added: to embeddings and head of a language model that never was ST-LLM's."""
+    """Tell whether [PAD] may be added: to embeddings and head of a language model that was never ST-LLM's."""
     return (
         source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
         and key.startswith("language_model.")
@@ -398,7 +401,7 @@ def _may_be_fresh(key: str, sources: Sequence[Source], config: STLLMConfig, trai
 
 
 def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
-    """Copy every planned weight into place, then initialise the rest and tie what is tied."""
+    """Copy every planned weight into place, then initialise the rest and tie the tied weights."""
     total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
     # disable=None: no bar where nobody looks; delay: none for what is quick
     with tqdm(
@@ -449,7 +452,7 @@ def restore(model: STLLM, folder: Path) -> None:
 
 
 def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
-    """Copy one weight. new: of the model's shape, which may differ from the file's, see `_check_shape`."""
+    """Copy one weight. new: of the model's shape, which may differ from the file's; see `_check_shape`."""
     if entry.target.num_parts == 1 and entry.shape == tuple(new.shape):
         source.weights.copy_to(entry.key, new)
         return

@@ -1,8 +1,8 @@
-"""How each format names its weights: a table that is declared once and read in both directions, ours on the right.
+"""The names of weights in each format. A table is declared once and read in both directions; ours are on the right.
 
 ours: vision_encoder.{backbone,adapter,ln_vision}, qformer.{query_tokens,bert}, projection, video_input, mvm_decoder,
-language_model. A key that no table entry covers raises; nothing is dropped silently. Source: the published checkpoints'
-own key lists.
+language_model. A key that no table entry covers raises an error; nothing is dropped silently. Source: the key lists of
+the published checkpoints.
 """
 
 import re
@@ -36,8 +36,9 @@ class Target:
 class KeyTable:
     """One format's names.
 
-    prefixes: (theirs, ours), the first that fits is replaced; longer ones come before those that they begin with.
-    inner: their prefix -> (theirs, ours) replaced anywhere behind it.
+    prefixes: (theirs, ours); the first that fits is replaced, so a prefix comes before any shorter one that it begins
+    with.
+    inner: their prefix -> (theirs, ours), replaced anywhere after it.
     splits: the end of a renamed key -> the ends of our keys for equal parts of that fused tensor's first dimension;
         None for a part that must be zero.
     ignored: regular expressions of keys that are known and not ours, matched from the start.
@@ -61,7 +62,7 @@ class KeyTable:
         return replace(self, ignored=(*patterns, *self.ignored))
 
     def to_ours(self, key: str) -> str | None:
-        """Return our name of their key; None when it is to be ignored. Raises UnknownKeyError."""
+        """Return our name for their key; None when it is ignored. Raises UnknownKeyError."""
         if self.ignores(key):
             return None
         for theirs, ours in self.prefixes:
@@ -73,7 +74,7 @@ class KeyTable:
         raise UnknownKeyError(key)
 
     def targets(self, key: str) -> list[Target]:
-        """Return where their tensor goes; nothing when it is to be ignored. Raises UnknownKeyError."""
+        """Return where their tensor goes; nothing when it is ignored. Raises UnknownKeyError."""
         renamed = self.to_ours(key)
         if renamed is None:
             return []
@@ -84,7 +85,7 @@ class KeyTable:
         return [Target(renamed)]
 
     def to_theirs(self, key: str) -> str:
-        """Return their name of our key. Raises UnknownKeyError when the format has no place for it."""
+        """Return their name for our key. Raises UnknownKeyError when the format has no place for it."""
         for theirs, ours in sorted(self.prefixes, key=lambda pair: -len(pair[1])):
             if key.startswith(ours):
                 rest = key[len(ours) :]
@@ -104,7 +105,7 @@ OLD_BUFFERS = (r".*rotary_emb\.inv_freq$",)  # saved by old libraries
 
 
 def _lavis_parts(prefix: str) -> Pairs:
-    """Name the parts that every file of the LAVIS line names alike, under some prefix."""
+    """Name the parts that have the same names in every file of the LAVIS line, under some prefix."""
     return (
         (f"{prefix}ln_vision.", "vision_encoder.ln_vision."),
         (f"{prefix}Qformer.bert.", "qformer.bert."),

@@ -1,7 +1,7 @@
 """`stllm verify DIR...`: recompute a golden folder and show the largest difference of every tensor.
 
-Source of the numbers: the published system at a tiny size (model.md, section 9). In float32 on the CPU, through the
-loading and the prompts that everything else uses.
+The golden numbers come from the published system at a tiny size. They are recomputed in float32 on the CPU, with the
+same loading and prompts as everywhere else.
 """
 
 import math
@@ -33,7 +33,7 @@ Comparison = tuple[str, Any, Any]  # name, found, expected
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. difference: the largest; kind: tensor (absolute), gradient (relative to its largest), equal."""
+    """One comparison. difference: the largest. kind: tensor (absolute), gradient (relative to its largest), equal."""
 
     name: str
     kind: str
@@ -42,14 +42,14 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether it is within tolerance; a difference that is no number is not."""
+        """Check whether it is within tolerance; a difference that is no number is not."""
         return self.difference <= self.tolerance
 
 
 def verify_folder(
     folder: str | Path, *, checkpoint: str | Path | None = None, atol: float = 1e-4, rtol: float = 1e-3
 ) -> list[Row]:
-    """Make every comparison that the golden folder allows. checkpoint: where to take the weights from instead."""
+    """Make every comparison that the golden folder allows. checkpoint: other weights to use instead of the folder's."""
     place = locate(folder)
     meta = read_json(place / "meta.json")
     if not (place / "expected.safetensors").is_file() or "instructions" not in meta:
@@ -149,7 +149,7 @@ def _recomputed(
 def _generated(
     model: STLLM, processor: PromptProcessor, question: str, visual: Tensor, expected: Mapping[str, Tensor]
 ) -> list[Comparison]:
-    """Compute a question's prompt, and the tokens that greedy search and beams make of it."""
+    """Compute a question's prompt, and the tokens that greedy search and beam search generate from it."""
     prompt = processor.prompt_ids([Turn(question)], system="")
     names = ("prompt_ids",) if "prompt_ids" in expected else ("prompt_ids_before", "prompt_ids_after")
     published = [token for name in names for token in expected[name][0].tolist()]

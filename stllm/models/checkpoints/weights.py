@@ -1,7 +1,8 @@
 """Weights read one by one with bounded memory, from weight files and from language models of any architecture.
 
-Pages of a mapping that were touched count as the process's memory as long as it lives, so a file is mapped anew after
-every `MAPPED_BYTES` or thirty-second part of it. What is handed out is a copy: the file may be replaced afterwards.
+Pages of a mapping that were touched count as memory of the process until the mapping is closed. So a file is mapped
+again after every `MAPPED_BYTES` or thirty-second part of it. Readers get copies, so the file may be replaced
+afterwards.
 
 transformers renames and merges the weights of many architectures while it loads them (the experts of mixtures,
 GPT-NeoX's head, GPT-2's missing prefix), and undoes that when it saves. `convert_language_model` applies the same
@@ -56,7 +57,7 @@ class Weights(ABC):
 
 
 class WeightFiles(Weights):
-    """Files as one set of weights, in reading order; at most one of them is mapped at a time.
+    """Files as one set of weights, in reading order. At most one of them is mapped at a time.
 
     Raises UserError for a file that is damaged or holds no weights.
     """
@@ -112,7 +113,7 @@ class WeightFiles(Weights):
 
 
 def open_views(path: Path) -> Mapping[str, Any]:
-    """Map a weight file. Its tensors are read when they are sliced; a file older than torch 1.6 is read whole."""
+    """Map a weight file. Its tensors are read when they are sliced. A file older than torch 1.6 is read whole."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -134,7 +135,7 @@ def open_views(path: Path) -> Mapping[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """Say what is wrong with a file that torch or safetensors can't read."""
+    """Describe the fault of a file that torch or safetensors can't read."""
     if isinstance(error, pickle.UnpicklingError):
         return (
             f"{path} holds Python objects beside its tensors, which are never loaded because they could run code: save "
@@ -175,7 +176,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def convert_language_model(folder: Path, weights: Weights, config: PretrainedConfig, *, prefix: str) -> Weights:
-    """Return the folder's weights, those of the language model under the names that they have in memory.
+    """Return the folder's weights. Those of the language model get their names in memory.
 
     prefix: of the language model's keys; empty for a language model's own folder.
     Raises UserError when transformers can't build the language model or can't convert these weights.
@@ -267,7 +268,7 @@ class ConvertedWeights(Weights):
 
 
 class QuantizedWeights(Weights):
-    """A quantized language model's weights, dequantized by transformers at the first use; each can be copied once."""
+    """A quantized language model's weights. transformers dequantizes them at the first use. Each can be copied once."""
 
     def __init__(self, folder: Path, specs: dict[str, Tensor]) -> None:
         self.specs = specs
