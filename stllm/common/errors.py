@@ -117,6 +117,8 @@ def _sentence(error: Exception) -> str:
         return f"a file stands where a folder is needed{name}: name another path, or move the file"
     if code == errno.EISDIR:
         return f"a folder stands where a file is needed{name}: name another path, or move the folder"
+    if code == errno.ENOENT:
+        return f"there is no such file or folder{name}: make its folder, name another path, or see what removes it"
     if code == errno.ENAMETOOLONG:
         return f"the name of a file or folder is too long{name}: name another path"
     if code == errno.ELOOP:

@@ -27,6 +27,7 @@ from stllm.common.errors import UserError, sentence
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a file stands where a folder is needed (a/b)"),
         (OSError(errno.EFBIG, "File too large", "a"), "a file would be larger than is allowed here (a): raise the"),
         (RuntimeError("I/O error: File too large (os error 27)"), "a file would be larger than is allowed here: raise"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/proc/x"), "there is no such file or folder (/proc/x): make"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a folder stands where a file is needed (a): name"),
         (
             UserError(
