@@ -164,8 +164,9 @@ def load(*_, **__):
     Dropped()
     return chat
 """
-    usual = "command.load_chat = lambda *_, **__: chat"
-    process = run(SERVER.replace(usual, f"{code}command.load_chat = load"), tmp_path)
+    usual = "listening.load_chat = lambda *_, **__: chat"
+    assert usual in SERVER
+    process = run(SERVER.replace(usual, f"{code}listening.load_chat = load"), tmp_path)
     _, messages = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in messages  # Python's note that it was passed over
     assert process.returncode == 130
