@@ -16,7 +16,7 @@ from benchmarks.common import arguments, report, seconds
 from stllm.common.device import resolve_device
 from stllm.common.registry import vision_encoders
 from stllm.models.configuration import VISION_DEFAULTS
-from stllm.models.initialization import initialize_parts
+from stllm.models.st_llm import initialize_parts
 from stllm.models.vision import VisionEncoder
 
 NUM_FRAMES = 8

@@ -4,6 +4,7 @@ Only `from_config` functions and the composition in st_llm.py read it; the parts
 Sizes and names: paper (arXiv 2404.00308) section 3; defaults are the published 7B model's.
 """
 
+from dataclasses import field
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -34,9 +35,6 @@ QFORMER_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 512,
     "cross_attention_frequency": 2,
 }
-WHOLE_NUMBERS = (
-    *("num_query_tokens", "residual_size", "residual_bottleneck", "num_frames", "vit_chunk_size", "max_txt_len"),
-)
 MASK_RATE_DEFAULTS = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
 # what transformers raises for a value that no model can be built with, see `common.errors.reason`
 CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError)
@@ -55,7 +53,7 @@ class STLLMConfig(PretrainedConfig):
     arch: the registered name of the model class.
     vision_config: the encoder's sizes, see `VISION_DEFAULTS`.
     qformer_config: `InstructBlipQFormerConfig` or its dictionary; ignored without `has_qformer`.
-    text_config: the causal language model's own configuration (any of transformers').
+    text_config: the causal language model's own configuration (any of transformers'), or its dictionary.
     video_input: the registered name of the video input. `residual_size` and `residual_bottleneck`: the number of local
         frames and the inner width (default: a quarter of the language model's) of `residual`.
     num_frames: of a video, where the user does not say how many (default: the published 64 for residual, else 16).
@@ -69,63 +67,52 @@ class STLLMConfig(PretrainedConfig):
     sub_configs = {"text_config": AutoConfig, "qformer_config": InstructBlipQFormerConfig}  # noqa: RUF012
     has_no_defaults_at_init = True  # a language model must be named
 
-    def __init__(
-        self,
-        *,
-        arch: str = "st_llm_hf",
-        vision_config: dict[str, Any] | None = None,
-        qformer_config: dict[str, Any] | InstructBlipQFormerConfig | None = None,
-        text_config: dict[str, Any] | PretrainedConfig | None = None,
-        has_qformer: bool = True,
-        qformer_text_input: bool = True,
-        num_query_tokens: int = 32,
-        video_input: str = "all",
-        residual_size: int = 16,
-        residual_bottleneck: int | None = None,
-        num_frames: int | None = None,
-        use_mask: bool = False,
-        use_mvm: bool = True,
-        mvm_decode: bool = False,
-        mask_rate: dict[str, float] | None = None,
-        freeze_vit: bool = True,
-        freeze_qformer: bool = True,
-        freeze_llm: bool = False,
-        lora: dict[str, Any] | None = None,
-        vit_chunk_size: int = 16,
-        template: str = "instructblip",
-        system: str | None = None,
-        max_txt_len: int = 512,
-        end_sym: str = "###",
-        **kwargs: Any,
-    ) -> None:
-        self.arch = arch
-        self.vision_config = _known("vision_config", vision_config or {}, VISION_DEFAULTS)
-        self.qformer_config = _qformer_config(qformer_config, self.vision_config["embed_dim"])
-        self.text_config = language_model_config(text_config)
-        _check_patches(self.vision_config["image_size"], self.vision_config["patch_size"], has_qformer)
-        self.has_qformer = has_qformer
-        self.qformer_text_input = qformer_text_input and has_qformer
-        self.num_query_tokens = num_query_tokens
-        self.video_input = video_input
-        self.residual_size = residual_size
-        self.residual_bottleneck = residual_bottleneck or self.text_config.hidden_size // 4
-        self.num_frames = num_frames
-        self.use_mask = use_mask
-        self.use_mvm = use_mvm
-        self.mvm_decode = mvm_decode
-        self.mask_rate = _known("mask_rate", mask_rate or {}, MASK_RATE_DEFAULTS)
-        self.freeze_vit = freeze_vit
-        self.freeze_qformer = freeze_qformer
-        self.freeze_llm = freeze_llm
-        self.lora = lora
-        self.vit_chunk_size = vit_chunk_size
-        self.template = template
-        self.system = system
-        self.max_txt_len = max_txt_len
-        self.end_sym = end_sym
+    arch: str = "st_llm_hf"
+    vision_config: dict[str, Any] = field(default_factory=dict)
+    qformer_config: Any = None
+    text_config: Any = None
+    has_qformer: bool = True
+    qformer_text_input: bool = True
+    num_query_tokens: int = 32
+    video_input: str = "all"
+    residual_size: int = 16
+    residual_bottleneck: int = 0
+    num_frames: int | None = None
+    use_mask: bool = False
+    use_mvm: bool = True
+    mvm_decode: bool = False
+    mask_rate: dict[str, float] = field(default_factory=dict)
+    freeze_vit: bool = True
+    freeze_qformer: bool = True
+    freeze_llm: bool = False
+    lora: dict[str, Any] | None = None
+    vit_chunk_size: int = 16
+    template: str = "instructblip"
+    system: str | None = None
+    max_txt_len: int = 512
+    end_sym: str = "###"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _known("vision_config", self.vision_config or {}, VISION_DEFAULTS)
+        self.mask_rate = _known("mask_rate", self.mask_rate or {}, MASK_RATE_DEFAULTS)
+        if not isinstance(self.qformer_config, InstructBlipQFormerConfig):
+            defaults = {**QFORMER_DEFAULTS, "encoder_hidden_size": self.vision_config["embed_dim"]}
+            self.qformer_config = InstructBlipQFormerConfig(**{**defaults, **(self.qformer_config or {})})
+        self.text_config = language_model_config(self.text_config)
+        image_size, patch_size = self.vision_config["image_size"], self.vision_config["patch_size"]
+        if image_size % patch_size:
+            raise UserError(f"image_size {image_size} is no multiple of patch_size {patch_size}: choose one that is")
+        if not self.has_qformer and self.num_patches % 4:
+            raise UserError(
+                f"an image of {image_size} pixels has {self.num_patches} patches; without a Q-Former every 4 are "
+                "merged: choose an image_size with an even number of patches a side"
+            )
+        self.qformer_text_input = self.qformer_text_input and self.has_qformer
+        self.residual_bottleneck = self.residual_bottleneck or self.text_config.hidden_size // 4
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
-        super().__init__(**kwargs)
-        for name in WHOLE_NUMBERS:
+        super().__post_init__(**kwargs)
+        counts = ("num_query_tokens", "residual_size", "residual_bottleneck", "num_frames", "vit_chunk_size")
+        for name in (*counts, "max_txt_len"):
             if not isinstance(value := getattr(self, name), int) and value is not None:
                 raise UserError(
                     f"{name} is {value!r} in the model's configuration, expected a whole number: correct it"
@@ -145,24 +132,6 @@ class STLLMConfig(PretrainedConfig):
     def adds_pad(self) -> bool:
         """Whether the prompt template's family adds `[PAD]` to the tokenizer."""
         return bool(templates.get(self.template).bos_is_eos)
-
-
-def _check_patches(image_size: int, patch_size: int, has_qformer: bool) -> None:
-    """Raises UserError when an image does not divide into patches, or these not into fours where they are merged."""
-    if image_size % patch_size:
-        raise UserError(f"image_size {image_size} is no multiple of patch_size {patch_size}: choose one that is")
-    if not has_qformer and (image_size // patch_size) ** 2 % 4:
-        raise UserError(
-            f"an image of {image_size} pixels has {(image_size // patch_size) ** 2} patches; without a Q-Former every "
-            "4 are merged: choose an image_size with an even number of patches a side"
-        )
-
-
-def _qformer_config(given: dict[str, Any] | PretrainedConfig | None, vision_width: int) -> InstructBlipQFormerConfig:
-    if isinstance(given, InstructBlipQFormerConfig):
-        return given
-    sizes = {**QFORMER_DEFAULTS, "encoder_hidden_size": vision_width, **(given or {})}
-    return InstructBlipQFormerConfig(**sizes)
 
 
 def language_model_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
-from stllm.models.attention import masks_without_reads
+from stllm.models.language_model import masks_without_reads
 
 
 class FrameQFormer(nn.Module):
@@ -19,8 +19,11 @@ class FrameQFormer(nn.Module):
         self.text_input = text_input
         self.query_tokens = nn.Parameter(torch.zeros(1, num_query_tokens, config.hidden_size))
         self.bert = InstructBlipQFormerModel(config)
-        if not text_input:
-            _drop_text_modules(self.bert)
+        if not text_input:  # drop what only text passes through: BLIP-2's checkpoints lack it, half of the Q-Former
+            embeddings: nn.Module = self.bert.embeddings
+            embeddings.word_embeddings = embeddings.position_embeddings = None  # type: ignore[assignment]
+            for layer in self.bert.encoder.layer:
+                layer.intermediate = layer.output = None  # type: ignore[assignment]
 
     def forward(
         self, features: Tensor, text_ids: Tensor | None = None, text_attention_mask: Tensor | None = None
@@ -56,11 +59,3 @@ class PatchMerger(nn.Module):
         """features: (B, T, 1+P, C). Returns (B, T, P/4, 4*C)."""
         patches = features[:, :, 1:]
         return patches.reshape(*patches.shape[:2], patches.shape[2] // 4, 4 * patches.shape[3])
-
-
-def _drop_text_modules(bert: InstructBlipQFormerModel) -> None:
-    """Removes what only text passes through: BLIP-2's checkpoints lack it, and it is half of the Q-Former."""
-    embeddings: nn.Module = bert.embeddings
-    embeddings.word_embeddings = embeddings.position_embeddings = None  # type: ignore[assignment]
-    for layer in bert.encoder.layer:
-        layer.intermediate = layer.output = None  # type: ignore[assignment]

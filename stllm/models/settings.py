@@ -4,36 +4,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stllm.models.configuration import STLLMConfig
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-    from stllm.models.configuration import STLLMConfig
 
 Fields = dict[str, Any]
 
 PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later ones over earlier ones
-# published names -> ours; `settings_to_fields` groups `vision`, `qformer`, `llm`, LoRA and the mask rate
-RENAMED = {
-    "arch": "arch",
-    "has_qformer": "has_qformer",
-    "qformer_text_input": "qformer_text_input",
-    "num_query_token": "num_query_tokens",
-    "video_input": "video_input",
-    "residual_size": "residual_size",
-    "residual_bottleneck": "residual_bottleneck",
-    "num_frames": "num_frames",
-    "use_mask": "use_mask",
-    "use_mvm": "use_mvm",
-    "mvm_decode": "mvm_decode",
-    "freeze_vit": "freeze_vit",
-    "freeze_qformer": "freeze_qformer",
-    "freeze_LLM": "freeze_llm",
-    "vit_chunk_size": "vit_chunk_size",
-    "template": "template",
-    "system": "system",
-    "max_txt_len": "max_txt_len",
-    "end_sym": "end_sym",
-}
+GROUPS = ("vision_config", "qformer_config", "text_config", "mask_rate", "lora")  # of several keys each
+PUBLISHED = {"num_query_tokens": "num_query_token", "freeze_llm": "freeze_LLM"}  # other fields have their key's name
+RENAMED = {PUBLISHED.get(name, name): name for name in STLLMConfig.__annotations__ if name not in GROUPS}
 VISION_RENAMED = {"vit_model": "encoder", "image_size": "image_size", "drop_path_rate": "drop_path_rate"}
 
 
@@ -50,7 +31,7 @@ def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
         "qformer_config": qformer,
         "text_config": _set(given.get("llm")),
         "mask_rate": {
-            name: given[f"mask_rate_{name}"] for name in ("mean", "std", "min", "max") if f"mask_rate_{name}" in given
+            name: given[key] for name in ("mean", "std", "min", "max") if (key := f"mask_rate_{name}") in given
         },
     }
     fields |= {name: group for name, group in groups.items() if group}
@@ -70,7 +51,7 @@ def _set(values: Mapping[str, Any] | None) -> Fields:
     return {str(key): value for key, value in (values or {}).items() if value is not None}
 
 
-def published_settings(config: "STLLMConfig") -> Fields:
+def published_settings(config: STLLMConfig) -> Fields:
     """Return a configuration under the published key names that `settings_to_fields` reads, without sizes and LoRA."""
     settings: Fields = {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
     settings |= {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}

@@ -10,19 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from stllm.common.errors import UserError
 from stllm.common.registry import models
 from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
-from stllm.models.initialization import initialize_parts
 from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
-from stllm.models.video_inputs import build_video_input
-from stllm.models.vision import build_vision_encoder
+from stllm.models.temporal_adapter import TemporalAdapter, TemporalLayer
+from stllm.models.video_inputs import ResidualInput, build_video_input
+from stllm.models.vision import VisionEncoder, build_vision_encoder, sine_cosine_positions
+
+INIT_STD = 0.02
 
 
 @dataclass
@@ -71,7 +75,11 @@ class STLLM(PreTrainedModel):
         self.post_init()  # adds its children's own to _no_split_modules
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))  # FSDP refuses the absent
-        self._freeze()
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
+        if config.lora is not None:
+            for name, parameter in self.language_model.named_parameters():
+                parameter.requires_grad_("lora_" in name)
 
     # ---- the way of a video -------------------------------------------------------------------------------------
 
@@ -244,19 +252,45 @@ class STLLM(PreTrainedModel):
             frozen.append(self.language_model)
         return frozen
 
-    def _freeze(self) -> None:
-        for part in self.frozen_parts():
-            part.requires_grad_(False)
-        if self.config.lora is not None:
-            for name, parameter in self.language_model.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-
     def initialize_weights(self) -> None:
         """Fresh values for whatever was not loaded from a file; transformers calls it once."""
         done = getattr(self, "_is_hf_initialized", False)
         super().initialize_weights()
         if not done:
             initialize_parts(self)
+
+
+@torch.no_grad()
+def initialize_parts(model: nn.Module) -> None:
+    """Start the parts that transformers doesn't know: timm's encoder, the adapter, the queries, the bottleneck.
+
+    transformers' `init` functions leave alone what was loaded from a file, so this serves a model built from nothing,
+    one built on some pretrained parts, and the buffers that no file carries. Source of the values: paper section 3.
+    """
+    for module in model.modules():
+        if isinstance(module, EvaAttention):
+            for bias in (module.q_bias, module.k_bias, module.v_bias):  # k_bias is a buffer that stays zero
+                assert bias is not None
+                init.zeros_(bias)
+        elif isinstance(module, Eva):
+            assert module.cls_token is not None and module.pos_embed is not None
+            init.trunc_normal_(module.cls_token, std=INIT_STD)
+            init.copy_(module.pos_embed, sine_cosine_positions(module.patch_embed.grid_size, module.embed_dim))
+        elif isinstance(module, TemporalAdapter):
+            init.zeros_(module.class_token)
+        elif isinstance(module, TemporalLayer):
+            init.zeros_(module.temporal_fc.weight)
+        elif isinstance(module, FrameQFormer):
+            init.normal_(module.query_tokens, std=INIT_STD)
+        elif isinstance(module, ResidualInput):
+            init.zeros_(module.up_proj.weight)
+    for module in model.modules():  # when the backbone has its values: the spatial layers start as its last blocks
+        if isinstance(module, VisionEncoder) and module.adapter is not None:
+            adapter = module.adapter
+            for layer, block in zip(adapter.spatial, module.backbone.blocks[-adapter.depth :], strict=True):
+                source = dict(block.named_parameters())
+                for name, parameter in layer.named_parameters():
+                    init.copy_(parameter, source[name])
 
 
 def config_of(model: STLLM) -> STLLMConfig:

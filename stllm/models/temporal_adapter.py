@@ -96,7 +96,11 @@ class TemporalAdapter(nn.Module):
                 f"use at most {self.max_frames} frames"
             )
         clips = [x.unflatten(0, (-1, num_frames)) for x in features]  # (B, T, 1+P, C) each
-        class_token, patches = self._start(clips[0], pos_embed)
+        first = clips[0]
+        own = self.class_token + pos_embed[:, :1]  # (1, 1, C)
+        class_token = (first[:, :, 0].mean(1, keepdim=True) + own) / 2  # (B, 1, C)
+        times = self.time_embed(torch.arange(num_frames, device=first.device))  # (T, C)
+        patches = first[:, :, 1:] + pos_embed[:, 1:] + times[:, None]  # (B, T, P, C)
         for j, x in enumerate(clips):
             if j > 0:
                 class_token = class_token + x[:, :, 0].mean(1, keepdim=True)
@@ -105,11 +109,3 @@ class TemporalAdapter(nn.Module):
             class_token, patches = self.spatial[j](class_token, patches)
         branch = torch.cat([class_token[:, None].expand(-1, num_frames, -1, -1), patches], dim=2)  # (B, T, 1+P, C)
         return (clips[-1] + branch).flatten(0, 1) / 2
-
-    def _start(self, first: Tensor, pos_embed: Tensor) -> tuple[Tensor, Tensor]:
-        """The branch's class token (B, 1, C) and patches (B, T, P, C) from the first block's output."""
-        num_frames = first.shape[1]
-        own = self.class_token + pos_embed[:, :1]  # (1, 1, C)
-        class_token = (first[:, :, 0].mean(1, keepdim=True) + own) / 2
-        times = self.time_embed(torch.arange(num_frames, device=first.device))  # (T, C)
-        return class_token, first[:, :, 1:] + pos_embed[:, 1:] + times[:, None]

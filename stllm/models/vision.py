@@ -23,6 +23,10 @@ if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its nam
     from stllm.models.temporal_adapter import TemporalAdapter
 
 
+POSITION_SCALE = 0.3  # about the size of a fresh patch embedding
+POSITION_BASE = 100.0
+
+
 def build_vision_encoder(config: "STLLMConfig") -> "VisionEncoder":
     """The vision encoder that a configuration names."""
     build = vision_encoders.get(config.vision_config["encoder"])
@@ -72,6 +76,21 @@ class VisionEncoder(nn.Module):
             frames, indices=count, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
+
+
+def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Position embeddings (1, 1+P, C) in which neighbours are alike from the first step on; zero for the class token.
+
+    A quarter of the width each: sine and cosine of the row and of the column, at wave lengths from 2 pi to 200 pi
+    patches; what a width leaves over is zero. A fresh encoder need not find out first where its patches lie.
+    """
+    rates = POSITION_BASE ** -(torch.arange(width // 4) / (width // 4))  # (C/4,)
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
+    angles = [side.flatten()[:, None] * rates for side in (rows, columns)]  # (P, C/4) each
+    waves = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    positions = torch.zeros(1, 1 + len(waves), width)
+    positions[0, 1:, : waves.shape[1]] = POSITION_SCALE * waves
+    return positions
 
 
 def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> VisionEncoder:

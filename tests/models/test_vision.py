@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from stllm.common.errors import UserError
-from stllm.models.initialization import sine_cosine_positions
-from stllm.models.vision import Float32LayerNorm
+from stllm.models.vision import Float32LayerNorm, sine_cosine_positions
 from tests.helpers.tiny import tiny_model
 
 VIDEO = torch.randn(2, 6, 3, 28, 28, generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,6 @@ the user's settings. Where two of them contradict each other, a sentence names w
 what to do. Other problems (a weight missing or of another shape) are left to the audit. All keys of weights are ours.
 """
 
-import inspect
 import logging
 import math
 import re
@@ -212,8 +211,8 @@ def _own_fields(source: Source) -> Fields:
     """Read what a source's own config.json and meta.json say, as fields of `STLLMConfig`."""
     config, fields = source.config, Fields()
     if source.format is Format.STLLM:
-        known = inspect.signature(STLLMConfig.__init__).parameters
-        fields = {key: value for key, value in config.items() if key in known and key not in ("self", "kwargs")}
+        known = STLLMConfig.__annotations__
+        fields = {key: value for key, value in config.items() if key in known}
         vision = fields.get("vision_config") or {}
         plain = VISION_DEFAULTS["encoder"]
         if vision.get("encoder", plain) == plain:  # it has no adapter, so its adapter sizes settle nothing
