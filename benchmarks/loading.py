@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.common import RESULTS, report, resident_bytes
 from stllm.models.checkpoints.convert import meta_of
+from stllm.models.checkpoints.formats import RELEASED
 from stllm.models.checkpoints.load import meta_model
-from stllm.models.checkpoints.tables import RELEASED
 from stllm.models.configuration import STLLMConfig
 
 GIB = 2**30

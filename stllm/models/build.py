@@ -1,5 +1,5 @@
-"""From a configuration to a model: the weights that its `model` section names are streamed in, later ones over earlier
-ones; what no file gives starts fresh only where training is meant to start it fresh.
+"""From a configuration to a model: the weights that its `model` section names are loaded, later ones override earlier
+ones. Weights that no file has start fresh only in the parts that training may start fresh.
 """
 
 import logging

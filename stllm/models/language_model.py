@@ -69,14 +69,14 @@ def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | Non
 
 
 def last_hidden_states(model: PreTrainedModel, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-    """States after the final norm, (B, S, D). inputs_embeds: (B, S, D); attention_mask: (B, S), padded on the right."""
+    """Return the states after the final norm, (B, S, D). attention_mask: (B, S), padded on the right."""
     decoder = model.get_decoder()
     with masks_without_reads(decoder):
         return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (..., vocabulary) of hidden states (..., D), with the scaling that some architectures put after it."""
+    """Return logits (..., vocabulary) of hidden states (..., D), scaled where the architecture scales them."""
     config = model.config
     logits = model.get_output_embeddings()(hidden)
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
@@ -91,11 +91,11 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def language_loss(
     model: PreTrainedModel, hidden: Tensor, labels: Tensor, positions: Tensor, num_items: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Next-token cross entropy in float32: the labelled tokens' sum over `num_items`, by default their own number.
+    """Return the next-token cross entropy in float32: a sum over labelled tokens, divided by `num_items`.
 
     hidden: (B, S, D); labels: (B, S). positions: (A,) in (B*S), of the states from which a labelled token is predicted.
-    num_items: labelled tokens of the whole optimizer step, all processes' and micro-batches', so that the loss does not
-        depend on how it is divided among them.
+    num_items: labelled tokens of the whole optimizer step (default: of this batch), all processes' and micro-batches',
+        so that the loss does not depend on how they are divided among them.
     Returns the loss and the logits (A, vocabulary); logits are computed nowhere else.
     """
     logits = logits_of(model, hidden.flatten(0, 1).index_select(0, positions))

@@ -24,7 +24,7 @@ LORA = "lora_"
 
 
 def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
-    """Adapts the layers in place. lora: {r, alpha, dropout, target_modules}. Raises UserError for layers not there."""
+    """Adapt the layers in place. lora: {r, alpha, dropout, target_modules}. Raises UserError for layers not there."""
     try:
         adapted: Any = inject_adapter_in_model(lora_config(lora), model)
     except ValueError as error:
@@ -33,12 +33,10 @@ def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel
             raise UserError(
                 f"peft can't adapt {targets} (model.lora_target_modules) with these settings: {error}"
             ) from error
-        names = sorted(
-            {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "in_features")}
-        )
+        names = {name.rpartition(".")[2] for name, part in model.named_modules() if hasattr(part, "in_features")}
         raise UserError(
             f"model.lora_target_modules names {targets}, but the language model's linear layers are "
-            f"{', '.join(names)}: name some of these"
+            f"{', '.join(sorted(names))}: name some of these"
         ) from error
     for name, parameter in adapted.named_parameters():
         if LORA in name:  # peft has started them; transformers' own start would undo that
@@ -47,7 +45,7 @@ def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel
 
 
 def lora_config(lora: dict[str, Any], base_model: str | None = None) -> LoraConfig:
-    """peft's configuration of ours. base_model: the folder or hub name of the language model under the adapter."""
+    """Return peft's configuration of ours. base_model: the folder or hub name of the adapter's language model."""
     return LoraConfig(
         r=lora["r"],
         lora_alpha=lora["alpha"],
@@ -59,7 +57,7 @@ def lora_config(lora: dict[str, Any], base_model: str | None = None) -> LoraConf
 
 
 def save_adapter(model: Any, folder: str | Path, *, base_model: str | None = None) -> None:
-    """Writes the adapter of an `STLLM` with LoRA, and the other weights that trained. base_model: see `lora_config`."""
+    """Write the adapter of an `STLLM` with LoRA, and the other weights that trained. base_model: see `lora_config`."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     lora_config(model.config.lora, base_model).save_pretrained(str(target))
@@ -70,16 +68,14 @@ def save_adapter(model: Any, folder: str | Path, *, base_model: str | None = Non
 
 
 def load_adapter(model: Any, folder: str | Path) -> None:
-    """Puts a saved adapter into an `STLLM` of the same sizes; LoRA is injected where the model has none.
+    """Put a saved adapter into an `STLLM` of the same sizes; LoRA is injected where the model has none.
 
     Raises UserError when the folder is no adapter, or one of another model.
     """
     source = Path(folder)
     check_regular(source, "a LoRA adapter")
-    missing = [
-        name for name in (ADAPTER_WEIGHTS, OTHER_WEIGHTS, "adapter_config.json") if not (source / name).is_file()
-    ]
-    if missing:
+    files = (ADAPTER_WEIGHTS, OTHER_WEIGHTS, "adapter_config.json")
+    if missing := [name for name in files if not (source / name).is_file()]:
         raise UserError(f"{source} is no LoRA adapter of a run: it lacks {', '.join(missing)}")
     if model.config.lora is None:
         saved = LoraConfig.from_pretrained(str(source))
@@ -95,8 +91,7 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     adapter = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(source / ADAPTER_WEIGHTS).items()}
     try:
         found: Any = set_peft_model_state_dict(model.language_model, adapter)
-        unexpected = [*found.unexpected_keys, *(name for name in others if name not in own)]
-        if unexpected:
+        if unexpected := [*found.unexpected_keys, *(name for name in others if name not in own)]:
             raise UserError(f"{source} was trained on another model: this one has no {', '.join(unexpected[:3])}")
         if missing := [key for key in found.missing_keys if LORA in key]:
             raise UserError(f"{source} does not hold the whole adapter: missing are {', '.join(missing[:3])}")
@@ -104,14 +99,12 @@ def load_adapter(model: Any, folder: str | Path) -> None:
             for name, tensor in others.items():
                 own[name].copy_(tensor)
     except RuntimeError as error:  # of another shape
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"{source} was trained on a model of other sizes ({reason}): name the one that it goes on"
-        ) from None
+        cause = str(error).splitlines()[-1].strip()
+        raise UserError(f"{source} was trained on a model of other sizes ({cause}): name its own model") from None
 
 
 def merge_lora(model: Any) -> None:
-    """Adds the adapter to the weights it adapts, which leaves a plain model. In place, on an `STLLM`."""
+    """Add the adapter to the weights it adapts, which leaves a plain model. In place, on an `STLLM`."""
     language_model = model.language_model
     layers = [(name, layer) for name, layer in language_model.named_modules() if isinstance(layer, LoraLayer)]
     for name, layer in reversed(layers):  # peft wraps the experts of a mixture once per parameter: inner layers first

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 def draw_mask_rate(
     *, mean: float, std: float, min: float, max: float, generator: torch.Generator | None = None
 ) -> float:
-    """The share of visual tokens to drop, ~ Normal(mean, std) in [min, max]."""
+    """Draw the share of visual tokens to drop, ~ Normal(mean, std) clipped to [min, max]."""
     return (torch.randn((), generator=generator) * std + mean).clamp(min, max).item()
 
 
 def draw_dropped(batch_size: int, num_tokens: int, *, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """(B, N) bool, True = dropped: int(rate*N) in each row, any of them with equal chance."""
+    """Draw what is dropped, (B, N) bool: int(rate*N) tokens in each row, each with equal chance."""
     order = torch.rand(batch_size, num_tokens, generator=generator).argsort(dim=1)
     return order < int(rate * num_tokens)  # ranks below the count: exactly that many in every row
 
@@ -32,10 +32,10 @@ class MVMDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden: (..., D), same shape out."""
+        """Decode hidden states (..., D); same shape out."""
         return self.norm(self.head(hidden))
 
 
 def mvm_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """mean(2 - 2*cos) over all kept tokens. student, teacher: (V, D); computed in float32; a scalar."""
+    """Return mean(2 - 2*cos) over all kept tokens, a scalar in float32. student, teacher: (V, D)."""
     return (2 - 2 * F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()

@@ -1,4 +1,4 @@
-"""What a model makes of a clip before anything that trains, so that it can be computed once and stored.
+"""Precomputed features: the output of a model's frozen first parts for a clip, which is computed once and stored.
 
 Stages: "vit", the frozen encoder's patch tokens; "qformer", a frozen Q-Former's query tokens where it reads no text.
 B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width.
@@ -16,45 +16,37 @@ from stllm.models.vision import build_vision_encoder
 
 
 def fault(config: STLLMConfig, stage: str) -> str | None:
-    """Why a stage's output cannot stand for the pixels in training, and what to do; None when it can."""
+    """Say why a stage's output cannot replace the pixels in training, and what to do; None when it can."""
     with torch.device("meta"):
         encoder = build_vision_encoder(config)
+    moving = "so that its output changes at every step"
+    take_vit = "take the encoder's output, stage vit"
     if encoder.adapter is not None:
-        return (
-            f"the temporal adapter (model.vit_model: {config.vision_config['encoder']}) trains even in a frozen "
-            "encoder, so that its output changes at every step: train from pixels"
-        )
+        adapter = f"the temporal adapter (model.vit_model: {config.vision_config['encoder']})"
+        return f"{adapter} trains even in a frozen encoder, {moving}: train from pixels"
     if not config.freeze_vit:
-        return (
-            "the vision encoder trains (model.freeze_vit: False), so that its output changes at every step: freeze it, "
-            "or train from pixels"
-        )
+        return f"the vision encoder trains (model.freeze_vit: False), {moving}: freeze it, or train from pixels"
     if stage == "vit":
         return None
     if not config.has_qformer:
-        return "the model has no Q-Former (model.has_qformer: False): take the encoder's output, stage vit"
+        return f"the model has no Q-Former (model.has_qformer: False): {take_vit}"
     if config.qformer_text_input:
-        return (
-            "this Q-Former reads the question too (model.qformer_text_input: True), so that its output is no clip's "
-            "own: take the encoder's output, stage vit"
-        )
+        reads = "this Q-Former reads the question too (model.qformer_text_input: True)"
+        return f"{reads}, so that its output is no clip's own: {take_vit}"
     if not config.freeze_qformer:
-        return (
-            "the Q-Former trains (model.freeze_qformer: False), so that its output changes at every step: freeze it, "
-            "or take the encoder's output, stage vit"
-        )
+        return f"the Q-Former trains (model.freeze_qformer: False), {moving}: freeze it, or {take_vit}"
     return None
 
 
 @torch.inference_mode()
 def encode(model: STLLM, pixel_values: Tensor, stage: str) -> Tensor:
-    """pixel_values: (B, T, 3, S, S), normalised. Returns (B, T, 1+P, C), or (B, T, K, Q) of stage "qformer"."""
+    """Compute a stage's output: (B, T, 1+P, C), or (B, T, K, Q) of stage "qformer". pixel_values: (B, T, 3, S, S)."""
     features = model.vision_features(pixel_values)
     return features if stage == "vit" else model.qformer(features)
 
 
 def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, int]:
-    """Of one clip's features: (T, 1+P, C) or (T, K, Q)."""
+    """Return the shape of one clip's features: (T, 1+P, C), or (T, K, Q) of stage "qformer"."""
     if stage == "vit":
         return num_frames, 1 + config.num_patches, config.vision_config["embed_dim"]
     return num_frames, config.num_query_tokens, config.qformer_config.hidden_size
@@ -62,19 +54,16 @@ def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, i
 
 @torch.no_grad()
 def weights_digest(model: STLLM, stage: str) -> str:
-    """A digest of all that a stage's output depends on: 16 hex digits, in seconds for a billion weights.
+    """Return a digest of all that a stage's output depends on: 16 hex digits, in seconds for a billion weights.
 
-    The same whether the weights are held in float32 or bfloat16: their values are compared as the latter. Held in
-    float16 they have been rounded otherwise, unless a file gave them so.
+    It is the same for weights in float32 and in bfloat16, because their values are compared as bfloat16. In float16
+    they are rounded differently, unless the file's own type is float16.
     """
-    config = model.config
-    parts: dict[str, nn.Module] = {
-        "backbone": model.vision_encoder.backbone,
-        "ln_vision": model.vision_encoder.ln_vision,
-    }
+    config, encoder = model.config, model.vision_encoder
+    parts: dict[str, nn.Module] = {"backbone": encoder.backbone, "ln_vision": encoder.ln_vision}
     choices = {name: config.vision_config[name] for name in ("patch_size", "num_heads", "ln_eps")}
-    if (encoder := config.vision_config["encoder"]) != VISION_DEFAULTS["encoder"]:
-        choices["encoder"] = encoder
+    if (name := config.vision_config["encoder"]) != VISION_DEFAULTS["encoder"]:
+        choices["encoder"] = name
     if stage == "qformer":
         parts["qformer"] = model.qformer
         choices["qformer_heads"] = config.qformer_config.num_attention_heads

@@ -26,31 +26,18 @@ class Part(NamedTuple):
     switch: str = ""
 
 
-# the first that fits counts
-PARTS = (
+VISION_KEYS = r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b"
+LANGUAGE_KEYS = r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\."
+BY_CKPT = "model.ckpt (or an InstructBLIP file as model.q_former_model)"
+PARTS = (  # the first that fits counts
     Part("temporal adapter", "vision_encoder.adapter.", r"BTAdapter", switch="model.vit_model=eva_clip_g"),
     Part("ln_vision", "vision_encoder.ln_vision.", r"(?!)", "model.q_former_model"),
     Part("qformer", "qformer.", r"Qformer|qformer", "model.q_former_model"),
-    Part(
-        "vision encoder",
-        "vision_encoder.",
-        r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b",
-        "model.vit_ckpt (eva_vit_g.pth)",
-    ),
-    Part(
-        "projection",
-        "projection.",
-        r"(?:llama|llm|t5|opt|language)_proj",
-        "model.ckpt (or an InstructBLIP file as model.q_former_model)",
-    ),
+    Part("vision encoder", "vision_encoder.", VISION_KEYS, "model.vit_ckpt (eva_vit_g.pth)"),
+    Part("projection", "projection.", r"(?:llama|llm|t5|opt|language)_proj", BY_CKPT),
     Part("video input", "video_input.", r"residual_index|down_proj|up_proj", switch="model.video_input=all"),
     Part("mvm decoder", "mvm_decoder.", r"mvm", switch="model.mvm_decode=False"),
-    Part(
-        "language model",
-        "language_model.",
-        r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\.",
-        "model.llama_model",
-    ),
+    Part("language model", "language_model.", LANGUAGE_KEYS, "model.llama_model"),
 )
 OTHER = "other"
 # in the order of a video's way
@@ -106,20 +93,19 @@ class AuditReport:
         part_missing = any(audit.missing and not audit.loaded for audit in self.parts.values())
         if wrong and not part_missing:
             raise UserError(
-                f"{self.source}: {_counted(wrong)} of another size than the configuration asks for: "
-                f"{_named(wrong)}; use the configuration that these weights were made with"
+                f"{self.source}: {_counted(wrong)} of another size than the configuration asks for: {named(wrong)}; "
+                "use the configuration that these weights were made with"
             )
         if not missing:
             return
         parts = [part for part in PARTS if part.name in self.parts and self.parts[part.name].missing]
-        if named := sorted({part.given_by for part in parts if part.given_by}):
-            advice = f"the download may be incomplete; when building from pieces, name them with {', '.join(named)}"
+        if given_by := sorted({part.given_by for part in parts if part.given_by}):
+            advice = f"the download may be incomplete; when building from pieces, name them with {', '.join(given_by)}"
         else:
             off = " and ".join(part.switch for part in parts) or "in the configuration"
             advice = f"switch off what needs them ({off}), or use a checkpoint that has them"
-        raise UserError(
-            f"{self.source}: {_counted(missing)} missing that the configuration needs: {_named(missing)}; {advice}"
-        )
+        lacking = f"{_counted(missing)} missing that the configuration needs: {named(missing)}"
+        raise UserError(f"{self.source}: {lacking}; {advice}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the number of loaded weights, and the names of all others."""
@@ -147,7 +133,7 @@ class AuditReport:
     def details(self) -> list[str]:
         """Return a line for each kind of exception, and the notes."""
         lines = [
-            f"{part}, {state.replace('_', ' ')}: {_named(getattr(audit, state))}"
+            f"{part}, {state.replace('_', ' ')}: {named(getattr(audit, state))}"
             for part, audit in self._ordered()
             for state in STATES[1:]
             if getattr(audit, state)
@@ -159,9 +145,10 @@ class AuditReport:
         return sorted(self.parts.items(), key=lambda item: order[item[0]])
 
 
-def _named(keys: list[str]) -> str:
-    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-    return ", ".join(keys[:MAX_NAMED]) + more
+def named(keys: list[str], most: int = MAX_NAMED) -> str:
+    """Name the first keys, and the number of the others."""
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
 
 
 def _counted(keys: list[str]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig
@@ -26,10 +27,9 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
 from stllm.common.jsonl import loads
 from stllm.models.checkpoints.audit import AuditReport
-from stllm.models.checkpoints.formats import Source
+from stllm.models.checkpoints.formats import RELEASED, Source, UnknownKeyError
 from stllm.models.checkpoints.infer_config import open_model
 from stllm.models.checkpoints.load import assemble, processor_of
-from stllm.models.checkpoints.tables import RELEASED, UnknownKeyError
 from stllm.models.configuration import QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig
 from stllm.models.lora import load_adapter, merge_lora
 from stllm.models.settings import VISION_RENAMED, published_settings
@@ -115,10 +115,9 @@ def _sizes(folder: Path) -> dict[str, int]:
 def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
     """Return the floating-point type of most of the weights."""
     sizes: Counter[torch.dtype] = Counter()
-    for source in sources:
-        for spec in source.weights.specs.values():
-            if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                sizes[spec.dtype] += spec.numel()
+    for spec in (spec for source in sources for spec in source.weights.specs.values()):
+        if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            sizes[spec.dtype] += spec.numel()
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
@@ -128,21 +127,13 @@ def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES)
     Raises UserError for a language model that the layout has no place for.
     """
     state = released_state(model)
-    shards: list[list[str]] = [[]]  # keys in order, cut where a shard would grow beyond the limit
-    room = shard_bytes
-    for key, tensor in state.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(key)
-        room -= tensor.nbytes
-    files = {f"pytorch_model-{n:05d}-of-{len(shards):05d}.bin": keys for n, keys in enumerate(shards, start=1)}
-    for name, keys in tqdm(files.items(), desc="writing weights", unit="file", disable=None, delay=1, leave=False):
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_bytes
+    )
+    files = split.filename_to_tensors.items()
+    for name, keys in tqdm(files, desc="writing weights", unit="file", disable=None, delay=1, leave=False):
         torch.save({key: state[key] for key in keys}, folder / name)
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
-        "weight_map": {key: name for name, keys in files.items() for key in keys},
-    }
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     # config.json as old libraries read it: LLaMA's own fields, not transformers' generic ones
     generic = set(PretrainedConfig().to_dict()) - KEPT_GENERIC
     text = {key: value for key, value in model.config.text_config.to_dict().items() if key not in generic}
@@ -150,11 +141,8 @@ def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES)
         text.setdefault("rope_theta", text["rope_parameters"]["rope_theta"])
     dtype = str(model.projection.weight.dtype).removeprefix("torch.")
     config = {**text, "model_type": "st_llm_hf", "architectures": ["LlamaForCausalLM"], "torch_dtype": dtype}
-    for name, content in (
-        ("pytorch_model.bin.index.json", index),
-        ("config.json", config),
-        ("meta.json", meta_of(config_of(model))),
-    ):
+    contents = {"pytorch_model.bin.index.json": index, "config.json": config, "meta.json": meta_of(config_of(model))}
+    for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
@@ -162,9 +150,7 @@ def released_state(model: STLLM) -> dict[str, Tensor]:
     """Return the model's weights under the released names. Raises UserError."""
     kind = model.config.text_config.model_type
     if kind != "llama":
-        raise UserError(
-            f"the released layout has a place for LLaMA models alone, but this one's is {kind}: use --format stllm"
-        )
+        raise UserError(f"the released layout takes LLaMA models alone, but this one's is {kind}: use --format stllm")
     merge_lora(model)
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
@@ -181,11 +167,8 @@ def released_state(model: STLLM) -> dict[str, Tensor]:
 def meta_of(config: STLLMConfig) -> dict[str, Any]:
     """Return what weights do not show: the configuration by its published names, and the sizes."""
     vision = {key: config.vision_config[key] for key in VISION_DEFAULTS if key not in VISION_RENAMED.values()}
-    sizes: dict[str, Any] = {
-        "vision": {"img_size": config.vision_config["image_size"], **vision},
-        "llm": "config.json",
-        "bottleneck": config.residual_bottleneck,
-    }
+    vision = {"img_size": config.vision_config["image_size"], **vision}
+    sizes: dict[str, Any] = {"vision": vision, "llm": "config.json", "bottleneck": config.residual_bottleneck}
     if config.has_qformer:
         names = [*QFORMER_DEFAULTS, "encoder_hidden_size"]
         sizes["qformer"] = {name: getattr(config.qformer_config, name) for name in names}

@@ -1,20 +1,25 @@
-"""Detection of a checkpoint's format, from its config.json and the names of its weights.
+"""The known formats: the names of weights in each, and the detection of a checkpoint's format.
+
+A key table is declared once and read in both directions; ours are on the right: vision_encoder.{backbone,adapter,
+ln_vision}, qformer.{query_tokens,bert}, projection, video_input, mvm_decoder, language_model. A key that no table entry
+covers raises an error; nothing is dropped silently. Source: the key lists of the published checkpoints.
 
 `open_source` returns a `Source`: format, key table, shapes, and the tensors on demand. A path that does not exist here
 and looks like `org/name` is fetched from the hub. Only that and a URL use the network.
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
 from stllm.common.jsonl import loads
-from stllm.models.checkpoints import tables
-from stllm.models.checkpoints.tables import KeyTable, Target, UnknownKeyError
 from stllm.models.checkpoints.weights import WeightFiles, Weights, convert_language_model, read_config
 from stllm.models.configuration import CONFIG_ERRORS, language_model_config
 
@@ -23,6 +28,7 @@ HUB_FILES = ("*.json", "*.model", "*.txt", "*.safetensors", "*.bin", "*.jinja", 
 LANGUAGE_MODEL = "language_model."  # prefix of its keys, in our format and in transformers' InstructBLIP
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 SHARD = re.compile(r".+-\d{5}-of-(?P<total>\d{5})\.(?:bin|safetensors)$")
+Pairs = tuple[tuple[str, str], ...]
 
 
 class Format(Enum):
@@ -36,6 +42,181 @@ class Format(Enum):
     MINIGPT4 = "MiniGPT-4"
     TRANSFORMERS_BLIP = "InstructBLIP or BLIP-2 (transformers)"
     CAUSAL_LM = "causal language model"
+
+
+class UnknownKeyError(KeyError):
+    """A key that the table neither renames nor ignores."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The place of one of their tensors: our key (None for a part that must be zero), and which part of how many."""
+
+    key: str | None
+    part: int = 0
+    num_parts: int = 1
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """This target's rows of their tensor."""
+        return tensor.tensor_split(self.num_parts)[self.part]
+
+
+@dataclass(frozen=True)
+class KeyTable:
+    """One format's names.
+
+    prefixes: (theirs, ours); the first that fits is replaced, so a prefix comes before any shorter one that it begins
+    with.
+    inner: their prefix -> (theirs, ours), replaced anywhere after it.
+    splits: the end of a renamed key -> the ends of our keys for equal parts of that fused tensor's first dimension;
+        None for a part that must be zero.
+    ignored: regular expressions of keys that are known and not ours, matched from the start.
+    """
+
+    prefixes: Pairs
+    inner: Mapping[str, Pairs] = field(default_factory=dict)
+    splits: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def ignores(self, key: str) -> bool:
+        """Check whether their key is known and not ours."""
+        return any(re.match(pattern, key) for pattern in self.ignored)
+
+    def ignoring(self, *patterns: str) -> "KeyTable":
+        """Return the same table with more keys that are known and not ours."""
+        return replace(self, ignored=(*patterns, *self.ignored))
+
+    def to_ours(self, key: str) -> str | None:
+        """Return our name for their key; None when it is ignored. Raises UnknownKeyError."""
+        if self.ignores(key):
+            return None
+        for theirs, ours in self.prefixes:
+            if key.startswith(theirs):
+                rest = key[len(theirs) :]
+                for their_part, our_part in self.inner.get(theirs, ()):
+                    rest = rest.replace(their_part, our_part)
+                return ours + rest
+        raise UnknownKeyError(key)
+
+    def targets(self, key: str) -> list[Target]:
+        """Return where their tensor goes; nothing when it is ignored. Raises UnknownKeyError."""
+        renamed = self.to_ours(key)
+        if renamed is None:
+            return []
+        for fused, parts in self.splits.items():
+            if renamed.endswith(fused):
+                keys = [None if end is None else renamed.removesuffix(fused) + end for end in parts]
+                return [Target(ours, part, len(keys)) for part, ours in enumerate(keys)]
+        return [Target(renamed)]
+
+    def to_theirs(self, key: str) -> str:
+        """Return their name for our key. Raises UnknownKeyError when the format has no place for it."""
+        for theirs, ours in sorted(self.prefixes, key=lambda pair: -len(pair[1])):
+            if key.startswith(ours):
+                rest = key[len(ours) :]
+                for their_part, our_part in self.inner.get(theirs, ()):
+                    rest = rest.replace(our_part, their_part)
+                return theirs + rest
+        raise UnknownKeyError(key)
+
+
+QFORMER_INNER: Pairs = (
+    ("crossattention.self.", "crossattention.attention."),
+    (".attention.self.", ".attention.attention."),
+    ("embeddings.LayerNorm.", "embeddings.layernorm."),
+)
+QFORMER_IGNORED = (r".*Qformer\.cls\.", r".*\.position_ids$")
+OLD_BUFFERS = (r".*rotary_emb\.inv_freq$",)  # saved by old libraries
+
+
+def _lavis_parts(prefix: str) -> Pairs:
+    """Name the parts that have the same names in every file of the LAVIS line, under some prefix."""
+    return (
+        (f"{prefix}ln_vision.", "vision_encoder.ln_vision."),
+        (f"{prefix}Qformer.bert.", "qformer.bert."),
+        (f"{prefix}query_tokens", "qformer.query_tokens"),
+    )
+
+
+OURS = KeyTable(prefixes=(("", ""),))
+
+RELEASED = KeyTable(
+    prefixes=(
+        ("model.stllm_model.visual_encoder.BTAdapter_cls", "vision_encoder.adapter.class_token"),
+        ("model.stllm_model.visual_encoder.BTAdapter_position.", "vision_encoder.adapter.time_embed."),
+        ("model.stllm_model.visual_encoder.BTAdapter_T.", "vision_encoder.adapter.temporal."),
+        ("model.stllm_model.visual_encoder.BTAdapter_S.", "vision_encoder.adapter.spatial."),
+        ("model.stllm_model.visual_encoder.", "vision_encoder.backbone."),
+        *_lavis_parts("model.stllm_model."),
+        ("model.stllm_model.llama_proj.", "projection."),
+        ("model.stllm_model.down_proj.", "video_input.down_proj."),
+        ("model.stllm_model.up_proj.", "video_input.up_proj."),
+        ("model.stllm_model.mvm_decoder.", "mvm_decoder."),
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+    inner={"model.stllm_model.Qformer.bert.": QFORMER_INNER},
+    ignored=(
+        *QFORMER_IGNORED,
+        r"model\.stllm_model\.embed_tokens\.weight$",  # repeats model.embed_tokens.weight
+        r"model\.stllm_model\.residual_index$",  # cached from the first clip; ours is computed from T
+        *OLD_BUFFERS,
+    ),
+)
+
+# `eva_vit_g.pth` has one block more than BLIP-2 uses, which `open_source` adds to what is ignored
+EVA = KeyTable(
+    prefixes=tuple(
+        (key, f"vision_encoder.backbone.{key}") for key in ("cls_token", "pos_embed", "patch_embed.", "blocks.")
+    ),
+    ignored=(r"(?:norm|fc_norm|head)\.", r"mask_token$", r"rel_pos_bias\."),  # of its pre-training; ln_vision follows
+)
+
+
+INSTRUCTBLIP_LAVIS = KeyTable(
+    prefixes=(*_lavis_parts(""), ("llm_proj.", "projection."), ("visual_encoder.", "vision_encoder.backbone.")),
+    inner={"Qformer.bert.": QFORMER_INNER},
+    ignored=QFORMER_IGNORED,
+)
+
+BLIP2_LAVIS = KeyTable(
+    prefixes=(*_lavis_parts(""), ("visual_encoder.", "vision_encoder.backbone.")),
+    inner={"Qformer.bert.": QFORMER_INNER},
+    # projections into other language models, and the heads of BLIP-2's first stage
+    ignored=(*QFORMER_IGNORED, r"(?:t5|opt)_proj\.", r"(?:vision_proj|text_proj|itm_head)\.", r"temp$"),
+)
+
+MINIGPT4 = KeyTable(prefixes=(("llama_proj.", "projection."),))
+
+TRANSFORMERS_BLIP = KeyTable(
+    prefixes=(
+        ("vision_model.embeddings.class_embedding", "vision_encoder.backbone.cls_token"),
+        ("vision_model.embeddings.position_embedding", "vision_encoder.backbone.pos_embed"),
+        ("vision_model.embeddings.patch_embedding.", "vision_encoder.backbone.patch_embed.proj."),
+        ("vision_model.encoder.layers.", "vision_encoder.backbone.blocks."),
+        ("vision_model.post_layernorm.", "vision_encoder.ln_vision."),
+        ("qformer.layernorm.", "qformer.bert.embeddings.layernorm."),  # BLIP-2's
+        ("qformer.", "qformer.bert."),
+        ("query_tokens", "qformer.query_tokens"),
+        ("language_projection.", "projection."),
+        ("language_model.", "language_model."),
+    ),
+    inner={
+        "vision_model.encoder.layers.": (
+            (".self_attn.qkv.", ".attn.qkv."),
+            (".self_attn.projection.", ".attn.proj."),
+            (".layer_norm1.", ".norm1."),
+            (".layer_norm2.", ".norm2."),
+        )
+    },
+    splits={".attn.qkv.bias": (".attn.q_bias", None, ".attn.v_bias")},
+    ignored=(r".*\.position_ids$", *OLD_BUFFERS),
+)
+
+# an encoder-decoder reads the projected tokens in its encoder: neither it nor the projection into it is ours
+FOREIGN_LANGUAGE_MODEL = (r"language_model\.", r"language_projection\.")
+
+CAUSAL_LM = KeyTable(prefixes=(("", "language_model."),), ignored=OLD_BUFFERS)
 
 
 class Entry(NamedTuple):
@@ -101,38 +282,43 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     config, meta = read_json(place / "config.json"), read_json(place / "meta.json")
     weights: Weights = WeightFiles(weight_files(place))
     kind = config.get("model_type")
+    is_blip = kind in ("instructblip", "instructblipvideo", "blip-2")
+    text, table = config.get("text_config") or {}, TRANSFORMERS_BLIP
+    if is_blip and (text.get("model_type", "opt") in ("t5", "mt5", "bart") or text.get("is_encoder_decoder", False)):
+        table = table.ignoring(*FOREIGN_LANGUAGE_MODEL)
+    elif (is_blip or kind == "stllm") and any(key.startswith(LANGUAGE_MODEL) for key in weights.specs):
+        try:
+            text_config = language_model_config(config.get("text_config"))
+        except CONFIG_ERRORS as error:
+            cause = reason(error)
+            raise UserError(f"{place}/config.json: its text_config can't be used ({cause}): correct it") from error
+        weights = convert_language_model(place, weights, text_config, prefix=LANGUAGE_MODEL)
     if kind == "stllm":
-        weights = _with_language_model(place, weights, config)
-        return Source(place, Format.STLLM, tables.OURS, weights, config, meta)
+        return Source(place, Format.STLLM, OURS, weights, config, meta)
     if kind == "st_llm_hf" or any(key.startswith("model.stllm_model.") for key in weights.specs):
-        return Source(place, Format.RELEASED, tables.RELEASED, weights, config, meta)
-    if kind in ("instructblip", "instructblipvideo", "blip-2"):
-        text = config.get("text_config") or {}
-        if text.get("model_type", "opt") in ("t5", "mt5", "bart") or text.get("is_encoder_decoder", False):
-            table = tables.TRANSFORMERS_BLIP.ignoring(*tables.FOREIGN_LANGUAGE_MODEL)
-        else:
-            table, weights = tables.TRANSFORMERS_BLIP, _with_language_model(place, weights, config)
+        return Source(place, Format.RELEASED, RELEASED, weights, config, meta)
+    if is_blip:
         return Source(place, Format.TRANSFORMERS_BLIP, table, weights, config, meta)
     if kind is None:
         return _without_config(place, weights, depth)
     weights = convert_language_model(place, weights, read_config(place), prefix="")
-    return Source(place, Format.CAUSAL_LM, tables.CAUSAL_LM, weights, config, meta)
+    return Source(place, Format.CAUSAL_LM, CAUSAL_LM, weights, config, meta)
 
 
 def _without_config(path: Path, weights: Weights, depth: int | None) -> Source:
     """Recognise a file, or a folder without a config.json, by its key names."""
     keys = weights.specs
     if any(key.startswith("model.stllm_model.") for key in keys):
-        return Source(path, Format.RELEASED, tables.RELEASED, weights)
+        return Source(path, Format.RELEASED, RELEASED, weights)
     if "patch_embed.proj.weight" in keys and "blocks.0.attn.qkv.weight" in keys:
         last = max(int(key.split(".")[1]) for key in keys if key.startswith("blocks."))
-        return Source(path, Format.EVA, tables.EVA.ignoring(rf"blocks\.{depth or last}\."), weights)
+        return Source(path, Format.EVA, EVA.ignoring(rf"blocks\.{depth or last}\."), weights)
     if any(key.startswith("Qformer.") for key in keys):
         if "llm_proj.weight" in keys:
-            return Source(path, Format.INSTRUCTBLIP, tables.INSTRUCTBLIP_LAVIS, weights)
-        return Source(path, Format.BLIP2, tables.BLIP2_LAVIS, weights)
+            return Source(path, Format.INSTRUCTBLIP, INSTRUCTBLIP_LAVIS, weights)
+        return Source(path, Format.BLIP2, BLIP2_LAVIS, weights)
     if "llama_proj.weight" in keys:
-        return Source(path, Format.MINIGPT4, tables.MINIGPT4, weights)
+        return Source(path, Format.MINIGPT4, MINIGPT4, weights)
     if any(key.startswith(("vision_encoder.", "language_model.", "model.layers.")) for key in keys):
         raise UserError(f"{path} has no config.json beside it: name the folder that holds both")
     if any(".lora_A." in key for key in keys):
@@ -145,17 +331,6 @@ def _without_config(path: Path, weights: Weights, depth: int | None) -> Source:
         f"{path} is no known checkpoint (its first weights are {first}): expected one of "
         f"{', '.join(known.value for known in Format)}"
     )
-
-
-def _with_language_model(place: Path, weights: Weights, config: dict[str, Any]) -> Weights:
-    """Convert the language model inside a whole model's folder, where there is one."""
-    if not any(key.startswith(LANGUAGE_MODEL) for key in weights.specs):
-        return weights
-    try:
-        text_config = language_model_config(config.get("text_config"))
-    except CONFIG_ERRORS as error:
-        raise UserError(f"{place}/config.json: its text_config can't be used ({reason(error)}): correct it") from error
-    return convert_language_model(place, weights, text_config, prefix=LANGUAGE_MODEL)
 
 
 def locate(path: str | Path) -> Path:
@@ -213,9 +388,8 @@ def weight_files(folder: Path) -> list[Path]:
             continue
         for number, name in enumerate(names, start=1):
             if not (folder / name).is_file():
-                raise UserError(
-                    f"shard {number} of {len(names)}, {name}, is missing in {folder}: copy or download it again"
-                )
+                which = f"shard {number} of {len(names)}, {name}"
+                raise UserError(f"{which}, is missing in {folder}: copy or download it again")
         return [folder / name for name in names]
     others = sorted(
         path for path in folder.iterdir() if path.suffix in WEIGHT_ENDINGS and path.name != "training_args.bin"

@@ -66,7 +66,6 @@ COMPARED = (
     ("", "has_qformer"),
 )
 PUBLISHED = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # groups of keys in a YAML
-LLM_KEYS = ("num_hidden_layers", "intermediate_size")  # compared beside the width, for which there is more to compare
 LLM_SIZES = {4096: " (7B)", 5120: " (13B)"}
 FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # by whether the Q-Former reads text
 NOT_THE_MODELS = (
@@ -211,38 +210,33 @@ def _own_fields(source: Source) -> Fields:
     """Read what a source's own config.json and meta.json say, as fields of `STLLMConfig`."""
     config, fields = source.config, Fields()
     if source.format is Format.STLLM:
-        known = STLLMConfig.__annotations__
-        fields = {key: value for key, value in config.items() if key in known}
+        fields = {key: value for key, value in config.items() if key in STLLMConfig.__annotations__}
         vision = fields.get("vision_config") or {}
-        plain = VISION_DEFAULTS["encoder"]
-        if vision.get("encoder", plain) == plain:  # it has no adapter, so its adapter sizes settle nothing
+        if vision.get("encoder", VISION_DEFAULTS["encoder"]) == VISION_DEFAULTS["encoder"]:
+            # it has no adapter, so its adapter sizes settle nothing
             absent = ("adapter_depth", "max_frames")
             fields["vision_config"] = {key: value for key, value in vision.items() if key not in absent}
     elif source.format is Format.RELEASED:
+        sizes = source.meta.get("sizes") or {}
+        vision = {key.replace("img_size", "image_size"): value for key, value in (sizes.get("vision") or {}).items()}
+        settings = {
+            "vision": {key: value for key, value in vision.items() if key in VISION_DEFAULTS},
+            "qformer": {key: value for key, value in (sizes.get("qformer") or {}).items() if key != "bert_vocab"},
+            "residual_bottleneck": sizes.get("bottleneck") or None,
+            **(source.meta.get("config") or {}),
+        }
         if config:
             fields["text_config"] = _text_config(config)
         if RESIDUAL_INDEX in source.weights.specs:
             fields["residual_size"] = source.weights.specs[RESIDUAL_INDEX].shape[0]
-        sizes = source.meta.get("sizes") or {}
-        vision = {key.replace("img_size", "image_size"): value for key, value in (sizes.get("vision") or {}).items()}
-        qformer = {key: value for key, value in (sizes.get("qformer") or {}).items() if key != "bert_vocab"}
-        settings = {
-            "vision": {key: value for key, value in vision.items() if key in VISION_DEFAULTS},
-            "qformer": qformer,
-            "residual_bottleneck": sizes.get("bottleneck") or None,
-            **(source.meta.get("config") or {}),
-        }
         fields |= settings_to_fields(settings)
     elif source.format is Format.TRANSFORMERS_BLIP:
         vision, qformer = config.get("vision_config") or {}, config.get("qformer_config") or {}
         # transformers leaves out what equals its own defaults
         heads = {"num_heads": vision.get("num_attention_heads", 16), "ln_eps": vision.get("layer_norm_eps", 1e-6)}
-        fields = {
-            "vision_config": heads,
-            "qformer_config": {"num_attention_heads": qformer.get("num_attention_heads", 12)},
-        }
-        if "cross_attention_frequency" in qformer:
-            fields["qformer_config"]["cross_attention_frequency"] = qformer["cross_attention_frequency"]
+        every = {key: qformer[key] for key in ("cross_attention_frequency",) if key in qformer}
+        own_qformer = {"num_attention_heads": qformer.get("num_attention_heads", 12), **every}
+        fields = {"vision_config": heads, "qformer_config": own_qformer}
         if source.is_whole_model:
             fields["text_config"] = _text_config(config.get("text_config") or {})
     elif source.format is Format.CAUSAL_LM:
@@ -341,17 +335,17 @@ def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any]
     for words, size in known[1:]:
         reference, expected = known[0]
         if size != expected:
-            either = (
-                "; or train a new projection: model.fresh=[projection]" if "projection" in reference + words else ""
-            )
+            advice = "use weights and configuration of the same size"
+            if "projection" in reference + words:
+                advice += "; or train a new projection: model.fresh=[projection]"
             raise UserError(
                 f"the language model has hidden size {expected}{LLM_SIZES.get(expected, '')} by {reference}, but "
-                f"{size}{LLM_SIZES.get(size, '')} by {words}: use weights and configuration of the same size{either}"
+                f"{size}{LLM_SIZES.get(size, '')} by {words}: {advice}"
             )
     whole = next((source for source in reversed(sources) if source.is_whole_model), None)
     if whole is not None:  # its own language model is the one that is used
         own = whole.config.get("text_config") or whole.config
-        for key in LLM_KEYS:
+        for key in ("num_hidden_layers", "intermediate_size"):
             if own.get(key) is not None and beside.get(key) is not None and own[key] != beside[key]:
                 raise UserError(
                     f"model.llama_model ({named}) has {key} {beside[key]}, but the whole checkpoint {whole.path} "
@@ -369,6 +363,23 @@ def check_family(name: str, shapes: Shapes, config: STLLMConfig, *, whole: bool)
             f"{name} is of the {FAMILIES[reads]} family (its Q-Former {'has' if reads else 'has no'} text embeddings), "
             f"but the configuration {'takes' if asked else 'takes no'} text (the {FAMILIES[asked]} family): set "
             f"model.qformer_text_input={reads}, or use {FAMILIES[asked]} weights"
+        )
+
+
+def check_adapter(name: str, sources: Sequence[Source], *, needed: bool, may_be_fresh: bool) -> None:
+    """Compare the weights with the settings: QA weights have the temporal adapter, conversation weights have none."""
+    keys = [key for source in sources for key in source.entries]
+    saved = any(key.startswith(ADAPTER) for key in keys)
+    if saved and not needed:
+        raise UserError(
+            f"{name} is a QA checkpoint (it has the temporal adapter), but the configuration is for conversation "
+            "(model.vit_model: eva_clip_g, without one): set model.vit_model=eva_btadapter_g, or use conversation "
+            "weights"
+        )
+    if needed and not saved and not may_be_fresh and any(key.startswith(BACKBONE) for key in keys):
+        raise UserError(
+            f"{name} is a conversation checkpoint (it has no temporal adapter), but the configuration is for QA "
+            "(model.vit_model: eva_btadapter_g): set model.vit_model=eva_clip_g, or use QA weights"
         )
 
 

@@ -7,9 +7,8 @@ counts: weights, gradients and AdamW's states. Not counted: activations, autocas
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -58,15 +57,14 @@ def inspect_config(
     cfg = load_config(cfg_path, options)
     settings = model_section(cfg)
     paths = piece_paths(settings)
-    here = [path for path in paths if Path(path).exists()]
     depth = (settings.get("vision") or {}).get("depth")
-    sources = [open_source(path, depth=depth) for path in here]
+    sources = [open_source(path, depth=depth) for path in paths if Path(path).exists()]
     config = decide_config(sources, settings, default_llm=True)
     found, report = _describe(config, sources, training=True, fresh=settings.get("fresh") or (), run=cfg.run)
     absent = [
         f"{path} is not here: its sizes are those of model.llm, or the published ones"
         for path in paths
-        if path not in here
+        if not Path(path).exists()
     ]
     return {**found, "assumed": absent}, report if sources and not absent else None
 
@@ -82,12 +80,10 @@ def _describe(
     model = meta_model(config, torch.float32)
     report = make_plan(model, sources, training=training, fresh=fresh).report
     text = config.text_config
+    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     sizes: dict[str, Any] = {
         "vision": config.vision_config,
-        "language_model": {
-            "model_type": text.model_type,
-            **{name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
-        },
+        "language_model": {name: getattr(text, name, None) for name in names},
         "tokens_per_frame": config.tokens_per_frame,
     }
     own = ["video_input", "use_mask", "mvm_decode", "lora", "template"]
@@ -141,11 +137,8 @@ def memory_by_dtype(model: STLLM) -> dict[str, int]:
     """Count the bytes of the weights. 8bit, 4bit: the language model's linear layers; all others take 2 bytes each."""
     total = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
-    linear = sum(
-        module.weight.numel()
-        for module in model.language_model.modules()
-        if isinstance(module, nn.Linear) and module is not head
-    )
+    layers = [one for one in model.language_model.modules() if isinstance(one, nn.Linear) and one is not head]
+    linear = sum(layer.weight.numel() for layer in layers)
     return {
         "float32": 4 * total,
         "bfloat16 or float16": 2 * total,
@@ -154,8 +147,7 @@ def memory_by_dtype(model: STLLM) -> dict[str, int]:
     }
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
+class ParameterCounts(NamedTuple):
     """Parameters of a model: frozen ones, trained ones, and those that a device holds whole when the rest is sharded.
 
     largest: of the module with the most parameters of its own (ZeRO-3 gathers modules one by one). gathered: of the
@@ -177,15 +169,14 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     """Count a model that names its layers in `_no_split_modules`, as transformers' do; tied weights count once."""
     layer_names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in layer_names]
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    own = [sum(parameter.numel() for parameter in module.parameters(recurse=False)) for module in model.modules()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return ParameterCounts(
         frozen=sum(parameter.numel() for parameter in model.parameters()) - trained,
         trained=trained,
-        largest=max(own),
-        gathered=max(sizes, default=0) + sum(p.numel() for p in model.parameters() if id(p) not in inside),
+        largest=max(sum(one.numel() for one in module.parameters(recurse=False)) for module in model.modules()),
+        gathered=max((sum(one.numel() for one in layer.parameters()) for layer in layers), default=0)
+        + sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside),
     )
 
 
@@ -213,13 +204,14 @@ def training_memory(
         "FSDP": (layers, fsdp, 0, 4 * counts.all),
         "FSDP offload": (layers, 0, fsdp, 4 * counts.all),
     }
-    memory: dict[str, dict[str, dict[int, int]]] = {}
-    for name, (whole, sharded, offloaded, loaded) in strategies.items():
-        if half or not name.startswith("ZeRO"):
-            memory[name] = {
-                "gpu": {gpus: int(whole + sharded / gpus) for gpus in num_gpus},
-                "host": {gpus: max(offloaded, loaded * gpus) for gpus in num_gpus},
-            }
+    memory = {
+        name: {
+            "gpu": {gpus: int(whole + sharded / gpus) for gpus in num_gpus},
+            "host": {gpus: max(offloaded, loaded * gpus) for gpus in num_gpus},
+        }
+        for name, (whole, sharded, offloaded, loaded) in strategies.items()
+        if half or not name.startswith("ZeRO")
+    }
     for gpus in num_gpus:  # with several GPUs DDP has buckets for the gradients
         memory["DDP"]["gpu"][gpus] += 4 * counts.trained if gpus > 1 else 0
     return memory

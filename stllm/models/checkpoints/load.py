@@ -9,6 +9,7 @@ Weights that no file has and that may start fresh are initialised last. With qua
 """
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,12 +25,13 @@ from transformers import BitsAndBytesConfig
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError, out_of_memory, reason, unknown_name
 from stllm.common.registry import models
-from stllm.models.checkpoints.audit import MAX_NAMED, OTHER, AuditReport, part_of, part_of_theirs
+from stllm.models.checkpoints.audit import OTHER, PART_NAMES, AuditReport, named, part_of, part_of_theirs
 from stllm.models.checkpoints.formats import Entry, Format, Source, locate, open_source
 from stllm.models.checkpoints.infer_config import (
     ADAPTER,
     BACKBONE,
     Opened,
+    check_adapter,
     check_vocabulary,
     family_tokens,
     names_of,
@@ -51,7 +53,6 @@ ASKED_FRESH = {
     "projection": ("projection",),
     "language_model": ("language model",),
 }
-GIVES_PROJECTION = {Format.STLLM, Format.RELEASED, Format.INSTRUCTBLIP, Format.MINIGPT4}
 QUANTIZATIONS = ("8bit", "4bit")
 KEPT_PRECISE = ("vision_encoder", "qformer", "projection", "video_input", "mvm_decoder", "lm_head", "embed_out")
 
@@ -101,13 +102,13 @@ def processor_of(opened: Opened) -> PromptProcessor:
     if not with_tokenizer and not settings.get("llama_model"):
         raise UserError(f"{opened.path} has no tokenizer: name the language model's folder with model.llama_model")
     folder = with_tokenizer[-1] if with_tokenizer else locate(settings["llama_model"])
-    named = settings.get("qformer_tokenizer")
-    for source in sources if not named else ():
+    qformer_tokenizer = settings.get("qformer_tokenizer")
+    for source in sources if not qformer_tokenizer else ():
         # the Q-Former's vocabulary that a released folder's meta.json names, relative to the folder's parent
         beside = ((source.meta.get("sizes") or {}).get("qformer") or {}).get("bert_vocab")
         if beside and (vocabulary := source.path.absolute().parent / beside).exists():
-            named = str(vocabulary)
-    processor = PromptProcessor.from_pretrained(folder, config=opened.config, qformer_tokenizer=named)
+            qformer_tokenizer = str(vocabulary)
+    processor = PromptProcessor.from_pretrained(folder, config=opened.config, qformer_tokenizer=qformer_tokenizer)
     check_vocabulary(str(opened.path), None, opened.config, processor.vocab_size)
     return processor
 
@@ -121,17 +122,14 @@ def load_opened(
     device_map: Any = None,
 ) -> tuple[STLLM, AuditReport]:
     """Load the model of an opened checkpoint, and return its audit too."""
-    if quantization is None and opened.settings.get("low_resource"):
-        quantization = "8bit"
+    quantization = quantization or ("8bit" if opened.settings.get("low_resource") else None)
     model, report = assemble(
         opened.config, opened.sources, device=device, dtype=dtype, quantization=quantization, device_map=device_map
     )
     for line in report.details():
         log.debug(line)
     if unexpected := report.keys("unexpected"):
-        log.info(
-            "%s: %d weights are not used, among them %s", report.source, len(unexpected), ", ".join(unexpected[:3])
-        )
+        log.info("%s: %d weights are not used: %s", report.source, len(unexpected), named(unexpected))
     return model, report
 
 
@@ -162,10 +160,18 @@ def assemble(
     arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
     if quantization or device_map or (own and not training and own.config.get("quantization_config")):
         arguments = {"config": config, "dtype": kind, "device_map": device_map or {"": place}}
+        arguments["trust_remote_code"] = False
         if quantization is not None:
             arguments["quantization_config"] = quantization_config(quantization, kind)
         if own and len(sources) == 1 and not training:
-            return _read_by_transformers(own, arguments)
+            loaded: Any = STLLM.from_pretrained(own.path, output_loading_info=True, local_files_only=True, **arguments)
+            model, info = loaded
+            report = AuditReport(source=str(own.path))
+            for state in ("missing", "unexpected"):  # a wrong shape is an error of transformers
+                for key in info[f"{state}_keys"]:
+                    report.add(state, part_of(key), key)
+            report.raise_for_problems()
+            return model.eval(), report
         place = torch.device("cpu")
     model = meta_model(config, kind)
     if trained_dtype is not None:
@@ -178,7 +184,6 @@ def assemble(
         model.language_model = nn.Identity()
         model.all_tied_weights_keys = {}
         plan.origins = {key: origin for key, origin in plan.origins.items() if not key.startswith("language_model.")}
-        plan.fresh = {key for key in plan.fresh if not key.startswith("language_model.")}
     try:
         fill(model, plan, place)
     except (RuntimeError, MemoryError, OSError) as error:
@@ -190,28 +195,8 @@ def assemble(
             "use a smaller type (--dtype bfloat16), quantized loading, or another --device"
         ) from error
     if arguments:
-        model = STLLM.from_pretrained(None, state_dict=model.state_dict(), trust_remote_code=False, **arguments)
+        model = STLLM.from_pretrained(None, state_dict=model.state_dict(), **arguments)
     return model.eval(), plan.report
-
-
-def _read_by_transformers(source: Source, arguments: dict[str, Any]) -> tuple[STLLM, AuditReport]:
-    """Load a checkpoint in our own format, with transformers' report as the audit."""
-    loaded: Any = STLLM.from_pretrained(
-        source.path, output_loading_info=True, local_files_only=True, trust_remote_code=False, **arguments
-    )
-    model, info = loaded
-    report = AuditReport(source=str(source.path))
-    for state in ("missing", "unexpected"):
-        for key in info[f"{state}_keys"]:
-            report.add(state, part_of(key), key)
-    for key, found, expected in info["mismatched_keys"]:
-        report.add("wrong_shape", part_of(key), f"{key}: found {tuple(found)}, expected {tuple(expected)}")
-    missing = set(info["missing_keys"])
-    for key in source.entries:
-        if key not in missing:
-            report.add("loaded", part_of(key), key)
-    report.raise_for_problems()
-    return model.eval(), report
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -228,9 +213,8 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     try:
         import bitsandbytes  # noqa: F401  # only whether it is there
     except ImportError as error:
-        raise UserError(
-            f"{name} loading needs bitsandbytes: `pip install bitsandbytes`, or load in bfloat16"
-        ) from error
+        advice = "`pip install bitsandbytes`, or load in bfloat16"
+        raise UserError(f"{name} loading needs bitsandbytes: {advice}") from error
     return BitsAndBytesConfig(
         load_in_8bit=name == "8bit",
         load_in_4bit=name == "4bit",
@@ -263,7 +247,6 @@ class Plan:
 
     report: AuditReport
     origins: dict[str, tuple[Source, Entry]] = field(default_factory=dict)
-    fresh: set[str] = field(default_factory=set)
 
 
 def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
@@ -273,11 +256,10 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     configuration's.
     """
     config = config_of(model)
-    name = names_of(sources) or "the model"
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    _check_adapter(name, sources, wanted, fresh_allowed=training)
-    plan = Plan(AuditReport(source=name))
+    plan = Plan(AuditReport(source=names_of(sources) or "the model"))
     report, origins = plan.report, plan.origins
+    check_adapter(report.source, sources, needed=any(key.startswith(ADAPTER) for key in wanted), may_be_fresh=training)
     plain = {key.replace(".base_layer.", "."): key for key in wanted}  # LoRA wraps the layers that it adapts
     for source in sources:
         for key, entry in source.entries.items():
@@ -323,81 +305,50 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
         if entry.shape != tuple(wanted[key].shape):
             report.notes.append(f"{entry.key} of {source.path} is for a language model of another width: left out")
             del origins[key]
+
+    may_be_fresh = set(asked)  # parts
+    is_whole = any(source.is_whole_model for source in sources)
+    if not config.has_qformer and not is_whole:
+        may_be_fresh.add("ln_vision")  # it lies in the Q-Former's file: as published, it starts as the identity
+    if training:
+        may_be_fresh.update(FRESH_PARTS if sources else (*PART_NAMES, OTHER))
+        if not is_whole and not any("projection.weight" in source.entries for source in sources):
+            may_be_fresh.add("projection")
     for key, tensor in wanted.items():
         if key in origins:
             _check_shape(plan, key, tuple(tensor.shape), config)
         elif key not in tied:
-            if part_of(key) in asked or _may_be_fresh(key, sources, config, training):
-                report.add("fresh", part_of(key), key)
-                plan.fresh.add(key)
-            else:
-                report.add("missing", part_of(key), key)
+            is_fresh = part_of(key) in may_be_fresh or (training and "lora_" in key)
+            report.add("fresh" if is_fresh else "missing", part_of(key), key)
     return plan
-
-
-def _check_adapter(name: str, sources: Sequence[Source], wanted: dict[str, Tensor], *, fresh_allowed: bool) -> None:
-    """Compare the weights with the settings: QA weights have the temporal adapter, conversation weights have none."""
-    keys = [key for source in sources for key in source.entries]
-    saved = any(key.startswith(ADAPTER) for key in keys)
-    needed = any(key.startswith(ADAPTER) for key in wanted)
-    if saved and not needed:
-        raise UserError(
-            f"{name} is a QA checkpoint (it has the temporal adapter), but the configuration is for conversation "
-            "(model.vit_model: eva_clip_g, without one): set model.vit_model=eva_btadapter_g, or use conversation "
-            "weights"
-        )
-    if needed and not saved and not fresh_allowed and any(key.startswith(BACKBONE) for key in keys):
-        raise UserError(
-            f"{name} is a conversation checkpoint (it has no temporal adapter), but the configuration is for QA "
-            "(model.vit_model: eva_btadapter_g): set model.vit_model=eva_clip_g, or use QA weights"
-        )
 
 
 def _check_shape(plan: Plan, key: str, expected: tuple[int, ...], config: STLLMConfig) -> None:
     """Record a weight as loaded, or as one of a wrong shape where `fill` can't make it fit."""
     source, entry = plan.origins[key]
-    found = entry.shape
+    found, notes = entry.shape, plan.report.notes
     if found == expected:
         pass
-    elif key == POS_EMBED and found[2] == expected[2] and _is_square(found[1] - 1) and _is_square(expected[1] - 1):
-        size = config.vision_config["patch_size"] * int((found[1] - 1) ** 0.5)
-        plan.report.notes.append(
-            f"position embeddings are interpolated from image size {size} to {config.vision_config['image_size']}"
-        )
+    elif (
+        key == POS_EMBED
+        and found[2] == expected[2]
+        and all(math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1 for shape in (found, expected))  # square images
+    ):
+        size = config.vision_config["patch_size"] * math.isqrt(found[1] - 1)
+        new_size = config.vision_config["image_size"]
+        notes.append(f"position embeddings are interpolated from image size {size} to {new_size}")
     elif _grows(key, source) and found[1:] == expected[1:] and found[0] < expected[0]:
-        plan.report.notes.append(f"{key} grows from {found[0]} to {expected[0]} rows: the added [PAD] is their mean")
+        notes.append(f"{key} grows from {found[0]} to {expected[0]} rows: the added [PAD] is their mean")
     else:
         plan.report.add("wrong_shape", part_of(key), f"{entry.key}: found {found}, expected {expected}")
         return
     plan.report.add("loaded", part_of(key), key)
 
 
-def _is_square(count: int) -> bool:
-    return int(count**0.5) ** 2 == count
-
-
 def _grows(key: str, source: Source) -> bool:
-    """Tell whether [PAD] may be added: to embeddings and head of a language model that was never ST-LLM's."""
-    return (
-        source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
-        and key.startswith("language_model.")
-        and key.endswith((".weight", ".bias"))
-    )
-
-
-def _may_be_fresh(key: str, sources: Sequence[Source], config: STLLMConfig, training: bool) -> bool:
-    part = part_of(key)
-    if part == "ln_vision" and not config.has_qformer and not any(source.is_whole_model for source in sources):
-        return True  # it lies in the Q-Former's file: as published, it starts as the identity without one
-    if not training:
-        return False
-    if not sources or part in FRESH_PARTS or "lora_" in key:
-        return True
-    given = any(
-        source.format in GIVES_PROJECTION or (source.format is Format.TRANSFORMERS_BLIP and source.is_whole_model)
-        for source in sources
-    )
-    return part == "projection" and not given
+    """Check whether [PAD] may be added: to embeddings and head of a language model that was never ST-LLM's."""
+    is_plain = source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
+    return is_plain and key.startswith("language_model.") and key.endswith((".weight", ".bias"))
 
 
 def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
@@ -423,7 +374,7 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
         if old.is_meta and key not in tied:
             _set_tensor(model, key, torch.empty_like(old, device=device), loaded=False)
     model.initialize_weights()  # of what is not marked as loaded: fresh parts and computed buffers
-    if any("lora_" in key for key in plan.fresh):
+    if any("lora_" in key for key in plan.report.keys("fresh")):
         from peft.tuners.lora import LoraLayer
 
         for module in model.modules():  # peft's own start, no update at first; transformers would draw them like others
@@ -441,10 +392,9 @@ def restore(model: STLLM, folder: Path) -> None:
     """Copy a checkpoint in our format into the same model, in place. Raises UserError for weights that don't fit."""
     plan = make_plan(model, [open_source(folder)])
     if lacking := [*plan.report.keys("missing"), *plan.report.keys("wrong_shape")]:
-        more = f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
         raise UserError(
-            f"{folder} does not hold all of the model's weights: {', '.join(lacking[:MAX_NAMED])}{more} are missing or "
-            "of another size; remove this folder to continue from the checkpoint before it, or name another one with "
+            f"{folder} does not hold all of the model's weights: {named(lacking)} are missing or of another size; "
+            "remove this folder to continue from the checkpoint before it, or name another one with "
             "run.resume_from_checkpoint"
         )
     for key, (source, entry) in plan.origins.items():
@@ -460,7 +410,7 @@ def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
     if tensor.shape == new.shape:
         new.copy_(tensor)
     elif key == POS_EMBED:  # (1, 1+P, C): the class token is kept; without antialiasing, as published
-        side = int((new.shape[1] - 1) ** 0.5)
+        side = math.isqrt(new.shape[1] - 1)
         new.copy_(resample_abs_pos_embed(tensor.float(), [side, side], num_prefix_tokens=1, antialias=False))
     else:  # the vocabulary grew: what is added is the mean of what was there
         rows = len(tensor)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.models import language_model as lm
-from stllm.models.checkpoints.formats import locate, read_json
+from stllm.models.checkpoints.formats import RELEASED, locate, read_json
 from stllm.models.checkpoints.load import load_pretrained
-from stllm.models.checkpoints.tables import RELEASED
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
 from stllm.processors.prompts import PromptProcessor
@@ -65,18 +64,14 @@ def verify_folder(
 def _row(name: str, found: Any, expected: Any, atol: float, rtol: float) -> Row:
     """Compare floating-point tensors by their largest difference, infinite for another shape; all else for equality."""
     if not isinstance(expected, Tensor) or not expected.is_floating_point():
-        same = _plain(found) == _plain(expected)
-        return Row(name, "equal", 0.0 if same else math.inf, 0.0)
+        found, expected = (one.tolist() if isinstance(one, Tensor) else one for one in (found, expected))
+        return Row(name, "equal", 0.0 if found == expected else math.inf, 0.0)
     difference = math.inf
     if found is not None and found.shape == expected.shape:
         difference = (found.float() - expected.float()).abs().max().item() if found.numel() else 0.0
     if not name.startswith("grad."):
         return Row(name, "tensor", difference, atol)
     return Row(name, "gradient", difference / expected.abs().max().item(), rtol)
-
-
-def _plain(values: Any) -> Any:
-    return values.tolist() if isinstance(values, Tensor) else values
 
 
 def _recomputed(

@@ -10,6 +10,7 @@ conversions to one weight at a time, so that such models are streamed like any o
 `transformers.core_model_loading`.
 """
 
+import math
 import pickle
 import re
 import zipfile
@@ -57,7 +58,7 @@ class Weights(ABC):
 
 
 class WeightFiles(Weights):
-    """Files as one set of weights, in reading order. At most one of them is mapped at a time.
+    """Files as one set of weights, in reading order. At most one of them is open at a time.
 
     Raises UserError for a file that is damaged or holds no weights.
     """
@@ -65,11 +66,10 @@ class WeightFiles(Weights):
     def __init__(self, paths: Iterable[Path]) -> None:
         self.specs = {}
         self._home: dict[str, Path] = {}
-        self._budget: dict[Path, int] = {}  # bytes to touch before the file is mapped anew
-        self._mapped: Path | None = None
+        self._budget: dict[Path, float] = {}  # bytes to touch before the file is mapped anew
+        self._open: Path | None = None
         self._views: Mapping[str, Any] = {}
         self._touched = 0
-        self._held: dict[Path, Mapping[str, Any]] = {}  # files that can't be mapped, read whole
         for path in paths:
             try:
                 views = open_views(path)
@@ -84,9 +84,7 @@ class WeightFiles(Weights):
                     raise
                 raise UserError(_unreadable(path, error)) from error
             self._home |= dict.fromkeys(views, path)
-            self._budget[path] = max(MAPPED_BYTES, path.stat().st_size // 32)
-            if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
-                self._held[path] = views
+            self._budget[path] = max(MAPPED_BYTES, path.stat().st_size // 32) if _mappable(path) else math.inf
 
     def copy_to(self, key: str, destination: Tensor) -> None:
         """Copy in slices that fit the budget, so that the largest tensor costs no more than the smallest."""
@@ -94,7 +92,7 @@ class WeightFiles(Weights):
         if not spec.dim() or spec.nbytes <= budget:
             destination.copy_(self._view(key, spec.nbytes)[...])
             return
-        rows = max(1, budget * len(spec) // spec.nbytes)
+        rows = max(1, int(budget) * len(spec) // spec.nbytes)
         for start in range(0, len(spec), rows):
             part = slice(start, start + rows)
             destination[part].copy_(self._view(key, spec[part].nbytes)[part])
@@ -102,14 +100,16 @@ class WeightFiles(Weights):
     def _view(self, key: str, size: int) -> Any:
         """The tensor to be sliced, `size` bytes of which will be touched."""
         path = self._home[key]
-        if path in self._held:
-            return self._held[path][key]
-        if path != self._mapped or self._touched + size > self._budget[path]:
+        if path != self._open or self._touched + size > self._budget[path]:
             self._views = {}  # the old mapping goes before the new one comes
             self._views = open_views(path)
-            self._mapped, self._touched = path, 0
+            self._open, self._touched = path, 0
         self._touched += size
         return self._views[key]
+
+
+def _mappable(path: Path) -> bool:
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
 
 
 def open_views(path: Path) -> Mapping[str, Any]:
@@ -119,8 +119,7 @@ def open_views(path: Path) -> Mapping[str, Any]:
 
         handle: Any = safe_open(path, framework="pt")
         return {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  # no mapping
-    mappable = zipfile.is_zipfile(path)
-    if not mappable:
+    if not (mappable := _mappable(path)):
         with path.open("rb") as stream:
             if stream.read(1) != b"\x80":  # the pickle protocol mark that every torch.save begins with
                 raise ValueError("it is neither a file of torch.save nor of safetensors")
@@ -141,21 +140,20 @@ def _unreadable(path: Path, error: Exception) -> str:
             f"{path} holds Python objects beside its tensors, which are never loaded because they could run code: save "
             "its state dict alone (torch.save(model.state_dict(), ...)) where the file comes from"
         )
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     size = path.stat().st_size
-    if size == 0:
-        return f"{path} is empty, expected weights: copy or download it again"
     with path.open("rb") as stream:
         start = stream.read(64)
+    if size == 0:
+        return f"{path} is empty, expected weights: copy or download it again"
     if start.startswith(b"version https://git-lfs"):
         return f"{path} is a git-lfs pointer, not the weights: fetch them with `git lfs pull`"
     if start.startswith(b"PK"):
-        return (
-            f"{path} ends too early ({size} bytes; the directory at its end is missing): it was cut off or is still "
-            "being written; copy or download it again"
-        )
+        cause = "the directory at its end is missing"
+    else:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"{path} can't be read as weights ({size} bytes; {cause}): it is damaged or cut off, copy or download it again"
+        f"{path} can't be read as weights ({size} bytes; {cause}): it is damaged, was cut off, or is still being "
+        "written; copy or download it again"
     )
 
 
@@ -205,7 +203,7 @@ class _Group:
     """Weights that are made together. first: the first of their keys; sources: (pattern, key on disk)."""
 
     first: str
-    converter: WeightConverter | None = None
+    converter: WeightConverter | None = None  # None: a single weight, which is only renamed
     sources: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -224,7 +222,7 @@ class ConvertedWeights(Weights):
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         wanted, base = model.state_dict(), model.base_model_prefix
         ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$.")
-        groups: dict[str, _Group] = {}
+        groups = {key: _Group(key, sources=[(key, key)]) for key in weights.specs if not key.startswith(prefix)}
         for key in sorted((key for key in weights.specs if key.startswith(prefix)), key=dot_natural_key):
             plain = key[len(prefix) :]
             name, pattern = rename_source_key(plain, renamings, converters, base, wanted)
@@ -236,24 +234,19 @@ class ConvertedWeights(Weights):
             group.sources.append((pattern or plain, key))
             if pattern is not None:
                 group.converter = by_pattern[pattern]
-        specs = {key: spec for key, spec in weights.specs.items() if not key.startswith(prefix)}
-        self._groups: dict[str, _Group] = {}
-        for group in groups.values():
-            made = self._convert(group, weights.specs.__getitem__)
-            specs |= made
-            self._groups |= dict.fromkeys(made, group)
         place = {key: number for number, key in enumerate(weights.specs)}  # files are read through once, in order
-        self.specs = dict(sorted(specs.items(), key=lambda item: place[self._first_source(item[0])]))
+        self.specs, self._groups = {}, {}
+        for group in sorted(groups.values(), key=lambda group: place[group.sources[0][1]]):
+            made = self._convert(group, weights.specs.__getitem__)
+            self.specs |= made
+            self._groups |= dict.fromkeys(made, group)
 
     def copy_to(self, key: str, destination: Tensor) -> None:
-        group = self._groups.get(key)
-        if group is None or group.converter is None:
-            self._weights.copy_to(self._first_source(key), destination)
+        group = self._groups[key]
+        if group.converter is None:
+            self._weights.copy_to(group.sources[0][1], destination)
         else:
             destination.copy_(self._convert(group, self._weights.read)[key])
-
-    def _first_source(self, key: str) -> str:
-        return self._groups[key].sources[0][1] if key in self._groups else key
 
     def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The tensors that are made together, by their keys."""
