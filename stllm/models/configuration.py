@@ -130,7 +130,7 @@ class STLLMConfig(PretrainedConfig):
 
     @property
     def adds_pad(self) -> bool:
-        """Whether the prompt template's family adds `[PAD]` to the tokenizer."""
+        """True if the prompt template's family adds `[PAD]` to the tokenizer."""
         return bool(templates.get(self.template).bos_is_eos)
 
 

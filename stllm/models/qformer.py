@@ -53,7 +53,7 @@ class FrameQFormer(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """`has_qformer: False`: drops the class token and joins every 4 neighbouring patch tokens into one."""
+    """Drop the class token and join every 4 neighbouring patch tokens into one (`has_qformer: False`)."""
 
     def forward(self, features: Tensor) -> Tensor:
         """features: (B, T, 1+P, C). Returns (B, T, P/4, 4*C)."""

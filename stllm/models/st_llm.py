@@ -84,7 +84,7 @@ class STLLM(PreTrainedModel):
     # ---- the way of a video -------------------------------------------------------------------------------------
 
     def encode_video(self, pixel_values: Tensor) -> Tensor:
-        """What does not depend on the question, so that it can be kept for every question about a video.
+        """Compute the part that does not depend on the question, so that it can be kept for all of a video's questions.
 
         pixel_values: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C) when the Q-Former reads text, else the
         finished frame tokens (B, T, K, D).
@@ -93,13 +93,13 @@ class STLLM(PreTrainedModel):
         return features if self.config.qformer_text_input else self.projection(self.qformer(features))
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
-        """The encoder's output. pixel_values: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C)."""
+        """Encode the frames: (B, T, 1+P, C). pixel_values: (B, T, 3, H, W), normalised."""
         return self.vision_encoder(pixel_values.to(self.vision_encoder.ln_vision.weight.dtype))
 
     def frame_tokens(
         self, encoded: Tensor, qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None
     ) -> Tensor:
-        """The frames' tokens in the language model's width, (B, T, K, D).
+        """Return the frames' tokens in the language model's width, (B, T, K, D).
 
         encoded: what `encode_video` returned; qformer_*: (B, L) the question for a Q-Former that reads text.
         """
@@ -108,7 +108,7 @@ class STLLM(PreTrainedModel):
         return self.projection(self._query_features(encoded, qformer_input_ids, qformer_attention_mask))
 
     def embed(self, input_ids: Tensor, visual_positions: Tensor, visual_tokens: Tensor | None = None) -> Tensor:
-        """Embeddings of prompts, (B, S, D), the visual tokens in their places.
+        """Embed prompts, (B, S, D), with the visual tokens in their places.
 
         input_ids: (B, S), see `processors.sequences.pad_sequences`. visual_tokens: (V, D), row after row.
         visual_positions: (V,), their positions in (B*S).
@@ -190,7 +190,7 @@ class STLLM(PreTrainedModel):
     def teacher_hidden_states(
         self, visual: Tensor, input_ids: Tensor, attention_mask: Tensor, visual_positions: Tensor
     ) -> Tensor:
-        """Last hidden states (B*N, D) of all visual tokens (B*N, D), without a gradient."""
+        """Return the last hidden states (B*N, D) of all visual tokens (B*N, D), without a gradient."""
         embeds = self.embed(input_ids, visual_positions, visual)
         hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask)
         return hidden.flatten(0, 1).index_select(0, visual_positions)
@@ -205,7 +205,7 @@ class STLLM(PreTrainedModel):
         visual_tokens: Tensor | None = None,
         **generation: Any,
     ) -> Tensor:
-        """New token ids, (B, up to max_new_tokens), without the prompt.
+        """Generate token ids, (B, up to max_new_tokens), without the prompt.
 
         input_ids, attention_mask, visual_positions: see `embed`; padded on the left. visual_tokens: (V, D) from
         `video_input(frame_tokens(...))`. generation: arguments of transformers' `GenerationMixin.generate`.
@@ -223,7 +223,7 @@ class STLLM(PreTrainedModel):
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the language model's token embedding."""
+        """Replace the language model's token embedding."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
@@ -231,11 +231,11 @@ class STLLM(PreTrainedModel):
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replaces the language model's output head."""
+        """Replace the language model's output head."""
         self.language_model.set_output_embeddings(new_embeddings)
 
     def train(self, mode: bool = True) -> "STLLM":
-        """Training mode for what trains; frozen parts stay in evaluation mode (no dropout)."""
+        """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""
         super().train(mode)
         for part in self.frozen_parts():
             part.eval()
@@ -253,7 +253,7 @@ class STLLM(PreTrainedModel):
         return frozen
 
     def initialize_weights(self) -> None:
-        """Fresh values for whatever was not loaded from a file; transformers calls it once."""
+        """Initialize everything that was not loaded from a file; transformers calls it once."""
         done = getattr(self, "_is_hf_initialized", False)
         super().initialize_weights()
         if not done:
@@ -294,6 +294,6 @@ def initialize_parts(model: nn.Module) -> None:
 
 
 def config_of(model: STLLM) -> STLLMConfig:
-    """The model's configuration under its own type, which transformers' annotations don't keep."""
+    """Return the model's configuration under its own type, which transformers' annotations don't keep."""
     assert isinstance(model.config, STLLMConfig)
     return model.config

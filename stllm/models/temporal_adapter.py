@@ -84,7 +84,7 @@ class TemporalAdapter(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor], pos_embed: Tensor, num_frames: int) -> Tensor:
-        """Joins the branch to the encoder's output.
+        """Join the branch to the encoder's output.
 
         features: `depth` outputs of the encoder's last blocks, each (B*T, 1+P, C).
         pos_embed: (1, 1+P, C), the encoder's position embedding, class token first.

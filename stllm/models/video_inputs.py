@@ -1,4 +1,4 @@
-"""How a clip's frame tokens enter the language model: pooled, all of them, or local frames with a global residual.
+"""Video inputs: a clip's frame tokens enter the language model pooled, all, or as local frames with a global residual.
 
 Source: paper section 3.2 (joint spatial-temporal tokens) and 3.5 (global-local module for long videos).
 B clips, T frames, K tokens a frame, D language-model width, R local frames. A single image enters as its K tokens.
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def build_video_input(config: "STLLMConfig") -> Any:
-    """The video input that a configuration names: a module with `forward` and `num_tokens`."""
+    """Build the video input that a configuration names: a module with `forward` and `num_tokens`."""
     return video_inputs.get(config.video_input)(
         width=config.text_config.hidden_size, bottleneck=config.residual_bottleneck, residual_size=config.residual_size
     )
 
 
 def num_visual_tokens(config: "STLLMConfig", num_frames: int) -> int:
-    """The number of tokens with which a clip of `num_frames` frames enters the language model, before masking."""
+    """Count the tokens of a clip of `num_frames` frames in the language model, before masking."""
     with torch.device("meta"):  # num_tokens needs no weights
         return int(build_video_input(config).num_tokens(num_frames, config.tokens_per_frame))
 

@@ -28,7 +28,7 @@ POSITION_BASE = 100.0
 
 
 def build_vision_encoder(config: "STLLMConfig") -> "VisionEncoder":
-    """The vision encoder that a configuration names."""
+    """Build the vision encoder that a configuration names."""
     build = vision_encoders.get(config.vision_config["encoder"])
     encoder: VisionEncoder = build(vision=config.vision_config, chunk_size=config.vit_chunk_size)
     return encoder

@@ -9,6 +9,7 @@ import stllm
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
 from stllm.models.build import build_audited, build_model, config_from_settings
+from stllm.models.checkpoints.load import load_model
 from tests.helpers.tiny import tiny_batch
 from tests.models.checkpoints.conftest import GOLDEN
 
@@ -42,8 +43,8 @@ def test_two_seeds_two_models_one_seed_one() -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_the_public_name_is_the_same() -> None:
-    assert stllm.build_model is build_model
+def test_the_public_names_are_the_same() -> None:
+    assert stllm.build_model is build_model and stllm.load_model is load_model
 
 
 def test_the_template_follows_the_family() -> None:

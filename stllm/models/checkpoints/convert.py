@@ -150,7 +150,7 @@ def released_state(model: STLLM) -> dict[str, Tensor]:
     """Return the model's weights under the released names. Raises UserError."""
     kind = model.config.text_config.model_type
     if kind != "llama":
-        raise UserError(f"the released layout takes LLaMA models alone, but this one's is {kind}: use --format stllm")
+        raise UserError(f"the released layout takes LLaMA models only, but this one's is {kind}: use --format stllm")
     merge_lora(model)
     state: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():

@@ -15,12 +15,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
 from stllm.common.jsonl import loads
-from stllm.models.checkpoints.weights import WeightFiles, Weights, convert_language_model, read_config
+from stllm.models.checkpoints.weights import (
+    UnfusedBiases,
+    WeightFiles,
+    Weights,
+    convert_language_model,
+    read_config,
+)
 from stllm.models.configuration import CONFIG_ERRORS, language_model_config
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
@@ -49,33 +53,17 @@ class UnknownKeyError(KeyError):
 
 
 @dataclass(frozen=True)
-class Target:
-    """The place of one of their tensors: our key (None for a part that must be zero), and which part of how many."""
-
-    key: str | None
-    part: int = 0
-    num_parts: int = 1
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """This target's rows of their tensor."""
-        return tensor.tensor_split(self.num_parts)[self.part]
-
-
-@dataclass(frozen=True)
 class KeyTable:
     """One format's names.
 
     prefixes: (theirs, ours); the first that fits is replaced, so a prefix comes before any shorter one that it begins
     with.
     inner: their prefix -> (theirs, ours), replaced anywhere after it.
-    splits: the end of a renamed key -> the ends of our keys for equal parts of that fused tensor's first dimension;
-        None for a part that must be zero.
     ignored: regular expressions of keys that are known and not ours, matched from the start.
     """
 
     prefixes: Pairs
     inner: Mapping[str, Pairs] = field(default_factory=dict)
-    splits: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
     def ignores(self, key: str) -> bool:
@@ -97,17 +85,6 @@ class KeyTable:
                     rest = rest.replace(their_part, our_part)
                 return ours + rest
         raise UnknownKeyError(key)
-
-    def targets(self, key: str) -> list[Target]:
-        """Return where their tensor goes; nothing when it is ignored. Raises UnknownKeyError."""
-        renamed = self.to_ours(key)
-        if renamed is None:
-            return []
-        for fused, parts in self.splits.items():
-            if renamed.endswith(fused):
-                keys = [None if end is None else renamed.removesuffix(fused) + end for end in parts]
-                return [Target(ours, part, len(keys)) for part, ours in enumerate(keys)]
-        return [Target(renamed)]
 
     def to_theirs(self, key: str) -> str:
         """Return their name for our key. Raises UnknownKeyError when the format has no place for it."""
@@ -203,13 +180,12 @@ TRANSFORMERS_BLIP = KeyTable(
     ),
     inner={
         "vision_model.encoder.layers.": (
-            (".self_attn.qkv.", ".attn.qkv."),
             (".self_attn.projection.", ".attn.proj."),
+            (".self_attn.", ".attn."),
             (".layer_norm1.", ".norm1."),
             (".layer_norm2.", ".norm2."),
         )
     },
-    splits={".attn.qkv.bias": (".attn.q_bias", None, ".attn.v_bias")},
     ignored=(r".*\.position_ids$", *OLD_BUFFERS),
 )
 
@@ -220,10 +196,9 @@ CAUSAL_LM = KeyTable(prefixes=(("", "language_model."),), ignored=OLD_BUFFERS)
 
 
 class Entry(NamedTuple):
-    """One of our tensors in a source: their key, which part of their tensor it is, and that part's shape."""
+    """One of our tensors in a source: their key and its shape."""
 
     key: str
-    target: Target
     shape: tuple[int, ...]
 
 
@@ -248,15 +223,14 @@ class Source:
     def __post_init__(self) -> None:
         for key, spec in self.weights.specs.items():
             try:
-                targets = self.table.targets(key)
+                ours = self.table.to_ours(key)
             except UnknownKeyError:
                 self.unknown_keys.append(key)
                 continue
-            if not targets:
+            if ours is None:
                 self.ignored_keys.append(key)
-            for target in targets:
-                if target.key is not None:
-                    self.entries[target.key] = Entry(key, target, tuple(target.take(spec).shape))
+            else:
+                self.entries[ours] = Entry(key, tuple(spec.shape))
 
     @property
     def is_whole_model(self) -> bool:
@@ -298,7 +272,7 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     if kind == "st_llm_hf" or any(key.startswith("model.stllm_model.") for key in weights.specs):
         return Source(place, Format.RELEASED, RELEASED, weights, config, meta)
     if is_blip:
-        return Source(place, Format.TRANSFORMERS_BLIP, table, weights, config, meta)
+        return Source(place, Format.TRANSFORMERS_BLIP, table, UnfusedBiases(place, weights), config, meta)
     if kind is None:
         return _without_config(place, weights, depth)
     weights = convert_language_model(place, weights, read_config(place), prefix="")

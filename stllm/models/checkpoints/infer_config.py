@@ -20,7 +20,7 @@ from stllm.common.errors import UserError, reason
 from stllm.common.registry import templates
 from stllm.models.checkpoints.formats import Format, Source, locate, open_source, read_json
 from stllm.models.configuration import CONFIG_ERRORS, QFORMER_DEFAULTS, VISION_DEFAULTS, STLLMConfig
-from stllm.models.settings import Fields, explicit_settings, piece_paths, settings_to_fields
+from stllm.models.settings import PUBLISHED, Fields, explicit_settings, piece_paths, settings_to_fields
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ COMPARED = (
     ("qformer_config", "cross_attention_frequency"),
     ("", "has_qformer"),
 )
-PUBLISHED = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # groups of keys in a YAML
+GROUP_KEYS = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # in a YAML
 LLM_SIZES = {4096: " (7B)", 5120: " (13B)"}
 FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # by whether the Q-Former reads text
 NOT_THE_MODELS = (
@@ -131,7 +131,7 @@ def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, def
     for group, key in COMPARED:
         theirs, ours = (inferred.get(group) or {}, asked.get(group) or {}) if group else (inferred, asked)
         if key in theirs and key in ours and theirs[key] != ours[key]:
-            published = "num_query_token" if key == "num_query_tokens" else PUBLISHED[group] + key
+            published = GROUP_KEYS[group] + PUBLISHED.get(key, key)
             raise UserError(
                 f"{name}: model.{published} is {ours[key]} in the configuration, but {theirs[key]} in the weights: "
                 "leave the setting out, or use other weights"
@@ -291,20 +291,20 @@ def with_head_counts(fields: Fields, source: str) -> Fields:
     """Fill in head counts that nothing names, for the published widths only. Raises UserError for any other width."""
     filled = dict(fields)
     for group, width_key, heads_key, default_width, head_width, part in HEADS:
+        published = GROUP_KEYS[group] + heads_key
         sizes = filled[group] = dict(fields.get(group) or {})
         if heads_key not in sizes and (part == "vision encoder" or fields.get("has_qformer", True)):
             width = sizes.get(width_key, default_width)
             if width % head_width:
                 raise UserError(
                     f"{source}: the weights don't tell how many attention heads the {part} has (its width {width} is "
-                    f"not a published one): name it in --cfg-path or with --options model.{PUBLISHED[group]}"
-                    f"{heads_key}=..."
+                    f"not a published one): name it in --cfg-path or with --options model.{published}=..."
                 )
             sizes[heads_key] = width // head_width
         if width_key in sizes and heads_key in sizes and sizes[width_key] % sizes[heads_key]:
+            width, heads = sizes[width_key], sizes[heads_key]
             raise UserError(
-                f"model.{PUBLISHED[group]}{heads_key} is {sizes[heads_key]}, which does not divide the width "
-                f"{sizes[width_key]}: name another number"
+                f"model.{published} is {heads}, which does not divide the width {width}: name another number"
             )
     return filled
 
@@ -315,22 +315,18 @@ def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any]
     for source in sources:
         text = source.config.get("text_config") or source.config
         if "word_embed_proj_dim" not in text:  # OPT's: embeddings may be narrower than the model
-            widths = [
-                entry.shape[1]
-                for key, entry in source.entries.items()
-                if key.startswith("language_model.") and key.endswith((".embed_tokens.weight", ".wte.weight"))
-            ]
-            facts += [(f"the weights in {source.path}", width) for width in widths[:1]]
+            for key, entry in source.entries.items():
+                if key.startswith("language_model.") and key.endswith((".embed_tokens.weight", ".wte.weight")):
+                    facts.append((f"the weights in {source.path}", entry.shape[1]))
+                    break
         projection = None if "projection" in (settings.get("fresh") or ()) else source.entries.get("projection.weight")
         facts.append((f"the projection in {source.path}", projection and projection.shape[0]))
         if source.is_whole_model or source.format is Format.CAUSAL_LM:
             facts.append((f"{source.path}/config.json", text.get("hidden_size")))
     named = settings.get("llama_model")
     beside = read_json(Path(named) / "config.json") if named and Path(named).is_dir() else {}
-    facts += [
-        (f"model.llama_model ({named})", beside.get("hidden_size")),
-        ("model.llm", (asked or {}).get("hidden_size")),
-    ]
+    facts.append((f"model.llama_model ({named})", beside.get("hidden_size")))
+    facts.append(("model.llm", (asked or {}).get("hidden_size")))
     known = [(words, size) for words, size in facts if size is not None]
     for words, size in known[1:]:
         reference, expected = known[0]
@@ -396,11 +392,11 @@ def check_vocabulary(name: str, rows: int | None, config: STLLMConfig, tokens: i
         expected = tokens
     if found == expected:
         return
-    guess = ""
-    if found == expected - 1 and adds_pad:
-        guess = " (as many as in the MiniGPT-4 family and in a plain language model)"
-    elif found == expected + 1 and not adds_pad:
-        guess = " (as many as in the InstructBLIP family)"
+    guesses = {
+        (-1, True): " (as many as in the MiniGPT-4 family and in a plain language model)",
+        (1, False): " (as many as in the InstructBLIP family)",
+    }
+    guess = guesses.get((found - expected, adds_pad), "")
     raise UserError(
         f"{name} has a vocabulary of {found} tokens{guess}, but its configuration and tokenizer, of the "
         f"{FAMILIES[adds_pad]} family, expect {expected} ({'with the' if adds_pad else 'without an'} added [PAD]): use "

@@ -363,12 +363,6 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
             _copy(source, entry, key, new)
             _set_tensor(model, key, new, loaded=True)
             bar.update(new.nbytes)
-            for target in source.table.targets(entry.key) if entry.target.num_parts > 1 else ():
-                if target.key is None and (part := target.take(source.weights.read(entry.key))).count_nonzero():
-                    raise UserError(
-                        f"{source.path}: {entry.key}: the encoder has no key bias, but this checkpoint's is not zero "
-                        f"(largest {part.abs().max().item():.3g}): it is not an EVA-ViT of the BLIP-2 line"
-                    )
     tied = set(model.all_tied_weights_keys)
     for key, old in [*model.named_parameters(), *model.named_buffers()]:
         if old.is_meta and key not in tied:
@@ -403,13 +397,11 @@ def restore(model: STLLM, folder: Path) -> None:
 
 def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
     """Copy one weight. new: of the model's shape, which may differ from the file's; see `_check_shape`."""
-    if entry.target.num_parts == 1 and entry.shape == tuple(new.shape):
+    if entry.shape == tuple(new.shape):
         source.weights.copy_to(entry.key, new)
         return
-    tensor = entry.target.take(source.weights.read(entry.key))
-    if tensor.shape == new.shape:
-        new.copy_(tensor)
-    elif key == POS_EMBED:  # (1, 1+P, C): the class token is kept; without antialiasing, as published
+    tensor = source.weights.read(entry.key)
+    if key == POS_EMBED:  # (1, 1+P, C): the class token is kept; without antialiasing, as published
         side = math.isqrt(new.shape[1] - 1)
         new.copy_(resample_abs_pos_embed(tensor.float(), [side, side], num_prefix_tokens=1, antialias=False))
     else:  # the vocabulary grew: what is added is the mean of what was there

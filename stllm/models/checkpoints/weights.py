@@ -126,10 +126,9 @@ def open_views(path: Path) -> Mapping[str, Any]:
     content = torch.load(path, map_location="cpu", mmap=mappable, weights_only=True)
     if isinstance(content, Mapping):
         for container in (content, *(content.get(name) for name in CONTAINERS)):
-            if isinstance(container, Mapping):
-                tensors = {str(key): value for key, value in container.items() if isinstance(value, Tensor)}
-                if tensors:
-                    return tensors
+            named = container.items() if isinstance(container, Mapping) else ()
+            if tensors := {str(key): value for key, value in named if isinstance(value, Tensor)}:
+                return tensors
     raise UserError(f"{path} holds no weights: expected a state dict, at the top or under 'model'")
 
 
@@ -258,6 +257,36 @@ class ConvertedWeights(Weights):
             converter.add_tensor(name, key, pattern, read(key))
         made = converter.convert(name, model=self._model, config=self._model.config)
         return {self._prefix + key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+
+class UnfusedBiases(Weights):
+    """Weights of transformers' BLIP models with the names of EVA-ViT: `qkv.bias` becomes `q_bias` and `v_bias`.
+
+    EVA-ViT's keys have no bias: reading raises UserError when this one's is not zero.
+    """
+
+    def __init__(self, folder: Path, weights: Weights) -> None:
+        self.specs = {}
+        self._folder, self._weights = folder, weights
+        self._fused: dict[str, tuple[str, int]] = {}  # the fused bias, and which third of it
+        for key, spec in weights.specs.items():
+            stem = key.removesuffix("qkv.bias")
+            thirds = {stem + "q_bias": 0, stem + "v_bias": 2} if stem != key else {}
+            self._fused |= {name: (key, third) for name, third in thirds.items()}
+            self.specs |= {name: spec.tensor_split(3)[third] for name, third in thirds.items()} or {key: spec}
+
+    def copy_to(self, key: str, destination: Tensor) -> None:
+        if key not in self._fused:
+            self._weights.copy_to(key, destination)
+            return
+        fused, third = self._fused[key]
+        parts = self._weights.read(fused).tensor_split(3)
+        if parts[1].count_nonzero():
+            raise UserError(
+                f"{self._folder}: {fused}: the encoder has no key bias, but this checkpoint's is not zero (largest "
+                f"{parts[1].abs().max().item():.3g}): it is not an EVA-ViT of the BLIP-2 line"
+            )
+        destination.copy_(parts[third])
 
 
 class QuantizedWeights(Weights):

@@ -113,7 +113,7 @@ def test_lora_is_merged_into_the_released_layout() -> None:
 
 def test_the_released_layout_takes_llama_alone(tmp_path: Path) -> None:
     opt = {"model_type": "opt", "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    with pytest.raises(UserError, match="LLaMA models alone, but this one's is opt"):
+    with pytest.raises(UserError, match="LLaMA models only, but this one's is opt"):
         save_released(tiny_model(text_config={**opt, "ffn_dim": 64, "word_embed_proj_dim": 48}), tmp_path)
 
 

@@ -215,15 +215,6 @@ def test_eva_leaves_out_one_block_and_the_classifier() -> None:
     assert "vision_encoder.backbone.blocks.3.norm1.weight" in source.entries
 
 
-def test_a_fused_bias_is_split() -> None:
-    """That its k part must be zero is the loading's, see test_foreign.py."""
-    fused = torch.cat([torch.full((4,), 1.0), torch.zeros(4), torch.full((4,), 3.0)])
-    targets = formats.TRANSFORMERS_BLIP.targets("vision_model.encoder.layers.7.self_attn.qkv.bias")
-    stem = "vision_encoder.backbone.blocks.7.attn"
-    parts = {target.key: target.take(fused).tolist() for target in targets}
-    assert parts == {f"{stem}.q_bias": [1.0] * 4, None: [0.0] * 4, f"{stem}.v_bias": [3.0] * 4}
-
-
 def test_a_source_s_entries_are_its_tensors_under_our_names() -> None:
     weights = golden_weights("minigpt4_plain_all")
     source = open_source(GOLDEN / "minigpt4_plain_all")

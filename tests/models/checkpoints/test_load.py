@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
-import stllm
 from stllm.common.errors import UserError
 from stllm.models import build
 from stllm.models.build import build_audited, build_model
@@ -271,11 +270,6 @@ def test_a_missing_prefix_of_a_language_model_is_added(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(model.language_model(input_ids=ids).logits, gpt2(input_ids=ids).logits)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def test_the_public_functions_are_there() -> None:
-    assert stllm.load_model is load_model
-    assert callable(stllm.build_model)
 
 
 def test_conversion_keeps_the_stored_type(tmp_path: Path) -> None:
