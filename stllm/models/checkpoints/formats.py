@@ -18,13 +18,7 @@ from typing import Any, NamedTuple
 from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
 from stllm.common.jsonl import loads
-from stllm.models.checkpoints.weights import (
-    UnfusedBiases,
-    WeightFiles,
-    Weights,
-    convert_language_model,
-    read_config,
-)
+from stllm.models.checkpoints.weights import WeightFiles, Weights, convert_language_model, read_config, split_biases
 from stllm.models.configuration import CONFIG_ERRORS, language_model_config
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
@@ -272,7 +266,7 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     if kind == "st_llm_hf" or any(key.startswith("model.stllm_model.") for key in weights.specs):
         return Source(place, Format.RELEASED, RELEASED, weights, config, meta)
     if is_blip:
-        return Source(place, Format.TRANSFORMERS_BLIP, table, UnfusedBiases(place, weights), config, meta)
+        return Source(place, Format.TRANSFORMERS_BLIP, table, split_biases(place, weights), config, meta)
     if kind is None:
         return _without_config(place, weights, depth)
     weights = convert_language_model(place, weights, read_config(place), prefix="")

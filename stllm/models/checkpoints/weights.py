@@ -15,9 +15,9 @@ import pickle
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,58 @@ def _unreadable(path: Path, error: Exception) -> str:
     )
 
 
+Make = Callable[[Sequence[Tensor]], dict[str, Tensor]]
+
+
+class DerivedWeights(Weights):
+    """Weights that are other weights under new names, or made of several of them.
+
+    renamed: our key -> their key. made: pairs of their keys and a function from these tensors to ours by key.
+    """
+
+    def __init__(
+        self, weights: Weights, renamed: Mapping[str, str], made: Iterable[tuple[Sequence[str], Make]]
+    ) -> None:
+        self._weights = weights
+        self._origins: dict[str, tuple[Sequence[str], Make | None]] = {}
+        specs = {ours: weights.specs[theirs] for ours, theirs in renamed.items()}
+        self._origins |= {ours: ([theirs], None) for ours, theirs in renamed.items()}
+        for sources, make in made:
+            results = make([weights.specs[key] for key in sources])
+            specs |= results
+            self._origins |= dict.fromkeys(results, (sources, make))
+        place = {key: number for number, key in enumerate(weights.specs)}  # files are read through once, in order
+        self.specs = dict(sorted(specs.items(), key=lambda item: place[self._origins[item[0]][0][0]]))
+
+    def copy_to(self, key: str, destination: Tensor) -> None:
+        sources, make = self._origins[key]
+        if make is None:
+            self._weights.copy_to(sources[0], destination)
+        else:
+            destination.copy_(make([self._weights.read(source) for source in sources])[key])
+
+
+def split_biases(folder: Path, weights: Weights) -> Weights:
+    """Give the weights of transformers' BLIP models the names of EVA-ViT: `qkv.bias` becomes `q_bias` and `v_bias`.
+
+    EVA-ViT's keys have no bias: reading raises UserError when this one's is not zero.
+    """
+
+    def split(fused: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        query, inner, value = tensors[0].tensor_split(3)
+        if not inner.is_meta and inner.count_nonzero():
+            raise UserError(
+                f"{folder}: {fused}: the encoder has no key bias, but this checkpoint's is not zero (largest "
+                f"{inner.abs().max().item():.3g}): it is not an EVA-ViT of the BLIP-2 line"
+            )
+        stem = fused.removesuffix("qkv.bias")
+        return {f"{stem}q_bias": query, f"{stem}v_bias": value}
+
+    biases = [key for key in weights.specs if key.endswith("qkv.bias")]
+    others = {key: key for key in weights.specs if key not in biases}
+    return DerivedWeights(weights, others, [([key], partial(split, key)) for key in biases])
+
+
 def read_config(folder: Path) -> PretrainedConfig:
     """Read a language model's config.json. Raises UserError when transformers does not know it as a causal LM."""
     try:
@@ -175,7 +227,9 @@ def read_config(folder: Path) -> PretrainedConfig:
 def convert_language_model(folder: Path, weights: Weights, config: PretrainedConfig, *, prefix: str) -> Weights:
     """Return the folder's weights. Those of the language model get their names in memory.
 
-    prefix: of the language model's keys; empty for a language model's own folder.
+    prefix: of the language model's keys; empty for a language model's own folder. Other keys stay as they are. Keys
+        that fit no weight of the model keep their names, without those that transformers ignores as well (buffers of
+        old versions, heads that only training uses).
     Raises UserError when transformers can't build the language model or can't convert these weights.
     """
     try:
@@ -189,7 +243,7 @@ def convert_language_model(folder: Path, weights: Weights, config: PretrainedCon
     if not prefix and getattr(config, "quantization_config", None) is not None:
         return QuantizedWeights(folder, model.state_dict())
     try:
-        return ConvertedWeights(weights, model, prefix)
+        return _converted(weights, model, prefix)
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"{folder}: the language model's weights do not have the form that transformers expects of "
@@ -197,96 +251,35 @@ def convert_language_model(folder: Path, weights: Weights, config: PretrainedCon
         ) from error
 
 
-@dataclass
-class _Group:
-    """Weights that are made together. first: the first of their keys; sources: (pattern, key on disk)."""
+def _converted(weights: Weights, model: PreTrainedModel, prefix: str) -> Weights:
+    """Apply transformers' conversions of this model, which may be on the meta device."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    wanted, base = model.state_dict(), model.base_model_prefix
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$.")
+    renamed = {key: key for key in weights.specs if not key.startswith(prefix)}
+    merged: dict[str, list[tuple[str, str]]] = {}  # the first name of those made together -> (pattern, their key)
+    for key in sorted((key for key in weights.specs if key.startswith(prefix)), key=dot_natural_key):
+        plain = key[len(prefix) :]
+        name, pattern = rename_source_key(plain, renamings, converters, base, wanted)
+        if LORA.sub("", name) not in wanted:  # it has the name in memory already, or is not the model's
+            name, pattern = rename_source_key(plain, [], [], base, wanted)
+        if pattern is not None:
+            merged.setdefault(name, []).append((pattern, key))
+        elif LORA.sub("", name) in wanted or not ignored.search(name):
+            renamed.setdefault(prefix + name, key)
 
-    first: str
-    converter: WeightConverter | None = None  # None: a single weight, which is only renamed
-    sources: list[tuple[str, str]] = field(default_factory=list)
+    def convert(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        converter: Any = deepcopy(by_pattern[merged[name][0][0]])  # typed for futures only, but takes tensors as well
+        for (pattern, key), tensor in zip(merged[name], tensors, strict=True):
+            converter.add_tensor(name, key, pattern, tensor)
+        made = converter.convert(name, model=model, config=model.config)
+        return {prefix + key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
-
-class ConvertedWeights(Weights):
-    """Weights whose language model has the names of `model`, which may be on the meta device.
-
-    prefix: of the language model's keys; others stay as they are. Keys that fit no weight of the model keep their
-        names, without those that transformers ignores as well (buffers of old versions, heads that only training uses).
-    """
-
-    def __init__(self, weights: Weights, model: PreTrainedModel, prefix: str) -> None:
-        self._weights, self._model, self._prefix = weights, model, prefix
-        conversions = get_model_conversion_mapping(model)
-        renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-        converters = [one for one in conversions if isinstance(one, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        wanted, base = model.state_dict(), model.base_model_prefix
-        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$.")
-        groups = {key: _Group(key, sources=[(key, key)]) for key in weights.specs if not key.startswith(prefix)}
-        for key in sorted((key for key in weights.specs if key.startswith(prefix)), key=dot_natural_key):
-            plain = key[len(prefix) :]
-            name, pattern = rename_source_key(plain, renamings, converters, base, wanted)
-            if LORA.sub("", name) not in wanted:  # it has the name in memory already, or is not the model's
-                name, pattern = rename_source_key(plain, [], [], base, wanted)
-            if LORA.sub("", name) not in wanted and ignored.search(name):
-                continue
-            group = groups.setdefault(prefix + name, _Group(prefix + name))
-            group.sources.append((pattern or plain, key))
-            if pattern is not None:
-                group.converter = by_pattern[pattern]
-        place = {key: number for number, key in enumerate(weights.specs)}  # files are read through once, in order
-        self.specs, self._groups = {}, {}
-        for group in sorted(groups.values(), key=lambda group: place[group.sources[0][1]]):
-            made = self._convert(group, weights.specs.__getitem__)
-            self.specs |= made
-            self._groups |= dict.fromkeys(made, group)
-
-    def copy_to(self, key: str, destination: Tensor) -> None:
-        group = self._groups[key]
-        if group.converter is None:
-            self._weights.copy_to(group.sources[0][1], destination)
-        else:
-            destination.copy_(self._convert(group, self._weights.read)[key])
-
-    def _convert(self, group: _Group, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """The tensors that are made together, by their keys."""
-        if group.converter is None:
-            return {group.first: read(group.sources[0][1])}
-        converter: Any = deepcopy(group.converter)  # typed for futures only, but takes tensors as well
-        name = group.first[len(self._prefix) :]
-        for pattern, key in group.sources:
-            converter.add_tensor(name, key, pattern, read(key))
-        made = converter.convert(name, model=self._model, config=self._model.config)
-        return {self._prefix + key: value[0] if isinstance(value, list) else value for key, value in made.items()}
-
-
-class UnfusedBiases(Weights):
-    """Weights of transformers' BLIP models with the names of EVA-ViT: `qkv.bias` becomes `q_bias` and `v_bias`.
-
-    EVA-ViT's keys have no bias: reading raises UserError when this one's is not zero.
-    """
-
-    def __init__(self, folder: Path, weights: Weights) -> None:
-        self.specs = {}
-        self._folder, self._weights = folder, weights
-        self._fused: dict[str, tuple[str, int]] = {}  # the fused bias, and which third of it
-        for key, spec in weights.specs.items():
-            stem = key.removesuffix("qkv.bias")
-            thirds = {stem + "q_bias": 0, stem + "v_bias": 2} if stem != key else {}
-            self._fused |= {name: (key, third) for name, third in thirds.items()}
-            self.specs |= {name: spec.tensor_split(3)[third] for name, third in thirds.items()} or {key: spec}
-
-    def copy_to(self, key: str, destination: Tensor) -> None:
-        if key not in self._fused:
-            self._weights.copy_to(key, destination)
-            return
-        fused, third = self._fused[key]
-        parts = self._weights.read(fused).tensor_split(3)
-        if parts[1].count_nonzero():
-            raise UserError(
-                f"{self._folder}: {fused}: the encoder has no key bias, but this checkpoint's is not zero (largest "
-                f"{parts[1].abs().max().item():.3g}): it is not an EVA-ViT of the BLIP-2 line"
-            )
-        destination.copy_(parts[third])
+    made = [([key for _, key in sources], partial(convert, name)) for name, sources in merged.items()]
+    return DerivedWeights(weights, renamed, made)
 
 
 class QuantizedWeights(Weights):

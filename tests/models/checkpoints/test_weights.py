@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from stllm.common.errors import UserError
 from stllm.models.checkpoints import weights as module
-from stllm.models.checkpoints.weights import UnfusedBiases, WeightFiles, open_views
+from stllm.models.checkpoints.weights import WeightFiles, open_views, split_biases
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_a_fused_bias_is_split(tmp_path: Path) -> None:
     """Its k part must be zero, see test_foreign.py as well."""
     fused = torch.cat([torch.full((4,), 1.0), torch.zeros(4), torch.full((4,), 3.0)])
     save_file({"layers.7.qkv.bias": fused, "layers.7.qkv.weight": torch.ones(12, 4)}, tmp_path / "w.safetensors")
-    weights = UnfusedBiases(tmp_path, WeightFiles([tmp_path / "w.safetensors"]))
+    weights = split_biases(tmp_path, WeightFiles([tmp_path / "w.safetensors"]))
     parts = {key: weights.read(key).tolist() for key in weights.specs if key.endswith("bias")}
     assert parts == {"layers.7.q_bias": [1.0] * 4, "layers.7.v_bias": [3.0] * 4}
     assert weights.specs.keys() - parts.keys() == {"layers.7.qkv.weight"}
