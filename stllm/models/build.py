@@ -72,6 +72,6 @@ def build_encoder(cfg: DictConfig | Mapping[str, Any], *, device: torch.device, 
     """Build as `build_model` does, without the language model: enough to encode clips."""
     model, report = build_audited(cfg, device=device, dtype=dtype, with_language_model=False)
     encoder = ("vision encoder", "ln_vision", "qformer")
-    if fresh := [part for part, audit in report.parts.items() if audit.fresh and part in encoder]:
+    if fresh := [part for part, audit in report.parts.items() if audit["fresh"] and part in encoder]:
         log.warning("from random weights, as no file gives them: %s", ", ".join(fresh))
     return model

@@ -73,7 +73,8 @@ class VideoTextTask:
     ) -> STLLM:
         """The model to train, from the weights that the configuration names; what starts fresh is noted."""
         model, report = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
-        if fresh := [f"{part} ({len(audit.fresh)} weights)" for part, audit in report.parts.items() if audit.fresh]:
+        counts = {part: len(audit["fresh"]) for part, audit in report.parts.items()}
+        if fresh := [f"{part} ({count} weights)" for part, count in counts.items() if count]:
             log.info("from random weights, as no file gives them: %s", ", ".join(fresh))
         for note in report.notes:
             log.info(note)

@@ -63,7 +63,7 @@ def test_training_may_add_parts_to_a_checkpoint() -> None:
     settings = {"ckpt": str(GOLDEN / "minigpt4_plain_all"), "image_size": 28, "qformer_text_input": False}
     settings |= {"vit_model": "eva_btadapter_g", "video_input": "residual", "mvm_decode": True, "residual_size": 2}
     model, report = build_audited(settings, device="cpu")
-    parts = {part for part, audit in report.parts.items() if audit.fresh}
+    parts = {part for part, audit in report.parts.items() if audit["fresh"]}
     assert parts == {"temporal adapter", "video input", "mvm decoder"}
     encoder: Any = model.vision_encoder
     spatial, block = encoder.adapter.spatial[0], encoder.backbone.blocks[1]

@@ -42,6 +42,7 @@ PARTS = (  # the first that fits counts
 OTHER = "other"
 # in the order of a video's way
 PART_NAMES = ("vision encoder", "temporal adapter", "ln_vision", "qformer", *(part.name for part in PARTS[4:]))
+STATES = ("loaded", "fresh", "missing", "wrong_shape", "unexpected", "ignored")
 MAX_NAMED = 6
 
 
@@ -56,41 +57,30 @@ def part_of_theirs(key: str) -> str:
 
 
 @dataclass
-class PartAudit:
-    """Keys of one part. wrong_shape: `key: found (...), expected (...)`."""
-
-    loaded: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    wrong_shape: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-
-
-STATES = tuple(PartAudit.__dataclass_fields__)
-
-
-@dataclass
 class AuditReport:
-    """The audit of one loading. source: what was loaded; notes: other facts to report (resized, grown, ...)."""
+    """The audit of one loading.
+
+    source: what was loaded. parts: part -> state, one of `STATES` -> keys; of wrong_shape `key: found (...), expected
+    (...)`. notes: other facts to report (resized, grown, ...).
+    """
 
     source: str
-    parts: dict[str, PartAudit] = field(default_factory=dict)
+    parts: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def add(self, state: str, part: str, entry: str) -> None:
         """Enter a key under one of `STATES`."""
-        getattr(self.parts.setdefault(part, PartAudit()), state).append(entry)
+        self.parts.setdefault(part, {name: [] for name in STATES})[state].append(entry)
 
     def keys(self, state: str) -> list[str]:
         """List all entries of one state, part after part."""
-        return [entry for _, audit in self._ordered() for entry in getattr(audit, state)]
+        return [entry for _, audit in self._ordered() for entry in audit[state]]
 
     def raise_for_problems(self) -> None:
         """Raise UserError naming what is missing or has a wrong shape."""
         wrong, missing = self.keys("wrong_shape"), self.keys("missing")
         # a part without any weights also leaves its sizes unknown, which makes others look wrong
-        part_missing = any(audit.missing and not audit.loaded for audit in self.parts.values())
+        part_missing = any(audit["missing"] and not audit["loaded"] for audit in self.parts.values())
         if wrong and not part_missing:
             raise UserError(
                 f"{self.source}: {_counted(wrong)} of another size than the configuration asks for: {named(wrong)}; "
@@ -98,7 +88,7 @@ class AuditReport:
             )
         if not missing:
             return
-        parts = [part for part in PARTS if part.name in self.parts and self.parts[part.name].missing]
+        parts = [part for part in PARTS if part.name in self.parts and self.parts[part.name]["missing"]]
         if given_by := sorted({part.given_by for part in parts if part.given_by}):
             advice = f"the download may be incomplete; when building from pieces, name them with {', '.join(given_by)}"
         else:
@@ -110,7 +100,7 @@ class AuditReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the number of loaded weights, and the names of all others."""
         parts = {
-            part: {"loaded": len(audit.loaded), **{state: getattr(audit, state) for state in STATES[1:]}}
+            part: {"loaded": len(audit["loaded"]), **{state: audit[state] for state in STATES[1:]}}
             for part, audit in self._ordered()
         }
         return {"source": self.source, "parts": parts, "notes": self.notes}
@@ -126,29 +116,29 @@ class AuditReport:
         for state in STATES:
             table.add_column(state.replace("_", " "), justify="right")
         for part, audit in self._ordered():
-            counts = [len(getattr(audit, state)) for state in STATES]
+            counts = [len(audit[state]) for state in STATES]
             table.add_row(part, *(str(count) if count else "" for count in counts))
         return table
 
     def details(self) -> list[str]:
         """Return a line for each kind of exception, and the notes."""
         lines = [
-            f"{part}, {state.replace('_', ' ')}: {named(getattr(audit, state))}"
+            f"{part}, {state.replace('_', ' ')}: {named(audit[state])}"
             for part, audit in self._ordered()
             for state in STATES[1:]
-            if getattr(audit, state)
+            if audit[state]
         ]
         return [*lines, *self.notes]
 
-    def _ordered(self) -> list[tuple[str, PartAudit]]:
+    def _ordered(self) -> list[tuple[str, dict[str, list[str]]]]:
         order = {part: number for number, part in enumerate((*PART_NAMES, OTHER))}
         return sorted(self.parts.items(), key=lambda item: order[item[0]])
 
 
-def named(keys: list[str], most: int = MAX_NAMED) -> str:
+def named(keys: list[str]) -> str:
     """Name the first keys, and the number of the others."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
+    return ", ".join(keys[:MAX_NAMED]) + more
 
 
 def _counted(keys: list[str]) -> str:
