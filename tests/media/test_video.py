@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stllm.media.sampling import uniform
-from stllm.media.timeline import _is_hidden
 from stllm.media.video import PyAvReader
 from tests.helpers.videos import Work, copy_packets, frame_code, read_code, write_video
 
@@ -360,10 +359,24 @@ def test_random_access_gives_what_reading_through_gives(tmp_path: Path, name: st
         assert reader.times(range(len(shown))) == pytest.approx(expected, abs=0.041 if "variable" in name else 1e-3)
 
 
-def test_hidden_vp8_frames_are_no_frames() -> None:
-    shown, hidden = b"\x10\x02\x00", b"\x00\x02\x00"  # bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)
-    assert not _is_hidden(shown, "vp8") and _is_hidden(hidden, "vp8")  # type: ignore[arg-type]
-    assert not _is_hidden(hidden, "h264")  # type: ignore[arg-type]
+def test_hidden_vp8_frames_are_no_frames(tmp_path: Path) -> None:
+    """Behind each frame its copy, which is not shown: bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)."""
+    options = VIDEOS["vp8.webm"]
+    source = write_video(tmp_path / "source.webm", num_frames=20, gop=1, **options)
+    with av.open(str(source)) as reading, av.open(str(tmp_path / "hidden.webm"), "w") as writing:
+        copy = writing.add_stream_from_template(reading.streams.video[0])
+        for packet in reading.demux(video=0):
+            if packet.size:
+                data = bytes(packet)
+                hidden: Any = av.Packet(bytes([data[0] & ~0x10]) + data[1:])
+                hidden.pts = hidden.dts = packet.pts + 20  # type: ignore[operator]  # milliseconds
+                hidden.time_base = packet.time_base
+                for each in (packet, hidden):
+                    each.stream = copy
+                    writing.mux(each)
+    with PyAvReader(tmp_path / "hidden.webm") as reader:
+        assert reader.info.num_frames == 20 and not reader.timeline.counted
+        assert codes(reader, [3, 19, 0, 11]) == [3, 19, 0, 11]
 
 
 def test_one_frame_is_a_video(tmp_path: Path) -> None:
