@@ -16,8 +16,7 @@ import numpy as np
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular
-from stllm.media.info import Frame, MediaError, MediaInfo, Reader, warn_once
-from stllm.media.sniff import AVIF
+from stllm.media.info import AVIF, Frame, MediaError, MediaInfo, Reader, warn_once
 from stllm.media.time_bound import keep_reading
 
 if TYPE_CHECKING:

@@ -24,8 +24,19 @@ import numpy as np
 
 from stllm.common.registry import readers
 from stllm.media import images
-from stllm.media.info import Frame, MediaError, MediaInfo, Reader, decoder_options, warn_once
-from stllm.media.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
+from stllm.media.info import (
+    EXPECTED,
+    Frame,
+    MediaError,
+    MediaInfo,
+    Reader,
+    decoder_options,
+    explain_unreadable,
+    kind_of,
+    promised_bytes,
+    read_head,
+    warn_once,
+)
 from stllm.media.time_bound import keep_reading
 from stllm.media.timeline import DECODING_TIMES, Timeline, average_fps, counted_timeline, demuxed_timeline, packets
 
@@ -332,7 +343,8 @@ class VideoSource:
 
     @property
     def is_cut(self) -> bool:
-        return is_cut(self.path, self._head)
+        """Check whether the file is shorter than its headers say."""
+        return promised_bytes(self.path, self._head) > self.path.stat().st_size
 
     def close(self) -> None:
         self.container.close()
@@ -349,7 +361,7 @@ class VideoSource:
 
         path, limits = self.path, decoder_options()
         if kind_of(self._head) == "text":
-            found = first_words(self._head)
+            found = " ".join(self._head[:200].decode("utf-8", "replace").split())[:40]
             raise MediaError(f"{path}: found text ({found!r}), expected {EXPECTED}: download it again")
         try:
             # An absolute path has no protocol; nothing but this file may be opened.
