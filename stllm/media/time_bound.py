@@ -56,15 +56,15 @@ def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: 
     try:
         reading.start()
         left = seconds
-        while left > 0:
+        while left > 0 and reading.is_alive():
             tick = min(left, TICK)
             reading.join(tick)
-            if not reading.is_alive():
-                if reading.error is not None:
-                    raise reading.error
-                result: T = reading.result
-                return result
             left -= 0 if reading.unbounded else tick
+        if not reading.is_alive():
+            if reading.error is not None:
+                raise reading.error
+            result: T = reading.result
+            return result
         _hanging[:] = [*(other for other in _hanging if other.is_alive()), reading]
         if len(_hanging) >= MAX_HANGING:
             raise StorageError(
