@@ -243,7 +243,7 @@ class PyAvReader(Reader):
     def _check_order(self, found: int) -> None:
         """Raise _Disordered when a frame that should have come before this one comes after it."""
         timeline, expected = self.timeline, self._next
-        if self._is_ordered or timeline.counted or self.source.is_damaged:
+        if self._is_ordered or timeline.counted:
             return
         if expected is not None and expected < timeline.num_readable and timeline.stamps[expected] == found:
             self._next = expected + 1
