@@ -8,8 +8,8 @@ frames, and each is then found by decoding from the start.
 
 `DecordReader` reads with decord, for those who ask for it by name. PyAV is the default because decord 0.6, tried on
 files whose frames carry their own number, silently gives wrong frames after a seek when a picture is stored after a
-keyframe but shown before it (open GOPs: HEVC by default, any avi with B-frames), knows no mirrored display matrix and
-no AV1; it is also unmaintained and has no Arm wheel. On plain H.264 both give the same bytes.
+keyframe but shown before it (open GOPs: HEVC by default, any avi with B-frames) and in MPEG-TS, knows no mirrored
+display matrix and no AV1; it is also unmaintained and has no Arm wheel. On plain H.264 both give the same bytes.
 
 Source: ISO/IEC 14496-12, the matrix of the track header: a picture point (x, y) is shown at (a x + c y, b x + d y).
 """
@@ -278,8 +278,14 @@ class DecordReader(PyAvReader):
         doubt = None
         if decoder_options():
             doubt = "decord cannot limit the size of later frames"
-        elif self.timeline.open_gops or self.timeline.counted or self.turn in MIRRORING or self.transparent:
-            doubt = "decord would give wrong frames of it (open GOPs, no times, mirrored or transparent)"
+        elif (
+            self.timeline.open_gops
+            or self.timeline.counted
+            or self.source.container.format.name == "mpegts"
+            or self.turn in MIRRORING
+            or self.transparent
+        ):
+            doubt = "decord would give wrong frames of it (open GOPs, no times, MPEG-TS, mirrored or transparent)"
         else:
             try:
                 import decord
