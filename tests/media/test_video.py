@@ -299,6 +299,21 @@ def test_true_times_of_hevc_are_trusted(tmp_path: Path, name: str) -> None:
             assert codes(reader, [280, 3, 150, 151]) == [280, 3, 150, 151]
 
 
+def test_frames_keep_their_numbers_behind_a_damaged_header(tmp_path: Path) -> None:
+    source = write_video(tmp_path / "source.mp4", num_frames=60, codec="libx265", options=X265)
+    with av.open(str(source)) as reading, av.open(str(tmp_path / "damaged.mkv"), "w") as writing:
+        copy = writing.add_stream_from_template(reading.streams.video[0])
+        for index, packet in enumerate(packet for packet in reading.demux(video=0) if packet.size):
+            if index == 16:
+                data = bytes(packet)
+                packet.update(data[:6] + bytes(6) + data[12:])  # behind the unit's length and its header
+            packet.stream = copy
+            writing.mux(packet)
+    with PyAvReader(tmp_path / "damaged.mkv") as reader:
+        assert reader.info.num_frames == 60 and not reader.timeline.counted
+        assert codes(reader, [50, 3, 40, 59]) == [50, 3, 40, 59]
+
+
 def matrix() -> dict[str, dict[str, Any]]:
     """Codecs x containers x (plain, variable rate, edit list, rotated)."""
     codecs: dict[str, dict[str, Any]] = {
