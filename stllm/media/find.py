@@ -25,7 +25,7 @@ class Listing:
     def __init__(self, folder: str) -> None:
         try:
             self.names, self.exists = frozenset(os.listdir(folder)), True
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
             self.names, self.exists = frozenset(), False
 
     def called(self, name: str) -> str | None:
