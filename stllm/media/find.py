@@ -9,24 +9,24 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from stllm.media.sampling import Bounds
 
 SEGMENT = re.compile(r"(.+)_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")  # such as USNP1_1.2999999999999998_15.4
 SAME_BOUNDS = 0.01  # seconds by which the bounds in a segment's name may differ from a record's
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+T = TypeVar("T")
 
 
 class Listing:
     """The names in one folder; none when it is not there or may not be read."""
 
     def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.exists = os.path.isdir(folder)
         try:
-            self.names = frozenset(os.listdir(folder)) if self.exists else frozenset()
-        except OSError:
-            self.exists, self.names = False, frozenset()
+            self.names, self.exists = frozenset(os.listdir(folder)), True
+        except (OSError, ValueError):  # ValueError: a name with a zero byte
+            self.names, self.exists = frozenset(), False
 
     def called(self, name: str) -> str | None:
         """The file of this name, whatever the Unicode form of its letters; None when there is none."""
@@ -50,11 +50,8 @@ class Listing:
 
     @cached_property
     def _segments(self) -> dict[str, list[tuple[str, float, float]]]:
-        groups: dict[str, list[tuple[str, float, float]]] = {}
-        for name in sorted(self.names):
-            if match := SEGMENT.fullmatch(os.path.splitext(name)[0]):
-                groups.setdefault(match[1], []).append((name, float(match[2]), float(match[3])))
-        return groups
+        matches = ((name, SEGMENT.fullmatch(os.path.splitext(name)[0])) for name in sorted(self.names))
+        return _grouped((match[1], (name, float(match[2]), float(match[3]))) for name, match in matches if match)
 
     @cached_property
     def _by_form(self) -> dict[str, str]:
@@ -98,8 +95,7 @@ class MediaFinder:
         for folder in folders:
             for stem in stems:
                 parent, last = os.path.split(os.path.normpath(os.path.join(folder, stem)))
-                found = self.listing(parent or ".").with_stem(last)
-                if found:
+                if found := self.listing(parent or ".").with_stem(last):
                     return [os.path.join(parent, name) for name in found]
         return []
 
@@ -116,8 +112,8 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
+def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups

@@ -16,8 +16,7 @@ import numpy as np
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular
-from stllm.media.info import Frame, MediaError, MediaInfo, Reader, warn_once
-from stllm.media.sniff import AVIF
+from stllm.media.info import AVIF, Frame, MediaError, MediaInfo, Reader, warn_once
 from stllm.media.time_bound import keep_reading
 
 if TYPE_CHECKING:
@@ -151,13 +150,34 @@ class FrameFolderReader(Reader):
     """
 
     def __init__(self, path: str | Path, *, fps: float | None = None) -> None:
-        self.path = Path(path)
-        self._files = _numbered_frames(self.path)
+        self.path = folder = Path(path)
+        try:
+            names = sorted(entry.name for entry in folder.iterdir())
+        except PermissionError:
+            raise MediaError(
+                f"{folder}: permission to list it is denied; expected a readable folder: chmod +rx"
+            ) from None
+        files = [folder / name for name in names if Path(name).suffix.lower() in FRAME_SUFFIXES]
+        files = [file for file in files if file.stem.isascii() and file.stem.isdecimal()]
+        if not files:
+            found = f"{len(names)} entries such as {names[0]!r}" if names else "nothing"
+            raise MediaError(
+                f"{folder}: found a folder with {found} in it, expected frames named 00001.jpg and on; name a video "
+                "file, or extract the frames first"
+            )
+        files.sort(key=lambda file: int(file.stem))
+        for expected, file in enumerate(files, start=1):
+            if int(file.stem) != expected:
+                raise MediaError(
+                    f"{folder}: found frame {file.name} where number {expected} was expected; frames count from 1 "
+                    f"without gaps or doubles ({len(files)} files): extract them again"
+                )
+        self._files = files
         if fps is None:
-            fps = RAW_FOLDER_FPS if len(self._files[0].stem) == 6 else FOLDER_FPS
-        height, width = read_image(self._files[0]).shape[:2]
-        self.info = MediaInfo("frames", len(self._files), fps, width, height, first_index=1)
-        self.seconds = np.arange(len(self._files)) / fps
+            fps = RAW_FOLDER_FPS if len(files[0].stem) == 6 else FOLDER_FPS
+        height, width = read_image(files[0]).shape[:2]
+        self.info = MediaInfo("frames", len(files), fps, width, height, first_index=1)
+        self.seconds = np.arange(len(files)) / fps
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         self.check(indices)
@@ -168,43 +188,15 @@ class FrameFolderReader(Reader):
 def read_image(path: Path) -> Frame:
     """(H, W, 3) uint8, upright. Raises MediaError when the file is no whole image."""
     check_regular(path, "an image", MediaError)
-    return _upright(path, path)
+    return decode_image(path, path)
 
 
-def decode_image(data: bytes, name: str) -> Frame:
-    """(H, W, 3) uint8, upright, of an image file's bytes. Raises MediaError, beginning with `name`, as `read_image`."""
-    return _upright(BytesIO(data), name)
-
-
-def _upright(file: Path | BytesIO, name: object) -> Frame:
+def decode_image(file: Path | bytes, name: object) -> Frame:
+    """(H, W, 3) uint8, upright, of an image file or its bytes. Raises MediaError, beginning with `name`."""
     from PIL import ImageOps
 
-    with _damage(name), open_image(file) as image:
+    with _damage(name), open_image(BytesIO(file) if isinstance(file, bytes) else file) as image:
         return to_rgb(ImageOps.exif_transpose(image))
-
-
-def _numbered_frames(folder: Path) -> list[Path]:
-    """The folder's frames in order. Raises MediaError."""
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except PermissionError:
-        raise MediaError(f"{folder}: permission to list it is denied; expected a readable folder: chmod +rx") from None
-    files = [folder / name for name in names if Path(name).suffix.lower() in FRAME_SUFFIXES]
-    files = [file for file in files if file.stem.isascii() and file.stem.isdecimal()]
-    if not files:
-        found = f"{len(names)} entries such as {names[0]!r}" if names else "nothing"
-        raise MediaError(
-            f"{folder}: found a folder with {found} in it, expected frames named 00001.jpg and on; name a video "
-            "file, or extract the frames first"
-        )
-    files.sort(key=lambda file: int(file.stem))
-    for expected, file in enumerate(files, start=1):
-        if int(file.stem) != expected:
-            raise MediaError(
-                f"{folder}: found frame {file.name} where number {expected} was expected; frames count from 1 without "
-                f"gaps or doubles ({len(files)} files): extract them again"
-            )
-    return files
 
 
 @contextmanager

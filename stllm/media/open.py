@@ -10,8 +10,7 @@ from pathlib import Path
 from stllm.common.files import user_path
 from stllm.common.registry import readers
 from stllm.media.images import GIF_FPS, FrameFolderReader, ImageReader, open_picture
-from stllm.media.info import MediaError, Reader
-from stllm.media.sniff import kind_of, read_head
+from stllm.media.info import MediaError, Reader, kind_of, read_head
 from stllm.media.time_bound import now_reading
 from stllm.media.video import PyAvReader
 

@@ -175,7 +175,16 @@ class _Forks:
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
             if self._control is None or self._process is None or self._process.poll() is not None:
-                self._control = self._start()
+                self._control, control = socket.socketpair()
+                code = f"import sys; sys.path[:] = {sys.path!r}; from stllm.media.reading import fork_at_request"
+                with control:
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-c", f"{code}; fork_at_request({control.fileno()})"],
+                        stdin=subprocess.DEVNULL,
+                        env={**os.environ, **ONE_THREAD},
+                        pass_fds=[control.fileno()],
+                        start_new_session=True,  # a terminal's Ctrl-C is for the serving process, which decides
+                    )
             socket.send_fds(self._control, [b"."], [theirs.fileno()])
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENT_SECONDS, 0))
         return Connection(ours.detach())
@@ -186,24 +195,8 @@ class _Forks:
             self._process.kill()
             self._process.wait()
 
-    def _start(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            code = f"import sys; sys.path[:] = {sys.path!r}; from stllm.media.reading import fork_at_request"
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", f"{code}; fork_at_request({theirs.fileno()})"],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **ONE_THREAD},
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C is for the serving process, which decides
-            )
-        return ours
-
 
 _forks = _Forks()
-
-
-# ---- in the processes -----------------------------------------------------------------------------------------------
 
 
 def fork_at_request(control: int) -> None:
@@ -230,12 +223,24 @@ def fork_at_request(control: int) -> None:
 def _work(connection: Connection) -> None:
     """Run one task after the other. End when the other end of the connection is closed, even during a task."""
     killed_with_parent()
-    _bound_memory()
+    if sys.platform == "linux":  # limit the memory that this process may take in addition to what it has
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[5])
+        most = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     escape_output()
     setup_logging()
     connection.send(os.getpid())
     tasks: SimpleQueue[bytes] = SimpleQueue()
-    Thread(target=_receive_tasks, args=(connection, tasks), daemon=True).start()
+
+    def receive_tasks() -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                tasks.put(connection.recv_bytes())
+        os._exit(0)
+
+    Thread(target=receive_tasks, daemon=True).start()
     while True:
         try:
             result = pickle.loads(tasks.get())()
@@ -244,28 +249,13 @@ def _work(connection: Connection) -> None:
         except Exception as error:  # a defect of ours: only this traceback shows its place
             logger.error("a reading failed: %s", traceback.format_exc())
             result = error
-        _send(connection, result)
-        del result
-
-
-def _bound_memory() -> None:
-    """Limit the memory that this process may take in addition to what it has to `MEMORY`. Linux only."""
-    if sys.platform == "linux":
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[5])
-        most = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def _receive_tasks(connection: Connection, tasks: "SimpleQueue[bytes]") -> None:
-    with suppress(EOFError, OSError):
-        while True:
-            tasks.put(connection.recv_bytes())
-    os._exit(0)
-
-
-# ---- from process to process ----------------------------------------------------------------------------------------
+        buffers: list[pickle.PickleBuffer] = []
+        packed = BytesIO()
+        _Pickler(packed, protocol=5, buffer_callback=buffers.append).dump(result)
+        connection.send((packed.getvalue(), len(buffers)))
+        for buffer in buffers:
+            connection.send_bytes(buffer.raw())
+        del result, buffers, packed
 
 
 class _Pickler(pickle.Pickler):
@@ -273,15 +263,6 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         return (from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
-
-
-def _send(connection: Connection, result: Any) -> None:
-    buffers: list[pickle.PickleBuffer] = []
-    packed = BytesIO()
-    _Pickler(packed, protocol=5, buffer_callback=buffers.append).dump(result)
-    connection.send((packed.getvalue(), len(buffers)))
-    for buffer in buffers:
-        connection.send_bytes(buffer.raw())
 
 
 def _receive(connection: Connection) -> Any:

@@ -8,6 +8,7 @@ Letters: n frames wanted, N frames in the video; seconds are turned into frame i
 
 import math
 import random
+from itertools import pairwise
 
 import numpy as np
 
@@ -31,16 +32,15 @@ def rand(num_frames: int, *, total_frames: int, generator: Generator) -> list[in
     An interval [start, end) gives an index of [start, end - 1), or its start when that is empty. A video shorter than n
     is padded with its last index, so n indices always come back. Raises UserError when either count is below 1.
     """
-    starts, ends = _intervals(num_frames, total_frames)
-    picked = [_draw(generator, start, max(start + 1, end - 1)) for start, end in zip(starts, ends, strict=True)]
-    return _padded(picked, num_frames)
+    draw = generator.randrange if isinstance(generator, random.Random) else generator.integers
+    picked = [int(draw(start, max(start + 1, end - 1))) for start, end in _intervals(num_frames, total_frames)]
+    return picked + picked[-1:] * (num_frames - len(picked))
 
 
 def middle(num_frames: int, *, total_frames: int) -> list[int]:
     """The middle index of each of n equal intervals (training without randomness); padded as in `rand`."""
-    starts, ends = _intervals(num_frames, total_frames)
-    picked = [(start + end - 1) // 2 for start, end in zip(starts, ends, strict=True)]
-    return _padded(picked, num_frames)
+    picked = [(start + end - 1) // 2 for start, end in _intervals(num_frames, total_frames)]
+    return picked + picked[-1:] * (num_frames - len(picked))
 
 
 def at_rate(rate: float, *, total_frames: int, fps: float, max_num_frames: int = -1) -> list[int]:
@@ -166,37 +166,20 @@ def sample_indices(
     elif rule == "uniform":
         indices = uniform(num_frames, total_frames=count)
     else:
-        indices = at_rate(_rate_of(rule), total_frames=count, fps=fps, max_num_frames=num_frames)
+        try:
+            rate = float(rule[3:] if rule.startswith("fps") else "")
+        except ValueError:
+            raise UserError(unknown_name("sampling", rule, RULES)) from None
+        indices = at_rate(rate, total_frames=count, fps=fps, max_num_frames=num_frames)
     return [first_index + offset + index for index in indices]
 
 
-def _rate_of(rule: str) -> float:
-    """2.0 of "fps2"; raises UserError when that is not what the rule says."""
-    try:
-        if not rule.startswith("fps"):
-            raise ValueError
-        return float(rule.removeprefix("fps"))
-    except ValueError:
-        raise UserError(unknown_name("sampling", rule, RULES)) from None
-
-
-def _intervals(num_frames: int, total_frames: int) -> tuple[list[int], list[int]]:
-    """Starts and ends of min(n, N) equal intervals of [0, N)."""
+def _intervals(num_frames: int, total_frames: int) -> list[tuple[int, int]]:
+    """(start, end) of min(n, N) equal intervals of [0, N)."""
     _check_total(total_frames)
     _check_wanted(num_frames)
     edges = [int(edge) for edge in np.linspace(0, total_frames, min(num_frames, total_frames) + 1)]
-    return edges[:-1], edges[1:]
-
-
-def _padded(indices: list[int], num_frames: int) -> list[int]:
-    return indices + indices[-1:] * (num_frames - len(indices))
-
-
-def _draw(generator: Generator, start: int, stop: int) -> int:
-    """A random integer of [start, stop)."""
-    if isinstance(generator, random.Random):
-        return generator.randrange(start, stop)
-    return int(generator.integers(start, stop))
+    return list(pairwise(edges))
 
 
 def _check_bounds(bounds: Bounds, duration: float) -> Bounds:

@@ -56,15 +56,15 @@ def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: 
     try:
         reading.start()
         left = seconds
-        while left > 0:
+        while left > 0 and reading.is_alive():
             tick = min(left, TICK)
             reading.join(tick)
-            if not reading.is_alive():
-                if reading.error is not None:
-                    raise reading.error
-                result: T = reading.result
-                return result
             left -= 0 if reading.unbounded else tick
+        if not reading.is_alive():
+            if reading.error is not None:
+                raise reading.error
+            result: T = reading.result
+            return result
         _hanging[:] = [*(other for other in _hanging if other.is_alive()), reading]
         if len(_hanging) >= MAX_HANGING:
             raise StorageError(
@@ -83,27 +83,23 @@ def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: 
 
 def now_reading(medium: object) -> None:
     """Name the file that this thread is about to read, for the message when reading takes too long."""
-    thread = threading.current_thread()
-    if isinstance(thread, _Reading):
+    if isinstance(thread := threading.current_thread(), _Reading):
         thread.medium = str(medium)
     keep_reading()
 
 
 def keep_reading() -> None:
     """End this thread if its reading was given up. Loops over frames and packets call this."""
-    thread = threading.current_thread()
-    if isinstance(thread, _Reading) and thread.given_up:
+    if isinstance(thread := threading.current_thread(), _Reading) and thread.given_up:
         raise _GivenUp
 
 
 @contextmanager
 def unbounded() -> Iterator[None]:
     """Do not count the time in this block: more than one medium is fetched."""
-    thread = threading.current_thread()
-    if isinstance(thread, _Reading):
-        thread.unbounded = True
+    thread: Any = threading.current_thread()  # of any kind: only `read_within` looks at the mark
+    thread.unbounded = True
     try:
         yield
     finally:
-        if isinstance(thread, _Reading):
-            thread.unbounded = False
+        thread.unbounded = False

@@ -2,20 +2,21 @@
 
 `PyAvReader` reads the timeline first (timeline.py). Each frame is then reached by decoding on, or from the keyframe
 before it, and is recognised by its presentation time. Where a seek fails (a broken index, a false keyframe), the reader
-decodes from an earlier keyframe and at last from the start of the file. Where times do not order the frames, the video
-is decoded once to count its frames, and each is then found by decoding from the start.
+decodes from an earlier keyframe and at last from the start of the file. A decoder gives frames in the order of showing,
+so every pass is compared with the timeline. Where times do not order the frames, the video is decoded once to count its
+frames, and each is then found by decoding from the start.
 
 `DecordReader` reads with decord, for those who ask for it by name. PyAV is the default because decord 0.6, tried on
 files whose frames carry their own number, silently gives wrong frames after a seek when a picture is stored after a
-keyframe but shown before it (open GOPs: HEVC by default, any avi with B-frames), knows no mirrored display matrix and
-no AV1; it is also unmaintained and has no Arm wheel. On plain H.264 both give the same bytes.
+keyframe but shown before it (open GOPs: HEVC by default, any avi with B-frames) and in MPEG-TS, knows no mirrored
+display matrix and no AV1; it is also unmaintained and has no Arm wheel. On plain H.264 both give the same bytes.
 
 Source: ISO/IEC 14496-12, the matrix of the track header: a picture point (x, y) is shown at (a x + c y, b x + d y).
 """
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,19 +24,31 @@ import numpy as np
 
 from stllm.common.registry import readers
 from stllm.media import images
-from stllm.media.info import Frame, MediaError, MediaInfo, Reader, decoder_options, warn_once
-from stllm.media.sniff import EXPECTED, explain_unreadable, first_words, is_cut, kind_of, read_head
+from stllm.media.info import (
+    EXPECTED,
+    Frame,
+    MediaError,
+    MediaInfo,
+    Reader,
+    decoder_options,
+    explain_unreadable,
+    kind_of,
+    promised_bytes,
+    read_head,
+    warn_once,
+)
 from stllm.media.time_bound import keep_reading
 from stllm.media.timeline import DECODING_TIMES, Timeline, average_fps, counted_timeline, demuxed_timeline, packets
 
 if TYPE_CHECKING:
-    from av import Packet, VideoCodecContext
+    from av import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 MAX_COUNTED = 4_000_000  # frames in all counted timelines that are kept, 16 bytes each
 SEEK_COST = 8  # frames: a flushed decoder has to fill its threads and its reorder buffer again
 NUM_CHECKED = 3  # frames decoded at opening, to check that the timeline matches the decoder
+MAX_REORDERED = 16  # frames by which the order of storing and that of showing differ: the buffer of H.264 and HEVC
 MAX_THREADS = 4  # more threads hold more frames in memory and speed up little; a data loader opens many readers
 COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 # Formats that hold their video themselves. Playlists (hls, dash, concat) would open other files by name.
@@ -56,6 +69,10 @@ MIRRORING = frozenset(turn for turn in np.ndindex(2, 2, 2) if sum(turn) % 2)  # 
 _counted: dict[tuple[str, int, int, int], Timeline] = {}  # the oldest first; each data worker has its own
 
 
+class _Disordered(Exception):
+    """The frames are shown in another order than that of their times."""
+
+
 @readers.register("pyav")
 class PyAvReader(Reader):
     """A container video (mp4, webm, avi, mov, mkv).
@@ -66,24 +83,20 @@ class PyAvReader(Reader):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.source = VideoSource(self.path)
-        self._warned = False
+        self._warned = self._is_ordered = False
         self._pass: Iterator[tuple[int, VideoFrame]] = iter(())
         self._wanted: Collection[int] = ()  # stamps that the running pass does not leave out
         self._last: int | None = None  # stamp of the frame that the running pass gave last; None: no pass runs
+        self._next: int | None = 0  # index of the frame that the running pass should give next; None: of any keyframe
         try:
             self.timeline, first = self._read_timeline()
             self.turn = turn_of(first)  # the whole stream's
             self.transparent = is_transparent(first)
-            picture = to_rgb(first, self.turn)
-            self.info = MediaInfo(
-                kind="video",
-                num_frames=self.timeline.num_promised,
-                fps=average_fps(self.timeline, self.source.stream),
-                width=picture.shape[1],
-                height=picture.shape[0],
-            )
+            height, width = to_rgb(first, self.turn).shape[:2]
+            fps = average_fps(self.timeline, self.source.stream)
+            self.info = MediaInfo("video", self.timeline.num_promised, fps, width, height)
             missing = self.info.num_frames - self.timeline.num_readable  # of a file that was cut
-            later = self.timeline.seconds[-1] + np.arange(1, missing + 1) / self.info.fps
+            later = self.timeline.seconds[-1] + np.arange(1, missing + 1) / fps
             self.seconds = np.concatenate([self.timeline.seconds, later])
         except BaseException:
             self.close()
@@ -142,6 +155,9 @@ class PyAvReader(Reader):
             warn_once(str(self.path), f"the file ends early; the {timeline.num_readable} frames in it are used")
         return timeline, start[0]
 
+    def _first_frames(self) -> "list[VideoFrame]":
+        return [frame for _, frame in islice(self.source.decode(None, counted=True), NUM_CHECKED)]
+
     def _decoded_stamps(self) -> list[int | None]:
         """The stamp of every frame, in the order in which decoding the whole video gives them."""
         return [frame.pts for _, frame in self.source.decode(None, counted=True)]
@@ -155,24 +171,25 @@ class PyAvReader(Reader):
             _counted.pop(next(iter(_counted)), None)
         return timeline
 
-    def _first_frames(self) -> "list[VideoFrame]":
-        return [frame for _, frame in islice(self.source.decode(None, counted=True), NUM_CHECKED)]
-
     def _frame_at(self, index: int, wanted: Collection[int]) -> "VideoFrame":
         """Frame `index` as it was stored, or as the decoder repairs it where the file is damaged."""
-        stamp = int(self.timeline.stamps[index])
+        stamp, disordered, frame = int(self.timeline.stamps[index]), False, None
         if self._wanted is not wanted:  # the running pass may have left out what this caller wants
             self._wanted, self._last = wanted, None
-        frame = self._find(stamp)
-        if frame is None and self.source.strict:
-            self.source.strict = False
-            self.source.reopen()
+        try:
             frame = self._find(stamp)
+            if frame is None and self.source.strict:
+                self.source.strict = False
+                self.source.reopen()
+                frame = self._find(stamp)
+        except _Disordered:
+            disordered = True
         if frame is None and not self.timeline.counted:
             stamps = self._decoded_stamps()
-            if len(stamps) == self.timeline.num_readable and stamps != self.timeline.stamps.tolist():
-                self.timeline, self._seekable = self._count(stamps), False  # whole, but in another order
-                self._last = None
+            is_whole = len(stamps) == self.timeline.num_readable
+            if (is_whole or disordered) and stamps != self.timeline.stamps.tolist():
+                self.timeline, self._seekable, self._last = self._count(stamps), False, None
+                self.check([index])
                 return self._frame_at(index, ())
         if frame is None:
             most = decoder_options().get("max_pixels")
@@ -188,19 +205,19 @@ class PyAvReader(Reader):
 
     def _find(self, stamp: int) -> "VideoFrame | None":
         """The frame with that stamp, found in the cheapest way that works; None when none does."""
-        nearest = self.timeline.key_at(stamp)
+        keys, counted = self.timeline.keys, self.timeline.counted
+        nearest = max(0, int(np.searchsorted(keys, stamp, side="right")) - 1)  # the last keyframe shown no later
         if self._last is not None and self._last < stamp:
-            key_index = self.timeline.index_at(int(self.timeline.keys[nearest]))
-            if not self._seekable or key_index - self.timeline.index_at(self._last) <= SEEK_COST:
-                frame = self._reach(stamp)
-                if frame is not None:
-                    return frame
+            distance = self.timeline.index_at(int(keys[nearest])) - self.timeline.index_at(self._last)
+            if (not self._seekable or distance <= SEEK_COST) and (frame := self._reach(stamp)) is not None:
+                return frame
         starts: list[int | None] = [None]  # the start of the file; before it, the nearest keyframes
         if self._seekable:
-            starts = [*(int(self.timeline.keys[at]) for at in (nearest, nearest - 1) if at > 0), None]
+            starts = [*(int(keys[at]) for at in (nearest, nearest - 1) if at > 0), None]
         for key in starts:
-            counted = self.timeline.counted  # then no frame may be left out
+            # With counted frames, none may be left out.
             self._pass = self.source.decode(key, wanted=None if counted else self._wanted, counted=counted)
+            self._next = 0 if key is None else None  # a seek may land on an earlier keyframe
             frame = self._reach(stamp)
             if frame is not None:
                 # A frame that only decoding from the start gives: the index lies, and one lie is enough.
@@ -211,7 +228,9 @@ class PyAvReader(Reader):
     def _reach(self, stamp: int) -> "VideoFrame | None":
         """Decode up to the frame with that stamp; None when it does not come, or comes damaged."""
         self._last = None
-        for found, frame in self._pass:
+        while (item := next(self._pass, None)) is not None:
+            found, frame = item
+            self._check_order(found)
             if found > stamp:
                 return None
             if found == stamp:
@@ -221,9 +240,32 @@ class PyAvReader(Reader):
                 return frame
         return None
 
+    def _check_order(self, found: int) -> None:
+        """Raise _Disordered when a frame that should have come before this one comes after it."""
+        timeline, expected = self.timeline, self._next
+        if self._is_ordered or timeline.counted:
+            return
+        if expected is not None and expected < timeline.num_readable and timeline.stamps[expected] == found:
+            self._next = expected + 1
+            return
+        at = timeline.index_at(found)
+        if found not in timeline.stamps[at : at + 1]:
+            return
+        self._next = at + 1
+        if expected is None:
+            return
+        late = set(timeline.stamps[expected:at].tolist()) - self.source.skipped
+        if at > expected and not late:
+            return
+        ahead = list(islice(self._pass, MAX_REORDERED))
+        if at < expected or any(later in late for later, _ in ahead):
+            raise _Disordered
+        self._is_ordered = True  # some frames are lost; the file is not examined again
+        self._pass = chain(ahead, self._pass)
+
 
 @readers.register("decord")
-class DecordReader(Reader):
+class DecordReader(PyAvReader):
     """A container video decoded by decord. Where decord cannot be used, PyAV is used instead, and one note is logged.
 
     Indices, times and errors are the same as PyAvReader's. Raises MediaError when the file holds no video that can be
@@ -231,11 +273,30 @@ class DecordReader(Reader):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._pyav = PyAvReader(path)
-        self.info, self.seconds = self._pyav.info, self._pyav.seconds
+        super().__init__(path)
         self._decord: Any = None
-        if doubt := self._open():
+        doubt = None
+        if decoder_options():
+            doubt = "decord cannot limit the size of later frames"
+        elif (
+            self.timeline.open_gops
+            or self.timeline.counted
+            or self.source.container.format.name == "mpegts"
+            or self.turn in MIRRORING
+            or self.transparent
+        ):
+            doubt = "decord would give wrong frames of it (open GOPs, no times, MPEG-TS, mirrored or transparent)"
+        else:
+            try:
+                import decord
+
+                decord.logging.set_level(decord.logging.QUIET)
+                self._decord = decord.VideoReader(str(path), num_threads=MAX_THREADS)
+                if len(self._decord) != self.info.num_frames:
+                    doubt = f"decord sees {len(self._decord)} frames where there are {self.info.num_frames}"
+            except Exception as error:  # ImportError, or whatever decord makes of the file
+                doubt = f"decord cannot open it ({_first_line(error)})"
+        if doubt:
             self._use_pyav(doubt)
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
@@ -247,38 +308,17 @@ class DecordReader(Reader):
                 frame = None
                 self._use_pyav(f"decord failed at frame {index} ({_first_line(error)})")
             if frame is None:
-                yield from self._pyav.frames(indices[done:])
+                yield from super().frames(indices[done:])
                 return
             yield frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
 
-    def check(self, indices: Sequence[int]) -> None:
-        self._pyav.check(indices)
-
     def close(self) -> None:
         self._decord = None
-        self._pyav.close()
+        super().close()
 
     def _use_pyav(self, why: str) -> None:
         self._decord = None
         warn_once(str(self.path), f"{why}; PyAV reads it instead")
-
-    def _open(self) -> str | None:
-        """Open the file with decord; returns the reason why decord cannot be trusted with it, or None."""
-        if decoder_options():
-            return "decord cannot limit the size of later frames"
-        timeline = self._pyav.timeline
-        if timeline.open_gops or timeline.counted or self._pyav.turn in MIRRORING or self._pyav.transparent:
-            return "decord would give wrong frames of it (open GOPs, no times, mirrored or transparent)"
-        try:
-            import decord
-
-            decord.logging.set_level(decord.logging.QUIET)
-            self._decord = decord.VideoReader(str(self.path), num_threads=MAX_THREADS)
-        except Exception as error:  # ImportError, or whatever decord makes of the file
-            return f"decord cannot open it ({_first_line(error)})"
-        if len(self._decord) != self.info.num_frames:
-            return f"decord sees {len(self._decord)} frames where there are {self.info.num_frames}"
-        return None
 
 
 def _first_line(error: BaseException) -> str:
@@ -294,6 +334,7 @@ class VideoSource:
     """A container file and its main video stream. Keep neither: `decode` may open them anew.
 
     is_damaged: the decoder refused a packet.
+    skipped: stamps of frames that the running pass may have left out.
     strict: from the next pass on, the decoder refuses damaged data instead of mending it by guesses. Open GOPs look
         damaged after a seek, and some encoders write streams that are never clean: the caller decides.
     Raises MediaError when the file cannot be opened or holds no video.
@@ -301,14 +342,15 @@ class VideoSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_damaged = False
-        self.strict = False
+        self.is_damaged = self.strict = False
+        self.skipped: set[int] = set()
         self._head = read_head(path)
         self._open()
 
     @property
     def is_cut(self) -> bool:
-        return is_cut(self.path, self._head)
+        """Check whether the file is shorter than its headers say."""
+        return promised_bytes(self.path, self._head) > self.path.stat().st_size
 
     def close(self) -> None:
         self.container.close()
@@ -325,7 +367,7 @@ class VideoSource:
 
         path, limits = self.path, decoder_options()
         if kind_of(self._head) == "text":
-            found = first_words(self._head)
+            found = " ".join(self._head[:200].decode("utf-8", "replace").split())[:40]
             raise MediaError(f"{path}: found text ({found!r}), expected {EXPECTED}: download it again")
         try:
             # An absolute path has no protocol; nothing but this file may be opened.
@@ -366,6 +408,7 @@ class VideoSource:
         """
         from av.error import FFmpegError
 
+        self.skipped = set()
         try:
             if key is None:  # no seek is sure to find the first packet; opening the file again is
                 self.reopen()
@@ -374,42 +417,44 @@ class VideoSource:
                 self.decoder.flush_buffers()
             first_packet = key is not None  # the landing has to be checked
             landing: int | None = None
-            count = 0
+            latest, count = -(1 << 63), 0
             by_dts = self.container.format.name in DECODING_TIMES
+            context = self.stream.codec_context
+            can_skip = context.name in SKIPPABLE
             for packet in packets(self.container, self.stream):
                 keep_reading()
                 if by_dts:
                     packet.pts = packet.dts  # as in the timeline: the guessed presentation times change after a seek
+                stamp = packet.pts
                 if first_packet:
                     first_packet = False
-                    if packet.pts is None or key is None or packet.pts > key or not packet.is_keyframe:
+                    if stamp is None or key is None or stamp > key or not packet.is_keyframe:
                         return
-                    landing = packet.pts
-                for frame in self._decode_packet(packet, wanted):
-                    stamp = count if counted else frame.pts
+                    latest = landing = stamp
+                if can_skip:
+                    # A frame is left out only if a later one is stored before it. Where times are those of decoding,
+                    # none is, so the order in which the frames come contradicts the times.
+                    context.skip_frame = "DEFAULT"
+                    if wanted is not None and stamp is not None and stamp < latest and stamp not in wanted:
+                        context.skip_frame = "NONREF"
+                        self.skipped.add(stamp)
+                latest = latest if stamp is None else max(latest, stamp)
+                try:
+                    frames = self.decoder.decode(packet)
+                except FFmpegError:
+                    self.is_damaged = True
+                    continue
+                for frame in frames:
+                    shown = count if counted else frame.pts
                     count += 1
-                    if stamp is None or (landing is not None and stamp < landing):
+                    if shown is None or (landing is not None and shown < landing):
                         continue  # a leading picture of an open GOP: what it refers to was not decoded
-                    if landing is not None and (stamp > landing or not frame.key_frame):
+                    if landing is not None and (shown > landing or not frame.key_frame):
                         return  # the index says keyframe, the decoder does not
-                    if landing is not None:
-                        landing = None
-                    yield stamp, frame
+                    landing = None
+                    yield shown, frame
         except FFmpegError:
             return
-
-    def _decode_packet(self, packet: "Packet[VideoStream]", wanted: Collection[int] | None) -> "list[VideoFrame]":
-        from av.error import FFmpegError
-
-        context = self.stream.codec_context
-        if context.name in SKIPPABLE:
-            needed = wanted is None or packet.pts is None or packet.pts in wanted
-            context.skip_frame = "DEFAULT" if needed else "NONREF"
-        try:
-            return self.decoder.decode(packet)
-        except FFmpegError:
-            self.is_damaged = True
-            return []
 
 
 def turn_of(frame: "VideoFrame") -> Turn:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stllm.common.errors import UserError
-from stllm.media.info import MediaError, limited_pixels
+from stllm.media.info import EXPECTED, MediaError, kind_of, limited_pixels, read_head
 from stllm.media.open import open_media
-from stllm.media.sniff import EXPECTED, kind_of, read_head
 
 if TYPE_CHECKING:
     from stllm.conversation.requests import ClipReader, Media

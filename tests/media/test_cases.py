@@ -178,8 +178,8 @@ def test_frames_are_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     work.num_decoded = 0
     video.write_bytes((CASES / "pts_is_dts.mkv").read_bytes())  # another file by the same name is counted anew
     with PyAvReader(video) as reader:
-        assert work.num_decoded >= NUM_FRAMES
         assert numbers(reader, [80]) == [80]
+        assert work.num_decoded >= NUM_FRAMES and reader.timeline.counted
     monkeypatch.setattr(pyav_reader, "MAX_COUNTED", NUM_FRAMES)
     PyAvReader(CASES / "numbered.avi").close()
     assert len(pyav_reader._counted) == 1  # the oldest went

@@ -52,6 +52,7 @@ def test_pyav_serves_where_the_size_of_pictures_is_limited(tmp_path: Path, notes
 WRONG_WITH_DECORD: dict[str, dict[str, Any]] = {
     "open_gop.mp4": {"options": {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}},
     "b_frames.avi": {"codec": "mpeg4", "b_frames": 2},
+    "b_frames.ts": {"b_frames": 3},
     "mirrored.mp4": {"mirrored": True},
 }
 
