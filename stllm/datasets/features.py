@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -24,10 +25,8 @@ from torch.utils.data import Dataset
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
 from stllm.common.jsonl import loads
-from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.records import Record
-from stllm.datasets.replacement import failure_of, load_within
-from stllm.datasets.samples import Corpus, Failure, Sample, SampleKey
+from stllm.datasets.annotations import AnnotationError, Record
+from stllm.datasets.samples import Corpus, Failure, Sample, SampleKey, failure_of, load_within
 from stllm.media.info import MediaError
 from stllm.media.sampling import Bounds
 from stllm.media.time_bound import now_reading
@@ -47,11 +46,6 @@ def feature_key(record: Record, media_dir: str | Path) -> str:
 def clip_key(media: str, bounds: Bounds | None) -> str:
     """`some/video.mp4`, or `some/video.mp4[2,7.5]` for a bounded part."""
     return media if bounds is None else f"{media}[{bounds[0]!r},{bounds[1]!r}]"
-
-
-def frame_settings(*, num_frames: int, sampling: str) -> dict[str, Any]:
-    """The settings that choose the frames for features: the middle ones where training takes random ones."""
-    return {"num_frames": num_frames, "sampling": "middle" if sampling == "rand" else sampling}
 
 
 @runtime_checkable
@@ -94,8 +88,7 @@ class FeatureWriter:
         self.header: dict[str, Any] = {"stage": stage, "settings": dict(settings)}
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / INDEX).exists():
-            index = _read_index(self.folder)
-            _refuse_other(self.folder, index, {**self.header["settings"], "stage": stage})
+            _read_index(self.folder, {**settings, "stage": stage})
         self._done = {key for keys in _shards(self.folder).values() for key in keys}
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
@@ -146,10 +139,9 @@ class FeatureStore:
 
     def __init__(self, folder: str | Path, *, expected: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        index = _read_index(self.folder)
+        index = _read_index(self.folder, expected or {})
         self.stage: str = index["stage"]
         self.settings: dict[str, Any] = index["settings"]
-        _refuse_other(self.folder, index, expected or {})
         if not index["complete"]:
             raise UserError(f"{self.folder}: the features are not complete: run the same `stllm extract` again")
         self._shards = list(index["shards"])
@@ -190,27 +182,24 @@ def _digest(key: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of a folder. Raises UserError when there is none, and for settings other than expected."""
     check_regular(folder, "a folder of features")
     try:
         index: dict[str, Any] = loads((folder / INDEX).read_text(encoding="utf-8"))
-        return {"stage": index["stage"], "settings": dict(index["settings"]), **index}
+        found = {**index["settings"], "stage": index["stage"]}
     except FileNotFoundError:
         raise UserError(f"{folder}: found no features (no {INDEX}); write them with `stllm extract`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / INDEX}: the index is damaged ({error!r}); delete the folder, extract again"
-        ) from None
-
-
-def _refuse_other(folder: Path, index: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    found = {**index["settings"], "stage": index["stage"]}
+        sentence = f"{folder / INDEX}: the index is damaged ({error!r}); delete the folder, extract again"
+        raise UserError(sentence) from None
     for key, value in expected.items():
         if found.get(key) != value:
             raise UserError(
                 f"{folder}: the features there were made with {key} {found.get(key)!r}, expected {value!r}: name "
                 "another folder, or change the setting back"
             )
+    return index
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:
@@ -269,13 +258,10 @@ class ClipDataset(Dataset[ClipBatch]):
         self, corpora: Sequence[Corpus], clips: Sequence[DistinctClip], *, batch_size: int, media_seconds: float
     ) -> None:
         self.corpora, self.media_seconds = corpora, media_seconds
-        self.batches: list[list[DistinctClip]] = []
-        for clip in clips:
-            last = self.batches[-1] if self.batches else []
-            if 0 < len(last) < batch_size and last[0].corpus == clip.corpus:
-                last.append(clip)
-            else:
-                self.batches.append([clip])
+        self.batches: list[Sequence[DistinctClip]] = []
+        for _, group in groupby(clips, key=lambda clip: clip.corpus):
+            same = list(group)
+            self.batches += [same[first : first + batch_size] for first in range(0, len(same), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -20,8 +20,7 @@ from stllm.datasets.collate import Collator
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
-from stllm.datasets.replacement import TOO_LONG
-from stllm.datasets.samples import Corpus, Sample, TextFirst
+from stllm.datasets.samples import TOO_LONG, Corpus, Sample
 from stllm.models import precomputed
 from stllm.models.build import build_audited
 from stllm.models.checkpoints.infer_config import Opened, decide_config, open_sources
@@ -116,9 +115,8 @@ class PositionLimit:
 
     def __call__(self, sample: Sample, num_frames: int) -> None:
         """See `samples.LengthCheck`."""
-        found = self.num_tokens(sample.turns, sample.media, num_frames)
+        found, visual = self._num_tokens(sample.turns, sample.media, num_frames)
         if found > self.num_positions:
-            visual = num_visual_tokens(self.config, num_frames) if sample.media is not None else 0
             raise AnnotationError(
                 f"{sample.name}: its prompt and answer have {found} tokens ({visual} of them visual), but the "
                 f"language model has {self.num_positions} positions: shorten the text, use fewer frames, or leave the "
@@ -126,24 +124,27 @@ class PositionLimit:
                 cause=TOO_LONG,
             )
 
-    def num_tokens(self, turns: Sequence[Turn], media: str | None, num_frames: int) -> int:
-        """Positions that the turns take in training, with the visual tokens of their medium."""
-        num_text = len(self.processor.training_ids(turns, media=media)[0])
-        # one id of the text is the placeholder of the visual tokens
-        return num_text if media is None else num_text - 1 + num_visual_tokens(self.config, num_frames)
-
     def check_room(self, corpora: Iterable[Corpus]) -> None:
         """Raises UserError for a data set whose frames leave no positions for text."""
         for corpus in corpora:
-            if corpus.media is None or not isinstance(corpus, TextFirst):
+            if corpus.media is None or not isinstance(corpus, FeatureSource):
                 continue
-            if self.num_tokens((Turn(question="", answer=""),), corpus.media, corpus.num_frames) > self.num_positions:
-                visual = num_visual_tokens(self.config, corpus.num_frames)
+            num_frames = corpus.frame_settings.get("num_frames", 1)
+            found, visual = self._num_tokens((Turn(question="", answer=""),), corpus.media, num_frames)
+            if found > self.num_positions:
                 raise UserError(
-                    f"data set {corpus.name}: {corpus.num_frames} frames become {visual} visual tokens, which leaves "
-                    f"no room for text in the language model's {self.num_positions} positions: lower its num_frames, "
-                    "or set model.video_input to residual or mean"
+                    f"data set {corpus.name}: {num_frames} frames become {visual} visual tokens, which leaves no room "
+                    f"for text in the language model's {self.num_positions} positions: lower its num_frames, or set "
+                    "model.video_input to residual or mean"
                 )
+
+    def _num_tokens(self, turns: Sequence[Turn], media: str | None, num_frames: int) -> tuple[int, int]:
+        """Positions that the turns take in training with their medium, and how many of them are visual tokens."""
+        num_text = len(self.processor.training_ids(turns, media=media)[0])
+        if media is None:
+            return num_text, 0
+        visual = num_visual_tokens(self.config, num_frames)
+        return num_text - 1 + visual, visual  # one id of the text is the placeholder of the visual tokens
 
 
 def open_configured(cfg: DictConfig) -> Opened:
@@ -160,21 +161,21 @@ def open_configured(cfg: DictConfig) -> Opened:
 def check_features(corpora: Iterable[Corpus], config: STLLMConfig, *, needed: bool) -> None:
     """Raises UserError where stored features cannot stand for the pixels, and where `needed` ones are not there."""
     for corpus in corpora:
-        store = _features_of(corpus)
-        if store is None:
-            if needed and corpus.media is not None:
-                raise UserError(
-                    f"model.pre_encoding is True, but data set {corpus.name} has no precomputed features: set "
-                    "datasets.features_root to what `stllm extract` has written, or model.pre_encoding=False"
-                )
-        elif fault := precomputed.fault(config, store.stage):
+        store: FeatureStore | None = getattr(corpus, "features", None)
+        if store is not None and (fault := precomputed.fault(config, store.stage)):
             raise UserError(f"data set {corpus.name} is read from precomputed features ({store.folder}), but {fault}")
+        if store is None and needed and corpus.media is not None:
+            raise UserError(
+                f"model.pre_encoding is True, but data set {corpus.name} has no precomputed features: set "
+                "datasets.features_root to what `stllm extract` has written, or model.pre_encoding=False"
+            )
 
 
 def check_feature_weights(corpora: Iterable[Corpus], model: STLLM) -> None:
     """Raises UserError for stored features that other weights than the model's have made."""
     digests: dict[str, str] = {}
-    for store in filter(None, map(_features_of, corpora)):
+    stores: list[FeatureStore] = [store for corpus in corpora if (store := getattr(corpus, "features", None))]
+    for store in stores:
         if store.stage not in digests:
             digests[store.stage] = precomputed.weights_digest(model, store.stage)
         expected, found = digests[store.stage], store.settings.get("digest")
@@ -184,7 +185,3 @@ def check_feature_weights(corpora: Iterable[Corpus], model: STLLM) -> None:
                 f"expected {expected}): name the weights that they were made with, or run `stllm extract` with this "
                 "configuration into another folder (with --dtype float16 only where training is in fp16)"
             )
-
-
-def _features_of(corpus: Corpus) -> FeatureStore | None:
-    return corpus.features if isinstance(corpus, FeatureSource) else None

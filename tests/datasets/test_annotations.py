@@ -132,6 +132,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"video": "a.mp4", "QA": None}, "found an empty answer", "annotation"),
         ({"video": "a.mp4", "QA": [{"q": "why?", "a": ""}]}, "found an empty answer", "annotation"),
         ({"video": "a.mp4", "caption": None}, "found an empty answer", "annotation"),
+        ({"video": "a.mp4", "QA": [*QA, {"q": ["why?"], "a": "x"}]}, "found q ['why?'], expected a text", "annotation"),
+        ({"video": "a.mp4", "QA": [{"i": {}, "q": "", "a": "x"}]}, "found i {}, expected a text", "annotation"),
         ({"QA": QA}, "found video None", "annotation"),
         ({**GOOD, "video": " "}, "found video ' '", "annotation"),
         ({**GOOD, "video": 7}, "found video 7", "annotation"),
