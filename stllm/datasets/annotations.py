@@ -57,8 +57,8 @@ class Record:
     """One medium and what is asked about it.
 
     turns: instruction, question and answer of each pair. media: absolute path; None for text alone.
-    kind: "video" or "image". bounds: start and end in seconds, `math.inf` for an open end. where: file and place in
-    it, for messages. num_frames: of a raw-frame folder, as annotated.
+    kind: "video" or "image". where: file and place in it, for messages. bounds: start and end in seconds, `math.inf`
+    for an open end.
     """
 
     turns: tuple[Turn, ...]
@@ -66,7 +66,6 @@ class Record:
     kind: str
     where: str
     bounds: Bounds | None = None
-    num_frames: int | None = None
 
 
 class Records(Protocol):
@@ -83,7 +82,7 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """Raises AnnotationError for a record that cannot be used."""
+        """The record. Raises AnnotationError when it cannot be used."""
         ...
 
 
@@ -171,19 +170,14 @@ class JsonRecords:
                 f"{where}: found {self.kind} {named!r}, expected a path relative to the media folder; correct it, or "
                 "say media: text for records without a medium"
             )
-        count = fields.get("num_frames")
-        return Record(
-            turns=turns,
-            media=None if self.kind == "text" else os.path.join(self.media_dir, named),
-            kind="video" if self.kind == "text" else self.kind,
-            where=where,
-            bounds=bounds_of(fields, where),
-            num_frames=count if isinstance(count, int) and count > 0 else None,
-        )
+        bounds = bounds_of(fields, where)
+        if self.kind == "text":
+            return Record(turns, None, "video", where, bounds)
+        return Record(turns, os.path.join(self.media_dir, named), self.kind, where, bounds)
 
 
 def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
-    """Writes a training file that has one record for each question-and-answer pair.
+    """Write a training file that has one record for each question-and-answer pair.
 
     The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
     Returns the numbers of records read, left out and written.

@@ -1,4 +1,4 @@
-"""Samples to the model's arguments: prompts tokenized and padded, media stacked, masks drawn.
+"""A collator from samples to the model's arguments: it tokenizes and pads prompts, stacks media and draws masks.
 
 Masks are drawn here, keyed by epoch and sample, so that they do not depend on how many processes or workers there are.
 Letters: B samples, T frames, S image size, P patches, C encoder width, K tokens a frame, Q Q-Former width, N visual

@@ -14,6 +14,7 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.registry import datasets, readers
 from stllm.common.schema import ROOTS, DatasetSettings, texts
+from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Source
 from stllm.media.sampling import sample_indices
 from stllm.processors.transforms import EvalTransform, TrainTransform
@@ -52,8 +53,9 @@ def build_corpora(
     hidden = None if is_main() else True  # None: no bar where nobody looks
     for name, settings in tqdm(entries.items(), desc="data sets", delay=1, leave=False, disable=hidden):
         transform = transforms[settings.crop if train else "center"]
-        build = datasets.get(settings.type).from_settings
-        corpus = build(name, settings, transform=transform, feature_settings=expected)
+        corpus = datasets.get(settings.type).from_settings(name, settings, transform=transform)
+        if settings.features_dir is not None and corpus.media is not None and isinstance(corpus, FeatureSource):
+            corpus.features = FeatureStore(settings.features_dir, expected={**expected, **corpus.frame_settings})
         sources.append(Source(corpus, settings.sample_ratio))
     return sources
 

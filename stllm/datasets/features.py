@@ -66,7 +66,7 @@ class FeatureSource(Corpus, Protocol):
 
 
 class FeatureWriter:
-    """Writes features shard by shard; a shard is there whole or not at all, so that an interrupted run goes on.
+    """A writer of features, shard by shard. Each shard is written whole or not at all, so an interrupted run goes on.
 
     stage: "vit" or "qformer". settings: what the features depend on (a digest of the weights, frames, sampling, image
         size, dtype), as plain JSON. rank: of this process; each writes shards of its own, and begins before any of
@@ -114,7 +114,7 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is waiting as a shard."""
+        """Write what is waiting as a shard."""
         if not self._waiting:
             return
         taken = [int(path.stem.rsplit("-", 1)[1]) for path in self.folder.glob(f"features-{self.rank:05d}-*")]
@@ -125,13 +125,13 @@ class FeatureWriter:
         self._waiting, self._waiting_bytes = {}, 0
 
     def finish(self) -> None:
-        """Writes the index over all shards of all ranks: call it on one process, when every one has flushed."""
+        """Write the index over all shards of all ranks. Call it on one process, when every one has flushed."""
         self.flush()
         write_text(self.folder / INDEX, json.dumps({**self.header, "complete": True, "shards": _shards(self.folder)}))
 
 
 class FeatureStore:
-    """Reads a finished folder of features.
+    """A finished folder of features, to be read.
 
     expected: what the settings must say, as far as they are given here. stage, settings: what the folder holds.
     Raises UserError for a folder without features, unfinished ones, and settings other than expected.
@@ -171,7 +171,7 @@ class FeatureStore:
             raise MediaError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error
 
     def fill(self, sample: Sample, key: str) -> None:
-        """Puts the features of a clip where the model looks for them. Raises MediaError."""
+        """Put the features of a clip into the field that the model reads. Raises MediaError."""
         if self.stage == "vit":
             sample.vision_features = self.load(key)
         else:
@@ -267,7 +267,7 @@ class ClipDataset(Dataset[ClipBatch]):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> ClipBatch:
-        """Decodes a batch; clips that cannot be read are listed in `failures`."""
+        """A decoded batch; clips that cannot be read are listed in `failures`."""
         read, frames, failures = [], [], []
         for clip in self.batches[number]:
             corpus = self.corpora[clip.corpus]

@@ -6,6 +6,7 @@ json with `caption`. Letters: S the model's image size.
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from stllm.processors.transforms import ClipTransform
 
 
 @datasets.register("image_text")
+@dataclass(kw_only=True, eq=False)
 class ImageTextCorpus:
     """Image-text shards: one caption an image, answering a drawn instruction or nothing.
 
@@ -44,45 +46,32 @@ class ImageTextCorpus:
     cannot be fetched.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        shards: str | Sequence[str],
-        transform: ClipTransform,
-        instruction: Sequence[str] = (),
-        max_samples: int | None = None,
-        cache_dir: str | Path | None = None,
-        cache_gb: float | None = None,
-        features: FeatureStore | None = None,
-        root: str | None = None,
-    ) -> None:
-        self.name = name
+    name: str
+    shards: str | Sequence[str]
+    transform: ClipTransform
+    instruction: Sequence[str] = ()
+    max_samples: int | None = None
+    cache_dir: str | Path | None = None
+    cache_gb: float | None = None
+    features: FeatureStore | None = None
+    root: str | None = None
+
+    def __post_init__(self) -> None:
         self.media: str | None = "image"
-        self.features, self._root = features, os.path.join(root or "", "")
-        self.transform, self.instruction = transform, tuple(instruction)
-        self.shards = expand_shards(shards)
-        self.reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
+        self.shards = expand_shards(self.shards)
+        self.reader = ShardReader(cache_dir=self.cache_dir, cache_gb=self.cache_gb)
         self._ends = np.cumsum(self._count())  # the sample after each shard's last
         num_samples = int(self._ends[-1])
         if not num_samples:
             found = f"found no image or caption in {len(self.shards)} shards"
-            raise UserError(f"{name}: {found}; expected jpg, png or webp with txt or json of the same name")
-        self._num_samples = num_samples if max_samples is None else min(max_samples, num_samples)
+            raise UserError(f"{self.name}: {found}; expected jpg, png or webp with txt or json of the same name")
+        self._num_samples = num_samples if self.max_samples is None else min(self.max_samples, num_samples)
 
     @classmethod
-    def from_settings(
-        cls,
-        name: str,
-        settings: DatasetSettings,
-        *,
-        transform: ClipTransform,
-        feature_settings: dict[str, Any] | None = None,
-    ) -> "ImageTextCorpus":
-        """The data set of an entry. feature_settings: what precomputed features must be made with."""
+    def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "ImageTextCorpus":
+        """The data set of an entry."""
         if not settings.shards:
             raise UserError(f"data set {name}: no shards are given; name its tar files, such as {{00000..01255}}.tar")
-        folder = settings.features_dir
         return cls(
             name=name,
             shards=texts(settings.shards),
@@ -91,7 +80,6 @@ class ImageTextCorpus:
             max_samples=settings.max_samples,
             cache_dir=settings.cache_dir,
             cache_gb=settings.cache_gb,
-            features=None if folder is None else FeatureStore(folder, expected=feature_settings),
             root=settings.media_dir,
         )
 
@@ -129,7 +117,7 @@ class ImageTextCorpus:
 
     @property
     def frame_settings(self) -> dict[str, Any]:
-        """See `FeatureSource`: there is nothing to choose in an image."""
+        """Empty: there is nothing to choose in an image. See `FeatureSource`."""
         return {}
 
     def key_of(self, index: int) -> str:
@@ -139,7 +127,7 @@ class ImageTextCorpus:
 
     def _key(self, shard: str, number: int, name: str) -> str:
         """The number tells equal names apart, and the name tells when a shard was made anew."""
-        return f"{shard.removeprefix(self._root)}/{number}/{name}"
+        return f"{shard.removeprefix(os.path.join(self.root or '', ''))}/{number}/{name}"
 
     def _place(self, index: int) -> tuple[str, int]:
         """The shard that holds a sample, and its number there."""
@@ -162,9 +150,8 @@ class ImageTextCorpus:
             remote_bytes += index.size if scheme_of(shard) else 0
             if index.fault and is_main():
                 warn_once(shard, index.fault.removeprefix(f"{shard}: "))
-        limit = self.reader.cache_gb
-        if limit is not None and remote_bytes > limit * GIB:
-            what = f"its shards take {remote_bytes / GIB:.1f} GiB, the cache holds {limit:g}"
+        if self.cache_gb is not None and remote_bytes > self.cache_gb * GIB:
+            what = f"its shards take {remote_bytes / GIB:.1f} GiB, the cache holds {self.cache_gb:g}"
             warn_once(self.name, f"{what}: shards will be fetched again and again; raise cache_gb, or copy them here")
         return counts
 

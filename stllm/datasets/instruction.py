@@ -4,7 +4,7 @@ Letters: T frames, S the model's image size.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from stllm.processors.transforms import ClipTransform
 
 
 @datasets.register("instruction")
+@dataclass(kw_only=True, eq=False)
 class InstructionCorpus:
     """Videos or images with questions and answers, or text alone.
 
@@ -34,52 +35,37 @@ class InstructionCorpus:
     features: precomputed, read in place of the media.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        records: Records,
-        num_frames: int,
-        transform: ClipTransform,
-        sampling: str = "rand",
-        qa_sampling: str = "one",
-        multi_turn: bool = False,
-        instruction: Sequence[str] = (),
-        reader: str = "auto",
-        fps: float | None = None,
-        max_samples: int | None = None,
-        features: FeatureStore | None = None,
-    ) -> None:
-        self.name, self.records, self.features = name, records, features
-        self.media: str | None = None if records.kind == "text" else records.kind
-        self.num_frames = num_frames if self.media == "video" else 1
-        self.transform, self.sampling, self.reader, self.fps = transform, sampling, reader, fps
-        self.multi_turn, self.instruction = multi_turn, tuple(instruction)
+    name: str
+    records: Records
+    num_frames: int
+    transform: ClipTransform
+    sampling: str = "rand"
+    qa_sampling: str = "one"
+    multi_turn: bool = False
+    instruction: Sequence[str] = ()
+    reader: str = "auto"
+    fps: float | None = None
+    max_samples: int | None = None
+    features: FeatureStore | None = None
+
+    def __post_init__(self) -> None:
+        self.media: str | None = None if self.records.kind == "text" else self.records.kind
+        if self.media != "video":
+            self.num_frames = 1
         # The sample after each record's last; a record that cannot be used is one sample, so that it is counted.
-        each_pair = qa_sampling == "all" and not multi_turn
-        self._ends = np.cumsum(np.maximum(records.num_pairs, 1)) if each_pair else None
-        num_samples = len(records) if self._ends is None else int(self._ends[-1])
-        self._num_samples = num_samples if max_samples is None else min(max_samples, num_samples)
+        each_pair = self.qa_sampling == "all" and not self.multi_turn
+        self._ends = np.cumsum(np.maximum(self.records.num_pairs, 1)) if each_pair else None
+        num_samples = len(self.records) if self._ends is None else int(self._ends[-1])
+        self._num_samples = num_samples if self.max_samples is None else min(self.max_samples, num_samples)
 
     @classmethod
-    def from_settings(
-        cls,
-        name: str,
-        settings: DatasetSettings,
-        *,
-        transform: ClipTransform,
-        feature_settings: dict[str, Any] | None = None,
-    ) -> "InstructionCorpus":
-        """The data set of an entry with absolute paths. feature_settings: what precomputed features must be made with.
-
-        Raises UserError for an annotation file or features that cannot be used.
-        """
+    def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "InstructionCorpus":
+        """The data set of an entry with absolute paths. Raises UserError for an annotation file that cannot be used."""
         if settings.anno_path is None:
             raise UserError(f"data set {name}: no anno_path is given; name its annotation file")
-        records = JsonRecords(settings.anno_path, media_dir=settings.media_dir or "", kind=settings.media)
-        corpus = cls(
+        return cls(
             name=name,
-            records=records,
+            records=JsonRecords(settings.anno_path, media_dir=settings.media_dir or "", kind=settings.media),
             num_frames=settings.num_frames,
             transform=transform,
             sampling=settings.sampling,
@@ -90,10 +76,6 @@ class InstructionCorpus:
             fps=settings.fps,
             max_samples=settings.max_samples,
         )
-        if settings.features_dir is not None and corpus.media is not None:
-            expected = {**(feature_settings or {}), **corpus.frame_settings}
-            corpus.features = FeatureStore(settings.features_dir, expected=expected)
-        return corpus
 
     def __len__(self) -> int:
         return self._num_samples
@@ -123,7 +105,7 @@ class InstructionCorpus:
 
     @property
     def frame_settings(self) -> dict[str, Any]:
-        """See `FeatureSource`: the middle frames of intervals where training takes random ones."""
+        """Number and rule of frames: the middle ones where training takes random ones. See `FeatureSource`."""
         sampling = "middle" if self.sampling == "rand" else self.sampling
         return {"num_frames": self.num_frames, "sampling": sampling} if self.media == "video" else {}
 

@@ -154,7 +154,7 @@ def failure_of(corpus: str, error: MediaError | AnnotationError) -> Failure:
 
 
 class BadSampleLog:
-    """Counts samples that could not be used, warns of each file once, and stops the run when there are too many.
+    """A count of samples that could not be used. It warns of each file once and stops the run when there are too many.
 
     max_bad_fraction: the share of all samples tried above which `check` raises. epoch_size: samples an epoch.
     total: samples that could not be used; by_cause: the same by cause.
@@ -172,14 +172,14 @@ class BadSampleLog:
         return self.by_cause.total()
 
     def add(self, failure: Failure) -> None:
-        """Counts one; its file is named in a warning the first time."""
+        """Count one; its file is named in a warning the first time."""
         self.by_cause[failure.cause] += 1
         if failure.subject not in self._subjects:
             self._subjects[failure.subject] = None
             log.warning("data set %s, left out: %s", failure.corpus, failure.sentence)
 
     def check(self, num_seen: int) -> None:
-        """Raises UserError, naming files, when too many samples were bad. num_seen: samples trained on so far."""
+        """Raise UserError, naming files, when too many samples were bad. num_seen: samples trained on so far."""
         tried = num_seen + self.total
         if self.total <= self.max_bad_fraction * max(tried, min(MIN_TRIED, self.epoch_size)):
             return
@@ -197,6 +197,6 @@ class BadSampleLog:
         return {"by_cause": dict(self.by_cause), "subjects": list(self._subjects)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         self.by_cause = Counter(state["by_cause"])
         self._subjects = dict.fromkeys(state["subjects"])

@@ -97,7 +97,7 @@ class PromptProcessor:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes both tokenizers beside the weights."""
+        """Write both tokenizers beside the weights."""
         self.tokenizer.save_pretrained(folder)
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(Path(folder) / QFORMER_FOLDER)
@@ -167,7 +167,7 @@ class PromptProcessor:
         return text.split(self.end_sym)[0].split("Assistant:")[-1].strip()
 
     def stopping(self) -> dict[str, Any]:
-        """What ends an answer: EOS, or the end mark however the tokenizer spells it."""
+        """Arguments of `generate` that end an answer: EOS, or the end mark however the tokenizer spells it."""
         ids = {"eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
         return {**ids, "stop_strings": [self.end_sym]}
 

@@ -26,7 +26,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How one family of weights is prompted.
+    """The prompts of one family of weights.
 
     opening: the first turn with a video or image, as pieces that are tokenized apart; `VISUAL`, `BOS` as they are.
     text_opening: the first turn without one. followup: a later turn.
@@ -52,12 +52,12 @@ class PromptTemplate:
     repetition_penalty: float = 1.0
 
     def text(self, turn: Turn) -> str:
-        """What stands for {text}, and what the Q-Former reads: instruction, a space, question."""
+        """The value of {text}, which the Q-Former reads, too: instruction, a space, question."""
         parts = (turn.question,) if self.instruction_in_context else (turn.instruction, turn.question)
         return " ".join(part for part in parts if part)
 
     def context(self, turn: Turn, system: str) -> str:
-        """What stands for {context} in the first turn."""
+        """The value of {context} in the first turn."""
         parts = (system, turn.instruction) if self.instruction_in_context else (system,)
         return "".join(part + self.context_separator for part in parts if part)
 

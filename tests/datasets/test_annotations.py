@@ -31,7 +31,7 @@ def test_videochat2_records(tmp_path: Path) -> None:
     assert len(records) == 2 and records.kind == "video" and records.num_pairs.tolist() == [1, 1]
     first = records[0]
     assert first.turns == (Turn("What is it?", "A cat.", "Look."),)
-    assert (first.media, first.kind, first.bounds, first.num_frames) == ("/media/a.mp4", "video", (1.5, 4.0), 30)
+    assert (first.media, first.kind, first.bounds) == ("/media/a.mp4", "video", (1.5, 4.0))
     assert first.where == f"{tmp_path / 'train.json'}, record 1"
     assert records[1].turns == (Turn("", "x"),) and records[1].bounds is None
 

@@ -124,9 +124,8 @@ def test_features_in_place_of_images(tmp_path, shards) -> None:
     for index in range(9):
         writer.add(keys[index], torch.full((1, 2, 3), float(index)))
     writer.finish()
-    stored = corpus(
-        tmp_path, shards, root=str(tmp_path / "data"), features=FeatureStore(tmp_path / "features"), max_samples=10
-    )
+    stored = corpus(tmp_path, shards, root=str(tmp_path / "data"), max_samples=10)
+    stored.features = FeatureStore(tmp_path / "features")
     sample = load(stored, 7)
     assert sample.pixel_values is None and sample.query_features.equal(torch.full((1, 2, 3), 7.0))
     assert sample.turns == load(data, 7).turns
