@@ -26,8 +26,9 @@ from stllm.media.sampling import Bounds
 from stllm.processors.templates import Turn
 
 MAX_TEXT = 1_000_000  # characters of a question or an answer; no model reads as many tokens
-KINDS = ("video", "image", "text")
-VIDEO, IMAGE, TEXT = range(3)
+MEDIA = ("video", "image")
+KINDS = (*MEDIA, "text")
+TEXT = KINDS.index("text")
 EXPECTED = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}"
 # Fields by which the files of benchmarks and of other projects are recognised.
 FOREIGN = {
@@ -117,7 +118,7 @@ class JsonRecords:
             first = first or fields
             spans.extend((start, end))
             num_pairs.append(sum(text_of(answer) is not None for _, _, answer in _raw_pairs(fields)))
-            kinds.append(next((number for number in (VIDEO, IMAGE) if fields.get(KINDS[number]) is not None), TEXT))
+            kinds.append(next((number for number, key in enumerate(MEDIA) if fields.get(key) is not None), TEXT))
         if not spans:
             raise UserError(f"{self.path}: found no record, expected {EXPECTED}")
         if not num_asking:
@@ -127,7 +128,7 @@ class JsonRecords:
             raise UserError(f"{self.path}: found {len(kinds)} records and not one answer, expected {EXPECTED}")
 
         of_file = np.array(kinds)
-        media = [name for number, name in ((VIDEO, "video"), (IMAGE, "image")) if number in of_file]
+        media = [name for number, name in enumerate(MEDIA) if number in of_file]
         if kind is None and not media:
             raise UserError(
                 f"{self.path}: no record names a video or image; expected {EXPECTED}, or say media: text for records "

@@ -6,7 +6,7 @@ change nothing. Letters: G samples of a global micro-batch, n samples of a data 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ class Source(NamedTuple):
     ratio: float | None = None
 
 
+@dataclass(eq=False)
 class Mixture(Dataset[Sample]):
     """Samples by `SampleKey`. A sample that cannot be used is replaced as a whole by another one of its data set.
 
@@ -47,20 +48,18 @@ class Mixture(Dataset[Sample]):
     Raises UserError for no data set, or an empty one.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        *,
-        seed: int,
-        max_tries: int,
-        check: LengthCheck | None = None,
-        media_seconds: float = 0,
-    ) -> None:
-        self.corpora = [source.corpus for source in sources]
-        self.ratios = [source.ratio for source in sources]
+    sources: Sequence[Source]
+    _: KW_ONLY
+    seed: int
+    max_tries: int
+    check: LengthCheck | None = None
+    media_seconds: float = 0
+
+    def __post_init__(self) -> None:
+        self.corpora = [source.corpus for source in self.sources]
+        self.ratios = [source.ratio for source in self.sources]
         self.sizes = [len(corpus) for corpus in self.corpora]
-        self.seed, self.max_tries, self.check, self.media_seconds = seed, max_tries, check, media_seconds
-        if not sources:
+        if not self.sources:
             raise UserError("no data set is named: list at least one under `datasets`")
         for corpus, size in zip(self.corpora, self.sizes, strict=True):
             if not size:

@@ -102,7 +102,7 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
             path = str(user_path(name))
             matching = sorted(glob.glob(path, recursive=True)) if glob.has_magic(name) else [path]
             if not matching:
-                raise UserError(f"shards: nothing matches {_short(name)!r}; check the folder and the pattern")
+                raise UserError(f"shards: nothing matches {name!r:.200}; check the folder and the pattern")
             # A file called pipe:CMD is a file.
             found += [os.path.join(os.curdir, one) if scheme_of(one) else one for one in matching]
     if len(found) > MAX_SHARDS:
@@ -129,13 +129,13 @@ def _expanded(pattern: str) -> list[str]:
     try:
         for part in map(envsubst, pattern.split("::")):
             if (count := _num_names(part)) > MAX_SHARDS:
-                raise _too_many(repr(_short(pattern)), count)
+                raise _too_many(f"{pattern!r:.200}", count)
             names += islice(braceexpand(part), MAX_SHARDS + 1)
     except UserError:
         raise
     except (AssertionError, RecursionError, ValueError) as error:  # an unset ${NAME}, braces without an end
-        sentence = f"shards: {_short(pattern)!r} cannot be expanded ({_short(str(error))}); write {{000..123}}.tar"
-        raise UserError(sentence) from error
+        found = f"shards: {pattern!r:.200} cannot be expanded ({error!s:.200})"
+        raise UserError(f"{found}; write {{000..123}}.tar") from error
     return names
 
 
@@ -175,10 +175,6 @@ def _too_many(what: str, count: float) -> UserError:
         f"shards: {what} stands for {number} shards, expected at most {MAX_SHARDS:,}: correct the braces, or divide "
         "the shards among several data sets"
     )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # ---- remote shards ---------------------------------------------------------------------------------------------------
