@@ -12,22 +12,23 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from stllm.common.errors import UserError
 from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular, replacing, user_path
 from stllm.common.jsonl import loads
-from stllm.datasets.records import Record
 from stllm.media.sampling import Bounds
 from stllm.processors.templates import Turn
 
 MAX_TEXT = 1_000_000  # characters of a question or an answer; no model reads as many tokens
-KINDS = ("video", "image", "text")
-VIDEO, IMAGE, TEXT = range(3)
+MEDIA = ("video", "image")
+KINDS = (*MEDIA, "text")
+TEXT = KINDS.index("text")
 EXPECTED = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}"
 # Fields by which the files of benchmarks and of other projects are recognised.
 FOREIGN = {
@@ -52,6 +53,40 @@ class AnnotationError(UserError):
         self.cause = cause
 
 
+@dataclass(frozen=True)
+class Record:
+    """One medium and what is asked about it.
+
+    turns: instruction, question and answer of each pair. media: absolute path; None for text alone.
+    kind: "video" or "image". where: file and place in it, for messages. bounds: start and end in seconds, `math.inf`
+    for an open end.
+    """
+
+    turns: tuple[Turn, ...]
+    media: str | None
+    kind: str
+    where: str
+    bounds: Bounds | None = None
+
+
+class Records(Protocol):
+    """An annotation file that was read: records by index, held compactly.
+
+    kind: "video", "image" or "text", the same for all. media_dir: what their media are relative to.
+    num_pairs: (records,) answered pairs of each.
+    """
+
+    kind: str
+    media_dir: str
+    num_pairs: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """The record. Raises AnnotationError when it cannot be used."""
+        ...
+
+
 class JsonRecords:
     """The records of one annotation file, held as the file's bytes and offsets into them.
 
@@ -65,17 +100,56 @@ class JsonRecords:
     """
 
     def __init__(self, path: str | Path, *, media_dir: str | Path = "", kind: str | None = None) -> None:
-        self.path = user_path(path)
-        self.media_dir = str(media_dir)
+        self.path, self.media_dir = user_path(path), str(media_dir)
         self._data, text = read_file(self.path)
-        starts, ends, pairs, kinds = _scan(self.path, text)
-        self.kind = _one_kind(self.path, kinds, kind)
+        spans, num_pairs, kinds = array("q"), array("i"), array("b")  # a few bytes a record, however many there are
+        num_asking = 0
+        first: Fields = {}
+        for start, end, fields in json_values(self.path, text):
+            where = f"{self.path}, record {len(kinds) + 1}"
+            if not isinstance(fields, dict):
+                raise UserError(
+                    f"{where}: found {json.dumps(fields, ensure_ascii=False):.60}, expected a mapping: {EXPECTED}"
+                )
+            if "QA" in fields or "caption" in fields:
+                num_asking += 1
+            elif foreign := next((name for key, name in FOREIGN.items() if key in fields), None):
+                raise UserError(f"{where}: found {foreign} (fields {', '.join(fields)}), expected {EXPECTED}")
+            first = first or fields
+            spans.extend((start, end))
+            num_pairs.append(sum(text_of(answer) is not None for _, _, answer in _raw_pairs(fields)))
+            kinds.append(next((number for number, key in enumerate(MEDIA) if fields.get(key) is not None), TEXT))
+        if not spans:
+            raise UserError(f"{self.path}: found no record, expected {EXPECTED}")
+        if not num_asking:
+            found = f"no record has QA or caption (the first has {', '.join(first)})"
+            raise UserError(f"{self.path}: {found}, expected {EXPECTED}")
+        if not any(num_pairs):
+            raise UserError(f"{self.path}: found {len(kinds)} records and not one answer, expected {EXPECTED}")
+
+        of_file = np.array(kinds)
+        media = [name for number, name in enumerate(MEDIA) if number in of_file]
+        if kind is None and not media:
+            raise UserError(
+                f"{self.path}: no record names a video or image; expected {EXPECTED}, or say media: text for records "
+                "without one"
+            )
+        if kind is None and len(media) > 1:
+            raise UserError(
+                f"{self.path}: found videos and images in one file, which do not fit into one batch: name the file in "
+                "two entries, one with media: video and one with media: image"
+            )
+        self.kind = kind or media[0]
         # A record without a medium stays among those with one: it is a fault to report.
-        chosen = (kinds == KINDS.index(self.kind)) | (kinds == TEXT)
+        chosen = (of_file == KINDS.index(self.kind)) | (of_file == TEXT)
         if not chosen.any():
-            raise UserError(f"{self.path}: found no {self.kind} record among {len(kinds)}: name another file or medium")
+            raise UserError(f"{self.path}: found no {kind} record among {len(kinds)}: name another file or medium")
+        ends = np.array(spans)  # start, end, start, end, ... in characters
+        if not text.isascii():  # the same in bytes of UTF-8
+            lengths = (len(text[start:end].encode()) for start, end in pairwise([0, *spans]))
+            ends = np.fromiter(lengths, np.int64, len(spans)).cumsum()
         self._numbers = np.flatnonzero(chosen)  # of the records in the file
-        self._starts, self._ends, self.num_pairs = starts[chosen], ends[chosen], pairs[chosen]
+        self._starts, self._ends, self.num_pairs = ends[::2][chosen], ends[1::2][chosen], np.array(num_pairs)[chosen]
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -83,36 +157,28 @@ class JsonRecords:
     def __getitem__(self, index: int) -> Record:
         """The record; a pair without an answer keeps its place, with None as its answer.
 
-        Raises AnnotationError when the record names no medium, has no pair, no answer, or an impossible bound.
+        Raises AnnotationError when the record names no medium, has no pair, no answer, a question that is no text, or
+        an impossible bound.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
         fields = loads(self._data[self._starts[index] : self._ends[index]])
         where = f"{self.path}, record {self._numbers[index] + 1}"
-        count = fields.get("num_frames")
-        return Record(
-            turns=turns_of(fields, where),
-            media=self._media(fields, where),
-            kind="video" if self.kind == "text" else self.kind,
-            where=where,
-            bounds=bounds_of(fields, where),
-            num_frames=count if isinstance(count, int) and count > 0 else None,
-        )
-
-    def _media(self, fields: Fields, where: str) -> str | None:
-        if self.kind == "text":
-            return None
+        turns = turns_of(fields, where)
         named = fields.get(self.kind)
-        if not isinstance(named, str) or not named.strip():
+        if self.kind != "text" and (not isinstance(named, str) or not named.strip()):
             raise AnnotationError(
                 f"{where}: found {self.kind} {named!r}, expected a path relative to the media folder; correct it, or "
                 "say media: text for records without a medium"
             )
-        return os.path.join(self.media_dir, named)
+        bounds = bounds_of(fields, where)
+        if self.kind == "text":
+            return Record(turns, None, "video", where, bounds)
+        return Record(turns, os.path.join(self.media_dir, named), self.kind, where, bounds)
 
 
 def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
-    """Writes a training file that has one record for each question-and-answer pair.
+    """Write a training file that has one record for each question-and-answer pair.
 
     The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
     Returns the numbers of records read, left out and written.
@@ -130,7 +196,8 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
             num_read += 1
             pairs = record.get("QA") if isinstance(record, dict) else None
             if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
-                raise UserError(f"{path}, record {num_read}: found {_short(record)}, expected {expected}")
+                found = json.dumps(record, ensure_ascii=False)
+                raise UserError(f"{path}, record {num_read}: found {found:.60}, expected {expected}")
             num_empty += not pairs
             for pair in pairs:
                 stream.write(",\n" if num_written else "[\n")
@@ -160,34 +227,6 @@ def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}), expected {expected}") from None
     except OSError as error:
         raise UserError(f"{path}: the annotation file cannot be read ({error.strerror}); check it") from None
-
-
-def _scan(path: Path, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each record: its first byte, the byte after its last, its answered pairs, its kind."""
-    spans, pairs, kinds = array("q"), array("i"), array("b")  # a few bytes a record, however many there are
-    num_asking = 0
-    first: Fields = {}
-    for start, end, record in json_values(path, text):
-        if not isinstance(record, dict):
-            where = f"{path}, record {len(kinds) + 1}"
-            raise UserError(f"{where}: found {_short(record)}, expected a mapping: {EXPECTED}")
-        if "QA" in record or "caption" in record:
-            num_asking += 1
-        elif foreign := next((name for key, name in FOREIGN.items() if key in record), None):
-            where = f"{path}, record {len(kinds) + 1}"
-            raise UserError(f"{where}: found {foreign} (fields {', '.join(record)}), expected {EXPECTED}")
-        first = first or record
-        spans.extend((start, end))
-        pairs.append(sum(_is_text(pair[2]) for pair in _raw_pairs(record)))
-        kinds.append(VIDEO if record.get("video") is not None else IMAGE if record.get("image") is not None else TEXT)
-    if not spans:
-        raise UserError(f"{path}: found no record, expected {EXPECTED}")
-    if not num_asking:
-        raise UserError(f"{path}: no record has QA or caption (the first has {', '.join(first)}), expected {EXPECTED}")
-    if not any(pairs):
-        raise UserError(f"{path}: found {len(pairs)} records and not one answer, expected {EXPECTED}")
-    starts, ends = _byte_offsets(text, np.array(spans))
-    return starts, ends, np.array(pairs), np.array(kinds)
 
 
 def json_values(path: Path, text: str, expected: str = EXPECTED) -> Iterator[tuple[int, int, Any]]:
@@ -223,30 +262,6 @@ def _skip(text: str, position: int) -> int:
     return space.end()
 
 
-def _byte_offsets(text: str, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends in UTF-8 bytes; spans: start, end, start, end, ... in characters."""
-    if not text.isascii():
-        lengths = (len(text[start:end].encode()) for start, end in pairwise([0, *spans.tolist()]))
-        spans = np.fromiter(lengths, np.int64, len(spans)).cumsum()
-    return spans[::2], spans[1::2]
-
-
-def _one_kind(path: Path, kinds: np.ndarray, asked: str | None) -> str:
-    found = [KINDS[number] for number in sorted(set(kinds.tolist()) - {TEXT})]
-    if asked is not None:
-        return asked
-    if not found:
-        raise UserError(
-            f"{path}: no record names a video or image; expected {EXPECTED}, or say media: text for records without one"
-        )
-    if len(found) > 1:
-        raise UserError(
-            f"{path}: found videos and images in one file, which do not fit into one batch: name the file in two "
-            "entries, one with media: video and one with media: image"
-        )
-    return found[0]
-
-
 def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
     """(instruction, question, answer) of each pair as they stand; a caption answers an empty question."""
     pairs = fields.get("QA")
@@ -257,12 +272,19 @@ def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
 
 
 def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
-    """The record's pairs; the answer is None where it is missing. Raises AnnotationError when all are missing."""
+    """The record's pairs; the answer is None where it is missing.
+
+    Raises AnnotationError when all answers are missing, and for a question or an instruction that is a list or a
+    mapping, or a text that is too long.
+    """
     pairs = _raw_pairs(fields) if "QA" in fields or "caption" in fields else []
     if not pairs:
         raise AnnotationError(
             f"{where}: found no QA (fields {', '.join(fields)}), expected {EXPECTED}: leave the record out"
         )
+    for instruction, question, _ in pairs:
+        if fault := question_fault(instruction, question):
+            raise AnnotationError(f"{where}: {fault}")
     turns = tuple(
         Turn(question=text_of(question) or "", answer=text_of(answer), instruction=text_of(instruction) or "")
         for instruction, question, answer in pairs
@@ -278,15 +300,20 @@ def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
     return turns
 
 
-def _is_text(value: Any) -> bool:
-    """Check for a text that is not blank, or a number."""
-    return bool(value.strip()) if isinstance(value, str) else isinstance(value, (int, float))
+def question_fault(instruction: Any, question: Any) -> str:
+    """A sentence about an instruction (i) or a question (q) that is a list or a mapping; "" for others."""
+    for key, value in (("i", instruction), ("q", question)):
+        if isinstance(value, (list, dict)):
+            return f"found {key} {value!r:.60}, expected a text: correct it, or leave the record out"
+    return ""
 
 
 def text_of(value: Any) -> str | None:
-    """A text as it stands, a number as text; None for anything else."""
-    # Half a surrogate pair, which JSON can spell, is no text to a tokenizer.
-    return str(value).encode("utf-8", "replace").decode() if _is_text(value) else None
+    """A text as it stands unless it is blank, a number as text; None for anything else."""
+    if (isinstance(value, str) and value.strip()) or isinstance(value, (int, float)):
+        # Half a surrogate pair, which JSON can spell, is no text to a tokenizer.
+        return str(value).encode("utf-8", "replace").decode()
+    return None
 
 
 def bounds_of(fields: Fields, where: str, *, negative_start: bool = False) -> Bounds | None:
@@ -294,32 +321,21 @@ def bounds_of(fields: Fields, where: str, *, negative_start: bool = False) -> Bo
 
     negative_start: accept one, as MVBench does. Raises AnnotationError.
     """
-    start, end = (_seconds(fields.get(key), key, where) for key in ("start", "end"))
-    if start is None and end is None:
-        return None
-    start, end = 0.0 if start is None else start, math.inf if end is None else end
+    found = {"start": 0.0, "end": math.inf}
+    for key in found:
+        if (value := fields.get(key)) is None:
+            continue
+        try:
+            found[key] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            found[key] = math.nan
+        if not math.isfinite(found[key]) or isinstance(value, bool):
+            sentence = f"{where}: found {key} {value!r}, expected a number of seconds: correct it"
+            raise AnnotationError(sentence, cause="bounds")
+    start, end = found["start"], found["end"]
     if end <= start or end <= 0 or (start < 0 and not negative_start):
         raise AnnotationError(
             f"{where}: found start {start:g} and end {end:g}, expected 0 <= start < end in seconds: correct them",
             cause="bounds",
         )
-    return start, end
-
-
-def _seconds(value: Any, key: str, where: str) -> float | None:
-    try:
-        if value is None:
-            return None
-        seconds = float(value)
-        if not math.isfinite(seconds) or isinstance(value, bool):
-            raise ValueError
-        return seconds
-    except (TypeError, ValueError, OverflowError):
-        raise AnnotationError(
-            f"{where}: found {key} {value!r}, expected a number of seconds: correct it", cause="bounds"
-        ) from None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return None if fields.get("start") is None and fields.get("end") is None else (start, end)

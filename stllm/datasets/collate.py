@@ -1,4 +1,4 @@
-"""Samples to the model's arguments: prompts tokenized and padded, media stacked, masks drawn.
+"""A collator from samples to the model's arguments: it tokenizes and pads prompts, stacks media and draws masks.
 
 Masks are drawn here, keyed by epoch and sample, so that they do not depend on how many processes or workers there are.
 Letters: B samples, T frames, S image size, P patches, C encoder width, K tokens a frame, Q Q-Former width, N visual
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stllm.datasets.samples import Sample, SampleKey, Stream, keyed_torch
+from stllm.datasets.samples import Sample, Stream, keyed_torch
 from stllm.models.masking import draw_dropped, draw_mask_rate
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import training_sequences
@@ -35,10 +35,7 @@ class Collator:
         num_tokens: Callable[[int], int],
         mask_rate: Mapping[str, float] | None = None,
     ) -> None:
-        self.processor = processor
-        self.seed = seed
-        self.num_tokens = num_tokens
-        self.mask_rate = mask_rate
+        self.processor, self.seed, self.num_tokens, self.mask_rate = processor, seed, num_tokens, mask_rate
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The arguments by name: the output of `training_sequences` for the prompts; pixel_values (B, T, 3, S, S),
@@ -54,22 +51,18 @@ class Collator:
             batch |= self.processor.qformer_inputs([self.processor.template.text(s.turns[0]) for s in samples])
             num_visual = self.num_tokens(samples[0].num_frames)
             if self.mask_rate is not None and samples[0].num_frames > 1:
-                dropped = self._draw([sample.key for sample in samples], num_visual, self.mask_rate)
+                # One rate for the global batch, so that all its rows drop equally many: (B, N) bool, True = dropped.
+                place = samples[0].key[:2]  # epoch and batch
+                rate = draw_mask_rate(**self.mask_rate, generator=keyed_torch(self.seed, Stream.MASK_RATE, *place))
+                rows = [(s.key.corpus, s.key.index, s.key.round) for s in samples]
+                keyed = [keyed_torch(self.seed, Stream.MASK, *place, *row) for row in rows]
+                dropped = torch.cat([draw_dropped(1, num_visual, rate=rate, generator=row) for row in keyed])
         ids, labels = zip(*(self.processor.training_ids(s.turns, media=s.media) for s in samples), strict=True)
         pad_id = self.processor.pad_token_id
         batch |= training_sequences(ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=dropped)
         batch["names"] = [sample.name for sample in samples]
         batch["failures"] = [failure for sample in samples for failure in sample.failures]
         return batch
-
-    def _draw(self, keys: Sequence[SampleKey], num_visual: int, mask_rate: Mapping[str, float]) -> Tensor:
-        """(B, N) bool, True = dropped: one rate for the global batch, so that all its rows drop equally many."""
-        batch = (keys[0].epoch, keys[0].batch)
-        rate = draw_mask_rate(**mask_rate, generator=keyed_torch(self.seed, Stream.MASK_RATE, *batch))
-        rows = [(Stream.MASK, *batch, key.corpus, key.index, key.round) for key in keys]
-        return torch.cat(
-            [draw_dropped(1, num_visual, rate=rate, generator=keyed_torch(self.seed, *row)) for row in rows]
-        )
 
 
 def stacked(samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.registry import datasets, readers
 from stllm.common.schema import ROOTS, DatasetSettings, texts
+from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Source
 from stllm.media.sampling import sample_indices
 from stllm.processors.transforms import EvalTransform, TrainTransform
@@ -22,11 +23,7 @@ SHIPPED = Path(__file__).parent.parent / "configs" / "datasets"
 
 
 def build_corpora(
-    cfg: DictConfig,
-    *,
-    image_size: int,
-    train: bool = True,
-    feature_settings: Mapping[str, Any] | None = None,
+    cfg: DictConfig, *, image_size: int, train: bool = True, feature_settings: Mapping[str, Any] | None = None
 ) -> list[Source]:
     """The data sets that a checked configuration lists, with their weights, for a `Mixture`.
 
@@ -36,79 +33,7 @@ def build_corpora(
     Raises UserError: no data set, an unknown name without a file of its own, files that are missing (all in one
     sentence), whatever is wrong with a file as a whole.
     """
-    transforms = {"random": TrainTransform(image_size), "center": EvalTransform(image_size)}
-    expected = {"image_size": image_size, **(feature_settings or {})}
     entries = resolved_settings(cfg, train=train)
-    _check_files(entries)
-    sources = []
-    # Millions of records take a while to look through.
-    hidden = None if is_main() else True  # None: no bar where nobody looks
-    for name, settings in tqdm(entries.items(), desc="data sets", delay=1, leave=False, disable=hidden):
-        build = datasets.get(settings.type).from_settings
-        transform = transforms[settings.crop if train else "center"]
-        corpus = build(name, settings, transform=transform, feature_settings=expected)
-        sources.append(Source(corpus, settings.sample_ratio))
-    return sources
-
-
-def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, DatasetSettings]:
-    """Each entry over the shipped one of its name, with paths joined to the roots. Raises UserError."""
-    section = cast(dict[str, Any], OmegaConf.to_container(cfg.datasets, resolve=True))
-    roots = {root: section.pop(root, None) for root in ROOTS}
-    if not section:
-        raise UserError(f"no data set is named: list at least one under `datasets`, of {', '.join(shipped_entries())}")
-    result = {}
-    for name, entry in section.items():
-        settings = _settings(name, entry or {}, roots)
-        settings.qa_sampling = settings.qa_sampling or cfg.run.get("qa_sampling")
-        if not train and settings.sampling == "rand":
-            settings.sampling = "middle"
-        result[name] = settings
-    return result
-
-
-@cache
-def shipped_entries() -> dict[str, dict[str, Any]]:
-    """The known data sets' entries by name."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(SHIPPED.glob("*.yaml")):
-        entries.update(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
-    return entries
-
-
-def _settings(name: str, entry: dict[str, Any], roots: Mapping[str, str | None]) -> DatasetSettings:
-    known = shipped_entries()
-    if name not in known and not any(entry.get(key) for key in ("anno_path", "shards")):
-        raise UserError(
-            f"unknown data set {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}; a data set of your "
-            "own needs anno_path (an annotation file) or shards"
-        )
-    settings = DatasetSettings(**{**known.get(name, {}), **entry})
-    try:
-        sample_indices(settings.sampling, num_frames=1, total_frames=1, fps=1.0, generator=np.random.default_rng(0))
-        if settings.reader != "auto":
-            readers.get(settings.reader)
-    except UserError as error:
-        raise UserError(f"data set {name}: {error}") from None
-    anno_root, media_root = settings.anno_root or roots["anno_root"], settings.media_root or roots["media_root"]
-    settings.anno_path = _joined(anno_root, settings.anno_path)
-    beside = os.path.dirname(settings.anno_path or "")  # where one's own media are when nothing says otherwise
-    settings.media_dir = _joined(media_root, settings.media_dir) or media_root or beside
-    settings.shards = [_joined(media_root, shard) for shard in texts(settings.shards)]
-    if roots["features_root"] is not None and settings.features_dir is None:
-        settings.features_dir = os.path.join(roots["features_root"], name)
-    return settings
-
-
-def _joined(root: str | None, path: str | None) -> str | None:
-    """The path below the root; as it is where it is absolute, a URL, or there is no root."""
-    if path is None or "://" in path or path.startswith("pipe:"):
-        return path
-    return os.path.join(os.path.expanduser(root or ""), os.path.expanduser(path))
-
-
-def _check_files(entries: Mapping[str, DatasetSettings]) -> None:
-    """Raises UserError naming every annotation file and media folder that is not there."""
     missing: dict[str, list[str]] = {}
     for name, settings in entries.items():
         reads_media = settings.type == "instruction" and settings.media != "text" and settings.features_dir is None
@@ -121,3 +46,66 @@ def _check_files(entries: Mapping[str, DatasetSettings]) -> None:
             f"not found: {listed}; expected the annotation files and media folders of the data sets: set "
             "datasets.anno_root and datasets.media_root, or anno_path and media_dir of a data set"
         )
+    transforms = {"random": TrainTransform(image_size), "center": EvalTransform(image_size)}
+    expected = {"image_size": image_size, **(feature_settings or {})}
+    sources = []
+    # Millions of records take a while to look through.
+    hidden = None if is_main() else True  # None: no bar where nobody looks
+    for name, settings in tqdm(entries.items(), desc="data sets", delay=1, leave=False, disable=hidden):
+        transform = transforms[settings.crop if train else "center"]
+        corpus = datasets.get(settings.type).from_settings(name, settings, transform=transform)
+        if settings.features_dir is not None and corpus.media is not None and isinstance(corpus, FeatureSource):
+            corpus.features = FeatureStore(settings.features_dir, expected={**expected, **corpus.frame_settings})
+        sources.append(Source(corpus, settings.sample_ratio))
+    return sources
+
+
+def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, DatasetSettings]:
+    """Each entry over the shipped one of its name, with paths joined to the roots. Raises UserError."""
+    section = cast(dict[str, Any], OmegaConf.to_container(cfg.datasets, resolve=True))
+    roots = {root: section.pop(root, None) for root in ROOTS}
+    known = shipped_entries()
+    if not section:
+        raise UserError(f"no data set is named: list at least one under `datasets`, of {', '.join(known)}")
+    result = {}
+    for name, entry in section.items():
+        entry = entry or {}
+        if name not in known and not any(entry.get(key) for key in ("anno_path", "shards")):
+            raise UserError(
+                f"unknown data set {name!r}{did_you_mean(name, known)}; known are {', '.join(known)}; a data set of "
+                "your own needs anno_path (an annotation file) or shards"
+            )
+        settings = result[name] = DatasetSettings(**{**known.get(name, {}), **entry})
+        try:
+            sample_indices(settings.sampling, num_frames=1, total_frames=1, fps=1.0, generator=np.random.default_rng(0))
+            if settings.reader != "auto":
+                readers.get(settings.reader)
+        except UserError as error:
+            raise UserError(f"data set {name}: {error}") from None
+        settings.qa_sampling = settings.qa_sampling or cfg.run.get("qa_sampling")
+        if not train and settings.sampling == "rand":
+            settings.sampling = "middle"
+        media_root = settings.media_root or roots["media_root"]
+        settings.anno_path = _joined(settings.anno_root or roots["anno_root"], settings.anno_path)
+        beside = os.path.dirname(settings.anno_path or "")  # where one's own media are when nothing says otherwise
+        settings.media_dir = _joined(media_root, settings.media_dir) or media_root or beside
+        settings.shards = [_joined(media_root, shard) for shard in texts(settings.shards)]
+        if roots["features_root"] is not None and settings.features_dir is None:
+            settings.features_dir = os.path.join(roots["features_root"], name)
+    return result
+
+
+@cache
+def shipped_entries() -> dict[str, dict[str, Any]]:
+    """The known data sets' entries by name."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted(SHIPPED.glob("*.yaml")):
+        entries.update(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
+    return entries
+
+
+def _joined(root: str | None, path: str | None) -> str | None:
+    """The path below the root; as it is where it is absolute, a URL, or there is no root."""
+    if path is None or "://" in path or path.startswith("pipe:"):
+        return path
+    return os.path.join(os.path.expanduser(root or ""), os.path.expanduser(path))

@@ -1,4 +1,4 @@
-"""Annotation files are read to their end. Faults of a file or a record are found without opening any medium.
+"""Records of an annotation file, read to its end, and the faults that show without opening any medium.
 
 One broken record does not hide those after it. `stllm doctor` lists all faults; `stllm evaluate` stops at the first one
 that concerns a whole file and keeps the others as errors of their items.
@@ -93,9 +93,8 @@ def records_of(
     those of another format, the file gives one fault and no record. tables: read .csv and .tsv files, too.
     """
     number = 0
-    read = _rows if tables and path.suffix.lower() in (".csv", ".tsv") else _values
     try:
-        for where, value in read(path, expected):
+        for where, value in _values(path, expected, tables):
             number += 1
             if isinstance(value, Fault):
                 yield where, value
@@ -118,35 +117,33 @@ def records_of(
         yield str(path), Fault("annotation", str(path), "file", f"found no record; expected {expected}")
 
 
-def _values(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
+def _values(path: Path, expected: str, tables: bool) -> Iterator[tuple[str, Any]]:
     """Yield (file and record, value). JSONL goes on after a broken line. Raises UserError where reading must stop."""
-    text = read_file(path, expected)[1]
-    if path.suffix.lower() != ".jsonl" or text.lstrip().startswith("["):
+    text, suffix = read_file(path, expected)[1], path.suffix.lower()
+    if tables and suffix in (".csv", ".tsv"):
+        # TGIF-QA's files are called csv but are separated by tabs.
+        reader = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
+        try:
+            for row in reader:
+                where, columns = f"{path}, line {reader.line_num}", f"{len(reader.fieldnames or ())} columns"
+                broken = None in row or None in row.values()
+                yield (
+                    where,
+                    Fault("annotation", where, "line", f"expected {columns}, as in the header") if broken else row,
+                )
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}; expected {expected}") from None
+    elif suffix != ".jsonl" or text.lstrip().startswith("["):
         for number, (_, _, value) in enumerate(json_values(path, text, expected), start=1):
             yield f"{path}, record {number}", value
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        where = f"{path}, line {number}"
-        try:
-            if line.strip():
-                yield where, loads(line)
-        except (ValueError, RecursionError) as error:
-            yield where, Fault("annotation", where, "line", f"not valid JSON ({error}); expected {expected}")
-
-
-def _rows(path: Path, expected: str) -> Iterator[tuple[str, Any]]:
-    """Yield (file and line, row) of a table with a header. TGIF-QA's files are called csv but are separated by tabs."""
-    text = read_file(path, expected)[1]
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.split("\n", 1)[0] else ",")
-    try:
-        for row in reader:
-            where, num_columns = f"{path}, line {reader.line_num}", len(reader.fieldnames or ())
-            if None in row or None in row.values():
-                yield where, Fault("annotation", where, "line", f"expected {num_columns} columns, as in the header")
-            else:
-                yield where, row
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; expected {expected}") from None
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            where = f"{path}, line {number}"
+            try:
+                if line.strip():
+                    yield where, loads(line)
+            except ValueError as error:
+                yield where, Fault("annotation", where, "line", f"not valid JSON ({error}); expected {expected}")
 
 
 def pairs_of(question: Any, answer: Any) -> Pairs:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -24,10 +25,8 @@ from torch.utils.data import Dataset
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular, replacing, write_text
 from stllm.common.jsonl import loads
-from stllm.datasets.annotations import AnnotationError
-from stllm.datasets.records import Record
-from stllm.datasets.replacement import failure_of, load_within
-from stllm.datasets.samples import Corpus, Failure, Sample, SampleKey
+from stllm.datasets.annotations import AnnotationError, Record
+from stllm.datasets.samples import Corpus, Failure, Sample, SampleKey, failure_of, load_within
 from stllm.media.info import MediaError
 from stllm.media.sampling import Bounds
 from stllm.media.time_bound import now_reading
@@ -49,11 +48,6 @@ def clip_key(media: str, bounds: Bounds | None) -> str:
     return media if bounds is None else f"{media}[{bounds[0]!r},{bounds[1]!r}]"
 
 
-def frame_settings(*, num_frames: int, sampling: str) -> dict[str, Any]:
-    """The settings that choose the frames for features: the middle ones where training takes random ones."""
-    return {"num_frames": num_frames, "sampling": "middle" if sampling == "rand" else sampling}
-
-
 @runtime_checkable
 class FeatureSource(Corpus, Protocol):
     """A data set of the mixture whose media can be precomputed.
@@ -72,7 +66,7 @@ class FeatureSource(Corpus, Protocol):
 
 
 class FeatureWriter:
-    """Writes features shard by shard; a shard is there whole or not at all, so that an interrupted run goes on.
+    """A writer of features, shard by shard. Each shard is written whole or not at all, so an interrupted run goes on.
 
     stage: "vit" or "qformer". settings: what the features depend on (a digest of the weights, frames, sampling, image
         size, dtype), as plain JSON. rank: of this process; each writes shards of its own, and begins before any of
@@ -94,8 +88,7 @@ class FeatureWriter:
         self.header: dict[str, Any] = {"stage": stage, "settings": dict(settings)}
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / INDEX).exists():
-            index = _read_index(self.folder)
-            _refuse_other(self.folder, index, {**self.header["settings"], "stage": stage})
+            _read_index(self.folder, {**settings, "stage": stage})
         self._done = {key for keys in _shards(self.folder).values() for key in keys}
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
@@ -121,7 +114,7 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is waiting as a shard."""
+        """Write what is waiting as a shard."""
         if not self._waiting:
             return
         taken = [int(path.stem.rsplit("-", 1)[1]) for path in self.folder.glob(f"features-{self.rank:05d}-*")]
@@ -132,13 +125,13 @@ class FeatureWriter:
         self._waiting, self._waiting_bytes = {}, 0
 
     def finish(self) -> None:
-        """Writes the index over all shards of all ranks: call it on one process, when every one has flushed."""
+        """Write the index over all shards of all ranks. Call it on one process, when every one has flushed."""
         self.flush()
         write_text(self.folder / INDEX, json.dumps({**self.header, "complete": True, "shards": _shards(self.folder)}))
 
 
 class FeatureStore:
-    """Reads a finished folder of features.
+    """A finished folder of features, to be read.
 
     expected: what the settings must say, as far as they are given here. stage, settings: what the folder holds.
     Raises UserError for a folder without features, unfinished ones, and settings other than expected.
@@ -146,10 +139,9 @@ class FeatureStore:
 
     def __init__(self, folder: str | Path, *, expected: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        index = _read_index(self.folder)
+        index = _read_index(self.folder, expected or {})
         self.stage: str = index["stage"]
         self.settings: dict[str, Any] = index["settings"]
-        _refuse_other(self.folder, index, expected or {})
         if not index["complete"]:
             raise UserError(f"{self.folder}: the features are not complete: run the same `stllm extract` again")
         self._shards = list(index["shards"])
@@ -179,7 +171,7 @@ class FeatureStore:
             raise MediaError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error
 
     def fill(self, sample: Sample, key: str) -> None:
-        """Puts the features of a clip where the model looks for them. Raises MediaError."""
+        """Put the features of a clip into the field that the model reads. Raises MediaError."""
         if self.stage == "vit":
             sample.vision_features = self.load(key)
         else:
@@ -190,27 +182,24 @@ def _digest(key: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little"))
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of a folder. Raises UserError when there is none, and for settings other than expected."""
     check_regular(folder, "a folder of features")
     try:
         index: dict[str, Any] = loads((folder / INDEX).read_text(encoding="utf-8"))
-        return {"stage": index["stage"], "settings": dict(index["settings"]), **index}
+        found = {**index["settings"], "stage": index["stage"]}
     except FileNotFoundError:
         raise UserError(f"{folder}: found no features (no {INDEX}); write them with `stllm extract`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / INDEX}: the index is damaged ({error!r}); delete the folder, extract again"
-        ) from None
-
-
-def _refuse_other(folder: Path, index: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    found = {**index["settings"], "stage": index["stage"]}
+        sentence = f"{folder / INDEX}: the index is damaged ({error!r}); delete the folder, extract again"
+        raise UserError(sentence) from None
     for key, value in expected.items():
         if found.get(key) != value:
             raise UserError(
                 f"{folder}: the features there were made with {key} {found.get(key)!r}, expected {value!r}: name "
                 "another folder, or change the setting back"
             )
+    return index
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:
@@ -269,19 +258,16 @@ class ClipDataset(Dataset[ClipBatch]):
         self, corpora: Sequence[Corpus], clips: Sequence[DistinctClip], *, batch_size: int, media_seconds: float
     ) -> None:
         self.corpora, self.media_seconds = corpora, media_seconds
-        self.batches: list[list[DistinctClip]] = []
-        for clip in clips:
-            last = self.batches[-1] if self.batches else []
-            if 0 < len(last) < batch_size and last[0].corpus == clip.corpus:
-                last.append(clip)
-            else:
-                self.batches.append([clip])
+        self.batches: list[Sequence[DistinctClip]] = []
+        for _, group in groupby(clips, key=lambda clip: clip.corpus):
+            same = list(group)
+            self.batches += [same[first : first + batch_size] for first in range(0, len(same), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> ClipBatch:
-        """Decodes a batch; clips that cannot be read are listed in `failures`."""
+        """A decoded batch; clips that cannot be read are listed in `failures`."""
         read, frames, failures = [], [], []
         for clip in self.batches[number]:
             corpus = self.corpora[clip.corpus]

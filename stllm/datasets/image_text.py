@@ -6,12 +6,12 @@ json with `caption`. Letters: S the model's image size.
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from stllm.common.distributed import is_main, rank, world_size
@@ -21,9 +21,8 @@ from stllm.common.registry import datasets
 from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
-from stllm.datasets.fetching import expand_shards
-from stllm.datasets.samples import Sample, SampleKey
-from stllm.datasets.shards import GIB, Content, ShardReader, is_remote
+from stllm.datasets.samples import LengthCheck, Sample, SampleKey
+from stllm.datasets.shards import GIB, Content, ShardReader, expand_shards, scheme_of
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError, warn_once
 from stllm.media.time_bound import now_reading
@@ -32,6 +31,7 @@ from stllm.processors.transforms import ClipTransform
 
 
 @datasets.register("image_text")
+@dataclass(kw_only=True, eq=False)
 class ImageTextCorpus:
     """Image-text shards: one caption an image, answering a drawn instruction or nothing.
 
@@ -46,48 +46,32 @@ class ImageTextCorpus:
     cannot be fetched.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        shards: str | Sequence[str],
-        transform: ClipTransform,
-        instruction: Sequence[str] = (),
-        max_samples: int | None = None,
-        cache_dir: str | Path | None = None,
-        cache_gb: float | None = None,
-        features: FeatureStore | None = None,
-        root: str | None = None,
-    ) -> None:
-        self.name = name
+    name: str
+    shards: str | Sequence[str]
+    transform: ClipTransform
+    instruction: Sequence[str] = ()
+    max_samples: int | None = None
+    cache_dir: str | Path | None = None
+    cache_gb: float | None = None
+    features: FeatureStore | None = None
+    root: str | None = None
+
+    def __post_init__(self) -> None:
         self.media: str | None = "image"
-        self.features, self._root = features, os.path.join(root or "", "")
-        self.transform = transform
-        self.instruction = tuple(instruction)
-        self.shards = expand_shards(shards)
-        self.reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
+        self.shards = expand_shards(self.shards)
+        self.reader = ShardReader(cache_dir=self.cache_dir, cache_gb=self.cache_gb)
         self._ends = np.cumsum(self._count())  # the sample after each shard's last
         num_samples = int(self._ends[-1])
         if not num_samples:
             found = f"found no image or caption in {len(self.shards)} shards"
-            raise UserError(f"{name}: {found}; expected jpg, png or webp with txt or json of the same name")
-        self._num_samples = num_samples if max_samples is None else min(max_samples, num_samples)
+            raise UserError(f"{self.name}: {found}; expected jpg, png or webp with txt or json of the same name")
+        self._num_samples = num_samples if self.max_samples is None else min(self.max_samples, num_samples)
 
     @classmethod
-    def from_settings(
-        cls,
-        name: str,
-        settings: DatasetSettings,
-        *,
-        transform: ClipTransform,
-        feature_settings: dict[str, Any] | None = None,
-    ) -> "ImageTextCorpus":
-        """The data set of an entry. feature_settings: what precomputed features must be made with."""
+    def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "ImageTextCorpus":
+        """The data set of an entry."""
         if not settings.shards:
             raise UserError(f"data set {name}: no shards are given; name its tar files, such as {{00000..01255}}.tar")
-        features = None
-        if settings.features_dir is not None:
-            features = FeatureStore(settings.features_dir, expected=feature_settings)
         return cls(
             name=name,
             shards=texts(settings.shards),
@@ -96,14 +80,13 @@ class ImageTextCorpus:
             max_samples=settings.max_samples,
             cache_dir=settings.cache_dir,
             cache_gb=settings.cache_gb,
-            features=features,
             root=settings.media_dir,
         )
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+    def load(self, key: SampleKey, generator: np.random.Generator, check: LengthCheck | None = None) -> Sample:
         """The sample `key.index`, pixel_values (1, 3, S, S); see `samples.Corpus`.
 
         Raises MediaError for an image that is missing or cannot be decoded, AnnotationError for a missing or empty
@@ -111,48 +94,47 @@ class ImageTextCorpus:
         """
         instruction = self.instruction[int(generator.integers(len(self.instruction)))] if self.instruction else ""
         crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
-        shard, number = self.place(key.index)
+        shard, number = self._place(key.index)
         now_reading(shard)
         content = self.reader.read(shard, number)
         name = f"{shard}/{content.name}"
         now_reading(name)
         turn = Turn(question="", answer=caption_of(content, name), instruction=instruction)
         sample = Sample(key, name, (turn,), media=self.media)
-        if self.features is None:
-            sample.pixel_values = self._prepared(content, name, crops)
-        else:
+        if check is not None:
+            check(sample, 1)
+        if self.features is not None:
             self.features.fill(sample, self._key(shard, number, content.name))
-        return sample
-
-    @property
-    def frame_settings(self) -> dict[str, Any]:
-        """See `FeatureSource`: there is nothing to choose in an image."""
-        return {}
-
-    def key_of(self, index: int) -> str:
-        """The key of the features of a sample's image. Raises MediaError."""
-        shard, number = self.place(index)
-        return self._key(shard, number, self.reader.name(shard, number))
-
-    def _key(self, shard: str, number: int, name: str) -> str:
-        """The number tells equal names apart, and the name tells when a shard was made anew."""
-        return f"{shard.removeprefix(self._root)}/{number}/{name}"
-
-    def place(self, index: int) -> tuple[str, int]:
-        """The shard that holds a sample, and its number there."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
-        position = int(np.searchsorted(self._ends, index, side="right"))
-        return self.shards[position], index - (int(self._ends[position - 1]) if position else 0)
-
-    def _prepared(self, content: Content, name: str, generator: torch.Generator) -> Tensor:
+            return sample
         if content.image is None:
             raise MediaError(
                 f"{name}: the caption has no image beside it; expected a jpg, png or webp of the same name",
                 cause="missing",
             )
         frame = decode_image(content.image, name)
-        return self.transform.for_clip(generator)(frame)[None]
+        sample.pixel_values = self.transform.for_clip(crops)(frame)[None]
+        return sample
+
+    @property
+    def frame_settings(self) -> dict[str, Any]:
+        """Empty: there is nothing to choose in an image. See `FeatureSource`."""
+        return {}
+
+    def key_of(self, index: int) -> str:
+        """The key of the features of a sample's image. Raises MediaError."""
+        shard, number = self._place(index)
+        return self._key(shard, number, self.reader.name(shard, number))
+
+    def _key(self, shard: str, number: int, name: str) -> str:
+        """The number tells equal names apart, and the name tells when a shard was made anew."""
+        return f"{shard.removeprefix(os.path.join(self.root or '', ''))}/{number}/{name}"
+
+    def _place(self, index: int) -> tuple[str, int]:
+        """The shard that holds a sample, and its number there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: sample {index} of {len(self)}")
+        position = int(np.searchsorted(self._ends, index, side="right"))
+        return self.shards[position], index - (int(self._ends[position - 1]) if position else 0)
 
     def _count(self) -> list[int]:
         """Samples in each shard. Several processes begin at different shards, and find what the others have indexed."""
@@ -165,12 +147,11 @@ class ImageTextCorpus:
             shard = self.shards[position]
             index = self.reader.index(shard)
             counts[position] = index.num_samples
-            remote_bytes += index.size if is_remote(shard) else 0
+            remote_bytes += index.size if scheme_of(shard) else 0
             if index.fault and is_main():
                 warn_once(shard, index.fault.removeprefix(f"{shard}: "))
-        limit = self.reader.cache_gb
-        if limit is not None and remote_bytes > limit * GIB:
-            what = f"its shards take {remote_bytes / GIB:.1f} GiB, the cache holds {limit:g}"
+        if self.cache_gb is not None and remote_bytes > self.cache_gb * GIB:
+            what = f"its shards take {remote_bytes / GIB:.1f} GiB, the cache holds {self.cache_gb:g}"
             warn_once(self.name, f"{what}: shards will be fetched again and again; raise cache_gb, or copy them here")
         return counts
 

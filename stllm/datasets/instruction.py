@@ -4,7 +4,7 @@ Letters: T frames, S the model's image size.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +14,15 @@ from torch import Tensor
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
 from stllm.common.schema import DatasetSettings, texts
-from stllm.datasets.annotations import JsonRecords
-from stllm.datasets.features import FeatureStore, feature_key, frame_settings
-from stllm.datasets.records import Record, Records
-from stllm.datasets.samples import Sample, SampleKey
+from stllm.datasets.annotations import JsonRecords, Record, Records
+from stllm.datasets.features import FeatureStore, feature_key
+from stllm.datasets.samples import LengthCheck, Sample, SampleKey
 from stllm.media.clip import Media, MediaError, load_clip
-from stllm.processors.templates import Turn
 from stllm.processors.transforms import ClipTransform
 
 
 @datasets.register("instruction")
+@dataclass(kw_only=True, eq=False)
 class InstructionCorpus:
     """Videos or images with questions and answers, or text alone.
 
@@ -36,57 +35,37 @@ class InstructionCorpus:
     features: precomputed, read in place of the media.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        records: Records,
-        num_frames: int,
-        transform: ClipTransform,
-        sampling: str = "rand",
-        qa_sampling: str = "one",
-        multi_turn: bool = False,
-        instruction: Sequence[str] = (),
-        reader: str = "auto",
-        fps: float | None = None,
-        max_samples: int | None = None,
-        features: FeatureStore | None = None,
-    ) -> None:
-        self.name, self.records, self.features = name, records, features
-        self.media: str | None = None if records.kind == "text" else records.kind
-        self.num_frames = num_frames if self.media == "video" else 1
-        self.transform, self.sampling, self.reader, self.fps = transform, sampling, reader, fps
-        self.multi_turn, self.instruction = multi_turn, tuple(instruction)
+    name: str
+    records: Records
+    num_frames: int
+    transform: ClipTransform
+    sampling: str = "rand"
+    qa_sampling: str = "one"
+    multi_turn: bool = False
+    instruction: Sequence[str] = ()
+    reader: str = "auto"
+    fps: float | None = None
+    max_samples: int | None = None
+    features: FeatureStore | None = None
+
+    def __post_init__(self) -> None:
+        self.media: str | None = None if self.records.kind == "text" else self.records.kind
+        if self.media != "video":
+            self.num_frames = 1
         # The sample after each record's last; a record that cannot be used is one sample, so that it is counted.
-        each_pair = qa_sampling == "all" and not multi_turn
-        self._ends = np.cumsum(np.maximum(records.num_pairs, 1)) if each_pair else None
-        num_samples = len(records) if self._ends is None else int(self._ends[-1])
-        self._num_samples = num_samples if max_samples is None else min(max_samples, num_samples)
+        each_pair = self.qa_sampling == "all" and not self.multi_turn
+        self._ends = np.cumsum(np.maximum(self.records.num_pairs, 1)) if each_pair else None
+        num_samples = len(self.records) if self._ends is None else int(self._ends[-1])
+        self._num_samples = num_samples if self.max_samples is None else min(self.max_samples, num_samples)
 
     @classmethod
-    def from_settings(
-        cls,
-        name: str,
-        settings: DatasetSettings,
-        *,
-        transform: ClipTransform,
-        feature_settings: dict[str, Any] | None = None,
-    ) -> "InstructionCorpus":
-        """The data set of an entry with absolute paths. feature_settings: what precomputed features must be made with.
-
-        Raises UserError for an annotation file or features that cannot be used.
-        """
+    def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "InstructionCorpus":
+        """The data set of an entry with absolute paths. Raises UserError for an annotation file that cannot be used."""
         if settings.anno_path is None:
             raise UserError(f"data set {name}: no anno_path is given; name its annotation file")
-        records = JsonRecords(settings.anno_path, media_dir=settings.media_dir or "", kind=settings.media)
-        features = None
-        if settings.features_dir is not None and records.kind != "text":
-            frames = frame_settings(num_frames=settings.num_frames, sampling=settings.sampling)
-            expected = {**(feature_settings or {}), **(frames if records.kind == "video" else {})}
-            features = FeatureStore(settings.features_dir, expected=expected)
         return cls(
             name=name,
-            records=records,
+            records=JsonRecords(settings.anno_path, media_dir=settings.media_dir or "", kind=settings.media),
             num_frames=settings.num_frames,
             transform=transform,
             sampling=settings.sampling,
@@ -96,37 +75,39 @@ class InstructionCorpus:
             reader=settings.reader,
             fps=settings.fps,
             max_samples=settings.max_samples,
-            features=features,
         )
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+    def load(self, key: SampleKey, generator: np.random.Generator, check: LengthCheck | None = None) -> Sample:
         """The sample `key.index`; see `samples.Corpus`."""
-        record, sample = self._begin(key, generator)
-        if record.media is not None:
-            if self.features is None:
-                sample.pixel_values = self.load_pixels(record, generator)
-            else:
-                self.features.fill(sample, feature_key(record, self.records.media_dir))
-        return sample
-
-    def draft(self, key: SampleKey, generator: np.random.Generator) -> Sample:
-        """The sample without its medium; see `samples.TextFirst`."""
-        return self._begin(key, generator)[1]
-
-    def _begin(self, key: SampleKey, generator: np.random.Generator) -> tuple[Record, Sample]:
-        """The record, and the sample as far as it goes without the medium. Raises AnnotationError."""
         number, pair = self._place(key.index)
         record = self.records[number]
+        turns = [turn for turn in record.turns if turn.answer is not None]
+        if not self.multi_turn:
+            turns = [turns[int(generator.integers(len(turns))) if pair is None else pair]]
+        first = turns[0]
+        if not first.instruction and self.instruction:
+            first = replace(first, instruction=self.instruction[int(generator.integers(len(self.instruction)))])
+        later = (replace(turn, instruction="") for turn in turns[1:])
         name = record.where if record.media is None else f"{record.media} ({record.where})"
-        return record, Sample(key, name, turns=self._turns(record, pair, generator), media=self.media)
+        sample = Sample(key, name, (first, *later), self.media)
+        if check is not None:
+            check(sample, 0 if self.media is None else self.num_frames)
+        if record.media is None:
+            return sample
+        if self.features is None:
+            sample.pixel_values = self.load_pixels(record, generator)
+        else:
+            self.features.fill(sample, feature_key(record, self.records.media_dir))
+        return sample
 
     @property
     def frame_settings(self) -> dict[str, Any]:
-        """See `FeatureSource`."""
-        return frame_settings(num_frames=self.num_frames, sampling=self.sampling) if self.media == "video" else {}
+        """Number and rule of frames: the middle ones where training takes random ones. See `FeatureSource`."""
+        sampling = "middle" if self.sampling == "rand" else self.sampling
+        return {"num_frames": self.num_frames, "sampling": sampling} if self.media == "video" else {}
 
     def key_of(self, index: int) -> str:
         """The key of the features of a sample's medium. Raises AnnotationError."""
@@ -157,12 +138,3 @@ class InstructionCorpus:
             return index, None
         number = int(np.searchsorted(self._ends, index, side="right"))
         return number, index - (int(self._ends[number - 1]) if number else 0)
-
-    def _turns(self, record: Record, pair: int | None, generator: np.random.Generator) -> tuple[Turn, ...]:
-        answered = [turn for turn in record.turns if turn.answer is not None]
-        if not self.multi_turn:
-            answered = [answered[int(generator.integers(len(answered))) if pair is None else pair]]
-        first = answered[0]
-        if not first.instruction and self.instruction:
-            first = replace(first, instruction=self.instruction[int(generator.integers(len(self.instruction)))])
-        return (first, *(replace(turn, instruction="") for turn in answered[1:]))

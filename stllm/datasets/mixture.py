@@ -6,14 +6,27 @@ change nothing. Letters: G samples of a global micro-batch, n samples of a data 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from stllm.common.errors import UserError
-from stllm.datasets.replacement import load_with_replacement
-from stllm.datasets.samples import Corpus, LengthCheck, Sample, SampleKey, Stream, keyed_numpy
+from stllm.datasets.annotations import AnnotationError
+from stllm.datasets.samples import (
+    TOO_LONG,
+    Corpus,
+    Failure,
+    LengthCheck,
+    Sample,
+    SampleKey,
+    Stream,
+    failure_of,
+    keyed_numpy,
+    load_within,
+)
+from stllm.media.info import MediaError
 
 
 class Source(NamedTuple):
@@ -23,28 +36,30 @@ class Source(NamedTuple):
     ratio: float | None = None
 
 
+@dataclass(eq=False)
 class Mixture(Dataset[Sample]):
-    """Samples by `SampleKey`; one that cannot be used is replaced (replacement.py).
+    """Samples by `SampleKey`. A sample that cannot be used is replaced as a whole by another one of its data set.
+
+    Media, question, answer and bounds are replaced together, so that a question never meets another video. The
+    published code replaced the video alone and retried without end.
 
     max_tries: samples tried in place of one that cannot be used. check: refuses samples that are too long.
     media_seconds: the limit on reading one medium; 0: none.
     Raises UserError for no data set, or an empty one.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        *,
-        seed: int,
-        max_tries: int,
-        check: LengthCheck | None = None,
-        media_seconds: float = 0,
-    ) -> None:
-        self.corpora = [source.corpus for source in sources]
-        self.ratios = [source.ratio for source in sources]
+    sources: Sequence[Source]
+    _: KW_ONLY
+    seed: int
+    max_tries: int
+    check: LengthCheck | None = None
+    media_seconds: float = 0
+
+    def __post_init__(self) -> None:
+        self.corpora = [source.corpus for source in self.sources]
+        self.ratios = [source.ratio for source in self.sources]
         self.sizes = [len(corpus) for corpus in self.corpora]
-        self.seed, self.max_tries, self.check, self.media_seconds = seed, max_tries, check, media_seconds
-        if not sources:
+        if not self.sources:
             raise UserError("no data set is named: list at least one under `datasets`")
         for corpus, size in zip(self.corpora, self.sizes, strict=True):
             if not size:
@@ -54,15 +69,29 @@ class Mixture(Dataset[Sample]):
         return sum(self.sizes)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Raises UserError when neither the sample nor any tried in its place could be used."""
-        corpus = self.corpora[key.corpus]
-        return load_with_replacement(
-            corpus,
-            key,
-            seed=self.seed,
-            max_tries=self.max_tries,
-            check=self.check,
-            media_seconds=self.media_seconds,
+        """The sample of that key, or the one in its place; `failures` lists what could not be used before it.
+
+        The replacement depends on the key and the seed alone. Raises UserError, naming data set and last file, when
+        `max_tries` replacements could not be used either, and when the storage hangs (time_bound.py).
+        """
+        corpus, size = self.corpora[key.corpus], self.sizes[key.corpus]
+        parts = (key.epoch, key.corpus, key.index, key.round)
+        generator = keyed_numpy(self.seed, Stream.SAMPLE, *parts)
+        failures: list[Failure] = []
+        for attempt in range(1, self.max_tries + 2):
+            try:
+                sample = load_within(self.media_seconds, corpus, key, generator, self.check)
+                return replace(sample, failures=failures)
+            except (MediaError, AnnotationError) as error:
+                failures.append(failure_of(corpus.name, error))
+            generator = keyed_numpy(self.seed, Stream.REPLACEMENT, *parts, attempt)
+            if size > 1:  # any other one
+                drawn = int(generator.integers(size - 1))
+                key = key._replace(index=drawn + (drawn >= key.index))
+        verb = "used" if any(failure.cause == TOO_LONG for failure in failures) else "read"
+        raise UserError(
+            f"data set {corpus.name}: {len(failures)} samples drawn one after another could not be {verb}, the last "
+            f"one is {failures[-1].sentence}; check it with `stllm doctor`, or raise run.max_tries ({self.max_tries})"
         )
 
 

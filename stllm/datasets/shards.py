@@ -1,67 +1,284 @@
-"""Tar shards, local or remote. Their samples are indexed once, and then read by offset in any order.
+"""Tar shards, local or remote: from names to shards, from a shard to a local file, from that to samples in any order.
+
+Names may contain braces, globs and URLs. Names are counted before braces are expanded: a few characters can stand for
+more names than fit in memory. Each URL scheme has a program that copies a remote shard to a file, within a time limit.
+Only `pipe:` starts a shell, which runs the rest of the name as a command. Lists of shards may come from strangers,
+so `pipe:` is refused unless the command line allows it; no key of a YAML can.
 
 Training asks for samples in any order, and a sample must be the same in every process that reads it. A stream from the
-network allows neither. So a remote shard is fetched once (fetching.py) and is then a local file like any other. One
-scan of a tar's headers, kept in a small file, makes every sample reachable. Members are grouped as in webdataset:
-neighbours whose names are equal up to the first dot are one sample. An index is a safetensors file, mapped into memory:
-opening one costs microseconds, so hundreds of shards can be open.
+network allows neither. So a remote shard is fetched once and is then a local file like any other. One scan of a tar's
+headers, kept in a small file, makes every sample reachable. Members are grouped as in webdataset: neighbours whose
+names are equal up to the first dot are one sample. An index is a safetensors file, mapped into memory: opening one
+costs microseconds, so hundreds of shards can be open.
 
 Letters: N samples in a shard.
 """
 
+import glob
 import hashlib
 import os
 import re
+import select
+import signal
+import subprocess
 import tarfile
-from collections import OrderedDict
-from dataclasses import dataclass
-from itertools import groupby
+import tempfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import groupby, islice
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
+from braceexpand import braceexpand
 
 from stllm.common.errors import UserError
 from stllm.common.files import replacing, user_path
-from stllm.datasets.fetching import fetch, scheme_of
 from stllm.media.info import MediaError
 from stllm.media.time_bound import unbounded
 
+MAX_SHARDS = 100_000  # the largest set of the published recipes has 10,489
+FIRST_SECONDS = 15.0  # until the first byte arrives; without a network some programs try again for minutes
+STALL_SECONDS = 60.0  # from one byte to the next
 MAX_OPEN = 128  # files a process keeps open; systems commonly allow 1024
-GIB = 2**30
-FETCHED = re.compile(r"-[0-9a-f]{16}\.tar$")  # the name of a fetched shard; the folder may hold the user's own tars
 MAX_IMAGE_BYTES = 256 << 20
 MAX_CAPTION_BYTES = 1 << 20  # of a txt or json; a model reads some thousand tokens
+MAX_HEADER = 1 << 20  # bytes of a member's name and other fields, which tarfile reads whole
+GIB = 2**30
+
+PIPE = "pipe"
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*):")
+_HUB = re.compile(r"hf://(?:(datasets|spaces)/)?([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", re.IGNORECASE)
+_FETCHED = re.compile(r"-[0-9a-f]{16}\.tar$")  # the name of a fetched shard; the folder may hold the user's own tars
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what gzip, bzip2, xz and zstd files begin with
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT, JSON = "txt", "json"
-SUFFIXES = (*IMAGE_SUFFIXES, TEXT, JSON)
 BLOCK = tarfile.BLOCKSIZE  # of a header; a member's data follow its header at once
-ABSENT = -1
-MAX_HEADER = 1 << 20  # bytes of a member's name and other fields, which tarfile reads whole
+ABSENT = -1  # the offset of a member that is not there
 FORMAT = "1"  # of the index; an index in another format is made anew
 
+_allowed = False  # True: `pipe:` may run commands in this process
 
-class Member(NamedTuple):
-    """A file of a tar: where its data begin, and how many bytes they are. offset is -1 when there is none."""
 
-    offset: int
-    size: int
+def allow_pipes(allowed: bool) -> None:
+    """Let this process read `pipe:` shards from now on (`--allow-pipe`), or refuse them again, which is the default."""
+    global _allowed
+    _allowed = allowed
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def expand_shards(shards: str | Sequence[str]) -> list[str]:
+    """The shards that names, URLs, braces (`{00000..01255}.tar`) and globs stand for, in order.
+
+    Raises UserError for a glob that finds nothing, broken braces, more than `MAX_SHARDS` names, a shard that is named
+    twice, a scheme that has no program here, and for `pipe:` where it is not allowed.
+    """
+    found: list[str] = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        for name in _expanded(pattern):
+            scheme = scheme_of(name)
+            if name.startswith("file:"):
+                name, scheme = url2pathname(urlparse(name).path), ""
+            if scheme == PIPE and not _allowed:
+                raise UserError(
+                    f"shards: {name!r} would run a command of this list's author: found no --allow-pipe on the command "
+                    "line; give it if you trust the list, or name the shard's file or URL"
+                )
+            if scheme not in ("", PIPE, *PROGRAMS):
+                raise UserError(
+                    f"shards: {name!r} has the scheme {scheme!r}, expected one of {', '.join((*PROGRAMS, PIPE))}; a "
+                    "file whose name has a colon needs its folder, as ./a:b.tar"
+                )
+            if scheme:
+                found.append(name)
+                continue
+            path = str(user_path(name))
+            matching = sorted(glob.glob(path, recursive=True)) if glob.has_magic(name) else [path]
+            if not matching:
+                raise UserError(f"shards: nothing matches {name!r:.200}; check the folder and the pattern")
+            # A file called pipe:CMD is a file.
+            found += [os.path.join(os.curdir, one) if scheme_of(one) else one for one in matching]
+    if len(found) > MAX_SHARDS:
+        raise _too_many("the list", len(found))
+    twice = next((name for name, count in Counter(found).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"shards: {twice!r} is named twice; name every shard once, and raise sample_ratio instead")
+    if not found:
+        raise UserError("shards: found none; name tar files, such as {00000..01255}.tar, a glob, or URLs")
+    return found
+
+
+def scheme_of(shard: str) -> str:
+    """The scheme of a URL in lower case; "pipe" for `pipe:CMD`; "" for a path."""
+    found = _SCHEME.match(shard)
+    return found[1].lower() if found else ""
+
+
+def _expanded(pattern: str) -> list[str]:
+    """The names that `::`, `${NAME}` (of WDS_NAME) and braces stand for, as in webdataset."""
+    from webdataset.shardlists import envsubst
+
+    names: list[str] = []
+    try:
+        for part in map(envsubst, pattern.split("::")):
+            if (count := _num_names(part)) > MAX_SHARDS:
+                raise _too_many(f"{pattern!r:.200}", count)
+            names += islice(braceexpand(part), MAX_SHARDS + 1)
+    except UserError:
+        raise
+    except (AssertionError, RecursionError, ValueError) as error:  # an unset ${NAME}, braces without an end
+        found = f"shards: {pattern!r:.200} cannot be expanded ({error!s:.200})"
+        raise UserError(f"{found}; write {{000..123}}.tar") from error
+    return names
+
+
+def _num_names(pattern: str) -> float:
+    """The number of names that the braces of a pattern stand for, counted without making them; see `braceexpand`."""
+    # What is known where each brace opened: names of its group's earlier alternatives, names of the alternative so far,
+    # the group's beginning.
+    outer: list[tuple[float, float, int]] = []
+    earlier, names, start = 0.0, 1.0, 0
+    for found in re.finditer(r"\\.|[{},]", pattern, re.DOTALL):
+        if found[0] == "{":
+            outer.append((earlier, names, start))
+            earlier, names, start = 0.0, 1.0, found.end()
+        elif found[0] == "," and outer:
+            earlier, names = earlier + names, 1.0
+        elif found[0] == "}" and outer:
+            count = _range_size(pattern[start : found.start()]) or earlier + names
+            earlier, names, start = outer.pop()
+            names *= count
+    return outer[0][1] if outer else names  # braces without an end are refused by `braceexpand`
+
+
+def _range_size(group: str) -> float:
+    """The number of names in `1..20`, `1..20..2` or `a..z`; 0 for anything else."""
+    if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group):
+        if max(map(len, filter(None, numbers.groups()))) > 18:
+            return inf
+        first, last, step = (int(number or 1) for number in numbers.groups())
+        return abs(last - first) // (step or 1) + 1
+    letters = re.fullmatch(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d+)?", group)
+    return len(list(braceexpand(f"{{{group}}}"))) if letters else 0
+
+
+def _too_many(what: str, count: float) -> UserError:
+    number = f"{count:,.0f}" if count < 1e15 else "more than 10^15"
+    return UserError(
+        f"shards: {what} stands for {number} shards, expected at most {MAX_SHARDS:,}: correct the braces, or divide "
+        "the shards among several data sets"
+    )
+
+
+# ---- remote shards ---------------------------------------------------------------------------------------------------
+
+
+def _fetch(shard: str, path: Path) -> None:
+    """Copy a remote shard to `path`, whole or not at all. Raises MediaError when it cannot be fetched."""
+    scheme, url = scheme_of(shard), shard.strip()
+    command = ["sh", "-c", url.partition(":")[2]] if scheme == PIPE else PROGRAMS[scheme](url)
+    advice = "check the URL and the network"
+    with replacing(path) as partial, partial.open("wb") as file, tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, start_new_session=True
+            )
+        except FileNotFoundError as error:
+            raise MediaError(f"{shard}: fetching it needs the program {error.filename!r}: install it") from error
+        except (OSError, ValueError) as error:  # a URL of megabytes, or with a NUL
+            raise MediaError(f"{shard[:200]}: the shard cannot be fetched ({error}); check the URL") from error
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            with suppress(BrokenPipeError), process.stdin as entry:
+                entry.write(_hub_header() if scheme == "hf" else b"")
+            seconds = FIRST_SECONDS
+            while scheme == PIPE or select.select([process.stdout], [], [], seconds)[0]:
+                if not (data := os.read(process.stdout.fileno(), 1 << 20)):
+                    break
+                file.write(data)
+                seconds = STALL_SECONDS
+            else:
+                what = f"nothing arrived for {seconds:g} s"
+                raise MediaError(
+                    f"{shard}: the shard cannot be fetched ({what}); {advice}, or copy the shard to a file here"
+                )
+            code = process.wait()
+        finally:
+            with suppress(ProcessLookupError):  # also its children, and processes that it left behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+            process.wait()
+        if code:
+            said.seek(max(0, said.tell() - 4096))
+            last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+            reason = ", ".join([f"{scheme}: exit {code}", *(line[:200] for line in last)])
+            raise MediaError(f"{shard}: the shard cannot be fetched ({reason}); {advice}")
+
+
+def _curl(url: str) -> list[str]:
+    return ["curl", "--connect-timeout", "10", "--retry", "3", "--globoff", "-f", "-s", "-S", "-L", "--url", url]
+
+
+def _hub(url: str) -> list[str]:
+    """curl's command for hf://datasets/OWNER/NAME[@REVISION]/FILE; it reads the token's header from its stdin."""
+    from huggingface_hub import hf_hub_url
+
+    found = _HUB.fullmatch(url)
+    if found is None:
+        raise MediaError(f"{url}: the shard cannot be fetched; expected hf://datasets/OWNER/NAME/FILE: correct the URL")
+    kind, name, revision, file = found.groups()
+    try:
+        address = hf_hub_url(name, file, repo_type=kind and kind[:-1], revision=revision)
+    except ValueError as error:  # characters that no owner's or set's name has
+        raise MediaError(f"{url}: the shard cannot be fetched ({error}); correct the URL") from error
+    return [*_curl(address), "-H", "@-"]
+
+
+def _hub_header() -> bytes:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return f"Authorization: Bearer {token}".encode() if token else b""
+
+
+# The command that each scheme runs, without a shell. The programs hold the credentials.
+PROGRAMS: dict[str, Callable[[str], list[str]]] = {
+    **dict.fromkeys(("http", "https", "ftps", "sftp", "scp"), _curl),
+    "hf": _hub,
+    "gs": lambda url: ["gsutil", "cat", url],
+    "s3": lambda url: ["aws", "s3", "cp", url, "-"],
+    "ais": lambda url: ["ais", "get", url, "-"],
+}
+
+
+# ---- the index of a tar ----------------------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
-    """One sample of a shard: its image, its caption, and whether that is JSON."""
+    """One sample of a shard: where the data of its image and caption begin, and how many bytes they are.
 
-    image: Member
-    caption: Member
-    is_json: bool
+    An offset is -1 when there is no such member. is_json: 1 for a caption that is a JSON object, 0 for text.
+    """
+
+    image: int
+    image_bytes: int
+    caption: int
+    caption_bytes: int
+    is_json: int
 
 
-@dataclass(frozen=True)
-class ShardIndex:
+class ShardIndex(NamedTuple):
     """The samples of one shard.
 
-    rows: (N, 5) int64: offset and size of the image, offset and size of the caption, 1 for JSON; an array, or a slice
-        of a mapped file. num_samples: N. size: bytes of the tar. fault: a sentence when the tar is damaged, else "".
+    rows: (N, 5) int64, an `Entry` each; an array, or a slice of a mapped file. num_samples: N. size: bytes of the tar.
+    fault: a sentence when the tar is damaged, else "".
     """
 
     rows: Any
@@ -69,67 +286,9 @@ class ShardIndex:
     size: int
     fault: str
 
-    def __getitem__(self, sample: int) -> Entry:
-        row = [int(value) for value in self.rows[sample : sample + 1][0]]
-        return Entry(Member(row[0], row[1]), Member(row[2], row[3]), bool(row[4]))
-
-
-def load_index(path: Path, tar: Path | None) -> ShardIndex | None:
-    """The index kept in `path`; None when there is none, or when the tar's size or time has changed since it was made.
-
-    tar: None for a remote shard, whose index stays valid whether or not its tar is in the cache.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file: Any = safe_open(path, "np")
-        kept = file.metadata() or {}
-        rows = file.get_slice("samples")
-    except (FileNotFoundError, SafetensorError):  # from another program, or cut short: it is made again
-        return None
-    if kept.get("format") != FORMAT or (tar is not None and kept["of"] != _stamp(tar)):
-        return None
-    return ShardIndex(rows, rows.get_shape()[0], int(kept["size"]), kept["fault"])
-
-
-def build_index(path: Path, tar: Path, name: str) -> ShardIndex:
-    """Scan the tar and keep the index in `path`. name: of the shard, for messages.
-
-    For a tar that is damaged, or a file that is no tar, the index holds the samples before the damage and `fault`
-    describes it.
-    Raises UserError when the tar is not there or may not be read.
-    """
-    from safetensors.numpy import save_file
-
-    stamp = _stamp(tar)
-    rows, fault = scan(tar, name)
-    size = tar.stat().st_size
-    kept = {"format": FORMAT, "of": stamp, "size": str(size), "fault": fault}
-    with replacing(path) as partial:
-        save_file({"samples": rows}, partial, metadata=kept)
-    return ShardIndex(rows, len(rows), size, fault)
-
-
-def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
-    """The samples of a tar, (N, 5) int64, and what is wrong with it ("" when nothing is); see `build_index`."""
-    members, is_whole = _members(tar, name)
-    rows = []
-    for _, neighbours in groupby(members, key=lambda member: member[0]):
-        files: dict[str, Member] = {}
-        for _, suffix, member in neighbours:
-            files.setdefault(suffix, member)  # a second image or caption of one name could be another pair's
-        rows.append(_row(files))
-    if not is_whole and rows and ABSENT in rows[-1]:
-        rows.pop()  # its other half is behind the cut
-    fault = "" if is_whole else _fault(tar, name, len(rows))
-    return np.array(rows, np.int64).reshape(-1, 5), fault
-
-
-def _row(files: dict[str, Member]) -> list[int]:
-    nothing = Member(ABSENT, 0)
-    image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), nothing)
-    caption = files.get(TEXT, files.get(JSON, nothing))
-    return [*image, *caption, int(TEXT not in files and JSON in files)]
+    def entry(self, sample: int) -> Entry:
+        """The places of one sample."""
+        return Entry(*map(int, self.rows[sample : sample + 1][0]))
 
 
 class _Header(tarfile.TarInfo):
@@ -144,41 +303,55 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _members(tar: Path, name: str) -> tuple[list[tuple[str, str, Member]], bool]:
-    """(key, suffix, place) of each image and caption of a tar in order, and whether it came to its proper end."""
+def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
+    """The samples of a tar, (N, 5) int64, and a sentence about its damage ("" when it is whole).
+
+    name: of the shard, for messages. A tar that is damaged gives the samples before the damage, a file that is no tar
+    gives none. Raises UserError when the tar may not be read.
+    """
     from webdataset.tariterators import base_plus_ext
 
-    found: list[tuple[str, str, Member]] = []
-    size = tar.stat().st_size
+    members: list[tuple[str, str, tuple[int, int]]] = []  # key, suffix, (offset, bytes) of each image and caption
+    is_whole, size = False, tar.stat().st_size
     try:
         archive: Any  # its `members` are missing in the standard library's stubs
         with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
-            while (member := archive.next()) is not None:
+            while (member := archive.next()) is not None and member.offset_data + member.size <= size:
                 archive.members = []  # otherwise it keeps every header that it has read
                 key, suffix = base_plus_ext(member.name)
-                if member.offset_data + member.size > size:
-                    return found, False
-                if key is not None and suffix.lower() in SUFFIXES and member.isreg():
-                    found.append((key, suffix.lower(), Member(member.offset_data, member.size)))
+                if key is not None and suffix.lower() in (*IMAGE_SUFFIXES, TEXT, JSON) and member.isreg():
+                    members.append((key, suffix.lower(), (member.offset_data, member.size)))
             with tar.open("rb") as file:  # tarfile also takes a damaged header for the end
                 file.seek(archive.offset)
-                return found, file.read(BLOCK) == bytes(BLOCK)
+                is_whole = member is None and file.read(BLOCK) == bytes(BLOCK)
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):  # headers that are no numbers, or chained
-        return found, False
+        pass
     except OSError as error:
         raise UserError(f"{name}: the shard cannot be read ({error.strerror}), expected a tar: check it") from error
-
-
-def _fault(tar: Path, name: str, num_samples: int) -> str:
+    rows = []
+    for _, neighbours in groupby(members, key=lambda member: member[0]):
+        files: dict[str, tuple[int, int]] = {}
+        for _, suffix, place in neighbours:
+            files.setdefault(suffix, place)  # a second image or caption of one name could be another pair's
+        image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), (ABSENT, 0))
+        caption = files.get(TEXT, files.get(JSON, (ABSENT, 0)))
+        rows.append([*image, *caption, int(TEXT not in files and JSON in files)])
+    if not is_whole and rows and ABSENT in rows[-1]:
+        rows.pop()  # its other half is behind the cut
+    samples = np.array(rows, np.int64).reshape(-1, 5)
+    if is_whole:
+        return samples, ""
     with tar.open("rb") as file:
         head = file.read(BLOCK)
-    if num_samples:
-        return f"{name}: the tar is damaged or cut; the {num_samples} samples before that are used: copy it again"
-    if not head:
-        return f"{name}: the file is empty (0 bytes), expected a tar: copy it again"
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        return f"{name}: found a compressed file, expected a plain tar, whose members can be reached: decompress it"
-    return f"{name}: found no tar with whole samples in it (it begins with {head[:8].hex(' ')}): copy it again"
+    if rows:
+        found = f"the tar is damaged or cut; the {len(rows)} samples before that are used: copy it again"
+    elif not head:
+        found = "the file is empty (0 bytes), expected a tar: copy it again"
+    elif head.startswith(_COMPRESSED):
+        found = "found a compressed file, expected a plain tar, whose members can be reached: decompress it"
+    else:
+        found = f"found no tar with whole samples in it (it begins with {head[:8].hex(' ')}): copy it again"
+    return samples, f"{name}: {found}"
 
 
 def _stamp(tar: Path) -> str:
@@ -199,37 +372,42 @@ class Content(NamedTuple):
     is_json: bool
 
 
-def is_remote(shard: str) -> bool:
-    """Check whether it is a URL or a `pipe:` rather than a file here."""
-    return scheme_of(shard) != ""
-
-
-def default_cache() -> Path:
-    """The folder of indexes and fetched shards unless a data set names its own `cache_dir`."""
-    return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "stllm" / "shards"
-
-
 class ShardReader:
     """The samples of tar shards by number. Usable after a fork and picklable; every process has its own files.
 
-    cache_dir: for the shards' indexes, and for remote shards themselves (default: `default_cache`).
+    cache_dir: for the shards' indexes, and for remote shards themselves (default: stllm/shards in the user's cache).
     cache_gb: the most GiB that fetched shards may take; the least recently used ones make room. None: no bound.
     """
 
     def __init__(self, *, cache_dir: str | Path | None = None, cache_gb: float | None = None) -> None:
-        self.cache_dir = user_path(cache_dir) if cache_dir else default_cache()
+        users = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        self.cache_dir = user_path(cache_dir) if cache_dir else users / "stllm" / "shards"
         self.cache_gb = cache_gb
         self._open: OrderedDict[str, tuple[int, ShardIndex]] = OrderedDict()
 
     def index(self, shard: str) -> ShardIndex:
-        """The index of a shard. It is made if it does not exist yet; a remote shard is then fetched.
+        """The index of a shard. It is made if it does not exist yet, or the tar's size or time has changed since.
 
-        Raises MediaError when the shard cannot be fetched, UserError when it is not there. See `build_index` for
-        damage.
+        A remote shard is fetched to be indexed; the index stays valid whether or not its tar is in the cache.
+        Raises MediaError when the shard cannot be fetched, UserError when it is not there. See `scan` for damage.
         """
+        from safetensors import SafetensorError, safe_open
+        from safetensors.numpy import save_file
+
         path = self._cached(shard, ".index")
-        kept = load_index(path, None if is_remote(shard) else self._tar(shard))
-        return kept or build_index(path, self._tar(shard), shard)
+        tar = None if scheme_of(shard) else self._tar(shard)
+        with suppress(FileNotFoundError, SafetensorError):  # an index of another program, or cut short, is made again
+            file: Any = safe_open(path, "np")
+            kept, rows = file.metadata() or {}, file.get_slice("samples")
+            if kept.get("format") == FORMAT and (tar is None or kept["of"] == _stamp(tar)):
+                return ShardIndex(rows, rows.get_shape()[0], int(kept["size"]), kept["fault"])
+        tar = tar or self._tar(shard)
+        stamp, size = _stamp(tar), tar.stat().st_size
+        rows, fault = scan(tar, shard)
+        with replacing(path) as partial:
+            texts = {"format": FORMAT, "of": stamp, "size": str(size), "fault": fault}
+            save_file({"samples": rows}, partial, metadata=texts)
+        return ShardIndex(rows, len(rows), size, fault)
 
     def read(self, shard: str, sample: int) -> Content:
         """Sample number `sample` of a shard.
@@ -237,25 +415,30 @@ class ShardReader:
         Raises MediaError when the sample is not where the index says, and for a member that is too large to read.
         """
         file, index = self._opened(shard)
-        entry = index[sample]
-        bounds = (("an image", entry.image, MAX_IMAGE_BYTES), ("a caption", entry.caption, MAX_CAPTION_BYTES))
-        for what, member, most in bounds:
-            if member.size > most:
-                name = self._header(shard, file, member)[0].name
+        entry = index.entry(sample)
+        members = (
+            ("an image", entry.image, entry.image_bytes, MAX_IMAGE_BYTES),
+            ("a caption", entry.caption, entry.caption_bytes, MAX_CAPTION_BYTES),
+        )
+        for what, offset, size, most in members:
+            if size > most:
+                name = self._member(shard, file, offset, size, whole=False)[0]
                 raise MediaError(
-                    f"{shard}/{name}: found {what} of {member.size:,} bytes, expected at most {most:,}: leave the "
-                    "sample out"
+                    f"{shard}/{name}: found {what} of {size:,} bytes, expected at most {most:,}: leave the sample out"
                 )
-        image, caption = (self._member(shard, file, member) for member in (entry.image, entry.caption))
-        name = image[0] if image else caption[0] if caption else str(sample)
-        return Content(name, image and image[1], caption and caption[1], entry.is_json)
+        parts = [
+            None if offset == ABSENT else self._member(shard, file, offset, size) for _, offset, size, _ in members
+        ]
+        name = next((part[0] for part in parts if part), str(sample))
+        image, caption = (part and part[1] for part in parts)
+        return Content(name, image, caption, bool(entry.is_json))
 
     def name(self, shard: str, sample: int) -> str:
         """The `name` that `read` would give; only headers are read. Raises MediaError as `read` does."""
         file, index = self._opened(shard)
-        entry = index[sample]
-        member = entry.caption if entry.image.offset == ABSENT else entry.image
-        return str(sample) if member.offset == ABSENT else self._header(shard, file, member)[0].name
+        entry = index.entry(sample)
+        place = entry[:2] if entry.image != ABSENT else entry[2:4]
+        return str(sample) if place[0] == ABSENT else self._member(shard, file, *place, whole=False)[0]
 
     def close(self) -> None:
         """Close the files; they are opened again when they are needed."""
@@ -279,37 +462,31 @@ class ShardReader:
             file = os.open(tar, os.O_RDONLY)
         except OSError as error:
             raise MediaError(f"{shard}: the shard cannot be opened ({error.strerror}); check {tar}") from error
-        if is_remote(shard):
+        if scheme_of(shard):
             os.utime(tar)  # used just now, so others are removed first
         self._open[shard] = file, index
         if len(self._open) > MAX_OPEN:
             os.close(self._open.popitem(last=False)[1][0])
         return file, index
 
-    def _member(self, shard: str, file: int, member: Member) -> tuple[str, bytes] | None:
-        """Name and data of a member, whose header must still match the index."""
-        if member.offset == ABSENT:
-            return None
-        header, data = self._header(shard, file, member, member.size)
-        return header.name, data
-
-    def _header(self, shard: str, file: int, member: Member, size: int = 0) -> tuple[tarfile.TarInfo, bytes]:
-        """A member's header, and the first `size` bytes of its data."""
-        data = os.pread(file, BLOCK + size, member.offset - BLOCK)
+    def _member(self, shard: str, file: int, offset: int, size: int, *, whole: bool = True) -> tuple[str, bytes]:
+        """Name and data of a member, whose header must still match the index. whole: False to read the header alone."""
+        num_bytes = BLOCK + size * whole
+        data = os.pread(file, num_bytes, offset - BLOCK)
         try:
             header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             header = None
-        if header is None or header.size != member.size or len(data) != BLOCK + size:
+        if header is None or header.size != size or len(data) != num_bytes:
             index = self._cached(shard, ".index")
             raise MediaError(f"{shard}: the tar has changed since it was indexed: remove {index} and start again")
-        return header, data[BLOCK:]
+        return header.name, data[BLOCK:]
 
     def _tar(self, shard: str) -> Path:
         """The shard as a local file. Raises MediaError when it cannot be fetched."""
         from filelock import FileLock
 
-        if not is_remote(shard):
+        if not scheme_of(shard):
             path = Path(shard)
             if not path.is_file():
                 raise UserError(f"{shard}: there is no such shard; expected a tar file: correct or shorten `shards`")
@@ -319,13 +496,13 @@ class ShardReader:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):  # other processes wait for this one's copy
                 if not path.exists():
-                    fetch(shard, path)
+                    _fetch(shard, path)
                     self._make_room(path)
         return path
 
     def _cached(self, shard: str, suffix: str) -> Path:
         """A file in the cache for a shard: its name for the reader, and a digest to distinguish equal names."""
-        place = shard if is_remote(shard) else os.path.abspath(shard)
+        place = shard if scheme_of(shard) else os.path.abspath(shard)
         digest = hashlib.blake2b(os.fsencode(place), digest_size=8).hexdigest()
         readable = re.sub(r"[^\w.-]+", "_", Path(place).name.removesuffix(".tar"))[-40:]
         return self.cache_dir / f"{readable}-{digest}{suffix}"
@@ -334,12 +511,9 @@ class ShardReader:
         """Remove the least recently used shards, but not the newest, until the cache is within its bound."""
         if self.cache_gb is None:
             return
-        fetched = (path for path in self.cache_dir.glob("*.tar") if FETCHED.search(path.name))
-        files = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in fetched)
-        excess = sum(size for _, size, _ in files) - self.cache_gb * GIB
-        for _, size, path in files:
-            if excess <= 0:
-                return
-            if path != newest:
+        fetched = [(path.stat(), path) for path in self.cache_dir.glob("*.tar") if _FETCHED.search(path.name)]
+        excess = sum(status.st_size for status, _ in fetched) - self.cache_gb * GIB
+        for status, path in sorted(fetched, key=lambda pair: pair[0].st_mtime_ns):
+            if excess > 0 and path != newest:
                 path.unlink(missing_ok=True)
-                excess -= size
+                excess -= status.st_size

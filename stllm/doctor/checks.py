@@ -5,12 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stllm.common.files import user_path
-from stllm.datasets.annotations import AnnotationError, Fields, text_of, turns_of
+from stllm.datasets.annotations import EXPECTED, AnnotationError, Fields, question_fault, text_of, turns_of
 from stllm.datasets.faults import Fault, Finding, Medium, Pairs, check_bounds, check_name, records_of
-from stllm.datasets.replacement import TOO_LONG
-from stllm.datasets.samples import LengthCheck, Sample, SampleKey
+from stllm.datasets.samples import TOO_LONG, LengthCheck, Sample, SampleKey
 
-EXPECTED = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}"
 MEDIA_KEYS = ("video", "image")
 SHORT = 3  # words; longer answers may differ and both be right
 
@@ -104,6 +102,8 @@ def _training_pairs(fields: Fields, where: str) -> Generator[Finding, None, Pair
         subject = f"QA {number}" if "QA" in fields else "caption"
         if not isinstance(pair, dict):
             yield Fault("incomplete", where, subject, "found no mapping; expected {i, q, a}")
+        elif fault := question_fault(pair.get("i"), pair.get("q")):
+            yield Fault("annotation", where, subject, fault)
         elif text_of(pair.get("a")) is None:
             yield Fault(
                 "empty answer", where, subject, f"found the answer {pair.get('a')!r}; give one, or drop the pair"

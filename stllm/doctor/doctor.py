@@ -24,8 +24,8 @@ from stllm.common.schema import MEDIA_SECONDS, DatasetSettings, EvaluationSettin
 from stllm.datasets.annotations import flatten
 from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key
-from stllm.datasets.fetching import allow_pipes, expand_shards
 from stllm.datasets.samples import LengthCheck
+from stllm.datasets.shards import allow_pipes, expand_shards
 from stllm.doctor.checks import Lengths, Source, at_least_words, training_source
 from stllm.doctor.media import Survey, Task, check_use, run_tasks
 from stllm.doctor.shards import check_features, check_shard

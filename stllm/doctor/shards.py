@@ -39,7 +39,7 @@ def check_shard(
         faults.append(Fault("incomplete", shard, shard, sentence))
     num_read = {"none": 0, "first": min(1, index.num_samples), "all": index.num_samples}[decode]
     for sample in range(index.num_samples):
-        faults += _half(shard, sample, index[sample])
+        faults += _half(shard, sample, index.entry(sample))
         if sample < num_read:
             faults += _read(reader, shard, sample, media_seconds)
     reader.close()
@@ -49,11 +49,11 @@ def check_shard(
 def _half(shard: str, sample: int, entry: Entry) -> Iterator[Fault]:
     """What the index alone tells of a sample."""
     where = f"{shard}, sample {sample + 1}"
-    if entry.image.offset == ABSENT:
+    if entry.image == ABSENT:
         yield Fault("incomplete", where, "image", "the caption has no image beside it; add it, or leave the sample out")
-    if entry.caption.offset == ABSENT:
+    if entry.caption == ABSENT:
         yield Fault("incomplete", where, "caption", "the image has no txt or json beside it; add it, or leave it out")
-    elif entry.caption.size == 0:
+    elif entry.caption_bytes == 0:
         yield Fault("empty answer", where, "caption", "the caption holds 0 bytes; write one, or leave the sample out")
 
 

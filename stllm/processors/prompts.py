@@ -5,6 +5,7 @@ Pieces on either side of the visual tokens are tokenized apart, each with senten
 
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +42,23 @@ class PromptProcessor:
         end_sym: str = "###",
         system: str | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.qformer_tokenizer = qformer_tokenizer
-        self.template = template
-        self.max_txt_len = max_txt_len
-        self.max_qformer_len = max_qformer_len
-        self.end_sym = end_sym
+        self.tokenizer, self.qformer_tokenizer, self.template = tokenizer, qformer_tokenizer, template
+        self.max_txt_len, self.max_qformer_len, self.end_sym = max_txt_len, max_qformer_len, end_sym
         self.system = template.system if system is None else system
-        self._set_special_tokens()
-
-    def _set_special_tokens(self) -> None:
-        tokenizer = self.tokenizer
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no end-of-text token, which "
                 "every answer ends with: name it as eos_token in its tokenizer_config.json"
             )
         self.eos_token_id: int = tokenizer.eos_token_id
-        if self.template.bos_is_eos:
+        if template.bos_is_eos:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-            self.bos_token_id: int = self.eos_token_id
-            self.pad_token_id: int = tokenizer.pad_token_id
-            return
-        self.bos_token_id = _first_known(tokenizer.bos_token_id, self.eos_token_id)
-        dollars = tokenizer.get_vocab().get("$$")
-        self.pad_token_id = _first_known(dollars, tokenizer.unk_token_id, tokenizer.pad_token_id, self.eos_token_id)
+            bos, pads = self.eos_token_id, [tokenizer.pad_token_id]
+        else:
+            bos = self.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            pads = [tokenizer.get_vocab().get("$$"), tokenizer.unk_token_id, tokenizer.pad_token_id, self.eos_token_id]
+        self.bos_token_id: int = bos
+        self.pad_token_id: int = next(token for token in pads if token is not None)
 
     @property
     def vocab_size(self) -> int:
@@ -104,7 +97,7 @@ class PromptProcessor:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes both tokenizers beside the weights."""
+        """Write both tokenizers beside the weights."""
         self.tokenizer.save_pretrained(folder)
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(Path(folder) / QFORMER_FOLDER)
@@ -117,12 +110,7 @@ class PromptProcessor:
         turns: all but the last with their answers, which stand there whole. system: overrides this processor's
             sentence; "" for none.
         """
-        sentence = self.system if system is None else system
-        return self._conversation(turns, media=media, system=sentence, longest_answer=None)[0]
-
-    def piece_ids(self, pieces: Sequence[str]) -> list[int]:
-        """Ids of a prompt's pieces, each tokenized apart; `VISUAL` and `BOS` are what they stand for."""
-        return [token for piece in pieces for token in self._piece_ids(piece)]
+        return self._conversation(turns, media, self.system if system is None else system, longest_answer=None)[0]
 
     def training_ids(
         self, turns: Sequence[Turn], *, media: str | None = "video", system: str = ""
@@ -131,32 +119,29 @@ class PromptProcessor:
 
         Answers are cut to `max_txt_len`, as published.
         """
-        return self._conversation(turns, media=media, system=system, longest_answer=self.max_txt_len)
+        return self._conversation(turns, media, system, longest_answer=self.max_txt_len)
 
     def _conversation(
-        self, turns: Sequence[Turn], *, media: str | None, system: str, longest_answer: int | None
+        self, turns: Sequence[Turn], media: str | None, system: str, *, longest_answer: int | None
     ) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
         for number, turn in enumerate(turns):
-            pieces = self.template.render(turn, first=number == 0, media=media, system=system)
-            prompt = self.piece_ids(pieces)
-            answer = [] if turn.answer is None else self._answer_ids(turn.answer, longest_answer)
+            prompt = self.piece_ids(self.template.render(turn, first=number == 0, media=media, system=system))
+            answer: list[int] = []
+            if turn.answer is not None and self.template.ends_with_eos:
+                answer = [*self._encode(turn.answer)[:longest_answer], self.eos_token_id]
+            elif turn.answer is not None:
+                answer = self._encode(turn.answer + self.end_sym)[:longest_answer]
             ids += prompt + answer
             labels += [IGNORE_INDEX] * len(prompt) + answer
         return ids, labels
 
-    def _piece_ids(self, piece: str) -> list[int]:
-        if piece == VISUAL:
-            return [VISUAL_TOKEN_ID]
-        if piece == BOS:
-            return [self.bos_token_id]
-        return self._encode(piece)
-
-    def _answer_ids(self, answer: str, longest: int | None) -> list[int]:
-        if self.template.ends_with_eos:
-            return [*self._encode(answer)[:longest], self.eos_token_id]
-        return self._encode(answer + self.end_sym)[:longest]
+    def piece_ids(self, pieces: Sequence[str]) -> list[int]:
+        """Ids of a prompt's pieces, each tokenized apart; `VISUAL` and `BOS` are what they stand for."""
+        special = {VISUAL: VISUAL_TOKEN_ID, BOS: self.bos_token_id}
+        tokens = ([special[piece]] if piece in special else self._encode(piece) for piece in pieces)
+        return list(chain.from_iterable(tokens))
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -167,10 +152,8 @@ class PromptProcessor:
         """qformer_input_ids, qformer_attention_mask (B, L), cut on the left to `max_txt_len`; {} without such text."""
         if self.qformer_tokenizer is None:
             return {}
-        longest = min(self.max_txt_len, self.max_qformer_len)
-        batch = self.qformer_tokenizer(
-            list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
-        )
+        most = min(self.max_txt_len, self.max_qformer_len)
+        batch = self.qformer_tokenizer(list(texts), padding=True, truncation=True, max_length=most, return_tensors="pt")
         return {"qformer_input_ids": batch["input_ids"], "qformer_attention_mask": batch["attention_mask"]}
 
     # ---- answers ----------------------------------------------------------------------------------------------------
@@ -184,16 +167,9 @@ class PromptProcessor:
         return text.split(self.end_sym)[0].split("Assistant:")[-1].strip()
 
     def stopping(self) -> dict[str, Any]:
-        """What ends an answer: EOS, or the end mark however the tokenizer spells it."""
-        return {
-            "eos_token_id": self.eos_token_id,
-            "pad_token_id": self.pad_token_id,
-            "stop_strings": [self.end_sym],
-        }
-
-
-def _first_known(*ids: int | None) -> int:
-    return next(i for i in ids if i is not None)
+        """Arguments of `generate` that end an answer: EOS, or the end mark however the tokenizer spells it."""
+        ids = {"eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
+        return {**ids, "stop_strings": [self.end_sym]}
 
 
 def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -209,7 +185,14 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
             folder, config=config.text_config, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds; the sentence keeps the cause
-        _check_sentencepiece(folder)
+        try:
+            import_module("sentencepiece.sentencepiece_model_pb2")
+        except Exception as absent:  # not installed, or an older protobuf than it was made for (VersionError)
+            if (folder / "tokenizer.model").is_file():  # it cannot be read here, whatever is in it
+                raise UserError(
+                    f"{folder / 'tokenizer.model'} cannot be read here ({reason(absent)}): install sentencepiece and "
+                    "a protobuf as new as it asks for, or an older sentencepiece"
+                ) from absent
         # what is no sentencepiece model is taken for a tiktoken file: a package to install would mislead
         cause = "" if "tiktoken" in str(error) else f" ({reason(error)})"
         raise UserError(f"the tokenizer in {folder} could not be read{cause}: {expected}; {again}") from error
@@ -217,18 +200,6 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
         # of an empty or foreign tokenizer.model transformers makes a tokenizer of special tokens alone
         raise UserError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens and no words: {expected}; {again}")
     return tokenizer
-
-
-def _check_sentencepiece(folder: Path) -> None:
-    """Raises UserError when this environment cannot read tokenizer.model at all, whatever is in it."""
-    try:
-        import_module("sentencepiece.sentencepiece_model_pb2")
-    except Exception as error:  # not installed, or an older protobuf than it was made for (VersionError)
-        if (folder / "tokenizer.model").is_file():
-            raise UserError(
-                f"{folder / 'tokenizer.model'} cannot be read here ({reason(error)}): install sentencepiece and "
-                "a protobuf as new as it asks for, or an older sentencepiece"
-            ) from error
 
 
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:

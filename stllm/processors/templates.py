@@ -1,9 +1,13 @@
-"""Prompts as data: where the visual tokens, the system sentence, the question and the answer stand.
+"""Prompts as data: the places of visual tokens, system sentence, question and answer; MVBench's wording of a choice.
 
-The strings are part of the interface of the released weights and match them to the byte (tests/snapshots).
+The strings are part of the interface of the released weights and match them to the byte (tests/snapshots). The
+benchmark and the training data that prepare for it word a choice alike. Source: the published evaluation of arXiv
+2404.00308.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_uppercase
 
 from stllm.common.registry import templates
 
@@ -22,7 +26,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How one family of weights is prompted.
+    """The prompts of one family of weights.
 
     opening: the first turn with a video or image, as pieces that are tokenized apart; `VISUAL`, `BOS` as they are.
     text_opening: the first turn without one. followup: a later turn.
@@ -48,12 +52,12 @@ class PromptTemplate:
     repetition_penalty: float = 1.0
 
     def text(self, turn: Turn) -> str:
-        """What stands for {text}, and what the Q-Former reads: instruction, a space, question."""
+        """The value of {text}, which the Q-Former reads, too: instruction, a space, question."""
         parts = (turn.question,) if self.instruction_in_context else (turn.instruction, turn.question)
         return " ".join(part for part in parts if part)
 
     def context(self, turn: Turn, system: str) -> str:
-        """What stands for {context} in the first turn."""
+        """The value of {context} in the first turn."""
         parts = (system, turn.instruction) if self.instruction_in_context else (system,)
         return "".join(part + self.context_separator for part in parts if part)
 
@@ -64,12 +68,8 @@ class PromptTemplate:
         else:
             pieces = self.opening if media else self.text_opening
         values = {"context": self.context(turn, system), "media": (media or "").capitalize(), "text": self.text(turn)}
-        return [_fill(piece, values) for piece in pieces]
-
-
-def _fill(piece: str, values: dict[str, str]) -> str:
-    """Fills {names} in one pass, so that braces inside a question stay what they are."""
-    return piece.format_map(values) if "{" in piece else piece
+        # In one pass, so that braces inside a question stay what they are.
+        return [piece.format_map(values) if "{" in piece else piece for piece in pieces]
 
 
 INSTRUCTBLIP = templates.register("instructblip")(
@@ -107,3 +107,26 @@ MINIGPT4 = templates.register("minigpt4")(
         ends_with_eos=False,
     )
 )
+
+
+# ---- choices ---------------------------------------------------------------------------------------------------------
+
+SYSTEM = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
+    "objects, and the action and pose of persons. Based on your observations, select the best option that accurately "
+    "addresses the question."
+)
+REQUEST = "Only give the best option."
+ANSWER_BEGINS = "Best option:("
+
+
+def question_block(question: str, candidates: Sequence[str]) -> str:
+    """The question and its lettered options, without a newline at the end."""
+    return f"Question: {question}\n{lettered(candidates)}"
+
+
+def lettered(candidates: Sequence[str]) -> str:
+    """The options, a line each, after the line "Options:". Raises ValueError for more options than letters."""
+    letters = ascii_uppercase[: len(candidates)]
+    lines = [f"({letter}) {candidate}" for letter, candidate in zip(letters, candidates, strict=True)]
+    return "\n".join(["Options:", *lines])

@@ -43,24 +43,16 @@ class EvalTransform:
     """
 
     def __init__(
-        self,
-        image_size: int = 224,
-        *,
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
+        self, image_size: int = 224, *, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
     ) -> None:
-        self.image_size = image_size
-        self.mean, self.std = mean, std
+        self.image_size, self.mean, self.std = image_size, mean, std
 
     def __call__(self, frame: np.ndarray) -> Tensor:
         pixels, size = to_bytes(frame), self.image_size
         height, width = pixels.shape[1:]
-        if height <= width:
-            height, width = size, size * width // height
-        else:
-            height, width = size * height // width, size
-        pixels = resized(pixels, height, width)  # (3, S, >= S) or (3, >= S, S)
-        top, left = round((height - size) / 2), round((width - size) / 2)
+        shorter = min(height, width)
+        pixels = resized(pixels, size * height // shorter, size * width // shorter)  # (3, S, >= S) or (3, >= S, S)
+        top, left = (round((side - size) / 2) for side in pixels.shape[1:])
         return normalised(pixels[:, top : top + size, left : left + size], self.mean, self.std)
 
     def for_clip(self, generator: torch.Generator | None = None) -> FrameTransform:
@@ -75,19 +67,10 @@ class TrainTransform:
     scale: least and most of the frame's area that a crop covers.
     """
 
-    def __init__(
-        self,
-        image_size: int = 224,
-        scale: tuple[float, float] = (0.5, 1.0),
-        *,
-        mean: tuple[float, float, float] = CLIP_MEAN,
-        std: tuple[float, float, float] = CLIP_STD,
-    ) -> None:
+    def __init__(self, image_size: int = 224, scale: tuple[float, float] = (0.5, 1.0)) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise UserError(f"the crop scale is {scale}; expected two parts of the area, 0 < least <= most <= 1")
-        self.image_size = image_size
-        self.scale = scale
-        self.mean, self.std = mean, std
+        self.image_size, self.scale = image_size, scale
 
     def for_clip(self, generator: torch.Generator) -> FrameTransform:
         """(H, W, 3) uint8 -> (3, S, S) float32 with one crop for every frame of the clip.
@@ -103,10 +86,9 @@ class TrainTransform:
             if crop is None:
                 crop = draw_crop(height, width, self.scale, generator)
             top, left = round(crop[0] * height), round(crop[1] * width)
-            bottom = max(top + 1, round(crop[2] * height))
-            right = max(left + 1, round(crop[3] * width))
+            bottom, right = max(top + 1, round(crop[2] * height)), max(left + 1, round(crop[3] * width))
             part = resized(pixels[:, top:bottom, left:right], self.image_size, self.image_size)
-            return normalised(part, self.mean, self.std)
+            return normalised(part, CLIP_MEAN, CLIP_STD)
 
         return transform
 

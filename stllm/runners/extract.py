@@ -35,8 +35,8 @@ from stllm.datasets.features import (
     FeatureWriter,
     distinct_clips,
 )
-from stllm.datasets.fetching import allow_pipes
-from stllm.datasets.replacement import BadSampleLog
+from stllm.datasets.samples import BadSampleLog
+from stllm.datasets.shards import allow_pipes
 from stllm.models import precomputed
 from stllm.models.build import build_encoder, config_from_settings
 from stllm.models.settings import model_section

@@ -21,8 +21,7 @@ from stllm.common.distributed import gathered, is_main, wait_for_all
 from stllm.common.errors import UserError
 from stllm.common.registry import runners
 from stllm.datasets.collate import MEDIA_FIELDS
-from stllm.datasets.replacement import BadSampleLog
-from stllm.datasets.samples import SampleKey
+from stllm.datasets.samples import BadSampleLog, SampleKey
 from stllm.runners.run_folder import RunFolder
 from stllm.runners.signals import StopRequest
 from stllm.runners.trainer import STLLMTrainer

@@ -34,7 +34,7 @@ from stllm.common.files import check_regular, write_text
 from stllm.common.jsonl import loads
 from stllm.common.processes import end_with_parent
 from stllm.datasets.mixture import MixtureSampler
-from stllm.datasets.replacement import BadSampleLog
+from stllm.datasets.samples import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED
 from stllm.models.checkpoints.load import restore
 from stllm.models.st_llm import STLLM

@@ -1,1 +1,1 @@
-"""What is learned: data sets, prompts and model of a configuration, put together for a runner."""
+"""Tasks: data sets, prompts and model of a configuration, put together for a runner."""

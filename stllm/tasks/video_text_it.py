@@ -4,7 +4,7 @@ Builds, from a configuration, the data sets, the prompts and the model; how they
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,7 @@ from stllm.datasets.collate import Collator
 from stllm.datasets.corpora import build_corpora
 from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Mixture, MixtureSampler
-from stllm.datasets.replacement import TOO_LONG
-from stllm.datasets.samples import Corpus, Sample, TextFirst
+from stllm.datasets.samples import TOO_LONG, Corpus, Sample
 from stllm.models import precomputed
 from stllm.models.build import build_audited
 from stllm.models.checkpoints.infer_config import Opened, decide_config, open_sources
@@ -42,7 +41,7 @@ ADAPTER_FOLDER = "lora_adapter"
 @tasks.register("video_text_it", "video_text_pretrain", "image_text_pretrain")
 @dataclass
 class VideoTextTask:
-    """What is learned. Data sets and tokenizers are looked at before any weight is read."""
+    """The data sets, prompts and model to train. Data sets and tokenizers are opened before any weight is read."""
 
     cfg: DictConfig
     config: STLLMConfig
@@ -54,16 +53,28 @@ class VideoTextTask:
 
     @classmethod
     def from_config(cls, cfg: DictConfig, *, seed: int) -> "VideoTextTask":
-        """The task of a checked configuration. Raises UserError for data, weights or tokenizers that are not there."""
+        """The task of a checked configuration.
+
+        Raises UserError for data, weights or tokenizers that are not there, for stored features that are needed but
+        not there or cannot stand for the pixels, and for a data set whose frames leave no positions for text.
+        """
         opened = open_configured(cfg)
         config, processor = opened.config, processor_of(opened)
-        corpora = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
-        check_features((source.corpus for source in corpora), config, needed=cfg.model.pre_encoding)
-        limit = PositionLimit.of(config, processor)
-        if limit is not None:
-            limit.check_room(source.corpus for source in corpora)
-        run = cfg.run
-        mixture = Mixture(corpora, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
+        sources = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
+        limit, run = PositionLimit.of(config, processor), cfg.run
+        mixture = Mixture(sources, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
+        for corpus in mixture.corpora:
+            store = _features_of(corpus)
+            if store is not None and (fault := precomputed.fault(config, store.stage)):
+                named = f"data set {corpus.name} is read from precomputed features ({store.folder})"
+                raise UserError(f"{named}, but {fault}")
+            if store is None and cfg.model.pre_encoding and corpus.media is not None:
+                raise UserError(
+                    f"model.pre_encoding is True, but data set {corpus.name} has no precomputed features: set "
+                    "datasets.features_root to what `stllm extract` has written, or model.pre_encoding=False"
+                )
+            if limit is not None:
+                limit.check_room(corpus)
         whole = any(source.is_whole_model for source in opened.sources)
         base_model = None if whole else opened.settings.get("llama_model")
         return cls(cfg, config, processor, mixture, base_model)
@@ -71,14 +82,27 @@ class VideoTextTask:
     def build_model(
         self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None
     ) -> STLLM:
-        """The model to train, from the weights that the configuration names; what starts fresh is noted."""
+        """The model to train, from the weights that the configuration names; what starts fresh is noted.
+
+        Raises UserError for stored features that other weights than the model's have made.
+        """
         model, report = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
         counts = {part: len(audit["fresh"]) for part, audit in report.parts.items()}
         if fresh := [f"{part} ({count} weights)" for part, count in counts.items() if count]:
             log.info("from random weights, as no file gives them: %s", ", ".join(fresh))
         for note in report.notes:
             log.info(note)
-        check_feature_weights(self.mixture.corpora, model)
+        digests: dict[str, str] = {}
+        for store in filter(None, map(_features_of, self.mixture.corpora)):
+            if store.stage not in digests:
+                digests[store.stage] = precomputed.weights_digest(model, store.stage)
+            expected, found = digests[store.stage], store.settings.get("digest")
+            if found != expected:
+                raise UserError(
+                    f"{store.folder}: the features there were made with other weights than the model's (digest "
+                    f"{found}, expected {expected}): name the weights that they were made with, or run `stllm extract` "
+                    "with this configuration into another folder (with --dtype float16 only where training is in fp16)"
+                )
         return model
 
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
@@ -86,7 +110,7 @@ class VideoTextTask:
         return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def collator(self) -> Collator:
-        """Samples to model arguments, masks included where the configuration masks."""
+        """The collator of samples, with masks where the configuration masks."""
         return Collator(
             self.processor,
             seed=self.mixture.seed,
@@ -95,7 +119,7 @@ class VideoTextTask:
         )
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
-        """Adds the LoRA adapter to the trained model's folder, apart; of a sharded model it is not there to be had."""
+        """Add a folder with the LoRA adapter to the trained model's; a sharded model's adapter cannot be written."""
         assert isinstance(model, STLLM)
         if self.config.lora is not None and not sharded:
             save_adapter(model, folder / ADAPTER_FOLDER, base_model=self.base_model)
@@ -103,7 +127,7 @@ class VideoTextTask:
 
 @dataclass(frozen=True)
 class PositionLimit:
-    """Refuses samples that exceed the language model's positions: prompt, answer and visual tokens before masking."""
+    """A check that samples fit the language model's positions: prompt, answer and visual tokens before masking."""
 
     config: STLLMConfig
     processor: PromptProcessor
@@ -116,10 +140,9 @@ class PositionLimit:
         return None if num_positions is None else cls(config, processor, num_positions)
 
     def __call__(self, sample: Sample, num_frames: int) -> None:
-        """See `samples.LengthCheck`."""
-        found = self.num_tokens(sample.turns, sample.media, num_frames)
+        """Raise AnnotationError for a sample that is too long; see `samples.LengthCheck`."""
+        found, visual = self._num_tokens(sample.turns, sample.media, num_frames)
         if found > self.num_positions:
-            visual = num_visual_tokens(self.config, num_frames) if sample.media is not None else 0
             raise AnnotationError(
                 f"{sample.name}: its prompt and answer have {found} tokens ({visual} of them visual), but the "
                 f"language model has {self.num_positions} positions: shorten the text, use fewer frames, or leave the "
@@ -127,24 +150,26 @@ class PositionLimit:
                 cause=TOO_LONG,
             )
 
-    def num_tokens(self, turns: Sequence[Turn], media: str | None, num_frames: int) -> int:
-        """Positions that the turns take in training, with the visual tokens of their medium."""
-        num_text = len(self.processor.training_ids(turns, media=media)[0])
-        # one id of the text is the placeholder of the visual tokens
-        return num_text if media is None else num_text - 1 + num_visual_tokens(self.config, num_frames)
+    def check_room(self, corpus: Corpus) -> None:
+        """Raise UserError for a data set whose frames leave no positions for text."""
+        if corpus.media is None or not isinstance(corpus, FeatureSource):
+            return
+        num_frames = corpus.frame_settings.get("num_frames", 1)
+        found, visual = self._num_tokens((Turn(question="", answer=""),), corpus.media, num_frames)
+        if found > self.num_positions:
+            raise UserError(
+                f"data set {corpus.name}: {num_frames} frames become {visual} visual tokens, which leaves no room for "
+                f"text in the language model's {self.num_positions} positions: lower its num_frames, or set "
+                "model.video_input to residual or mean"
+            )
 
-    def check_room(self, corpora: Iterable[Corpus]) -> None:
-        """Raises UserError for a data set whose frames leave no positions for text."""
-        for corpus in corpora:
-            if corpus.media is None or not isinstance(corpus, TextFirst):
-                continue
-            if self.num_tokens((Turn(question="", answer=""),), corpus.media, corpus.num_frames) > self.num_positions:
-                visual = num_visual_tokens(self.config, corpus.num_frames)
-                raise UserError(
-                    f"data set {corpus.name}: {corpus.num_frames} frames become {visual} visual tokens, which leaves "
-                    f"no room for text in the language model's {self.num_positions} positions: lower its num_frames, "
-                    "or set model.video_input to residual or mean"
-                )
+    def _num_tokens(self, turns: Sequence[Turn], media: str | None, num_frames: int) -> tuple[int, int]:
+        """Positions that the turns take in training with their medium, and how many of them are visual tokens."""
+        num_text = len(self.processor.training_ids(turns, media=media)[0])
+        if media is None:
+            return num_text, 0
+        visual = num_visual_tokens(self.config, num_frames)
+        return num_text - 1 + visual, visual  # one id of the text is the placeholder of the visual tokens
 
 
 def open_configured(cfg: DictConfig) -> Opened:
@@ -156,35 +181,6 @@ def open_configured(cfg: DictConfig) -> Opened:
     if not named:
         raise UserError("no tokenizer is named: set model.llama_model to a language model's folder, or model.ckpt")
     return Opened(Path(named), sources, settings, config)
-
-
-def check_features(corpora: Iterable[Corpus], config: STLLMConfig, *, needed: bool) -> None:
-    """Raises UserError where stored features cannot stand for the pixels, and where `needed` ones are not there."""
-    for corpus in corpora:
-        store = _features_of(corpus)
-        if store is None:
-            if needed and corpus.media is not None:
-                raise UserError(
-                    f"model.pre_encoding is True, but data set {corpus.name} has no precomputed features: set "
-                    "datasets.features_root to what `stllm extract` has written, or model.pre_encoding=False"
-                )
-        elif fault := precomputed.fault(config, store.stage):
-            raise UserError(f"data set {corpus.name} is read from precomputed features ({store.folder}), but {fault}")
-
-
-def check_feature_weights(corpora: Iterable[Corpus], model: STLLM) -> None:
-    """Raises UserError for stored features that other weights than the model's have made."""
-    digests: dict[str, str] = {}
-    for store in filter(None, map(_features_of, corpora)):
-        if store.stage not in digests:
-            digests[store.stage] = precomputed.weights_digest(model, store.stage)
-        expected, found = digests[store.stage], store.settings.get("digest")
-        if found != expected:
-            raise UserError(
-                f"{store.folder}: the features there were made with other weights than the model's (digest {found}, "
-                f"expected {expected}): name the weights that they were made with, or run `stllm extract` with this "
-                "configuration into another folder (with --dtype float16 only where training is in fp16)"
-            )
 
 
 def _features_of(corpus: Corpus) -> FeatureStore | None:

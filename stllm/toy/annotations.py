@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from stllm.datasets.samples import keyed_numpy
-from stllm.processors.choices import REQUEST, lettered
-from stllm.processors.templates import Turn
+from stllm.processors.templates import REQUEST, Turn, lettered
 from stllm.toy.clips import World
 from stllm.toy.questions import ACTIONS, MOVING, NUM_OPTIONS, Example, Generator, pick, shuffled
 from stllm.toy.scenes import (

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from stllm.processors.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
-from stllm.processors.templates import Turn
+from stllm.processors.templates import ANSWER_BEGINS, REQUEST, SYSTEM, Turn, question_block
 from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, UNITS, Event, Scene, Thing
 
 T = TypeVar("T")

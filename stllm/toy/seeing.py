@@ -26,7 +26,7 @@ from stllm.common.registry import tasks
 from stllm.common.schema import ROOTS
 from stllm.datasets.collate import stacked
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source
-from stllm.datasets.samples import Sample, SampleKey
+from stllm.datasets.samples import LengthCheck, Sample, SampleKey
 from stllm.models.build import build_audited, config_from_settings
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
@@ -90,8 +90,8 @@ class SeenFrames:
     def __len__(self) -> int:
         return EPOCH
 
-    def load(self, key: SampleKey, generator: Generator) -> SeenFrame:
-        """A frame drawn with the generator; the key only names it."""
+    def load(self, key: SampleKey, generator: Generator, check: LengthCheck | None = None) -> SeenFrame:
+        """A frame drawn with the generator; the key only names it. It has no text to check."""
         task = PICTURES if generator.random() < PICTURE_SHARE else pick(generator, (*TASKS, RARE))
         while split_of(scene := task.make(generator).scene) != "train":
             pass

@@ -12,8 +12,7 @@ from stllm.conversation.chat import EXAMPLES, FOLDER, Chat, load_chat
 from stllm.conversation.requests import Media, Request
 from stllm.evaluation.benchmarks.mvbench import prompt_pieces
 from stllm.media.views import FORWARD, REVERSED
-from stllm.processors.choices import SYSTEM, question_block
-from stllm.processors.templates import Turn
+from stllm.processors.templates import SYSTEM, Turn, question_block
 
 LISTED = json.loads((EXAMPLES / "examples.json").read_text(encoding="utf-8"))
 TURNED = {"left": "right", "right": "left", "up": "down", "down": "up"}

@@ -31,7 +31,7 @@ def test_videochat2_records(tmp_path: Path) -> None:
     assert len(records) == 2 and records.kind == "video" and records.num_pairs.tolist() == [1, 1]
     first = records[0]
     assert first.turns == (Turn("What is it?", "A cat.", "Look."),)
-    assert (first.media, first.kind, first.bounds, first.num_frames) == ("/media/a.mp4", "video", (1.5, 4.0), 30)
+    assert (first.media, first.kind, first.bounds) == ("/media/a.mp4", "video", (1.5, 4.0))
     assert first.where == f"{tmp_path / 'train.json'}, record 1"
     assert records[1].turns == (Turn("", "x"),) and records[1].bounds is None
 
@@ -132,6 +132,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"video": "a.mp4", "QA": None}, "found an empty answer", "annotation"),
         ({"video": "a.mp4", "QA": [{"q": "why?", "a": ""}]}, "found an empty answer", "annotation"),
         ({"video": "a.mp4", "caption": None}, "found an empty answer", "annotation"),
+        ({"video": "a.mp4", "QA": [*QA, {"q": ["why?"], "a": "x"}]}, "found q ['why?'], expected a text", "annotation"),
+        ({"video": "a.mp4", "QA": [{"i": {}, "q": "", "a": "x"}]}, "found i {}, expected a text", "annotation"),
         ({"QA": QA}, "found video None", "annotation"),
         ({**GOOD, "video": " "}, "found video ' '", "annotation"),
         ({**GOOD, "video": 7}, "found video 7", "annotation"),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stllm.common.errors import UserError
+from stllm.datasets.annotations import Record
 from stllm.datasets.features import FeatureStore, FeatureWriter, clip_key, feature_key
-from stllm.datasets.records import Record
 from stllm.media.info import MediaError
 
 SETTINGS = {"digest": "abc", "num_frames": 4, "dtype": "float16"}

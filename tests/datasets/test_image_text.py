@@ -26,11 +26,10 @@ from stllm.common.schema import DatasetSettings
 from stllm.datasets import shards as image_text_shards
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore, FeatureWriter
-from stllm.datasets.fetching import allow_pipes, expand_shards
 from stllm.datasets.image_text import ImageTextCorpus
-from stllm.datasets.replacement import load_with_replacement
+from stllm.datasets.mixture import Mixture, Source
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
-from stllm.datasets.shards import scan
+from stllm.datasets.shards import allow_pipes, expand_shards, scan
 from stllm.media import info as media_info
 from stllm.media.info import MediaError
 from stllm.processors.templates import Turn
@@ -125,9 +124,8 @@ def test_features_in_place_of_images(tmp_path, shards) -> None:
     for index in range(9):
         writer.add(keys[index], torch.full((1, 2, 3), float(index)))
     writer.finish()
-    stored = corpus(
-        tmp_path, shards, root=str(tmp_path / "data"), features=FeatureStore(tmp_path / "features"), max_samples=10
-    )
+    stored = corpus(tmp_path, shards, root=str(tmp_path / "data"), max_samples=10)
+    stored.features = FeatureStore(tmp_path / "features")
     sample = load(stored, 7)
     assert sample.pixel_values is None and sample.query_features.equal(torch.full((1, 2, 3), 7.0))
     assert sample.turns == load(data, 7).turns
@@ -251,7 +249,7 @@ def test_a_bad_pair_is_replaced_as_a_whole(tmp_path) -> None:
     data = corpus(tmp_path, str(write_tar(tmp_path / "x.tar", members)))
     assert len(data) == 2 * len(BAD)
     for index in range(len(data)):
-        sample = load_with_replacement(data, SampleKey(0, 0, 0, index), seed=0, max_tries=50)
+        sample = Mixture([Source(data)], seed=0, max_tries=50)[SampleKey(0, 0, 0, index)]
         assert sample.turns[0].answer == f"caption {grey(sample)}" and sample.key.index == 2 * grey(sample)
         assert bool(sample.failures) == bool(index % 2)
         assert all(failure.subject.startswith(f"{tmp_path / 'x.tar'}/a.") for failure in sample.failures)

@@ -136,7 +136,7 @@ def test_features_in_place_of_pixels(folder: Path, tmp_path: Path, stage: str, s
     for number, features in enumerate(written):
         writer.add(feature_key(corpus.records[number], folder), features)
     writer.finish()
-    corpus = corpus_of(folder / "a.json", records, features=FeatureStore(tmp_path))
+    corpus.features = FeatureStore(tmp_path)
     for number, features in enumerate(written):
         sample = load(corpus, number)
         stored, absent = sample.vision_features, sample.query_features

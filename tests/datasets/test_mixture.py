@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from stllm.common.errors import UserError
 from stllm.datasets.mixture import Mixture, MixtureSampler, Source, batches_of
-from stllm.datasets.samples import Sample, SampleKey
+from stllm.datasets.samples import LengthCheck, Sample, SampleKey
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -30,7 +30,7 @@ class Counted:
     def __len__(self) -> int:
         return self.size
 
-    def load(self, key: SampleKey, generator: np.random.Generator) -> Sample:
+    def load(self, key: SampleKey, generator: np.random.Generator, check: LengthCheck | None = None) -> Sample:
         self.num_loaded += 1
         return Sample(key, f"{self.name} {key.index} {generator.integers(2**60)}", ())
 

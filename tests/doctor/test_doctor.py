@@ -17,7 +17,7 @@ from PIL import Image
 
 from stllm.cli import main
 from stllm.common.errors import UserError
-from stllm.datasets.annotations import JsonRecords
+from stllm.datasets.annotations import AnnotationError, JsonRecords
 from stllm.datasets.faults import KINDS, Fault
 from stllm.doctor.media import Use, check_use, run_tasks
 from stllm.evaluation.benchmarks.mvbench import TASKS
@@ -121,6 +121,16 @@ def test_a_folder_of_planted_faults(planted, capsys) -> None:
     assert all(fault["where"] for fault in report["faults"])
     where = {fault["subject"].rsplit("/", 1)[-1]: fault["where"] for fault in report["faults"]}
     assert where["lost.mp4"] == f"{planted}, record 2"
+
+
+@pytest.mark.parametrize("pair", [{"q": ["why?"], "a": "x"}, {"i": {"a": 1}, "q": "why?", "a": "x"}])
+def test_a_question_that_is_no_text_is_said_as_training_says_it(tmp_path, video, capsys, pair) -> None:
+    put(video, tmp_path / "good.mp4")
+    path = write_json(tmp_path / "train.json", [record("good.mp4"), {"video": "good.mp4", "QA": [pair]}])
+    (fault,) = doctor(capsys, "--anno-path", path, "--format", "vc2")["faults"]
+    with pytest.raises(AnnotationError) as error:
+        JsonRecords(path)[1]
+    assert str(error.value) == f"{fault['where']}: {fault['sentence']}" and "expected a text" in fault["sentence"]
 
 
 def test_the_list_is_grouped_and_cut(planted, capsys) -> None:

@@ -9,8 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from stllm.processors.choices import SYSTEM
-from stllm.processors.templates import Turn
+from stllm.processors.templates import SYSTEM, Turn
 from stllm.toy.annotations import TELLING, seen_in_words
 from stllm.toy.clips import World
 from stllm.toy.questions import ACTIONS, PLACES, Example, place_of

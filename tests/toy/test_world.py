@@ -23,8 +23,8 @@ from stllm.media.open import open_media
 from stllm.models.build import build_model
 from stllm.models.checkpoints.infer_config import decide_config, open_sources
 from stllm.models.settings import model_section
-from stllm.processors.choices import SYSTEM, question_block
 from stllm.processors.prompts import PromptProcessor
+from stllm.processors.templates import SYSTEM, question_block
 from stllm.toy import world as toy_world
 from stllm.toy.clips import FPS, World, split_of
 from stllm.toy.questions import Asked

@@ -33,8 +33,7 @@ from stllm.datasets.faults import (
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
 from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chosen_tasks
 from stllm.evaluation.benchmarks.multiple_choice import by_task, gold_option, official_match, strict_match, tally
-from stllm.processors.choices import ANSWER_BEGINS, REQUEST, SYSTEM, question_block
-from stllm.processors.templates import PromptTemplate, Turn
+from stllm.processors.templates import ANSWER_BEGINS, REQUEST, SYSTEM, PromptTemplate, Turn, question_block
 
 EXPECTED = "a JSON list of {video, question, candidates, answer}"
 SHOWN_IDS = 5  # of the items that a note is about

@@ -9,8 +9,7 @@ import pytest
 from stllm.common.errors import UserError
 from stllm.datasets.instruction import InstructionCorpus
 from stllm.datasets.mixture import Mixture, Source
-from stllm.datasets.replacement import BadSampleLog, load_with_replacement
-from stllm.datasets.samples import Failure, Sample, SampleKey
+from stllm.datasets.samples import BadSampleLog, Failure, Sample, SampleKey
 from tests.helpers.corpora import FPS, codes_of, corpus_of, numbered_record, write_numbered_videos
 
 NUM_GOOD = 6
@@ -81,9 +80,7 @@ def test_a_question_is_never_paired_with_another_video(corpus: InstructionCorpus
 
 
 def test_the_replacement_depends_on_the_key_alone(corpus: InstructionCorpus) -> None:
-    def load(key: SampleKey) -> Sample:
-        return load_with_replacement(corpus, key, seed=0, max_tries=20)
-
+    load = Mixture([Source(corpus)], seed=0, max_tries=20).__getitem__
     key = SampleKey(0, 5, 0, 0)
     first, again = load(key), load(key)
     assert first.name == again.name and first.turns == again.turns and first.failures == again.failures
@@ -95,13 +92,13 @@ def test_the_replacement_depends_on_the_key_alone(corpus: InstructionCorpus) -> 
 def test_tries_end(folder: Path) -> None:
     broken = corpus_of(folder / "broken.json", [numbered_record(number) for number in range(10, 14)])
     with pytest.raises(UserError) as error:
-        load_with_replacement(broken, SampleKey(0, 0, 0, 0), seed=0, max_tries=3)
+        Mixture([Source(broken)], seed=0, max_tries=3)[SampleKey(0, 0, 0, 0)]
     message = str(error.value)
     assert message.startswith("data set numbered: 4 samples drawn one after another could not be read, the last one is")
     assert str(folder / "1") in message and "run.max_tries (3)" in message
     single = corpus_of(folder / "single.json", [numbered_record(10)])
     with pytest.raises(UserError, match="2 samples"):
-        load_with_replacement(single, SampleKey(0, 0, 0, 0), seed=0, max_tries=1)
+        Mixture([Source(single)], seed=0, max_tries=1)[SampleKey(0, 0, 0, 0)]
 
 
 def failure(number: int, cause: str = "missing") -> Failure:
