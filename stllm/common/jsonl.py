@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """The value of a JSON text, or of its bytes in UTF-8, -16 or -32. A byte order mark is skipped.
+    """Return the value of a JSON text, or of its bytes in UTF-8, -16 or -32. A byte order mark is skipped.
 
     Raises ValueError for a text that is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
@@ -31,7 +31,7 @@ def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | N
 
 
 def line_of(record: Mapping[str, Any]) -> str:
-    """A record as its line."""
+    """Return a record as its line."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -105,7 +105,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line; None for anything else, such as nesting too deep or a number too long to read."""
+    """Return the JSON object of a line; None for anything else, such as nesting too deep or too long a number."""
     try:
         found = loads(line)
     except ValueError:
