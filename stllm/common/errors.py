@@ -48,9 +48,10 @@ _PEER_WORDS = (
     "ncclRemoteError",
     "communicator was aborted",
 )
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # numbers of the system's errors, and what libraries write without a number (safetensors, torch) -> {}: the file's name
 _SYSTEM: dict[tuple[int | str, ...], str] = {
-    (errno.ENOSPC, errno.EDQUOT, "No space left on device", "PytorchStreamWriter failed", ". unexpected pos "): (
+    (*DISK_FULL, "No space left on device", "PytorchStreamWriter failed", ". unexpected pos "): (
         "no space left on the disk{}: free some, or write to another folder, then run again"
     ),
     (errno.EFBIG, "File too large"): (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from stllm.common.errors import UserError
+from stllm.common.errors import DISK_FULL, UserError
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
             shutil.rmtree(old)
     except Exception as error:
         free = shutil.disk_usage(target.parent).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        full = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)
         if full or (free < LITTLE_SPACE and not isinstance(error, UserError)):
             raise UserError(_no_space(target, needed, free)) from error
         raise

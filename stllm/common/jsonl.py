@@ -4,7 +4,6 @@ A killed process leaves at most one unfinished last line. Readers skip it, and t
 `files.locked` keeps a second writer out; its lock is released when its process ends, for whatever reason.
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,9 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stllm.common.errors import UserError
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
+from stllm.common.errors import DISK_FULL, UserError
 
 
 def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
@@ -96,7 +93,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(
             f"no space left on the disk for {path}: what was finished is kept; free some space, then run the same "
