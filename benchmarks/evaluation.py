@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.common import arguments, report, resident_bytes
 from benchmarks.reuse import new_chat, new_model
 from stllm.common.device import resolve_device
-from stllm.common.processes import one_a_core
+from stllm.common.distributed import one_a_core
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media

@@ -80,8 +80,8 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from stllm.common.distributed import end_with_launcher
     from stllm.common.logging import setup_logging
-    from stllm.common.processes import end_with_launcher
 
     end_with_launcher()
     if "WORLD_SIZE" in os.environ and "local_rank" in args:  # LOCAL_RANK alone would promise a launcher

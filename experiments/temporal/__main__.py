@@ -12,8 +12,10 @@ import asyncio
 import json
 import os
 import signal
+import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     try:
         plan = _plan(args)
-        _check_same(plan)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(plan: Plan, args: argparse.Namespace) -> list[Result]:
-    """Run all, with a report after each run; returns those that failed."""
+    """Run all, with a report after each run; return those that failed."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as asyncio does at Ctrl-C
@@ -60,16 +61,15 @@ async def _run(plan: Plan, args: argparse.Namespace) -> list[Result]:
     results: list[Result] = []
     async for result in run_all(plan, seeds, args.jobs):
         results.append(result)
-        report = summary(plan, results, jobs=args.jobs)
-        write_report(args.output_dir, report)
+        write_report(args.output_dir, summary(plan, results, jobs=args.jobs))
         if "error" in result:
-            told = f" failed: {result['error']}"
+            outcome = f" failed: {result['error']}"
         else:
-            spent = result["seconds_per_step"]
-            told = f": {sum(result['tasks'].values()) / len(result['tasks']):.1f} % right on average"
-            told += f", {spent:.3f} s a step" if spent else ""
-        about = f"{result['variant']}, seed {result['seed']}{told}"
-        print(f"[{len(results)} of {len(seeds) * len(VARIANTS)}] {about}", flush=True)
+            outcome = f": {statistics.mean(result['tasks'].values()):.1f} % right on average"
+            if spent := result["seconds_per_step"]:
+                outcome += f", {spent:.3f} s a step"
+        count = f"{len(results)} of {len(seeds) * len(VARIANTS)}"
+        print(f"[{count}] {result['variant']}, seed {result['seed']}{outcome}", flush=True)
     return [result for result in results if "error" in result]
 
 
@@ -79,7 +79,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--world", type=Path, required=True, metavar="DIR", help="of stllm toy, best with --long")
     parser.add_argument("--test-world", type=Path, metavar="DIR", help="asked about (default: --world's test clips)")
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR", help="what every run begins with: stage 1's")
+    parser.add_argument(
+        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 1: every run begins there"
+    )
     parser.add_argument("--quick", action="store_true", help=f"rough figures: {QUICK}, where not said otherwise")
     parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"(default: {NUM_SEEDS})")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="of every run (default: the base's)")
@@ -99,44 +101,32 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    """The plan of the arguments. Raises UserError for what cannot be run."""
-    for folder in {args.world, args.test_world or args.world}:
+    """Return the plan of the arguments, and write into its folder what all runs have in common.
+
+    Raises UserError for what cannot be run, and when the folder holds runs that cannot be compared with these.
+    """
+    args.test_world = args.test_world or args.world
+    for folder in {args.world, args.test_world}:
         if not (folder / "toy_world.json").is_file():
             raise UserError(f"{folder} is no toy world: make one with stllm toy --output {folder} --long")
-    if not (args.ckpt / "config.json").is_file():
-        raise UserError(f"{args.ckpt} holds no trained model: train the stages before with bash scripts/train_tiny.sh")
+    if not (args.checkpoint / "config.json").is_file():
+        advice = "train the stages before with bash scripts/train_tiny.sh"
+        raise UserError(f"{args.checkpoint} holds no trained model: {advice}")
     if not 0 <= args.mask_after < 1:
         raise UserError(f"--mask-after is {args.mask_after}; expected a share of the steps, from 0 to below 1")
     os.environ["TOY_ROOT"] = str(args.world.resolve())  # the recipes' name for it
-    steps = args.steps or (QUICK["steps"] if args.quick else load_config(args.base, args.options).run.max_steps)
-    return Plan(
-        world=args.world,
-        test_world=args.test_world or args.world,
-        checkpoint=args.ckpt,
-        base=args.base,
-        work=Path(args.work or f"output/temporal{'_quick' if args.quick else ''}"),
-        steps=steps,
-        mask_after=args.mask_after,
-        residual_size=args.residual_size,
-        long_frames=args.long_frames,
-        limit=args.limit or (QUICK["limit"] if args.quick else None),
-        device=args.device,
-        options=tuple(args.options),
-    )
-
-
-def _check_same(plan: Plan) -> None:
-    """Write what the runs have in common. Raises UserError when the folder holds runs that cannot be compared."""
+    args.work = Path(args.work or f"output/temporal{'_quick' if args.quick else ''}")
+    if args.quick:
+        args.steps, args.limit = args.steps or QUICK["steps"], args.limit or QUICK["limit"]
+    args.steps = args.steps or load_config(args.base, args.options).run.max_steps
+    plan = Plan(**{f.name: getattr(args, f.name) for f in fields(Plan)})
     weights = sorted(plan.checkpoint.glob("*.safetensors"))
     now: dict[str, Any] = {
         "base": OmegaConf.to_container(plan.settings),
         "checkpoint": content_digest([file.read_bytes().hex() for file in weights]),
         "world": json.loads((plan.world / "toy_world.json").read_text(encoding="utf-8")),
         "test_world": json.loads((plan.test_world / "toy_world.json").read_text(encoding="utf-8")),
-        "steps": plan.steps,
-        "mask_after": plan.mask_after,
-        "residual_size": plan.residual_size,
-        "long_frames": plan.long_frames,
+        **{name: getattr(plan, name) for name in ("steps", "mask_after", "residual_size", "long_frames")},
         "tasks": tested(plan),
     }
     file = plan.work / "experiment.json"
@@ -147,6 +137,7 @@ def _check_same(plan: Plan) -> None:
     else:
         plan.work.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
+    return plan
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,7 @@ class Plan:
     long_frames: int
     limit: int | None
     device: str
-    options: tuple[str, ...] = ()
+    options: Sequence[str] = ()
 
     @property
     def every(self) -> int:

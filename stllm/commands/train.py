@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from stllm.common.registry import runners, tasks
     from stllm.datasets.shards import allow_pipes
     from stllm.runners.arguments import training_arguments
-    from stllm.runners.signals import stopping_at_signals
+    from stllm.runners.train import stopping_at_signals
 
     allow_pipes(args.allow_pipe)
     cfg = load_config(args.cfg_path, args.options)

@@ -16,7 +16,7 @@ DEVICE_PATTERN = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def resolve_device(name: str = "auto") -> "torch.device":
-    """The device of that name: auto, cpu, cuda, cuda:N or mps.
+    """Return the device of that name: auto, cpu, cuda, cuda:N or mps.
 
     auto: CUDA, else Apple's GPU, else the CPU. `auto` and `cuda` under torchrun: the GPU of this process
     (LOCAL_RANK). Raises UserError, saying what is there, for a device that is absent or no device's name.
@@ -39,7 +39,7 @@ def resolve_device(name: str = "auto") -> "torch.device":
 
 
 def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
-    """The floating-point type of that name: auto, float32, bfloat16, float16 (or fp32, bf16, fp16).
+    """Return the floating-point type of that name: auto, float32, bfloat16, float16 (or fp32, bf16, fp16).
 
     auto: bfloat16 on a GPU that computes in it, float16 on an older one, float32 on the CPU and on Apple's GPU.
     Raises UserError for any other name.
@@ -59,7 +59,7 @@ def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python's, numpy's and torch's global generators, for libraries that use them; ours are passed in.
+    """Seed Python's, numpy's and torch's global generators, for libraries that use them; ours are passed in.
 
     Raises UserError for a seed outside numpy's range, 0 to 2**32 - 1.
     """

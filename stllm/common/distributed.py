@@ -1,55 +1,73 @@
-"""The processes under torchrun: their numbers, their group, and what they agree on.
+"""The processes of a command: those of torchrun (their numbers and group), those it starts, and how each ends.
+
+A process must end even when its parent was killed by SIGKILL and could not tell it. Pipes do not show this, because
+forked siblings hold each other's ends open. The kernel's own signal (PR_SET_PDEATHSIG) follows the thread that forked,
+and that thread may end long before its process. So a thread checks the parent of this process once a second.
 
 The numbers need no torch: it is asked only when something has imported it already.
 """
 
+import multiprocessing.queues
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, TypeVar, cast
+
+from stllm.common.errors import UserError
+from stllm.common.logging import escape_output
 
 PATIENCE = timedelta(days=30)  # for a process with longer clips than the others
+SECONDS = 1.0  # between two checks
+CHUNK = 8  # tasks passed to a process at once
+MAX_WORKERS = 8  # unless more are requested
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+# ---- under torchrun --------------------------------------------------------------------------------------------------
 
 
 def rank() -> int:
-    """This process's number among all, 0 when it is alone."""
-    return _initialized("get_rank", "RANK", 0)
-
-
-def local_rank() -> int:
-    """This process's number on its machine, 0 when it is alone."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return this process's number among all, 0 when it is alone."""
+    return _of_group("get_rank", "RANK", 0)
 
 
 def world_size() -> int:
-    """How many processes there are, 1 when there is one."""
-    return _initialized("get_world_size", "WORLD_SIZE", 1)
+    """Return the number of processes, 1 when there is one."""
+    return _of_group("get_world_size", "WORLD_SIZE", 1)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Check whether this process is the one that prints and writes."""
     return rank() == 0
 
 
-def _initialized(function: str, variable: str, alone: int) -> int:
-    """What the process group says once there is one; before, what torchrun's environment says."""
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return int(getattr(distributed, function)())
+def _of_group(function: str, variable: str, alone: int) -> int:
+    """Ask the process group, or torchrun's environment before there is one."""
+    dist = getattr(sys.modules.get("torch"), "distributed", None)
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return int(getattr(dist, function)())
     return int(os.environ.get(variable, alone))
 
 
 def is_distributed() -> bool:
-    """Whether there is a group with other processes to agree with."""
+    """Check whether there is a group with other processes to agree with."""
     from torch import distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(values: list[Any]) -> list[Any]:
-    """All processes' values, in the order of the processes. A collective call."""
+    """Return all processes' values, in the order of the processes. A collective call."""
     from torch import distributed as dist
 
     if not is_distributed():
@@ -61,7 +79,7 @@ def gathered(values: list[Any]) -> list[Any]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The processes under torchrun as a group; gloo on GPUs, too: only counts pass between them."""
+    """Make the processes under torchrun a group within the block; gloo on GPUs, too: only counts pass between them."""
     from torch import distributed as dist
 
     if world_size() > 1:
@@ -74,8 +92,129 @@ def process_group() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here. Raises RuntimeError when one of them has ended."""
+    """Return when every process has come here. Raises RuntimeError when one of them has ended."""
     from torch import distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+# ---- processes that a command starts ---------------------------------------------------------------------------------
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """Bind this process to the one that started it through multiprocessing. Call it first in every such process.
+
+    The process ends when its parent has ended or sends SIGTERM. It ignores SIGINT, and SIGTERM from anyone else:
+    torchrun, Slurm and terminals signal the whole group, and a worker that ends would break the step that its parent
+    wants to finish.
+
+    What the process prints is escaped, as in its parent. The process also ends when a result cannot be sent (no room in
+    shared memory, too many open files): Python would drop the result, and the parent would wait for it forever.
+
+    worker: its number, unused; DataLoader passes it to `worker_init_fn`.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None, "not started by multiprocessing"
+    served = getattr(multiprocessing.current_process(), "_start_method", None) == "forkserver"
+    starter = os.getppid() if served else parent.pid  # not getppid(): the parent may have ended before this line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    escape_output()
+    cast(Any, multiprocessing.queues.Queue)._on_queue_feeder_error = staticmethod(_end_with_error)
+    can_wait = hasattr(signal, "sigtimedwait")  # not on macOS and Windows: there SIGTERM ends it, whoever sends it
+    if can_wait:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def is_over() -> bool:
+        if can_wait:
+            received = signal.sigtimedwait({signal.SIGTERM}, SECONDS)
+            if received is not None and received.si_pid == parent.pid:
+                return True
+        else:
+            parent.join(SECONDS)
+        return os.getppid() != starter or not parent.is_alive()
+
+    _end_when(is_over)
+
+
+def killed_with_parent() -> None:
+    """Have the kernel kill this process once the thread that forked it is gone. Linux only; elsewhere nothing happens.
+
+    This works even while a decoder holds the interpreter's lock and no Python thread can check.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end_with_launcher() -> None:
+    """Bind a rank to the torchrun (or accelerate) that started it. No other process is changed.
+
+    A command may outlive the shell that started it in the background. A rank must not outlive its launcher: nobody
+    would notice when a rank fails, and the other ranks would wait for it.
+    """
+    # torchrun starts each rank in a session of its own; what a rank starts in turn inherits its environment alone
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix" or os.getsid(0) != os.getpid():
+        return
+    launcher = os.getppid()
+    try:
+        program = os.path.basename(os.readlink(f"/proc/{launcher}/exe"))
+    except OSError:  # another user's process, or not Linux
+        program = ""
+    # the launcher ended before this line, and a process that adopts orphans took over; 1 may be torchrun in a container
+    if program == "systemd" or (launcher == 1 and "python" not in program):
+        os._exit(1)
+
+    def is_over() -> bool:
+        time.sleep(SECONDS)
+        return os.getppid() != launcher
+
+    _end_when(is_over)
+
+
+def _end_with_error(error: Exception, _: object) -> None:
+    traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _end_when(is_over: Callable[[], bool]) -> None:
+    def watch() -> None:
+        while not is_over():
+            pass
+        os._exit(0)  # Python's own exit would wait for queues that nobody reads; another code than 0 reads as a crash
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+class Map(Protocol):
+    """The builtin of that name, or a pool's."""
+
+    def __call__(self, function: Callable[[T], R], tasks: Iterable[T], /) -> Iterator[R]: ...
+
+
+def one_a_core(asked: int | None, most: int = MAX_WORKERS) -> int:
+    """Return the number of processes asked for, or else one for each core of this rank's share, from 1 to `most`."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(cores, most)) if asked is None else asked
+
+
+@contextmanager
+def mapping(num_workers: int, *, died: str) -> Iterator[Map]:
+    """Yield a map over tasks that gives results in the tasks' order. Ctrl-C reaches this process only.
+
+    num_workers: the number of processes; function and tasks must then be picklable. 0: only this process.
+    Raises UserError, `died`, when a working process ends, instead of waiting forever.
+    """
+    if num_workers < 1:
+        yield map
+        return
+    spawned = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+    pool = ProcessPoolExecutor(num_workers, spawned, initializer=end_with_parent)
+    try:
+        yield lambda function, tasks: pool.map(function, tasks, chunksize=CHUNK)
+    except BrokenProcessPool:
+        raise UserError(died) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -17,30 +17,26 @@ class UserError(ValueError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most similar to `name`, ignoring case; None when nothing is close."""
+    """Return the known name most similar to `name`, ignoring case; None when nothing is close."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     matches = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message: `; did you mean 'x'?`, or nothing when no known name is close."""
+    """Return the end of a message: `; did you mean 'x'?`, or nothing when no known name is close."""
     guess = nearest(name, known)
     return f"; did you mean {guess!r}?" if guess is not None else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that is not among `known`. It lists all known names and the nearest one."""
+    """Return the message for a name that is not among `known`. It lists all known names and the nearest one."""
     names = sorted(known)
     listed = ", ".join(names) if names else "none so far"
     return f"unknown {kind} {name!r}: known are {listed}{did_you_mean(name, names)}"
 
 
 _GPU_WORDS = ("CUDA", "CUBLAS", "HIP", "MPS")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed", ". unexpected pos ")  # safetensors, torch
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 _IN_A_WORKER = "in DataLoader worker process"
 _WORKER_GONE = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (is killed|exited)")
 _PROXY_WORDS = ("Using SOCKS proxy, but", "Unknown scheme for proxy URL")  # of httpx, when a client is built
@@ -52,6 +48,23 @@ _PEER_WORDS = (
     "ncclRemoteError",
     "communicator was aborted",
 )
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# numbers of the system's errors, and what libraries write without a number (safetensors, torch) -> {}: the file's name
+_SYSTEM: dict[tuple[int | str, ...], str] = {
+    (*DISK_FULL, "No space left on device", "PytorchStreamWriter failed", ". unexpected pos "): (
+        "no space left on the disk{}: free some, or write to another folder, then run again"
+    ),
+    (errno.EFBIG, "File too large"): (
+        "a file would be larger than is allowed here{}: raise the limit (ulimit -f), or write to another file system, "
+        "then run again"
+    ),
+    (errno.EACCES, errno.EPERM, errno.EROFS): "no permission{}: give this user access, or name another path",
+    (errno.EEXIST, errno.ENOTDIR): ("a file stands where a folder is needed{}: name another path, or move the file"),
+    (errno.EISDIR,): "a folder stands where a file is needed{}: name another path, or move the folder",
+    (errno.ENOENT,): "there is no such file or folder{}: make its folder, name another path, or see what removes it",
+    (errno.ENAMETOOLONG,): "the name of a file or folder is too long{}: name another path",
+    (errno.ELOOP,): "links that lead to each other in a circle{}: name the file itself",
+}
 MOST = 2000  # characters of a message; longer ones are cut (a path of 5,000 characters, a text in place of an id)
 _MEMORY_WORDS = (
     "out of memory",  # CUDA, MPS
@@ -63,7 +76,7 @@ _MEMORY_WORDS = (
 
 
 def sentence(error: Exception) -> str:
-    """The text to print for an exception. A kind that is not listed is called unexpected: it is a defect of ours."""
+    """Return the text to print for an exception. A kind not listed is called unexpected: it is a defect of ours."""
     text = _sentence(error)
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 
@@ -104,25 +117,9 @@ def _sentence(error: Exception) -> str:
         )
     name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
     code = error.errno if isinstance(error, OSError) else None
-    if code in _FULL or any(words in text for words in _FULL_WORDS):
-        return f"no space left on the disk{name}: free some, or write to another folder, then run again"
-    if code == errno.EFBIG or "File too large" in text:  # safetensors and torch give no number
-        return (
-            f"a file would be larger than is allowed here{name}: raise the limit (ulimit -f), or write to another file "
-            "system, then run again"
-        )
-    if code in _FORBIDDEN:
-        return f"no permission{name}: give this user access, or name another path"
-    if code in _IN_THE_WAY:
-        return f"a file stands where a folder is needed{name}: name another path, or move the file"
-    if code == errno.EISDIR:
-        return f"a folder stands where a file is needed{name}: name another path, or move the folder"
-    if code == errno.ENOENT:
-        return f"there is no such file or folder{name}: make its folder, name another path, or see what removes it"
-    if code == errno.ENAMETOOLONG:
-        return f"the name of a file or folder is too long{name}: name another path"
-    if code == errno.ELOOP:
-        return f"links that lead to each other in a circle{name}: name the file itself"
+    for signs, words in _SYSTEM.items():
+        if code in signs or any(isinstance(sign, str) and sign in text for sign in signs):
+            return words.format(name)
     if isinstance(error, RecursionError):
         return (
             "found values nested within each other too deeply in a file that this command reads (a YAML, JSON or "
@@ -155,7 +152,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The error's kind and text in one line, for the brackets of a message."""
+    """Return the error's kind and text in one line, for the brackets of a message."""
     if "trust_remote_code" in str(error):  # transformers advises the user to allow it, which stllm never does
         return "it needs Python code from its own folder or repository, and stllm runs no code from checkpoints"
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"

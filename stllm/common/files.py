@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from stllm.common.errors import UserError
+from stllm.common.errors import DISK_FULL, UserError
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is lai
 
 
 def user_path(path: str | Path) -> Path:
-    """The path that a user wrote: one that is there, or else with ~ and ~user replaced by the home folder."""
+    """Return the path that a user wrote: one that is there, or else with ~ and ~user replaced by the home folder."""
     return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
 
 
@@ -79,7 +79,7 @@ def locked(path: Path, busy: str, *, seconds: float = 0) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`: moved to `path` when the block succeeds, removed when it fails.
+    """Yield a temporary path beside `path`, moved to `path` when the block succeeds, removed when it fails.
 
     A reader thus never sees half a file, and a full disk leaves the old one in place.
     """
@@ -102,7 +102,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_new(target: Path, option: str) -> None:
-    """Raises UserError unless the folder can be made: it is not there, or it is empty. option: what named it."""
+    """Raise UserError unless the folder can be made: it is not there, or it is empty. option: what named it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "holds files" if target.is_dir() else "is a file"
         raise UserError(
@@ -112,10 +112,10 @@ def check_new(target: Path, option: str) -> None:
 
 @contextmanager
 def new_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside the target, which becomes the target when the block succeeds and is removed when not.
+    """Yield a temporary folder beside the target: the target when the block succeeds, removed when it fails.
 
-    A folder that stands there already is there until then, and replaced as a whole; what a process left behind that
-    was killed while it wrote the same target is removed.
+    A folder that is there already stays until then, and is replaced as a whole. What a killed process left behind is
+    removed.
     needed: bytes that will be written. Raises UserError when the disk has no room for them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,10 +127,20 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _put(partial, target)
+        old = partial.with_suffix(OLD)
+        if target.exists():
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        if old.exists():
+            shutil.rmtree(old)
     except Exception as error:
         free = shutil.disk_usage(target.parent).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        full = getattr(error, "errno", None) in DISK_FULL or "No space left" in str(error)
         if full or (free < LITTLE_SPACE and not isinstance(error, UserError)):
             raise UserError(_no_space(target, needed, free)) from error
         raise
@@ -138,40 +148,18 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put(folder: Path, target: Path) -> None:
-    """Moves the folder to the target; one that stands there leaves only when it has moved."""
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = folder.with_suffix(OLD)
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
 def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary folders of processes that are gone, and bring back a target that one had moved away."""
+    from psutil import pid_exists
+
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         process = path.name.removeprefix(f".{target.name}.").split(".")[0]
-        if not process.isdigit() or not path.is_dir() or _runs(int(process)):
+        if not (process.isdigit() and len(process) < 10) or not path.is_dir() or pid_exists(int(process)):
             continue
         if path.name.endswith(OLD) and not target.exists():
-            path.rename(target)  # killed between the two moves of `_put`
+            path.rename(target)  # killed between the two moves
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # it is another user's, or no number of a process
-        return True
-    return True
 
 
 def _no_space(target: Path, needed: int, free: int) -> str:

@@ -4,7 +4,6 @@ A killed process leaves at most one unfinished last line. Readers skip it, and t
 `files.locked` keeps a second writer out; its lock is released when its process ends, for whatever reason.
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stllm.common.errors import UserError
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
+from stllm.common.errors import DISK_FULL, UserError
 
 
 def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
-    """The value of a JSON text, or of its bytes in UTF-8, -16 or -32. A byte order mark is skipped.
+    """Return the value of a JSON text, or of its bytes in UTF-8, -16 or -32. A byte order mark is skipped.
 
     Raises ValueError for a text that is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
@@ -31,7 +28,7 @@ def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | N
 
 
 def line_of(record: Mapping[str, Any]) -> str:
-    """A record as its line."""
+    """Return a record as its line."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -96,7 +93,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(
             f"no space left on the disk for {path}: what was finished is kept; free some space, then run the same "
@@ -105,7 +102,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line; None for anything else, such as nesting too deep or a number too long to read."""
+    """Return the JSON object of a line; None for anything else, such as nesting too deep or too long a number."""
     try:
         found = loads(line)
     except ValueError:

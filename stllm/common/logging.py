@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from stllm.common.distributed import is_main
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -28,27 +26,21 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u20
 _BAR_MOVES = re.compile(r"\r|[\n\x1b\[A]*\Z")  # how tqdm moves the cursor, at the beginning of what it writes
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        """`note: ...` and `warning: ...`; a debug line names its logger."""
-        prefix = _PREFIXES.get(record.levelno, f"{record.levelname.lower()} {record.name}")
-        return f"{prefix}: {super().format(record)}"
-
-
 class _Handler(logging.Handler):
-    """A handler that writes to the current stderr, which keeps a running spinner and the text apart."""
+    """A handler that writes `note: ...` and `warning: ...` to the current stderr; a debug line names its logger."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: set[str] = set()
+        self.written: set[str] = set()  # of the lines marked ONCE
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self.format(record)
+            prefix = _PREFIXES.get(record.levelno, f"{record.levelname.lower()} {record.name}")
+            line = f"{prefix}: {self.format(record)}"
             if getattr(record, "once", False):
-                if line in self.said:
+                if line in self.written:
                     return
-                self.said.add(line)
+                self.written.add(line)
             print(line, file=sys.stderr, flush=True)
         except Exception:  # as in every handler: a note that cannot be written stops nothing
             self.handleError(record)
@@ -60,16 +52,19 @@ def setup_logging(*, debug: bool = False) -> None:
     Unless `debug` is set, advisory messages and deprecation warnings of libraries are off. A verbosity that the user
     set through the libraries' own environment variables is respected.
     """
-    handler = _Handler()
-    handler.setFormatter(_Formatter())
     logger = logging.getLogger("stllm")
-    logger.handlers = [handler]  # one handler, however often this is called
-    logger.setLevel(logging.DEBUG if debug else logging.INFO if is_main() else logging.WARNING)
+    logger.handlers = [_Handler()]  # one handler, however often this is called
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every forked data loader worker
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(accelerate|peft|timm|torch|transformers)\b")
+
+
+def _is_main() -> bool:
+    """Check what torchrun's environment says, as `distributed.is_main` does before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
@@ -165,7 +160,7 @@ def working(what: str) -> Iterator[None]:
 
     Show nothing when stderr is not a terminal, or when this is not the main process.
     """
-    if not sys.stderr.isatty() or not is_main():
+    if not sys.stderr.isatty() or not _is_main():
         yield
         return
     # The spinner takes the place of both streams, and would read colour codes in what is printed.

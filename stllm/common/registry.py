@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         self._lock = RLock()  # re-entrant: a module may look something up while it is being imported
 
     def register(self, name: str, *aliases: str) -> Callable[[V], V]:
-        """Decorator that enters a class or function; data is entered by `register("name")(value)`.
+        """Return a decorator that enters a class or function; data is entered by `register("name")(value)`.
 
         Raises ValueError when a name or alias is taken.
         """
@@ -48,7 +48,7 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """The entry of that name or alias. Raises UserError, listing the known names and the nearest."""
+        """Return the entry of that name or alias. Raises UserError, listing the known names and the nearest."""
         self._load()
         canonical = self._aliases.get(name, name)
         if canonical not in self._entries:
@@ -56,7 +56,7 @@ class Registry(Generic[T]):
         return self._entries[canonical]
 
     def names(self) -> list[str]:
-        """The registered names in order, without aliases."""
+        """List the registered names in order, without aliases."""
         self._load()
         return sorted(self._entries)
 

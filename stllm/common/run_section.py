@@ -2,20 +2,19 @@
 
 Published recipes were written for transformers 4: arguments renamed since are translated, dropped ones accepted with
 a note. Which names exist is read from the installed TrainingArguments, imported only when a `run` is there. Each of
-them is in exactly one of three tables: HONOURED, UNUSED (accepted with a note) and REFUSED (one value is accepted).
+them has its effect, or is in one of two tables: UNUSED (accepted with a note) and REFUSED (one value is accepted).
 """
 
 import dataclasses
 import logging
-import math
 import typing
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stllm.common.errors import UserError, did_you_mean, unknown_name
 from stllm.common.logging import ONCE
-from stllm.common.schema import RunSettings, field_fault, kinds_of, typed
+from stllm.common.schema import RunSettings, Where, checked_values, keys_of, kinds_of, typed
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +42,6 @@ LAVIS = {
     "max_epoch": "num_train_epochs",
     "num_workers": "dataloader_num_workers",
     "resume_ckpt_path": "resume_from_checkpoint",
-}
-# Arguments of TrainingArguments that our training follows.
-HONOURED = {
-    *("output_dir", "seed", "data_seed", "full_determinism", "use_cpu", "resume_from_checkpoint", "ignore_data_skip"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    *("activation_checkpointing", "activation_checkpointing_kwargs"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
-    *("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm"),
-    *("log_level", "log_level_replica", "log_on_each_node"),  # of transformers' own messages
-    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
-    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
-    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
-    *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed"),
 }
 _DROPPED = "the installed transformers has no such argument"
 _EVALUATION = "training does not evaluate; use `stllm evaluate`"
@@ -109,25 +90,27 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "eval_on_start": (False, _EVALUATION),
     "debug": (None, "transformers' check for overflow can't read a batch's masks; a loss that is NaN stops the run"),
     "push_to_hub": (False, "training uploads nothing; upload the finished folder with `hf upload NAME DIR`"),
-    "optim_target_modules": (
-        None,
-        "optimizers that choose among the model's layers (GaLore, APOLLO) are not supported",
-    ),
+    "optim_target_modules": (None, "optimizers that choose among the layers (GaLore, APOLLO) are not supported"),
     "accelerator_config": (None, "batches are divided here; use run.gradient_accumulation_steps to accumulate"),
     "parallelism_config": (None, "tensor and context parallelism are not supported; use run.fsdp or run.deepspeed"),
 }
-# Lowest and highest value, both allowed; None: no bound.
-BOUNDS: dict[str, tuple[float, float | None]] = {
-    **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps", "every_n_layers"), (1, None)),
-    "ddp_timeout": (1, 10**9),  # seconds
-    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_bucket_cap_mb", "torch_empty_cache_steps"), (1, None)),
-    **dict.fromkeys(("dataloader_num_workers", "save_total_limit", "warmup_steps"), (0, None)),
-    **dict.fromkeys(("learning_rate", "projection_lr", "weight_decay", "max_grad_norm", "adam_epsilon"), (0, None)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
-    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+# What is known of the values, as in `_key`. above: a number above it; steps: a number of steps, below 1 a share of all.
+RUN_VALUES: dict[str, dict[str, Any]] = {
+    key: about
+    for about, keys in (
+        ({"low": 1}, ("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_prefetch_factor")),
+        ({"low": 1}, ("ddp_bucket_cap_mb", "torch_empty_cache_steps", "every_n_layers")),
+        ({"low": 0}, ("dataloader_num_workers", "save_total_limit", "learning_rate", "weight_decay")),
+        ({"low": 0}, ("max_grad_norm", "adam_epsilon")),
+        ({"low": 0, "high": 1}, ("adam_beta1", "adam_beta2")),
+        ({"low": 0, "high": 2**32 - 1}, ("seed", "data_seed")),
+        ({"low": 1, "high": 10**9}, ("ddp_timeout",)),  # seconds
+        ({"above": 0}, ("num_train_epochs",)),
+        ({"above": 0, "steps": True}, ("save_steps", "logging_steps")),
+        ({"low": 0, "steps": True}, ("warmup_steps",)),
+    )
+    for key in keys
 }
-POSITIVE = ("num_train_epochs", "save_steps", "logging_steps")
-STEPS = ("warmup_steps", "save_steps", "logging_steps")  # a number of steps, or below 1 a share of all steps
 # Mapping -> the types of its keys. transformers does not check these; those of `fsdp_config` may begin with `fsdp_`.
 _CHECKPOINTING = {
     **dict.fromkeys(("use_reentrant", "preserve_rng_state", "debug", "early_stop", "offload"), bool),
@@ -157,9 +140,8 @@ DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repos
 
 
 def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
-    """One layer's `run` in today's names: renamed keys renamed, keys without an effect left out with a note.
+    """Return a layer's `run` in today's names, without the keys that have no effect.
 
-    source: the file the layer comes from, for messages.
     Raises UserError for an unknown key, and for an old and a new name of one argument side by side.
     """
     known = run_keys()
@@ -192,37 +174,40 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
     return result
 
 
-def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any]:
-    """The merged and resolved `run` with our defaults under it, its values checked and converted.
+def run_keys() -> dict[str, Any]:
+    """Return the keys that `run` may have -> their types: the installed TrainingArguments' and ours."""
+    from transformers import TrainingArguments  # only when there is a `run`
 
-    A key that is null is left out, so that its default holds. where: gives the file that a dotted key is in. Text that
-    spells a number or a switch (as `${oc.env:NAME}` gives it) is converted. Raises UserError for a value of a wrong
-    type, out of range or outside an enumeration.
+    trainer = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
+    return {**trainer, **typing.get_type_hints(RunSettings)}
+
+
+def check_run(run: Mapping[str, Any], where: Where) -> dict[str, Any]:
+    """Convert and check the values of the merged and resolved `run`, with our defaults under it.
+
+    A key that is null is left out, so that its default holds. where: gives the file that a dotted key is in. Raises
+    UserError for a value of a wrong type, out of range or outside an enumeration.
     """
-    known = run_keys()
-    ours = [f for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata]
-    result = {f.name: f.default for f in ours}
-    for key, value in run.items():
-        if key == "fsdp" and isinstance(value, bool):  # text by its annotation, a switch by its documentation
-            words = value and len(kinds_of(known[key])) > 1  # a list of words: the switch would not wrap each layer
-            result[key] = "full_shard auto_wrap" if words else value
-        elif (value := typed(value, known[key], f"run.{key}", where)) is not None:
-            result[key] = value
-    for f in ours:
-        if fault := field_fault(f, result[f.name], f"run.{f.name}"):
-            raise UserError(f"{where('run.' + f.name)}: {fault}")
-    for key, value in result.items():
-        if fault := _number_fault(key, value):
-            raise UserError(f"{where('run.' + key)}: 'run.{key}' must be {fault}, found {value}")
+    kinds, values = run_keys(), dict(run)
+    if isinstance(values.get("fsdp"), bool):  # text by its annotation, a switch by its documentation
+        if values["fsdp"] and len(kinds_of(kinds["fsdp"])) > 1:
+            values["fsdp"] = "full_shard auto_wrap"  # a list of words: the switch would not wrap each layer
+        else:
+            kinds["fsdp"] = bool
+    _, about = keys_of(RunSettings)
+    result = {name: ours["default"] for name, ours in about.items() if "unused" not in ours}
+    checked = checked_values(values, kinds, {**RUN_VALUES, **about}, "run", where, finite=True)
+    result |= {key: value for key, value in checked.items() if value is not None}
     for key, switches in SWITCHED_BY.items():
         given: Any = result.get(key)
-        for name, value in given.items() if isinstance(given, dict) else ():
-            plain, dotted = str(name).removeprefix("fsdp_"), f"run.{key}.{name}"
-            if plain not in SUBKEYS[key]:
-                raise UserError(f"{where(dotted)}: {unknown_name(f'key of run.{key}', str(name), SUBKEYS[key])}")
-            given[name] = typed(value, SUBKEYS[key][plain], dotted, where)
-            if fault := _number_fault(plain, given[name]):
-                raise UserError(f"{where(dotted)}: '{dotted}' must be {fault}, found {value}")
+        if isinstance(given, dict):
+            plain = {str(name): str(name).removeprefix("fsdp_") for name in given}
+            for name in plain:
+                if plain[name] not in SUBKEYS[key]:
+                    unknown = unknown_name(f"key of run.{key}", name, SUBKEYS[key])
+                    raise UserError(f"{where(f'run.{key}.{name}')}: {unknown}")
+            kinds = {name: SUBKEYS[key][short] for name, short in plain.items()}
+            result[key] = checked_values(given, kinds, RUN_VALUES, f"run.{key}", where, finite=True)
         if given and not any(result.get(switch) for switch in switches):
             log.info("%s: run.%s has no effect without run.%s", where(f"run.{key}"), key, switches[0], extra=ONCE)
     deepspeed: Any = result.get("deepspeed")
@@ -233,29 +218,3 @@ def check_run(run: dict[str, Any], where: Callable[[str], str]) -> dict[str, Any
             log.info("%s: run.deepspeed: %s is not here, %s is taken", source, deepspeed, shipped, extra=ONCE)
             result["deepspeed"] = str(shipped)
     return result
-
-
-def run_keys() -> dict[str, Any]:
-    """The keys that `run` may have -> their types: the installed TrainingArguments' and ours."""
-    from transformers import TrainingArguments
-
-    trainer = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
-    return {**trainer, **typing.get_type_hints(RunSettings)}
-
-
-def _number_fault(key: str, value: Any) -> str | None:
-    """Describe the range that a number is outside of; None for a number in its range and for any other value."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    low, high = BOUNDS.get(key, (-math.inf, None))
-    if key == "max_steps":
-        return None if value == -1 or value >= 1 else "at least 1, or -1 to train for run.num_train_epochs"
-    if not math.isfinite(value):
-        return "a finite number"
-    if value < low or (high is not None and value > high):
-        return f"at least {low}" if high is None else f"from {low} to {high}"
-    if key in POSITIVE and value <= 0:
-        return "above 0"
-    if key in STEPS and value > 1 and value != int(value):
-        return "a whole number of steps, or below 1 a share of all steps"
-    return None

@@ -1,8 +1,7 @@
-"""The keys of a configuration, one comment each, and the check of their values.
+"""The keys of a configuration, one comment each, and the values that they take.
 
-Sections: `model`, `datasets`, `evaluation`, and our own keys of `run` (the others are in run_section.py). The names are
-those of the published ST-LLM recipes, so that an existing YAML loads as it is; the defaults are the published sizes
-(arXiv 2404.00308).
+The names are those of the published ST-LLM recipes, so that an existing YAML loads as it is; the defaults are the
+published sizes (arXiv 2404.00308). `config.py` reads and merges them.
 
 datasets:                               # one entry a data set, and three roots set once for all
   anno_root: /data/videochat2_it        # what annotation files are relative to
@@ -12,12 +11,14 @@ datasets:                               # one entry a data set, and three roots 
 evaluation: {num_frames: 32}            # over the benchmark's published settings (stllm/configs/evaluation/)
 """
 
+import dataclasses
 import enum
+import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +29,18 @@ from stllm.common.registry import Registry
 
 MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage takes
 ROOTS = ("anno_root", "media_root", "features_root")  # texts directly under `datasets`
-TEXTS = ("instruction", "shards")  # keys of a data set that take a text or a list
 PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
-JSON_FILES = ("deepspeed", "fsdp_config")  # of `run`: mappings, or the names of files that hold them
 
 
-def _one_of(default: str | None, *choices: str) -> Any:
-    """A field whose values are enumerated; `field_fault` checks them."""
-    return field(default=default, metadata={"choices": choices})
+def _key(default: Any, **about: Any) -> Any:
+    """A field, and what is known of its values; `value_fault` checks them.
 
-
-def _registered(default: str | None, names: Registry[Any]) -> Any:
-    """A field whose values are the names in a registry. Only a value other than the default imports its modules."""
-    return field(default=default, metadata={"choices": names})
-
-
-def _within(default: float | None, low: float, high: float | None = None) -> Any:
-    """A number with bounds, both allowed; `field_fault` checks them."""
-    return field(default=default, metadata={"low": low, "high": high})
-
-
-def _path(default: str | None = None) -> Any:
-    """A file or folder: a relative one is relative to the YAML it stands in."""
-    return field(default=default, metadata={"path": True})
-
-
-def _filled(default: str) -> Any:
-    """A text that must not be empty; `field_fault` checks it."""
-    return field(default=default, metadata={"filled": True})
-
-
-def _unused(reason: str) -> Any:
-    """A published key that is accepted, with a note that says why it has no effect."""
-    return field(default=None, metadata={"unused": reason})
+    choices: the names allowed; a registry imports its modules only for a value other than the default.
+    low, high: bounds of a number, both allowed. filled: a text that must not be empty. texts: a text or a list of them.
+    path: a file or folder; a relative one is relative to its YAML.
+    unused: the reason why a published key has no effect; it is accepted with a note.
+    """
+    return field(default=default, metadata=about)
 
 
 _PARTS = ("vision_encoder", "qformer", "projection", "language_model")
@@ -101,66 +81,68 @@ class QFormerSettings:
 class ModelSettings:
     """Section `model`."""
 
-    arch: str = _registered("st_llm_hf", registry.models)  # the model class, by its registered name
+    arch: str = _key("st_llm_hf", choices=registry.models)  # the model class, by its registered name
     model_type: str | None = None  # picks the shipped defaults: stllm/configs/models/<model_type>.yaml
 
     # Image encoder
     # pixels a side; unset: the weights', or 224. Where they differ, position embeddings are interpolated
-    image_size: int | None = _within(None, 1)
+    image_size: int | None = _key(None, low=1)
     # the encoder, by its registered name: eva_clip_g, or eva_btadapter_g with the temporal adapter
-    vit_model: str = _registered("eva_clip_g", registry.vision_encoders)
-    vit_ckpt: str | None = _path()  # eva_vit_g.pth, when the encoder's weights come from a file of their own
-    drop_path_rate: float = _within(0.0, 0, 1)  # stochastic depth of the encoder's blocks in training
+    vit_model: str = _key("eva_clip_g", choices=registry.vision_encoders)
+    vit_ckpt: str | None = _key(None, path=True)  # eva_vit_g.pth, when the encoder's weights are in their own file
+    drop_path_rate: float = _key(0.0, low=0, high=1)  # stochastic depth of the encoder's blocks in training
     use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
-    vit_precision: str | None = _unused("the encoder runs in the model's own type (--dtype, or bf16/fp16 under `run`)")
+    vit_precision: str | None = _key(
+        None, unused="the encoder runs in the model's own type (--dtype, or bf16/fp16 under `run`)"
+    )
     freeze_vit: bool = True  # backbone and ln_vision are not trained (the temporal adapter still is)
-    vit_chunk_size: int = _within(16, 1)  # frames encoded at once; less: less memory
+    vit_chunk_size: int = _key(16, low=1)  # frames encoded at once; less: less memory
     vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's
 
     # Q-Former
     has_qformer: bool = True  # False: every 4 neighbouring patch tokens are concatenated and projected instead
-    q_former_model: str | None = _path()  # Q-Former weights: a .pth in InstructBLIP's or BLIP-2's layout
+    q_former_model: str | None = _key(None, path=True)  # Q-Former weights: a .pth in InstructBLIP's or BLIP-2's layout
     qformer_text_input: bool = False  # the Q-Former reads the question too (InstructBLIP family)
-    qformer_tokenizer: str = _path("bert-base-uncased")  # its tokenizer: a folder or a hub name
-    num_query_token: int | None = _within(None, 1)  # query tokens a frame, K; unset: the weights', or 32
+    qformer_tokenizer: str = _key("bert-base-uncased", path=True)  # its tokenizer: a folder or a hub name
+    num_query_token: int | None = _key(None, low=1)  # query tokens a frame, K; unset: the weights', or 32
     freeze_qformer: bool = True  # Q-Former and queries are not trained
     qformer: QFormerSettings = field(default_factory=QFormerSettings)  # sizes that differ from BERT-base's
 
     # Language model
-    llama_model: str | None = _path()  # any causal LM: a folder or a hub name
+    llama_model: str | None = _key(None, path=True)  # any causal LM: a folder or a hub name
     llm: dict[str, Any] = field(default_factory=dict)  # its transformers config, used when no llama_model is named
     freeze_LLM: bool = True  # the language model is not trained (LoRA, when on, is)
-    lora_r: int = _within(0, 0)  # rank of LoRA; 0: no LoRA
+    lora_r: int = _key(0, low=0)  # rank of LoRA; 0: no LoRA
     lora_alpha: int = 16  # LoRA's scale is alpha / r
-    lora_dropout: float = _within(0.05, 0, 1)  # dropout on LoRA's input in training
+    lora_dropout: float = _key(0.05, low=0, high=1)  # dropout on LoRA's input in training
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # layers that LoRA adapts
     low_resource: bool = False  # 8-bit language model (bitsandbytes, needs CUDA)
     device_8bit: int = 0  # the CUDA device that holds it
 
     # Video tokens and masking
     # how T frames of tokens enter the language model, by its registered name: all, mean or residual
-    video_input: str = _registered("all", registry.video_inputs)
-    residual_size: int = _within(16, 1)  # local frames of `residual`, R
+    video_input: str = _key("all", choices=registry.video_inputs)
+    residual_size: int = _key(16, low=1)  # local frames of `residual`, R
     residual_bottleneck: int | None = None  # inner width of `residual`; unset: a quarter of the language model's
     # frames of a video in chat, page and server where none are asked for; unset: 64 for `residual`, else 16
-    num_frames: int | None = _within(None, 1)
+    num_frames: int | None = _key(None, low=1)
     use_mask: bool = False  # drop a random part of the visual tokens in training
     use_mvm: bool | None = None  # False: masking without its second loss, masked video modelling; unset: with it
     mvm_decode: bool = False  # a linear decoder before the masked-video-modelling loss, not the identity
-    mask_rate_mean: float = _within(0.5, 0, 1)  # the share dropped: Normal(mean, std), clipped to [min, max]
-    mask_rate_std: float = _within(0.1, 0)
-    mask_rate_min: float = _within(0.1, 0, 1)
-    mask_rate_max: float = _within(0.7, 0, 1)
+    mask_rate_mean: float = _key(0.5, low=0, high=1)  # the share dropped: Normal(mean, std), clipped to [min, max]
+    mask_rate_std: float = _key(0.1, low=0)
+    mask_rate_min: float = _key(0.1, low=0, high=1)
+    mask_rate_max: float = _key(0.7, low=0, high=1)
 
     # Text
     # prompt strings, by their registered name: instructblip or minigpt4; unset: by qformer_text_input
-    template: str | None = _registered(None, registry.templates)
+    template: str | None = _key(None, choices=registry.templates)
     system: str | None = None  # a system sentence before the question
-    max_txt_len: int = _within(512, 1)  # tokens of an answer in training, and of the Q-Former's text
-    end_sym: str = _filled("###")  # what ends an answer
+    max_txt_len: int = _key(512, low=1)  # tokens of an answer in training, and of the Q-Former's text
+    end_sym: str = _key("###", filled=True)  # what ends an answer
 
     # Weights
-    ckpt: str | None = _path()  # weights to start from: a folder or file, loaded over the parts named above
+    ckpt: str | None = _key(None, path=True)  # weights to start from: a folder or file, over the parts named above
     # parts that training starts from random weights when no file gives them (a projection: or only one into a language
     # model of another width)
     fresh: list[str] = field(default_factory=list, metadata={"choices": _PARTS})
@@ -169,10 +151,12 @@ class ModelSettings:
     pre_encoding: bool = False
 
     # Published keys without an effect here
-    prompt_template: str | None = _unused(_PROMPTS)
-    prompt_path: str | None = _unused(_PROMPTS)
-    prompt: str | None = _unused(_PROMPTS)
-    pretrained: str | None = _unused("weights come from `ckpt`, `q_former_model`, `vit_ckpt` and `llama_model`")
+    prompt_template: str | None = _key(None, unused=_PROMPTS)
+    prompt_path: str | None = _key(None, unused=_PROMPTS)
+    prompt: str | None = _key(None, unused=_PROMPTS)
+    pretrained: str | None = _key(
+        None, unused="weights come from `ckpt`, `q_former_model`, `vit_ckpt` and `llama_model`"
+    )
 
 
 @dataclass
@@ -181,18 +165,18 @@ class RunSettings:
 
     task: str = "video_text_it"  # what is learned, by its registered name
     runner: str | None = None  # how it is learned, by its registered name; unset: the task's own
-    max_tries: int = _within(10, 1)  # samples tried in place of an unreadable one before giving up
-    max_bad_fraction: float = _within(0.1, 0, 1)  # a larger share of unreadable samples stops the run
-    media_seconds: float = _within(MEDIA_SECONDS, 0)  # the longest that one medium is read; 0: no limit
-    qa_sampling: str = _one_of("one", "one", "all")  # of a record's QA pairs, one an epoch at random or each
-    projection_lr: float | None = None  # learning rate of llama_proj; unset: learning_rate
+    max_tries: int = _key(10, low=1)  # samples tried in place of an unreadable one before giving up
+    max_bad_fraction: float = _key(0.1, low=0, high=1)  # a larger share of unreadable samples stops the run
+    media_seconds: float = _key(MEDIA_SECONDS, low=0)  # the longest that one medium is read; 0: no limit
+    qa_sampling: str = _key("one", choices=("one", "all"))  # of a record's QA pairs, one an epoch at random or each
+    projection_lr: float | None = _key(None, low=0)  # learning rate of llama_proj; unset: learning_rate
     resume_only_model: bool = False  # continue with the weights and the step alone: optimizer and dropout begin anew
 
     # Old LAVIS keys without an effect here
-    distributed: bool | None = _unused(_LAUNCHER)
-    dist_url: str | None = _unused(_LAUNCHER)
-    world_size: int | None = _unused(_LAUNCHER)
-    device: str | None = _unused(_LAUNCHER)
+    distributed: bool | None = _key(None, unused=_LAUNCHER)
+    dist_url: str | None = _key(None, unused=_LAUNCHER)
+    world_size: int | None = _key(None, unused=_LAUNCHER)
+    device: str | None = _key(None, unused=_LAUNCHER)
 
 
 @dataclass
@@ -200,10 +184,12 @@ class DatasetSettings:
     """One data set's entry; unset keys (None) are the shipped ones of a known name."""
 
     type: str = "instruction"  # how it is read, by its registered name (instruction, image_text)
-    media: str | None = _one_of(None, "video", "image", "text")  # unset: what the annotation file names
-    sample_ratio: float | None = _within(None, 0)  # its weight in the mixture; unset: its share of all samples
-    instruction: Any = None  # a text, or a list to draw from, for records without one
-    max_samples: int | None = _within(None, 1)  # use the first ones only
+    media: str | None = _key(None, choices=("video", "image", "text"))  # unset: what the annotation file names
+    sample_ratio: float | None = _key(None, low=0)  # its weight in the mixture; unset: its share of all samples
+    instruction: Any = field(
+        default=None, metadata={"texts": True}
+    )  # a text, or a list to draw from, for records without one
+    max_samples: int | None = _key(None, low=1)  # use the first ones only
 
     # Files; a relative path is relative to the roots (a path that exists beside the YAML comes first)
     anno_path: str | None = None  # annotation file
@@ -211,19 +197,21 @@ class DatasetSettings:
     media_dir: str | None = None  # folder of the media that the annotation file names
     media_root: str | None = None
     features_dir: str | None = None  # precomputed features in place of the media (stllm extract); frames as there
-    shards: Any = None  # image_text: tar files, URLs, braces, globs; a text or a list
+    shards: Any = field(
+        default=None, metadata={"texts": True}
+    )  # image_text: tar files, URLs, braces, globs; a text or a list
     cache_dir: str | None = None  # image_text: where indexes and fetched shards are kept
-    cache_gb: float | None = _within(None, 0)  # image_text: the most that fetched shards may take
+    cache_gb: float | None = _key(None, low=0)  # image_text: the most that fetched shards may take
 
     # Frames
-    num_frames: int = _within(16, 1)  # frames of every clip; a shorter one is padded with its last frame
+    num_frames: int = _key(16, low=1)  # frames of every clip; a shorter one is padded with its last frame
     sampling: str = "rand"  # which frames: rand, middle, uniform or fps<x>
-    crop: str = _one_of("random", "random", "center")  # of a clip in training; center: as in evaluation
-    fps: float | None = _within(None, 1e-3)  # of raw-frame folders and gifs
+    crop: str = _key("random", choices=("random", "center"))  # of a clip in training; center: as in evaluation
+    fps: float | None = _key(None, low=1e-3)  # of raw-frame folders and gifs
     reader: str = "auto"  # what decodes videos: auto, pyav or decord
 
     # Questions and answers
-    qa_sampling: str | None = _one_of(None, "one", "all")  # unset: run.qa_sampling
+    qa_sampling: str | None = _key(None, choices=("one", "all"))  # unset: run.qa_sampling
     multi_turn: bool = False  # a record's pairs as one conversation, not a sample each
 
     # Keys of LAVIS without an effect here
@@ -236,32 +224,32 @@ class EvaluationSettings:
     """One evaluation; unset keys (None) are the model's or the benchmark's own."""
 
     # Files
-    anno_path: str | None = None  # the ground truth: a file, or MVBench's folder
-    answers_path: str | None = None  # the answers, where the questions have a file of their own
-    video_dir: str | None = None  # the folder of the media
+    anno_path: str | None = _key(None, path=True)  # the ground truth: a file, or MVBench's folder
+    answers_path: str | None = _key(None, path=True)  # the answers, where the questions have a file of their own
+    video_dir: str | None = _key(None, path=True)  # the folder of the media
     output_dir: str = "output/eval"
     output_name: str | None = None  # of the files there; unset: the benchmark's name
 
     # What is asked
     tasks: list[str] = field(default_factory=list)  # of these alone
-    limit: int | None = _within(None, 1)  # the first so many items of each task
+    limit: int | None = _key(None, low=1)  # the first so many items of each task
 
     # Frames
-    num_frames: int | None = _within(None, 0)  # 0: MVBench's one a second, 4 to 16
+    num_frames: int | None = _key(None, low=0)  # 0: MVBench's one a second, 4 to 16
     sampling: str = "uniform"  # which frames: uniform, segment, middle or fps<x>
     reader: str = "auto"  # what decodes videos: auto, pyav or decord
 
     # Prompt and decoding
     system: Any = "template"  # the system sentence: "template" for the model family's own, "" for none, or a text
-    num_beams: int | None = _within(None, 1)
-    max_new_tokens: int | None = _within(None, 1)
+    num_beams: int | None = _key(None, low=1)
+    max_new_tokens: int | None = _key(None, low=1)
     repetition_penalty: float | None = None
-    context: str = _one_of("published", "published", "all")  # conversation/context.py
+    context: str = _key("published", choices=("published", "all"))  # conversation/context.py
 
     # Speed
-    batch_size: int = _within(8, 1)  # questions answered at once
-    num_workers: int | None = _within(None, 0)  # processes that decode; unset: one a core, to 8
-    media_seconds: float = _within(MEDIA_SECONDS, 0)  # to read one medium; 0: no limit
+    batch_size: int = _key(8, low=1)  # questions answered at once
+    num_workers: int | None = _key(None, low=0)  # processes that decode; unset: one a core, to 8
+    media_seconds: float = _key(MEDIA_SECONDS, low=0)  # to read one medium; 0: no limit
 
 
 def benchmark_names() -> list[str]:
@@ -274,7 +262,10 @@ def texts(value: Any) -> tuple[Any, ...]:
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
-_WORDS: dict[Any, str] = {
+# ---- the check of values --------------------------------------------------------------------------------------------
+
+Where = Callable[[str], str]  # a dotted key -> the name of the layer that sets it
+WORDS: dict[Any, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -282,35 +273,88 @@ _WORDS: dict[Any, str] = {
     dict: "a mapping of keys",
     list: "a list",
 }
+JSON_FILES = ("run.deepspeed", "run.fsdp_config")  # mappings, or the names of files that hold them
 
 
-def field_fault(f: "Field[Any]", value: Any, key: str) -> str | None:
-    """What is wrong with a field's value, by its enumeration, bounds or emptiness; None when nothing is."""
-    choices, low, high = (f.metadata.get(name) for name in ("choices", "low", "high"))
-    if value is None or (isinstance(choices, Registry) and value == f.default):
+def keys_of(schema: type) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+    """Return the types of a dataclass's fields, and what is known of their values (`_key`)."""
+    about: dict[str, Mapping[str, Any]] = {
+        f.name: {**f.metadata, "default": f.default} for f in dataclasses.fields(schema)
+    }
+    return typing.get_type_hints(schema), about
+
+
+def checked_values(
+    values: Mapping[str, Any],
+    kinds: Mapping[str, Any],
+    about: Mapping[str, Mapping[str, Any]],
+    prefix: str,
+    where: Where,
+    *,
+    structured: bool = False,
+    finite: bool = False,
+) -> dict[str, Any]:
+    """Convert the values to the types of their keys, and check them. Raises UserError for the first that is wrong.
+
+    structured: as OmegaConf takes them for a dataclass: null only where the type allows it, no whole number for a
+    fraction. finite: numbers must be.
+    """
+    result: dict[str, Any] = {}
+    for name, found in values.items():
+        key, annotation = f"{prefix}.{name}", kinds[name]
+        if dataclasses.is_dataclass(annotation):
+            schema = typing.cast(type, annotation)
+            result[name] = checked_values(found, *keys_of(schema), key, where, structured=structured)
+            continue
+        value = typed(found, annotation, key, where)
+        if structured and value is None and annotation is not Any and type(None) not in typing.get_args(annotation):
+            raise UserError(f"{where(key)}: '{key}' must be {expected(kinds_of(annotation))}, found {found!r}")
+        if structured and kinds_of(annotation) == [float] and value is not None:
+            value = float(value)
+        if fault := value_fault(key, value, about.get(name, {}), finite=finite):
+            raise UserError(f"{where(key)}: {fault}")
+        result[name] = value
+    return result
+
+
+def value_fault(key: str, value: Any, about: Mapping[str, Any], *, finite: bool = False) -> str | None:
+    """Describe what is wrong with a value of the right type; None when nothing is. about: see `_key`."""
+    choices, low, high = (about.get(name) for name in ("choices", "low", "high"))
+    if value is None or (isinstance(choices, Registry) and value == about["default"]):
         return None
-    named = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    wrong = [name for name in named if choices and name not in choices]
-    if choices and wrong:
-        return unknown_name(key, str(wrong[0]), choices)
-    if (low is not None and not value >= low) or (high is not None and not value <= high):  # nan is neither
-        return f"'{key}' must be {f'at least {low}' if high is None else f'from {low} to {high}'}, found {value}"
-    if f.metadata.get("filled") and not value:
+    if choices:
+        wrong = [name for name in texts(value) if name not in choices]
+        return unknown_name(key, str(wrong[0]), choices) if wrong else None
+    if about.get("texts") and not all(isinstance(text, str) for text in texts(value)):
+        return f"'{key}' must be a text or a list of texts, found {value!r}"
+    if about.get("filled") and not value:
         return f"'{key}' must not be empty, found {value!r}"
-    return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    range_ = None
+    if key == "run.max_steps":
+        range_ = None if value == -1 or value >= 1 else "at least 1, or -1 to train for run.num_train_epochs"
+    elif finite and not math.isfinite(value):
+        range_ = "a finite number"
+    elif (low is not None and not value >= low) or (high is not None and not value <= high):  # nan is neither
+        range_ = f"at least {low}" if high is None else f"from {low} to {high}"
+    elif "above" in about and value <= about["above"]:
+        range_ = f"above {about['above']}"
+    elif about.get("steps") and value > 1 and value != int(value):
+        range_ = "a whole number of steps, or below 1 a share of all steps"
+    return f"'{key}' must be {range_}, found {value}" if range_ else None
 
 
-def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) -> Any:
+def typed(value: Any, annotation: Any, key: str, where: Where) -> Any:
     """Convert a value to the type of its key; None for `false` where the type has no switch (`deepspeed: false`).
 
-    where: gives the file that a dotted key is in. Text that spells a number or a switch, as `${oc.env:NAME}` gives it,
-    is converted. Raises UserError, naming the key, for any other value.
+    Text that spells a number or a switch, as `${oc.env:NAME}` gives it, is converted. Raises UserError, naming the key,
+    for any other value.
     """
     from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
 
     kinds = kinds_of(annotation)
-    enumerations: list[Any] = [kind for kind in kinds if isinstance(kind, enum.EnumMeta)]
-    choices = [member.value for enumeration in enumerations for member in enumeration]
+    choices = [member.value for kind in kinds if isinstance(kind, enum.EnumMeta) for member in typing.cast(Any, kind)]
     if value is None:
         return None
     if isinstance(value, int) and abs(value) >= 2**63 and str not in kinds:
@@ -329,18 +373,18 @@ def typed(value: Any, annotation: Any, key: str, where: Callable[[str], str]) ->
         return None
     else:
         found = value
-        if isinstance(value, str) and dict in kinds and key.removeprefix("run.") not in JSON_FILES:
+        if isinstance(value, str) and dict in kinds and key not in JSON_FILES:
             kinds = [dict]  # text in place of a mapping is JSON, or names a file
             with suppress(ValueError):
                 found = loads(value)
         if isinstance(found, tuple(kinds)) and (bool in kinds or not isinstance(found, bool)):
             return found
-    raise UserError(f"{where(key)}: '{key}' must be {expected(*kinds)}, found {value!r}")
+    raise UserError(f"{where(key)}: '{key}' must be {expected(kinds)}, found {value!r}")
 
 
-def expected(*kinds: Any) -> str:
+def expected(kinds: Sequence[Any]) -> str:
     """Describe in words what the types take: "a whole number"."""
-    return " or ".join(_WORDS[kind] for kind in kinds)
+    return " or ".join(WORDS[kind] for kind in kinds)
 
 
 def kinds_of(annotation: Any) -> list[Any]:

@@ -16,9 +16,9 @@ from functools import partial
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from stllm.common.distributed import one_a_core
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
-from stllm.common.processes import one_a_core
 from stllm.common.registry import benchmarks
 from stllm.common.schema import MEDIA_SECONDS, DatasetSettings, EvaluationSettings, texts
 from stllm.datasets.annotations import flatten

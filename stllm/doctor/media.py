@@ -9,8 +9,8 @@ from functools import partial
 
 from tqdm import tqdm
 
+from stllm.common.distributed import CHUNK, mapping
 from stllm.common.errors import UserError
-from stllm.common.processes import CHUNK, mapping
 from stllm.datasets.faults import Fault, Medium
 from stllm.doctor.checks import short_answer
 from stllm.media import info as media_info

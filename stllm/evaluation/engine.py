@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
+from stllm.common.distributed import end_with_parent
 from stllm.common.errors import UserError
-from stllm.common.processes import end_with_parent
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, ClipReader, Media, Prepared, RequestError, Seen

@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from stllm.common.config import flat, told_changes
 from stllm.common.device import resolve_device, resolve_dtype
-from stllm.common.distributed import is_main, rank, wait_for_all, world_size
+from stllm.common.distributed import is_main, one_a_core, rank, wait_for_all, world_size
 from stllm.common.errors import UserError
 from stllm.common.files import user_path, write_text
 from stllm.common.jsonl import Appender, naming_full_disk
-from stllm.common.processes import one_a_core
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding

@@ -28,9 +28,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, from_numpy
 
+from stllm.common.distributed import killed_with_parent
 from stllm.common.errors import UserError
 from stllm.common.logging import escape_output, setup_logging
-from stllm.common.processes import killed_with_parent
 from stllm.media.info import MediaError
 
 R = TypeVar("R")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,7 @@ OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
 def training_arguments(
     run: Mapping[str, Any], *, device: str = "auto", dtype: str = "auto", seed: int | None = None
 ) -> TrainingArguments:
-    """The checked `run` section as TrainingArguments; device, dtype, seed: the command line's, over the section's.
+    """Return the checked `run` section as TrainingArguments. device, dtype, seed: the command line's, over the section.
 
     Raises UserError for a device that is absent, for what transformers or our training refuses, and for a package that
     is named and not installed.
@@ -89,7 +90,7 @@ def training_arguments(
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raises UserError for values that training refuses, and for files and packages that are not there."""
+    """Raise UserError for values that training refuses, and for files and packages that are not there."""
     for key, (accepted, reason) in REFUSED.items():
         if key in values and values[key] != accepted and not (accepted is None and values[key] == ""):
             raise UserError(
@@ -126,25 +127,20 @@ def _check_values(values: Mapping[str, Any]) -> None:
             "(--options run.deepspeed=null)"
         )
     for key in ("deepspeed", "fsdp_config"):
-        if isinstance(values.get(key), str):
-            _check_json(f"run.{key}", values[key])
-
-
-def _check_json(key: str, path: str) -> None:
-    check_regular(path, f"a JSON file for {key}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = loads(file.read())
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be read ({error.strerror}): name a JSON file") from error
-    except ValueError as error:
-        raise UserError(f"{key}: {path} is not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{key}: {path} must hold a JSON object, found {type(found).__name__}")
+        if isinstance(path := values.get(key), str):
+            check_regular(path, f"a JSON file for run.{key}")
+            try:
+                found = loads(Path(path).read_text(encoding="utf-8"))
+            except OSError as error:
+                raise UserError(f"run.{key}: {path} cannot be read ({error.strerror}): name a JSON file") from error
+            except ValueError as error:
+                raise UserError(f"run.{key}: {path} is not valid JSON ({error})") from error
+            if not isinstance(found, dict):
+                raise UserError(f"run.{key}: {path} must hold a JSON object, found {type(found).__name__}")
 
 
 def _try_optimizer(args: TrainingArguments) -> None:
-    """Builds optimizer and schedule for one parameter, so that what is missing or wrong is found before training."""
+    """Build optimizer and schedule for one parameter, so that what is missing or wrong is found before training."""
     if args.optim_args and not all(part.count("=") == 1 for part in args.optim_args.split(",")):
         raise UserError(f"run.optim_args must be key=value pairs with commas between them, found {args.optim_args!r}")
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -156,18 +152,11 @@ def _try_optimizer(args: TrainingArguments) -> None:
             raise ValueError(f"run.optim_args {args.optim_args!r} has no effect on run.optim {name}")
     optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
     schedule, given = SchedulerType(args.lr_scheduler_type), cast("dict[str, Any]", args.lr_scheduler_kwargs or {})
-    function: Any = TYPE_TO_SCHEDULER_FUNCTION[schedule]
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(cast(Any, TYPE_TO_SCHEDULER_FUNCTION[schedule])).parameters
     known = parameters.keys() - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     for name in given if "kwargs" not in known else ():
         if not known:
             raise UserError(f"run.lr_scheduler_type {schedule.value} takes no lr_scheduler_kwargs")
         if name not in known:
             raise UserError(unknown_name("key of run.lr_scheduler_kwargs", str(name), known))
-    get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=optimizer,
-        num_warmup_steps=args.get_warmup_steps(100),
-        num_training_steps=100,
-        scheduler_specific_kwargs=given or None,
-    )
+    get_scheduler(schedule, optimizer, args.get_warmup_steps(100), 100, scheduler_specific_kwargs=given or None)

@@ -72,7 +72,7 @@ class RunFolder:
             yield
 
     def begin(self, cfg: DictConfig) -> None:
-        """Makes the folder and writes `config.yaml`, or sees that the run in it is this one.
+        """Make the folder and write `config.yaml`, or check that the run in it is this one.
 
         Raises UserError, naming the first setting that differs, when the folder holds another run.
         """
@@ -80,38 +80,30 @@ class RunFolder:
             if is_main():
                 save_config(cfg, self.config_path)
         elif self.config_path.is_file():
-            decisive = [
-                {
-                    k: v
-                    for k, v in flat(values).items()
-                    if not FREE.fullmatch(k) and k.removeprefix("run.") not in UNUSED
-                }
-                for values in map(OmegaConf.to_container, (OmegaConf.load(self.config_path), cfg))
-            ]
-            if changes := told_changes(*decisive):
+            both = [flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(self.config_path), cfg)]
+            free = {key for key in {**both[0], **both[1]} if FREE.fullmatch(key) or key.removeprefix("run.") in UNUSED}
+            if changes := told_changes(*({key: one[key] for key in one.keys() - free} for one in both)):
                 raise UserError(
                     f"{self.path} holds a run with another configuration: {changes}; set it back to continue, or name "
                     "another run.output_dir to begin anew"
                 )
         else:
-            raise UserError(
-                f"{self.path} holds a model that no run made there: name another folder with run.output_dir"
-            )
+            made = f"{self.path} holds a model that no run made there"
+            raise UserError(f"{made}: name another folder with run.output_dir")
 
     def last_checkpoint(self) -> Path | None:
-        """The complete checkpoint of the most steps, None when there is none."""
-        found = self.checkpoints()
-        return found[-1] if found else None
+        """Return the complete checkpoint of the most steps, None when there is none."""
+        return next(reversed(self.checkpoints()), None)
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, by their steps."""
+        """List the complete checkpoints, by their steps."""
         if not self.path.is_dir():
             return []
         found = [(int(match[1]), entry) for entry in self.path.iterdir() if (match := CHECKPOINT.fullmatch(entry.name))]
         return [entry for _, entry in sorted(found) if (entry / STATE).is_file()]
 
     def refusal(self, checkpoint: Path, fault: str) -> str:
-        """A sentence that `checkpoint` cannot be continued from, and from which other one the run can."""
+        """Word that `checkpoint` cannot be continued from, and from which other one the run can."""
         whole = [one for one in self.checkpoints() if one.resolve() != checkpoint.resolve() and damage(one) is None]
         if whole:
             advice = f"the last whole checkpoint is {whole[-1]}: remove {checkpoint.name} to continue from it"
@@ -120,11 +112,11 @@ class RunFolder:
         return f"{checkpoint} cannot be continued from: {fault}; {advice}"
 
     def is_finished(self) -> bool:
-        """Whether the trained model is here: its config.json is moved in last."""
+        """Check whether the trained model is here: its config.json is moved in last."""
         return (self.path / "config.json").is_file()
 
     def rewind_log(self, step: int) -> None:
-        """Drops the log's lines of steps after `step`: they are about to be made again."""
+        """Drop the log's lines of steps after `step`: they are about to be made again."""
         if not self.log_path.is_file():
             return
         lines = self.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -133,7 +125,7 @@ class RunFolder:
         write_text(self.log_path, "".join(kept))
 
     def append_log(self, line: Mapping[str, Any]) -> None:
-        """One line of `log.jsonl`."""
+        """Append one line to `log.jsonl`."""
         with self.log_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
@@ -160,9 +152,8 @@ class RunFolder:
             if is_main():
                 shutil.rmtree(self._partial, ignore_errors=True)
             last = self.last_checkpoint()
-            kept = (
-                f"{last.name} before it is whole: run again to continue from it" if last else "run again to begin anew"
-            )
+            kept = f"{last.name} before it is whole: run again to continue from it" if last else ""
+            kept = kept or "run again to begin anew"
             cause = "another process could not write its part" if error is None else sentence(error)
             raise UserError(f"checkpoint-{step} could not be written to {self.path} ({cause}); {kept}") from error
         if is_main():
@@ -176,13 +167,11 @@ class RunFolder:
         wait_for_all()
 
     def place_final(self, folder: Path) -> None:
-        """Moves a complete model's files from `folder` into the run's own, config.json last. On the main process."""
+        """Move a complete model's files from `folder` into the run's own, config.json last. On the main process."""
         _flush(folder)
-        entries = sorted(folder.iterdir(), key=lambda entry: entry.name == "config.json")
-        for entry in entries:
-            target = self.path / entry.name
-            _remove(target)
-            os.replace(entry, target)
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "config.json"):
+            _remove(self.path / entry.name)
+            os.replace(entry, self.path / entry.name)
         folder.rmdir()
 
 
@@ -214,7 +203,7 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
 
 
 def _flush(folder: Path) -> None:
-    """Until here a power cut may lose the files; from here on it does not."""
+    """Have the system write the files to the disk: a power cut afterwards loses none."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -224,7 +213,7 @@ def _flush(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Takes a folder out of sight first, so that one half deleted is never taken for whole."""
+    """Remove a folder if it is one, hidden first, so that one half deleted is never taken for whole."""
     if path.is_dir() and not path.is_symlink():
         hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)

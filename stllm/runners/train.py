@@ -5,7 +5,12 @@ configuration -> task (data sets, prompts, model) -> trainer -> checkpoints, log
 
 import logging
 import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,15 +28,42 @@ from stllm.common.registry import runners
 from stllm.datasets.collate import MEDIA_FIELDS
 from stllm.datasets.samples import BadSampleLog, SampleKey
 from stllm.runners.run_folder import RunFolder
-from stllm.runners.signals import StopRequest
 from stllm.runners.trainer import STLLMTrainer
 
 log = logging.getLogger(__name__)
 
 
+@contextmanager
+def stopping_at_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM within the block, for the trainer to finish its step and write a checkpoint.
+
+    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is changed.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if not received:
+            received.append(number)
+            log.info("%s: finishing this step, then a checkpoint is written", signal.Signals(number).name)
+        elif number == signal.SIGINT:  # a launcher may well send SIGTERM twice
+            raise KeyboardInterrupt
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @runners.register("trainer", "runner_base")
-def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest) -> int:
-    """Trains the task's model on transformers' Trainer. Raises UserError; returns the exit code."""
+def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[int]) -> int:
+    """Train the task's model on transformers' Trainer. Raises UserError; returns the exit code.
+
+    stop: the signals received so far, see `stopping_at_signals`.
+    """
     disable_progress_bar()  # of transformers, at every checkpoint
     folder = RunFolder(str(args.output_dir))
     with folder.locked():
@@ -43,7 +75,14 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
         sampler = task.sampler(
             batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
         )
-        model = task.build_model(device=_home(args), **_dtypes(args))
+        # What is frozen is in half precision; what trains stays in float32 and is computed on in half (autocast). FSDP
+        # shards units of one type, so there everything is float32 until it computes; DeepSpeed keeps its own masters.
+        half = None if args.fsdp else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        model = task.build_model(
+            device=torch.device("cpu") if args.fsdp or args.deepspeed else args.device,  # divided among several later
+            dtype=half or torch.float32,
+            trained_dtype=torch.float32 if half and not args.deepspeed else None,
+        )
         if args.ddp_find_unused_parameters is None and args.world_size > 1 and not args.fsdp and not args.deepspeed:
             args.ddp_find_unused_parameters = some_parts_idle(task, model, args)
         if args.deepspeed:
@@ -67,14 +106,14 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: StopRequest
             trainer.resume(checkpoint)
             log.info("continuing from %s", checkpoint)
         if is_main():
-            folder.rewind_log(trainer.logged_step)
+            folder.rewind_log(trainer.meter.step)
         seed_everything((args.seed + args.process_index) % 2**32)  # processes must not draw the same dropout
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if trainer.stopping and trainer.state.global_step < trainer.state.max_steps:
             step = trainer.state.global_step
             again = "the same command" if _continues(args) else "the same command without run.resume_from_checkpoint"
             log.info("stopped at step %d; checkpoint-%d is written: %s continues from it", step, step, again)
-            return stop.exit_code
+            return 128 + (stop[0] if stop else signal.SIGINT)  # as shells have it; the signal may be another process's
         _finish(task, trainer, folder)
         return 0
 
@@ -131,22 +170,6 @@ def _checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
 def _continues(args: TrainingArguments) -> bool:
     """False when run.resume_from_checkpoint is False: the run must start anew."""
     return str(args.resume_from_checkpoint).lower() != "false"
-
-
-def _dtypes(args: TrainingArguments) -> dict[str, Any]:
-    """Half precision for what is frozen; what trains stays in float32 and is computed on in half (autocast).
-
-    FSDP shards units of one type, so there everything is float32 until it computes; DeepSpeed keeps its own masters.
-    """
-    half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    if half is None or args.fsdp:
-        return {"dtype": torch.float32, "trained_dtype": None}
-    return {"dtype": half, "trained_dtype": None if args.deepspeed else torch.float32}
-
-
-def _home(args: TrainingArguments) -> torch.device:
-    """Where the model is filled: on its device, unless it will be divided among several."""
-    return torch.device("cpu") if args.fsdp or args.deepspeed else args.device
 
 
 def _finish(task: Any, trainer: STLLMTrainer, folder: RunFolder) -> None:

@@ -6,8 +6,11 @@ The loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision are transform
 import json
 import logging
 import math
+import resource
+import sys
+import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,36 +21,81 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from stllm.common.distributed import gathered, is_distributed
+from stllm.common.distributed import end_with_parent, gathered, is_distributed
 from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.common.files import check_regular, write_text
 from stllm.common.jsonl import loads
-from stllm.common.processes import end_with_parent
 from stllm.datasets.mixture import MixtureSampler
 from stllm.datasets.samples import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED
 from stllm.models.checkpoints.load import restore
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
-from stllm.runners.meter import StepMeter
 from stllm.runners.run_folder import STATE, RunFolder, damage
-from stllm.runners.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
 PROJECTION = "projection."
 SHOWN = ("loss", "loss_lm", "loss_mvm", "accuracy", "learning_rate", "samples_per_second")
+MEASURED = ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy")  # of each micro-batch, where it has them
+
+
+class StepMeter:
+    """Sums over the micro-batches since the last line of the log. device: where the losses are; step: of that line."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.step = device, 0
+        # in float64: float32 sums of long windows would show; not on Apple's GPU, which lacks it
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sums = torch.zeros(len(MEASURED), dtype=self.dtype, device=self.device)
+        self.counts = [0] * len(MEASURED)  # micro-batches that had the figure
+        self.started, self.samples = time.perf_counter(), 0
+
+    def add(self, figures: Mapping[str, Any], samples: int) -> None:
+        """Add one micro-batch of this process. figures: those in MEASURED, scalars; None or absent where it has none.
+
+        Nothing here waits for the device.
+        """
+        values = [figures.get(name) for name in MEASURED]
+        known = [
+            torch.as_tensor(0 if value is None else value, dtype=self.dtype, device=self.device) for value in values
+        ]
+        self.sums += torch.stack(known).detach()
+        self.counts = [count + (value is not None) for count, value in zip(self.counts, values, strict=True)]
+        self.samples += samples
+
+    def read(self, step: int) -> dict[str, float | None]:
+        """Return the figures up to this step, the same on every process, and begin anew. A collective call.
+
+        Losses are means over the optimizer steps, loss = loss_lm + loss_mvm; the others are means over micro-batches.
+        A figure that no micro-batch had is None.
+        """
+        totals = torch.cat([self.sums, torch.tensor(self.counts, dtype=self.dtype, device=self.device)])
+        world = dist.get_world_size() if is_distributed() else 1
+        if is_distributed():
+            dist.all_reduce(totals)
+        sums, counts = totals.view(2, -1).tolist()
+        steps = max(step - self.step, 1) * world
+        figures: dict[str, float | None] = {
+            name: total / (steps if name.startswith("loss") else count) if count else None
+            for name, total, count in zip(MEASURED, sums, counts, strict=True)
+        }
+        figures["samples_per_second"] = self.samples * world / max(time.perf_counter() - self.started, 1e-9)
+        if self.device.type == "cuda":  # MiB that torch allocated, elsewhere that this process took
+            figures["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            figures["peak_memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
+        self.step = step
+        self._begin()
+        return figures
 
 
 class KeyedLoader(DataLoader[Any]):
@@ -65,7 +113,7 @@ class STLLMTrainer(Trainer):
     model: returns loss_lm (and loss_mvm), or a loss without parts; accuracy, too, where it has one.
     collator: list of samples -> model arguments, and `names` and `failures`. processor: its tokenizers are saved beside
     the model, None: there are none. folder: where checkpoints and log go.
-    bad_samples: counts what could not be read and stops the run when it is too much. stop: a signal's request.
+    bad_samples: counts what could not be read and stops the run when it is too much. stop: the signals received.
     resume_only_model: continue with a checkpoint's weights and step; optimizer and random state begin anew.
     """
 
@@ -80,7 +128,7 @@ class STLLMTrainer(Trainer):
         processor: PromptProcessor | None,
         folder: RunFolder,
         bad_samples: BadSampleLog,
-        stop: StopRequest,
+        stop: Sequence[int],
         projection_lr: float | None = None,
         resume_only_model: bool = False,
     ) -> None:
@@ -92,13 +140,12 @@ class STLLMTrainer(Trainer):
         self.meter = StepMeter(args.device)
         self.stopping = False  # as agreed on by all processes
         self.new_failures: list[Any] = []
-        self.logged_step = 0
         self._save_to: Path | None = None
         self.progress = Progress()
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         self.add_callback(self.progress)
-        self.add_callback(_Stopper(self))
+        self.add_callback(_Flow(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         """On CPUs accelerate makes DDP of FSDP without a word, though gloo can shard: there it is told otherwise."""
@@ -137,26 +184,18 @@ class STLLMTrainer(Trainer):
         self.new_failures += inputs["failures"]
         outputs = model(**batch, num_items_in_batch=num_items_in_batch)
         world = self.accelerator.num_processes  # gradients are averaged over processes, and the sum is wanted
-        told = outputs.get("loss_lm")
-        loss = (outputs["loss"] if told is None else told) * (1 if num_items_in_batch is None else world)
-        loss_lm = None if told is None else loss
-        loss_mvm = outputs.get("loss_mvm")
+        loss_lm, loss_mvm = outputs.get("loss_lm"), outputs.get("loss_mvm")
+        loss = (outputs["loss"] if loss_lm is None else loss_lm) * (1 if num_items_in_batch is None else world)
+        figures = {**outputs, "loss_lm": None if loss_lm is None else loss}
         if loss_mvm is not None:
-            loss_mvm = loss_mvm / self.current_gradient_accumulation_steps
-            loss = loss + loss_mvm
+            figures["loss_mvm"] = loss_mvm / self.current_gradient_accumulation_steps
+            loss = loss + figures["loss_mvm"]
         self._agree(loss, inputs["names"])
-        self.meter.add(
-            loss=loss,
-            loss_lm=loss_lm,
-            loss_mvm=loss_mvm,
-            kept_visual_tokens=outputs.get("kept_visual_tokens"),
-            accuracy=outputs.get("accuracy"),
-            samples=len(inputs["names"]),
-        )
+        self.meter.add({**figures, "loss": loss}, samples=len(inputs["names"]))
         return (loss, outputs) if return_outputs else loss
 
     def _agree(self, loss: Tensor, names: list[str]) -> None:
-        """All processes stop together: at a loss that is no number, which raises UserError, or at a signal."""
+        """Have all processes stop together: at a loss that is no number, which raises UserError, or at a signal."""
         flags = torch.stack([~loss.detach().isfinite().all(), torch.tensor(bool(self.stop), device=loss.device)]).int()
         own = bool(flags[0])
         if is_distributed():
@@ -202,34 +241,27 @@ class STLLMTrainer(Trainer):
     # ---- the log ------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A line of log.jsonl a logging step; all processes come here together."""
+        """Write a line of log.jsonl; all processes come here together.
+
+        Raises UserError on all of them when too many samples could not be read.
+        """
         if "loss" in logs:
-            self._count_failures()
-            logs = {**logs, **self._line(logs)}
-            self.logged_step = self.state.global_step
+            for failure in gathered(self.new_failures):
+                self.bad_samples.add(failure)
+            self.new_failures = []
+            step = self.state.global_step
+            self.bad_samples.check(step * self.args.gradient_accumulation_steps * self.global_batch)
+            figures: dict[str, Any] = {
+                **self.meter.read(step),
+                "learning_rate": logs.get("learning_rate"),
+                "grad_norm": logs.get("grad_norm"),
+                "skipped_samples": self.bad_samples.total,
+            }
+            if self.is_world_process_zero():
+                self.folder.append_log({"step": step, "epoch": self.state.epoch, **figures})
+                self.progress.show(step, self.state.max_steps, figures)
+            logs = {**logs, **figures}
         super().log({key: value for key, value in logs.items() if value is not None}, start_time)
-
-    def _line(self, logs: Mapping[str, Any]) -> dict[str, Any]:
-        figures = self.meter.read(self.state.global_step - self.logged_step)
-        line = {
-            "step": self.state.global_step,
-            "epoch": self.state.epoch,
-            **figures,
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": logs.get("grad_norm"),
-            "skipped_samples": self.bad_samples.total,
-        }
-        if self.is_world_process_zero():
-            self.folder.append_log(line)
-            self.progress.show(self.state.global_step, self.state.max_steps, line)
-        return {key: value for key, value in line.items() if key not in ("step", "epoch")}
-
-    def _count_failures(self) -> None:
-        """Adds all processes' unreadable samples; raises UserError on all of them when they are too many."""
-        for failure in gathered(self.new_failures):
-            self.bad_samples.add(failure)
-        self.new_failures = []
-        self.bad_samples.check(self.state.global_step * self.args.gradient_accumulation_steps * self.global_batch)
 
     @property
     def global_batch(self) -> int:
@@ -239,9 +271,7 @@ class STLLMTrainer(Trainer):
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """transformers' checkpoint and our own state, whole or not there."""
-        self.meter.gather()
-        self._count_failures()
+        """Write transformers' checkpoint and our own state, all of it or nothing. The log has a line of this step."""
         step = self.state.global_step
         with self.folder.new_checkpoint(step, limit=self.args.save_total_limit) as partial:
             self._save_to = partial
@@ -250,23 +280,19 @@ class STLLMTrainer(Trainer):
             finally:
                 self._save_to = None
             if self.is_world_process_zero():
-                write_text(partial / f"checkpoint-{step}" / RUN_STATE, json.dumps(self._run_state()))
+                state = {
+                    "bad_samples": self.bad_samples.state_dict(),
+                    "global_batch": self.global_batch,
+                    "num_processes": self.accelerator.num_processes,
+                    "model_only": self.args.save_only_model,
+                }
+                write_text(partial / f"checkpoint-{step}" / RUN_STATE, json.dumps(state))
 
-    def _run_state(self) -> dict[str, Any]:
-        return {
-            "meter": self.meter.state_dict(),
-            "logged_step": self.logged_step,
-            "bad_samples": self.bad_samples.state_dict(),
-            "global_batch": self.global_batch,
-            "num_processes": self.accelerator.num_processes,
-            "model_only": self.args.save_only_model,
-        }
+    def resume(self, checkpoint: Path) -> int:
+        """Restore our own state from a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
 
-    def resume(self, checkpoint: Path) -> None:
-        """Restores our own state from a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
-
-        Raises UserError when the batches would be others, for a damaged checkpoint, and for one that lacks a state,
-        unless `resume_only_model`.
+        Returns the checkpoint's step. Raises UserError when the batches would be others, for a damaged checkpoint, and
+        for one that lacks a state, unless `resume_only_model`.
         """
         check_regular(checkpoint, "a checkpoint")
         fault = damage(checkpoint, only_model=self.resume_only_model)
@@ -276,43 +302,40 @@ class STLLMTrainer(Trainer):
             raise UserError(self.folder.refusal(checkpoint, fault))
         with self._reading(checkpoint, RUN_STATE):
             state = loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
-            self._take_run_state(checkpoint, state)
+            self._check_whole(checkpoint, state)
+            found, expected = self.global_batch, state["global_batch"]
+            if found != expected:
+                raise UserError(
+                    f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}, so "
+                    f"the run would see others: set run.per_device_train_batch_size to {expected} over the processes' "
+                    "number"
+                )
+            self.bad_samples.load_state_dict(state["bad_samples"])
         with self._reading(checkpoint, STATE):
             TrainerState.load_from_json(str(checkpoint / STATE))
-            int(loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+            self.meter.step = int(loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
+        return self.meter.step
 
-    def _take_run_state(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    def _check_whole(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Raises UserError when the checkpoint lacks a file of the state that a run continues with."""
+        if self.resume_only_model:
+            return
         only_model = "run.resume_only_model=True continues with its weights, but with a new optimizer state"
-        if state.get("model_only") and not self.resume_only_model:
+        if state.get("model_only"):
             raise UserError(
                 f"{checkpoint} holds the model alone (run.save_only_model), so a run cannot continue from it: name "
                 f"another run.output_dir, and the checkpoint as model.ckpt to start from its weights; {only_model}"
             )
-        lacking = [] if self.resume_only_model else self._lacking(checkpoint, state)
-        if lacking:
-            raise UserError(self.folder.refusal(checkpoint, f"{lacking[0]} is missing ({only_model})"))
-        found, expected = self.global_batch, state["global_batch"]
-        if found != expected:
-            raise UserError(
-                f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}, so the "
-                f"run would see others: set run.per_device_train_batch_size to {expected} over the processes' number"
-            )
-        if self.is_world_process_zero():
-            self.meter.load_state_dict(state["meter"])
-        self.logged_step = state["logged_step"]
-        self.bad_samples.load_state_dict(state["bad_samples"])
-
-    def _lacking(self, checkpoint: Path, state: Mapping[str, Any]) -> list[str]:
-        """The states that the checkpoint lacks; FSDP and DeepSpeed have optimizer files of their own."""
         names = ["scheduler.pt"]
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # these have optimizer files of their own
             names.insert(0, "optimizer.pt")
         if self.accelerator.scaler is not None:
             names.append("scaler.pt")
         processes = self.accelerator.num_processes
         if state.get("num_processes", processes) == processes:  # else there is no random state for each of these
             names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
-        return [name for name in names if not (checkpoint / name).is_file()]
+        if lacking := [name for name in names if not (checkpoint / name).is_file()]:
+            raise UserError(self.folder.refusal(checkpoint, f"{lacking[0]} is missing ({only_model})"))
 
     @contextmanager
     def _reading(self, checkpoint: str | Path, files: str) -> Iterator[None]:
@@ -330,11 +353,10 @@ class STLLMTrainer(Trainer):
             with self._reading(checkpoint or "", "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)
             return
-        step = int(loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["global_step"])
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # under accelerate's, if it is there
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch: the optimizer has made no step yet
-            for _ in range(step):
+            for _ in range(self.meter.step):  # of the checkpoint
                 schedule.step()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -405,61 +427,48 @@ def parameter_groups(
             own_rate = projection_lr is not None and PROJECTION in name and "adapter" not in name
             groups.setdefault((own_rate, name in decayed), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr": projection_lr if own_rate else learning_rate,
-        }
-        for (own_rate, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        {"params": groups[key], "weight_decay": weight_decay * key[1], "lr": projection_lr if key[0] else learning_rate}
+        for key in sorted(groups)
     ]
 
 
 class Progress(TrainerCallback):
     """A bar of optimizer steps with the losses and the samples a second; a line where the output is no terminal."""
 
-    def __init__(self) -> None:
-        self.bar: Any = None
+    bar: Any = None  # on the main process
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """A bar of all steps, begun where the run is continued."""
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Show a bar of all steps, begun where the run is continued."""
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc="training",
-                unit="step",
-                disable=args.disable_tqdm or None,  # None: no bar where the output is no terminal
-            )
+            hidden = args.disable_tqdm or None  # None: no bar where the output is no terminal
+            done, total = state.global_step, state.max_steps
+            self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=hidden)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """One step more."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n if not self.bar.disable else 0)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Move the bar on."""
+        if self.bar is not None and not self.bar.disable:
+            self.bar.update(state.global_step - self.bar.n)
 
     def show(self, step: int, max_steps: int, figures: Mapping[str, Any]) -> None:
-        """The figures of a line of the log."""
-        if self.bar is None:
-            return
+        """Show the figures of a line of the log."""
         words = {name.replace("_", " "): f"{figures[name]:.4g}" for name in SHOWN if figures.get(name) is not None}
-        if self.bar.disable:
-            log.info(
-                "step %d of %d: %s", step, max_steps, ", ".join(f"{name} {value}" for name, value in words.items())
-            )
-        else:
+        if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix(words)
+        elif self.bar is not None:
+            text = ", ".join(f"{name} {value}" for name, value in words.items())
+            log.info("step %d of %d: %s", step, max_steps, text)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leaves the finished bar standing."""
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Leave the finished bar standing."""
         if self.bar is not None:
             self.bar.close()
 
 
-class _Stopper(TrainerCallback):
-    """Ends the run after a step, with a checkpoint, when a signal asked for it."""
+class _Flow(TrainerCallback):
+    """A checkpoint and the end when a signal asked for it, and a line of the log at each checkpoint.
+
+    A run that continues from a checkpoint thus begins with a new line, and logs what an uninterrupted one does.
+    """
 
     def __init__(self, trainer: STLLMTrainer) -> None:
         self.trainer = trainer
@@ -467,3 +476,7 @@ class _Stopper(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.stopping:
             control.should_save = control.should_training_stop = True
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_save

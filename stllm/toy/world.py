@@ -24,9 +24,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from stllm.common.distributed import mapping, one_a_core
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
-from stllm.common.processes import mapping, one_a_core
 from stllm.toy.annotations import (
     TELLING,
     Fields,

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from stllm.common.processes import end_with_parent
+from stllm.common.distributed import end_with_parent
 from tests.helpers.evaluation import CHECKPOINT, arguments
 from tests.helpers.training import ROOT, command, write_recipe
 from tests.helpers.videos import write_video

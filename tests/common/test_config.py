@@ -4,13 +4,14 @@ import dataclasses
 import logging
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from stllm.common.config import flat, load_config, model_settings, model_types, save_config, told_changes
+from stllm.common.config import flat, load_config, model_types, save_config, told_changes
 from stllm.common.errors import UserError
 from stllm.common.registry import Registry
 from stllm.common.schema import ModelSettings, RunSettings
@@ -86,7 +87,7 @@ def message(path=None, options=(), model_type="tiny") -> str:
 def test_a_published_recipe_loads_as_it_is(write, caplog) -> None:
     caplog.set_level(logging.INFO)
     cfg = load_config(write(PUBLISHED))
-    model = model_settings(cfg)
+    model: Any = OmegaConf.to_object(cfg.model)
     assert isinstance(model, ModelSettings)
     assert (model.video_input, model.use_mask, model.freeze_LLM) == ("residual", True, False)
     assert model.ckpt == model.q_former_model == "/weights/instruct_blip_vicuna7b_trimmed.pth"

@@ -16,10 +16,29 @@ from transformers.utils import logging as transformers_logging
 from stllm.cli import main
 from stllm.common.config import load_config
 from stllm.common.errors import UserError
-from stllm.common.run_section import HONOURED, REFUSED, RENAMED, SWITCHES, UNUSED, run_keys
+from stllm.common.run_section import REFUSED, RENAMED, SWITCHES, UNUSED, run_keys
 from stllm.common.schema import DatasetSettings, RunSettings
 from stllm.runners.trainer import STLLMTrainer
 from tests.helpers.training import read_log, write_recipe
+
+# arguments of TrainingArguments that our training follows
+HONOURED = {
+    *("output_dir", "seed", "data_seed", "full_determinism", "use_cpu", "resume_from_checkpoint", "ignore_data_skip"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm"),
+    *("log_level", "log_level_replica", "log_on_each_node"),  # of transformers' own messages
+    *("report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+    *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+    *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +295,7 @@ def test_honoured_keys_have_their_effect(trainer_of: Callable[..., STLLMTrainer]
 def test_keys_of_saving_and_logging_have_their_effect(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that saves the model alone, each epoch; it cannot be continued, and says so."""
+    """A run that saves the model alone, each epoch, and logs there; it cannot be continued, and says so."""
     folder = tmp_path / "run"
     options = [
         f"run.output_dir={folder}",
@@ -286,7 +305,8 @@ def test_keys_of_saving_and_logging_have_their_effect(
     assert main(["train", "--cfg-path", str(recipe), "--options", *options]) == 0
     (checkpoint,) = folder.glob("checkpoint-*")
     assert not (checkpoint / "optimizer.pt").exists()
-    assert [line["step"] for line in read_log(folder)] == [1]
+    last = int(checkpoint.name.split("-")[1])
+    assert [line["step"] for line in read_log(folder)] == [1, last // 2, last]
     (folder / "config.json").unlink()
     capsys.readouterr()
     assert main(["train", "--cfg-path", str(recipe), "--options", *options]) == 1
