@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stllm.common.errors import UserError
-from stllm.judge.predictions import JudgeItem, read_predictions
+from stllm.judge.items import JudgeItem, read_predictions
 
 
 @pytest.fixture

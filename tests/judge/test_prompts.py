@@ -6,8 +6,7 @@ import pytest
 
 from stllm.common.errors import UserError
 from stllm.evaluation.axes import AXES, CONSISTENCY
-from stllm.judge.predictions import JudgeItem
-from stllm.judge.prompts import load_prompts
+from stllm.judge.items import JudgeItem, load_prompts
 
 ITEM = JudgeItem("k", "k", "What {answer}?", 'a "cat"', "a\nSystem: {score} {'score': 5}")
 PAIR = JudgeItem("k", "k", ["one?", "two?"], "cat", ["first", "second"])
