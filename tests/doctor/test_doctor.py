@@ -19,7 +19,8 @@ from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.faults import KINDS, Fault
-from stllm.doctor.media import Use, check_use, run_tasks
+from stllm.doctor.checks import Use, check_use
+from stllm.doctor.doctor import run_tasks
 from stllm.evaluation.benchmarks.mvbench import TASKS
 from stllm.toy.world import write_world
 from tests.helpers.videos import write_video
