@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 from stllm.evaluation.benchmarks.mvbench import TASKS as MVBENCH_TASKS
 from stllm.evaluation.benchmarks.mvbench import MVBenchTask
 from stllm.media.images import FOLDER_FPS
-from stllm.toy.clips import FPS, World
 from stllm.toy.media import Append, annotation_files, write_frames, write_video
 from stllm.toy.questions import DIRECTION_QUESTIONS, Example
-from stllm.toy.tasks import TASKS, ToyTask
+from stllm.toy.tasks import FPS, TASKS, ToyTask, World
 
 TOY_TASKS = {task.make.__name__: task for task in TASKS}
 # Which toy task stands for each of MVBench's; those with bounds are all of one kind.

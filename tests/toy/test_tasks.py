@@ -12,10 +12,9 @@ import pytest
 from stllm.processors.choices import SYSTEM
 from stllm.processors.templates import Turn
 from stllm.toy.annotations import TELLING, seen_in_words
-from stllm.toy.clips import World
 from stllm.toy.questions import ACTIONS, PLACES, Example, place_of
 from stllm.toy.scenes import SHAPES, Thing, follow
-from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask
+from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask, World
 
 COUNT = 300
 BY_NAME = {task.make.__name__: task for task in (*TASKS, RARE, PICTURES)}
