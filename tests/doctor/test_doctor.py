@@ -508,8 +508,7 @@ def test_a_question_longer_than_the_model_is_named(tmp_path, video, capsys) -> N
     pair = {"i": "", "q": "why", "a": "a square moves"}
     long, half = {**pair, "q": "why " * 3000}, {**pair, "q": "why " * 350}
     anno = write_json(
-        tmp_path / "train.json",
-        [{"video": "a.mp4", "QA": [pair, long]}, {"video": "a.mp4", "QA": [half, half]}],
+        tmp_path / "train.json", [{"video": "a.mp4", "QA": [pair, long]}, {"video": "a.mp4", "QA": [half, half]}]
     )
     report = doctor(capsys, "--anno-path", anno, "--format", "vc2")
     (fault,) = report["faults"]

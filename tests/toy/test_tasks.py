@@ -83,11 +83,7 @@ def test_movers_stand_in_the_middle_frame_where_others_stand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reverse"),
-    [
-        ("moving_direction", {"left": "right", "up": "down"}),
-        ("scene_transition", None),
-    ],
+    ("name", "reverse"), [("moving_direction", {"left": "right", "up": "down"}), ("scene_transition", None)]
 )
 def test_the_answer_backwards_is_an_option(name: str, reverse: dict[str, str] | None) -> None:
     for example in drawn(name, 60):
