@@ -12,8 +12,7 @@ settings.load_profile("unhurried")
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small toy world, made once."""
-    from stllm.toy.language import LLAMA
-    from stllm.toy.world import write_world
+    from stllm.toy.world import LLAMA, write_world
 
     folder = tmp_path_factory.mktemp("toy") / "world"
     with pytest.MonkeyPatch.context() as patch:  # less sharp than the recipes': two runs' rounding stays rounding

@@ -20,13 +20,13 @@ def add_options(parser: Parser) -> None:
     )
     group = parser.add_argument_group("the judge")
     group.add_argument(
-        "--model", metavar="NAME", help="the endpoint's name of it, or local:PATH for one on this machine"
+        "--model", metavar="NAME", help="the model's name at the endpoint, or local:PATH for a model on this machine"
     )
     group.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OpenAI's)")
     group.add_argument(
         "--api-key-env",
         metavar="NAME",
-        help="the environment variable that holds the key (default: OPENAI_API_KEY for OpenAI's, none for others)",
+        help="the environment variable that holds the key (default: OPENAI_API_KEY for OpenAI, none for other servers)",
     )
     group.add_argument(
         "--concurrency", type=whole(1), default=8, metavar="N", help="items asked at once; local: a batch (default: 8)"

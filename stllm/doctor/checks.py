@@ -1,81 +1,65 @@
-"""What can be wrong with a file of training data: its records, their lengths, and media of two kinds in one file."""
+"""Checks of one thing at a time: a record of training data, a medium, an image-text shard, a folder of features."""
 
+import logging
+import os
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+from stllm.common.errors import UserError
 from stllm.common.files import user_path
+from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import EXPECTED, AnnotationError, Fields, question_fault, text_of, turns_of
 from stllm.datasets.faults import Fault, Finding, Medium, Pairs, check_bounds, check_name, records_of
+from stllm.datasets.features import FeatureStore
+from stllm.datasets.image_text import caption_of
 from stllm.datasets.samples import TOO_LONG, LengthCheck, Sample, SampleKey
+from stllm.datasets.shards import ABSENT, Content, ShardReader
+from stllm.media import info as media_info
+from stllm.media.images import decode_image
+from stllm.media.info import MediaError
+from stllm.media.open import open_media
+from stllm.media.sampling import Bounds, sample_indices
+from stllm.media.time_bound import keep_reading, read_within
 
 MEDIA_KEYS = ("video", "image")
-SHORT = 3  # words; longer answers may differ and both be right
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """The length check of a record, and the settings by which training makes its text.
-
-    check: the model's own, or `at_least_words`. num_frames: of a video. multi_turn: all pairs of a record are one
-    conversation. instruction: the texts of which training draws one for a pair without an instruction.
-    """
-
-    check: LengthCheck
-    num_frames: int = 0
-    multi_turn: bool = False
-    instruction: tuple[str, ...] = ()
-
-    def faults(self, fields: Fields, where: str, media: str | None) -> Iterator[Fault]:
-        """A fault for each sample of the record that is too long. media: "video", "image", or None for text alone."""
-        try:
-            turns = [turn for turn in turns_of(fields, where) if turn.answer is not None]
-        except AnnotationError:  # `check_training` reports it
-            return
-        longest = max(self.instruction, key=len, default="")
-        turns = [turn if turn.instruction else replace(turn, instruction=longest) for turn in turns]
-        later = [replace(turn, instruction="") for turn in turns[1:]]
-        samples = [(turns[0], *later)] if self.multi_turn else [(turn,) for turn in turns]
-        num_frames = {"video": self.num_frames, "image": 1}.get(media or "", 0)
-        for number, sample in enumerate(samples, start=1):
-            try:
-                self.check(Sample(SampleKey(0, 0, 0, 0), where, sample, media), num_frames)
-            except AnnotationError as error:  # noqa: PERF203
-                subject = "QA" if self.multi_turn else f"QA {number}"
-                yield Fault(error.cause, where, subject, str(error).removeprefix(f"{where}: "))
-
-
 VICUNA_POSITIONS = 2048  # of the published language model, Vicuna 7B
+SECONDS_OPTION = "--media-seconds"
+SLACK = 1.0  # seconds that an end may lie behind the video's; rounding in annotations explains so much
 
 
-def at_least_words(sample: Sample, num_frames: int) -> None:
-    """A `LengthCheck` without a tokenizer: each word of a question is one token or more.
+# ---- records of training data ---------------------------------------------------------------------------------------
 
-    Answers do not count, as training cuts them; nor do visual tokens.
+
+def training_findings(settings: DatasetSettings, check: LengthCheck) -> Iterator[Finding]:
+    """Yield the faults and media of an annotation file: VideoChat2-IT, caption pairs or JSONL.
+
+    settings: of the data set, with `anno_path`; `media` if it holds only that: records of another kind are not checked.
+    check: of the samples' lengths, by the model or by `at_least_words`.
     """
-    found = sum(len(f"{turn.instruction} {turn.question}".split()) for turn in sample.turns)
-    if found > VICUNA_POSITIONS:
-        raise AnnotationError(
-            f"{sample.name}: the question has {found} words, so at least as many tokens, but Vicuna has "
-            f"{VICUNA_POSITIONS} positions for prompt, answer and visual tokens: shorten it, or check with --cfg-path, "
-            "which counts tokens for your model",
-            cause=TOO_LONG,
-        )
+    file = user_path(settings.anno_path or "")
+    found: set[str | None] = set()
+    for where, fields in records_of(file, EXPECTED, ("QA", "caption")):
+        for finding in [fields] if isinstance(fields, Fault) else _record_findings(fields, where, settings, check):
+            found.add(finding.expects if isinstance(finding, Medium) else None)
+            yield finding
+    if not found:
+        sentence = f"found no {settings.media} record; name another file or medium"
+        yield Fault("annotation", str(file), "file", sentence)
+    if len(found - {None}) > 1:
+        sentence = "found videos and images in one file; name it in two entries, one with media: video, one with image"
+        yield Fault("annotation", str(file), "file", sentence)
 
 
-def check_training(
-    fields: Fields, where: str, *, media: str | None = None, lengths: Lengths | None = None
-) -> Iterator[Finding]:
-    """A record of VideoChat2-IT, of caption pairs or of JSONL.
-
-    media: "video", "image" or "text" when the data set is of that alone: records of another kind are not checked.
-    """
+def _record_findings(fields: Fields, where: str, settings: DatasetSettings, check: LengthCheck) -> Iterator[Finding]:
+    media = settings.media
     kind = next((key for key in MEDIA_KEYS if fields.get(key) is not None), None)
     if media is not None and kind is not None and kind != media:
         return
     pairs = yield from _training_pairs(fields, where)
-    if lengths is not None:
-        yield from lengths.faults(fields, where, None if media == "text" else kind)
+    yield from _too_long(fields, where, None if media == "text" else kind, settings, check)
     bounds = yield from check_bounds(fields, where)
     if media == "text":
         yield Medium(where, "", "text", pairs=pairs)
@@ -113,63 +97,205 @@ def _training_pairs(fields: Fields, where: str) -> Generator[Finding, None, Pair
     return tuple(answered)
 
 
-@dataclass(frozen=True)
-class Source:
-    """One annotation file of training data to be checked.
+def _too_long(
+    fields: Fields, where: str, media: str | None, settings: DatasetSettings, check: LengthCheck
+) -> Iterator[Fault]:
+    """A fault for each sample of the record that is too long. media: "video", "image", or None for text alone."""
+    try:
+        turns = [turn for turn in turns_of(fields, where) if turn.answer is not None]
+    except AnnotationError:  # `_training_pairs` reports it
+        return
+    longest = max(texts(settings.instruction), key=len, default="")  # training draws one of them
+    turns = [turn if turn.instruction else replace(turn, instruction=longest) for turn in turns]
+    later = [replace(turn, instruction="") for turn in turns[1:]]
+    samples = [(turns[0], *later)] if settings.multi_turn else [(turn,) for turn in turns]
+    num_frames = {"video": settings.num_frames, "image": 1}.get(media or "", 0)
+    for number, sample in enumerate(samples, start=1):
+        try:
+            check(Sample(SampleKey(0, 0, 0, 0), where, sample, media), num_frames)
+        except AnnotationError as error:  # noqa: PERF203
+            subject = "QA" if settings.multi_turn else f"QA {number}"
+            yield Fault(error.cause, where, subject, str(error).removeprefix(f"{where}: "))
 
-    name: of the data set. folder: its media are relative to it, and none may lie outside. fps: of frame folders, where
-    their file names do not show it. features: a folder of precomputed features, read in place of the media.
+
+def at_least_words(sample: Sample, num_frames: int) -> None:
+    """A `LengthCheck` without a tokenizer: each word of a question is one token or more.
+
+    Answers do not count, as training cuts them; nor do visual tokens.
+    """
+    found = sum(len(f"{turn.instruction} {turn.question}".split()) for turn in sample.turns)
+    if found > VICUNA_POSITIONS:
+        raise AnnotationError(
+            f"{sample.name}: the question has {found} words, so at least as many tokens, but Vicuna has "
+            f"{VICUNA_POSITIONS} positions for prompt, answer and visual tokens: shorten it, or check with --cfg-path, "
+            "which counts tokens for your model",
+            cause=TOO_LONG,
+        )
+
+
+# ---- media ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Use:
+    """A medium, and all that records ask of it.
+
+    where: the first record, and how many others. clips: bounds, and the record that has them. rule: the sampling rule
+    (sampling.py) of a benchmark; "" for training data.
     """
 
-    name: str
-    findings: Iterator[Finding]
-    folder: str
+    path: str
+    expects: str
+    where: str
     fps: float | None = None
-    features: str | None = None
+    num_frames: int | None = None
+    num_records: int = 1
+    rule: str = ""
+    clips: list[tuple[Bounds, str]] = field(default_factory=list)
+
+    def fault(self, kind: str, sentence: str) -> Fault:
+        """A fault of the medium, which all its records share."""
+        whose = self.where if self.num_records == 1 else f"{self.where} and {self.num_records - 1} more"
+        return Fault(kind, whose, self.path, sentence)
 
 
-def training_source(
-    name: str,
-    path: str | Path,
-    media_dir: str,
-    *,
-    media: str | None = None,
-    fps: float | None = None,
-    features: str | None = None,
-    lengths: Lengths | None = None,
-) -> Source:
-    """VideoChat2-IT, caption pairs or JSONL.
+def check_use(use: Use, decode: str, media_seconds: float = 0) -> list[Fault]:
+    """Check a medium that is there. decode: "none" of it (its size alone), its "first" frame, or "all".
 
-    media: "video", "image" or "text" when the data set holds only that. lengths: the check of lengths; by default one
-    that needs no tokenizer.
+    media_seconds: the limit on reading it; 0: none. Raises StorageError.
     """
-    file = user_path(path)
-    findings = _checked(file, media, lengths or Lengths(at_least_words))
-    return Source(name, _of_one_medium(findings, file, media), media_dir, fps, features)
+    with _notes() as notes:
+        try:
+            faults = read_within(media_seconds, partial(_look, use, decode), medium=use.path, setting=SECONDS_OPTION)
+        except MediaError as error:
+            faults = [use.fault("unreadable", str(error).removeprefix(f"{use.path}: "))]
+    if any(fault.kind == "unreadable" for fault in faults):  # the notes say the same
+        return faults
+    return faults + [use.fault("unreadable", note) for note in notes]
 
 
-def _of_one_medium(findings: Iterator[Finding], file: Path, media: str | None) -> Iterator[Finding]:
-    """The findings, and a fault at their end when the file as a whole is of no use, or of two."""
-    found: set[str | None] = set()
-    for finding in findings:
-        found.add(finding.expects if isinstance(finding, Medium) else None)
-        yield finding
-    if not found:
-        yield Fault("annotation", str(file), "file", f"found no {media} record; name another file or medium")
-    if len(found - {None}) > 1:
-        sentence = "found videos and images in one file; name it in two entries, one with media: video, one with image"
-        yield Fault("annotation", str(file), "file", sentence)
+def _look(use: Use, decode: str) -> list[Fault]:
+    """See `check_use`. Raises MediaError for a medium that cannot be read."""
+    try:
+        if not os.path.isdir(use.path) and os.path.getsize(use.path) == 0:
+            return [use.fault("empty file", "the file holds 0 bytes; copy or download it again")]
+    except OSError as error:
+        return [use.fault("unreadable", f"it cannot be read ({error.strerror}); check disk and link")]
+    if decode == "none":
+        return []
+    faults = []
+    with open_media(use.path, fps=use.fps) as medium:
+        info = medium.info
+        found = {"image": "an image", "video": "a video", "frames": "a folder"}.get(info.kind)
+        if (use.expects, info.kind) in (("video", "image"), ("image", "video"), ("image", "frames")):
+            expected = "a video" if use.expects == "video" else "an image"
+            faults.append(use.fault("wrong medium", f"found {found}, expected {expected}: correct the record's key"))
+        for bounds, where in use.clips if info.kind != "image" else ():
+            try:
+                rule = use.rule or "middle"
+                sample_indices(rule, num_frames=1, total_frames=info.num_frames, fps=info.fps, bounds=bounds)
+            except UserError as error:
+                faults.append(Fault("bounds", where, use.path, str(error)))
+                continue
+            if info.duration + SLACK < bounds[1] < float("inf"):
+                todo = "it is clamped, as in the official script" if use.rule else "correct it"
+                sentence = f"end is {bounds[1]:g} s, but the video lasts {info.duration:.2f} s: {todo}"
+                faults.append(Fault("bounds", where, use.path, sentence, note=bool(use.rule)))
+        if info.kind == "frames" and use.num_frames is not None and info.num_frames < use.num_frames:
+            sentence = f"found {info.num_frames} frames, but the record says {use.num_frames}: extract them again"
+            faults.append(Fault("unreadable", use.where, use.path, sentence))
+        indices = range(info.first_index, info.first_index + info.num_frames)
+        medium.times(indices[-1:])  # raises when the file ends before its last frame
+        for _ in medium.frames(indices if decode == "all" else indices[:1]):
+            keep_reading()
+    return faults
 
 
-def _checked(path: Path, media: str | None, lengths: Lengths) -> Iterator[Finding]:
-    for where, fields in records_of(path, EXPECTED, ("QA", "caption")):
-        if isinstance(fields, Fault):
-            yield fields
-        else:
-            yield from check_training(fields, where, media=media, lengths=lengths)
+@contextmanager
+def _notes() -> Iterator[list[str]]:
+    """Catches what a reader would only note, such as damage that the decoder mends."""
+    notes: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: notes.append(str(record.args[1]))  # type: ignore[method-assign, index]
+    logger = media_info.logger
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    media_info.warn_once.cache_clear()
+    try:
+        yield notes
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
 
 
-def short_answer(answer: str) -> str | None:
-    """What an answer says, whatever its case and full stop, to compare answers by; None for one of many words."""
-    words = answer.lower().strip(" .!?\"'").split()
-    return " ".join(words) if len(words) <= SHORT else None
+# ---- shards and features --------------------------------------------------------------------------------------------
+
+
+def check_shard(
+    shard: str, *, decode: str, cache_dir: str | Path | None, cache_gb: float | None, media_seconds: float
+) -> list[Fault]:
+    """Check one shard. decode: "none" of its samples (its headers alone), the "first" one, or "all".
+
+    media_seconds: the limit on reading a sample; 0: none.
+    """
+    reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
+    try:
+        index = reader.index(shard)
+    except UserError as error:
+        return [Fault("missing", shard, shard, str(error).removeprefix(f"{shard}: "))]
+    faults = [Fault("unreadable", shard, shard, index.fault.removeprefix(f"{shard}: "))] if index.fault else []
+    if not index.num_samples and not index.fault:
+        sentence = "found no image or caption in it; expected jpg, png or webp with txt or json of the same name"
+        faults.append(Fault("incomplete", shard, shard, sentence))
+
+    def read(sample: int) -> Content:
+        content = reader.read(shard, sample)
+        if content.image is not None:
+            decode_image(content.image, content.name)
+        return content
+
+    num_read = {"none": 0, "first": min(1, index.num_samples), "all": index.num_samples}[decode]
+    for sample in range(index.num_samples):
+        where, entry = f"{shard}, sample {sample + 1}", index.entry(sample)
+        if entry.image == ABSENT:
+            sentence = "the caption has no image beside it; add it, or leave the sample out"
+            faults.append(Fault("incomplete", where, "image", sentence))
+        if entry.caption == ABSENT:
+            sentence = "the image has no txt or json beside it; add it, or leave it out"
+            faults.append(Fault("incomplete", where, "caption", sentence))
+        elif entry.caption_bytes == 0:
+            sentence = "the caption holds 0 bytes; write one, or leave the sample out"
+            faults.append(Fault("empty answer", where, "caption", sentence))
+        if sample >= num_read:
+            continue
+        try:
+            content = read_within(media_seconds, partial(read, sample), medium=where, setting=SECONDS_OPTION)
+        except MediaError as error:
+            faults.append(Fault("unreadable", where, "image", str(error)))
+            continue
+        try:
+            if content.caption:
+                caption_of(content, content.name)
+        except AnnotationError as error:
+            faults.append(Fault("empty answer", where, content.name, str(error).removeprefix(f"{content.name}: ")))
+    reader.close()
+    return faults
+
+
+def check_features(folder: str, keys: list[tuple[str, str]], *, decode: str, media_seconds: float) -> list[Fault]:
+    """Check a folder of features. keys: the clip's key and its record, of each clip that must be there.
+
+    decode: "none" of them, or the tensors of all (they are small). media_seconds: the limit on reading one; 0: none.
+    """
+    try:
+        store = FeatureStore(folder)
+    except UserError as error:
+        return [Fault("missing", folder, folder, str(error).removeprefix(f"{folder}: "))]
+    faults = []
+    for key, where in keys if decode != "none" else ():
+        try:
+            read_within(media_seconds, partial(store.load, key), medium=key, setting=SECONDS_OPTION)
+        except MediaError as error:  # noqa: PERF203
+            kind = "missing" if error.cause == "missing" else "unreadable"
+            faults.append(Fault(kind, where, key, str(error)))
+    return faults

@@ -9,36 +9,39 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from stllm.common.distributed import one_a_core
+from stllm.common.distributed import CHUNK, mapping, one_a_core
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
 from stllm.common.registry import benchmarks
-from stllm.common.schema import MEDIA_SECONDS, DatasetSettings, EvaluationSettings, texts
+from stllm.common.schema import MEDIA_SECONDS, DatasetSettings, EvaluationSettings
 from stllm.datasets.annotations import flatten
 from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key
 from stllm.datasets.samples import LengthCheck
 from stllm.datasets.shards import allow_pipes, expand_shards
-from stllm.doctor.checks import Lengths, Source, at_least_words, training_source
-from stllm.doctor.media import Survey, Task, check_use, run_tasks
-from stllm.doctor.shards import check_features, check_shard
+from stllm.doctor.checks import Use, at_least_words, check_features, check_shard, check_use, training_findings
 from stllm.evaluation.benchmarks.base import Benchmark, read_entries
 from stllm.evaluation.benchmarks.videoqa import ANY
+from stllm.media.find import MediaFinder
 
 MAX_LISTED = 20  # faults of a kind, unless all are asked for
 MAX_WORKERS = 8  # unless more are asked for
+SHORT = 3  # words; longer answers may differ and both be right
+
+Task = Callable[[], list[Fault]]
 
 
 @dataclass
 class Report:
-    """What was looked at, and what was found wrong.
+    """The number of things that were read, and the faults that were found.
 
     data_sets: the number of records of each annotation file, or of shards, by the data set's name.
     """
@@ -53,21 +56,23 @@ class Report:
 
     @property
     def size(self) -> str:
-        """What was looked at, in words."""
-        parts = {"record": self.num_records, "medium": self.num_media, "shard": self.num_shards}
-        plural = {"medium": "media"}
-        words = (f"{count} {name if count == 1 else plural.get(name, name + 's')}" for name, count in parts.items())
-        return ", ".join(word for word, count in zip(words, parts.values(), strict=True) if count) or "no record"
+        """The number of things that were read, in words."""
+        parts = (
+            (self.num_records, "record", "records"),
+            (self.num_media, "medium", "media"),
+            (self.num_shards, "shard", "shards"),
+        )
+        return ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in parts if count) or "no record"
 
-
-def counts(faults: Sequence[Fault]) -> dict[str, int]:
-    """Faults by kind, in the order of KINDS."""
-    kinds = [fault.kind for fault in faults]
-    return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
+    @property
+    def counts(self) -> dict[str, int]:
+        """Faults by kind, in the order of KINDS."""
+        kinds = [fault.kind for fault in self.faults]
+        return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command."""
+    """Run the command; returns its exit code."""
     allow_pipes(args.allow_pipe)
     if args.flatten is not None:
         source, target = args.flatten
@@ -80,94 +85,98 @@ def run(args: argparse.Namespace) -> int:
         return 0
     report = examine(args)
     if args.json:
-        print(json.dumps({**asdict(report), "counts": counts(report.faults)}, ensure_ascii=False, indent=1))
+        print(json.dumps({**asdict(report), "counts": report.counts}, ensure_ascii=False, indent=1))
     else:
         if args.cfg_path is not None:
             print("data sets, with the number of records (of image-text pairs: shards)")
             width = max(map(len, report.data_sets), default=0)
             for name, count in report.data_sets.items():
                 print(f"  {name:{width}} {count:>9,}")
-        for line in listing(report, MAX_LISTED if not args.all else None):
-            print(line)
+        for note in report.notes:
+            print(note)
+        if not report.faults:
+            print(f"nothing found in {report.size}")
+        for kind, count in report.counts.items():
+            print(f"{count} {kind}: {KINDS[kind]}")
+            found = [fault for fault in report.faults if fault.kind == kind]
+            for fault in found if args.all else found[:MAX_LISTED]:
+                subject = "" if fault.subject == fault.where else f" {fault.subject}:"
+                print(f"  {fault.where}:{subject} {fault.sentence}{' (a note)' if fault.note else ''}")
+            if not args.all and count > MAX_LISTED:
+                print(f"  ... and {count - MAX_LISTED} more (--all lists them)")
     faults = [fault for fault in report.faults if not fault.note]
     if not faults:
         return 0
     sys.stdout.flush()  # before the summary, where both go to one place
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts(faults).items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
     print(f"found {len(faults)} faults in {report.size}: {kinds}", file=sys.stderr)
     return 1
 
 
 def examine(args: argparse.Namespace) -> Report:
-    """Reads every record, then opens every medium; see the command's options. Raises UserError for a configuration."""
-    report = Report(decode=args.decode)
-    survey = Survey()
+    """Read every record, then open every medium; see the command's options. Raises UserError for a configuration."""
+    report, survey = Report(decode=args.decode), Survey()
     seconds = args.media_seconds
     if seconds is None:  # all frames of a film take longer than those of a clip
         seconds = 12 * MEDIA_SECONDS if args.decode == "all" else MEDIA_SECONDS
+    limits: dict[str, Any] = {"decode": args.decode, "media_seconds": seconds}
     tasks: list[Task] = []
-    benchmark = ANY if args.format == ANY.name else benchmarks.get(args.format) if args.format in benchmarks else None
-    if benchmark is not None:
-        report.faults += _benchmark(benchmark, args, report, survey)
-    for source in _sources(args, report, tasks, seconds):
-        items = _items(source, report)
-        if source.features is not None:
-            keys = [(clip_key(item.name, item.bounds), item.where) for item in items]
-            tasks.append(partial(check_features, source.features, keys, decode=args.decode, media_seconds=seconds))
+    data_sets: dict[str, DatasetSettings] = {}
+    check: LengthCheck = at_least_words
+    if args.cfg_path is not None:
+        from stllm.common.config import load_config
+        from stllm.datasets.corpora import resolved_settings
+
+        cfg = load_config(args.cfg_path, args.options, model_type="instructblip_vicuna0")
+        data_sets, check = resolved_settings(cfg), _length_check(cfg, report)
+    elif args.format == "shards":
+        data_sets["shards"] = DatasetSettings(type="image_text", shards=args.anno_path)
+    elif args.format == "vc2":
+        folder = args.video_dir or os.path.dirname(args.anno_path) or "."
+        data_sets["vc2"] = DatasetSettings(anno_path=args.anno_path, media_dir=folder)
+    else:
+        benchmark = ANY if args.format == ANY.name else benchmarks.get(args.format)
+        report.faults += _benchmark_faults(benchmark, args, report, survey)
+    for name, settings in data_sets.items():
+        if settings.type == "image_text":
+            shards = expand_shards(settings.shards)
+            report.num_shards += len(shards)
+            if args.cfg_path is not None:
+                report.data_sets[name] = len(shards)
+            limits_and_cache = {**limits, "cache_dir": settings.cache_dir, "cache_gb": settings.cache_gb}
+            tasks += [partial(check_shard, shard, **limits_and_cache) for shard in shards]
             continue
-        for item in items:
-            if item.expects != "text":
-                place = os.path.normpath(os.path.join(source.folder, item.name))
-                found = survey.finder.by_path(item.name, [source.folder]) == place
-                report.faults += survey.add(item, place, found=found, root=source.folder, fps=source.fps)
+        if settings.anno_path is None:
+            report.faults.append(Fault("annotation", name, "anno_path", "none is given; name the annotation file"))
+            continue
+        report.data_sets[name] = 0
+        folder, keys = settings.media_dir or "", []
+        findings = training_findings(settings, check)
+        for finding in tqdm(findings, desc=name, unit=" records", disable=None, delay=1, leave=False):
+            if isinstance(finding, Fault):
+                report.faults.append(finding)
+                continue
+            report.num_records += 1
+            report.data_sets[name] += 1
+            if settings.features_dir is not None:  # read in place of the media
+                keys.append((clip_key(finding.name, finding.bounds), finding.where))
+            elif finding.expects != "text":
+                place = os.path.normpath(os.path.join(folder, finding.name))
+                found = survey.finder.by_path(finding.name, [folder]) == place
+                report.faults += survey.add(finding, place, found=found, root=folder, fps=settings.fps)
+        if settings.features_dir is not None:
+            tasks.append(partial(check_features, settings.features_dir, keys, **limits))
     report.faults += survey.missing()
     report.num_media = len(survey.uses)
-    tasks += [partial(check_use, use, args.decode, seconds) for use in survey.uses.values()]
+    tasks += [partial(check_use, use, **limits) for use in survey.uses.values()]
     report.faults += run_tasks(tasks, num_workers=one_a_core(args.num_workers, MAX_WORKERS))
     return report
 
 
-def listing(report: Report, most: int | None = None) -> Iterator[str]:
-    """The report as lines, grouped by kind. most: faults listed of each kind; None: all."""
-    yield from report.notes
-    if not report.faults:
-        yield f"nothing found in {report.size}"
-    for kind, count in counts(report.faults).items():
-        yield f"{count} {kind}: {KINDS[kind]}"
-        found = [fault for fault in report.faults if fault.kind == kind]
-        for fault in found[:most]:
-            subject = "" if fault.subject == fault.where else f" {fault.subject}:"
-            yield f"  {fault.where}:{subject} {fault.sentence}{' (a note)' if fault.note else ''}"
-        if most is not None and count > most:
-            yield f"  ... and {count - most} more (--all lists them)"
-
-
-def _items(source: Source, report: Report) -> Iterator[Medium]:
-    """The items of a source; its faults go to the report."""
-    report.data_sets[source.name] = 0
-    for finding in tqdm(source.findings, desc=source.name, unit=" records", disable=None, delay=1, leave=False):
-        if isinstance(finding, Fault):
-            report.faults.append(finding)
-        else:
-            report.num_records += 1
-            report.data_sets[source.name] += 1
-            yield finding
-
-
-def _sources(args: argparse.Namespace, report: Report, tasks: list[Task], seconds: float) -> Iterable[Source]:
-    """The annotation files that the options ask for; shards become tasks. seconds: the limit on reading a sample."""
-    if args.cfg_path is not None:
-        return _configured(args, report, tasks, seconds)
-    if args.format == "shards":
-        _add_shards(args.anno_path, report, tasks, args.decode, seconds)
-        return []
-    if args.format != "vc2":
-        return []  # a benchmark
-    return [training_source(args.format, args.anno_path, args.video_dir or os.path.dirname(args.anno_path) or ".")]
-
-
-def _benchmark(benchmark: Benchmark, args: argparse.Namespace, report: Report, survey: Survey) -> Iterator[Fault]:
-    """Faults of a benchmark's ground truth; its media go to the survey."""
+def _benchmark_faults(
+    benchmark: Benchmark, args: argparse.Namespace, report: Report, survey: "Survey"
+) -> Iterator[Fault]:
+    """Yield the faults of a benchmark's ground truth. Its media go to the survey."""
     settings = EvaluationSettings(
         anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
     )
@@ -190,41 +199,13 @@ def _benchmark(benchmark: Benchmark, args: argparse.Namespace, report: Report, s
         yield Fault("refused", str(args.anno_path), "file", str(error).removeprefix(f"{args.anno_path}: "))
 
 
-def _configured(args: argparse.Namespace, report: Report, tasks: list[Task], seconds: float) -> Iterator[Source]:
-    """The data sets of a configuration."""
-    from stllm.common.config import load_config
-    from stllm.datasets.corpora import resolved_settings
-
-    cfg = load_config(args.cfg_path, args.options, model_type="instructblip_vicuna0")
-    entries = resolved_settings(cfg)
-    check = _length_check(cfg, report)
-    for name, settings in entries.items():
-        if settings.type == "image_text":
-            before = report.num_shards
-            _add_shards(settings.shards, report, tasks, args.decode, seconds, settings)
-            report.data_sets[name] = report.num_shards - before
-        elif settings.anno_path is None:
-            report.faults.append(Fault("annotation", name, "anno_path", "none is given; name the annotation file"))
-        else:
-            yield training_source(
-                name,
-                settings.anno_path,
-                settings.media_dir or "",
-                media=settings.media,
-                fps=settings.fps,
-                features=settings.features_dir,
-                lengths=Lengths(check, settings.num_frames, settings.multi_turn, tuple(texts(settings.instruction))),
-            )
-
-
 def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
     """The configured model's length check; `at_least_words` if the model's files are not there."""
     from stllm.models.checkpoints.load import processor_of
     from stllm.models.settings import model_section, piece_paths
     from stllm.tasks.video_text_it import PositionLimit, open_configured
 
-    settings = model_section(cfg)
-    absent = [path for path in piece_paths(settings) if not os.path.exists(path)]  # nothing is downloaded for a check
+    absent = [path for path in piece_paths(model_section(cfg)) if not os.path.exists(path)]  # nothing is downloaded
     try:
         if absent:
             raise UserError(f"{absent[0]} is not here")
@@ -237,22 +218,97 @@ def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
         return at_least_words
 
 
-def _add_shards(
-    shards: str | list[str],
-    report: Report,
-    tasks: list[Task],
-    decode: str,
-    seconds: float,
-    settings: DatasetSettings | None = None,
-) -> None:
-    settings = settings or DatasetSettings()
-    names = expand_shards(shards)
-    report.num_shards += len(names)
-    check = partial(
-        check_shard,
-        decode=decode,
-        cache_dir=settings.cache_dir,
-        cache_gb=settings.cache_gb,
-        media_seconds=seconds,
+def run_tasks(tasks: Sequence[Task], *, num_workers: int) -> Iterator[Fault]:
+    """Yield the tasks' faults, in their order, under a progress bar. num_workers: processes; 0: only this one."""
+    died = (
+        "a process died while it decoded: memory ran out, or a decoder crashed on a damaged file; run again "
+        "with --num-workers 0 --debug to see on which"
     )
-    tasks += [partial(check, name) for name in names]
+    with (
+        tqdm(total=len(tasks), desc="media", disable=None, delay=1, leave=False) as bar,
+        mapping(num_workers if len(tasks) > CHUNK else 0, died=died) as each,
+    ):
+        for faults in each(_call, tasks):
+            yield from faults
+            bar.update()
+
+
+def _call(task: Task) -> list[Fault]:
+    return task()
+
+
+# ---- checks across records ------------------------------------------------------------------------------------------
+
+
+class Survey:
+    """Gathers each medium once with all its records, and finds faults that show without opening any.
+
+    uses: the media that are there, by path and what they are expected to be.
+    """
+
+    def __init__(self) -> None:
+        self.finder = MediaFinder()
+        self.uses: dict[tuple[str, str], Use] = {}
+        self._missing: dict[str, Use] = {}
+        self._answers: dict[int, tuple[str, str]] = {}
+
+    def add(
+        self, item: Medium, place: str, *, found: bool, root: str = "", fps: float | None = None, rule: str = ""
+    ) -> Iterator[Fault]:
+        """Add an item. Yield the faults of its name and its answer.
+
+        place: the path of its medium, or where it should be if it was not found. root: the folder outside which no
+        medium may lie, "" for none. fps: of a frame folder, if the item has none. rule: as in `Use`.
+        """
+        inside = not root or (
+            place.startswith(os.path.join(root, "")) and os.pardir not in place
+        )  # of most of millions
+        if not inside and os.path.relpath(place, root).startswith(os.pardir):
+            sentence = f"it lies outside the media folder {root}; move it there, and name it relative to that"
+            yield Fault("outside", item.where, item.name, sentence)
+        for question, answer in item.pairs:
+            words = answer.lower().strip(" .!?\"'").split()  # whatever its case and full stop
+            if question.strip() and len(words) <= SHORT:
+                short = " ".join(words)
+                asked = hash((place, item.bounds, question.strip().lower()))
+                first, where = self._answers.setdefault(asked, (short, item.where))
+                if first != short:
+                    sentence = f"{question.strip()!r} is answered {answer!r} here and {first!r} in {where}: keep one"
+                    yield Fault("contradiction", item.where, place, sentence)
+        if not found:
+            if place in self._missing:
+                self._missing[place].num_records += 1
+            else:
+                self._missing[place] = Use(place, item.expects, item.where)
+            return
+        key = place, item.expects
+        if key in self.uses:
+            self.uses[key].num_records += 1
+        else:
+            self.uses[key] = Use(place, item.expects, item.where, item.fps or fps, item.num_frames, rule=rule)
+            folder, name = os.path.split(place)
+            others = [other for other in self.finder.listing(folder or ".").like(name) if other != name]
+            if others:
+                sentence = (
+                    f"there is {', '.join(others)}, too; where case does not count, they are one file: rename one"
+                )
+                yield Fault("colliding names", item.where, place, sentence)
+        if item.bounds is not None:
+            self.uses[key].clips.append((item.bounds, item.where))
+
+    def missing(self) -> Iterator[Fault]:
+        """Yield a fault for each medium that is nowhere, or one for a whole folder that is not there."""
+        folders: dict[str, Use] = {}
+        for path, use in self._missing.items():
+            parent, name = os.path.split(path)
+            listing = self.finder.listing(parent or ".")
+            if listing.exists:
+                near = [*listing.like(name), *listing.with_stem(os.path.splitext(name)[0])]  # could have been meant
+                todo = f"there is {near[0]}: correct the name" if near else "fetch it, or leave the record out"
+                yield use.fault("missing", f"there is no such file; {todo}")
+            elif parent in folders:
+                folders[parent].num_records += use.num_records
+            else:
+                folders[parent] = replace(use, path=parent)
+        for use in folders.values():
+            yield use.fault("missing", "there is no such folder; check the media root, or fetch the media")

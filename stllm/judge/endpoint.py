@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: one chat completion for each call.
+"""A judge behind an OpenAI-compatible endpoint: several items are asked at a time, each by a chat completion.
 
 openai's client repeats requests (429, 5xx, timeouts, broken connections), with growing pauses or those that the server
 requests. `_Http` below it adds a time limit for the whole reply and decides which failures are worth repeating. If a
@@ -8,20 +8,28 @@ like all others.
 
 import asyncio
 import logging
+import os
 import re
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import openai
 
 from stllm.common.errors import UserError
 from stllm.common.jsonl import loads
-from stllm.judge.ledger import Reply
-from stllm.judge.prompts import Messages, without_system
+from stllm.judge.items import JudgeItem, Messages, PromptSet, without_system
+from stllm.judge.ledger import Ledger, Reply
+from stllm.judge.parser import CutOff, Unparsable, parse_reply
 
 log = logging.getLogger(__name__)
 
+OPENAI_URL = "https://api.openai.com/v1"
+OPENAI_KEY = "OPENAI_API_KEY"
+NUM_REASKS = 2  # of an item whose reply states no score
+MAX_FAILED_IN_A_ROW = 10  # then the judge is considered out of order
 NUM_CHARACTERS = 120  # of a server's words in a message
 ADVICE = {
     401: "it does not accept the key: name the environment variable that holds the right one with --api-key-env",
@@ -45,40 +53,114 @@ WITHOUT = {
     TEMPERATURE: "the judge refuses --temperature, so it uses its own",
 }
 
-
 AGAIN, ITEM, RUN = "again", "item", "run"
 
 
-class _Failure(Exception):
-    """A request without a reply.
+@dataclass(frozen=True)
+class _Failure:
+    """A request without a reply, and why.
 
     kind: AGAIN means that repeating may help; ITEM and RUN mean that this item, or any item, cannot be asked; a key of
     REFUSALS is the part of the request that the judge does not accept.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+    kind: str
+    why: str
 
 
 class Endpoint:
     """An OpenAI-compatible server and one of its models.
 
-    timeout: seconds for a whole reply, however slowly it arrives.
+    settings: fields of every request: `model`, `temperature` and perhaps `max_tokens`. base_url: None for OpenAI.
+    api_key_env: the environment variable that holds the key. OpenAI's key is sent only to OpenAI unless it is named;
+    other servers usually ask for none. timeout: seconds for a whole reply, however slowly it arrives.
+    address: the URL without its password, so that it may be written down.
+    Raises UserError for what is no server's URL, and for a key that is missing or malformed.
     """
 
     def __init__(
-        self, *, base_url: str, model: str, api_key: str, timeout: float, temperature: float, max_tokens: int | None
+        self, settings: dict[str, Any], *, base_url: str | None, api_key_env: str | None, timeout: float
     ) -> None:
-        self.base_url = base_url
-        self._settings: dict[str, Any] = {"model": model, "temperature": temperature}
-        if max_tokens is not None:
-            self._settings["max_tokens"] = max_tokens
-        http = _Http(base_url, timeout)
-        self._client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=timeout, http_client=http)
+        url = base_url or OPENAI_URL
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and httpx.URL(url).host and parts.port != 0
+        except (ValueError, httpx.InvalidURL):
+            valid = False
+        if not valid:
+            raise UserError(f"--base-url: found {url!r}, expected a URL such as http://localhost:8000/v1")
+        self.address = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        name = api_key_env or (OPENAI_KEY if base_url is None else None)
+        key = "none" if name is None else os.environ.get(name, "").strip()
+        if not key:
+            raise UserError(
+                f"the environment variable {name} is not set: put the endpoint's key into it, name another with "
+                "--api-key-env, or the URL of a server of your own with --base-url"
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the environment variable {name} holds characters that no key has: copy the key anew")
+        http = _Http(self.address, timeout)
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, http_client=http)
+        self._settings = settings
         self._refused: set[str] = set()  # keys of REFUSALS that this judge does not take
 
-    async def reply(self, messages: Messages, max_attempts: int) -> Reply:
+    async def ask(
+        self,
+        items: Sequence[JudgeItem],
+        ledger: Ledger,
+        prompts: PromptSet,
+        *,
+        concurrency: int,
+        max_attempts: int,
+        done: Callable[[], Any],
+    ) -> str | None:
+        """Ask about all items, `concurrency` at a time. Return the reason why asking stopped early, or None.
+
+        max_attempts: requests that an item may take. done: called after each item.
+        """
+        axis = ledger.run.axis
+        waiting = iter(items)  # shared: each worker takes the next one
+        num_failed = 0  # in a row
+
+        def is_final(reply: Reply) -> bool:
+            """Check whether asking again cannot help: a verdict, no reply, or a reply that would be cut off again."""
+            try:
+                return reply.reply is None or bool(parse_reply(reply.reply, axis, cut=reply.cut))
+            except Unparsable as fault:
+                return isinstance(fault, CutOff)
+
+        async def work() -> None:
+            nonlocal num_failed
+            for item in waiting:
+                messages = prompts.messages(axis, item)
+                attempts = 0
+                for _ in range(NUM_REASKS + 1):
+                    reply = await self._reply(messages, max_attempts - attempts)
+                    attempts += reply.attempts
+                    if attempts >= max_attempts or is_final(reply):
+                        break
+                entry = ledger.append(item, replace(reply, attempts=attempts))
+                done()
+                num_failed = 0 if entry.is_scored else num_failed + 1
+                if num_failed >= MAX_FAILED_IN_A_ROW:
+                    raise UserError(
+                        f"{num_failed} items in a row failed (the last one: {entry.outcome}): correct that, or check "
+                        f"that the judge at {self.address} works, then run the command again"
+                    )
+
+        workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(items)))]
+        try:
+            await asyncio.gather(*workers)
+        except UserError as stop:  # also of the ledger, which does not mix judges
+            return str(stop)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            await self._client.close()
+        return None
+
+    async def _reply(self, messages: Messages, max_attempts: int) -> Reply:
         """Ask, with at most this many requests. Raises UserError when no item can be asked any more."""
         attempts = 0
         while True:
@@ -88,54 +170,47 @@ class Endpoint:
             if TEMPERATURE in self._refused:
                 del body["temperature"]
             options: Any = {"max_retries": max_attempts - attempts - 1}
-            pause = ""
             try:
                 response = await self._client.post(
                     "/chat/completions", cast_to=httpx.Response, body=body, options=options
                 )
-                request, outcome = response.request, response.extensions["outcome"]
-            except openai.APIConnectionError as error:  # raised by `_Http.send`
-                request, outcome = error.request, _Failure(ITEM, str(error.__cause__))
             except openai.APIStatusError as error:
-                request, outcome = error.request, error.response.extensions["outcome"]
-                pause = error.response.headers.get("retry-after", "")
+                response = error.response
+            outcome: Reply | _Failure = response.extensions["outcome"]
             # openai's client counts the repetitions in a header
-            attempts += int(request.headers.get("x-stainless-retry-count", 0)) + 1
+            attempts += int(response.request.headers.get("x-stainless-retry-count", 0)) + 1
             if isinstance(outcome, Reply):
                 return replace(outcome, model=outcome.model or self._settings["model"], attempts=attempts)
             if outcome.kind == RUN:
-                raise UserError(str(outcome))
+                raise UserError(outcome.why)
             if outcome.kind == AGAIN and attempts < max_attempts:  # openai's client waits two minutes at most
+                pause = response.headers.get("retry-after", "")
                 pause = f"of {pause} s" if pause.isdigit() else f"until {pause or 'later'}"
-                raise UserError(f"{outcome} and asks for a pause {pause}: run the same command again after that")
+                raise UserError(f"{outcome.why} and asks for a pause {pause}: run the same command again after that")
             if outcome.kind in (AGAIN, ITEM):
-                return Reply(error=str(outcome), attempts=attempts)
+                return Reply(error=outcome.why, attempts=attempts)
             if outcome.kind not in self._refused:
-                log.warning("%s", outcome)
+                log.warning("%s", outcome.why)
                 self._refused.add(outcome.kind)
             if attempts >= max_attempts:
-                too_few = f"{outcome}: raise --max-retries, which left no request for that"
+                too_few = f"{outcome.why}: raise --max-retries, which left no request for that"
                 return Reply(error=too_few, attempts=attempts)
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.close()
 
 
 class _Http(openai.DefaultAsyncHttpxClient):
-    """The HTTP client below openai's client, which repeats a request when `send` raises, or as `x-should-retry` says.
+    """The HTTP client below openai's client, which repeats a request whose response is an error with `x-should-retry`.
 
-    The extensions of a response hold the `outcome`: a Reply or a _Failure.
+    The extensions of each response hold the `outcome`: a Reply or a _Failure.
     """
 
-    def __init__(self, base_url: str, seconds: float) -> None:
+    def __init__(self, server: str, seconds: float) -> None:
         super().__init__(timeout=seconds)
-        self._server, self._seconds = base_url, seconds
+        self._server, self._seconds = server, seconds
         self._warned: set[str] = set()
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Send a request once. Raises _Failure for what is neither a chat completion nor an error status."""
-        response: httpx.Response | None = None
+        """Send a request once. A request without a chat completion gets an error status if the server gave none."""
+        response = httpx.Response(503, request=request)
         outcome: Reply | _Failure
         try:
             # httpx's own timeout is for each piece of a reply; this one is for all of it.
@@ -145,15 +220,14 @@ class _Http(openai.DefaultAsyncHttpxClient):
             outcome = _Failure(AGAIN, f"no whole reply within {self._seconds:g} s (--timeout)")
         except httpx.HTTPError as error:
             outcome = _Failure(AGAIN, f"the endpoint cannot be reached ({_short(str(error) or type(error).__name__)})")
-        again = isinstance(outcome, _Failure) and outcome.kind == AGAIN
-        kind = str(outcome).partition(" (")[0].partition(":")[0]
-        if again and kind not in self._warned:  # once, so that a person sees why nothing moves
-            self._warned.add(kind)
-            log.warning("%s: such requests are sent again, up to --max-retries times", outcome)
-        if isinstance(outcome, _Failure) and (response is None or (again and response.is_success)):
-            raise outcome
-        assert response is not None
-        response.headers["x-should-retry"] = str(again).lower()
+        if isinstance(outcome, _Failure):
+            if response.is_success:
+                response = httpx.Response(503, request=request)
+            response.headers["x-should-retry"] = str(outcome.kind == AGAIN).lower()
+            beginning = outcome.why.partition(" (")[0].partition(":")[0]
+            if outcome.kind == AGAIN and beginning not in self._warned:  # once, so that a person sees why nothing moves
+                self._warned.add(beginning)
+                log.warning("%s: such requests are sent again, up to --max-retries times", outcome.why)
         response.extensions["outcome"] = outcome
         return response
 

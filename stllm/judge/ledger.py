@@ -18,8 +18,8 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from stllm.common.errors import UserError
 from stllm.common.files import locked
 from stllm.common.jsonl import Appender, read_records
+from stllm.judge.items import JudgeItem
 from stllm.judge.parser import Unparsable, Verdict, parse_reply
-from stllm.judge.predictions import JudgeItem
 
 MAX_NEW_TOKENS = 128  # of a local judge; a verdict takes a dozen, but a judge that thinks first needs --max-tokens
 ADVICE = "not a line of a judge's ledger; restore the file, or begin anew in another --output-dir"
@@ -91,11 +91,6 @@ class Entry(JudgeItem):
         except Unparsable as fault:
             return f"the reply cannot be read: {fault}"
 
-    def same_texts(self, item: JudgeItem) -> bool:
-        """Check whether an item, or the entry of another ledger, has the same texts."""
-        ours, theirs = ((one.question, one.answer, one.prediction) for one in (self, item))
-        return ours == theirs
-
     @property
     def is_scored(self) -> bool:
         """Check whether the reply states a score."""
@@ -110,22 +105,37 @@ class Ledger:
 
     entries: the last line of each key, in the order of their first lines. model: the judge that made the scores, by the
     server's id without its route.
+    Raises UserError for a damaged line.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.run: JudgeRun | None = None  # of the last line that describes it
+        self._run: JudgeRun | None = None  # of the last line that describes it
         self.entries: dict[str, Entry] = {}
         self.model: str | None = None
         self._lines: Appender | None = None
         for number, record in read_records(path, ADVICE):
-            self._read(record, f"{path}, line {number}")
+            try:
+                if RUN in record:
+                    self._run = _RUN.validate_python(record[RUN])
+                else:
+                    self._keep(_ENTRY.validate_python(record))
+            except ValidationError as fault:  # noqa: PERF203
+                name = ".".join(map(str, fault.errors()[0]["loc"])) or RUN
+                raise UserError(f"{path}, line {number}: found an unusable {name!r}, {ADVICE}") from None
+
+    @property
+    def run(self) -> JudgeRun:
+        """The judge and its settings; a ledger from `continued` or `read_ledger` has them."""
+        assert self._run is not None
+        return self._run
 
     def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
         """Raise UserError when these items or settings differ from the ledger's; the message says what differs."""
+        earlier = self._run or run
         for name, words in COMPARED.items():
-            before, now = getattr(self.run or run, name), getattr(run, name)
-            raised = name == "max_tokens" and run.limit >= (self.run or run).limit  # whole replies remain as they are
+            before, now = getattr(earlier, name), getattr(run, name)
+            raised = name == "max_tokens" and run.limit >= earlier.limit  # whole replies remain as they are
             if before != now and not raised:
                 raise UserError(
                     f"{self.path} holds scores with another {words}: it was {before!r} and is now {now!r}; set it back "
@@ -133,22 +143,18 @@ class Ledger:
                 )
         if items is None:
             return
-        by_key = {item.key: item for item in items}
+        texts = {item.key: item.texts for item in items}
         for key, entry in self.entries.items():
-            if key not in by_key or not entry.same_texts(by_key[key]):
-                what = "has other texts now" if key in by_key else "is not there any more"
+            if texts.get(key) != entry.texts:
+                what = "has other texts now" if key in texts else "is not there any more"
                 raise UserError(
                     f"{self.path} holds scores of other predictions: item {key} {what}; name the same --pred-path to "
                     "continue, or begin anew in another --output-dir"
                 )
 
-    def unscored(self, items: Sequence[JudgeItem]) -> list[JudgeItem]:
-        """The items that have no score yet."""
-        return [item for item in items if item.key not in self.entries or not self.entries[item.key].is_scored]
-
     def append(self, item: JudgeItem, reply: Reply) -> Entry:
         """Write the line of an item. Raises UserError when another judge made the scores before."""
-        assert self.run is not None and self._lines is not None  # of `continued`
+        assert self._lines is not None  # of `continued`
         fields = {**asdict(item), "axis": self.run.axis, "prompt_digest": self.run.prompt_digest, **asdict(reply)}
         entry = Entry(**fields, parsed=None)
         if isinstance(verdict := entry.outcome, Verdict):
@@ -167,16 +173,6 @@ class Ledger:
         self._keep(entry)
         return entry
 
-    def _read(self, record: dict[str, Any], where: str) -> None:
-        try:
-            if RUN in record:
-                self.run = _RUN.validate_python(record[RUN])
-            else:
-                self._keep(_ENTRY.validate_python(record))
-        except ValidationError as fault:
-            field_ = ".".join(map(str, fault.errors()[0]["loc"])) or RUN
-            raise UserError(f"{where}: found an unusable {field_!r}, {ADVICE}") from None
-
     def _keep(self, entry: Entry) -> None:
         self.entries[entry.key] = entry
         if self.model is None and entry.is_scored:
@@ -185,7 +181,7 @@ class Ledger:
     def _judge(self, model: str | None) -> str | None:
         """The id without the route that a router appends (`family/model:route`), unless --model requests that route."""
         name, _, route = (model or "").rpartition(":")
-        asked = self.run is not None and self.run.requested_model.endswith(f":{route}")
+        asked = self._run is not None and self._run.requested_model.endswith(f":{route}")
         return name if "/" in name and not asked else model
 
 
@@ -206,16 +202,16 @@ def continued(path: Path, run: JudgeRun, items: Sequence[JudgeItem]) -> Iterator
             path.unlink()
             ledger = Ledger(path)
         with Appender(path) as ledger._lines:
-            if run != ledger.run:
+            if run != ledger._run:
                 ledger._lines.add({RUN: asdict(run)})
-                ledger.run = run
+                ledger._run = run
             yield ledger
 
 
-def read_ledger(path: Path) -> tuple[JudgeRun, Ledger]:
+def read_ledger(path: Path) -> Ledger:
     """Read a ledger. Raises UserError when there is none."""
     ledger = Ledger(path)
-    if ledger.run is None:
+    if ledger._run is None:
         what = "holds no line yet" if path.is_file() else "there is no such ledger"
         raise UserError(f"{path}: {what}; judge the axis first, without --offline")
-    return ledger.run, ledger
+    return ledger

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
+from stllm.judge.items import Messages, without_system
 from stllm.judge.ledger import MAX_NEW_TOKENS, Reply
-from stllm.judge.prompts import Messages, without_system
 
 SAMPLE = 1 << 20  # bytes read at both ends of a weight file for its digest
 

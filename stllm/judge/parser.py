@@ -148,15 +148,9 @@ _OTHER_SCALE = re.compile(  # the end of a scale that is not 5: "out of 10", "on
 )
 _ROW = r"[^\n|]*\|[^\n]*"
 _TABLE = re.compile(rf"^({_ROW})\n[ |:]*-[ |:-]*\n((?:{_ROW}(?:\n|\Z))+)", re.MULTILINE)
-_DECISIONS = {
-    "yes": "yes",
-    "true": "yes",
-    "correct": "yes",
-    "no": "no",
-    "false": "no",
-    "incorrect": "no",
-    "wrong": "no",
-}
+_DECISIONS = dict.fromkeys(("yes", "true", "correct"), "yes") | dict.fromkeys(
+    ("no", "false", "incorrect", "wrong"), "no"
+)
 _OF_FIVE = re.compile(r"\s*(?:/|out of)\s*5(?:\.0)?$")
 
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from stllm.datasets.samples import keyed_numpy
 from stllm.processors.templates import REQUEST, Turn, lettered
-from stllm.toy.clips import World
 from stllm.toy.questions import ACTIONS, MOVING, NUM_OPTIONS, Example, Generator, pick, shuffled
 from stllm.toy.scenes import (
     COLOR_NAMES,
@@ -33,7 +32,7 @@ from stllm.toy.scenes import (
     frame_times,
     nearest_colors,
 )
-from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask
+from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask, World
 
 TELLING = tuple(task for task in (*TASKS, RARE, PICTURES) if not task.corpus.startswith(("caption/", "conversation/")))
 COLUMNS = ("far left", "left", "center", "right", "far right")
@@ -66,19 +65,17 @@ def training_records(folder: str, seed: int, index: int, example: Example, mediu
 
 def clip_records(example: Example, medium: Fields) -> Records:
     """A clip in words: its story, and the path of each thing."""
-    story = [Turn(STORY_REQUEST, example.story)]
     paths = [follow_turn(thing, times_of(example)) for thing in example.scene.things]
     return [
-        ("vc2/video/caption/toy_story/train.json", record(medium, story)),
+        ("vc2/video/caption/toy_story/train.json", record(medium, [Turn(STORY_REQUEST, example.story)])),
         ("vc2/video/caption/toy_path/train.json", record(medium, paths)),
     ]
 
 
 def picture_records(example: Example, medium: Fields) -> Records:
     """A picture in words."""
-    return [
-        ("vc2/image/caption/toy_seen/train.json", record(medium, [Turn(PICTURE_REQUEST, seen_in_words(example.scene))]))
-    ]
+    seen = [Turn(PICTURE_REQUEST, seen_in_words(example.scene))]
+    return [("vc2/image/caption/toy_seen/train.json", record(medium, seen))]
 
 
 def text_records(world: World, task: ToyTask, index: int) -> Records:

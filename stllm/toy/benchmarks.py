@@ -12,17 +12,15 @@ never used in training. As in the originals, a few videos of MVBench are only in
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stllm.evaluation.benchmarks.mvbench import TASKS as MVBENCH_TASKS
-from stllm.evaluation.benchmarks.mvbench import MVBenchTask
 from stllm.media.images import FOLDER_FPS
-from stllm.toy.clips import FPS, World
-from stllm.toy.media import Append, annotation_files, write_frames, write_video
+from stllm.toy.media import annotation_files, write_frames, write_video
 from stllm.toy.questions import DIRECTION_QUESTIONS, Example
-from stllm.toy.tasks import TASKS, ToyTask
+from stllm.toy.tasks import FPS, TASKS, ToyTask, World
 
 TOY_TASKS = {task.make.__name__: task for task in TASKS}
 # Which toy task stands for each of MVBench's; those with bounds are all of one kind.
@@ -69,29 +67,6 @@ class Question(NamedTuple):
     type: int
 
 
-@dataclass(frozen=True)
-class Writer:
-    """The destination and source of the clips. count: clips of each kind. done: called after each clip."""
-
-    root: Path
-    world: World
-    count: int
-    append: Append
-    done: Callable[[], Any]
-
-    def clips(
-        self, benchmark: str, name: str, tasks: Sequence[str], extensions: Sequence[str]
-    ) -> Iterator[tuple[Path, str, Example]]:
-        """Write clips, with toy tasks and extensions in turn; yield file, task and example. name: a pattern."""
-        for index in range(self.count):
-            task = tasks[index % len(tasks)]
-            example, frames, _ = self.world.clip(_apart(task, f"{benchmark}/{name}"), "test", index)
-            file = Path(name.format(index) + extensions[index % len(extensions)])
-            write_video(self.root / benchmark / "videos" / file, frames, FPS)
-            self.done()
-            yield file, task, example
-
-
 def mvbench_item(video: str, example: Example, bounds: dict[str, float]) -> dict[str, Any]:
     """An item of an annotation file of MVBench: the clip's first question."""
     asked = example.asked[0]
@@ -114,74 +89,71 @@ def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[],
 
     count: items of each task of MVBench, and clips of each part of the other benchmarks. done: called after each clip.
     """
+
+    def clips(
+        benchmark: str, name: str, tasks: Sequence[str], extensions: Sequence[str]
+    ) -> Iterator[tuple[Path, str, Example]]:
+        """Write clips, with toy tasks and extensions in turn; yield file, task and example. name: a pattern."""
+        for index in range(count):
+            task = tasks[index % len(tasks)]
+            example, frames, _ = world.clip(_apart(task, f"{benchmark}/{name}"), "test", index)
+            file = Path(name.format(index) + extensions[index % len(extensions)])
+            write_video(root / benchmark / "videos" / file, frames, FPS)
+            done()
+            yield file, task, example
+
+    def split(benchmark: str, rows: Sequence[tuple[str, str, Question]]) -> None:
+        """Write questions and answers as two files. rows: the video's name, the question's id, the question."""
+        for video, key, row in rows:
+            append(f"{benchmark}/test_q.json", {"video_name": video, "question": row.text, "question_id": key})
+        for _, key, row in reversed(rows):
+            types = {"type": row.type} if benchmark == "activitynet" else {}
+            append(f"{benchmark}/test_a.json", {"answer": row.answer, **types, "question_id": key})
+
     with annotation_files(root) as append:
-        writer = Writer(root, world, count, append, done)
         for task in MVBENCH_TASKS:
-            _write_mvbench_task(task, writer)
-        _write_vcgbench(writer)
-        _write_videoqa(writer)
+            toy, in_frames = _apart(STAND_INS[task.name], task.name), task.media == "frames"
+            for index in range(count):
+                example, clip, bounds = world.clip(toy, "test", index, FOLDER_FPS if in_frames else FPS)
+                video = f"{Path(task.file).stem}_{index:05d}" + ("" if in_frames else ".mp4")
+                in_fallback = task.name in IN_FALLBACK and index == count - 1
+                folder = root / "mvbench" / "video" / (task.fallbacks[0] if in_fallback else task.folder)
+                if in_frames:
+                    write_frames(folder / video, clip)
+                elif task.folder != ABSENT:
+                    write_video(folder / video, clip, FPS)
+                append(f"mvbench/json/{task.file}", mvbench_item(video, example, bounds))
+                done()
 
+        extensions = (".webm", ".mp4", ".avi", ".mov", ".mkv")
+        for number, (part, kind) in enumerate(VCGBENCH_PARTS.items()):
+            drawn = clips("vcgbench", f"v_{part}_{{:05d}}", (kind,), extensions[number:] + extensions)
+            if part == "consistency":
+                for file, _, example in drawn:
+                    first, second = (question.format(example.scene.things[0].name) for question in DIRECTION_QUESTIONS)
+                    pair = {"Q1": first, "Q2": second, "A": example.asked[0].answer, "video_name": file.stem}
+                    append("vcgbench/consistency_qa.json", pair)
+            else:
+                for row in _questions(drawn):
+                    append(f"vcgbench/{part}_qa.json", {"Q": row.text, "A": row.answer, "video_name": row.file.stem})
 
-def _write_mvbench_task(task: MVBenchTask, writer: Writer) -> None:
-    toy = _apart(STAND_INS[task.name], task.name)
-    in_frames = task.media == "frames"
-    for index in range(writer.count):
-        example, clip, bounds = writer.world.clip(toy, "test", index, FOLDER_FPS if in_frames else FPS)
-        video = f"{Path(task.file).stem}_{index:05d}" + ("" if in_frames else ".mp4")
-        in_fallback = task.name in IN_FALLBACK and index == writer.count - 1
-        path = writer.root / "mvbench" / "video" / (task.fallbacks[0] if in_fallback else task.folder) / video
-        if in_frames:
-            write_frames(path, clip)
-        elif task.folder != ABSENT:
-            write_video(path, clip, FPS)
-        writer.append(f"mvbench/json/{task.file}", mvbench_item(video, example, bounds))
-        writer.done()
+        msvd = _questions(clips("msvd", "clip_{:05d}", OPEN_TASKS, (".avi", ".mp4")))
+        msrvtt = _questions(clips("msrvtt", "video7{:03d}", OPEN_TASKS, (".mp4",)))
+        for name, asked in (("msvd", msvd), ("msrvtt", msrvtt)):
+            for key, row in enumerate(asked):
+                named: dict[str, Any] = {"video_name": row.file.name}
+                if name == "msrvtt":
+                    named = {"video_id": int(row.file.stem.removeprefix("video"))}
+                append(f"{name}/test_qa.json", {"id": key, **named, "question": row.text, "answer": row.answer})
+            split(name, [(row.file.stem, str(key), row) for key, row in enumerate(asked)])
 
+        activitynet = _questions(clips("activitynet", "v_toy_{:05d}", OPEN_TASKS, (".mp4", ".mkv", ".webm")))
+        activitynet.sort(key=lambda row: row.number)  # one question of every video, then the next of every video
+        named_rows = [(row.file.stem.removeprefix("v_"), row) for row in activitynet]
+        split("activitynet", [(name, f"{name}_{row.number}", row) for name, row in named_rows])
 
-def _write_vcgbench(writer: Writer) -> None:
-    extensions = (".webm", ".mp4", ".avi", ".mov", ".mkv")
-    for number, (part, toy) in enumerate(VCGBENCH_PARTS.items()):
-        clips = writer.clips("vcgbench", f"v_{part}_{{:05d}}", (toy,), extensions[number:] + extensions)
-        if part == "consistency":
-            for file, _, example in clips:
-                first, second = (question.format(example.scene.things[0].name) for question in DIRECTION_QUESTIONS)
-                pair = {"Q1": first, "Q2": second, "A": example.asked[0].answer, "video_name": file.stem}
-                writer.append("vcgbench/consistency_qa.json", pair)
-        else:
-            for question in _questions(clips):
-                row = {"Q": question.text, "A": question.answer, "video_name": question.file.stem}
-                writer.append(f"vcgbench/{part}_qa.json", row)
-
-
-def _write_videoqa(writer: Writer) -> None:
-    msvd = _questions(writer.clips("msvd", "clip_{:05d}", OPEN_TASKS, (".avi", ".mp4")))
-    msrvtt = _questions(writer.clips("msrvtt", "video7{:03d}", OPEN_TASKS, (".mp4",)))
-    for name, asked in (("msvd", msvd), ("msrvtt", msrvtt)):
-        for key, row in enumerate(asked):
-            stem = row.file.stem
-            video = {"video_name": row.file.name} if name == "msvd" else {"video_id": int(stem.removeprefix("video"))}
-            told = {"question": row.text, "answer": row.answer}
-            writer.append(f"{name}/test_qa.json", {"id": key, **video, **told})
-        split = [(row.file.stem, str(key), row) for key, row in enumerate(asked)]
-        _write_split(writer, name, split)
-    activitynet = _questions(writer.clips("activitynet", "v_toy_{:05d}", OPEN_TASKS, (".mp4", ".mkv", ".webm")))
-    activitynet.sort(key=lambda row: row.number)  # one question of every video, then the next of every video
-    names = [row.file.stem.removeprefix("v_") for row in activitynet]
-    split = [(name, f"{name}_{row.number}", row) for name, row in zip(names, activitynet, strict=True)]
-    _write_split(writer, "activitynet", split)
-    for row in _questions(writer.clips("tgif", "toy_{:05d}", OPEN_TASKS, (".gif", ".mp4"))):
-        told = {"video_name": row.file.stem, "question": row.text, "answer": row.answer}
-        writer.append("tgif/test_qa.json", told)
-
-
-def _write_split(writer: Writer, benchmark: str, rows: Sequence[tuple[str, str, Question]]) -> None:
-    """Write questions and answers as two files. rows: the video's name, the question's id, the question."""
-    for video, key, row in rows:
-        asked = {"video_name": video, "question": row.text, "question_id": key}
-        writer.append(f"{benchmark}/test_q.json", asked)
-    for _, key, row in reversed(rows):
-        kind = {"type": row.type} if benchmark == "activitynet" else {}
-        writer.append(f"{benchmark}/test_a.json", {"answer": row.answer, **kind, "question_id": key})
+        for row in _questions(clips("tgif", "toy_{:05d}", OPEN_TASKS, (".gif", ".mp4"))):
+            append("tgif/test_qa.json", {"video_name": row.file.stem, "question": row.text, "answer": row.answer})
 
 
 def _questions(clips: Iterable[tuple[Path, str, Example]]) -> list[Question]:

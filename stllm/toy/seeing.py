@@ -31,10 +31,9 @@ from stllm.models.build import build_audited, config_from_settings
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.transforms import EvalTransform
-from stllm.toy.clips import split_of
 from stllm.toy.questions import Generator, pick
 from stllm.toy.scenes import COLORS, PATTERNS, SHAPES, UNITS, Scene, follow, nearest_colors, render
-from stllm.toy.tasks import PICTURES, RARE, TASKS
+from stllm.toy.tasks import PICTURES, RARE, TASKS, split_of
 
 EPOCH = 100_000  # frames; the next epoch's are others
 PICTURE_SHARE = 0.5  # of the frames; the others are of clips

@@ -3,11 +3,18 @@
 A new task is one function and one line of `TASKS`. The benchmark's names and media folders are MVBench's, so that its
 reader finds every file. Scenes about time are drawn so that, as far as possible, neither their middle frame nor the
 unordered set of their frames gives the answer away. Training asks more questions about the same clip.
+
+`World` draws by number: a seed, a task's name and a number determine a clip. The scene's digest decides whether it
+belongs to training or test. So no test shows a scene from training, for any seeds and numbers of clips.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from stllm.datasets.samples import keyed_numpy
 from stllm.processors.templates import Turn
 from stllm.toy.questions import (
     ACTIONS,
@@ -32,7 +39,19 @@ from stllm.toy.questions import (
     story,
     whether_question,
 )
-from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
+from stllm.toy.scenes import (
+    COLORS,
+    DIRECTIONS,
+    PATTERNS,
+    SHAPES,
+    Background,
+    Cut,
+    Event,
+    Scene,
+    Thing,
+    frame_times,
+    render,
+)
 
 CAPTION_INSTRUCTIONS = ("Describe the video.", "What happens in the video?", "Give a caption of this video.")
 IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
@@ -42,6 +61,11 @@ QUARTERS = ((20, 20), (44, 20), (20, 44), (44, 44))  # of several things, one in
 CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what happens in the middle
 SLOTS = 16  # parts into which a clip is divided for blinks, as many as a clip of the usual length has frames
 HIDDEN = 6  # slots in which something that blinks cannot be seen, however often it blinks
+
+NUM_FRAMES, NUM_LONG_FRAMES = 16, 64
+FPS = 4  # 16 frames last 4 seconds: one frame a second is MVBench's least
+SIZE = 64  # pixels a side
+TEST_SHARE = 4  # every fourth scene is one for testing
 
 
 @dataclass(frozen=True)
@@ -151,7 +175,7 @@ def some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ..
 
 
 def moving_direction(generator: Generator) -> Example:
-    """Where does one thing move, alone or among others? The middle of its path does not give the answer away."""
+    """Ask where a thing moves, alone or among others. The middle of its path does not give the answer away."""
     count = int(generator.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
     start, end = int(generator.integers(0, 6)) / 32, int(generator.integers(27, 33)) / 32
     moves = [Event("move", start, end, pick(generator, DIRECTIONS), NEAR if count > 1 else 1.0) for _ in range(count)]
@@ -162,7 +186,7 @@ def moving_direction(generator: Generator) -> Example:
 
 
 def moving_count(generator: Generator) -> Example:
-    """How many of several things move?"""
+    """Ask how many of several things move."""
     things = some_moving(generator, int(generator.integers(4)), int(generator.integers(3, 5)))
     scene = a_scene(generator, *things)
     whether = (whether_question(generator, thing, "move") for thing in shuffled(generator, things)[:2])
@@ -170,7 +194,7 @@ def moving_count(generator: Generator) -> Example:
 
 
 def action_sequence(generator: Generator) -> Example:
-    """What does it do first, last, or after something else, within the bounds? Another action lies outside them."""
+    """Ask what it does first, last, or after something else, within the bounds. Another action lies outside them."""
     count = int(generator.integers(3, 5))
     kinds = shuffled(generator, ACTIONS)[:count]
     events = [Event(kind, number / count, (number + 1) / count) for number, kind in enumerate(kinds)]
@@ -184,7 +208,7 @@ def action_sequence(generator: Generator) -> Example:
 
 
 def action_count(generator: Generator) -> Example:
-    """How often does it blink?"""
+    """Ask how often it blinks."""
     thing = a_thing(generator, *blinks(generator, int(generator.integers(1, 4))))
     scene = a_scene(generator, thing, *bystanders(generator, thing))
     whether = whether_question(generator, pick(generator, scene.things), "blink")
@@ -192,7 +216,7 @@ def action_count(generator: Generator) -> Example:
 
 
 def state_change(generator: Generator) -> Example:
-    """Which color does it have at the beginning, or at the end? Both are among the options."""
+    """Ask for its color at the beginning, or at the end. Both are among the options."""
     before, after = shuffled(generator, COLORS)[:2]
     thing = a_thing(generator, turning(generator, after), color=before)
     scene = a_scene(generator, thing, *bystanders(generator, thing, other_than=(after,)))
@@ -200,7 +224,7 @@ def state_change(generator: Generator) -> Example:
 
 
 def scene_transition(generator: Generator) -> Example:
-    """How does the background change?"""
+    """Ask how the background changes."""
     before, after = shuffled(generator, PATTERNS)[:2]
     cut = Cut(a_moment(generator), a_background(generator, after))
     scene = replace(a_scene(generator, a_thing(generator), cut=cut), background=a_background(generator, before))
@@ -208,14 +232,14 @@ def scene_transition(generator: Generator) -> Example:
 
 
 def object_existence(generator: Generator) -> Example:
-    """Is it there? One frame is enough: the control of the other tasks."""
+    """Ask whether it is there. One frame is enough: the control of the other tasks."""
     things = some_moving(generator, int(generator.integers(2)), int(generator.integers(2, 4)))
     scene = a_scene(generator, *things)
     return Example(scene, story(generator, scene), tuple(existence_questions(generator, things)))
 
 
 def rare_event(generator: Generator) -> Example:
-    """What flashes? It shows in two or three of 64 frames: a few frames can miss it, and an average barely has it."""
+    """Ask what flashes, in two or three of 64 frames: a few frames can miss it, and an average barely has it."""
     first, frames = int(generator.integers(3, 58)), int(generator.integers(2, 4))
     flash = Event("flash", first / 64, (first + frames) / 64)
     x, y = (int(place) for place in generator.integers(26, 39, 2))
@@ -320,3 +344,48 @@ TASKS = (
 )
 RARE = ToyTask("reasoning/toy_rare", rare_event, "unexpected_action", "FunQA_test/test")
 PICTURES = ToyTask("vqa/toy_picture", picture)
+
+
+# ---- clips by number ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """Examples and their frames by number. num_frames: of a clip of the usual length; size: pixels a side."""
+
+    seed: int
+    num_frames: int
+    size: int = SIZE
+
+    def draw(self, task: ToyTask, split: str, index: int) -> tuple[Example, np.random.Generator]:
+        """Example `index` of a task's "train" or "test" part, and the generator of its noise."""
+        generator = keyed_numpy(self.seed, zlib.crc32(f"{split}/{task.corpus}".encode()), index)
+        while True:
+            example = task.make(generator)
+            if split_of(example.scene) == split:
+                return example, generator
+
+    def clip(
+        self, task: ToyTask, split: str, index: int, fps: float = FPS
+    ) -> tuple[Example, np.ndarray, dict[str, float]]:
+        """An example, its frames, (T, S, S, 3) uint8 RGB, and its bounds in seconds, if it has any, as start and end.
+
+        fps: at which the frames will be played.
+        """
+        example, generator = self.draw(task, split, index)
+        count = min(round(example.length * self.num_frames), NUM_LONG_FRAMES)
+        frames = render(example.scene, times=frame_times(count), size=self.size, generator=generator)
+        if example.bounds is None:
+            return example, frames, {}
+        start, end = (round(part * count / fps, 3) for part in example.bounds)
+        return example, frames, {"start": start, "end": end}
+
+    def picture(self, task: ToyTask, index: int) -> tuple[Example, np.ndarray]:
+        """A training example of one frame, and the frame."""
+        example, generator = self.draw(task, "train", index)
+        return example, render(example.scene, times=frame_times(1), size=self.size, generator=generator)[0]
+
+
+def split_of(scene: Scene) -> str:
+    """The part that a scene belongs to, "train" or "test"."""
+    return "train" if scene.digest() % TEST_SHARE else "test"

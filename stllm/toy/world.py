@@ -16,32 +16,39 @@ import argparse
 import json
 import math
 import shlex
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from stllm.common.distributed import mapping, one_a_core
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
+from stllm.common.registry import templates
 from stllm.toy.annotations import (
+    PICTURE_REQUEST,
+    STORY_REQUEST,
     TELLING,
     Fields,
     Records,
     clip_records,
+    look_up,
     picture_records,
+    seen_in_words,
+    tell,
     text_records,
     training_records,
 )
 from stllm.toy.benchmarks import benchmark_bytes, mvbench_item, num_benchmark_clips, write_benchmarks
-from stllm.toy.clips import FPS, NUM_FRAMES, NUM_LONG_FRAMES, SIZE, World
-from stllm.toy.language import world_texts, write_language_model, write_qformer_tokenizer
 from stllm.toy.media import annotation_files, encoder, png_bytes, write_shard, write_video
 from stllm.toy.questions import picture_caption
-from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask
+from stllm.toy.tasks import FPS, NUM_FRAMES, NUM_LONG_FRAMES, PICTURES, RARE, SIZE, TASKS, ToyTask, World
 
 ABOUT = "toy_world.json"  # its presence marks a folder as a toy world
 PER_SHARD = 500
@@ -49,17 +56,32 @@ SMALL, MAX_WORKERS = 500, 16  # clips that one process draws faster than several
 TEXTS = 4  # for each training clip
 PAIRS = replace(PICTURES, corpus="images")  # of the shards: drawn apart from the instruction set's
 TESTED = tuple(task for task in TASKS if task.benchmark)
-LONG_TASKS: dict[bool, tuple[ToyTask, ...]] = {False: (), True: (RARE,)}
 
 # Bytes, rounded up: a frame of a clip, a picture of SIZE, the texts about one, the language model and tokenizers
 FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 26_000, 5_000_000
+
+NUM_TEXTS = 40  # examples of each task for the vocabularies: they contain every word
+LLM_TOKENS = 1024  # at most
+QFORMER_TOKENS = 512  # exactly, without [DEC]; BERT's vocabulary is filled up in the same way
+QFORMER_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "initializer_range": 0.14,  # sharp attention from the start: at 0.07 what is looked up is found much later
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the world, and print what is in it and how to train on it."""
     target = user_path(args.output)
     small = args.num_workers is None and args.num_train + args.num_test < SMALL  # drawn before processes have started
-    write_world(
+    train, test = write_world(
         target,
         num_train=args.num_train,
         num_test=args.num_test,
@@ -71,10 +93,8 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         num_workers=0 if small else one_a_core(args.num_workers, MAX_WORKERS),
     )
-    tasks, tested = (*TASKS, *LONG_TASKS[args.long]), (*TESTED, *LONG_TASKS[args.long])
-    num_train, num_test = sum(shares(args.num_train, tasks)), sum(shares(args.num_test, tested))
     print(
-        f"written to {target}: {num_train} training clips of {len(tasks)} sets, {num_test} test clips of {len(tested)}"
+        f"written to {target}: {sum(train)} training clips of {len(train)} sets, {sum(test)} test clips of {len(test)}"
     )
     if args.benchmarks:
         print(f"twins of the benchmarks, {args.benchmarks} items a task: {target / 'benchmarks'}")
@@ -94,8 +114,10 @@ def write_world(
     benchmarks: int = 0,
     overwrite: bool = False,
     num_workers: int = 0,
-) -> None:
+) -> tuple[list[int], list[int]]:
     """Write the whole world into the new folder `target`. When interrupted, write nothing.
+
+    Return the number of clips of each training set and of each test.
 
     num_train, num_test: clips in all, divided among the tasks, at least one of each. There are as many training
     pictures and image-text pairs, and TEXTS times as many texts. num_frames: of a clip of the usual length.
@@ -113,7 +135,7 @@ def write_world(
             "replace that world with --overwrite"
         )
     world = World(seed, num_frames, size)
-    tasks, tested = (*TASKS, *LONG_TASKS[long]), (*TESTED, *LONG_TASKS[long])
+    tasks, tested = ((*TASKS, RARE), (*TESTED, RARE)) if long else (TASKS, TESTED)
     train, test = shares(num_train, tasks), shares(num_test, tested)
     texts = shares(TEXTS * num_train, TELLING)
     num_clips = sum(train) + sum(test)
@@ -150,6 +172,7 @@ def write_world(
             bar.update(min(PER_SHARD, num_train - number * PER_SHARD))
         if benchmarks:
             write_benchmarks(folder / "benchmarks", world, count=benchmarks, done=bar.update)
+    return train, test
 
 
 def shares(total: int, tasks: tuple[ToyTask, ...]) -> list[int]:
@@ -189,3 +212,88 @@ def _training_picture(root: Path, world: World, index: int) -> Records:
 def _pair(world: World, index: int) -> tuple[str, bytes, str]:
     example, frame = world.picture(PAIRS, index)
     return f"{index:06d}", png_bytes(frame), picture_caption(example.scene)
+
+
+# ---- the language: a tiny LLaMA with random weights, and two tokenizers with the world's words -----------------------
+
+# They replace Vicuna and bert-base-uncased, in the same layouts, so that a tiny model runs through the same code. Both
+# tokenizers are the same for every world. The Q-Former's has a fixed size, so that a configuration can name it.
+
+
+def world_texts() -> Iterator[str]:
+    """Texts of the toy world and around it: questions, options, answers, prompts."""
+    for number, task in enumerate((*TASKS, RARE, PICTURES)):
+        for index in range(NUM_TEXTS):
+            generator = np.random.default_rng([number, index])
+            example = task.make(generator)
+            turns = example.turns
+            if task in TELLING:
+                turns = (*turns, *tell(example, generator), *look_up(example, generator))
+            for turn in turns:
+                yield from (turn.instruction, turn.question, turn.answer or "")
+            yield seen_in_words(example.scene)
+    yield from (STORY_REQUEST, PICTURE_REQUEST)
+    for name in templates.names():
+        template = templates.get(name)
+        yield from (template.system, template.followup, *template.opening, *template.text_opening)
+
+
+def write_language_model(folder: Path, texts: Iterable[str], seed: int) -> None:
+    """Write a LLaMA of about a million parameters and its tokenizer: config.json, model.safetensors, tokenizer.json.
+
+    seed: of the weights.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=True)  # every text has tokens; a space leads, as LLaMA's
+    tokenizer = Tokenizer(models.BPE())
+    # A word is the same token at the beginning of a line, and "Assistant: ", with which training's prompts end, is the
+    # same as in the benchmarks' longer ones: otherwise what was learned in training is not found again in a benchmark.
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(r" *\n *"), "\n "), normalizers.Replace(Regex(r" +\z"), "")]
+    )
+    tokenizer.pre_tokenizer = bytes_of_text
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=LLM_TOKENS,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=sorted(bytes_of_text.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=len(wrapped), **LLAMA)
+        model = LlamaForCausalLM(config)
+    config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_qformer_tokenizer(folder: Path, texts: Iterable[str]) -> None:
+    """Write a BERT vocabulary, vocab.txt, and its settings: whole words of the world, letters for others."""
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from transformers import BertTokenizer
+
+    normalize, split = BertNormalizer(lowercase=True).normalize_str, BertPreTokenizer().pre_tokenize_str
+    words = {word for text in texts for word, _ in split(normalize(text))}
+    letters = string.ascii_lowercase + string.digits
+    characters = [*letters, *string.punctuation, *(f"##{letter}" for letter in letters)]
+    known = [*QFORMER_SPECIAL, *characters, *sorted(words - set(characters))]
+    assert len(known) <= QFORMER_TOKENS, f"{len(known)} tokens"
+    known += [f"[unused{number}]" for number in range(QFORMER_TOKENS - len(known))]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(known) + "\n", encoding="utf-8")
+    BertTokenizer(str(vocabulary), do_lower_case=True).save_pretrained(folder)

@@ -19,7 +19,8 @@ from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.datasets.annotations import AnnotationError, JsonRecords
 from stllm.datasets.faults import KINDS, Fault
-from stllm.doctor.media import Use, check_use, run_tasks
+from stllm.doctor.checks import Use, check_use
+from stllm.doctor.doctor import run_tasks
 from stllm.evaluation.benchmarks.mvbench import TASKS
 from stllm.toy.world import write_world
 from tests.helpers.videos import write_video
@@ -517,8 +518,7 @@ def test_a_question_longer_than_the_model_is_named(tmp_path, video, capsys) -> N
     pair = {"i": "", "q": "why", "a": "a square moves"}
     long, half = {**pair, "q": "why " * 3000}, {**pair, "q": "why " * 350}
     anno = write_json(
-        tmp_path / "train.json",
-        [{"video": "a.mp4", "QA": [pair, long]}, {"video": "a.mp4", "QA": [half, half]}],
+        tmp_path / "train.json", [{"video": "a.mp4", "QA": [pair, long]}, {"video": "a.mp4", "QA": [half, half]}]
     )
     report = doctor(capsys, "--anno-path", anno, "--format", "vc2")
     (fault,) = report["faults"]

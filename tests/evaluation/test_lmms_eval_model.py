@@ -22,9 +22,8 @@ from stllm.common.errors import UserError
 from stllm.conversation.chat import load_chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Prepared
-from stllm.toy.clips import FPS, World
 from stllm.toy.media import write_video
-from stllm.toy.tasks import TASKS, state_change
+from stllm.toy.tasks import FPS, TASKS, World, state_change
 
 pytest.importorskip("lmms_eval", reason='lmms-eval is not installed: pip install ".[lmms-eval]"')
 

@@ -1,11 +1,13 @@
-"""The benchmarks' twins for tests, written once a test run: real files in the official layouts, with tiny clips."""
+"""The toy world for tests: the benchmarks' twins, written once a test run, and readers of written folders."""
 
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from stllm.toy.benchmarks import write_benchmarks
-from stllm.toy.clips import World
+from stllm.toy.tasks import World
 
 SEED = 5
 NUM_FRAMES = 16  # of a clip of the usual length, at 4 frames a second
@@ -23,3 +25,13 @@ def twins(count: int = 2) -> Path:
     root = Path(_folders[-1].name)
     write_benchmarks(root, World(SEED, NUM_FRAMES), count=count)
     return root
+
+
+def read(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """The bytes of all files below a folder, by their path in it."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}

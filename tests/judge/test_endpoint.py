@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stllm.judge.run import MAX_FAILED_IN_A_ROW
+from stllm.judge.endpoint import MAX_FAILED_IN_A_ROW
 from tests.helpers import judging
 from tests.helpers.judge_server import MODEL, Answer, FakeJudge, fails, fair, judge_server, says
 from tests.helpers.judging import ledger, questions, results, write

@@ -52,8 +52,7 @@ def test_every_judge_is_read_in_few_requests(tmp_path, server, axis, model, num_
 
 
 @pytest.mark.parametrize(
-    "model",
-    ["cut-think", "cut-without-tag", "cut-tag-alone", "empty-reasoning", "null-reasoning", "parts-reasoning"],
+    "model", ["cut-think", "cut-without-tag", "cut-tag-alone", "empty-reasoning", "null-reasoning", "parts-reasoning"]
 )
 def test_an_unfinished_thought_is_never_scored(tmp_path, server, capsys, model) -> None:
     write(tmp_path / "pred.json", questions(4))

@@ -23,9 +23,8 @@ from stllm.toy.annotations import (
     text_conversation,
     times_of,
 )
-from stllm.toy.clips import World
 from stllm.toy.scenes import Event, Thing
-from stllm.toy.tasks import TASKS, ToyTask
+from stllm.toy.tasks import TASKS, ToyTask, World
 
 WORLD = World(1, 16, 64)
 OPTION = re.compile(r"^\((\w)\) (.+)$", re.M)
@@ -102,7 +101,7 @@ def test_times_are_those_of_the_part_that_is_meant() -> None:
 def test_a_seed_draws_the_same_in_every_process() -> None:
     """Python orders sets of strings differently in each process."""
     code = (
-        "import json; from stllm.toy.clips import World; from stllm.toy.tasks import *\n"
+        "import json; from stllm.toy.tasks import *\n"
         "world = World(1, 16, 64)\n"
         "drawn = [world.draw(task, 'train', i)[0] for task in (*TASKS, RARE, PICTURES) for i in range(12)]\n"
         "print(json.dumps([[turn.question, turn.answer] for example in drawn for turn in example.turns]))"

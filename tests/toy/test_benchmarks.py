@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from stllm.cli import main
 from stllm.evaluation.benchmarks.mvbench import TASKS
 from stllm.media.open import open_media
 from stllm.toy.benchmarks import STAND_INS, benchmark_bytes, num_benchmark_clips, write_benchmarks
-from stllm.toy.clips import World
-from stllm.toy.language import world_texts
 from stllm.toy.questions import DIRECTION_QUESTIONS
-from tests.helpers.twins import NUM_FRAMES, SEED, twins
+from stllm.toy.tasks import World
+from stllm.toy.world import world_texts
+from tests.helpers.twins import NUM_FRAMES, SEED, files, read, twins
 
 MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".jpg")
 
@@ -23,14 +22,6 @@ MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".jpg")
 @pytest.fixture(scope="module")
 def root() -> Path:
     return twins(5)
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def suffixes(folder: Path) -> set[str]:

@@ -16,6 +16,7 @@ from stllm.toy import media as toy_media
 from stllm.toy import world as toy_world
 from stllm.toy.media import write_video
 from stllm.toy.world import write_world
+from tests.helpers.twins import files
 
 LEAST: dict[str, Any] = {"num_train": 1, "num_test": 1, "seed": 0}
 
@@ -25,10 +26,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("toy") / "world"
     write_world(target, **LEAST)
     return target
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,9 @@ import torch
 
 from stllm.datasets.samples import SampleKey
 from stllm.processors.transforms import CLIP_MEAN, CLIP_STD
-from stllm.toy.clips import split_of
 from stllm.toy.scenes import COLORS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
 from stllm.toy.seeing import NUM_COLORS, Seen, SeenFrame, SeenFrames, collate, labels
+from stllm.toy.tasks import split_of
 
 PLAIN, STRIPED = Background("plain", 90, 0), Background("striped", 90, 0)
 THINGS = (

@@ -11,10 +11,9 @@ import pytest
 
 from stllm.processors.templates import SYSTEM, Turn
 from stllm.toy.annotations import TELLING, seen_in_words
-from stllm.toy.clips import World
 from stllm.toy.questions import ACTIONS, PLACES, Example, place_of
 from stllm.toy.scenes import SHAPES, Thing, follow
-from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask
+from stllm.toy.tasks import PICTURES, RARE, TASKS, ToyTask, World
 
 COUNT = 300
 BY_NAME = {task.make.__name__: task for task in (*TASKS, RARE, PICTURES)}
@@ -83,11 +82,7 @@ def test_movers_stand_in_the_middle_frame_where_others_stand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reverse"),
-    [
-        ("moving_direction", {"left": "right", "up": "down"}),
-        ("scene_transition", None),
-    ],
+    ("name", "reverse"), [("moving_direction", {"left": "right", "up": "down"}), ("scene_transition", None)]
 )
 def test_the_answer_backwards_is_an_option(name: str, reverse: dict[str, str] | None) -> None:
     for example in drawn(name, 60):

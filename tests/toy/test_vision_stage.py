@@ -13,8 +13,8 @@ from stllm.cli import main
 from stllm.common.config import load_config
 from stllm.datasets.mixture import Mixture, Source
 from stllm.datasets.samples import SampleKey
-from stllm.toy.language import world_texts, write_language_model, write_qformer_tokenizer
 from stllm.toy.seeing import SeeingHeads, Seen, SeenFrame, SeenFrames, ToySeeingTask, collate
+from stllm.toy.world import world_texts, write_language_model, write_qformer_tokenizer
 from tests.configs.recipes import CONFIGS
 from tests.helpers.training import losses, read_log, train
 

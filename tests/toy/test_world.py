@@ -1,7 +1,6 @@
 """The toy world: what is written, the same again for a seed, nothing tested that was trained on, answers that hold."""
 
 import io
-import json
 import re
 import tarfile
 from collections import Counter
@@ -26,11 +25,11 @@ from stllm.models.settings import model_section
 from stllm.processors.prompts import PromptProcessor
 from stllm.processors.templates import SYSTEM, question_block
 from stllm.toy import world as toy_world
-from stllm.toy.clips import FPS, World, split_of
 from stllm.toy.questions import Asked
 from stllm.toy.scenes import COLORS, DIRECTIONS, Background, Event, Scene, Thing, follow, frame_times, render
-from stllm.toy.tasks import PICTURES, RARE, TASKS, action_sequence
+from stllm.toy.tasks import FPS, PICTURES, RARE, TASKS, World, action_sequence, split_of
 from stllm.toy.world import PAIRS, TESTED, shares, write_world
+from tests.helpers.twins import files, read
 
 SMALL: dict[str, Any] = {"num_train": 20, "num_test": 14, "seed": 3}
 TRAIN_YAML = Path(__file__).parents[2] / "configs" / "tiny" / "train.yaml"
@@ -41,14 +40,6 @@ def root(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("toy") / "world"
     write_world(target, **SMALL)
     return target
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def files(root: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob(pattern)) if path.is_file()}
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from stllm.common.errors import UserError
-from stllm.judge.agreement import KINDS, kappa, known_items
-from stllm.judge.predictions import JudgeItem
+from stllm.judge.items import JudgeItem
+from stllm.judge.scores import KINDS, kappa, known_items
 from tests.helpers.judge_server import Answer, fair, judge_server, says, texts_of
 from tests.helpers.judging import judge, questions, write
 
