@@ -146,22 +146,22 @@ class Engine:
             found = self.chat.complete([one.prepared for one in batch], self.decoding)
             for one, answer in zip(batch, found, strict=True):
                 one.answers[one.number] = answer
-                if len(one.answers) == len(one.item.questions):
-                    yield self._record(one.item, [one.answers[number] for number in sorted(one.answers)])
-
-    def _record(self, item: Item, answers: Sequence[Answer]) -> Record:
-        texts = [answer.text for answer in answers]
-        times = [round(time, 3) for time in answers[0].frame_times]
-        stages = answers[0].seconds
-        return {
-            **head(item),
-            "prediction": _one_or_all(texts),
-            "frames": {"count": len(times), "times": times},
-            "cut_tokens": {kind: sum(getattr(answer.cut, kind) for answer in answers) for kind in ("visual", "text")},
-            "seconds": {stage: round(sum(answer.seconds[stage] for answer in answers), 4) for stage in stages},
-            "error": None,
-            **self.loaded.benchmark.score(item, texts),
-        }
+                if len(one.answers) < len(one.item.questions):
+                    continue
+                answers = [one.answers[number] for number in sorted(one.answers)]
+                texts = [answer.text for answer in answers]
+                times = [round(time, 3) for time in answer.frame_times]
+                cut = {kind: sum(getattr(part.cut, kind) for part in answers) for kind in ("visual", "text")}
+                spent = {stage: round(sum(part.seconds[stage] for part in answers), 4) for stage in answer.seconds}
+                yield {
+                    **head(one.item),
+                    "prediction": _one_or_all(texts),
+                    "frames": {"count": len(times), "times": times},
+                    "cut_tokens": cut,
+                    "seconds": spent,
+                    "error": None,
+                    **self.loaded.benchmark.score(one.item, texts),
+                }
 
 
 def failed(item: Item, error: str, seconds: float = 0.0) -> Record:

@@ -74,8 +74,10 @@ def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str
         "versions": versions(),
         "seconds": round(outcome.seconds, 3),
     }
-    bars = None if loaded.benchmark.judged else run_bars(loaded, scores)
-    _write(folder / f"{name}.results.json", content, folder / name, run_report(name, loaded, lines, content), bars)
+    write_json(folder / f"{name}.results.json", content)
+    write_text(folder / f"{name}.md", run_report(name, loaded, lines, content))
+    if not loaded.benchmark.judged:
+        draw_bars(folder / f"{name}.png", run_bars(loaded, scores))
     return content
 
 
@@ -89,16 +91,10 @@ def write_probe(path: Path, loaded: Loaded, outcomes: Mapping[str, Outcome | Non
     scores = probe.probe_scores({variant: outcome.records for variant, outcome in found.items()})
     plain = next(iter(found.values()))
     about = {"settings": dict(plain.settings), "digests": dict(plain.digests), "versions": versions()}
-    content = {"benchmark": loaded.name, **scores, **about}
-    _write(path.with_name(f"{path.name}.json"), content, path, probe.report(path.stem, scores), probe.bars(scores))
+    write_json(path.with_name(f"{path.name}.json"), {"benchmark": loaded.name, **scores, **about})
+    write_text(path.with_name(f"{path.name}.md"), probe.report(path.stem, scores))
+    draw_bars(path.with_name(f"{path.name}.png"), probe.bars(scores))
     return f"{probe.TITLE}: {scores['verdict']}\nfiles: {path}.{{json,md,png}}"
-
-
-def _write(file: Path, content: Mapping[str, Any], path: Path, report: str, bars: Bars | None) -> None:
-    write_json(file, content)
-    write_text(path.with_name(f"{path.name}.md"), report)
-    if bars is not None:
-        draw_bars(path.with_name(f"{path.name}.png"), bars)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -255,12 +251,11 @@ def summary(path: Path, loaded: Loaded, outcome: Outcome, content: Mapping[str, 
             said = ", ".join(f"{value:.1f} % {of}" for of, value in figures.items() if value is not None)
             lines.append(f"{loaded.name}, {rule}: {said}")
     words = ", ".join(f"{counted[kind]} {kind}" for kind in ("answered", "failed", "excluded"))
-    lines.append(f"{words}, of {counted['total']}; {seconds:.0f} s")
     asked, own = outcome.settings["evaluation"]["num_frames"], outcome.settings["model"]["num_frames"]
     frames = "one frame a second of each video" if asked == 0 else f"{asked} frames of each video"
     if own is not None:
         frames += ", the checkpoint's own number" if asked == own else f" (the checkpoint's own number: {own})"
-    lines.append(frames)
+    lines += [f"{words}, of {counted['total']}; {seconds:.0f} s", frames]
     if "cut" in counted:
         lines.append(f"the context rule cut the prompts of {counted['cut']} items, see cut_tokens in {path}.jsonl")
     errors = [record["error"] for record in outcome.records if record.get("error")]

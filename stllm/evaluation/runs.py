@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -137,14 +137,10 @@ class Runs:
                 "checkpoint": self._checkpoint,
                 "dtype": self.dtype,
                 "quantization": "8bit" if self.opened.settings.get("low_resource") else None,
-                "num_frames": config.num_frames,
-                "video_input": config.video_input,
-                "residual_size": config.residual_size,
+                **{name: getattr(config, name) for name in ("num_frames", "video_input", "residual_size")},
                 "image_size": config.vision_config["image_size"],
                 "template": processor.template.name,
-                "system": processor.system,
-                "max_txt_len": processor.max_txt_len,
-                "end_sym": processor.end_sym,
+                **{name: getattr(processor, name) for name in ("system", "max_txt_len", "end_sym")},
             },
         }
 
@@ -303,18 +299,12 @@ def checkpoint_digest(sources: Sequence[Source]) -> str:
             files = sorted({*weight_files(place), *beside})
         for path in files:
             size = path.stat().st_size
-            parts += [f"{path.name} {size}".encode(), *_blocks(path, size)]
+            parts.append(f"{path.name} {size}".encode())
+            with path.open("rb") as stream:
+                for start in (0,) if size <= SMALL else (*range(0, size, STRIDE), size - BLOCK):
+                    stream.seek(start)
+                    parts.append(stream.read(-1 if size <= SMALL else BLOCK))
     return _digest(parts)
-
-
-def _blocks(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        if size <= SMALL:
-            yield stream.read()
-            return
-        for start in (*range(0, size, STRIDE), size - BLOCK):
-            stream.seek(start)
-            yield stream.read(BLOCK)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -98,10 +98,8 @@ class Benchmark(ABC):
         """
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return `scores` of the results file: accuracies by rule and task, or {} where a judge decides.
-
-        records: all lines, including failed ones (with `error`).
-        """
+        """Return `scores` of the results file, which table and chart show: those of `accuracies`, or others in the same
+        form; {} where a judge decides. records: all lines, including failed ones (with `error`)."""
         return {} if self.judged else accuracies(records)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:

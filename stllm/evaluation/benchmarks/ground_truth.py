@@ -51,9 +51,8 @@ class MediaFolders:
             sample_indices(settings.sampling, num_frames=count, total_frames=100, fps=25.0)
         except UserError as error:
             raise UserError(f"evaluation.sampling is {settings.sampling!r} with num_frames {count}: {error}") from None
-        self._frames = Media(
-            "-", settings.num_frames, sampling=settings.sampling, reader=settings.reader, own_times=False
-        )
+        sampling, reader = settings.sampling, settings.reader
+        self._frames = Media("-", settings.num_frames, sampling=sampling, reader=reader, own_times=False)
         self._finder = MediaFinder()
 
     def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:
@@ -96,19 +95,17 @@ class MediaFolders:
 
     def _find(self, medium: Medium, search: Search) -> tuple[str | None, list[str]]:
         """Return the first folder that has the medium, and the files of its name there; the first file is used."""
-        name, extension = os.path.splitext(medium.name)
+        finder, (name, extension) = self._finder, os.path.splitext(medium.name)
         converted = [name] if extension.lower() in EXTENSIONS else []
-        ways: list[Callable[[str, str], list[str]]] = [
-            lambda _, place: self._finder.by_stem(search.stems, [place]),
-            lambda _, place: [path for path in [self._finder.by_path(medium.name, [place])] if path],
-            lambda _, place: self._finder.by_stem(converted, [place]),
-            lambda folder, place: (
-                self._finder.segments(medium.name, medium.bounds, place) if folder in search.segments else []
-            ),
+        ways: list[tuple[Sequence[str], Callable[[str], list[str]]]] = [
+            (search.folders, lambda place: finder.by_stem(search.stems, [place])),
+            (search.folders, lambda place: list(filter(None, [finder.by_path(medium.name, [place])]))),
+            (search.folders, lambda place: finder.by_stem(converted, [place])),
+            (search.segments, lambda place: finder.segments(medium.name, medium.bounds, place)),
         ]
-        for way in ways:
-            for folder in search.folders:
-                if paths := way(folder, self._place(folder)):
+        for folders, way in ways:
+            for folder in folders:
+                if paths := way(self._place(folder)):
                     return folder, paths
         return None, []
 

@@ -23,23 +23,20 @@ Asked = tuple[Record, int | None]  # an answered line, and the option chosen of 
 
 
 def variants(loaded: Loaded) -> dict[str, Loaded]:
-    """Return the benchmark itself, and with its options rotated by 1, 2, ... places, as far as an item has options."""
-    num_rotations = max((len(item.candidates) for item in loaded.items), default=1)
-    return {f"rotated{places}": rotated(loaded, places) for places in range(num_rotations)}
+    """Return the benchmark itself, and with its options moved up by 1, 2, ... places, the first ones to the end.
 
-
-def rotated(loaded: Loaded, places: int) -> Loaded:
-    """Move the options up by so many places, the first ones to the end.
-
-    Only items with more options than places: an item is asked once for each of its options, and each option stands at
-    each letter once. By 0 places it is the benchmark itself.
+    A variant has the items with more options than places: an item is asked once for each of its options, and each
+    option stands at each letter once.
     """
-    items = [
-        replace(item, candidates=(*item.candidates[places:], *item.candidates[:places]))
-        for item in loaded.items
-        if len(item.candidates) > places
-    ]
-    return replace(loaded, items=items) if places else loaded
+    found = {"rotated0": loaded}
+    for places in range(1, max((len(item.candidates) for item in loaded.items), default=0)):
+        items = [
+            replace(item, candidates=(*item.candidates[places:], *item.candidates[:places]))
+            for item in loaded.items
+            if len(item.candidates) > places
+        ]
+        found[f"rotated{places}"] = replace(loaded, items=items)
+    return found
 
 
 def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 
 from stllm.common.registry import templates
 from stllm.evaluation.benchmarks.base import Item, Loaded
-from stllm.evaluation.probes.permutation import bars, probe_scores, report, rotated, variants
+from stllm.evaluation.probes.permutation import bars, probe_scores, report, variants
 from stllm.evaluation.reports.tables import bars_figure
 from stllm.processors.templates import PromptTemplate
 from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, lines_of
@@ -75,6 +75,7 @@ def test_failed_lines_leave_their_item_out_of_what_needs_all_rotations() -> None
 
 def test_no_items_at_all_give_no_nan() -> None:
     empty = choice_benchmark([])
+    assert list(variants(empty)) == ["rotated0"]
     scores = permuted(lambda item: "A", empty)
     assert scores["mean"] is None
     json.dumps(scores, allow_nan=False)
@@ -111,7 +112,7 @@ def test_every_option_visits_every_letter_once() -> None:
 
 def test_prompts_and_scores_are_of_the_rotated_options() -> None:
     template: PromptTemplate = templates.get("instructblip")
-    variant = rotated(MIXED, 1)
+    variant = variants(MIXED)["rotated1"]
     prompt = "".join(variant.requests(variant.items[0], template)[0].pieces or ())
     assert "(A) down\n(B) left\n(C) right\n(D) up\n" in prompt
     lines = lines_of(variant, lambda item: letter_of(item, item.answer))
