@@ -1,6 +1,13 @@
-"""`stllm evaluate` on the command line."""
+"""`stllm evaluate`: asks a checkpoint a benchmark's questions and scores the answers.
+
+settings -> benchmark (items) -> runs (lines, one an item) -> results (official files, scores, table, chart)
+"""
 
 import argparse
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
 
 from stllm.commands.options import (
     Command,
@@ -59,10 +66,75 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, which is in stllm.evaluation.evaluate; returns its exit code."""
-    from stllm.evaluation.evaluate import run
+    """Ask, write every file and print a summary; then the same for each probe.
 
-    return run(args)
+    Exit code 1 when not one item could be answered, 130 when Ctrl-C ended it. Raises UserError.
+    """
+    from stllm.common.config import load_evaluation
+    from stllm.common.distributed import is_main, process_group
+    from stllm.common.errors import UserError, out_of_memory
+    from stllm.common.jsonl import naming_full_disk
+    from stllm.common.schema import EvaluationSettings
+    from stllm.conversation.chat import FOLDER, default_num_frames
+    from stllm.evaluation import results
+    from stllm.evaluation.benchmarks.base import load_benchmark
+    from stllm.evaluation.probes import permutation, temporal
+    from stllm.evaluation.runs import Runs
+    from stllm.models.checkpoints.infer_config import open_model
+    from stllm.models.settings import explicit_settings
+
+    checkpoint = args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt")
+    if checkpoint is None:
+        raise UserError(
+            "no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path; the tiny model "
+            f"that comes with the package, for the toy world alone, is {FOLDER}"
+        )
+    opened = open_model(checkpoint, args.cfg_path, options=args.options)
+    keys = [field.name for field in fields(EvaluationSettings)]
+    given = {key: value for key in keys if (value := getattr(args, key, None)) is not None}
+    own = {} if opened.config.num_frames is None else {"num_frames": opened.config.num_frames}
+    settings = load_evaluation(args.benchmark, args.cfg_path, args.options, given, own)
+    if settings.num_frames is None:  # an empty value in a YAML takes back the preset's
+        settings = replace(settings, num_frames=default_num_frames(opened.config))
+    name, code = args.benchmark if settings.output_name is None else settings.output_name, 0
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise UserError(f"output_name is {name!r}: expected a name without a folder, which output_dir says")
+    loaded = load_benchmark(args.benchmark, settings)
+    try:
+        with process_group():
+            runs = Runs(opened, settings, device=args.device, dtype=args.dtype)
+            started = time.perf_counter()
+            outcome = runs.run(loaded, name)
+            if outcome is not None:
+                with naming_full_disk(runs.folder):
+                    content = results.write(runs.folder, name, loaded, outcome)
+                seconds = time.perf_counter() - started
+                print(results.summary(runs.folder / name, loaded, outcome, content, seconds))
+                if not content["counts"]["answered"]:
+                    first = next((record["error"] for record in outcome.records), "there is no item")
+                    print(f"error: not one item could be answered; the first one: {first}", file=sys.stderr)
+                    code = 1
+            for option, probe in (("probe", temporal), ("permute", permutation)):
+                if getattr(args, option):
+                    (plain, _), *others = probe.variants(loaded).items()
+                    outcomes = {plain: outcome}
+                    for variant, changed in others:
+                        outcomes[variant] = runs.run(changed, f"{name}.{variant}", variant=variant)
+                    if is_main():
+                        with naming_full_disk(runs.folder):
+                            print(results.write_probe(runs.folder / f"{name}.{option}", loaded, outcomes, probe))
+            return code
+    except KeyboardInterrupt:
+        if is_main():
+            print("interrupted: what was answered is kept, and the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not out_of_memory(error) or isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"not enough memory for {settings.batch_size} questions at once: lower --batch-size, --num-beams or "
+            "--num-frames, or take --dtype bfloat16; what was answered is kept, and the same command goes on"
+        ) from error
 
 
 COMMAND = Command(
@@ -70,6 +142,6 @@ COMMAND = Command(
     example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
     add_options=add_options,
     run=run,
-    needs="stllm.evaluation.evaluate",
+    needs="stllm.evaluation.runs",
     check=check,
 )

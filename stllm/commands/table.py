@@ -1,4 +1,4 @@
-"""`stllm table` on the command line."""
+"""`stllm table`: results of several benchmarks as a row of the paper's table."""
 
 import argparse
 
@@ -15,10 +15,11 @@ def add_options(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, which is in stllm.evaluation.reports.paper_table; returns its exit code."""
-    from stllm.evaluation.reports.paper_table import run
+    """Print the table."""
+    from stllm.evaluation.reports.paper_table import paper_table
 
-    return run(args)
+    print(paper_table(args.results), end="")
+    return 0
 
 
 COMMAND = Command(

@@ -1,4 +1,4 @@
-"""Asks a benchmark's items and yields a record for each, as soon as it is known.
+"""The engine asks a benchmark's items and yields a record for each, as soon as it is known.
 
 items by clip -> decoded ahead in other processes -> encoded once a clip -> batches across clips -> records
 
@@ -26,52 +26,7 @@ CLIPS_AHEAD = 2  # that each worker holds ready
 BATCHES_SORTED = 4  # that wait to be put together by length
 
 
-class ReadClip(NamedTuple):
-    """A clip that was read, or why it could not be; and the seconds it took."""
-
-    clip: Clip | None
-    error: str
-    seconds: float
-
-
-def by_clip(items: Sequence[Item]) -> dict[Media, list[Item]]:
-    """The items of each clip (file, part, frames), clips in the order in which they first come."""
-    groups: dict[Media, list[Item]] = {}
-    for item in items:
-        if item.media is not None:
-            groups.setdefault(item.media, []).append(item)
-    return groups
-
-
-def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
-    """The items of one process: a clip's items stay together, and questions are divided as evenly as that allows.
-
-    Deterministic.
-    """
-    loads = [0] * num_ranks
-    mine: set[str] = set()
-    groups = [*by_clip(items).values(), *([item] for item in items if item.media is None)]
-    for group in sorted(groups, key=lambda group: -sum(len(item.questions) for item in group)):
-        lightest = loads.index(min(loads))
-        loads[lightest] += sum(len(item.questions) for item in group)
-        if lightest == rank:
-            mine.update(item.id for item in group)
-    return [item for item in items if item.id in mine]
-
-
-def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> ReadClip:
-    """Reads one clip, in whichever process; an unreadable one gives its error. Raises StorageError."""
-    start = time.perf_counter()
-    try:
-        clip = read_within(media_seconds, partial(reader, media), medium=str(media.path), setting="--media-seconds")
-        return ReadClip(clip, "", time.perf_counter() - start)
-    except StorageError:
-        raise
-    except UserError as error:
-        return ReadClip(None, str(error), time.perf_counter() - start)
-
-
-class _Question(NamedTuple):
+class Question(NamedTuple):
     """A question in the queue. answers: those of its item that have come, by the question's number."""
 
     item: Item
@@ -80,8 +35,47 @@ class _Question(NamedTuple):
     answers: dict[int, Answer]
 
 
+def by_clip(items: Sequence[Item]) -> dict[Media, list[Item]]:
+    """Group the items by clip (file, part, frames), clips in the order in which they first come."""
+    groups: dict[Media, list[Item]] = {}
+    for item in items:
+        if item.media is not None:
+            groups.setdefault(item.media, []).append(item)
+    return groups
+
+
+def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
+    """The items of one process: a clip's items stay together, and questions are divided as evenly as that allows."""
+    loads = [0] * num_ranks
+    mine: set[str] = set()
+    groups = [*by_clip(items).values(), *([item] for item in items if item.media is None)]
+    sizes = [sum(len(item.questions) for item in group) for group in groups]
+    for size, group in sorted(zip(sizes, groups, strict=True), key=lambda both: -both[0]):
+        lightest = loads.index(min(loads))
+        loads[lightest] += size
+        if lightest == rank:
+            mine.update(item.id for item in group)
+    return [item for item in items if item.id in mine]
+
+
+def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> tuple[Clip | str, float]:
+    """Read one clip, in whichever process. Return it, or the error that prevented it, and the seconds it took.
+
+    Raises StorageError.
+    """
+    start = time.perf_counter()
+    found: Clip | str
+    try:
+        found = read_within(media_seconds, partial(reader, media), medium=str(media.path), setting="--media-seconds")
+    except StorageError:
+        raise
+    except UserError as error:
+        found = str(error)
+    return found, time.perf_counter() - start
+
+
 class Engine:
-    """Asks a model. batch_size: questions answered at once; num_workers: processes that decode, 0: this one.
+    """A model that is asked. batch_size: questions answered at once; num_workers: processes that decode, 0: this one.
 
     media_seconds: the limit on reading one medium; 0: none.
     """
@@ -98,10 +92,10 @@ class Engine:
     ) -> None:
         self.chat, self.loaded, self.decoding = chat, loaded, decoding
         self.batch_size, self.num_workers, self.media_seconds = batch_size, num_workers, media_seconds
-        self._queue: list[_Question] = []
+        self._queue: list[Question] = []
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:
-        """A record an item, in no promised order. An item that cannot be asked gives one with `error`.
+        """Yield one record for each item, in no promised order. An item that cannot be asked gives one with `error`.
 
         Raises what the model raises (out of memory, a prompt's NaN): what was yielded before stays true.
         """
@@ -110,28 +104,27 @@ class Engine:
                 yield failed(item, item.error)
         groups = by_clip(items)
         num_workers = min(self.num_workers, len(groups))
-        more: dict[str, Any] = {"prefetch_factor": CLIPS_AHEAD} if num_workers else {}
         clips: DataLoader[Any] = DataLoader(
             list(groups),  # type: ignore[arg-type]  # a list of media is a data set
             batch_size=None,
             collate_fn=partial(read_clip, self.chat.read, self.media_seconds),
             num_workers=num_workers,
+            prefetch_factor=CLIPS_AHEAD if num_workers else None,
             worker_init_fn=end_with_parent,
-            **more,
         )
-        for group, read in zip(groups.values(), clips, strict=True):
-            if read.clip is None:
-                yield from (failed(item, read.error, read.seconds) for item in group)
+        for group, (clip, seconds) in zip(groups.values(), clips, strict=True):
+            if isinstance(clip, str):
+                yield from (failed(item, clip, seconds) for item in group)
                 continue
-            seen = self.chat.encode(read.clip, read_seconds=read.seconds)
+            seen = self.chat.encode(clip, read_seconds=seconds)
             for item in group:
                 yield from self._ask(item, seen)
                 seen = replace(seen, seconds=dict.fromkeys(seen.seconds, 0.0))  # spent on the first item
-            del seen, read  # while the next clip is waited for
+            del seen, clip  # while the next clip is waited for
         yield from self._answer_queue()
 
     def _ask(self, item: Item, seen: Seen) -> Iterator[Record]:
-        """Puts an item's questions into the queue, and gives the records of a full one."""
+        """Put an item's questions into the queue, and yield the records of a full one."""
         try:
             requests = self.loaded.requests(item, self.chat.processor.template)
             assert len(requests) == len(item.questions), item.id
@@ -141,34 +134,34 @@ class Engine:
             yield failed(item, f"{item.video}: {error}")
             return
         answers: dict[int, Answer] = {}
-        self._queue += [_Question(item, number, one, answers) for number, one in enumerate(prepared)]
+        self._queue += [Question(item, number, one, answers) for number, one in enumerate(prepared)]
         if len(self._queue) >= self.batch_size * BATCHES_SORTED:
             yield from self._answer_queue()
 
     def _answer_queue(self) -> Iterator[Record]:
-        """Answers what waits in batches of like lengths, which need little padding; yields the complete records."""
+        """Answer what waits in batches of like lengths, which need little padding; yield the complete records."""
         waiting, self._queue = sorted(self._queue, key=lambda one: one.prepared.length), []
         for first in range(0, len(waiting), self.batch_size):
             batch = waiting[first : first + self.batch_size]
             found = self.chat.complete([one.prepared for one in batch], self.decoding)
             for one, answer in zip(batch, found, strict=True):
                 one.answers[one.number] = answer
-                if len(one.answers) == len(one.item.questions):
-                    yield self._record(one.item, [one.answers[number] for number in sorted(one.answers)])
-
-    def _record(self, item: Item, answers: Sequence[Answer]) -> Record:
-        texts = [answer.text for answer in answers]
-        times = [round(time, 3) for time in answers[0].frame_times]
-        stages = answers[0].seconds
-        return {
-            **head(item),
-            "prediction": _one_or_all(texts),
-            "frames": {"count": len(times), "times": times},
-            "cut_tokens": {kind: sum(getattr(answer.cut, kind) for answer in answers) for kind in ("visual", "text")},
-            "seconds": {stage: round(sum(answer.seconds[stage] for answer in answers), 4) for stage in stages},
-            "error": None,
-            **self.loaded.benchmark.score(item, texts),
-        }
+                if len(one.answers) < len(one.item.questions):
+                    continue
+                answers = [one.answers[number] for number in sorted(one.answers)]
+                texts = [answer.text for answer in answers]
+                times = [round(time, 3) for time in answer.frame_times]
+                cut = {kind: sum(getattr(part.cut, kind) for part in answers) for kind in ("visual", "text")}
+                spent = {stage: round(sum(part.seconds[stage] for part in answers), 4) for stage in answer.seconds}
+                yield {
+                    **head(one.item),
+                    "prediction": _one_or_all(texts),
+                    "frames": {"count": len(times), "times": times},
+                    "cut_tokens": cut,
+                    "seconds": spent,
+                    "error": None,
+                    **self.loaded.benchmark.score(one.item, texts),
+                }
 
 
 def failed(item: Item, error: str, seconds: float = 0.0) -> Record:
@@ -180,11 +173,13 @@ def failed(item: Item, error: str, seconds: float = 0.0) -> Record:
 
 def head(item: Item) -> Record:
     """The record's fields about the item itself. clip: seconds of the part that is asked about, None for the whole."""
-    named: Record = {"id": item.id, "task": item.task, "video": item.video}
+    record: Record = {"id": item.id, "task": item.task, "video": item.video}
     if item.media is not None:
-        named["clip"] = None if item.media.bounds is None else [item.media.start, item.media.end]
-    options = {"candidates": list(item.candidates)} if item.candidates else {}
-    return {**named, "question": _one_or_all(item.questions), **options, "answer": item.answer}
+        record["clip"] = None if item.media.bounds is None else [item.media.start, item.media.end]
+    record["question"] = _one_or_all(item.questions)
+    if item.candidates:
+        record["candidates"] = list(item.candidates)
+    return {**record, "answer": item.answer}
 
 
 def _one_or_all(texts: Sequence[str]) -> str | list[str]:

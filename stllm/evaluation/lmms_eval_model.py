@@ -1,4 +1,4 @@
-"""ST-LLM as a model of lmms-eval (0.7): with both packages installed, its runs know the model by the name `st_llm`.
+"""ST-LLM as a model of lmms-eval (0.7): with both packages installed, lmms-eval knows it by the name `st_llm`.
 
     pip install ".[lmms-eval]"
     lmms-eval --model st_llm --model_args pretrained=DIR,num_frames=16 --tasks mvbench --batch_size 8
@@ -10,11 +10,11 @@ run of lmms-eval, so that everything heavy is imported where the model is loaded
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -41,9 +41,7 @@ ARGUMENTS = (
 # of it; and it survives the removal of marks and capitals.
 UNANSWERED = "zxqzxq"
 NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)  # raised by a task's own code that looks for media
-KNOWN_SETTINGS = frozenset(
-    ("until", "max_new_tokens", "num_beams", "temperature", "do_sample", "top_p", "repetition_penalty")
-)
+KNOWN_SETTINGS = ("until", "max_new_tokens", "num_beams", "temperature", "do_sample", "top_p", "repetition_penalty")
 
 
 def manifest() -> ModelManifest:
@@ -51,8 +49,7 @@ def manifest() -> ModelManifest:
     return ModelManifest(model_id=NAME, chat_class_path=f"{__name__}.STLLMForHarness")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """A task's generation settings: how the answer is generated, and at which texts it is cut."""
 
     decoding: Decoding
@@ -108,7 +105,7 @@ class STLLMForHarness(lmms):
         return self.chat.model.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The answers, in the order of the requests.
+        """Return the answers, in the order of the requests.
 
         requests: instances with (context, doc_to_messages, generation settings, document's number, task, split).
         A request that cannot be answered, such as one with an unreadable video, gets `UNANSWERED`, since lmms-eval
@@ -139,7 +136,7 @@ class STLLMForHarness(lmms):
         return texts
 
     def _answer(self, arguments: Sequence[tuple[Any, ...]], settings: Settings) -> list[str | None]:
-        """The answers to some requests, None for one that cannot be answered."""
+        """Return the answers to some requests, None for one that cannot be answered."""
         texts: list[str | None] = [None] * len(arguments)
         with TemporaryDirectory(prefix="stllm_lmms_eval_") as folder:
             read = [
@@ -155,7 +152,7 @@ class STLLMForHarness(lmms):
         return texts
 
     def _prepared(self, arguments: tuple[Any, ...], decoding: Decoding, folder: Path) -> Prepared | None:
-        """A request whose medium is read and encoded; None, with a warning, for one that cannot be answered.
+        """Read and encode a request's medium; None, with a warning, if it cannot be answered.
 
         A warning names a request whose prompt was cut, too.
         """
@@ -171,10 +168,9 @@ class STLLMForHarness(lmms):
         return prepared
 
     def _request(self, messages: Sequence[Any], folder: Path) -> Request:
-        """A task's messages as a conversation about one medium. folder: for pictures that are no files."""
+        """Turn a task's messages into a conversation about one medium. folder: for pictures that are no files."""
         turns: list[Turn] = []
-        system = self.system
-        visuals = []
+        system, visuals = self.system, []
         for message in messages:
             text = "\n".join(part.text for part in message.content if part.type == "text")
             visuals += [part for part in message.content if part.type != "text"]
@@ -186,44 +182,65 @@ class STLLMForHarness(lmms):
                 turns[-1] = replace(turns[-1], answer=text)
         if not turns or turns[-1].answer is not None:
             raise UserError("a task's messages end with no question; expected the user's to be the last")
-        return Request(tuple(turns), self._medium(visuals, folder), system)
+        return Request(tuple(turns), self._medium(visuals, folder) if visuals else None, system)
 
-    def _medium(self, visuals: Sequence[Any], folder: Path) -> Media | None:
-        """One video, one image, or several pictures, which are taken for the frames of one video."""
-        kinds = [visual.type for visual in visuals]
-        if not visuals:
-            return None
+    def _medium(self, visuals: Sequence[Any], folder: Path) -> Media:
+        """One video, one image, or several pictures, which are taken for the frames of one video.
+
+        Raises MediaError for a picture that cannot be read.
+        """
+        kinds, frames = [visual.type for visual in visuals], Media("-", sampling=self.sampling, reader=self.reader)
         if kinds == ["video"]:
-            return replace(_video(visuals[0]), sampling=self.sampling, reader=self.reader)
+            url, start, end = visuals[0].url, visuals[0].start_time, visuals[0].end_time
+            if isinstance(url, Mapping):  # the harness' other spelling of a part
+                start, end = url.get("video_start"), url.get("video_end")
+                url = next((url[key] for key in ("url", "path", "video") if key in url), url)
+            if not isinstance(url, str):
+                raise UserError(
+                    f"a task's video is a {type(url).__name__}; expected the path of a file or of a frame folder"
+                )
+            return replace(frames, path=url, start=start, end=end)
         if set(kinds) != {"image"}:
             raise UserError(f"a task shows {', '.join(kinds)} at once; {NAME} sees one video, or pictures of one")
         pictures = [visual.url for visual in visuals]
         if len(pictures) == 1 and isinstance(pictures[0], str):
-            return Media(pictures[0], sampling=self.sampling, reader=self.reader)
+            return replace(frames, path=pictures[0])
+
+        from PIL import Image
+
         folder.mkdir()
-        files = list(_written(pictures, folder))
-        return Media(str(files[0] if len(files) == 1 else folder), sampling=self.sampling)
+        file = folder
+        for number, picture in enumerate(pictures, start=1):  # a folder of numbered frames
+            file = folder / f"{number:05d}.png"
+            if isinstance(picture, str):
+                with open_media(picture) as opened:
+                    Image.fromarray(next(opened.frames([opened.info.first_index]))).save(file)
+            else:
+                picture.convert("RGB").save(file)
+        return Media(str(file if len(pictures) == 1 else folder), sampling=self.sampling)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered: a clear refusal."""
+        """Refuse: it is not offered."""
         raise UserError(
             f"{NAME} answers in words; tasks of log-likelihoods (output_type loglikelihood or multiple_choice) are not "
             "for it: choose a task of generate_until"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: a clear refusal."""
+        """Refuse: it is not offered."""
         raise UserError(f"{NAME} answers once; tasks of output_type generate_until_multi_round are not for it")
 
     def clean(self) -> None:
-        """Frees the model's memory, for a judge on the same machine."""
+        """Free the model's memory, for a judge on the same machine."""
         self.__dict__.pop("chat", None)
         super().clean()
 
 
 def settings_of(given: Mapping[str, Any], usual: Decoding) -> Settings:
-    """A task's generation settings. What it does not name: one beam, no sampling; the length and the repetition penalty
-    of the model family's published settings (`usual`). A setting that is not known is noted and changes nothing.
+    """Read a task's generation settings.
+
+    What it does not name: one beam, no sampling; the length and the repetition penalty of the model family's published
+    settings (`usual`). A setting that is not known is noted and changes nothing.
     """
     unknown = sorted(name for name, value in given.items() if name not in KNOWN_SETTINGS and value is not None)
     if unknown:
@@ -243,38 +260,11 @@ def settings_of(given: Mapping[str, Any], usual: Decoding) -> Settings:
 
 
 def cut(text: str, until: Iterable[str]) -> str:
-    """The text before the first of these, which are not part of an answer."""
+    """Return the text before the first of these ends, which are not part of an answer."""
     for end in until:
         if end:
             text = text.split(end, 1)[0]
     return text
-
-
-def _video(visual: Any) -> Media:
-    """A message's video and the part of it that is meant, in either of the harness' spellings."""
-    if isinstance(visual.url, str):
-        return Media(visual.url, start=visual.start_time, end=visual.end_time)
-    if isinstance(visual.url, Mapping):
-        path = next((visual.url[key] for key in ("url", "path", "video") if key in visual.url), None)
-        if isinstance(path, str):
-            return Media(path, start=visual.url.get("video_start"), end=visual.url.get("video_end"))
-    raise UserError(
-        f"a task's video is a {type(visual.url).__name__}; expected the path of a file or of a frame folder"
-    )
-
-
-def _written(pictures: Sequence[Any], folder: Path) -> Iterator[Path]:
-    """The pictures as a folder of numbered frames. Raises MediaError for one that cannot be read."""
-    from PIL import Image
-
-    for number, picture in enumerate(pictures, start=1):
-        file = folder / f"{number:05d}.png"
-        if isinstance(picture, str):
-            with open_media(picture) as opened:
-                Image.fromarray(next(opened.frames([opened.info.first_index]))).save(file)
-        else:
-            picture.convert("RGB").save(file)
-        yield file
 
 
 def _number(name: str, value: int | str) -> int:

@@ -1,6 +1,7 @@
-"""The results of a benchmark's run: the official script's files, `<name>.results.json`, a table and a chart.
+"""The results of a run: the official script's files, `<name>.results.json`, a table and a chart.
 
-All are computed from the lines alone, so a run that was continued writes the same as an uninterrupted one.
+All are computed from the lines alone, so a continued run writes the same as an uninterrupted one. Scores are printed
+beside the published figures; where a judge scores, counts and the next commands; in both cases all that was left out.
 """
 
 import json
@@ -10,16 +11,27 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from stllm import __version__
 from stllm.common.files import write_text
-from stllm.evaluation.benchmarks.base import Loaded, Record
-from stllm.evaluation.reports.charts import Bars, draw_bars
-from stllm.evaluation.reports.run_report import run_bars, run_report
+from stllm.evaluation.axes import QA, TASKS
+from stllm.evaluation.benchmarks.base import Loaded
+from stllm.evaluation.published import BY_TASK, LABEL, SOURCE, cell
+from stllm.evaluation.reports.paper_table import JUDGED, OF_BENCHMARK
+from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, percent, table
+from stllm.evaluation.scores import RULES, Record, by_task, differing, tally
 
 # What computes, and what reads media: distributions and their modules.
 PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord")} | {"pillow": "PIL"}
+SHOWN_IDS = 5  # of the items with one cause
+SHOWN_FAILURES = 3  # on the command line
+MATCHER = (
+    "The official rule compares the first word of the prediction with that of the answer and counts it as right when "
+    "one is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule "
+    "wants the letter of the option, or the option's text exactly; anything else is wrong."
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,11 @@ class Outcome:
     seconds: float
 
 
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
 def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str, Any]:
-    """Writes all files of a run, each whole or not at all, and returns the content of the results file.
+    """Write all files of a run, each whole or not at all, and return the content of the results file.
 
     A benchmark that a judge scores has no scores yet and no chart.
     """
@@ -48,9 +63,10 @@ def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str
     for part, official in loaded.benchmark.official(loaded.items, lines).items():
         text = json.dumps(official, ensure_ascii=False, indent=1, allow_nan=False)
         write_text(folder / (f"{name}.{part}.json" if part else f"{name}.json"), text + "\n")
+    scores = loaded.benchmark.summary(lines)
     content = {
         "benchmark": loaded.name,
-        "scores": loaded.benchmark.summary(lines),
+        "scores": scores,
         "counts": counts(loaded, lines),
         **({"notes": list(loaded.notes)} if loaded.notes else {}),
         "settings": dict(outcome.settings),
@@ -61,41 +77,46 @@ def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str
     write_json(folder / f"{name}.results.json", content)
     write_text(folder / f"{name}.md", run_report(name, loaded, lines, content))
     if not loaded.benchmark.judged:
-        draw_bars(folder / f"{name}.png", run_bars(loaded, lines))
+        draw_bars(folder / f"{name}.png", run_bars(loaded, scores))
     return content
 
 
-def write_probe(path: Path, loaded: Loaded, plain: Outcome, scores: Mapping[str, Any], report: str, bars: Bars) -> str:
-    """Writes a probe's figures, tables and chart, each whole or not at all; returns the files in words.
+def write_probe(path: Path, loaded: Loaded, outcomes: Mapping[str, Outcome | None], probe: Any) -> str:
+    """Write a probe's figures, tables and chart, each whole or not at all; return its verdict, to be printed.
 
-    path: without an ending. plain: the outcome of the benchmark itself.
+    path: `<name>.<option>`, without an ending. outcomes: of each variant, the benchmark itself first. probe: the module
+    (see evaluation/probes).
     """
+    found = {variant: outcome for variant, outcome in outcomes.items() if outcome is not None}
+    scores = probe.probe_scores({variant: outcome.records for variant, outcome in found.items()})
+    plain = next(iter(found.values()))
     about = {"settings": dict(plain.settings), "digests": dict(plain.digests), "versions": versions()}
     write_json(path.with_name(f"{path.name}.json"), {"benchmark": loaded.name, **scores, **about})
-    write_text(path.with_name(f"{path.name}.md"), report)
-    draw_bars(path.with_name(f"{path.name}.png"), bars)
-    return f"{path}.{{json,md,png}}"
+    write_text(path.with_name(f"{path.name}.md"), probe.report(path.stem, scores))
+    draw_bars(path.with_name(f"{path.name}.png"), probe.bars(scores))
+    return f"{probe.TITLE}: {scores['verdict']}\nfiles: {path}.{{json,md,png}}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write it whole or not at all; a NaN, which is no JSON, is an error."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def counts(loaded: Loaded, records: Sequence[Record]) -> dict[str, int]:
-    """Items in all; of them answered, failed (their media could not be read), and excluded with their whole task.
+    """Count items: in `total`, answered, failed (their media could not be read), and excluded with their whole task.
 
     Where the context rule cut prompts, also the items whose prompts were `cut`, and the visual and text tokens cut.
     """
     failed = sum(bool(line.get("error")) for line in records)
-    cuts = [line["cut_tokens"] for line in records if any(line.get("cut_tokens", {}).values())]
     found = {
-        "cut": len(cuts),
-        "cut_visual_tokens": sum(cut["visual"] for cut in cuts),
-        "cut_text_tokens": sum(cut["text"] for cut in cuts),
-    }
-    return {
         "total": len(loaded.items) + loaded.num_excluded,
         "answered": len(records) - failed,
         "failed": failed,
         "excluded": loaded.num_excluded,
-        **(found if cuts else {}),
     }
+    if cuts := [line["cut_tokens"] for line in records if any(line.get("cut_tokens", {}).values())]:
+        found |= {"cut": len(cuts)} | {f"cut_{kind}_tokens": sum(cut[kind] for cut in cuts) for kind in cuts[0]}
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -104,6 +125,142 @@ def versions() -> dict[str, str]:
     return {"stllm": __version__, "python": platform.python_version(), **installed}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes it whole or not at all; a NaN, which is no JSON, is an error."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+# ---- the table and the chart ----------------------------------------------------------------------------------------
+
+
+def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Mapping[str, Any]) -> str:
+    """The Markdown text. name: of the run's files. content: of the results file."""
+    judged = loaded.benchmark.judged
+    parts = [f"# {name}\n"]
+    parts += _open_answers(loaded, records) if judged else _accuracies(loaded, records, content["scores"])
+    if loaded.notes:
+        parts += ["## Notes\n", "\n".join(f"- {note}" for note in loaded.notes) + "\n"]
+    if loaded.excluded:
+        parts += ["## Excluded tasks\n", table(("task", "why"), list(loaded.excluded.items()), texts=2)]
+    failed: list[tuple[object, ...]] = []
+    for task, of_task in by_task(line for line in records if line.get("error")).items():
+        causes: dict[str, list[str]] = {}
+        for line in of_task:  # without the file's own name, so that equal causes are counted together
+            text = " ".join(str(line["error"]).split())
+            place, colon, reason = text.partition(": ")
+            own = str(line.get("video", "")).rsplit("/", 1)[-1].rsplit(".", 1)[0]
+            causes.setdefault(reason if colon and own and own in place else text, []).append(str(line["id"]))
+        for cause, ids in sorted(causes.items(), key=lambda group: -len(group[1])):
+            shown = ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
+            failed.append((task or MISSING, cause, shown, len(ids)))
+    if failed:
+        parts += ["## Failed items\n", table(("task", "cause", "items", "failed"), failed, texts=3)]
+    if judged:
+        tasks, (lines, folder) = by_task(records), (quote(f"{name}.jsonl"), quote(name + JUDGED))
+        axes = [axis for axis, task in TASKS.items() if task in tasks] or [QA]
+        commands = [f"stllm judge {axis} --pred-path {lines} --output-dir {folder} --model MODEL" for axis in axes]
+        if loaded.name in ("vcgbench", *OF_BENCHMARK):
+            commands.append(f"stllm table {folder}/*.results.json")
+        parts += ["## Next, in this folder: a judge scores the predictions\n", "```", *commands, "```\n"]
+    else:
+        golds, apart = {item.id: item.answer for item in loaded.items}, []
+        for line in differing(records):
+            right = "official" if line["correct"]["official"] else "strict"
+            said = str(line["prediction"]).strip() or "(empty)"
+            apart.append((line["id"], line["task"], said, golds[line["id"]], right))
+        found = table(("item", "task", "prediction", "answer", "right by"), apart, texts=5) if apart else "None.\n"
+        parts += [f"## Items that the two rules score differently: {len(apart)}\n", f"{MATCHER}\n", found]
+    made_by = [*content["digests"].items(), *content["versions"].items()]
+    return "\n".join([*parts, "## Made by\n", table(("what", "digest or version"), made_by, texts=2)])
+
+
+def _open_answers(loaded: Loaded, records: Sequence[Record]) -> list[str]:
+    """Counts of the items of each part that a judge is to score."""
+    rows: list[tuple[object, ...]] = []
+    for task, lines in [*by_task(records).items(), ("all", records)]:
+        answered = [line["prediction"] for line in lines if not line.get("error")]
+        texts = [said if isinstance(said, list) else [said] for said in answered]
+        empty = sum(not all(str(text).strip() for text in both) for both in texts)
+        rows.append((task or "questions", len(lines), len(answered), empty, len(lines) - len(answered)))
+    items = f"Items: {len(records) + loaded.num_excluded} in all, {loaded.num_excluded} excluded.\n"
+    header = ("part", "items", "answered", "of them empty", "failed")
+    return [table(header, rows if len(rows) > 2 else rows[:1]), "", items]
+
+
+def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, Any]) -> list[str]:
+    """Averages and the accuracy of each task, beside the published figures. scores: of the results file."""
+    total, title, published = tally(records), loaded.benchmark.title, BY_TASK.get(loaded.name, {})
+    asked = by_task(records)
+    rows: list[tuple[object, ...]] = []
+    for over, key, count in (
+        ("answered", "average_answered", total.answered),
+        ("all asked, failed ones wrong", "average", total.asked),
+    ):
+        figures = [figure for rule in RULES for figure in (percent(scores[rule][key]), f"{total.right[rule]}/{count}")]
+        rows.append((f"ours, over {over}", *figures))
+    if published:
+        rows.append((f"{LABEL} ({len(published)} tasks)", MISSING, "", percent(cell("ST-LLM", title)), ""))
+        if asked and asked.keys() < published.keys():
+            average = sum(published[task] for task in asked) / len(asked)
+            rows.append((f"{LABEL}, the {len(asked)} tasks asked here", MISSING, "", percent(average), ""))
+    averages = table(("average", "strict %", "right/items", "official %", "right/items"), rows)
+    items = f"Items: {total.asked + loaded.num_excluded} in all; {total.answered} answered, {total.failed} failed"
+    items += f", {loaded.num_excluded} excluded with their tasks." if loaded.num_excluded else "."
+    if published:
+        items += f" Published figures: {SOURCE}, by the official rule, on {title}'s own clips (about 200 a task)."
+
+    rows = []
+    for task in _task_names(loaded, scores):
+        row: tuple[object, ...] = (task, "excluded", *[MISSING] * 5)
+        if task in asked:
+            shares = [percent(scores[rule][key][task]) for rule in RULES for key in ("tasks_answered", "tasks")]
+            row = (task, len(asked[task]), tally(asked[task]).failed, *shares)
+        rows.append((*row, percent(published.get(task))) if published else row)
+    header = ("task", "items", "failed", "strict", "strict, all", "official", "official, all")
+    over = "Percent over answered items, and over all items asked with failed ones wrong.\n"
+    return [averages, f"{items}\n", "## Tasks\n", table((*header, LABEL) if published else header, rows), over]
+
+
+def _task_names(loaded: Loaded, scores: Mapping[str, Any]) -> list[str]:
+    """Tasks asked and excluded, in the order of the published table; unknown ones at the end."""
+    there, published = {*scores[RULES[0]]["tasks"], *loaded.excluded}, BY_TASK.get(loaded.name, {})
+    return [task for task in published if task in there] + sorted(there - published.keys())
+
+
+def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:
+    """The chart of a multiple choice: the average and each task over all items asked, beside the published figures."""
+    tasks = _task_names(loaded, scores)
+    series: dict[str, list[float | None]] = {
+        f"ours, {rule}": [scores[rule]["average"], *map(scores[rule]["tasks"].get, tasks)] for rule in RULES
+    }
+    if published := BY_TASK.get(loaded.name):
+        series[LABEL] = [sum(published.values()) / len(published), *map(published.get, tasks)]
+    return Bars(
+        title=f"{loaded.benchmark.title}: accuracy by task",
+        axis="accuracy, % of the items asked",
+        groups=["Average", *tasks],
+        series=series,
+        notes=dict.fromkeys(loaded.excluded, "excluded"),
+    )
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def summary(path: Path, loaded: Loaded, outcome: Outcome, content: Mapping[str, Any], seconds: float) -> str:
+    """The lines to print at the end. path: of the files, without an ending. content: of the results file."""
+    counted, lines = content["counts"], []
+    for rule, scores in content["scores"].items():
+        if isinstance(scores, Mapping):
+            figures = {"of all items": scores["average"], "of those answered": scores["average_answered"]}
+            said = ", ".join(f"{value:.1f} % {of}" for of, value in figures.items() if value is not None)
+            lines.append(f"{loaded.name}, {rule}: {said}")
+    words = ", ".join(f"{counted[kind]} {kind}" for kind in ("answered", "failed", "excluded"))
+    asked, own = outcome.settings["evaluation"]["num_frames"], outcome.settings["model"]["num_frames"]
+    frames = "one frame a second of each video" if asked == 0 else f"{asked} frames of each video"
+    if own is not None:
+        frames += ", the checkpoint's own number" if asked == own else f" (the checkpoint's own number: {own})"
+    lines += [f"{words}, of {counted['total']}; {seconds:.0f} s", frames]
+    if "cut" in counted:
+        lines.append(f"the context rule cut the prompts of {counted['cut']} items, see cut_tokens in {path}.jsonl")
+    errors = [record["error"] for record in outcome.records if record.get("error")]
+    lines += [f"failed: {error}" for error in errors[:SHOWN_FAILURES]]
+    if len(errors) > SHOWN_FAILURES:
+        lines.append(f"failed: {len(errors) - SHOWN_FAILURES} more, see {path}.jsonl")
+    lines += [f"excluded: {task}: {reason}" for task, reason in loaded.excluded.items()]
+    return "\n".join([*lines, f"files: {path}.*"])

@@ -1,15 +1,18 @@
-"""An evaluation in its folder: begun or continued, alone or divided among processes, its lines joined at the end.
+"""An evaluation in its folder: begun or continued, by one process or several, its lines joined at the end.
 
-The settings that made the lines are kept beside them, so that a rerun continues, or refuses to mix. Results carry short
-digests (16 hex digits) of what made them: the configuration, the prompts, the checkpoint.
+`<name>.jsonl` has one line an item. A single process appends to it; each of several appends to its own part,
+`<name>.part-<rank>.jsonl`, and the main process joins the parts. The settings that made the lines are kept beside them,
+so that a rerun continues, or refuses to mix. Results carry short digests (16 hex digits) of what made them: the
+configuration, the prompts, the checkpoint.
 """
 
+import glob
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +25,13 @@ from stllm.common.config import flat, told_changes
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.distributed import is_main, one_a_core, rank, wait_for_all, world_size
 from stllm.common.errors import UserError
-from stllm.common.files import user_path, write_text
-from stllm.common.jsonl import Appender, naming_full_disk
+from stllm.common.files import locked, user_path, write_text
+from stllm.common.jsonl import Appender, line_of, naming_full_disk, read_records
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.engine import Engine, head, share
-from stllm.evaluation.record_files import RecordFiles
 from stllm.evaluation.results import Outcome
 from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.models.checkpoints.infer_config import Opened
@@ -52,19 +54,12 @@ BESIDE = (
     "qformer_tokenizer/*",
 )
 # Never asked: its prompt shows the words around a question, which belong to the code and may change with it.
-SAMPLE = Item(
-    id="sample",
-    task="",
-    video="",
-    media=None,
-    questions=("QUESTION",),
-    answer="FIRST",
-    candidates=("FIRST", "SECOND"),
-)
+SAMPLE = Item("sample", "", "", None, ("QUESTION",), "FIRST", candidates=("FIRST", "SECOND"))
+ADVICE = "expected a record as stllm evaluate writes it: remove the line, or name another --output-name"
 
 
 class Runs:
-    """Evaluations of one checkpoint, which is read when the first question is asked, and not before.
+    """Evaluations of one checkpoint, which is not read before the first question is asked.
 
     settings: of all of them. Raises UserError for a checkpoint that cannot be opened, or that has no tokenizer.
     """
@@ -76,9 +71,8 @@ class Runs:
         self.processor = processor_of(opened)
         self.folder = user_path(settings.output_dir)
         names = ("num_beams", "max_new_tokens", "repetition_penalty", "context")
-        given = {name: getattr(settings, name) for name in names}
-        asked = {name: value for name, value in given.items() if value is not None}
-        self.decoding = replace(Decoding.published(self.processor.template), **asked)
+        given = {name: value for name in names if (value := getattr(settings, name)) is not None}
+        self.decoding = replace(Decoding.published(self.processor.template), **given)
 
     @cached_property
     def chat(self) -> Chat:
@@ -91,30 +85,39 @@ class Runs:
         return checkpoint_digest(self.opened.sources)
 
     def run(self, loaded: Loaded, name: str, *, variant: str = "") -> Outcome | None:
-        """Asks what is not answered yet, into `<name>.jsonl`. A collective call; None on all but the main process.
+        """Ask what is not answered yet, into `<name>.jsonl`. A collective call; None on all but the main process.
 
         variant: of the benchmark's items, where they are not as published. Raises UserError: lines of other settings or
         items in the folder, a full disk, another process that writes there, and whatever the model raises.
         """
         files = RecordFiles(self.folder, name)
+        ids = [item.id for item in loaded.items]
         with files.locked() if is_main() else nullcontext():
-            settings = self._begin(files, loaded, variant) if is_main() else {}
+            if is_main():
+                settings, file = self._settings(loaded, variant), self.folder / f"{name}.config.yaml"
+                if records := files.gather():
+                    check_same(file, settings, files.path)
+                    check_items(files.path, records, loaded.items)
+                files.join(ids)
+                with naming_full_disk(file):
+                    write_text(file, OmegaConf.to_yaml(OmegaConf.create(settings)))
             wait_for_all()  # until the lines of earlier runs are in one file
             done = {id_ for id_, record in files.read().items() if not record.get("error")}
             pending = [item for item in loaded.items if item.id not in done]
             if is_main():
-                log.info("%s: %d items to ask, %d are answered", name, len(pending), len(loaded.items) - len(pending))
-            self._ask(files, loaded, share(pending, rank(), world_size()))
+                log.info("%s: %d items to ask, %d are answered", name, len(pending), len(ids) - len(pending))
+            if mine := share(pending, rank(), world_size()):
+                self._ask(files, loaded, mine)
             wait_for_all()
             if not is_main():
                 return None
-            records = files.join([item.id for item in loaded.items])
-        missing = [item.id for item in loaded.items if item.id not in records]
-        if missing:
+            records = files.join(ids)
+        if missing := [id_ for id_ in ids if id_ not in records]:
             raise UserError(f"{files.path} lacks {len(missing)} items ({missing[0]}): run the same command again")
+        asked = [item for item in loaded.items if item.media is not None]
         digests = {
             "config": content_digest(decisive(settings)),
-            "prompts": prompts_digest(loaded, self.processor),
+            "prompts": content_digest([[item.id, item_prompts(loaded, item, self.processor)] for item in asked]),
             "checkpoint": self._checkpoint,
         }
         spent = sum(sum(record["seconds"].values()) for record in records.values())
@@ -133,34 +136,15 @@ class Runs:
                 "checkpoint": self._checkpoint,
                 "dtype": self.dtype,
                 "quantization": "8bit" if self.opened.settings.get("low_resource") else None,
-                "num_frames": config.num_frames,
-                "video_input": config.video_input,
-                "residual_size": config.residual_size,
+                **{name: getattr(config, name) for name in ("num_frames", "video_input", "residual_size")},
                 "image_size": config.vision_config["image_size"],
                 "template": processor.template.name,
-                "system": processor.system,
-                "max_txt_len": processor.max_txt_len,
-                "end_sym": processor.end_sym,
+                **{name: getattr(processor, name) for name in ("system", "max_txt_len", "end_sym")},
             },
         }
 
-    def _begin(self, files: RecordFiles, loaded: Loaded, variant: str) -> dict[str, Any]:
-        """Sees that these settings and items go with the lines that are there, and joins those."""
-        settings = self._settings(loaded, variant)
-        file = self.folder / f"{files.name}.config.yaml"
-        records = files.gather()
-        if records:
-            check_same(file, settings, files.path)
-            check_items(files.path, records, loaded.items)
-        files.join([item.id for item in loaded.items])
-        with naming_full_disk(file):
-            write_text(file, OmegaConf.to_yaml(OmegaConf.create(settings)))
-        return settings
-
-    def _ask(self, files: RecordFiles, loaded: Loaded, items: Sequence[Item]) -> None:
-        """This process's items, each written as soon as it is known."""
-        if not items:
-            return
+    def _ask(self, files: "RecordFiles", loaded: Loaded, items: Sequence[Item]) -> None:
+        """Ask this process's items, and write each record as soon as it is known."""
         engine = Engine(
             self.chat,
             loaded,
@@ -169,37 +153,93 @@ class Runs:
             num_workers=one_a_core(self.settings.num_workers),
             media_seconds=self.settings.media_seconds,
         )
-        path = files.path if world_size() == 1 else files.part(rank())
-        of_all = f" (1 of {world_size()} processes)" if world_size() > 1 else ""
-        hidden = None if is_main() else True  # None: no bar where nobody looks
-        bar = tqdm(total=len(items), desc=f"{files.name}{of_all}", unit="item", disable=hidden)
-        with Appender(path) as lines, bar:
+        alone = world_size() == 1
+        title = files.name if alone else f"{files.name} (1 of {world_size()} processes)"
+        bar = tqdm(total=len(items), desc=title, unit="item", disable=None if is_main() else True)
+        with Appender(files.path if alone else files.part(rank())) as lines, bar:
             for record in engine.records(items):
                 lines.add(record)
                 bar.update()
 
 
+class RecordFiles:
+    """The lines of one evaluation on disk. path: `<name>.jsonl`."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.path = folder / f"{name}.jsonl"
+
+    def part(self, rank: int) -> Path:
+        """The file of one of several processes."""
+        return self.folder / f"{self.name}.part-{rank}.jsonl"
+
+    def read(self) -> dict[str, Record]:
+        """Read the joined lines by id, in the file's order."""
+        return self._by_id([self.path])
+
+    def gather(self) -> dict[str, Record]:
+        """Read what all processes have written, by id: an answer is kept over a failure, else the last line counts."""
+        return self._by_id([self.path, *self._parts()])
+
+    def join(self, order: Sequence[str]) -> dict[str, Record]:
+        """Write what all processes have written into the one file. Only the main process may call it.
+
+        order: all ids, as the ground truth has them. Raises UserError for a full disk, and for lines that no evaluation
+        wrote; either way every file stays as it was.
+        """
+        parts, found = self._parts(), self.gather()
+        records = {id_: found[id_] for id_ in order if id_ in found}
+        assert len(records) == len(found), found.keys() - records.keys()
+        if self.path.is_file() or records:
+            with naming_full_disk(self.path):
+                write_text(self.path, "".join(map(line_of, records.values())))
+        for path in parts:  # a kill before this leaves lines twice, which the next run joins again
+            path.unlink(missing_ok=True)
+        return records
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the right to write here. Raises UserError when another run does."""
+        busy = f"{self.path}: another process writes to it: wait until it ends, or name another --output-name"
+        return locked(self.folder / f".{self.name}.lock", busy)
+
+    def _parts(self) -> list[Path]:
+        """The parts that exist, of however many processes."""
+        return sorted(self.folder.glob(f"{glob.escape(self.name)}.part-*.jsonl"))
+
+    @staticmethod
+    def _by_id(paths: Iterable[Path]) -> dict[str, Record]:
+        found: dict[str, Record] = {}
+        for path in paths:
+            for number, record in read_records(path, ADVICE):
+                id_ = record.get("id")
+                if not isinstance(id_, str):
+                    raise UserError(f"{path}, line {number}: found the id {id_!r}, {ADVICE}")
+                if id_ not in found or found[id_].get("error") or not record.get("error"):
+                    found[id_] = record
+        return found
+
+
+# ---- which lines may be continued -----------------------------------------------------------------------------------
+
+
 def check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:
-    """Raises UserError unless every line is about an item that is asked now, and every answer about it as it is now.
+    """Raise UserError unless every line is about an item that is asked now, and every answer about it as it is now.
 
     An item that failed is asked again, as it is now.
     """
     asked = {item.id: item for item in items}
-    gone = [id_ for id_ in records if id_ not in asked]
-    if gone:
+    if gone := [id_ for id_ in records if id_ not in asked]:
         raise UserError(
             f"{path} answers {len(gone)} items that are not asked now ({gone[0]}): ask for them too (--tasks, --limit, "
             "--anno-path), or name another --output-name"
         )
     for id_, record in records.items():
-        now = {} if record.get("error") else head(asked[id_])
-        changed = [key for key, value in now.items() if record.get(key) != value]
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"{path}: the ground truth is another one now: {key} of {id_} was {record.get(key)!r} and is "
-                f"{now[key]!r}; name another --output-name to begin anew"
-            )
+        for key, now in ({} if record.get("error") else head(asked[id_])).items():
+            if record.get(key) != now:
+                raise UserError(
+                    f"{path}: the ground truth is another one now: {key} of {id_} was {record.get(key)!r} and is "
+                    f"{now!r}; name another --output-name to begin anew"
+                )
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,7 +248,7 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
-    """Raises UserError, naming the first setting that differs, unless `records` were made with these settings.
+    """Raise UserError, naming the first setting that differs, unless `records` were made with these settings.
 
     path: the file that keeps the settings of those lines.
     """
@@ -224,19 +264,16 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
         raise UserError(f"{records} was made with another setting: {changes}; set it back to go on, or {another}")
 
 
+# ---- digests --------------------------------------------------------------------------------------------------------
+
+
 def content_digest(content: Any) -> str:
-    """Of what JSON can hold; the order of keys does not matter."""
+    """Digest what JSON can hold; the order of keys does not matter."""
     return _digest([json.dumps(content, sort_keys=True, ensure_ascii=False).encode()])
 
 
-def prompts_digest(loaded: Loaded, processor: PromptProcessor) -> str:
-    """Of every prompt that the benchmark's items give, and what the Q-Former reads beside it."""
-    asked = [item for item in loaded.items if item.media is not None]
-    return content_digest([[item.id, item_prompts(loaded, item, processor)] for item in asked])
-
-
 def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
-    """`pieces` of each question's prompt, and what the `qformer` reads."""
+    """Return `pieces` of each question's prompt, and what the `qformer` reads beside it."""
     template = processor.template
     prompts = []
     for request in loaded.requests(item, template):
@@ -248,7 +285,7 @@ def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list
 
 
 def checkpoint_digest(sources: Sequence[Source]) -> str:
-    """Of the files that weights and tokenizers come from, wherever they lie: names, sizes, and content.
+    """Digest the files that weights and tokenizers come from, wherever they lie: names, sizes, and content.
 
     Large files are sampled, so that a checkpoint that differs in a few numbers alone could pass for another; training
     changes nearly all of what trains.
@@ -261,18 +298,12 @@ def checkpoint_digest(sources: Sequence[Source]) -> str:
             files = sorted({*weight_files(place), *beside})
         for path in files:
             size = path.stat().st_size
-            parts += [f"{path.name} {size}".encode(), *_blocks(path, size)]
+            parts.append(f"{path.name} {size}".encode())
+            with path.open("rb") as stream:
+                for start in (0,) if size <= SMALL else (*range(0, size, STRIDE), size - BLOCK):
+                    stream.seek(start)
+                    parts.append(stream.read(-1 if size <= SMALL else BLOCK))
     return _digest(parts)
-
-
-def _blocks(path: Path, size: int) -> Iterable[bytes]:
-    with path.open("rb") as stream:
-        if size <= SMALL:
-            yield stream.read()
-            return
-        for start in (*range(0, size, STRIDE), size - BLOCK):
-            stream.seek(start)
-            yield stream.read(BLOCK)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

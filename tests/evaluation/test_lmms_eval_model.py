@@ -32,8 +32,8 @@ from lmms_eval.models import get_model
 from lmms_eval.protocol import ChatMessages
 from lmms_eval.tasks.mvbench.utils import mcq_acc, mvbench_aggregate_results
 
-from stllm.evaluation.benchmarks.multiple_choice import official_match, strict_match
 from stllm.evaluation.lmms_eval_model import UNANSWERED, STLLMForHarness, cut, settings_of
+from stllm.evaluation.scores import official_match, strict_match
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
 USUAL = Decoding(num_beams=5, max_new_tokens=300, repetition_penalty=1.5)

@@ -1,7 +1,9 @@
 """The files of a run: their exact content, and bars that say what the table says."""
 
 import json
+import platform
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,8 @@ import pytest
 from stllm.evaluation import results
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.evaluation.published import MVBENCH_TASKS
-from stllm.evaluation.reports.charts import bars_figure
-from stllm.evaluation.reports.run_report import run_bars
-from stllm.evaluation.results import Outcome
+from stllm.evaluation.reports.tables import bars_figure
+from stllm.evaluation.results import Outcome, run_bars, versions
 from tests.helpers.benchmarks import choice_benchmark, choice_item, judged_benchmark, letter_of, lines_of
 
 ABOUT: dict[str, Any] = {
@@ -89,6 +90,13 @@ def six_items() -> tuple[Loaded, list[Record]]:
     return benchmark, lines_of(benchmark, lambda item: answers[item.id])
 
 
+def test_versions_are_the_modules_own() -> None:
+    found = versions()
+    assert found["python"] == platform.python_version()
+    for name in ("stllm", "transformers", "av", "numpy"):
+        assert found[name] == import_module(name).__version__
+
+
 @pytest.fixture(autouse=True)
 def same_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "versions", lambda: VERSIONS)
@@ -137,7 +145,7 @@ def test_a_line_that_lacks_is_a_defect(tmp_path: Path) -> None:
 
 def test_the_bars_are_the_figures_over_all() -> None:
     benchmark, lines = six_items()
-    axes = bars_figure(run_bars(benchmark, lines)).axes[0]
+    axes = bars_figure(run_bars(benchmark, benchmark.benchmark.summary(lines))).axes[0]
     groups = [label.get_text() for label in axes.get_yticklabels()]
     assert groups == ["Average", "Moving Direction", "State Change", "Fine-grained Pose"]
     widths = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
@@ -163,7 +171,8 @@ def test_nothing_left_out_leaves_no_gap(tmp_path: Path) -> None:
 def test_tasks_come_in_the_order_of_the_paper_and_unknown_ones_last() -> None:
     items = [choice_item(0, task) for task in ("My task", "State Change", "Action Sequence")]
     benchmark = choice_benchmark(items)
-    bars = run_bars(benchmark, lines_of(benchmark, lambda item: letter_of(item, item.answer)))
+    lines = lines_of(benchmark, lambda item: letter_of(item, item.answer))
+    bars = run_bars(benchmark, benchmark.benchmark.summary(lines))
     assert bars.groups == ["Average", "Action Sequence", "State Change", "My task"]
     assert bars.series["ST-LLM, published"][-1] is None
 

@@ -1,16 +1,124 @@
-"""Which lines go with which items and settings: answers hold for the very same ones, and a refusal loses nothing."""
+"""A run's files: lines joined and kept, which of them go with which items and settings, and digests of what made them.
 
+Half lines are dropped, an answer is kept over a failure, a full disk is survived; a refusal loses nothing.
+"""
+
+import errno
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from stllm.common.errors import UserError
+from stllm.common.jsonl import Appender
 from stllm.conversation.requests import Media
+from stllm.evaluation import runs
 from stllm.evaluation.benchmarks.base import Item
 from stllm.evaluation.engine import failed, head
-from stllm.evaluation.runs import check_items, check_same
+from stllm.evaluation.runs import RecordFiles, check_items, check_same, checkpoint_digest, content_digest
+from stllm.models.checkpoints.formats import open_source
+from tests.helpers.evaluation import CHECKPOINT
+
+
+def record(id_: str, **more: Any) -> dict[str, Any]:
+    return {"id": id_, "prediction": f"ein Würfel {id_}", **more}
+
+
+def write(path: Path, *records: dict[str, Any]) -> None:
+    with Appender(path) as lines:
+        for one in records:
+            lines.add(one)
+
+
+def test_parts_are_joined_in_order_and_go(tmp_path: Path) -> None:
+    files = RecordFiles(tmp_path, "run[1]")  # a name that means something to glob
+    write(files.path, record("b"))
+    write(files.part(0), record("d"))
+    write(files.part(1), record("a"), record("c"))
+    (tmp_path / "run1.part-0.jsonl").write_text("another's")
+    assert list(files.join(["a", "b", "c", "d", "e"])) == ["a", "b", "c", "d"]
+    assert [json.loads(line)["id"] for line in files.path.read_text().splitlines()] == ["a", "b", "c", "d"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run1.part-0.jsonl", "run[1].jsonl"]
+
+
+def test_half_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
+    files = RecordFiles(tmp_path, "run")
+    write(files.path, record("a"), record("b"))
+    whole = files.path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole) - 1):
+        files.path.write_bytes(whole[:end])
+        write(files.path, record("b"))
+        assert files.path.read_bytes() == whole
+        files.path.write_bytes(whole[:end])
+        assert list(files.join(["a", "b"])) == ["a"]
+        assert files.path.read_bytes() == whole[:first]
+
+
+def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+    files = RecordFiles(tmp_path, "run")
+    write(files.path, record("a"))
+    files.path.write_bytes(files.path.read_bytes().rstrip(b"\n"))
+    assert list(files.gather()) == ["a"]
+    write(files.path, record("b"))
+    assert list(files.join(["a", "b"])) == ["a", "b"]
+
+
+def test_an_answer_is_kept_over_a_failure_else_the_last_line_counts(tmp_path: Path) -> None:
+    files = RecordFiles(tmp_path, "run")
+    write(files.path, record("a"), record("b", error="gone"), record("c", error="gone"))
+    write(files.part(0), record("a", error="gone"), record("b"), record("c", error="still gone"))
+    found = files.join(["a", "b", "c"])
+    assert [found[id_].get("error") for id_ in "abc"] == [None, None, "still gone"]
+
+
+@pytest.mark.parametrize("line", ["not JSON", "[1]", '{"prediction": "x"}', '{"id": 3}'])
+def test_a_line_that_is_none_of_ours_is_named_and_nothing_changed(tmp_path: Path, line: str) -> None:
+    files = RecordFiles(tmp_path, "run")
+    write(files.path, record("a"))
+    with files.path.open("a") as stream:
+        stream.write(line + "\n")
+    before = files.path.read_bytes()
+    with pytest.raises(UserError, match=r"run\.jsonl, line 2: found .* remove the line"):
+        files.join(["a"])
+    assert files.path.read_bytes() == before
+
+
+def test_a_disk_without_room_for_the_joined_file_leaves_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = RecordFiles(tmp_path, "run")
+    write(files.path, record("b"))
+    write(files.part(0), record("a"))
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_text", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        files.join(["a", "b"])
+    assert list(files.gather()) == ["b", "a"]
+
+
+def test_two_runs_cannot_write_at_once(tmp_path: Path) -> None:
+    first, second = RecordFiles(tmp_path, "run"), RecordFiles(tmp_path, "run")
+    with first.locked():
+        with pytest.raises(UserError, match="another process writes to it"), second.locked():
+            pass
+        with RecordFiles(tmp_path, "other").locked():
+            pass
+    with second.locked():
+        pass
+
+
+# ---- which lines may be continued ------------------------------------------------------------------------------------
+
 
 PATH = Path("out") / "mvbench.jsonl"
 BOUNDED = Item("a/0", "A", "a.mp4", Media("a.mp4", start=1.0, end=4.5), ("What?",), "yes", ("yes", "no"))
@@ -83,3 +191,58 @@ def test_lines_of_which_nobody_knows_what_made_them_are_not_mixed(
         check_same(file, SETTINGS, records)
     assert "name another --output-name to begin anew" in str(caught.value)
     assert records.read_text() == LINE
+
+
+# ---- digests ---------------------------------------------------------------------------------------------------------
+
+
+def of(folder: Path) -> str:
+    return checkpoint_digest([open_source(folder)])
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(CHECKPOINT, tmp_path / "another name"))
+    assert of(copy) == of(CHECKPOINT)
+    (copy / "mvbench.results.json").write_text("{}")  # of an evaluation that was written there
+    (copy / "log.jsonl").write_text("{}")
+    assert of(copy) == of(CHECKPOINT)
+    weights = copy / "pytorch_model-00002-of-00002.bin"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert of(copy) != of(CHECKPOINT)
+
+
+def test_tokenizer_and_configuration_belong_to_it(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.model"):
+        copy = Path(shutil.copytree(CHECKPOINT, tmp_path / name))
+        with (copy / name).open("ab") as stream:
+            stream.write(b" ")
+        assert of(copy) != of(CHECKPOINT)
+
+
+def test_a_large_file_is_sampled_all_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "SMALL", 1000)
+    monkeypatch.setattr(runs, "STRIDE", 100)
+    monkeypatch.setattr(runs, "BLOCK", 10)
+    content = np.random.default_rng(0).integers(0, 256, 5000, np.uint8)
+    path = tmp_path / "model.safetensors"
+
+    def digest_of(values: np.ndarray) -> str:
+        path.write_bytes(values.tobytes())
+        return checkpoint_digest([SimpleNamespace(path=path)])  # type: ignore[list-item]  # nothing else is read
+
+    before = digest_of(content)
+    for start in (0, 1700, 4995):
+        changed = content.copy()
+        changed[start : start + 100] ^= 1
+        assert digest_of(changed) != before
+    changed = content.copy()
+    changed[20:90] ^= 1  # between two blocks
+    assert digest_of(changed) == before
+
+
+def test_the_order_of_keys_does_not_matter_their_values_do() -> None:
+    assert content_digest({"a": 1, "b": [2]}) == content_digest({"b": [2], "a": 1})
+    assert content_digest({"a": 1}) != content_digest({"a": 2})
+    assert len(content_digest("")) == 16

@@ -17,7 +17,7 @@ from stllm.common.registry import benchmarks
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.datasets.faults import Fault, Medium
-from stllm.evaluation.benchmarks.multiple_choice import Record, accuracies
+from stllm.evaluation.scores import Record, accuracies
 from stllm.processors.templates import PromptTemplate
 
 
@@ -98,10 +98,8 @@ class Benchmark(ABC):
         """
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return `scores` of the results file: accuracies by rule and task, or {} where a judge decides.
-
-        records: all lines, including failed ones (with `error`).
-        """
+        """Return `scores` of the results file, which table and chart show: those of `accuracies`, or others in the same
+        form; {} where a judge decides. records: all lines, including failed ones (with `error`)."""
         return {} if self.judged else accuracies(records)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
@@ -146,32 +144,31 @@ def load_benchmark(name: str, settings: EvaluationSettings) -> Loaded:
     """
     benchmark: Benchmark = benchmarks.get(name)
     entries: list[Entry] = []
+    tasks: dict[str, list[Item]] = {}
     for found in read_entries(benchmark, settings):
         if isinstance(found, Entry):
             entries.append(found)
+            tasks.setdefault(found.item.task, []).append(found.item)
         elif not found.note:
             raise UserError(found.in_words)
     items: list[Item] = []
     excluded: dict[str, str] = {}
     num_excluded = 0
-    for task in dict.fromkeys(entry.item.task for entry in entries):
-        of_task = [entry.item for entry in entries if entry.item.task == task]
+    for task, of_task in tasks.items():
         asked = of_task[: settings.limit]
         if benchmark.excludes_tasks and not any(item.media for item in of_task):
-            excluded[task] = f"none of its {len(of_task)} items can be asked, the first one because: {of_task[0].error}"
+            excluded[task] = _no_media(of_task)
             num_excluded += len(asked)
         else:
             items += asked
     if not any(entry.item.media for entry in entries):  # the folder is most likely another one
-        if benchmark.excludes_tasks:
-            task, reason = next(iter(excluded.items()))
-            raise UserError(f"{settings.anno_path}: no task has media to be asked about; of {task} {reason}")
-        first = entries[0].item.error
-        raise UserError(
-            f"{settings.anno_path}: none of its {len(entries)} items can be asked, the first one because: {first}"
-        )
+        raise UserError(f"{settings.anno_path}: {_no_media([entry.item for entry in entries])}")
     notes = tuple(benchmark.notes(entries, settings))
     return Loaded(benchmark, items, excluded, num_excluded, notes, system_of(settings))
+
+
+def _no_media(items: Sequence[Item]) -> str:
+    return f"none of its {len(items)} items can be asked, the first one because: {items[0].error}"
 
 
 def system_of(settings: EvaluationSettings) -> str | None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from stllm.common.errors import UserError, unknown_name
@@ -50,22 +51,24 @@ class MediaFolders:
             sample_indices(settings.sampling, num_frames=count, total_frames=100, fps=25.0)
         except UserError as error:
             raise UserError(f"evaluation.sampling is {settings.sampling!r} with num_frames {count}: {error}") from None
-        self._frames = Media(
-            "-", settings.num_frames, sampling=settings.sampling, reader=settings.reader, own_times=False
-        )
+        sampling, reader = settings.sampling, settings.reader
+        self._frames = Media("-", settings.num_frames, sampling=sampling, reader=reader, own_times=False)
         self._finder = MediaFinder()
 
     def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:
-        """The record's entry: its item with the medium that was found, or with the error that prevents it.
+        """Return the record's entry: its item with the medium that was found, or with the error that prevents it.
 
         findings: of the record's check. needs_bounds: start and end must be there, unless the medium is a segment.
         """
         found = list(findings)
         faults = [finding for finding in found if isinstance(finding, Fault)]
         medium = next((finding for finding in found if isinstance(finding, Medium)), None)
-        folder, paths = self._find(medium, search) if medium else (None, [])
-        place = paths[0] if paths else os.path.join(self.root, search.folders[0], medium.name if medium else "")
-        if medium and folder is not None:
+        if medium is None:
+            error = next((fault.in_words for fault in faults if not fault.note), "")
+            return Entry(replace(item, error=error), faults=tuple(faults))
+        folder, paths = self._find(medium, search)
+        place = paths[0] if paths else os.path.join(self.root, search.folders[0], medium.name)
+        if folder is not None:
             if folder in search.segments:
                 medium = replace(medium, bounds=None)
             elif needs_bounds and medium.bounds is None and not any(fault.kind == "bounds" for fault in faults):
@@ -80,34 +83,29 @@ class MediaFolders:
                 names = ", ".join(map(os.path.basename, paths))
                 sentence = f"several files have this name ({names}); the first is used: keep one"
                 faults.append(Fault("colliding names", medium.where, os.path.join(folder, medium.name), sentence, True))
-        error = next((fault.in_words for fault in faults if not fault.note), "")
-        if not error and medium and folder is None:
+        media, error = None, next((fault.in_words for fault in faults if not fault.note), "")
+        if folder is None and not error:
             places = ", ".join(map(self._place, search.folders))
-            error = (
-                f"{medium.name}: there is no such file in {places}; fetch it, or name another folder with --video-dir"
-            )
-        media = None
-        if medium and folder is not None and not error:
+            error = f"{medium.name}: there is no such file in {places}"
+            error += "; fetch it, or name another folder with --video-dir"
+        elif not error:
             start, end = medium.bounds or (None, None)
-            end = None if end == float("inf") else end
-            media = replace(self._frames, path=place, start=start, end=end, fps=medium.fps)
+            media = replace(self._frames, path=place, start=start, end=None if end == inf else end, fps=medium.fps)
         return Entry(replace(item, media=media, error=error), medium, place, folder, tuple(faults))
 
     def _find(self, medium: Medium, search: Search) -> tuple[str | None, list[str]]:
-        """The first folder that has the medium, and the files of its name there; the first file is used."""
-        name, extension = os.path.splitext(medium.name)
+        """Return the first folder that has the medium, and the files of its name there; the first file is used."""
+        finder, (name, extension) = self._finder, os.path.splitext(medium.name)
         converted = [name] if extension.lower() in EXTENSIONS else []
-        ways: list[Callable[[str, str], list[str]]] = [
-            lambda _, place: self._finder.by_stem(search.stems, [place]),
-            lambda _, place: [path for path in [self._finder.by_path(medium.name, [place])] if path],
-            lambda _, place: self._finder.by_stem(converted, [place]),
-            lambda folder, place: (
-                self._finder.segments(medium.name, medium.bounds, place) if folder in search.segments else []
-            ),
+        ways: list[tuple[Sequence[str], Callable[[str], list[str]]]] = [
+            (search.folders, lambda place: finder.by_stem(search.stems, [place])),
+            (search.folders, lambda place: list(filter(None, [finder.by_path(medium.name, [place])]))),
+            (search.folders, lambda place: finder.by_stem(converted, [place])),
+            (search.segments, lambda place: finder.segments(medium.name, medium.bounds, place)),
         ]
-        for way in ways:
-            for folder in search.folders:
-                if paths := way(folder, self._place(folder)):
+        for folders, way in ways:
+            for folder in folders:
+                if paths := way(self._place(folder)):
                     return folder, paths
         return None, []
 
@@ -116,7 +114,7 @@ class MediaFolders:
 
 
 def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str]:
-    """The tasks that the settings name, in the benchmark's order; all of them when none is named.
+    """Return the tasks that the settings name, in the benchmark's order; all of them when none is named.
 
     Case, spaces and hyphens make no difference. Raises UserError for an unknown one.
     """
@@ -133,5 +131,5 @@ def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str
 
 
 def open_requests(item: Item, system: str | None) -> tuple[Request, ...]:
-    """One request a question, each by itself, in the template's own prompt."""
+    """Return one request for each question, asked by itself in the template's own prompt."""
     return tuple(Request(turns=(Turn(question),), media=item.media, system=system) for question in item.questions)

@@ -32,7 +32,7 @@ from stllm.datasets.faults import (
 )
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
 from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chosen_tasks
-from stllm.evaluation.benchmarks.multiple_choice import by_task, gold_option, official_match, strict_match, tally
+from stllm.evaluation.scores import by_task, gold_option, official_match, strict_match, tally
 from stllm.processors.templates import ANSWER_BEGINS, REQUEST, SYSTEM, PromptTemplate, Turn, question_block
 
 EXPECTED = "a JSON list of {video, question, candidates, answer}"
@@ -46,14 +46,13 @@ class MVBenchTask:
 
     name: as the tables print it. folder: of its media, relative to the media root; fallbacks: folders of videos that
     were added later or converted; segments: folders of videos that are cut to an item's start and end.
-    media: "video", or "frames" for a folder of numbered pictures, taken at `fps`. bounded: items have start and end.
+    bounded: items have start and end. fps: the rate of a task whose media are folders of numbered pictures.
     """
 
     name: str
     folder: str
     fallbacks: tuple[str, ...] = ()
     segments: tuple[str, ...] = ()
-    media: str = "video"
     bounded: bool = False
     fps: float | None = None
 
@@ -67,10 +66,14 @@ class MVBenchTask:
         """The folders that its media are searched in, in order."""
         return (self.folder, *self.fallbacks, *self.segments)
 
+    @property
+    def media(self) -> str:
+        """The kind of its media: "video", or "frames" for folders of numbered pictures."""
+        return "frames" if self.fps else "video"
+
 
 _STAR = (
-    "star/Charades_v1_480",
-    ("data0613/star/Charades_v1_480", "data0613/star"),
+    *("star/Charades_v1_480", ("data0613/star/Charades_v1_480", "data0613/star")),
     ("star/Charades_segment", "data0613/star/Charades_segment"),
 )
 _CLEVRER = ("clevrer/video_validation", ("data0613/clevrer/video_validation", "data0613/clevrer"))
@@ -96,12 +99,7 @@ TASKS = (
     MVBenchTask("Character Order", _PERCEPTION),
     MVBenchTask("Egocentric Navigation", "vlnqa"),
     MVBenchTask(
-        "Episodic Reasoning",
-        "tvqa/frames_fps3_hq",
-        segments=("tvqa/video_fps3_hq_segment",),
-        media="frames",
-        bounded=True,
-        fps=3.0,
+        "Episodic Reasoning", "tvqa/frames_fps3_hq", segments=("tvqa/video_fps3_hq_segment",), bounded=True, fps=3.0
     ),
     MVBenchTask("Counterfactual Inference", *_CLEVRER),
 )
@@ -123,7 +121,7 @@ class MVBench(Benchmark):
         return f"{self.title}'s folder, which holds json and video"
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Reads the chosen tasks; see `_files` for what `path` and `video_dir` may be."""
+        """Read the chosen tasks; see `_files` for what `path` and `video_dir` may be."""
         found, media_dir = self._files(path, settings.video_dir)
         if not found:
             sentence = (
@@ -134,7 +132,7 @@ class MVBench(Benchmark):
             return
         official = [file for task in self.tasks for file in found if task_of(file, self.tasks) == task]
         files: dict[str, Path] = {}
-        for file in (*official, *(file for file in found if file not in official)):
+        for file in dict.fromkeys((*official, *found)):
             if file.stem in files:
                 sentence = f"there is also {files[file.stem].name}: keep one of the two"
                 yield Fault("annotation", str(file), "file", sentence)
@@ -151,17 +149,31 @@ class MVBench(Benchmark):
         media = MediaFolders(media_dir, settings)
         entries = [self._entry(*record, media) for record in records]
         yield from entries
-        yield from self._collisions(entries)
+        # files in the media folder itself that tasks with different official folders would share
+        folders = {task.name: task.folder for task in self.tasks}
+        users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
+        for entry in entries:
+            if entry.folder == "" and entry.item.task in folders:
+                users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
+        for place, by_folder in users.items():
+            if len(by_folder) > 1:
+                *_, last = by_folder.values()
+                tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
+                sentence = (
+                    f"{tasks} mean different videos by this name, but there is one file in the media folder itself: "
+                    "put each task's videos into its own folder, or evaluate one of them with --tasks"
+                )
+                yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """The one request; the Q-Former reads the question block alone."""
+        """Return the one request; the Q-Former reads the question block alone."""
         block = question_block(item.questions[0], item.candidates)
         pieces = prompt_pieces(block, SYSTEM if system is None else system, template)
         return (Request(turns=(Turn(block),), media=item.media, pieces=pieces),)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """`prediction`: as the official script has it, "(" (with which the prompt ends) and the reply's first line;
-        `gold`: the right option, in its form; `correct`: by either rule."""
+        """Return `prediction`: as the official script has it, "(" (with which the prompt ends) and the reply's first
+        line; `gold`: the right option, in its form; `correct`: by either rule."""
         prediction = "(" + predictions[0].split("\n")[0]
         gold = gold_option(item.candidates, item.answer)
         correct = {
@@ -171,8 +183,8 @@ class MVBench(Benchmark):
         return {"prediction": prediction, "gold": gold, "correct": correct}
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """`acc_dict`: [right, asked] by the official rule, failed items among those asked; `res_list`: the answered
-        ones, since an empty prediction would be right in the official script."""
+        """Return `acc_dict`: [right, asked] by the official rule, failed items among those asked; `res_list`: the
+        answered ones, since an empty prediction would be right in the official script."""
         tallies = {name: tally(lines) for name, lines in by_task(records).items()}
         accuracies = {name: [task.right["official"], task.asked] for name, task in tallies.items()}
         results = [
@@ -183,7 +195,7 @@ class MVBench(Benchmark):
         return {"": {"acc_dict": accuracies, "res_list": results}}
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
-        """Media found outside the official folders, starts that are clamped to 0, tasks without a file."""
+        """Yield media found outside the official folders, starts that are clamped to 0, tasks without a file."""
         official = {task.name: task for task in self.tasks}
         elsewhere: dict[str, Counter[str]] = {}
         for entry in entries:
@@ -200,14 +212,13 @@ class MVBench(Benchmark):
         if clamped:
             shown = ", ".join(clamped[:SHOWN_IDS]) + (", ..." if len(clamped) > SHOWN_IDS else "")
             yield f"items whose negative start is clamped to 0, as in the official script: {len(clamped)} ({shown})"
-        there = {entry.item.task for entry in entries} & official.keys()
-        if there and not settings.tasks and len(there) < len(self.tasks):
-            absent = ", ".join(name for name in official if name not in there)
-            num_tasks = len(self.tasks)
-            yield f"tasks without an annotation file: {num_tasks - len(there)} of {num_tasks} ({absent})"
+        there = {entry.item.task for entry in entries}
+        absent = [name for name in official if name not in there]
+        if absent and len(absent) < len(official) and not settings.tasks:
+            yield f"tasks without an annotation file: {len(absent)} of {len(official)} ({', '.join(absent)})"
 
     def _files(self, root: Path, video_dir: str | None) -> tuple[list[Path], Path]:
-        """The annotation files of a copy of the benchmark, and the folder of all its media.
+        """Return the annotation files of a copy of the benchmark, and the folder of all its media.
 
         root: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
         video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
@@ -236,7 +247,7 @@ class MVBench(Benchmark):
         return did_you_mean(file.name, [task.file for task in self.tasks]) if task_of(file, self.tasks) is None else ""
 
     def _entry(self, file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
-        """The entry of one record.
+        """Return the entry of one record.
 
         A file whose name is not official is a task of the user's: its media are in the media folder itself, and start
         and end are used where a record has them.
@@ -264,23 +275,6 @@ class MVBench(Benchmark):
         search = Search((*task.folders, ""), segments=task.segments, frames=frames)
         return media.entry(item, findings, search, needs_bounds=task.bounded)
 
-    def _collisions(self, entries: Sequence[Entry]) -> Iterator[Fault]:
-        """Yields faults of files in the media folder itself that tasks with different official folders would share."""
-        folders = {task.name: task.folder for task in self.tasks}
-        users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
-        for entry in entries:
-            if entry.folder == "" and entry.item.task in folders:
-                users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
-        for place, by_folder in users.items():
-            if len(by_folder) > 1:
-                *_, last = by_folder.values()
-                tasks = " and ".join(f"{entry.item.task} ({folder}/)" for folder, entry in by_folder.items())
-                sentence = (
-                    f"{tasks} mean different videos by this name, but there is one file in the media folder itself: "
-                    "put each task's videos into its own folder, or evaluate one of them with --tasks"
-                )
-                yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)
-
 
 benchmarks.register(MVBench.name)(MVBench())
 
@@ -304,30 +298,29 @@ def task_of(file: Path, tasks: Sequence[MVBenchTask] = TASKS) -> MVBenchTask | N
 
 
 def _check(fields: Fields, where: str, *, bounded: bool) -> Iterator[Finding]:
-    """Yields the faults of a record, and its medium. bounded: start and end are used.
+    """Yield the faults of a record, and its medium. bounded: start and end are used.
 
     A negative start is kept: the sampling rule `segment` clamps it to 0.
     """
     yield from check_texts(fields, where, {"question": "empty question", "answer": "empty answer"})
     candidates, answer = fields.get("candidates"), fields.get("answer")
     if not isinstance(candidates, list) or len(candidates) < 2 or not all(map(text_of, candidates)):
-        sentence = f"found {shortened(candidates)}, expected a list of two texts or more: correct it"
-        yield Fault("candidates", where, "candidates", sentence)
+        found = f"found {shortened(candidates)}, expected a list of two texts or more: correct it"
+        yield Fault("candidates", where, "candidates", found)
     else:
         if len(candidates) > len(ascii_uppercase):
-            sentence = f"found {len(candidates)} candidates, expected at most one a letter: leave some out"
-            yield Fault("candidates", where, "candidates", sentence)
+            found = f"found {len(candidates)} candidates, expected at most one a letter: leave some out"
+            yield Fault("candidates", where, "candidates", found)
         if text_of(answer) and answer not in candidates:
-            options = ", ".join(map(repr, candidates))
-            sentence = f"{answer!r} is none of the candidates {options}: correct either"
-            yield Fault("candidates", where, "answer", sentence)
+            found = f"{answer!r} is none of the candidates {', '.join(map(repr, candidates))}: correct either"
+            yield Fault("candidates", where, "answer", found)
         for twice in sorted({repr(option) for option in candidates if candidates.count(option) > 1}):
-            sentence = f"{twice} is listed twice, so no letter is sure; the official script takes the last: correct it"
-            yield Fault("candidates", where, "candidates", sentence, note=True)
+            found = f"{twice} is listed twice, so no letter is sure; the official script takes the last: correct it"
+            yield Fault("candidates", where, "candidates", found, note=True)
     bounds = (yield from check_bounds(fields, where, negative_start=True)) if bounded else None
     if bounds is not None and bounds[0] < 0:
-        sentence = f"start is {bounds[0]:g} s: it is clamped to 0, as in the official script"
-        yield Fault("bounds", where, "start, end", sentence, note=True)
+        found = f"start is {bounds[0]:g} s: it is clamped to 0, as in the official script"
+        yield Fault("bounds", where, "start, end", found, note=True)
     if name := (yield from check_name(fields, where, ("video",))):
         pairs = pairs_of(fields.get("question"), fields.get("answer"))
         yield Medium(where, name, "video", bounds=bounds, pairs=pairs)

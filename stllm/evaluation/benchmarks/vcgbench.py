@@ -32,7 +32,7 @@ class VcgBench(Benchmark):
     ground_truth = f"{FILES}, or the folder that holds them"
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Reads the chosen parts from a folder with the benchmark's files, or from one of them."""
+        """Read the chosen parts from a folder with the benchmark's files, or from one of them."""
         files = _parts(path)
         media = MediaFolders(settings.video_dir, settings)
         for part in chosen_tasks(list(files), settings):
@@ -58,17 +58,17 @@ class VcgBench(Benchmark):
                 yield media.entry(item, findings, Search(stems=[item.video]))
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """One request a question; the two of consistency are asked apart."""
+        """Return one request for each question; the two of consistency are asked apart."""
         return open_requests(item, system)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """`pred`, or `pred1` and `pred2`, beside the questions and the answer as the ground truth spells them."""
+        """Return `pred`, or `pred1` and `pred2`, beside the questions and the answer in the ground truth's spelling."""
         truth = {key: item.fields[key] for key in (*QUESTIONS[item.task], "A", "video_name")}
         return {**truth, **dict(zip(_keys(item), predictions, strict=True))}
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """The list that the official judge scripts read; one a part where there are several. Items that failed are left
-        out: a judge would score them."""
+        """Return the list that the official judge scripts read; one for each part where there are several. Items that
+        failed are left out: a judge would score them."""
         lines = {line["id"]: line for line in records if not line.get("error")}
         parts: dict[str, list[Record]] = {item.task: [] for item in items}
         for item in items:
@@ -86,7 +86,7 @@ def _keys(item: Item) -> tuple[str, ...]:
 
 
 def _parts(path: Path) -> dict[str, Path]:
-    """The file of each part that is there. Raises UserError."""
+    """Return the file of each part that is there. Raises UserError."""
     if not path.is_dir():  # the part is in the file's name, or shows in its first record
         _, fields = next(records_of(path, EXPECTED, OWN))
         usual = CONSISTENCY if isinstance(fields, dict) and "Q1" in fields else "generic"

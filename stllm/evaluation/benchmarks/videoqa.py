@@ -51,14 +51,14 @@ class VideoQA(Benchmark):
         return f"{self.title}'s file of questions"
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Reads the questions; if the answers are in a separate file, they are matched by the question's id."""
+        """Read the questions; if the answers are in a separate file, match them by the question's id."""
         if settings.tasks:
             tasks = ", ".join(settings.tasks)
             raise UserError(f"{self.name}: found tasks {tasks}, but {self.title} has none: leave them out")
         beside = path.with_name(path.name.replace("_q.", "_a."))  # test_a.json beside test_q.json
-        answers_path = user_path(settings.answers_path) if settings.answers_path else beside
         questions = yield from _numbered(path, self)
         if settings.answers_path or (beside != path and beside.exists()):
+            answers_path = user_path(settings.answers_path) if settings.answers_path else beside
             questions = yield from _answered(questions, path, answers_path)
         elif questions and not any("answer" in fields for _, _, fields in questions):
             sentence = "no question has an answer: name the file that holds them with --answers-path"
@@ -74,28 +74,21 @@ class VideoQA(Benchmark):
             stems = [stem.format(name) for stem in self.stems]
             bare = [os.path.splitext(stem)[0] for stem in stems]
             stems += [other_names[stem] for stem in dict.fromkeys([*stems, *bare]) if stem in other_names]
-            item = Item(
-                id=id,
-                task="",
-                video=name,
-                media=None,
-                questions=(text_of(fields.get("question")) or "",),
-                answer=text_of(fields.get("answer")) or "",
-                fields=fields,
-            )
+            question, answer = (text_of(fields.get(key)) or "" for key in ("question", "answer"))
+            item = Item(id, task="", video=name, media=None, questions=(question,), answer=answer, fields=fields)
             yield media.entry(item, check_item(fields, where, media=self.keys), Search(stems=stems))
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """The one request."""
+        """Return the one request."""
         return open_requests(item, system)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """`pred`, and the question's type where the ground truth has one (ActivityNet-QA, 0 to 8)."""
+        """Return `pred`, and the question's type where the ground truth has one (ActivityNet-QA, 0 to 8)."""
         return {**_type_of(item.fields), "pred": predictions[0]}
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """The list that the official judge scripts read: `id` as the ground truth has it, `question`, `answer`, `pred`.
-        Items that failed are left out: a judge would score them."""
+        """Return the list that the official judge scripts read: `id` as the ground truth has it, `question`, `answer`,
+        `pred`. Items that failed are left out: a judge would score them."""
         lines = {line["id"]: line for line in records if not line.get("error")}
         rows = []
         for item in items:
@@ -115,10 +108,7 @@ SETS = (
 for _set in SETS:
     benchmarks.register(_set.name)(_set)
 ANY = VideoQA(  # for `stllm doctor`: one of them, whichever it is
-    "videoqa",
-    "VideoQA",
-    ("video_name", "video", "gif_name", "video_id"),
-    ("{}", "video{}", "vid{}", "v_{}"),
+    *("videoqa", "VideoQA", ("video_name", "video", "gif_name", "video_id"), ("{}", "video{}", "vid{}", "v_{}")),
     needs_ids=False,
     youtube=True,
 )
@@ -129,7 +119,7 @@ def _type_of(fields: Mapping[str, Any]) -> Record:
 
 
 def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Generator[Fault, None, list[Numbered]]:
-    """Yields the faults of a file of answers; returns the answered questions with their answers."""
+    """Yield the faults of a file of answers; return the answered questions with their answers."""
     answers = {id: fields for id, _, fields in (yield from _numbered(answers_path, None))}
     without = [id for id, _, _ in questions if id not in answers]
     for id in without:
@@ -151,7 +141,7 @@ def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Gene
 
 
 def _numbered(path: Path, kind: VideoQA | None) -> Generator[Fault, None, list[Numbered]]:
-    """Yields the faults of a file's ids and fields; returns its records with their ids.
+    """Yield the faults of a file's ids and fields; return its records with their ids.
 
     kind: None for a file of answers.
     """
@@ -165,29 +155,27 @@ def _numbered(path: Path, kind: VideoQA | None) -> Generator[Fault, None, list[N
             yield Fault("annotation", where, "record", sentence)
             return []  # and so are the others
         id = next((text_of(fields[key]) or "" for key in ID_KEYS if key in fields), "")
+        usable = True
         if kind is None and "answer" not in fields:
             expected = f"found the fields {', '.join(fields)}, expected answer and question_id"
             yield Fault("incomplete", where, "record", expected)
         if not id and (kind is None or kind.needs_ids):
-            sentence = f"found no id, expected {' or '.join(ID_KEYS)}: give every record its own"
-            yield Fault("incomplete", where, ID_KEYS[0], sentence)
-            if kind is None:
-                continue
+            expected = f"found no id, expected {' or '.join(ID_KEYS)}: give every record its own"
+            yield Fault("incomplete", where, ID_KEYS[0], expected)
+            usable = kind is not None
         elif id and id in first:
-            yield Fault(
-                "duplicate id", where, f"question {id}", f"the id is also that of {first[id]}: give each its own"
-            )
-            if kind is None:
-                continue
-        first[id] = where
-        records.append((id or str(number), where, fields))
+            sentence = f"the id is also that of {first[id]}: give each its own"
+            yield Fault("duplicate id", where, f"question {id}", sentence)
+            usable = kind is not None
+        if usable:
+            first[id] = where
+            records.append((id or str(number), where, fields))
     return records
 
 
 def _of_another_kind(fields: Fields, kind: VideoQA) -> str:
     """A sentence about a record of another benchmark; "" if it may be one of this kind."""
-    names = ", ".join(fields) or "none"
-    keys = " or ".join(kind.keys)
+    names, keys = ", ".join(fields) or "none", " or ".join(kind.keys)
     if not {"question", *kind.keys} & fields.keys():
         return f"found the fields {names}, expected question, answer and {keys}"
     if "candidates" in fields:
@@ -200,8 +188,10 @@ def _of_another_kind(fields: Fields, kind: VideoQA) -> str:
 
 
 def _youtube_names(folders: Sequence[Path]) -> dict[str, str]:
-    """MSVD's names of videos and their YouTube names, each by the other, from the first youtube_mapping.txt found in
-    the folders; empty without one. Raises UserError for a line that is not a pair of names."""
+    """MSVD's names of videos and their YouTube names, each by the other, from the first youtube_mapping.txt found.
+
+    Empty without one in the folders. Raises UserError for a line that is not a pair of names.
+    """
     file = next((folder / MAPPING for folder in folders if (folder / MAPPING).is_file()), None)
     if file is None:
         return {}

@@ -1,37 +1,32 @@
 """The temporal probe: the same items with frames in order, reversed, shuffled, one alone, or blank.
 
 If a model uses the order of frames, its accuracy falls in the tasks that depend on order when that order is changed.
+Clips are also played backwards with the matching question (the variant `turned`): a model that uses frame order still
+answers correctly. Where the words of an item allow it, a question about what is first or at the beginning becomes one
+about what is last or at the end, and the answer stays; else the answer becomes its opposite, if that is an option: the
+other direction, or the change the other way. Other items are not asked.
 """
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stllm.evaluation.benchmarks.base import Loaded, Record
-from stllm.evaluation.benchmarks.multiple_choice import by_task, share, tally
-from stllm.evaluation.probes.turned_round import TURNED, turned_report, turned_round, turned_scores, turned_sentence
-from stllm.evaluation.reports.charts import Bars
-from stllm.evaluation.reports.significance import paired
-from stllm.evaluation.reports.tables import MISSING, percent, table
-from stllm.evaluation.results import Outcome, write_probe
-from stllm.evaluation.runs import Runs
+from stllm.evaluation.benchmarks.base import Item, Loaded, Record
+from stllm.evaluation.reports.tables import MISSING, Bars, percent, table
+from stllm.evaluation.scores import by_task, paired, share, tally
 from stllm.media.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 
+TITLE = "temporal probe"
 LEVEL = 0.05
 ORDER_TASKS = (  # of MVBench, those whose answer may change with the order of frames; a choice of ours
-    "Action Sequence",
-    "Action Prediction",
-    "Action Antonym",
-    "Object Shuffle",
-    "Moving Direction",
-    "Action Localization",
-    "Scene Transition",
-    "State Change",
-    "Character Order",
-    "Egocentric Navigation",
+    *("Action Sequence", "Action Prediction", "Action Antonym", "Object Shuffle", "Moving Direction"),
+    *("Action Localization", "Scene Transition", "State Change", "Character Order", "Egocentric Navigation"),
 )
 ALL, ORDERED, OTHER = "all tasks", "tasks of order", "other tasks"
+TURNED = "turned"  # the variant's name
+EVERY = "all of them"
 MEANING = {
     FORWARD: "the frames as they are",
     REVERSED: "the same frames, last first",
@@ -39,89 +34,117 @@ MEANING = {
     SINGLE: "the middle frame alone, at every place",
     BLANK: "grey frames: what the text alone gives away",
 }
+_IN_QUESTIONS = (("first", "last"), ("beginning", "end"))
+_IN_ANSWERS = (("left", "right"), ("up", "down"), ("upwards", "downwards"), ("upward", "downward"))
+_CHANGES = ((re.compile(r"from (.+) to (.+)"), r"from \2 to \1"), (re.compile(r"^(\w+) to (\w+)$"), r"\2 to \1"))
 
 
-def probe_views(runs: Runs, name: str, loaded: Loaded, plain: Outcome | None) -> str | None:
-    """Asks under every other view (`<name>.<view>.jsonl`) and writes the report. A collective call.
+# ---- what is asked --------------------------------------------------------------------------------------------------
 
-    plain: the outcome of the benchmark itself. Returns the verdict, to be printed; None on all but the main process.
-    """
-    outcomes = {FORWARD: plain}
-    for view in VIEWS[1:]:
-        outcomes[view] = runs.run(viewed(loaded, view), f"{name}.{view}", variant=view)
-    turned = turned_round(loaded, ORDER_TASKS)
-    back = runs.run(turned, f"{name}.{TURNED}", variant=TURNED) if turned.items else None
-    if plain is None:
-        return None
-    by_view = {view: outcome.records for view, outcome in outcomes.items() if outcome is not None}
-    scores = probe_scores(by_view, () if back is None else back.records)
-    path = runs.folder / f"{name}.probe"
-    files = write_probe(path, loaded, plain, scores, probe_report(name, scores), probe_bars(scores))
-    return f"temporal probe: {scores['verdict']}\nfiles: {files}"
+
+def variants(loaded: Loaded) -> dict[str, Loaded]:
+    """Return the benchmark under every view, forward first, and the items that can be turned round, if any."""
+    changed = {FORWARD: loaded, **{view: viewed(loaded, view) for view in VIEWS[1:]}}
+    turned = [turned_item(item) for item in loaded.items if item.task in ORDER_TASKS and item.media]
+    if items := [item for item in turned if item]:
+        changed[TURNED] = viewed(replace(loaded, items=items), REVERSED)
+    return changed
 
 
 def viewed(loaded: Loaded, view: str) -> Loaded:
-    """The benchmark with every clip under that view (media/views.py). Raises UserError for an unknown one."""
-    return replace(
-        loaded,
-        items=[
-            item if item.media is None else replace(item, media=replace(item.media, view=view)) for item in loaded.items
-        ],
-    )
+    """Show every clip of the benchmark under that view (media/views.py). Raises UserError for an unknown one."""
+    items = [
+        item if item.media is None else replace(item, media=replace(item.media, view=view)) for item in loaded.items
+    ]
+    return replace(loaded, items=items)
 
 
-def probe_scores(runs: Mapping[str, Sequence[Record]], turned: Sequence[Record] = ()) -> dict[str, Any]:
-    """Strict accuracy by group of tasks and view, the comparison of each view with the forward one, and the verdict.
+def turned_item(item: Item) -> Item | None:
+    """Return the item with the question or answer that fits the reversed clip; None where its words do not allow it."""
+    question = _exchanged(item.questions[0], _IN_QUESTIONS)
+    if question != item.questions[0]:
+        return replace(item, questions=(question,))
+    answer = item.answer
+    for change, backwards in _CHANGES:
+        answer = change.sub(backwards, item.answer) if change.search(item.answer) else answer
+    if answer == item.answer:
+        answer = _exchanged(answer, _IN_ANSWERS)
+    return replace(item, answer=answer) if answer != item.answer and answer in item.candidates else None
 
-    runs: lines by view. turned: lines of clips reversed and turned round, see turned_round.py. `chance`: percent right
-    by guessing. Comparisons are over the items answered in every view.
+
+def _exchanged(text: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Replace each of these words by the other of its pair."""
+    other = {one: two for pair in pairs for one, two in (pair, pair[::-1])}
+    other |= {one.title(): two.title() for one, two in other.items()}
+    return re.sub(r"\w+", lambda word: other.get(word[0], word[0]), text)
+
+
+# ---- what it comes to -----------------------------------------------------------------------------------------------
+
+
+def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """Compute strict accuracy by group of tasks and view, each view compared with the forward one, and the verdict.
+
+    runs: the lines of each variant. `chance`: percent right by guessing. Comparisons are over the items answered
+    in every view. `turned round`, by task and of all: `items`, and the accuracies of the clips forward, reversed, and
+    reversed and turned round, over the items answered in all three ways.
     """
     tasks = list(by_task(runs[FORWARD]))
     groups = {ALL: tasks}
     groups[ORDERED] = [task for task in tasks if task in ORDER_TASKS]
     groups[OTHER] = [task for task in tasks if task not in ORDER_TASKS]
     groups |= {task: [task] for task in tasks}
-    lines = {view: {line["id"]: line for line in runs[view] if not line.get("error")} for view in VIEWS}
-    shared = sorted(set.intersection(*(set(answered) for answered in lines.values())))
+    lines = {way: {line["id"]: line for line in run if not line.get("error")} for way, run in runs.items()}
+    shared = sorted(set.intersection(*(set(lines[view]) for view in VIEWS)))
 
     def comparison(view: str, names: Sequence[str]) -> dict[str, Any]:
         ids = [id_ for id_ in shared if lines[FORWARD][id_]["task"] in names]
-        before, after = [lines[FORWARD][id_] for id_ in ids], [lines[view][id_] for id_ in ids]
-        pair = paired(*([bool(line["correct"]["strict"]) for line in way] for way in (before, after)))
+        before, after = ([lines[way][id_] for id_ in ids] for way in (FORWARD, view))
         changed = sum(first["prediction"] != second["prediction"] for first, second in zip(before, after, strict=True))
-        return {
-            "items": pair.items,
-            "lost": pair.lost,
-            "gained": pair.gained,
-            "difference": pair.difference,
-            "interval": pair.interval,
-            "p": pair.p_value,
-            "answers changed": share(changed, pair.items),
-        }
-
-    def accuracy(view: str, names: Sequence[str]) -> float | None:
-        return tally(line for line in runs[view] if line["task"] in names).over_answered("strict")
+        found = paired(*([bool(line["correct"]["strict"]) for line in way] for way in (before, after)))
+        return {**found, "answers changed": share(changed, len(ids))}
 
     def chance(names: Sequence[str]) -> float | None:
         options = [line["candidates"] for line in runs[FORWARD] if line["task"] in names and line.get("candidates")]
         return statistics.mean(100 / len(texts) for texts in options) if options else None
 
+    accuracy = {
+        name: {
+            view: tally(line for line in runs[view] if line["task"] in names).over_answered("strict") for view in VIEWS
+        }
+        for name, names in groups.items()
+    }
     compared = {name: {view: comparison(view, names) for view in VIEWS[1:]} for name, names in groups.items()}
-    round_ = {"turned round": turned_scores(runs, turned)} if turned else {}
     where = ORDERED if groups[ORDERED] else ALL
+    verdict, turned = _verdict(where, compared[where]), {}
+    if runs.get(TURNED):
+        ways = (FORWARD, REVERSED, TURNED)
+        ids = set.intersection(*(set(lines[way]) for way in ways))
+        of_task = by_task(line for line in runs[TURNED] if line["id"] in ids)
+        chosen = {EVERY: ids, **{task: {line["id"] for line in found} for task, found in of_task.items()}}
+        turned = {
+            name: {way: tally(line for line in runs[way] if line["id"] in ids).over_answered("strict") for way in ways}
+            for name, ids in chosen.items()
+        }
+        right = {way: percent(found) for way, found in turned[EVERY].items()}
+        verdict += (
+            f" Of {len(ids)} items whose clips run backwards, {right[REVERSED]}% are right as asked, and "
+            f"{right[TURNED]}% when question or answer is turned round, too; {right[FORWARD]}% forward."
+        )
+        turned = {name: {"items": len(chosen[name]), **found} for name, found in turned.items()}
     return {
         "chance": {name: chance(names) for name, names in groups.items()},
-        "accuracy": {name: {view: accuracy(view, names) for view in VIEWS} for name, names in groups.items()},
+        "accuracy": accuracy,
         "against forward": compared,
         "failed": {view: tally(runs[view]).failed for view in VIEWS},
         "compared": len(shared),
-        "verdict": " ".join([_verdict(where, compared[where]), *map(turned_sentence, round_.values())]),
-        **round_,
+        "verdict": verdict,
+        **({"turned round": turned} if turned else {}),
     }
 
 
 def _verdict(where: str, compared: Mapping[str, Mapping[str, Any]]) -> str:
-    """Sentences: does this model use the order of frames, more than one frame, the frames at all?
+    """Say in sentences whether this model uses the order of frames, more than one frame, the frames at all.
 
     compared: each view with the forward one, over the group of tasks that `where` names.
     """
@@ -154,25 +177,35 @@ def _verdict(where: str, compared: Mapping[str, Mapping[str, Any]]) -> str:
     return " ".join([order, f"On {compared[REVERSED]['items']} items of {where}, {found}.", *more])
 
 
-def probe_report(name: str, scores: Mapping[str, Any]) -> str:
+def report(name: str, scores: Mapping[str, Any]) -> str:
     """The Markdown text. scores: of `probe_scores`."""
     accuracies = [
         (group, *[percent(figures[view]) for view in VIEWS], percent(scores["chance"][group]))
         for group, figures in scores["accuracy"].items()
     ]
-    rows = []
+    parts = [f"# {name}: temporal probe\n", scores["verdict"], "", table(("strict %", *VIEWS, "chance"), accuracies)]
+    parts += ["## Views\n", table(("view", "what is seen"), list(MEANING.items()), texts=2)]
+    if turned := scores.get("turned round"):
+        ways = (FORWARD, REVERSED, TURNED)
+        parts += [
+            "## Turned round\n",
+            "The reversed clips once more, asked about what is last where the question was about what is first (and "
+            "the end, where it was the beginning), or with the opposite direction or change as the right answer. A "
+            "model that follows time is wrong on reversed clips as asked, and right when they are turned round.\n",
+            table(
+                ("strict %", "items", "forward", "reversed", "reversed, turned round"),
+                [(group, found["items"], *[percent(found[way]) for way in ways]) for group, found in turned.items()],
+            ),
+        ]
+    rows: list[tuple[object, ...]] = []
     for group, views in scores["against forward"].items():
         for view, found in views.items():
             if found["items"]:
                 low, high = found["interval"]
-                figures = (f"{found['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{found['p']:.2g}")
                 counts = (found["items"], found["lost"], found["gained"], percent(found["answers changed"]))
-                rows.append((group, view, *counts, *figures))
+                points = (f"{found['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{found['p']:.2g}")
+                rows.append((group, view, *counts, *points))
     header = ("tasks", "view", "items", "lost", "gained", "answers changed %", "points", "95% interval", "p")
-    parts = [f"# {name}: temporal probe\n", scores["verdict"], ""]
-    parts += [table(("strict %", *VIEWS, "chance"), accuracies)]
-    parts += ["## Views\n", table(("view", "what is seen"), list(MEANING.items()), texts=2)]
-    parts += [turned_report(scores["turned round"])] if "turned round" in scores else []
     parts += [
         "## Against the forward view\n",
         f"Over the {scores['compared']} items answered in every view. Points of strict accuracy with a 95% interval "
@@ -183,7 +216,7 @@ def probe_report(name: str, scores: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def probe_bars(scores: Mapping[str, Any]) -> Bars:
+def bars(scores: Mapping[str, Any]) -> Bars:
     """The chart: groups of tasks by view."""
     groups = (ALL, ORDERED, OTHER)
     return Bars(

@@ -3,7 +3,6 @@
 Source of the layout: ST-LLM (arXiv 2404.00308), its comparison of MVBench, VcgBench and zero-shot VideoQA.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +40,6 @@ class Figure:
 NO_FIGURE = Figure(None, None, "")
 
 
-def run(args: argparse.Namespace) -> int:
-    """The command: prints the table."""
-    print(paper_table(args.results), end="")
-    return 0
-
-
 def paper_table(results: Sequence[str]) -> str:
     """The Markdown text. results: paths, or BENCH=PATH for a judge's file of VideoQA. Raises UserError."""
     figures: dict[str, Figure] = {}
@@ -59,10 +52,11 @@ def paper_table(results: Sequence[str]) -> str:
             raise UserError(unknown_name("benchmark", name, OF_BENCHMARK))
         path = user_path(file)
         content = _read(path)
-        column = _column(content, name, path)
+        run = _run_of(content, path)
+        column = _column(content, run, name, path)
         if column in figures:
             raise UserError(f"{path}: a second result for the column {column}: a table shows one run, name one of them")
-        figures[column] = _figure(content, path)
+        figures[column] = _figure(content, run, path)
         if content.get("axis") in OF_AXIS:
             judged.append(content)
     notes = [f"{column}: {figures[column].note}" for column in COLUMNS if column in figures]
@@ -79,8 +73,8 @@ def paper_table(results: Sequence[str]) -> str:
             notes.append(str(error))
     rows: list[tuple[str, ...]] = [(method, *map(_cell, COLUMNS, values)) for method, values in METHODS.items()]
     ours = [figures.get(column, NO_FIGURE) for column in COLUMNS]
-    rows.append((f"ours, official rules{parts}", *map(_cell, COLUMNS, [figure.official for figure in ours])))
-    rows.append((f"ours, strict rules{parts}", *map(_cell, COLUMNS, [figure.own for figure in ours])))
+    rows.append((f"ours, official rules{parts}", *map(_cell, COLUMNS, (figure.official for figure in ours))))
+    rows.append((f"ours, strict rules{parts}", *map(_cell, COLUMNS, (figure.own for figure in ours))))
     rules = (
         f"Rows above ours: published ({SOURCE}). Official rules: MVBench's matcher, a judge's scores truncated; strict "
         "rules: the option's letter or text, scores as they are. MVBench and VideoQA in percent, VcgBench from 0 to 5."
@@ -101,13 +95,13 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _column(content: Mapping[str, Any], name: str, path: Path) -> str:
-    """The column of a results file. name: of the VideoQA benchmark, where the user gives it."""
+def _column(content: Mapping[str, Any], run: Mapping[str, Any], name: str, path: Path) -> str:
+    """The column of a results file. run: see `_run_of`. name: of the VideoQA benchmark, where the user gives it."""
     axis = content.get("axis")
     if axis in OF_AXIS:
         return OF_AXIS[axis]
     if axis == QA:
-        name = name or str(_run_beside(path).get("benchmark", ""))
+        name = name or str(run.get("benchmark", ""))
         if name not in OF_BENCHMARK:
             found = f"found {name}" if name else "the file does not say"
             raise UserError(
@@ -122,36 +116,35 @@ def _column(content: Mapping[str, Any], name: str, path: Path) -> str:
     )
 
 
-def _run_beside(path: Path) -> dict[str, Any]:
-    """What `stllm evaluate` says of the predictions that DIR/<name>.judged judges, {} when it is not there."""
+def _run_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The results of `stllm evaluate`: the file itself, or those of the predictions that DIR/<name>.judged judges.
+
+    {} when they are not there.
+    """
     folder = path.resolve().parent
     beside = folder.with_name(f"{folder.name.removesuffix(JUDGED)}.results.json")
+    if "axis" not in content:
+        return content
     return _read(beside) if folder.name.endswith(JUDGED) and beside.is_file() else {}
 
 
-def _part(run: Mapping[str, Any]) -> str:
-    """What a run asked alone of its benchmark, "" for all of it. run: its results file."""
+def _figure(content: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> Figure:
     asked = (run.get("settings") or {}).get("evaluation") or {}
-    tasks, limit = asked.get("tasks"), asked.get("limit")
+    tasks, limit, counts = asked.get("tasks"), asked.get("limit"), content["counts"]
     # of VcgBench a column is a task
     words = [f"{len(tasks)} of its tasks"] if tasks and run.get("benchmark") == "mvbench" else []
-    return ", ".join([*words, f"first {limit} a task"] if limit else words)
-
-
-def _figure(content: Mapping[str, Any], path: Path) -> Figure:
-    counts = content["counts"]
+    part = ", ".join([*words, f"first {limit} a task"] if limit else words)
     try:
-        if "axis" in content:
-            missing, run = counts["failed"] + counts.get("unanswered", 0), _run_beside(path)
-            note = f"{path}, judge {content['judge']}, instructions {content['prompt_digest']}, {missing} not judged"
-            if not run:
-                note += f", {counts['scored']} judged; whether those are all of the benchmark's the file does not say"
-            if content["axis"] == QA:
-                return Figure(content["accuracy"], content["accuracy"], note, _part(run))
-            return Figure(content["mean_truncated"], content["mean"], note, _part(run))
-        note = f"{path}, {counts['answered']} answered, {counts['failed']} failed, {counts['excluded']} excluded"
-        scores = content["scores"]
-        return Figure(scores["official"]["average"], scores["strict"]["average"], note, _part(content))
+        if "axis" not in content:
+            note = f"{path}, {counts['answered']} answered, {counts['failed']} failed, {counts['excluded']} excluded"
+            scores = content["scores"]
+            return Figure(scores["official"]["average"], scores["strict"]["average"], note, part)
+        missing = counts["failed"] + counts.get("unanswered", 0)
+        note = f"{path}, judge {content['judge']}, instructions {content['prompt_digest']}, {missing} not judged"
+        if not run:
+            note += f", {counts['scored']} judged; whether those are all of the benchmark's the file does not say"
+        official, own = ("accuracy", "accuracy") if content["axis"] == QA else ("mean_truncated", "mean")
+        return Figure(content[official], content[own], note, part)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: lacks {error}; expected {EXPECTED}") from None
 

@@ -1,8 +1,23 @@
-"""Tables in Markdown whose columns also line up as plain text, and how figures are written in them."""
+"""Tables in Markdown, whose columns also line up as plain text, and bar charts as PNG files, drawn without a screen.
 
-from collections.abc import Sequence
+matplotlib is imported only here, when a chart is drawn.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stllm.common.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MISSING = "–"
+COLOURS = ("#1f77b4", "#9ecae1", "#bdbdbd", "#fdae6b", "#756bb1")  # ours dark and light, published grey
+GROUP = 0.8  # of the room for one group, taken by its bars
+ROW, EDGES, WIDTH = 0.42, 1.7, 9.0  # inches: of a group, of title and axis, of the figure
 
 
 def percent(value: float | None) -> str:
@@ -16,17 +31,64 @@ def score(value: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> str:
-    """A Markdown table, its lines ended. texts: how many columns are words, to the left; the rest is figures."""
-    # one line a cell, and a bar within it is no border
+    """A Markdown table, its lines ended. texts: number of columns that are words, set left; the rest is figures."""
+    # one line a cell; a bar within it must not end it
     lines = [[" ".join(str(entry).split()).replace("|", "\\|") for entry in row] for row in (header, *rows)]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    sides = ["<" if column < texts else ">" for column in range(len(widths))]
+    rule = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(sides, widths, strict=True)]
+    text = ""
+    for line in (lines[0], rule, *lines[1:]):
+        cells = [f"{entry:{side}{width}}" for entry, side, width in zip(line, sides, widths, strict=True)]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
 
-    def line(entries: Sequence[str]) -> str:
-        padded = [
-            entry.ljust(width) if column < texts else entry.rjust(width)
-            for column, (entry, width) in enumerate(zip(entries, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |\n"
 
-    rule = ["-" * width if column < texts else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "".join([line(lines[0]), line(rule), *map(line, lines[1:])])
+@dataclass(frozen=True)
+class Bars:
+    """Groups of horizontal bars, the first group on top.
+
+    series: name -> one value a group; None draws no bar. notes: texts in place of a group's bars.
+    """
+
+    title: str
+    axis: str
+    groups: Sequence[str]
+    series: Mapping[str, Sequence[float | None]]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def bars_figure(bars: Bars) -> "Figure":
+    """Draw the figure, to be saved or looked into. Every bar carries its value."""
+    from matplotlib.figure import Figure
+
+    count = len(bars.series)
+    figure = Figure(figsize=(WIDTH, EDGES + max(1, len(bars.groups)) * max(ROW, 0.15 * count)), layout="constrained")
+    axes = figure.subplots()
+    thickness = GROUP / count
+    for number, ((name, values), colour) in enumerate(zip(bars.series.items(), cycle(COLOURS), strict=False)):
+        offset = (number - (count - 1) / 2) * thickness
+        places = [place + offset for place, value in enumerate(values) if value is not None]
+        lengths = [value for value in values if value is not None]
+        drawn = axes.barh(places, lengths, height=thickness, color=colour, label=name)
+        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=6.5)
+    axes.set_title(bars.title, loc="left", fontsize=11, pad=26)
+    axes.set_xlabel(bars.axis)
+    axes.set_xlim(0, 109)  # 100 % and its label
+    axes.set_yticks(range(len(bars.groups)), labels=bars.groups)
+    axes.set_ylim(len(bars.groups) - 0.5, -0.5)
+    for group, note in bars.notes.items():
+        axes.text(0.5, bars.groups.index(group) - 0.15, note, fontsize=7, style="italic", va="center")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=count, frameon=False, fontsize=8)
+    return figure
+
+
+def draw_bars(path: Path, bars: Bars) -> None:
+    """Draw them into a PNG file, whole or not at all; equal bars give equal bytes."""
+    figure = bars_figure(bars)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)

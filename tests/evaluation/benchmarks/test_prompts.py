@@ -1,6 +1,6 @@
 """The prompts that benchmarks send, to the byte and to the token: snapshots, and MVBench's words as the protocol's.
 
-After a change that is meant: STLLM_SNAPSHOTS=write pytest tests/evaluation/test_benchmark_prompts.py
+After a change that is meant: STLLM_SNAPSHOTS=write pytest tests/evaluation/benchmarks/test_prompts.py
 """
 
 import json

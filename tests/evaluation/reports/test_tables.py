@@ -1,7 +1,48 @@
-"""Tables in Markdown, to the byte."""
+"""Tables to the byte; charts: whole files, equal bytes for equal bars, and no matplotlib before one is drawn."""
 
-from stllm.evaluation.benchmarks.multiple_choice import share
-from stllm.evaluation.reports.tables import percent, score, table
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stllm.evaluation.reports.tables import Bars, bars_figure, draw_bars, percent, score, table
+from stllm.evaluation.scores import share
+
+BARS = Bars(
+    title="Two",
+    axis="%",
+    groups=["first", "second"],
+    series={"ours": [10.0, None], "theirs": [20.0, 30.0]},
+    notes={"second": "left out"},
+)
+
+
+def test_a_missing_value_draws_no_bar() -> None:
+    axes = bars_figure(BARS).axes[0]
+    bars = {
+        group.get_label(): [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in group]
+        for group in axes.containers
+    }
+    assert bars == {
+        "ours": [(pytest.approx(-0.2), 10.0)],
+        "theirs": [(pytest.approx(0.2), 20.0), (pytest.approx(1.2), 30.0)],
+    }
+    assert [text.get_text() for text in axes.texts] == ["10.0", "20.0", "30.0", "left out"]
+    legend = axes.get_legend()
+    assert legend and [text.get_text() for text in legend.get_texts()] == ["ours", "theirs"]
+
+
+def test_equal_bars_are_equal_files_and_nothing_else_is_left(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        draw_bars(tmp_path / name, BARS)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
+
+
+def test_matplotlib_is_imported_when_a_chart_is_drawn() -> None:
+    code = "import sys, stllm.evaluation.reports.tables; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_table_lines_up_as_text() -> None:

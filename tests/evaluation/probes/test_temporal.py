@@ -1,22 +1,15 @@
-"""What the probes say of models that are known to use time or not, to read the options or a letter alone."""
+"""The temporal probe: which items are asked, and what it says of models that are known to use time or not."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
-from stllm.evaluation.probes.permutation import (
-    num_rotations,
-    permutation_bars,
-    permutation_report,
-    permutation_scores,
-    rotated,
-)
-from stllm.evaluation.probes.temporal import probe_bars, probe_report, probe_scores, viewed
-from stllm.evaluation.reports.charts import bars_figure
+from stllm.evaluation.probes.temporal import bars, probe_scores, report, turned_item, variants, viewed
+from stllm.evaluation.reports.tables import bars_figure
 from stllm.media.views import VIEWS, view_order
 from tests.helpers.benchmarks import choice_benchmark, choice_item, letter_of, lines_of
 
@@ -104,12 +97,12 @@ def test_only_items_answered_in_every_view_are_compared() -> None:
 def test_nothing_answered_says_nothing() -> None:
     scores = probe_scores(runs_of(lambda item: None))
     assert scores["verdict"] == "Nothing can be said: no item was answered in every view."
-    assert "nan" not in (json.dumps(scores, allow_nan=False) + probe_report("toy", scores)).lower()
+    assert "nan" not in (json.dumps(scores, allow_nan=False) + report("toy", scores)).lower()
 
 
 def test_the_report_and_the_chart_show_the_accuracies() -> None:
     scores = probe_scores(runs_of(sees_order))
-    report = probe_report("toy", scores)
+    text = report("toy", scores)
     assert (
         "| strict %         | forward | reversed | shuffled | single | blank | chance |\n"
         "| ---------------- | ------: | -------: | -------: | -----: | ----: | -----: |\n"
@@ -118,92 +111,108 @@ def test_the_report_and_the_chart_show_the_accuracies() -> None:
         "| other tasks      |   100.0 |    100.0 |    100.0 |  100.0 |  25.0 |   25.0 |\n"
         "| Moving Direction |   100.0 |     25.0 |     25.0 |   25.0 |  25.0 |   25.0 |\n"
         "| Object Existence |   100.0 |    100.0 |    100.0 |  100.0 |  25.0 |   25.0 |\n"
-    ) in report
-    assert scores["verdict"] in report
-    axes = bars_figure(probe_bars(scores)).axes[0]
+    ) in text
+    assert scores["verdict"] in text
+    axes = bars_figure(bars(scores)).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["all tasks", "tasks of order", "other tasks"]
     assert [container.get_label() for container in axes.containers] == list(VIEWS)
     assert [bar.get_width() for bar in axes.containers[1]] == [62.5, 25.0, 100.0]
 
 
-# ---- option permutations --------------------------------------------------------------------------------------------
+# ---- variants --------------------------------------------------------------------------------------------------------
 
-YES_NO = choice_benchmark(
-    [*map(choice_item, range(40)), *(choice_item(number, OTHER, ("yes", "no")) for number in range(20))]
+
+def test_views_change_the_media_alone() -> None:
+    assert variants(BENCHMARK)["forward"] is BENCHMARK
+    for view in VIEWS[1:]:
+        variant = variants(BENCHMARK)[view]
+        for item, original in zip(variant.items, BENCHMARK.items, strict=True):
+            assert item.media and item.media.view == view
+            assert original.media and item == replace(original, media=replace(original.media, view=view))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "options", "turned"),
+    [
+        ("Which way?", "to the left", ("to the left", "to the right"), ("Which way?", "to the right")),
+        (
+            "Which way?",
+            "Up and to the left.",
+            ("Down and to the right.", "Up and to the left."),
+            ("", "Down and to the"),
+        ),
+        ("Which way?", "downwards", ("upwards", "downwards"), ("Which way?", "upwards")),
+        ("How?", "from wavy to plain", ("from plain to wavy", "from wavy to plain"), ("How?", "from plain to wavy")),
+        ("How?", "wavy to plain", ("plain to wavy", "wavy to plain"), ("How?", "plain to wavy")),
+        ("What does it do first?", "it jumps", ("it jumps", "it grows"), ("What does it do last?", "it jumps")),
+        ("What color at the end?", "red", ("red", "blue"), ("What color at the beginning?", "red")),
+        ("Which way?", "to the left", ("to the left", "upwards"), None),  # the opposite is no option
+        ("What does it do after it jumps?", "it grows", ("it jumps", "it grows"), None),
+    ],
 )
+def test_words_say_how_an_item_is_turned_round(
+    question: str, answer: str, options: tuple[str, ...], turned: tuple[str, str] | None
+) -> None:
+    item = replace(choice_item(0), questions=(question,), answer=answer, candidates=options)
+    found = turned_item(item)
+    if turned is None:
+        assert found is None
+        return
+    assert found is not None and found.candidates == options and found.id == item.id
+    assert found.questions[0].startswith(turned[0]) and found.answer.startswith(turned[1])
+    assert turned_item(found) == item  # twice is not at all
 
 
-def permuted(answer: Callable[[Item], str | None], benchmark: Loaded = YES_NO) -> Mapping[str, Any]:
-    variants = [benchmark, *(rotated(benchmark, places) for places in range(1, num_rotations(benchmark)))]
-    return permutation_scores(variants, [lines_of(variant, answer) for variant in variants])
-
-
-def test_always_a_is_seen_to_favour_a() -> None:
-    scores = permuted(lambda item: "A")
-    assert scores["items"] == {"0": 60, "1": 60, "2": 40, "3": 40}
-    assert scores["accuracy"] == {
-        "0": pytest.approx(100 * 20 / 60),
-        "1": pytest.approx(100 * 20 / 60),
-        "2": 25.0,
-        "3": 25.0,
-    }
-    share_of_a = 100 * (40 + 20) / 200  # each answer is A once
-    assert scores["mean"] == share_of_a == scores["letters"]["gold"]["A"] == scores["letters"]["even"]["A"]
-    assert scores["letters"]["chosen"] == {"A": 100.0, "B": 0.0, "C": 0.0, "D": 0.0, "none": 0.0}
-    assert scores["right under all"] == 0.0 and scores["right under any"] == 100.0
-    assert scores["same text under all"] == 0.0
-    assert scores["letters"]["chi-square"] == pytest.approx(60 * ((1 - 0.3) ** 2 / 0.3 + 0.3 + 2 * 0.2))  # 60 draws
-    assert scores["verdict"].startswith(
-        "The model favours A: 100.0% of the 200 predictions that name one, 30.0% if even"
+def test_only_tasks_of_order_are_asked_of_reversed_clips() -> None:
+    benchmark = choice_benchmark(
+        [choice_item(0), choice_item(1, "Object Existence"), replace(choice_item(2), media=None)]
     )
+    (item,) = variants(benchmark)["turned"].items
+    assert item.id == "moving_direction/0" and item.media is not None and item.media.view == "reversed"
+    assert item.answer == "down"
 
 
-def test_a_model_that_reads_the_options_favours_no_letter() -> None:
-    scores = permuted(lambda item: letter_of(item, item.answer))
-    assert scores["mean"] == scores["right under all"] == scores["same text under all"] == 100.0
-    assert scores["letters"]["chi-square"] == 0.0 and scores["letters"]["p"] == 1.0
-    assert scores["verdict"].startswith("No sign that the model favours a letter")
+MOVES = choice_benchmark([choice_item(number) for number in range(40)])  # up, down, left, right
+OPPOSITE = {"up": "down", "down": "up", "left": "right", "right": "left"}
 
 
-def test_consistency_is_of_the_text_right_or_wrong() -> None:
-    scores = permuted(lambda item: letter_of(item, "down" if "down" in item.candidates else "no"))
-    assert scores["same text under all"] == 100.0
-    assert scores["right under all"] == scores["right under any"] == pytest.approx(100 * 20 / 60)
+def probed(answer: Callable[[Item], str]) -> dict[str, dict[str, float]]:
+    scores = probe_scores({name: lines_of(variant, answer) for name, variant in variants(MOVES).items()})
+    assert "## Turned round" in report("toy", scores)
+    assert scores["turned round"]["Moving Direction"] == scores["turned round"]["all of them"]
+    assert "40 items whose clips run backwards" in scores["verdict"]
+    found: dict[str, dict[str, float]] = scores["turned round"]
+    return found
 
 
-def test_an_empty_answer_names_no_letter() -> None:
-    scores = permuted(lambda item: "")
-    assert scores["mean"] == 0.0 and scores["official"]["0"] == 100.0  # how far the official rule is inflated
-    assert scores["letters"]["chosen"]["none"] == 100.0 and scores["same text under all"] == 0.0
-    assert scores["verdict"] == "Nothing can be said about letters: no prediction names an option."
+def moves(item: Item) -> str:
+    """What the clip of that number shows, forward."""
+    return item.candidates[int(item.id.split("/")[1]) % 4]
 
 
-def test_failed_lines_leave_their_item_out_of_what_needs_all_rotations() -> None:
-    failing = lambda item: None if item.id.endswith("/1") and item.candidates[0] in ("up", "yes") else "A"  # noqa: E731
-    scores = permuted(failing)
-    assert scores["failed"] == 2 and scores["complete"] == 58
-    assert "nan" not in permutation_report("toy", permuted(lambda item: None)).lower()
-    json.dumps(permuted(lambda item: None), allow_nan=False)
+def follows(item: Item) -> str:
+    assert item.media is not None
+    return letter_of(item, OPPOSITE[moves(item)] if item.media.view == "reversed" else moves(item))
 
 
-def test_no_items_at_all_give_no_nan() -> None:
-    empty = choice_benchmark([])
-    scores = permutation_scores([empty], [[]])
-    assert scores["mean"] is None
-    json.dumps(scores, allow_nan=False)
-    assert bars_figure(permutation_bars(scores)).axes
+def test_a_model_that_follows_time_is_right_when_turned_round() -> None:
+    expected = {"items": 40, "forward": 100.0, "reversed": 0.0, "turned": 100.0}
+    assert probed(follows)["all of them"] == expected
 
 
-def test_the_report_shows_letters() -> None:
-    report = permutation_report("toy", permuted(lambda item: "A"))
-    assert (
-        "| letter | predictions % | answers % | even share % |\n"
-        "| ------ | ------------: | --------: | -----------: |\n"
-        "| A      |         100.0 |      30.0 |         30.0 |\n"
-        "| B      |           0.0 |      30.0 |         30.0 |\n"
-        "| C      |           0.0 |      20.0 |         20.0 |\n"
-        "| D      |           0.0 |      20.0 |         20.0 |\n"
-        "| none   |           0.0 |         – |            – |\n"
-    ) in report
-    bars = bars_figure(permutation_bars(permuted(lambda item: "A"))).axes[0].containers[0]
-    assert [bar.get_width() for bar in bars] == [100.0, 0.0, 0.0, 0.0, 0.0]
+def test_a_model_that_ignores_order_is_wrong_when_turned_round() -> None:
+    expected = {"items": 40, "forward": 100.0, "reversed": 100.0, "turned": 0.0}
+    assert probed(lambda item: letter_of(item, moves(item)))["all of them"] == expected
+
+
+def test_chance_stands_beside_the_views() -> None:
+    two = choice_benchmark([choice_item(0), choice_item(0, "Object Existence", ("yes", "no"))])
+    scores = probe_scores(runs_of(lambda item: "A", two))
+    assert scores["chance"] == {
+        "all tasks": 37.5,
+        "tasks of order": 25.0,
+        "other tasks": 50.0,
+        "Moving Direction": 25.0,
+        "Object Existence": 50.0,
+    }
+    assert "turned round" not in scores

@@ -1,16 +1,27 @@
-"""Right or wrong: the official rule by its golden cases, the strict one beside it, and where the two part."""
+"""Right or wrong by either rule, and tests of chance against figures computed by hand or known from tables."""
 
 import json
+import math
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stllm.evaluation.benchmarks.multiple_choice import chosen_option, gold_option, official_match, strict_match
+from stllm.evaluation.scores import (
+    chi_square,
+    chi_square_p,
+    chosen_option,
+    gold_option,
+    official_match,
+    paired,
+    share,
+    strict_match,
+)
 
-CASES = json.loads((Path(__file__).parents[2] / "golden" / "sampling.json").read_text())["mvbench_match"]
+CASES = json.loads((Path(__file__).parents[1] / "golden" / "sampling.json").read_text())["mvbench_match"]
 OPTIONS = ["to the left", "To the right.", "upwards"]
 WORDS = st.text(alphabet="abcdefghij ", min_size=3).map(str.strip).filter(lambda text: len(text) > 2)
 CANDIDATES = st.lists(WORDS, min_size=2, max_size=6, unique=True)
@@ -105,3 +116,53 @@ def test_no_prediction_is_strictly_right_for_two_options(candidates, prediction)
 @given(prediction=st.text(max_size=20), gold=st.sampled_from(["(a) x", "(B) y"]))
 def test_the_official_rule_never_looks_at_case(prediction, gold) -> None:
     assert official_match(prediction, gold) == official_match(prediction.lower(), gold.upper())
+
+
+# ---- chance ---------------------------------------------------------------------------------------------------------
+
+
+def pairs(items: int, lost: int, gained: int) -> dict[str, Any]:
+    """So many items in all, right the first way only, right the second way only; the others are wrong in both."""
+    first = [True] * lost + [False] * (items - lost)
+    second = [False] * lost + [True] * gained + [False] * (items - lost - gained)
+    return paired(first, second)
+
+
+def test_pairs_are_counted_item_by_item() -> None:
+    found = paired([True, True, False, False], [True, False, True, False])
+    assert (found["items"], found["lost"], found["gained"]) == (4, 1, 1)
+    with pytest.raises(ValueError, match="zip"):
+        paired([True], [])
+
+
+def test_the_exact_p_value() -> None:
+    assert pairs(20, lost=5, gained=0)["p"] == pytest.approx(2 / 32)
+    assert pairs(20, lost=8, gained=2)["p"] == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert pairs(20, lost=3, gained=3)["p"] == pairs(20, lost=0, gained=0)["p"] == 1.0
+    assert 0 < pairs(4000, lost=1500, gained=1000)["p"] < 1e-20  # larger than any float on the way
+
+
+def test_difference_and_interval() -> None:
+    found = pairs(100, lost=20, gained=5)
+    assert found["difference"] == -15
+    spread = 1.959964 * math.sqrt((26 / 102 - (15 / 102) ** 2) / 102)
+    assert found["interval"] == pytest.approx((100 * (-15 / 102 - spread), 100 * (-15 / 102 + spread)))
+    assert pairs(1, lost=1, gained=0)["interval"] == pytest.approx((-100.0, 51.01), abs=0.01)
+    assert pairs(0, lost=0, gained=0)["difference"] is None and pairs(0, lost=0, gained=0)["interval"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "degrees"), [(3.841459, 1), (5.991465, 2), (7.814728, 3), (9.487729, 4), (11.070498, 5)]
+)
+def test_chi_square_at_its_five_percent_points(value: float, degrees: int) -> None:
+    assert chi_square_p(value, degrees) == pytest.approx(0.05, abs=1e-6)
+
+
+def test_chi_square_of_nothing_is_no_finding() -> None:
+    assert chi_square_p(0.0, 3) == 1.0 and chi_square_p(5.0, 0) == 1.0
+    assert chi_square([10, 0], [5, 5]) == 10.0
+    assert chi_square([], []) == 0.0 and chi_square([3, 1], [4, 0]) == 0.25
+
+
+def test_of_nothing_there_is_no_share() -> None:
+    assert share(0, 0) is None and share(1, 4) == 25
