@@ -64,11 +64,11 @@ class Parts:
         return changed
 
 
-def build_page(service: Service, title: str, about: str, examples: Examples) -> gr.Blocks:
-    """Build the whole page. title: the tab's; about: which model answers."""
+def build_page(service: Service, about: str, examples: Examples) -> gr.Blocks:
+    """Build the whole page. about: the model that answers."""
     limits = service.limits
     with gr.Blocks(
-        title=title, analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
+        title="ST-LLM", analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
     ) as page:
         gr.HTML(f'<div class="head"><h1>ST-LLM</h1><p>Talk with a video. {about}</p></div>')
         parts, chosen = _lay_out(service, examples)

@@ -4,7 +4,6 @@ Each is a job of the queue (serving/jobs.py), a generator that yields its progre
 any more. Nothing here knows gradio.
 """
 
-import logging
 import math
 import os
 import re
@@ -16,9 +15,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 
-import torch
-
-from stllm.common.errors import UserError, out_of_memory
+from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Prepared, Request, Seen, Stamp
@@ -26,12 +23,10 @@ from stllm.media.clip import Clip
 from stllm.media.reading import ReadingPool
 from stllm.media.views import FORWARD, VIEWS
 from stllm.processors.templates import Turn
-from stllm.serving.jobs import Jobs, Stage
+from stllm.serving.jobs import Jobs, Stage, explain
 from stllm.serving.limits import PageLimits
 from stllm.web.film import Film, read_film
 from stllm.web.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 Steps = Generator[Progress | Stage, None, Progress]  # the return value is also yielded last
 
@@ -158,15 +153,8 @@ class Service:
         return progress
 
     def explain(self, error: Exception) -> str:
-        """Return the sentence for the user. A defect of ours is logged."""
-        if isinstance(error, UserError):
-            return " ".join(self._place.sub("", str(error)).split())
-        if out_of_memory(error):
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return "not enough memory for this: take fewer frames or fewer beams, or ask a shorter question"
-        logger.error("a request failed", exc_info=error)
-        return "something went wrong on the server, whose log says more; it goes on with the next question"
+        """Return the sentence for the user, without the folder of uploads. A defect of ours is logged."""
+        return self._place.sub("", explain(error))
 
     def _look(
         self, path: str, num_frames: int, known: Film | None, stop: Event, views: Sequence[str] = (FORWARD,)

@@ -16,8 +16,7 @@ import pytest
 from stllm.conversation.chat import Chat
 from stllm.serving import listening
 from stllm.serving.app import Server
-from stllm.serving.limits import Limits
-from stllm.serving.media import split_medium
+from stllm.serving.limits import Limits, split_medium
 from tests.conversation.test_chat import new_chat
 from tests.helpers import memory
 from tests.helpers.serving import MODEL, serving, user, wait_until
@@ -148,7 +147,7 @@ def test_a_large_medium_takes_two_and_a_half_times_its_size(address: str) -> Non
 
 @pytest.mark.parametrize("escaped", [False, True])
 def test_a_cut_out_medium_is_the_same(escaped: bool, tmp_path: Path) -> None:
-    from stllm.serving.media import fetch_medium
+    from stllm.serving.limits import fetch_medium
 
     limits = Limits(text_characters=10)
     content = os.urandom(3 * MEBIBYTE + 1)

@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,8 +18,9 @@ from stllm.conversation.chat import Chat
 from stllm.media.reading import ReadingPool
 from stllm.serving.app import Server
 from stllm.serving.limits import Limits, PageLimits
-from stllm.web.command import build_app
+from stllm.web.app import build_app
 from stllm.web.service import Service
+from tests.attacks.conftest import Run
 from tests.conversation.test_chat import new_chat
 from tests.helpers import memory
 from tests.helpers.serving import MODEL, client_of, data_url, running, serving, user, wait_until
@@ -152,14 +151,8 @@ def test_leaving_the_demo_ends_the_decoding(chat: Chat, tmp_path: Path, place: P
 @pytest.mark.slow
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="processes are looked for in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_end_of_the_server_ends_the_decoding(place: Path, tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    )
+def test_the_end_of_the_server_ends_the_decoding(run: Run, place: Path, tmp_path: Path, number: int) -> None:
+    process = run(SERVER, tmp_path)
     assert process.stdout is not None
     found = re.search(r"(http://\S+)/v1", process.stdout.readline())
     assert found is not None, process.communicate()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stllm.conversation.chat import Chat, find_examples
 from stllm.serving.limits import PageLimits
-from stllm.web.command import build_app
+from stllm.web.app import build_app
 from stllm.web.service import Service
 from tests.helpers.serving import running
 

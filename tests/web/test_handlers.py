@@ -264,7 +264,7 @@ def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> N
     ("error", "sentence"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory for this: take fewer frames"),
-        (KeyError("x"), "something went wrong on the server"),
+        (KeyError("x"), "the server failed on this request"),
     ],
 )
 def test_what_breaks_in_the_model_is_said(handlers: Handlers, folder: Path, monkeypatch, error, sentence) -> None:
