@@ -21,7 +21,7 @@ FIRST, SECOND = "what moves first", "which color is the square"
 def about(handlers: Handlers, path: Path, session: Session | None = None) -> Session:
     """A tab in which that file was uploaded and looked at."""
     session = session or Session()
-    handlers.begin(session, str(path), path.name)
+    handlers.begin(session, str(path))
     list(handlers.look(session, CONTROLS[0]))
     return session
 
@@ -32,7 +32,7 @@ def said(handlers: Handlers, session: Session, question: str, *controls: object)
 
 def test_looking_shows_the_frames_and_keeps_the_encoding(handlers: Handlers, folder: Path) -> None:
     session = Session()
-    handlers.begin(session, str(folder / "one.mp4"), "one.mp4")
+    handlers.begin(session, str(folder / "one.mp4"))
     shown = list(handlers.look(session, 6))
     film = session.talk.film
     assert film is not None and len(film.pictures) == 6 and film.times == pytest.approx(sorted(film.times))
@@ -139,9 +139,9 @@ def test_a_new_video_ends_the_answer_about_the_old(handlers: Handlers, folder: P
         if begun is not None:
             after.append(one)
         elif one.get("chat", [{"content": ""}])[-1]["content"].startswith("word"):
-            begun = handlers.begin(session, str(folder / "two.mp4"), "two.mp4")
+            begun = handlers.begin(session, str(folder / "two.mp4"))
     assert begun is not None and begun["chat"] == [] and session.talk.turns == []
-    assert session.talk.name == "two.mp4"
+    assert session.talk.path == str(folder / "two.mp4")
     # what the old answer showed may come to the browser after that: its last word is the new conversation
     assert [one["chat"] for one in after] == [[]]
 
@@ -247,7 +247,7 @@ def test_without_a_video_nothing_is_asked(handlers: Handlers) -> None:
 )
 def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, name: str, sentence: str) -> None:
     session = Session()
-    handlers.begin(session, str(folder / name), name)
+    handlers.begin(session, str(folder / name))
     shown = list(handlers.look(session, 6))
     assert sentence in last(shown, "status") and str(folder) not in last(shown, "status")
     assert last(shown, "busy") is False
@@ -256,7 +256,7 @@ def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, na
 def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> None:
     handlers.service.limits = PageLimits(media_seconds=1.0)
     session = Session()
-    handlers.begin(session, str(folder / "two.mp4"), "two.mp4")
+    handlers.begin(session, str(folder / "two.mp4"))
     assert "the video lasts 1.2 s, at most 1.0 s are taken" in last(list(handlers.look(session, 6)), "status")
 
 
