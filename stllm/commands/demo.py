@@ -7,7 +7,6 @@ from stllm.commands.options import Command, Parser, whole
 from stllm.commands.serve import add_serving
 
 if TYPE_CHECKING:
-    from stllm.serving.jobs import Jobs
     from stllm.serving.listening import Host
 
 
@@ -29,16 +28,16 @@ def run(args: argparse.Namespace) -> int:
         read_seconds=args.max_read_seconds,
     )
 
-    def build(host: "Host") -> "tuple[Any, Jobs, str]":
+    def build(host: "Host") -> tuple[Any, str]:
         from stllm.web.app import build_app, describe  # gradio alone takes seconds to import
         from stllm.web.service import Service
 
-        service = Service(host.chat, limits, host.folder, [path for path, _ in find_examples()], host.reading)
+        service = Service(host.chat, limits, host.folder, [path for path, _ in find_examples()], host.jobs)
         app = build_app(service, local=host.local, about=describe(host.chat, host.checkpoint))
-        return app, service.jobs, f"The demo is at {host.url}/"
+        return app, f"The demo is at {host.url}/"
 
     # Open pages keep a connection for ever, so that the end waits for none of them.
-    return serve(args, build, prefix="stllm-demo-", read_seconds=limits.read_seconds, patience=1)
+    return serve(args, limits, build, prefix="stllm-demo-", patience=1)
 
 
 COMMAND = Command(

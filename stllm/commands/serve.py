@@ -19,7 +19,6 @@ from stllm.common.errors import UserError
 from stllm.common.files import user_path
 
 if TYPE_CHECKING:
-    from stllm.serving.jobs import Jobs
     from stllm.serving.listening import Host
 
 
@@ -63,11 +62,7 @@ def add_serving(parser: Parser, *, port: int, waiting: int, whose: str) -> argpa
         help="for decoding a video or image (default: 60)",
     )
     limits.add_argument(
-        "--queue-size",
-        type=whole(0),
-        default=waiting,
-        metavar="N",
-        help=f"requests that may wait (default: {waiting})",
+        "--queue-size", type=whole(0), default=waiting, metavar="N", help=f"requests that may wait (default: {waiting})"
     )
     return limits
 
@@ -89,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
         read_seconds=args.max_read_seconds,
     )
 
-    def build(host: "Host") -> "tuple[Any, Jobs, str]":
-        server = Server(host.chat, host.checkpoint.name or "stllm", root, limits, host.folder, host.reading)
+    def build(host: "Host") -> tuple[Any, str]:
+        server = Server(host.chat, host.checkpoint.name or "stllm", root, limits, host.folder, host.jobs)
         app = build_app(server, [*LOOPBACK, "[::1]"] if host.local else None)
-        return app, server.jobs, f"{server.name} answers at {host.url}/v1"
+        return app, f"{server.name} answers at {host.url}/v1"
 
-    return serve(args, build, prefix="stllm-serve-", read_seconds=limits.read_seconds, patience=5)
+    return serve(args, limits, build, prefix="stllm-serve-", patience=5)
 
 
 COMMAND = Command(

@@ -3,14 +3,13 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
-from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
-from typing import Any
 
 import anyio
 from starlette.applications import Starlette
@@ -25,7 +24,7 @@ from stllm.conversation.chat import Chat
 from stllm.conversation.requests import Media
 from stllm.conversation.requests import Request as Question
 from stllm.media.reading import NobodyWaits, ReadingPool
-from stllm.serving.completions import Asked, Finished, Reply, api_error, event, model_object, parse_request
+from stllm.serving.completions import Asked, Finished, Reply, api_error, event, parse_request
 from stllm.serving.jobs import BusyError, End, Job, Jobs, Stage
 from stllm.serving.limits import ApiError, Bodies, Limits, fetch_medium, split_medium
 
@@ -35,48 +34,48 @@ GONE = Response(status_code=499)  # nobody reads it
 RETRY_SECONDS = 2  # suggested to clients that were refused for want of room
 
 Step = str | Finished
-Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-@dataclass
 class Server:
     """One engine and its queue.
 
     name: of the model. media_root: the folder of which clients may name files, or None.
     folder: where the media of requests are written; None: the system's folder for temporary files.
-    reading: the processes that read media; None: new ones, which start with the first request.
+    jobs: the queue; None: a new one.
     """
 
-    chat: Chat
-    name: str
-    media_root: Path | None = None
-    limits: Limits = field(default_factory=Limits)
-    folder: Path | None = None
-    reading: ReadingPool | None = None
-
-    def __post_init__(self) -> None:
-        self.jobs = Jobs(1 + self.limits.waiting, self.reading or ReadingPool(seconds=self.limits.read_seconds))
+    def __init__(
+        self,
+        chat: Chat,
+        name: str,
+        media_root: Path | None = None,
+        limits: Limits | None = None,
+        folder: Path | None = None,
+        jobs: Jobs | None = None,
+    ) -> None:
+        self.chat, self.name, self.media_root, self.folder = chat, name, media_root, folder
+        self.limits = limits or Limits()
+        self.jobs = jobs or Jobs(self.limits)
         self.bodies = Bodies(self.limits.body_bytes, BODIES * self.limits.body_bytes, self.limits.body_seconds)
-        self._created = int(time.time())
+        self._model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "stllm"}
 
-    async def health(self, request: Request) -> Response:
+    async def health(self, request: Request, sent: ExitStack) -> Response:
         """Report that the server is up, and how busy it is."""
-        return JSONResponse(
-            {"status": "ok", "model": self.name, "requests": self.jobs.num_inside, "places": self.jobs.places}
-        )
+        busy = {"requests": self.jobs.num_inside, "places": self.jobs.places}
+        return JSONResponse({"status": "ok", "model": self.name, **busy})
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, request: Request, sent: ExitStack) -> Response:
         """List the one model."""
-        return JSONResponse({"object": "list", "data": [model_object(self.name, self._created)]})
+        return JSONResponse({"object": "list", "data": [self._model]})
 
-    async def model(self, request: Request) -> Response:
+    async def model(self, request: Request, sent: ExitStack) -> Response:
         """Describe the one model, or answer 404."""
         if request.path_params["name"] != self.name:
             raise ApiError(404, f"the only model here is {self.name!r}", code="model_not_found")
-        return JSONResponse(model_object(self.name, self._created))
+        return JSONResponse(self._model)
 
-    async def completions(self, request: Request) -> Response:
-        """Answer a chat completion request, whole or as a stream."""
+    async def completions(self, request: Request, sent: ExitStack) -> Response:
+        """Answer a chat completion request, whole or as a stream. sent: what to do when the response has been sent."""
         try:
             self.jobs.check_room()
         except BusyError:
@@ -96,26 +95,28 @@ class Server:
                 loop.call_soon_threadsafe(news.put_nowait, item)
 
         job: Job[Step] = self.jobs.admit(tell)  # not before, so that slow senders hold no places
-        streams = False
+        sent.callback(job.give_up)
+        asked = await anyio.to_thread.run_sync(self._begin, body, job)
+        del body
+
+        async def give_up_when_gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            job.give_up()
+
+        watch = asyncio.create_task(give_up_when_gone())
         try:
-            asked = await anyio.to_thread.run_sync(self._begin, body, job)
-            del body
-            watch = asyncio.create_task(_give_up_when_gone(request, job))
-            try:
+            step = await _next(news)
+            while not asked.stream and isinstance(step, str):
                 step = await _next(news)
-                if not asked.stream:
-                    while isinstance(step, str):
-                        step = await _next(news)
-                    return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
-            finally:
-                watch.cancel()
-            if step is None:
-                return GONE
-            streams = True
-            return EventStream(_events(news, step, Reply(self.name), asked.include_usage), job)
         finally:
-            if not streams:
-                job.give_up()
+            watch.cancel()
+        if step is None:
+            return GONE
+        if isinstance(step, Finished) and not asked.stream:
+            return JSONResponse(Reply(self.name).completion(step))
+        events = _events(news, step, Reply(self.name), asked.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     def _begin(self, body: bytearray, job: Job[Step]) -> Asked:
         """Begin to answer the request. Its medium is written to a file, which is removed at the end of the job."""
@@ -138,21 +139,6 @@ async def _next(news: asyncio.Queue[Step | End]) -> Step | None:
     return None if isinstance(item, End) else item
 
 
-class EventStream(StreamingResponse):
-    """A stream of server-sent events. It gives up its job when it ends, for whatever reason."""
-
-    def __init__(self, events: AsyncIterator[str], job: Job[Step]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, until they end or the client has gone."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.job.give_up()
-
-
 async def _events(
     news: asyncio.Queue[Step | End], step: Step | None, reply: Reply, include_usage: bool
 ) -> AsyncIterator[str]:
@@ -172,34 +158,35 @@ async def _events(
         yield "data: [DONE]\n\n"
 
 
-async def _give_up_when_gone(request: Request, job: Job[Step]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    job.give_up()
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint as an application. It makes failures OpenAI's error objects, and cleans up after the response.
+
+    hosts: names of this server that requests may use, so that a web page elsewhere whose name is made to point to this
+    machine gets nothing; None: any.
+    """
+
+    respond: Callable[[Request, ExitStack], Awaitable[Response]]
+    hosts: list[str] | None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, and then do what was left for after the response, however it ended."""
+        request = Request(scope, receive)
+        with ExitStack() as sent:
+            try:
+                named = HOST.fullmatch(request.headers.get("host", ""))
+                if self.hosts is not None and (named is None or named[1].lower() not in self.hosts):
+                    raise ApiError(400, f"invalid Host header: this server answers to {', '.join(self.hosts)}")
+                response = await self.respond(request, sent)
+            except ClientDisconnect:
+                response = GONE
+            except Exception as error:
+                response = _error_response(api_error(error))
+            await response(scope, receive, send)
 
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
-    """Build the application.
-
-    hosts: names of this server that requests may use, so that a web page elsewhere whose name is made to point to this
-    machine reaches nothing; None: any.
-    """
-
-    def answers(endpoint: Endpoint) -> Endpoint:
-        """Wrap an endpoint so that its failures become OpenAI's error objects."""
-
-        async def answer(request: Request) -> Response:
-            try:
-                named = HOST.fullmatch(request.headers.get("host", ""))
-                if hosts is not None and (named is None or named[1].lower() not in hosts):
-                    raise ApiError(400, f"invalid Host header: this server answers to {', '.join(hosts)}")
-                return await endpoint(request)
-            except ClientDisconnect:
-                return GONE
-            except Exception as error:
-                return _error_response(api_error(error))
-
-        return answer
+    """Build the application. hosts: as for `Endpoint`."""
 
     async def unknown(request: Request, error: Exception) -> Response:
         """Answer requests for unknown paths and methods."""
@@ -209,10 +196,10 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/health", answers(server.health)),
-            Route("/v1/models", answers(server.models)),
-            Route("/v1/models/{name:path}", answers(server.model)),
-            Route("/v1/chat/completions", answers(server.completions), methods=["POST"]),
+            Route("/health", Endpoint(server.health, hosts), methods=["GET"]),
+            Route("/v1/models", Endpoint(server.models, hosts), methods=["GET"]),
+            Route("/v1/models/{name:path}", Endpoint(server.model, hosts), methods=["GET"]),
+            Route("/v1/chat/completions", Endpoint(server.completions, hosts), methods=["POST"]),
         ],
         exception_handlers={HTTPException: unknown},
         lifespan=server.jobs.lifespan,

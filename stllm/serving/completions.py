@@ -225,11 +225,6 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-def model_object(name: str, created: int) -> dict[str, Any]:
-    """Return an entry of the list of models."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "stllm"}
-
-
 def event(value: dict[str, Any]) -> str:
     """Return a server-sent event with JSON in it."""
     return f"data: {json.dumps(value)}\n\n"

@@ -21,6 +21,7 @@ import torch
 
 from stllm.common.errors import UserError, out_of_memory
 from stllm.media.reading import ReadingPool
+from stllm.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,13 +63,13 @@ def explain(error: Exception) -> str:
 
 
 class Jobs:
-    """The queue. places: for requests at once, including the one being answered. reading: closed with the queue."""
+    """The queue. places: for requests at once, including the one being answered. reading: processes that read media."""
 
-    def __init__(self, places: int, reading: ReadingPool) -> None:
-        self.places = places
-        self.reading = reading
+    def __init__(self, limits: Limits) -> None:
+        self.places = 1 + limits.waiting
+        self.reading = ReadingPool(seconds=limits.read_seconds)
         self.threads = {
-            Stage.READING: ThreadPoolExecutor(reading.num_processes, thread_name_prefix="reading"),
+            Stage.READING: ThreadPoolExecutor(self.reading.num_processes, thread_name_prefix="reading"),
             Stage.MODEL: ThreadPoolExecutor(1, thread_name_prefix="model"),
         }
         self._inside: set[Job] = set()

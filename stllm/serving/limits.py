@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from stllm.common.errors import UserError
 from stllm.common.jsonl import loads
 from stllm.media.info import MediaError, limited_pixels
 from stllm.media.open import open_media
@@ -122,17 +121,6 @@ class PageLimits(Limits):
     folder_files: int = 1000
     keep_seconds: int = 3600
     upload_seconds: float = 600.0
-
-    def check_question(self, question: object) -> str:
-        """Return the question without outer spaces. Raises UserError when it is empty or too long."""
-        text = question.strip() if isinstance(question, str) else ""
-        if not text:
-            raise UserError("the question is empty: ask something about the video")
-        if len(text) > self.text_characters:
-            raise UserError(
-                f"the question has {len(text)} characters, at most {self.text_characters} are read here: shorten it"
-            )
-        return text
 
 
 class Bodies:

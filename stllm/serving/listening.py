@@ -28,8 +28,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, chosen_checkpoint, load_chat
-from stllm.media.reading import ReadingPool
 from stllm.serving.jobs import Jobs
+from stllm.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -45,33 +45,27 @@ LATEST_SECONDS = 8.0  # after the first signal; what still runs then, such as a 
 class Host:
     """A loaded model, and what an application needs in order to serve it.
 
-    checkpoint: of the model. reading: processes that read media. folder: for uploads. url: http://HOST:PORT.
-    local: True if only this machine can reach the address.
+    checkpoint: of the model. folder: for uploads. url: http://HOST:PORT. local: True if only this machine can reach it.
     """
 
     chat: Chat
     checkpoint: Path
-    reading: ReadingPool
+    jobs: Jobs
     folder: Path
     url: str
     local: bool
 
 
 def serve(
-    args: argparse.Namespace,
-    build: Callable[[Host], tuple[Any, Jobs, str]],
-    *,
-    prefix: str,
-    read_seconds: float,
-    patience: int,
+    args: argparse.Namespace, limits: Limits, build: Callable[[Host], tuple[Any, str]], *, prefix: str, patience: int
 ) -> int:
     """Take the address, load the model, and serve until SIGINT or SIGTERM, which are raised again at the end.
 
     The first signal ends the reading of media; answers in progress have `patience` seconds. A second signal ends the
     process at once. Raises UserError.
 
-    args: of a command with options for a checkpoint and an address. build: returns the application, its queue, and the
-    line to print once it can be reached. prefix: of the folder for uploads. read_seconds: the limit of one reading.
+    args: of a command with options for a checkpoint and an address. build: returns the application, and the line to
+    print once it can be reached. prefix: of the folder for uploads.
     """
     checkpoint = chosen_checkpoint(args)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -84,8 +78,8 @@ def serve(
                 f"{args.host}:{args.port} cannot be taken ({error.strerror or error}): name another --port, or a "
                 "--host of this machine"
             ) from None
-        reading = ReadingPool(seconds=read_seconds)
-        started = Thread(target=reading.start, daemon=True)  # while the model is loaded
+        jobs = Jobs(limits)
+        started = Thread(target=jobs.reading.start, daemon=True)  # while the model is loaded
         started.start()
         chat = load_chat(
             checkpoint,
@@ -99,7 +93,7 @@ def serve(
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{name}:{listener.getsockname()[1]}"
-        app, jobs, greeting = build(Host(chat, Path(checkpoint), reading, folder, url, args.host in LOOPBACK))
+        app, greeting = build(Host(chat, Path(checkpoint), jobs, folder, url, args.host in LOOPBACK))
         listener.listen()  # a reader of the address may connect at once
         print(f"{greeting} (Ctrl-C ends it)", flush=True)
         if args.host not in LOOPBACK:

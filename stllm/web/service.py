@@ -22,7 +22,6 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Media, Prepared, Request, Seen
 from stllm.media.clip import Clip
-from stllm.media.reading import ReadingPool
 from stllm.media.views import FORWARD, VIEWS
 from stllm.processors.templates import Turn
 from stllm.serving.jobs import Jobs, Stage, explain
@@ -68,8 +67,7 @@ Look = tuple[Progress, Film, Callable[[str], Seen]]  # with the function that en
 class Service:
     """The engine behind the page, and the queue before it.
 
-    folder: of uploads; examples: other files that may be read.
-    reading: the processes that read them; None: new ones, which start with the first request.
+    folder: of uploads; examples: other files that may be read. jobs: the queue; None: a new one.
     """
 
     def __init__(
@@ -78,11 +76,11 @@ class Service:
         limits: PageLimits,
         folder: Path,
         examples: Sequence[Path] = (),
-        reading: ReadingPool | None = None,
+        jobs: Jobs | None = None,
     ) -> None:
         self.chat = chat
         self.limits = limits
-        self.jobs = Jobs(1 + limits.waiting, reading or ReadingPool(seconds=limits.read_seconds))
+        self.jobs = jobs or Jobs(limits)
         self.folder = folder.resolve()
         self.examples = frozenset(path.resolve() for path in examples)
         self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # no part of an upload's name
@@ -162,15 +160,19 @@ class Service:
 
     def _checked(self, turns: Sequence[Turn], controls: Sequence[object]) -> tuple[tuple[Turn, ...], int, Decoding]:
         """Return the turns, the number of frames and the settings. Raises UserError, naming what is out of bounds."""
-        limits = self.limits
-        question = limits.check_question(turns[-1].question)
+        limits, question = self.limits, turns[-1].question
+        text = question.strip() if isinstance(question, str) else ""
+        Request((Turn(text),)).check()
+        if len(text) > limits.text_characters:
+            most = limits.text_characters
+            raise UserError(f"the question has {len(text)} characters, at most {most} are read here: shorten it")
         num_frames, num_beams, temperature, max_new_tokens = controls
         decoding = self.chat.decoding.with_options(
             num_beams=_whole("beams", num_beams, limits.beams),
             max_new_tokens=_whole("tokens of the longest answer", max_new_tokens, limits.new_tokens),
             temperature=_number("the temperature", temperature, 2.0),
         )
-        return (*turns[:-1], Turn(question)), _whole("frames", num_frames, limits.frames), decoding
+        return (*turns[:-1], Turn(text)), _whole("frames", num_frames, limits.frames), decoding
 
     def _look(
         self, path: str, num_frames: int, known: Film | None, stop: Event, views: Sequence[str] = (FORWARD,)
