@@ -75,7 +75,7 @@ class Server:
         return JSONResponse(self._model)
 
     async def completions(self, request: Request, sent: ExitStack) -> Response:
-        """Answer a chat completion request, whole or as a stream. sent: what to do when the response has been sent."""
+        """Answer a chat completion request, whole or as a stream. sent: closed after the response."""
         try:
             self.jobs.check_room()
         except BusyError:
@@ -160,17 +160,18 @@ async def _events(
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An endpoint as an application. It makes failures OpenAI's error objects, and cleans up after the response.
+    """An endpoint as an application: its failures become OpenAI's error objects.
 
-    hosts: names of this server that requests may use, so that a web page elsewhere whose name is made to point to this
-    machine gets nothing; None: any.
+    respond: gets the request, and a stack that is closed after the response, also when sending fails.
+    hosts: names of this server that requests may use; None: any. Other names are refused, since a web page elsewhere
+    could point its own name to this machine.
     """
 
     respond: Callable[[Request, ExitStack], Awaitable[Response]]
     hosts: list[str] | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, and then do what was left for after the response, however it ended."""
+        """Answer a request."""
         request = Request(scope, receive)
         with ExitStack() as sent:
             try:

@@ -1,4 +1,4 @@
-"""Processes that attacks start: they end with their test, also when it fails."""
+"""The engine that is attacked, and processes that end with their test, also when it fails."""
 
 import os
 import subprocess
@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from stllm.conversation.chat import Chat
+from tests.conversation.test_chat import new_chat
+
 Run = Callable[[str, Path], "subprocess.Popen[str]"]
+
+
+@pytest.fixture(scope="package")
+def chat() -> Chat:
+    return new_chat()
 
 
 @pytest.fixture

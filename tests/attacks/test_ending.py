@@ -3,8 +3,6 @@
 import re
 import signal
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -54,16 +52,6 @@ STAYS = """
             except OSError:
                 pass
 """
-
-
-@pytest.fixture
-def own_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Temporary files lie in the test's folder, and its signal handlers end with it."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_a_second_signal_ends_the_server_without_tracebacks(run: Run, tmp_path: Path) -> None:

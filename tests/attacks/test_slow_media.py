@@ -21,8 +21,8 @@ from stllm.serving.limits import Limits, PageLimits
 from stllm.web.app import build_app
 from stllm.web.service import Service
 from tests.attacks.conftest import Run
-from tests.conversation.test_chat import new_chat
 from tests.helpers import memory
+from tests.helpers.demo import uploaded
 from tests.helpers.serving import MODEL, client_of, data_url, running, serving, user, wait_until
 from tests.helpers.videos import write_video
 
@@ -56,11 +56,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_slow_gif(folder / "slow.gif")
     write_video(folder / "clip.mp4", num_frames=20)
     return folder
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    return new_chat()
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +133,7 @@ def test_leaving_the_demo_ends_the_decoding(chat: Chat, tmp_path: Path, place: P
     service = Service(chat, PageLimits(read_seconds=30), tmp_path)
     with running(build_app(service, local=True)) as address:
         api = f"{address}/gradio_api"
-        with (place / "slow.gif").open("rb") as file:
-            path = httpx.post(f"{api}/upload", files={"files": file}).json()[0]
-        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "what", [], 6, 1, 0, 8]
+        data = [uploaded(f"{address}/", place / "slow.gif"), "what", [], 6, 1, 0, 8]
         called = httpx.post(f"{api}/call/ask", json={"data": data}).json()["event_id"]
         with httpx.stream("GET", f"{api}/call/ask/{called}", timeout=60):
             wait_until(lambda: service.jobs.num_inside == 1)

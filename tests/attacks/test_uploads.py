@@ -13,9 +13,8 @@ import pytest
 from stllm.conversation.chat import Chat
 from stllm.serving import listening
 from stllm.serving.limits import PageLimits
-from tests.conversation.test_chat import new_chat
 from tests.helpers.demo import served
-from tests.helpers.serving import wait_until
+from tests.helpers.serving import connected, wait_until
 
 FOREIGN: list[dict[str, str]] = [
     {"origin": "http://evil.example"},
@@ -25,11 +24,6 @@ FOREIGN: list[dict[str, str]] = [
     {"sec-fetch-site": "cross-site"},
     {"sec-fetch-site": "same-site", "origin": "http://127.0.0.1:1"},
 ]
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    return new_chat()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +39,7 @@ def url(chat: Chat, folder: Path) -> Iterator[str]:
 
 def half_sent(url: str) -> socket.socket:
     """An upload of which half has been sent."""
-    connection = socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)
+    connection = connected(url)
     head = 'Content-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
     connection.sendall(
         f"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1:{httpx.URL(url).port}\r\nContent-Length: 200000\r\n"
@@ -100,7 +94,7 @@ def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
     with closing(half_sent(url)) as connection:
         assert b"408" in connection.recv(1000)
     wait_until(lambda: not files(folder), 10)
-    with closing(socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)) as connection:
+    with closing(connected(url)) as connection:
         head = f"POST /gradio_api/call/ask HTTP/1.1\r\nHost: 127.0.0.1:{httpx.URL(url).port}\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         assert b"408" in connection.recv(1000)
@@ -108,7 +102,7 @@ def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
 
 def test_a_header_has_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "HEADER_SECONDS", 0.5)
-    with closing(socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)) as connection:
+    with closing(connected(url)) as connection:
         connection.sendall(b"GET /config HTTP/1.1\r\n")
         assert connection.recv(1000) == b""
 

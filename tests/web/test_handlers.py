@@ -1,8 +1,6 @@
 """What the page shows: answers equal to the engine's, conversations apart, and every failure a sentence."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
 from stllm.serving.limits import PageLimits
 from stllm.web.handlers import NO_ANSWER, NO_VIDEO, Handlers, Session
+from tests.helpers.demo import answer_without_end
 from tests.web.conftest import CONTROLS, last
 
 FIRST, SECOND = "what moves first", "which color is the square"
@@ -90,24 +89,9 @@ def test_tabs_do_not_know_each_other(handlers: Handlers, folder: Path) -> None:
     assert two.talk.turns == [Turn(SECOND, chat.ask(folder / "two.mp4", SECOND).text)]
 
 
-def slow(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> Event:
-    """Answers come word by word, without end, until the stream is closed; the event is set then."""
-    closed = Event()
-
-    def stream(*_: Any) -> Iterator[str]:
-        try:
-            while True:
-                yield "word "
-        finally:
-            closed.set()
-
-    monkeypatch.setattr(handlers.service.chat, "stream_prepared", stream)
-    return closed
-
-
 def test_stop_keeps_what_was_written(handlers: Handlers, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = about(handlers, folder / "one.mp4")
-    closed = slow(handlers, monkeypatch)
+    closed = answer_without_end(handlers.service.chat, monkeypatch)
     shown = []
     for one in handlers.ask(session, FIRST, *CONTROLS):
         shown.append(one)
@@ -121,7 +105,7 @@ def test_stop_keeps_what_was_written(handlers: Handlers, folder: Path, monkeypat
 
 def test_a_closed_tab_ends_the_answer(handlers: Handlers, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = about(handlers, folder / "one.mp4")
-    closed = slow(handlers, monkeypatch)
+    closed = answer_without_end(handlers.service.chat, monkeypatch)
     shown = handlers.ask(session, FIRST, *CONTROLS)
     while "word" not in next(shown).get("chat", [{"content": ""}])[-1]["content"]:
         pass
@@ -133,7 +117,7 @@ def test_a_closed_tab_ends_the_answer(handlers: Handlers, folder: Path, monkeypa
 
 def test_a_new_video_ends_the_answer_about_the_old(handlers: Handlers, folder: Path, monkeypatch) -> None:
     session = about(handlers, folder / "one.mp4")
-    slow(handlers, monkeypatch)
+    answer_without_end(handlers.service.chat, monkeypatch)
     begun, after = None, []
     for one in handlers.ask(session, FIRST, *CONTROLS):
         if begun is not None:
