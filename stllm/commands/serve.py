@@ -39,7 +39,7 @@ def add_options(parser: Parser) -> None:
 
 
 def add_serving(parser: Parser, *, port: int, waiting: int, whose: str) -> argparse._ArgumentGroup:
-    """Add the options that the server and the page share; return the group of limits, for more. whose: limits."""
+    """Add the options that the server and the page share. whose: end of the limits' title. Return their group."""
     add_checkpoint(parser, EMBEDDED)
     add_config(parser, "what the checkpoint says")
     add_address(parser, port=port)
@@ -47,7 +47,7 @@ def add_serving(parser: Parser, *, port: int, waiting: int, whose: str) -> argpa
         "--num-frames",
         type=whole(1),
         metavar="N",
-        help="frames of a video, if not asked for others (default: the checkpoint's own)",
+        help="frames of a video, unless a request sets them (default: the checkpoint's own)",
     )
     add_context(parser)
     limits = parser.add_argument_group(f"limits{whose}")

@@ -159,15 +159,14 @@ class Guard:
         if not announced.isdigit():
             raise ApiError(411, "an upload must say how long it is")
         if int(announced) > self.limits.media_bytes + MAX_MESSAGE:
-            most = self.limits.media_bytes // MEBIBYTE
-            raise ApiError(413, f"the file is too large: at most {most} MB are taken")
+            raise ApiError(413, f"the file is too large: at most {self.limits.media_bytes // MEBIBYTE} MB are taken")
         sizes = []  # of files and of folders; gradio puts each file into a folder
         for path in self.folder.rglob("*"):
             with suppress(OSError):  # removed in the meantime
                 sizes.append(path.stat().st_size)
         self._held = sum(sizes)  # bytes that others have announced but not sent take no room
-        most = self.limits.folder_bytes
-        if self._held + int(announced) > most or len(sizes) > 2 * self.limits.folder_files:
+        room = self.limits.folder_bytes
+        if self._held + int(announced) > room or len(sizes) > 2 * self.limits.folder_files:
             raise ApiError(507, FULL)
         end, whole = anyio.current_time() + self.limits.upload_seconds, False
 
@@ -179,13 +178,13 @@ class Guard:
                 message = await receive()
             whole = whole or not message.get("more_body", False)
             self._held += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if self._held > most else message
+            return {"type": "http.disconnect"} if self._held > room else message
 
         self._num_uploads += 1
         try:
             await self.app(scope, receive_in_time, send)
         except ClientDisconnect:
-            refusal = ApiError(507, FULL) if self._held > most else ApiError(408, "the upload did not arrive whole")
+            refusal = ApiError(507, FULL) if self._held > room else ApiError(408, "the upload did not arrive whole")
             raise refusal from None
         finally:
             self._num_uploads -= 1
