@@ -1,5 +1,8 @@
-"""Settings for all tests, and a small toy world to train on."""
+"""Settings for all tests, a small toy world to train on, and a place for commands that handle signals."""
 
+import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,3 +22,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setitem(LLAMA, "initializer_range", 0.07)
         write_world(folder, num_train=36, num_test=4, seed=3)
     return folder
+
+
+@pytest.fixture
+def own_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Temporary files lie in the test's folder, and its signal handlers end with it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,50 +1,43 @@
-"""`stllm demo` on the command line."""
+"""`stllm demo` and `python demo_gradio.py`: a page in which to talk with videos."""
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-from stllm.commands.options import (
-    EMBEDDED,
-    Command,
-    Parser,
-    add_address,
-    add_checkpoint,
-    add_config,
-    add_context,
-    number,
-    whole,
-)
+from stllm.commands.options import Command, Parser, whole
+from stllm.commands.serve import add_serving
+
+if TYPE_CHECKING:
+    from stllm.serving.listening import Host
 
 
 def add_options(parser: Parser) -> None:
-    add_checkpoint(parser, EMBEDDED)
-    add_config(parser, "what the checkpoint says")
-    add_address(parser, port=7860)
-    parser.add_argument(
-        "--num-frames", type=whole(1), metavar="N", help="frames of a video at first (default: the checkpoint's own)"
-    )
-    add_context(parser)
-    limits = parser.add_argument_group("limits of one user")
+    limits = add_serving(parser, port=7860, waiting=32, whose=" of one user")
     limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help="of an upload (default: 256)")
-    limits.add_argument(
-        "--max-seconds", type=number(1), default=1800.0, metavar="SECONDS", help="of a video (default: 1800)"
-    )
-    limits.add_argument(
-        "--max-read-seconds",
-        type=number(1),
-        default=60.0,
-        metavar="SECONDS",
-        help="for decoding a video or image (default: 60)",
-    )
-    limits.add_argument(
-        "--queue-size", type=whole(1), default=32, metavar="N", help="requests that may wait (default: 32)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, which is in stllm.web.command; returns its exit code."""
-    from stllm.web.command import run
+    """Serve the page until Ctrl-C. Raises UserError."""
+    from stllm.conversation.chat import find_examples
+    from stllm.serving.limits import MEBIBYTE, PageLimits
+    from stllm.serving.listening import serve
 
-    return run(args)
+    limits = PageLimits(
+        media_bytes=args.max_file_mb * MEBIBYTE,
+        media_seconds=args.max_seconds,
+        waiting=args.queue_size,
+        read_seconds=args.max_read_seconds,
+    )
+
+    def build(host: "Host") -> tuple[Any, str]:
+        from stllm.web.app import build_app, describe  # gradio alone takes seconds to import
+        from stllm.web.service import Service
+
+        service = Service(host.chat, limits, host.folder, [path for path, _ in find_examples()], host.jobs)
+        app = build_app(service, local=host.local, about=describe(host.chat, host.checkpoint))
+        return app, f"The demo is at {host.url}/"
+
+    # Open pages keep a connection for ever, so that the end waits for none of them.
+    return serve(args, limits, build, prefix="stllm-demo-", patience=1)
 
 
 COMMAND = Command(
@@ -52,5 +45,5 @@ COMMAND = Command(
     example="stllm demo --ckpt-path DIR --port 7860",
     add_options=add_options,
     run=run,
-    needs="stllm.web.command",
+    needs="stllm.serving.listening",
 )

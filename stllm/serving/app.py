@@ -3,83 +3,79 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
-from typing import Any
 
 import anyio
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.requests import Media
 from stllm.conversation.requests import Request as Question
 from stllm.media.reading import NobodyWaits, ReadingPool
+from stllm.serving.completions import Asked, Finished, Reply, api_error, event, parse_request
 from stllm.serving.jobs import BusyError, End, Job, Jobs, Stage
-from stllm.serving.limits import Limits
-from stllm.serving.media import Bodies, fetch_medium, split_medium
-from stllm.serving.replies import ApiError, Finished, Reply, api_error, event, model_object
-from stllm.serving.requests import Asked, parse_request
+from stllm.serving.limits import ApiError, Bodies, Limits, fetch_medium, split_medium
 
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
 BODIES = 8  # of the largest size that may arrive at once, chosen here; smaller ones are as many as fit
 GONE = Response(status_code=499)  # nobody reads it
+RETRY_SECONDS = 2  # suggested to clients that were refused for want of room
 
 Step = str | Finished
-Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-@dataclass
 class Server:
     """One engine and its queue.
 
     name: of the model. media_root: the folder of which clients may name files, or None.
     folder: where the media of requests are written; None: the system's folder for temporary files.
-    reading: the processes that read media; None: new ones, which start with the first request.
+    jobs: the queue; None: a new one.
     """
 
-    chat: Chat
-    name: str
-    media_root: Path | None = None
-    limits: Limits = field(default_factory=Limits)
-    folder: Path | None = None
-    reading: ReadingPool | None = None
-
-    def __post_init__(self) -> None:
-        self.jobs = Jobs(1 + self.limits.waiting, self.reading or ReadingPool(seconds=self.limits.read_seconds))
+    def __init__(
+        self,
+        chat: Chat,
+        name: str,
+        media_root: Path | None = None,
+        limits: Limits | None = None,
+        folder: Path | None = None,
+        jobs: Jobs | None = None,
+    ) -> None:
+        self.chat, self.name, self.media_root, self.folder = chat, name, media_root, folder
+        self.limits = limits or Limits()
+        self.jobs = jobs or Jobs(self.limits)
         self.bodies = Bodies(self.limits.body_bytes, BODIES * self.limits.body_bytes, self.limits.body_seconds)
-        self._created = int(time.time())
+        self._model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "stllm"}
 
-    async def health(self, request: Request) -> Response:
+    async def health(self, request: Request, sent: ExitStack) -> Response:
         """Report that the server is up, and how busy it is."""
-        return JSONResponse(
-            {"status": "ok", "model": self.name, "requests": self.jobs.num_inside, "places": self.jobs.places}
-        )
+        busy = {"requests": self.jobs.num_inside, "places": self.jobs.places}
+        return JSONResponse({"status": "ok", "model": self.name, **busy})
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, request: Request, sent: ExitStack) -> Response:
         """List the one model."""
-        return JSONResponse({"object": "list", "data": [model_object(self.name, self._created)]})
+        return JSONResponse({"object": "list", "data": [self._model]})
 
-    async def model(self, request: Request) -> Response:
+    async def model(self, request: Request, sent: ExitStack) -> Response:
         """Describe the one model, or answer 404."""
         if request.path_params["name"] != self.name:
             raise ApiError(404, f"the only model here is {self.name!r}", code="model_not_found")
-        return JSONResponse(model_object(self.name, self._created))
+        return JSONResponse(self._model)
 
-    async def completions(self, request: Request) -> Response:
-        """Answer a chat completion request, whole or as a stream."""
+    async def completions(self, request: Request, sent: ExitStack) -> Response:
+        """Answer a chat completion request, whole or as a stream. sent: closed after the response."""
         try:
             self.jobs.check_room()
         except BusyError:
@@ -88,36 +84,39 @@ class Server:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             # A page elsewhere on the web can have a browser send any other type here unasked.
             raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
-        body = await self.bodies.read(request)
-        if body is None:
-            raise ApiError(
-                413,
-                f"the request is too large: at most {self.limits.media_bytes >> 20} MiB of video or image are taken",
-                code="request_too_large",
-            )
-        news = News()
-        job: Job[Step] = self.jobs.admit(news.tell)  # not before, so that slow senders hold no places
-        streams = False
+        if (body := await self.bodies.read(request)) is None:
+            most = self.limits.media_bytes >> 20
+            message = f"the request is too large: at most {most} MiB of video or image are taken"
+            raise ApiError(413, message, code="request_too_large")
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Step | End]()
+
+        def tell(item: Step | End) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
+                loop.call_soon_threadsafe(news.put_nowait, item)
+
+        job: Job[Step] = self.jobs.admit(tell)  # not before, so that slow senders hold no places
+        sent.callback(job.give_up)
+        asked = await anyio.to_thread.run_sync(self._begin, body, job)
+        del body
+
+        async def give_up_when_gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            job.give_up()
+
+        watch = asyncio.create_task(give_up_when_gone())
         try:
-            asked = await anyio.to_thread.run_sync(self._begin, body, job)
-            del body
-            watch = asyncio.create_task(_give_up_when_gone(request, job))
-            try:
-                first = await news.next()
-                if first is None:
-                    return GONE
-                if not asked.stream:
-                    step: Step | None = first
-                    while isinstance(step, str):
-                        step = await news.next()
-                    return GONE if step is None else JSONResponse(Reply(self.name).completion(step))
-            finally:
-                watch.cancel()
-            streams = True
-            return EventStream(_events(news, first, Reply(self.name), asked.include_usage), job)
+            step = await _next(news)
+            while not asked.stream and isinstance(step, str):
+                step = await _next(news)
         finally:
-            if not streams:
-                job.give_up()
+            watch.cancel()
+        if step is None:
+            return GONE
+        if isinstance(step, Finished) and not asked.stream:
+            return JSONResponse(Reply(self.name).completion(step))
+        events = _events(news, step, Reply(self.name), asked.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     def _begin(self, body: bytearray, job: Job[Step]) -> Asked:
         """Begin to answer the request. Its medium is written to a file, which is removed at the end of the job."""
@@ -127,78 +126,28 @@ class Server:
         if asked.url is not None:
             place = TemporaryDirectory(prefix="request-", dir=self.folder, ignore_cleanup_errors=True)
             folder = Path(job.resources.enter_context(place))
-            with hiding(None):
-                path = fetch_medium(asked.url, medium, folder=folder, root=self.media_root, limits=self.limits)
+            path = fetch_medium(asked.url, medium, folder=folder, root=self.media_root, limits=self.limits)
         job.start(partial(answer_steps, self.chat, self.jobs.reading, self.limits, asked, path))
         return asked
 
 
-class News:
-    """News of a job, from its threads to the event loop in which this object was made."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._told: asyncio.Queue[Step | End] = asyncio.Queue()
-
-    def tell(self, item: Step | End) -> None:
-        """Add an item, from any thread."""
-        with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
-            self._loop.call_soon_threadsafe(self._told.put_nowait, item)
-
-    async def next(self) -> Step | None:
-        """Return the next item, None at the end of the job. Raises what the job raised."""
-        item = await self._told.get()
-        if not isinstance(item, End):
-            return item
-        if item.error is not None:
-            raise item.error
-        return None
+async def _next(news: asyncio.Queue[Step | End]) -> Step | None:
+    """Return the next news of a job, None at its end. Raises what the job raised."""
+    item = await news.get()
+    if isinstance(item, End) and item.error is not None:
+        raise item.error
+    return None if isinstance(item, End) else item
 
 
-class OwnHosts:
-    """Middleware that refuses requests to other host names, which web pages elsewhere could use to reach this machine.
-
-    Like starlette's TrustedHostMiddleware, but its refusal is OpenAI's error object. hosts: names that are served.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: list[str]) -> None:
-        self.app = app
-        self.hosts = hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 400."""
-        if scope["type"] == "http":
-            named = HOST.fullmatch(Headers(scope=scope).get("host", ""))
-            if named is None or named[1].lower() not in self.hosts:
-                refusal = ApiError(400, f"invalid Host header: this server answers to {', '.join(self.hosts)}")
-                await _error_response(refusal)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-class EventStream(StreamingResponse):
-    """A stream of server-sent events. It gives up its job when it ends, for whatever reason."""
-
-    def __init__(self, events: AsyncIterator[str], job: Job[Step]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, until they end or the client has gone."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self.job.give_up()
-
-
-async def _events(news: News, first: Step, reply: Reply, include_usage: bool) -> AsyncIterator[str]:
-    """Yield the chunks of an answer. An error in the middle is sent as an event, too."""
+async def _events(
+    news: asyncio.Queue[Step | End], step: Step | None, reply: Reply, include_usage: bool
+) -> AsyncIterator[str]:
+    """Yield the chunks of an answer. step: its first news. An error in the middle is sent as an event, too."""
     yield reply.chunk({"role": "assistant", "content": ""})
-    step: Step | None = first
     try:
         while isinstance(step, str):
             yield reply.chunk({"content": step})
-            step = await news.next()
+            step = await _next(news)
     except Exception as error:
         yield event(api_error(error).body())
         return
@@ -209,50 +158,58 @@ async def _events(news: News, first: Step, reply: Reply, include_usage: bool) ->
         yield "data: [DONE]\n\n"
 
 
-async def _give_up_when_gone(request: Request, job: Job[Step]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    job.give_up()
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint as an application: its failures become OpenAI's error objects.
+
+    respond: gets the request, and a stack that is closed after the response, also when sending fails.
+    hosts: names of this server that requests may use; None: any. Other names are refused, since a web page elsewhere
+    could point its own name to this machine.
+    """
+
+    respond: Callable[[Request, ExitStack], Awaitable[Response]]
+    hosts: list[str] | None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        request = Request(scope, receive)
+        with ExitStack() as sent:
+            try:
+                named = HOST.fullmatch(request.headers.get("host", ""))
+                if self.hosts is not None and (named is None or named[1].lower() not in self.hosts):
+                    raise ApiError(400, f"invalid Host header: this server answers to {', '.join(self.hosts)}")
+                response = await self.respond(request, sent)
+            except ClientDisconnect:
+                response = GONE
+            except Exception as error:
+                response = _error_response(api_error(error))
+            await response(scope, receive, send)
 
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
-    """Build the application. hosts: names of this server that requests may use; None: any."""
+    """Build the application. hosts: as for `Endpoint`."""
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        """Answer requests for unknown paths and methods."""
+        assert isinstance(error, HTTPException)
+        offered = "GET /health, GET /v1/models, POST /v1/chat/completions"
+        return _error_response(ApiError(error.status_code, f"{error.detail}: this server offers {offered}"))
+
     return Starlette(
         routes=[
-            Route("/health", _answers(server.health)),
-            Route("/v1/models", _answers(server.models)),
-            Route("/v1/models/{name:path}", _answers(server.model)),
-            Route("/v1/chat/completions", _answers(server.completions), methods=["POST"]),
+            Route("/health", Endpoint(server.health, hosts), methods=["GET"]),
+            Route("/v1/models", Endpoint(server.models, hosts), methods=["GET"]),
+            Route("/v1/models/{name:path}", Endpoint(server.model, hosts), methods=["GET"]),
+            Route("/v1/chat/completions", Endpoint(server.completions, hosts), methods=["POST"]),
         ],
-        middleware=[] if hosts is None else [Middleware(OwnHosts, hosts=hosts)],
-        exception_handlers={HTTPException: _http_error},
+        exception_handlers={HTTPException: unknown},
         lifespan=server.jobs.lifespan,
     )
 
 
-def _answers(endpoint: Endpoint) -> Endpoint:
-    """Wrap an endpoint so that its failures become OpenAI's error objects."""
-
-    async def answer(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except ClientDisconnect:
-            return GONE
-        except Exception as error:
-            return _error_response(api_error(error))
-
-    return answer
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Answer requests for unknown paths and methods."""
-    assert isinstance(error, HTTPException)
-    offered = "GET /health, GET /v1/models, POST /v1/chat/completions"
-    return _error_response(ApiError(error.status_code, f"{error.detail}: this server offers {offered}"))
-
-
 def _error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 # ---- the engine's part
@@ -264,7 +221,7 @@ def answer_steps(
     """Yield pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError."""
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
     request = Question(asked.turns, media, asked.system)
-    with hiding(path):
+    try:
         request.check()
         seen = None
         if media is None or (seen := chat.recall(media)) is not None:
@@ -279,20 +236,13 @@ def answer_steps(
         prepared = chat.prepare(request, asked.decoding, seen)
         with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
             ids = yield from pieces  # (1, A)
+    except NobodyWaits:
+        raise
+    except UserError as error:  # its message must not reveal where the medium is stored on this machine
+        text = " ".join(str(error).split())
+        raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None
     processor, num_tokens = chat.processor, ids.shape[1]
     text = str(processor.tokenizer.decode(ids[0], skip_special_tokens=True))
     ended = int(ids[0, -1]) == processor.eos_token_id or processor.end_sym in text
     reason = "length" if num_tokens >= asked.decoding.max_new_tokens and not ended else "stop"
     yield Finished(processor.clean(text), reason, prepared.length, num_tokens, prepared.cut.total)
-
-
-@contextmanager
-def hiding(path: Path | None) -> Iterator[None]:
-    """Turn UserError into an ApiError whose message does not reveal where the medium is stored on this machine."""
-    try:
-        yield
-    except NobodyWaits:
-        raise
-    except UserError as error:
-        text = " ".join(str(error).split())
-        raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None

@@ -6,19 +6,24 @@ file delays no other; one thread runs the model. When a client leaves, its job i
 job that reads ends at once, and a job that answers ends at its next token. Its place and its files are freed.
 """
 
+import logging
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from enum import Enum
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import Any, Generic, TypeVar
 
 import anyio
+import torch
 
-from stllm.common.errors import UserError
+from stllm.common.errors import UserError, out_of_memory
 from stllm.media.reading import ReadingPool
+from stllm.serving.limits import Limits
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TICK = 0.5  # seconds without news after which a listening thread is asked whether it goes on
@@ -38,21 +43,33 @@ class BusyError(UserError):
     """No place is free for another request; one may become free soon."""
 
 
+@dataclass(frozen=True)
 class End:
     """The last news of a job. error: raised by its work."""
 
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
+    error: BaseException | None = None
+
+
+def explain(error: Exception) -> str:
+    """Return the sentence for whoever asked; after a lack of memory, free the GPU's. A defect of ours is logged."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if out_of_memory(error):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return "not enough memory for this: take fewer frames or fewer beams, or ask a shorter question"
+    logger.error("a request failed", exc_info=error)
+    return "the server failed on this request, and its log says why; it goes on with the next one"
 
 
 class Jobs:
-    """The queue. places: for requests at once, including the one being answered. reading: closed with the queue."""
+    """The queue. places: for requests at once, including the one being answered. reading: processes that read media."""
 
-    def __init__(self, places: int, reading: ReadingPool) -> None:
-        self.places = places
-        self.reading = reading
+    def __init__(self, limits: Limits) -> None:
+        self.places = 1 + limits.waiting
+        self.reading = ReadingPool(seconds=limits.read_seconds)
         self.threads = {
-            Stage.READING: ThreadPoolExecutor(reading.num_processes, thread_name_prefix="reading"),
+            Stage.READING: ThreadPoolExecutor(self.reading.num_processes, thread_name_prefix="reading"),
             Stage.MODEL: ThreadPoolExecutor(1, thread_name_prefix="model"),
         }
         self._inside: set[Job] = set()
@@ -94,12 +111,11 @@ class Jobs:
                 except Empty:
                     yield None
                     continue
-                if not isinstance(item, End):
-                    yield item
-                elif item.error is None:
+                if isinstance(item, End):
+                    if item.error is not None:
+                        raise item.error
                     return
-                else:
-                    raise item.error
+                yield item
         finally:
             job.give_up()
 
@@ -131,8 +147,7 @@ class Job(Generic[T]):
 
     def __init__(self, jobs: Jobs, tell: Callable[[T | End], None]) -> None:
         self.resources = ExitStack()
-        self._jobs = jobs
-        self._tell = tell
+        self._jobs, self._tell = jobs, tell
         self._given_up = Event()
         self._steps: Generator[T | Stage, None, object] | None = None
         self._future: Future[None] | None = None  # of the stage that waits for its thread, or runs

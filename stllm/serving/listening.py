@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +28,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, chosen_checkpoint, load_chat
-from stllm.media.reading import ReadingPool
 from stllm.serving.jobs import Jobs
+from stllm.serving.limits import Limits
+
+logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECTIONS = 500  # fewer than the files that a process may open by default
@@ -43,23 +45,59 @@ LATEST_SECONDS = 8.0  # after the first signal; what still runs then, such as a 
 class Host:
     """A loaded model, and what an application needs in order to serve it.
 
-    checkpoint: of the model. reading: processes that read media. folder: for uploads. url: http://HOST:PORT.
-    local: True if only this machine can reach the address.
+    checkpoint: of the model. folder: for uploads. url: http://HOST:PORT. local: True if only this machine can reach it.
     """
 
     chat: Chat
     checkpoint: Path
-    reading: ReadingPool
+    jobs: Jobs
     folder: Path
-    listener: socket.socket
     url: str
     local: bool
 
-    def listen(self, app: Any, jobs: Jobs, *, patience: int) -> None:
-        """Serve until SIGINT or SIGTERM, which are raised again at the end. A second signal ends the process at once.
 
-        The first signal ends the reading of media; answers in progress have `patience` seconds.
-        """
+def serve(
+    args: argparse.Namespace, limits: Limits, build: Callable[[Host], tuple[Any, str]], *, prefix: str, patience: int
+) -> int:
+    """Take the address, load the model, and serve until SIGINT or SIGTERM, which are raised again at the end.
+
+    The first signal ends the reading of media; answers in progress have `patience` seconds. A second signal ends the
+    process at once. Raises UserError.
+
+    args: of a command with options for a checkpoint and an address. build: returns the application, and the line to
+    print once it can be reached. prefix: of the folder for uploads.
+    """
+    checkpoint = chosen_checkpoint(args)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.socket(family) as listener, own_folder(prefix) as folder:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((args.host, args.port))
+        except OSError as error:
+            raise UserError(
+                f"{args.host}:{args.port} cannot be taken ({error.strerror or error}): name another --port, or a "
+                "--host of this machine"
+            ) from None
+        jobs = Jobs(limits)
+        started = Thread(target=jobs.reading.start, daemon=True)  # while the model is loaded
+        started.start()
+        chat = load_chat(
+            checkpoint,
+            cfg_path=args.cfg_path,
+            options=args.options,
+            device=args.device,
+            dtype=args.dtype,
+            num_frames=args.num_frames,
+            context=args.context,
+        )
+        started.join()
+        name = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{name}:{listener.getsockname()[1]}"
+        app, greeting = build(Host(chat, Path(checkpoint), jobs, folder, url, args.host in LOOPBACK))
+        listener.listen()  # a reader of the address may connect at once
+        print(f"{greeting} (Ctrl-C ends it)", flush=True)
+        if args.host not in LOOPBACK:
+            logger.warning("whoever reaches %s can ask: there is no password", args.host)
         config = uvicorn.Config(
             app,
             http=TimedProtocol,
@@ -76,55 +114,13 @@ class Host:
         logging.getLogger("uvicorn.error").addFilter(
             lambda record: record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
         )
-        server = _Server(config, self.folder, jobs)
+        server = _Server(config, folder, jobs)
         gc.freeze()  # modules and model stay: the interpreter's last collection would look at them for seconds
         try:
-            server.run(sockets=[self.listener])
+            server.run(sockets=[listener])
         finally:
             server.latest.cancel()
-
-
-@contextmanager
-def hosting(args: argparse.Namespace, prefix: str, *, read_seconds: float) -> Iterator[Host]:
-    """Take the address, start the reading processes and load the model. Raises UserError.
-
-    args: of a command with options for a checkpoint and an address. prefix: of the folder for uploads.
-    read_seconds: the limit of one reading.
-    """
-    checkpoint = chosen_checkpoint(args)
-    with bound(args.host, args.port) as listener, own_folder(prefix) as folder:
-        reading = ReadingPool(seconds=read_seconds)
-        started = Thread(target=reading.start, daemon=True)  # while the model is loaded
-        started.start()
-        chat = load_chat(
-            checkpoint,
-            cfg_path=args.cfg_path,
-            options=args.options,
-            device=args.device,
-            dtype=args.dtype,
-            num_frames=args.num_frames,
-            context=args.context,
-        )
-        started.join()
-        name = f"[{args.host}]" if ":" in args.host else args.host
-        url = f"http://{name}:{listener.getsockname()[1]}"
-        listener.listen()  # a reader of the address may connect at once
-        yield Host(chat, Path(checkpoint), reading, folder, listener, url, args.host in LOOPBACK)
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """Take the address. Raises UserError when it is not available."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise UserError(
-            f"{host}:{port} cannot be taken ({error.strerror or error}): name another --port, or a --host of this "
-            "machine"
-        ) from None
-    return listener
+    return 0
 
 
 _signals: list[int] = []  # those that have raised KeyboardInterrupt
@@ -217,11 +213,9 @@ class TimedProtocol(H11Protocol):
             client = transport.get_extra_info("socket")
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
-            waiting = {
-                one._timer.when(): one for one in self.connections if isinstance(one, TimedProtocol) and one._timer
-            }
+            waiting = [one for one in self.connections if isinstance(one, TimedProtocol) and one._timer]
             if waiting:
-                longest = waiting[min(waiting)]
+                longest = min(waiting, key=lambda one: one._timer.when() if one._timer else 0.0)
                 longest._stop_waiting()
                 longest.transport.abort()
             elif len(self.connections) > self.limit_concurrency + REFUSED:

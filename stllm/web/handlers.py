@@ -5,76 +5,53 @@ the buttons. A part without a name stays as it is. Nothing here knows gradio, an
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import wraps
+from dataclasses import dataclass, field
 from html import escape
-from threading import Lock
+from threading import Event, Lock
+from time import perf_counter
 from typing import Any
 
-from stllm.common.errors import UserError
 from stllm.conversation.evidence import Evidence
 from stllm.processors.templates import Turn
-from stllm.serving.jobs import Work
 from stllm.web.film import Film, film_html, probe_html
-from stllm.web.progress import Progress, progress_html
-from stllm.web.service import Service, Wishes
+from stllm.web.service import Progress, Service, Steps
 
 Shown = dict[str, Any]
 NO_VIDEO = "There is no video yet: upload one, record one, or click an example."
 NO_ANSWER = "There is no answer yet: ask something first."
+STEPS = {"read": ("Reading", "frames"), "encode": ("Encoding", "visual tokens"), "answer": ("Answering", "tokens")}
 
 
 @dataclass
 class Talk:
     """One conversation about one medium. A new medium, or clearing, begins another one.
 
-    path: of the medium, None without one; name: as its owner calls it. stopped: set by the stop button.
-    evidence: of the last answer.
+    path: of the medium, None without one. stopped: set by the stop button. evidence: of the last answer.
     """
 
     path: str | None = None
-    name: str = ""
     turns: list[Turn] = field(default_factory=list)
     film: Film | None = None
     evidence: Evidence | None = None
     stopped: bool = False
 
 
-class Order:
-    """A lock of one tab. gradio copies the page's first state for each tab, and each copy gets a new lock."""
+class Session:
+    """The state of one tab; tabs share nothing. lock: held by the handler that uses the model for the tab."""
 
     def __init__(self) -> None:
+        self.talk = Talk()
         self.lock = Lock()
 
-    def __deepcopy__(self, memo: object) -> "Order":
-        return Order()
+    def __deepcopy__(self, memo: object) -> "Session":
+        """Return a new session: gradio copies the page's first state for each tab."""
+        return Session()
 
-
-@dataclass
-class Session:
-    """The state of one tab; tabs share nothing. order: held by the handler that uses the model for the tab."""
-
-    talk: Talk = field(default_factory=Talk)
-    order: Order = field(default_factory=Order)
-
-    def begin(self, talk: Talk) -> Talk:
-        """Replace the conversation; an answer that is being written in the old one stops."""
+    def begin(self, talk: Talk) -> Shown:
+        """Replace the conversation; an answer that is being written in the old one stops. Return the whole page."""
         self.talk.stopped = True
         self.talk = talk
-        return talk
-
-
-def _showing_errors(handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[Shown]]:
-    """Show a UserError that the handler raises before its job begins."""
-
-    @wraps(handler)
-    def run(self: "Handlers", *arguments: Any) -> Iterator[Shown]:
-        try:
-            yield from handler(self, *arguments)
-        except UserError as error:
-            yield {"status": progress_html(Progress(), error=self.service.explain(error))}
-
-    return run
+        return {**_whole(talk), "question": ""}
 
 
 class Handlers:
@@ -85,14 +62,13 @@ class Handlers:
 
     # ---- at once ----------------------------------------------------------------------------------------------------
 
-    def begin(self, session: Session, path: str | None, name: str) -> Shown:
+    def begin(self, session: Session, path: str | None) -> Shown:
         """Begin another conversation, about another medium or none; an answer that is being written stops."""
-        return {**_whole(session.begin(Talk(path, name))), "question": ""}
+        return session.begin(Talk(path))
 
     def clear(self, session: Session) -> Shown:
         """Begin another conversation about the same medium."""
-        talk = replace(session.talk, turns=[], evidence=None, stopped=False)
-        return {**_whole(session.begin(talk)), "question": ""}
+        return session.begin(Talk(session.talk.path, film=session.talk.film))
 
     def stop(self, session: Session) -> None:
         """End the current job; its handler shows the result so far."""
@@ -103,47 +79,46 @@ class Handlers:
         talk = session.talk
         if not talk.turns:
             return {"status": progress_html(Progress(), note=NO_ANSWER)}
-        last = talk.turns.pop()
-        talk.evidence = None
+        last, talk.evidence = talk.turns.pop(), None
         return {**_conversation(talk), "question": last.question, "status": _idle(talk), "film": film_html(talk.film)}
 
     # ---- with the model ---------------------------------------------------------------------------------------------
 
     def look(self, session: Session, num_frames: object) -> Iterator[Shown]:
         """Read and encode the medium of `begin`, so that the first answer comes soon."""
-        talk = session.talk
-        path = talk.path
-        if path is None:
-            yield {"status": _idle(talk)}  # gradio empties the page for a handler that yields nothing
+        if session.talk.path is None:
+            yield {"status": _idle(session.talk)}  # gradio empties the page for a handler that yields nothing
             return
-        frames = self.service.chat.num_frames if not isinstance(num_frames, int) else num_frames
+        frames = num_frames if isinstance(num_frames, int) else self.service.chat.num_frames
         yield from self._shown(
-            session, talk, lambda stop: self.service.look(path, frames, None, stop), ready="Ready: ask about it."
+            session, lambda path, stop: self.service.look(path, frames, stop), ready="Ready: ask about it."
         )
 
-    @_showing_errors
     def ask(self, session: Session, question: object, *controls: object) -> Iterator[Shown]:
         """Answer, with the text growing on the page. A failure leaves the conversation unchanged."""
-        talk = session.talk
-        text, wishes = self._checked(talk, question, controls)
-        path, turns = talk.path or "", [*talk.turns, Turn(text)]
-        talk.evidence = None
+        talk, text = session.talk, question.strip() if isinstance(question, str) else ""
+        turns = [*talk.turns, Turn(text)]
 
         def close(progress: Progress | None) -> Shown:
-            if progress is None or not (progress.answer or progress.text.strip()):  # failed, or stopped before a word
+            if progress is None or not (progress.details or progress.text.strip()):  # failed, or stopped before a word
                 return {**_conversation(talk), "question": text}
             talk.turns.append(Turn(text, self.service.chat.processor.clean(progress.text)))
+            talk.evidence = None  # it is about the answer before
             return {**_conversation(talk), "film": film_html(talk.film)}
 
-        job: Work[Progress] = lambda stop: self.service.ask(path, talk.film, turns, wishes, stop)  # noqa: E731
-        yield from self._shown(session, talk, job, pending=text, close=close)
+        yield from self._shown(
+            session,
+            lambda path, stop: self.service.ask(path, talk.film, turns, controls, stop),
+            pending=text,
+            close=close,
+        )
 
-    @_showing_errors
     def retry(self, session: Session, *controls: object) -> Iterator[Shown]:
         """Ask the last question again; the old answer is kept until there is a new one."""
         talk = session.talk
         if not talk.turns:
-            raise UserError(NO_ANSWER)
+            yield {"status": progress_html(Progress(), error=NO_ANSWER)}
+            return
         last = talk.turns.pop()
         before = len(talk.turns)
         yield from self.ask(session, last.question, *controls)
@@ -151,60 +126,51 @@ class Handlers:
             talk.turns.append(last)
             yield {**_conversation(talk), "question": ""}
 
-    @_showing_errors
     def probe(self, session: Session, question: object, *controls: object) -> Iterator[Shown]:
         """Ask the question in the text box, or else the last one, under every view of the frames."""
-        talk = session.talk
-        if not (isinstance(question, str) and question.strip()) and talk.turns:
-            question = talk.turns[-1].question
-        text, wishes = self._checked(talk, question, controls)
-        path = talk.path or ""
+        talk, text = session.talk, question.strip() if isinstance(question, str) else ""
+        if not text and talk.turns:
+            text = talk.turns[-1].question
         yield from self._shown(
-            session, talk, lambda stop: self.service.probe(path, talk.film, text, wishes, stop), probed=text
+            session, lambda path, stop: self.service.probe(path, talk.film, text, controls, stop), probed=text
         )
 
-    @_showing_errors
     def evidence(self, session: Session, *controls: object) -> Iterator[Shown]:
         """Measure the evidence for the last answer."""
         talk = session.talk
         if not talk.turns:
-            raise UserError(NO_ANSWER)
+            yield {"status": progress_html(Progress(), error=NO_ANSWER)}
+            return
         *before, last = talk.turns
-        question, wishes = self._checked(talk, last.question, controls)
-        path, turns = talk.path or "", [*before, Turn(question)]
+        turns = [*before, Turn(last.question)]
         yield from self._shown(
-            session, talk, lambda stop: self.service.evidence(path, talk.film, turns, wishes, last.answer, stop)
+            session, lambda path, stop: self.service.evidence(path, talk.film, turns, controls, last.answer, stop)
         )
-
-    # ---- parts ------------------------------------------------------------------------------------------------------
-
-    def _checked(self, talk: Talk, question: object, controls: tuple[object, ...]) -> tuple[str, Wishes]:
-        """Return the question and the controls, checked. Raises UserError."""
-        if talk.path is None:
-            raise UserError(NO_VIDEO)
-        return self.service.limits.check_question(question), self.service.wishes(*controls)
 
     def _shown(
         self,
         session: Session,
-        talk: Talk,
-        job: Work[Progress],
+        job: Callable[[str, Event], Steps],
         *,
         pending: str = "",
         probed: str = "",
         ready: str = "",
         close: Callable[[Progress | None], Shown] = lambda _: {},
     ) -> Iterator[Shown]:
-        """Show the progress of a job; once another conversation has begun, show that one.
+        """Show the progress of a job about the tab's medium; once another conversation has begun, show that one.
 
         pending: the question that is being answered. probed: the one of the temporal probe. ready: a note at the end.
         close: returns more to show at the end, from the last progress, or from None after a failure.
         """
-        progress, talk.stopped = Progress(), False
+        talk, progress = session.talk, Progress()
+        if (path := talk.path) is None:
+            yield {"status": progress_html(progress, error=NO_VIDEO)}
+            return
+        talk.stopped = False
         start = {"question": "", **_pending(talk, pending, "")} if pending else {"probe": ""} if probed else {}
         yield {"busy": True, "status": progress_html(progress), **start}
         try:
-            for news in self.service.jobs.iterate(job):
+            for news in self.service.jobs.iterate(lambda stop: job(path, stop)):
                 if session.talk is not talk:  # what was yielded before may come to the page after `begin`
                     yield _whole(session.talk)
                     return
@@ -241,15 +207,32 @@ def _pending(talk: Talk, question: str, text: str) -> Shown:
     return {"chat": messages([*talk.turns, Turn(question, text or "…")])} if question else {}
 
 
-def messages(turns: list[Turn]) -> list[dict[str, str]]:
-    """Return the messages as gradio's chatbot takes them, which reads text as HTML."""
-    said = [
-        message
-        for turn in turns
-        for message in (("user", turn.question), ("assistant", turn.answer or "(an empty answer)"))
-    ]
-    return [{"role": role, "content": escape(text).replace("\n", "<br>")} for role, text in said]
-
-
 def _idle(talk: Talk) -> str:
     return progress_html(Progress(), note="" if talk.path else NO_VIDEO)
+
+
+def messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """Return the messages as gradio's chatbot takes them, which reads text as HTML."""
+    texts = [(role, text) for turn in turns for role, text in (("user", turn.question), ("assistant", turn.answer))]
+    return [
+        {"role": role, "content": escape(text or "(an empty answer)").replace("\n", "<br>")} for role, text in texts
+    ]
+
+
+def progress_html(progress: Progress, *, error: str | None = None, note: str = "", over: bool = False) -> str:
+    """Draw the three steps side by side, and below them an error or a note. over: no step is running any more."""
+    drawn = ""
+    for name, (title, unit) in STEPS.items():
+        step = progress.steps.get(name)
+        if step is None:
+            drawn += f'<div class="stage"><b>{title}</b><span>–</span></div>'
+            continue
+        seconds = perf_counter() - step.started if step.seconds is None else step.seconds
+        spent = "kept" if step.seconds == 0 else f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
+        count = "" if step.count is None else f" · {step.count} {unit if step.count != 1 else unit.removesuffix('s')}"
+        state = "done" if step.seconds is not None else "ended" if over or error is not None else "going"
+        drawn += f'<div class="stage {state}"><b>{title}</b><span>{spent}{count}</span></div>'
+    below = f'<div class="stage-note">{escape(note or progress.note)}</div>' if note or progress.note else ""
+    if error is not None:
+        below = f'<div class="stage-error" role="alert">{escape(error)}</div>'
+    return f'<div class="stages" aria-live="polite">{drawn}</div>{below}'

@@ -1,18 +1,17 @@
-"""The page: its layout, and the handler of each event. The look is in style.css; the API in endpoints.py."""
+"""The page: its layout, the handler of each event, and the API. The look is in style.css."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import gradio as gr
 
+from stllm.processors.templates import Turn
 from stllm.serving.jobs import TICK
-from stllm.web.endpoints import add_endpoints
 from stllm.web.film import film_html
-from stllm.web.handlers import Handlers, Session, Shown
-from stllm.web.progress import Progress, progress_html
-from stllm.web.service import Service
+from stllm.web.handlers import Handlers, Session, Shown, progress_html
+from stllm.web.service import Progress, Service, Steps
 
 STYLE = Path(__file__).with_name("style.css")
 CLEAN_EVERY = 300  # seconds
@@ -27,53 +26,18 @@ UNDERSTANDING = (
 )
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 
-
 Examples = Sequence[tuple[Path, str]]  # files that come with the demo, each with a question
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The components that handlers read and change."""
-
-    session: gr.State
-    video: gr.Video
-    image: gr.Image
-    chat: gr.Chatbot
-    question: gr.Textbox
-    status: gr.HTML
-    film: gr.HTML
-    probe: gr.HTML
-    send: gr.Button
-    stop: gr.Button
-    others: tuple[gr.Button, ...]  # retry, undo, clear, evidence, probe
-    controls: tuple[gr.Slider, ...]  # frames, beams, temperature, longest answer
-
-    @property
-    def shown(self) -> list[Any]:
-        """Return the components that a handler may change."""
-        return [self.chat, self.question, self.status, self.film, self.probe, self.send, self.stop, *self.others]
-
-    def update(self, shown: Shown) -> dict[Any, Any]:
-        """Turn a handler's parts into gradio's updates."""
-        names = ("chat", "question", "status", "film", "probe")
-        changed: dict[Any, Any] = {getattr(self, name): shown[name] for name in names if name in shown}
-        if "busy" in shown:
-            busy = shown["busy"]
-            changed |= {self.send: gr.update(visible=not busy), self.stop: gr.update(visible=busy)}
-            changed |= {button: gr.update(interactive=not busy) for button in self.others}
-        return changed
-
-
-def build_page(service: Service, title: str, about: str, examples: Examples) -> gr.Blocks:
-    """Build the whole page. title: the tab's; about: which model answers."""
+def build_page(service: Service, about: str, examples: Examples) -> gr.Blocks:
+    """Build the whole page. about: the model that answers."""
     limits = service.limits
     with gr.Blocks(
-        title=title, analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
+        title="ST-LLM", analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
     ) as page:
         gr.HTML(f'<div class="head"><h1>ST-LLM</h1><p>Talk with a video. {about}</p></div>')
-        parts, chosen = _lay_out(service, examples)
-        _wire(parts, Handlers(service), chosen, examples)
-        add_endpoints(service, MODEL)
+        _Parts(service, examples).connect(Handlers(service), examples)
+        add_endpoints(service)
     page.max_threads = service.jobs.places + OTHER_THREADS
     page.state_session_capacity = SESSIONS
     page.queue(max_size=service.jobs.places, default_concurrency_limit=1, api_open=False)
@@ -87,150 +51,231 @@ def theme() -> gr.themes.Base:
     )
 
 
-# ---- layout ---------------------------------------------------------------------------------------------------------
+class _Parts:
+    """The components: the medium on the left; on the right the conversation, the frames, evidence and the probe."""
 
-
-def _lay_out(service: Service, examples: Examples) -> tuple[Parts, gr.Dataset]:
-    """Lay out the medium on the left, and on the right the conversation, the frames, evidence and the probe."""
-    usual, limits, frames = service.chat.decoding, service.limits, service.chat.num_frames
-    session = gr.State(Session())
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=4, min_width=320):
-            with gr.Tabs():
-                with gr.Tab("Video"):
-                    video = gr.Video(label="Video", show_label=False, sources=["upload", "webcam"], elem_id="video")
-                with gr.Tab("Image"):
-                    image = gr.Image(
-                        label="Image", show_label=False, type="filepath", height=320, elem_id="image", buttons=[]
-                    )
-            chosen = gr.Dataset(
-                label="Examples",
-                components=[gr.Video(render=False), gr.Textbox(render=False)],
-                samples=[[str(path), question] for path, question in examples],
-                type="index",
-                visible=bool(examples),
-                elem_id="examples",
-            )
-            with gr.Accordion("How to look and answer", open=False, elem_id="controls"):
-                most, longest = limits.new_tokens, min(usual.max_new_tokens, limits.new_tokens)
-                several = "above 1 the answer comes whole, not word by word"
-                controls = (
-                    gr.Slider(1, limits.frames, frames, step=1, label="Frames", info="taken from the video"),
-                    gr.Slider(1, limits.beams, 1, step=1, label="Beams", info=several),
-                    gr.Slider(
-                        0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest answer; above: drawn at random"
-                    ),
-                    gr.Slider(1, most, longest, step=1, label="Longest answer (tokens)"),
+    def __init__(self, service: Service, examples: Examples) -> None:
+        usual, limits = service.chat.decoding, service.limits
+        self.session = gr.State(Session())
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=320):
+                with gr.Tabs():
+                    with gr.Tab("Video"):
+                        sources: Any = ["upload", "webcam"]
+                        self.video = gr.Video(label="Video", show_label=False, sources=sources, elem_id="video")
+                    with gr.Tab("Image"):
+                        self.image = gr.Image(
+                            label="Image", show_label=False, type="filepath", height=320, elem_id="image", buttons=[]
+                        )
+                self.chosen = gr.Dataset(
+                    label="Examples",
+                    components=[gr.Video(render=False), gr.Textbox(render=False)],
+                    samples=[[str(path), question] for path, question in examples],
+                    type="index",
+                    visible=bool(examples),
+                    elem_id="examples",
                 )
-        with gr.Column(scale=6, min_width=360):
-            chat, question, send, stop = _conversation(service)
-            with gr.Row(elem_id="actions"):
-                said = [_small(name) for name in ("Retry", "Undo", "Clear")]
-            status = gr.HTML(progress_html(Progress()), elem_id="status")
-            film = gr.HTML(film_html(None), elem_id="film")
-            with gr.Row(elem_id="understanding"):
-                gr.HTML(UNDERSTANDING, min_width=240)
-                measured = [_small("Evidence over time"), _small("Temporal probe")]
-            probe = gr.HTML("", elem_id="probe")
-    parts = Parts(session, video, image, chat, question, status, film, probe, send, stop, (*said, *measured), controls)
-    return parts, chosen
+                with gr.Accordion("How to look and answer", open=False, elem_id="controls"):
+                    frames, several = service.chat.num_frames, "above 1 the answer comes whole, not word by word"
+                    most, longest = limits.new_tokens, min(usual.max_new_tokens, limits.new_tokens)
+                    random = "0: the likeliest answer; above: drawn at random"
+                    self.controls = [
+                        gr.Slider(1, limits.frames, frames, step=1, label="Frames", info="taken from the video"),
+                        gr.Slider(1, limits.beams, 1, step=1, label="Beams", info=several),
+                        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info=random),
+                        gr.Slider(1, most, longest, step=1, label="Longest answer (tokens)"),
+                    ]
+            with gr.Column(scale=6, min_width=360):
+                self.chat = gr.Chatbot(
+                    show_label=False,
+                    height=300,
+                    render_markdown=False,
+                    sanitize_html=True,
+                    allow_tags=False,
+                    feedback_options=None,
+                    buttons=[],
+                    placeholder=WELCOME,
+                    elem_id="chat",
+                )
+                with gr.Row(elem_id="asking"):
+                    self.question = gr.Textbox(
+                        show_label=False,
+                        placeholder="Ask about the video…",
+                        max_length=limits.text_characters,
+                        lines=1,
+                        max_lines=5,
+                        scale=8,
+                        container=False,
+                        elem_id="question",
+                    )
+                    self.send = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="send")
+                    self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
+                with gr.Row(elem_id="actions"):
+                    said = [_small_button(name) for name in ("Retry", "Undo", "Clear")]
+                self.status = gr.HTML(progress_html(Progress()), elem_id="status")
+                self.film = gr.HTML(film_html(None), elem_id="film")
+                with gr.Row(elem_id="understanding"):
+                    gr.HTML(UNDERSTANDING, min_width=240)
+                    measured = [_small_button(name) for name in ("Evidence over time", "Temporal probe")]
+                self.probe = gr.HTML("", elem_id="probe")
+        self.others = [*said, *measured]
+        self.named = {name: getattr(self, name) for name in ("chat", "question", "status", "film", "probe")}
+        self.shown: list[Any] = [*self.named.values(), self.send, self.stop, *self.others]
 
+    def update(self, shown: Shown) -> dict[Any, Any]:
+        """Turn a handler's parts into gradio's updates."""
+        changed: dict[Any, Any] = {self.named[name]: value for name, value in shown.items() if name in self.named}
+        if "busy" in shown:
+            busy = shown["busy"]
+            changed |= {self.send: gr.update(visible=not busy), self.stop: gr.update(visible=busy)}
+            changed |= {button: gr.update(interactive=not busy) for button in self.others}
+        return changed
 
-def _conversation(service: Service) -> tuple[gr.Chatbot, gr.Textbox, gr.Button, gr.Button]:
-    """Lay out the messages, the question, and the buttons that ask it and stop its answer."""
-    chat = gr.Chatbot(
-        show_label=False,
-        height=300,
-        render_markdown=False,
-        sanitize_html=True,
-        allow_tags=False,
-        feedback_options=None,
-        buttons=[],
-        placeholder=WELCOME,
-        elem_id="chat",
-    )
-    with gr.Row(elem_id="asking"):
-        question = gr.Textbox(
-            show_label=False,
-            placeholder="Ask about the video…",
-            max_length=service.limits.text_characters,
-            lines=1,
-            max_lines=5,
-            scale=8,
-            container=False,
-            elem_id="question",
+    def connect(self, handlers: Handlers, examples: Examples) -> None:
+        """Connect every handler. Those that begin a conversation stop the answer at once, then wait for the model."""
+        model: dict[str, Any] = {"outputs": self.shown, **MODEL, **HIDDEN}
+        at_once: dict[str, Any] = {"queue": False, **HIDDEN}
+        frames, asking = self.controls[0], [self.session, self.question, *self.controls]
+
+        def begin(payload: Any, session: Session) -> dict[Any, Any]:
+            path = None if payload is None else payload["path"]
+            return {self.session: session, **self.update(handlers.begin(session, path))}
+
+        for medium, other, triggers in (
+            (self.video, self.image, [self.video.upload, self.video.clear, self.video.stop_recording]),
+            (self.image, self.video, [self.image.input]),  # a recording is no input to gradio
+        ):
+            outputs = [self.session, *self.shown]
+            begun = gr.on(triggers, begin, [medium, self.session], outputs, preprocess=False, **at_once)
+            begun.then(lambda: None, None, other, **at_once)
+            begun.then(self._one_at_a_time(handlers.look), [self.session, frames], **model)
+
+        def begin_example(index: int, session: Session) -> dict[Any, Any]:
+            path, question = examples[index]
+            shown = {**handlers.begin(session, str(path)), "question": question}
+            return {self.session: session, self.video: str(path), self.image: None, **self.update(shown)}
+
+        outputs = [self.session, self.video, self.image, *self.shown]
+        begun = self.chosen.click(begin_example, [self.chosen, self.session], outputs, **at_once)
+        begun.then(self._one_at_a_time(handlers.look), [self.session, frames], **model)
+
+        retry, undo, clear, evidence, probe = self.others
+        gr.on([self.send.click, self.question.submit], self._one_at_a_time(handlers.ask), asking, **model)
+        probe.click(self._one_at_a_time(handlers.probe), asking, **model)
+        retry.click(self._one_at_a_time(handlers.retry), [self.session, *self.controls], **model)
+        evidence.click(self._one_at_a_time(handlers.evidence), [self.session, *self.controls], **model)
+        self.stop.click(handlers.stop, [self.session], None, **at_once)
+        undo.click(lambda session: self.update(handlers.undo(session)), [self.session], self.shown, **at_once)
+        gr.on(  # the button, and the chat's own bin
+            [clear.click, self.chat.clear],
+            lambda session: self.update(handlers.clear(session)),
+            [self.session],
+            self.shown,
+            **at_once,
         )
-        send = gr.Button("Ask", variant="primary", scale=1, min_width=90, elem_id="send")
-        stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
-    return chat, question, send, stop
+
+    def _one_at_a_time(self, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
+        """Run one handler of a tab at a time: a question during the reading of a video is answered after it."""
+
+        def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
+            while not session.lock.acquire(timeout=TICK):
+                yield {self.status: gr.skip()}
+            try:
+                for shown in handler(session, *values):
+                    yield self.update(shown)
+            finally:
+                session.lock.release()
+
+        return run
 
 
-def _small(name: str) -> gr.Button:
+def _small_button(name: str) -> gr.Button:
     return gr.Button(name, size="sm", min_width=80, elem_id=name.split()[0].lower())
 
 
-# ---- events ---------------------------------------------------------------------------------------------------------
+# ---- the API --------------------------------------------------------------------------------------------------------
 
 
-def _wire(parts: Parts, handlers: Handlers, chosen: gr.Dataset, examples: Examples) -> None:
-    """Connect every handler. Those that begin a conversation stop the answer at once, and then wait for the model."""
-    frames = parts.controls[0]
-    model: dict[str, Any] = {"outputs": parts.shown, **MODEL, **HIDDEN}
-    at_once: dict[str, Any] = {"queue": False, **HIDDEN}
+def add_endpoints(service: Service) -> None:
+    """Add /ask, /probe and /evidence to the page that is being built, for gradio_client and curl; see README.md.
 
-    def begin(payload: Any, session: Session) -> dict[Any, Any]:
-        path, name = (None, "") if payload is None else (payload["path"], payload.get("orig_name") or "")
-        return {parts.session: session, **parts.update(handlers.begin(session, path, name))}
+    Calls keep no state: earlier turns are sent as history. controls: num_frames, num_beams, temperature and
+    max_new_tokens. A failure is a gr.Error with one sentence.
+    """
 
-    video, image = parts.video, parts.image
-    for medium, other, triggers in (
-        (video, image, [video.upload, video.clear, video.stop_recording]),  # a recording is no input to gradio
-        (image, video, [image.input]),
-    ):
-        begun = gr.on(
-            triggers, begin, [medium, parts.session], [parts.session, *parts.shown], preprocess=False, **at_once
-        )
-        begun.then(lambda: None, None, other, **at_once)
-        begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
-
-    def begin_example(index: int, session: Session) -> dict[Any, Any]:
-        path, question = examples[index]
-        shown = {**handlers.begin(session, str(path), path.name), "question": question}
-        media = {parts.video: str(path), parts.image: None}
-        return {parts.session: session, **media, **parts.update(shown)}
-
-    outputs = [parts.session, parts.video, parts.image, *parts.shown]
-    begun = chosen.click(begin_example, [chosen, parts.session], outputs, **at_once)
-    begun.then(_yielding(parts, handlers.look), [parts.session, frames], **model)
-
-    def returning(handler: Callable[[Session], Shown]) -> Callable[[Session], dict[Any, Any]]:
-        return lambda session: parts.update(handler(session))
-
-    asking = [parts.session, parts.question, *parts.controls]
-    retry, undo, clear, evidence, probe = parts.others
-    gr.on([parts.send.click, parts.question.submit], _yielding(parts, handlers.ask), asking, **model)
-    probe.click(_yielding(parts, handlers.probe), asking, **model)
-    retry.click(_yielding(parts, handlers.retry), [parts.session, *parts.controls], **model)
-    evidence.click(_yielding(parts, handlers.evidence), [parts.session, *parts.controls], **model)
-    parts.stop.click(handlers.stop, [parts.session], None, **at_once)
-    for event, handler in (
-        (undo.click, handlers.undo),
-        (clear.click, handlers.clear),
-        (parts.chat.clear, handlers.clear),  # the chat's own bin
-    ):
-        event(returning(handler), [parts.session], parts.shown, **at_once)
-
-
-def _yielding(parts: Parts, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
-    """Run one handler of a tab at a time: a question during the reading of a video is answered after it."""
-
-    def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
-        while not session.order.lock.acquire(timeout=TICK):
-            yield {parts.status: gr.skip()}
+    def followed(job: Callable[[str, Event], Steps], file: Any) -> Iterator[Progress]:
+        """Yield the progress, also each half second, so that gradio can end the job of a client that has left."""
+        if not isinstance(file, dict) or not isinstance(file.get("path"), str):
+            raise gr.Error("there is no video: upload one and name it as the file", print_exception=False)
+        progress = Progress()
         try:
-            for shown in handler(session, *values):
-                yield parts.update(shown)
-        finally:
-            session.order.lock.release()
+            for news in service.jobs.iterate(lambda stop: job(file["path"], stop)):
+                progress = news or progress
+                yield progress
+        except Exception as error:
+            raise gr.Error(service.explain(error), print_exception=False) from None
 
-    return run
+    # gradio takes the names of the endpoints' parameters from these functions.
+    def ask(
+        file: Any, question: Any, history: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the answer's text so far, and at the end its details."""
+        turns, controls = [*_turns(history), Turn(question)], (num_frames, num_beams, temperature, max_new_tokens)
+        for progress in followed(lambda path, stop: service.ask(path, None, turns, controls, stop), file):
+            yield progress.text, dict(progress.details)
+
+    def probe(
+        file: Any, question: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
+    ) -> Iterator[dict[str, str]]:
+        """Yield the answers so far under each view of the frames: forward, reversed, shuffled, single, blank."""
+        controls = (num_frames, num_beams, temperature, max_new_tokens)
+        for progress in followed(lambda path, stop: service.probe(path, None, question, controls, stop), file):
+            yield dict(progress.answers)
+
+    def evidence(
+        file: Any,
+        question: Any,
+        history: Any,
+        answer: Any,
+        num_frames: Any,
+        num_beams: Any,
+        temperature: Any,
+        max_new_tokens: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """Measure how much each part of the video mattered to the answer (by default the model's own)."""
+        turns, controls = [*_turns(history), Turn(question)], (num_frames, num_beams, temperature, max_new_tokens)
+        given = str(answer) if answer else None
+        for progress in followed(lambda path, stop: service.evidence(path, None, turns, controls, given, stop), file):
+            if (found := progress.evidence) is None:
+                yield {}
+            else:
+                names = ("answer", "log_probability", "segments", "scores", "matters", "bound", "cut")
+                yield {"frame_times": found.times, **{name: getattr(found, name) for name in names}}
+
+    with gr.Row(visible=False):
+        medium = gr.Video(label="file: a video or an image")
+        asked, given = gr.Textbox(label="question"), gr.Textbox("", label="answer")
+        earlier = gr.JSON([], label="history: [question, answer] pairs said before")
+        tokens = min(service.chat.decoding.max_new_tokens, service.limits.new_tokens)
+        usual = {"num_frames": service.chat.num_frames, "num_beams": 1, "temperature": 0, "max_new_tokens": tokens}
+        controls = [gr.Number(value, label=label) for label, value in usual.items()]
+        text, found = gr.Textbox(label="answer"), gr.JSON(label="details")
+    options: dict[str, Any] = {**MODEL, "preprocess": False, "show_progress": "hidden"}
+    for function, inputs, outputs in (
+        (ask, [asked, earlier], [text, found]),
+        (probe, [asked], [found]),
+        (evidence, [asked, earlier, given], [found]),
+    ):
+        gr.Button(visible=False).click(
+            function, [medium, *inputs, *controls], outputs, api_name=function.__name__, **options
+        )
+
+
+def _turns(history: Any) -> list[Turn]:
+    """Return the earlier turns. Raises gr.Error unless they are pairs of texts."""
+    pairs = history if isinstance(history, list) else [] if history is None else [history]
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            message = f"the history holds {str(pair)[:80]!r}: expected pairs of a question and its answer"
+            raise gr.Error(message, print_exception=False)
+    return [Turn(*pair) for pair in pairs]

@@ -1,74 +1,73 @@
 """The engine's work for the page and its API: looking, answering, the temporal probe, evidence.
 
 Each is a job of the queue (serving/jobs.py), a generator that yields its progress; `stop` is set when nobody listens
-any more. Nothing here knows gradio.
+any more. Nothing here knows gradio or HTML.
 """
 
-import logging
 import math
 import os
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
-import torch
-
-from stllm.common.errors import UserError, out_of_memory
+from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, Media, Prepared, Request, Seen, Stamp
+from stllm.conversation.evidence import Evidence
+from stllm.conversation.requests import Media, Prepared, Request, Seen
 from stllm.media.clip import Clip
-from stllm.media.reading import ReadingPool
 from stllm.media.views import FORWARD, VIEWS
 from stllm.processors.templates import Turn
-from stllm.serving.jobs import Jobs, Stage
+from stllm.serving.jobs import Jobs, Stage, explain
 from stllm.serving.limits import PageLimits
 from stllm.web.film import Film, read_film
-from stllm.web.progress import Progress
-
-logger = logging.getLogger(__name__)
-
-Steps = Generator[Progress | Stage, None, Progress]  # the return value is also yielded last
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """The values of the page's controls: how many frames, and how to answer."""
+class Step:
+    """A step of a request. seconds: None while it goes on. count: of its results, None until known."""
 
-    num_frames: int
-    decoding: Decoding
+    seconds: float | None = None
+    count: int | None = None
+    started: float = field(default_factory=time.perf_counter)
 
 
-@dataclass
-class Look:
-    """A medium that was read. seen: its encodings by view; clip, stamps: None and empty if all encodings were kept."""
+@dataclass(frozen=True)
+class Progress:
+    """A request so far: its steps "read" (frames), "encode" (visual tokens), "answer" (tokens), and their results.
 
-    chat: Chat
-    media: Media
-    progress: Progress
-    seen: dict[str, Seen]
-    clip: Clip | None = None
-    stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    text: of the answer so far. details: of a whole answer, for the API. note: on work that is none of the steps.
+    answers: of the temporal probe, by view.
+    """
 
-    def see(self, view: str = FORWARD) -> Seen:
-        """Encode the medium in that view, unless it is encoded already."""
-        if view not in self.seen:
-            assert self.clip is not None
-            media = replace(self.media, view=view)
-            self.seen[view] = self.chat.see(media, self.clip.viewed(view), self.stamps[view])
-        return self.seen[view]
+    steps: Mapping[str, Step] = field(default_factory=dict)
+    text: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    film: Film | None = None
+    answers: Mapping[str, str] = field(default_factory=dict)
+    evidence: Evidence | None = None
+
+    def at(self, name: str, seconds: float | None = None, count: int | None = None, **results: Any) -> "Progress":
+        """Begin a step, or set how far it is; with `seconds` it is over. results: other fields to set."""
+        step = replace(self.steps.get(name, Step()), seconds=seconds, count=count)
+        return replace(self, steps={**self.steps, name: step}, **results)
+
+
+Steps = Generator[Progress | Stage, None, None]
+Look = tuple[Progress, Film, Callable[[str], Seen]]  # with the function that encodes a view
 
 
 class Service:
     """The engine behind the page, and the queue before it.
 
-    folder: of uploads; examples: other files that may be read.
-    reading: the processes that read them; None: new ones, which start with the first request.
+    folder: of uploads; examples: other files that may be read. jobs: the queue; None: a new one.
     """
 
     def __init__(
@@ -77,96 +76,103 @@ class Service:
         limits: PageLimits,
         folder: Path,
         examples: Sequence[Path] = (),
-        reading: ReadingPool | None = None,
+        jobs: Jobs | None = None,
     ) -> None:
         self.chat = chat
         self.limits = limits
-        self.jobs = Jobs(1 + limits.waiting, reading or ReadingPool(seconds=limits.read_seconds))
+        self.jobs = jobs or Jobs(limits)
         self.folder = folder.resolve()
         self.examples = frozenset(path.resolve() for path in examples)
         self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # no part of an upload's name
 
-    def wishes(self, num_frames: object, num_beams: object, temperature: object, max_new_tokens: object) -> Wishes:
-        """Check the numbers of a browser or client. Raises UserError, naming the one that is out of bounds."""
-        limits = self.limits
-        return Wishes(
-            num_frames=_whole("frames", num_frames, limits.frames),
-            decoding=self.chat.decoding.with_options(
-                num_beams=_whole("beams", num_beams, limits.beams),
-                max_new_tokens=_whole("tokens of the longest answer", max_new_tokens, limits.new_tokens),
-                temperature=_number("the temperature", temperature, 2.0),
-            ),
-        )
-
-    def look(self, path: str, num_frames: int, known: Film | None, stop: Event) -> Steps:
-        """Read and encode a medium, with pictures of its frames. known: the pictures of an earlier reading.
+    def look(self, path: str, num_frames: int, stop: Event) -> Steps:
+        """Read and encode a medium, with pictures of its frames.
 
         Raises UserError for a file that is no upload or example, too long, or cannot be read.
         """
-        return (yield from self._look(path, num_frames, known, stop)).progress
+        yield from self._look(path, num_frames, None, stop)
 
-    def ask(self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, stop: Event) -> Steps:
-        """Answer the last turn, with the earlier ones in the prompt; with one beam piece by piece. Raises UserError."""
-        look = yield from self._look(path, wishes.num_frames, known, stop)
-        progress, film = look.progress, look.progress.film
-        assert film is not None
-        prepared = self.chat.prepare(Request(tuple(turns), film.media), wishes.decoding, look.see())
-        looked = progress.stages["encode"].seconds or 0.0
-        seconds = {"read": progress.stages["read"].seconds or 0.0, "encode": looked + prepared.seconds["encode"]}
-        progress = progress.end("encode", seconds["encode"], prepared.num_visual).begin("answer")
-        if prepared.cut.total:
-            progress = replace(progress, note=str(prepared.cut))
+    def ask(
+        self, path: str, known: Film | None, turns: Sequence[Turn], controls: Sequence[object], stop: Event
+    ) -> Steps:
+        """Answer the last turn, with the earlier ones in the prompt; with one beam piece by piece. Raises UserError.
+
+        known: the pictures of an earlier reading. controls: frames, beams, temperature, tokens of the longest answer.
+        """
+        turns, num_frames, decoding = self._checked(turns, controls)
+        progress, film, see = yield from self._look(path, num_frames, known, stop)
+        prepared = self.chat.prepare(Request(turns, film.media), decoding, see(FORWARD))
+        note = str(prepared.cut) if prepared.cut.total else ""
+        progress = progress.at("encode", prepared.seconds["encode"], prepared.num_visual, note=note).at("answer")
         yield progress
         start = time.perf_counter()
-        for text in self._texts(prepared, wishes.decoding, stop):
-            progress = progress.write(text, self._num_tokens(text))
+        for text in self._texts(prepared, decoding, stop):
+            progress = progress.at("answer", count=self._num_tokens(text), text=text)
             yield progress
-        seconds["answer"] = time.perf_counter() - start
         text = self.chat.processor.clean(progress.text)
-        answer = Answer(text, turns[-1].question, path, list(film.times), prepared.num_visual, seconds, prepared.cut)
-        progress = replace(progress, text=text, answer=answer).end("answer", seconds["answer"], self._num_tokens(text))
-        yield progress
-        return progress
+        num_tokens = self._num_tokens(text)
+        progress = progress.at("answer", time.perf_counter() - start, num_tokens, text=text)
+        details = {
+            "frame_times": list(film.times),
+            "visual_tokens": prepared.num_visual,
+            "cut_tokens": asdict(prepared.cut),
+            "tokens": num_tokens,
+            "seconds": {name: step.seconds for name, step in progress.steps.items()},
+        }
+        yield replace(progress, details=details)
 
-    def probe(self, path: str, known: Film | None, question: str, wishes: Wishes, stop: Event) -> Steps:
+    def probe(self, path: str, known: Film | None, question: Any, controls: Sequence[object], stop: Event) -> Steps:
         """Ask the same question about the frames in every view, without earlier turns. Raises UserError."""
-        look = yield from self._look(path, wishes.num_frames, known, stop, VIEWS)
-        progress, film = look.progress, _video(look.progress, "the temporal probe")
+        turns, num_frames, decoding = self._checked([Turn(question)], controls)
+        progress, film, see = yield from self._look(path, num_frames, known, stop, VIEWS)
+        _check_is_video(film, "the temporal probe")
         for number, view in enumerate(VIEWS, start=1):
             progress = replace(progress, note=f"Temporal probe: {number} of {len(VIEWS)}, frames {view}")
             yield progress
-            request = Request((Turn(question),), replace(film.media, view=view))
-            prepared = self.chat.prepare(request, wishes.decoding, look.see(view))
-            answer = self.chat.complete([prepared], wishes.decoding, stop)[0].text
+            prepared = self.chat.prepare(Request(turns, replace(film.media, view=view)), decoding, see(view))
+            answer = self.chat.complete([prepared], decoding, stop)[0].text
             if stop.is_set():
-                return progress
+                return
             progress = replace(progress, note="", answers={**progress.answers, view: answer})
         yield progress
-        return progress
 
     def evidence(
-        self, path: str, known: Film | None, turns: Sequence[Turn], wishes: Wishes, answer: str | None, stop: Event
+        self,
+        path: str,
+        known: Film | None,
+        turns: Sequence[Turn],
+        controls: Sequence[object],
+        answer: str | None,
+        stop: Event,
     ) -> Steps:
         """Measure the evidence for the answer to the last turn. answer: None for the model's own. Raises UserError."""
-        look = yield from self._look(path, wishes.num_frames, known, stop)
-        progress, film = look.progress, _video(look.progress, "evidence over time")
+        turns, num_frames, decoding = self._checked(turns, controls)
+        progress, film, see = yield from self._look(path, num_frames, known, stop)
+        _check_is_video(film, "evidence over time")
         yield replace(progress, note="Leaving out one part of the video after the other…")
-        request = Request(tuple(turns), film.media)
-        found = self.chat.measure_evidence(request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
-        progress = replace(progress, evidence=found)
-        yield progress
-        return progress
+        request = Request(turns, film.media)
+        found = self.chat.measure_evidence(request, answer, decoding=decoding, seen=see(FORWARD), stop=stop)
+        yield replace(progress, evidence=found)
 
     def explain(self, error: Exception) -> str:
-        """Return the sentence for the user. A defect of ours is logged."""
-        if isinstance(error, UserError):
-            return " ".join(self._place.sub("", str(error)).split())
-        if out_of_memory(error):
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return "not enough memory for this: take fewer frames or fewer beams, or ask a shorter question"
-        logger.error("a request failed", exc_info=error)
-        return "something went wrong on the server, whose log says more; it goes on with the next question"
+        """Return the sentence for the user, without the folder of uploads. A defect of ours is logged."""
+        return self._place.sub("", explain(error))
+
+    def _checked(self, turns: Sequence[Turn], controls: Sequence[object]) -> tuple[tuple[Turn, ...], int, Decoding]:
+        """Return the turns, the number of frames and the settings. Raises UserError, naming what is out of bounds."""
+        limits, question = self.limits, turns[-1].question
+        text = question.strip() if isinstance(question, str) else ""
+        Request((Turn(text),)).check()
+        if len(text) > limits.text_characters:
+            most = limits.text_characters
+            raise UserError(f"the question has {len(text)} characters, at most {most} are read here: shorten it")
+        num_frames, num_beams, temperature, max_new_tokens = controls
+        decoding = self.chat.decoding.with_options(
+            num_beams=_whole("beams", num_beams, limits.beams),
+            max_new_tokens=_whole("tokens of the longest answer", max_new_tokens, limits.new_tokens),
+            temperature=_number("the temperature", temperature, 2.0),
+        )
+        return (*turns[:-1], Turn(text)), _whole("frames", num_frames, limits.frames), decoding
 
     def _look(
         self, path: str, num_frames: int, known: Film | None, stop: Event, views: Sequence[str] = (FORWARD,)
@@ -176,31 +182,33 @@ class Service:
         media = Media(str(file), num_frames=num_frames)
         in_views = {view: replace(media, view=view) for view in views}
         stamps = {view: self.chat.stamp(medium) for view, medium in in_views.items()}
-        recalled = {view: self.chat.recall(medium) for view, medium in in_views.items()}
-        seen = {view: one for view, one in recalled.items() if one is not None}
-        num_tokens = self.chat.model.video_input.num_tokens
+        seen = {view: kept for view, medium in in_views.items() if (kept := self.chat.recall(medium)) is not None}
+        clip: Clip | None = None
+
+        def see(view: str) -> Seen:
+            if view not in seen:
+                assert clip is not None
+                seen[view] = self.chat.see(in_views[view], clip.viewed(view), stamps[view])
+            return seen[view]
+
         if known is not None and known.media == media and len(seen) == len(views):
             yield Stage.MODEL
-            count = num_tokens(len(known.times), self.chat.model.config.tokens_per_frame)
-            progress = Progress(film=known).end("read", 0.0, len(known.times)).end("encode", 0.0, count)
-            return Look(self.chat, media, progress, seen)
-        progress = Progress().begin("read")
+            progress, film = Progress(film=known).at("read", 0.0, len(known.times)), known
+        else:
+            progress = Progress().at("read")
+            yield progress
+            yield Stage.READING
+            start = time.perf_counter()
+            clip, pictures = self.jobs.reading.read(partial(read_film, self.limits, self.chat.read, media), file, stop)
+            film = Film(media, pictures, tuple(clip.times))
+            progress = progress.at("read", time.perf_counter() - start, len(film.times), film=film)
+            yield progress
+            yield Stage.MODEL
+            yield progress.at("encode")
+        num_tokens = self.chat.model.video_input.num_tokens(len(film.times), self.chat.model.config.tokens_per_frame)
+        progress = progress.at("encode", see(FORWARD).seconds["encode"], num_tokens)
         yield progress
-        yield Stage.READING
-        start = time.perf_counter()
-        clip, pictures = self.jobs.reading.read(partial(read_film, self.limits, self.chat.read, media), file, stop)
-        film = Film(media, pictures, tuple(clip.times))
-        progress = replace(progress, film=film).end("read", time.perf_counter() - start, len(film.times))
-        yield progress
-        yield Stage.MODEL
-        yield progress.begin("encode")
-        start = time.perf_counter()
-        look = Look(self.chat, media, progress, seen, clip, stamps)
-        look.see()
-        count = num_tokens(len(film.times), self.chat.model.config.tokens_per_frame)
-        look.progress = progress.end("encode", time.perf_counter() - start, count)
-        yield look.progress
-        return look
+        return progress, film, see
 
     def _texts(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, None]:
         """Yield the answer's text so far, after each piece; with several beams once, at the end."""
@@ -235,13 +243,10 @@ class Service:
         return file
 
 
-def _video(progress: Progress, what: str) -> Film:
-    """Return the film of a video. Raises UserError for a medium of one frame."""
-    film = progress.film
-    assert film is not None
+def _check_is_video(film: Film, what: str) -> None:
+    """Raise UserError for a medium of one frame."""
     if len(film.times) < 2:
         raise UserError(f"{what} needs a video of at least two frames, and this gives one: take a video")
-    return film
 
 
 def _whole(what: str, value: object, most: int) -> int:

@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,19 +15,12 @@ import pytest
 from stllm.conversation.chat import Chat
 from stllm.serving import listening
 from stllm.serving.app import Server
-from stllm.serving.limits import Limits
-from stllm.serving.media import split_medium
-from tests.conversation.test_chat import new_chat
+from stllm.serving.limits import Limits, split_medium
 from tests.helpers import memory
-from tests.helpers.serving import MODEL, serving, user, wait_until
+from tests.helpers.serving import MODEL, connected, serving, user, wait_until
 
 MEBIBYTE = 1 << 20
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    return new_chat()
 
 
 @pytest.fixture
@@ -41,10 +33,6 @@ def address(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(listening, "HEADER_SECONDS", 0.5)
     with serving(server) as address:
         yield address
-
-
-def connected(address: str) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", httpx.URL(address).port or 0), timeout=10)
 
 
 def post(address: str, body: bytes) -> httpx.Response:
@@ -150,7 +138,7 @@ def test_a_large_medium_takes_two_and_a_half_times_its_size(address: str) -> Non
 
 @pytest.mark.parametrize("escaped", [False, True])
 def test_a_cut_out_medium_is_the_same(escaped: bool, tmp_path: Path) -> None:
-    from stllm.serving.media import fetch_medium
+    from stllm.serving.limits import fetch_medium
 
     limits = Limits(text_characters=10)
     content = os.urandom(3 * MEBIBYTE + 1)

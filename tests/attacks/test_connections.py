@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stllm.serving import listening as protocol
-from tests.helpers.serving import running, wait_until
+from tests.helpers.serving import connected, running, wait_until
 
 PLACES = 20
 
@@ -33,10 +33,6 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     app = Starlette(routes=[Route("/", hello), Route("/large", large)])
     with running(app, limit_concurrency=PLACES) as address:
         yield address
-
-
-def connected(address: str) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", httpx.URL(address).port or 0), timeout=10)
 
 
 def ends(connection: socket.socket) -> bool:

@@ -1,12 +1,8 @@
 """How a serving process ends: Ctrl-C once and twice with requests in flight, SIGKILL, and what lies in its folder."""
 
-import os
 import re
 import signal
 import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +11,12 @@ import httpx
 import pytest
 
 from stllm.serving.listening import own_folder
+from tests.attacks.conftest import Run
 from tests.helpers.serving import data_url, user, wait_until
 from tests.helpers.videos import write_video
 
 SERVER = """
 import sys
-import uvicorn
-from pathlib import Path
 from stllm.serving import listening
 from tests.conversation.test_chat import new_chat
 from tests.helpers.serving import Endless
@@ -59,25 +54,7 @@ STAYS = """
 """
 
 
-@pytest.fixture
-def own_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Temporary files lie in the test's folder, and its signal handlers end with it."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def run(code: str, folder: Path) -> "subprocess.Popen[str]":
-    """Python on that code, temporary files under `folder`."""
-    environment = {**os.environ, "TMPDIR": str(folder)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
-def test_a_second_signal_ends_the_server_without_tracebacks(tmp_path: Path) -> None:
+def test_a_second_signal_ends_the_server_without_tracebacks(run: Run, tmp_path: Path) -> None:
     clip = data_url(write_video(tmp_path / "clip.mp4", num_frames=20))
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -105,7 +82,7 @@ def test_a_second_signal_ends_the_server_without_tracebacks(tmp_path: Path) -> N
     assert not list(temporary.iterdir())
 
 
-def test_the_next_start_removes_what_a_killed_process_left(tmp_path: Path, own_signals: None) -> None:
+def test_the_next_start_removes_what_a_killed_process_left(run: Run, tmp_path: Path, own_signals: None) -> None:
     process = run(OWNER, tmp_path)
     assert process.stdout is not None
     left = Path(process.stdout.readline().strip())
@@ -128,7 +105,7 @@ def test_the_folder_of_a_running_owner_is_kept(tmp_path: Path, own_signals: None
     assert [path.name for path in tmp_path.iterdir()] == ["mine-linked"]
 
 
-def test_a_gone_terminal_ends_the_owner_and_its_folder(tmp_path: Path) -> None:
+def test_a_gone_terminal_ends_the_owner_and_its_folder(run: Run, tmp_path: Path) -> None:
     process = run(OWNER, tmp_path)
     assert process.stdout is not None and process.stderr is not None
     left = Path(process.stdout.readline().strip())
@@ -139,7 +116,7 @@ def test_a_gone_terminal_ends_the_owner_and_its_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(tmp_path: Path) -> None:
+def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(run: Run, tmp_path: Path) -> None:
     process = run(OWNER.replace("    print(folder, flush=True)\n    time.sleep(60)\n", STAYS.lstrip("\n")), tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -152,7 +129,7 @@ def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_signal_that_python_passes_over_ends_the_server_before_it_serves(tmp_path: Path) -> None:
+def test_a_signal_that_python_passes_over_ends_the_server_before_it_serves(run: Run, tmp_path: Path) -> None:
     code = """
 import os
 class Dropped:

@@ -4,8 +4,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,10 +18,11 @@ from stllm.conversation.chat import Chat
 from stllm.media.reading import ReadingPool
 from stllm.serving.app import Server
 from stllm.serving.limits import Limits, PageLimits
-from stllm.web.command import build_app
+from stllm.web.app import build_app
 from stllm.web.service import Service
-from tests.conversation.test_chat import new_chat
+from tests.attacks.conftest import Run
 from tests.helpers import memory
+from tests.helpers.demo import uploaded
 from tests.helpers.serving import MODEL, client_of, data_url, running, serving, user, wait_until
 from tests.helpers.videos import write_video
 
@@ -57,11 +56,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_slow_gif(folder / "slow.gif")
     write_video(folder / "clip.mp4", num_frames=20)
     return folder
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    return new_chat()
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +133,7 @@ def test_leaving_the_demo_ends_the_decoding(chat: Chat, tmp_path: Path, place: P
     service = Service(chat, PageLimits(read_seconds=30), tmp_path)
     with running(build_app(service, local=True)) as address:
         api = f"{address}/gradio_api"
-        with (place / "slow.gif").open("rb") as file:
-            path = httpx.post(f"{api}/upload", files={"files": file}).json()[0]
-        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "what", [], 6, 1, 0, 8]
+        data = [uploaded(f"{address}/", place / "slow.gif"), "what", [], 6, 1, 0, 8]
         called = httpx.post(f"{api}/call/ask", json={"data": data}).json()["event_id"]
         with httpx.stream("GET", f"{api}/call/ask/{called}", timeout=60):
             wait_until(lambda: service.jobs.num_inside == 1)
@@ -152,14 +144,8 @@ def test_leaving_the_demo_ends_the_decoding(chat: Chat, tmp_path: Path, place: P
 @pytest.mark.slow
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="processes are looked for in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_end_of_the_server_ends_the_decoding(place: Path, tmp_path: Path, number: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    )
+def test_the_end_of_the_server_ends_the_decoding(run: Run, place: Path, tmp_path: Path, number: int) -> None:
+    process = run(SERVER, tmp_path)
     assert process.stdout is not None
     found = re.search(r"(http://\S+)/v1", process.stdout.readline())
     assert found is not None, process.communicate()

@@ -13,9 +13,8 @@ import pytest
 from stllm.conversation.chat import Chat
 from stllm.serving import listening
 from stllm.serving.limits import PageLimits
-from tests.conversation.test_chat import new_chat
 from tests.helpers.demo import served
-from tests.helpers.serving import wait_until
+from tests.helpers.serving import connected, wait_until
 
 FOREIGN: list[dict[str, str]] = [
     {"origin": "http://evil.example"},
@@ -25,11 +24,6 @@ FOREIGN: list[dict[str, str]] = [
     {"sec-fetch-site": "cross-site"},
     {"sec-fetch-site": "same-site", "origin": "http://127.0.0.1:1"},
 ]
-
-
-@pytest.fixture(scope="module")
-def chat() -> Chat:
-    return new_chat()
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +37,14 @@ def url(chat: Chat, folder: Path) -> Iterator[str]:
         yield url
 
 
+def upload(url: str, content: bytes = b"something", *, field: str = "files", **options: Any) -> httpx.Response:
+    files = {field: ("a.mp4", content)}
+    return httpx.post(f"{url}gradio_api/upload", files=files, timeout=60, **options)
+
+
 def half_sent(url: str) -> socket.socket:
     """An upload of which half has been sent."""
-    connection = socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)
+    connection = connected(url)
     head = 'Content-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
     connection.sendall(
         f"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1:{httpx.URL(url).port}\r\nContent-Length: 200000\r\n"
@@ -63,14 +62,14 @@ def test_aborted_uploads_and_foreign_fields_leave_nothing(url: str, folder: Path
     for _ in range(100):
         half_sent(url).close()
     for _ in range(3):
-        httpx.post(f"{url}gradio_api/upload", files={"others": ("a.mp4", b"something")})
+        upload(url, field="others")
     wait_until(lambda: not files(folder), 10)
-    path = Path(httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", b"something")}).json()[0])
+    path = Path(upload(url).json()[0])
     assert files(folder) == [path]
     with closing(half_sent(url)):  # another that still arrives keeps its file, and does not hold the others'
         wait_until(lambda: len(files(folder)) == 2, 10)
         half_sent(url).close()
-        assert httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", b"something")}).json() == [str(path)]
+        assert upload(url).json() == [str(path)]
         assert len(files(folder)) >= 2
     wait_until(lambda: files(folder) == [path], 10)
     path.unlink()
@@ -79,7 +78,7 @@ def test_aborted_uploads_and_foreign_fields_leave_nothing(url: str, folder: Path
 def test_uploads_are_counted(chat: Chat, tmp_path: Path) -> None:
     with served(chat, tmp_path, PageLimits(folder_files=20)) as url:
         for number in range(40):
-            reply = httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", str(number).encode())})
+            reply = upload(url, str(number).encode())
             if reply.status_code != 200:
                 break
         assert reply.status_code == 507 and 5 < number <= 21  # the demo's examples lie there, too
@@ -90,7 +89,7 @@ def test_slow_uploads_take_no_room_from_others(chat: Chat, tmp_path: Path) -> No
         for _ in range(10):
             stack.enter_context(closing(half_sent(url)))
         time.sleep(1)  # 1,000,000 bytes have arrived beside the examples of 157,000
-        assert httpx.post(f"{url}gradio_api/upload", files={"files": ("a.mp4", b"something")}).status_code == 200
+        assert upload(url).status_code == 200
         for connection in (stack.enter_context(closing(half_sent(url))) for _ in range(3)):
             connection.sendall(b"x" * 90_000)
         wait_until(lambda: b"507" in connection.recv(1000))
@@ -100,7 +99,7 @@ def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
     with closing(half_sent(url)) as connection:
         assert b"408" in connection.recv(1000)
     wait_until(lambda: not files(folder), 10)
-    with closing(socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)) as connection:
+    with closing(connected(url)) as connection:
         head = f"POST /gradio_api/call/ask HTTP/1.1\r\nHost: 127.0.0.1:{httpx.URL(url).port}\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         assert b"408" in connection.recv(1000)
@@ -108,7 +107,7 @@ def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
 
 def test_a_header_has_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "HEADER_SECONDS", 0.5)
-    with closing(socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0), timeout=10)) as connection:
+    with closing(connected(url)) as connection:
         connection.sendall(b"GET /config HTTP/1.1\r\n")
         assert connection.recv(1000) == b""
 
@@ -130,5 +129,5 @@ def test_a_page_of_another_site_writes_nothing(url: str, folder: Path, headers: 
 )
 def test_its_own_page_writes(url: str, site: dict[str, str]) -> None:
     headers = {**site, **({"origin": url.rstrip("/")} if not site["origin"] else {})}
-    reply = httpx.post(f"{url}gradio_api/upload", headers=headers, files={"files": ("a.mp4", b"something")})
+    reply = upload(url, headers=headers)
     Path(reply.json()[0]).unlink()

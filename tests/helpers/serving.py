@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 import torch
@@ -46,6 +47,11 @@ def running(app: Any, **options: Any) -> Iterator[str]:
 def client_of(address: str) -> openai.OpenAI:
     """The official client; it does not try again."""
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def connected(address: str) -> socket.socket:
+    """A connection to the server, for what no client sends."""
+    return socket.create_connection(("127.0.0.1", urlsplit(address).port or 0), timeout=10)
 
 
 def data_url(path: Path, kind: str = "video/mp4") -> str:

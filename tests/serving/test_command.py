@@ -25,18 +25,26 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "load_chat", lambda *_, **__: pytest.fail("loaded"))
 
 
-def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["serve", "demo"])
+def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, own_signals, tmp_path, capsys, monkeypatch, name):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert main(["serve", "--ckpt-path", "d", "--port", port]) == 1
-    assert f"127.0.0.1:{port} cannot be taken" in capsys.readouterr().err
+        assert main([name, "--ckpt-path", "d", "--port", port]) == 1
+    assert capsys.readouterr().err == (
+        f"error: 127.0.0.1:{port} cannot be taken (Address already in use): name another --port, or a --host of this "
+        "machine\n"
+    )
+    assert not list(tmp_path.iterdir())  # the folder for uploads is gone
+    monkeypatch.setattr(chat, "FOLDER", Path("/no/such"))
+    assert main([name, "--port", "0"]) == 1
+    assert "no checkpoint was named: give one with --ckpt-path" in capsys.readouterr().err
+
+
+def test_a_media_root_is_a_folder(unloaded, capsys) -> None:
     assert main(["serve", "--ckpt-path", "d", "--media-root", "/no/such"]) == 1
     assert "--media-root /no/such is no folder" in capsys.readouterr().err
-    monkeypatch.setattr(chat, "FOLDER", Path("/no/such"))
-    assert main(["serve", "--port", "0"]) == 1
-    assert "no checkpoint was named: give one with --ckpt-path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["serve", "demo"])

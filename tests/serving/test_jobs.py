@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from stllm.media.reading import ReadingPool
 from stllm.serving import jobs as queue
 from stllm.serving.jobs import BusyError, Jobs, Stage
+from stllm.serving.limits import Limits
 from tests.helpers.serving import wait_until
 
 PATIENCE = 30.0  # seconds; only a test that fails waits so long
@@ -18,7 +18,7 @@ Steps = Generator[Any, None, None]
 
 @pytest.fixture
 def jobs() -> Iterator[Jobs]:
-    jobs = Jobs(5, ReadingPool(2, seconds=60))
+    jobs = Jobs(Limits(waiting=4))
     yield jobs
     jobs.close()
 

@@ -9,14 +9,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
-from time import sleep
 from typing import Any
 
 import pytest
 
 from stllm.conversation.chat import Chat, find_examples
 from stllm.serving.limits import PageLimits
-from tests.helpers.demo import served
+from tests.helpers.demo import answer_without_end, served
 from tests.helpers.videos import write_video
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -161,26 +160,10 @@ def test_a_conversation_about_a_video(tabs: Any, chat: Chat, place: Path) -> Non
     assert messages(page) == [] and page.locator(".film-frame").count() == 6
 
 
-def endless(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> Event:
-    """Answers come word by word, without end, until the stream is closed; the event is set then."""
-    closed = Event()
-
-    def stream(*_: Any) -> Iterator[str]:
-        try:
-            while True:
-                sleep(0.05)
-                yield "word "
-        finally:
-            closed.set()
-
-    monkeypatch.setattr(chat, "stream_prepared", stream)
-    return closed
-
-
 def ask_without_end(page: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> Event:
     """Asks about a clip; the answer is being written when this returns. The event: it was ended."""
     upload(page, place / "one.mp4")
-    closed = endless(chat, monkeypatch)
+    closed = answer_without_end(chat, monkeypatch, 0.05)
     page.fill("#question textarea", FIRST)
     page.click("#send")
     page.wait_for_selector("#chat >> text=word word")

@@ -11,7 +11,8 @@ from stllm.conversation.evidence import Evidence
 from stllm.conversation.requests import Media
 from stllm.media.views import VIEWS
 from stllm.web.film import HEIGHT, MARGIN, Film, Pictures, clock, film_html, probe_html, small_strip, verdict
-from stllm.web.progress import Progress, progress_html
+from stllm.web.handlers import progress_html
+from stllm.web.service import Progress
 
 FILM = Film(Media("x.mp4", num_frames=4), ("data:a", "data:b", "data:c", "data:d"), (0.0, 1.25, 62.5, 600.0))
 EVIDENCE = Evidence("what", "<b>red</b>", -3.0, list(FILM.times), [(0, 1), (1, 2), (2, 4)], [1.0, -0.5, 2.0])
@@ -105,8 +106,8 @@ def test_cards_that_wait_and_cards_that_differ() -> None:
 
 
 def test_stages_have_seconds_and_counts() -> None:
-    progress = Progress().end("read", 0.0, 16).end("encode", 1.26, 1).begin("answer")
+    progress = Progress().at("read", 0.0, 16).at("encode", 1.26, 1).at("answer")
     html = progress_html(progress)
     assert "kept · 16 frames" in html and "1.3 s · 1 visual token<" in html and html.count("going") == 1
-    ended = progress_html(progress.write("a", 3), error="<x>")
+    ended = progress_html(progress.at("answer", count=3, text="a"), error="<x>")
     assert "going" not in ended and "3 tokens" in ended and "&lt;x&gt;" in ended

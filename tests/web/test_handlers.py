@@ -1,8 +1,6 @@
 """What the page shows: answers equal to the engine's, conversations apart, and every failure a sentence."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
 from stllm.serving.limits import PageLimits
 from stllm.web.handlers import NO_ANSWER, NO_VIDEO, Handlers, Session
+from tests.helpers.demo import answer_without_end
 from tests.web.conftest import CONTROLS, last
 
 FIRST, SECOND = "what moves first", "which color is the square"
@@ -21,7 +20,7 @@ FIRST, SECOND = "what moves first", "which color is the square"
 def about(handlers: Handlers, path: Path, session: Session | None = None) -> Session:
     """A tab in which that file was uploaded and looked at."""
     session = session or Session()
-    handlers.begin(session, str(path), path.name)
+    handlers.begin(session, str(path))
     list(handlers.look(session, CONTROLS[0]))
     return session
 
@@ -32,7 +31,7 @@ def said(handlers: Handlers, session: Session, question: str, *controls: object)
 
 def test_looking_shows_the_frames_and_keeps_the_encoding(handlers: Handlers, folder: Path) -> None:
     session = Session()
-    handlers.begin(session, str(folder / "one.mp4"), "one.mp4")
+    handlers.begin(session, str(folder / "one.mp4"))
     shown = list(handlers.look(session, 6))
     film = session.talk.film
     assert film is not None and len(film.pictures) == 6 and film.times == pytest.approx(sorted(film.times))
@@ -90,24 +89,9 @@ def test_tabs_do_not_know_each_other(handlers: Handlers, folder: Path) -> None:
     assert two.talk.turns == [Turn(SECOND, chat.ask(folder / "two.mp4", SECOND).text)]
 
 
-def slow(handlers: Handlers, monkeypatch: pytest.MonkeyPatch) -> Event:
-    """Answers come word by word, without end, until the stream is closed; the event is set then."""
-    closed = Event()
-
-    def stream(*_: Any) -> Iterator[str]:
-        try:
-            while True:
-                yield "word "
-        finally:
-            closed.set()
-
-    monkeypatch.setattr(handlers.service.chat, "stream_prepared", stream)
-    return closed
-
-
 def test_stop_keeps_what_was_written(handlers: Handlers, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = about(handlers, folder / "one.mp4")
-    closed = slow(handlers, monkeypatch)
+    closed = answer_without_end(handlers.service.chat, monkeypatch)
     shown = []
     for one in handlers.ask(session, FIRST, *CONTROLS):
         shown.append(one)
@@ -121,7 +105,7 @@ def test_stop_keeps_what_was_written(handlers: Handlers, folder: Path, monkeypat
 
 def test_a_closed_tab_ends_the_answer(handlers: Handlers, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = about(handlers, folder / "one.mp4")
-    closed = slow(handlers, monkeypatch)
+    closed = answer_without_end(handlers.service.chat, monkeypatch)
     shown = handlers.ask(session, FIRST, *CONTROLS)
     while "word" not in next(shown).get("chat", [{"content": ""}])[-1]["content"]:
         pass
@@ -133,15 +117,15 @@ def test_a_closed_tab_ends_the_answer(handlers: Handlers, folder: Path, monkeypa
 
 def test_a_new_video_ends_the_answer_about_the_old(handlers: Handlers, folder: Path, monkeypatch) -> None:
     session = about(handlers, folder / "one.mp4")
-    slow(handlers, monkeypatch)
+    answer_without_end(handlers.service.chat, monkeypatch)
     begun, after = None, []
     for one in handlers.ask(session, FIRST, *CONTROLS):
         if begun is not None:
             after.append(one)
         elif one.get("chat", [{"content": ""}])[-1]["content"].startswith("word"):
-            begun = handlers.begin(session, str(folder / "two.mp4"), "two.mp4")
+            begun = handlers.begin(session, str(folder / "two.mp4"))
     assert begun is not None and begun["chat"] == [] and session.talk.turns == []
-    assert session.talk.name == "two.mp4"
+    assert session.talk.path == str(folder / "two.mp4")
     # what the old answer showed may come to the browser after that: its last word is the new conversation
     assert [one["chat"] for one in after] == [[]]
 
@@ -247,7 +231,7 @@ def test_without_a_video_nothing_is_asked(handlers: Handlers) -> None:
 )
 def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, name: str, sentence: str) -> None:
     session = Session()
-    handlers.begin(session, str(folder / name), name)
+    handlers.begin(session, str(folder / name))
     shown = list(handlers.look(session, 6))
     assert sentence in last(shown, "status") and str(folder) not in last(shown, "status")
     assert last(shown, "busy") is False
@@ -256,7 +240,7 @@ def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, na
 def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> None:
     handlers.service.limits = PageLimits(media_seconds=1.0)
     session = Session()
-    handlers.begin(session, str(folder / "two.mp4"), "two.mp4")
+    handlers.begin(session, str(folder / "two.mp4"))
     assert "the video lasts 1.2 s, at most 1.0 s are taken" in last(list(handlers.look(session, 6)), "status")
 
 
@@ -264,7 +248,7 @@ def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> N
     ("error", "sentence"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "not enough memory for this: take fewer frames"),
-        (KeyError("x"), "something went wrong on the server"),
+        (KeyError("x"), "the server failed on this request"),
     ],
 )
 def test_what_breaks_in_the_model_is_said(handlers: Handlers, folder: Path, monkeypatch, error, sentence) -> None:

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 from time import sleep
 from typing import Any
 
@@ -20,7 +19,7 @@ from stllm.conversation.requests import Media, Request
 from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
 from stllm.serving.limits import PageLimits
-from tests.helpers.demo import served
+from tests.helpers.demo import answer_without_end, medium, served, uploaded
 from tests.helpers.videos import write_video
 
 FIRST, SECOND = "what moves first", "which color is the square"
@@ -126,29 +125,14 @@ def call(url: str, body: object) -> httpx.Response:
 
 
 def test_curl_is_answered(url: str, chat: Chat, place: Path) -> None:
-    with (place / "two.mp4").open("rb") as file:
-        path = httpx.post(f"{url}gradio_api/upload", files={"files": file}).json()[0]
-    medium = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    reply = call(url, {"data": [medium, FIRST, [], 6, 1, 0, 8]})
+    reply = call(url, {"data": [uploaded(url, place / "two.mp4"), FIRST, [], 6, 1, 0, 8]})
     data = [line for line in reply.text.splitlines() if line.startswith("data: ")]
     assert json.loads(data[-1].removeprefix("data: "))[0] == chat.ask(place / "two.mp4", FIRST).text
 
 
 def test_a_client_that_leaves_ends_its_answer(url: str, chat: Chat, place: Path, monkeypatch) -> None:
-    closed = Event()
-
-    def without_end(*_: Any) -> Iterator[str]:
-        try:
-            while True:
-                sleep(0.02)
-                yield "word "
-        finally:
-            closed.set()
-
-    with (place / "two.mp4").open("rb") as file:
-        path = httpx.post(f"{url}gradio_api/upload", files={"files": file}).json()[0]
-    monkeypatch.setattr(chat, "stream_prepared", without_end)
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, FIRST, [], 6, 1, 0, 8]
+    data = [uploaded(url, place / "two.mp4"), FIRST, [], 6, 1, 0, 8]
+    closed = answer_without_end(chat, monkeypatch)
     called = httpx.post(f"{url}gradio_api/call/ask", json={"data": data}).json()["event_id"]
     with httpx.stream("GET", f"{url}gradio_api/call/ask/{called}", timeout=60) as reply:
         next(line for line in reply.iter_lines() if "word" in line)
@@ -167,8 +151,6 @@ def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, ch
         return see(*asked)
 
     monkeypatch.setattr(chat, "see", slowly)
-    with (place / "two.mp4").open("rb") as file:
-        path = httpx.post(f"{api}/upload", files={"files": file}).json()[0]
 
     def run(**handlers: list[Any]) -> dict[str, Any]:
         """What each handler shows at last."""
@@ -184,7 +166,7 @@ def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, ch
                     last[events[message["event_id"]]] = message["output"]
         return last
 
-    run(begin=[{"path": path, "meta": {"_type": "gradio.FileData"}}, None])
+    run(begin=[uploaded(url, place / "two.mp4"), None])
     last = run(run=[None, 5], run_3=[None, FIRST, 5, 1, 0, 8])  # look and ask
     assert list(last) == ["run", "run_3"] and len(read) == 1
     assert chat.ask(place / "two.mp4", FIRST, num_frames=5).text in json.dumps(last["run_3"], ensure_ascii=False)
@@ -277,7 +259,7 @@ def test_neither_is_the_programs_own_folder_open(url: str) -> None:
 )
 def test_no_question_about_a_file_that_was_not_uploaded(url: str, place: Path, form: str) -> None:
     path = form.format(secret=place / "secret.txt", uploads=place / "uploads", video=place / "two.mp4")
-    reply = call(url, {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}, FIRST, [], 6, 1, 0, 8]})
+    reply = call(url, {"data": [medium(path), FIRST, [], 6, 1, 0, 8]})
     assert SECRET not in reply.text
     assert reply.status_code == 400
 

@@ -7,9 +7,8 @@ import pytest
 
 from stllm.conversation.decoding import Decoding
 from stllm.processors.templates import Turn
-from stllm.serving.limits import Limits
-from stllm.serving.replies import ApiError
-from stllm.serving.requests import Asked, parse_request
+from stllm.serving.completions import Asked, parse_request
+from stllm.serving.limits import ApiError, Limits
 from tests.helpers.serving import user
 
 LIMITS = Limits(text_characters=200, frames=32, new_tokens=100)

@@ -8,9 +8,7 @@ import pytest
 from PIL import Image
 
 from stllm.media.info import MediaError
-from stllm.serving.limits import Limits
-from stllm.serving.media import fetch_medium
-from stllm.serving.replies import ApiError
+from stllm.serving.limits import ApiError, Limits, fetch_medium
 from tests.helpers.videos import write_video
 
 
