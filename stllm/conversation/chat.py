@@ -21,7 +21,7 @@ from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.jsonl import loads
-from stllm.conversation.decoding import Decoding, NaNWatch
+from stllm.conversation.decoding import Decoding, NaNWatch, StopWhen
 from stllm.conversation.requests import (
     Answer,
     ClipReader,
@@ -33,7 +33,6 @@ from stllm.conversation.requests import (
     Stamp,
     num_positions,
 )
-from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.media.clip import Clip
 from stllm.models.configuration import STLLMConfig
 from stllm.models.settings import explicit_settings
@@ -124,6 +123,8 @@ class Chat:
         self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
     ) -> Generator[str, None, Tensor]:
         """Do the same for a prepared request. stop: ends it, too, when it is set. Returns the new ids, (1, A)."""
+        from stllm.conversation.streaming import stream_answer
+
         decoding.check_streaming()
 
         def generate(**more: Any) -> Tensor:

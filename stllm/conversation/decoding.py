@@ -2,10 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+)
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.schema import CONTEXTS, PUBLISHED
@@ -111,6 +118,16 @@ class Decoding:
         if self.repetition_penalty != 1:
             penalties.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         return {"generation_config": config, "logits_processor": penalties}
+
+
+class StopWhen(StoppingCriteria):
+    """Ends generation once the event is set, because nobody listens any more."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=bool)
 
 
 class NaNWatch(LogitsProcessor):
