@@ -3,16 +3,18 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from stllm.commands.options import Command, Parser, whole
-from stllm.commands.serve import add_serving
+from stllm.commands.options import Command, Parser, add_address, add_model, add_reading_limits, whole
 
 if TYPE_CHECKING:
     from stllm.serving.listening import Host
 
 
 def add_options(parser: Parser) -> None:
-    limits = add_serving(parser, port=7860, waiting=32, whose=" of one user")
+    add_model(parser)
+    add_address(parser, port=7860)
+    limits = parser.add_argument_group("limits of one user")
     limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help="of an upload (default: 256)")
+    add_reading_limits(limits, shortest=1, waiting=32, fewest=1)
 
 
 def run(args: argparse.Namespace) -> int:

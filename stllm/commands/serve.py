@@ -3,18 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from stllm.commands.options import (
-    EMBEDDED,
-    Command,
-    Parser,
-    add_address,
-    add_checkpoint,
-    add_config,
-    add_context,
-    number,
-    path,
-    whole,
-)
+from stllm.commands.options import Command, Parser, add_address, add_model, add_reading_limits, path, whole
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
 
@@ -23,48 +12,18 @@ if TYPE_CHECKING:
 
 
 def add_options(parser: Parser) -> None:
-    group = add_serving(parser, port=8000, waiting=16, whose="")
-    group.add_argument(
+    add_model(parser)
+    add_address(parser, port=8000)
+    words = "folder of which clients may name files (default: none, clients send what they ask about)"
+    parser.add_argument("--media-root", type=path, metavar="DIR", help=words)
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
         "--max-media-mb", type=whole(1), default=100, metavar="MB", help="of a video or image (default: 100)"
     )
-    group.add_argument(
+    limits.add_argument(
         "--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of the longest answer (default: 1024)"
     )
-    parser.add_argument(
-        "--media-root",
-        type=path,
-        metavar="DIR",
-        help="folder of which clients may name files (default: none, clients send what they ask about)",
-    )
-
-
-def add_serving(parser: Parser, *, port: int, waiting: int, whose: str) -> argparse._ArgumentGroup:
-    """Add the options that the server and the page share. whose: end of the limits' title. Return their group."""
-    add_checkpoint(parser, EMBEDDED)
-    add_config(parser, "what the checkpoint says")
-    add_address(parser, port=port)
-    parser.add_argument(
-        "--num-frames",
-        type=whole(1),
-        metavar="N",
-        help="frames of a video, unless a request sets them (default: the checkpoint's own)",
-    )
-    add_context(parser)
-    limits = parser.add_argument_group(f"limits{whose}")
-    limits.add_argument(
-        "--max-seconds", type=number(0), default=1800.0, metavar="SECONDS", help="of a video (default: 1800)"
-    )
-    limits.add_argument(
-        "--max-read-seconds",
-        type=number(1),
-        default=60.0,
-        metavar="SECONDS",
-        help="for decoding a video or image (default: 60)",
-    )
-    limits.add_argument(
-        "--queue-size", type=whole(0), default=waiting, metavar="N", help=f"requests that may wait (default: {waiting})"
-    )
-    return limits
+    add_reading_limits(limits, shortest=0, waiting=16, fewest=0)
 
 
 def run(args: argparse.Namespace) -> int:

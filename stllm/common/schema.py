@@ -30,6 +30,7 @@ from stllm.common.registry import Registry
 MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage takes
 ROOTS = ("anno_root", "media_root", "features_root")  # texts directly under `datasets`
 PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
+CONTEXTS = PUBLISHED, ALL = "published", "all"  # rules for long prompts, see conversation/requests.py
 
 
 def _key(default: Any, **about: Any) -> Any:
@@ -244,7 +245,7 @@ class EvaluationSettings:
     num_beams: int | None = _key(None, low=1)
     max_new_tokens: int | None = _key(None, low=1)
     repetition_penalty: float | None = None
-    context: str = _key("published", choices=("published", "all"))  # conversation/context.py
+    context: str = _key(PUBLISHED, choices=CONTEXTS)
 
     # Speed
     batch_size: int = _key(8, low=1)  # questions answered at once

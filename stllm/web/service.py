@@ -19,7 +19,7 @@ from typing import Any
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.evidence import Evidence
+from stllm.conversation.evidence import Evidence, measure_evidence
 from stllm.conversation.requests import Media, Prepared, Request, Seen
 from stllm.media.clip import Clip
 from stllm.media.views import FORWARD, VIEWS
@@ -151,7 +151,7 @@ class Service:
         _check_is_video(film, "evidence over time")
         yield replace(progress, note="Leaving out one part of the video after the other…")
         request = Request(turns, film.media)
-        found = self.chat.measure_evidence(request, answer, decoding=decoding, seen=see(FORWARD), stop=stop)
+        found = measure_evidence(self.chat, request, answer, decoding=decoding, seen=see(FORWARD), stop=stop)
         yield replace(progress, evidence=found)
 
     def explain(self, error: Exception) -> str:
