@@ -365,6 +365,9 @@ class VideoSource:
         import av
         from av.error import FFmpegError
 
+        # A log message of a decoding thread would wait for Python's lock, which this thread holds while it waits for
+        # the decoding threads to end. PyAV logs nothing by default, but torchvision 0.21 switches logging on.
+        av.logging.set_level(None)
         path, limits = self.path, decoder_options()
         if kind_of(self._head) == "text":
             found = " ".join(self._head[:200].decode("utf-8", "replace").split())[:40]

@@ -38,6 +38,7 @@ def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
         first.save(path, save_all=True, append_images=others, duration=GIF_DELAY, loop=0)
         return
     codec, options = encoder(path.suffix)
+    av.logging.set_level(None)  # logging may block the encoding threads, see media/video.py
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream(codec, rate=fps, options={**options, "threads": "1"})
         stream.height, stream.width = clip.shape[1:3]

@@ -397,6 +397,13 @@ def test_hidden_vp8_frames_are_no_frames(tmp_path: Path) -> None:
         assert codes(reader, [3, 19, 0, 11]) == [3, 19, 0, 11]
 
 
+def test_reading_switches_off_logging_that_can_block_the_decoding_threads(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", num_frames=8)
+    av.logging.set_level(av.logging.ERROR)  # as torchvision 0.21 does when it is imported
+    PyAvReader(path).close()
+    assert av.logging.get_level() is None
+
+
 def test_one_frame_is_a_video(tmp_path: Path) -> None:
     with PyAvReader(write_video(tmp_path / "one.mp4", num_frames=1)) as reader:
         assert reader.info.num_frames == 1
