@@ -11,83 +11,58 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from stllm import __version__
-from stllm.commands import (
-    chat,
-    convert,
-    demo,
-    doctor,
-    evaluate,
-    extract,
-    inspect,
-    judge,
-    serve,
-    table,
-    toy,
-    train,
-    verify,
-)
 from stllm.commands.options import Command, Parser, device_name, gpu_number, whole
 from stllm.common.device import DTYPE_ALIASES, DTYPES, resolve_device, seed_everything
 from stllm.common.errors import did_you_mean, sentence
-from stllm.common.logging import escape_traceback, escaped_output, working
+from stllm.common.logging import escape_traceback, escaped_output, setup_logging, working
+from stllm.common.processes import end_with_launcher
 
-COMMANDS: dict[str, Command] = {  # in the order of --help
-    "chat": chat.COMMAND,
-    "demo": demo.COMMAND,
-    "serve": serve.COMMAND,
-    "train": train.COMMAND,
-    "extract": extract.COMMAND,
-    "convert": convert.COMMAND,
-    "inspect": inspect.COMMAND,
-    "verify": verify.COMMAND,
-    "doctor": doctor.COMMAND,
-    "toy": toy.COMMAND,
-    "evaluate": evaluate.COMMAND,
-    "table": table.COMMAND,
-    "judge": judge.COMMAND,
-}
+COMMANDS = (  # modules of stllm.commands, in the order of --help
+    *("chat", "demo", "serve", "train", "extract", "convert", "inspect", "verify", "doctor", "toy"),
+    *("evaluate", "table", "judge"),
+)
+
+
+def command_of(name: str) -> Command:
+    """Return the command of that name."""
+    command: Command = import_module(f"stllm.commands.{name}").COMMAND
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code. Raises only under `--debug`."""
+    """Run one command line and return its exit code. Raises only under `--debug`."""
     with escaped_output():
-        return _main(argv)
+        words = _hyphenated(sys.argv[1:] if argv is None else argv)
+        parser = build_parser(words[:1] if words[:1] and words[0] in COMMANDS else COMMANDS)
+        try:
+            args, unknown = parser.parse_known_args(words)
+            command = command_of(args.command)
+            fault = _unknown(unknown, args, command.example) or command.check(args)
+            if fault:
+                parser.exit(2, f"stllm {args.command}: error: {fault}\n")
+        except SystemExit as stop:  # argparse has printed its help or its complaint
+            return int(stop.code or 0)
+        try:
+            return _run(command, args)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except Exception as error:
+            if args.debug:
+                escape_traceback()
+                raise
+            print(f"error: {sentence(error)}", file=sys.stderr)
+            return 1
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    parser = build_parser()
-    try:
-        args, unknown = parser.parse_known_args(_hyphenated(sys.argv[1:] if argv is None else argv))
-        fault = _unknown(unknown, args) or COMMANDS[args.command].check(args)
-        if fault:
-            parser.exit(2, f"stllm {args.command}: error: {fault}\n")
-    except SystemExit as stop:  # argparse has printed its help or its complaint
-        return int(stop.code or 0)
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:
-        if args.debug:
-            escape_traceback()
-            raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        return 1
-
-
-def _run(args: argparse.Namespace) -> int:
-    from stllm.common.logging import setup_logging
-    from stllm.common.processes import end_with_launcher
-
+def _run(command: Command, args: argparse.Namespace) -> int:
     end_with_launcher()
     if "WORLD_SIZE" in os.environ and "local_rank" in args:  # LOCAL_RANK alone would promise a launcher
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     setup_logging(debug=args.debug)
-    command = COMMANDS[args.command]
     with working("starting"):  # torch and transformers alone take seconds to import
         import_module(command.needs)
         seed_everything(args.seed or 0)
@@ -98,20 +73,20 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _unknown(words: Sequence[str], args: argparse.Namespace) -> str | None:
-    """What is said of words that the command does not take; None where there are none."""
+def _unknown(words: Sequence[str], args: argparse.Namespace, example: str) -> str | None:
+    """Return the complaint about words that the command does not take; None where there are none."""
     if not words:
         return None
     known = [f"--{name.replace('_', '-')}" for name in vars(args)]
     name = words[0].partition("=")[0]
     if name in known:  # a value that is given by its place
-        return f"found {name}, which stllm {args.command} takes without a name, as in: {COMMANDS[args.command].example}"
+        return f"found {name}, which stllm {args.command} takes without a name, as in: {example}"
     hint = did_you_mean(name, known)
     return f"found {' '.join(words)}, which stllm {args.command} --help does not list{hint}"
 
 
 def _hyphenated(argv: Sequence[str]) -> list[str]:
-    """Option names with hyphens for underscores, as in the published command lines: --ckpt_path is --ckpt-path."""
+    """Write option names with hyphens for underscores, which the published command lines have: --ckpt_path."""
     result: list[str] = []
     for position, word in enumerate(argv):
         if word == "--":
@@ -121,13 +96,14 @@ def _hyphenated(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
+def build_parser(names: Sequence[str] = COMMANDS) -> Parser:
+    """Return the parser of a command line. names: the commands that it knows; modules of others are not imported."""
     parser = Parser(prog="stllm", description="ST-LLM: questions about videos, answered.", allow_abbrev=False)
     _add_local_rank(parser)
     parser.add_argument("--version", action="version", version=f"stllm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
+    for name in names:
+        command = command_of(name)
         sub = commands.add_parser(
             name,
             help=command.help,
@@ -143,28 +119,14 @@ def build_parser() -> Parser:
 
 def _add_common(parser: Parser) -> None:
     group = parser.add_argument_group("common options")
-    device = group.add_mutually_exclusive_group()
-    device.add_argument(
-        "--device", type=device_name, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
-    )
-    device.add_argument(
-        "--gpu-id",
-        dest="device",
-        type=gpu_number,
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help="the same as --device cuda:N",
-    )
-    group.add_argument(
-        "--dtype",
-        choices=(*DTYPES, *DTYPE_ALIASES),
-        default="auto",
-        metavar="TYPE",
-        help=f"{', '.join(DTYPES)} (default: auto)",
-    )
-    group.add_argument(
-        "--seed", type=whole(0), metavar="N", help="seed of everything random (default: 0, in training run.seed)"
-    )
+    device, words = group.add_mutually_exclusive_group(), "auto, cpu, cuda, cuda:N or mps (default: auto)"
+    device.add_argument("--device", type=device_name, default="auto", help=words)
+    words, absent = "the same as --device cuda:N", argparse.SUPPRESS
+    device.add_argument("--gpu-id", dest="device", type=gpu_number, metavar="N", default=absent, help=words)
+    types, words = (*DTYPES, *DTYPE_ALIASES), f"{', '.join(DTYPES)} (default: auto)"
+    group.add_argument("--dtype", choices=types, default="auto", metavar="TYPE", help=words)
+    words = "seed of everything random (default: 0, in training run.seed)"
+    group.add_argument("--seed", type=whole(0), metavar="N", help=words)
     group.add_argument(
         "--options",
         "--cfg-options",
@@ -179,5 +141,5 @@ def _add_common(parser: Parser) -> None:
 
 
 def _add_local_rank(parser: Parser) -> None:
-    """`--local-rank`, as launchers add it: torch.distributed.launch and deepspeed before the command."""
+    """Add `--local-rank`, which torch.distributed.launch and deepspeed put before the command."""
     parser.add_argument("--local-rank", type=int, metavar="N", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

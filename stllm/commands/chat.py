@@ -1,18 +1,26 @@
-"""`stllm chat` on the command line."""
+"""`stllm chat`: questions on the command line, at an interactive prompt, as a stream, or as JSON lines."""
 
 import argparse
+import io
+import json
+import shlex
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from stllm.commands.options import (
-    EMBEDDED,
-    Command,
-    Parser,
-    add_checkpoint,
-    add_config,
-    add_context,
-    number,
-    path,
-    whole,
-)
+from stllm.commands.options import Command, Parser, add_model, number, path, whole
+from stllm.common.errors import UserError, sentence, unknown_name
+from stllm.common.logging import working
+
+if TYPE_CHECKING:
+    from stllm.conversation.chat import Chat, Conversation
+    from stllm.conversation.requests import Media, Request
+
+PROMPT_COMMANDS = ("/video", "/image", "/new", "/help", "/quit")
+HELP = "Ask about the video. /video PATH or /image PATH takes another, /new begins anew, /quit leaves."
 
 
 def add_options(parser: Parser) -> None:
@@ -26,27 +34,16 @@ def add_options(parser: Parser) -> None:
         metavar="TEXT",
         help="repeat it for several questions in one conversation; without it: an interactive prompt",
     )
-    add_checkpoint(parser, EMBEDDED)
-    add_config(parser, "what the checkpoint says")
-    parser.add_argument(
-        "--reader", metavar="NAME", help="what decodes a video file: auto, pyav or decord (default: auto)"
-    )
+    add_model(parser)
+    decoders = "auto, pyav or decord (default: auto)"
+    parser.add_argument("--reader", metavar="NAME", help=f"what decodes a video file: {decoders}")
     parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video from here on")
     parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video up to here")
-    parser.add_argument(
-        "--num-frames",
-        type=whole(1),
-        metavar="N",
-        help="frames taken from the video (default: the checkpoint's own)",
-    )
     parser.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy (default: 5)")
-    parser.add_argument(
-        "--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer (default: 300)"
-    )
-    parser.add_argument(
-        "--temperature", type=number(0), metavar="T", help="sample, at this temperature (default: 0, do not)"
-    )
-    add_context(parser)
+    longest = "tokens of the longest answer (default: 300)"
+    parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help=longest)
+    sampling = "sample, at this temperature (default: 0, do not)"
+    parser.add_argument("--temperature", type=number(0), metavar="T", help=sampling)
     parser.add_argument(
         "--evidence",
         type=path,
@@ -71,10 +68,194 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, which is in stllm.conversation.command; returns its exit code."""
-    from stllm.conversation.command import run
+    """Answer the given questions, or open the interactive prompt; without any option, answer the examples first.
 
-    return run(args)
+    Raises UserError.
+    """
+    from stllm.conversation.chat import FOLDER, chosen_checkpoint, load_chat
+    from stllm.conversation.decoding import Decoding
+
+    checkpoint = chosen_checkpoint(args)
+    given = args.video or args.image
+    media = None if given is None else _media(given, args, start=args.start, end=args.end)
+    Decoding().with_options(**_decoding_options(args))  # a contradiction shows before the model is loaded
+    with working("loading the model"):
+        chat = load_chat(checkpoint, cfg_path=args.cfg_path, options=args.options, device=args.device, dtype=args.dtype)
+    conversation = _begin(chat, args, media)
+    if not args.question:
+        nothing_named = checkpoint == FOLDER and media is None and args.evidence is None
+        return _interactive(conversation, args, examples=nothing_named)
+    for question in args.question:
+        _answer(conversation, question, args)
+    return 0
+
+
+def _media(path: str, args: argparse.Namespace, *, start: float | None = None, end: float | None = None) -> "Media":
+    """Return the medium of that path, checked. Raises UserError."""
+    from stllm.conversation.requests import Media
+
+    media = Media(path=path, num_frames=args.num_frames, start=start, end=end, reader=args.reader or "auto")
+    with working("looking"):
+        media.check()
+    return media
+
+
+def _decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "temperature", "context", "stream")}
+
+
+def _begin(chat: "Chat", args: argparse.Namespace, media: "Media | None") -> "Conversation":
+    conversation = chat.conversation(**_decoding_options(args))
+    conversation.reset(media)
+    return conversation
+
+
+def _answer(conversation: "Conversation", question: str, args: argparse.Namespace) -> None:
+    request = conversation.request(question)
+    if args.stream:
+        pieces = conversation.stream(question)
+        with working("looking and answering"):
+            first = next(pieces, "")
+        for piece in chain([first], pieces):
+            print(piece, end="", flush=True)
+        print()
+        _evidence(conversation, request, args)
+        return
+    with working("looking and answering"):
+        answer = conversation.ask(question)
+    if answer.cut.total:
+        print(f"note: {answer.cut}", file=sys.stderr)
+    if not args.json:
+        print(answer.text, flush=True)
+    evidence = _evidence(conversation, request, args)
+    if args.json:
+        line = {
+            "video": answer.video,
+            "question": answer.question,
+            "answer": answer.text,
+            "frame_times": [round(seconds, 3) for seconds in answer.frame_times],
+            "visual_tokens": answer.visual_tokens,
+            "cut_tokens": asdict(answer.cut),
+            "seconds": {stage: round(seconds, 3) for stage, seconds in answer.seconds.items()},
+            **evidence,
+        }
+        ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+        print(json.dumps(line, ensure_ascii=ascii_only), flush=True)
+
+
+def _evidence(conversation: "Conversation", request: "Request", args: argparse.Namespace) -> dict[str, Any]:
+    """Draw the evidence for the last answer, where --evidence asks for it, and return its part of the JSON line."""
+    if args.evidence is None or request.media is None:
+        return {}
+    from stllm.conversation.evidence import draw_evidence, filmstrip, measure_evidence
+
+    figure, chat = Path(args.evidence), conversation.chat
+    if (turns := len(conversation.turns)) > 1:
+        figure = figure.with_stem(f"{figure.stem}-{turns}")
+    with working("looking for evidence"):
+        answer = conversation.turns[-1].answer
+        evidence = measure_evidence(chat, request, answer, decoding=conversation.decoding)
+        draw_evidence(figure, evidence, filmstrip(request.media, chat.num_frames))
+    if evidence.supports:
+        seconds = evidence.times[evidence.segments[evidence.peak][0]]
+        words = f"most evidence at {seconds:.1f} s, {max(evidence.scores):+.3g} nats"
+    elif evidence.matters:
+        words = "no part of the video speaks for this answer: leaving any out makes it no less likely"
+    else:
+        words = f"no part of the video matters to this answer: no difference exceeds {evidence.bound:.2g} nats"
+    if evidence.cut:
+        words += f" ({len(evidence.cut)} of {len(evidence.segments)} parts were cut from the prompt)"
+    print(f"{figure}: {words}", file=sys.stderr)
+    return {
+        "evidence": {
+            "figure": str(figure),
+            "log_probability": round(evidence.log_probability, 4),
+            "scores": [round(score, 4) for score in evidence.scores],
+            "segments": evidence.segments,
+            "matters": evidence.matters,
+            "bound": round(evidence.bound, 4),
+            "cut": evidence.cut,
+        }
+    }
+
+
+def _interactive(conversation: "Conversation", args: argparse.Namespace, *, examples: bool) -> int:
+    """Read lines until /quit or the end of input; a failed or interrupted line leaves the conversation unchanged.
+
+    A person continues after an error and leaves with 0; lines from a pipe are all tried, and the code is 1 if one
+    failed. examples: shown to a person before the first line, and where no line comes.
+    """
+    person = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the engine refuses bytes that are no UTF-8
+    if person:
+        if examples:
+            _show_examples(conversation.chat, args)
+        print(HELP, file=sys.stderr)
+        with suppress(ImportError):
+            import readline  # noqa: F401  # `input` gets line editing and a history by it
+    # The prompt goes to the terminal and never among the answers.
+    prompt, to_stdout = "> " if person else "", sys.stdout.isatty()
+    failed, asked = False, person
+    while True:
+        if not to_stdout:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        try:
+            line = input(prompt if to_stdout else "").strip()
+        except EOFError:
+            if person:
+                print(file=sys.stderr)
+            break
+        if line == "/quit":
+            break
+        asked = True
+        try:
+            _obey(conversation, line, args)
+        except Exception as error:
+            if args.debug or isinstance(error, BrokenPipeError):
+                raise
+            print(f"error: {sentence(error)}", file=sys.stderr)
+            failed = True
+    if examples and not asked:
+        _show_examples(conversation.chat, args)
+    return int(failed and not person)
+
+
+def _show_examples(chat: "Chat", args: argparse.Namespace) -> None:
+    """Answer a question about each clip that comes with the package."""
+    from stllm.conversation.chat import find_examples
+
+    for clip, question in find_examples():
+        if not args.json:
+            print(f"{clip}\n  {question}", end="\n  > ", flush=True)
+        _answer(_begin(chat, args, _media(str(clip), args)), question, args)
+
+
+def _obey(conversation: "Conversation", line: str, args: argparse.Namespace) -> None:
+    """Obey a command, or answer a question, of the interactive prompt. Ctrl-C ends the answer, not the session."""
+    command, _, rest = line.partition(" ")
+    if command == "/new":
+        conversation.reset(conversation.media)
+    elif command in ("/video", "/image"):
+        named = rest.strip()
+        if named and not Path(named).exists():  # quoted or escaped for a shell, as terminals do with dropped files
+            with suppress(ValueError):
+                words = shlex.split(named)
+                named = words[0] if len(words) == 1 else named
+        conversation.reset(_media(named, args))
+    elif command == "/help":
+        print(HELP, file=sys.stderr)
+    elif command.startswith("/"):
+        raise UserError(unknown_name("command", command, PROMPT_COMMANDS))
+    elif line and conversation.media is None:
+        raise UserError("there is no video yet: name one with /video PATH")
+    elif line:
+        try:
+            _answer(conversation, line, args)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print("\ninterrupted; /quit leaves", file=sys.stderr)
 
 
 COMMAND = Command(
@@ -82,6 +263,6 @@ COMMAND = Command(
     example='stllm chat --ckpt-path DIR --video clip.mp4 --question "What happens?"',
     add_options=add_options,
     run=run,
-    needs="stllm.conversation.command",
+    needs="stllm.conversation.chat",
     check=check,
 )

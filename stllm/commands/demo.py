@@ -2,42 +2,15 @@
 
 import argparse
 
-from stllm.commands.options import (
-    EMBEDDED,
-    Command,
-    Parser,
-    add_address,
-    add_checkpoint,
-    add_config,
-    add_context,
-    number,
-    whole,
-)
+from stllm.commands.options import Command, Parser, add_address, add_model, add_reading_limits, whole
 
 
 def add_options(parser: Parser) -> None:
-    add_checkpoint(parser, EMBEDDED)
-    add_config(parser, "what the checkpoint says")
+    add_model(parser)
     add_address(parser, port=7860)
-    parser.add_argument(
-        "--num-frames", type=whole(1), metavar="N", help="frames of a video at first (default: the checkpoint's own)"
-    )
-    add_context(parser)
     limits = parser.add_argument_group("limits of one user")
     limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help="of an upload (default: 256)")
-    limits.add_argument(
-        "--max-seconds", type=number(1), default=1800.0, metavar="SECONDS", help="of a video (default: 1800)"
-    )
-    limits.add_argument(
-        "--max-read-seconds",
-        type=number(1),
-        default=60.0,
-        metavar="SECONDS",
-        help="for decoding a video or image (default: 60)",
-    )
-    limits.add_argument(
-        "--queue-size", type=whole(1), default=32, metavar="N", help="requests that may wait (default: 32)"
-    )
+    add_reading_limits(limits, shortest=1, waiting=32, fewest=1)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.options import Command, Parser, add_allow_pipe, add_media_seconds, path, whole
+from stllm.commands.options import Command, Parser, add_allow_pipe, add_media_seconds, add_workers, path
 from stllm.common.schema import MEDIA_SECONDS, benchmark_names
 
 DOCTOR_FORMATS = ("vc2", *benchmark_names(), "videoqa", "shards")
@@ -39,9 +39,7 @@ def add_options(parser: Parser) -> None:
         default="first",
         help="how far media are read: size alone, first frame and length, or every frame (default: first)",
     )
-    parser.add_argument(
-        "--num-workers", type=whole(0), metavar="N", help="processes; 0: this one alone (default: one a core, up to 8)"
-    )
+    add_workers(parser, "processes; 0: this one alone (default: one a core, up to 8)")
     add_media_seconds(parser, f"{MEDIA_SECONDS:g}; with --decode all: {12 * MEDIA_SECONDS:g}")
     add_allow_pipe(parser)
     parser.add_argument("--all", action="store_true", help="list every fault, not the first 20 of each kind")

@@ -9,6 +9,7 @@ from stllm.commands.options import (
     add_config,
     add_context,
     add_media_seconds,
+    add_workers,
     names,
     path,
     whole,
@@ -21,7 +22,7 @@ def add_options(parser: Parser) -> None:
     known = benchmark_names()
     parser.add_argument("benchmark", choices=known, metavar="BENCH", help=", ".join(known))
     add_checkpoint(parser)
-    add_config(parser, "what the checkpoint says")
+    add_config(parser)
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
     files.add_argument(
         "--anno-path", "--gt-file", type=path, metavar="PATH", help="the ground truth: a file, or MVBench's folder"
@@ -46,9 +47,7 @@ def add_options(parser: Parser) -> None:
     probes.add_argument("--permute", action="store_true", help="options in every rotation: does it favour a letter?")
     speed = parser.add_argument_group("speed (no answer depends on it)")
     speed.add_argument("--batch-size", type=whole(1), metavar="N", help="questions answered at once (default: 8)")
-    speed.add_argument(
-        "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
-    )
+    add_workers(speed)
     add_media_seconds(speed)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.options import Command, Parser, add_allow_pipe, add_media_seconds, path, whole
+from stllm.commands.options import Command, Parser, add_allow_pipe, add_media_seconds, add_workers, path, whole
 
 
 def add_options(parser: Parser) -> None:
@@ -17,12 +17,9 @@ def add_options(parser: Parser) -> None:
         help="what to keep: the encoder's output, or that of a Q-Former that reads no text, which is smaller "
         "(default: vit)",
     )
-    parser.add_argument(
-        "--batch-size", type=whole(1), default=8, metavar="N", help="clips encoded at once (default: 8)"
-    )
-    parser.add_argument(
-        "--num-workers", type=whole(0), metavar="N", help="processes that decode (default: one a core, up to 8)"
-    )
+    words = "clips encoded at once (default: 8)"
+    parser.add_argument("--batch-size", type=whole(1), default=8, metavar="N", help=words)
+    add_workers(parser)
     add_media_seconds(parser, "run.media_seconds of the configuration")
     add_allow_pipe(parser)
 

@@ -20,7 +20,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "path", nargs="?", type=path, metavar="PATH", help="a checkpoint: a file or folder of any known layout"
     )
-    add_config(parser, "what the checkpoint says")
+    add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

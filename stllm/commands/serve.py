@@ -2,54 +2,22 @@
 
 import argparse
 
-from stllm.commands.options import (
-    EMBEDDED,
-    Command,
-    Parser,
-    add_address,
-    add_checkpoint,
-    add_config,
-    add_context,
-    number,
-    path,
-    whole,
-)
+from stllm.commands.options import Command, Parser, add_address, add_model, add_reading_limits, path, whole
 
 
 def add_options(parser: Parser) -> None:
-    add_checkpoint(parser, EMBEDDED)
-    add_config(parser, "what the checkpoint says")
+    add_model(parser)
     add_address(parser, port=8000)
-    parser.add_argument(
-        "--media-root",
-        type=path,
-        metavar="DIR",
-        help="folder of which clients may name files (default: none, clients send what they ask about)",
-    )
-    parser.add_argument(
-        "--num-frames", type=whole(1), metavar="N", help="frames of a video (default: the checkpoint's own)"
-    )
-    add_context(parser)
+    words = "folder of which clients may name files (default: none, clients send what they ask about)"
+    parser.add_argument("--media-root", type=path, metavar="DIR", help=words)
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-media-mb", type=whole(1), default=100, metavar="MB", help="of a video or image (default: 100)"
     )
     limits.add_argument(
-        "--max-seconds", type=number(0), default=1800.0, metavar="SECONDS", help="of a video (default: 1800)"
-    )
-    limits.add_argument(
-        "--max-read-seconds",
-        type=number(1),
-        default=60.0,
-        metavar="SECONDS",
-        help="for decoding a video or image (default: 60)",
-    )
-    limits.add_argument(
         "--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of the longest answer (default: 1024)"
     )
-    limits.add_argument(
-        "--queue-size", type=whole(0), default=16, metavar="N", help="requests that may wait (default: 16)"
-    )
+    add_reading_limits(limits, shortest=0, waiting=16, fewest=0)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stllm.commands.options import Command, Parser, path, whole
+from stllm.commands.options import Command, Parser, add_workers, path, whole
 
 
 def add_options(parser: Parser) -> None:
@@ -20,12 +20,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument(
         "--size", type=whole(64, 112), default=64, metavar="N", help="pixels a side, even, 64 to 112 (default: 64)"
     )
-    parser.add_argument(
-        "--num-workers",
-        type=whole(0),
-        metavar="N",
-        help="processes that draw; 0: this one (default: one a core, up to 16)",
-    )
+    add_workers(parser, "processes that draw; 0: this one (default: one a core, up to 16)")
     parser.add_argument("--long", action="store_true", help="rare events in clips of 64 frames beside the other tasks")
     parser.add_argument(
         "--benchmarks",

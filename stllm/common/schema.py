@@ -30,6 +30,7 @@ MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage
 ROOTS = ("anno_root", "media_root", "features_root")  # texts directly under `datasets`
 TEXTS = ("instruction", "shards")  # keys of a data set that take a text or a list
 PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
+CONTEXTS = PUBLISHED, ALL = "published", "all"  # rules for long prompts, see conversation/requests.py
 JSON_FILES = ("deepspeed", "fsdp_config")  # of `run`: mappings, or the names of files that hold them
 
 
@@ -256,7 +257,7 @@ class EvaluationSettings:
     num_beams: int | None = _within(None, 1)
     max_new_tokens: int | None = _within(None, 1)
     repetition_penalty: float | None = None
-    context: str = _one_of("published", "published", "all")  # conversation/context.py
+    context: str = _one_of(PUBLISHED, *CONTEXTS)
 
     # Speed
     batch_size: int = _within(8, 1)  # questions answered at once

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,16 +21,7 @@ from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.jsonl import loads
-from stllm.conversation.context import PUBLISHED, has_position_table, num_positions
-from stllm.conversation.decoding import Decoding, NaNWatch
-from stllm.conversation.evidence import (
-    MAX_POSITIONS,
-    MAX_SEGMENTS,
-    Evidence,
-    smallest_difference,
-    split_frames,
-    without,
-)
+from stllm.conversation.decoding import Decoding, NaNWatch, StopWhen
 from stllm.conversation.requests import (
     Answer,
     ClipReader,
@@ -38,13 +29,11 @@ from stllm.conversation.requests import (
     Media,
     Prepared,
     Request,
-    RequestError,
     Seen,
     Stamp,
+    num_positions,
 )
-from stllm.conversation.streaming import StopWhen, stream_answer
 from stllm.media.clip import Clip
-from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
 from stllm.models.settings import explicit_settings
 from stllm.models.st_llm import STLLM, config_of
@@ -52,6 +41,9 @@ from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences
 from stllm.processors.templates import Turn
 from stllm.processors.transforms import EvalTransform
+
+if TYPE_CHECKING:
+    from stllm.conversation.evidence import Evidence
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +100,12 @@ class Chat:
         media = None if path is None else Media(path=str(path), **media_options)
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
 
-    def evidence(self, path: str | Path, question: str, answer: str | None = None, **options: Any) -> Evidence:
+    def evidence(self, path: str | Path, question: str, answer: str | None = None, **options: Any) -> "Evidence":
         """Measure what an answer rests on, over time; the model's own answer by default. Options as for `ask`."""
+        from stllm.conversation.evidence import measure_evidence
+
         conversation = self.conversation(path, **options)
-        return self.measure_evidence(conversation.request(question), answer, decoding=conversation.decoding)
+        return measure_evidence(self, conversation.request(question), answer, decoding=conversation.decoding)
 
     def answer(self, requests: Sequence[Request], decoding: Decoding | None = None) -> list[Answer]:
         """Answer a batch of requests in one generation; the answers are the same as one at a time."""
@@ -129,6 +123,8 @@ class Chat:
         self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
     ) -> Generator[str, None, Tensor]:
         """Do the same for a prepared request. stop: ends it, too, when it is set. Returns the new ids, (1, A)."""
+        from stllm.conversation.streaming import stream_answer
+
         decoding.check_streaming()
 
         def generate(**more: Any) -> Tensor:
@@ -205,11 +201,8 @@ class Chat:
         positions = num_positions(text_config)
         if positions is not None and prepared.length > positions and not self._warned:
             self._warned = True
-            log.warning(
-                "a prompt has %d tokens, but the language model was trained for %d positions: answers may be noise",
-                prepared.length,
-                positions,
-            )
+            words = "a prompt has %d tokens, but the language model was trained for %d positions: answers may be noise"
+            log.warning(words, prepared.length, positions)
         if seen is None or request.media is None:
             return prepared
         if not bool(visual.isfinite().all()):
@@ -284,103 +277,6 @@ class Chat:
             return self.processor.piece_ids(request.pieces)
         return self.processor.prompt_ids(turns, media=kind, system=request.system)
 
-    # ---- measuring an answer ----------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def measure_evidence(
-        self,
-        request: Request,
-        answer: str | None = None,
-        *,
-        decoding: Decoding | None = None,
-        max_segments: int = MAX_SEGMENTS,
-        max_positions: int = MAX_POSITIONS,
-        seen: Seen | None = None,
-        stop: Event | None = None,
-    ) -> Evidence:
-        """Leave out one segment of the request's video at a time; see evidence.py.
-
-        answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
-        decoding: its context rule may cut the prompt; a segment is then left out of the rest of the prompt.
-        max_segments: a segment is one frame up to that many frames, several neighbours beyond.
-        max_positions: of one pass; the scores do not depend on it.
-        seen: the request's video, encoded. stop: ends the measurement when it is set.
-        Raises UserError for a request without a video of at least two frames, and when it was stopped, and what
-        `prepare` raises.
-        """
-        if request.media is None:
-            raise UserError("evidence over time was asked for without a video: name one")
-        seen = seen or self.see(request.media)
-        if len(seen.times) < 2:
-            raise UserError(
-                f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video"
-            )
-        decoding = decoding or self.decoding
-        prepared = self.prepare(request, decoding, seen)
-        text = self.complete([prepared], decoding, stop)[0].text if answer is None else answer
-        ids = self.answer_ids(request, text)
-        config = self.model.config.text_config
-        positions = num_positions(config)
-        bounded = decoding.context == PUBLISHED or has_position_table(config)
-        if positions is not None and bounded and prepared.length + len(ids) > positions:
-            raise RequestError(
-                f"the prompt has {prepared.length} tokens ({prepared.num_visual} of the video), but with the answer's "
-                f"{len(ids)} that is more than the language model's {positions} positions: give a shorter answer"
-            )
-        frames = self.frame_tokens(request, seen)  # (1, T, K, D)
-        segments = split_frames(len(seen.times), max_segments)
-        left = [without(self.model.video_input, frames, segment, prepared) for segment in segments]
-        variants = [replace(prepared, visual=visual) for visual, _ in left]
-        whole, *parts = self.log_probabilities([prepared, *variants], ids, max_positions=max_positions, stop=stop)
-        return Evidence(
-            question=request.turns[-1].question,
-            answer=text,
-            log_probability=whole,
-            times=seen.times,
-            segments=segments,
-            scores=[whole - part for part in parts],
-            bound=smallest_difference(self.model.dtype, whole, len(ids)),
-            cut=[number for number, (_, cut) in enumerate(left) if cut],
-        )
-
-    def answer_ids(self, request: Request, answer: str) -> list[int]:
-        """Return the answer's tokens and its end mark, as they follow the prompt in training; not cut."""
-        *before, last = request.turns
-        prompt = self.processor.prompt_ids(request.turns)
-        return self.processor.prompt_ids([*before, replace(last, answer=answer)])[len(prompt) :]
-
-    @torch.inference_mode()
-    def log_probabilities(
-        self,
-        prepared: Sequence[Prepared],
-        answer: Sequence[int],
-        *,
-        max_positions: int = MAX_POSITIONS,
-        stop: Event | None = None,
-    ) -> list[float]:
-        """Measure the answer's log probability in nats after each of the prompts, teacher-forced: nothing is sampled.
-
-        All rows in one padded pass, or in several where one would hold more than `max_positions`. The logits are
-        computed for one row at a time, and only for the A tokens of the answer.
-        Raises UserError when `stop` was set before a pass.
-        """
-        size = max(1, max_positions // (max(one.length for one in prepared) + len(answer)))
-        targets = torch.tensor(answer, device=self.model.device)
-        found: list[float] = []
-        for start in range(0, len(prepared), size):
-            if stop is not None and stop.is_set():
-                raise UserError("evidence over time was stopped before it was measured")
-            batch = self.batch(prepared[start : start + size], answer)
-            with self.lock:
-                embeds = self.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
-                hidden = lm.last_hidden_states(self.model.language_model, embeds, batch["attention_mask"])  # (B, S, D)
-                rows = hidden.flatten(0, 1).index_select(0, batch["label_positions"]).split(len(answer))
-                for states in rows:  # (A, D)
-                    logits = lm.logits_of(self.model.language_model, states)  # (A, vocabulary)
-                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    found.append(float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum()))
-        return found
-
 
 @dataclass
 class Conversation:
@@ -432,7 +328,7 @@ def load_chat(
     """Load a checkpoint folder of any known format, ready for questions. Raises UserError.
 
     num_frames: of a video; None for the checkpoint's own number.
-    context: the rule for long prompts, `published` (None) or `all`; see conversation/context.py.
+    context: the rule for long prompts, `published` (None) or `all`; see conversation/requests.py.
     """
     from stllm.models.checkpoints.load import load_pretrained
 

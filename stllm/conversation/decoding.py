@@ -2,13 +2,21 @@
 
 import math
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+)
 
-from stllm.common.errors import UserError
-from stllm.conversation.context import PUBLISHED, check_context
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.schema import CONTEXTS, PUBLISHED
+from stllm.conversation.requests import PUBLISHED_LENGTH
 from stllm.processors.templates import PromptTemplate
 
 MIN_TEMPERATURE = 1e-5  # chosen here, vLLM's value too; scores divided by less than about 1e-36 overflow
@@ -18,7 +26,7 @@ MIN_TEMPERATURE = 1e-5  # chosen here, vLLM's value too; scores divided by less 
 class Decoding:
     """num_beams; max_new_tokens; temperature (below 1e-5: no sampling); top_p; repetition_penalty (1: none).
 
-    context: the rule for long prompts, `published` or `all`; see context.py.
+    context: the rule for long prompts, `published` or `all`; see requests.py.
     The repetition penalty applies to generated tokens only, and an answer may be empty: the published `min_length` of 1
     counts an id that the library of that time put before every answer.
     """
@@ -31,12 +39,19 @@ class Decoding:
     context: str = PUBLISHED
 
     def __post_init__(self) -> None:
-        """Raise UserError on a number out of range."""
+        """Raise UserError for a number out of range, an unknown rule, and so many new tokens that no prompt is left."""
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise UserError(
                 f"num_beams is {self.num_beams} and max_new_tokens {self.max_new_tokens}: both must be at least 1"
             )
-        check_context(self.context, self.max_new_tokens)
+        if self.context not in CONTEXTS:
+            raise UserError(unknown_name("context", self.context, CONTEXTS))
+        if self.context == PUBLISHED and self.max_new_tokens >= PUBLISHED_LENGTH:
+            raise UserError(
+                f"max_new_tokens is {self.max_new_tokens}, but the published context rule has {PUBLISHED_LENGTH} "
+                "positions for the prompt and the new tokens: ask for fewer new tokens, or keep the whole prompt "
+                "(--context all)"
+            )
         finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
         if not finite or self.temperature < 0 or self.repetition_penalty <= 0 or not 0 < self.top_p <= 1:
             raise UserError(
@@ -69,12 +84,8 @@ class Decoding:
         """
         if num_beams is None and (stream or temperature):
             num_beams = 1
-        options: dict[str, Any] = {
-            "num_beams": num_beams,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "context": context,
-        }
+        options: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+        options |= {"temperature": temperature, "context": context}
         wanted = replace(self, **{name: value for name, value in options.items() if value is not None})
         if stream:
             wanted.check_streaming()
@@ -107,6 +118,16 @@ class Decoding:
         if self.repetition_penalty != 1:
             penalties.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         return {"generation_config": config, "logits_processor": penalties}
+
+
+class StopWhen(StoppingCriteria):
+    """Ends generation once the event is set, because nobody listens any more."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=bool)
 
 
 class NaNWatch(LogitsProcessor):

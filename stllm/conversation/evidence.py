@@ -1,16 +1,19 @@
 """Evidence over time: how much each part of a video mattered to an answer, and a chart of it.
 
-`Chat.measure_evidence` leaves out one segment of the frames at a time and measures the answer's log probability again.
+`measure_evidence` leaves out one segment of the frames at a time and measures the answer's log probability again.
 The tokens of the segment are removed, as under dynamic masking, for which the model was trained; positions close up.
 Frames are not encoded again: an encoder with a temporal adapter has let the other frames see the one that is left out.
-T frames, K tokens a frame, N visual tokens, D width of the language model, S pixels of a side.
+B prompts, S positions of a row, T frames, K tokens a frame, N visual tokens, A tokens of the answer, D width of the
+language model.
 """
 
 import textwrap
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +22,20 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.common.files import replacing
-from stllm.conversation.requests import ClipReader, Media, Prepared
+from stllm.common.schema import PUBLISHED
+from stllm.conversation.chat import Chat
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import (
+    ClipReader,
+    Media,
+    Prepared,
+    Request,
+    RequestError,
+    Seen,
+    has_position_table,
+    num_positions,
+)
+from stllm.models import language_model as lm
 from stllm.processors.transforms import EvalTransform
 
 if TYPE_CHECKING:
@@ -29,7 +45,7 @@ MAX_SEGMENTS = 64
 MIN_DIFFERENCE = 0.01  # nats: a probability that changes by 1 %
 MAX_POSITIONS = 16_384  # of all sequences in one pass: what bounds the memory
 
-SIZE = 160
+SIZE = 160  # pixels of a picture's side
 MAX_PICTURES = 16  # a longer strip would be too small to see
 WIDTH, EDGE = 10.0, 0.9  # inches: of the figure, of the space left and right of the axes
 FOR, AGAINST = "#1f77b4", "#d62728"
@@ -57,7 +73,7 @@ class Evidence:
 
     @property
     def peak(self) -> int:
-        """The segment that mattered most to the answer."""
+        """Return the number of the segment that mattered most to the answer."""
         return max(range(len(self.scores)), key=self.scores.__getitem__)
 
     @property
@@ -71,8 +87,104 @@ class Evidence:
         return max(self.scores) > self.bound
 
 
+@torch.inference_mode()
+def measure_evidence(
+    chat: Chat,
+    request: Request,
+    answer: str | None = None,
+    *,
+    decoding: Decoding | None = None,
+    max_segments: int = MAX_SEGMENTS,
+    max_positions: int = MAX_POSITIONS,
+    seen: Seen | None = None,
+    stop: Event | None = None,
+) -> Evidence:
+    """Leave out one segment of the request's video at a time.
+
+    answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
+    decoding: its context rule may cut the prompt; a segment is then left out of the rest of the prompt.
+    max_segments: a segment is one frame up to that many frames, several neighbours beyond.
+    max_positions: of one pass; the scores do not depend on it.
+    seen: the request's video, encoded. stop: ends the measurement when it is set.
+    Raises UserError for a request without a video of at least two frames, and when it was stopped, and what
+    `Chat.prepare` raises.
+    """
+    if request.media is None:
+        raise UserError("evidence over time was asked for without a video: name one")
+    seen = seen or chat.see(request.media)
+    if len(seen.times) < 2:
+        raise UserError(f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video")
+    decoding = decoding or chat.decoding
+    prepared = chat.prepare(request, decoding, seen)
+    text = chat.complete([prepared], decoding, stop)[0].text if answer is None else answer
+    ids = answer_ids(chat, request, text)
+    config = chat.model.config.text_config
+    positions = num_positions(config)
+    bounded = decoding.context == PUBLISHED or has_position_table(config)
+    if positions is not None and bounded and prepared.length + len(ids) > positions:
+        raise RequestError(
+            f"the prompt has {prepared.length} tokens ({prepared.num_visual} of the video), but with the answer's "
+            f"{len(ids)} that is more than the language model's {positions} positions: give a shorter answer"
+        )
+    frames = chat.frame_tokens(request, seen)  # (1, T, K, D)
+    segments = split_frames(len(seen.times), max_segments)
+    left = [without(chat.model.video_input, frames, segment, prepared) for segment in segments]
+    variants = [prepared, *(replace(prepared, visual=visual) for visual, _ in left)]
+    whole, *parts = log_probabilities(chat, variants, ids, max_positions=max_positions, stop=stop)
+    return Evidence(
+        question=request.turns[-1].question,
+        answer=text,
+        log_probability=whole,
+        times=seen.times,
+        segments=segments,
+        scores=[whole - part for part in parts],
+        bound=smallest_difference(chat.model.dtype, whole, len(ids)),
+        cut=[number for number, (_, cut) in enumerate(left) if cut],
+    )
+
+
+def answer_ids(chat: Chat, request: Request, answer: str) -> list[int]:
+    """Return the answer's tokens and its end mark, as they follow the prompt in training; not cut."""
+    *before, last = request.turns
+    prompt = chat.processor.prompt_ids(request.turns)
+    return chat.processor.prompt_ids([*before, replace(last, answer=answer)])[len(prompt) :]
+
+
+@torch.inference_mode()
+def log_probabilities(
+    chat: Chat,
+    prepared: Sequence[Prepared],
+    answer: Sequence[int],
+    *,
+    max_positions: int = MAX_POSITIONS,
+    stop: Event | None = None,
+) -> list[float]:
+    """Measure the answer's log probability in nats after each of the prompts, teacher-forced: nothing is sampled.
+
+    All rows in one padded pass, or in several where one would hold more than `max_positions`. The logits are computed
+    for one row at a time, and only for the A tokens of the answer.
+    Raises UserError when `stop` was set before a pass.
+    """
+    size = max(1, max_positions // (max(one.length for one in prepared) + len(answer)))
+    model = chat.model
+    targets = torch.tensor(answer, device=model.device)
+    found: list[float] = []
+    for start in range(0, len(prepared), size):
+        if stop is not None and stop.is_set():
+            raise UserError("evidence over time was stopped before it was measured")
+        batch = chat.batch(prepared[start : start + size], answer)
+        with chat.lock:
+            embeds = model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
+            hidden = lm.last_hidden_states(model.language_model, embeds, batch["attention_mask"])  # (B, S, D)
+            for states in hidden.flatten(0, 1).index_select(0, batch["label_positions"]).split(len(answer)):  # (A, D)
+                logits = lm.logits_of(model.language_model, states)  # (A, vocabulary)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                found.append(float(logits.log_softmax(-1).gather(-1, targets[:, None]).sum()))
+    return found
+
+
 def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: int) -> float:
-    """The difference in nats between two log probabilities of an answer up to which it is ignored. Chosen here.
+    """Return the difference in nats of two log probabilities of an answer up to which it is ignored. Chosen here.
 
     0.01 nats change a probability by 1 %. Rounding may change more: logits are of the order of 10, so the log
     probability of a token of probability p changes by about 10 (1 - p) times the type's epsilon. Over the answer, the
@@ -82,7 +194,7 @@ def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: 
 
 
 def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
-    """(first, end) of neighbouring segments of nearly equal length: one a frame, at most `max_segments`.
+    """Return (first, end) of neighbouring segments of nearly equal length: one a frame, at most `max_segments`.
 
     Raises UserError for fewer than 2: without its only segment there is no video left.
     """
@@ -94,7 +206,7 @@ def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
 
 
 def without(video_input: Any, frames: Tensor, segment: tuple[int, int], prepared: Prepared) -> tuple[Tensor, bool]:
-    """The prompt's visual tokens (N, D) without a segment's, and True if the segment's own had all been cut before.
+    """Return the prompt's visual tokens (N, D) without a segment's, and True if the rule had cut all of the segment's.
 
     frames: (1, T, K, D), all of them. prepared: the prompt, whose first `cut.visual` visual tokens were cut.
     """

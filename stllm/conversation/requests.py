@@ -1,19 +1,28 @@
-"""A request on its way: its medium, read and encoded; its prompt, prepared; its answer.
+"""A request on its way: its medium, read and encoded; its prompt, cut by the context rule; its answer.
 
 The processes that read media import this file, so it imports no model.
 Letters: T frames, P patches, C vision width, K tokens a frame, N visual tokens, D width of the language model.
+
+The context rule decides how much of a long prompt enters the language model:
+published: the last tokens of the prompt, visual and text, so that with the new tokens they are at most 2,000. This is
+    the rule of the published chat, VcgBench and VideoQA; MVBench cuts nothing. A model that was trained for fewer
+    positions keeps only as many tokens as it has positions.
+all: every token. A model with rotary positions then also reads beyond the positions that it was trained for.
+A prompt is refused in two cases: its last question, which is never cut, is too long for the published rule; or it
+exceeds positions from a table under `all`.
 """
 
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
+from cachetools import LRUCache
 from torch import Tensor
 
 from stllm.common.errors import UserError
-from stllm.conversation.context import ALL, NOTHING_CUT, PUBLISHED, Cut, has_position_table, room
+from stllm.common.schema import ALL, PUBLISHED
 from stllm.media.clip import Clip, Media, Stamp, load_clip
 from stllm.processors.sequences import VISUAL_TOKEN_ID
 from stllm.processors.templates import VISUAL, Turn
@@ -22,6 +31,7 @@ from stllm.processors.transforms import FrameTransform
 __all__ = ["Answer", "ClipReader", "FeatureCache", "Media", "Prepared", "Request", "RequestError", "Seen", "Stamp"]
 
 NO_TIME = {"read": 0.0, "encode": 0.0}  # seconds by stage
+PUBLISHED_LENGTH = 2000  # of the prompt and the new tokens together
 
 
 class RequestError(UserError):
@@ -86,20 +96,21 @@ class FeatureCache:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._kept: LRUCache[Hashable, Tensor] = LRUCache(max_bytes, getsizeof=lambda tensor: tensor.nbytes)
         self._lock = Lock()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._kept)
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of all kept tensors."""
+        return int(self._kept.currsize)
 
     def get(self, key: Hashable) -> Tensor | None:
         """Return the tensor of that key, or None; it becomes the most recently used."""
         with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
+            return self._kept.get(key)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
         """Keep a copy in main memory, and drop the least recently used tensors beyond `max_bytes`.
@@ -107,19 +118,26 @@ class FeatureCache:
         A tensor larger than `max_bytes` is not kept, and causes no other to be dropped.
         """
         tensor = tensor.detach().cpu()
-        with self._lock:
-            self._drop(key)
-            if tensor.nbytes > self.max_bytes:
-                return
-            self._entries[key] = tensor
-            self.num_bytes += tensor.nbytes
-            while self.num_bytes > self.max_bytes:
-                self._drop(next(iter(self._entries)))
+        with self._lock, suppress(ValueError):  # larger than the cache
+            self._kept.pop(key, None)
+            self._kept[key] = tensor
 
-    def _drop(self, key: Hashable) -> None:
-        old = self._entries.pop(key, None)
-        if old is not None:
-            self.num_bytes -= old.nbytes
+
+@dataclass(frozen=True)
+class Cut:
+    """The number of visual and of text tokens that were cut from the front of a prompt."""
+
+    visual: int = 0
+    text: int = 0
+
+    @property
+    def total(self) -> int:
+        """Return the number of all tokens that were cut."""
+        return self.visual + self.text
+
+    def __str__(self) -> str:
+        """Return a sentence for the user."""
+        return f"The prompt is long: its first {self.total} tokens were cut, {self.visual} of them the video's."
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,7 @@ class Prepared:
     visual: Tensor | None = None
     times: list[float] = field(default_factory=list)
     seconds: Mapping[str, float] = field(default_factory=lambda: dict(NO_TIME))
-    cut: Cut = NOTHING_CUT
+    cut: Cut = Cut()
 
     @property
     def num_visual(self) -> int:
@@ -152,12 +170,22 @@ class Prepared:
         text_config: the language model's. num_question: ids at the end that are never cut, those of the last question.
         Raises RequestError for a prompt that cannot be answered under this rule.
         """
-        longest, reason = room(context, max_new_tokens, text_config)
-        if longest is None or self.length <= longest:
+        positions, table = num_positions(text_config), has_position_table(text_config)
+        rooms: list[tuple[int, str]] = []  # the longest prompts, each with its reason in words
+        if positions is not None and table:
+            reason = f"the language model has {positions} positions, which it shares with {max_new_tokens} new tokens"
+            rooms.append((positions - max_new_tokens, reason))
+        elif positions is not None and context == PUBLISHED:
+            rooms.append((positions, f"the language model has {positions} positions"))
+        if context == PUBLISHED:
+            shares = f"{PUBLISHED_LENGTH} positions, {max_new_tokens} of them for new tokens"
+            rooms.append((PUBLISHED_LENGTH - max_new_tokens, f"the published context rule has {shares}"))
+        longest, reason = min(rooms, key=lambda room: room[0], default=(self.length, ""))
+        if self.length <= longest:
             return self
         if context == ALL or num_question > longest:
             question = "" if context == ALL else f" and the {num_question} tokens of the question are never cut"
-            extends = context == PUBLISHED and not has_position_table(text_config)
+            extends = context == PUBLISHED and not table
             raise RequestError(
                 f"the prompt has {self.length} tokens ({self.num_visual} of the video), but {reason}{question}: "
                 "ask a shorter question, begin a new conversation, use fewer frames (--num-frames) or fewer new tokens "
@@ -176,6 +204,20 @@ class Prepared:
         )
 
 
+def has_position_table(text_config: Any) -> bool:
+    """Check for position embeddings from a table of fixed size, in contrast to rotary positions, which are computed.
+
+    text_config: of a causal LM of transformers.
+    """
+    return num_positions(text_config) is not None and not getattr(text_config, "rope_parameters", None)
+
+
+def num_positions(text_config: Any) -> int | None:
+    """Return the positions that a language model was trained for; None where it has no number (ALiBi, state space)."""
+    positions: int | None = getattr(text_config, "max_position_embeddings", None)
+    return positions
+
+
 @dataclass(frozen=True)
 class Answer:
     """text; video: path or None; frame_times: seconds of the frames seen; seconds by stage.
@@ -189,4 +231,4 @@ class Answer:
     frame_times: list[float]
     visual_tokens: int
     seconds: dict[str, float]
-    cut: Cut = NOTHING_CUT
+    cut: Cut = Cut()

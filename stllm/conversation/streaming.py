@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Generator
 from threading import Event, Thread
-from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+
+from stllm.conversation.decoding import StopWhen
 
 
 class AnswerStream:
@@ -38,16 +39,6 @@ class AnswerStream:
         rest = self._text.split(self.end_sym)[0].rstrip()[self._shown :]
         self._shown += len(rest)
         return rest
-
-
-class StopWhen(StoppingCriteria):
-    """Ends generation once the event is set, because nobody listens any more."""
-
-    def __init__(self, event: Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=bool)
 
 
 def stream_answer(

@@ -22,7 +22,7 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.conversation.context import PUBLISHED
+from stllm.common.schema import PUBLISHED
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Prepared, Request, RequestError
 from stllm.media.info import MediaError

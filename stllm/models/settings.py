@@ -98,12 +98,12 @@ def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str]
 
     The shipped defaults of a `model_type` that the user names count as set. Raises UserError as `load_config` does.
     """
+    if cfg_path is None and not options:
+        return {}
     from omegaconf import OmegaConf
 
     from stllm.common.config import DEFAULT_MODEL, SHIPPED, merge_layers, read_layers, yaml_layer
 
-    if cfg_path is None and not options:
-        return {}
     layers = read_layers(cfg_path, options)
     cfg = merge_layers(layers, DEFAULT_MODEL)
     said = [layer.values.get("model", {}) for layer in layers]

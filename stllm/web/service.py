@@ -21,6 +21,7 @@ import torch
 from stllm.common.errors import UserError, out_of_memory
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
+from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Answer, Media, Prepared, Request, Seen, Stamp
 from stllm.media.clip import Clip
 from stllm.media.reading import ReadingPool
@@ -152,7 +153,7 @@ class Service:
         progress, film = look.progress, _video(look.progress, "evidence over time")
         yield replace(progress, note="Leaving out one part of the video after the other…")
         request = Request(tuple(turns), film.media)
-        found = self.chat.measure_evidence(request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
+        found = measure_evidence(self.chat, request, answer, decoding=wishes.decoding, seen=look.see(), stop=stop)
         progress = replace(progress, evidence=found)
         yield progress
         return progress

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stllm.cli import COMMANDS, build_parser
+from stllm.cli import build_parser, command_of
 from stllm.common.config import load_config, load_evaluation
 from stllm.datasets.annotations import JsonRecords
 from stllm.models.checkpoints.inspect import count_parameters, training_memory
@@ -60,7 +60,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_a_command_parses(arguments: list[str]) -> None:
     args: Namespace = build_parser().parse_args(arguments)
-    assert COMMANDS[args.command].check(args) is None
+    assert command_of(args.command).check(args) is None
     if args.command == "evaluate":
         load_evaluation(args.benchmark, ROOT / args.cfg_path if args.cfg_path else None, args.options)
     elif getattr(args, "cfg_path", None):

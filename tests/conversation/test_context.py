@@ -13,10 +13,11 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from stllm.cli import main
 from stllm.common.errors import UserError
-from stllm.common.schema import EvaluationSettings
+from stllm.common.schema import CONTEXTS, EvaluationSettings
 from stllm.conversation.chat import Chat, Media, Request
-from stllm.conversation.context import CONTEXTS, Cut
 from stllm.conversation.decoding import Decoding
+from stllm.conversation.evidence import measure_evidence
+from stllm.conversation.requests import Cut
 from stllm.models.st_llm import STLLM
 from stllm.processors.sequences import VISUAL_TOKEN_ID
 from stllm.processors.templates import Turn
@@ -224,7 +225,7 @@ def test_evidence_is_of_what_the_model_read(chats: dict[str, Chat], clip: Path) 
     chat = chats["instructblip"]
     asked, answer = request(clip), "the red square"
     decoding = Decoding(num_beams=1, max_new_tokens=1700)  # 300 tokens are kept
-    found = chat.measure_evidence(asked, answer, decoding=decoding)
+    found = measure_evidence(chat, asked, answer, decoding=decoding)
     whole = joined(chat, asked)
     kept, tail = whole[:, -300:], whole.shape[1] - FRAMES * QUERIES
     cut = FRAMES * QUERIES - (300 - tail)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat, Media, Request
-from stllm.conversation.evidence import draw_evidence, evidence_figure, filmstrip, smallest_difference, split_frames
+from stllm.conversation.evidence import (
+    answer_ids,
+    draw_evidence,
+    evidence_figure,
+    filmstrip,
+    measure_evidence,
+    smallest_difference,
+    split_frames,
+)
 from stllm.models.video_inputs import ResidualInput, residual_frame_indices
 from stllm.processors.sequences import VISUAL_TOKEN_ID, training_sequences
 from stllm.processors.templates import Turn
@@ -75,10 +83,10 @@ def plain_log_probability(chat: Chat, ids: list[int], answer: list[int], visual:
 def test_scores_are_exact_log_probabilities(clip: Path, family: str, video_input: str) -> None:
     chat = random_residual(new_chat(family, video_input=video_input))
     asked = request(clip, Turn("and before", "a ball"))
-    found = chat.measure_evidence(asked, ANSWER)
+    found = measure_evidence(chat, asked, ANSWER)
     seen = chat.see(Media(str(clip)))
     frames, ids = chat.frame_tokens(asked, seen)[0], chat.prepare(asked).ids
-    answer = chat.answer_ids(asked, ANSWER)
+    answer = answer_ids(chat, asked, ANSWER)
     everything = list(range(NUM_FRAMES))
     whole = plain_log_probability(chat, ids, answer, by_hand(chat, frames, everything))
     parts = [
@@ -112,9 +120,9 @@ def test_scores_do_not_depend_on_the_batch(clip: Path, video_input: str) -> None
     chat.model.language_model.get_decoder().register_forward_pre_hook(
         lambda _, __, named: passes.append(len(named["inputs_embeds"])), with_kwargs=True
     )
-    together = chat.measure_evidence(request(clip), ANSWER)
+    together = measure_evidence(chat, request(clip), ANSWER)
     assert passes == [NUM_FRAMES + 1]
-    alone = chat.measure_evidence(request(clip), ANSWER, max_positions=1)
+    alone = measure_evidence(chat, request(clip), ANSWER, max_positions=1)
     assert passes == [NUM_FRAMES + 1] + [1] * (NUM_FRAMES + 1)
     assert together.scores == pytest.approx(alone.scores, abs=1e-9)
 
@@ -144,7 +152,7 @@ def test_the_frame_that_decides_is_the_peak(flash: Path, video_input: str) -> No
         frames = chat.frame_tokens(request(flash), chat.see(Media(str(flash))))[0].mean(dim=1)  # (T, D)
         return frames[WHITE] - frames[0]
 
-    averaging(chat, chat.answer_ids(request(flash), ANSWER), from_black_to_white)
+    averaging(chat, answer_ids(chat, request(flash), ANSWER), from_black_to_white)
     found = chat.evidence(flash, QUESTION, ANSWER)
     assert found.peak == WHITE
     assert found.times[found.peak] == pytest.approx(1.1)
@@ -175,7 +183,7 @@ def test_its_own_answer_is_the_one_explained(clip: Path) -> None:
 
 
 def test_neighbours_are_left_out_together_where_segments_are_few(clip: Path) -> None:
-    found = new_chat().measure_evidence(request(clip), ANSWER, max_segments=4)
+    found = measure_evidence(new_chat(), request(clip), ANSWER, max_segments=4)
     assert found.segments == [(0, 1), (1, 3), (3, 4), (4, 6)]
     assert len(found.scores) == 4
     assert split_frames(64, 64) == list(pairwise(range(65)))
@@ -192,7 +200,7 @@ def test_what_has_no_time_is_refused(tmp_path: Path, clip: Path) -> None:
     with pytest.raises(UserError, match="gives one frame, and evidence over time needs at least 2"):
         chat.evidence(picture, QUESTION)
     with pytest.raises(UserError, match="without a video"):
-        chat.measure_evidence(Request(turns=(Turn(QUESTION),)))
+        measure_evidence(chat, Request(turns=(Turn(QUESTION),)))
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens \(24 of the video\), but"):
         chat.evidence(clip, QUESTION, "red " * 600)
 
@@ -207,7 +215,7 @@ def test_the_filmstrip_is_what_the_model_was_shown(flash: Path) -> None:
 
 def test_the_figure_shows_frames_over_their_scores(clip: Path, tmp_path: Path) -> None:
     question = "does $x^ <b>move</b>\n" + "a lot " * 100
-    found = new_chat().measure_evidence(Request((Turn(question),), Media(str(clip))), "$\\frac$")
+    found = measure_evidence(new_chat(), Request((Turn(question),), Media(str(clip))), "$\\frac$")
     figure = evidence_figure(found, filmstrip(Media(str(clip)), NUM_FRAMES, size=32))
     pictures, curve = figure.axes
     assert len(pictures.images) == NUM_FRAMES
@@ -219,7 +227,7 @@ def test_the_figure_shows_frames_over_their_scores(clip: Path, tmp_path: Path) -
 
 
 def test_a_long_strip_shows_some_of_its_frames(clip: Path) -> None:
-    found = new_chat().measure_evidence(Request((Turn(QUESTION),), Media(str(clip), num_frames=20)), ANSWER)
+    found = measure_evidence(new_chat(), Request((Turn(QUESTION),), Media(str(clip), num_frames=20)), ANSWER)
     strip = np.zeros((20, 32, 32, 3), np.uint8)
     pictures, curve = evidence_figure(found, strip).axes
     assert len(pictures.images) == 10

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from stllm.cli import main
-from stllm.conversation import command
+from stllm.conversation import chat as engine
 from stllm.conversation.chat import FOLDER, Chat, load_chat
 from stllm.media import video as pyav_reader
 from stllm.media.images import ImageReader
@@ -32,7 +32,7 @@ def loaded() -> Chat:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, loaded: Chat) -> None:
     """The model is loaded once for all tests."""
-    monkeypatch.setattr(command, "load_chat", lambda *_, **__: loaded)
+    monkeypatch.setattr(engine, "load_chat", lambda *_, **__: loaded)
 
 
 def chat(path: str | Path, *argv: str) -> int:

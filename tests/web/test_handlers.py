@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Media, Request
 from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
@@ -177,7 +178,7 @@ def test_evidence_is_the_engines(handlers: Handlers, folder: Path) -> None:
     shown = list(handlers.evidence(session, *CONTROLS))
     turns = session.talk.turns
     request = Request((turns[0], Turn(SECOND)), Media(str(folder / "one.mp4"), num_frames=6))
-    expected = handlers.service.chat.measure_evidence(request, turns[1].answer)
+    expected = measure_evidence(handlers.service.chat, request, turns[1].answer)
     found = session.talk.evidence
     assert found is not None and found.scores == pytest.approx(expected.scores)
     assert last(shown, "film").count("<rect") == 6 and "film-curve" in last(shown, "film")

@@ -16,6 +16,7 @@ import pytest
 from gradio_client import Client, handle_file
 
 from stllm.conversation.chat import Chat
+from stllm.conversation.evidence import measure_evidence
 from stllm.conversation.requests import Media, Request
 from stllm.media.views import VIEWS
 from stllm.processors.templates import Turn
@@ -81,7 +82,7 @@ def test_probe_and_evidence_are_the_engines(client: Client, chat: Chat, place: P
     answers = asked(client, place / "one.mp4", FIRST, "/probe")
     assert answers == {view: chat.ask(place / "one.mp4", FIRST, view=view).text for view in VIEWS}
     found = asked(client, place / "one.mp4", FIRST, "/evidence", answer="red")
-    expected = chat.measure_evidence(Request((Turn(FIRST),), Media(str(place / "one.mp4"))), "red")
+    expected = measure_evidence(chat, Request((Turn(FIRST),), Media(str(place / "one.mp4"))), "red")
     assert found["answer"] == "red" and found["scores"] == pytest.approx(expected.scores)
     assert found["frame_times"] == expected.times and found["segments"] == [list(one) for one in expected.segments]
 

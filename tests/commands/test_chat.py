@@ -10,7 +10,6 @@ import pytest
 
 from stllm.cli import main
 from stllm.conversation import chat as engine
-from stllm.conversation import command
 from stllm.conversation.chat import Chat, Conversation, load_chat
 from tests.helpers.videos import write_video
 
@@ -30,7 +29,7 @@ def loaded() -> Chat:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, loaded: Chat) -> None:
     """The model is loaded once for all tests."""
-    monkeypatch.setattr(command, "load_chat", lambda *_, **__: loaded)
+    monkeypatch.setattr(engine, "load_chat", lambda *_, **__: loaded)
 
 
 def chat(*argv: str | Path) -> int:
@@ -89,7 +88,7 @@ def test_the_configuration_may_name_the_checkpoint(clip: Path, capsys, monkeypat
     ],
 )
 def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, clip: Path, capsys, argv, words) -> None:
-    monkeypatch.setattr(command, "load_chat", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(engine, "load_chat", lambda *_, **__: pytest.fail("loaded"))
     media = () if "--video" in argv else ("--video", str(clip))
     assert chat(*media, *argv, "--question", "What?") == 1
     assert words in capsys.readouterr().err

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stllm.cli import COMMANDS, main
+from stllm.cli import COMMANDS, command_of, main
 from stllm.common.errors import UserError
 
 HEAVY = ("torch", "transformers", "timm", "omegaconf", "numpy", "PIL", "av", "decord", "rich")
@@ -26,8 +26,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         return record.code
 
     record.run = run
-    for name, command in COMMANDS.items():
-        monkeypatch.setitem(COMMANDS, name, replace(command, run=lambda args: record.run(args), needs="json"))
+    for name in COMMANDS:
+        quick = replace(command_of(name), run=lambda args: record.run(args), needs="json")
+        monkeypatch.setattr(f"stllm.commands.{name}.COMMAND", quick)
     return record
 
 
@@ -240,9 +241,9 @@ def test_interruption(ran, capsys) -> None:
 
 def test_a_closed_pipe_is_quiet() -> None:
     code = (
-        "import dataclasses, sys; from stllm.cli import COMMANDS, main\n"
+        "import dataclasses, sys; from stllm.cli import main; from stllm.commands import inspect\n"
         "def run(args):\n    print('x\\n' * 100_000)\n    return 0\n"
-        "COMMANDS['inspect'] = dataclasses.replace(COMMANDS['inspect'], run=run)\n"
+        "inspect.COMMAND = dataclasses.replace(inspect.COMMAND, run=run)\n"
         "sys.exit(main(['inspect', 'd']))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
