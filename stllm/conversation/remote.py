@@ -11,9 +11,8 @@ import base64
 import io
 import logging
 import os
-from collections.abc import Coroutine, Generator
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Coroutine, Generator, Sequence
+from concurrent.futures import Future, wait
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -38,15 +37,11 @@ NUM_PROBES = 8  # tokens of the prompt that compares the models
 TOLERANCE = 0.25  # nats; bfloat16 against float32 differs by less, another model by more
 # What a request can raise; not only openai's errors: of a reply in HTML its client returns the text.
 FAILURES = (openai.OpenAIError, httpx.HTTPError, AttributeError, LookupError, TypeError, ValueError)
+SERVE = (
+    "write the checkpoint's language model with `stllm convert CKPT --to DIR --format language-model` and serve that "
+    "folder with `vllm serve DIR --enable-prompt-embeds`"
+)
 TICK = 0.1  # seconds between two looks at whether anybody still waits
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A generated answer. ids: its tokens, with the one that ended it; text: the same, decoded by the engine."""
-
-    ids: list[int]
-    text: str
 
 
 class RemoteLanguageModel:
@@ -56,18 +51,19 @@ class RemoteLanguageModel:
     """
 
     def __init__(
-        self, url: str, *, max_in_flight: int = MAX_IN_FLIGHT, seconds: float = SECONDS, num_retries: int = NUM_RETRIES
+        self, url: str, *, max_in_flight: int = MAX_IN_FLIGHT, seconds: float = SECONDS, num_retries: int | None = None
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.max_in_flight = max_in_flight
-        self.model = ""  # its name there; known after `connect`
+        self.model = ""  # its name there, and the server's own name: known after `find_model`
+        self.server = ""
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"--engine {url}: expected the address of a server, such as http://127.0.0.1:8000")
         self._client = openai.AsyncOpenAI(
             base_url=f"{self.url}/v1",
             api_key=os.environ.get(API_KEY) or "none",
             timeout=openai.Timeout(seconds, connect=10.0),
-            max_retries=num_retries,
+            max_retries=NUM_RETRIES if num_retries is None else num_retries,
         )
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(max_in_flight)
@@ -92,62 +88,85 @@ class RemoteLanguageModel:
 
     # ---- the model there --------------------------------------------------------------------------------------------
 
-    def connect(self, embedding: nn.Module) -> None:
-        """Find the engine's model and compare it with the checkpoint's, of which `embedding` is the token embedding.
+    def find_model(self) -> None:
+        """Find the name of the engine's model. Raises UserError for an engine that does not answer."""
+
+        async def find() -> None:
+            try:
+                model = (await self._client.models.list()).data[0]
+                self.model, self.server = model.id, getattr(model, "owned_by", None) or "unknown"
+            except FAILURES as error:
+                raise self._failure(error) from error
+
+        self._run(find()).result()
+
+    def compare(self, embedding: nn.Module) -> None:
+        """Compare the engine's model with the checkpoint's, of which `embedding` is the token embedding.
 
         The same few tokens are sent as ids and as our embeddings: the next token must have the same probability.
-        Raises UserError for an engine that does not answer, takes no embeddings, or holds another model.
+        Raises UserError for an engine that takes no embeddings, or holds another model.
         """
-        self._run(self._connect(embedding)).result()
-
-    async def _connect(self, embedding: nn.Module) -> None:
         assert isinstance(embedding.weight, Tensor)
         table = embedding.weight.detach()
-        rows = torch.linspace(
-            3, table.shape[0] - 1, NUM_PROBES, device=table.device
-        ).long()  # 0 to 2 are special tokens
-        try:
-            self.model = (await self._client.models.list()).data[0].id
-            question = {"model": self.model, "max_tokens": 1, "temperature": 0, "logprobs": 5}
-            by_ids = await self._client.completions.create(**question, prompt=rows.tolist())  # type: ignore[call-overload]
-            embeds = {"prompt_embeds": encoded(table[rows])}
-            by_embeds = await self._client.completions.create(**question, prompt=None, extra_body=embeds)  # type: ignore[call-overload]
-            one, other = (dict(reply.choices[0].logprobs.top_logprobs[0]) for reply in (by_ids, by_embeds))
-        except openai.BadRequestError as error:
-            raise UserError(
-                f"the engine at {self.url} does not take this checkpoint's embeddings, {table.shape[1]} numbers each: "
-                f"{_words(error)}; write its language model with `stllm convert CKPT --to DIR --format language-model` "
-                "and serve that folder with `vllm serve DIR --enable-prompt-embeds`"
-            ) from error
-        except FAILURES as error:
-            raise self._failure(error) from error
+        rows = torch.linspace(3, table.shape[0] - 1, NUM_PROBES, device=table.device).long()  # 0 to 2: special tokens
+
+        async def ask() -> tuple[dict[str, float], dict[str, float]]:
+            question: Any = {"model": self.model, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+            try:
+                by_ids = await self._client.completions.create(**question, prompt=rows.tolist())
+                question["extra_body"] = {"prompt_embeds": encoded(table[rows])}
+                by_embeds = await self._client.completions.create(**question, prompt=None)
+                one, other = (dict(reply.choices[0].logprobs.top_logprobs[0]) for reply in (by_ids, by_embeds))
+                return one, other
+            except openai.BadRequestError as error:
+                raise UserError(
+                    f"the engine at {self.url} does not take this checkpoint's embeddings, {table.shape[1]} numbers "
+                    f"each: {_words(error)}; {SERVE}"
+                ) from error
+            except FAILURES as error:
+                raise self._failure(error) from error
+
+        one, other = self._run(ask()).result()
         token = max(one, key=one.__getitem__)
         if abs(one[token] - other.get(token, -torch.inf)) > TOLERANCE:
             raise UserError(
                 f"the engine at {self.url} holds another language model than this checkpoint: after the same "
-                f"{NUM_PROBES} tokens, sent as ids and as embeddings, its next token differs; serve the folder that "
-                "`stllm convert CKPT --to DIR --format language-model` writes"
+                f"{NUM_PROBES} tokens, sent as ids and as embeddings, its next token differs; {SERVE}"
             )
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
-    def submit(self, embeds: Tensor, decoding: Decoding, stopping: dict[str, Any]) -> "Future[Completion]":
-        """Send a prompt's embeddings, (S, D), and return at once; cancelling the future ends the request.
+    def submit(self, embeds: Tensor, decoding: Decoding, stopping: dict[str, Any]) -> "Future[list[int]]":
+        """Send a prompt's embeddings, (S, D), and return at once. The future gives the new ids, with the one that ends.
 
-        stopping: what `PromptProcessor.stopping` gives. The future raises RequestError for a prompt that the engine
-        refuses, and UserError for an engine that fails.
+        stopping: what `PromptProcessor.stopping` gives. Cancelling the future ends the request. It raises RequestError
+        for a prompt that the engine refuses, and UserError for an engine that fails.
         """
         body = self._body(embeds, decoding, stopping)
 
-        async def ask() -> Completion:
+        async def ask() -> list[int]:
             async with self._places:
                 try:
                     choice = (await self._client.completions.create(**body)).choices[0]
-                    return Completion(list(getattr(choice, "token_ids", None) or ()), choice.text)
+                    return list(choice.token_ids)
                 except FAILURES as error:
                     raise self._failure(error) from error
 
         return self._run(ask())
+
+    def complete(
+        self, embeds: Sequence[Tensor], decoding: Decoding, stopping: dict[str, Any], stop: Event | None = None
+    ) -> list[list[int]]:
+        """Answer several prompts at once, and return each one's ids. Setting `stop` ends them all with none."""
+        futures = [self.submit(one, decoding, stopping) for one in embeds]
+        try:
+            while wait(futures, timeout=TICK).not_done:
+                if stop is not None and stop.is_set():
+                    return [[] for _ in futures]
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
     def stream(
         self, embeds: Tensor, decoding: Decoding, stopping: dict[str, Any], stop: Event
@@ -163,7 +182,7 @@ class RemoteLanguageModel:
                 async with self._places:
                     async for chunk in await self._client.completions.create(**body, stream=True):
                         for choice in chunk.choices:
-                            ids.extend(getattr(choice, "token_ids", None) or ())
+                            ids.extend(choice.token_ids)
                             pieces.put(choice.text)
                             reason = choice.finish_reason or reason
                 if reason is None:
@@ -236,7 +255,7 @@ def check_decoding(decoding: Decoding) -> None:
     if decoding.repetition_penalty != 1:
         raise UserError(
             f"a repetition penalty of {decoding.repetition_penalty} was asked for, but an engine counts the prompt, "
-            "too: take 1, or leave out --engine"
+            "too: take 1 (for a benchmark: --options evaluation.repetition_penalty=1), or leave out --engine"
         )
 
 

@@ -104,6 +104,7 @@ def hosting(args: argparse.Namespace, prefix: str, *, read_seconds: float) -> It
             dtype=args.dtype,
             num_frames=args.num_frames,
             context=args.context,
+            engine=args.engine,
         )
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host

@@ -1,5 +1,6 @@
 """The language model behind an engine: the same ids as here, many requests at once, and failures in a sentence."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -10,9 +11,12 @@ import pytest
 import torch
 from starlette.responses import HTMLResponse
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from stllm import load_chat
+from stllm.cli import main
 from stllm.common.errors import UserError
+from stllm.conversation.chat import FOLDER, find_examples
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.remote import RemoteLanguageModel
 from stllm.conversation.requests import RequestError
@@ -48,7 +52,8 @@ def connected(engine: FakeEngine, **options: Any) -> Iterator[RemoteLanguageMode
     with engine_server(engine) as url:
         remote = RemoteLanguageModel(url, **{"num_retries": 2, **options})
         try:
-            remote.connect(engine.model.get_input_embeddings())
+            remote.find_model()
+            remote.compare(engine.model.get_input_embeddings())
             yield remote
         finally:
             remote.close()
@@ -65,7 +70,7 @@ def test_answers_have_the_ids_that_generate_gives_here(engine, processor):
     expected = [engine.generate(embeds, body)[0] for embeds in prompts(6)]
     with connected(engine) as remote:
         futures = [remote.submit(embeds, GREEDY, stopping) for embeds in prompts(6)]
-        assert [future.result(60).ids for future in futures] == expected
+        assert [future.result(60) for future in futures] == expected
         ended = []
 
         def pieces() -> Iterator[str]:
@@ -81,7 +86,7 @@ def test_requests_are_in_flight_together_up_to_a_bound(engine, processor):
     with connected(engine, max_in_flight=4) as remote:
         engine.most_inside = 0
         futures = [remote.submit(embeds, GREEDY, processor.stopping()) for embeds in prompts(10)]
-        assert all(future.result(60).ids for future in futures)
+        assert all(future.result(60) for future in futures)
     assert engine.most_inside == 4
 
 
@@ -108,7 +113,7 @@ def test_what_an_engine_lacks_is_refused_by_name(engine, processor, decoding, me
 def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
     with connected(engine) as remote:
         engine.failures = [refusal(503, "starting"), refusal(500, "out of blocks")]
-        assert remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60).ids
+        assert remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_an_engine_that_is_down_is_named(processor):
     remote = RemoteLanguageModel("http://127.0.0.1:9/v1/", num_retries=0)
     try:
         with pytest.raises(UserError, match=r"the engine at http://127.0.0.1:9 cannot be reached .*vllm serve DIR"):
-            remote.connect(torch.nn.Embedding(8, 4))
+            remote.find_model()
     finally:
         remote.close()
     with pytest.raises(UserError, match="expected the address of a server"):
@@ -165,9 +170,10 @@ def test_the_wrong_model_is_found_before_the_first_question(engine, kind):
     }
     with engine_server(engine) as url:
         remote = RemoteLanguageModel(url, num_retries=0)
+        remote.find_model()
         try:
             with pytest.raises(UserError, match=words[kind]):
-                remote.connect(own)
+                remote.compare(own)
         finally:
             remote.close()
 
@@ -190,3 +196,52 @@ def test_an_answer_that_nobody_wants_ends_at_the_engine(engine, processor):
         with pytest.raises(CancelledError):
             future.result()
         assert engine.abandoned == 2
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an engine with the language model of the embedded checkpoint."""
+    folder = tmp_path_factory.mktemp("engine") / "lm"
+    assert main(["convert", str(FOLDER), "--to", str(folder), "--format", "language-model"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    with engine_server(FakeEngine(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))) as url:
+        yield url
+
+
+def test_chat_gives_the_answers_that_it_gives_without_an_engine(tiny, capsys):
+    path, question = find_examples()[0]
+    words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--question", "Why?", "--json"]
+    assert main([*words, "--num-beams", "1"]) == 0
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert main([*words, "--engine", tiny]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for key in ("answer", "visual_tokens", "frame_times", "cut_tokens"):
+        assert [line[key] for line in found] == [line[key] for line in expected], key
+    assert main([*words[:-1], "--engine", tiny, "--stream"]) == 0
+    assert capsys.readouterr().out.splitlines() == [line["answer"] for line in expected]
+
+
+def test_the_layers_of_the_language_model_are_not_loaded(tiny):
+    chat = load_chat(FOLDER, device="cpu", engine=tiny)
+    held = [name for name in chat.model.state_dict() if name.startswith("language_model.")]
+    assert held == ["language_model.model.embed_tokens.weight"]
+    assert (chat.decoding.num_beams, chat.decoding.repetition_penalty) == (1, 1)
+    path, question = find_examples()[0]
+    with pytest.raises(UserError, match="whole language model in this process"):
+        chat.evidence(path, question)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--num-beams", "5"], 1, "5 beams were asked for"),
+        (["--engine", "http://127.0.0.1:9"], 1, "cannot be reached"),
+        (["--evidence", "chart.png"], 2, "--evidence needs the whole language model"),
+    ],
+)
+def test_chat_refuses_in_one_sentence(tiny, capsys, monkeypatch, more, code, message):
+    monkeypatch.setattr("stllm.conversation.remote.NUM_RETRIES", 0)
+    path, question = find_examples()[0]
+    words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--engine", tiny]
+    assert main([*words, *more]) == code
+    assert message in capsys.readouterr().err
