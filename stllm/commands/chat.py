@@ -60,6 +60,8 @@ def check(args: argparse.Namespace) -> str | None:
         return "a --question needs a --video or an --image to look at"
     if args.evidence and (args.video is None or not args.question):
         return "--evidence needs a --video and a --question"
+    if args.evidence and args.engine:
+        return "--evidence needs the whole language model here: leave out --engine"
     if args.evidence and not args.evidence.lower().endswith(".png"):
         return f"--evidence {args.evidence}: the chart is a PNG file, name it so"
     if args.start is not None and args.end is not None and args.start >= args.end:
@@ -80,7 +82,14 @@ def run(args: argparse.Namespace) -> int:
     media = None if given is None else _media(given, args, start=args.start, end=args.end)
     Decoding().with_options(**_decoding_options(args))  # a contradiction shows before the model is loaded
     with working("loading the model"):
-        chat = load_chat(checkpoint, cfg_path=args.cfg_path, options=args.options, device=args.device, dtype=args.dtype)
+        chat = load_chat(
+            checkpoint,
+            cfg_path=args.cfg_path,
+            options=args.options,
+            device=args.device,
+            dtype=args.dtype,
+            engine=args.engine,
+        )
     conversation = _begin(chat, args, media)
     if not args.question:
         nothing_named = checkpoint == FOLDER and media is None and args.evidence is None

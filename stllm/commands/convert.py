@@ -13,7 +13,11 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--to", required=True, type=path, metavar="DIR", help="the folder to write: new, or empty")
     add_config(parser, "what the sources say")
     parser.add_argument(
-        "--format", choices=("stllm", "released"), default="stllm", help="the layout to write (default: stllm)"
+        "--format",
+        choices=("stllm", "released", "language-model"),
+        default="stllm",
+        help="the layout to write; language-model: a plain transformers folder of the language model alone, for "
+        "`vllm serve DIR --enable-prompt-embeds` (default: stllm)",
     )
     parser.add_argument(
         "--adapter", type=path, metavar="DIR", help="a LoRA adapter to put on top: a run's lora_adapter"

@@ -113,6 +113,15 @@ def add_context(parser: Container, default: str = PUBLISHED) -> None:
     )
 
 
+def add_engine(parser: Container) -> None:
+    """Add `--engine` to a command that answers questions."""
+    words = (
+        "address of vLLM, or another server that takes prompt embeddings, with this language model: it decodes, with "
+        "one beam, and only reading and encoding happen here (default: decode here)"
+    )
+    parser.add_argument("--engine", metavar="URL", help=words)
+
+
 def add_model(parser: Parser) -> None:
     """Add the options of a command that answers questions: its model, the frames that it sees, the context rule."""
     add_checkpoint(parser, ", else the tiny model that comes with the package")
@@ -120,6 +129,7 @@ def add_model(parser: Parser) -> None:
     words = "frames taken from a video (default: the checkpoint's own)"
     parser.add_argument("--num-frames", type=whole(1), metavar="N", help=words)
     add_context(parser)
+    add_engine(parser)
 
 
 def add_address(parser: Parser, *, port: int) -> None:

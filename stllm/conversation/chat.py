@@ -44,6 +44,7 @@ from stllm.processors.transforms import EvalTransform
 
 if TYPE_CHECKING:
     from stllm.conversation.evidence import Evidence
+    from stllm.conversation.remote import RemoteLanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Chat:
     """A loaded model that answers questions.
 
     decoding: None for the published settings of this family. cache_bytes: room for encoded videos in main memory.
+    engine: a server that decodes in place of this model's language model, of which the token embedding is enough here.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Chat:
         decoding: Decoding | None = None,
         num_frames: int | None = None,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        engine: "RemoteLanguageModel | None" = None,
     ) -> None:
         self.model = model.eval()
+        self.engine = engine
         self.processor = processor
         self.decoding = decoding or Decoding.published(processor.template)
         self.num_frames = num_frames or default_num_frames(config_of(model))
@@ -123,9 +127,13 @@ class Chat:
         self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
     ) -> Generator[str, None, Tensor]:
         """Do the same for a prepared request. stop: ends it, too, when it is set. Returns the new ids, (1, A)."""
-        from stllm.conversation.streaming import stream_answer
+        from stllm.conversation.streaming import clean_pieces, stream_answer
 
         decoding.check_streaming()
+        if self.engine is not None:
+            embeds, stopping = self.embeds(prepared), self.processor.stopping()
+            pieces = self.engine.stream(embeds, decoding, stopping, stop or Event())
+            return torch.tensor([(yield from clean_pieces(pieces, self.processor.end_sym))], dtype=torch.long)
 
         def generate(**more: Any) -> Tensor:
             return self._generate([prepared], decoding, **more)
@@ -225,22 +233,33 @@ class Chat:
         """Answer prepared requests in one generation. stop: when set, ends it with the tokens so far."""
         if not prepared:
             return []
-        start = time.perf_counter()
-        stopping = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([StopWhen(stop)])}
-        ids = self._generate(prepared, decoding or self.decoding, **stopping)
+        start, decoding = time.perf_counter(), decoding or self.decoding
+        if self.engine is not None:
+            embeds = [self.embeds(one) for one in prepared]
+            rows: Any = self.engine.complete(embeds, decoding, self.processor.stopping(), stop)
+        else:
+            stopping = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([StopWhen(stop)])}
+            rows = self._generate(prepared, decoding, **stopping)
         seconds = (time.perf_counter() - start) / len(prepared)
-        return [
-            Answer(
-                text=self.processor.decode(row),
-                question=one.request.turns[-1].question,
-                video=one.request.media.path if one.request.media else None,
-                frame_times=one.times,
-                visual_tokens=one.num_visual,
-                seconds={**one.seconds, "answer": seconds},
-                cut=one.cut,
-            )
-            for one, row in zip(prepared, ids, strict=True)
-        ]
+        return [self.answer_of(one, row, seconds) for one, row in zip(prepared, rows, strict=True)]
+
+    def answer_of(self, prepared: Prepared, ids: list[int] | Tensor, seconds: float) -> Answer:
+        """Return the answer that these new ids are. seconds: of generation."""
+        return Answer(
+            text=self.processor.decode(ids),
+            question=prepared.request.turns[-1].question,
+            video=prepared.request.media.path if prepared.request.media else None,
+            frame_times=prepared.times,
+            visual_tokens=prepared.num_visual,
+            seconds={**prepared.seconds, "answer": seconds},
+            cut=prepared.cut,
+        )
+
+    @torch.inference_mode()
+    def embeds(self, prepared: Prepared) -> Tensor:
+        """Embed a prepared prompt, visual tokens in place, (S, D)."""
+        batch = self.batch([prepared])
+        return self.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])[0]
 
     @torch.inference_mode()
     def _generate(self, prepared: Sequence[Prepared], decoding: Decoding, **more: Any) -> Tensor:
@@ -324,17 +343,39 @@ def load_chat(
     num_frames: int | None = None,
     context: str | None = None,
     cache_bytes: int = DEFAULT_CACHE_BYTES,
+    engine: str | None = None,
 ) -> Chat:
     """Load a checkpoint folder of any known format, ready for questions. Raises UserError.
 
     num_frames: of a video; None for the checkpoint's own number.
     context: the rule for long prompts, `published` (None) or `all`; see conversation/requests.py.
+    engine: the address of a server that decodes (conversation/remote.py); of the language model only the token
+        embedding is loaded here, and an answer follows one beam unless more are asked for, which is refused.
     """
     from stllm.models.checkpoints.load import load_pretrained
 
-    model, processor = load_pretrained(path, cfg_path, options=options, device=device, dtype=dtype)
+    remote = None
+    if engine is not None:
+        from stllm.conversation.remote import RemoteLanguageModel
+
+        remote = RemoteLanguageModel(engine)
+        remote.find_model()  # before weights are read
+    language_model = "whole" if remote is None else "embedding"
+    model, processor = load_pretrained(
+        path, cfg_path, options=options, device=device, dtype=dtype, language_model=language_model
+    )
     decoding = Decoding.published(processor.template).with_options(context=context)
-    return Chat(model=model, processor=processor, decoding=decoding, num_frames=num_frames, cache_bytes=cache_bytes)
+    if remote is not None:
+        remote.compare(model.get_input_embeddings())
+        decoding = replace(decoding, num_beams=1, repetition_penalty=1.0)
+    return Chat(
+        model=model,
+        processor=processor,
+        decoding=decoding,
+        num_frames=num_frames,
+        cache_bytes=cache_bytes,
+        engine=remote,
+    )
 
 
 def default_num_frames(config: STLLMConfig) -> int:

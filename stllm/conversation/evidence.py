@@ -111,6 +111,8 @@ def measure_evidence(
     """
     if request.media is None:
         raise UserError("evidence over time was asked for without a video: name one")
+    if chat.engine is not None:
+        raise UserError("evidence over time needs the whole language model in this process: leave out --engine")
     seen = seen or chat.see(request.media)
     if len(seen.times) < 2:
         raise UserError(f"{request.media.path} gives one frame, and evidence over time needs at least 2: take a video")

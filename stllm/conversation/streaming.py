@@ -1,12 +1,16 @@
 """An answer as it is written: transformers' iterator streamer, with the end mark and outer spaces held back."""
 
 from collections.abc import Callable, Generator
+from contextlib import closing
 from threading import Event, Thread
+from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from stllm.conversation.decoding import StopWhen
+
+T = TypeVar("T")
 
 
 class AnswerStream:
@@ -66,18 +70,32 @@ def stream_answer(
         finally:
             streamer.end()
 
+    def pieces() -> Generator[str, None, Tensor]:
+        yield from streamer
+        if failure:
+            raise failure[0]
+        return result[0]
+
     thread = Thread(target=work, daemon=True)
     thread.start()
-    answer = AnswerStream(end_sym)
     try:
-        for piece in streamer:
-            if not answer.ended and (new := answer.feed(piece)):
-                yield new
-        if rest := answer.close():
-            yield rest
+        return (yield from clean_pieces(pieces(), end_sym))
     finally:
         stop.set()
         thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
+
+
+def clean_pieces(pieces: Generator[str, None, T], end_sym: str) -> Generator[str, None, T]:
+    """Yield the answer in these pieces of generated text, and return what they return."""
+    answer = AnswerStream(end_sym)
+    with closing(pieces):
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                if rest := answer.close():
+                    yield rest
+                value: T = end.value
+                return value
+            if not answer.ended and (new := answer.feed(piece)):
+                yield new

@@ -44,13 +44,13 @@ def build_audited(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     trained_dtype: torch.dtype | None = None,
-    with_language_model: bool = True,
+    language_model: str = "whole",
 ) -> tuple[STLLM, AuditReport]:
-    """Build as `build_model` does, and return the audit too; trained_dtype, with_language_model: as in `assemble`."""
+    """Build as `build_model` does, and return the audit too; trained_dtype, language_model: as in `assemble`."""
     settings = model_section(cfg)
     sources = open_sources(settings)
     config = decide_config(sources, settings)
-    eight_bit = settings.get("low_resource") and with_language_model  # the published switch
+    eight_bit = settings.get("low_resource") and language_model == "whole"  # the published switch
     model, report = assemble(
         config,
         sources,
@@ -59,10 +59,10 @@ def build_audited(
         training=True,
         fresh=settings.get("fresh") or (),
         trained_dtype=None if eight_bit else trained_dtype,
-        with_language_model=with_language_model,
+        language_model=language_model,
         quantization="8bit" if eight_bit else None,
     )
-    if settings.get("use_grad_checkpoint") and with_language_model:
+    if settings.get("use_grad_checkpoint") and language_model == "whole":
         # newer releases of transformers have renamed it, and warn at the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, report
@@ -70,7 +70,7 @@ def build_audited(
 
 def build_encoder(cfg: DictConfig | Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> STLLM:
     """Build as `build_model` does, without the language model: enough to encode clips."""
-    model, report = build_audited(cfg, device=device, dtype=dtype, with_language_model=False)
+    model, report = build_audited(cfg, device=device, dtype=dtype, language_model="none")
     encoder = ("vision encoder", "ln_vision", "qformer")
     if fresh := [part for part, audit in report.parts.items() if audit["fresh"] and part in encoder]:
         log.warning("from random weights, as no file gives them: %s", ", ".join(fresh))

@@ -234,6 +234,14 @@ class STLLM(PreTrainedModel):
         """Replace the language model's output head."""
         self.language_model.set_output_embeddings(new_embeddings)
 
+    def keep_embedding(self) -> None:
+        """Drop all of the language model but its token embedding: another process runs the rest."""
+        embedding = self.get_input_embeddings()
+        for part in list(self.language_model.modules()):
+            for name, child in list(part.named_children()):
+                if all(inner is not embedding for inner in child.modules()):
+                    setattr(part, name, nn.Identity())
+
     def train(self, mode: bool = True) -> "STLLM":
         """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""
         super().train(mode)

@@ -89,6 +89,7 @@ def serve(
             dtype=args.dtype,
             num_frames=args.num_frames,
             context=args.context,
+            engine=args.engine,
         )
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host

@@ -36,7 +36,7 @@ from stllm.models.settings import VISION_RENAMED, published_settings
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import QFORMER_FOLDER
 
-FORMATS = ("stllm", "released")
+FORMATS = ("stllm", "released", "language-model")
 RECORD = ".conversion"  # in the target: a digest of the command, and the sizes of the files that it wrote
 SHARD_BYTES = 5 << 30
 # transformers' generic fields that LLaMA's config.json has, too
@@ -86,14 +86,16 @@ def convert(
     if merge:
         if model.config.lora is None:
             raise UserError(f"{' + '.join(map(str, sources))} has no LoRA to merge: leave out --merge-lora")
-        merge_lora(model)  # the released layout, which has no place for LoRA, always does
+        merge_lora(model)  # the other layouts have no place for LoRA: they always merge it
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(target, needed) as folder:
-        if format == "released":
-            save_released(model, folder)
+        if format == "language-model":  # what transformers' AutoModelForCausalLM and `vllm serve` load
+            merge_lora(model)
+            model.language_model.save_pretrained(folder)
+            processor.tokenizer.save_pretrained(folder)
         else:
-            model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+            save_released(model, folder) if format == "released" else model.save_pretrained(folder)
+            processor.save_pretrained(folder)
         # the sentencepiece file as well, for libraries that read no tokenizer.json
         sentencepiece = [path for source in opened.sources if (path := source.path / "tokenizer.model").is_file()]
         if sentencepiece:

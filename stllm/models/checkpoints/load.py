@@ -87,11 +87,12 @@ def load_pretrained(
     options: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    language_model: str = "whole",
 ) -> tuple[STLLM, PromptProcessor]:
-    """Load the model and the processor that writes its prompts; arguments as for `load_model`."""
+    """Load the model and the processor that writes its prompts; arguments as for `load_model` and `assemble`."""
     opened = open_model(path, cfg_path, options=options)
     processor = processor_of(opened)  # first: a missing tokenizer should not cost the loading of 16 GiB
-    return load_opened(opened, device=device, dtype=dtype)[0], processor
+    return load_opened(opened, device=device, dtype=dtype, language_model=language_model)[0], processor
 
 
 def processor_of(opened: Opened) -> PromptProcessor:
@@ -120,11 +121,18 @@ def load_opened(
     dtype: str = "auto",
     quantization: str | None = None,
     device_map: Any = None,
+    language_model: str = "whole",
 ) -> tuple[STLLM, AuditReport]:
-    """Load the model of an opened checkpoint, and return its audit too."""
+    """Load the model of an opened checkpoint, and return its audit; arguments as for `load_model` and `assemble`."""
     quantization = quantization or ("8bit" if opened.settings.get("low_resource") else None)
     model, report = assemble(
-        opened.config, opened.sources, device=device, dtype=dtype, quantization=quantization, device_map=device_map
+        opened.config,
+        opened.sources,
+        device=device,
+        dtype=dtype,
+        language_model=language_model,
+        quantization=quantization if language_model == "whole" else None,
+        device_map=device_map,
     )
     for line in report.details():
         log.debug(line)
@@ -142,7 +150,7 @@ def assemble(
     training: bool = False,
     fresh: Sequence[str] = (),
     trained_dtype: torch.dtype | None = None,
-    with_language_model: bool = True,
+    language_model: str = "whole",
     quantization: str | None = None,
     device_map: Any = None,
 ) -> tuple[STLLM, AuditReport]:
@@ -150,7 +158,8 @@ def assemble(
 
     training: allow fresh parts, see `build_model`. fresh: further ones, names of `ASKED_FRESH`.
     trained_dtype: the type of the trained weights, where it differs from the others' (float32 masters).
-    with_language_model: if False, the language model is audited, but neither read nor held; all parts before it work.
+    language_model: the part of it that is read and held, whole, embedding (its token embedding) or none; it is audited
+        all the same.
     quantization, device_map: as in `load_model`; a foreign format then passes through main memory.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
@@ -180,10 +189,12 @@ def assemble(
                 parameter.data = parameter.data.to(trained_dtype)
     plan = make_plan(model, sources, training=training, fresh=fresh)
     plan.report.raise_for_problems()
-    if not with_language_model:
-        model.language_model = nn.Identity()
+    if language_model != "whole":
+        assert language_model in ("embedding", "none")
+        model.keep_embedding() if language_model == "embedding" else setattr(model, "language_model", nn.Identity())
         model.all_tied_weights_keys = {}
-        plan.origins = {key: origin for key, origin in plan.origins.items() if not key.startswith("language_model.")}
+        held = set(model.state_dict())
+        plan.origins = {key: origin for key, origin in plan.origins.items() if key in held}
     try:
         fill(model, plan, place)
     except (RuntimeError, MemoryError, OSError) as error:

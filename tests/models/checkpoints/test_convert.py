@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stllm.cli import main
 from stllm.common.errors import UserError
@@ -17,6 +18,7 @@ from stllm.models.checkpoints import convert as convert_module
 from stllm.models.checkpoints.convert import convert, released_state, save_released
 from stllm.models.checkpoints.infer_config import open_model
 from stllm.models.checkpoints.load import load_model, load_pretrained, processor_of
+from stllm.models.lora import inject_lora
 from tests.helpers.tiny import tiny_model
 from tests.models.checkpoints.conftest import FOLDERS, FOREIGN, GOLDEN, HEADS, change_json, golden_weights
 
@@ -184,3 +186,23 @@ def test_another_failure_leaves_nothing_behind_either(tmp_path: Path, monkeypatc
     with pytest.raises(RuntimeError, match="of another kind"):
         convert([GOLDEN / NAME], tmp_path / "new", format="released")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_language_model_alone_loads_in_transformers_and_answers_the_same(tmp_path: Path) -> None:
+    model, processor = load_pretrained(GOLDEN / NAME, device="cpu")
+    model.config.lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+    inject_lora(model.language_model, model.config.lora)
+    with torch.no_grad():
+        for name, parameter in model.language_model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    assert main(["convert", str(tmp_path / "ours"), "--to", str(tmp_path / "lm"), "--format", "language-model"]) == 0
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "lm", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm", local_files_only=True)
+    assert len(tokenizer) == plain.config.vocab_size == processor.vocab_size
+    embeds = model.get_input_embeddings()(torch.tensor([processor.tokenizer.encode("a red circle moves")]))
+    expected = model.language_model(inputs_embeds=embeds).logits
+    torch.testing.assert_close(plain(inputs_embeds=embeds).logits, expected, rtol=1e-5, atol=1e-5)
