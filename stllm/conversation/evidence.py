@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor
 from stllm.common.errors import UserError
 from stllm.common.files import replacing
 from stllm.common.schema import PUBLISHED
-from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import (
     ClipReader,
@@ -49,6 +48,8 @@ SIZE = 160  # pixels of a picture's side
 MAX_PICTURES = 16  # a longer strip would be too small to see
 WIDTH, EDGE = 10.0, 0.9  # inches: of the figure, of the space left and right of the axes
 FOR, AGAINST = "#1f77b4", "#d62728"
+
+Engine: TypeAlias = Any  # a `Chat`; chat.py imports this file, so this file must not import it
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Evidence:
 
 @torch.inference_mode()
 def measure_evidence(
-    chat: Chat,
+    chat: Engine,
     request: Request,
     answer: str | None = None,
     *,
@@ -145,7 +146,7 @@ def measure_evidence(
     )
 
 
-def answer_ids(chat: Chat, request: Request, answer: str) -> list[int]:
+def answer_ids(chat: Engine, request: Request, answer: str) -> list[int]:
     """Return the answer's tokens and its end mark, as they follow the prompt in training; not cut."""
     *before, last = request.turns
     prompt = chat.processor.prompt_ids(request.turns)
@@ -154,7 +155,7 @@ def answer_ids(chat: Chat, request: Request, answer: str) -> list[int]:
 
 @torch.inference_mode()
 def log_probabilities(
-    chat: Chat,
+    chat: Engine,
     prepared: Sequence[Prepared],
     answer: Sequence[int],
     *,

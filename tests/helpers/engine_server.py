@@ -81,8 +81,9 @@ class FakeEngine:
 
     def generate(self, embeds: Tensor, body: dict[str, Any]) -> tuple[list[int], Tensor]:
         """The new ids, and the log probabilities of each step, (A, vocabulary)."""
+        model: Any = self.model
         samples = {"do_sample": True, "temperature": body["temperature"]} if body.get("temperature") else {}
-        made = self.model.generate(
+        made = model.generate(
             inputs_embeds=embeds[None],
             attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
             max_new_tokens=body["max_tokens"],
@@ -97,7 +98,7 @@ class FakeEngine:
         return made.sequences[0].tolist(), torch.cat(made.logits).float().log_softmax(-1)
 
     def text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     async def events(self, ids: list[int]) -> AsyncIterator[str]:
         self.abandoned += 1
