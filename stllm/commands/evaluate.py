@@ -15,6 +15,7 @@ from stllm.commands.options import (
     add_checkpoint,
     add_config,
     add_context,
+    add_engine,
     add_media_seconds,
     add_workers,
     names,
@@ -55,6 +56,7 @@ def add_options(parser: Parser) -> None:
     speed = parser.add_argument_group("speed (no answer depends on it)")
     speed.add_argument("--batch-size", type=whole(1), metavar="N", help="questions answered at once (default: 8)")
     add_workers(speed)
+    add_engine(parser)
     add_media_seconds(speed)
 
 

@@ -251,6 +251,7 @@ class EvaluationSettings:
     batch_size: int = _key(8, low=1)  # questions answered at once
     num_workers: int | None = _key(None, low=0)  # processes that decode; unset: one a core, to 8
     media_seconds: float = _key(MEDIA_SECONDS, low=0)  # to read one medium; 0: no limit
+    engine: str | None = None  # address of a server that decodes, see conversation/remote.py
 
 
 def benchmark_names() -> list[str]:

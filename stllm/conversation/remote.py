@@ -51,10 +51,10 @@ class RemoteLanguageModel:
     """
 
     def __init__(
-        self, url: str, *, max_in_flight: int = MAX_IN_FLIGHT, seconds: float = SECONDS, num_retries: int | None = None
+        self, url: str, *, max_in_flight: int | None = None, seconds: float = SECONDS, num_retries: int | None = None
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight or MAX_IN_FLIGHT
         self.model = ""  # its name there, and the server's own name: known after `find_model`
         self.server = ""
         if not self.url.startswith(("http://", "https://")):
@@ -66,7 +66,7 @@ class RemoteLanguageModel:
             max_retries=NUM_RETRIES if num_retries is None else num_retries,
         )
         self._loop = asyncio.new_event_loop()
-        self._places = asyncio.Semaphore(max_in_flight)
+        self._places = asyncio.Semaphore(self.max_in_flight)
         self._thread = Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
 

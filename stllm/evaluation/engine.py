@@ -1,12 +1,14 @@
 """The engine asks a benchmark's items and yields a record for each, as soon as it is known.
 
 items by clip -> decoded ahead in other processes -> encoded once a clip -> batches across clips -> records
+Where another server decodes (conversation/remote.py), it takes questions one by one, many of them in flight.
 
 An item's record depends on the item alone: not on the batch, the workers or the other items.
 """
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,6 +95,8 @@ class Engine:
         self.chat, self.loaded, self.decoding = chat, loaded, decoding
         self.batch_size, self.num_workers, self.media_seconds = batch_size, num_workers, media_seconds
         self._queue: list[Question] = []
+        self._in_flight: dict[Future[list[int]], tuple[Question, float]] = {}  # and when each was sent
+        self._refused: set[str] = set()  # ids of items of which the server refused a question
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:
         """Yield one record for each item, in no promised order. An item that cannot be asked gives one with `error`.
@@ -112,6 +116,13 @@ class Engine:
             prefetch_factor=CLIPS_AHEAD if num_workers else None,
             worker_init_fn=end_with_parent,
         )
+        try:
+            yield from self._records_of(groups, clips)
+        finally:
+            for future in self._in_flight:
+                future.cancel()
+
+    def _records_of(self, groups: dict[Media, list[Item]], clips: "DataLoader[Any]") -> Iterator[Record]:
         for group, (clip, seconds) in zip(groups.values(), clips, strict=True):
             if isinstance(clip, str):
                 yield from (failed(item, clip, seconds) for item in group)
@@ -121,7 +132,7 @@ class Engine:
                 yield from self._ask(item, seen)
                 seen = replace(seen, seconds=dict.fromkeys(seen.seconds, 0.0))  # spent on the first item
             del seen, clip  # while the next clip is waited for
-        yield from self._answer_queue()
+        yield from self._answer_queue() if self.chat.engine is None else self._exchange(0)
 
     def _ask(self, item: Item, seen: Seen) -> Iterator[Record]:
         """Put an item's questions into the queue, and yield the records of a full one."""
@@ -135,8 +146,31 @@ class Engine:
             return
         answers: dict[int, Answer] = {}
         self._queue += [Question(item, number, one, answers) for number, one in enumerate(prepared)]
-        if len(self._queue) >= self.batch_size * BATCHES_SORTED:
+        if self.chat.engine is not None:
+            yield from self._exchange(self.chat.engine.max_in_flight)
+        elif len(self._queue) >= self.batch_size * BATCHES_SORTED:
             yield from self._answer_queue()
+
+    def _exchange(self, most: int) -> Iterator[Record]:
+        """Send what waits to the server, and yield records until at most this many questions are in flight."""
+        engine, stopping = self.chat.engine, self.chat.processor.stopping()
+        assert engine is not None
+        for one in self._queue:
+            future = engine.submit(self.chat.embeds(one.prepared), self.decoding, stopping)
+            self._in_flight[future] = one, time.perf_counter()
+        self._queue.clear()
+        while len(self._in_flight) > most:
+            for future in wait(self._in_flight, return_when=FIRST_COMPLETED).done:
+                one, sent = self._in_flight.pop(future)
+                try:
+                    answer = self.chat.answer_of(one.prepared, future.result(), time.perf_counter() - sent)
+                except RequestError as error:
+                    if one.item.id not in self._refused:
+                        self._refused.add(one.item.id)
+                        yield failed(one.item, f"{one.item.video}: {error}")
+                    continue
+                if one.item.id not in self._refused:
+                    yield from self._record(one, answer)
 
     def _answer_queue(self) -> Iterator[Record]:
         """Answer what waits in batches of like lengths, which need little padding; yield the complete records."""
@@ -145,23 +179,27 @@ class Engine:
             batch = waiting[first : first + self.batch_size]
             found = self.chat.complete([one.prepared for one in batch], self.decoding)
             for one, answer in zip(batch, found, strict=True):
-                one.answers[one.number] = answer
-                if len(one.answers) < len(one.item.questions):
-                    continue
-                answers = [one.answers[number] for number in sorted(one.answers)]
-                texts = [answer.text for answer in answers]
-                times = [round(time, 3) for time in answer.frame_times]
-                cut = {kind: sum(getattr(part.cut, kind) for part in answers) for kind in ("visual", "text")}
-                spent = {stage: round(sum(part.seconds[stage] for part in answers), 4) for stage in answer.seconds}
-                yield {
-                    **head(one.item),
-                    "prediction": _one_or_all(texts),
-                    "frames": {"count": len(times), "times": times},
-                    "cut_tokens": cut,
-                    "seconds": spent,
-                    "error": None,
-                    **self.loaded.benchmark.score(one.item, texts),
-                }
+                yield from self._record(one, answer)
+
+    def _record(self, one: Question, answer: Answer) -> Iterator[Record]:
+        """Note an answer, and yield the record of an item whose questions are all answered."""
+        one.answers[one.number] = answer
+        if len(one.answers) < len(one.item.questions):
+            return
+        answers = [one.answers[number] for number in sorted(one.answers)]
+        texts = [answer.text for answer in answers]
+        times = [round(time, 3) for time in answer.frame_times]
+        cut = {kind: sum(getattr(part.cut, kind) for part in answers) for kind in ("visual", "text")}
+        spent = {stage: round(sum(part.seconds[stage] for part in answers), 4) for stage in answer.seconds}
+        yield {
+            **head(one.item),
+            "prediction": _one_or_all(texts),
+            "frames": {"count": len(times), "times": times},
+            "cut_tokens": cut,
+            "seconds": spent,
+            "error": None,
+            **self.loaded.benchmark.score(one.item, texts),
+        }
 
 
 def failed(item: Item, error: str, seconds: float = 0.0) -> Record:

@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 # holds the model family's values for what is unset in `evaluation`.
 FREE = re.compile(
     r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers|media_seconds"
+    r"|engine"
     r"|num_beams|max_new_tokens|repetition_penalty|context)"
 )
 SMALL = 16 << 20  # bytes: a file up to here is read whole
@@ -73,12 +74,22 @@ class Runs:
         names = ("num_beams", "max_new_tokens", "repetition_penalty", "context")
         given = {name: value for name in names if (value := getattr(settings, name)) is not None}
         self.decoding = replace(Decoding.published(self.processor.template), **given)
+        self.engine = None
+        if settings.engine is not None:
+            from stllm.conversation.remote import RemoteLanguageModel, check_decoding
+
+            check_decoding(self.decoding)
+            self.engine = RemoteLanguageModel(settings.engine)
+            self.engine.find_model()
 
     @cached_property
     def chat(self) -> Chat:
         """The model, loaded. No video is kept: a benchmark's come clip by clip."""
-        model, _ = load_opened(self.opened, device=str(self.device), dtype=self.dtype)
-        return Chat(model=model, processor=self.processor, cache_bytes=0)
+        part = "whole" if self.engine is None else "embedding"
+        model, _ = load_opened(self.opened, device=str(self.device), dtype=self.dtype, language_model=part)
+        if self.engine is not None:
+            self.engine.compare(model.get_input_embeddings())
+        return Chat(model=model, processor=self.processor, cache_bytes=0, engine=self.engine)
 
     @cached_property
     def _checkpoint(self) -> str:
@@ -135,6 +146,7 @@ class Runs:
             "model": {
                 "checkpoint": self._checkpoint,
                 "dtype": self.dtype,
+                **({} if self.engine is None else {"engine": self.engine.server}),
                 "quantization": "8bit" if self.opened.settings.get("low_resource") else None,
                 **{name: getattr(config, name) for name in ("num_frames", "video_input", "residual_size")},
                 "image_size": config.vision_config["image_size"],

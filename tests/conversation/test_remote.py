@@ -112,7 +112,7 @@ def test_what_an_engine_lacks_is_refused_by_name(engine, processor, decoding, me
 
 def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
     with connected(engine) as remote:
-        engine.failures = [refusal(503, "starting"), refusal(500, "out of blocks")]
+        engine.replies = iter([refusal(503, "starting"), refusal(500, "out of blocks")])
         assert remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
 
 
@@ -129,11 +129,11 @@ def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
 )
 def test_a_failure_is_one_sentence(engine, processor, reply, kind, message):
     with connected(engine) as remote:
-        engine.failures = [reply] * 3
+        engine.replies = iter([reply] * 3)
         with pytest.raises(UserError, match=message) as caught:
             remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
         assert type(caught.value) is kind
-        engine.failures = [reply] * 3
+        engine.replies = iter([reply] * 3)
         with pytest.raises(UserError, match=message):
             list(remote.stream(prompts(1)[0], GREEDY, processor.stopping(), Event()))
 

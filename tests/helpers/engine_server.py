@@ -26,8 +26,8 @@ PAUSE = 0.005  # seconds between two tokens of a stream
 class FakeEngine:
     """A served language model.
 
-    failures: replies that are given first, before any real one, to requests for completions. seconds: that each answer
-    takes longer. takes_embeddings: as with `--enable-prompt-embeds`.
+    replies: to requests for completions, in their order; None for a real one, as after the last. seconds: that each
+    answer takes longer. takes_embeddings: as with `--enable-prompt-embeds`.
     """
 
     model: PreTrainedModel
@@ -35,7 +35,7 @@ class FakeEngine:
     name: str = "lm"
     takes_embeddings: bool = True
     max_model_len: int = 2048
-    failures: list[Response] = field(default_factory=list)
+    replies: Iterator[Response | None] = field(default_factory=lambda: iter(()))
     seconds: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of requests for completions
     inside: int = 0  # requests being answered
@@ -43,13 +43,13 @@ class FakeEngine:
     abandoned: int = 0  # streams that nobody read to the end
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "max_model_len": 2048}]})
+        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "test"}]})
 
     async def completions(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
-        if self.failures:
-            return self.failures.pop(0)
+        if (reply := next(self.replies, None)) is not None:
+            return reply
         if body["model"] != self.name:
             return refusal(404, f"The model `{body['model']}` does not exist.")
         encoded = body.get("prompt_embeds")
