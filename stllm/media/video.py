@@ -241,7 +241,10 @@ class PyAvReader(Reader):
         return None
 
     def _check_order(self, found: int) -> None:
-        """Raise _Disordered when a frame that should have come before this one comes after it."""
+        """Compare the frame with that stamp with the timeline. Raises _Disordered when one before it comes after it.
+
+        A frame that was neither given nor left out is late or lost: the frames that follow are looked at for it.
+        """
         timeline, expected = self.timeline, self._next
         if self._is_ordered or timeline.counted:
             return
@@ -249,12 +252,12 @@ class PyAvReader(Reader):
             self._next = expected + 1
             return
         at = timeline.index_at(found)
-        if found not in timeline.stamps[at : at + 1]:
+        if at == timeline.num_readable or timeline.stamps[at] != found:
             return
         self._next = at + 1
         if expected is None:
             return
-        late = set(timeline.stamps[expected:at].tolist()) - self.source.skipped
+        late = [stamp for stamp in timeline.stamps[expected:at].tolist() if stamp not in self.source.skipped]
         if at > expected and not late:
             return
         ahead = list(islice(self._pass, MAX_REORDERED))
