@@ -50,7 +50,7 @@ class Timeline:
 
     def index_at(self, stamp: int) -> int:
         """The index of the first frame shown at `stamp` or later."""
-        return int(np.searchsorted(self.stamps, stamp))
+        return int(self.stamps.searchsorted(stamp))
 
     def begins_with(self, stamps: Sequence[int | None]) -> bool:
         """Check whether the timeline starts with these stamps, one or more."""

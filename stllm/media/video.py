@@ -60,11 +60,8 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave tr
 SKIPPABLE = ("h264", "hevc")  # decoders that can leave out frames to which no other frame refers (a quarter faster)
 Turn = tuple[bool, bool, bool]  # how to show a picture: (transpose, then flip left-right, then flip top-bottom)
 UPRIGHT: Turn = (False, False, False)
-BY_ROTATION: dict[int, Turn] = {  # quarter turns counterclockwise
-    1: (True, False, True),
-    2: (False, True, True),
-    3: (True, True, False),
-}
+# By quarter turns counterclockwise:
+BY_ROTATION: dict[int, Turn] = {1: (True, False, True), 2: (False, True, True), 3: (True, True, False)}
 MIRRORING = frozenset(turn for turn in np.ndindex(2, 2, 2) if sum(turn) % 2)  # an odd number of reflections
 _counted: dict[tuple[str, int, int, int], Timeline] = {}  # the oldest first; each data worker has its own
 
@@ -241,7 +238,10 @@ class PyAvReader(Reader):
         return None
 
     def _check_order(self, found: int) -> None:
-        """Raise _Disordered when a frame that should have come before this one comes after it."""
+        """Compare the frame with that stamp with the timeline. Raises _Disordered when one before it comes after it.
+
+        A frame that was neither given nor left out is late or lost: the frames that follow are looked at for it.
+        """
         timeline, expected = self.timeline, self._next
         if self._is_ordered or timeline.counted:
             return
@@ -249,12 +249,12 @@ class PyAvReader(Reader):
             self._next = expected + 1
             return
         at = timeline.index_at(found)
-        if found not in timeline.stamps[at : at + 1]:
+        if at == timeline.num_readable or timeline.stamps[at] != found:
             return
         self._next = at + 1
         if expected is None:
             return
-        late = set(timeline.stamps[expected:at].tolist()) - self.source.skipped
+        late = [stamp for stamp in timeline.stamps[expected:at].tolist() if stamp not in self.source.skipped]
         if at > expected and not late:
             return
         ahead = list(islice(self._pass, MAX_REORDERED))
@@ -275,16 +275,10 @@ class DecordReader(PyAvReader):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self._decord: Any = None
-        doubt = None
+        doubt, timeline, is_ts = None, self.timeline, self.source.container.format.name == "mpegts"
         if decoder_options():
             doubt = "decord cannot limit the size of later frames"
-        elif (
-            self.timeline.open_gops
-            or self.timeline.counted
-            or self.source.container.format.name == "mpegts"
-            or self.turn in MIRRORING
-            or self.transparent
-        ):
+        elif timeline.open_gops or timeline.counted or is_ts or self.turn in MIRRORING or self.transparent:
             doubt = "decord would give wrong frames of it (open GOPs, no times, MPEG-TS, mirrored or transparent)"
         else:
             try:
