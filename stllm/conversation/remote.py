@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stllm.common.errors import UserError, sentence
 from stllm.conversation.decoding import MIN_TEMPERATURE, Decoding
-from stllm.conversation.requests import RequestError
+from stllm.conversation.requests import EngineError, RequestError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class RemoteLanguageModel:
         """Send a prompt's embeddings, (S, D), and return at once. The future gives the new ids, with the one that ends.
 
         stopping: what `PromptProcessor.stopping` gives. Cancelling the future ends the request. It raises RequestError
-        for a prompt that the engine refuses, and UserError for an engine that fails.
+        for a prompt that the engine refuses, and EngineError for an engine that fails.
         """
         body = self._body(embeds, decoding, stopping)
 
@@ -231,18 +231,18 @@ class RemoteLanguageModel:
         """Put an error of openai's client into a sentence."""
         again = "start it (vllm serve DIR --enable-prompt-embeds), then give the same command again"
         if isinstance(error, openai.APITimeoutError):
-            return UserError(f"the engine at {self.url} did not answer in time: {again}, or with a shorter answer")
+            return EngineError(f"the engine at {self.url} did not answer in time: {again}, or with a shorter answer")
         if isinstance(error, openai.APIConnectionError):
             cause = error.__cause__ or error
-            return UserError(f"the engine at {self.url} cannot be reached ({cause}): {again}")
+            return EngineError(f"the engine at {self.url} cannot be reached ({cause}): {again}")
         if isinstance(error, openai.APIStatusError):
             code = error.status_code
             if code in (400, 413, 422) and "prompt_embeds" not in _words(error):
                 return RequestError(f"the engine refused the prompt: {_words(error)}")
             if code in (401, 403):
-                return UserError(f"the engine at {self.url} wants a key: name it in the variable {API_KEY}")
-            return UserError(f"the engine at {self.url} failed with status {code}: {_words(error)}; {again}")
-        return UserError(f"the engine at {self.url} gave no answer of its protocol ({sentence(error)}): {again}")
+                return EngineError(f"the engine at {self.url} wants a key: name it in the variable {API_KEY}")
+            return EngineError(f"the engine at {self.url} failed with status {code}: {_words(error)}; {again}")
+        return EngineError(f"the engine at {self.url} gave no answer of its protocol ({sentence(error)}): {again}")
 
 
 def check_decoding(decoding: Decoding) -> None:

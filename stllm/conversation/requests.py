@@ -38,6 +38,10 @@ class RequestError(UserError):
     """A question that cannot be answered, whatever the model: empty, no text, or too long."""
 
 
+class EngineError(UserError):
+    """A failure of the server that decodes in place of this process."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One answer to be generated.

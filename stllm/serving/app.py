@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
-from stllm.conversation.requests import Media
+from stllm.conversation.requests import EngineError, Media
 from stllm.conversation.requests import Request as Question
 from stllm.media.reading import NobodyWaits, ReadingPool
 from stllm.serving.completions import Asked, Finished, Reply, api_error, event, parse_request
@@ -234,10 +234,14 @@ def answer_steps(
             seen = chat.see(media, clip, stamp)
             del clip
         prepared = chat.prepare(request, asked.decoding, seen)
+        if chat.engine is not None:
+            yield Stage.ENGINE
         with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
             ids = yield from pieces  # (1, A)
     except NobodyWaits:
         raise
+    except EngineError as error:
+        raise ApiError(503, " ".join(str(error).split())) from None
     except UserError as error:  # its message must not reveal where the medium is stored on this machine
         text = " ".join(str(error).split())
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None

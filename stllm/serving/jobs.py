@@ -34,6 +34,7 @@ class Stage(Enum):
 
     READING = "reading"
     MODEL = "model"
+    ENGINE = "engine"  # many threads, each of which waits for another server that decodes
 
 
 Work = Callable[[Event], Generator[T | Stage, None, object]]  # the event is set when nobody listens any more
@@ -71,6 +72,7 @@ class Jobs:
         self.threads = {
             Stage.READING: ThreadPoolExecutor(self.reading.num_processes, thread_name_prefix="reading"),
             Stage.MODEL: ThreadPoolExecutor(1, thread_name_prefix="model"),
+            Stage.ENGINE: ThreadPoolExecutor(self.places, thread_name_prefix="engine"),
         }
         self._inside: set[Job] = set()
         self._lock = Lock()

@@ -105,6 +105,8 @@ class Service:
         note = str(prepared.cut) if prepared.cut.total else ""
         progress = progress.at("encode", prepared.seconds["encode"], prepared.num_visual, note=note).at("answer")
         yield progress
+        if self.chat.engine is not None:
+            yield Stage.ENGINE
         start = time.perf_counter()
         for text in self._texts(prepared, decoding, stop):
             progress = progress.at("answer", count=self._num_tokens(text), text=text)
@@ -129,7 +131,10 @@ class Service:
         for number, view in enumerate(VIEWS, start=1):
             progress = replace(progress, note=f"Temporal probe: {number} of {len(VIEWS)}, frames {view}")
             yield progress
+            yield Stage.MODEL
             prepared = self.chat.prepare(Request(turns, replace(film.media, view=view)), decoding, see(view))
+            if self.chat.engine is not None:
+                yield Stage.ENGINE
             answer = self.chat.complete([prepared], decoding, stop)[0].text
             if stop.is_set():
                 return
