@@ -169,11 +169,12 @@ def assemble(
     arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
     if quantization or device_map or (own and not training and own.config.get("quantization_config")):
         arguments = {"config": config, "dtype": kind, "device_map": device_map or {"": place}}
-        arguments["trust_remote_code"] = False
         if quantization is not None:
             arguments["quantization_config"] = quantization_config(quantization, kind)
         if own and len(sources) == 1 and not training:
-            loaded: Any = STLLM.from_pretrained(own.path, output_loading_info=True, local_files_only=True, **arguments)
+            loaded: Any = STLLM.from_pretrained(
+                own.path, output_loading_info=True, local_files_only=True, trust_remote_code=False, **arguments
+            )
             model, info = loaded
             report = AuditReport(source=str(own.path))
             for state in ("missing", "unexpected"):  # a wrong shape is an error of transformers
@@ -206,7 +207,7 @@ def assemble(
             "use a smaller type (--dtype bfloat16), quantized loading, or another --device"
         ) from error
     if arguments:
-        model = STLLM.from_pretrained(None, state_dict=model.state_dict(), **arguments)
+        model = STLLM.from_pretrained(None, state_dict=model.state_dict(), trust_remote_code=False, **arguments)
     return model.eval(), plan.report
 
 
