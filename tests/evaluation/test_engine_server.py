@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.responses import Response
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stllm.cli import main
@@ -58,7 +59,7 @@ def test_the_records_are_those_of_a_run_without_an_engine(
 def test_an_engine_that_fails_ends_the_run_which_then_goes_on(
     data: Path, engine: FakeEngine, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail_later() -> Iterator[None]:
+    def fail_later() -> Iterator[Response | None]:
         yield from [None] * 5  # two comparing the models, three answers
         while True:
             yield refusal(503, "restarting")
