@@ -19,7 +19,7 @@ from stllm.common.errors import UserError
 from stllm.conversation.chat import FOLDER, find_examples
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.remote import RemoteLanguageModel
-from stllm.conversation.requests import RequestError
+from stllm.conversation.requests import EngineError, RequestError
 from stllm.processors.prompts import PromptProcessor
 from tests.conversation.test_chat import new_chat
 from tests.helpers.engine_server import FakeEngine, engine_server, refusal
@@ -119,12 +119,12 @@ def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
 @pytest.mark.parametrize(
     ("reply", "kind", "message"),
     [
-        (refusal(500, "out of blocks"), UserError, "failed with status 500: out of blocks; start it"),
-        (refusal(404, "The model `lm` does not exist."), UserError, "does not exist"),
-        (refusal(401, "Unauthorized"), UserError, "VLLM_API_KEY"),
-        (refusal(400, "prompt_embeds hidden_size 64 does not match", "prompt_embeds"), UserError, "does not match"),
+        (refusal(500, "out of blocks"), EngineError, "failed with status 500: out of blocks; start it"),
+        (refusal(404, "The model `lm` does not exist."), EngineError, "does not exist"),
+        (refusal(401, "Unauthorized"), EngineError, "VLLM_API_KEY"),
+        (refusal(400, "prompt_embeds hidden_size 64 does not match", "prompt_embeds"), EngineError, "does not match"),
         (refusal(400, "too long", "input_tokens"), RequestError, "the engine refused the prompt: too long"),
-        (HTMLResponse("<html>Sign in"), UserError, "no answer of its protocol"),
+        (HTMLResponse("<html>Sign in"), EngineError, "no answer of its protocol"),
     ],
 )
 def test_a_failure_is_one_sentence(engine, processor, reply, kind, message):
