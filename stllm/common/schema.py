@@ -115,7 +115,7 @@ class ModelSettings:
     use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
     vit_precision: str | None = _unused("the encoder runs in the model's own type (--dtype, or bf16/fp16 under `run`)")
     freeze_vit: bool = True  # backbone and ln_vision are not trained (the temporal adapter still is)
-    vit_chunk_size: int = _within(16, 1)  # frames encoded at once; less: less memory
+    vit_chunk_size: int | None = _within(None, 1)  # frames encoded at once; unset: 8 on a CPU, 16 elsewhere
     vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's
 
     # Q-Former
