@@ -135,6 +135,9 @@ class ModelSettings:
     lora_alpha: int = 16  # LoRA's scale is alpha / r
     lora_dropout: float = _within(0.05, 0, 1)  # dropout on LoRA's input in training
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # layers that LoRA adapts
+    # how it attends; auto: sdpa (torch's own, which takes the device's kernels), eager where an architecture lacks it.
+    # flash_attention_2 and flex_attention need a CUDA GPU; without sdpa, each beam reads the prompt
+    attn_implementation: str = _one_of("auto", "auto", "sdpa", "eager", "flash_attention_2", "flex_attention")
     low_resource: bool = False  # 8-bit language model (bitsandbytes, needs CUDA)
     device_8bit: int = 0  # the CUDA device that holds it
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from stllm.models import generation
 from stllm.models.generation import NotShared, PromptLayer, generate, shares_prompts
+from tests.models.test_language_model import ARCHITECTURES
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -33,6 +34,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "granite": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "smollm3": {},
+    **{name: ARCHITECTURES[name] for name in ("mixtral", "deepseek_v3")},
 }
 FALLING_BACK: dict[str, dict[str, Any]] = {  # sliding windows, softcap, ALiBi, state space, convolutions
     "mistral": {"sliding_window": 8},
@@ -45,10 +47,12 @@ LENGTHS = (17, 5, 23, 1)
 
 
 def new_model(model_type: str, sizes: dict[str, Any]) -> Any:
-    """Large random weights, so that the answers vary; float64, so that rounding does not decide."""
+    """Large random weights, so that answers vary; float64 where experts allow it, so that rounding does not decide."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SMALL, **sizes)
-    model = AutoModelForCausalLM.from_config(config).double().eval()
+    config = AutoConfig.for_model(model_type, **{**SMALL, **sizes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if "num_experts_per_tok" not in sizes:
+        model.double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)
@@ -59,7 +63,7 @@ def prompts(model: Any, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Ten
     """Embeddings (B, S, D) and their mask (B, S), padded on the left."""
     width = model.get_input_embeddings().weight.shape[1]
     mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
-    return torch.randn(len(lengths), max(lengths), width, dtype=torch.float64), mask
+    return torch.randn(len(lengths), max(lengths), width, dtype=model.dtype), mask
 
 
 def settings(num_beams: int, max_new_tokens: int = 40) -> dict[str, Any]:

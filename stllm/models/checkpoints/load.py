@@ -36,6 +36,7 @@ from stllm.models.checkpoints.infer_config import (
     open_model,
 )
 from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig
+from stllm.models.language_model import set_attention
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 
@@ -126,6 +127,7 @@ def load_opened(
     model, report = assemble(
         opened.config, opened.sources, device=device, dtype=dtype, quantization=quantization, device_map=device_map
     )
+    set_attention(model.language_model, opened.settings.get("attn_implementation"))
     for line in report.details():
         log.debug(line)
     if unexpected := report.keys("unexpected"):
