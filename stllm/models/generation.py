@@ -23,10 +23,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 SHARED = "shared_prompt"
-# Positions of prompts that are read together. On a CPU each operation on more than a few prompts gets its memory anew
+# Positions of several prompts in one pass. On a CPU each operation on more than a few prompts gets its memory anew
 # from the system: 25 prompts of 560 tokens in one pass had 4.9 million page faults, a quarter of its CPU time.
 PREFILL_POSITIONS = {"cpu": 512}
-PREFILL_POSITIONS_ELSEWHERE = 16_384
+PREFILL_POSITIONS_ELSEWHERE = 16_384  # what bounds the memory
 ANSWER_ROOM = 32  # positions, at first
 
 
@@ -79,6 +79,11 @@ def shared_attention(model: PreTrainedModel) -> Iterator[None]:
         config._attn_implementation = "sdpa"
 
 
+def positions_at_once(device: torch.device) -> int:
+    """Return the number of positions up to which several prompts are read in one pass."""
+    return PREFILL_POSITIONS.get(device.type, PREFILL_POSITIONS_ELSEWHERE)
+
+
 def _prefill(model: PreTrainedModel, inputs_embeds: Tensor, lengths: Sequence[int], cache: Cache) -> None:
     """Read all of each prompt but its last token, with which `generate` begins.
 
@@ -86,7 +91,7 @@ def _prefill(model: PreTrainedModel, inputs_embeds: Tensor, lengths: Sequence[in
     mask is needed.
     """
     layers: list[PromptLayer] = cache.layers  # type: ignore[assignment]
-    most = PREFILL_POSITIONS.get(inputs_embeds.device.type, PREFILL_POSITIONS_ELSEWHERE)
+    most = positions_at_once(inputs_embeds.device)
     waiting = sorted((row for row, length in enumerate(lengths) if length > 1), key=lengths.__getitem__, reverse=True)
     while waiting:
         count = max(1, most // lengths[waiting[0]])
