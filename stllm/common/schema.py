@@ -97,7 +97,7 @@ class ModelSettings:
         None, unused="the encoder runs in the model's own type (--dtype, or bf16/fp16 under `run`)"
     )
     freeze_vit: bool = True  # backbone and ln_vision are not trained (the temporal adapter still is)
-    vit_chunk_size: int = _key(16, low=1)  # frames encoded at once; less: less memory
+    vit_chunk_size: int | None = _key(None, low=1)  # frames encoded at once; unset: 8 on a CPU, 16 elsewhere
     vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's
 
     # Q-Former
@@ -117,6 +117,9 @@ class ModelSettings:
     lora_alpha: int = 16  # LoRA's scale is alpha / r
     lora_dropout: float = _key(0.05, low=0, high=1)  # dropout on LoRA's input in training
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # layers that LoRA adapts
+    # how it attends; auto: sdpa (torch's own, which takes the device's kernels), eager where an architecture lacks it.
+    # flash_attention_2 and flex_attention need a CUDA GPU; without sdpa, each beam reads the prompt
+    attn_implementation: str = _key("auto", choices=("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"))
     low_resource: bool = False  # 8-bit language model (bitsandbytes, needs CUDA)
     device_8bit: int = 0  # the CUDA device that holds it
 

@@ -35,6 +35,7 @@ from stllm.conversation.requests import (
     num_positions,
 )
 from stllm.models import language_model as lm
+from stllm.models.generation import positions_at_once
 from stllm.processors.transforms import EvalTransform
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 MAX_SEGMENTS = 64
 MIN_DIFFERENCE = 0.01  # nats: a probability that changes by 1 %
-MAX_POSITIONS = 16_384  # of all sequences in one pass: what bounds the memory
 
 SIZE = 160  # pixels of a picture's side
 MAX_PICTURES = 16  # a longer strip would be too small to see
@@ -96,7 +96,7 @@ def measure_evidence(
     *,
     decoding: Decoding | None = None,
     max_segments: int = MAX_SEGMENTS,
-    max_positions: int = MAX_POSITIONS,
+    max_positions: int | None = None,
     seen: Seen | None = None,
     stop: Event | None = None,
 ) -> Evidence:
@@ -105,7 +105,7 @@ def measure_evidence(
     answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
     decoding: its context rule may cut the prompt; a segment is then left out of the rest of the prompt.
     max_segments: a segment is one frame up to that many frames, several neighbours beyond.
-    max_positions: of one pass; the scores do not depend on it.
+    max_positions: of one pass, None for what suits the device; the scores do not depend on it.
     seen: the request's video, encoded. stop: ends the measurement when it is set.
     Raises UserError for a request without a video of at least two frames, and when it was stopped, and what
     `Chat.prepare` raises.
@@ -159,7 +159,7 @@ def log_probabilities(
     prepared: Sequence[Prepared],
     answer: Sequence[int],
     *,
-    max_positions: int = MAX_POSITIONS,
+    max_positions: int | None = None,
     stop: Event | None = None,
 ) -> list[float]:
     """Measure the answer's log probability in nats after each of the prompts, teacher-forced: nothing is sampled.
@@ -168,8 +168,9 @@ def log_probabilities(
     for one row at a time, and only for the A tokens of the answer.
     Raises UserError when `stop` was set before a pass.
     """
-    size = max(1, max_positions // (max(one.length for one in prepared) + len(answer)))
     model = chat.model
+    most = max_positions or positions_at_once(model.device)
+    size = max(1, most // (max(one.length for one in prepared) + len(answer)))
     targets = torch.tensor(answer, device=model.device)
     found: list[float] = []
     for start in range(0, len(prepared), size):

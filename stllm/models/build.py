@@ -13,6 +13,7 @@ from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.infer_config import decide_config, open_sources
 from stllm.models.checkpoints.load import assemble
 from stllm.models.configuration import STLLMConfig
+from stllm.models.language_model import set_attention
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM
 
@@ -62,6 +63,8 @@ def build_audited(
         language_model=language_model,
         quantization="8bit" if eight_bit else None,
     )
+    if language_model == "whole":
+        set_attention(model.language_model, settings.get("attn_implementation"))
     if settings.get("use_grad_checkpoint") and language_model == "whole":
         # newer releases of transformers have renamed it, and warn at the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -57,6 +57,7 @@ class STLLMConfig(PretrainedConfig):
     video_input: the registered name of the video input. `residual_size` and `residual_bottleneck`: the number of local
         frames and the inner width (default: a quarter of the language model's) of `residual`.
     num_frames: of a video, where the user does not say how many (default: the published 64 for residual, else 16).
+    vit_chunk_size: frames that the encoder takes at once; None for what suits the device.
     use_mvm: whether masking comes with the loss of masked video modelling; `mvm_decode`: through a decoder.
     mask_rate: mean, std, min and max of the share of visual tokens dropped in training (paper section 3.3).
     lora: {r, alpha, dropout, target_modules}, or None.
@@ -86,7 +87,7 @@ class STLLMConfig(PretrainedConfig):
     freeze_qformer: bool = True
     freeze_llm: bool = False
     lora: dict[str, Any] | None = None
-    vit_chunk_size: int = 16
+    vit_chunk_size: int | None = None
     template: str = "instructblip"
     system: str | None = None
     max_txt_len: int = 512

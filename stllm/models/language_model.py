@@ -26,6 +26,9 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+from stllm.common.errors import UserError, reason
 
 WITHOUT_READS = "sdpa_without_reads"
 
@@ -66,6 +69,30 @@ def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | Non
 
         model = inject_lora(model, lora)
     return model
+
+
+def set_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Have a language model on its device attend by that implementation of transformers; None, auto: the default.
+
+    Raises UserError where it cannot be had.
+    """
+    if name in (None, "auto"):
+        return
+    refusal = f"model.attn_implementation is {name}, but "
+    instead = ": take auto, which suits every device and architecture"
+    if name in ("flash_attention_2", "flex_attention") and model.device.type != "cuda":
+        raise UserError(f"{refusal}that needs a CUDA GPU, and the model is on {model.device}{instead}")
+    if name == "flash_attention_2" and model.dtype == torch.float32:
+        raise UserError(f"{refusal}that has no float32: add --dtype bfloat16, or take auto")
+    # transformers would fetch a build from the hub, and stllm runs no code from there
+    if name == "flash_attention_2" and not is_flash_attn_2_available():
+        raise UserError(f"{refusal}the package flash-attn is not installed{instead}")
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{refusal}{type(model).__name__} cannot have it ({reason(error)}){instead}") from error
+    if model.config._attn_implementation != name:
+        raise UserError(f"{refusal}{type(model).__name__} has only {model.config._attn_implementation}{instead}")
 
 
 def last_hidden_states(model: PreTrainedModel, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import models
 from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
+from stllm.models.generation import generate
 from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
 from stllm.models.temporal_adapter import TemporalAdapter, TemporalLayer
@@ -208,13 +209,11 @@ class STLLM(PreTrainedModel):
         """Generate token ids, (B, up to max_new_tokens), without the prompt.
 
         input_ids, attention_mask, visual_positions: see `embed`; padded on the left. visual_tokens: (V, D) from
-        `video_input(frame_tokens(...))`. generation: arguments of transformers' `GenerationMixin.generate`.
+        `video_input(frame_tokens(...))`. generation: arguments of transformers' `GenerationMixin.generate`; see
+        generation.py.
         """
-        return self.language_model.generate(
-            inputs_embeds=self.embed(input_ids, visual_positions, visual_tokens),
-            attention_mask=attention_mask,
-            **generation,
-        )
+        embeds = self.embed(input_ids, visual_positions, visual_tokens)
+        return generate(self.language_model, embeds, attention_mask, **generation)
 
     # ---- what transformers asks of a model ----------------------------------------------------------------------
 

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from stllm.common.errors import UserError
 from stllm.common.registry import vision_encoders
 
+CHUNK_SIZES = {"cpu": 8}  # chosen here: what more frames at once write does not fit into a CPU's caches
+CHUNK_SIZE = 16  # elsewhere
+
 if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its name is looked up
     from timm.models.eva import Eva
 
@@ -46,10 +49,12 @@ class Float32LayerNorm(nn.LayerNorm):
 class VisionEncoder(nn.Module):
     """Frames to patch tokens: backbone, then the adapter where there is one, then `ln_vision`.
 
-    chunk_size: frames encoded at once, so that activation memory does not grow with T.
+    chunk_size: frames encoded at once, so that activation memory does not grow with T; None for what suits the device.
     """
 
-    def __init__(self, *, backbone: "Eva", adapter: "TemporalAdapter | None", ln_eps: float, chunk_size: int) -> None:
+    def __init__(
+        self, *, backbone: "Eva", adapter: "TemporalAdapter | None", ln_eps: float, chunk_size: int | None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.adapter = adapter
@@ -65,7 +70,7 @@ class VisionEncoder(nn.Module):
         """The tokens before `ln_vision`: (B*T, 1+P, C)."""
         frames = video.flatten(0, 1)  # (B*T, 3, H, W)
         self.backbone.set_grad_checkpointing(self.gradient_checkpointing and self.training)
-        chunks = frames.split(self.chunk_size)
+        chunks = frames.split(self.chunk_size or CHUNK_SIZES.get(frames.device.type, CHUNK_SIZE))
         if self.adapter is None:
             return torch.cat([self.backbone.forward_features(chunk) for chunk in chunks])
         blocks = zip(*(self._last_blocks(chunk, self.adapter.depth) for chunk in chunks), strict=True)
@@ -93,7 +98,7 @@ def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
     return positions
 
 
-def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> VisionEncoder:
+def _build(*, vision: dict[str, Any], chunk_size: int | None, with_adapter: bool) -> VisionEncoder:
     from timm.models.eva import Eva
 
     from stllm.models.temporal_adapter import TemporalAdapter
@@ -127,12 +132,12 @@ def _build(*, vision: dict[str, Any], chunk_size: int, with_adapter: bool) -> Vi
 
 
 @vision_encoders.register("eva_clip_g")
-def eva_clip_g(*, vision: dict[str, Any], chunk_size: int) -> VisionEncoder:
+def eva_clip_g(*, vision: dict[str, Any], chunk_size: int | None) -> VisionEncoder:
     """EVA-ViT-g/14 as it is, each frame by itself. vision: see configuration.VISION_DEFAULTS."""
     return _build(vision=vision, chunk_size=chunk_size, with_adapter=False)
 
 
 @vision_encoders.register("eva_btadapter_g")
-def eva_btadapter_g(*, vision: dict[str, Any], chunk_size: int) -> VisionEncoder:
+def eva_btadapter_g(*, vision: dict[str, Any], chunk_size: int | None) -> VisionEncoder:
     """EVA-ViT-g/14 with the branching temporal adapter beside its last blocks."""
     return _build(vision=vision, chunk_size=chunk_size, with_adapter=True)

@@ -153,7 +153,7 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("model.qformer.zzz=3", "unknown key 'model.qformer.zzz'; known are cross_attention_frequency, dropout, "),
         ("model.num_query_token=many", "'model.num_query_token' must be a whole number, found 'many'"),
         ("model.num_query_token=2.5", "'model.num_query_token' must be a whole number, found 2.5"),
-        ("model.vit_chunk_size=null", "'model.vit_chunk_size' must be a whole number, found None"),
+        ("model.residual_size=null", "'model.residual_size' must be a whole number, found None"),
         ("model.vision.depth=x", "'model.vision.depth' must be a whole number, found 'x'"),
         ("model.freeze_vit=maybe", "'model.freeze_vit' must be true or false, found 'maybe'"),
         ("model.drop_path_rate=[1]", "'model.drop_path_rate' must be a number, found [1]"),

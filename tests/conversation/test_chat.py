@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stllm.common.errors import UserError
-from stllm.conversation.chat import Chat, Media, Request
+from stllm.conversation.chat import Chat, Media, Request, load_chat
 from stllm.conversation.decoding import Decoding
 from stllm.media.clip import MediaError
 from stllm.models.configuration import STLLMConfig
@@ -225,6 +225,18 @@ def test_one_frame_a_second_can_be_asked_for(clips: list[Path]) -> None:
 def test_a_misspelled_option_is_named(clips: list[Path]) -> None:
     with pytest.raises(UserError, match=r"unknown option 'num_frame': known are .*; did you mean 'num_frames'\?"):
         new_chat().ask(clips[0], QUESTIONS[0], num_frame=4)
+
+
+def test_the_attention_is_a_setting(clips: list[Path]) -> None:
+    folder = GOLDEN / "minigpt4_plain_all"
+    texts = set()
+    for name in ("auto", "eager"):  # eager attention reads a prompt for each beam
+        chat = load_chat(folder, options=[f"model.attn_implementation={name}"], device="cpu")
+        assert chat.model.language_model.config._attn_implementation == ("sdpa" if name == "auto" else name)
+        texts.add(chat.ask(clips[0], QUESTIONS[0], num_beams=3, max_new_tokens=8).text)
+    assert len(texts) == 1
+    with pytest.raises(UserError, match="is flash_attention_2, but that needs a CUDA GPU"):
+        load_chat(folder, options=["model.attn_implementation=flash_attention_2"], device="cpu")
 
 
 def test_no_requests_no_answers() -> None:

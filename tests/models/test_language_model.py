@@ -6,7 +6,15 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from stllm.models.language_model import build_language_model, language_loss, last_hidden_states, logits_of
+from stllm.common.errors import UserError
+from stllm.models import language_model
+from stllm.models.language_model import (
+    build_language_model,
+    language_loss,
+    last_hidden_states,
+    logits_of,
+    set_attention,
+)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -104,3 +112,34 @@ def test_lora_starts_as_the_plain_model_and_only_it_is_added() -> None:
     assert torch.allclose(plain(ids).logits, adapted(ids).logits, atol=1e-6)
     added = {name.split(".")[-4] for name in source if "lora_A" in name}
     assert added == {"q_proj", "v_proj"} or any("q_proj.lora_A" in name for name in source)
+
+
+@pytest.mark.parametrize("name", [None, "auto", "sdpa", "eager"])
+def test_an_attention_is_chosen(name: str | None) -> None:
+    model = build_language_model(AutoConfig.for_model("llama", **SMALL))
+    set_attention(model, name)
+    assert model.config._attn_implementation == (name if name == "eager" else "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "words"),
+    [
+        ("llama", "flash_attention_2", "but that needs a CUDA GPU, and the model is on cpu: take auto"),
+        ("llama", "flex_attention", "but that needs a CUDA GPU, and the model is on cpu: take auto"),
+        ("falcon_mamba", "sdpa", "has only eager: take auto|cannot have it"),
+    ],
+)
+def test_an_attention_that_cannot_be_had_is_refused(architecture: str, name: str, words: str) -> None:
+    model = build_language_model(AutoConfig.for_model(architecture, **SMALL))
+    with pytest.raises(UserError, match=f"model.attn_implementation is {name}.*({words})"):
+        set_attention(model, name)
+
+
+def test_flash_attention_comes_from_its_package_and_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_language_model(AutoConfig.for_model("llama", **SMALL))
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(language_model, "is_flash_attn_2_available", lambda: False)
+    with pytest.raises(UserError, match="that has no float32: add --dtype bfloat16"):
+        set_attention(model, "flash_attention_2")
+    with pytest.raises(UserError, match="the package flash-attn is not installed"):
+        set_attention(model.bfloat16(), "flash_attention_2")

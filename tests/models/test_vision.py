@@ -11,8 +11,8 @@ VIDEO = torch.randn(2, 6, 3, 28, 28, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("encoder", ["eva_clip_g", "eva_btadapter_g"])
-@pytest.mark.parametrize("chunk_size", [1, 5, 64])
-def test_chunked_equals_whole(encoder: str, chunk_size: int) -> None:
+@pytest.mark.parametrize("chunk_size", [1, 5, 64, None])
+def test_chunked_equals_whole(encoder: str, chunk_size: int | None) -> None:
     vision = tiny_model(encoder=encoder).vision_encoder
     vision.chunk_size = 12
     whole = vision(VIDEO)

@@ -38,6 +38,7 @@ from stllm.models.checkpoints.infer_config import (
     open_model,
 )
 from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig
+from stllm.models.language_model import set_attention
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 
@@ -134,6 +135,8 @@ def load_opened(
         quantization=quantization if language_model == "whole" else None,
         device_map=device_map,
     )
+    if language_model == "whole":
+        set_attention(model.language_model, opened.settings.get("attn_implementation"))
     for line in report.details():
         log.debug(line)
     if unexpected := report.keys("unexpected"):
