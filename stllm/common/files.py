@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +28,24 @@ LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is lai
 def user_path(path: str | Path) -> Path:
     """Return the path that a user wrote: one that is there, or else with ~ and ~user replaced by the home folder."""
     return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
+
+
+def server_address(url: str, option: str) -> str:
+    """Return a server's URL without user name and password, so that it may be written down.
+
+    Raises UserError, which names the option, for what is no URL of a server.
+    """
+    import httpx
+
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and httpx.URL(url).host and parts.port != 0 and " " not in url
+    except (ValueError, httpx.InvalidURL):
+        valid = False
+    if not valid:
+        shown = url.rpartition("@")[2]  # what stands before it may be a password
+        raise UserError(f"{option}: found {shown!r}, expected a URL such as http://localhost:8000/v1")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def check_regular(place: str | Path, expected: str, error: type[UserError] = UserError) -> None:

@@ -10,8 +10,9 @@ import asyncio
 import base64
 import io
 import logging
+import math
 import os
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future, wait
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
@@ -22,7 +23,9 @@ import openai
 import torch
 from torch import Tensor, nn
 
-from stllm.common.errors import UserError, sentence
+from stllm.common.errors import UserError
+from stllm.common.files import server_address
+from stllm.common.jsonl import loads
 from stllm.conversation.decoding import MIN_TEMPERATURE, Decoding
 from stllm.conversation.requests import EngineError, RequestError
 
@@ -35,8 +38,10 @@ NUM_RETRIES = 8  # openai's client pauses 0.5 to 8 s: about 40 s in all, in whic
 API_KEY = "VLLM_API_KEY"  # the environment variable that `vllm serve` reads, too
 NUM_PROBES = 8  # tokens of the prompt that compares the models
 TOLERANCE = 0.25  # nats; bfloat16 against float32 differs by less, another model by more
-# What a request can raise; not only openai's errors: of a reply in HTML its client returns the text.
-FAILURES = (openai.OpenAIError, httpx.HTTPError, AttributeError, LookupError, TypeError, ValueError)
+FIND_SECONDS = 10.0  # for the list of models, which waits for no other request
+MAX_REPLY = 64 << 20  # bytes of a reply that is no stream
+FAILURES = (openai.OpenAIError, httpx.HTTPError)  # what a request can raise
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # what reading a reply of another form raises
 SERVE = (
     "write the checkpoint's language model with `stllm convert CKPT --to DIR --format language-model` and serve that "
     "folder with `vllm serve DIR --enable-prompt-embeds`"
@@ -44,26 +49,48 @@ SERVE = (
 TICK = 0.1  # seconds between two looks at whether anybody still waits
 
 
-class RemoteLanguageModel:
-    """The client of one engine. url: with or without `/v1` at its end.
+class _Http(openai.DefaultAsyncHttpxClient):
+    """The HTTP client below openai's client; it reads at most `MAX_REPLY` of a reply, which then is no JSON."""
 
-    Close it when it is no longer needed. Methods may be called from any thread.
+    async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
+        """Send a request; without `stream`, read the whole reply."""
+        response = await super().send(request, stream=True, **options)
+        if stream:
+            return response
+        content = bytearray()
+        try:
+            async for part in response.aiter_raw():
+                content += part
+                if len(content) > MAX_REPLY:
+                    break
+        finally:
+            await response.aclose()
+        return httpx.Response(response.status_code, headers=response.headers, content=bytes(content), request=request)
+
+
+class RemoteLanguageModel:
+    """The client of one engine. url: with or without `/v1` at its end; a user name and a password in it are used.
+
+    address: the URL without these, so that it may be written down. Close the client when it is no longer needed.
+    Methods may be called from any thread. Raises UserError for what is no server's URL, or a malformed key.
     """
 
     def __init__(
         self, url: str, *, max_in_flight: int | None = None, seconds: float = SECONDS, num_retries: int | None = None
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.address = server_address(url, "--engine").rstrip("/").removesuffix("/v1")
         self.max_in_flight = max_in_flight or MAX_IN_FLIGHT
         self.model = ""  # its name there, and the server's own name: known after `find_model`
         self.server = ""
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--engine {url}: expected the address of a server, such as http://127.0.0.1:8000")
+        self._num_ids = 1 << 31  # of the vocabulary: known after `compare`
+        key = os.environ.get(API_KEY, "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"the environment variable {API_KEY} holds characters that no key has: copy the key anew")
         self._client = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1",
-            api_key=os.environ.get(API_KEY) or "none",
-            timeout=openai.Timeout(seconds, connect=10.0),
+            base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1",
+            api_key=key,
             max_retries=NUM_RETRIES if num_retries is None else num_retries,
+            http_client=_Http(timeout=openai.Timeout(seconds, connect=10.0)),
         )
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(self.max_in_flight)
@@ -89,50 +116,55 @@ class RemoteLanguageModel:
     # ---- the model there --------------------------------------------------------------------------------------------
 
     def find_model(self) -> None:
-        """Find the name of the engine's model. Raises UserError for an engine that does not answer."""
+        """Find the name of the engine's model. Raises UserError, and closes the client, if the engine gives none."""
 
-        async def find() -> None:
-            try:
-                model = (await self._client.models.list()).data[0]
-                self.model, self.server = model.id, getattr(model, "owned_by", None) or "unknown"
-            except FAILURES as error:
-                raise self._failure(error) from error
+        def names(reply: Any) -> tuple[str, str]:
+            model = reply["data"][0]
+            return _text(model["id"]), _text(model.get("owned_by") or "unknown")
 
-        self._run(find()).result()
+        async def find() -> tuple[str, str]:
+            timeout: Any = {"timeout": FIND_SECONDS}
+            return await self._read(self._client.get("/models", cast_to=httpx.Response, options=timeout), names)
+
+        self.model, self.server = self._open(find())
 
     def compare(self, embedding: nn.Module) -> None:
         """Compare the engine's model with the checkpoint's, of which `embedding` is the token embedding.
 
         The same few tokens are sent as ids and as our embeddings: the next token must have the same probability.
-        Raises UserError for an engine that takes no embeddings, or holds another model.
+        Raises UserError, and closes the client, for an engine that takes no embeddings or holds another model.
         """
         assert isinstance(embedding.weight, Tensor)
         table = embedding.weight.detach()
+        self._num_ids = len(table)
         rows = torch.linspace(3, table.shape[0] - 1, NUM_PROBES, device=table.device).long()  # 0 to 2: special tokens
 
-        async def ask() -> tuple[dict[str, float], dict[str, float]]:
-            question: Any = {"model": self.model, "max_tokens": 1, "temperature": 0, "logprobs": 5}
-            try:
-                by_ids = await self._client.completions.create(**question, prompt=rows.tolist())
-                question["extra_body"] = {"prompt_embeds": encoded(table[rows])}
-                by_embeds = await self._client.completions.create(**question, prompt=None)
-                one, other = (dict(reply.choices[0].logprobs.top_logprobs[0]) for reply in (by_ids, by_embeds))
-                return one, other
-            except openai.BadRequestError as error:
-                raise UserError(
-                    f"the engine at {self.url} does not take this checkpoint's embeddings, {table.shape[1]} numbers "
-                    f"each: {_words(error)}; {SERVE}"
-                ) from error
-            except FAILURES as error:
-                raise self._failure(error) from error
+        def likely(choice: Any) -> dict[str, float]:
+            found = {_text(token): float(value) for token, value in choice["logprobs"]["top_logprobs"][0].items()}
+            if not found or not all(map(math.isfinite, found.values())):
+                raise ValueError
+            return found
 
-        one, other = self._run(ask()).result()
-        token = max(one, key=one.__getitem__)
-        if abs(one[token] - other.get(token, -torch.inf)) > TOLERANCE:
-            raise UserError(
-                f"the engine at {self.url} holds another language model than this checkpoint: after the same "
-                f"{NUM_PROBES} tokens, sent as ids and as embeddings, its next token differs; {SERVE}"
-            )
+        async def ask() -> None:
+            question = {"model": self.model, "max_tokens": 1, "temperature": 0, "logprobs": 5}
+            try:
+                one = await self._choice({**question, "prompt": rows.tolist()}, likely)
+                other = await self._choice({**question, "prompt_embeds": encoded(table[rows])}, likely)
+            except UserError as error:
+                if isinstance(error.__cause__, openai.BadRequestError):
+                    raise UserError(
+                        f"the engine at {self.address} does not take this checkpoint's embeddings, {table.shape[1]} "
+                        f"numbers each: {_words(error.__cause__)}; {SERVE}"
+                    ) from error
+                raise
+            token = max(one, key=one.__getitem__)
+            if abs(one[token] - other.get(token, -torch.inf)) > TOLERANCE:
+                raise UserError(
+                    f"the engine at {self.address} holds another language model than this checkpoint: after the same "
+                    f"{NUM_PROBES} tokens, sent as ids and as embeddings, its next token differs; {SERVE}"
+                )
+
+        self._open(ask())
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
@@ -146,11 +178,7 @@ class RemoteLanguageModel:
 
         async def ask() -> list[int]:
             async with self._places:
-                try:
-                    choice = (await self._client.completions.create(**body)).choices[0]
-                    return list(choice.token_ids)
-                except FAILURES as error:
-                    raise self._failure(error) from error
+                return await self._choice(body, lambda choice: self._ids(choice, decoding.max_new_tokens))
 
         return self._run(ask())
 
@@ -177,18 +205,27 @@ class RemoteLanguageModel:
         ids: list[int] = []
 
         async def ask() -> None:
-            reason = None
+            reason: str | None = None
+            event: Any = None
             try:
                 async with self._places:
-                    async for chunk in await self._client.completions.create(**body, stream=True):
-                        for choice in chunk.choices:
-                            ids.extend(choice.token_ids)
-                            pieces.put(choice.text)
-                            reason = choice.finish_reason or reason
+                    kind = openai.AsyncStream[Any]
+                    streamed = {**body, "stream": True}
+                    async for event in await self._client.post(
+                        "/completions", cast_to=object, body=streamed, stream=True, stream_cls=kind
+                    ):
+                        for choice in event["choices"]:
+                            ids.extend(self._ids(choice, decoding.max_new_tokens - len(ids)))
+                            pieces.put(_text(choice["text"]))
+                            reason = choice.get("finish_reason") or reason
+                if event is None:
+                    raise ValueError
                 if reason is None:
-                    raise ValueError("its stream broke off")
+                    raise httpx.ReadError("the stream has no end")
             except FAILURES as error:
                 raise self._failure(error) from error
+            except MALFORMED as error:
+                raise self._malformed(str(event or "no event of a stream")) from error
             finally:
                 pieces.put(None)
 
@@ -212,37 +249,78 @@ class RemoteLanguageModel:
         samples = decoding.temperature >= MIN_TEMPERATURE
         return {
             "model": self.model,
-            "prompt": None,
             "max_tokens": decoding.max_new_tokens,
             "temperature": decoding.temperature if samples else 0.0,
             "top_p": decoding.top_p if samples else 1.0,
             "stop": stopping["stop_strings"],
-            "extra_body": {
-                "prompt_embeds": encoded(embeds),
-                "stop_token_ids": [stopping["eos_token_id"]],
-                "return_token_ids": True,
-            },
+            "prompt_embeds": encoded(embeds),
+            "stop_token_ids": [stopping["eos_token_id"]],
+            "return_token_ids": True,
         }
 
     def _run(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
+    def _open(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for what comes before the first question; if it fails or is interrupted, close the client."""
+        try:
+            return self._run(work).result()
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- requests and replies ---------------------------------------------------------------------------------------
+
+    async def _choice(self, body: dict[str, Any], take: Callable[[Any], T]) -> T:
+        """Ask for a completion, and return what `take` makes of its choice."""
+        request = self._client.post("/completions", cast_to=httpx.Response, body=body)
+        return await self._read(request, lambda reply: take(reply["choices"][0]))
+
+    async def _read(self, request: Coroutine[Any, Any, httpx.Response], take: Callable[[Any], T]) -> T:
+        """Return what `take` makes of the reply's JSON. Raises RequestError, EngineError."""
+        try:
+            response = await request
+        except FAILURES as error:
+            raise self._failure(error) from error
+        try:
+            return take(loads(response.content))
+        except MALFORMED as error:
+            raise self._malformed(response.text) from error
+
+    def _ids(self, choice: Any, most: int) -> list[int]:
+        """Return the token ids of a choice. Raises TypeError or ValueError for what are none, or too many."""
+        ids = choice["token_ids"]
+        if len(ids) > most or not all(type(one) is int and 0 <= one < self._num_ids for one in ids):
+            raise ValueError
+        return list(ids)
+
+    def _malformed(self, reply: str) -> EngineError:
+        start = " ".join(reply[:200].split())
+        return EngineError(
+            f"the engine at {self.address} gave a reply of another form ({start[:80]!r}), expected that of vLLM's "
+            f"/v1/completions with token ids: check the address, or {SERVE}"
+        )
+
     def _failure(self, error: Exception) -> UserError:
         """Put an error of openai's client into a sentence."""
         again = "start it (vllm serve DIR --enable-prompt-embeds), then give the same command again"
-        if isinstance(error, openai.APITimeoutError):
-            return EngineError(f"the engine at {self.url} did not answer in time: {again}, or with a shorter answer")
+        if isinstance(error, openai.APITimeoutError | httpx.TimeoutException):
+            return EngineError(
+                f"the engine at {self.address} did not answer in time: {again}, or with a shorter answer"
+            )
         if isinstance(error, openai.APIConnectionError):
             cause = error.__cause__ or error
-            return EngineError(f"the engine at {self.url} cannot be reached ({cause}): {again}")
+            return EngineError(f"the engine at {self.address} cannot be reached ({cause}): {again}")
         if isinstance(error, openai.APIStatusError):
             code = error.status_code
             if code in (400, 413, 422) and "prompt_embeds" not in _words(error):
                 return RequestError(f"the engine refused the prompt: {_words(error)}")
             if code in (401, 403):
-                return EngineError(f"the engine at {self.url} wants a key: name it in the variable {API_KEY}")
-            return EngineError(f"the engine at {self.url} failed with status {code}: {_words(error)}; {again}")
-        return EngineError(f"the engine at {self.url} gave no answer of its protocol ({sentence(error)}): {again}")
+                return EngineError(f"the engine at {self.address} wants a key: name it in the variable {API_KEY}")
+            return EngineError(f"the engine at {self.address} failed with status {code}: {_words(error)}; {again}")
+        if isinstance(error, httpx.HTTPError):
+            return EngineError(f"the engine at {self.address} broke off its answer: {again}")
+        return EngineError(f"the engine at {self.address} failed: {str(error)[:300]}; {again}")
 
 
 def check_decoding(decoding: Decoding) -> None:
@@ -269,3 +347,10 @@ def encoded(embeds: Tensor) -> str:
 def _words(error: openai.APIStatusError) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     return str(body.get("message") or error.message).strip()[:300]
+
+
+def _text(value: Any) -> str:
+    """Return a text. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value

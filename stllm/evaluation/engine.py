@@ -19,7 +19,7 @@ from stllm.common.distributed import end_with_parent
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, ClipReader, Media, Prepared, RequestError, Seen
+from stllm.conversation.requests import Answer, ClipReader, EngineError, Media, Prepared, RequestError, Seen
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.media.clip import Clip
 from stllm.media.time_bound import StorageError, read_within
@@ -152,18 +152,28 @@ class Engine:
             yield from self._answer_queue()
 
     def _exchange(self, most: int) -> Iterator[Record]:
-        """Send what waits to the server, and yield records until at most this many questions are in flight."""
+        """Send what waits to the server, and yield the records of what has come.
+
+        Wait until at most `most` questions are in flight. Raises EngineError, after the records of what came with it.
+        """
         engine, stopping = self.chat.engine, self.chat.processor.stopping()
         assert engine is not None
         for one in self._queue:
             future = engine.submit(self.chat.embeds(one.prepared), self.decoding, stopping)
             self._in_flight[future] = one, time.perf_counter()
         self._queue.clear()
-        while len(self._in_flight) > most:
-            for future in wait(self._in_flight, return_when=FIRST_COMPLETED).done:
+        failure: EngineError | None = None
+        while failure is None and self._in_flight:
+            seconds = None if len(self._in_flight) > most else 0
+            if not (done := wait(self._in_flight, seconds, FIRST_COMPLETED).done):
+                return
+            for future in done:
                 one, sent = self._in_flight.pop(future)
                 try:
                     answer = self.chat.answer_of(one.prepared, future.result(), time.perf_counter() - sent)
+                except EngineError as error:
+                    failure = error
+                    continue
                 except RequestError as error:
                     if one.item.id not in self._refused:
                         self._refused.add(one.item.id)
@@ -171,6 +181,8 @@ class Engine:
                     continue
                 if one.item.id not in self._refused:
                     yield from self._record(one, answer)
+        if failure is not None:
+            raise failure
 
     def _answer_queue(self) -> Iterator[Record]:
         """Answer what waits in batches of like lengths, which need little padding; yield the complete records."""

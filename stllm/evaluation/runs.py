@@ -140,7 +140,7 @@ class Runs:
         return {
             "benchmark": loaded.name,
             **({"variant": variant} if variant else {}),
-            "evaluation": asdict(self.settings),
+            "evaluation": {**asdict(self.settings), "engine": self.engine and self.engine.address},
             "decoding": asdict(self.decoding),
             "prompt": item_prompts(loaded, SAMPLE, processor)[0],
             "model": {

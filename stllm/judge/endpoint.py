@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import openai
 
 from stllm.common.errors import UserError
+from stllm.common.files import server_address
 from stllm.common.jsonl import loads
 from stllm.judge.items import JudgeItem, Messages, PromptSet, without_system
 from stllm.judge.ledger import Ledger, Reply
@@ -82,14 +82,7 @@ class Endpoint:
         self, settings: dict[str, Any], *, base_url: str | None, api_key_env: str | None, timeout: float
     ) -> None:
         url = base_url or OPENAI_URL
-        try:
-            parts = urlsplit(url)
-            valid = parts.scheme in ("http", "https") and httpx.URL(url).host and parts.port != 0
-        except (ValueError, httpx.InvalidURL):
-            valid = False
-        if not valid:
-            raise UserError(f"--base-url: found {url!r}, expected a URL such as http://localhost:8000/v1")
-        self.address = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        self.address = server_address(url, "--base-url")
         name = api_key_env or (OPENAI_KEY if base_url is None else None)
         key = "none" if name is None else os.environ.get(name, "").strip()
         if not key:

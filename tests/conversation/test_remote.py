@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from starlette.responses import HTMLResponse
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -23,7 +26,7 @@ from stllm.conversation.requests import EngineError, RequestError
 from stllm.processors.prompts import PromptProcessor
 from tests.conversation.test_chat import new_chat
 from tests.helpers.engine_server import FakeEngine, engine_server, refusal
-from tests.helpers.serving import wait_until
+from tests.helpers.serving import running, wait_until
 
 GREEDY = Decoding(num_beams=1, max_new_tokens=12)
 
@@ -124,7 +127,7 @@ def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
         (refusal(401, "Unauthorized"), EngineError, "VLLM_API_KEY"),
         (refusal(400, "prompt_embeds hidden_size 64 does not match", "prompt_embeds"), EngineError, "does not match"),
         (refusal(400, "too long", "input_tokens"), RequestError, "the engine refused the prompt: too long"),
-        (HTMLResponse("<html>Sign in"), EngineError, "no answer of its protocol"),
+        (HTMLResponse("<html>Sign in"), EngineError, "a reply of another form"),
     ],
 )
 def test_a_failure_is_one_sentence(engine, processor, reply, kind, message):
@@ -145,8 +148,6 @@ def test_an_engine_that_is_down_is_named(processor):
             remote.find_model()
     finally:
         remote.close()
-    with pytest.raises(UserError, match="expected the address of a server"):
-        RemoteLanguageModel("localhost:8000")
 
 
 def test_a_slow_engine_ends_in_a_sentence(engine, processor):
@@ -199,13 +200,14 @@ def test_an_answer_that_nobody_wants_ends_at_the_engine(engine, processor):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an engine with the language model of the embedded checkpoint."""
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, FakeEngine]]:
+    """An engine with the language model of the embedded checkpoint, and its address."""
     folder = tmp_path_factory.mktemp("engine") / "lm"
     assert main(["convert", str(FOLDER), "--to", str(folder), "--format", "language-model"]) == 0
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    with engine_server(FakeEngine(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))) as url:
-        yield url
+    engine = FakeEngine(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    with engine_server(engine) as url:
+        yield url, engine
 
 
 def test_chat_gives_the_answers_that_it_gives_without_an_engine(tiny, capsys):
@@ -213,16 +215,16 @@ def test_chat_gives_the_answers_that_it_gives_without_an_engine(tiny, capsys):
     words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--question", "Why?", "--json"]
     assert main([*words, "--num-beams", "1"]) == 0
     expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert main([*words, "--engine", tiny]) == 0
+    assert main([*words, "--engine", tiny[0]]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for key in ("answer", "visual_tokens", "frame_times", "cut_tokens"):
         assert [line[key] for line in found] == [line[key] for line in expected], key
-    assert main([*words[:-1], "--engine", tiny, "--stream"]) == 0
+    assert main([*words[:-1], "--engine", tiny[0], "--stream"]) == 0
     assert capsys.readouterr().out.splitlines() == [line["answer"] for line in expected]
 
 
 def test_the_layers_of_the_language_model_are_not_loaded(tiny):
-    chat = load_chat(FOLDER, device="cpu", engine=tiny)
+    chat = load_chat(FOLDER, device="cpu", engine=tiny[0])
     held = [name for name in chat.model.state_dict() if name.startswith("language_model.")]
     assert held == ["language_model.model.embed_tokens.weight"]
     assert (chat.decoding.num_beams, chat.decoding.repetition_penalty) == (1, 1)
@@ -236,12 +238,90 @@ def test_the_layers_of_the_language_model_are_not_loaded(tiny):
     [
         (["--num-beams", "5"], 1, "5 beams were asked for"),
         (["--engine", "http://127.0.0.1:9"], 1, "cannot be reached"),
+        (["--engine", "http://me:secret@127.0.0.1:9/v1/"], 1, "the engine at http://127.0.0.1:9 cannot be reached"),
+        (["--engine", "me:secret@localhost:8000"], 1, "--engine: found 'localhost:8000', expected a URL"),
+        (["--engine", "http://[::1"], 1, "--engine: found 'http://[::1', expected a URL"),
+        (["--engine", "http://h:99999"], 1, "--engine: found 'http://h:99999', expected a URL"),
+        (["--engine", ""], 1, "--engine: found '', expected a URL"),
         (["--evidence", "chart.png"], 2, "--evidence needs the whole language model"),
     ],
 )
 def test_chat_refuses_in_one_sentence(tiny, capsys, monkeypatch, more, code, message):
     monkeypatch.setattr("stllm.conversation.remote.NUM_RETRIES", 0)
     path, question = find_examples()[0]
-    words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--engine", tiny]
+    words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--engine", tiny[0]]
     assert main([*words, *more]) == code
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err and "secret" not in err
+
+
+def choice(**changed: Any) -> dict[str, Any]:
+    return {"index": 0, "text": "red", "token_ids": [300], "finish_reason": None, **changed}
+
+
+def replied(*choices: Any) -> Response:
+    return JSONResponse({"choices": choices})
+
+
+def streamed(*events: Any) -> Response:
+    """A stream that ends there, without [DONE]."""
+    lines = (event if isinstance(event, str) else json.dumps(event) for event in events)
+    return Response("".join(f"data: {line}\n\n" for line in lines), media_type="text/event-stream")
+
+
+FORM = "gave a reply of another form"
+LIKELY = {"logprobs": {"top_logprobs": [{"a": float("nan")}]}}
+
+
+@pytest.mark.parametrize(
+    ("before", "reply", "message"),
+    [
+        (0, Response(json.dumps({"choices": [LIKELY]})), FORM),  # comparing the models
+        (0, replied({"logprobs": {"top_logprobs": [{"a": "likely"}]}}), FORM),
+        (0, replied(choice()), FORM),
+        (2, replied({"index": 0, "text": "red"}), FORM + ' (\'{"choices":[{"index":0'),  # no token ids
+        *((2, replied(choice(token_ids=ids)), FORM) for ids in (["a"], [-1], [10**12], [1.5], {"1": 2}, [3] * 10_000)),
+        (2, replied("red"), FORM),
+        (2, replied(), FORM),
+        (2, JSONResponse([1]), FORM),
+        (2, Response(status_code=204), FORM),
+        (2, Response('{"choices": [' + " " * 2000), FORM),  # longer than is read of it
+        (3, streamed({"choices": [choice()]}), "broke off its answer"),
+        (3, streamed({"error": {"message": "out of blocks"}}), "failed: out of blocks"),
+        (3, streamed({"choices": [choice()]}, "{no"), FORM),
+        *((3, streamed({"choices": [choice(**{name: None})]}), FORM) for name in ("text", "token_ids")),
+        (3, streamed({"choices": None}), FORM),
+    ],
+)
+def test_a_reply_that_is_none_is_one_sentence_of_ours(tiny, capsys, monkeypatch, before, reply, message):
+    """before: replies that are right, two of them for comparing the models; with 3, the answer is streamed."""
+    url, engine = tiny
+    monkeypatch.setattr("stllm.conversation.remote.MAX_REPLY", 1000 if b"  " in reply.body else 1 << 20)
+    engine.replies = iter([*[None] * min(before, 2), reply])
+    path, question = find_examples()[0]
+    words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--engine", url]
+    assert main([*words, *(["--stream"] if before == 3 else [])]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not any(word in lines[0] for word in ("unexpected", "--debug", "NoneType", "Error"))
+
+
+@pytest.mark.parametrize("reply", [[], {}, [1], None, {"data": []}, {"data": ["lm"]}, {"data": [{"id": 5}]}])
+def test_a_list_of_models_that_is_none_is_one_sentence_of_ours(capsys, reply):
+    async def models(request: Request) -> Response:
+        return JSONResponse(reply)
+
+    with running(Starlette(routes=[Route("/v1/models", models)])) as url:
+        assert main(["chat", "--device", "cpu", "--engine", url]) == 1
+    assert f"the engine at {url} {FORM} (" in (err := capsys.readouterr().err) and "unexpected" not in err
+
+
+def test_user_and_password_of_the_address_are_sent_and_a_strange_key_is_refused(tiny, capsys, monkeypatch):
+    url, engine = tiny
+    path, question = find_examples()[0]
+    words = ["chat", "--device", "cpu", "--video", str(path), "--question", question]
+    assert main([*words, "--engine", url.replace("//", "//me:secret@")]) == 0
+    assert engine.keys[-1] == "Basic bWU6c2VjcmV0"
+    monkeypatch.setenv("VLLM_API_KEY", "kľúč")
+    assert main([*words, "--engine", url]) == 1
+    assert "VLLM_API_KEY holds characters that no key has" in capsys.readouterr().err

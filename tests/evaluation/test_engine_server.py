@@ -1,8 +1,10 @@
 """`stllm evaluate --engine`: the records of a run without it, failures of the engine, and a run that goes on."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.responses import Response
@@ -10,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stllm.cli import main
 from stllm.conversation import remote
+from stllm.evaluation import engine as engine_module
 from tests.helpers.engine_server import FakeEngine, engine_server, refusal
 from tests.helpers.evaluation import CHECKPOINT, evaluate, lines, write_set
+from tests.helpers.serving import wait_until
 
 GREEDY = ("--options", "evaluation.repetition_penalty=1")
 
@@ -46,7 +50,9 @@ def test_the_records_are_those_of_a_run_without_an_engine(
 ) -> None:
     assert evaluate(data, tmp_path / "here", *GREEDY) == 0
     engine.seconds = 0.2
-    assert evaluate(data, tmp_path / "there", *GREEDY, "--engine", url) == 0
+    address = url.replace("//", "//me:secret@")
+    assert evaluate(data, tmp_path / "there", *GREEDY, "--engine", address) == 0
+    assert not any(b"secret" in file.read_bytes() for file in (tmp_path / "there").iterdir())
     assert lines(tmp_path / "there") == lines(tmp_path / "here")
     assert engine.most_inside > 1
     here, there = (
@@ -77,6 +83,25 @@ def test_an_engine_that_fails_ends_the_run_which_then_goes_on(
     assert evaluate(data, tmp_path / "out", *GREEDY, "--engine", url) == 0
     assert len(lines(tmp_path / "out")) == 9
     assert len(engine.bodies) - asked == 2 + 9 - len(done)
+
+
+def test_answers_that_have_come_are_written_before_the_last_clip_is_read(
+    engine: FakeEngine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    read = engine_module.read_clip
+
+    def read_slowly(*arguments: Any) -> Any:
+        asked = 2 + 3 * len(written)  # two comparing the models, three a clip
+        wait_until(lambda: not written or (len(engine.bodies) == asked and not engine.inside))
+        time.sleep(0.2)
+        written.append(len(lines(tmp_path / "out")) if (tmp_path / "out" / "msvd.jsonl").exists() else 0)
+        return read(*arguments)
+
+    monkeypatch.setattr(engine_module, "read_clip", read_slowly)
+    data = write_set(tmp_path / "data", num_videos=4)
+    assert evaluate(data, tmp_path / "out", *GREEDY, "--num-workers", "0", "--engine", url) == 0
+    assert written[:2] == [0, 0] and written[3] >= 6 and len(lines(tmp_path / "out")) == 12
 
 
 def test_a_prompt_that_the_engine_refuses_is_a_failed_item(

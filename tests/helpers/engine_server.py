@@ -38,6 +38,7 @@ class FakeEngine:
     replies: Iterator[Response | None] = field(default_factory=lambda: iter(()))
     seconds: float = 0.0
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of requests for completions
+    keys: list[str | None] = field(default_factory=list)  # of the same
     inside: int = 0  # requests being answered
     most_inside: int = 0
     abandoned: int = 0  # streams that nobody read to the end
@@ -48,6 +49,7 @@ class FakeEngine:
     async def completions(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
+        self.keys.append(request.headers.get("authorization"))
         if (reply := next(self.replies, None)) is not None:
             return reply
         if body["model"] != self.name:
