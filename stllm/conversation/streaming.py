@@ -72,6 +72,7 @@ def stream_answer(
 
     def pieces() -> Generator[str, None, Tensor]:
         yield from streamer
+        thread.join()  # transformers ends the streamer shortly before `generate` returns
         if failure:
             raise failure[0]
         return result[0]
