@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -92,7 +93,8 @@ def ask(page: Page, question: str) -> None:
     page.fill("#question textarea", question)
     while page.input_value("#question textarea") == question and page.locator("#send").is_visible():
         page.press("#question textarea", "Enter")
-        page.wait_for_timeout(300)
+        with suppress(playwright.TimeoutError):  # a second Enter soon after would ask an empty question
+            page.wait_for_selector("#stop", timeout=2000)
     page.wait_for_selector("#send")
 
 
