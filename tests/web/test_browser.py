@@ -147,6 +147,7 @@ def test_a_conversation_about_a_video(tabs: Any, chat: Chat, place: Path) -> Non
     page.click("#temporal")
     page.wait_for_selector(".probe-words")
     assert page.locator(".probe-card").count() == 5
+    assert page.locator(".film-curve").count() == 1  # of the same frames
     assert same(messages(page), [FIRST, answers[0], SECOND, answers[1]])
 
     page.click("#undo")
