@@ -72,7 +72,7 @@ def stream_answer(
 
     def pieces() -> Generator[str, None, Tensor]:
         yield from streamer
-        thread.join()  # `generate` ends the stream a moment before it returns
+        thread.join()  # transformers ends the streamer shortly before `generate` returns
         if failure:
             raise failure[0]
         return result[0]

@@ -64,11 +64,11 @@ class Report:
         )
         return ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in parts if count) or "no record"
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Faults by kind, in the order of KINDS."""
-        kinds = [fault.kind for fault in self.faults]
-        return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
+
+def counts(faults: Sequence[Fault]) -> dict[str, int]:
+    """Count faults by kind, in the order of KINDS."""
+    kinds = [fault.kind for fault in faults]
+    return {kind: kinds.count(kind) for kind in KINDS if kind in kinds}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     report = examine(args)
     if args.json:
-        print(json.dumps({**asdict(report), "counts": report.counts}, ensure_ascii=False, indent=1))
+        print(json.dumps({**asdict(report), "counts": counts(report.faults)}, ensure_ascii=False, indent=1))
     else:
         if args.cfg_path is not None:
             print("data sets, with the number of records (of image-text pairs: shards)")
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             print(note)
         if not report.faults:
             print(f"nothing found in {report.size}")
-        for kind, count in report.counts.items():
+        for kind, count in counts(report.faults).items():
             print(f"{count} {kind}: {KINDS[kind]}")
             found = [fault for fault in report.faults if fault.kind == kind]
             for fault in found if args.all else found[:MAX_LISTED]:
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if not faults:
         return 0
     sys.stdout.flush()  # before the summary, where both go to one place
-    kinds = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts(faults).items())
     print(f"found {len(faults)} faults in {report.size}: {kinds}", file=sys.stderr)
     return 1
 

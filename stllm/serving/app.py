@@ -158,13 +158,22 @@ async def _events(
         yield "data: [DONE]\n\n"
 
 
+def check_host(request: Request, hosts: list[str] | None) -> None:
+    """Raise ApiError unless the request uses one of these names of this server; None: any name.
+
+    A web page elsewhere could point its own name to this machine.
+    """
+    named = HOST.fullmatch(request.headers.get("host", ""))
+    if hosts is not None and (named is None or named[1].lower() not in hosts):
+        raise ApiError(400, f"invalid Host header: this server answers to {', '.join(hosts)}")
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """An endpoint as an application: its failures become OpenAI's error objects.
 
     respond: gets the request, and a stack that is closed after the response, also when sending fails.
-    hosts: names of this server that requests may use; None: any. Other names are refused, since a web page elsewhere
-    could point its own name to this machine.
+    hosts: as for `check_host`.
     """
 
     respond: Callable[[Request, ExitStack], Awaitable[Response]]
@@ -175,9 +184,7 @@ class Endpoint:
         request = Request(scope, receive)
         with ExitStack() as sent:
             try:
-                named = HOST.fullmatch(request.headers.get("host", ""))
-                if self.hosts is not None and (named is None or named[1].lower() not in self.hosts):
-                    raise ApiError(400, f"invalid Host header: this server answers to {', '.join(self.hosts)}")
+                check_host(request, self.hosts)
                 response = await self.respond(request, sent)
             except ClientDisconnect:
                 response = GONE
@@ -187,13 +194,18 @@ class Endpoint:
 
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
-    """Build the application. hosts: as for `Endpoint`."""
+    """Build the application. hosts: as for `check_host`."""
 
     async def unknown(request: Request, error: Exception) -> Response:
         """Answer requests for unknown paths and methods."""
         assert isinstance(error, HTTPException)
         offered = "GET /health, GET /v1/models, POST /v1/chat/completions"
-        return _error_response(ApiError(error.status_code, f"{error.detail}: this server offers {offered}"))
+        answer = ApiError(error.status_code, f"{error.detail}: this server offers {offered}")
+        try:
+            check_host(request, hosts)
+        except ApiError as refusal:
+            answer = refusal
+        return _error_response(answer)
 
     return Starlette(
         routes=[

@@ -180,7 +180,7 @@ class Handlers:
                 progress = news or progress
                 yield {"status": progress_html(progress), **_pending(talk, pending, progress.text)}
                 film, evidence = talk.film, talk.evidence
-                if progress.film is not None and progress.film is not film:
+                if progress.film is not None and progress.film != film:
                     talk.film, talk.evidence = progress.film, None  # the curve belongs to the frames it was measured on
                 talk.evidence = progress.evidence or talk.evidence
                 if talk.film is not film or talk.evidence is not evidence:

@@ -1,6 +1,10 @@
 """The stream's pieces join to the finished answer, and what fails in the thread fails for the listener."""
 
+from time import sleep
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,3 +37,19 @@ def test_an_error_in_generation_reaches_the_listener() -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         list(stream_answer(generate, tokenizer=None, end_sym="###"))  # type: ignore[arg-type]
+
+
+def test_what_generation_returns_is_waited_for() -> None:
+    """transformers' `generate` ends its streamer before it returns."""
+    ids = torch.tensor([[1, 2, 3]])
+
+    def generate(streamer: Any, **_: object) -> torch.Tensor:
+        streamer.end()
+        sleep(0.2)
+        return ids
+
+    stream = stream_answer(generate, tokenizer=None, end_sym="###")  # type: ignore[arg-type]
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(stream)
+    assert end.value.value is ids

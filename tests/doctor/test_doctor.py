@@ -275,6 +275,12 @@ def test_mvbench_with_faults(mvbench, video, capsys) -> None:
         ("annotation", "file"): 1,
     }
     assert any("did you mean 'action_sequence.json'" in fault["sentence"] for fault in report["faults"])
+    assert main(["doctor", "--anno-path", str(mvbench), "--format", "mvbench", "--num-workers", "0"]) == 1
+    said = capsys.readouterr().err.strip()
+    faults, kinds = said.removeprefix("found ").split(" faults in ")[0], said.rpartition(": ")[2].split(", ")
+    num_faults = sum(not fault["note"] for fault in report["faults"])
+    assert int(faults) == sum(int(kind.split()[0]) for kind in kinds) == num_faults
+    assert not any("contradiction" in kind for kind in kinds)  # a note
 
 
 def test_the_tasks_of_mvbench() -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,9 @@ def test_unknown_paths_methods_types_and_hosts(address: str) -> None:
     assert httpx.get(f"{address}/../../etc/passwd").status_code == 404
     plain = httpx.post(url, content=b"{}", headers={"content-type": "text/plain"})  # what a foreign page could send
     assert (plain.status_code, "application/json" in plain.json()["error"]["message"]) == (415, True)
-    for host in ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", ""):
-        foreign = httpx.get(f"{address}/health", headers={"host": host})
+    hosts = ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "")
+    for path, host in [*product(["health"], hosts), ("v1/nothing", hosts[0]), ("v1/chat/completions", hosts[0])]:
+        foreign = httpx.get(f"{address}/{path}", headers={"host": host})
         assert foreign.status_code == 400
         assert foreign.json()["error"]["message"] == "invalid Host header: this server answers to 127.0.0.1"
     assert httpx.get(f"{address}/health", headers={"host": "127.0.0.1:99"}).status_code == 200
