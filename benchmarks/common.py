@@ -23,8 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "transformers", "timm", "av")
 
 
-def arguments(description: str, *, published: bool = False) -> argparse.Namespace:
-    """--quick for smaller sizes, --output-dir for where the JSON goes, --device. published: --published, too."""
+def arguments(description: str, *, published: bool = False, engine: bool = False) -> argparse.Namespace:
+    """--quick for smaller sizes, --output-dir for where the JSON goes, --device. published, engine: have these, too."""
     parser = argparse.ArgumentParser(description=description)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="smaller sizes, a rough figure")
@@ -32,6 +32,8 @@ def arguments(description: str, *, published: bool = False) -> argparse.Namespac
         sizes.add_argument("--published", action="store_true", help="the published 7B model's sizes; needs a GPU")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the JSON goes")
     parser.add_argument("--device", default="auto")
+    if engine:
+        parser.add_argument("--engine", metavar="URL", help="also measure with this server, which decodes")
     return parser.parse_args()
 
 
@@ -77,9 +79,9 @@ def _once(work: Callable[[], Any], device: torch.device | None) -> float:
     return time.perf_counter() - start
 
 
-def resident_bytes(name: str) -> int:
-    """Bytes of this process's line of /proc/self/status: VmRSS, now, or VmHWM, at most; without /proc, the peak."""
-    for line in _lines("/proc/self/status"):
+def resident_bytes(name: str, process: int | str = "self") -> int:
+    """Bytes of a process's line of /proc/PID/status: VmRSS, now, or VmHWM, at most; without /proc, this one's peak."""
+    for line in _lines(f"/proc/{process}/status"):
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

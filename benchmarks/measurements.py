@@ -45,6 +45,9 @@ MEASUREMENTS: Mapping[str, Measurement] = {
         "How fast do videos become training batches?", ("video", "workers"), more=("speed-up",)
     ),
     "evaluation": Measurement("How fast are a benchmark's questions answered?", ("set", ""), more=("speed-up",)),
+    "serve": Measurement(
+        "How many answers a second does the server give?", ("answers", "", "clients"), more=("speed-up",)
+    ),
     "loading": Measurement(
         "How much memory does loading weights take?", ("layout", "loaded by", "as"), less=("peak / weights",)
     ),

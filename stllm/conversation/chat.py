@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.jsonl import loads
-from stllm.conversation.decoding import Decoding, NaNWatch, StopWhen
+from stllm.conversation.decoding import Decoding, NaNWatch, NoNumbersError
 from stllm.conversation.requests import (
     Answer,
     ClipReader,
@@ -33,6 +32,7 @@ from stllm.conversation.requests import (
     Stamp,
     num_positions,
 )
+from stllm.conversation.streaming import Batches, clean_pieces
 from stllm.media.clip import Clip
 from stllm.models.configuration import STLLMConfig
 from stllm.models.settings import explicit_settings
@@ -82,6 +82,7 @@ class Chat:
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[Stamp, tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self.lock = Lock()  # one generation at a time
+        self.batches = Batches(self._generate, processor, model.dtype)
         self._warned = False  # whether a prompt beyond the positions was warned about
 
     # ---- asking -----------------------------------------------------------------------------------------------------
@@ -126,19 +127,17 @@ class Chat:
     def stream_prepared(
         self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
     ) -> Generator[str, None, Tensor]:
-        """Do the same for a prepared request. stop: ends it, too, when it is set. Returns the new ids, (1, A)."""
-        from stllm.conversation.streaming import clean_pieces, stream_answer
+        """Do the same for a prepared request. Returns the new ids, (1, A).
 
+        It is answered together with others that wait and have the same settings. stop: ends it, too, when it is set.
+        """
         decoding.check_streaming()
+        stop = stop or Event()
         if self.engine is not None:
-            embeds, stopping = self.embeds(prepared), self.processor.stopping()
-            pieces = self.engine.stream(embeds, decoding, stopping, stop or Event())
-            return torch.tensor([(yield from clean_pieces(pieces, self.processor.end_sym))], dtype=torch.long)
-
-        def generate(**more: Any) -> Tensor:
-            return self._generate([prepared], decoding, **more)
-
-        return (yield from stream_answer(generate, self.processor.tokenizer, self.processor.end_sym, stop))
+            pieces = self.engine.stream(self.embeds(prepared), decoding, self.processor.stopping(), stop)
+        else:
+            pieces = self.batches.stream(prepared, decoding, stop)
+        return torch.tensor([(yield from clean_pieces(pieces, self.processor.end_sym))], dtype=torch.long)
 
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +213,7 @@ class Chat:
         if seen is None or request.media is None:
             return prepared
         if not bool(visual.isfinite().all()):
-            raise UserError(_no_numbers(f"{request.media.path}: the model's visual tokens", visual.dtype))
+            raise NoNumbersError(f"{request.media.path}: the model's visual tokens", visual.dtype)
         encode = seen.seconds["encode"] + time.perf_counter() - start
         return replace(prepared, seconds={**seen.seconds, "encode": encode})
 
@@ -230,16 +229,21 @@ class Chat:
     def complete(
         self, prepared: Sequence[Prepared], decoding: Decoding | None = None, stop: Event | None = None
     ) -> list[Answer]:
-        """Answer prepared requests in one generation. stop: when set, ends it with the tokens so far."""
+        """Answer prepared requests in one generation.
+
+        stop: of somebody who may leave. When set, it ends the answers with the tokens so far. The requests are then
+        answered together with those of others that wait and have the same settings.
+        """
         if not prepared:
             return []
         start, decoding = time.perf_counter(), decoding or self.decoding
         if self.engine is not None:
             embeds = [self.embeds(one) for one in prepared]
             rows: Any = self.engine.complete(embeds, decoding, self.processor.stopping(), stop)
+        elif stop is not None:
+            rows = self.batches.complete(prepared, decoding, stop)
         else:
-            stopping = {} if stop is None else {"stopping_criteria": StoppingCriteriaList([StopWhen(stop)])}
-            rows = self._generate(prepared, decoding, **stopping)
+            rows = self._generate(prepared, decoding)
         seconds = (time.perf_counter() - start) / len(prepared)
         return [self.answer_of(one, row, seconds) for one, row in zip(prepared, rows, strict=True)]
 
@@ -262,14 +266,16 @@ class Chat:
         return self.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])[0]
 
     @torch.inference_mode()
-    def _generate(self, prepared: Sequence[Prepared], decoding: Decoding, **more: Any) -> Tensor:
+    def _generate(
+        self, prepared: Sequence[Prepared], decoding: Decoding, watch: NaNWatch | None = None, **more: Any
+    ) -> Tensor:
         batch = self.batch(prepared, side="left")
-        arguments, watch = decoding.arguments(**self.processor.stopping()), NaNWatch()
+        arguments, watch = decoding.arguments(**self.processor.stopping()), watch or NaNWatch(self.model.dtype)
         arguments["logits_processor"].insert(0, watch)
         with self.lock:
             ids = self.model.generate(**batch, **arguments, tokenizer=self.processor.tokenizer, **more)
-        if watch.found:
-            raise UserError(_no_numbers("the language model's scores", self.model.dtype))
+        if any(watch.found(len(prepared))):
+            raise watch.error
         return ids
 
     def batch(
@@ -402,9 +408,3 @@ def find_examples() -> Sequence[tuple[Path, str]]:
     if not listing.is_file():
         return []
     return [(EXAMPLES / entry["file"], entry["question"]) for entry in loads(listing.read_text(encoding="utf-8"))]
-
-
-def _no_numbers(what: str, dtype: torch.dtype) -> str:
-    kind = str(dtype).removeprefix("torch.")
-    hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
-    return f"{what} are no numbers (NaN or infinite): the weights are damaged, get them again{hint}"

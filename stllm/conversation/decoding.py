@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from threading import Event
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
 )
 
 from stllm.common.errors import UserError, unknown_name
@@ -120,29 +118,30 @@ class Decoding:
         return {"generation_config": config, "logits_processor": penalties}
 
 
-class StopWhen(StoppingCriteria):
-    """Ends generation once the event is set, because nobody listens any more."""
+class NoNumbersError(UserError):
+    """Numbers of the model were NaN or infinite."""
 
-    def __init__(self, event: Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        return input_ids.new_full((len(input_ids),), self.event.is_set(), dtype=bool)
+    def __init__(self, what: str, dtype: torch.dtype) -> None:
+        kind = str(dtype).removeprefix("torch.")
+        hint = "" if kind == "float32" else f", or numbers grow too large for {kind}: use --dtype float32"
+        super().__init__(f"{what} are no numbers (NaN or infinite): the weights are damaged, get them again{hint}")
 
 
 class NaNWatch(LogitsProcessor):
-    """Notes whether any score was NaN; generation itself would continue with the first token."""
+    """Notes which rows had a score that was NaN; generation itself would continue with the first token."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.error = NoNumbersError("the language model's scores", dtype)
         self._found: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return the scores, (B, vocabulary), unchanged, without waiting for the GPU."""
-        found = scores.isnan().any()
+        found = scores.isnan().any(dim=-1)
         self._found = found if self._found is None else self._found | found
         return scores
 
-    @property
-    def found(self) -> bool:
-        """Check whether any score was NaN."""
-        return self._found is not None and bool(self._found)
+    def found(self, num_rows: int) -> list[bool]:
+        """Return for each row of the batch, which may have several beams, whether a score of it was NaN."""
+        if self._found is None:
+            return [False] * num_rows
+        return [bool(one) for one in self._found.view(num_rows, -1).any(dim=-1).tolist()]

@@ -1,16 +1,241 @@
-"""An answer as it is written: transformers' iterator streamer, with the end mark and outer spaces held back."""
+"""Answers as they are written: questions that wait together are answered in one generation, each with its listener.
 
-from collections.abc import Callable, Generator
+A generation begins at once when none is running. Questions that arrive while it runs are answered together in the next
+one, as far as they have the same settings. transformers' continuous batching is not used: as of 5.24 it takes token
+ids, not embeddings. A listener hears the tokens of its own answer, without the end mark and outer spaces, and may leave
+while the others go on. Letters: B questions, A new tokens.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from threading import Event, Thread
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from threading import Event, Lock, Thread
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
-from stllm.conversation.decoding import StopWhen
+from stllm.common.errors import out_of_memory
+from stllm.conversation.decoding import Decoding, NaNWatch, NoNumbersError
+from stllm.conversation.requests import Prepared
+from stllm.processors.prompts import PromptProcessor
 
 T = TypeVar("T")
+
+MAX_ROWS = 16  # sequences in one generation, questions times beams; chosen here: of a 7B model, 8 GB of keys and values
+TICK = 0.1  # seconds between two looks at whether anybody still waits for the answer
+
+
+class Batches:
+    """The questions that wait for the language model, and those in its running generation.
+
+    generate: answers prepared questions with one setting, (prepared, decoding, watch, **arguments of transformers'
+    `generate`) -> (B, A). dtype: of the scores. Methods may be called from any thread.
+    """
+
+    def __init__(self, generate: Callable[..., Tensor], processor: PromptProcessor, dtype: torch.dtype) -> None:
+        self.max_rows = MAX_ROWS
+        self._generate, self._processor, self._dtype = generate, processor, dtype
+        self._waiting: list[_Row] = []
+        self._runs = False  # whether a thread answers
+        self._lock = Lock()
+
+    def complete(self, prepared: Sequence[Prepared], decoding: Decoding, stop: Event) -> list[list[int]]:
+        """Return the new ids of each; once `stop` is set, those so far (of several beams none). Raises UserError."""
+        rows = [_Row(one, decoding, stop) for one in prepared]
+        try:
+            self._begin(rows)
+            return [list(self._tokens(row)) for row in rows]
+        finally:
+            for row in rows:
+                self._leave(row)
+
+    def stream(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, list[int]]:
+        """Yield the answer's text piece by piece, and return its ids. Setting `stop`, or closing, ends it.
+
+        Returns when the answer has ended, even if others in its generation go on. Raises UserError.
+        """
+        row, text, ids = _Row(prepared, decoding, stop), _Text(self._processor), []
+        try:
+            self._begin([row])
+            for token in self._tokens(row):
+                ids.append(token)
+                text.put(torch.tensor([token]))
+                yield from text.take()
+            text.end()
+            yield from text.take()
+            return ids
+        finally:
+            self._leave(row)
+
+    def _begin(self, rows: "Sequence[_Row]") -> None:
+        with self._lock:
+            self._waiting += rows
+            begins, self._runs = not self._runs, True
+        if begins:
+            Thread(target=self._work, name="answers", daemon=True).start()
+
+    def _tokens(self, row: "_Row") -> Iterator[int]:
+        """Yield the row's tokens up to the end of its answer, as `generate` yields them for it alone."""
+        ids: list[int] = []
+        eos, mark = self._processor.eos_token_id, self._processor.end_sym
+        while True:
+            try:
+                token = row.news.get(timeout=TICK)
+            except Empty:
+                if not row.is_wanted():
+                    self._forget(row)
+                continue
+            if token is None:
+                return
+            if isinstance(token, BaseException):
+                raise token
+            ids.append(token)
+            yield token
+            # Each token but a few special ones has a character at least, so these hold the whole mark.
+            tail = self._processor.tokenizer.decode(ids[-len(mark) - 2 :])
+            if token == eos or mark in tail or len(ids) == row.decoding.max_new_tokens:
+                row.has_answer = True
+                return
+
+    def _leave(self, row: "_Row") -> None:
+        """Stop listening: drop the row, and wait until the model no longer writes for it."""
+        row.left = True
+        self._forget(row)
+        if row.is_alone or not row.has_answer:
+            row.ended.wait()
+
+    def _forget(self, row: "_Row") -> None:
+        with self._lock:
+            if row in self._waiting:
+                self._waiting.remove(row)
+                row.end()
+
+    # ---- the thread that answers ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while rows := self._next():
+            self._answer(rows)
+
+    def _next(self) -> "list[_Row]":
+        """Take the first question that waits, and the others with its settings, as far as there is room."""
+        with self._lock:
+            if not self._waiting:
+                self._runs = False
+                return []
+            decoding = self._waiting[0].decoding
+            count = max(1, self.max_rows // decoding.num_beams)
+            rows = [row for row in self._waiting if row.decoding == decoding][:count]
+            self._waiting = [row for row in self._waiting if row not in rows]
+            return rows
+
+    def _answer(self, rows: "Sequence[_Row]") -> None:
+        """Answer these in one generation, or in two of half the size if it fails before its first token.
+
+        There may be too little memory for all of them, and then later generations are smaller, too; or one is at fault.
+        """
+        prepared, decoding = [row.prepared for row in rows], rows[0].decoding
+        rows[0].is_alone = len(rows) == 1
+        watch = NaNWatch(self._dtype)
+        teller = _Teller(rows, watch)
+        more: dict[str, Any] = {"watch": watch, "stopping_criteria": StoppingCriteriaList([_StopRows(rows)])}
+        if decoding.num_beams == 1:
+            more["streamer"] = teller
+        try:
+            ids = self._generate(prepared, decoding, **more)
+            if decoding.num_beams > 1:
+                for row, answer in zip(rows, ids.tolist(), strict=True):
+                    for token in answer:
+                        row.news.put(token)
+            for row in rows:
+                row.end()
+            return
+        except BaseException as error:  # handed to the listeners, who raise it
+            if teller.has_told or len(rows) == 1:
+                bad = watch.found(len(rows)) if isinstance(error, NoNumbersError) else [True] * len(rows)
+                for row, is_bad in zip(rows, bad, strict=True):
+                    row.end(error if is_bad else None)
+                return
+            if out_of_memory(error):
+                self.max_rows = max(1, len(rows) * decoding.num_beams // 2)
+        half = len(rows) // 2  # the error, which holds the failed generation's memory, is gone here
+        self._answer(rows[:half])
+        self._answer(rows[half:])
+
+
+class _Row:
+    """A question in a batch. news: the ids of its answer, None or an error after the last one."""
+
+    def __init__(self, prepared: Prepared, decoding: Decoding, stop: Event) -> None:
+        self.prepared, self.decoding = prepared, decoding
+        self.news: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        self.left = False  # whether nobody listens any more
+        self.has_answer = False  # whether the whole answer was heard
+        self.is_alone = False  # in its generation
+        self.ended = Event()  # set when no more news come
+        self._stop = stop
+
+    def is_wanted(self) -> bool:
+        """Check whether anybody still waits for the rest of the answer."""
+        return not self.left and not self._stop.is_set()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Tell the listener that this was all."""
+        self.news.put(error)
+        self.ended.set()
+
+
+class _Teller(BaseStreamer):
+    """Hands each row its next token, or its error. transformers' streamers take one row only."""
+
+    def __init__(self, rows: Sequence[_Row], watch: NaNWatch) -> None:
+        self.rows, self.watch = rows, watch
+        self.has_told = False
+
+    def put(self, value: Tensor) -> None:
+        """Hand on the tokens of a step, (B,). The first call brings the prompts' ids: none, since they are embedded."""
+        if value.numel():
+            self.has_told = True
+            for row, token, is_bad in zip(self.rows, value.tolist(), self.watch.found(len(value)), strict=True):
+                row.news.put(self.watch.error if is_bad else token)
+
+    def end(self) -> None:
+        """Do nothing: the rows end with their generation."""
+
+
+class _StopRows(StoppingCriteria):
+    """Ends the rows for whose answers nobody waits any more."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        stopped = [not row.is_wanted() for row in self.rows]
+        if not all(stopped):  # else the generation ends now, and all rows with it
+            for row, is_stopped in zip(self.rows, stopped, strict=True):
+                if is_stopped and not row.ended.is_set():
+                    row.end()
+        beams = len(input_ids) // len(self.rows)
+        return torch.tensor(stopped, device=input_ids.device).repeat_interleave(beams)
+
+
+class _Text(TextStreamer):
+    """The text of an answer's tokens, in pieces."""
+
+    def __init__(self, processor: PromptProcessor) -> None:
+        super().__init__(processor.tokenizer, skip_special_tokens=True)
+        self._pieces: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Keep a piece."""
+        self._pieces.append(text)
+
+    def take(self) -> list[str]:
+        """Return the pieces since the last call."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
 
 class AnswerStream:
@@ -43,47 +268,6 @@ class AnswerStream:
         rest = self._text.split(self.end_sym)[0].rstrip()[self._shown :]
         self._shown += len(rest)
         return rest
-
-
-def stream_answer(
-    generate: Callable[..., Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    end_sym: str,
-    stop: Event | None = None,
-) -> Generator[str, None, Tensor]:
-    """Runs `generate(streamer=..., stopping_criteria=...)` in a thread and yields the answer's text piece by piece.
-
-    Closing the iterator, or setting `stop` from any thread, ends the generation at its next token. Returns what
-    `generate` returns, and raises what it raises.
-    """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stop = Event() if stop is None else stop
-    failure: list[BaseException] = []
-    result: list[Tensor] = []
-
-    def work() -> None:
-        try:
-            stopping = StoppingCriteriaList([StopWhen(stop)])
-            result.append(generate(streamer=streamer, stopping_criteria=stopping))
-        except BaseException as error:  # handed to the listener, who raises it
-            failure.append(error)
-        finally:
-            streamer.end()
-
-    def pieces() -> Generator[str, None, Tensor]:
-        yield from streamer
-        thread.join()  # transformers ends the streamer shortly before `generate` returns
-        if failure:
-            raise failure[0]
-        return result[0]
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        return (yield from clean_pieces(pieces(), end_sym))
-    finally:
-        stop.set()
-        thread.join()
 
 
 def clean_pieces(pieces: Generator[str, None, T], end_sym: str) -> Generator[str, None, T]:

@@ -246,8 +246,7 @@ def answer_steps(
             seen = chat.see(media, clip, stamp)
             del clip
         prepared = chat.prepare(request, asked.decoding, seen)
-        if chat.engine is not None:
-            yield Stage.ENGINE
+        yield Stage.ANSWER
         with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
             ids = yield from pieces  # (1, A)
     except NobodyWaits:
@@ -259,6 +258,6 @@ def answer_steps(
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None
     processor, num_tokens = chat.processor, ids.shape[1]
     text = str(processor.tokenizer.decode(ids[0], skip_special_tokens=True))
-    ended = int(ids[0, -1]) == processor.eos_token_id or processor.end_sym in text
+    ended = processor.eos_token_id in ids[0, -1:].tolist() or processor.end_sym in text
     reason = "length" if num_tokens >= asked.decoding.max_new_tokens and not ended else "stop"
     yield Finished(processor.clean(text), reason, prepared.length, num_tokens, prepared.cut.total)

@@ -1,9 +1,10 @@
-"""A bounded queue in front of the one model. It refuses requests beyond its places and answers one at a time.
+"""A bounded queue in front of the one model. It refuses requests beyond its places.
 
 The server and the demo both use it. A job is a generator: it yields news for its listener, and a `Stage` where its next
 steps must run in another thread. A few threads read files (in processes of their own, media/reading.py), so that a slow
-file delays no other; one thread runs the model. When a client leaves, its job is given up: a waiting job is dropped, a
-job that reads ends at once, and a job that answers ends at its next token. Its place and its files are freed.
+file delays no other; one thread encodes; answers are written together (conversation/streaming.py), and each job waits
+for its own in a thread. When a client leaves, its job is given up: a waiting job is dropped, a job that reads ends at
+once, and a job that answers ends at its next token while the others go on. Its place and its files are freed.
 """
 
 import logging
@@ -33,8 +34,8 @@ class Stage(Enum):
     """The kind of thread in which the next steps of a job run."""
 
     READING = "reading"
-    MODEL = "model"
-    ENGINE = "engine"  # many threads, each of which waits for another server that decodes
+    MODEL = "model"  # one thread
+    ANSWER = "answer"  # many threads, each of which waits for its answer, in a batch or from another server
 
 
 Work = Callable[[Event], Generator[T | Stage, None, object]]  # the event is set when nobody listens any more
@@ -72,7 +73,7 @@ class Jobs:
         self.threads = {
             Stage.READING: ThreadPoolExecutor(self.reading.num_processes, thread_name_prefix="reading"),
             Stage.MODEL: ThreadPoolExecutor(1, thread_name_prefix="model"),
-            Stage.ENGINE: ThreadPoolExecutor(self.places, thread_name_prefix="engine"),
+            Stage.ANSWER: ThreadPoolExecutor(self.places, thread_name_prefix="answer"),
         }
         self._inside: set[Job] = set()
         self._lock = Lock()

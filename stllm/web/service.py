@@ -105,8 +105,7 @@ class Service:
         note = str(prepared.cut) if prepared.cut.total else ""
         progress = progress.at("encode", prepared.seconds["encode"], prepared.num_visual, note=note).at("answer")
         yield progress
-        if self.chat.engine is not None:
-            yield Stage.ENGINE
+        yield Stage.ANSWER
         start = time.perf_counter()
         for text in self._texts(prepared, decoding, stop):
             progress = progress.at("answer", count=self._num_tokens(text), text=text)
@@ -133,8 +132,7 @@ class Service:
             yield progress
             yield Stage.MODEL
             prepared = self.chat.prepare(Request(turns, replace(film.media, view=view)), decoding, see(view))
-            if self.chat.engine is not None:
-                yield Stage.ENGINE
+            yield Stage.ANSWER
             answer = self.chat.complete([prepared], decoding, stop)[0].text
             if stop.is_set():
                 return
@@ -221,7 +219,7 @@ class Service:
             yield self.chat.complete([prepared], decoding, stop)[0].text
             return
         text = ""
-        with closing(self.chat.stream_prepared(prepared, decoding)) as pieces:
+        with closing(self.chat.stream_prepared(prepared, decoding, stop)) as pieces:
             for piece in pieces:
                 text += piece
                 yield text

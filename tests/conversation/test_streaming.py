@@ -1,14 +1,23 @@
-"""The stream's pieces join to the finished answer, and what fails in the thread fails for the listener."""
+"""The stream's pieces join to the finished answer; answers written together equal those written one at a time."""
 
-from time import sleep
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from stllm.conversation.streaming import AnswerStream, stream_answer
+from stllm.conversation.chat import FOLDER, Chat, find_examples, load_chat
+from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import Media, Prepared, Request
+from stllm.conversation.streaming import AnswerStream, Batches
+from stllm.processors.templates import Turn
+from tests.helpers.serving import wait_until
 
 
 @given(pieces=st.lists(st.text(alphabet="ab# \n", max_size=4), max_size=12))
@@ -31,25 +40,165 @@ def test_text_is_shown_as_soon_as_it_is_certain() -> None:
     assert stream.ended
 
 
-def test_an_error_in_generation_reaches_the_listener() -> None:
-    def generate(**_: object) -> None:
-        raise RuntimeError("broken")
+# ---- answers written together ---------------------------------------------------------------------------------------
 
-    with pytest.raises(RuntimeError, match="broken"):
-        list(stream_answer(generate, tokenizer=None, end_sym="###"))  # type: ignore[arg-type]
+GREEDY = Decoding(num_beams=1, max_new_tokens=16)
 
 
-def test_what_generation_returns_is_waited_for() -> None:
-    """transformers' `generate` ends its streamer before it returns."""
-    ids = torch.tensor([[1, 2, 3]])
+class Recorded:
+    """An engine, and the questions of each generation. fail: raises for some of them, if it likes."""
 
-    def generate(streamer: Any, **_: object) -> torch.Tensor:
-        streamer.end()
-        sleep(0.2)
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.generations: list[tuple[list[str], Decoding]] = []
+        self.fail: Callable[[Sequence[Prepared]], None] = lambda prepared: None
+        self.batches = Batches(self._generate, chat.processor, torch.float32)
+
+    def _generate(self, prepared: Sequence[Prepared], decoding: Decoding, **more: Any) -> Tensor:
+        self.generations.append(([one.request.turns[0].question for one in prepared], decoding))
+        self.fail(prepared)
+        return self.chat._generate(prepared, decoding, **more)
+
+    def __call__(self, asked: Sequence[tuple[Prepared, Decoding]], stops: Sequence[Event] = ()) -> list[Any]:
+        """Asks while a generation runs, so that the others gather; returns the ids of each, or the error's words."""
+        stops = stops or [Event() for _ in asked]
+        with ThreadPoolExecutor(len(asked)) as threads:
+            with self.chat.lock:
+                futures = []
+                for (prepared, decoding), stop in zip(asked, stops, strict=True):
+                    futures.append(threads.submit(self._one, prepared, decoding, stop))
+                    wait_until(
+                        lambda: len(self.batches._waiting) == max(0, len(futures) - 1) and self.generations != []
+                    )
+            return [str(future.exception()) if future.exception() else future.result() for future in futures]
+
+    def _one(self, prepared: Prepared, decoding: Decoding, stop: Event) -> list[int]:
+        if decoding.num_beams > 1:
+            return self.batches.complete([prepared], decoding, stop)[0]
+        ids: list[int] = []
+
+        def keep_ids() -> Generator[str, None, None]:
+            ids.extend((yield from self.batches.stream(prepared, decoding, stop)))
+
+        text = "".join(keep_ids())
+        assert text == self.chat.processor.tokenizer.decode(ids, skip_special_tokens=True)
         return ids
 
-    stream = stream_answer(generate, tokenizer=None, end_sym="###")  # type: ignore[arg-type]
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(stream)
-    assert end.value.value is ids
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return load_chat(FOLDER, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prepared(chat: Chat) -> list[Prepared]:
+    """Prompts of several lengths, about videos and about nothing."""
+    requests = [Request((Turn(question),), Media(str(path))) for path, question in find_examples()[:5]]
+    return [chat.prepare(request) for request in [*requests, Request((Turn("What is red?"),))]]
+
+
+@pytest.fixture
+def recorded(chat: Chat) -> Recorded:
+    return Recorded(chat)
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, replace(GREEDY, num_beams=3, max_new_tokens=12)])
+def test_questions_that_wait_are_answered_together_as_each_alone(recorded: Recorded, prepared, decoding) -> None:
+    alone = [recorded.chat._generate([one], decoding)[0].tolist() for one in prepared]
+    answers = recorded([(one, decoding) for one in prepared])
+    assert answers == alone
+    assert [len(questions) for questions, _ in recorded.generations] == [1, len(prepared) - 1]
+
+
+def test_settings_are_never_mixed(recorded: Recorded, prepared: list[Prepared]) -> None:
+    kinds = [GREEDY, replace(GREEDY, max_new_tokens=2), replace(GREEDY, num_beams=2), replace(GREEDY, temperature=0.5)]
+    asked = [(one, kind) for one in prepared for kind in kinds]
+    answers = recorded(asked)
+    for (one, kind), ids in zip(asked, answers, strict=True):
+        if kind.temperature == 0:
+            assert ids == recorded.chat._generate([one], kind)[0].tolist()
+    assert [decoding for _, decoding in recorded.generations] == [GREEDY, *kinds[1:], GREEDY]
+    assert [len(questions) for questions, _ in recorded.generations] == [1, 6, 6, 6, 5]
+
+
+def test_a_generation_takes_no_more_than_it_may(recorded: Recorded, prepared: list[Prepared]) -> None:
+    recorded.batches.max_rows = 2
+    recorded([(one, GREEDY) for one in prepared])
+    assert [len(questions) for questions, _ in recorded.generations] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_one_that_leaves_takes_only_its_own_answer(chat: Chat, prepared: list[Prepared], beams: int) -> None:
+    """It leaves in the middle of the generation, which stays as long as the others need."""
+    decoding = replace(GREEDY, num_beams=beams, max_new_tokens=12)
+    recorded, stops = Recorded(chat), [Event() for _ in prepared]
+    alone = [chat._generate([one], decoding)[0].tolist() for one in prepared]
+
+    def leave(*_: Any) -> None:
+        if len(recorded.generations) == 2:
+            stops[3].set()
+
+    hook = chat.model.language_model.get_decoder().register_forward_pre_hook(leave)
+    try:
+        answers = recorded([(one, decoding) for one in prepared], stops)
+    finally:
+        hook.remove()
+    assert answers[:3] + answers[4:] == alone[:3] + alone[4:]
+    assert len(answers[3]) < len(alone[3])
+
+
+def test_one_that_leaves_while_it_waits_is_not_answered(recorded: Recorded, prepared: list[Prepared]) -> None:
+    stop = Event()
+    with recorded.chat.lock, ThreadPoolExecutor(2) as threads:
+        first = threads.submit(recorded._one, prepared[0], GREEDY, Event())
+        wait_until(lambda: recorded.generations != [])
+        second = threads.submit(recorded._one, prepared[1], GREEDY, stop)
+        wait_until(lambda: recorded.batches._waiting != [])
+        stop.set()
+        assert second.result(30) == []
+        recorded.chat.lock.release()
+        assert first.result(30) != []
+        recorded.chat.lock.acquire()
+    assert len(recorded.generations) == 1
+
+
+def test_a_stream_that_is_closed_ends_its_generation(chat: Chat, prepared: list[Prepared]) -> None:
+    batches = Batches(chat._generate, chat.processor, torch.float32)
+    pieces = batches.stream(prepared[0], GREEDY, Event())
+    next(pieces)
+    pieces.close()
+    assert not chat.lock.locked()
+
+
+def test_a_batch_without_memory_is_answered_in_smaller_ones(recorded: Recorded, prepared: list[Prepared]) -> None:
+    def fail(asked: Sequence[Prepared]) -> None:
+        if len(asked) > 2:
+            raise MemoryError
+
+    recorded.fail = fail
+    answers = recorded([(one, GREEDY) for one in prepared])
+    assert answers == [recorded.chat._generate([one], GREEDY)[0].tolist() for one in prepared]
+    assert [len(questions) for questions, _ in recorded.generations] == [1, 5, 2, 3, 1, 2]
+    assert recorded.batches.max_rows == 1
+
+
+def test_an_error_before_the_first_token_reaches_its_listener_alone(recorded: Recorded, prepared) -> None:
+    def fail(asked: Sequence[Prepared]) -> None:
+        if any(one is prepared[2] for one in asked):
+            raise RuntimeError("broken")
+
+    recorded.fail = fail
+    answers = recorded([(one, GREEDY) for one in prepared])
+    assert answers.pop(2) == "broken"
+    alone = [recorded.chat._generate([one], GREEDY)[0].tolist() for one in prepared if one is not prepared[2]]
+    assert answers == alone
+
+
+def test_scores_that_are_no_numbers_fail_their_row_alone(recorded: Recorded, prepared: list[Prepared]) -> None:
+    broken = replace(prepared[2], visual=torch.full_like(prepared[2].visual, torch.nan))  # type: ignore[arg-type]
+    asked = [*prepared[:2], broken, *prepared[3:]]
+    answers = recorded([(one, GREEDY) for one in asked])
+    assert [len(questions) for questions, _ in recorded.generations] == [1, 5]
+    alone = [recorded.chat._generate([one], GREEDY)[0].tolist() for one in asked if one is not broken]
+    assert [ids for ids in answers if not isinstance(ids, str)] == alone
+    assert "scores are no numbers" in answers[2]

@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from torch import Tensor
 
 from stllm.conversation.chat import Chat, Request
-from stllm.conversation.requests import Media
+from stllm.conversation.requests import Media, Prepared
 from stllm.processors.templates import Turn
 from stllm.serving.app import Server
 from stllm.serving.limits import Limits
@@ -309,9 +310,14 @@ def test_one_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
     chat = new_chat("minigpt4")
     endless = Endless(chat, seconds=0.1)
     server = Server(chat, MODEL, media_root=clips[0].parent, limits=replace(LIMITS, waiting=1))
-    prepared: list[str] = []
-    original = chat.prepare
-    chat.prepare = lambda *asked: (prepared.append(asked[0].turns[0].question), original(*asked))[1]  # type: ignore
+    answered: list[str] = []
+    original = chat.batches._generate
+
+    def generate(prepared: list[Prepared], *rest: Any, **more: Any) -> Tensor:
+        answered.extend(one.request.turns[0].question for one in prepared)
+        return original(prepared, *rest, **more)
+
+    chat.batches._generate = generate
     with serving(server) as address:
         stream = complete(client_of(address), user("first", "20.mp4"), stream=True, max_tokens=400)
         next(iter(stream))
@@ -321,7 +327,27 @@ def test_one_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
         stream.close()
         endless.seconds = 0
         complete(client_of(address), user("third", "20.mp4"))
-    assert prepared == ["first", "third"]
+    assert answered == ["first", "third"]
+
+
+def test_questions_that_wait_are_answered_together(clips: list[Path]) -> None:
+    chat = new_chat()
+    server, sizes = Server(chat, MODEL, media_root=clips[0].parent, limits=LIMITS), []
+    generate = chat.batches._generate
+    chat.batches._generate = lambda prepared, *rest, **more: (  # type: ignore[func-returns-value]
+        sizes.append(len(prepared)) or generate(prepared, *rest, **more)
+    )
+    expected = [chat.ask(clips[0], question, num_beams=1).text for question in QUESTIONS]
+    with serving(server) as address, ThreadPoolExecutor(4) as threads:
+        with chat.lock:
+            replies = [threads.submit(complete, client_of(address), user(QUESTIONS[0], "20.mp4"))]
+            wait_until(lambda: sizes == [1])
+            replies += [
+                threads.submit(complete, client_of(address), user(question, "20.mp4")) for question in QUESTIONS[1:]
+            ]
+            wait_until(lambda: len(chat.batches._waiting) == 3)
+        assert [reply.result().choices[0].message.content for reply in replies] == expected
+    assert sizes == [1, 3]
 
 
 def test_ending_the_server_ends_the_answer(clips: list[Path]) -> None:
