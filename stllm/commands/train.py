@@ -22,8 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from stllm.common.device import seed_everything
     from stllm.common.registry import runners, tasks
     from stllm.datasets.shards import allow_pipes
-    from stllm.runners.arguments import training_arguments
-    from stllm.runners.train import stopping_at_signals
+    from stllm.runners.train import stopping_at_signals, training_arguments
 
     allow_pipes(args.allow_pipe)
     cfg = load_config(args.cfg_path, args.options)

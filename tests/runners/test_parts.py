@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from stllm.common.errors import UserError
-from stllm.runners.arguments import training_arguments
-from stllm.runners.train import stopping_at_signals
+from stllm.runners.train import stopping_at_signals, training_arguments
 from stllm.runners.trainer import StepMeter, parameter_groups
 
 RUN = {"output_dir": "out", "task": "video_text_it", "max_tries": 3, "use_cpu": True}
@@ -40,7 +39,7 @@ def test_fsdp_and_bf16_need_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_arguments_that_cannot_be_used(run, words, monkeypatch) -> None:
-    monkeypatch.setattr("stllm.runners.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("stllm.runners.train.find_spec", lambda name: None)
     with pytest.raises(UserError, match=words):
         training_arguments({**RUN, **run})
 

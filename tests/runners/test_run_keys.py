@@ -164,7 +164,7 @@ def test_a_mistake_gives_one_sentence(
     words: str,
 ) -> None:
     if options[0].startswith("deepspeed="):
-        monkeypatch.setattr("stllm.runners.arguments.find_spec", lambda name: object())  # as if it were installed
+        monkeypatch.setattr("stllm.runners.train.find_spec", lambda name: object())  # as if it were installed
     assert words in refusal(capsys, recipe, *(f"run.{option}" for option in options))
 
 
