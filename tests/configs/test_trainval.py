@@ -22,7 +22,13 @@ from tests.configs.recipes import CONFIGS, RECIPES, full_size
 
 ROOT = CONFIGS.parent
 TEXT = (ROOT / "trainval.md").read_text(encoding="utf-8")
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES", "VLLM_API_KEY")  # variables that no recipe reads
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "CUDA_VISIBLE_DEVICES",
+    "VLLM_API_KEY",
+)  # variables that no recipe reads
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)).replace("\\\n", " ")
 LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
 
