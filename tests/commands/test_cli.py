@@ -158,6 +158,7 @@ def test_chat_takes_every_option(ran) -> None:
         "max_new_tokens": 300,
         "temperature": 0.0,
         "context": "all",
+        "engine": None,
         "evidence": "out.png",
         "stream": False,
         "json": True,
