@@ -53,8 +53,12 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     ),
 }
 
-# By the same modules with --published, on a GPU: on the page where they were measured, but not run with the others.
-AT_PUBLISHED_SIZE: Mapping[str, Measurement] = {
-    f"{name}_published": replace(MEASUREMENTS[name], question=f"{MEASUREMENTS[name].question} The published size.")
-    for name in ("training_step", "masking")
+# Not run with the others, but on the page where they were measured: at the published size (--published, on a GPU), and
+# with an engine (`python -m benchmarks.engine --engine URL`).
+ON_REQUEST: Mapping[str, Measurement] = {
+    **{
+        f"{name}_published": replace(MEASUREMENTS[name], question=f"{MEASUREMENTS[name].question} The published size.")
+        for name in ("training_step", "masking")
+    },
+    "engine": Measurement("Does an engine give the same answers, and how fast?", ("",), more=("speed-up",)),
 }

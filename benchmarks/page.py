@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.charts import draw
 from benchmarks.common import markdown
 from benchmarks.comparison import Change, Result, changes, comparable
-from benchmarks.measurements import AT_PUBLISHED_SIZE, MEASUREMENTS
+from benchmarks.measurements import MEASUREMENTS, ON_REQUEST
 from stllm.common.files import replacing
 from stllm.evaluation.reports.tables import table
 
@@ -23,7 +23,7 @@ def write_page(folder: Path, committed: Mapping[str, Result], *, quick: bool) ->
 
     committed: the results to compare with, by name, of those that were measured now.
     """
-    shown = {**MEASUREMENTS, **AT_PUBLISHED_SIZE}
+    shown = {**MEASUREMENTS, **ON_REQUEST}
     results = {name: _read(folder / f"{name}.json") for name in shown if (folder / f"{name}.json").is_file()}
     sections = []
     for name, result in results.items():

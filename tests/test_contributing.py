@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stllm import cli
 from stllm.cli import main
 from stllm.commands import doctor
 from stllm.common import config, registry, schema
@@ -69,7 +70,7 @@ def run(path: str, names: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_block_is_run_here_and_its_neighbours_exist() -> None:
-    assert len(BLOCKS) == TEXT.count("```") / 2 == 10
+    assert len(BLOCKS) == TEXT.count("```") / 2 == 11
     source = Path(__file__).read_text(encoding="utf-8")
     assert all(source.count(f'"{path}"') for path in BLOCKS)
     named = re.findall(r"(?<![\w/])(?:stllm|configs|scripts|benchmarks|tests)/[\w./-]*\w\.(?:py|yaml|sh|md)\b", TEXT)
@@ -146,17 +147,13 @@ def test_two_processes_in_a_changed_clone(toy: Path, tmp_path: Path) -> None:
     """Every example, written into a copy of the package as a contributor does, at once and under torchrun."""
     shutil.copytree(ROOT / "stllm", tmp_path / "clone" / "stllm")
     blocks = {path: block for path, block in BLOCKS.items() if path.startswith("stllm/")}
-    edits = [  # a file, the text after which something is written, and that
-        ("stllm/common/registry.py", '"stllm.datasets.image_text"', ', "stllm.datasets.csv_clips"'),
-        ("stllm/common/registry.py", '"stllm.evaluation.benchmarks.videoqa"', f', "{KITCHEN}"'),
-    ]
     for path, block in blocks.items():
         with (tmp_path / "clone" / path).open("a", encoding="utf-8") as file:
             file.write(block)
-    for path, place, added in edits:
-        text = (tmp_path / "clone" / path).read_text(encoding="utf-8")
-        assert text.count(place) == 1
-        (tmp_path / "clone" / path).write_text(text.replace(place, place + added), encoding="utf-8")
+    cli = tmp_path / "clone" / "stllm" / "cli.py"
+    text = cli.read_text(encoding="utf-8")
+    assert text.count('("chat", ') == 1
+    cli.write_text(text.replace('("chat", ', '("chat", "frames", '), encoding="utf-8")
 
     def stllm(*words: str | Path, processes: int = 1) -> str:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -174,6 +171,7 @@ def test_two_processes_in_a_changed_clone(toy: Path, tmp_path: Path) -> None:
     entry = csv_entry(tmp_path, toy)
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=names, datasets={"mine": entry}, max_steps=2)
     stllm("train", "--cfg-path", recipe, processes=2)
+    assert stllm("frames", "--video", next(Path(entry["media_dir"]).glob("*.mp4"))).count("frame ") == 16
     assert [line["kept_visual_tokens"] < 4 for line in read_log(tmp_path / "run")] == [True, True]
     clip = next(Path(entry["media_dir"]).glob("*.mp4"))
     words: list[str | Path] = ["chat", "--ckpt-path", tmp_path / "run", "--video", clip, "--question", "what moves?"]
@@ -236,6 +234,20 @@ def csv_entry(folder: Path, toy: Path) -> dict[str, Any]:
     rows = [f"{clip.name},what moves?,the ball" for clip in clips]
     (folder / "clips.csv").write_text("\n".join(["video,question,answer", *rows]))
     return {"type": "csv", "anno_path": str(folder / "clips.csv"), "media_dir": str(clips[0].parent), "num_frames": 4}
+
+
+def test_a_command(toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ModuleType("stllm.commands.frames")
+    vars(module).update(run("stllm/commands/frames.py", {"__name__": module.__name__}))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, "frames"))
+    clip = next((toy / "vc2" / "media").glob("*.mp4"))
+    assert main(["frames", "--video", str(clip), "--num-frames", "4"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4 and all(re.fullmatch(r"frame \d+: \d+\.\d\d s", line) for line in printed)
+    assert main(["frames", "--video", "absent.mp4"]) == 1
+    assert "error: absent.mp4: " in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "lists the times of the frames" in capsys.readouterr().out
 
 
 def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

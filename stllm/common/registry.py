@@ -6,6 +6,7 @@ package stays cheap and nobody needs an `import *` to register.
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pkgutil import iter_modules
 from threading import RLock
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +20,7 @@ class Registry(Generic[T]):
     """A mapping from names (and their aliases) to classes, functions or data.
 
     kind: what the entries are, for messages ("video input").
-    modules: imported at the first lookup; importing them registers the entries.
+    modules: imported at the first lookup; importing them registers the entries. Of a package, all modules are imported.
     """
 
     def __init__(self, kind: str, *, modules: tuple[str, ...] = ()) -> None:
@@ -75,8 +76,10 @@ class Registry(Generic[T]):
                 return
             self._loading = True
             try:
-                for module in self.modules:
-                    import_module(module)
+                for name in self.modules:
+                    folder = getattr(import_module(name), "__path__", ())
+                    for module in iter_modules(folder):
+                        import_module(f"{name}.{module.name}")
                 self._loaded = True
             finally:
                 self._loading = False
@@ -86,16 +89,9 @@ models: Registry[Any] = Registry("model", modules=("stllm.models.st_llm",))
 vision_encoders: Registry[Any] = Registry("vision encoder", modules=("stllm.models.vision",))
 video_inputs: Registry[Any] = Registry("video input", modules=("stllm.models.video_inputs",))
 processors: Registry[Any] = Registry("processor", modules=("stllm.processors.transforms",))
-datasets: Registry[Any] = Registry("data set type", modules=("stllm.datasets.instruction", "stllm.datasets.image_text"))
+datasets: Registry[Any] = Registry("data set type", modules=("stllm.datasets",))
 tasks: Registry[Any] = Registry("task", modules=("stllm.tasks.video_text_it", "stllm.toy.seeing"))
 runners: Registry[Any] = Registry("runner", modules=("stllm.runners.train",))
 readers: Registry[Any] = Registry("reader", modules=("stllm.media.open",))
-benchmarks: Registry[Any] = Registry(
-    "benchmark",
-    modules=(
-        "stllm.evaluation.benchmarks.mvbench",
-        "stllm.evaluation.benchmarks.vcgbench",
-        "stllm.evaluation.benchmarks.videoqa",
-    ),
-)
+benchmarks: Registry[Any] = Registry("benchmark", modules=("stllm.evaluation.benchmarks",))
 templates: Registry[Any] = Registry("prompt template", modules=("stllm.processors.templates",))

@@ -62,6 +62,16 @@ def test_modules_are_imported_at_the_first_lookup(tmp_path, monkeypatch) -> None
     assert "shapes_for_test" in sys.modules
 
 
+def test_every_module_of_a_package_is_imported(tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "things_for_test"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "one.py").write_text("from tests.common.test_registry import IN_FOLDER\nIN_FOLDER.register('one')(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert IN_FOLDER.names() == ["one"]
+
+
+IN_FOLDER: Registry[int] = Registry("thing", modules=("things_for_test",))
 LATE: Registry[int] = Registry("shape", modules=("shapes_for_test",))
 
 

@@ -22,7 +22,13 @@ from tests.configs.recipes import CONFIGS, RECIPES, full_size
 
 ROOT = CONFIGS.parent
 TEXT = (ROOT / "trainval.md").read_text(encoding="utf-8")
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")  # variables that no recipe reads
+LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "CUDA_VISIBLE_DEVICES",
+    "VLLM_API_KEY",
+)  # variables that no recipe reads
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)).replace("\\\n", " ")
 LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
 
@@ -37,7 +43,7 @@ def commands() -> list[list[str]]:
         elif words[:1] == ["torchrun"]:
             if "stllm" in words:  # or lmms-eval is launched, as the next one
                 found.append(words[words.index("stllm") + 1 :])
-        elif words[:1] in (["pip"], ["lmms-eval"]):
+        elif words[:1] in (["pip"], ["lmms-eval"], ["vllm"]):
             continue
         elif words[:2] == ["python", "demo.py"]:
             found.append(["chat", *words[2:]])
@@ -69,7 +75,7 @@ def test_a_command_parses(arguments: list[str]) -> None:
 
 def test_there_are_commands_of_every_kind() -> None:
     assert {arguments[0] for arguments in commands()} == {
-        *("chat", "convert", "doctor", "evaluate", "extract", "inspect", "judge", "table", "toy", "train")
+        *("chat", "convert", "doctor", "evaluate", "extract", "inspect", "judge", "serve", "table", "toy", "train")
     }
 
 

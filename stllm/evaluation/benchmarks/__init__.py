@@ -1,1 +1,1 @@
-"""The benchmarks: a file each, with load, ask and score; stllm/common/registry.py lists the files."""
+"""The benchmarks: a file each, with load, ask and score. The registry imports every file of this folder."""

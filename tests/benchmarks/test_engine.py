@@ -1,0 +1,34 @@
+"""`python -m benchmarks.engine`: equal ids pass, another language model or other ids do not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import engine as check
+from stllm.cli import main
+from stllm.common.errors import UserError
+from stllm.conversation.chat import FOLDER
+from tests.helpers.engine_server import FakeEngine, engine_server
+
+
+def test_the_ids_of_an_engine_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path / "lm")
+    assert main(["convert", str(FOLDER), "--to", folder, "--format", "language-model"]) == 0
+    engine = FakeEngine(AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
+    monkeypatch.setattr(check, "IN_FLIGHT", (8,))
+    with engine_server(engine) as url:
+        words = ["--engine", url, "--quick", "--device", "cpu", "--max-new-tokens", "5", "--output-dir", str(tmp_path)]
+        check.main(words)
+        result = json.loads((tmp_path / "engine.json").read_text())
+        assert [row["equal ids"] for row in result["rows"]] == ["8/8", "8/8"] and engine.most_inside > 1
+        decode = engine.generate
+
+        def shorten(embeds, body):
+            ids, scores = decode(embeds, body)
+            return ids[: max(1, len(ids) - 1)], scores
+
+        monkeypatch.setattr(engine, "generate", shorten)
+        with pytest.raises(UserError, match="other ids"):
+            check.main(words)
