@@ -105,7 +105,8 @@ def _sentence(error: Exception) -> str:
             "another process of this run has ended, and this one cannot go on alone: its own message says why; the "
             "same command continues from what was kept"
         )
-    if any(words in text for words in _PROXY_WORDS):
+    # of the addresses that httpx reads, a command's own are checked before
+    if any(words in text for words in _PROXY_WORDS) or type(error).__name__ == "InvalidURL":
         return (
             f"the proxy in the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) cannot be used ({text}): for a "
             "socks5:// proxy run `pip install socksio`; else correct or unset the variable"

@@ -188,6 +188,9 @@ def _read_index(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
     try:
         index: dict[str, Any] = loads((folder / INDEX).read_text(encoding="utf-8"))
         found = {**index["settings"], "stage": index["stage"]}
+        for shard, keys in {**index["shards"]}.items() if index["complete"] else ():
+            if not all(isinstance(name, str) for name in (shard, *keys)):
+                raise TypeError(f"in shard {shard}")
     except FileNotFoundError:
         raise UserError(f"{folder}: found no features (no {INDEX}); write them with `stllm extract`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -81,7 +81,10 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
 def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found no features \(no index.json\); write them with `stllm extract`"):
         FeatureStore(tmp_path)
-    for text in ("{", "[]", "{}"):
+    whole = {"stage": "vit", "settings": {}, "complete": True, "shards": {}}
+    parts = ({"settings": []}, {"complete": None, "settings": 1}, {"shards": []}, {"shards": {"a": 1}})
+    no_end = {name: whole[name] for name in ("stage", "settings", "shards")}
+    for text in ("{", "[]", "{}", json.dumps(no_end), *(json.dumps({**whole, **part}) for part in parts)):
         (tmp_path / "index.json").write_text(text)
         with pytest.raises(UserError, match="the index is damaged"):
             FeatureStore(tmp_path)
