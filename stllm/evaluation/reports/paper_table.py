@@ -90,7 +90,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected {EXPECTED}") from None
     except ValueError:
         raise UserError(f"{path}: no JSON; expected {EXPECTED}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("counts"), dict):
+    is_results = isinstance(content, dict) and isinstance(content.get("counts"), dict)
+    if is_results:  # and what is read of it before its scores
+        settings = content.get("settings") or {}
+        asked = isinstance(settings, dict) and (settings.get("evaluation") or {})
+        is_results = isinstance(asked, dict) and isinstance(asked.get("tasks") or [], list)
+        is_results = is_results and isinstance(content.get("axis", ""), str)
+    if not is_results:
         raise UserError(f"{path}: another kind of file; expected {EXPECTED}")
     return content
 

@@ -125,6 +125,17 @@ def test_what_is_not_known_of_a_judge_s_file_is_said(tmp_path: Path) -> None:
     assert said not in paper_table([judged(tmp_path / "run.judged" / "qa.results.json", "qa")])
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"settings": [1]}, {"settings": {"evaluation": [1]}}, {"settings": {"evaluation": {"tasks": 5}}}, {"axis": [""]}],
+)
+def test_a_damaged_file_is_another_kind_of_file(changed: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "run.results.json"
+    path.write_text(json.dumps({"benchmark": "mvbench", "scores": {}, "counts": {}, **changed}))
+    assert main(["table", str(path)]) == 1
+    assert f"{path}: another kind of file; expected a results file" in capsys.readouterr().err
+
+
 def test_one_sentence_for_what_is_wrong(tmp_path: Path) -> None:
     qa = judged(tmp_path / "qa.json", "qa")
     (tmp_path / "msvd.results.json").write_text('{"benchmark": "msvd", "scores": {}, "counts": {}}')
