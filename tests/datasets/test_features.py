@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,12 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found no features \(no index.json\); write them with `stllm extract`"):
         FeatureStore(tmp_path)
     whole = {"stage": "vit", "settings": {}, "complete": True, "shards": {}}
-    parts = ({"settings": []}, {"complete": None, "settings": 1}, {"shards": []}, {"shards": {"a": 1}})
+    parts: tuple[dict[str, Any], ...] = (
+        {"settings": []},
+        {"complete": None, "settings": 1},
+        {"shards": []},
+        {"shards": {"a": 1}},
+    )
     no_end = {name: whole[name] for name in ("stage", "settings", "shards")}
     for text in ("{", "[]", "{}", json.dumps(no_end), *(json.dumps({**whole, **part}) for part in parts)):
         (tmp_path / "index.json").write_text(text)
