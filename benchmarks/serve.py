@@ -92,8 +92,8 @@ def server(folder: Path, *options: str, device: str, max_rows: int | None = None
 def main() -> None:
     """Measures, prints and writes."""
     args = arguments(__doc__ or "", engine=True)
-    sizes = {SHORT: 64, LONG: 32} if args.quick else {SHORT: 192, LONG: 96}
-    rounds = 2 if args.quick else 4
+    sizes = {SHORT: 48, LONG: 16} if args.quick else {SHORT: 192, LONG: 96}
+    rounds = 1 if args.quick else 4
     rows: list[dict[str, Any]] = []
     peaks: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
