@@ -159,6 +159,8 @@ def test_chat_takes_every_option(ran) -> None:
         "temperature": 0.0,
         "context": "all",
         "evidence": "out.png",
+        "engine": None,
+        "quantization": None,
         "stream": False,
         "json": True,
         "device": "auto",
