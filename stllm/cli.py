@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             args, unknown = parser.parse_known_args(words)
             command = command_of(args.command)
-            fault = _unknown(unknown, args, command.example) or command.check(args)
+            fault = _unknown(unknown, args, command.example) or _quantized(args) or command.check(args)
             if fault:
                 parser.exit(2, f"stllm {args.command}: error: {fault}\n")
         except SystemExit as stop:  # argparse has printed its help or its complaint
@@ -84,6 +84,16 @@ def _unknown(words: Sequence[str], args: argparse.Namespace, example: str) -> st
         return f"found {name}, which stllm {args.command} takes without a name, as in: {example}"
     hint = did_you_mean(name, known)
     return f"found {' '.join(words)}, which stllm {args.command} --help does not list{hint}"
+
+
+def _quantized(args: argparse.Namespace) -> str | None:
+    """Set the setting that --quantization names, among --options. Return what is wrong with that, if anything."""
+    if (bits := getattr(args, "quantization", None)) is None:
+        return None
+    if getattr(args, "engine", None) is not None:
+        return "--quantization is of a language model that runs here: leave it out with --engine, or leave out --engine"
+    args.options = [*args.options, f"model.quantization={bits}"]
+    return None
 
 
 def _hyphenated(argv: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from stllm.commands.options import (
     add_context,
     add_engine,
     add_media_seconds,
+    add_quantization,
     add_workers,
     names,
     path,
@@ -57,6 +58,7 @@ def add_options(parser: Parser) -> None:
     speed.add_argument("--batch-size", type=whole(1), metavar="N", help="questions answered at once (default: 8)")
     add_workers(speed)
     add_engine(parser)
+    add_quantization(parser)
     add_media_seconds(speed)
 
 

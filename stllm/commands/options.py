@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stllm.common.device import DEVICE_PATTERN
-from stllm.common.schema import CONTEXTS, MEDIA_SECONDS, PUBLISHED
+from stllm.common.schema import CONTEXTS, MEDIA_SECONDS, PUBLISHED, QUANTIZATIONS
 
 Parser = argparse.ArgumentParser
 Container = argparse._ActionsContainer  # a parser or a group of it
@@ -122,6 +122,15 @@ def add_engine(parser: Container) -> None:
     parser.add_argument("--engine", metavar="URL", help=words)
 
 
+def add_quantization(parser: Container) -> None:
+    """Add `--quantization` to a command that holds a language model."""
+    words = (
+        "4bit or 8bit: less memory for the language model (bitsandbytes, on CUDA and on CPUs), as "
+        "--options model.quantization=4bit (default: what --cfg-path says, else none)"
+    )
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, metavar="BITS", help=words)
+
+
 def add_model(parser: Parser) -> None:
     """Add the options of a command that answers questions: its model, the frames that it sees, the context rule."""
     add_checkpoint(parser, ", else the tiny model that comes with the package")
@@ -130,6 +139,7 @@ def add_model(parser: Parser) -> None:
     parser.add_argument("--num-frames", type=whole(1), metavar="N", help=words)
     add_context(parser)
     add_engine(parser)
+    add_quantization(parser)
 
 
 def add_address(parser: Parser, *, port: int) -> None:

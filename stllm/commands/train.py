@@ -3,12 +3,13 @@
 import argparse
 from typing import Any
 
-from stllm.commands.options import Command, Parser, add_allow_pipe, path
+from stllm.commands.options import Command, Parser, add_allow_pipe, add_quantization, path
 from stllm.common.errors import UserError, out_of_memory
 
 
 def add_options(parser: Parser) -> None:
     parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the run's configuration")
+    add_quantization(parser)
     add_allow_pipe(parser)
 
 

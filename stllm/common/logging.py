@@ -58,6 +58,7 @@ def setup_logging(*, debug: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns in every forked data loader worker
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises a package for speed at every import
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(accelerate|peft|timm|torch|transformers)\b")
 

@@ -30,6 +30,7 @@ from stllm.common.registry import Registry
 MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage takes
 ROOTS = ("anno_root", "media_root", "features_root")  # texts directly under `datasets`
 PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
+QUANTIZATIONS = ("4bit", "8bit")
 CONTEXTS = PUBLISHED, ALL = "published", "all"  # rules for long prompts, see conversation/requests.py
 
 
@@ -120,8 +121,10 @@ class ModelSettings:
     # how it attends; auto: sdpa (torch's own, which takes the device's kernels), eager where an architecture lacks it.
     # flash_attention_2 and flex_attention need a CUDA GPU; without sdpa, each beam reads the prompt
     attn_implementation: str = _key("auto", choices=("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"))
-    low_resource: bool = False  # 8-bit language model (bitsandbytes, needs CUDA)
-    device_8bit: int = 0  # the CUDA device that holds it
+    # bits of the language model's linear layers: 4bit or 8bit (bitsandbytes, on CUDA and on CPUs); unset: all of them
+    quantization: str | None = _key(None, choices=QUANTIZATIONS)
+    low_resource: bool = False  # the published name of quantization: 8bit
+    device_8bit: int = 0  # the CUDA device that holds it where --device is auto and one process runs
 
     # Video tokens and masking
     # how T frames of tokens enter the language model, by its registered name: all, mean or residual

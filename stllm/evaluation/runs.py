@@ -36,6 +36,7 @@ from stllm.evaluation.results import Outcome
 from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.models.checkpoints.infer_config import Opened
 from stllm.models.checkpoints.load import load_opened, processor_of
+from stllm.models.settings import quantization_of
 from stllm.processors.prompts import PromptProcessor
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class Runs:
                 "checkpoint": self._checkpoint,
                 "dtype": self.dtype,
                 **({} if self.engine is None else {"engine": self.engine.server}),
-                "quantization": "8bit" if self.opened.settings.get("low_resource") else None,
+                "quantization": quantization_of(self.opened.settings) if self.engine is None else None,
                 **{name: getattr(config, name) for name in ("num_frames", "video_input", "residual_size")},
                 "image_size": config.vision_config["image_size"],
                 "template": processor.template.name,

@@ -3,6 +3,7 @@ ones. Weights that no file has start fresh only in the parts that training may s
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from stllm.models.checkpoints.infer_config import decide_config, open_sources
 from stllm.models.checkpoints.load import assemble
 from stllm.models.configuration import STLLMConfig
 from stllm.models.language_model import set_attention
-from stllm.models.settings import model_section
+from stllm.models.settings import model_section, quantization_of
 from stllm.models.st_llm import STLLM
 
 log = logging.getLogger(__name__)
@@ -51,17 +52,19 @@ def build_audited(
     settings = model_section(cfg)
     sources = open_sources(settings)
     config = decide_config(sources, settings)
-    eight_bit = settings.get("low_resource") and language_model == "whole"  # the published switch
+    quantization = quantization_of(settings) if language_model == "whole" else None
+    if quantization == "8bit" and device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" not in os.environ:
+        device = f"cuda:{settings.get('device_8bit', 0)}"  # published; a launcher's processes each have their own
     model, report = assemble(
         config,
         sources,
-        device=f"cuda:{settings.get('device_8bit', 0)}" if eight_bit else device,
+        device=device,
         dtype=dtype,
         training=True,
         fresh=settings.get("fresh") or (),
-        trained_dtype=None if eight_bit else trained_dtype,
+        trained_dtype=trained_dtype,
         language_model=language_model,
-        quantization="8bit" if eight_bit else None,
+        quantization=quantization,
     )
     if language_model == "whole":
         set_attention(model.language_model, settings.get("attn_implementation"))

@@ -104,9 +104,14 @@ def load_adapter(model: Any, folder: str | Path) -> None:
 
 
 def merge_lora(model: Any) -> None:
-    """Add the adapter to the weights it adapts, which leaves a plain model. In place, on an `STLLM`."""
+    """Add the adapter to the weights it adapts, which leaves a plain model. In place, on an `STLLM`.
+
+    Raises UserError for a quantized language model.
+    """
     language_model = model.language_model
     layers = [(name, layer) for name, layer in language_model.named_modules() if isinstance(layer, LoraLayer)]
+    if any(not layer.get_base_layer().weight.is_floating_point() for _, layer in layers if hasattr(layer, "weight")):
+        raise UserError("LoRA can't be merged into quantized weights: load the model without quantization")
     for name, layer in reversed(layers):  # peft wraps the experts of a mixture once per parameter: inner layers first
         layer.merge()
         parent, _, child = name.rpartition(".")

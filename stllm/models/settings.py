@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stllm.common.errors import UserError
 from stllm.models.configuration import STLLMConfig
 
 if TYPE_CHECKING:
@@ -66,6 +67,18 @@ def model_section(cfg: "DictConfig | Mapping[str, Any]") -> Fields:
     assert isinstance(plain, dict)  # a configuration is a mapping
     section = plain.get("model", plain)
     return {str(key): value for key, value in section.items()}
+
+
+def quantization_of(settings: Mapping[str, Any]) -> str | None:
+    """Return the bits of the language model that the `model` section asks for, 4bit or 8bit. Raises UserError."""
+    asked = settings.get("quantization")
+    if not settings.get("low_resource"):
+        return asked
+    if asked not in (None, "8bit"):
+        raise UserError(
+            f"model.quantization is {asked}, but model.low_resource is True, the published name of 8bit: leave one out"
+        )
+    return "8bit"
 
 
 def piece_paths(settings: Mapping[str, Any]) -> list[str]:

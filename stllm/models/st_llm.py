@@ -23,6 +23,7 @@ from stllm.models.configuration import STLLMConfig
 from stllm.models.generation import generate
 from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
+from stllm.models.quantization import precise_state
 from stllm.models.temporal_adapter import TemporalAdapter, TemporalLayer
 from stllm.models.video_inputs import ResidualInput, build_video_input
 from stllm.models.vision import VisionEncoder, build_vision_encoder, sine_cosine_positions
@@ -55,6 +56,8 @@ class STLLM(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["EvaBlock", "SpatialLayer", "TemporalLayer", "InstructBlipQFormerLayer"]  # noqa: RUF012
+
+    precise_weights: Mapping[str, Any] = {}  # of quantized layers: source and entry by key
 
     def __init__(self, config: STLLMConfig) -> None:
         super().__init__(config)
@@ -240,6 +243,14 @@ class STLLM(PreTrainedModel):
             for name, child in list(part.named_children()):
                 if all(inner is not embedding for inner in child.modules()):
                     setattr(part, name, nn.Identity())
+
+    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any) -> None:
+        """Save as transformers does; quantized weights are saved as they were read."""
+        if self.precise_weights and state_dict is None:
+            kind = self.get_input_embeddings().weight.dtype  # that of frozen weights
+            read = {key: source.weights.read(entry.key) for key, (source, entry) in self.precise_weights.items()}
+            state_dict = precise_state(self) | {key: weight.to(kind) for key, weight in read.items()}
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **options)
 
     def train(self, mode: bool = True) -> "STLLM":
         """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""

@@ -27,7 +27,7 @@ from stllm.models.checkpoints.infer_config import Opened, decide_config, open_so
 from stllm.models.checkpoints.load import processor_of
 from stllm.models.configuration import STLLMConfig
 from stllm.models.lora import save_adapter
-from stllm.models.settings import model_section
+from stllm.models.settings import model_section, quantization_of
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
@@ -59,9 +59,21 @@ class VideoTextTask:
         not there or cannot stand for the pixels, and for a data set whose frames leave no positions for text.
         """
         opened = open_configured(cfg)
-        config, processor = opened.config, processor_of(opened)
+        config, run = opened.config, cfg.run
+        if bits := quantization_of(opened.settings):
+            if config.lora is None and not config.freeze_llm:
+                raise UserError(
+                    f"a language model in {bits} (model.quantization) can't be trained itself: train LoRA on it "
+                    "(model.lora_r=16), or freeze it (model.freeze_LLM=True)"
+                )
+            if run.get("fsdp") or run.get("deepspeed"):
+                raise UserError(
+                    f"a language model in {bits} (model.quantization) is not divided among processes, each holds all "
+                    "of it: leave out run.fsdp and run.deepspeed, or model.quantization"
+                )
+        processor = processor_of(opened)
         sources = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
-        limit, run = PositionLimit.of(config, processor), cfg.run
+        limit = PositionLimit.of(config, processor)
         mixture = Mixture(sources, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
         for corpus in mixture.corpora:
             store = _features_of(corpus)

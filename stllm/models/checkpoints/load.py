@@ -4,8 +4,8 @@
 
 First, a plan is made from names and shapes: which tensor of which file goes where. Then the model is built on the meta
 device and filled weight by weight, straight to its device and type, so that memory never holds two copies of it.
-Weights that no file has and that may start fresh are initialised last. With quantisation or a device map, transformers'
-`from_pretrained` puts the weights in place.
+Weights that no file has and that may start fresh are initialised last. With a device map, and for a folder of ours that
+was saved quantized, transformers' `from_pretrained` puts the weights in place.
 """
 
 import logging
@@ -20,10 +20,9 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import BitsAndBytesConfig
 
 from stllm.common.device import resolve_device, resolve_dtype
-from stllm.common.errors import UserError, out_of_memory, reason, unknown_name
+from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.common.registry import models
 from stllm.models.checkpoints.audit import OTHER, PART_NAMES, AuditReport, named, part_of, part_of_theirs
 from stllm.models.checkpoints.formats import Entry, Format, Source, locate, open_source
@@ -37,8 +36,17 @@ from stllm.models.checkpoints.infer_config import (
     names_of,
     open_model,
 )
+from stllm.models.checkpoints.weights import QuantizedWeights
 from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig
 from stllm.models.language_model import set_attention
+from stllm.models.quantization import (
+    precise_state,
+    quantization_config,
+    quantize_layers,
+    quantized_layers,
+    quantized_weight,
+)
+from stllm.models.settings import quantization_of
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 
@@ -54,8 +62,6 @@ ASKED_FRESH = {
     "projection": ("projection",),
     "language_model": ("language model",),
 }
-QUANTIZATIONS = ("8bit", "4bit")
-KEPT_PRECISE = ("vision_encoder", "qformer", "projection", "video_input", "mvm_decoder", "lm_head", "embed_out")
 
 
 def load_model(
@@ -72,8 +78,8 @@ def load_model(
 
     path: a folder, a file, or a hub name. cfg_path, options: settings that the checkpoint lacks, or replacements for
     its own.
-    dtype: auto is the type that suits the device. quantization: 8bit or 4bit, for the language model (bitsandbytes,
-    CUDA).
+    dtype: auto is the type that suits the device. quantization: 8bit or 4bit, for the language model, see
+    models/quantization.py; None: as the settings say.
     device_map: accelerate's, e.g. "auto", to spread the model over several devices.
     Raises UserError for anything missing, damaged or contradictory.
     """
@@ -125,7 +131,7 @@ def load_opened(
     language_model: str = "whole",
 ) -> tuple[STLLM, AuditReport]:
     """Load the model of an opened checkpoint, and return its audit; arguments as for `load_model` and `assemble`."""
-    quantization = quantization or ("8bit" if opened.settings.get("low_resource") else None)
+    quantization = quantization or quantization_of(opened.settings)
     model, report = assemble(
         opened.config,
         opened.sources,
@@ -163,17 +169,18 @@ def assemble(
     trained_dtype: the type of the trained weights, where it differs from the others' (float32 masters).
     language_model: the part of it that is read and held, whole, embedding (its token embedding) or none; it is audited
         all the same.
-    quantization, device_map: as in `load_model`; a foreign format then passes through main memory.
+    quantization: as in `load_model`. device_map: as there; a foreign format then passes through main memory.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
     kind = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
     own = sources[-1] if sources and sources[-1].format is Format.STLLM else None
+    bits = None if quantization is None else quantization_config(quantization, kind, place)
     arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
-    if quantization or device_map or (own and not training and own.config.get("quantization_config")):
+    if device_map or (own and not training and own.config.get("quantization_config")):
         arguments = {"config": config, "dtype": kind, "device_map": device_map or {"": place}}
-        if quantization is not None:
-            arguments["quantization_config"] = quantization_config(quantization, kind)
+        if bits is not None:
+            arguments["quantization_config"] = bits
         if own and len(sources) == 1 and not training:
             loaded: Any = STLLM.from_pretrained(
                 own.path, output_loading_info=True, local_files_only=True, trust_remote_code=False, **arguments
@@ -193,6 +200,14 @@ def assemble(
                 parameter.data = parameter.data.to(trained_dtype)
     plan = make_plan(model, sources, training=training, fresh=fresh)
     plan.report.raise_for_problems()
+    if bits is not None and any(isinstance(source.weights, QuantizedWeights) for source in sources):
+        raise UserError(
+            f"{plan.report.source} is stored quantized, and can't be quantized again to {quantization}: leave that out"
+        )
+    if bits is not None and not arguments:
+        quantize_layers(model, bits, training=training)
+        names = [f"{name}.weight" for name in quantized_layers(model)]
+        model.precise_weights = {name: plan.origins[name] for name in names if name in plan.origins}
     if language_model != "whole":
         assert language_model in ("embedding", "none")
         model.keep_embedding() if language_model == "embedding" else setattr(model, "language_model", nn.Identity())
@@ -212,31 +227,6 @@ def assemble(
     if arguments:
         model = STLLM.from_pretrained(None, state_dict=model.state_dict(), trust_remote_code=False, **arguments)
     return model.eval(), plan.report
-
-
-def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return bitsandbytes' settings for the language model's linear layers, without its head, in 8bit or 4bit.
-
-    Raises UserError where that can't work.
-    """
-    if name not in QUANTIZATIONS:
-        raise UserError(unknown_name("quantization", name, QUANTIZATIONS))
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"{name} loading needs a CUDA GPU, and none is here: load in bfloat16 (--dtype bfloat16) instead"
-        )
-    try:
-        import bitsandbytes  # noqa: F401  # only whether it is there
-    except ImportError as error:
-        advice = "`pip install bitsandbytes`, or load in bfloat16"
-        raise UserError(f"{name} loading needs bitsandbytes: {advice}") from error
-    return BitsAndBytesConfig(
-        load_in_8bit=name == "8bit",
-        load_in_4bit=name == "4bit",
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=list(KEPT_PRECISE),
-    )
 
 
 def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
@@ -271,7 +261,7 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     configuration's.
     """
     config = config_of(model)
-    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    wanted = precise_state(model)
     plan = Plan(AuditReport(source=names_of(sources) or "the model"))
     report, origins = plan.report, plan.origins
     check_adapter(report.source, sources, needed=any(key.startswith(ADAPTER) for key in wanted), may_be_fresh=training)
@@ -367,15 +357,20 @@ def _grows(key: str, source: Source) -> bool:
 
 
 def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
-    """Copy every planned weight into place, then initialise the rest and tie the tied weights."""
+    """Copy every planned weight into place, quantized where its layer is, then initialise the rest and tie weights."""
     total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
+    kind = config_of(model).dtype
     # disable=None: no bar where nobody looks; delay: none for what is quick
     with tqdm(
         desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
     ) as bar:
         for key, (source, entry) in plan.origins.items():
-            new = torch.empty_like(model.get_parameter_or_buffer(key), device=device, requires_grad=False)
-            _copy(source, entry, key, new)
+            if key in layers:
+                new = quantized_weight(layers[key], source.weights.read(entry.key).to(kind), device)
+            else:
+                new = torch.empty_like(model.get_parameter_or_buffer(key), device=device, requires_grad=False)
+                _copy(source, entry, key, new)
             _set_tensor(model, key, new, loaded=True)
             bar.update(new.nbytes)
     tied = set(model.all_tied_weights_keys)
@@ -429,6 +424,7 @@ def _set_tensor(model: STLLM, key: str, tensor: Tensor, *, loaded: bool) -> None
     parent_name, _, name = key.rpartition(".")
     parent = model.get_submodule(parent_name)
     old = getattr(parent, name)
-    new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    is_new = isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter)  # quantized weights are parameters
+    new = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_new else tensor
     new._is_hf_initialized = loaded  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
     setattr(parent, name, new)

@@ -1,8 +1,6 @@
-"""Loading: every layout in any type, nothing left on the meta device; any language model; quantisation, device maps."""
+"""Loading: every layout in any type, nothing left on the meta device; any language model; device maps."""
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from stllm.common.errors import UserError
-from stllm.models import build
-from stllm.models.build import build_audited, build_model
+from stllm.models.build import build_audited
 from stllm.models.checkpoints import load
 from stllm.models.checkpoints.convert import convert
 from stllm.models.checkpoints.formats import open_source
 from stllm.models.checkpoints.infer_config import open_model
 from stllm.models.checkpoints.load import (
     load_model,
-    load_opened,
     load_pretrained,
     processor_of,
-    quantization_config,
     restore,
 )
 from stllm.models.st_llm import STLLM, config_of
@@ -288,56 +283,3 @@ def test_memory_that_runs_out_while_loading_is_said(monkeypatch: pytest.MonkeyPa
         UserError, match=r"not enough memory on cpu: the weights need \d+\.\d GiB as bfloat16; use a smaller"
     ):
         load_model(GOLDEN / NAME, device="cpu", dtype="bfloat16")
-
-
-@pytest.mark.parametrize("name", ["8bit", "4bit"])
-def test_quantisation_needs_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"{name} loading needs a CUDA GPU"):
-        load_model(GOLDEN / "minigpt4_plain_all", device="cpu", quantization=name)
-
-
-def test_quantisation_needs_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
-        quantization_config("8bit", torch.float16)
-
-
-def test_only_the_language_models_layers_are_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
-    config: Any = quantization_config("4bit", torch.bfloat16)
-    assert config.load_in_4bit and not config.load_in_8bit
-    assert config.bnb_4bit_compute_dtype == torch.bfloat16
-    parts = {name for name, _ in tiny_model(mvm_decode=True).named_children()}
-    assert parts - set(config.llm_int8_skip_modules) == {"language_model"}
-
-
-def test_an_unknown_quantisation_lists_the_known() -> None:
-    with pytest.raises(UserError, match="4bit, 8bit"):
-        quantization_config("3bit", torch.bfloat16)
-
-
-def test_the_published_8bit_switch_means_8bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def refuse(*_: Any, **arguments: Any) -> None:
-        asked.append(arguments)
-        raise UserError("not here")
-
-    monkeypatch.setattr(load, "assemble", refuse)
-    monkeypatch.setattr(build, "assemble", refuse)
-    with pytest.raises(UserError, match="not here"):
-        load_opened(open_model(GOLDEN / "minigpt4_plain_all", options=["model.low_resource=True"]), device="cpu")
-    settings = {
-        "ckpt": str(GOLDEN / "minigpt4_plain_all"),
-        "image_size": 28,
-        "qformer_text_input": False,
-        "low_resource": True,
-        "device_8bit": 1,
-    }
-    with pytest.raises(UserError, match="not here"):
-        build_model(settings)
-    assert [arguments["quantization"] for arguments in asked] == ["8bit", "8bit"]
-    assert asked[1]["device"] == "cuda:1"

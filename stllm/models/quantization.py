@@ -1,0 +1,101 @@
+"""4 and 8 bits (bitsandbytes): the language model's linear layers, on CUDA and on CPUs. All other parts stay precise.
+
+The layers are replaced on the meta device, and each weight is quantized as it is read, so memory never holds the whole
+language model in full precision. In training the quantized weights are frozen, and LoRA and the other parts learn
+(QLoRA). What is saved are the weights that were read, not the quantized ones.
+Sources: LLM.int8() (arXiv 2208.07339), QLoRA (arXiv 2305.14314).
+"""
+
+import logging
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from stllm.common.errors import UserError, unknown_name
+from stllm.common.schema import QUANTIZATIONS
+
+KEPT_PRECISE = (
+    *("vision_encoder", "qformer", "projection", "video_input", "mvm_decoder", "lm_head", "embed_out"),
+    r".*\.lora_[AB]",
+)
+PACKED = 64
+
+
+def quantization_config(name: str, dtype: torch.dtype, device: torch.device | None = None) -> BitsAndBytesConfig:
+    """Return bitsandbytes' settings for the language model's linear layers, without its head, in 8bit or 4bit.
+
+    dtype: what is computed in. device: where; None: wherever that can be. Raises UserError where that can't work.
+    """
+    if name not in QUANTIZATIONS:
+        raise UserError(unknown_name("quantization", name, QUANTIZATIONS))
+    if device is not None and device.type not in ("cuda", "cpu"):
+        raise UserError(f"{name} loading works on CUDA GPUs and on CPUs, not on {device}: use --device cpu")
+    try:
+        import bitsandbytes  # noqa: F401  # only whether it is there
+    except ImportError as error:
+        advice = "`pip install 'bitsandbytes>=0.46'`, or load in bfloat16 (--dtype bfloat16)"
+        raise UserError(f"{name} loading needs bitsandbytes: {advice}") from error
+    # LLM.int8() multiplies in float16 by definition, and bitsandbytes says so at every layer
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_news)
+    return BitsAndBytesConfig(
+        load_in_8bit=name == "8bit",
+        load_in_4bit=name == "4bit",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=list(KEPT_PRECISE),
+    )
+
+
+def _is_no_news(record: logging.LogRecord) -> bool:
+    return "inputs will be cast" not in str(record.msg)
+
+
+def quantize_layers(model: PreTrainedModel, config: BitsAndBytesConfig, *, training: bool) -> None:
+    """Replace the language model's linear layers by bitsandbytes', in place, on the meta device.
+
+    Weights are quantized by `quantized_weight`. training: gradients will be asked for.
+    Raises UserError when this bitsandbytes does not suit transformers.
+    """
+    biases = {name: bias for name, bias in model.named_parameters() if name.endswith(".bias")}
+    head = model.get_output_embeddings()
+    names = [re.escape(name) for name, module in model.named_modules() if module is head]
+    config.llm_int8_skip_modules = [*(config.llm_int8_skip_modules or ()), *names]
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    try:
+        quantizer.validate_environment()
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"quantized loading is not possible here: {error}") from error
+    quantizer.preprocess_model(model, device_map=None)
+    for name, layer in quantized_layers(model).items():
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(biases[f"{name}.bias"].data, requires_grad=False)
+        # On CPUs bitsandbytes repacks 4-bit weights where no gradient is asked for. They then give none, and the sizes
+        # must be multiples of PACKED.
+        if training or layer.in_features % PACKED or layer.out_features % PACKED:
+            layer.support_avx512bf16_for_cpu = False
+    quantizer.remove_quantization_config(model)  # for it is saved as it was read
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """Return bitsandbytes' layers of a model by their names; none where nothing is quantized."""
+    names = ("Linear4bit", "Linear8bitLt")  # without the import of bitsandbytes, which need not be installed
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in names}
+
+
+def quantized_weight(layer: Any, weight: Tensor, device: torch.device) -> nn.Parameter:
+    """Quantize a weight, in main memory and in the layout of the layer that was replaced, and put it on the device."""
+    weight = weight.T if issubclass(layer.source_cls, Conv1D) else weight
+    parameter: nn.Parameter = type(layer.weight)(weight, **{**vars(layer.weight), "requires_grad": False}).to(device)
+    return parameter
+
+
+def precise_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state without quantized weights and what belongs to them."""
+    layers = tuple(f"{name}." for name in quantized_layers(model))
+    state = model.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if not key.startswith(layers) or key.endswith(".bias")}

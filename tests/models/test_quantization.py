@@ -1,0 +1,268 @@
+"""4 and 8 bits: which layers, the same answers, QLoRA through the commands, and a sentence for what can't be."""
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+from stllm.cli import main
+from stllm.common.config import load_config
+from stllm.common.errors import UserError
+from stllm.conversation.chat import FOLDER, find_examples
+from stllm.models import build
+from stllm.models.build import build_model
+from stllm.models.checkpoints import load
+from stllm.models.checkpoints.infer_config import open_model
+from stllm.models.checkpoints.load import load_model, load_opened
+from stllm.models.lora import merge_lora
+from stllm.models.quantization import quantization_config, quantized_layers
+from stllm.models.settings import quantization_of
+from stllm.tasks.video_text_it import VideoTextTask
+from tests.helpers.tiny import tiny_batch, tiny_model
+from tests.helpers.training import losses, train, write_recipe
+from tests.models.checkpoints.conftest import GOLDEN
+
+BITS = ("4bit", "8bit")
+QLORA: dict[str, Any] = {"quantization": "4bit", "lora_r": 4, "lora_dropout": 0.0, "freeze_LLM": True}
+
+
+@pytest.fixture
+def bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes, as far as its settings need it."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_cannot_and_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="4bit loading works on CUDA GPUs and on CPUs, not on mps: use --device cpu"):
+        quantization_config("4bit", torch.float16, torch.device("mps"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="pip install 'bitsandbytes"):
+        load_model(GOLDEN / "minigpt4_plain_all", device="cpu", quantization="8bit")
+
+
+def test_an_unknown_quantisation_lists_the_known() -> None:
+    with pytest.raises(UserError, match="4bit, 8bit"):
+        quantization_config("3bit", torch.bfloat16)
+    with pytest.raises(UserError, match=r"model\.quantization.*4bit, 8bit"):
+        load_config(options=["model.model_type=tiny", "model.quantization=3bit"])
+
+
+def test_only_the_language_models_layers_are_quantised(pretended: None) -> None:
+    config: Any = quantization_config("4bit", torch.bfloat16)
+    assert config.load_in_4bit and not config.load_in_8bit
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    parts = {name for name, _ in tiny_model(mvm_decode=True).named_children()}
+    assert parts - set(config.llm_int8_skip_modules) == {"language_model"}
+
+
+def test_the_published_switch_means_8bit_and_may_not_contradict() -> None:
+    assert quantization_of({}) is None
+    assert quantization_of({"low_resource": False, "quantization": "4bit"}) == "4bit"
+    assert quantization_of({"low_resource": True, "quantization": "8bit"}) == "8bit"
+    with pytest.raises(UserError, match=r"model\.quantization is 4bit, but model\.low_resource is True.*leave one out"):
+        quantization_of({"low_resource": True, "quantization": "4bit"})
+
+
+def test_the_settings_reach_the_loader_and_a_launchers_process_keeps_its_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def refuse(*_: Any, **arguments: Any) -> None:
+        asked.append(arguments)
+        raise UserError("not here")
+
+    monkeypatch.setattr(load, "assemble", refuse)
+    monkeypatch.setattr(build, "assemble", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for option in ("model.low_resource=True", "model.quantization=4bit"):
+        with pytest.raises(UserError, match="not here"):
+            load_opened(open_model(GOLDEN / "minigpt4_plain_all", options=[option]), device="cpu")
+    settings = {
+        "ckpt": str(GOLDEN / "minigpt4_plain_all"),
+        "image_size": 28,
+        "qformer_text_input": False,
+        "low_resource": True,
+        "device_8bit": 1,
+    }
+    with pytest.raises(UserError, match="not here"):
+        build_model(settings)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(UserError, match="not here"):
+        build_model(settings)
+    assert [arguments["quantization"] for arguments in asked] == ["8bit", "4bit", "8bit", "8bit"]
+    assert [arguments["device"] for arguments in asked[2:]] == ["cuda:1", "auto"]
+
+
+def test_the_option_is_the_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[list[str]] = []
+
+    def load_chat(*_: Any, options: list[str], **__: Any) -> None:
+        seen.append(options)
+        raise UserError("not here")
+
+    monkeypatch.setattr("stllm.conversation.chat.load_chat", load_chat)
+    assert main(["chat", "--quantization", "4bit", "--options", "model.num_frames=4"]) == 1
+    assert seen == [["model.num_frames=4", "model.quantization=4bit"]]
+    assert main(["chat", "--quantization", "4bit", "--engine", "http://127.0.0.1:9"]) == 2
+    assert "leave it out with --engine" in capsys.readouterr().err
+    assert main(["serve", "--quantization", "2bit"]) == 2
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_tiny_model_answers_the_same(bits: str, bitsandbytes: None, capfd: pytest.CaptureFixture[str]) -> None:
+    clip, question = find_examples()[5]
+    expected = json.loads((clip.parent / "examples.json").read_text())[5]["answer"]
+    chat = ["chat", "--device", "cpu", "--dtype", "bfloat16", "--video", str(clip), "--question", question]
+    assert main([*chat, "--quantization", bits]) == 0
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err.replace("note: ", "")[:21]) == (f"{expected}\n", "no checkpoint was nam")
+    assert len(shown.err.splitlines()) == 1  # nothing of bitsandbytes'
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("folder", [FOLDER, GOLDEN / "minigpt4_plain_all"])  # ours, the released layout
+def test_what_is_quantised_is_smaller_and_saved_as_it_was(
+    folder: Path, bits: str, bitsandbytes: None, tmp_path: Path
+) -> None:
+    whole = load_model(folder, device="cpu", dtype="bfloat16")
+    model = load_model(folder, device="cpu", dtype="bfloat16", quantization=bits)
+    layers = quantized_layers(model)
+    assert {name.split(".")[0] for name in layers} == {"language_model"}
+    assert len(layers) == 7 * model.config.text_config.num_hidden_layers  # all but the head
+    assert all(layer.weight.dtype in (torch.uint8, torch.int8) for layer in layers.values())
+    names = {f"{name}.weight" for name in layers}
+    assert all(
+        torch.equal(p, q) and p.dtype == q.dtype
+        for (name, p), (_, q) in zip(model.named_parameters(), whole.named_parameters(), strict=True)
+        if name not in names
+    )
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        found, expected = (one.language_model(input_ids=ids).logits.float() for one in (model, whole))
+        assert float(torch.nn.functional.cosine_similarity(found, expected, dim=-1).mean()) > 0.5
+    model.save_pretrained(tmp_path)  # as it was read
+    again = load_model(tmp_path, device="cpu", dtype="bfloat16")
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_gpt2s_transposed_layers(bits: str, bitsandbytes: None, tmp_path: Path) -> None:
+    text = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 128}
+    model = tiny_model(text_config=text)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path, device="cpu", dtype="float32", quantization=bits)
+    assert len(quantized_layers(again)) == 4
+    with torch.no_grad():
+        states = [one.language_model(input_ids=torch.arange(20)[None]).logits for one in (model, again)]
+    assert float(torch.nn.functional.cosine_similarity(*(one.flatten() for one in states), dim=0)) > 0.98
+
+
+def test_an_evaluation_records_the_bits(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
+    run = ["evaluate", "mvbench", "--ckpt-path", str(FOLDER), "--anno-path", str(toy / "mvbench"), "--limit", "1"]
+    run += ["--device", "cpu", "--output-dir", str(tmp_path), "--num-workers", "0"]
+    assert main([*run, "--quantization", "4bit"]) == 0
+    kept = yaml.safe_load((tmp_path / "mvbench.config.yaml").read_text())
+    assert kept["model"]["quantization"] == "4bit"
+    assert main(run) == 1  # its lines are of another setting
+
+
+# ---- QLoRA ----------------------------------------------------------------------------------------------------------
+
+
+def test_qlora_learns_resumes_and_leaves_a_whole_model(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=QLORA)
+    assert main(["train", "--cfg-path", str(recipe)]) == 0
+    run, first = tmp_path / "run", losses(tmp_path / "run")
+    assert first[-1][0] < 0.9 * first[0][0]
+
+    # from a checkpoint: quantized weights come from the language model's folder, all others from the checkpoint
+    for name in ("config.json", "model.safetensors"):
+        (run / name).unlink()
+    for step in (6, 8):
+        os.rename(run / f"checkpoint-{step}", tmp_path / f"gone-{step}")
+    assert main(["train", "--cfg-path", str(recipe), "--quantization", "4bit"]) == 0
+    assert losses(run) == first
+
+    # the output is a whole model with its base as it was, which merges and converts like any other
+    weights, base = load_file(run / "model.safetensors"), load_file(toy / "language_model" / "model.safetensors")
+    for name in ("mlp.gate_proj", "self_attn.q_proj.base_layer"):
+        key = f"model.layers.0.{name}.weight"
+        assert torch.equal(weights[f"language_model.{key}"], base[key.replace(".base_layer", "")])
+    assert (run / "lora_adapter" / "adapter_model.safetensors").is_file()
+    assert "quantization_config" not in json.loads((run / "config.json").read_text())
+    assert main(["convert", str(run), "--to", str(tmp_path / "merged"), "--merge-lora"]) == 0
+    model = load_model(run, device="cpu", quantization="4bit")
+    with pytest.raises(UserError, match="LoRA can't be merged into quantized weights"):
+        merge_lora(model)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_the_gradient_is_that_of_the_quantised_model(bits: str, lora_r: int, bitsandbytes: None) -> None:
+    settings = {
+        "ckpt": str(GOLDEN / "minigpt4_plain_all"),
+        "image_size": 28,
+        "qformer_text_input": False,
+        "freeze_LLM": True,
+        "freeze_vit": True,
+        "lora_r": lora_r,
+        "lora_dropout": 0.0,
+    }
+    gradients, precise = [], {}
+    for quantization in (bits, None):
+        torch.manual_seed(0)
+        model = build_model({**settings, "quantization": quantization}, device="cpu", dtype="float32").train()
+        layers = quantized_layers(model)
+        assert bool(layers) == bool(quantization)
+        for name, layer in layers.items():
+            precise[f"{name}.weight"] = dequantize_bnb_weight(layer.weight, layer.weight).float()
+        if not quantization:  # the same weights in a plain model
+            model.load_state_dict(precise, strict=False)
+        model(**tiny_batch(model)).loss.backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert all(p.grad is not None and p.dtype == torch.float32 for p in trained.values())
+        assert bool([name for name in trained if "lora_" in name]) == bool(lora_r)
+        gradients.append(model.projection.weight.grad.flatten())
+    assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.99
+
+
+def test_two_processes_train_as_one(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
+    alone = write_recipe(tmp_path / "recipe.yaml", toy, model=QLORA, max_steps=3)
+    main(["train", "--cfg-path", str(alone)])
+    options = (f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2")
+    train(alone, *options, processes=2)
+    for one, two in zip(losses(tmp_path / "run"), losses(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_what_training_refuses(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy)
+    assert main(["train", "--cfg-path", str(recipe), "--quantization", "8bit"]) == 1
+    assert (
+        "a language model in 8bit (model.quantization) can't be trained itself: train LoRA" in capsys.readouterr().err
+    )
+    for key in ("fsdp=full_shard", "deepspeed=zero2.json"):
+        options = ["model.freeze_LLM=True", "model.low_resource=True", f"run.{key}"]
+        with pytest.raises(UserError, match=r"in 8bit .* is not divided among processes"):
+            VideoTextTask.from_config(load_config(recipe, options), seed=0)
