@@ -160,7 +160,6 @@ def test_chat_takes_every_option(ran) -> None:
         "context": "all",
         "engine": None,
         "evidence": "out.png",
-        "engine": None,
         "quantization": None,
         "stream": False,
         "json": True,
