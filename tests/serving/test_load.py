@@ -43,7 +43,8 @@ def test_fifty_questions_by_eight_clients(tmp_path: Path, monkeypatch: pytest.Mo
             with ThreadPoolExecutor(8) as clients:
                 return list(clients.map(ask, range(50)))
 
-        assert all_at_once() == expected
+        for _ in range(3):  # batches of all sizes have been
+            assert all_at_once() == expected
         before = resident_bytes()
         for _ in range(2):
             assert all_at_once() == expected
