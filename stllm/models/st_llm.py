@@ -245,7 +245,9 @@ class STLLM(PreTrainedModel):
                 if all(inner is not embedding for inner in child.modules()):
                     setattr(part, name, nn.Identity())
 
-    def save_pretrained(self, save_directory: Any, *, state_dict: Any = None, **options: Any) -> None:
+    def save_pretrained(  # type: ignore[override]  # by keywords
+        self, save_directory: Any, *, state_dict: Any = None, **options: Any
+    ) -> None:
         """Save as transformers does; quantized weights are saved as they were read."""
         if self.precise_weights and state_dict is None:
             kind = self.get_input_embeddings().weight.dtype  # that of frozen weights
