@@ -244,13 +244,15 @@ class STLLM(PreTrainedModel):
                 if all(inner is not embedding for inner in child.modules()):
                     setattr(part, name, nn.Identity())
 
-    def save_pretrained(self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any) -> None:
+    def save_pretrained(  # type: ignore[override]  # by keywords
+        self, save_directory: Any, *, state_dict: Any = None, **options: Any
+    ) -> None:
         """Save as transformers does; quantized weights are saved as they were read."""
         if self.precise_weights and state_dict is None:
             kind = self.get_input_embeddings().weight.dtype  # that of frozen weights
             read = {key: source.weights.read(entry.key) for key, (source, entry) in self.precise_weights.items()}
             state_dict = precise_state(self) | {key: weight.to(kind) for key, weight in read.items()}
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **options)
+        super().save_pretrained(save_directory, state_dict=state_dict, **options)
 
     def train(self, mode: bool = True) -> "STLLM":
         """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""

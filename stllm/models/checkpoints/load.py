@@ -367,7 +367,7 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
     ) as bar:
         for key, (source, entry) in plan.origins.items():
             if key in layers:
-                new = quantized_weight(layers[key], source.weights.read(entry.key).to(kind), device)
+                new: Tensor = quantized_weight(layers[key], source.weights.read(entry.key).to(kind), device)
             else:
                 new = torch.empty_like(model.get_parameter_or_buffer(key), device=device, requires_grad=False)
                 _copy(source, entry, key, new)
