@@ -110,7 +110,8 @@ def merge_lora(model: Any) -> None:
     """
     language_model = model.language_model
     layers = [(name, layer) for name, layer in language_model.named_modules() if isinstance(layer, LoraLayer)]
-    if any(not layer.get_base_layer().weight.is_floating_point() for _, layer in layers if hasattr(layer, "weight")):
+    bases: list[Any] = [layer.get_base_layer() for _, layer in layers if hasattr(layer, "weight")]
+    if any(not base.weight.is_floating_point() for base in bases):
         raise UserError("LoRA can't be merged into quantized weights: load the model without quantization")
     for name, layer in reversed(layers):  # peft wraps the experts of a mixture once per parameter: inner layers first
         layer.merge()

@@ -1,7 +1,7 @@
 """`stllm serve` under the official client: answers, streams, errors, a full queue, clients that leave."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
@@ -334,9 +334,12 @@ def test_questions_that_wait_are_answered_together(clips: list[Path]) -> None:
     chat = new_chat()
     server, sizes = Server(chat, MODEL, media_root=clips[0].parent, limits=LIMITS), []
     generate = chat.batches._generate
-    chat.batches._generate = lambda prepared, *rest, **more: (  # type: ignore[func-returns-value]
-        sizes.append(len(prepared)) or generate(prepared, *rest, **more)
-    )
+
+    def counted(prepared: Sequence[Prepared], *rest: Any, **more: Any) -> Tensor:
+        sizes.append(len(prepared))
+        return generate(prepared, *rest, **more)
+
+    chat.batches._generate = counted
     expected = [chat.ask(clips[0], question, num_beams=1).text for question in QUESTIONS]
     with serving(server) as address, ThreadPoolExecutor(4) as threads:
         with chat.lock:
