@@ -29,7 +29,7 @@ def new_model(layers: int, device: torch.device) -> Any:
         hidden_size=WIDTH, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=12, vocab_size=32_000
     )
     with device:
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)

@@ -27,6 +27,7 @@ def calls(path: Path) -> Iterator[ast.Call]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers":
             classes |= {name.asname or name.name for name in node.names}
+    classes.discard("AutoHfQuantizer")  # it knows transformers' own classes only
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOADERS:
             loader = node.func.value
