@@ -134,7 +134,7 @@ def test_leaving_the_demo_ends_the_decoding(chat: Chat, tmp_path: Path, place: P
     with running(build_app(service, local=True)) as address:
         api = f"{address}/gradio_api"
         data = [uploaded(f"{address}/", place / "slow.gif"), "what", [], 6, 1, 0, 8]
-        called = httpx.post(f"{api}/call/ask", json={"data": data}).json()["event_id"]
+        called = httpx.post(f"{api}/call/ask", json={"data": data}, timeout=60).json()["event_id"]
         with httpx.stream("GET", f"{api}/call/ask/{called}", timeout=60):
             wait_until(lambda: service.jobs.num_inside == 1)
         wait_until(lambda: not service.jobs.num_inside, SOON)

@@ -165,6 +165,8 @@ def test_a_mistake_gives_one_sentence(
 ) -> None:
     if options[0].startswith("deepspeed="):
         monkeypatch.setattr("stllm.runners.train.find_spec", lambda name: object())  # as if it were installed
+    if options[0].startswith("optim="):  # as if it were not
+        monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     assert words in refusal(capsys, recipe, *(f"run.{option}" for option in options))
 
 
