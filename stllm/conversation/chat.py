@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from threading import Event, Lock
@@ -32,7 +33,6 @@ from stllm.conversation.requests import (
     Stamp,
     num_positions,
 )
-from stllm.conversation.streaming import Batches, clean_pieces
 from stllm.media.clip import Clip
 from stllm.models.configuration import STLLMConfig
 from stllm.models.settings import explicit_settings
@@ -45,6 +45,7 @@ from stllm.processors.transforms import EvalTransform
 if TYPE_CHECKING:
     from stllm.conversation.evidence import Evidence
     from stllm.conversation.remote import RemoteLanguageModel
+    from stllm.conversation.streaming import Batches
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,14 @@ class Chat:
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[Stamp, tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self.lock = Lock()  # one generation at a time
-        self.batches = Batches(self._generate, processor, model.dtype)
         self._warned = False  # whether a prompt beyond the positions was warned about
+
+    @cached_property
+    def batches(self) -> "Batches":
+        """The questions that wait for the language model."""
+        from stllm.conversation.streaming import Batches
+
+        return Batches(self._generate, self.processor, self.model.dtype)
 
     # ---- asking -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +138,8 @@ class Chat:
 
         It is answered together with others that wait and have the same settings. stop: ends it, too, when it is set.
         """
+        from stllm.conversation.streaming import clean_pieces
+
         decoding.check_streaming()
         stop = stop or Event()
         if self.engine is not None:

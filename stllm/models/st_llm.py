@@ -23,7 +23,6 @@ from stllm.models.configuration import STLLMConfig
 from stllm.models.generation import generate
 from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
-from stllm.models.quantization import precise_state
 from stllm.models.temporal_adapter import TemporalAdapter, TemporalLayer
 from stllm.models.video_inputs import ResidualInput, build_video_input
 from stllm.models.vision import VisionEncoder, build_vision_encoder, sine_cosine_positions
@@ -249,6 +248,8 @@ class STLLM(PreTrainedModel):
     ) -> None:
         """Save as transformers does; quantized weights are saved as they were read."""
         if self.precise_weights and state_dict is None:
+            from stllm.models.quantization import precise_state
+
             kind = self.get_input_embeddings().weight.dtype  # that of frozen weights
             read = {key: source.weights.read(entry.key) for key, (source, entry) in self.precise_weights.items()}
             state_dict = precise_state(self) | {key: weight.to(kind) for key, weight in read.items()}

@@ -39,13 +39,6 @@ from stllm.models.checkpoints.infer_config import (
 from stllm.models.checkpoints.weights import QuantizedWeights
 from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig
 from stllm.models.language_model import set_attention
-from stllm.models.quantization import (
-    precise_state,
-    quantization_config,
-    quantize_layers,
-    quantized_layers,
-    quantized_weight,
-)
 from stllm.models.settings import quantization_of
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
@@ -175,7 +168,11 @@ def assemble(
     place = resolve_device(device) if isinstance(device, str) else device
     kind = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
     own = sources[-1] if sources and sources[-1].format is Format.STLLM else None
-    bits = None if quantization is None else quantization_config(quantization, kind, place)
+    bits = None
+    if quantization is not None:
+        from stllm.models.quantization import quantization_config, quantize_layers, quantized_layers
+
+        bits = quantization_config(quantization, kind, place)
     arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
     if device_map or (own and not training and own.config.get("quantization_config")):
         arguments = {"config": config, "dtype": kind, "device_map": device_map or {"": place}}
@@ -261,7 +258,11 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     configuration's.
     """
     config = config_of(model)
-    wanted = precise_state(model)
+    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if model.precise_weights:
+        from stllm.models.quantization import precise_state
+
+        wanted = precise_state(model)
     plan = Plan(AuditReport(source=names_of(sources) or "the model"))
     report, origins = plan.report, plan.origins
     check_adapter(report.source, sources, needed=any(key.startswith(ADAPTER) for key in wanted), may_be_fresh=training)
@@ -359,7 +360,11 @@ def _grows(key: str, source: Source) -> bool:
 def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
     """Copy every planned weight into place, quantized where its layer is, then initialise the rest and tie weights."""
     total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
-    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
+    layers: dict[str, nn.Module] = {}
+    if model.precise_weights:
+        from stllm.models.quantization import quantized_layers, quantized_weight
+
+        layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
     kind = config_of(model).dtype
     # disable=None: no bar where nobody looks; delay: none for what is quick
     with tqdm(
