@@ -47,7 +47,7 @@ def test_slow_bodies_hold_no_places(address: str, server: Server) -> None:
             connection = stack.enter_context(closing(connected(address)))
             connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
         wait_until(lambda: server.bodies.num_bytes == 40)
-        assert httpx.get(f"{address}/health").json()["requests"] == 0
+        assert httpx.get(f"{address}/health", timeout=60).json()["requests"] == 0
         assert post(address, body).status_code == 200
     wait_until(lambda: server.bodies.num_bytes == 0)
 

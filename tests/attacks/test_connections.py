@@ -72,5 +72,5 @@ def test_who_sends_nothing_makes_room_for_others(address: str) -> None:
     with ExitStack() as stack:
         for _ in range(10 * PLACES):
             stack.enter_context(closing(connected(address)))
-        assert httpx.get(address).text == "hello"
-    wait_until(lambda: httpx.get(address).text == "hello")
+        assert httpx.get(address, timeout=60).text == "hello"
+    wait_until(lambda: httpx.get(address, timeout=60).text == "hello")

@@ -120,7 +120,7 @@ def test_a_page_of_another_site_writes_nothing(url: str, folder: Path, headers: 
         ("gradio_api/queue/join", {"json": {"data": []}}),
     ):
         options: dict[str, Any] = dict(sent)
-        assert httpx.post(f"{url}{path}", headers=headers, **options).status_code == 403
+        assert httpx.post(f"{url}{path}", headers=headers, **options, timeout=60).status_code == 403
     assert not files(folder)
 
 

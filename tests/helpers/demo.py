@@ -28,7 +28,7 @@ def served(chat: Chat, folder: Path, limits: PageLimits | None = None) -> Iterat
 def uploaded(url: str, path: Path) -> dict[str, Any]:
     """Upload a file; return it as calls name it."""
     with path.open("rb") as file:
-        found = httpx.post(f"{url}gradio_api/upload", files={"files": file}).json()[0]
+        found = httpx.post(f"{url}gradio_api/upload", files={"files": file}, timeout=60).json()[0]
     return medium(found)
 
 

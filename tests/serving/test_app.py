@@ -169,7 +169,7 @@ def test_models_and_health(client: openai.OpenAI, address: str) -> None:
     assert client.models.retrieve(MODEL).owned_by == "stllm"
     with pytest.raises(openai.NotFoundError, match="the only model here is 'tiny'"):
         client.models.retrieve("gpt")
-    health = httpx.get(f"{address}/health").json()
+    health = httpx.get(f"{address}/health", timeout=60).json()
     assert health == {"status": "ok", "model": MODEL, "requests": 0, "places": 17}
 
 
@@ -216,17 +216,23 @@ def test_large_long_and_unknown_uploads(client: openai.OpenAI, tmp_path: Path) -
 
 def test_unknown_paths_methods_types_and_hosts(address: str) -> None:
     url = f"{address}/v1/chat/completions"
-    assert httpx.get(url).status_code == 405
-    assert httpx.get(f"{address}/v1/nothing").json()["error"]["message"].startswith("Not Found: this server offers")
-    assert httpx.get(f"{address}/../../etc/passwd").status_code == 404
-    plain = httpx.post(url, content=b"{}", headers={"content-type": "text/plain"})  # what a foreign page could send
+    assert httpx.get(url, timeout=60).status_code == 405
+    assert (
+        httpx.get(f"{address}/v1/nothing", timeout=60)
+        .json()["error"]["message"]
+        .startswith("Not Found: this server offers")
+    )
+    assert httpx.get(f"{address}/../../etc/passwd", timeout=60).status_code == 404
+    plain = httpx.post(
+        url, content=b"{}", headers={"content-type": "text/plain"}, timeout=60
+    )  # what a foreign page could send
     assert (plain.status_code, "application/json" in plain.json()["error"]["message"]) == (415, True)
     hosts = ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "")
     for path, host in [*product(["health"], hosts), ("v1/nothing", hosts[0]), ("v1/chat/completions", hosts[0])]:
-        foreign = httpx.get(f"{address}/{path}", headers={"host": host})
+        foreign = httpx.get(f"{address}/{path}", headers={"host": host}, timeout=60)
         assert foreign.status_code == 400
         assert foreign.json()["error"]["message"] == "invalid Host header: this server answers to 127.0.0.1"
-    assert httpx.get(f"{address}/health", headers={"host": "127.0.0.1:99"}).status_code == 200
+    assert httpx.get(f"{address}/health", headers={"host": "127.0.0.1:99"}, timeout=60).status_code == 200
 
 
 def test_a_request_that_does_not_arrive_is_given_up(chat: Chat) -> None:

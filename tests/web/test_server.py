@@ -119,7 +119,7 @@ def test_no_file_is_said(client: Client) -> None:
 
 def call(url: str, body: object) -> httpx.Response:
     """As curl would: the call, then what it came to."""
-    started = httpx.post(f"{url}gradio_api/call/ask", json=body)
+    started = httpx.post(f"{url}gradio_api/call/ask", json=body, timeout=60)
     if started.status_code != 200:
         return started
     return httpx.get(f"{url}gradio_api/call/ask/{started.json()['event_id']}", timeout=60)
@@ -134,7 +134,7 @@ def test_curl_is_answered(url: str, chat: Chat, place: Path) -> None:
 def test_a_client_that_leaves_ends_its_answer(url: str, chat: Chat, place: Path, monkeypatch) -> None:
     data = [uploaded(url, place / "two.mp4"), FIRST, [], 6, 1, 0, 8]
     closed = answer_without_end(chat, monkeypatch)
-    called = httpx.post(f"{url}gradio_api/call/ask", json={"data": data}).json()["event_id"]
+    called = httpx.post(f"{url}gradio_api/call/ask", json={"data": data}, timeout=60).json()["event_id"]
     with httpx.stream("GET", f"{url}gradio_api/call/ask/{called}", timeout=60) as reply:
         next(line for line in reply.iter_lines() if "word" in line)
     assert closed.wait(60)
@@ -143,7 +143,7 @@ def test_a_client_that_leaves_ends_its_answer(url: str, chat: Chat, place: Path,
 def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, chat: Chat, place: Path, monkeypatch):
     """As the page calls them: the second handler of a tab waits for the first, and need not read the video again."""
     api, tab = f"{url}gradio_api", {"session_hash": "a-tab"}
-    numbers = {one["api_name"]: one["id"] for one in httpx.get(f"{url}config").json()["dependencies"]}
+    numbers = {one["api_name"]: one["id"] for one in httpx.get(f"{url}config", timeout=60).json()["dependencies"]}
     read, see = [], chat.see
 
     def slowly(*asked: Any) -> Any:
@@ -158,7 +158,7 @@ def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, ch
         events = {}
         for name, data in handlers.items():
             body = {"data": data, "fn_index": numbers[name], **tab}
-            events[httpx.post(f"{api}/queue/join", json=body).json()["event_id"]] = name
+            events[httpx.post(f"{api}/queue/join", json=body, timeout=60).json()["event_id"]] = name
         last: dict[str, Any] = {}
         with httpx.stream("GET", f"{api}/queue/data", params=tab, timeout=60) as reply:
             for line in reply.iter_lines():
@@ -291,27 +291,27 @@ def test_another_hosts_name_is_turned_away(url: str) -> None:
 def test_files_and_requests_have_a_size(url: str, place: Path) -> None:
     upload = f"{url}gradio_api/upload"
     with (place / "large.mp4").open("rb") as file:
-        reply = httpx.post(upload, files={"files": file})
+        reply = httpx.post(upload, files={"files": file}, timeout=60)
     assert reply.status_code == 413 and "at most 1 MB" in reply.text
-    assert httpx.post(upload, content=iter([b"x"])).status_code == 411
+    assert httpx.post(upload, content=iter([b"x"]), timeout=60).status_code == 411
     reply = call(url, {"data": [None, "x" * (2 << 20), [], 6, 1, 0, 8]})
     assert reply.status_code == 413 and "too long" in reply.text
-    assert httpx.post(f"{url}gradio_api/call/ask", content=b"{").status_code == 400
+    assert httpx.post(f"{url}gradio_api/call/ask", content=b"{", timeout=60).status_code == 400
 
 
 def test_all_uploads_together_have_a_size(url: str, place: Path) -> None:
     taken = place / "uploads" / "taken"
     taken.write_bytes(bytes(4 << 20))
     with (place / "one.mp4").open("rb") as file:
-        reply = httpx.post(f"{url}gradio_api/upload", files={"files": file})
+        reply = httpx.post(f"{url}gradio_api/upload", files={"files": file}, timeout=60)
     taken.unlink()
     assert reply.status_code == 507 and "try again later" in reply.text
 
 
 def test_the_page_names_no_other_host(url: str) -> None:
     """What the page loads is its own; a browser test watches the requests."""
-    html, css = httpx.get(url).text, httpx.get(f"{url}theme.css").text
-    policy = httpx.get(url).headers["content-security-policy"]
+    html, css = httpx.get(url, timeout=60).text, httpx.get(f"{url}theme.css", timeout=60).text
+    policy = httpx.get(url, timeout=60).headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "http" not in policy and "*" not in policy
     assert "fonts.googleapis" not in html and "http" not in css.replace("http://www.w3.org", "")
     assert '"analytics_enabled":false' in html.replace(" ", "")
