@@ -1,4 +1,4 @@
-"""The engine, which answers questions about videos and images for chat, demos and benchmarks.
+"""A loaded model that answers questions about videos and images, for chat, demos and benchmarks.
 
 Steps: read -> encode -> prepare (prompt and visual tokens) -> complete; `answer` takes them all.
 A video is read and encoded once; the encoder's output is kept (content-keyed, bounded) for further questions, and only

@@ -49,7 +49,7 @@ MAX_PICTURES = 16  # a longer strip would be too small to see
 WIDTH, EDGE = 10.0, 0.9  # inches: of the figure, of the space left and right of the axes
 FOR, AGAINST = "#1f77b4", "#d62728"
 
-Engine: TypeAlias = Any  # a `Chat`; chat.py imports this file, so this file must not import it
+AnyChat: TypeAlias = Any  # a `Chat`; chat.py imports this file, so this file must not import it
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Evidence:
 
 @torch.inference_mode()
 def measure_evidence(
-    chat: Engine,
+    chat: AnyChat,
     request: Request,
     answer: str | None = None,
     *,
@@ -146,7 +146,7 @@ def measure_evidence(
     )
 
 
-def answer_ids(chat: Engine, request: Request, answer: str) -> list[int]:
+def answer_ids(chat: AnyChat, request: Request, answer: str) -> list[int]:
     """Return the answer's tokens and its end mark, as they follow the prompt in training; not cut."""
     *before, last = request.turns
     prompt = chat.processor.prompt_ids(request.turns)
@@ -155,7 +155,7 @@ def answer_ids(chat: Engine, request: Request, answer: str) -> list[int]:
 
 @torch.inference_mode()
 def log_probabilities(
-    chat: Engine,
+    chat: AnyChat,
     prepared: Sequence[Prepared],
     answer: Sequence[int],
     *,
