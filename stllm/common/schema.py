@@ -176,6 +176,8 @@ class RunSettings:
     max_bad_fraction: float = _key(0.1, low=0, high=1)  # a larger share of unreadable samples stops the run
     media_seconds: float = _key(MEDIA_SECONDS, low=0)  # the longest that one medium is read; 0: no limit
     qa_sampling: str = _key("one", choices=("one", "all"))  # of a record's QA pairs, one an epoch at random or each
+    # visual tokens that masking keeps of a clip: rounded to a multiple of it, so that compiled kernels meet few lengths
+    mask_bucket: int = _key(1, low=1)
     projection_lr: float | None = _key(None, low=0)  # learning rate of llama_proj; unset: learning_rate
     resume_only_model: bool = False  # continue with the weights and the step alone: optimizer and dropout begin anew
 

@@ -232,9 +232,7 @@ def filmstrip(media: Media, num_frames: int, *, size: int = SIZE) -> np.ndarray:
 
     num_frames: of media that name no number.
     """
-    transform = EvalTransform(size, mean=(0, 0, 0), std=(1, 1, 1))  # colours from 0 to 1
-    pixels = (ClipReader(transform, num_frames)(media).frames * 255).round().byte()  # (T, 3, S, S)
-    return pixels.permute(0, 2, 3, 1).numpy()
+    return ClipReader(EvalTransform(size), num_frames)(media).frames.permute(0, 2, 3, 1).numpy()
 
 
 def draw_evidence(path: str | Path, evidence: Evidence, pictures: np.ndarray) -> None:

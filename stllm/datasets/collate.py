@@ -6,6 +6,7 @@ tokens of a clip.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class Collator:
 
     num_tokens: T to N, as the model's video input counts them (`video_inputs.num_visual_tokens`).
     mask_rate: mean, std, min and max of the share of visual tokens that a clip drops (paper section 3.3); None: no
-        token is dropped. A single image is never masked.
+        token is dropped. A single image is never masked. mask_bucket: see `masking.draw_dropped`.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Collator:
         seed: int,
         num_tokens: Callable[[int], int],
         mask_rate: Mapping[str, float] | None = None,
+        mask_bucket: int = 1,
     ) -> None:
-        self.processor, self.seed, self.num_tokens, self.mask_rate = processor, seed, num_tokens, mask_rate
+        self.processor, self.seed, self.num_tokens = processor, seed, num_tokens
+        self.mask_rate, self.mask_bucket = mask_rate, mask_bucket
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The arguments by name: the output of `training_sequences` for the prompts; pixel_values (B, T, 3, S, S),
@@ -56,7 +59,8 @@ class Collator:
                 rate = draw_mask_rate(**self.mask_rate, generator=keyed_torch(self.seed, Stream.MASK_RATE, *place))
                 rows = [(s.key.corpus, s.key.index, s.key.round) for s in samples]
                 keyed = [keyed_torch(self.seed, Stream.MASK, *place, *row) for row in rows]
-                dropped = torch.cat([draw_dropped(1, num_visual, rate=rate, generator=row) for row in keyed])
+                draw = partial(draw_dropped, 1, num_visual, rate=rate, bucket=self.mask_bucket)
+                dropped = torch.cat([draw(generator=row) for row in keyed])
         ids, labels = zip(*(self.processor.training_ids(s.turns, media=s.media) for s in samples), strict=True)
         pad_id = self.processor.pad_token_id
         batch |= training_sequences(ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=dropped)

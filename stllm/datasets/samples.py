@@ -60,7 +60,7 @@ class Failure:
 class Sample:
     """One prepared sample: what is seen, what is asked and answered.
 
-    media: "video", "image", or None for text alone. pixel_values: (T, 3, S, S), normalised; or one of vision_features
+    media: "video", "image", or None for text alone. pixel_values: (T, 3, S, S) uint8; or one of vision_features
     (T, 1+P, C) and query_features (T, K, Q), both precomputed. name: file and record, for messages.
     failures: what was tried in this sample's place and could not be read.
     """

@@ -79,7 +79,7 @@ class Media:
 class Clip:
     """Prepared frames and where they come from.
 
-    frames: (T, 3, S, S) float32, normalised. indices: as the reader counts. times: seconds after the first frame.
+    frames: (T, 3, S, S) uint8. indices: as the reader counts. times: seconds after the first frame.
     """
 
     frames: Tensor
@@ -112,7 +112,7 @@ def load_clip(
 ) -> Clip:
     """Open a medium, sample its frames and prepare them one at a time, so that memory holds one full frame, not T.
 
-    transform: (H, W, 3) uint8 -> (3, S, S) float32, such as `processors.transforms.EvalTransform`.
+    transform: (H, W, 3) uint8 -> (3, S, S) uint8, such as `processors.transforms.EvalTransform`.
     num_frames: for media that specify no number. generator: for the sampling rule `rand`.
     Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
     """

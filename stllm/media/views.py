@@ -7,11 +7,12 @@ view but the last two shows the same frames. T frames.
 import hashlib
 from collections.abc import Callable
 
-from torch import Tensor, zeros_like
+from torch import Tensor
 
 from stllm.common.errors import UserError, unknown_name
 
 FORWARD, REVERSED, SHUFFLED, SINGLE, BLANK = VIEWS = ("forward", "reversed", "shuffled", "single", "blank")
+MEAN_COLOUR = (123, 117, 104)  # of CLIP's pictures: near zero when normalised
 SHUFFLE_KEY = "shuffled frames"  # with the number of frames, it fixes the shuffle of every run
 
 
@@ -39,9 +40,9 @@ def view_order(view: str, num_frames: int) -> list[int]:
 
 
 def view_frames(view: str, frames: Tensor) -> Tensor:
-    """The frames as that view shows them. frames: (T, 3, S, S), normalised; blank ones are zero, the mean colour."""
+    """The frames as that view shows them. frames: (T, 3, S, S) uint8."""
     if view == BLANK:
-        return zeros_like(frames)
+        return frames.new_tensor(MEAN_COLOUR)[:, None, None].expand_as(frames)
     return frames if view == FORWARD else frames[view_order(view, len(frames))]
 
 

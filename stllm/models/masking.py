@@ -17,10 +17,17 @@ def draw_mask_rate(
     return (torch.randn((), generator=generator) * std + mean).clamp(min, max).item()
 
 
-def draw_dropped(batch_size: int, num_tokens: int, *, rate: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw what is dropped, (B, N) bool: int(rate*N) tokens in each row, each with equal chance."""
+def draw_dropped(
+    batch_size: int, num_tokens: int, *, rate: float, bucket: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw what is dropped, (B, N) bool: int(rate*N) tokens in each row, each with equal chance.
+
+    bucket: the number of tokens kept is rounded to the nearest multiple of it, from one multiple up to N.
+    """
     order = torch.rand(batch_size, num_tokens, generator=generator).argsort(dim=1)
-    return order < int(rate * num_tokens)  # ranks below the count: exactly that many in every row
+    kept = num_tokens - int(rate * num_tokens)
+    kept = min(max((kept + bucket // 2) // bucket, 1) * bucket, num_tokens)
+    return order < num_tokens - kept  # ranks below the count: exactly that many in every row
 
 
 class MVMDecoder(nn.Module):

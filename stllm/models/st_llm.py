@@ -14,6 +14,7 @@ from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from stllm.common.errors import UserError
@@ -89,15 +90,15 @@ class STLLM(PreTrainedModel):
     def encode_video(self, pixel_values: Tensor) -> Tensor:
         """Compute the part that does not depend on the question, so that it can be kept for all of a video's questions.
 
-        pixel_values: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C) when the Q-Former reads text, else the
-        finished frame tokens (B, T, K, D).
+        pixel_values: (B, T, 3, H, W), bytes or normalised. Returns (B, T, 1+P, C) when the Q-Former reads text, else
+        the finished frame tokens (B, T, K, D).
         """
         features = self.vision_features(pixel_values)
         return features if self.config.qformer_text_input else self.projection(self.qformer(features))
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
-        """Encode the frames: (B, T, 1+P, C). pixel_values: (B, T, 3, H, W), normalised."""
-        return self.vision_encoder(pixel_values.to(self.vision_encoder.ln_vision.weight.dtype))
+        """Encode the frames: (B, T, 1+P, C). pixel_values: (B, T, 3, H, W), bytes or normalised."""
+        return self.vision_encoder(pixel_values)
 
     def frame_tokens(
         self, encoded: Tensor, qformer_input_ids: Tensor | None = None, qformer_attention_mask: Tensor | None = None
@@ -143,8 +144,9 @@ class STLLM(PreTrainedModel):
         input_ids, attention_mask, visual_positions, labels, label_positions, kept, teacher: a batch padded on the
             right, see `processors.sequences.training_sequences`. Visual tokens that are not `kept` are dropped (dynamic
             masking), and the MVM loss is added unless the configuration has it off (`use_mvm`).
-        pixel_values: (B, T, 3, H, W); or, precomputed, what the frozen encoder made of them, vision_features
-            (B, T, 1+P, C), or a Q-Former that reads no text, query_features (B, T, K, Q). None of them: text alone.
+        pixel_values: (B, T, 3, H, W), bytes or normalised; or, precomputed, what the frozen encoder made of them,
+            vision_features (B, T, 1+P, C), or a Q-Former that reads no text, query_features (B, T, K, Q). None of them:
+            text alone.
         num_items_in_batch: what the language loss is divided by; the labelled tokens of this batch by default.
         Raises UserError for a video input whose number of tokens is not the one that the prompts have places for.
         """
@@ -260,6 +262,10 @@ class STLLM(PreTrainedModel):
         super().train(mode)
         for part in self.frozen_parts():
             part.eval()
+        if self.language_model in self.frozen_parts():  # gradients pass through it: checkpointing is for it, too
+            for layer in self.language_model.modules():
+                if isinstance(layer, GradientCheckpointingLayer) and not getattr(layer, "dropout", 0):
+                    layer.training = mode  # its own flag alone; what is in it stays in evaluation mode
         return self
 
     def frozen_parts(self) -> list[nn.Module]:

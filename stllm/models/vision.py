@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its nam
     from stllm.models.temporal_adapter import TemporalAdapter
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of each colour, for values from 0 to 1 (CLIP)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 POSITION_SCALE = 0.3  # about the size of a fresh patch embedding
 POSITION_BASE = 100.0
 
@@ -63,14 +65,15 @@ class VisionEncoder(nn.Module):
         self.gradient_checkpointing = False  # transformers sets it; passed on to timm's blocks
 
     def forward(self, video: Tensor) -> Tensor:
-        """video: (B, T, 3, H, W), normalised. Returns (B, T, 1+P, C)."""
+        """video: (B, T, 3, H, W), bytes or normalised. Returns (B, T, 1+P, C)."""
         return self.ln_vision(self.encode(video)).unflatten(0, video.shape[:2])
 
     def encode(self, video: Tensor) -> Tensor:
         """The tokens before `ln_vision`: (B*T, 1+P, C)."""
-        frames = video.flatten(0, 1)  # (B*T, 3, H, W)
-        self.backbone.set_grad_checkpointing(self.gradient_checkpointing and self.training)
-        chunks = frames.split(self.chunk_size or CHUNK_SIZES.get(frames.device.type, CHUNK_SIZE))
+        dtype, frames = self.ln_vision.weight.dtype, video.flatten(0, 1)  # (B*T, 3, H, W)
+        self.backbone.set_grad_checkpointing(self.gradient_checkpointing and self.backbone.training)
+        size = self.chunk_size or CHUNK_SIZES.get(frames.device.type, CHUNK_SIZE)
+        chunks = (normalised(chunk).to(dtype) for chunk in frames.split(size))
         if self.adapter is None:
             return torch.cat([self.backbone.forward_features(chunk) for chunk in chunks])
         blocks = zip(*(self._last_blocks(chunk, self.adapter.depth) for chunk in chunks), strict=True)
@@ -81,6 +84,16 @@ class VisionEncoder(nn.Module):
             frames, indices=count, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )
         return [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Normalise bytes (..., 3, H, W) as CLIP does, into float32. What is not bytes has been normalised already."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    values = pixels.float().div_(255)
+    for colour, mean, std in zip(values.unbind(-3), CLIP_MEAN, CLIP_STD, strict=True):
+        colour.sub_(mean).div_(std)
+    return values
 
 
 def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:

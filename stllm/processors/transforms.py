@@ -2,6 +2,7 @@
 
 Source: the published preparation (224 px, bicubic and antialiased, CLIP's mean and standard deviation; random crops of
 50 to 100 % of the area in training). Resizing works on bytes as PIL's does, with which it agrees to one level of 255.
+Frames stay bytes, a quarter of the size, until the model normalises them on its device.
 
 Letters: H, W a frame's size in pixels, S the model's image size.
 """
@@ -18,13 +19,10 @@ from torch.nn.functional import interpolate
 from stllm.common.errors import UserError
 from stllm.common.registry import processors
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a training crop, as torchvision's RandomResizedCrop
 CROP_TRIES = 10
 
-FrameTransform = Callable[[np.ndarray], Tensor]  # (H, W, 3) uint8 -> (3, S, S) float32
+FrameTransform = Callable[[np.ndarray], Tensor]  # (H, W, 3) uint8 -> (3, S, S) uint8
 
 
 class ClipTransform(Protocol):
@@ -37,15 +35,13 @@ class ClipTransform(Protocol):
 
 @processors.register("video_eval")
 class EvalTransform:
-    """(H, W, 3) uint8 -> (3, S, S) float32: shorter side to S, centre crop, normalise.
+    """(H, W, 3) uint8 -> (3, S, S) uint8: shorter side to S, centre crop.
 
-    mean, std: of each colour, for values in [0, 1]. Raises UserError for a frame of another shape or type.
+    Raises UserError for a frame of another shape or type.
     """
 
-    def __init__(
-        self, image_size: int = 224, *, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
-    ) -> None:
-        self.image_size, self.mean, self.std = image_size, mean, std
+    def __init__(self, image_size: int = 224) -> None:
+        self.image_size = image_size
 
     def __call__(self, frame: np.ndarray) -> Tensor:
         pixels, size = to_bytes(frame), self.image_size
@@ -53,7 +49,7 @@ class EvalTransform:
         shorter = min(height, width)
         pixels = resized(pixels, size * height // shorter, size * width // shorter)  # (3, S, >= S) or (3, >= S, S)
         top, left = (round((side - size) / 2) for side in pixels.shape[1:])
-        return normalised(pixels[:, top : top + size, left : left + size], self.mean, self.std)
+        return pixels[:, top : top + size, left : left + size].contiguous()
 
     def for_clip(self, generator: torch.Generator | None = None) -> FrameTransform:
         """The transform of one clip's frames: itself, there is nothing random in it."""
@@ -62,7 +58,7 @@ class EvalTransform:
 
 @processors.register("video_train")
 class TrainTransform:
-    """One random crop a clip, resized to S x S (RandomResizedCrop), normalised; `for_clip` draws it.
+    """One random crop a clip, resized to S x S (RandomResizedCrop); `for_clip` draws it.
 
     scale: least and most of the frame's area that a crop covers.
     """
@@ -73,7 +69,7 @@ class TrainTransform:
         self.image_size, self.scale = image_size, scale
 
     def for_clip(self, generator: torch.Generator) -> FrameTransform:
-        """(H, W, 3) uint8 -> (3, S, S) float32 with one crop for every frame of the clip.
+        """(H, W, 3) uint8 -> (3, S, S) uint8 with one crop for every frame of the clip.
 
         The crop is drawn at the first frame; in a clip of mixed sizes it covers the same part of every frame.
         """
@@ -87,8 +83,7 @@ class TrainTransform:
                 crop = draw_crop(height, width, self.scale, generator)
             top, left = round(crop[0] * height), round(crop[1] * width)
             bottom, right = max(top + 1, round(crop[2] * height)), max(left + 1, round(crop[3] * width))
-            part = resized(pixels[:, top:bottom, left:right], self.image_size, self.image_size)
-            return normalised(part, CLIP_MEAN, CLIP_STD)
+            return resized(pixels[:, top:bottom, left:right], self.image_size, self.image_size).contiguous()
 
         return transform
 
@@ -129,16 +124,3 @@ def resized(pixels: Tensor, height: int, width: int) -> Tensor:
     if pixels.shape[1:] == (height, width):
         return pixels
     return interpolate(pixels[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
-
-
-def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(3, S, S) uint8 -> (3, S, S) float32, contiguous.
-
-    In numpy, on one thread: the work is small, and on a busy machine torch's threads wait for each other much longer
-    than it takes (44 ms a frame against 0.1 ms, two cores shared).
-    """
-    values = pixels.numpy().astype(np.float32, order="C")
-    values /= np.float32(255)
-    values -= np.array(mean, np.float32)[:, None, None]
-    values /= np.array(std, np.float32)[:, None, None]
-    return torch.from_numpy(values)

@@ -5,7 +5,6 @@ The loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision are transform
 
 import json
 import logging
-import math
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
@@ -65,9 +65,12 @@ class StepMeter:
         """
         values = [figures.get(name) for name in MEASURED]
         known = [
-            torch.as_tensor(0 if value is None else value, dtype=self.dtype, device=self.device) for value in values
+            value.detach().to(self.sums)
+            if isinstance(value, Tensor)
+            else torch.full((), value or 0, dtype=self.dtype, device=self.device)  # a copy of a number would wait
+            for value in values
         ]
-        self.sums += torch.stack(known).detach()
+        self.sums += torch.stack(known)
         self.counts = [count + (value is not None) for count, value in zip(self.counts, values, strict=True)]
         self.samples += samples
 
@@ -139,6 +142,7 @@ class STLLMTrainer(Trainer):
         self.resume_only_model = resume_only_model
         self.meter = StepMeter(args.device)
         self.stopping = False  # as agreed on by all processes
+        self.learned: list[tuple[Tensor, list[str]]] = []  # of this step's micro-batches: is the loss finite; samples
         self.new_failures: list[Any] = []
         self._save_to: Path | None = None
         self.progress = Progress()
@@ -172,6 +176,10 @@ class STLLMTrainer(Trainer):
             generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
         )
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Copy a batch to the device, and don't wait for it; the model casts."""
+        return send_to_device(data, self.args.device, non_blocking=True)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -190,25 +198,30 @@ class STLLMTrainer(Trainer):
         if loss_mvm is not None:
             figures["loss_mvm"] = loss_mvm / self.current_gradient_accumulation_steps
             loss = loss + figures["loss_mvm"]
-        self._agree(loss, inputs["names"])
+        self.learned.append((loss.detach().isfinite().all(), inputs["names"]))
         self.meter.add({**figures, "loss": loss}, samples=len(inputs["names"]))
         return (loss, outputs) if return_outputs else loss
 
-    def _agree(self, loss: Tensor, names: list[str]) -> None:
-        """Have all processes stop together: at a loss that is no number, which raises UserError, or at a signal."""
-        flags = torch.stack([~loss.detach().isfinite().all(), torch.tensor(bool(self.stop), device=loss.device)]).int()
-        own = bool(flags[0])
-        if is_distributed():
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        broken, stopping = flags.tolist()
-        self.stopping = bool(stopping)
-        if broken:
-            self._fail("its loss is no number", gathered(names if own else []))
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Have all processes refuse a step that can't be learned from, and see a signal that any of them received.
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """The norm is the same on all processes; with fp16's scaler an overflow only skips the step."""
-        norm = super()._clip_grad_norm(model)
-        if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+        Called once a step, before the optimizer's; nothing else in a step waits for the device. Raises UserError.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses, names = zip(*self.learned, strict=True)
+        self.learned = []
+        checked = norm is not None and self.accelerator.scaler is None  # fp16's scaler skips a step that overflows
+        gradient = torch.as_tensor(norm if checked else 0.0, device=losses[0].device).isfinite()
+        own = (~torch.stack([*losses, gradient])).int()
+        agreed = torch.stack([own[:-1].any(), own[-1], torch.tensor(bool(self.stop), device=own.device)]).int()
+        if is_distributed():
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        *broken, _, loss_broken, gradient_broken, stopping = torch.cat([own, agreed]).tolist()
+        self.stopping = bool(stopping)
+        if loss_broken:
+            own_names = [name for batch, bad in zip(names, broken, strict=True) if bad for name in batch]
+            self._fail("its loss is no number", gathered(own_names))
+        if gradient_broken:
             self._fail("its gradient is no number", [])
         return norm
 

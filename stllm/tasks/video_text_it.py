@@ -128,6 +128,7 @@ class VideoTextTask:
             seed=self.mixture.seed,
             num_tokens=partial(num_visual_tokens, self.config),
             mask_rate=self.config.mask_rate if self.config.use_mask else None,
+            mask_bucket=self.cfg.run.mask_bucket,
         )
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:

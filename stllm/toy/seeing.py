@@ -205,7 +205,7 @@ class SeeingModel(nn.Module):
     ) -> dict[str, Tensor]:
         """loss and accuracy, the share of frames whose things all have their right colors: scalars.
 
-        pixel_values: (B, 1, 3, S, S), normalised; qformer_*: (B, L), for a Q-Former that reads text. seen: the parts of
+        pixel_values: (B, 1, 3, S, S), bytes; qformer_*: (B, L), for a Q-Former that reads text. seen: the parts of
         `Seen`. labels: (B,), one a frame. num_items_in_batch: frames of the whole step, of which these are a share.
         """
         features = self.vision_encoder(pixel_values)  # (B, 1, 1+P, C)

@@ -53,12 +53,12 @@ class Pictures:
 
     def __init__(self, transform: FrameTransform) -> None:
         self._transform = transform
-        self._small = EvalTransform(SIDE, mean=(0, 0, 0), std=(1, 1, 1))  # colours from 0 to 1
+        self._small = EvalTransform(SIDE)
         self.taken: list[str] = []
 
     def __call__(self, frame: np.ndarray) -> Tensor:
         """frame: (H, W, 3) uint8."""
-        pixels = (self._small(frame) * 255).round().byte().permute(1, 2, 0)  # (SIDE, SIDE, 3)
+        pixels = self._small(frame).permute(1, 2, 0)  # (SIDE, SIDE, 3)
         file = io.BytesIO()
         Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=85)
         self.taken.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())

@@ -5,12 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.instruction import InstructionCorpus
-from stllm.processors.transforms import CLIP_MEAN, CLIP_STD, EvalTransform
+from stllm.processors.transforms import EvalTransform
 from tests.helpers.videos import frame_code, read_code, write_video
 
 FRAMES = 20  # a video, at 10 frames a second
@@ -41,5 +40,4 @@ def corpus_of(path: Path, records: list[dict[str, Any]], **options: Any) -> Inst
 
 def codes_of(pixel_values: Tensor) -> list[int]:
     """The numbers in a prepared clip's frames, (T, 3, S, S)."""
-    pixels = pixel_values * torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]
-    return [read_code(frame.permute(1, 2, 0).numpy() * 255) for frame in pixels]
+    return [read_code(frame.permute(1, 2, 0).numpy()) for frame in pixel_values]

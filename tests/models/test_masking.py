@@ -23,6 +23,15 @@ def test_each_row_drops_the_same_number(batch: int, num_tokens: int, seed: int) 
     assert int(0.1 * num_tokens) <= dropped[0] <= int(0.7 * num_tokens)
 
 
+@given(num_tokens=st.integers(1, 200), rate=st.floats(0, 0.7), bucket=st.integers(1, 64))
+def test_a_bucket_rounds_what_is_kept(num_tokens: int, rate: float, bucket: int) -> None:
+    kept = num_tokens - int(draw_dropped(1, num_tokens, rate=rate, bucket=bucket).sum())
+    exact = num_tokens - int(rate * num_tokens)
+    assert kept % bucket == 0 or kept == num_tokens
+    assert 0 < kept <= num_tokens and (abs(kept - exact) <= bucket / 2 or exact < bucket)
+    assert bucket > 1 or kept == exact
+
+
 def test_the_same_generator_seed_draws_the_same_mask() -> None:
     draws = [draw_token_mask(3, 50, **PUBLISHED, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from stllm.common.errors import UserError
 from stllm.common.registry import video_inputs, vision_encoders
 from stllm.models import language_model as lm
 from stllm.models.st_llm import STLLM
 from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, training_sequences
+from tests.helpers.reads import DeviceReads
 from tests.helpers.tiny import VISION, tiny_batch, tiny_config, tiny_model
 
 CHOICES = (
@@ -202,24 +202,6 @@ def test_lora_trains_alone_in_the_language_model(tmp_path: Path) -> None:
     assert torch.equal(again(**batch).loss, model(**batch).loss)
 
 
-class DeviceReads(TorchDispatchMode):
-    """Collects the operations whose result or size is a value on the device: a GPU waits at each of them."""
-
-    READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        indices = args[1] if name.startswith(("index", "_index")) and isinstance(args[1], (list, tuple)) else ()
-        boolean = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-        if boolean or name.strip("_").startswith(self.READING) or name in self.READING:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("mask", [None, 0])
 @pytest.mark.parametrize("changes", COMBINATIONS[::2], ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_a_micro_batch_reads_nothing_from_the_device(
@@ -227,12 +209,38 @@ def test_a_micro_batch_reads_nothing_from_the_device(
 ) -> None:
     model = tiny_model(**{**changes, **TRAINING}).train()
     batch = tiny_batch(model, mask=mask, shorter=4)
-    reads = DeviceReads()
-    for name in ("tolist", "numpy"):  # no operations
-        monkeypatch.setattr(torch.Tensor, name, lambda _, name=name: reads.found.append(name))
-    with reads:
+    with DeviceReads() as reads:
         model(**batch, num_items_in_batch=torch.tensor(6)).loss.backward()
     assert reads.found == []
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_checkpointing_recomputes_only_what_gradients_pass(frozen: bool) -> None:
+    model = tiny_model(encoder="eva_clip_g", freeze_vit=frozen, freeze_llm=frozen).train()
+    batch = tiny_batch(model, mask=0)
+    parts = {
+        "vision": model.vision_encoder.backbone.blocks[0].mlp,
+        "language": model.language_model.model.layers[0].mlp,
+    }
+    calls = dict.fromkeys(parts, 0)
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    before = dict(calls)
+    model.gradient_checkpointing_enable()
+    for found, expected in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(found, expected)
+    after = {name: calls[name] - before[name] for name in calls}
+    assert after == {
+        "vision": before["vision"] * (1 if frozen else 2),
+        "language": before["language"] + 1,
+    }  # no teacher
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stllm.common.errors import UserError
-from stllm.models.vision import Float32LayerNorm, sine_cosine_positions
+from stllm.models.vision import CLIP_MEAN, CLIP_STD, Float32LayerNorm, normalised, sine_cosine_positions
 from tests.helpers.tiny import tiny_model
 
 VIDEO = torch.randn(2, 6, 3, 28, 28, generator=torch.Generator().manual_seed(1))
@@ -73,3 +73,15 @@ def test_a_fresh_encoder_knows_which_patches_are_neighbours() -> None:
     backbone = tiny_model(encoder="eva_clip_g").vision_encoder.backbone
     assert backbone.pos_embed is not None
     assert torch.equal(backbone.pos_embed, sine_cosine_positions((2, 2), 32))
+
+
+def test_bytes_are_normalised_as_in_float32() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 16, 16).expand(1, 1, 3, 16, 16).contiguous()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    expected = (pixels / 255 - mean) / std
+    assert torch.equal(normalised(pixels), expected)
+    assert normalised(expected) is expected
+    vision = tiny_model(encoder="eva_clip_g").vision_encoder
+    frames = torch.randint(256, VIDEO.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(vision(frames), vision((frames / 255 - mean) / std))
+    assert torch.equal(vision.bfloat16()(frames), vision(((frames / 255 - mean) / std).bfloat16()))

@@ -2,14 +2,20 @@
 
 import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.runners.train import stopping_at_signals, training_arguments
-from stllm.runners.trainer import StepMeter, parameter_groups
+from stllm.runners.trainer import StepMeter, STLLMTrainer, parameter_groups
+from tests.helpers.reads import DeviceReads
+from tests.helpers.training import write_recipe
 
 RUN = {"output_dir": "out", "task": "video_text_it", "max_tries": 3, "use_cpu": True}
 
@@ -78,3 +84,27 @@ def test_the_first_signal_asks_and_the_second_stops() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_only_the_end_of_a_step_waits_for_the_device(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[list[str]]] = {"training_step": [], "_get_grad_norm": []}
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(STLLMTrainer, name)
+
+        def call(self: STLLMTrainer, *args: Any, **kwargs: Any) -> Any:
+            with DeviceReads() as reads:
+                result = original(self, *args, **kwargs)
+            found[name].append(reads.found)
+            return result
+
+        return call
+
+    for name in found:
+        monkeypatch.setattr(STLLMTrainer, name, counted(name))
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=2, gradient_accumulation_steps=2, save_steps=9)
+    assert main(["train", "--cfg-path", str(recipe)]) == 0
+    assert len(found["training_step"]) > 2 and not any(found["training_step"])
+    assert found["_get_grad_norm"] == [["tolist"]] * 2

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from stllm.datasets.samples import SampleKey
-from stllm.processors.transforms import CLIP_MEAN, CLIP_STD
 from stllm.toy.scenes import COLORS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
 from stllm.toy.seeing import NUM_COLORS, Seen, SeenFrame, SeenFrames, collate, labels
 from stllm.toy.tasks import split_of
@@ -43,8 +42,7 @@ def test_frames_show_what_their_labels_say() -> None:
     batch = collate(drawn(24, seed=5))
     seen = Seen(**batch["seen"])
     assert batch["pixel_values"].shape == (24, 1, 3, 64, 64) and seen.colors.shape == (24, 64)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    frames = ((batch["pixel_values"][:, 0] * std + mean) * 255).permute(0, 2, 3, 1)  # (B, S, S, 3)
+    frames = batch["pixel_values"][:, 0].permute(0, 2, 3, 1).float()  # (B, S, S, 3)
     levels = torch.tensor(list(COLORS.values()))
     right = total = 0
     for frame, colors, places in zip(frames, seen.slot_colors, seen.slot_places, strict=True):
