@@ -44,6 +44,7 @@ from stllm.common.schema import RunSettings
 from stllm.datasets.collate import MEDIA_FIELDS
 from stllm.datasets.samples import BadSampleLog, SampleKey
 from stllm.runners.run_folder import RunFolder
+from stllm.runners.throughput import Profiler
 from stllm.runners.trainer import STLLMTrainer
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,9 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
             projection_lr=cfg.run.projection_lr,
             resume_only_model=cfg.run.resume_only_model,
         )
+        if cfg.run.profile_steps is not None:
+            first, last = cfg.run.profile_steps
+            trainer.add_callback(Profiler(first, last, folder.path / "profile"))
         if checkpoint is not None:
             trainer.resume(checkpoint)
             log.info("continuing from %s", checkpoint)
@@ -224,6 +228,8 @@ def training_arguments(
     values = {key: value for key, value in run.items() if key not in ours and value is not None}
     if not values.get("output_dir"):
         raise UserError("run.output_dir is not set: name the folder that the run writes to")
+    if (span := run.get("profile_steps")) is not None and not (len(span) == 2 and 1 <= span[0] <= span[1]):
+        raise UserError(f"run.profile_steps must be the first and the last step, such as [10, 12], found {list(span)}")
     _check_values(values)
     values |= FIXED
     if (name := DTYPE_ALIASES.get(dtype, dtype)) != "auto":  # --dtype over bf16 and fp16 of the section

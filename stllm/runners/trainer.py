@@ -5,8 +5,6 @@ The loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision are transform
 
 import json
 import logging
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,6 +26,7 @@ from stllm.common.distributed import end_with_parent, gathered, is_distributed
 from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.common.files import check_regular, write_text
 from stllm.common.jsonl import loads
+from stllm.datasets.collate import MEDIA_FIELDS
 from stllm.datasets.mixture import MixtureSampler
 from stllm.datasets.samples import BadSampleLog
 from stllm.models.checkpoints.audit import MAX_NAMED
@@ -35,70 +34,13 @@ from stllm.models.checkpoints.load import restore
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.run_folder import STATE, RunFolder, damage
+from stllm.runners.throughput import FlopCounter, StepMeter, peak_flops
 
 log = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
 PROJECTION = "projection."
 SHOWN = ("loss", "loss_lm", "loss_mvm", "accuracy", "learning_rate", "samples_per_second")
-MEASURED = ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy")  # of each micro-batch, where it has them
-
-
-class StepMeter:
-    """Sums over the micro-batches since the last line of the log. device: where the losses are; step: of that line."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.step = device, 0
-        # in float64: float32 sums of long windows would show; not on Apple's GPU, which lacks it
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._begin()
-
-    def _begin(self) -> None:
-        self.sums = torch.zeros(len(MEASURED), dtype=self.dtype, device=self.device)
-        self.counts = [0] * len(MEASURED)  # micro-batches that had the figure
-        self.started, self.samples = time.perf_counter(), 0
-
-    def add(self, figures: Mapping[str, Any], samples: int) -> None:
-        """Add one micro-batch of this process. figures: those in MEASURED, scalars; None or absent where it has none.
-
-        Nothing here waits for the device.
-        """
-        values = [figures.get(name) for name in MEASURED]
-        known = [
-            value.detach().to(self.sums)
-            if isinstance(value, Tensor)
-            else torch.full((), value or 0, dtype=self.dtype, device=self.device)  # a copy of a number would wait
-            for value in values
-        ]
-        self.sums += torch.stack(known)
-        self.counts = [count + (value is not None) for count, value in zip(self.counts, values, strict=True)]
-        self.samples += samples
-
-    def read(self, step: int) -> dict[str, float | None]:
-        """Return the figures up to this step, the same on every process, and begin anew. A collective call.
-
-        Losses are means over the optimizer steps, loss = loss_lm + loss_mvm; the others are means over micro-batches.
-        A figure that no micro-batch had is None.
-        """
-        totals = torch.cat([self.sums, torch.tensor(self.counts, dtype=self.dtype, device=self.device)])
-        world = dist.get_world_size() if is_distributed() else 1
-        if is_distributed():
-            dist.all_reduce(totals)
-        sums, counts = totals.view(2, -1).tolist()
-        steps = max(step - self.step, 1) * world
-        figures: dict[str, float | None] = {
-            name: total / (steps if name.startswith("loss") else count) if count else None
-            for name, total, count in zip(MEASURED, sums, counts, strict=True)
-        }
-        figures["samples_per_second"] = self.samples * world / max(time.perf_counter() - self.started, 1e-9)
-        if self.device.type == "cuda":  # MiB that torch allocated, elsewhere that this process took
-            figures["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            figures["peak_memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
-        self.step = step
-        self._begin()
-        return figures
 
 
 class KeyedLoader(DataLoader[Any]):
@@ -140,7 +82,8 @@ class STLLMTrainer(Trainer):
         self.dataset, self.sampler, self.prompts, self.folder = dataset, sampler, processor, folder
         self.bad_samples, self.stop, self.projection_lr = bad_samples, stop, projection_lr
         self.resume_only_model = resume_only_model
-        self.meter = StepMeter(args.device)
+        self.meter = StepMeter(args.device, peak_flops(args.device) if args.bf16 or args.fp16 else None)
+        self.flops = FlopCounter(model) if isinstance(model, STLLM) else None
         self.stopping = False  # as agreed on by all processes
         self.learned: list[tuple[Tensor, list[str]]] = []  # of this step's micro-batches: is the loss finite; samples
         self.new_failures: list[Any] = []
@@ -176,6 +119,13 @@ class STLLMTrainer(Trainer):
             generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
         )
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step; the time that they let wait is logged."""
+        begun = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.meter.count(waited=time.perf_counter() - begun)
+        return samples
+
     def _prepare_input(self, data: Any) -> Any:
         """Copy a batch to the device, and don't wait for it; the model casts."""
         return send_to_device(data, self.args.device, non_blocking=True)
@@ -199,7 +149,10 @@ class STLLMTrainer(Trainer):
             figures["loss_mvm"] = loss_mvm / self.current_gradient_accumulation_steps
             loss = loss + figures["loss_mvm"]
         self.learned.append((loss.detach().isfinite().all(), inputs["names"]))
-        self.meter.add({**figures, "loss": loss}, samples=len(inputs["names"]))
+        self.meter.add({**figures, "loss": loss})
+        num_samples, has_media = len(inputs["names"]), any(name in batch for name in MEDIA_FIELDS)
+        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else 0
+        self.meter.count(samples=num_samples, clips=num_samples * has_media, tokens=tokens)
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -418,8 +371,10 @@ class STLLMTrainer(Trainer):
                 self.prompts.save_pretrained(folder)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the masked sequence is shorter than any formula knows."""
-        return 0
+        """The FLOPs of a micro-batch's pass."""
+        flops = 0 if self.flops is None else self.flops(inputs)
+        self.meter.count(flops=flops)
+        return flops
 
 
 def parameter_groups(

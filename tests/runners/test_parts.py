@@ -1,5 +1,6 @@
 """The runner's small parts: arguments, parameter groups, the meter, signals."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from stllm.cli import main
 from stllm.common.errors import UserError
+from stllm.runners.throughput import FlopCounter, StepMeter
 from stllm.runners.train import stopping_at_signals, training_arguments
-from stllm.runners.trainer import StepMeter, STLLMTrainer, parameter_groups
+from stllm.runners.trainer import STLLMTrainer, parameter_groups
 from tests.helpers.reads import DeviceReads
+from tests.helpers.tiny import tiny_batch, tiny_model
 from tests.helpers.training import write_recipe
 
 RUN = {"output_dir": "out", "task": "video_text_it", "max_tries": 3, "use_cpu": True}
@@ -66,13 +70,59 @@ def test_the_meter_means_over_steps_and_over_the_batches_that_have_a_figure() ->
     for number in (1, 2, 3):
         loss = torch.tensor(float(number), requires_grad=True)
         mvm = torch.tensor(0.5) if number % 2 else None
-        meter.add({"loss": loss + 0.5, "loss_lm": loss, "loss_mvm": mvm, "kept_visual_tokens": 10 * number}, samples=4)
+        meter.add({"loss": loss + 0.5, "loss_lm": loss, "loss_mvm": mvm, "kept_visual_tokens": 10 * number})
     found = meter.read(3)
     assert (found["loss"], found["loss_lm"], found["kept_visual_tokens"]) == (2.5, 2.0, 20.0)
     assert found["loss_mvm"] == pytest.approx(1 / 3) and found["accuracy"] is None
-    meter.add({"loss": torch.tensor(3.0), "loss_lm": None}, samples=4)
+    meter.add({"loss": torch.tensor(3.0), "loss_lm": None})
     found = meter.read(5)  # two steps
     assert (found["loss"], found["loss_lm"], found["loss_mvm"], found["kept_visual_tokens"]) == (1.5, None, None, None)
+
+
+def test_the_meter_counts_what_a_second_brings() -> None:
+    meter = StepMeter(torch.device("cpu"), peak=1e6)
+    meter.count(samples=4, clips=2, tokens=torch.tensor(50), flops=10**6, waited=0.0)
+    meter.count(samples=4, clips=0, tokens=torch.tensor(30), waited=1.5)
+    meter.started -= 3.0
+    found = meter.read(1)
+    seconds = 8 / found["samples_per_second"]
+    assert seconds == pytest.approx(3, rel=0.3)
+    rates = (found["clips_per_second"], found["tokens_per_second"], found["data_wait"], found["mfu"])
+    assert rates == pytest.approx((2 / seconds, 80 / seconds, 1.5 / seconds, 1 / seconds))
+    assert StepMeter(torch.device("cpu")).read(1)["mfu"] is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder": "eva_clip_g"},
+        {"encoder": "eva_btadapter_g"},
+        {
+            "encoder": "eva_clip_g",
+            "lora": {"r": 4, "alpha": 16, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]},
+        },
+    ],
+)
+def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    model = tiny_model(freeze_vit=True, freeze_qformer=True, **changes).train()
+    batch = tiny_batch(model, mask=0)
+    count = FlopCounter(model)
+    with FlopCounterMode(display=False) as expected:
+        model(**batch).loss.backward()
+    assert count(batch) == pytest.approx(expected.get_total_flops(), rel=0.1)
+
+
+def test_steps_are_profiled(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=3, profile_steps=[2, 3], save_steps=9)
+    assert main(["train", "--cfg-path", str(recipe)]) == 0
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    assert trace.name == "trace-steps-2-3-rank-0.json"
+    assert any("linear" in event["name"] for event in json.loads(trace.read_text())["traceEvents"])
+    assert main(["train", "--cfg-path", str(recipe), "--options", "run.profile_steps=[3,2]"]) == 1
+    assert (
+        "run.profile_steps must be the first and the last step, such as [10, 12], found [3, 2]"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_first_signal_asks_and_the_second_stops() -> None:

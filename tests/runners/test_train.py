@@ -30,6 +30,10 @@ FIELDS = {
     "grad_norm",
     "kept_visual_tokens",
     "samples_per_second",
+    "clips_per_second",
+    "tokens_per_second",
+    "data_wait",
+    "mfu",
     "peak_memory_mb",
     "skipped_samples",
 }
