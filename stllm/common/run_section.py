@@ -44,7 +44,7 @@ LAVIS = {
     "resume_ckpt_path": "resume_from_checkpoint",
 }
 _DROPPED = "the installed transformers has no such argument"
-_EVALUATION = "training does not evaluate; use `stllm evaluate`"
+_EVALUATION = "validation has a fixed procedure (trainval.md)"
 _HUB = "nothing is uploaded"
 _IN_ORDER = "batches are always full and in the order of the seed"
 # Accepted without an effect, and why. None of these changes what is learned.
@@ -56,11 +56,10 @@ UNUSED = {
     **dict.fromkeys(("fp16_backend", "fp16_opt_level", "half_precision_backend", "jit_mode_eval"), _DROPPED),
     **dict.fromkeys(("include_tokens_per_second", "mp_parameters", "past_index", "ray_scope"), _DROPPED),
     **dict.fromkeys(("torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex", "use_mps_device"), _DROPPED),
-    **dict.fromkeys(("per_device_eval_batch_size", "eval_steps", "eval_delay", "prediction_loss_only"), _EVALUATION),
-    **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), _EVALUATION),
+    **dict.fromkeys(("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"), _EVALUATION),
+    "eval_accumulation_steps": _EVALUATION,
     **dict.fromkeys(("include_for_metrics", "include_inputs_for_metrics", "batch_eval_metrics"), _EVALUATION),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "do_eval", "do_predict", "label_names"), _EVALUATION),
-    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), _EVALUATION),
     **dict.fromkeys(("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), _HUB),
     **dict.fromkeys(("hub_always_push", "hub_revision", "push_to_hub_organization"), _HUB),
     **dict.fromkeys(("dataloader_drop_last", "dataloader_in_order", "length_column_name"), _IN_ORDER),
@@ -85,9 +84,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "neftune_noise_alpha": (None, "noise on the embeddings is not supported: it would enter the MVM teacher, too"),
     "average_tokens_across_devices": (True, "the loss does not depend on the number of processes"),
     "train_sampling_strategy": ("random", "all processes take each batch from one data set, in the order of the seed"),
-    "load_best_model_at_end": (False, "training does not evaluate, so no checkpoint is known to be the best"),
-    "eval_strategy": ("no", _EVALUATION),
-    "eval_on_start": (False, _EVALUATION),
     "debug": (None, "transformers' check for overflow can't read a batch's masks; a loss that is NaN stops the run"),
     "push_to_hub": (False, "training uploads nothing; upload the finished folder with `hf upload NAME DIR`"),
     "optim_target_modules": (None, "optimizers that choose among the layers (GaLore, APOLLO) are not supported"),
@@ -98,7 +94,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
 RUN_VALUES: dict[str, dict[str, Any]] = {
     key: about
     for about, keys in (
-        ({"low": 1}, ("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_prefetch_factor")),
+        ({"low": 1}, ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")),
+        ({"low": 1}, ("dataloader_prefetch_factor",)),
+        ({"low": 0}, ("eval_delay",)),
         ({"low": 1}, ("ddp_bucket_cap_mb", "torch_empty_cache_steps", "every_n_layers")),
         ({"low": 0}, ("dataloader_num_workers", "save_total_limit", "learning_rate", "weight_decay")),
         ({"low": 0}, ("max_grad_norm", "adam_epsilon")),
@@ -106,7 +104,7 @@ RUN_VALUES: dict[str, dict[str, Any]] = {
         ({"low": 0, "high": 2**32 - 1}, ("seed", "data_seed")),
         ({"low": 1, "high": 10**9}, ("ddp_timeout",)),  # seconds
         ({"above": 0}, ("num_train_epochs",)),
-        ({"above": 0, "steps": True}, ("save_steps", "logging_steps")),
+        ({"above": 0, "steps": True}, ("save_steps", "logging_steps", "eval_steps")),
         ({"low": 0, "steps": True}, ("warmup_steps",)),
     )
     for key in keys

@@ -178,6 +178,8 @@ class RunSettings:
     qa_sampling: str = _key("one", choices=("one", "all"))  # of a record's QA pairs, one an epoch at random or each
     # visual tokens that masking keeps of a clip: rounded to a multiple of it, so that compiled kernels meet few lengths
     mask_bucket: int = _key(1, low=1)
+    # a folder in MVBench's layout, asked whenever run.eval_strategy has the held-out samples scored
+    eval_benchmark: str | None = _key(None, path=True)
     # first and last step that torch's profiler records, such as [10, 12]; the traces are in the folder profile
     profile_steps: list[int] | None = None
     projection_lr: float | None = _key(None, low=0)  # learning rate of llama_proj; unset: learning_rate
@@ -201,6 +203,8 @@ class DatasetSettings:
         default=None, metadata={"texts": True}
     )  # a text, or a list to draw from, for records without one
     max_samples: int | None = _key(None, low=1)  # use the first ones only
+    split: str = _key("train", choices=("train", "val"))  # val: not learned, but scored when run.eval_strategy says
+    val_fraction: float = _key(0.0, low=0, high=0.5)  # the share of its media that is held out, as if it were val
 
     # Files; a relative path is relative to the roots (a path that exists beside the YAML comes first)
     anno_path: str | None = None  # annotation file

@@ -1,5 +1,6 @@
 """The `datasets` section to data sets: known ones by name (configs/datasets/), the user's own by their files."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -14,8 +15,11 @@ from stllm.common.distributed import is_main
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.registry import datasets, readers
 from stllm.common.schema import ROOTS, DatasetSettings, texts
+from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureSource, FeatureStore
 from stllm.datasets.mixture import Source
+from stllm.datasets.samples import Corpus
+from stllm.media.info import MediaError
 from stllm.media.sampling import sample_indices
 from stllm.processors.transforms import EvalTransform, TrainTransform
 
@@ -23,17 +27,27 @@ SHIPPED = Path(__file__).parent.parent / "configs" / "datasets"
 
 
 def build_corpora(
-    cfg: DictConfig, *, image_size: int, train: bool = True, feature_settings: Mapping[str, Any] | None = None
+    cfg: DictConfig,
+    *,
+    image_size: int,
+    train: bool = True,
+    split: str | None = None,
+    feature_settings: Mapping[str, Any] | None = None,
 ) -> list[Source]:
     """The data sets that a checked configuration lists, with their weights, for a `Mixture`.
 
     image_size: pixels a side that frames are prepared to. train: crops as the entries say; else centre crops, and the
         middle frame of an interval where training takes a random one.
+    split: "train", without what is held out; "val", only that (an empty list where nothing is); None: all samples.
     feature_settings: what precomputed features (`features_dir`) must have been made with, beside size and frames.
     Raises UserError: no data set, an unknown name without a file of its own, files that are missing (all in one
     sentence), whatever is wrong with a file as a whole.
     """
     entries = resolved_settings(cfg, train=train)
+    if split is not None:
+        entries = {name: e for name, e in entries.items() if e.split == split or (split == "val" and e.val_fraction)}
+        if split == "train" and not entries:
+            raise UserError("every data set has split: val, so there is nothing to learn: leave it out of one at least")
     missing: dict[str, list[str]] = {}
     for name, settings in entries.items():
         reads_media = settings.type == "instruction" and settings.media != "text" and settings.features_dir is None
@@ -56,8 +70,39 @@ def build_corpora(
         corpus = datasets.get(settings.type).from_settings(name, settings, transform=transform)
         if settings.features_dir is not None and corpus.media is not None and isinstance(corpus, FeatureSource):
             corpus.features = FeatureStore(settings.features_dir, expected={**expected, **corpus.frame_settings})
-        sources.append(Source(corpus, settings.sample_ratio))
+        indices = None
+        if split is not None and settings.split == "train" and settings.val_fraction:
+            held = held_out(corpus, settings.val_fraction)
+            indices = np.flatnonzero(held if split == "val" else ~held)
+        sources.append(Source(corpus, settings.sample_ratio, indices))
     return sources
+
+
+def held_out(corpus: Corpus, fraction: float) -> np.ndarray:
+    """Choose the samples that are held out, (n,) bool: all those of that fraction of the media, of one at least.
+
+    The choice depends on the media's names alone, so that it is the same in every run. In text alone each sample is
+    chosen by its number. Raises UserError for a data set of a single medium.
+    """
+
+    def medium(index: int) -> str:
+        if corpus.media is None or not isinstance(corpus, FeatureSource):
+            return str(index)
+        try:
+            key = corpus.key_of(index)
+        except (MediaError, AnnotationError):
+            return str(index)  # a sample that cannot be used
+        return key.rpartition("[")[0] if key.endswith("]") else key  # all parts of a video
+
+    names = [medium(index) for index in range(len(corpus))]
+    order = sorted(set(names), key=lambda name: hashlib.blake2b(f"{corpus.name} {name}".encode()).digest())
+    if len(order) < 2:
+        raise UserError(
+            f"data set {corpus.name}: val_fraction is {fraction}, but there is only one medium: leave val_fraction "
+            "out, or make an entry of its own with split: val"
+        )
+    chosen = set(order[: max(1, round(fraction * len(order)))])
+    return np.array([name in chosen for name in names], dtype=bool)
 
 
 def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, DatasetSettings]:

@@ -30,10 +30,14 @@ from stllm.media.info import MediaError
 
 
 class Source(NamedTuple):
-    """A data set and its weight in the mixture; ratio None: its share of all samples."""
+    """A data set and its weight in the mixture; ratio None: its share of all samples.
+
+    indices: the samples of it that are used; None: all.
+    """
 
     corpus: Corpus
     ratio: float | None = None
+    indices: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -58,7 +62,7 @@ class Mixture(Dataset[Sample]):
     def __post_init__(self) -> None:
         self.corpora = [source.corpus for source in self.sources]
         self.ratios = [source.ratio for source in self.sources]
-        self.sizes = [len(corpus) for corpus in self.corpora]
+        self.sizes = [len(source.corpus if source.indices is None else source.indices) for source in self.sources]
         if not self.sources:
             raise UserError("no data set is named: list at least one under `datasets`")
         for corpus, size in zip(self.corpora, self.sizes, strict=True):
@@ -75,12 +79,14 @@ class Mixture(Dataset[Sample]):
         `max_tries` replacements could not be used either, and when the storage hangs (time_bound.py).
         """
         corpus, size = self.corpora[key.corpus], self.sizes[key.corpus]
+        indices = self.sources[key.corpus].indices
         parts = (key.epoch, key.corpus, key.index, key.round)
         generator = keyed_numpy(self.seed, Stream.SAMPLE, *parts)
         failures: list[Failure] = []
         for attempt in range(1, self.max_tries + 2):
             try:
-                sample = load_within(self.media_seconds, corpus, key, generator, self.check)
+                asked = key if indices is None else key._replace(index=int(indices[key.index]))
+                sample = load_within(self.media_seconds, corpus, asked, generator, self.check)
                 return replace(sample, failures=failures)
             except (MediaError, AnnotationError) as error:
                 failures.append(failure_of(corpus.name, error))
@@ -134,6 +140,28 @@ class MixtureSampler:
                     orders[corpus] = round, draw.permutation(size)
                 keys.append(SampleKey(epoch, number, corpus, int(orders[corpus][1][rest]), round))
             yield keys
+
+
+class HeldOutSampler:
+    """This rank's rows of every sample once, data set by data set, for a DataLoader's `batch_sampler`.
+
+    Every rank has equally many batches, as sharded models need. Where a rank has no rows left, its batch is one sample
+    of `SampleKey.round` 1, which does not count.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.sizes, self.batch_size, self.rank = sizes, batch_size, rank
+        self.global_batch = batch_size * world_size
+
+    def __len__(self) -> int:
+        return sum(-(-size // self.global_batch) for size in self.sizes)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for corpus, size in enumerate(self.sizes):
+            for number, start in enumerate(range(0, size, self.global_batch)):
+                first = start + self.rank * self.batch_size
+                rows = range(first, min(first + self.batch_size, size))
+                yield [SampleKey(0, number, corpus, row) for row in rows] or [SampleKey(0, number, corpus, 0, 1)]
 
 
 def batches_of(sizes: Sequence[int], ratios: Sequence[float | None], global_batch: int) -> list[int]:

@@ -36,7 +36,7 @@ STATE = "trainer_state.json"  # transformers writes it last
 # what may differ when a run is continued: none of it changes what is learned
 FREE = re.compile(
     r"run\.(output_dir|resume_from_checkpoint|resume_only_model|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+|disable_tqdm"
-    r"|max_bad_fraction|media_seconds|profile_steps|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
+    r"|max_bad_fraction|media_seconds|profile_steps|eval_\w+|per_device_eval_batch_size|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
     r"|model\.(vit_chunk_size|attn_implementation|use_grad_checkpoint|qformer_tokenizer)"
     r"|datasets\.(\w+\.)?(anno_root|media_root)|datasets\.\w+\.(anno_path|media_dir|cache_dir|reader)"
 )
@@ -132,10 +132,11 @@ class RunFolder:
     # ---- writing ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def new_checkpoint(self, step: int, *, limit: int | None) -> Iterator[Path]:
+    def new_checkpoint(self, step: int, *, limit: int | None, keep: int | None = None) -> Iterator[Path]:
         """A folder in which the block writes `checkpoint-<step>`; it is moved into place when all processes are done.
 
-        limit: checkpoints to keep; older ones go once the new one is there. A collective call.
+        limit: checkpoints to keep; older ones go once the new one is there, but for that of the step `keep`.
+        A collective call.
         Raises UserError, on every process, when one of them could not write; the checkpoints before stay whole.
         """
         if is_main():
@@ -161,8 +162,10 @@ class RunFolder:
             _flush(self._partial / target.name)
             _remove(target)
             os.replace(self._partial / target.name, target)
-            for old in self.checkpoints()[:-limit] if limit else ():
-                _remove(old)
+            old = [path for path in self.checkpoints() if path.name not in (target.name, f"checkpoint-{keep}")]
+            others = limit - 1 - (keep not in (None, step)) if limit else len(old)
+            for path in old[: len(old) - max(others, 0)]:
+                _remove(path)
             shutil.rmtree(self._partial, ignore_errors=True)
         wait_for_all()
 

@@ -46,6 +46,7 @@ from stllm.datasets.samples import BadSampleLog, SampleKey
 from stllm.runners.run_folder import RunFolder
 from stllm.runners.throughput import Profiler
 from stllm.runners.trainer import STLLMTrainer
+from stllm.runners.validation import open_validation
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
         sampler = task.sampler(
             batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
         )
+        validation = None if args.eval_strategy == "no" else open_validation(task, args, cfg)
         # What is frozen is in half precision; what trains stays in float32 and is computed on in half (autocast). FSDP
         # shards units of one type, so there everything is float32 until it computes; DeepSpeed keeps its own masters.
         half = None if args.fsdp else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -116,6 +118,7 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
                 max_bad_fraction=cfg.run.max_bad_fraction, epoch_size=len(sampler) * sampler.global_batch
             ),
             stop=stop,
+            validation=validation,
             projection_lr=cfg.run.projection_lr,
             resume_only_model=cfg.run.resume_only_model,
         )
@@ -249,6 +252,8 @@ def training_arguments(
         values.pop("ddp_backend", None)  # accelerate would look for the other processes
     values.setdefault("report_to", "none")
     values.setdefault("disable_tqdm", False)
+    if size := values.get("per_device_train_batch_size"):
+        values.setdefault("per_device_eval_batch_size", size)
     values.setdefault("dataloader_persistent_workers", bool(values.get("dataloader_num_workers")))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(values["output_dir"], "tensorboard"))
     try:
@@ -279,7 +284,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
                 f"run.{key} must be {'unset' if accepted is None else accepted}, found {values[key]!r}: {reason}"
             )
     if values.get("save_strategy") == "best":
-        raise UserError("run.save_strategy must be steps, epoch or no, found 'best': training does not evaluate")
+        raise UserError(
+            "run.save_strategy must be steps, epoch or no, found 'best': run.load_best_model_at_end=True keeps the "
+            "best checkpoint and ends with it"
+        )
     if str(values.get("optim")).startswith(OTHER_OPTIMIZERS):
         raise UserError(
             f"run.optim {values['optim']!r} is not supported, as it needs its own parameter groups: use "

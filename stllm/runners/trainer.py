@@ -35,12 +35,13 @@ from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.run_folder import STATE, RunFolder, damage
 from stllm.runners.throughput import FlopCounter, StepMeter, peak_flops
+from stllm.runners.validation import Validation
 
 log = logging.getLogger(__name__)
 
 RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
 PROJECTION = "projection."
-SHOWN = ("loss", "loss_lm", "loss_mvm", "accuracy", "learning_rate", "samples_per_second")
+SHOWN = ("eval_loss", "eval_mvbench", "loss", "loss_lm", "loss_mvm", "accuracy", "learning_rate", "samples_per_second")
 
 
 class KeyedLoader(DataLoader[Any]):
@@ -59,6 +60,7 @@ class STLLMTrainer(Trainer):
     collator: list of samples -> model arguments, and `names` and `failures`. processor: its tokenizers are saved beside
     the model, None: there are none. folder: where checkpoints and log go.
     bad_samples: counts what could not be read and stops the run when it is too much. stop: the signals received.
+    validation: what is scored when `args.eval_strategy` says.
     resume_only_model: continue with a checkpoint's weights and step; optimizer and random state begin anew.
     """
 
@@ -74,10 +76,14 @@ class STLLMTrainer(Trainer):
         folder: RunFolder,
         bad_samples: BadSampleLog,
         stop: Sequence[int],
+        validation: Validation | None = None,
         projection_lr: float | None = None,
         resume_only_model: bool = False,
     ) -> None:
-        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator)
+        # transformers asks for an eval_dataset; `evaluate` is our own
+        held_out: Any = validation
+        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator, eval_dataset=held_out)
+        self.validation = validation
         self.model_accepts_loss_kwargs = True  # forward takes num_items_in_batch
         self.dataset, self.sampler, self.prompts, self.folder = dataset, sampler, processor, folder
         self.bad_samples, self.stop, self.projection_lr = bad_samples, stop, projection_lr
@@ -234,18 +240,39 @@ class STLLMTrainer(Trainer):
         """Samples of one micro-batch, over all processes."""
         return self.args.per_device_train_batch_size * self.accelerator.num_processes
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the held-out samples and the benchmark, and log the figures; see validation.py. A collective call."""
+        assert self.validation is not None
+        begun = time.perf_counter()
+        model: Any = self.model_wrapped
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            figures = self.validation.losses(model, self.args.device)
+            figures |= self.validation.scores(self.accelerator.unwrap_model(model))
+        self.meter.started += time.perf_counter() - begun  # it is not the training's time
+        if self.is_world_process_zero():
+            self.folder.append_log({"step": self.state.global_step, "epoch": self.state.epoch, **figures})
+            self.progress.show(self.state.global_step, self.state.max_steps, figures)
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write transformers' checkpoint and our own state, all of it or nothing. The log has a line of this step."""
         step = self.state.global_step
-        with self.folder.new_checkpoint(step, limit=self.args.save_total_limit) as partial:
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        with self.folder.new_checkpoint(step, limit=self.args.save_total_limit, keep=best) as partial:
             self._save_to = partial
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._save_to = None
+            if best:
+                self.state.best_model_checkpoint = str(self.folder.path / f"checkpoint-{best}")
             if self.is_world_process_zero():
+                self.state.save_to_json(str(partial / f"checkpoint-{step}" / STATE))
                 state = {
                     "bad_samples": self.bad_samples.state_dict(),
                     "global_batch": self.global_batch,
@@ -351,6 +378,13 @@ class STLLMTrainer(Trainer):
             if out_of_memory(error):
                 raise
             raise UserError(f"{resume_from_checkpoint} can't be continued from ({reason(error)})") from error
+
+    def _load_best_model(self) -> None:
+        log.info("the best checkpoint is %s", self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model_wrapped)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if load_result.missing_keys:

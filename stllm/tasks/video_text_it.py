@@ -47,6 +47,7 @@ class VideoTextTask:
     config: STLLMConfig
     processor: PromptProcessor
     mixture: Mixture
+    held_out: Mixture | None = None  # what is scored while training
     base_model: str | None = None  # the language model's folder, unless a whole checkpoint gives the language model
 
     runner = "trainer"
@@ -72,10 +73,13 @@ class VideoTextTask:
                     "of it: leave out run.fsdp and run.deepspeed, or model.quantization"
                 )
         processor = processor_of(opened)
-        sources = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
-        limit = PositionLimit.of(config, processor)
-        mixture = Mixture(sources, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
-        for corpus in mixture.corpora:
+        limit, image_size = PositionLimit.of(config, processor), config.vision_config["image_size"]
+        mixed = partial(Mixture, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
+        mixture, held_out = mixed(build_corpora(cfg, image_size=image_size, split="train")), None
+        if run.get("eval_strategy", "no") != "no":
+            held = build_corpora(cfg, image_size=image_size, train=False, split="val")
+            held_out = mixed(held) if held else None
+        for corpus in [*mixture.corpora, *(held_out.corpora if held_out is not None else ())]:
             store = _features_of(corpus)
             if store is not None and (fault := precomputed.fault(config, store.stage)):
                 named = f"data set {corpus.name} is read from precomputed features ({store.folder})"
@@ -89,7 +93,7 @@ class VideoTextTask:
                 limit.check_room(corpus)
         whole = any(source.is_whole_model for source in opened.sources)
         base_model = None if whole else opened.settings.get("llama_model")
-        return cls(cfg, config, processor, mixture, base_model)
+        return cls(cfg, config, processor, mixture, held_out, base_model)
 
     def build_model(
         self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None
@@ -121,13 +125,13 @@ class VideoTextTask:
         """The order of batches; batch_size: of one process."""
         return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
 
-    def collator(self) -> Collator:
-        """The collator of samples, with masks where the configuration masks."""
+    def collator(self, *, masks: bool = True) -> Collator:
+        """The collator of samples, with masks where the configuration masks, or without any."""
         return Collator(
             self.processor,
             seed=self.mixture.seed,
             num_tokens=partial(num_visual_tokens, self.config),
-            mask_rate=self.config.mask_rate if self.config.use_mask else None,
+            mask_rate=self.config.mask_rate if masks and self.config.use_mask else None,
             mask_bucket=self.cfg.run.mask_bucket,
         )
 

@@ -1,0 +1,153 @@
+"""Validation while a run trains: the loss of held-out samples, and a small benchmark asked.
+
+Nothing here changes what is learned: no mask is drawn, nothing random of the training is touched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from stllm.common.config import load_evaluation
+from stllm.common.distributed import end_with_parent, gathered, is_distributed, rank, world_size
+from stllm.common.errors import UserError, unknown_name
+from stllm.conversation.chat import Chat, default_num_frames
+from stllm.conversation.decoding import Decoding
+from stllm.datasets.collate import Collator
+from stllm.datasets.mixture import HeldOutSampler, Mixture
+from stllm.datasets.samples import Sample
+from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
+from stllm.evaluation.engine import Engine, share
+from stllm.models.st_llm import STLLM
+from stllm.processors.prompts import PromptProcessor
+
+BENCHMARK = "mvbench"
+
+
+@dataclass(frozen=True)
+class HeldOutCollator:
+    """Batches as the model takes them, and beside them the data set's number and whether the batch counts."""
+
+    collator: Collator
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The collator's output, `corpus` and `counts`."""
+        key = samples[0].key
+        return {**self.collator(samples), "corpus": key.corpus, "counts": key.round == 0}
+
+
+@dataclass(kw_only=True)
+class Validation:
+    """What is scored whenever `run.eval_strategy` says. mixture: held-out samples; loaded: the benchmark; or None.
+
+    collator: without masks. batch_size: of one process; num_workers: that read.
+    """
+
+    mixture: Mixture | None
+    collator: Collator
+    processor: PromptProcessor
+    loaded: Loaded | None
+    batch_size: int
+    num_workers: int
+    media_seconds: float
+
+    def losses(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Return `eval_loss`, the mean over all answers' tokens, and that of each data set. A collective call.
+
+        model: in evaluation mode, wrapped as it is trained.
+        """
+        if self.mixture is None:
+            return {}
+        loader: DataLoader[Any] = DataLoader(
+            self.mixture,
+            batch_sampler=HeldOutSampler(
+                self.mixture.sizes, batch_size=self.batch_size, rank=rank(), world_size=world_size()
+            ),
+            collate_fn=HeldOutCollator(self.collator),
+            num_workers=self.num_workers,
+            worker_init_fn=end_with_parent,
+            generator=torch.Generator().manual_seed(0),  # the global one is left to the training
+        )
+        sums = torch.zeros(len(self.mixture.corpora), 2, device=device)  # of each: loss of all tokens, their number
+        for batch in loader:
+            corpus, counts = batch.pop("corpus"), batch.pop("counts")
+            given = {
+                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+                if name not in ("names", "failures")
+            }
+            num_labels = len(given["label_positions"])
+            sums[corpus, 0] += model(**given).loss_lm.float() * num_labels * counts
+            sums[corpus, 1] += num_labels * counts
+        if is_distributed():
+            dist.all_reduce(sums)
+        losses = sums[:, 0] / sums[:, 1].clamp(min=1)
+        names = [f"eval_loss_{corpus.name}" for corpus in self.mixture.corpora]
+        return {
+            "eval_loss": float(sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)),
+            **dict(zip(names, losses.tolist(), strict=True)),
+        }
+
+    def scores(self, model: STLLM) -> dict[str, float]:
+        """Return `eval_mvbench`, percent right by the strict rule, and that of each task. A collective call."""
+        if self.loaded is None:
+            return {}
+        chat = Chat(model=model, processor=self.processor, cache_bytes=0)
+        engine = Engine(
+            chat,
+            self.loaded,
+            decoding=Decoding.published(self.processor.template),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            media_seconds=self.media_seconds,
+        )
+        records = gathered(list(engine.records(share(self.loaded.items, rank(), world_size()))))
+        strict = self.loaded.benchmark.summary(records)["strict"]
+        tasks = {f"eval_{BENCHMARK}_{task}": score for task, score in strict["tasks"].items()}
+        return {f"eval_{BENCHMARK}": strict["average"], **tasks}
+
+
+def open_validation(task: Any, args: TrainingArguments, cfg: DictConfig) -> Validation:
+    """Return what `run.eval_strategy` asks for, before any weight is read.
+
+    task: the run's; `held_out` are its held-out samples, and it has a `collator` of whole sequences.
+    Raises UserError for nothing to score, a metric that is not there, and a model that is divided among processes.
+    """
+    if not hasattr(task, "held_out"):
+        raise UserError(f"run.task {cfg.run.task} has no validation: leave out run.eval_strategy")
+    mixture, folder = task.held_out, cfg.run.eval_benchmark
+    if mixture is None and folder is None:
+        raise UserError(
+            "run.eval_strategy is set, but there is nothing to score: give a data set split: val or a val_fraction, or "
+            "name a folder in MVBench's layout as run.eval_benchmark"
+        )
+    if folder is not None and (args.fsdp or args.deepspeed):
+        raise UserError("run.eval_benchmark needs a whole model on each process: leave out run.fsdp and run.deepspeed")
+    loaded = None
+    if folder is not None:
+        frames = {"num_frames": default_num_frames(task.config)}
+        try:
+            settings = load_evaluation(BENCHMARK, command_line={"anno_path": folder}, checkpoint=frames)
+            loaded = load_benchmark(BENCHMARK, settings)
+        except UserError as error:
+            raise UserError(f"run.eval_benchmark: {error}") from error
+    known = [] if mixture is None else ["loss", *(f"loss_{corpus.name}" for corpus in mixture.corpora)]
+    known += [] if loaded is None else [BENCHMARK, *sorted({f"{BENCHMARK}_{item.task}" for item in loaded.items})]
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise UserError(unknown_name("run.metric_for_best_model", metric, known))
+    return Validation(
+        mixture=mixture,
+        collator=task.collator(masks=False),
+        processor=task.processor,
+        loaded=loaded,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        media_seconds=cfg.run.media_seconds,
+    )
