@@ -17,6 +17,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -167,6 +168,8 @@ class STLLMTrainer(Trainer):
         Called once a step, before the optimizer's; nothing else in a step waits for the device. Raises UserError.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, DTensor):  # of FSDP
+            norm = norm.full_tensor()
         losses, names = zip(*self.learned, strict=True)
         self.learned = []
         checked = norm is not None and self.accelerator.scaler is None  # fp16's scaler skips a step that overflows
