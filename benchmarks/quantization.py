@@ -2,10 +2,10 @@
 
 A folder in the released layout holds random weights in float16 (15 GiB of disk). For each number of bits, a new process
 runs `stllm chat --quantization BITS` on it: 16 tokens, greedy, about 8 frames of an example clip, everything but the
-language model's layers in bfloat16. Seconds are of the CPU. Loading quantizes; before the first token, bitsandbytes
+language model's layers in bfloat16. Seconds are of the CPU. Loading quantizes; while the prompt is read, bitsandbytes
 packs 4-bit weights, where the processor multiplies in bfloat16. Memory is the most that the process held, all included.
 
-    python -m benchmarks.quantization [--quick] [--bits BITS ...] [--folder DIR]
+    python -m benchmarks.quantization [--quick] [--layers N] [--bits BITS ...] [--folder DIR]
 """
 
 import argparse
@@ -34,19 +34,17 @@ SHARDS = 10
 FRAMES, NEW_TOKENS = 8, 16
 PARTS = ("VisionEncoder", "LlamaModel")  # the classes whose first calls begin encoding and answering
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "qformer_tokenizer")  # the tiny model's
-QUICK = {"depth": 4, "num_hidden_layers": 2}  # of the encoder and of the language model
+LAYERS, QUICK_LAYERS = 32, 2  # of the language model
 
 
-def write_model(folder: Path, *, quick: bool) -> None:
+def write_model(folder: Path, layers: int) -> None:
     """Write the checkpoint, unless the folder has it. Only tokens of the tokenizer can come first in the output."""
     from stllm.conversation.chat import FOLDER
 
     if (folder / "config.json").is_file():
         return
     config = published_config("all")
-    if quick:
-        config.vision_config["depth"] = QUICK["depth"]
-        config.text_config.num_hidden_layers = QUICK["num_hidden_layers"]
+    config.text_config.num_hidden_layers = layers
     config.qformer_config.vocab_size = 513  # the tiny tokenizer's, with [DEC]
     num_tokens = len(json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
@@ -91,18 +89,18 @@ def measure(folder: str, bits: str) -> dict[str, Any]:
     return {
         "load, s": encoder[0],
         "encode, s": steps[0] - encoder[0],
-        "first token, s": steps[1] - steps[0],
-        "token after, s": (steps[-1] - steps[1]) / (len(steps) - 2),
+        "prompt, s": steps[1] - steps[0],
+        "a token, s": (steps[-1] - steps[1]) / (len(steps) - 2),
         "loaded, GiB": peaks[PARTS[0]] / GIB,
         "peak, GiB": resident_bytes("VmHWM") / GIB,
-        "tokens": len(steps),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the model, measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two layers of the language model, a rough figure")
+    parser.add_argument("--layers", type=int, default=LAYERS, metavar="N", help="of the language model (default: 32)")
+    parser.add_argument("--quick", action="store_true", help="two layers, a rough figure")
     choices = (*QUANTIZATIONS, PRECISE)
     parser.add_argument("--bits", nargs="+", choices=choices, default=QUANTIZATIONS, help="(default: 4bit 8bit)")
     parser.add_argument(
@@ -114,9 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.measure:
         print(json.dumps(measure(*args.measure)))
         return
+    layers = QUICK_LAYERS if args.quick else args.layers
     rows: list[dict[str, Any]] = []
     with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), quick=args.quick)
+        write_model(Path(folder), layers)
         stored = sum(path.stat().st_size for path in Path(folder).glob("*.bin"))
         for bits in args.bits:
             command = [sys.executable, "-m", "benchmarks.quantization", "--measure", str(folder), bits]
@@ -128,9 +127,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = json.loads(last)
             rows.append({"": bits, **found, "peak / float16 weights": found["peak, GiB"] * GIB / stored})
     sizes = {
+        "layers": layers,
         "float16 GiB": round(stored / GIB, 2),
         "frames": FRAMES,
         "visual tokens": json.loads(line)["visual_tokens"],
+        "new tokens": NEW_TOKENS,
     }
     report("quantization", "the size of the weights in float16", rows, sizes, args.output_dir)
 

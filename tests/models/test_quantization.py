@@ -24,9 +24,10 @@ from stllm.models.build import build_model
 from stllm.models.checkpoints import load
 from stllm.models.checkpoints.formats import open_source
 from stllm.models.checkpoints.infer_config import open_model
+from stllm.models.checkpoints.inspect import inspect_path
 from stllm.models.checkpoints.load import load_model, load_opened
 from stllm.models.lora import merge_lora
-from stllm.models.quantization import quantization_config, quantized_layers
+from stllm.models.quantization import quantization_config, quantized_layers, quantized_weight
 from stllm.models.settings import quantization_of
 from stllm.models.st_llm import STLLM
 from stllm.tasks.video_text_it import VideoTextTask
@@ -144,6 +145,24 @@ def test_the_tiny_model_answers_the_same(bits: str, bitsandbytes: None, capfd: p
     assert len(shown.err.splitlines()) == 1  # nothing of bitsandbytes'
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1100, 576), (96, 64), (50, 36)])  # more than a piece; not whole blocks
+def test_weights_are_quantised_as_bitsandbytes_does(
+    shape: tuple[int, int], dtype: torch.dtype, bitsandbytes: None
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0] = 0  # no scale
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    layer = Linear4bit(*shape[::-1], bias=False, quant_type="nf4", compress_statistics=False, device="meta")
+    layer.source_cls = torch.nn.Linear
+    found: Any = quantized_weight(layer, weight, torch.device("cpu"))
+    assert torch.equal(found, packed) and found.quant_state == state and layer.quant_state == state
+    assert torch.equal(dequantize_4bit(found, found.quant_state), dequantize_4bit(packed, state))
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("folder", [FOLDER, GOLDEN / "minigpt4_plain_all"])  # ours, the released layout
 def test_what_is_quantised_is_smaller_and_saved_as_it_was(
@@ -247,6 +266,8 @@ def test_a_whole_model_stored_quantised_answers_and_converts(bits: str, bitsandb
             found = model.language_model(input_ids=ids).logits
             assert float(torch.nn.functional.cosine_similarity(found, expected, dim=-1).mean()) > 0.99
     assert main(["convert", str(folder), "--to", str(plain)]) == 0
+    stored_bytes = [inspect_path(one)[0]["stored_bytes"] for one in (folder, plain)]
+    assert stored_bytes[0] < 0.6 * stored_bytes[1]
     read, again = (load_model(one, device="cpu", dtype="float32") for one in (folder, plain))
     assert all(torch.equal(p, q) for p, q in zip(read.parameters(), again.parameters(), strict=True))
 

@@ -53,6 +53,11 @@ class Weights(ABC):
 
     specs: dict[str, Tensor]
 
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors in the files, as `specs`."""
+        return self.specs
+
     @abstractmethod
     def copy_to(self, key: str, destination: Tensor) -> None:
         """Copy a tensor into one of the same shape, on any device and of any type."""
@@ -185,6 +190,11 @@ class DerivedWeights(Weights):
             self._origins |= dict.fromkeys(results, (sources, make))
         place = {key: number for number, key in enumerate(weights.specs)}  # files are read through once, in order
         self.specs = dict(sorted(specs.items(), key=lambda item: place[self._origins[item[0]][0][0]]))
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """See `Weights.stored`."""
+        return self._weights.stored
 
     def copy_to(self, key: str, destination: Tensor) -> None:
         sources, make = self._origins[key]
