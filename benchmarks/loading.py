@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +58,28 @@ def new_config(size: float) -> STLLMConfig:
     )
 
 
-def write_released(config: STLLMConfig, folder: Path) -> None:
-    """The checkpoint, never more than one shard of it in memory."""
+def write_released(
+    config: STLLMConfig,
+    folder: Path,
+    shares: Sequence[float] = SHARES,
+    new: Callable[[str, torch.Size], torch.Tensor] = lambda key, shape: torch.full(shape, 0.01, dtype=torch.float16),
+) -> None:
+    """The checkpoint, never more than one shard of it in memory. new: the weight of that name, in float16."""
     specs = {
         RELEASED.to_theirs(key): tensor.shape for key, tensor in meta_model(config, torch.float16).state_dict().items()
     }
     total = sum(shape.numel() for shape in specs.values())
-    shards: list[list[str]] = [[] for _ in SHARES]
+    shards: list[list[str]] = [[] for _ in shares]
     number, written = 0, 0
     for key, shape in specs.items():
-        if number + 1 < len(SHARES) and written >= total * sum(SHARES[: number + 1]):
+        if number + 1 < len(shares) and written >= total * sum(shares[: number + 1]):
             number += 1
         shards[number].append(key)
         written += shape.numel()
     filled = [keys for keys in shards if keys]  # of a small model the embeddings alone are more than a share
     for number, keys in enumerate(filled, start=1):
         path = folder / f"pytorch_model-{number:05d}-of-{len(filled):05d}.bin"
-        torch.save({key: torch.full(specs[key], 0.01, dtype=torch.float16) for key in keys}, path)
+        torch.save({key: new(key, specs[key]) for key in keys}, path)
     (folder / "config.json").write_text(json.dumps({**config.text_config.to_dict(), "model_type": "st_llm_hf"}))
     (folder / "meta.json").write_text(json.dumps(meta_of(config)))
 

@@ -53,12 +53,17 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     ),
 }
 
-# Not run with the others, but on the page where they were measured: at the published size (--published, on a GPU), and
-# with an engine (`python -m benchmarks.engine --engine URL`).
+# Not run with the others, but on the page where they were measured: at the published size (--published, on a GPU), with
+# an engine (`python -m benchmarks.engine --engine URL`), and in 4 and 8 bits (`python -m benchmarks.quantization`).
 ON_REQUEST: Mapping[str, Measurement] = {
     **{
         f"{name}_published": replace(MEASUREMENTS[name], question=f"{MEASUREMENTS[name].question} The published size.")
         for name in ("training_step", "masking")
     },
+    "quantization": Measurement(
+        "How much memory and time does the published size take in 4 and 8 bits on a CPU?",
+        ("",),
+        less=("peak / float16 weights",),
+    ),
     "engine": Measurement("Does an engine give the same answers, and how fast?", ("",), more=("speed-up",)),
 }

@@ -4,6 +4,7 @@ Builds, from a configuration, the data sets, the prompts and the model; how they
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,10 +68,12 @@ class VideoTextTask:
                     f"a language model in {bits} (model.quantization) can't be trained itself: train LoRA on it "
                     "(model.lora_r=16), or freeze it (model.freeze_LLM=True)"
                 )
-            if run.get("fsdp") or run.get("deepspeed"):
+            launched = [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]
+            if run.get("fsdp") or run.get("deepspeed") or "true" in launched:
                 raise UserError(
                     f"a language model in {bits} (model.quantization) is not divided among processes, each holds all "
-                    "of it: leave out run.fsdp and run.deepspeed, or model.quantization"
+                    "of it: leave out run.fsdp and run.deepspeed (and those of `accelerate launch`), or "
+                    "model.quantization"
                 )
         processor = processor_of(opened)
         limit, image_size = PositionLimit.of(config, processor), config.vision_config["image_size"]

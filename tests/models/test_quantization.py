@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from stllm.cli import main
@@ -20,11 +22,14 @@ from stllm.conversation.chat import FOLDER, find_examples
 from stllm.models import build
 from stllm.models.build import build_model
 from stllm.models.checkpoints import load
+from stllm.models.checkpoints.formats import open_source
 from stllm.models.checkpoints.infer_config import open_model
+from stllm.models.checkpoints.inspect import inspect_path
 from stllm.models.checkpoints.load import load_model, load_opened
 from stllm.models.lora import merge_lora
-from stllm.models.quantization import quantization_config, quantized_layers
+from stllm.models.quantization import quantization_config, quantized_layers, quantized_weight
 from stllm.models.settings import quantization_of
+from stllm.models.st_llm import STLLM
 from stllm.tasks.video_text_it import VideoTextTask
 from tests.helpers.tiny import tiny_batch, tiny_model
 from tests.helpers.training import losses, train, write_recipe
@@ -140,6 +145,24 @@ def test_the_tiny_model_answers_the_same(bits: str, bitsandbytes: None, capfd: p
     assert len(shown.err.splitlines()) == 1  # nothing of bitsandbytes'
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1100, 576), (96, 64), (50, 36)])  # more than a piece; not whole blocks
+def test_weights_are_quantised_as_bitsandbytes_does(
+    shape: tuple[int, int], dtype: torch.dtype, bitsandbytes: None
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0] = 0  # no scale
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    layer = Linear4bit(*shape[::-1], bias=False, quant_type="nf4", compress_statistics=False, device="meta")
+    layer.source_cls = torch.nn.Linear
+    found: Any = quantized_weight(layer, weight, torch.device("cpu"))
+    assert torch.equal(found, packed) and found.quant_state == state and layer.quant_state == state
+    assert torch.equal(dequantize_4bit(found, found.quant_state), dequantize_4bit(packed, state))
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("folder", [FOLDER, GOLDEN / "minigpt4_plain_all"])  # ours, the released layout
 def test_what_is_quantised_is_smaller_and_saved_as_it_was(
@@ -185,6 +208,90 @@ def test_an_evaluation_records_the_bits(bitsandbytes: None, toy: Path, tmp_path:
     kept = yaml.safe_load((tmp_path / "mvbench.config.yaml").read_text())
     assert kept["model"]["quantization"] == "4bit"
     assert main(run) == 1  # its lines are of another setting
+
+
+# ---- folders that are stored quantized ------------------------------------------------------------------------------
+
+STORED: tuple[dict[str, Any], ...] = (
+    {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},  # FP4
+    {"load_in_8bit": True},
+)
+
+
+@pytest.mark.parametrize("settings", STORED)
+def test_a_language_model_stored_quantised_is_read_in_full_and_trains(
+    settings: dict[str, Any], bitsandbytes: None, toy: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stored"
+    shutil.copytree(toy / "language_model", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    stored: Any = AutoModelForCausalLM.from_pretrained(
+        toy / "language_model", quantization_config=BitsAndBytesConfig(**settings), device_map={"": "cpu"}
+    )
+    layers = quantized_layers(stored)
+    assert layers
+    expected: dict[str, torch.Tensor] = {
+        name: dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)).float()
+        for name, layer in layers.items()
+    }
+    stored.save_pretrained(folder)
+    source = open_source(folder)
+    for name, weight in expected.items():
+        read = source.weights.read(f"{name}.weight")
+        assert read.dtype == torch.float32
+        torch.testing.assert_close(read, weight, rtol=1e-6, atol=0)
+    assert not source.unknown_keys
+
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={**QLORA, "llama_model": str(folder)}, max_steps=1)
+    assert main(["train", "--cfg-path", str(recipe)]) == 0
+    trained = load_file(tmp_path / "run" / "model.safetensors")
+    base = {key.replace(".base_layer", ""): weight for key, weight in trained.items()}
+    for name, weight in expected.items():
+        torch.testing.assert_close(base[f"language_model.{name}.weight"], weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_whole_model_stored_quantised_answers_and_converts(bits: str, bitsandbytes: None, tmp_path: Path) -> None:
+    folder, plain = tmp_path / "stored", tmp_path / "plain"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = BitsAndBytesConfig(**{f"load_in_{bits}": True})
+    stored: Any = STLLM.from_pretrained(FOLDER, quantization_config=settings, device_map={"": "cpu"})
+    stored.save_pretrained(folder)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        expected = stored.language_model(input_ids=ids).logits
+        for quantization in (None, bits):
+            model = load_model(folder, device="cpu", dtype="float32", quantization=quantization)
+            assert len(quantized_layers(model)) == (42 if quantization else 0)
+            found = model.language_model(input_ids=ids).logits
+            assert float(torch.nn.functional.cosine_similarity(found, expected, dim=-1).mean()) > 0.99
+    assert main(["convert", str(folder), "--to", str(plain)]) == 0
+    stored_bytes = [inspect_path(one)[0]["stored_bytes"] for one in (folder, plain)]
+    assert stored_bytes[0] < 0.6 * stored_bytes[1]
+    read, again = (load_model(one, device="cpu", dtype="float32") for one in (folder, plain))
+    assert all(torch.equal(p, q) for p, q in zip(read.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_gptq_and_awq_are_refused(method: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "stored"
+    shutil.copytree(toy / "language_model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={"llama_model": str(folder)})
+    assert main(["train", "--cfg-path", str(recipe)]) == 1
+    expected = (
+        f"stored is quantized with {method.upper()}, which can't be read here: name a folder with the model's own"
+    )
+    assert expected in capsys.readouterr().err
+
+
+def test_a_stored_folder_without_its_scales_is_named(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "quantization_config": {"load_in_8bit": True}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.layers.0.mlp.up_proj.SCB": torch.ones(4)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"quantized, but model\.layers\.0\.mlp\.up_proj\.weight is missing"):
+        open_source(tmp_path)
 
 
 # ---- QLoRA ----------------------------------------------------------------------------------------------------------
@@ -258,7 +365,9 @@ def test_two_processes_train_as_one(bitsandbytes: None, toy: Path, tmp_path: Pat
         assert two == pytest.approx(one, rel=1e-3)
 
 
-def test_what_training_refuses(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_training_refuses(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy)
     assert main(["train", "--cfg-path", str(recipe), "--quantization", "8bit"]) == 1
     assert (
@@ -268,3 +377,51 @@ def test_what_training_refuses(toy: Path, tmp_path: Path, capsys: pytest.Capture
         options = ["model.freeze_LLM=True", "model.low_resource=True", f"run.{key}"]
         with pytest.raises(UserError, match=r"in 8bit .* is not divided among processes"):
             VideoTextTask.from_config(load_config(recipe, options), seed=0)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # by `accelerate launch --use_fsdp`
+    with pytest.raises(UserError, match=r"in 4bit .* is not divided among processes"):
+        VideoTextTask.from_config(load_config(recipe, ["model.freeze_LLM=True", "model.quantization=4bit"]), seed=0)
+
+
+def test_a_stage_without_a_language_model_trains_the_same(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
+    model = {"num_query_token": 8, "image_size": 64}
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=model, datasets={}, task="toy_seeing", max_steps=2)
+    assert main(["train", "--cfg-path", str(recipe)]) == 0
+    first = losses(tmp_path / "run", ["loss"])
+    options = ["--options", f"run.output_dir={tmp_path / 'second'}"]
+    assert main(["train", "--cfg-path", str(recipe), "--quantization", "4bit", *options]) == 0
+    assert losses(tmp_path / "second", ["loss"]) == first
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_process_loads_onto_its_own_gpu(rank: str, bitsandbytes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def refuse(model: Any, plan: Any, device: torch.device) -> None:
+        assert quantized_layers(model)
+        asked.append(device)
+        raise UserError("not here")
+
+    monkeypatch.setattr(load, "fill", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    for bits in BITS:
+        with pytest.raises(UserError, match="not here"):
+            load_model(GOLDEN / "minigpt4_plain_all", dtype="bfloat16", quantization=bits)
+    assert asked == [torch.device("cuda", int(rank))] * 2
+
+
+def test_commands_without_a_language_model_know_no_bits(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["extract", "--cfg-path", "a.yaml", "--output", "b"], ["convert", "a", "--to", "b"]):
+        assert main([*command, "--quantization", "4bit"]) == 2
+        assert "--quantization" in capsys.readouterr().err
+    # as a setting of the recipe it does not concern them
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={"quantization": "4bit", "freeze_vit": True})
+    extract = ["extract", "--cfg-path", str(recipe), "--output", str(tmp_path / "features"), "--stage", "vit"]
+    assert main([*extract, "--device", "cpu"]) == 0
+    convert = ["convert", str(FOLDER), "--to", str(tmp_path / "whole"), "--options", "model.quantization=4bit"]
+    assert main(convert) == 0
+    whole, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", FOLDER))
+    assert all(torch.equal(whole[key], weight) for key, weight in first.items())

@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
 from stllm.common.jsonl import loads
-from stllm.models.checkpoints.weights import WeightFiles, Weights, convert_language_model, read_config, split_biases
+from stllm.models.checkpoints.weights import (
+    WeightFiles,
+    Weights,
+    convert_language_model,
+    dequantize,
+    read_config,
+    split_biases,
+)
 from stllm.models.configuration import CONFIG_ERRORS, language_model_config
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+$")
@@ -249,6 +256,8 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
         return _without_config(place, WeightFiles([place]), depth)
     config, meta = read_json(place / "config.json"), read_json(place / "meta.json")
     weights: Weights = WeightFiles(weight_files(place))
+    if config.get("quantization_config"):
+        weights = dequantize(place, weights, config)
     kind = config.get("model_type")
     is_blip = kind in ("instructblip", "instructblipvideo", "blip-2")
     text, table = config.get("text_config") or {}, TRANSFORMERS_BLIP

@@ -112,7 +112,7 @@ def _describe(
 
 
 def _stored(sources: Sequence[Source]) -> dict[str, Any]:
-    specs = [spec for source in sources for spec in source.weights.specs.values()]
+    specs = [spec for source in sources for spec in source.weights.stored.values()]
     dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs)
     return {
         "path": " + ".join(str(source.path) for source in sources),

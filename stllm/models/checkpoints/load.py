@@ -4,8 +4,8 @@
 
 First, a plan is made from names and shapes: which tensor of which file goes where. Then the model is built on the meta
 device and filled weight by weight, straight to its device and type, so that memory never holds two copies of it.
-Weights that no file has and that may start fresh are initialised last. With a device map, and for a folder of ours that
-was saved quantized, transformers' `from_pretrained` puts the weights in place.
+Weights that no file has and that may start fresh are initialised last. With a device map, transformers'
+`from_pretrained` puts the weights in place.
 """
 
 import logging
@@ -174,11 +174,12 @@ def assemble(
 
         bits = quantization_config(quantization, kind, place)
     arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
-    if device_map or (own and not training and own.config.get("quantization_config")):
-        arguments = {"config": config, "dtype": kind, "device_map": device_map or {"": place}}
+    if device_map:
+        arguments = {"config": config, "dtype": kind, "device_map": device_map}
         if bits is not None:
             arguments["quantization_config"] = bits
-        if own and len(sources) == 1 and not training:
+        # transformers ignores the scales of a folder that was saved in 8 bits
+        if own and len(sources) == 1 and not training and not own.config.get("quantization_config"):
             loaded: Any = STLLM.from_pretrained(
                 own.path, output_loading_info=True, local_files_only=True, trust_remote_code=False, **arguments
             )

@@ -8,8 +8,12 @@ transformers renames and merges the weights of many architectures while it loads
 GPT-NeoX's head, GPT-2's missing prefix), and undoes that when it saves. `convert_language_model` applies the same
 conversions to one weight at a time, so that such models are streamed like any other. Source:
 `transformers.core_model_loading`.
+
+Folders that transformers has saved in 4 or 8 bits (bitsandbytes) are streamed, too: each weight is dequantized when it
+is read. Source: `bitsandbytes.functional.QuantState`, and the sources of stllm/models/quantization.py.
 """
 
+import json
 import math
 import pickle
 import re
@@ -38,6 +42,9 @@ from stllm.models.configuration import CONFIG_ERRORS
 
 MAPPED_BYTES = 64 << 20
 CONTAINERS = ("model", "state_dict", "module")  # where training scripts put the weights
+QUANT_STATE = re.compile(r"(?P<key>.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
+BITSANDBYTES = "bitsandbytes"
+REFUSED_METHODS = ("gptq", "awq")
 LORA = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # what peft puts between a layer and its weight
 
 
@@ -45,6 +52,11 @@ class Weights(ABC):
     """Named tensors that can be copied out one by one. specs: their shapes and types, as tensors on the meta device."""
 
     specs: dict[str, Tensor]
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors in the files, as `specs`."""
+        return self.specs
 
     @abstractmethod
     def copy_to(self, key: str, destination: Tensor) -> None:
@@ -179,6 +191,11 @@ class DerivedWeights(Weights):
         place = {key: number for number, key in enumerate(weights.specs)}  # files are read through once, in order
         self.specs = dict(sorted(specs.items(), key=lambda item: place[self._origins[item[0]][0][0]]))
 
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """See `Weights.stored`."""
+        return self._weights.stored
+
     def copy_to(self, key: str, destination: Tensor) -> None:
         sources, make = self._origins[key]
         if make is None:
@@ -206,6 +223,63 @@ def split_biases(folder: Path, weights: Weights) -> Weights:
     biases = [key for key in weights.specs if key.endswith("qkv.bias")]
     others = {key: key for key in weights.specs if key not in biases}
     return DerivedWeights(weights, others, [([key], partial(split, key)) for key in biases])
+
+
+def quantization_method(settings: Mapping[str, Any]) -> str:
+    """Return the method of a quantization_config; old folders of bitsandbytes' don't name it."""
+    return str(settings.get("quant_method", BITSANDBYTES))
+
+
+def dequantize(folder: Path, weights: Weights, config: Mapping[str, Any]) -> Weights:
+    """Return all weights in full: those that bitsandbytes quantized in the type that they had before.
+
+    Those of other methods stay as they are, see `convert_language_model`. config: the folder's config.json.
+    Raises UserError for GPTQ and AWQ, and for a folder that is not complete.
+    """
+    method = quantization_method(config["quantization_config"])
+    if method in REFUSED_METHODS:
+        raise UserError(
+            f"{folder} is quantized with {method.upper()}, which can't be read here: name a folder with the model's "
+            "own weights, and add --quantization 4bit to hold them in 4 bits"
+        )
+    if method != BITSANDBYTES:
+        return weights
+    made: list[tuple[Sequence[str], Make]] = []
+    for key in weights.specs:
+        if match := QUANT_STATE.fullmatch(key):
+            stem, state = match["key"], json.loads(bytes(weights.read(key).tolist()))
+            parts = [stem, f"{stem}.absmax", f"{stem}.quant_map"]
+            parts += [f"{stem}.{name}" for name in ("nested_absmax", "nested_quant_map") if "nested_offset" in state]
+            made.append(([*parts, key], partial(_from_4bit, stem, state)))
+        elif key.endswith(".SCB"):
+            stem, dtype = key.removesuffix("SCB"), config.get("dtype") or config.get("torch_dtype") or "float16"
+            parts = [f"{stem}weight", key, *({f"{stem}weight_format"} & weights.specs.keys())]
+            made.append((parts, partial(_from_8bit, f"{stem}weight", getattr(torch, dtype))))
+    used = {part for parts, _ in made for part in parts}
+    if lacking := sorted(used - weights.specs.keys()):
+        raise UserError(f"{folder} is quantized, but {lacking[0]} is missing: copy or download it again")
+    return DerivedWeights(weights, {key: key for key in weights.specs if key not in used}, made)
+
+
+def _from_4bit(key: str, state: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Look up two weights for each byte, and multiply each block by its largest absolute value."""
+    shape, dtype = state["shape"], getattr(torch, state["dtype"])
+    if tensors[0].is_meta:
+        return {key: torch.empty(shape, dtype=dtype, device="meta")}
+    packed, absmax, levels, *nested = tensors[:-1]
+    if nested:  # the largest values are quantized in turn
+        scales = nested[0].repeat_interleave(state["nested_blocksize"])[: len(absmax)]
+        absmax = nested[1][absmax.int()] * scales + state["nested_offset"]
+    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): the upper half of a byte is the first weight
+    weight = pairs[packed.view(torch.uint8).flatten().int()].flatten()[: math.prod(shape)]
+    weight *= absmax.repeat_interleave(state["blocksize"])[: len(weight)]
+    return {key: weight.view(shape).to(dtype)}
+
+
+def _from_8bit(key: str, dtype: torch.dtype, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Multiply each row by its largest absolute value."""
+    weight, largest = tensors[:2]
+    return {key: (weight * largest[:, None] / 127).to(dtype)}
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -240,7 +314,8 @@ def convert_language_model(folder: Path, weights: Weights, config: PretrainedCon
             f"{folder}/config.json: transformers can't build this {config.model_type} language model "
             f"({reason(error)}): correct it, or name another folder"
         ) from error
-    if not prefix and getattr(config, "quantization_config", None) is not None:
+    quantization = getattr(config, "quantization_config", None)
+    if not prefix and quantization and quantization_method(quantization) != BITSANDBYTES:
         return QuantizedWeights(folder, model.state_dict())
     try:
         return _converted(weights, model, prefix)
@@ -300,14 +375,14 @@ class QuantizedWeights(Weights):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self._folder, dtype="auto", local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
+            model, info = loaded
+            model = model if getattr(model, "hf_quantizer", None) is None else model.dequantize()
         except (ImportError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"{self._folder}: transformers can't read this quantized language model here ({reason(error)}): use "
                 "the model's own weights, which are not quantized"
             ) from error
-        model, info = loaded
         if info["missing_keys"]:
             named = ", ".join(sorted(info["missing_keys"])[:6])
             raise UserError(f"{self._folder}: the language model's weights are not complete, missing are {named}")
-        model = model if getattr(model, "hf_quantizer", None) is None else model.dequantize()
         return dict(model.state_dict())
