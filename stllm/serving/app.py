@@ -236,19 +236,20 @@ def answer_steps(
     try:
         request.check()
         seen = None
-        if media is None or (seen := chat.recall(media)) is not None:
-            yield Stage.MODEL
-        else:
+        if media is not None and (seen := chat.recall(media)) is None:
             stamp = chat.stamp(media)
             yield Stage.READING
             clip = reading.read(partial(limits.read, chat.read, media), Path(media.path), stop)
             yield Stage.MODEL
             seen = chat.see(media, clip, stamp)
             del clip
-        prepared = chat.prepare(request, asked.decoding, seen)
         yield Stage.ANSWER
-        with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
-            ids = yield from pieces  # (1, A)
+        prepared = chat.prepare(request, asked.decoding, seen)
+        if asked.stream:
+            with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
+                ids = (yield from pieces)[0].tolist()
+        else:
+            ids = chat.ids([prepared], asked.decoding, stop)[0]
     except NobodyWaits:
         raise
     except EngineError as error:
@@ -256,8 +257,8 @@ def answer_steps(
     except UserError as error:  # its message must not reveal where the medium is stored on this machine
         text = " ".join(str(error).split())
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None
-    processor, num_tokens = chat.processor, ids.shape[1]
-    text = str(processor.tokenizer.decode(ids[0], skip_special_tokens=True))
-    ended = processor.eos_token_id in ids[0, -1:].tolist() or processor.end_sym in text
+    processor, num_tokens = chat.processor, len(ids)
+    text = str(processor.tokenizer.decode(ids, skip_special_tokens=True))
+    ended = processor.eos_token_id in ids[-1:] or processor.end_sym in text
     reason = "length" if num_tokens >= asked.decoding.max_new_tokens and not ended else "stop"
     yield Finished(processor.clean(text), reason, prepared.length, num_tokens, prepared.cut.total)
