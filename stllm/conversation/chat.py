@@ -426,6 +426,20 @@ def chosen_checkpoint(args: argparse.Namespace) -> str | Path:
     return args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
 
 
+def load_chosen(args: argparse.Namespace, checkpoint: str | Path) -> Chat:
+    """Load the checkpoint of a command with the options of `add_model`. Raises UserError."""
+    return load_chat(
+        checkpoint,
+        cfg_path=args.cfg_path,
+        options=args.options,
+        device=args.device,
+        dtype=args.dtype,
+        num_frames=args.num_frames,
+        context=args.context,
+        engine=args.engine,
+    )
+
+
 def default_checkpoint() -> Path:
     """Return the embedded model's folder. Raises UserError where this installation has none."""
     if not (FOLDER / "config.json").is_file():

@@ -7,6 +7,7 @@ used: as of 5.24 it takes token ids, not embeddings. A listener gets its own ans
 leave while the others go on. Letters: B questions, A new tokens.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -46,7 +47,7 @@ class Batches:
         self._waiting: list[_Row] = []
         self._runs = False  # whether a thread answers
         self._lock = Condition()  # notified when a question arrives
-        self._last: tuple[float, int] = 0.0, 0  # generation: its seconds, and the questions in it or waiting at its end
+        self._last: tuple[float, int] = 0.0, 0  # generation: its seconds, and the clients in it or waiting
 
     def complete(self, prepared: Sequence[Prepared], decoding: Decoding, stop: Event) -> list[list[int]]:
         """Return the new ids of each; once `stop` is set, those so far (of several beams none). Raises UserError."""
@@ -126,8 +127,9 @@ class Batches:
         while rows := self._next():
             start = time.perf_counter()
             self._answer(rows)
-            with self._lock:
-                self._last = time.perf_counter() - start, len(rows) + len(self._waiting)
+            with self._lock:  # whoever came after the first of them had its answer may be the same client again
+                first = min(row.done_at for row in rows)
+                self._last = time.perf_counter() - start, len(rows) + sum(row.came_at < first for row in self._waiting)
 
     def _next(self) -> "list[_Row]":
         """Take the first question that waits, and the others with its settings, as far as there is room."""
@@ -198,7 +200,7 @@ class _Row:
         self.prepared, self.decoding = prepared, decoding
         self.news: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         self.left = False  # whether nobody listens any more
-        self.is_done = False  # whether its listener has all news
+        self.came_at, self.done_at = time.perf_counter(), math.inf
         self.is_alone = False  # in its generation
         self.ended = Event()  # set when its generation no longer writes for it
         self._ids: list[int] = []
@@ -207,6 +209,11 @@ class _Row:
     def is_wanted(self) -> bool:
         """Check whether anybody still waits for the rest of the answer."""
         return not (self.is_done or self.left or self._stop.is_set())
+
+    @property
+    def is_done(self) -> bool:
+        """Check whether the listener has all news."""
+        return self.done_at < math.inf
 
     def hear(self, token: int) -> None:
         """Take the next token. A stream's listener gets it at once, others need not wake up before the whole answer."""
@@ -222,7 +229,7 @@ class _Row:
         """Tell the listener that this was all. A second call does nothing."""
         if self.is_done:
             return
-        self.is_done = True
+        self.done_at = time.perf_counter()
         if not self._streams:
             self.news.put(self._ids)
         self.news.put(error)

@@ -76,8 +76,9 @@ class Server:
 
     async def completions(self, request: Request, sent: ExitStack) -> Response:
         """Answer a chat completion request, whole or as a stream. sent: closed after the response."""
+        address = request.client and request.client.host
         try:
-            self.jobs.check_room()
+            self.jobs.check_room(address)
         except BusyError:
             await self.bodies.read(request, keep=False)  # so that the client reads the refusal
             raise
@@ -94,7 +95,7 @@ class Server:
             with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
                 loop.call_soon_threadsafe(news.put_nowait, item)
 
-        job: Job[Step] = self.jobs.admit(tell)  # not before, so that slow senders hold no places
+        job: Job[Step] = self.jobs.admit(tell, address)  # not before, so that slow senders hold no places
         sent.callback(job.give_up)
         asked = await anyio.to_thread.run_sync(self._begin, body, job)
         del body
@@ -250,10 +251,8 @@ def answer_steps(
                 ids = (yield from pieces)[0].tolist()
         else:
             ids = chat.ids([prepared], asked.decoding, stop)[0]
-    except NobodyWaits:
+    except (NobodyWaits, EngineError):
         raise
-    except EngineError as error:
-        raise ApiError(503, " ".join(str(error).split())) from None
     except UserError as error:  # its message must not reveal where the medium is stored on this machine
         text = " ".join(str(error).split())
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None

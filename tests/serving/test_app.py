@@ -259,7 +259,7 @@ def test_an_unexpected_failure_says_nothing_of_the_machine(client, chat: Chat, c
         assert str(clips[0].parent) not in str(caught.value)
         assert "a request failed" in caplog.text
         patch.setattr(chat, "prepare", lambda *_: (_ for _ in ()).throw(MemoryError()))
-        with pytest.raises(openai.InternalServerError, match="not enough memory"):
+        with pytest.raises(openai.InternalServerError, match="not enough memory for this: send a smaller num_frames"):
             complete(client, user("what", clips[0].name))
     assert complete(client, user("what", clips[0].name)).choices
 
