@@ -336,6 +336,20 @@ def test_one_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
     assert answered == ["first", "third"]
 
 
+def test_one_client_that_takes_all_places_leaves_one_for_another(chat: Chat) -> None:
+    server = Server(chat, MODEL, limits=replace(LIMITS, waiting=3))
+    with serving(server) as address, ThreadPoolExecutor(5) as threads:
+        other = client_of(address).with_options(default_headers={"X-Forwarded-For": "192.0.2.1"})
+        with chat.lock:
+            replies = [threads.submit(complete, client_of(address), user(QUESTIONS[0])) for _ in range(4)]
+            wait_until(lambda: server.jobs.num_inside == 4)
+            with pytest.raises(openai.InternalServerError, match="all 4 places are taken"):
+                complete(client_of(address), user(QUESTIONS[0]))
+            replies.append(threads.submit(complete, other, user(QUESTIONS[0])))
+            wait_until(lambda: server.jobs.num_inside == 5)
+        assert all(reply.result().choices for reply in replies)
+
+
 def test_questions_that_wait_are_answered_together(clips: list[Path]) -> None:
     chat = new_chat()
     server, sizes = Server(chat, MODEL, media_root=clips[0].parent, limits=LIMITS), []
