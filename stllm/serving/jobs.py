@@ -96,8 +96,9 @@ class Jobs:
 
         One that has no other request here finds a place when others have taken all of them.
         """
-        is_new = client is not None and all(job.client != client for job in self._inside)
-        return len(self._inside) < self.places + (self.places // EXTRA if is_new else 0)
+        inside = list(self._inside)  # other threads change it
+        is_new = client is not None and all(job.client != client for job in inside)
+        return len(inside) < self.places + (self.places // EXTRA if is_new else 0)
 
     @property
     def num_inside(self) -> int:
