@@ -102,7 +102,7 @@ def main() -> None:
     """Measures, prints and writes."""
     args = arguments(__doc__ or "", engine=True)
     sizes = {SHORT: 48, LONG: 16} if args.quick else {SHORT: 192, LONG: 96}
-    rounds = 1 if args.quick else 2
+    rounds = 1 if args.quick else 4
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folders = {SHORT: FOLDER, LONG: Path(temporary) / "endless"}
