@@ -21,8 +21,8 @@ from stllm.common.distributed import one_a_core
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media
+from stllm.evaluation.asking import Asker
 from stllm.evaluation.benchmarks.base import Item
-from stllm.evaluation.engine import Engine
 from tests.helpers.benchmarks import asking
 from tests.helpers.videos import write_video
 
@@ -49,9 +49,9 @@ def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]
     start = time.perf_counter()
     alone = {item.id: chat.answer(loaded.requests(item, chat.processor.template), DECODING)[0].text for item in sample}
     slow = (time.perf_counter() - start) / len(sample)
-    engine = Engine(chat, loaded, decoding=DECODING, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
+    asker = Asker(chat, loaded, decoding=DECODING, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
     start = time.perf_counter()
-    ours = {record["id"]: record["prediction"] for record in engine.records(items)}
+    ours = {record["id"]: record["prediction"] for record in asker.records(items)}
     fast = (time.perf_counter() - start) / len(items)
     equal = f"{sum(ours[id_] == text for id_, text in alone.items())}/{len(alone)}"
     columns = ("set", "", "questions", "samples/s", "speed-up", "equal answers")
@@ -63,9 +63,9 @@ def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]
 def memory(chat: Chat, items: Sequence[Item]) -> list[float]:
     """MiB that this process holds after each quarter of the items. A first pass has grown what grows once."""
     short = replace(DECODING, max_new_tokens=1)  # what is held, not for how long, is looked at
-    engine = Engine(chat, asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
+    asker = Asker(chat, asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
     held = []
-    for number, _ in enumerate(engine.records(items), start=1):
+    for number, _ in enumerate(asker.records(items), start=1):
         if number % (len(items) // 4) == 0:
             held.append(resident_bytes("VmRSS") / 2**20)
     return held

@@ -10,6 +10,8 @@ while it waits, so that the other rows of such a run are slower.
     python -m benchmarks.serve [--quick] [--engine URL]
 """
 
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -39,6 +41,13 @@ HEAD = "language_model.lm_head.weight"
 SERVER = "import sys; from stllm.conversation import streaming; {limit}; from stllm.cli import main; main(sys.argv[1:])"
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU seconds of a process so far, from /proc; 0 without it."""
+    stat = Path(f"/proc/{pid}/stat")
+    fields = stat.read_text().rpartition(")")[2].split() if stat.exists() else ["0"] * 13
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def write_endless(folder: Path) -> None:
     """Writes the tiny model with an output head of which one token has a score, and all others 0."""
     shutil.copytree(FOLDER, folder)
@@ -63,13 +72,13 @@ class Running:
         reply = client.post(f"{self.url}/chat/completions", json=body).raise_for_status()
         return str(reply.json()["choices"][0]["message"]["content"])
 
-    def answer(self, questions: Sequence[tuple[str, str]], num_clients: int) -> tuple[float, list[str]]:
-        """Seconds, and the answers to the questions, by so many clients at once."""
+    def answer(self, questions: Sequence[tuple[str, str]], num_clients: int) -> tuple[float, float, list[str]]:
+        """Seconds, the server's CPU seconds, and the answers to the questions, by so many clients at once."""
         limits = httpx.Limits(max_connections=num_clients, max_keepalive_connections=num_clients)
         with httpx.Client(timeout=600, limits=limits) as client, ThreadPoolExecutor(num_clients) as threads:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds(self.pid)
             answers = list(threads.map(partial(self.ask, client), questions))
-            return time.perf_counter() - start, answers
+            return time.perf_counter() - start, cpu_seconds(self.pid) - cpu, answers
 
 
 @contextmanager
@@ -95,7 +104,6 @@ def main() -> None:
     sizes = {SHORT: 48, LONG: 16} if args.quick else {SHORT: 192, LONG: 96}
     rounds = 1 if args.quick else 4
     rows: list[dict[str, Any]] = []
-    peaks: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folders = {SHORT: FOLDER, LONG: Path(temporary) / "endless"}
         write_endless(folders[LONG])
@@ -107,6 +115,8 @@ def main() -> None:
             }
             questions = list(islice(cycle(texts), sizes[length]))
             best: dict[tuple[int, str], float] = {}
+            cpu: dict[tuple[int, str], float] = {}
+            peak: dict[tuple[int, str], int] = {}  # memory so far
             equal: dict[tuple[int, str], bool] = {}
             with ExitStack() as stack:
                 start = partial(server, folder, device=args.device)
@@ -119,12 +129,13 @@ def main() -> None:
                     asked = questions if num_clients > 1 else questions[: len(questions) // 4]
                     for _ in range(rounds):  # in turns, so that a slow minute of the machine meets them all
                         for name, running in servers.items():
-                            seconds, answers = running.answer(asked, num_clients)
+                            seconds, worked, answers = running.answer(asked, num_clients)
                             place = num_clients, name
                             best[place] = max(best.get(place, 0.0), len(asked) / seconds)
+                            cpu[place] = min(cpu.get(place, math.inf), worked / len(asked))
+                            peak[place] = resident_bytes("VmHWM", running.pid) >> 20
                             right = answers == [texts[question] for question in asked]
                             equal[place] = equal.get(place, True) and right
-                peaks[length] = {name: resident_bytes("VmHWM", one.pid) >> 20 for name, one in servers.items()}
             rows += [
                 {
                     "answers": length,
@@ -133,6 +144,8 @@ def main() -> None:
                     "equal": "yes" if equal[num_clients, name] else "no",
                     "answers/s": rate,
                     "speed-up": rate / best[num_clients, ONE],
+                    "server CPU ms": 1000 * cpu[num_clients, name],
+                    "server MiB": peak[num_clients, name],
                 }
                 for (num_clients, name), rate in best.items()
             ]
@@ -142,7 +155,6 @@ def main() -> None:
         rows,
         {"questions": sizes, "rounds": rounds, "model": FOLDER.name},
         args.output_dir,
-        {"peak memory of the server in MiB": peaks},
     )
 
 

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UserError.
     """
-    from stllm.conversation.chat import FOLDER, chosen_checkpoint, load_chat
+    from stllm.conversation.chat import FOLDER, chosen_checkpoint, load_chosen
     from stllm.conversation.decoding import Decoding
 
     checkpoint = chosen_checkpoint(args)
@@ -82,14 +82,7 @@ def run(args: argparse.Namespace) -> int:
     media = None if given is None else _media(given, args, start=args.start, end=args.end)
     Decoding().with_options(**_decoding_options(args))  # a contradiction shows before the model is loaded
     with working("loading the model"):
-        chat = load_chat(
-            checkpoint,
-            cfg_path=args.cfg_path,
-            options=args.options,
-            device=args.device,
-            dtype=args.dtype,
-            engine=args.engine,
-        )
+        chat = load_chosen(args, checkpoint)
     conversation = _begin(chat, args, media)
     if not args.question:
         nothing_named = checkpoint == FOLDER and media is None and args.evidence is None

@@ -14,7 +14,7 @@ def add_options(parser: Parser) -> None:
     add_address(parser, port=7860)
     limits = parser.add_argument_group("limits of one user")
     limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help="of an upload (default: 256)")
-    add_reading_limits(limits, shortest=1, waiting=32, fewest=1)
+    add_reading_limits(limits, shortest=1, waiting=32)
 
 
 def run(args: argparse.Namespace) -> int:

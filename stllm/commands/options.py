@@ -150,15 +150,15 @@ def add_address(parser: Parser, *, port: int) -> None:
     parser.add_argument("--port", type=whole(0, 65535), default=port, metavar="N", help=words)
 
 
-def add_reading_limits(limits: Container, *, shortest: int, waiting: int, fewest: int) -> None:
-    """Add the limits of reading and waiting to a command that listens. shortest, fewest: the smallest values taken."""
+def add_reading_limits(limits: Container, *, shortest: int, waiting: int) -> None:
+    """Add the limits of reading and waiting to a command that listens. shortest: the smallest --max-seconds."""
     numbers: dict[str, Any] = {"default": 1800.0, "metavar": "SECONDS"}
     limits.add_argument("--max-seconds", type=number(shortest), help="of a video (default: 1800)", **numbers)
     numbers["default"] = 60.0
     words = "for decoding a video or image (default: 60)"
     limits.add_argument("--max-read-seconds", type=number(1), help=words, **numbers)
-    words = f"requests that may wait (default: {waiting})"
-    limits.add_argument("--queue-size", type=whole(fewest), default=waiting, metavar="N", help=words)
+    words = f"requests that may wait; 0: one request at a time (default: {waiting})"
+    limits.add_argument("--queue-size", type=whole(0), default=waiting, metavar="N", help=words)
 
 
 def add_allow_pipe(parser: Parser) -> None:

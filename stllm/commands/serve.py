@@ -23,7 +23,7 @@ def add_options(parser: Parser) -> None:
     limits.add_argument(
         "--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of the longest answer (default: 1024)"
     )
-    add_reading_limits(limits, shortest=0, waiting=16, fewest=0)
+    add_reading_limits(limits, shortest=0, waiting=16)
 
 
 def run(args: argparse.Namespace) -> int:

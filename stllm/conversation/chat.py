@@ -31,6 +31,7 @@ from stllm.conversation.requests import (
     Request,
     Seen,
     Stamp,
+    Together,
     num_positions,
 )
 from stllm.media.clip import Clip
@@ -83,6 +84,7 @@ class Chat:
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[Stamp, tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
         self.lock = Lock()  # one generation at a time
+        self._question_tokens: Together[tuple[str, Tensor], Tensor] = Together(self._tokens_of)
         self._warned = False  # whether a prompt beyond the positions was warned about
 
     @cached_property
@@ -226,12 +228,30 @@ class Chat:
         encode = seen.seconds["encode"] + time.perf_counter() - start
         return replace(prepared, seconds={**seen.seconds, "encode": encode})
 
-    @torch.inference_mode()
     def frame_tokens(self, request: Request, seen: Seen) -> Tensor:
-        """Compute each frame's tokens for the question, (1, T, K, D), before the video input."""
-        texts = self.processor.qformer_inputs([self.processor.template.text(request.turns[-1])])
-        texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
-        return self.model.frame_tokens(seen.encoded.to(self.model.device), **texts)
+        """Compute each frame's tokens for the question, (1, T, K, D), before the video input.
+
+        Questions of several threads go through the Q-Former together.
+        """
+        if not self.model.config.qformer_text_input:
+            return seen.encoded.to(self.model.device)
+        return self._question_tokens((self.processor.template.text(request.turns[-1]), seen.encoded))
+
+    @torch.inference_mode()
+    def _tokens_of(self, asked: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+        """Compute `frame_tokens` of texts and encoded clips; as many in one pass as a long clip has frames."""
+        found: dict[int, Tensor] = {}
+        shapes = {encoded.shape for _, encoded in asked}
+        for shape in shapes:
+            same = [number for number, (_, encoded) in enumerate(asked) if encoded.shape == shape]
+            count = max(1, LONG_CLIP_FRAMES // shape[1])
+            for first in range(0, len(same), count):
+                numbers = same[first : first + count]
+                texts = self.processor.qformer_inputs([asked[number][0] for number in numbers])
+                texts = {name: tensor.to(self.model.device) for name, tensor in texts.items()}
+                encoded = torch.cat([asked[number][1].to(self.model.device) for number in numbers])
+                found.update(zip(numbers, self.model.frame_tokens(encoded, **texts).split(1), strict=True))
+        return [found[number] for number in range(len(asked))]
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
@@ -245,16 +265,19 @@ class Chat:
         """
         if not prepared:
             return []
-        start, decoding = time.perf_counter(), decoding or self.decoding
-        if self.engine is not None:
-            embeds = [self.embeds(one) for one in prepared]
-            rows: Any = self.engine.complete(embeds, decoding, self.processor.stopping(), stop)
-        elif stop is not None:
-            rows = self.batches.complete(prepared, decoding, stop)
-        else:
-            rows = self._generate(prepared, decoding)
+        start = time.perf_counter()
+        rows = self.ids(prepared, decoding or self.decoding, stop)
         seconds = (time.perf_counter() - start) / len(prepared)
         return [self.answer_of(one, row, seconds) for one, row in zip(prepared, rows, strict=True)]
+
+    def ids(self, prepared: Sequence[Prepared], decoding: Decoding, stop: Event | None = None) -> list[list[int]]:
+        """Return the new ids of prepared requests; `stop` as for `complete`."""
+        if self.engine is not None:
+            embeds = [self.embeds(one) for one in prepared]
+            return self.engine.complete(embeds, decoding, self.processor.stopping(), stop)
+        if stop is not None:
+            return self.batches.complete(prepared, decoding, stop)
+        return self._generate(prepared, decoding).tolist()
 
     def answer_of(self, prepared: Prepared, ids: list[int] | Tensor, seconds: float) -> Answer:
         """Return the answer that these new ids are. seconds: of generation."""
@@ -401,6 +424,20 @@ def default_num_frames(config: STLLMConfig) -> int:
 def chosen_checkpoint(args: argparse.Namespace) -> str | Path:
     """Return the checkpoint of a command with --ckpt-path, --cfg-path and --options. Raises UserError."""
     return args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
+
+
+def load_chosen(args: argparse.Namespace, checkpoint: str | Path) -> Chat:
+    """Load the checkpoint of a command with the options of `add_model`. Raises UserError."""
+    return load_chat(
+        checkpoint,
+        cfg_path=args.cfg_path,
+        options=args.options,
+        device=args.device,
+        dtype=args.dtype,
+        num_frames=args.num_frames,
+        context=args.context,
+        engine=args.engine,
+    )
 
 
 def default_checkpoint() -> Path:

@@ -39,6 +39,7 @@ API_KEY = "VLLM_API_KEY"  # the environment variable that `vllm serve` reads, to
 NUM_PROBES = 8  # tokens of the prompt that compares the models
 TOLERANCE = 0.25  # nats; bfloat16 against float32 differs by less, another model by more
 FIND_SECONDS = 10.0  # for the list of models, which waits for no other request
+EVENTS_WITHOUT_TOKENS = 16  # of a stream: its end, and what other servers send besides
 MAX_REPLY = 64 << 20  # bytes of a reply that is no stream
 FAILURES = (openai.OpenAIError, httpx.HTTPError)  # what a request can raise
 MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # what reading a reply of another form raises
@@ -207,6 +208,7 @@ class RemoteLanguageModel:
         async def ask() -> None:
             reason: str | None = None
             event: Any = None
+            num_events = 0
             try:
                 async with self._places:
                     kind = openai.AsyncStream[Any]
@@ -214,6 +216,9 @@ class RemoteLanguageModel:
                     async for event in await self._client.post(
                         "/completions", cast_to=object, body=streamed, stream=True, stream_cls=kind
                     ):
+                        num_events += 1
+                        if num_events > decoding.max_new_tokens + EVENTS_WITHOUT_TOKENS:
+                            raise ValueError
                         for choice in event["choices"]:
                             ids.extend(self._ids(choice, decoding.max_new_tokens - len(ids)))
                             pieces.put(_text(choice["text"]))

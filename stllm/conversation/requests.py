@@ -12,11 +12,13 @@ A prompt is refused in two cases: its last question, which is never cut, is too 
 exceeds positions from a table under `all`.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from queue import SimpleQueue
 from threading import Lock
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cachetools import LRUCache
 from torch import Tensor
@@ -29,6 +31,9 @@ from stllm.processors.templates import VISUAL, Turn
 from stllm.processors.transforms import FrameTransform
 
 __all__ = ["Answer", "ClipReader", "FeatureCache", "Media", "Prepared", "Request", "RequestError", "Seen", "Stamp"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 NO_TIME = {"read": 0.0, "encode": 0.0}  # seconds by stage
 PUBLISHED_LENGTH = 2000  # of the prompt and the new tokens together
@@ -125,6 +130,42 @@ class FeatureCache:
         with self._lock, suppress(ValueError):  # larger than the cache
             self._kept.pop(key, None)
             self._kept[key] = tensor
+
+
+class Together(Generic[T, R]):
+    """A function of several items, called for one item by each of several threads.
+
+    One call runs at a time; items that come while it runs are taken together by the next one. If that fails, each item
+    is tried alone, so that an error reaches only its own caller.
+    """
+
+    def __init__(self, work: Callable[[Sequence[T]], Sequence[R]]) -> None:
+        self._work = work
+        self._waiting: SimpleQueue[tuple[T, Future[R]]] = SimpleQueue()
+        self._turn = Lock()
+
+    def __call__(self, item: T) -> R:
+        """Return the item's result. Raises what the function raises for it."""
+        future: Future[R] = Future()
+        self._waiting.put((item, future))
+        with self._turn:
+            if not future.done():
+                self._run([self._waiting.get() for _ in range(self._waiting.qsize())])
+        return future.result()
+
+    def _run(self, taken: Sequence[tuple[T, "Future[R]"]]) -> None:
+        try:
+            results = self._work([item for item, _ in taken])
+        except Exception as error:
+            if len(taken) == 1:
+                taken[0][1].set_exception(error)
+                return
+        else:
+            for (_, future), result in zip(taken, results, strict=True):
+                future.set_result(result)
+            return
+        for one in taken:  # the error, which may hold memory, is gone here
+            self._run([one])
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """Answers as they are written: questions that wait together are answered in one generation, each with its listener.
 
 A generation begins at once when none is running. Questions that arrive while it runs are answered together in the next
-one, as far as they have the same settings. transformers' continuous batching is not used: as of 5.24 it takes token
-ids, not embeddings. A listener hears the tokens of its own answer, without the end mark and outer spaces, and may leave
-while the others go on. Letters: B questions, A new tokens.
+one, as far as they have the same settings. After a generation of several questions, the next one waits a moment for
+those whose answers have just been sent, as their clients often ask again. transformers' continuous batching is not
+used: as of 5.24 it takes token ids, not embeddings. A listener gets its own answer, whole or token by token, and may
+leave while the others go on. Letters: B questions, A new tokens.
 """
 
+import math
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from queue import Empty, SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Condition, Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +29,9 @@ T = TypeVar("T")
 
 MAX_ROWS = 16  # sequences in one generation, questions times beams; chosen here: of a 7B model, 8 GB of keys and values
 TICK = 0.1  # seconds between two looks at whether anybody still waits for the answer
+# The wait for clients that ask again: this part of the seconds of the generation before, and at most so many seconds.
+# Chosen here.
+PAUSE_PART, PAUSE = 0.5, 0.05
 
 
 class Batches:
@@ -40,11 +46,12 @@ class Batches:
         self._generate, self._processor, self._dtype = generate, processor, dtype
         self._waiting: list[_Row] = []
         self._runs = False  # whether a thread answers
-        self._lock = Lock()
+        self._lock = Condition()  # notified when a question arrives
+        self._last: tuple[float, int] = 0.0, 0  # generation: its seconds, and the clients in it or waiting
 
     def complete(self, prepared: Sequence[Prepared], decoding: Decoding, stop: Event) -> list[list[int]]:
         """Return the new ids of each; once `stop` is set, those so far (of several beams none). Raises UserError."""
-        rows = [_Row(one, decoding, stop) for one in prepared]
+        rows = [_Row(one, decoding, stop, self._is_whole) for one in prepared]
         try:
             self._begin(rows)
             return [list(self._tokens(row)) for row in rows]
@@ -57,7 +64,8 @@ class Batches:
 
         Returns when the answer has ended, even if others in its generation go on. Raises UserError.
         """
-        row, text, ids = _Row(prepared, decoding, stop), _Text(self._processor), []
+        row = _Row(prepared, decoding, stop, self._is_whole, streams=True)
+        text, ids = _Text(self._processor), []
         try:
             self._begin([row])
             for token in self._tokens(row):
@@ -73,38 +81,38 @@ class Batches:
     def _begin(self, rows: "Sequence[_Row]") -> None:
         with self._lock:
             self._waiting += rows
+            self._lock.notify_all()
             begins, self._runs = not self._runs, True
         if begins:
             Thread(target=self._work, name="answers", daemon=True).start()
 
     def _tokens(self, row: "_Row") -> Iterator[int]:
         """Yield the row's tokens up to the end of its answer, as `generate` yields them for it alone."""
-        ids: list[int] = []
-        eos, mark = self._processor.eos_token_id, self._processor.end_sym
         while True:
             try:
-                token = row.news.get(timeout=TICK)
+                news = row.news.get(timeout=TICK)
             except Empty:
                 if not row.is_wanted():
                     self._forget(row)
                 continue
-            if token is None:
+            if news is None:
                 return
-            if isinstance(token, BaseException):
-                raise token
-            ids.append(token)
-            yield token
-            # Each token but a few special ones has a character at least, so these hold the whole mark.
-            tail = self._processor.tokenizer.decode(ids[-len(mark) - 2 :])
-            if token == eos or mark in tail or len(ids) == row.decoding.max_new_tokens:
-                row.has_answer = True
-                return
+            if isinstance(news, BaseException):
+                raise news
+            yield from news
+
+    def _is_whole(self, ids: list[int], decoding: Decoding) -> bool:
+        """Check whether the last of these ids ends the answer."""
+        mark = self._processor.end_sym
+        # Each token but a few special ones has a character at least, so these hold the whole mark.
+        tail = self._processor.tokenizer.decode(ids[-len(mark) - 2 :])
+        return ids[-1] == self._processor.eos_token_id or mark in tail or len(ids) == decoding.max_new_tokens
 
     def _leave(self, row: "_Row") -> None:
         """Stop listening: drop the row, and wait until the model no longer writes for it."""
         row.left = True
         self._forget(row)
-        if row.is_alone or not row.has_answer:
+        if row.is_alone or not row.is_done:
             row.ended.wait()
 
     def _forget(self, row: "_Row") -> None:
@@ -117,13 +125,22 @@ class Batches:
 
     def _work(self) -> None:
         while rows := self._next():
+            start = time.perf_counter()
             self._answer(rows)
+            with self._lock:  # whoever came after the first of them had its answer may be the same client again
+                first = min(row.done_at for row in rows)
+                self._last = time.perf_counter() - start, len(rows) + sum(row.came_at < first for row in self._waiting)
 
     def _next(self) -> "list[_Row]":
         """Take the first question that waits, and the others with its settings, as far as there is room."""
         with self._lock:
+            seconds, before = self._last
+            if before > 1:
+                self._lock.wait_for(
+                    lambda: len(self._waiting) >= min(before, self.max_rows), min(PAUSE, PAUSE_PART * seconds)
+                )
             if not self._waiting:
-                self._runs = False
+                self._runs, self._last = False, (0.0, 0)
                 return []
             decoding = self._waiting[0].decoding
             count = max(1, self.max_rows // decoding.num_beams)
@@ -148,7 +165,7 @@ class Batches:
             if decoding.num_beams > 1:
                 for row, answer in zip(rows, ids.tolist(), strict=True):
                     for token in answer:
-                        row.news.put(token)
+                        row.hear(token)
             for row in rows:
                 row.end()
             return
@@ -166,24 +183,60 @@ class Batches:
 
 
 class _Row:
-    """A question in a batch. news: the ids of its answer, None or an error after the last one."""
+    """A question in a batch. news: parts of its answer's ids, then None or an error.
 
-    def __init__(self, prepared: Prepared, decoding: Decoding, stop: Event) -> None:
+    is_whole: checks whether these ids are the whole answer. streams: whether each token is news at once.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        decoding: Decoding,
+        stop: Event,
+        is_whole: Callable[[list[int], Decoding], bool],
+        *,
+        streams: bool = False,
+    ) -> None:
         self.prepared, self.decoding = prepared, decoding
-        self.news: SimpleQueue[int | BaseException | None] = SimpleQueue()
+        self.news: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
         self.left = False  # whether nobody listens any more
-        self.has_answer = False  # whether the whole answer was heard
+        self.came_at, self.done_at = time.perf_counter(), math.inf
         self.is_alone = False  # in its generation
-        self.ended = Event()  # set when no more news come
-        self._stop = stop
+        self.ended = Event()  # set when its generation no longer writes for it
+        self._ids: list[int] = []
+        self._stop, self._is_whole, self._streams = stop, is_whole, streams
 
     def is_wanted(self) -> bool:
         """Check whether anybody still waits for the rest of the answer."""
-        return not self.left and not self._stop.is_set()
+        return not (self.is_done or self.left or self._stop.is_set())
+
+    @property
+    def is_done(self) -> bool:
+        """Check whether the listener has all news."""
+        return self.done_at < math.inf
+
+    def hear(self, token: int) -> None:
+        """Take the next token. A stream's listener gets it at once, others need not wake up before the whole answer."""
+        if self.is_done:
+            return
+        self._ids.append(token)
+        if self._streams:
+            self.news.put([token])
+        if self._is_whole(self._ids, self.decoding):
+            self.finish()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Tell the listener that this was all. A second call does nothing."""
+        if self.is_done:
+            return
+        self.done_at = time.perf_counter()
+        if not self._streams:
+            self.news.put(self._ids)
+        self.news.put(error)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Tell the listener that this was all."""
-        self.news.put(error)
+        """Finish, and note that nothing more is written for this question."""
+        self.finish(error)
         self.ended.set()
 
 
@@ -199,7 +252,10 @@ class _Teller(BaseStreamer):
         if value.numel():
             self.has_told = True
             for row, token, is_bad in zip(self.rows, value.tolist(), self.watch.found(len(value)), strict=True):
-                row.news.put(self.watch.error if is_bad else token)
+                if is_bad:
+                    row.finish(self.watch.error)
+                else:
+                    row.hear(token)
 
     def end(self) -> None:
         """Do nothing: the rows end with their generation."""

@@ -30,8 +30,8 @@ from stllm.common.jsonl import Appender, line_of, naming_full_disk, read_records
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
+from stllm.evaluation.asking import Asker, head, share
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
-from stllm.evaluation.engine import Engine, head, share
 from stllm.evaluation.results import Outcome
 from stllm.models.checkpoints.formats import Source, weight_files
 from stllm.models.checkpoints.infer_config import Opened
@@ -158,7 +158,7 @@ class Runs:
 
     def _ask(self, files: "RecordFiles", loaded: Loaded, items: Sequence[Item]) -> None:
         """Ask this process's items, and write each record as soon as it is known."""
-        engine = Engine(
+        asker = Asker(
             self.chat,
             loaded,
             decoding=self.decoding,
@@ -170,7 +170,7 @@ class Runs:
         title = files.name if alone else f"{files.name} (1 of {world_size()} processes)"
         bar = tqdm(total=len(items), desc=title, unit="item", disable=None if is_main() else True)
         with Appender(files.path if alone else files.part(rank())) as lines, bar:
-            for record in engine.records(items):
+            for record in asker.records(items):
                 lines.add(record)
                 bar.update()
 

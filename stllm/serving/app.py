@@ -76,8 +76,9 @@ class Server:
 
     async def completions(self, request: Request, sent: ExitStack) -> Response:
         """Answer a chat completion request, whole or as a stream. sent: closed after the response."""
+        address = request.client and request.client.host
         try:
-            self.jobs.check_room()
+            self.jobs.check_room(address)
         except BusyError:
             await self.bodies.read(request, keep=False)  # so that the client reads the refusal
             raise
@@ -94,7 +95,7 @@ class Server:
             with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
                 loop.call_soon_threadsafe(news.put_nowait, item)
 
-        job: Job[Step] = self.jobs.admit(tell)  # not before, so that slow senders hold no places
+        job: Job[Step] = self.jobs.admit(tell, address)  # not before, so that slow senders hold no places
         sent.callback(job.give_up)
         asked = await anyio.to_thread.run_sync(self._begin, body, job)
         del body
@@ -236,28 +237,27 @@ def answer_steps(
     try:
         request.check()
         seen = None
-        if media is None or (seen := chat.recall(media)) is not None:
-            yield Stage.MODEL
-        else:
+        if media is not None and (seen := chat.recall(media)) is None:
             stamp = chat.stamp(media)
             yield Stage.READING
             clip = reading.read(partial(limits.read, chat.read, media), Path(media.path), stop)
             yield Stage.MODEL
             seen = chat.see(media, clip, stamp)
             del clip
-        prepared = chat.prepare(request, asked.decoding, seen)
         yield Stage.ANSWER
-        with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
-            ids = yield from pieces  # (1, A)
-    except NobodyWaits:
+        prepared = chat.prepare(request, asked.decoding, seen)
+        if asked.stream:
+            with closing(chat.stream_prepared(prepared, asked.decoding, stop)) as pieces:
+                ids = (yield from pieces)[0].tolist()
+        else:
+            ids = chat.ids([prepared], asked.decoding, stop)[0]
+    except (NobodyWaits, EngineError):
         raise
-    except EngineError as error:
-        raise ApiError(503, " ".join(str(error).split())) from None
     except UserError as error:  # its message must not reveal where the medium is stored on this machine
         text = " ".join(str(error).split())
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None
-    processor, num_tokens = chat.processor, ids.shape[1]
-    text = str(processor.tokenizer.decode(ids[0], skip_special_tokens=True))
-    ended = processor.eos_token_id in ids[0, -1:].tolist() or processor.end_sym in text
+    processor, num_tokens = chat.processor, len(ids)
+    text = str(processor.tokenizer.decode(ids, skip_special_tokens=True))
+    ended = processor.eos_token_id in ids[-1:] or processor.end_sym in text
     reason = "length" if num_tokens >= asked.decoding.max_new_tokens and not ended else "stop"
     yield Finished(processor.clean(text), reason, prepared.length, num_tokens, prepared.cut.total)

@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stllm.common.errors import UserError, out_of_memory, unknown_name
 from stllm.conversation.decoding import Decoding
+from stllm.conversation.requests import EngineError
 from stllm.media.reading import NobodyWaits
 from stllm.processors.templates import Turn
 from stllm.serving.jobs import BusyError, explain
 from stllm.serving.limits import ApiError, Limits
 
+NEED_LESS = "send a smaller num_frames or max_tokens, or shorter messages"
 MAX_MESSAGES, MAX_PARTS = 1000, 100  # chosen here
 PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NEUTRAL: dict[str, Any] = {  # taken with this value, or null
@@ -239,4 +241,5 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, BusyError):
         return ApiError(503, str(error), code="server_overloaded")
     code = "memory" if out_of_memory(error) else None
-    return ApiError(400 if isinstance(error, UserError) else 500, explain(error), code=code)
+    status = 503 if isinstance(error, EngineError) else 400 if isinstance(error, UserError) else 500
+    return ApiError(status, explain(error, NEED_LESS), code=code)

@@ -21,12 +21,14 @@ import anyio
 import torch
 
 from stllm.common.errors import UserError, out_of_memory
+from stllm.conversation.requests import EngineError
 from stllm.media.reading import ReadingPool
 from stllm.serving.limits import Limits
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+EXTRA = 4  # one place in addition to so many, for clients that have none; chosen here
 TICK = 0.5  # seconds without news after which a listening thread is asked whether it goes on
 
 
@@ -52,20 +54,30 @@ class End:
     error: BaseException | None = None
 
 
-def explain(error: Exception) -> str:
-    """Return the sentence for whoever asked; after a lack of memory, free the GPU's. A defect of ours is logged."""
+def explain(error: Exception, need_less: str = "take fewer frames or fewer beams, or ask a shorter question") -> str:
+    """Return the sentence for whoever asked; after a lack of memory, free the GPU's.
+
+    A defect of ours is logged, and a failure of the engine, whose address is not for everyone. need_less: in words,
+    what takes less memory.
+    """
+    if isinstance(error, EngineError):
+        logger.error("%s", error)
+        return "the engine, which writes the answers, failed, and this server's log says why: try again in a moment"
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if out_of_memory(error):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return "not enough memory for this: take fewer frames or fewer beams, or ask a shorter question"
+        return f"not enough memory for this: {need_less}"
     logger.error("a request failed", exc_info=error)
     return "the server failed on this request, and its log says why; it goes on with the next one"
 
 
 class Jobs:
-    """The queue. places: for requests at once, including the one being answered. reading: processes that read media."""
+    """The queue. places: for requests at once, including the one being answered. reading: processes that read media.
+
+    A few more places are for clients that have none, so that one client cannot shut out all others.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.places = 1 + limits.waiting
@@ -73,29 +85,41 @@ class Jobs:
         self.threads = {
             Stage.READING: ThreadPoolExecutor(self.reading.num_processes, thread_name_prefix="reading"),
             Stage.MODEL: ThreadPoolExecutor(1, thread_name_prefix="model"),
-            Stage.ANSWER: ThreadPoolExecutor(self.places, thread_name_prefix="answer"),
+            Stage.ANSWER: ThreadPoolExecutor(self.places + self.places // EXTRA, thread_name_prefix="answer"),
         }
         self._inside: set[Job] = set()
         self._lock = Lock()
         self._closed = False
+
+    def has_place(self, client: str | None) -> bool:
+        """Check whether a request of this client may enter; None: of nobody in particular.
+
+        One that has no other request here finds a place when others have taken all of them.
+        """
+        inside = list(self._inside)  # other threads change it
+        is_new = client is not None and all(job.client != client for job in inside)
+        return len(inside) < self.places + (self.places // EXTRA if is_new else 0)
 
     @property
     def num_inside(self) -> int:
         """Return the number of requests that wait, are read or are answered."""
         return len(self._inside)
 
-    def check_room(self) -> None:
-        """Raise BusyError when no place is free."""
+    def check_room(self, client: str | None = None) -> None:
+        """Raise BusyError when no place is free for this client."""
         if self._closed:
             raise BusyError("the server is ending: try again in a moment")
-        if len(self._inside) >= self.places:
+        if not self.has_place(client):
             raise BusyError(f"all {self.places} places are taken: try again in a moment")
 
-    def admit(self, tell: "Callable[[T | End], None]") -> "Job[T]":
-        """Take a place for one request. tell: gets its news, in any thread. Raises BusyError when none is free."""
+    def admit(self, tell: "Callable[[T | End], None]", client: str | None = None) -> "Job[T]":
+        """Take a place for one request. tell: gets its news, in any thread. client: its address.
+
+        Raises BusyError when no place is free.
+        """
         with self._lock:
-            self.check_room()
-            job: Job[T] = Job(self, tell)
+            self.check_room(client)
+            job: Job[T] = Job(self, tell, client)
             self._inside.add(job)
             return job
 
@@ -146,10 +170,11 @@ class Jobs:
 
 
 class Job(Generic[T]):
-    """One request with a place in the queue. resources: closed when it leaves."""
+    """One request with a place in the queue. resources: closed when it leaves. client: its address, if known."""
 
-    def __init__(self, jobs: Jobs, tell: Callable[[T | End], None]) -> None:
+    def __init__(self, jobs: Jobs, tell: Callable[[T | End], None], client: str | None = None) -> None:
         self.resources = ExitStack()
+        self.client = client
         self._jobs, self._tell = jobs, tell
         self._given_up = Event()
         self._steps: Generator[T | Stage, None, object] | None = None

@@ -27,7 +27,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stllm.common.errors import UserError
-from stllm.conversation.chat import Chat, chosen_checkpoint, load_chat
+from stllm.conversation.chat import Chat, chosen_checkpoint, load_chosen
 from stllm.serving.jobs import Jobs
 from stllm.serving.limits import Limits
 
@@ -81,16 +81,7 @@ def serve(
         jobs = Jobs(limits)
         started = Thread(target=jobs.reading.start, daemon=True)  # while the model is loaded
         started.start()
-        chat = load_chat(
-            checkpoint,
-            cfg_path=args.cfg_path,
-            options=args.options,
-            device=args.device,
-            dtype=args.dtype,
-            num_frames=args.num_frames,
-            context=args.context,
-            engine=args.engine,
-        )
+        chat = load_chosen(args, checkpoint)
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{name}:{listener.getsockname()[1]}"

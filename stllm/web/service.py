@@ -101,11 +101,11 @@ class Service:
         """
         turns, num_frames, decoding = self._checked(turns, controls)
         progress, film, see = yield from self._look(path, num_frames, known, stop)
+        yield Stage.ANSWER
         prepared = self.chat.prepare(Request(turns, film.media), decoding, see(FORWARD))
         note = str(prepared.cut) if prepared.cut.total else ""
         progress = progress.at("encode", prepared.seconds["encode"], prepared.num_visual, note=note).at("answer")
         yield progress
-        yield Stage.ANSWER
         start = time.perf_counter()
         for text in self._texts(prepared, decoding, stop):
             progress = progress.at("answer", count=self._num_tokens(text), text=text)

@@ -24,7 +24,7 @@ from tests.helpers.serving import Endless
 chat = new_chat("minigpt4")
 chat.model.language_model.get_decoder().register_forward_pre_hook(lambda *_: print("answering", flush=True))
 endless = Endless(chat, seconds=30)
-listening.load_chat = lambda *_, **__: chat
+listening.load_chosen = lambda *_, **__: chat
 from stllm.cli import main
 sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0", "--queue-size", "2"]))
 """
@@ -141,9 +141,9 @@ def load(*_, **__):
     Dropped()
     return chat
 """
-    usual = "listening.load_chat = lambda *_, **__: chat"
+    usual = "listening.load_chosen = lambda *_, **__: chat"
     assert usual in SERVER
-    process = run(SERVER.replace(usual, f"{code}listening.load_chat = load"), tmp_path)
+    process = run(SERVER.replace(usual, f"{code}listening.load_chosen = load"), tmp_path)
     _, messages = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in messages  # Python's note that it was passed over
     assert process.returncode == 130

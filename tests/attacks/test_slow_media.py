@@ -33,7 +33,7 @@ import sys
 from stllm.serving import listening
 from tests.conversation.test_chat import new_chat
 
-listening.load_chat = lambda *_, **__: new_chat("minigpt4")
+listening.load_chosen = lambda *_, **__: new_chat("minigpt4")
 from stllm.cli import main
 sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0"]))
 """

@@ -185,6 +185,8 @@ def test_the_other_commands_take_their_options(ran) -> None:
     assert ran.args.long
     assert main(["serve", "--ckpt-path", "d", "--port", "0", "--media-root", "m", "--queue-size", "0"]) == 0
     assert (ran.args.host, ran.args.port, ran.args.media_root, ran.args.queue_size) == ("127.0.0.1", 0, "m", 0)
+    assert main(["demo", "--ckpt-path", "d", "--queue-size", "0"]) == 0
+    assert ran.args.queue_size == 0
 
 
 def test_published_spellings(ran, monkeypatch) -> None:

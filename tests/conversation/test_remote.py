@@ -291,6 +291,8 @@ LIKELY = {"logprobs": {"top_logprobs": [{"a": float("nan")}]}}
         (3, streamed({"choices": [choice()]}, "{no"), FORM),
         *((3, streamed({"choices": [choice(**{name: None})]}), FORM) for name in ("text", "token_ids")),
         (3, streamed({"choices": None}), FORM),
+        (3, streamed(*[{"choices": [choice(token_ids=[])]}] * 400), FORM),  # of 300 tokens at most
+        (3, streamed(*[{"choices": []}] * 400), FORM),
     ],
 )
 def test_a_reply_that_is_none_is_one_sentence_of_ours(tiny, capsys, monkeypatch, before, reply, message):

@@ -1,6 +1,9 @@
-"""Requests: a medium's part and its stamp, a question that is text; the bounded cache of encoded videos."""
+"""Requests: a medium's part and its stamp, a question that is text; the cache of encoded videos; calls together."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -8,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stllm.common.errors import UserError
-from stllm.conversation.requests import FeatureCache, Media, Request
+from stllm.conversation.requests import FeatureCache, Media, Request, Together
 from stllm.media.clip import MediaError
 from stllm.processors.templates import Turn
+from tests.helpers.serving import wait_until
 from tests.helpers.videos import write_video
 
 
@@ -87,3 +91,32 @@ def test_a_key_put_twice_counts_once() -> None:
     for size in (3, 4):
         cache.put("a", torch.zeros(size, dtype=torch.uint8))
     assert (len(cache), cache.num_bytes) == (1, 4)
+
+
+def test_calls_that_wait_run_together_and_each_gets_its_own() -> None:
+    calls: list[list[int]] = []
+    begun, go = Event(), Event()
+
+    def halves(items: Sequence[int]) -> list[int]:
+        calls.append(list(items))
+        begun.set()
+        assert go.wait(30)
+        if any(item % 2 for item in items):
+            raise ValueError(f"odd: {items}")
+        return [item // 2 for item in items]
+
+    together = Together(halves)
+    with ThreadPoolExecutor(5) as threads:
+        first = threads.submit(together, 2)
+        assert begun.wait(30)
+        others = [threads.submit(together, item) for item in (4, 5, 6, 8)]
+        wait_until(lambda: together._waiting.qsize() == 4)
+        go.set()
+        assert [first.result(30), *(others[place].result(30) for place in (0, 2, 3))] == [1, 2, 3, 4]
+        with pytest.raises(ValueError, match=r"odd: \[5\]"):
+            others[1].result(30)
+    assert (
+        calls[0] == [2]
+        and sorted(calls[1]) == [4, 5, 6, 8]
+        and sorted(map(tuple, calls[2:])) == [(4,), (5,), (6,), (8,)]
+    )

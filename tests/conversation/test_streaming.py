@@ -1,5 +1,6 @@
 """The stream's pieces join to the finished answer; answers written together equal those written one at a time."""
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stllm.conversation import streaming
 from stllm.conversation.chat import FOLDER, Chat, find_examples, load_chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Prepared, Request
@@ -202,3 +204,51 @@ def test_scores_that_are_no_numbers_fail_their_row_alone(recorded: Recorded, pre
     alone = [recorded.chat._generate([one], GREEDY)[0].tolist() for one in asked if one is not broken]
     assert [ids for ids in answers if not isinstance(ids, str)] == alone
     assert "scores are no numbers" in answers[2]
+
+
+def test_those_that_ask_again_are_waited_for_and_one_alone_is_not(recorded: Recorded, prepared, monkeypatch) -> None:
+    monkeypatch.setattr(streaming, "PAUSE_PART", 1e9)
+    monkeypatch.setattr(streaming, "PAUSE", 3600)
+    alone = [recorded.chat._generate([one], GREEDY)[0].tolist() for one in prepared]
+    for _ in range(2):
+        assert recorded._one(prepared[0], GREEDY, Event()) == alone[0]
+    recorded.generations.clear()
+
+    def pause_after_the_second(_: Sequence[Prepared]) -> None:
+        monkeypatch.setattr(streaming, "PAUSE", 3600 if len(recorded.generations) == 2 else 0)
+
+    def sizes() -> list[int]:
+        return [len(questions) for questions, _ in recorded.generations]
+
+    recorded.fail = pause_after_the_second
+    assert recorded([(one, GREEDY) for one in prepared[:4]]) == alone[:4]
+    with ThreadPoolExecutor(3) as threads:
+        again = [threads.submit(recorded._one, one, GREEDY, Event()) for one in prepared[:2]]
+        wait_until(lambda: len(recorded.batches._waiting) == 2)
+        time.sleep(0.2)
+        assert sizes() == [1, 3]
+        again.append(threads.submit(recorded._one, prepared[2], GREEDY, Event()))
+        assert [one.result(30) for one in again] == alone[:3]
+    assert sizes() == [1, 3, 3]
+
+
+def test_the_q_former_reads_questions_of_several_threads_together(chat: Chat, monkeypatch) -> None:
+    requests = [Request((Turn(question),), Media(str(path))) for path, question in find_examples()[:5]]
+    expected = [chat.prepare(request).visual for request in requests]
+    sizes, frame_tokens, go = [], chat.model.frame_tokens, Event()
+
+    def counted(encoded: Tensor, **texts: Tensor) -> Tensor:
+        sizes.append(len(encoded))
+        assert go.wait(30)
+        return frame_tokens(encoded, **texts)
+
+    monkeypatch.setattr(chat.model, "frame_tokens", counted)
+    with ThreadPoolExecutor(5) as threads:
+        found = [threads.submit(chat.prepare, requests[0])]
+        wait_until(lambda: sizes == [1])
+        found += [threads.submit(chat.prepare, request) for request in requests[1:]]
+        wait_until(lambda: chat._question_tokens._waiting.qsize() == 4)
+        go.set()
+        for one, visual in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.result(30).visual, visual)
+    assert sizes == [1, 4]

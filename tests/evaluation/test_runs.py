@@ -19,8 +19,8 @@ from stllm.common.errors import UserError
 from stllm.common.jsonl import Appender
 from stllm.conversation.requests import Media
 from stllm.evaluation import runs
+from stllm.evaluation.asking import failed, head
 from stllm.evaluation.benchmarks.base import Item
-from stllm.evaluation.engine import failed, head
 from stllm.evaluation.runs import RecordFiles, check_items, check_same, checkpoint_digest, content_digest
 from stllm.models.checkpoints.formats import open_source
 from tests.helpers.evaluation import CHECKPOINT

@@ -259,7 +259,7 @@ def test_an_unexpected_failure_says_nothing_of_the_machine(client, chat: Chat, c
         assert str(clips[0].parent) not in str(caught.value)
         assert "a request failed" in caplog.text
         patch.setattr(chat, "prepare", lambda *_: (_ for _ in ()).throw(MemoryError()))
-        with pytest.raises(openai.InternalServerError, match="not enough memory"):
+        with pytest.raises(openai.InternalServerError, match="not enough memory for this: send a smaller num_frames"):
             complete(client, user("what", clips[0].name))
     assert complete(client, user("what", clips[0].name)).choices
 
@@ -334,6 +334,20 @@ def test_one_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
         endless.seconds = 0
         complete(client_of(address), user("third", "20.mp4"))
     assert answered == ["first", "third"]
+
+
+def test_one_client_that_takes_all_places_leaves_one_for_another(chat: Chat) -> None:
+    server = Server(chat, MODEL, limits=replace(LIMITS, waiting=3))
+    with serving(server) as address, ThreadPoolExecutor(5) as threads:
+        other = client_of(address).with_options(default_headers={"X-Forwarded-For": "192.0.2.1"})
+        with chat.lock:
+            replies = [threads.submit(complete, client_of(address), user(QUESTIONS[0])) for _ in range(4)]
+            wait_until(lambda: server.jobs.num_inside == 4)
+            with pytest.raises(openai.InternalServerError, match="all 4 places are taken"):
+                complete(client_of(address), user(QUESTIONS[0]))
+            replies.append(threads.submit(complete, other, user(QUESTIONS[0])))
+            wait_until(lambda: server.jobs.num_inside == 5)
+        assert all(reply.result().choices for reply in replies)
 
 
 def test_questions_that_wait_are_answered_together(clips: list[Path]) -> None:

@@ -22,7 +22,7 @@ CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong is said before the model is loaded."""
-    monkeypatch.setattr(listening, "load_chat", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(listening, "load_chosen", lambda *_, **__: pytest.fail("loaded"))
 
 
 @pytest.mark.parametrize("name", ["serve", "demo"])

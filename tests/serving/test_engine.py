@@ -63,12 +63,18 @@ def test_an_answer_is_streamed(client: openai.OpenAI) -> None:
     assert text == load_chat(FOLDER, device="cpu").ask(path, question, num_beams=1).text
 
 
-def test_a_failing_engine_is_a_503(client: openai.OpenAI, engine: FakeEngine, server: Server) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failing_engine_is_a_503(client: openai.OpenAI, engine: FakeEngine, server: Server, caplog, stream) -> None:
+    """Its address is for the log alone."""
     path, question = find_examples()[0]
     engine.replies = iter([refusal(500, "out of blocks"), refusal(400, "too long", "input_tokens")])
-    with pytest.raises(openai.InternalServerError, match="failed with status 500: out of blocks") as caught:
-        ask(client, path, question)
+    messages = [user(question, data_url(path))]
+    with pytest.raises(openai.InternalServerError, match="the engine, which writes the answers, failed") as caught:
+        client.chat.completions.create(model=MODEL, messages=messages, stream=stream)
     assert caught.value.status_code == 503
+    assert server.chat.engine is not None
+    assert server.chat.engine.address not in str(caught.value)
+    assert f"{server.chat.engine.address} failed with status 500: out of blocks" in caplog.text
     with pytest.raises(openai.BadRequestError, match="the engine refused the prompt: too long"):
         ask(client, path, question)
     wait_until(lambda: not server.jobs.num_inside)

@@ -177,3 +177,17 @@ def test_places_are_counted_and_given_back(jobs: Jobs) -> None:
     for one in inside:
         list(one)
     wait_until(lambda: not jobs.num_inside)
+
+
+def test_one_client_does_not_shut_out_another(jobs: Jobs) -> None:
+    news: list[Any] = []
+    mine = [jobs.admit(news.append, "1.1.1.1") for _ in range(5)]
+    with pytest.raises(BusyError, match="all 5 places are taken"):
+        jobs.admit(news.append, "1.1.1.1")
+    another = jobs.admit(news.append, "2.2.2.2")
+    for client in ("2.2.2.2", "3.3.3.3"):
+        with pytest.raises(BusyError, match="all 5 places are taken"):
+            jobs.admit(news.append, client)
+    for job in [*mine, another]:
+        job.give_up()
+    assert not jobs.num_inside

@@ -17,7 +17,7 @@ from stllm.serving import listening
 @pytest.fixture
 def quick(own_signals: None, monkeypatch: pytest.MonkeyPatch, chat: Chat, tmp_path: Path) -> Path:
     """The engine is there at once, and temporary folders lie in the one given."""
-    monkeypatch.setattr(listening, "load_chat", lambda *_, **__: chat)
+    monkeypatch.setattr(listening, "load_chosen", lambda *_, **__: chat)
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""The engine: each clip read and encoded once, shares even and whole, memory flat over thousands of questions."""
+"""Asking: each clip read and encoded once, shares even and whole, memory flat over thousands of questions."""
 
 import weakref
 from collections import Counter
@@ -12,8 +12,8 @@ import torch
 from stllm.common.errors import UserError
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Answer, Media, Prepared, Request
+from stllm.evaluation.asking import BATCHES_SORTED, Asker, by_clip, share
 from stllm.evaluation.benchmarks.base import Item, Record
-from stllm.evaluation.engine import BATCHES_SORTED, Engine, by_clip, share
 from stllm.processors.templates import Turn
 from tests.conversation.test_chat import new_chat
 from tests.helpers.benchmarks import asking
@@ -33,9 +33,9 @@ def item(number: int, media: Media | None, *more: str) -> Item:
     return Item(str(number), "", "v", media, questions, "it", error="" if media else "v: it is not there")
 
 
-def engine(items: Sequence[Item], batch_size: int = 3, num_workers: int = 0, **options: Any) -> Engine:
+def asker(items: Sequence[Item], batch_size: int = 3, num_workers: int = 0, **options: Any) -> Asker:
     chat = new_chat(cache_bytes=0, **options)
-    return Engine(chat, asking(items), decoding=GREEDY, batch_size=batch_size, num_workers=num_workers)
+    return Asker(chat, asking(items), decoding=GREEDY, batch_size=batch_size, num_workers=num_workers)
 
 
 def asked(clips: Sequence[str]) -> list[Item]:
@@ -53,7 +53,7 @@ def without_seconds(records: Sequence[Record]) -> dict[str, Record]:
 
 def test_each_clip_is_read_and_encoded_once(clips: list[str]) -> None:
     items = asked(clips)
-    run = engine(items)
+    run = asker(items)
     read: Counter[Media] = Counter()
     encoded: list[int] = []
     reader = run.chat.read
@@ -69,7 +69,7 @@ def test_each_clip_is_read_and_encoded_once(clips: list[str]) -> None:
 def alone(clips: list[str]) -> dict[str, Record]:
     """The record of each item when nothing else is asked."""
     items = asked(clips)
-    run = engine(items, batch_size=1)
+    run = asker(items, batch_size=1)
     return without_seconds([record for one in items for record in run.records([one])])
 
 
@@ -78,14 +78,14 @@ def test_records_depend_on_the_item_alone(
     clips: list[str], alone: dict[str, Record], batch_size: int, num_workers: int
 ) -> None:
     items = asked(clips)
-    found = without_seconds(list(engine(items, batch_size, num_workers).records(items)))
+    found = without_seconds(list(asker(items, batch_size, num_workers).records(items)))
     assert found == alone
     assert len({str(record["prediction"]) for record in found.values()}) > 6
 
 
 def test_an_items_record(clips: list[str]) -> None:
     items = asked(clips)
-    found = {record["id"]: record for record in engine(items).records(items)}
+    found = {record["id"]: record for record in asker(items).records(items)}
     two, missing = found["9"], found["10"]
     assert two["question"] == ["what is 9", "and then"] and len(two["prediction"]) == 2
     assert two["frames"]["count"] == len(two["frames"]["times"]) == 6
@@ -96,7 +96,7 @@ def test_an_items_record(clips: list[str]) -> None:
 
 def test_what_the_model_raises_ends_the_run(clips: list[str]) -> None:
     items = asked(clips)
-    run = engine(items)
+    run = asker(items)
     with torch.no_grad():
         run.chat.model.projection.bias[0] = float("nan")
     records = run.records(items)
@@ -108,7 +108,7 @@ def test_what_the_model_raises_ends_the_run(clips: list[str]) -> None:
 def test_encoded_clips_are_let_go(clips: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is flat: nothing but the clip that is asked about is held, and the visual tokens of the queue."""
     many = [item(number, Media(clips[number % 3], num_frames=1 + number)) for number in range(24)]
-    run = engine(many, batch_size=4)
+    run = asker(many, batch_size=4)
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     encode = run.chat.encode
     most = 0
@@ -150,14 +150,14 @@ def test_questions_and_not_items_are_counted_for_a_share() -> None:
 
 
 def test_no_items_no_records(tmp_path: Path) -> None:
-    assert list(engine([]).records([])) == []
+    assert list(asker([]).records([])) == []
 
 
 def test_batches_are_of_like_lengths_and_an_items_answers_in_its_order(
     clips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [item(number, Media(clips[0]), "what " * (number % 5 + 1)) for number in range(8)]
-    run = engine(items, batch_size=4)
+    run = asker(items, batch_size=4)
     lengths: list[list[int]] = []
     complete = run.chat.complete
 

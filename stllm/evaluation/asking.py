@@ -1,4 +1,4 @@
-"""The engine asks a benchmark's items and yields a record for each, as soon as it is known.
+"""Ask a benchmark's items and yield a record for each, as soon as it is known.
 
 items by clip -> decoded ahead in other processes -> encoded once a clip -> batches across clips -> records
 Where another server decodes (conversation/remote.py), it takes questions one by one, many of them in flight.
@@ -76,9 +76,10 @@ def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> tuple[C
     return found, time.perf_counter() - start
 
 
-class Engine:
-    """A model that is asked. batch_size: questions answered at once; num_workers: processes that decode, 0: this one.
+class Asker:
+    """A model that is asked a benchmark's items.
 
+    batch_size: questions answered at once; num_workers: processes that decode, 0: this one.
     media_seconds: the limit on reading one medium; 0: none.
     """
 
