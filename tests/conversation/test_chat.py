@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def new_chat(family: str = "instructblip", *, seed: int = 0, **options) -> Chat:
         video_input=options.pop("video_input", "all"),
     )
     torch.manual_seed(seed)
-    model = STLLM(config)
+    model: Any = STLLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(6)
