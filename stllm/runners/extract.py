@@ -120,7 +120,7 @@ def extract(
         above which the run fails. Raises UserError for other features in a folder, for a disk without room, and when
         too many clips could not be read.
     """
-    settings = {"digest": precomputed.weights_digest(model, stage), **settings}
+    settings = {**settings, "digest": precomputed.weights_digest(model, stage)}
     hidden = None if is_main() else True  # of a bar; None: none where the output is no terminal
     writers, pending, needed = [], [], 0  # clips of all processes, and bytes
     for number, corpus in enumerate(corpora):

@@ -5,6 +5,7 @@ written to a file from its data URL, or found under the one folder that clients 
 person and leave room for other requests. The processes that read media import this file, so it imports no model.
 """
 
+import base64
 import binascii
 from contextlib import suppress
 from dataclasses import dataclass
@@ -235,7 +236,7 @@ def _write(url: memoryview, path: Path, limits: Limits) -> Path:
         for start in range(0, len(data), PIECE):
             content = b""
             with suppress(binascii.Error):
-                content = binascii.a2b_base64(data[start : start + PIECE], strict_mode=True)
+                content = base64.b64decode(data[start : start + PIECE], validate=True)
             is_last = start + PIECE >= len(data)
             if not content or (len(content) < PIECE // 4 * 3 and not is_last):  # padding in the middle of the data
                 raise ApiError(400, "what follows base64, in the data URL is no base64", code="invalid_data_url")

@@ -54,6 +54,11 @@ STAYS = """
 """
 
 
+def left_in(folder: Path) -> list[Path]:
+    """Return what is in a folder, except the folder that importing an older torch makes (2.6 does, 2.14 does not)."""
+    return [path for path in folder.iterdir() if not (path / "_remote_module_non_scriptable.py").exists()]
+
+
 def test_a_second_signal_ends_the_server_without_tracebacks(run: Run, tmp_path: Path) -> None:
     clip = data_url(write_video(tmp_path / "clip.mp4", num_frames=20))
     temporary = tmp_path / "temporary"
@@ -79,7 +84,7 @@ def test_a_second_signal_ends_the_server_without_tracebacks(run: Run, tmp_path: 
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=5) == ("", "interrupted\n")
     assert process.returncode == 130
-    assert not list(temporary.iterdir())
+    assert not left_in(temporary)
 
 
 def test_the_next_start_removes_what_a_killed_process_left(run: Run, tmp_path: Path, own_signals: None) -> None:
@@ -91,7 +96,7 @@ def test_the_next_start_removes_what_a_killed_process_left(run: Run, tmp_path: P
     process.kill()
     process.communicate()
     with own_folder("mine-") as folder:
-        assert list(tmp_path.iterdir()) == [folder]
+        assert left_in(tmp_path) == [folder]
 
 
 def test_the_folder_of_a_running_owner_is_kept(tmp_path: Path, own_signals: None) -> None:
@@ -113,7 +118,7 @@ def test_a_gone_terminal_ends_the_owner_and_its_folder(run: Run, tmp_path: Path)
     process.stderr.close()
     process.send_signal(signal.SIGHUP)
     assert process.wait(10) == 130
-    assert not list(tmp_path.iterdir())
+    assert not left_in(tmp_path)
 
 
 def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(run: Run, tmp_path: Path) -> None:
@@ -125,7 +130,7 @@ def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(run: Run, tmp
     assert process.stdout.readline() == "stays\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
-    assert not list(tmp_path.iterdir())
+    assert not left_in(tmp_path)
 
 
 @pytest.mark.slow

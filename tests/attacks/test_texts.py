@@ -32,7 +32,7 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) ->
         ("[1]".encode("utf-16"), [1]),
         ('{"a": 1, "a": 2}', {"a": 2}),
         (DEEP, "nested too deeply"),
-        ("9" * 5000, "4300 digits"),
+        ("9" * 5000, r"limit \(4300"),
         (b"[\xff]", "decode"),
         ("[1", "Expecting"),
     ],

@@ -132,7 +132,10 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
             ("optim=sgd", "optim_args=abc"),
             "run.optim_args must be key=value pairs with commas between them, found 'abc'",
         ),
-        (("optim_args='beta1=0.5'",), "run.optim_args 'beta1=0.5' has no effect on run.optim adamw_torch_fused"),
+        (
+            ("optim=adamw_torch", "optim_args=beta1=0.5"),
+            "run.optim_args 'beta1=0.5' has no effect on run.optim adamw_torch",
+        ),
         (("report_to=wandbb",), "unknown run.report_to 'wandbb'"),
         (("report_to=[mlflow]",), "run.report_to names mlflow, which is not installed: `pip install mlflow`"),
         (("fp16=true", "bf16=true"), "At most one of fp16 and bf16 can be True"),

@@ -144,3 +144,16 @@ def test_the_tests_have_an_environment_of_their_own(clone: Path) -> None:
     (clone / "log").unlink()
     assert run(clone, "test.sh", "--active").returncode == 0
     assert log(clone)[0] == "usual -m ruff check"
+
+
+def test_the_lowest_versions_have_an_environment_of_their_own(clone: Path) -> None:
+    requirements = Path(shutil.copy(SCRIPTS.parent / "requirement.txt", clone)).read_text()
+    done = run(clone, "test.sh", "--lowest", "-k", "cli")
+    assert done.returncode == 0, done.stderr
+    assert log(clone)[0] == "usual -m venv .venv-lowest"
+    assert [line.split()[2] for line in log(clone)[1:]] == ["pip", "pip", "pytest"]
+    bounds = re.findall(r"^(\w+)>=([\d.]+)", requirements, re.MULTILINE)
+    lines = [line for line in requirements.splitlines() if not line.startswith("#")]
+    assert len(bounds) == len(lines)
+    constraints = (clone / ".venv-lowest" / "constraints.txt").read_text().splitlines()
+    assert constraints == [f"{name}=={version}" for name, version in bounds]
