@@ -293,10 +293,10 @@ class Chat:
                 if out_of_memory(error):
                     self.cache.clear_prefixes()
                 raise
-        if any(watch.found(len(prepared))):
-            raise watch.error
-        for digest, kept in prefixes.items():
-            self.cache.put_prefixes(digest, state, kept)
+            if any(watch.found(len(prepared))):
+                raise watch.error
+            for digest, kept in prefixes.items():
+                self.cache.put_prefixes(digest, state, kept)
         return ids
 
     def batch(

@@ -17,6 +17,7 @@ each of the H/G key heads, D width of a head or of an embedding.
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -50,9 +51,9 @@ class Prefix:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Return the size of all tensors."""
+        """The size of all tensors, once they are there."""
         return sum(tensor.nbytes for tensor in (self.embeds, *self.keys, *self.values))
 
     def common(self, prompt: Tensor) -> int:
@@ -146,7 +147,9 @@ def new_cache(model: PreTrainedModel, parts: "_Parts") -> Cache:
 
 
 def _has_fixed_positions(model: PreTrainedModel) -> bool:
-    """Check whether a token's keys depend on the tokens before it alone, whatever the length of the prompt."""
+    """Check whether a token's keys depend on it, its position and the tokens before it, not on the prompt's length."""
+    if "position_ids" not in signature(model.get_decoder().forward).parameters:
+        return False
     return not any(kind in str(getattr(model.config, "rope_parameters", None)) for kind in CHANGING_POSITIONS)
 
 
