@@ -30,7 +30,7 @@ MEASUREMENTS: Mapping[str, Measurement] = {
         more=("speed-up", "share of peak"),
     ),
     "beams": Measurement("What do the beams of an answer cost?", ("prompts", "beams"), more=("speed-up",)),
-    "reuse": Measurement("What do many questions about one video cost?", ("family", ""), more=("speed-up",)),
+    "reuse": Measurement("What do many questions about one video cost?", ("",), more=("speed-up",)),
     "training_step": Measurement(
         "What does a step with masking and MVM cost, against the plain procedure?",
         ("vocabulary", "checkpointing"),

@@ -120,7 +120,7 @@ def main() -> None:
                 with patch.object(chat.cache, "put_prefixes") if name == "without prefixes" else nullcontext():
                     most = peak_rise(run)
                 seconds = now(device) - start
-                row: dict[str, Any] = {"family": family, "": name, "questions": len(some), "seconds": seconds}
+                row: dict[str, Any] = {"": f"{family}, {name}", "questions": len(some), "seconds": seconds}
                 row["questions/s"] = len(some) / seconds
                 row["speed-up"] = row["questions/s"] / (row if name == first else rows[1 - len(found)])["questions/s"]
                 row["MiB kept"] = chat.cache.num_bytes / 2**20

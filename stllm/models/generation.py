@@ -77,7 +77,7 @@ def generate(
 
     inputs_embeds: (B, S, D) of prompts padded on the left; attention_mask: (B, S). generation: other arguments of
     transformers' `generate`. Architectures with sliding windows, recurrent layers, or an attention that is not torch's
-    SDPA take the way of `model.generate`.
+    SDPA take the way of `model.generate`. Those without `has_reusable_keys` share and keep no prefixes.
     prefixes: for each prompt the list (several prompts may have the same one) of those kept by earlier calls with
     these weights; those of this call are added, the last used at its end. None: nothing is kept.
     """
@@ -87,7 +87,7 @@ def generate(
         longest = max(lengths) + 1
         inputs_embeds, attention_mask = inputs_embeds[:, -longest:], attention_mask[:, -longest:]
         prompts = [row[len(row) - 1 - length : -1] for row, length in zip(inputs_embeds, lengths, strict=True)]
-        parts = _share(prompts, prefixes, share=_has_fixed_positions(model))
+        parts = _share(prompts, prefixes, share=has_reusable_keys(model))
         cache = new_cache(model, parts)
         try:
             with shared_attention(model):
@@ -146,9 +146,15 @@ def new_cache(model: PreTrainedModel, parts: "_Parts") -> Cache:
     return Cache(layers=[PromptLayer(number, parts) for number in range(len(DynamicCache(config=model.config).layers))])
 
 
-def _has_fixed_positions(model: PreTrainedModel) -> bool:
-    """Check whether a token's keys depend on it, its position and the tokens before it, not on the prompt's length."""
+def has_reusable_keys(model: PreTrainedModel) -> bool:
+    """Check whether a token's keys depend on it, its position and the tokens before it alone.
+
+    They also depend on the length of the prompt with some rotary positions, and on the other tokens of a pass with
+    LLM.int8(), which treats a column by its largest value.
+    """
     if "position_ids" not in signature(model.get_decoder().forward).parameters:
+        return False
+    if any(type(part).__name__ == "Linear8bitLt" for part in model.modules()):
         return False
     return not any(kind in str(getattr(model.config, "rope_parameters", None)) for kind in CHANGING_POSITIONS)
 

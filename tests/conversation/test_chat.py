@@ -189,6 +189,21 @@ def test_other_weights_use_no_prefix_of_before(clips: list[Path]) -> None:
     assert after == other.ask(clips[0], QUESTIONS[0]).text != before
 
 
+@pytest.mark.parametrize(("quantization", "keeps"), [("4bit", True), ("8bit", False)])
+def test_quantized_models_answer_the_same_with_prefixes(clips: list[Path], quantization: str, keeps: bool) -> None:
+    """In 8 bits a token's keys depend on the others that are read with it, so nothing is kept."""
+    pytest.importorskip("bitsandbytes")
+    options = [f"model.quantization={quantization}"]
+    kept, again = (
+        load_chat(GOLDEN / "minigpt4_plain_all", device="cpu", options=options, cache_bytes=size)
+        for size in (1 << 24, 0)
+    )
+    for question in QUESTIONS:
+        texts = [chat.ask(clips[0], question, num_beams=4, max_new_tokens=8).text for chat in (kept, again)]
+        assert texts[0] == texts[1]
+    assert bool(kept.cache._prefixes) == keeps
+
+
 def test_a_stream_that_is_left_leaves_a_sound_prefix(clips: list[Path]) -> None:
     chat, again = new_chat("minigpt4"), new_chat("minigpt4", cache_bytes=0)
     stream = chat.conversation(clips[0]).stream(QUESTIONS[0])
