@@ -108,6 +108,7 @@ def main() -> None:
             new_chat(model, 0).ask(None, "what moves")  # warm-up
             first = {"instructblip": "read and encode for each question", "minigpt4": "without prefixes"}[family]
             found: dict[str, list[str]] = {}
+            expected: list[str] = []  # of the first row, and of the second one where the first had fewer questions
             for name in (first, "ours, one question at a time", "ours, all questions in one batch"):
                 chat = new_chat(model, 0 if name.startswith("read") else 1 << 30)
                 some = asked[:FEW] if name.startswith("read") else asked  # there each question costs the same
@@ -125,8 +126,9 @@ def main() -> None:
                 row["speed-up"] = row["questions/s"] / (row if name == first else rows[1 - len(found)])["questions/s"]
                 row["MiB kept"] = chat.cache.num_bytes / 2**20
                 row["MiB at most"] = most / 2**20
-                expected = found[first] + found.get("ours, one question at a time", [])[len(found[first]) :]
+                expected = expected or found[name]
                 equal = [a == b for a, b in zip(found[name], expected, strict=False)]
+                expected = expected + found[name][len(expected) :]
                 rows.append(row | {"equal answers": f"{sum(equal)}/{len(equal)}"})
                 print(rows[-1], flush=True)
             different[family] = len(set(found["ours, one question at a time"]))
