@@ -6,14 +6,13 @@ them, K = 32) and a question of 66 tokens, so 578 tokens; 40 new ones. A batch h
     python -m benchmarks.beams [--quick]
 """
 
-import time
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import arguments, report
+from benchmarks.common import arguments, now, report
 from stllm.common.device import resolve_device
 from stllm.models.generation import generate
 
@@ -78,14 +77,6 @@ def main() -> None:
         "new tokens": NEW_TOKENS,
     }
     report("beams", "transformers' generate on the same prompts", rows, sizes, args.output_dir, device=device)
-
-
-def now(device: torch.device) -> float:
-    """Seconds of this process's computing, on which other processes have little influence; on a GPU, of the clock."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

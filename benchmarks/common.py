@@ -1,6 +1,8 @@
 """What every measurement shares: timing, the machine and versions, and where results go."""
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -8,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
@@ -77,6 +80,25 @@ def _once(work: Callable[[], Any], device: torch.device | None) -> float:
     work()
     _wait(device)
     return time.perf_counter() - start
+
+
+def now(device: torch.device) -> float:
+    """Seconds of this process's computing, on which other processes have little influence; on a GPU, of the clock."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_rise(work: Callable[[], Any]) -> int:
+    """Run `work`, and return the bytes by which this process was larger at most than before; on Linux only."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again, see proc(5)
+    before = resident_bytes("VmRSS")
+    work()
+    return resident_bytes("VmHWM") - before
 
 
 def resident_bytes(name: str, process: int | str = "self") -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stllm.common.errors import UserError, unknown_name
+from stllm.common.errors import UserError, out_of_memory, unknown_name
 from stllm.common.jsonl import loads
 from stllm.conversation.decoding import Decoding, NaNWatch, NoNumbersError
 from stllm.conversation.requests import (
@@ -36,6 +36,7 @@ from stllm.conversation.requests import (
 )
 from stllm.media.clip import Clip
 from stllm.models.configuration import STLLMConfig
+from stllm.models.generation import weights_state
 from stllm.models.settings import explicit_settings
 from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
@@ -61,7 +62,8 @@ SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the
 class Chat:
     """A loaded model that answers questions.
 
-    decoding: None for the published settings of this family. cache_bytes: room for encoded videos in main memory.
+    decoding: None for the published settings of this family. cache_bytes: room for encoded videos in main memory, and
+    for keys and values of prompts about them, which stay where the language model is; 0: neither is kept.
     engine: a server that decodes in place of this model's language model, of which the token embedding is enough here.
     """
 
@@ -170,13 +172,13 @@ class Chat:
         self._known[stamp] = (clip.digest, clip.info.kind, clip.times)
         while len(self._known) > MAX_KNOWN_FILES:
             self._known.pop(next(iter(self._known)), None)
-        return Seen(encoded, clip.info.kind, clip.times, seconds)
+        return Seen(encoded, clip.info.kind, clip.times, seconds, clip.digest)
 
     def recall(self, media: Media) -> Seen | None:
         """Return the kept encoding of a medium whose file has not changed, or None; nothing is read."""
         digest, kind, times = self._known.get(self.stamp(media), ("", "", []))
         encoded = self.cache.get(digest)
-        return None if encoded is None else Seen(encoded, kind, times)
+        return None if encoded is None else Seen(encoded, kind, times, digest=digest)
 
     def stamp(self, media: Media) -> Stamp:
         """Return a key that changes when the file, or the part of it to read, changes."""
@@ -208,7 +210,7 @@ class Chat:
         before = len(self._prompt_ids(request.turns[:-1], request, kind)) if len(request.turns) > 1 else 0
         if seen is not None:
             visual = self.model.video_input(self.frame_tokens(request, seen))[0]  # (N, D)
-            prepared = replace(prepared, visual=visual, times=seen.times)
+            prepared = replace(prepared, visual=visual, times=seen.times, digest=seen.digest)
             before = max(before, prepared.ids.index(VISUAL_TOKEN_ID) + 1)
         prepared = prepared.fitted(
             context=decoding.context,
@@ -305,9 +307,19 @@ class Chat:
         arguments, watch = decoding.arguments(**self.processor.stopping()), watch or NaNWatch(self.model.dtype)
         arguments["logits_processor"].insert(0, watch)
         with self.lock:
-            ids = self.model.generate(**batch, **arguments, tokenizer=self.processor.tokenizer, **more)
-        if any(watch.found(len(prepared))):
-            raise watch.error
+            state = weights_state(self.model.language_model)
+            prefixes = {one.digest: self.cache.prefixes(one.digest, state) for one in prepared}
+            batch["prefixes"] = [prefixes[one.digest] for one in prepared] if self.cache.max_bytes else None
+            try:
+                ids = self.model.generate(**batch, **arguments, tokenizer=self.processor.tokenizer, **more)
+            except BaseException as error:
+                if out_of_memory(error):
+                    self.cache.clear_prefixes()
+                raise
+            if any(watch.found(len(prepared))):
+                raise watch.error
+            for digest, kept in prefixes.items():
+                self.cache.put_prefixes(digest, state, kept)
         return ids
 
     def batch(

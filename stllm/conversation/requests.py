@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from cachetools import LRUCache
 from torch import Tensor
@@ -36,6 +36,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 NO_TIME = {"read": 0.0, "encode": 0.0}  # seconds by stage
+MAX_PREFIXES = 4  # of prompts about one video: as many conversations about it at a time; chosen here
 PUBLISHED_LENGTH = 2000  # of the prompt and the new tokens together
 
 
@@ -90,22 +91,37 @@ class ClipReader:
 
 @dataclass(frozen=True)
 class Seen:
-    """An encoded clip, and how long it took. encoded: (1, T, 1+P, C) or (1, T, K, D); kind: as `MediaInfo` has it."""
+    """An encoded clip, and how long it took. encoded: (1, T, 1+P, C) or (1, T, K, D); kind: as `MediaInfo` has it.
+
+    digest: the key under which `encoded` was put into a `FeatureCache`; "" for none.
+    """
 
     encoded: Tensor
     kind: str
     times: list[float]
     seconds: Mapping[str, float] = field(default_factory=lambda: dict(NO_TIME))
+    digest: str = ""
+
+
+class HasSize(Protocol):
+    """Tensors of `nbytes` bytes: a `Prefix` of models/generation.py."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class FeatureCache:
-    """Least-recently-used tensors, kept in main memory up to `max_bytes`. Safe to share between threads.
+    """Least-recently-used features of videos, kept in main memory up to `max_bytes`. Safe to share between threads.
 
     Keys are content digests, so the same video under another name is found and a changed file is not.
+    Prefixes of prompts about a video, with their keys and values where the language model computes, use the room that
+    the features leave; those used longest ago are dropped first, and all of a video's with its features.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._kept: LRUCache[Hashable, Tensor] = LRUCache(max_bytes, getsizeof=lambda tensor: tensor.nbytes)
+        self.max_bytes = max_bytes
+        self._prefixes: list[tuple[str | None, Hashable, Any]] = []  # digest, state, prefix; the last used at the end
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -114,7 +130,7 @@ class FeatureCache:
     @property
     def num_bytes(self) -> int:
         """Return the size of all kept tensors."""
-        return int(self._kept.currsize)
+        return int(self._kept.currsize) + sum(prefix.nbytes for _, _, prefix in self._prefixes)
 
     def get(self, key: Hashable) -> Tensor | None:
         """Return the tensor of that key, or None; it becomes the most recently used."""
@@ -130,6 +146,39 @@ class FeatureCache:
         with self._lock, suppress(ValueError):  # larger than the cache
             self._kept.pop(key, None)
             self._kept[key] = tensor
+        with self._lock:
+            self._drop_prefixes()
+
+    def prefixes(self, digest: str | None, state: Hashable) -> list[Any]:
+        """Return the kept prefixes of prompts about that video, None: about none, the last used at the end.
+
+        state: of the language model's weights.
+        """
+        with self._lock:
+            return [prefix for *key, prefix in self._prefixes if key == [digest, state]]
+
+    def put_prefixes(self, digest: str | None, state: Hashable, prefixes: Sequence[HasSize]) -> None:
+        """Replace the prefixes of prompts about that video; the last `MAX_PREFIXES` are kept, as far as there is room.
+
+        Without the video's features nothing is kept.
+        """
+        with self._lock:
+            others = [one for one in self._prefixes if one[:2] != (digest, state)]
+            room = self.max_bytes - self._kept.currsize
+            mine = [one for one in prefixes[-MAX_PREFIXES:] if one.nbytes <= room]
+            self._prefixes = [*others, *((digest, state, one) for one in mine)]
+            self._drop_prefixes()
+
+    def clear_prefixes(self) -> None:
+        """Drop all prefixes."""
+        with self._lock:
+            self._prefixes.clear()
+
+    def _drop_prefixes(self) -> None:
+        """Drop those of videos whose features are gone, and the least recently used ones for which there is no room."""
+        self._prefixes = [one for one in self._prefixes if one[0] is None or one[0] in self._kept]
+        while self._prefixes and self.num_bytes > self.max_bytes:
+            self._prefixes.pop(0)
 
 
 class Together(Generic[T, R]):
@@ -190,6 +239,7 @@ class Prepared:
     """A request ready to be answered. ids: of its prompt; visual: (N, D), None for text alone.
 
     times: seconds of the frames seen. seconds: spent by stage so far. cut: tokens removed from `ids` and `visual`.
+    digest: of `Seen`; None for text alone.
     """
 
     request: Request
@@ -198,6 +248,7 @@ class Prepared:
     times: list[float] = field(default_factory=list)
     seconds: Mapping[str, float] = field(default_factory=lambda: dict(NO_TIME))
     cut: Cut = Cut()
+    digest: str | None = None
 
     @property
     def num_visual(self) -> int:

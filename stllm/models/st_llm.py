@@ -5,7 +5,7 @@ B clips, T frames, P patches, C encoder width, K tokens a frame, D language-mode
 V of the batch, L positions of the Q-Former's text, S positions of a prompt with its visual tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import models
 from stllm.models import language_model as lm
 from stllm.models.configuration import STLLMConfig
-from stllm.models.generation import generate
+from stllm.models.generation import Prefix, generate
 from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
 from stllm.models.temporal_adapter import TemporalAdapter, TemporalLayer
@@ -208,16 +208,17 @@ class STLLM(PreTrainedModel):
         attention_mask: Tensor,
         visual_positions: Tensor,
         visual_tokens: Tensor | None = None,
+        prefixes: Sequence[list[Prefix]] | None = None,
         **generation: Any,
     ) -> Tensor:
         """Generate token ids, (B, up to max_new_tokens), without the prompt.
 
         input_ids, attention_mask, visual_positions: see `embed`; padded on the left. visual_tokens: (V, D) from
-        `video_input(frame_tokens(...))`. generation: arguments of transformers' `GenerationMixin.generate`; see
-        generation.py.
+        `video_input(frame_tokens(...))`. prefixes: see generation.py. generation: arguments of transformers'
+        `GenerationMixin.generate`.
         """
         embeds = self.embed(input_ids, visual_positions, visual_tokens)
-        return generate(self.language_model, embeds, attention_mask, **generation)
+        return generate(self.language_model, embeds, attention_mask, prefixes=prefixes, **generation)
 
     # ---- what transformers asks of a model ----------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def new_chat(family: str = "instructblip", *, seed: int = 0, **options) -> Chat:
         text_config={**LLAMA, "vocab_size": 513 if text else 512, **options.pop("text_config", {})},
         qformer_text_input=text,
         num_query_tokens=options.pop("num_query_tokens", 4),
-        residual_size=4,
+        residual_size=options.pop("residual_size", 4),
         template=family,
         system="",
         max_txt_len=32,
@@ -114,6 +114,122 @@ def test_a_file_that_changed_is_read_again(clips: list[Path], tmp_path: Path) ->
     os.utime(path, ns=(1, 1))
     assert chat.ask(path, QUESTIONS[0]).text == chat.ask(clips[1], QUESTIONS[0]).text
     assert len(chat.cache) == 2
+
+
+def conversations(clips: list[Path]) -> list[Request]:
+    """Questions about two videos in turn, other frames, no video, and conversations that grow or were edited."""
+    turns = [Turn(QUESTIONS[0], "a red circle"), Turn(QUESTIONS[1], "it is blue"), Turn(QUESTIONS[2])]
+    edited = [Turn(QUESTIONS[0], "two green squares"), *turns[1:]]
+    asked = [
+        *((tuple(one[:end]), clip) for end in (1, 2, 3) for clip in clips for one in (turns, edited)),
+        *(((Turn(question),), clip) for question in QUESTIONS for clip in clips),
+        *((tuple(turns[:end]), None) for end in (1, 2, 3)),
+    ]
+    asked = [((*before, Turn(last.question)), clip) for (*before, last), clip in asked]
+    requests = [Request(turns, Media(str(clip)) if clip else None) for turns, clip in asked]
+    return [*requests, Request((Turn(QUESTIONS[0]),), Media(str(clips[0]), num_frames=4))]
+
+
+@pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("positions", [None, 50])  # 50 cut most prompts, each at another place
+def test_prefixes_change_no_answer(clips: list[Path], family: str, num_beams: int, positions: int | None) -> None:
+    text_config = {} if positions is None else {"max_position_embeddings": positions}
+    again, kept, batched = (
+        new_chat(family, cache_bytes=size, text_config=text_config, residual_size=2) for size in (0, 1 << 24, 1 << 24)
+    )
+    decoding = replace(SHORT, num_beams=num_beams)
+    requests = conversations(clips)
+    expected = [again.answer([one], decoding)[0].text for one in requests]
+    assert len(set(expected)) > 5
+    assert [kept.answer([one], decoding)[0].text for one in requests] == expected
+    assert [kept.answer([one], decoding)[0].text for one in reversed(requests)] == expected[::-1]
+    assert [answer.text for answer in kept.answer(requests, decoding)] == expected
+    assert [answer.text for answer in batched.answer(requests, decoding)] == expected
+    assert again.cache.num_bytes == 0 and kept.cache._prefixes and batched.cache._prefixes
+
+
+def test_a_video_is_read_by_the_language_model_once(clips: list[Path]) -> None:
+    """In the MiniGPT-4 family; in the InstructBLIP family its tokens depend on the question."""
+    read = {}
+    for family in ("minigpt4", "instructblip"):
+        chat = new_chat(family, num_query_tokens=20)
+        positions: list[int] = []
+
+        def watch(_: object, __: object, named: dict, positions: list[int] = positions) -> None:
+            if named.get("inputs_embeds") is not None:
+                positions.append(named["inputs_embeds"].shape[1])
+
+        chat.model.language_model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+        for question in (*QUESTIONS, QUESTIONS[0]):
+            chat.ask(clips[0], question)
+        read[family] = [one > 120 for one in positions if one > 1]  # 6 frames of 20 tokens
+    assert read["minigpt4"] == [True, False, False]  # for the first question again nothing
+    assert read["instructblip"] == [True, True, True]
+
+
+@pytest.mark.parametrize("room", [5_000, 20_000, 60_000])
+def test_prefixes_go_in_the_middle_of_a_conversation(clips: list[Path], room: int) -> None:
+    """There is room for the features of one video or of both, and for few prefixes or none."""
+    again, tight = new_chat("minigpt4", cache_bytes=0), new_chat("minigpt4", cache_bytes=room)
+    for request in conversations(clips):
+        assert tight.answer([request])[0].text == again.answer([request])[0].text
+        assert tight.cache.num_bytes <= room
+    requests = conversations(clips)
+    prepared = [tight.prepare(request) for request in requests]  # the first video's features are gone by the end
+    texts = [answer.text for answer in tight.complete(prepared)]
+    assert texts == [again.answer([request])[0].text for request in requests]
+    assert tight.cache.num_bytes <= room
+
+
+def test_other_weights_use_no_prefix_of_before(clips: list[Path]) -> None:
+    chat, other = new_chat("minigpt4"), new_chat("minigpt4", cache_bytes=0)
+    before = chat.ask(clips[0], QUESTIONS[0]).text
+    for one in (chat, other):
+        with torch.no_grad():
+            for layer in one.model.language_model.model.layers:
+                layer.self_attn.v_proj.weight.mul_(-2)
+    after = chat.ask(clips[0], QUESTIONS[0]).text
+    assert after == other.ask(clips[0], QUESTIONS[0]).text != before
+
+
+@pytest.mark.parametrize(("quantization", "keeps"), [("4bit", True), ("8bit", False)])
+def test_quantized_models_answer_the_same_with_prefixes(clips: list[Path], quantization: str, keeps: bool) -> None:
+    """In 8 bits a token's keys depend on the others that are read with it, so nothing is kept."""
+    pytest.importorskip("bitsandbytes")
+    options = [f"model.quantization={quantization}"]
+    kept, again = (
+        load_chat(GOLDEN / "minigpt4_plain_all", device="cpu", options=options, cache_bytes=size)
+        for size in (1 << 24, 0)
+    )
+    for question in QUESTIONS:
+        texts = [chat.ask(clips[0], question, num_beams=4, max_new_tokens=8).text for chat in (kept, again)]
+        assert texts[0] == texts[1]
+    assert bool(kept.cache._prefixes) == keeps
+
+
+def test_a_stream_that_is_left_leaves_a_sound_prefix(clips: list[Path]) -> None:
+    chat, again = new_chat("minigpt4"), new_chat("minigpt4", cache_bytes=0)
+    stream = chat.conversation(clips[0]).stream(QUESTIONS[0])
+    next(stream)
+    stream.close()
+    for question in QUESTIONS:
+        assert "".join(chat.conversation(clips[0]).stream(question)) == again.ask(clips[0], question).text
+
+
+def test_without_memory_the_prefixes_go(clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = new_chat("minigpt4")
+    text = chat.ask(clips[0], QUESTIONS[0]).text
+    assert chat.cache._prefixes
+
+    def fail(**_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(chat.model, "generate", fail)
+        chat.ask(clips[0], QUESTIONS[1])
+    assert not chat.cache._prefixes
+    assert chat.ask(clips[0], QUESTIONS[0]).text == text
 
 
 @pytest.mark.parametrize("family", ["instructblip", "minigpt4"])

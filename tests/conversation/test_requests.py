@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stllm.common.errors import UserError
-from stllm.conversation.requests import FeatureCache, Media, Request, Together
+from stllm.conversation.requests import MAX_PREFIXES, FeatureCache, Media, Request, Together
 from stllm.media.clip import MediaError
 from stllm.processors.templates import Turn
 from tests.helpers.serving import wait_until
@@ -84,6 +84,37 @@ def test_what_has_no_room_drops_nothing_else() -> None:
     assert [cache.get(key) is not None for key in ("small", "large")] == [True, False]
     cache.put("small", torch.zeros(5, dtype=torch.uint8))  # a larger one of that key leaves no old one
     assert (len(cache), cache.num_bytes) == (0, 0)
+
+
+def test_prefixes_use_the_room_that_the_features_leave() -> None:
+    cache = FeatureCache(max_bytes=10)
+    sizes = [torch.zeros(size, dtype=torch.uint8) for size in range(12)]
+    cache.put_prefixes("a", 0, [sizes[1]])
+    assert cache.prefixes("a", 0) == []  # without features
+    cache.put("a", sizes[2])
+    cache.put("b", sizes[2])
+    cache.put_prefixes("a", 0, [sizes[7], sizes[1], sizes[2]])  # the first is larger than the room
+    cache.put_prefixes("b", 0, [sizes[1]])
+    cache.put_prefixes("a", 1, [sizes[1]])
+    cache.put_prefixes(None, 0, [sizes[1]])
+    assert [len(one) for one in cache.prefixes("a", 0)] == [1, 2] and cache.num_bytes == 10
+    cache.put_prefixes("b", 0, [*cache.prefixes("b", 0), sizes[1]])  # those of "a" were used before all others
+    assert [len(one) for one in cache.prefixes("a", 0)] == [2]
+    cache.put("c", sizes[6])  # the features of all three fill the cache
+    assert [len(cache.prefixes(*key)) for key in (("a", 0), ("b", 0), ("a", 1), (None, 0))] == [0, 0, 0, 0]
+    assert (len(cache), cache.num_bytes) == (3, 10)
+
+
+def test_prefixes_go_with_the_features() -> None:
+    cache = FeatureCache(max_bytes=10)
+    for key in "ab":
+        cache.put(key, torch.zeros(3, dtype=torch.uint8))
+        cache.put_prefixes(key, 0, [torch.zeros(1, dtype=torch.uint8)] * 6)
+    assert [len(cache.prefixes(key, 0)) for key in "ab"] == [0, MAX_PREFIXES]
+    cache.put("c", torch.zeros(5, dtype=torch.uint8))  # drops the features of "a"
+    assert [len(cache.prefixes(key, 0)) for key in "ab"] == [0, 2]
+    cache.put("d", torch.zeros(4, dtype=torch.uint8))  # and those of "b"
+    assert [len(cache.prefixes(key, 0)) for key in "ab"] == [0, 0]
 
 
 def test_a_key_put_twice_counts_once() -> None:

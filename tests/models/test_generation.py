@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from stllm.models import generation
-from stllm.models.generation import NotShared, PromptLayer, generate, shares_prompts
+from stllm.models.generation import NotShared, Prefix, PromptLayer, generate, shares_prompts, weights_state
 from tests.models.test_language_model import ARCHITECTURES
 
 SMALL: dict[str, Any] = {
@@ -112,8 +112,8 @@ def test_a_prompt_is_read_once_and_stays_where_it_is(monkeypatch: pytest.MonkeyP
 
     def watched(self: PromptLayer, beam_idx: Tensor) -> None:
         reorder(self, beam_idx)
-        assert self.prompt_keys is not None and self.prompt_keys.shape[:3] == (2, 2, 16)
-        seen.add((self.prompt_keys.data_ptr(), self.prompt_keys._version))
+        assert self.rest_keys is not None and self.rest_keys.shape[:3] == (2, 2, 16)
+        seen.add((self.rest_keys.data_ptr(), self.rest_keys._version))
 
     monkeypatch.setattr(PromptLayer, "reorder_cache", watched)
     generate(model, embeds, mask, **settings(3))
@@ -128,7 +128,142 @@ def test_an_architecture_that_changes_its_keys_falls_back(monkeypatch: pytest.Mo
     plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(3))
     update = PromptLayer.update
     monkeypatch.setattr(PromptLayer, "update", lambda *args, **named: tuple(x + 0 for x in update(*args, **named)))
+    rows = [row[-length:-1] for row, length in zip(embeds, LENGTHS, strict=True)]
     with pytest.raises(NotShared), generation.shared_attention(model):
-        generation._prefill(model, embeds, list(LENGTHS), generation.new_cache(model, list(LENGTHS)))
+        parts = generation._share(rows, None, share=True)
+        generation._prefill(model, rows, parts, generation.new_cache(model, parts))
     assert torch.equal(generate(model, embeds, mask, **settings(3)), plain)
     assert model.config._attn_implementation == "sdpa"
+
+
+# ---- prompts that begin alike ---------------------------------------------------------------------------------------
+
+
+def alike(model: Any, *, common: int = 12, rests: tuple[int, ...] = (5, 1, 9, 3)) -> tuple[Tensor, Tensor]:
+    """Two pairs of prompts, padded on the left, of which each begins alike for `common` positions."""
+    embeds, mask = prompts(model, tuple(common + rest for rest in rests))
+    for first in (0, 2):
+        begins = [embeds.shape[1] - common - rest for rest in rests[first : first + 2]]
+        embeds[first + 1, begins[1] : begins[1] + common] = embeds[first, begins[0] : begins[0] + common]
+    return embeds, mask
+
+
+def watched_positions(model: Any) -> list[int]:
+    """The number of positions of each pass of the decoder over embeddings, as they come."""
+    read: list[int] = []
+
+    def watch(_: object, __: object, named: dict[str, Any]) -> None:
+        if named.get("inputs_embeds") is not None:
+            read.append(named["inputs_embeds"].shape[:2].numel())
+
+    model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+    return read
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(
+    ("model_type", "sizes"), [(name, sizes) for name, sizes in SHARED.items() if name != "deepseek_v3"]
+)
+def test_prompts_that_begin_alike_share_what_they_begin_with(
+    model_type: str, sizes: dict[str, Any], num_beams: int
+) -> None:
+    """In one batch, with the prefixes of another call, and with those of the same prompts."""
+    model = new_model(model_type, sizes)
+    embeds, mask = alike(model)
+    plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(num_beams, 12))
+    assert torch.equal(generate(model, embeds, mask, **settings(num_beams, 12)), plain)
+    kept: list[Prefix] = []
+    for rows in ([0], [1, 3], [0, 1, 2, 3], [2, 1, 0, 3]):
+        shelves = [kept] * len(rows)
+        ids = generate(model, embeds[rows], mask[rows], prefixes=shelves, **settings(num_beams, 12))
+        answers = [row[: row.tolist().index(2) + 1 if 2 in row else len(row)].tolist() for row in ids]
+        expected = [row[: row.tolist().index(2) + 1 if 2 in row else len(row)].tolist() for row in plain[rows]]
+        assert answers == expected
+    assert [len(prefix.embeds) for prefix in kept].count(16) == 1
+
+
+def test_only_what_differs_is_read() -> None:
+    model = new_model("llama", {})
+    embeds, mask = alike(model)
+    kept: list[Prefix] = []
+    read = watched_positions(model)
+    generate(model, embeds[:1], mask[:1], prefixes=[kept], **settings(1, 1))
+    assert read == [16, 1]  # `generate` begins with the last token
+    assert [len(prefix.embeds) for prefix in kept] == [16]
+    width = SMALL["hidden_size"]
+    per_token = (width + 3 * 2 * 2 * (width // 4)) * 8  # bytes: embedding; keys and values of 3 layers, 2 heads of 4
+    assert kept[0].nbytes == 16 * per_token
+    read.clear()
+    generate(model, embeds[:1], mask[:1], prefixes=[kept], **settings(1, 1))
+    assert read == [1]
+    read.clear()
+    generate(model, embeds[2:], mask[2:], prefixes=[kept] * 2, **settings(1, 1))
+    assert read == [20, 2, 2]  # the first one, the rest of the second, and their last tokens
+    assert [len(prefix.embeds) for prefix in kept] == [16, 20]
+    read.clear()
+    generate(model, embeds, mask, prefixes=[kept] * 4, **settings(1, 1))
+    assert read == [2, 4]
+
+
+def test_a_growing_prompt_replaces_its_beginning() -> None:
+    model = new_model("llama", {})
+    embeds, mask = prompts(model, (40,))
+    kept: list[Prefix] = []
+    lengths = []
+    for end in (20, 24, 31, 40):
+        plain = model.generate(inputs_embeds=embeds[:, :end], attention_mask=mask[:, :end], **settings(3, 8))
+        ids = generate(model, embeds[:, :end], mask[:, :end], prefixes=[kept], **settings(3, 8))
+        assert torch.equal(ids, plain)
+        lengths.append([len(prefix.embeds) for prefix in kept])
+    assert lengths == [[19], [19], [30], [30]]  # 4 and 9 more positions are read again
+
+
+def test_a_beginning_that_is_too_short_is_not_shared() -> None:
+    model = new_model("llama", {})
+    embeds, mask = alike(model, common=4, rests=(15, 20, 30, 16))
+    plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(1, 8))
+    kept: list[Prefix] = []
+    assert torch.equal(generate(model, embeds, mask, prefixes=[kept] * 4, **settings(1, 8)), plain)
+    assert len(kept) == 4
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("mistral", {"sliding_window": 8}), ("bloom", {}), ("deepseek_v3", ARCHITECTURES["deepseek_v3"])],
+)
+def test_architectures_that_fall_back_keep_nothing(model_type: str, sizes: dict[str, Any]) -> None:
+    model = new_model(model_type, sizes)
+    embeds, mask = alike(model)
+    kept: list[Prefix] = []
+    plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(1, 4))
+    assert torch.equal(generate(model, embeds, mask, prefixes=[kept] * 4, **settings(1, 4)), plain)
+    assert kept == []
+
+
+def test_positions_that_depend_on_the_length_are_not_shared() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = new_model("llama", {"rope_parameters": rope, "max_position_embeddings": 16})
+    embeds, mask = alike(model)
+    kept: list[Prefix] = []
+    generate(model, embeds, mask, prefixes=[kept] * 4, **settings(1, 4))
+    assert kept == []
+
+
+def test_other_weights_are_another_state() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model: Any = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), new_model("llama", {}))
+    layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    states = [weights_state(model)]
+    with torch.no_grad():
+        model.get_decoder().norm.weight.mul_(2)
+    states.append(weights_state(model))
+    for layer in layers:
+        layer.enable_adapters(False)
+    states.append(weights_state(model))
+    for layer in layers:
+        layer.enable_adapters(True)
+        layer.merge()
+    states.append(weights_state(model))
+    assert len(set(states)) == 4
+    assert weights_state(model) == states[-1]

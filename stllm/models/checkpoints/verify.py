@@ -148,7 +148,9 @@ def _generated(
     prompt = processor.prompt_ids([Turn(question)], system="")
     names = ("prompt_ids",) if "prompt_ids" in expected else ("prompt_ids_before", "prompt_ids_after")
     published = [token for name in names for token in expected[name][0].tolist()]
-    batch = pad_sequences([prompt], pad_id=processor.pad_token_id, num_visual=[len(visual)], side="left")
+    batch: dict[str, Any] = pad_sequences(
+        [prompt], pad_id=processor.pad_token_id, num_visual=[len(visual)], side="left"
+    )
     with torch.no_grad():
         embeds = model.embed(batch["input_ids"], batch["visual_positions"], visual)
     found: list[Comparison] = [
