@@ -22,8 +22,8 @@ from stllm.conversation.decoding import Decoding
 from stllm.datasets.collate import Collator
 from stllm.datasets.mixture import HeldOutSampler, Mixture
 from stllm.datasets.samples import Sample
+from stllm.evaluation.asking import Asker, share
 from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
-from stllm.evaluation.engine import Engine, share
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 
@@ -99,7 +99,7 @@ class Validation:
         if self.loaded is None:
             return {}
         chat = Chat(model=model, processor=self.processor, cache_bytes=0)
-        engine = Engine(
+        asker = Asker(
             chat,
             self.loaded,
             decoding=Decoding.published(self.processor.template),
@@ -107,7 +107,7 @@ class Validation:
             num_workers=self.num_workers,
             media_seconds=self.media_seconds,
         )
-        records = gathered(list(engine.records(share(self.loaded.items, rank(), world_size()))))
+        records = gathered(list(asker.records(share(self.loaded.items, rank(), world_size()))))
         strict = self.loaded.benchmark.summary(records)["strict"]
         tasks = {f"eval_{BENCHMARK}_{task}": score for task, score in strict["tasks"].items()}
         return {f"eval_{BENCHMARK}": strict["average"], **tasks}
