@@ -53,6 +53,8 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     ),
 }
 
+ENGINE = Measurement("Does an engine give the same answers, and how fast?", ("",), more=("speed-up",))
+
 # Not run with the others, but on the page where they were measured: at the published size (--published, on a GPU), and
 # with an engine (`python -m benchmarks.engine --engine URL`).
 ON_REQUEST: Mapping[str, Measurement] = {
@@ -60,5 +62,6 @@ ON_REQUEST: Mapping[str, Measurement] = {
         f"{name}_published": replace(MEASUREMENTS[name], question=f"{MEASUREMENTS[name].question} The published size.")
         for name in ("training_step", "masking")
     },
-    "engine": Measurement("Does an engine give the same answers, and how fast?", ("",), more=("speed-up",)),
+    "engine": ENGINE,
+    "engine_smollm2": replace(ENGINE, question=f"{ENGINE.question} With SmolLM2-135M as language model."),
 }
