@@ -46,6 +46,7 @@ SERVE = (
     "write the checkpoint's language model with `stllm convert CKPT --to DIR --format language-model` and serve that "
     "folder with `vllm serve DIR --enable-prompt-embeds`"
 )
+BROKEN_OFF = ("abort", "error")  # why a choice ends when an engine shuts down: with the tokens so far, and status 200
 TICK = 0.1  # seconds between two looks at whether anybody still waits
 
 
@@ -220,7 +221,7 @@ class RemoteLanguageModel:
                             reason = choice.get("finish_reason") or reason
                 if event is None:
                     raise ValueError
-                if reason is None:
+                if reason is None or reason in BROKEN_OFF:
                     raise httpx.ReadError("the stream has no end")
             except FAILURES as error:
                 raise self._failure(error) from error
@@ -272,9 +273,17 @@ class RemoteLanguageModel:
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
     async def _choice(self, body: dict[str, Any], take: Callable[[Any], T]) -> T:
-        """Ask for a completion, and return what `take` makes of its choice."""
-        request = self._client.post("/completions", cast_to=httpx.Response, body=body)
-        return await self._read(request, lambda reply: take(reply["choices"][0]))
+        """Ask for a completion, again if it is broken off, and return what `take` makes of its choice."""
+
+        def whole(reply: Any) -> T | None:
+            choice = reply["choices"][0]
+            return None if choice.get("finish_reason") in BROKEN_OFF else take(choice)
+
+        for _ in range(self._client.max_retries + 1):
+            request = self._client.post("/completions", cast_to=httpx.Response, body=body)
+            if (found := await self._read(request, whole)) is not None:
+                return found
+        raise self._failure(httpx.ReadError("the choice has no end"))
 
     async def _read(self, request: Coroutine[Any, Any, httpx.Response], take: Callable[[Any], T]) -> T:
         """Return what `take` makes of the reply's JSON. Raises RequestError, EngineError."""

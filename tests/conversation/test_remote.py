@@ -115,8 +115,10 @@ def test_what_an_engine_lacks_is_refused_by_name(engine, processor, decoding, me
 
 def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
     with connected(engine) as remote:
-        engine.replies = iter([refusal(503, "starting"), refusal(500, "out of blocks")])
-        assert remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
+        expected = remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
+        shutting_down = replied(choice(token_ids=expected[:1], finish_reason="abort"))  # as vLLM at SIGTERM
+        engine.replies = iter([refusal(503, "starting"), refusal(500, "out of blocks"), shutting_down])
+        assert remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60) == expected
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,9 @@ LIKELY = {"logprobs": {"top_logprobs": [{"a": float("nan")}]}}
         (2, JSONResponse([1]), FORM),
         (2, Response(status_code=204), FORM),
         (2, Response('{"choices": [' + " " * 2000), FORM),  # longer than is read of it
+        (2, replied(choice(finish_reason="abort")), "broke off its answer"),
         (3, streamed({"choices": [choice()]}), "broke off its answer"),
+        (3, streamed({"choices": [choice(finish_reason="abort")]}), "broke off its answer"),
         (3, streamed({"error": {"message": "out of blocks"}}), "failed: out of blocks"),
         (3, streamed({"choices": [choice()]}, "{no"), FORM),
         *((3, streamed({"choices": [choice(**{name: None})]}), FORM) for name in ("text", "token_ids")),
@@ -297,6 +301,7 @@ def test_a_reply_that_is_none_is_one_sentence_of_ours(tiny, capsys, monkeypatch,
     """before: replies that are right, two of them for comparing the models; with 3, the answer is streamed."""
     url, engine = tiny
     monkeypatch.setattr("stllm.conversation.remote.MAX_REPLY", 1000 if b"  " in reply.body else 1 << 20)
+    monkeypatch.setattr("stllm.conversation.remote.NUM_RETRIES", 0)
     engine.replies = iter([*[None] * min(before, 2), reply])
     path, question = find_examples()[0]
     words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--engine", url]
