@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ NUM_RETRIES = 8  # openai's client pauses 0.5 to 8 s: about 40 s in all, in whic
 API_KEY = "VLLM_API_KEY"  # the environment variable that `vllm serve` reads, too
 NUM_PROBES = 8  # tokens of the prompt that compares the models
 TOLERANCE = 0.25  # nats; bfloat16 against float32 differs by less, another model by more
+WATCH_SECONDS = 60.0  # without a reply, after which the engine is looked at; longer than all pauses between retries
 FIND_SECONDS = 10.0  # for the list of models, which waits for no other request
 MAX_REPLY = 64 << 20  # bytes of a reply that is no stream
 FAILURES = (openai.OpenAIError, httpx.HTTPError)  # what a request can raise
@@ -208,17 +210,22 @@ class RemoteLanguageModel:
         async def ask() -> None:
             reason: str | None = None
             event: Any = None
+
+            async def receive() -> None:
+                nonlocal reason, event
+                kind = openai.AsyncStream[Any]
+                streamed = {**body, "stream": True}
+                async for event in await self._client.post(
+                    "/completions", cast_to=object, body=streamed, stream=True, stream_cls=kind
+                ):
+                    for choice in event["choices"]:
+                        ids.extend(self._ids(choice, decoding.max_new_tokens - len(ids)))
+                        pieces.put(_text(choice["text"]))
+                        reason = choice.get("finish_reason") or reason
+
             try:
                 async with self._places:
-                    kind = openai.AsyncStream[Any]
-                    streamed = {**body, "stream": True}
-                    async for event in await self._client.post(
-                        "/completions", cast_to=object, body=streamed, stream=True, stream_cls=kind
-                    ):
-                        for choice in event["choices"]:
-                            ids.extend(self._ids(choice, decoding.max_new_tokens - len(ids)))
-                            pieces.put(_text(choice["text"]))
-                            reason = choice.get("finish_reason") or reason
+                    await self._watch(receive())
                 if event is None:
                     raise ValueError
                 if reason is None or reason in BROKEN_OFF:
@@ -281,9 +288,33 @@ class RemoteLanguageModel:
 
         for _ in range(self._client.max_retries + 1):
             request = self._client.post("/completions", cast_to=httpx.Response, body=body)
-            if (found := await self._read(request, whole)) is not None:
-                return found
+            with suppress(httpx.ReadError):
+                if (found := await self._watch(self._read(request, whole))) is not None:
+                    return found
         raise self._failure(httpx.ReadError("the choice has no end"))
+
+    async def _watch(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await a reply, and give it up once the engine takes no more connections. Raises httpx.ReadError.
+
+        vLLM closes its port when it shuts down, and then waits for requests that nobody answers any more.
+        """
+
+        async def refuses() -> bool:
+            once = self._client.with_options(max_retries=0, timeout=FIND_SECONDS)
+            try:
+                await once.get("/models", cast_to=httpx.Response)
+            except openai.OpenAIError as error:  # an engine that is busy, or replies with an error, is there
+                return isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+            return False
+
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait([task], timeout=WATCH_SECONDS))[0]:
+                if await refuses():
+                    raise httpx.ReadError("the engine takes no more connections")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _read(self, request: Coroutine[Any, Any, httpx.Response], take: Callable[[Any], T]) -> T:
         """Return what `take` makes of the reply's JSON. Raises RequestError, EngineError."""

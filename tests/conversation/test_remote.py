@@ -1,8 +1,9 @@
 """The language model behind an engine: the same ids as here, many requests at once, and failures in a sentence."""
 
 import json
+import socket
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
 from typing import Any
@@ -149,6 +150,24 @@ def test_an_engine_that_is_down_is_named(processor):
         with pytest.raises(UserError, match=r"the engine at http://127.0.0.1:9 cannot be reached .*vllm serve DIR"):
             remote.find_model()
     finally:
+        remote.close()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_engine_that_shuts_down_without_answering_is_given_up(processor, monkeypatch, streamed):
+    """As vLLM at SIGTERM: the port is closed, and requests that were taken get no reply."""
+    monkeypatch.setattr("stllm.conversation.remote.WATCH_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        remote = RemoteLanguageModel(f"http://127.0.0.1:{listener.getsockname()[1]}", num_retries=0)
+        arguments = (prompts(1)[0], GREEDY, processor.stopping())
+        if streamed:
+            future = pool.submit(lambda: list(remote.stream(*arguments, Event())))
+        else:
+            future = remote.submit(*arguments)
+        with listener.accept()[0]:
+            listener.close()
+            with pytest.raises(EngineError, match="broke off its answer"):
+                future.result(60)
         remote.close()
 
 
