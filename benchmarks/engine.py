@@ -17,6 +17,7 @@ The result is named engine, or engine_NAME for the checkpoint folder NAME. engin
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -105,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     baseline = "the same prompts decoded here by transformers, one at a time; reading and encoding are not counted"
     own = Path(args.ckpt_path).resolve() != FOLDER.resolve()
     name = f"engine_{Path(args.ckpt_path).name}" if own else "engine"
-    report(name, baseline, rows, sizes, args.output_dir, {"engine": versions(args.engine)}, device=chat.model.device)
+    also = {"engine": versions(args.engine), "load average of the machine": round(os.getloadavg()[1], 1)}
+    report(name, baseline, rows, sizes, args.output_dir, also, device=chat.model.device)
     if args.dtype == "float32" and any(found != ids[0] for found in ids[len(TOGETHER) :]):
         raise UserError("the engine gives other ids than transformers here: serve the same language model in float32")
 
