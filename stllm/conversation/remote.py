@@ -181,7 +181,11 @@ class RemoteLanguageModel:
 
         async def ask() -> list[int]:
             async with self._places:
-                return await self._choice(body, lambda choice: self._ids(choice, decoding.max_new_tokens))
+                ids, reason = await self._choice(
+                    body, lambda choice: (self._ids(choice, decoding.max_new_tokens), choice.get("finish_reason"))
+                )
+            self._check_length(ids, reason, decoding)
+            return ids
 
         return self._run(ask())
 
@@ -236,6 +240,7 @@ class RemoteLanguageModel:
                 raise self._malformed(str(event or "no event of a stream")) from error
             finally:
                 pieces.put(None)
+            self._check_length(ids, reason, decoding)
 
         future = self._run(ask())
         try:
@@ -333,6 +338,15 @@ class RemoteLanguageModel:
         if len(ids) > most or not all(type(one) is int and 0 <= one < self._num_ids for one in ids):
             raise ValueError
         return list(ids)
+
+    def _check_length(self, ids: list[int], reason: Any, decoding: Decoding) -> None:
+        """Raise RequestError for an answer that was cut because the engine had no room for it."""
+        if reason == "length" and len(ids) < decoding.max_new_tokens:
+            raise RequestError(
+                f"the engine at {self.address} cut the answer after {len(ids)} of {decoding.max_new_tokens} tokens, as "
+                "prompt and answer exceed its --max-model-len: start it with a larger one, or ask for fewer tokens "
+                "(--max-new-tokens)"
+            )
 
     def _malformed(self, reply: str) -> EngineError:
         start = " ".join(reply[:200].split())

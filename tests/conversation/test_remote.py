@@ -308,6 +308,8 @@ LIKELY = {"logprobs": {"top_logprobs": [{"a": float("nan")}]}}
         (2, Response(status_code=204), FORM),
         (2, Response('{"choices": [' + " " * 2000), FORM),  # longer than is read of it
         (2, replied(choice(finish_reason="abort")), "broke off its answer"),
+        (2, replied(choice(finish_reason="length")), "cut the answer after 1 of 300 tokens"),
+        (3, streamed({"choices": [choice(finish_reason="length")]}), "cut the answer after 1 of 300 tokens"),
         (3, streamed({"choices": [choice()]}), "broke off its answer"),
         (3, streamed({"choices": [choice(finish_reason="abort")]}), "broke off its answer"),
         (3, streamed({"error": {"message": "out of blocks"}}), "failed: out of blocks"),
