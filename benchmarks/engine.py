@@ -1,19 +1,33 @@
 """A check of a real engine: `--engine` must give the ids that the language model gives here, and how fast it is.
 
-Questions about the example clips are encoded once, here; then transformers decodes them one at a time, and the engine
-with 1, 8 and 32 requests in flight. Greedy, so in float32 all ids must be equal; otherwise the exit code is 1.
+Questions about the example clips are encoded once, here. Then they are decoded here, one at a time and in batches, and
+by the engine with 1, 8 and 32 requests in flight. Greedy, so in float32 the engine's ids must equal those of one at a
+time; otherwise the exit code is 1. With VLLM_SERVER_DEV_MODE=1 the engine also reports its version of torch.
 
     stllm convert stllm/assets/stllm-tiny --to lm --format language-model
-    vllm serve lm --enable-prompt-embeds --dtype float32 --port 8001
+    VLLM_SERVER_DEV_MODE=1 vllm serve lm --enable-prompt-embeds --dtype float32 --port 8001
     python -m benchmarks.engine --engine http://127.0.0.1:8001 [--ckpt-path DIR] [--dtype TYPE] [--quick]
+
+The result is named engine, or engine_NAME for the checkpoint folder NAME. engine_smollm2 is an ST-LLM with SmolLM2-135M
+(its transformers folder in ./SmolLM2-135M) as language model, LoRA, and a small vision part, after 20 steps:
+
+    stllm toy --output toy_world
+    stllm train --cfg-path configs/tiny/train_lora.yaml --options model.llama_model=SmolLM2-135M run.max_steps=20 \
+        run.per_device_train_batch_size=2 run.warmup_steps=2 run.output_dir=smollm2
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from benchmarks.common import RESULTS, exit_code, report
 from stllm.common.errors import UserError
@@ -23,7 +37,7 @@ from stllm.conversation.remote import RemoteLanguageModel
 from stllm.conversation.requests import Media, Request
 from stllm.processors.templates import Turn
 
-IN_FLIGHT = (1, 8, 32)
+TOGETHER = (1, 8, 32)  # in a batch here, in flight there
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clips = find_examples()
     asked = clips if args.quick else [(path, question) for path, _ in clips for _, question in clips]
     prepared = [chat.prepare(Request((Turn(question),), Media(str(path))), decoding) for path, question in asked]
+    prepared.sort(key=lambda one: one.length)  # as in an evaluation, so that batches need little padding
     embeds, stopping = [chat.embeds(one) for one in prepared], chat.processor.stopping()
     rows: list[dict[str, Any]] = []
     ids: list[list[list[int]]] = []
@@ -56,27 +71,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     def measure(name: str, answer: Callable[[int], list[list[int]]]) -> None:
         answer(1)  # warm-up
         start = time.perf_counter()
-        ids.append(answer(len(prepared)))
+        found = answer(len(prepared))
         spent = time.perf_counter() - start
+        ids.append([unpadded(one, stopping["pad_token_id"]) for one in found])
         equal = sum(one == other for one, other in zip(ids[0], ids[-1], strict=True))
         first = rows[0]["seconds"] if rows else spent
         row = {"": name, "seconds": spent, "answers/s": len(prepared) / spent, "speed-up": first / spent}
         rows.append({**row, "equal ids": f"{equal}/{len(prepared)}"})
 
-    measure(
-        "here, one at a time", lambda count: [chat._generate([one], decoding)[0].tolist() for one in prepared[:count]]
-    )
-    for in_flight in IN_FLIGHT:
-        remote = RemoteLanguageModel(args.engine, max_in_flight=in_flight)
-        try:
+    def here(batch_size: int, count: int) -> list[list[int]]:
+        batches = (prepared[first : first + batch_size] for first in range(0, count, batch_size))
+        return [row.tolist() for batch in batches for row in chat._generate(batch, decoding)]
+
+    with ExitStack() as stack:
+        remotes = [RemoteLanguageModel(args.engine, max_in_flight=in_flight) for in_flight in TOGETHER]
+        for remote in remotes:
+            stack.callback(remote.close)
             remote.find_model()
-            remote.compare(chat.model.get_input_embeddings())
+        remotes[0].compare(chat.model.get_input_embeddings())
+        for batch_size in TOGETHER:
+            measure(f"here, {batch_size} in a batch" if rows else "here, one at a time", partial(here, batch_size))
+        for remote in remotes:
             measure(
-                f"the engine, {in_flight} in flight",
+                f"the engine, {remote.max_in_flight} in flight",
                 lambda count: remote.complete(embeds[:count], decoding, stopping),  # noqa: B023  (called at once)
             )
-        finally:
-            remote.close()
     sizes = {
         "checkpoint": Path(args.ckpt_path).name,
         "questions": len(prepared),
@@ -85,9 +104,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "prompt tokens": max(len(one) for one in embeds),
     }
     baseline = "the same prompts decoded here by transformers, one at a time; reading and encoding are not counted"
-    report("engine", baseline, rows, sizes, args.output_dir, also={"engine": remote.server}, device=chat.model.device)
-    if args.dtype == "float32" and any(found != ids[0] for found in ids[1:]):
+    own = Path(args.ckpt_path).resolve() != FOLDER.resolve()
+    name = f"engine_{Path(args.ckpt_path).name}" if own else "engine"
+    also = {"engine": versions(args.engine), "load average of the machine": round(os.getloadavg()[1], 1)}
+    report(name, baseline, rows, sizes, args.output_dir, also, device=chat.model.device)
+    if args.dtype == "float32" and any(found != ids[0] for found in ids[len(TOGETHER) :]):
         raise UserError("the engine gives other ids than transformers here: serve the same language model in float32")
+
+
+def versions(url: str) -> dict[str, str]:
+    """The engine's own version and that of its torch, as far as it reports them."""
+    address = url.rstrip("/").removesuffix("/v1")
+    found = {"vLLM": "unknown", "torch": "unknown"}
+    with suppress(httpx.HTTPError):  # another server, or not in vLLM's development mode
+        found["vLLM"] = httpx.get(f"{address}/version").raise_for_status().json()["version"]
+        about = httpx.get(f"{address}/server_info", timeout=120).raise_for_status().json()
+        found["torch"] = about["system_env"]["torch_version"]
+    return found
+
+
+def unpadded(ids: list[int], pad: int) -> list[int]:
+    """An answer's ids without the padding of its batch."""
+    return list(reversed(list(dropwhile(lambda one: one == pad, reversed(ids)))))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     ),
 }
 
+ENGINE = Measurement("Does an engine give the same answers, and how fast?", ("",), more=("speed-up",))
+
 # Not run with the others, but on the page where they were measured: at the published size (--published, on a GPU), with
 # an engine (`python -m benchmarks.engine --engine URL`), and in 4 and 8 bits (`python -m benchmarks.quantization`).
 ON_REQUEST: Mapping[str, Measurement] = {
@@ -65,5 +67,6 @@ ON_REQUEST: Mapping[str, Measurement] = {
         ("",),
         less=("peak / float16 weights",),
     ),
-    "engine": Measurement("Does an engine give the same answers, and how fast?", ("",), more=("speed-up",)),
+    "engine": ENGINE,
+    "engine_smollm2": replace(ENGINE, question=f"{ENGINE.question} With SmolLM2-135M as language model."),
 }

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ NUM_RETRIES = 8  # openai's client pauses 0.5 to 8 s: about 40 s in all, in whic
 API_KEY = "VLLM_API_KEY"  # the environment variable that `vllm serve` reads, too
 NUM_PROBES = 8  # tokens of the prompt that compares the models
 TOLERANCE = 0.25  # nats; bfloat16 against float32 differs by less, another model by more
+WATCH_SECONDS = 60.0  # without a reply, after which the engine is looked at; longer than all pauses between retries
 FIND_SECONDS = 10.0  # for the list of models, which waits for no other request
 EVENTS_WITHOUT_TOKENS = 16  # of a stream: its end, and what other servers send besides
 MAX_REPLY = 64 << 20  # bytes of a reply that is no stream
@@ -47,6 +49,7 @@ SERVE = (
     "write the checkpoint's language model with `stllm convert CKPT --to DIR --format language-model` and serve that "
     "folder with `vllm serve DIR --enable-prompt-embeds`"
 )
+BROKEN_OFF = ("abort", "error")  # why a choice ends when an engine shuts down: with the tokens so far, and status 200
 TICK = 0.1  # seconds between two looks at whether anybody still waits
 
 
@@ -179,7 +182,11 @@ class RemoteLanguageModel:
 
         async def ask() -> list[int]:
             async with self._places:
-                return await self._choice(body, lambda choice: self._ids(choice, decoding.max_new_tokens))
+                ids, reason = await self._choice(
+                    body, lambda choice: (self._ids(choice, decoding.max_new_tokens), choice.get("finish_reason"))
+                )
+            self._check_length(ids, reason, decoding)
+            return ids
 
         return self._run(ask())
 
@@ -209,23 +216,28 @@ class RemoteLanguageModel:
             reason: str | None = None
             event: Any = None
             num_events = 0
+
+            async def receive() -> None:
+                nonlocal reason, event, num_events
+                kind = openai.AsyncStream[Any]
+                streamed = {**body, "stream": True}
+                async for event in await self._client.post(
+                    "/completions", cast_to=object, body=streamed, stream=True, stream_cls=kind
+                ):
+                    num_events += 1
+                    if num_events > decoding.max_new_tokens + EVENTS_WITHOUT_TOKENS:
+                        raise ValueError
+                    for choice in event["choices"]:
+                        ids.extend(self._ids(choice, decoding.max_new_tokens - len(ids)))
+                        pieces.put(_text(choice["text"]))
+                        reason = choice.get("finish_reason") or reason
+
             try:
                 async with self._places:
-                    kind = openai.AsyncStream[Any]
-                    streamed = {**body, "stream": True}
-                    async for event in await self._client.post(
-                        "/completions", cast_to=object, body=streamed, stream=True, stream_cls=kind
-                    ):
-                        num_events += 1
-                        if num_events > decoding.max_new_tokens + EVENTS_WITHOUT_TOKENS:
-                            raise ValueError
-                        for choice in event["choices"]:
-                            ids.extend(self._ids(choice, decoding.max_new_tokens - len(ids)))
-                            pieces.put(_text(choice["text"]))
-                            reason = choice.get("finish_reason") or reason
+                    await self._watch(receive())
                 if event is None:
                     raise ValueError
-                if reason is None:
+                if reason is None or reason in BROKEN_OFF:
                     raise httpx.ReadError("the stream has no end")
             except FAILURES as error:
                 raise self._failure(error) from error
@@ -233,6 +245,7 @@ class RemoteLanguageModel:
                 raise self._malformed(str(event or "no event of a stream")) from error
             finally:
                 pieces.put(None)
+            self._check_length(ids, reason, decoding)
 
         future = self._run(ask())
         try:
@@ -277,9 +290,41 @@ class RemoteLanguageModel:
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
     async def _choice(self, body: dict[str, Any], take: Callable[[Any], T]) -> T:
-        """Ask for a completion, and return what `take` makes of its choice."""
-        request = self._client.post("/completions", cast_to=httpx.Response, body=body)
-        return await self._read(request, lambda reply: take(reply["choices"][0]))
+        """Ask for a completion, again if it is broken off, and return what `take` makes of its choice."""
+
+        def whole(reply: Any) -> T | None:
+            choice = reply["choices"][0]
+            return None if choice.get("finish_reason") in BROKEN_OFF else take(choice)
+
+        for _ in range(self._client.max_retries + 1):
+            request = self._client.post("/completions", cast_to=httpx.Response, body=body)
+            with suppress(httpx.ReadError):
+                if (found := await self._watch(self._read(request, whole))) is not None:
+                    return found
+        raise self._failure(httpx.ReadError("the choice has no end"))
+
+    async def _watch(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await a reply, and give it up once the engine takes no more connections. Raises httpx.ReadError.
+
+        vLLM closes its port when it shuts down, and then waits for requests that nobody answers any more.
+        """
+
+        async def refuses() -> bool:
+            once = self._client.with_options(max_retries=0, timeout=FIND_SECONDS)
+            try:
+                await once.get("/models", cast_to=httpx.Response)
+            except openai.OpenAIError as error:  # an engine that is busy, or replies with an error, is there
+                return isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+            return False
+
+        task = asyncio.ensure_future(work)
+        try:
+            while not (await asyncio.wait([task], timeout=WATCH_SECONDS))[0]:
+                if await refuses():
+                    raise httpx.ReadError("the engine takes no more connections")
+            return task.result()
+        finally:
+            task.cancel()
 
     async def _read(self, request: Coroutine[Any, Any, httpx.Response], take: Callable[[Any], T]) -> T:
         """Return what `take` makes of the reply's JSON. Raises RequestError, EngineError."""
@@ -298,6 +343,15 @@ class RemoteLanguageModel:
         if len(ids) > most or not all(type(one) is int and 0 <= one < self._num_ids for one in ids):
             raise ValueError
         return list(ids)
+
+    def _check_length(self, ids: list[int], reason: Any, decoding: Decoding) -> None:
+        """Raise RequestError for an answer that was cut because the engine had no room for it."""
+        if reason == "length" and len(ids) < decoding.max_new_tokens:
+            raise RequestError(
+                f"the engine at {self.address} cut the answer after {len(ids)} of {decoding.max_new_tokens} tokens, as "
+                "prompt and answer exceed its --max-model-len: start it with a larger one, or ask for fewer tokens "
+                "(--max-new-tokens)"
+            )
 
     def _malformed(self, reply: str) -> EngineError:
         start = " ".join(reply[:200].split())

@@ -99,9 +99,10 @@ def test_the_command_runs_what_is_asked_and_names_what_failed(
     ]
 
 
-def test_an_unknown_name_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["speed", "engine"])  # the last is run on request
+def test_an_unknown_name_lists_the_known(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        command.main(["--only", "speed"])
+        command.main(["--only", name])
     assert stop.value.code == 2 and "training_step" in capsys.readouterr().err
 
 

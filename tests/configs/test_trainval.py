@@ -28,6 +28,7 @@ LAUNCHERS = (
     "LOCAL_RANK",
     "CUDA_VISIBLE_DEVICES",
     "VLLM_API_KEY",
+    "VLLM_CPU_KVCACHE_SPACE",
 )  # variables that no recipe reads
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)).replace("\\\n", " ")
 LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]

@@ -1,8 +1,9 @@
 """The language model behind an engine: the same ids as here, many requests at once, and failures in a sentence."""
 
 import json
+import socket
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
 from typing import Any
@@ -115,8 +116,10 @@ def test_what_an_engine_lacks_is_refused_by_name(engine, processor, decoding, me
 
 def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
     with connected(engine) as remote:
-        engine.replies = iter([refusal(503, "starting"), refusal(500, "out of blocks")])
-        assert remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
+        expected = remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
+        shutting_down = replied(choice(token_ids=expected[:1], finish_reason="abort"))  # as vLLM at SIGTERM
+        engine.replies = iter([refusal(503, "starting"), refusal(500, "out of blocks"), shutting_down])
+        assert remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60) == expected
 
 
 @pytest.mark.parametrize(
@@ -147,6 +150,24 @@ def test_an_engine_that_is_down_is_named(processor):
         with pytest.raises(UserError, match=r"the engine at http://127.0.0.1:9 cannot be reached .*vllm serve DIR"):
             remote.find_model()
     finally:
+        remote.close()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_engine_that_shuts_down_without_answering_is_given_up(processor, monkeypatch, streamed):
+    """As vLLM at SIGTERM: the port is closed, and requests that were taken get no reply."""
+    monkeypatch.setattr("stllm.conversation.remote.WATCH_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        remote = RemoteLanguageModel(f"http://127.0.0.1:{listener.getsockname()[1]}", num_retries=0)
+        arguments = (prompts(1)[0], GREEDY, processor.stopping())
+        if streamed:
+            future = pool.submit(lambda: list(remote.stream(*arguments, Event())))
+        else:
+            future = remote.submit(*arguments)
+        with listener.accept()[0]:
+            listener.close()
+            with pytest.raises(EngineError, match="broke off its answer"):
+                future.result(60)
         remote.close()
 
 
@@ -286,7 +307,11 @@ LIKELY = {"logprobs": {"top_logprobs": [{"a": float("nan")}]}}
         (2, JSONResponse([1]), FORM),
         (2, Response(status_code=204), FORM),
         (2, Response('{"choices": [' + " " * 2000), FORM),  # longer than is read of it
+        (2, replied(choice(finish_reason="abort")), "broke off its answer"),
+        (2, replied(choice(finish_reason="length")), "cut the answer after 1 of 300 tokens"),
+        (3, streamed({"choices": [choice(finish_reason="length")]}), "cut the answer after 1 of 300 tokens"),
         (3, streamed({"choices": [choice()]}), "broke off its answer"),
+        (3, streamed({"choices": [choice(finish_reason="abort")]}), "broke off its answer"),
         (3, streamed({"error": {"message": "out of blocks"}}), "failed: out of blocks"),
         (3, streamed({"choices": [choice()]}, "{no"), FORM),
         *((3, streamed({"choices": [choice(**{name: None})]}), FORM) for name in ("text", "token_ids")),
@@ -299,6 +324,7 @@ def test_a_reply_that_is_none_is_one_sentence_of_ours(tiny, capsys, monkeypatch,
     """before: replies that are right, two of them for comparing the models; with 3, the answer is streamed."""
     url, engine = tiny
     monkeypatch.setattr("stllm.conversation.remote.MAX_REPLY", 1000 if b"  " in reply.body else 1 << 20)
+    monkeypatch.setattr("stllm.conversation.remote.NUM_RETRIES", 0)
     engine.replies = iter([*[None] * min(before, 2), reply])
     path, question = find_examples()[0]
     words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--engine", url]

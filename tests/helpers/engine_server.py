@@ -46,6 +46,12 @@ class FakeEngine:
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "test"}]})
 
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": "0.test"})
+
+    async def server_info(self, request: Request) -> Response:  # as with VLLM_SERVER_DEV_MODE=1
+        return JSONResponse({"system_env": {"torch_version": str(torch.__version__)}})
+
     async def completions(self, request: Request) -> Response:
         body = await request.json()
         self.bodies.append(body)
@@ -123,6 +129,8 @@ def refusal(status: int, message: str, param: str | None = None) -> Response:
 def engine_server(engine: FakeEngine) -> Iterator[str]:
     """The engine's address while it runs."""
     routes = [
+        Route("/version", engine.version),
+        Route("/server_info", engine.server_info),
         Route("/v1/models", engine.models),
         Route("/v1/completions", engine.completions, methods=["POST"]),
     ]
