@@ -82,7 +82,8 @@ def test_an_engine_that_fails_ends_the_run_which_then_goes_on(
     asked = len(engine.bodies)
     assert evaluate(data, tmp_path / "out", *GREEDY, "--engine", url) == 0
     assert len(lines(tmp_path / "out")) == 9
-    assert len(engine.bodies) - asked == 2 + 9 - len(done)
+    # a request that the first run sent and gave up may arrive late
+    assert len(engine.bodies) - asked - (2 + 9 - len(done)) in (0, 1)
 
 
 def test_answers_that_have_come_are_written_before_the_last_clip_is_read(
