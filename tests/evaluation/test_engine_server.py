@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stllm.cli import main
 from stllm.conversation import remote
-from stllm.evaluation import engine as engine_module
+from stllm.evaluation import asking as engine_module
 from tests.helpers.engine_server import FakeEngine, engine_server, refusal
 from tests.helpers.evaluation import CHECKPOINT, evaluate, lines, write_set
 from tests.helpers.serving import wait_until
