@@ -178,6 +178,7 @@ class RunSettings:
     qa_sampling: str = _key("one", choices=("one", "all"))  # of a record's QA pairs, one an epoch at random or each
     # visual tokens that masking keeps of a clip: rounded to a multiple of it, so that compiled kernels meet few lengths
     mask_bucket: int = _key(1, low=1)
+    packing: bool = False  # the samples of a batch go through the language model as one row, without padding
     # first and last step that torch's profiler records, such as [10, 12]; the traces are in the folder profile
     profile_steps: list[int] | None = None
     projection_lr: float | None = _key(None, low=0)  # learning rate of llama_proj; unset: learning_rate

@@ -26,6 +26,7 @@ from stllm.models.build import build_audited
 from stllm.models.checkpoints.infer_config import Opened, decide_config, open_sources
 from stllm.models.checkpoints.load import processor_of
 from stllm.models.configuration import STLLMConfig
+from stllm.models.language_model import PACKING, packing_fault
 from stllm.models.lora import save_adapter
 from stllm.models.settings import model_section, quantization_of
 from stllm.models.st_llm import STLLM
@@ -71,6 +72,13 @@ class VideoTextTask:
                     f"a language model in {bits} (model.quantization) is not divided among processes, each holds all "
                     "of it: leave out run.fsdp and run.deepspeed, or model.quantization"
                 )
+        if run.packing and (fault := packing_fault(config.text_config)):
+            raise UserError(f"run.packing is True, but {fault}: leave out run.packing, or train another language model")
+        if run.packing and (name := opened.settings.get("attn_implementation")) not in PACKING:
+            raise UserError(
+                f"run.packing is True, but model.attn_implementation is {name}, which is not implemented for packed "
+                "samples: take auto, which has flash attention for each sample on a GPU, or leave out run.packing"
+            )
         processor = processor_of(opened)
         sources = build_corpora(cfg, image_size=config.vision_config["image_size"], train=True)
         limit = PositionLimit.of(config, processor)
@@ -129,6 +137,7 @@ class VideoTextTask:
             num_tokens=partial(num_visual_tokens, self.config),
             mask_rate=self.config.mask_rate if self.config.use_mask else None,
             mask_bucket=self.cfg.run.mask_bucket,
+            packing=self.cfg.run.packing,
         )
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
