@@ -41,6 +41,11 @@ MEASUREMENTS: Mapping[str, Measurement] = {
         ("frames",),
         less=("masked, time", "masked with MVM, time", "masked, memory", "masked with MVM, memory"),
     ),
+    "packing": Measurement(
+        "What does packing save, with texts as long as those of the published mixtures?",
+        ("recipe",),
+        less=("time ratio", "with a mask, time ratio", "memory ratio"),
+    ),
     "data_pipeline": Measurement(
         "How fast do videos become training batches?", ("video", "workers"), more=("speed-up",)
     ),
@@ -58,7 +63,7 @@ MEASUREMENTS: Mapping[str, Measurement] = {
 ON_REQUEST: Mapping[str, Measurement] = {
     **{
         f"{name}_published": replace(MEASUREMENTS[name], question=f"{MEASUREMENTS[name].question} The published size.")
-        for name in ("training_step", "masking")
+        for name in ("training_step", "masking", "packing")
     },
     "engine": Measurement("Does an engine give the same answers, and how fast?", ("",), more=("speed-up",)),
 }
