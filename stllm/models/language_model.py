@@ -100,7 +100,7 @@ def attend(
         output, _ = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **kwargs)
         outputs.append(output.flatten(0, 1))  # (count * length, H, D)
         start = end
-    return torch.cat(outputs)[None], None
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None  # a copy of one would cost memory
 
 
 def _attend_packed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
