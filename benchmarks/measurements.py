@@ -41,6 +41,11 @@ MEASUREMENTS: Mapping[str, Measurement] = {
         ("frames",),
         less=("masked, time", "masked with MVM, time", "masked, memory", "masked with MVM, memory"),
     ),
+    "packing": Measurement(
+        "What does packing save, with texts as long as those of the published mixtures?",
+        ("recipe",),
+        less=("time ratio", "with a mask, time ratio", "memory ratio"),
+    ),
     "data_pipeline": Measurement(
         "How fast do videos become training batches?", ("video", "workers"), more=("speed-up",)
     ),
@@ -60,7 +65,7 @@ ENGINE = Measurement("Does an engine give the same answers, and how fast?", ("",
 ON_REQUEST: Mapping[str, Measurement] = {
     **{
         f"{name}_published": replace(MEASUREMENTS[name], question=f"{MEASUREMENTS[name].question} The published size.")
-        for name in ("training_step", "masking")
+        for name in ("training_step", "masking", "packing")
     },
     "quantization": Measurement(
         "How much memory and time does the published size take in 4 and 8 bits on a CPU?",

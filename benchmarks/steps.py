@@ -43,7 +43,10 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a model and a batch. text_tokens: of the longest row, answer included; each next one is 8 shorter."""
+    """Sizes of a model and a batch.
+
+    text_tokens: of the longest row, answer included; each next one is 8 shorter. texts: of each row, in place of these.
+    """
 
     width: int = 512
     depth: int = 32
@@ -52,6 +55,7 @@ class Case:
     frames: int = 16
     text_tokens: int = 96
     answer_tokens: int = 32
+    texts: tuple[int, ...] = ()
     checkpointing: bool = False
     dtype: str = "float32"  # of the weights, their gradients and all that is computed
 
@@ -112,24 +116,29 @@ def checkpoint(model: STLLM) -> None:
 
 
 def new_batch(case: Case, device: torch.device) -> Batch:
-    """Arguments of `STLLM.forward`, twice: masked, with half of the visual tokens dropped, and whole.
+    """Arguments of `STLLM.forward`: masked, with half of the visual tokens dropped, and whole; each packed, too.
 
     The visual block comes first, as in the InstructBLIP family.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(case.vocabulary, (case.batch, case.text_tokens), generator=generator)
+    texts = case.texts or [case.text_tokens - 8 * number for number in range(case.batch)]
+    ids = torch.randint(case.vocabulary, (case.batch, max(texts)), generator=generator)
     ids[:, 0] = VISUAL_TOKEN_ID
-    rows = [row[: case.text_tokens - 8 * number] for number, row in enumerate(ids.tolist())]
-    labels = [[IGNORE_INDEX] * (len(row) - case.answer_tokens) + row[-case.answer_tokens :] for row in rows]
+    rows = [row[:length] for length, row in zip(texts, ids.tolist(), strict=True)]
+    answers = [min(case.answer_tokens, len(row) // 2) for row in rows]
+    labels = [[IGNORE_INDEX] * (len(row) - n) + row[-n:] for row, n in zip(rows, answers, strict=True)]
     features = torch.randn(case.batch, case.frames, NUM_QUERY_TOKENS, QFORMER_WIDTH, generator=generator)
     features = features.to(device, getattr(torch, case.dtype))
     num_visual = case.frames * NUM_QUERY_TOKENS
     dropped = draw_dropped(case.batch, num_visual, rate=MASK_RATE, generator=generator)
     prompts = partial(training_sequences, rows, labels, pad_id=0, num_visual=num_visual)
-    return {
-        "masked": {"query_features": features, **send_to_device(prompts(dropped=dropped), device)},
-        "whole": {"query_features": features, **send_to_device(prompts(), device)},
+    kinds = {
+        "masked": prompts(dropped=dropped),
+        "whole": prompts(),
+        "masked packed": prompts(dropped=dropped, packing=True),
+        "whole packed": prompts(packing=True),
     }
+    return {name: {"query_features": features, **send_to_device(batch, device)} for name, batch in kinds.items()}
 
 
 # ---- procedures: a model and a batch to a loss ----------------------------------------------------------------------
@@ -165,8 +174,18 @@ def unmasked(model: STLLM, batch: Batch) -> Tensor:
     return model(**batch["whole"]).loss
 
 
+def packed(model: STLLM, batch: Batch) -> Tensor:
+    """`ours` on samples in one row without padding."""
+    return model(**batch["masked packed"]).loss
+
+
+def unmasked_packed(model: STLLM, batch: Batch) -> Tensor:
+    """`unmasked` on samples in one row without padding."""
+    return model(**batch["whole packed"]).loss
+
+
 PROCEDURES: Mapping[str, Callable[[STLLM, Batch], Tensor]] = {
-    procedure.__name__: procedure for procedure in (ours, plain, masked, unmasked)
+    procedure.__name__: procedure for procedure in (ours, plain, masked, unmasked, packed, unmasked_packed)
 }
 
 

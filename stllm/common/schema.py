@@ -180,6 +180,7 @@ class RunSettings:
     mask_bucket: int = _key(1, low=1)
     # a folder in MVBench's layout, asked whenever run.eval_strategy has the held-out samples scored
     eval_benchmark: str | None = _key(None, path=True)
+    packing: bool = False  # the samples of a batch go through the language model as one row, without padding
     # first and last step that torch's profiler records, such as [10, 12]; the traces are in the folder profile
     profile_steps: list[int] | None = None
     projection_lr: float | None = _key(None, low=0)  # learning rate of llama_proj; unset: learning_rate

@@ -1,4 +1,4 @@
-"""A collator from samples to the model's arguments: it tokenizes and pads prompts, stacks media and draws masks.
+"""A collator from samples to the model's arguments: it tokenizes and joins prompts, stacks media and draws masks.
 
 Masks are drawn here, keyed by epoch and sample, so that they do not depend on how many processes or workers there are.
 Letters: B samples, T frames, S image size, P patches, C encoder width, K tokens a frame, Q Q-Former width, N visual
@@ -26,6 +26,7 @@ class Collator:
     num_tokens: T to N, as the model's video input counts them (`video_inputs.num_visual_tokens`).
     mask_rate: mean, std, min and max of the share of visual tokens that a clip drops (paper section 3.3); None: no
         token is dropped. A single image is never masked. mask_bucket: see `masking.draw_dropped`.
+    packing: the prompts become one row without padding; see `sequences.pad_sequences`.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class Collator:
         num_tokens: Callable[[int], int],
         mask_rate: Mapping[str, float] | None = None,
         mask_bucket: int = 1,
+        packing: bool = False,
     ) -> None:
         self.processor, self.seed, self.num_tokens = processor, seed, num_tokens
-        self.mask_rate, self.mask_bucket = mask_rate, mask_bucket
+        self.mask_rate, self.mask_bucket, self.packing = mask_rate, mask_bucket, packing
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The arguments by name: the output of `training_sequences` for the prompts; pixel_values (B, T, 3, S, S),
@@ -63,7 +65,9 @@ class Collator:
                 dropped = torch.cat([draw(generator=row) for row in keyed])
         ids, labels = zip(*(self.processor.training_ids(s.turns, media=s.media) for s in samples), strict=True)
         pad_id = self.processor.pad_token_id
-        batch |= training_sequences(ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=dropped)
+        batch |= training_sequences(
+            ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=dropped, packing=self.packing
+        )
         batch["names"] = [sample.name for sample in samples]
         batch["failures"] = [failure for sample in samples for failure in sample.failures]
         return batch

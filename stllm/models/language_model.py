@@ -8,10 +8,14 @@ Attention masks are made without reading a value from the device; such a read ma
 whether a mask hides anything, so that it can leave the mask out. Here the answer is known: a causal model does not see
 padding on the right, and a Q-Former always gets its mask. `masks_without_reads` uses transformers' public interfaces
 for custom attention.
+
+Packed prompts lie in one row, and each attends to itself alone: torch's SDPA is called once for each prompt, so that no
+mask is needed and nothing is computed between prompts. Their lengths are known without a read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,30 +25,36 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from stllm.common.errors import UserError, reason
 
 WITHOUT_READS = "sdpa_without_reads"
+PACKED = "sdpa_packed"
+PACKING = (None, "auto", "sdpa", "eager")  # values of model.attn_implementation that packed prompts can have
 
 
 @contextmanager
-def masks_without_reads(model: PreTrainedModel) -> Iterator[None]:
+def masks_without_reads(model: PreTrainedModel, kind: str = WITHOUT_READS) -> Iterator[None]:
     """Have a model that attends by torch's SDPA make its masks without reads.
 
-    A causal model's rows must be padded on the right, and its states at padded positions are then meaningless. Models
-    whose attention code knows only transformers' own kinds are not changed.
+    kind: WITHOUT_READS: a causal model's rows must be padded on the right, and its states at padded positions are then
+    meaningless. PACKED: see `last_hidden_states`. Models whose attention code knows only transformers' own kinds are
+    not changed.
     """
     config = model.config
     if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
         yield
         return
-    config._attn_implementation = WITHOUT_READS
+    config._attn_implementation = kind
     try:
         yield
     finally:
@@ -57,8 +67,86 @@ def _mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **option
     return sdpa_mask(attention_mask=None if allow_is_causal_skip else attention_mask, **options)
 
 
+def _packed_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None, **options: Any) -> Tensor | None:
+    """The mask of the longest prompt, kv_length positions, whose beginning serves the others; None if causal is all."""
+    return sdpa_mask(q_length=kv_length, kv_length=kv_length, attention_mask=None, **options)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend by torch's SDPA, within each of the packed prompts if there are any.
+
+    query: (1, H, S, D). attention_mask: of the longest prompt. Returns (1, S, H, D).
+    """
+    if packed_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    outputs, start = [], 0
+    for length, group in groupby(packed_lengths):  # neighbours of one length in one call
+        count = len(list(group))
+        end = start + count * length
+        queries, keys, values = (
+            part[0, :, start:end].unflatten(1, (count, length)).transpose(0, 1) for part in (query, key, value)
+        )  # (count, H, length, D)
+        mask = None if attention_mask is None else attention_mask[..., :length, :length]
+        output, _ = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **kwargs)
+        outputs.append(output.flatten(0, 1))  # (count * length, H, D)
+        start = end
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None  # a copy of one would cost memory
+
+
+def _attend_packed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    if "packed_lengths" not in kwargs:
+        raise UserError(
+            f"{type(module).__name__} is not given the lengths of packed samples, so it cannot keep them apart: set "
+            "model.attn_implementation=eager, or leave out run.packing"
+        )
+    return attend(module, *args, **kwargs)
+
+
 AttentionInterface.register(WITHOUT_READS, sdpa_attention_forward)
 AttentionMaskInterface.register(WITHOUT_READS, _mask)
+AttentionInterface.register(PACKED, _attend_packed)
+AttentionMaskInterface.register(PACKED, _packed_mask)
+# gradient checkpointing calls a layer again in the backward pass, when the name is "sdpa" again
+AttentionInterface.register("sdpa", attend)
+
+
+def packing_fault(config: PretrainedConfig) -> str | None:
+    """Return why prompts of this language model cannot be packed, None where they can."""
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if layers - {DynamicLayer, DynamicSlidingWindowLayer} or kinds - {"full_attention", "sliding_attention"}:
+        return f"{config.model_type} has other layers than attention, in which one sample would reach into the next"
+    if architecture._is_stateful or not architecture._supports_attention_backend:
+        return f"{config.model_type} computes attention by code of its own, which cannot keep samples apart"
+    return None
+
+
+def _masks_between(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Return masks of packed prompts for eager attention, (1, 1, S, S), by kind of layer where a model has several.
+
+    position_ids: (1, S). A masked score gets the lowest number of the type added, as in transformers.
+    """
+    prompt = (position_ids[0] == 0).cumsum(0)
+    distance = position_ids[0, :, None] - position_ids[0]  # within a prompt
+    earlier = (prompt[:, None] == prompt) & (distance >= 0)
+    masks = {}
+    for layer in DynamicCache(config=config).layers:
+        window = getattr(layer, "sliding_window", None)
+        seen = earlier if window is None else earlier & (distance < window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        masks["full_attention" if window is None else "sliding_attention"] = mask[None, None]
+    return masks if len(masks) > 1 else mask[None, None]
 
 
 def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -95,11 +183,31 @@ def set_attention(model: PreTrainedModel, name: str | None) -> None:
         raise UserError(f"{refusal}{type(model).__name__} has only {model.config._attn_implementation}{instead}")
 
 
-def last_hidden_states(model: PreTrainedModel, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the states after the final norm, (B, S, D). attention_mask: (B, S), padded on the right."""
+def last_hidden_states(
+    model: PreTrainedModel,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None = None,
+    packed: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Return the states after the final norm, (B, S, D).
+
+    attention_mask: (B, S), padded on the right; or packed: of `processors.sequences.pad_sequences`, for a model without
+    a `packing_fault` that attends by torch's SDPA or eagerly.
+    """
     decoder = model.get_decoder()
-    with masks_without_reads(decoder):
-        return decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    if packed is None:
+        with masks_without_reads(decoder):
+            return decoder(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+    options: dict[str, Any] = {"position_ids": packed["position_ids"]}
+    if decoder.config._attn_implementation == "sdpa":
+        longest = torch.ones(1, max(packed["lengths"]), dtype=torch.long, device=inputs_embeds.device)
+        options |= {"attention_mask": longest, "packed_lengths": packed["lengths"]}
+    else:
+        options["attention_mask"] = _masks_between(decoder.config, packed["position_ids"], inputs_embeds.dtype)
+    with masks_without_reads(decoder, PACKED):
+        return decoder(inputs_embeds=inputs_embeds, use_cache=False, **options).last_hidden_state
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:

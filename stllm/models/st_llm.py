@@ -126,8 +126,9 @@ class STLLM(PreTrainedModel):
         self,
         *,
         input_ids: Tensor,
-        attention_mask: Tensor,
         visual_positions: Tensor,
+        attention_mask: Tensor | None = None,
+        packed: Mapping[str, Any] | None = None,
         labels: Tensor | None = None,
         label_positions: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -136,14 +137,15 @@ class STLLM(PreTrainedModel):
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
         kept: Tensor | None = None,
-        teacher: Mapping[str, Tensor] | None = None,
+        teacher: Mapping[str, Any] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> STLLMOutput:
         """One training (or scoring) pass; no value is read from the device.
 
         input_ids, attention_mask, visual_positions, labels, label_positions, kept, teacher: a batch padded on the
-            right, see `processors.sequences.training_sequences`. Visual tokens that are not `kept` are dropped (dynamic
-            masking), and the MVM loss is added unless the configuration has it off (`use_mvm`).
+            right, or packed, which has `packed` in place of attention_mask; see
+            `processors.sequences.training_sequences`. Visual tokens that are not `kept` are dropped (dynamic masking),
+            and the MVM loss is added unless the configuration has it off (`use_mvm`).
         pixel_values: (B, T, 3, H, W), bytes or normalised; or, precomputed, what the frozen encoder made of them,
             vision_features (B, T, 1+P, C), or a Q-Former that reads no text, query_features (B, T, K, Q). None of them:
             text alone.
@@ -154,11 +156,12 @@ class STLLM(PreTrainedModel):
             vision_features = self.vision_features(pixel_values)
         if vision_features is not None:
             query_features = self._query_features(vision_features, qformer_input_ids, qformer_attention_mask)
-        visual = None
+        visual, num_clips = None, 0
         if query_features is not None:
             frames = self.projection(query_features.to(self.projection.weight.dtype))  # (B, T, K, D)
             visual = self.video_input(frames)  # (B, N, D)
-            places = len(visual_positions if teacher is None else teacher["visual_positions"]) // len(visual)
+            num_clips = len(visual)
+            places = len(visual_positions if teacher is None else teacher["visual_positions"]) // num_clips
             if visual.shape[1] != places:
                 raise UserError(
                     f"the video input {self.config.video_input} gives {visual.shape[1]} tokens, but the prompts have "
@@ -167,7 +170,7 @@ class STLLM(PreTrainedModel):
             visual = visual.flatten(0, 1)  # (B*N, D)
         present = visual if kept is None or visual is None else visual.index_select(0, kept)  # (V, D)
         embeds = self.embed(input_ids, visual_positions, present)
-        hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask)  # (B, S, D)
+        hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask, packed)  # (B, S, D)
         loss_lm, loss_mvm = None, None
         if labels is None or label_positions is None:
             logits = lm.logits_of(self.language_model, hidden)
@@ -183,7 +186,7 @@ class STLLM(PreTrainedModel):
             logits=logits,
             loss_lm=loss_lm,
             loss_mvm=loss_mvm,
-            kept_visual_tokens=None if present is None else len(present) // len(input_ids),
+            kept_visual_tokens=None if present is None else len(present) // num_clips,
         )
 
     def _query_features(self, features: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
@@ -193,11 +196,16 @@ class STLLM(PreTrainedModel):
 
     @torch.no_grad()
     def teacher_hidden_states(
-        self, visual: Tensor, input_ids: Tensor, attention_mask: Tensor, visual_positions: Tensor
+        self,
+        visual: Tensor,
+        input_ids: Tensor,
+        visual_positions: Tensor,
+        attention_mask: Tensor | None = None,
+        packed: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Return the last hidden states (B*N, D) of all visual tokens (B*N, D), without a gradient."""
         embeds = self.embed(input_ids, visual_positions, visual)
-        hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask)
+        hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask, packed)
         return hidden.flatten(0, 1).index_select(0, visual_positions)
 
     @torch.no_grad()

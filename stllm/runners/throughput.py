@@ -20,7 +20,8 @@ from stllm.common.distributed import is_distributed, rank
 from stllm.models.st_llm import STLLM, config_of
 
 MEASURED = ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy")  # of each micro-batch, where it has them
-COUNTED = ("samples", "clips", "tokens", "flops", "waited")  # sums over micro-batches and processes
+# sums over micro-batches and processes
+COUNTED = ("samples", "clips", "tokens", "positions", "padding", "flops", "waited")
 # Dense FLOP/s in bfloat16 (NVIDIA's data sheets), by a part of the device's name; the first that fits
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
@@ -66,7 +67,7 @@ class StepMeter:
         self.counts = [count + (value is not None) for count, value in zip(self.counts, values, strict=True)]
 
     def count(self, **counts: Any) -> None:
-        """Add to the sums in COUNTED. tokens: maybe a tensor on the device. waited: seconds until a batch was ready."""
+        """Add to the sums in COUNTED; numbers, or tensors on the device. waited: seconds until a batch was ready."""
         for name, value in counts.items():
             self.totals[name] = self.totals[name] + value
 
@@ -74,7 +75,8 @@ class StepMeter:
         """Return the figures up to this step, the same on every process, and begin anew. A collective call.
 
         Losses are means over the optimizer steps, loss = loss_lm + loss_mvm; the others are means over micro-batches.
-        A figure that no micro-batch had is None. data_wait: the share of the time in which no batch was ready.
+        A figure that no micro-batch had is None. padding: its share of the positions of padded batches, teachers'
+        included; packing saves it. data_wait: the share of the time in which no batch was ready.
         mfu: model FLOPs as a share of what the devices reach at most; None where that is not known.
         """
         numbers = [float(count) for count in (*self.counts, *self.totals.values())]
@@ -91,6 +93,7 @@ class StepMeter:
         seconds = max(time.perf_counter() - self.started, 1e-9)
         total = dict(zip(COUNTED, counted.tolist(), strict=True))
         figures |= {f"{name}_per_second": total[name] / seconds for name in ("samples", "clips", "tokens")}
+        figures["padding"] = total["padding"] / total["positions"] if total["positions"] else None
         figures["data_wait"] = total["waited"] / world / seconds
         figures["mfu"] = None if self.peak is None else total["flops"] / seconds / self.peak / world
         if self.device.type == "cuda":  # MiB that torch allocated, elsewhere that this process took
@@ -101,6 +104,25 @@ class StepMeter:
         self.step = step
         self._begin()
         return figures
+
+
+def padding_of(prompts: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return a batch's tokens and what padding it has, or would have without packing. Nothing is read from the device.
+
+    prompts: of `processors.sequences.pad_sequences`.
+    """
+    if "packed" in prompts:
+        lengths = prompts["packed"]["lengths"]
+        tokens, positions = sum(lengths), len(lengths) * max(lengths)
+    else:
+        tokens, positions = prompts["attention_mask"].sum(), prompts["attention_mask"].numel()
+    return tokens, positions - tokens
+
+
+def _row_lengths(prompts: Mapping[str, Any]) -> list[int]:
+    """The positions that attend to each other, of each row or packed prompt."""
+    rows, length = prompts["input_ids"].shape
+    return prompts["packed"]["lengths"] if "packed" in prompts else [length] * rows
 
 
 class FlopCounter:
@@ -149,11 +171,10 @@ class FlopCounter:
             flops += self._part("vision_encoder", frames * self.patches, self.patches)
         if "query_features" not in batch:
             flops += self._part("qformer", frames * self.frame_tokens)
-        rows, length = batch["input_ids"].shape
-        flops += self._part("decoder", rows * length, length)
+        flops += sum(self._part("decoder", length, length) for length in _row_lengths(batch))
         if (teacher := batch.get("teacher")) is not None:
-            rows, length = teacher["input_ids"].shape
-            flops += self._part("decoder", rows * length, length) / self.passes["decoder"]
+            lengths = _row_lengths(teacher)
+            flops += sum(self._part("decoder", length, length) for length in lengths) / self.passes["decoder"]
         return int(flops + self.head * len(batch["label_positions"]))
 
     def _part(self, name: str, positions: int, attended: int = 0) -> float:

@@ -35,7 +35,7 @@ from stllm.models.checkpoints.load import restore
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
 from stllm.runners.run_folder import STATE, RunFolder, damage
-from stllm.runners.throughput import FlopCounter, StepMeter, peak_flops
+from stllm.runners.throughput import FlopCounter, StepMeter, padding_of, peak_flops
 from stllm.runners.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -158,8 +158,13 @@ class STLLMTrainer(Trainer):
         self.learned.append((loss.detach().isfinite().all(), inputs["names"]))
         self.meter.add({**figures, "loss": loss})
         num_samples, has_media = len(inputs["names"]), any(name in batch for name in MEDIA_FIELDS)
-        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else 0
-        self.meter.count(samples=num_samples, clips=num_samples * has_media, tokens=tokens)
+        self.meter.count(samples=num_samples, clips=num_samples * has_media)
+        if "input_ids" in batch:
+            tokens, padding = padding_of(batch)
+            self.meter.count(tokens=tokens, positions=tokens + padding, padding=padding)
+        if "teacher" in batch:
+            tokens, padding = padding_of(batch["teacher"])
+            self.meter.count(positions=tokens + padding, padding=padding)
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -27,6 +27,7 @@ from stllm.models.build import build_audited
 from stllm.models.checkpoints.infer_config import Opened, decide_config, open_sources
 from stllm.models.checkpoints.load import processor_of
 from stllm.models.configuration import STLLMConfig
+from stllm.models.language_model import PACKING, packing_fault
 from stllm.models.lora import save_adapter
 from stllm.models.settings import model_section, quantization_of
 from stllm.models.st_llm import STLLM
@@ -75,6 +76,13 @@ class VideoTextTask:
                     "of it: leave out run.fsdp and run.deepspeed (and those of `accelerate launch`), or "
                     "model.quantization"
                 )
+        if run.packing and (fault := packing_fault(config.text_config)):
+            raise UserError(f"run.packing is True, but {fault}: leave out run.packing, or train another language model")
+        if run.packing and (name := opened.settings.get("attn_implementation")) not in PACKING:
+            raise UserError(
+                f"run.packing is True, but model.attn_implementation is {name}, which is not implemented for packed "
+                "samples: take auto, which has flash attention for each sample on a GPU, or leave out run.packing"
+            )
         processor = processor_of(opened)
         limit, image_size = PositionLimit.of(config, processor), config.vision_config["image_size"]
         mixed = partial(Mixture, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
@@ -136,6 +144,7 @@ class VideoTextTask:
             num_tokens=partial(num_visual_tokens, self.config),
             mask_rate=self.config.mask_rate if masks and self.config.use_mask else None,
             mask_bucket=self.cfg.run.mask_bucket,
+            packing=self.cfg.run.packing,
         )
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:

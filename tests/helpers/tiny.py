@@ -62,6 +62,7 @@ def tiny_batch(
     seed: int = 0,
     mask: int | None = None,
     shorter: int = 0,
+    packing: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `STLLM.forward`: the visual block at position 2, nine ids after it, a label on the last three.
 
@@ -81,7 +82,7 @@ def tiny_batch(
         dropped = draw_dropped(num_clips, num_visual, rate=0.5, generator=torch.Generator().manual_seed(mask))
     rows, answers = ids.tolist(), labels.tolist()
     rows[-1], answers[-1] = (row[:3] + row[3 + shorter :] for row in (rows[-1], answers[-1]))
-    batch = training_sequences(rows, answers, pad_id=0, num_visual=num_visual, dropped=dropped)
+    batch = training_sequences(rows, answers, pad_id=0, num_visual=num_visual, dropped=dropped, packing=packing)
     batch["pixel_values"] = torch.randn(num_clips, num_frames, 3, 28, 28, generator=generator)
     if model is None or model.config.qformer_text_input:
         batch["qformer_input_ids"] = torch.randint(1, 40, (num_clips, 7), generator=generator)

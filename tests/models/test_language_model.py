@@ -13,8 +13,10 @@ from stllm.models.language_model import (
     language_loss,
     last_hidden_states,
     logits_of,
+    packing_fault,
     set_attention,
 )
+from stllm.processors.sequences import pad_sequences
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -72,9 +74,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, **options: Any) -> PreTrainedModel:
+UNPACKABLE = {"falcon", "jamba"}
+WINDOW: dict[str, Any] = {"sliding_window": 4}
+
+
+def build(name: str, changes: dict[str, Any] | None = None, **options: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    return build_language_model(AutoConfig.for_model(name, **ARCHITECTURES[name]), **options).eval()
+    settings = ARCHITECTURES.get(name, SMALL) | (changes or {})
+    return build_language_model(AutoConfig.for_model(name, **settings), **options).eval()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -93,6 +100,65 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     loss, logits = language_loss(model, hidden, labels, positions)
     assert torch.allclose(loss, whole.loss, atol=1e-5)
     assert logits.shape == ((labels[:, 1:] != -100).sum(), 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in ARCHITECTURES if name not in UNPACKABLE),
+        ("qwen3", {"head_dim": 8}),
+        ("mistral", WINDOW),
+        ("qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+def test_packed_prompts_have_the_states_and_gradients_of_padded_ones(name: str, changes: dict[str, Any]) -> None:
+    """Prompts of very different lengths, of which no more positions are asked than the longest has."""
+    lengths = [9, 1, 3, 3, 5, 1]
+    model = build(name, {**changes, "max_position_embeddings": max(lengths)})
+    packed = pad_sequences([[5] * length for length in lengths], pad_id=0, packing=True)["packed"]
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    row = torch.randn(sum(lengths), 32)
+    rows = torch.zeros(*mask.shape, 32).masked_scatter(mask.bool()[..., None], row)
+    weights = torch.randn(sum(lengths), 32)
+
+    def gradients(states: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (states * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    for attention in ("sdpa", "eager") if model._supports_sdpa else ("eager",):
+        model.set_attn_implementation(attention)
+        expected = last_hidden_states(model, rows, mask)[mask.bool()]
+        found = last_hidden_states(model, row[None], packed=packed)[0]
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+        learned = gradients(expected)
+        assert len(learned) > 10
+        for part, gradient in gradients(found).items():
+            torch.testing.assert_close(gradient, learned[part], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("jamba", "jamba has other layers than attention"),
+        ("falcon_mamba", "falcon_mamba has other layers than attention"),
+        ("qwen3_next", "qwen3_next has other layers than attention"),
+        ("falcon", "falcon computes attention by code of its own"),
+        ("bloom", "bloom computes attention by code of its own"),
+    ],
+)
+def test_architectures_that_cannot_keep_packed_prompts_apart_are_named(name: str, words: str) -> None:
+    assert words in (packing_fault(AutoConfig.for_model(name)) or "")
+
+
+def test_an_attention_that_does_not_know_the_lengths_refuses() -> None:
+    model = build("nemotron")
+    assert packing_fault(model.config) is None
+    packed = pad_sequences([[5, 5], [5]], pad_id=0, packing=True)["packed"]
+    with pytest.raises(
+        UserError, match=r"NemotronAttention is not given the lengths .* model\.attn_implementation=eager"
+    ):
+        last_hidden_states(model, torch.randn(1, 3, 32), packed=packed)
 
 
 def test_no_label_gives_a_loss_of_nothing_that_still_has_a_graph() -> None:

@@ -12,7 +12,7 @@ from stllm.models import language_model as lm
 from stllm.models.st_llm import STLLM
 from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, training_sequences
 from tests.helpers.reads import DeviceReads
-from tests.helpers.tiny import VISION, tiny_batch, tiny_config, tiny_model
+from tests.helpers.tiny import LLAMA, VISION, tiny_batch, tiny_config, tiny_model
 
 CHOICES = (
     "vision_config",
@@ -98,9 +98,9 @@ def test_the_teacher_stops_at_the_last_visual_token(monkeypatch: pytest.MonkeyPa
     lengths = []
     real = lm.last_hidden_states
 
-    def spy(language_model: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def spy(language_model: Any, inputs_embeds: torch.Tensor, *sequences: Any) -> torch.Tensor:
         lengths.append(inputs_embeds.shape[1])
-        return real(language_model, inputs_embeds, attention_mask)
+        return real(language_model, inputs_embeds, *sequences)
 
     monkeypatch.setattr(lm, "last_hidden_states", spy)
     output = model(**tiny_batch(mask=0))
@@ -203,15 +203,76 @@ def test_lora_trains_alone_in_the_language_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [None, 0])
+@pytest.mark.parametrize("attention", ["sdpa", "packed", "packed eager"])
 @pytest.mark.parametrize("changes", COMBINATIONS[::2], ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_a_micro_batch_reads_nothing_from_the_device(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], mask: int | None
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], attention: str, mask: int | None
 ) -> None:
     model = tiny_model(**{**changes, **TRAINING}).train()
-    batch = tiny_batch(model, mask=mask, shorter=4)
+    if "eager" in attention:
+        model.language_model.set_attn_implementation("eager")
+    batch = tiny_batch(model, mask=mask, shorter=4, packing="packed" in attention)
     with DeviceReads() as reads:
         model(**batch, num_items_in_batch=torch.tensor(6)).loss.backward()
     assert reads.found == []
+
+
+LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+OTHER_MODELS = [
+    {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 7},
+    {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12},
+    {**LLAMA, "model_type": "gpt_neox", "max_position_embeddings": 35},  # of a sample; the packed row is longer
+]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        *(
+            ({"qformer_text_input": text, "video_input": video_input}, {"mask": 0})
+            for text in (True, False)
+            for video_input in ("all", "residual")
+        ),
+        ({}, {}),
+        ({}, {"num_frames": 1}),
+        ({"lora": LORA}, {"mask": 0}),
+        *(({"text_config": other}, {"mask": 0}) for other in OTHER_MODELS),
+    ],
+)
+def test_packed_samples_teach_what_padded_ones_do(
+    changes: dict[str, Any], sizes: dict[str, int], checkpointing: bool
+) -> None:
+    model = train_without_dropout(tiny_model(**{**TRAINING, **changes}))
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    found = []
+    for packing in (False, True):
+        batch = tiny_batch(model, num_clips=3, shorter=5, packing=packing, **sizes)
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((output, gradients))
+    (padded, expected), (packed, gradients) = found
+    assert batch["input_ids"].numel() == sum(batch["packed"]["lengths"]) < 3 * max(batch["packed"]["lengths"])
+    assert packed.kept_visual_tokens == padded.kept_visual_tokens
+    assert (packed.loss_mvm is not None) == ("mask" in sizes)
+    torch.testing.assert_close([packed.loss, packed.logits], [padded.loss, padded.logits])
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_packed_text_teaches_what_padded_text_does() -> None:
+    model = tiny_model()
+    rows = [[3, 4, 5], list(range(3, 43)), [6, 7]]
+    labels = [[-100, *row[1:]] for row in rows]
+    padded, packed = (
+        model(**training_sequences(rows, labels, pad_id=0, num_visual=None, packing=packing))
+        for packing in (False, True)
+    )
+    torch.testing.assert_close([packed.loss, packed.logits], [padded.loss, padded.logits])
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -38,6 +38,18 @@ def test_a_label_at_a_rows_beginning_is_never_predicted() -> None:
     assert not len(batch["visual_positions"])
 
 
+def test_packed_rows_follow_each_other_and_begin_anew() -> None:
+    rows, labels = [[5, V, 6], [8], [V, 7, 9]], [[-100, -100, 6], [8], [-100, 7, 9]]
+    batch = pad_sequences(rows, pad_id=PAD, num_visual=[3, None, 1], labels=labels, packing=True)
+    assert batch["input_ids"].tolist() == [[5, V, V, V, 6, 8, V, 7, 9]]
+    assert batch["packed"]["lengths"] == [5, 1, 3]
+    assert batch["packed"]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2]]
+    assert batch["visual_positions"].tolist() == [1, 2, 3, 6]
+    assert batch["labels"].tolist() == [[-100, -100, -100, -100, 6, 8, -100, 7, 9]]
+    assert batch["label_positions"].tolist() == [3, 6, 7]  # no sample predicts the next one's beginning
+    assert "attention_mask" not in batch
+
+
 @pytest.mark.parametrize(("row", "count"), [([4, 5], 1), ([V, V], 1), ([4, V], None)])
 def test_rows_with_visual_tokens_have_one_placeholder_and_others_none(row: list[int], count: int | None) -> None:
     found, expected = row.count(V), int(count is not None)

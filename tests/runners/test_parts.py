@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stllm.cli import main
 from stllm.common.errors import UserError
-from stllm.runners.throughput import FlopCounter, StepMeter
+from stllm.runners.throughput import FlopCounter, StepMeter, padding_of
 from stllm.runners.train import stopping_at_signals, training_arguments
 from stllm.runners.trainer import STLLMTrainer, parameter_groups
 from tests.helpers.reads import DeviceReads
@@ -92,6 +92,16 @@ def test_the_meter_counts_what_a_second_brings() -> None:
     assert StepMeter(torch.device("cpu")).read(1)["mfu"] is None
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_is_counted_whether_it_is_there_or_saved(packing: bool) -> None:
+    batch = tiny_batch(mask=0, num_clips=4, shorter=5, packing=packing)  # of 23 positions each, the last has 18
+    assert padding_of(batch) == (3 * 23 + 18, 5) and padding_of(batch["teacher"]) == (4 * 26, 0)
+    meter = StepMeter(torch.device("cpu"))
+    meter.count(positions=92, padding=torch.tensor(5))
+    meter.count(positions=8, padding=0)
+    assert meter.read(1)["padding"] == pytest.approx(0.05) and meter.read(2)["padding"] is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -110,6 +120,19 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     with FlopCounterMode(display=False) as expected:
         model(**batch).loss.backward()
     assert count(batch) == pytest.approx(expected.get_total_flops(), rel=0.1)
+
+
+def test_packing_saves_the_flops_of_padding() -> None:
+    model = tiny_model(freeze_vit=True, freeze_qformer=True).train()
+    counted, expected = [], []
+    for packing in (False, True):
+        batch = tiny_batch(model, mask=0, shorter=9, packing=packing)
+        with FlopCounterMode(display=False) as counter:
+            model(**batch).loss.backward()
+        counted.append(FlopCounter(model)(batch))
+        expected.append(counter.get_total_flops())
+    assert expected[0] > expected[1]  # torch counts no attention on a CPU
+    assert counted[0] - counted[1] == pytest.approx(expected[0] - expected[1], rel=0.2)
 
 
 def test_steps_are_profiled(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,8 +159,9 @@ def test_the_first_signal_asks_and_the_second_stops() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("packing", [False, True])
 def test_only_the_end_of_a_step_waits_for_the_device(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
 ) -> None:
     found: dict[str, list[list[str]]] = {"training_step": [], "_get_grad_norm": []}
 
@@ -155,6 +179,6 @@ def test_only_the_end_of_a_step_waits_for_the_device(
     for name in found:
         monkeypatch.setattr(STLLMTrainer, name, counted(name))
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=2, gradient_accumulation_steps=2, save_steps=9)
-    assert main(["train", "--cfg-path", str(recipe)]) == 0
+    assert main(["train", "--cfg-path", str(recipe), "--options", f"run.packing={packing}"]) == 0
     assert len(found["training_step"]) > 2 and not any(found["training_step"])
     assert found["_get_grad_norm"] == [["tolist"]] * 2

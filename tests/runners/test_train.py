@@ -32,6 +32,7 @@ FIELDS = {
     "samples_per_second",
     "clips_per_second",
     "tokens_per_second",
+    "padding",
     "data_wait",
     "mfu",
     "peak_memory_mb",
@@ -193,6 +194,47 @@ def test_two_processes_learn_what_one_does(trained: Path, tmp_path: Path) -> Non
     assert kept[0] == kept[1]
 
 
+def test_packed_batches_teach_what_padded_ones_do(trained: Path, tmp_path: Path) -> None:
+    """From the beginning, in two processes, and in a run that was padded until it was killed."""
+    assert yaml.safe_load((trained / "config.yaml").read_text())["run"]["packing"] is False
+    (tmp_path / "killed").mkdir()
+    killed = unfinished(trained, tmp_path / "killed", 3)
+    recipe, whole, two = trained.parent / "recipe.yaml", tmp_path / "whole", tmp_path / "two"
+    run(recipe, "run.packing=True", f"run.output_dir={whole}")
+    run(killed, "run.packing=True")
+    options = [f"run.output_dir={two}", "run.per_device_train_batch_size=2", "run.packing=True"]
+    train(recipe, *options, processes=2)
+    for folder in (whole, tmp_path / "killed" / "run", two):
+        for found, expected in zip(losses(folder), losses(trained), strict=True):
+            assert found == pytest.approx(expected, abs=1e-5)
+    padded, packed = ([line["padding"] for line in read_log(folder)] for folder in (trained, whole))
+    assert packed == padded and max(padded) > 0
+    (tmp_path / "again").mkdir()
+    shutil.copy(recipe, tmp_path / "recipe.yaml")
+    run(unfinished(whole, tmp_path / "again", 3), "run.packing=True")
+    assert losses(tmp_path / "again" / "run") == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("jamba", "run.max_steps=1", "jamba has other layers than attention"),
+        ("llama", "model.attn_implementation=flash_attention_2", "model.attn_implementation is flash_attention_2"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(
+    name: str, option: str, words: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy / "language_model")
+    config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "language_model")
+    tokenizer.save_pretrained(tmp_path / "language_model")
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={"llama_model": str(tmp_path / "language_model")})
+    message = failure(capsys, recipe, "run.packing=True", option)
+    assert f"run.packing is True, but {words}" in message and "leave out run.packing" in message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_fsdp_learns_what_one_process_does(trained: Path, tmp_path: Path) -> None:
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2", "run.fsdp=true"]
@@ -229,9 +271,13 @@ def test_accumulated_batches_are_one_large_step(toy: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "model", [{"qformer_text_input": False, "model_type": "minigpt4_vicuna0"}, {"lora_r": 2, "freeze_LLM": True}]
+    ("model", "packing"),
+    [
+        ({"qformer_text_input": False, "model_type": "minigpt4_vicuna0"}, False),
+        ({"lora_r": 2, "freeze_LLM": True}, True),
+    ],
 )
-def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict[str, Any]) -> None:
+def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict[str, Any], packing: bool) -> None:
     datasets = {
         "videos": {"anno_path": "video/vqa/toy_direction/train.json", "media_dir": "media", "num_frames": 4},
         "images": {"anno_path": "image/vqa/toy_picture/train.json", "media_dir": "media", "media": "image"},
@@ -247,7 +293,7 @@ def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict
     recipe = write_recipe(
         tmp_path / "recipe.yaml", toy, model=model, datasets=datasets, num_train_epochs=1, max_steps=-1
     )
-    run(recipe, "run.bf16=True", "model.use_grad_checkpoint=True")
+    run(recipe, "run.bf16=True", "model.use_grad_checkpoint=True", f"run.packing={packing}")
     log = read_log(tmp_path / "run")
     kinds = {(line["loss_mvm"] is None, line["kept_visual_tokens"]) for line in log}
     assert {(True, 2.0)} < kinds  # an image: its K tokens, unmasked
