@@ -141,8 +141,7 @@ def _masks_between(config: PretrainedConfig, position_ids: Tensor, dtype: torch.
     distance = position_ids[0, :, None] - position_ids[0]  # within a prompt
     earlier = (prompt[:, None] == prompt) & (distance >= 0)
     masks = {}
-    for layer in DynamicCache(config=config).layers:
-        window = getattr(layer, "sliding_window", None)
+    for window in {getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers}:
         seen = earlier if window is None else earlier & (distance < window)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         masks["full_attention" if window is None else "sliding_attention"] = mask[None, None]

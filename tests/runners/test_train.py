@@ -236,8 +236,10 @@ def test_what_cannot_be_packed_is_refused(
 
 
 @pytest.mark.slow
-def test_fsdp_learns_what_one_process_does(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_fsdp_learns_what_one_process_does(trained: Path, tmp_path: Path, packing: bool) -> None:
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2", "run.fsdp=true"]
+    options.append(f"run.packing={packing}")
     train(trained.parent / "recipe.yaml", *options, processes=2)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file()  # it is not DDP by another name
     for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
