@@ -49,7 +49,7 @@ def add_options(parser: Parser) -> None:
     asked.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy")
     asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer")
     add_context(asked, "published; for mvbench: all")
-    probes = parser.add_argument_group("diagnostics (mvbench only), written to separate files")
+    probes = parser.add_argument_group("diagnostics of multiple choice, written to separate files")
     probes.add_argument(
         "--probe", action="store_true", help="clips reversed, shuffled, of one frame and blank: does it use time?"
     )
@@ -64,7 +64,10 @@ def add_options(parser: Parser) -> None:
 
 def check(args: argparse.Namespace) -> str | None:
     if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
-        return f"--probe and --permute go with mvbench: the answers of {args.benchmark} need a judge"
+        return f"--probe and --permute go with multiple choice: the answers of {args.benchmark} need a judge"
+    if args.permute and not benchmarks.get(args.benchmark).rotates:
+        rotating = ", ".join(name for name in benchmarks if benchmarks.get(name).rotates)
+        return f"--permute goes with {rotating}: {args.benchmark} writes its options into the questions"
     return None
 
 
@@ -119,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
                     code = 1
             for option, probe in (("probe", temporal), ("permute", permutation)):
                 if getattr(args, option):
-                    (plain, _), *others = probe.variants(loaded).items()
+                    asked = [item for item in loaded.items if not loaded.benchmark.needs_judge(item)]
+                    (plain, _), *others = probe.variants(replace(loaded, items=asked)).items()
                     outcomes = {plain: outcome}
                     for variant, changed in others:
                         outcomes[variant] = runs.run(changed, f"{name}.{variant}", variant=variant)

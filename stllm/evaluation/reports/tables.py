@@ -25,6 +25,11 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
+def span(interval: Sequence[float] | None) -> str:
+    """An interval, one decimal: "48.2 to 61.0"."""
+    return MISSING if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
+
+
 def score(value: float | None) -> str:
     """Two decimals: scores from 0 to 5."""
     return MISSING if value is None else f"{value:.2f}"
@@ -48,13 +53,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int
 class Bars:
     """Groups of horizontal bars, the first group on top.
 
-    series: name -> one value a group; None draws no bar. notes: texts in place of a group's bars.
+    series: name -> one value a group; None draws no bar. intervals: low and high of each bar of a series, drawn as a
+    line; None draws none. notes: texts in place of a group's bars.
     """
 
     title: str
     axis: str
     groups: Sequence[str]
     series: Mapping[str, Sequence[float | None]]
+    intervals: Mapping[str, Sequence[Sequence[float] | None]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -72,6 +79,9 @@ def bars_figure(bars: Bars) -> "Figure":
         lengths = [value for value in values if value is not None]
         drawn = axes.barh(places, lengths, height=thickness, color=colour, label=name)
         axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=6.5)
+        for place, limits in enumerate(bars.intervals.get(name, ())):
+            if limits is not None and values[place] is not None:
+                axes.plot(limits, [place + offset] * 2, color="black", linewidth=0.8, alpha=0.6)
     axes.set_title(bars.title, loc="left", fontsize=11, pad=26)
     axes.set_xlabel(bars.axis)
     axes.set_xlim(0, 109)  # 100 % and its label
