@@ -215,7 +215,7 @@ def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, 
             rows.append((f"{LABEL}, the {len(asked)} tasks asked here", MISSING, "", "", percent(average), "", ""))
     of = {ITEMS: "average", TASKS: "mean of the tasks"}.get(over, f"{over} score")
     averages = table((of, "strict %", "95% interval", "right/items", "official %", "95% interval", "right/items"), rows)
-    items = f"Items: {total.asked + loaded.num_excluded} in all; {total.answered} answered, {total.failed} failed"
+    items = f"{'Items' if over in (ITEMS, TASKS) else 'Pairs and groups'}: {total.asked + loaded.num_excluded} in all; {total.answered} answered, {total.failed} failed"
     items += f", {loaded.num_excluded} excluded with their tasks." if loaded.num_excluded else "."
     items += " Intervals: over all asked; clustered by video where one has several questions, else Wilson's."
     if published:
@@ -224,7 +224,7 @@ def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, 
     if methods := BY_METHOD.get(name):
         columns = list(dict.fromkeys(column for figures in methods.values() for column in figures))
         rows = [(method, *(percent(figures.get(column)) for column in columns)) for method, figures in methods.items()]
-        parts += ["## Published by others\n", table(("method", *columns), rows), f"{SOURCES[name]}. {NO_INTERVAL}\n"]
+        parts += ["## Published figures\n", table(("method", *columns), rows), f"{SOURCES[name]}. {NO_INTERVAL}\n"]
 
     rows = []
     for task in _task_names(loaded, scores):
@@ -251,9 +251,9 @@ def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, 
 
 
 def _task_names(loaded: Loaded, scores: Mapping[str, Any]) -> list[str]:
-    """Tasks asked and excluded, in the order of the published table; unknown ones at the end."""
-    there, published = {*scores[RULES[0]]["tasks"], *loaded.excluded}, BY_TASK.get(loaded.name, {})
-    return [task for task in published if task in there] + sorted(there - published.keys())
+    """Tasks asked and excluded, in the order of the published table; unknown ones at the end, as they were asked."""
+    there, published = [*scores[RULES[0]]["tasks"], *loaded.excluded], BY_TASK.get(loaded.name, {})
+    return [task for task in published if task in there] + [task for task in there if task not in published]
 
 
 def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:

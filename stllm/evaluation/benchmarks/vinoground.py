@@ -119,7 +119,8 @@ class Vinoground(Benchmark):
             error = next((line["error"] for line in asked if line.get("error")), None)
             if error is None and len(asked) < (4 if task == GROUP else 2):
                 continue
-            line = {"id": f"{task}/{number}", "task": task, "video": number, "groups": asked[0].get("groups", {})}
+            line = {"id": f"{task}/{number}", "task": task, "video": number}
+            line["groups"] = {f"{kind}, {task}": names for kind, names in asked[0].get("groups", {}).items()}
             line |= {"question": [one["question"] for one in asked], "answer": [one["answer"] for one in asked]}
             line |= {"prediction": [one["prediction"] for one in asked], "error": error}
             if error is None:
