@@ -215,7 +215,8 @@ def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, 
             rows.append((f"{LABEL}, the {len(asked)} tasks asked here", MISSING, "", "", percent(average), "", ""))
     of = {ITEMS: "average", TASKS: "mean of the tasks"}.get(over, f"{over} score")
     averages = table((of, "strict %", "95% interval", "right/items", "official %", "95% interval", "right/items"), rows)
-    items = f"{'Items' if over in (ITEMS, TASKS) else 'Pairs and groups'}: {total.asked + loaded.num_excluded} in all; {total.answered} answered, {total.failed} failed"
+    items = "Items: " if over in (ITEMS, TASKS) else "Pairs and groups: "
+    items += f"{total.asked + loaded.num_excluded} in all; {total.answered} answered, {total.failed} failed"
     items += f", {loaded.num_excluded} excluded with their tasks." if loaded.num_excluded else "."
     items += " Intervals: over all asked; clustered by video where one has several questions, else Wilson's."
     if published:

@@ -222,15 +222,15 @@ def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[],
         of_task = content[f"tomato/data/{task_name}.json"] = {}
         for index in range(count):
             example, clip, _ = world.clip(_apart(toy_name, f"tomato/{task_name}"), "test", index)
-            shown, key = DEMONSTRATIONS[index % len(DEMONSTRATIONS)], f"{task_name}_{index:04d}"
-            write_video(root / "tomato" / "videos" / shown / f"{key}.mp4", clip, FPS)
+            shown, stem = DEMONSTRATIONS[index % len(DEMONSTRATIONS)], f"{task_name}_{index:04d}"
+            write_video(root / "tomato" / "videos" / shown / f"{stem}.mp4", clip, FPS)
             one = example.asked[0]
             choice: dict[str, Any] = {
                 "question": one.question,
                 "options": list(one.options),
                 "answer": one.options.index(one.answer),
             }
-            about = {"key": key, "demonstration_type": shown, "motion_type": motion, "variation": {}}
+            about = {"key": stem, "demonstration_type": shown, "motion_type": motion, "variation": {}}
             of_task[str(index)] = {**choice, **about}
             done()
     for path, found in content.items():
