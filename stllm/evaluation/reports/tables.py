@@ -81,7 +81,8 @@ def bars_figure(bars: Bars) -> "Figure":
         axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=6.5)
         for place, limits in enumerate(bars.intervals.get(name, ())):
             if limits is not None and values[place] is not None:
-                axes.plot(limits, [place + offset] * 2, color="black", linewidth=0.8, alpha=0.6)
+                below = place + offset + 0.38 * thickness  # not through the bar's label
+                axes.plot(limits, [below] * 2, color="black", linewidth=0.8, alpha=0.6)
     axes.set_title(bars.title, loc="left", fontsize=11, pad=26)
     axes.set_xlabel(bars.axis)
     axes.set_xlim(0, 109)  # 100 % and its label
