@@ -94,6 +94,27 @@ def write_probe(path: Path, loaded: Loaded, outcomes: Mapping[str, Outcome | Non
     return f"{probe.TITLE}: {scores['verdict']}\nfiles: {path}.{{json,md,png}}"
 
 
+def write_suite(path: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write one table of several benchmarks, `<path>.md` and `<path>.json`; return it. contents: of results files."""
+    rows: list[tuple[object, ...]] = []
+    for name, content in contents.items():
+        counted, scores, published = content["counts"], content["scores"], BY_TASK.get(content["benchmark"])
+        row: tuple[object, ...] = (name, counted["total"], counted["failed"], counted["excluded"])
+        for rule in RULES:
+            found = scores.get(rule) or {"average": None, "interval": None}
+            row += percent(found["average"]), span(found["interval"])
+        average = sum(published.values()) / len(published) if published else None
+        rows.append((*row, percent(scores["chance"]["average"]) if scores else MISSING, percent(average)))
+    of_rules = [column for rule in RULES for column in (f"{rule} %", "95% interval")]
+    text = f"# {path.name}\n\n" + table(("benchmark", "items", "failed", "excluded", *of_rules, "chance", LABEL), rows)
+    text += f"\nOver all items asked, failed ones wrong. {NO_INTERVAL}\n"
+    if judged := [name for name, content in contents.items() if not content["scores"]]:
+        text += f"A judge scores {', '.join(judged)}: NAME.md has the commands.\n"
+    write_text(path.with_name(f"{path.name}.md"), text)
+    write_json(path.with_name(f"{path.name}.json"), {"benchmarks": contents})
+    return text
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write it whole or not at all; a NaN, which is no JSON, is an error."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

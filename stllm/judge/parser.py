@@ -94,7 +94,7 @@ def parse_decision(reply: str, right: str | None, *, cut: bool = False) -> Verdi
             raise Unparsable("it states no yes or no")
     else:
         said = [value for key, value in fields if key == "answer"] or re.findall(r"(?mi)^\W*answer\W*:(.*)$", answer)
-        options = {_CHOICE.match(text) or _NO_CHOICE.search(text) for text in said or [answer]}
+        options = {_CHOICE.match(text) or _NO_CHOICE.search(text) for text in map(str.strip, said or [answer])}
         chosen = _only({option[0][:1] if option and option.re is _CHOICE else "" for option in options}, "option")
         if not chosen and None in options:
             raise Unparsable("it states no option")

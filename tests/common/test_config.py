@@ -16,7 +16,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import Registry
 from stllm.common.schema import ModelSettings, RunSettings
 
-SECTIONS = "model, datasets, run, evaluation"
+SECTIONS = "model, datasets, run, evaluation, suite"
 PUBLISHED = """
 model:
   arch: st_llm_hf
