@@ -81,7 +81,7 @@ class Runs:
         self.engine = None
         if shared is not None and settings.engine != shared.settings.engine:
             raise UserError(
-                f"found the engine {settings.engine} beside {shared.settings.engine}: one suite has one engine; name it "
+                f"found the engine {settings.engine} beside {shared.settings.engine}: a suite has one engine; name it "
                 "under evaluation"
             )
         if shared is not None:

@@ -200,7 +200,7 @@ def test_an_error_of_zero_is_no_certainty() -> None:
 
 
 def test_the_mean_over_tasks_weighs_small_tasks_as_large_ones() -> None:
-    """Its variance is that of the tasks' means: each (share times rest) over its items, divided by the tasks squared."""
+    """Its variance is that of the tasks' means, each share * (1 - share) / items, over the tasks squared."""
     values, tasks = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0], ["small"] * 2 + ["large"] * 4
     found = interval(values, [str(number) for number in range(6)], strata=tasks, high=1)
     error = (0.25 / 2 + 0.25 / 4) ** 0.5 / 2
