@@ -208,7 +208,7 @@ def accuracy_interval(records: Sequence[Record], rule: str, *, of_tasks: bool = 
     """The 95 % interval of an accuracy over all lines, in percent; None of no line. of_tasks: of their mean."""
     right = [float(not line.get("error") and line["correct"][rule]) for line in records]
     tasks = [str(line["task"]) for line in records] if of_tasks else None
-    return interval(right, [str(line.get("video")) for line in records], strata=tasks, high=100.0)
+    return interval(right, [str(line.get("video") or line["id"]) for line in records], strata=tasks, high=100.0)
 
 
 def interval(
@@ -248,29 +248,32 @@ def wilson(part: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
-def paired(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str] = ()) -> dict[str, Any]:
-    """Compare the same items asked in two ways, right or wrong in each.
+def paired(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str] = (), *, high: float = 100.0
+) -> dict[str, Any]:
+    """Compare the same items asked in two ways: right or wrong in each, or with scores from 0 to 1.
 
-    `items`: compared; `lost`: right the first way only; `gained`: right the second way only; `difference`: the second
-    accuracy less the first, in percentage points, and its 95% `interval`, both None of no items; `p`: two-sided, how
-    likely so uneven a split of lost and gained is when neither way is better (McNemar's exact test, each item alone).
-    clusters: of each item, such as its video. Where one has several items, the interval is the mean difference and 1.96
-    clustered standard errors; else, or where no cluster differs from another, that of Agresti and Min.
+    `items`: compared; `lost`: better the first way; `gained`: better the second way; `difference`: the second mean less
+    the first, and its 95% `interval`, where 1 is `high`, both None of no items; `p`: two-sided, how likely so uneven a
+    split of lost and gained is when neither way is better (McNemar's exact test; of scores, the sign test). It takes
+    items as independent. clusters: of each item, such as its video. Right or wrong without a cluster of several items,
+    or where all clusters agree: the interval of Agresti and Min. Else the mean difference and 1.96 clustered errors.
     """
-    both = list(zip(first, second, strict=True))
-    items, lost, gained = len(both), both.count((True, False)), both.count((False, True))
+    changes = [float(after) - float(before) for before, after in zip(first, second, strict=True)]
+    items, lost, gained = len(changes), sum(change < 0 for change in changes), sum(change > 0 for change in changes)
     difference = interval = None
     if items:
-        difference = 100 * (gained - lost) / items
-        centre = (gained - lost) / (items + 2)
-        spread = Z95 * math.sqrt((gained + lost + 1) / (items + 2) - centre**2) / math.sqrt(items + 2)
-        sums: dict[str, float] = dict.fromkeys(clusters, 0.0)
-        for name, (before, after) in zip(clusters, both, strict=False):
-            sums[name] += (int(after) - int(before) - difference / 100) / items
+        mean = math.fsum(changes) / items
+        sums: dict[str, float] = {}
+        for name, change in zip(clusters or map(str, range(items)), changes, strict=True):
+            sums[name] = sums.get(name, 0.0) + (change - mean) / items
         error = math.sqrt(math.fsum(value**2 for value in sums.values()))
-        if len(sums) < len(clusters) and error > 1e-12:
-            centre, spread = difference / 100, Z95 * error
-        interval = (100 * max(-1.0, centre - spread), 100 * min(1.0, centre + spread))
+        centre, spread = mean, Z95 * error
+        if error < 1e-12 or (len(sums) == items and set(changes) <= {-1.0, 0.0, 1.0}):
+            centre = (gained - lost) / (items + 2)
+            spread = Z95 * math.sqrt((gained + lost + 1) / (items + 2) - centre**2) / math.sqrt(items + 2)
+        difference = high * mean
+        interval = (high * max(-1.0, centre - spread), high * min(1.0, centre + spread))
     changed = lost + gained
     p = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(lost, gained) + 1)) / 2**changed)
     return {"items": items, "lost": lost, "gained": gained, "difference": difference, "interval": interval, "p": p}

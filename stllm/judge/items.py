@@ -48,7 +48,7 @@ class JudgeItem:
     """One item to judge: a question and its prediction, or a list of two of each on the axis consistency.
 
     key: unique in the file, the same in every run. name: of its official item file, `<key>_<k>`. form: of its
-    instructions, where they are not the axis's own.
+    instructions, where they are not the axis's own. video: what it is about, "" where the file does not say.
     """
 
     key: str
@@ -57,6 +57,7 @@ class JudgeItem:
     answer: str
     prediction: str | list[str]
     form: str = field(default="", kw_only=True)
+    video: str = field(default="", kw_only=True)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -147,8 +148,9 @@ def _item(fields: Fields, axis: str, key: str, name: str, where: str) -> JudgeIt
     if len(question) + len(prediction) < 2 * count:
         return "the prediction or question is null"
     if count == 1:
-        return JudgeItem(key, name, question[0], answers[0], prediction[0], form=CAPTION if caption else "")
-    return JudgeItem(key, name, question, answers[0], prediction)
+        form = CAPTION if caption else ""
+        return JudgeItem(key, name, question[0], answers[0], prediction[0], form=form, video=_first(fields, VIDEOS))
+    return JudgeItem(key, name, question, answers[0], prediction, video=_first(fields, VIDEOS))
 
 
 def _first(fields: Fields, keys: tuple[str, ...]) -> str:

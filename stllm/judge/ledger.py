@@ -175,7 +175,7 @@ class Ledger:
                 )
         else:
             fields.update(parsed=None, error=verdict)
-        fields = {name: value for name, value in fields.items() if value or name not in ("cut", "form")}
+        fields = {name: value for name, value in fields.items() if value or name not in ("cut", "form", "video")}
         self._lines.add(fields)
         self._keep(entry)
         return entry

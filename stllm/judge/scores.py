@@ -29,7 +29,7 @@ from stllm.common.files import write_text
 from stllm.common.jsonl import loads, read_records
 from stllm.evaluation.axes import DECIDED, HIGHEST, LOWEST, SAME, VCGBENCH_AXES, vcgbench_average
 from stllm.evaluation.reports.tables import percent, span
-from stllm.evaluation.scores import accuracies
+from stllm.evaluation.scores import accuracies, interval
 from stllm.judge.items import JudgeItem
 from stllm.judge.ledger import Entry, Ledger
 from stllm.judge.parser import Verdict
@@ -68,15 +68,18 @@ def score(ledger: Ledger, keys: Iterable[str] | None = None) -> Results:
     """Compute the results file of one axis.
 
     keys: of all items to be judged. If None, the items are those of the ledger, and the others are only counted.
-    accuracy is in percent, None on axes without yes and no. Means are None when nothing was scored.
+    accuracy is in percent, None on axes without yes and no. Means are None when nothing was scored. intervals: of 95 %,
+    clustered by video where the file of predictions names it.
     """
     run = ledger.run
     verdicts: list[Verdict] = []
+    videos: list[str] = []
     failed: dict[str, str] = {}
     for key in ledger.entries if keys is None else keys:
         outcome = ledger.entries[key].outcome if key in ledger.entries else NOT_ASKED
         if isinstance(outcome, Verdict):
             verdicts.append(outcome)
+            videos.append(ledger.entries[key].video or key)
         else:
             failed[key] = outcome
     num_failed = run.num_items - len(verdicts)
@@ -101,6 +104,10 @@ def score(ledger: Ledger, keys: Iterable[str] | None = None) -> Results:
         "bounds": {
             "mean": bounds(scores, LOWEST, HIGHEST),
             "accuracy": [100 * bound for bound in bounds(right, 0, 1)] if run.axis in DECIDED else None,
+        },
+        "intervals": {
+            "mean": interval([score / HIGHEST for score in scores], videos, high=HIGHEST),
+            "accuracy": interval(right, videos, high=100.0) if right else None,
         },
         "counts": {
             "total": run.num_items + len(run.unanswered),
@@ -131,6 +138,11 @@ def table(result: Results) -> list[str]:
         row(result["axis"], mean, truncated, accuracy, counts["scored"], *missing.values()),
         f"judge {result['judge']}, instructions {result['prompt_version']} ({result['prompt_digest']})",
     ]
+    if found := result["intervals"]["mean"]:
+        shown = "95 % intervals: mean {:.2f} to {:.2f}".format(*found)
+        if accuracy := result["intervals"]["accuracy"]:
+            shown += ", accuracy {:.1f} to {:.1f}".format(*accuracy)
+        lines.append(shown)
     if any(missing.values()):
         range_ = "mean {:.2f} to {:.2f}".format(*bounds["mean"])
         if bounds["accuracy"]:

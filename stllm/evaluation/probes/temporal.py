@@ -102,7 +102,7 @@ def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
         before, after = ([lines[way][id_] for id_ in ids] for way in (FORWARD, view))
         changed = sum(one["prediction"] != two["prediction"] for one, two in zip(before, after, strict=True))
         first, second = ([bool(line["correct"]["strict"]) for line in way] for way in (before, after))
-        found = paired(first, second, [str(line.get("video")) for line in before])
+        found = paired(first, second, [str(line.get("video") or line["id"]) for line in before])
         return {**found, "answers changed": share(changed, len(ids))}
 
     def chance(names: Sequence[str]) -> float | None:

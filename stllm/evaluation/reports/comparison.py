@@ -15,14 +15,15 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_regular, user_path, write_text
 from stllm.common.jsonl import read_records
 from stllm.common.registry import benchmarks
+from stllm.evaluation.axes import HIGHEST
 from stllm.evaluation.benchmarks.base import Benchmark
-from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, percent, table
+from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, table
 from stllm.evaluation.results import write_json
-from stllm.evaluation.scores import ITEMS, RULES, TASKS, Record, accuracy_interval, by_group, by_task, paired, tally
+from stllm.evaluation.scores import ITEMS, RULES, TASKS, Record, by_group, by_task, interval, paired
 
 ALL = "all items"
 SHOWN = 20  # items gained or lost that are named in the printed text
-EXPECTED = "a line that `stllm evaluate` wrote (NAME.jsonl): name such a file"
+EXPECTED = "a line that `stllm evaluate` (NAME.jsonl) or `stllm judge` (AXIS.ledger.jsonl) wrote: name such a file"
 
 
 def compare(first: str | Path, second: str | Path, output: str | Path | None = None) -> str:
@@ -32,6 +33,7 @@ def compare(first: str | Path, second: str | Path, output: str | Path | None = N
     """
     paths = [user_path(first), user_path(second)]
     benchmark, runs = _benchmark(paths[0]), [_read(path) for path in paths]
+    high = max(line.get("high", 100.0) for line in runs[0])  # of scores: 5
     names = [path.name.removesuffix(".jsonl") for path in paths]
     if names[0] == names[1]:  # such as two checkpoints' mvbench.jsonl
         names = [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
@@ -45,12 +47,14 @@ def compare(first: str | Path, second: str | Path, output: str | Path | None = N
         for name, lines in found.items():
             if len(lines) < len(before):
                 groups[f"{kind}: {name}" if kind else name] = [places[line["id"]] for line in lines]
-    results: dict[str, Any] = {"runs": [str(path) for path in paths]}
+    results: dict[str, Any] = {"runs": [str(path) for path in paths], "high": high}
     for rule in RULES:
-        right = [[not line.get("error") and bool(line["correct"][rule]) for line in run] for run in (before, after)]
-        results[rule] = {name: _group(rule, members, before, after, right) for name, members in groups.items()}
-        for kind, change in (("gained", (False, True)), ("lost", (True, False))):
-            ids = [before[place]["id"] for place in groups[ALL] if (right[0][place], right[1][place]) == change]
+        values = [
+            [0.0 if line.get("error") else float(line["correct"][rule]) for line in run] for run in (before, after)
+        ]
+        results[rule] = {name: _group(members, before, values, high) for name, members in groups.items()}
+        for kind, sign in (("gained", 1), ("lost", -1)):
+            ids = [before[place]["id"] for place in groups[ALL] if sign * (values[1][place] - values[0][place]) > 0]
             results[rule][ALL][f"{kind}_items"] = ids
     text = report(names, results)
     if output is not None:
@@ -68,6 +72,9 @@ def _read(path: Path) -> list[Record]:
         raise UserError(f"{path}: there is no such file, expected {EXPECTED}")
     lines: dict[str, Record] = {}
     for number, line in read_records(path, f"expected {EXPECTED}"):
+        if "run" in line:  # of a judge's ledger
+            continue
+        line = _of_judge(line) if {"key", "axis", "parsed"} <= line.keys() else line
         if not isinstance(line.get("id"), str) or "question" not in line:
             raise UserError(f"{path}, line {number}: found the fields {', '.join(line)}, expected {EXPECTED}")
         lines[line["id"]] = line
@@ -75,11 +82,26 @@ def _read(path: Path) -> list[Record]:
     found = list(lines.values()) if benchmark is None else benchmark.scored(list(lines.values()))
     if judged := [line["id"] for line in found if not line.get("error") and "correct" not in line]:
         raise UserError(
-            f"{path}: {judged[0]} has no `correct`, as a judge decides about it: compare runs of multiple choice"
+            f"{path}: {judged[0]} has no `correct`, as a judge decides about it: compare the judge's ledgers"
         )
     if not found:
         raise UserError(f"{path}: found no line that is scored, expected {EXPECTED}")
     return found
+
+
+def _of_judge(entry: Record) -> Record:
+    """A ledger's line in the form of an evaluation's: yes or no, or the score as it is (strict) and truncated."""
+    parsed = entry["parsed"] or {}
+    line = {name: entry.get(name) for name in ("question", "answer", "video")} | {
+        "id": entry["key"],
+        "task": entry["axis"],
+    }
+    if not parsed:
+        return {**line, "error": str(entry.get("error") or "not judged")}
+    if "pred" in parsed:
+        return {**line, "correct": dict.fromkeys(RULES, parsed["pred"] == "yes")}
+    values = {"strict": parsed["score"] / HIGHEST, "official": int(parsed["score"]) / HIGHEST}
+    return {**line, "correct": values, "high": float(HIGHEST)}
 
 
 def _benchmark(path: Path) -> Benchmark | None:
@@ -120,32 +142,30 @@ def _same_items(paths: Sequence[Path], runs: Sequence[list[Record]]) -> tuple[li
 
 
 def _group(
-    rule: str,
-    members: Sequence[int],
-    before: Sequence[Record],
-    after: Sequence[Record],
-    right: Sequence[Sequence[bool]],
+    members: Sequence[int], lines: Sequence[Record], values: Sequence[Sequence[float]], high: float
 ) -> dict[str, Any]:
-    """The comparison over some items: `paired`, and the accuracy of each run with its interval."""
-    lines = [[run[place] for place in members] for run in (before, after)]
-    chosen = [[flags[place] for place in members] for flags in right]
-    found = paired(chosen[0], chosen[1], [str(line.get("video")) for line in lines[0]])
-    accuracies = [tally(run).over_all(rule) for run in lines]
-    return {**found, "accuracies": accuracies, "intervals": [accuracy_interval(run, rule) for run in lines]}
+    """The comparison over some items: `paired`, and the mean of each run with its interval."""
+    chosen = [[run[place] for place in members] for run in values]
+    videos = [str(lines[place].get("video") or lines[place]["id"]) for place in members]
+    means = [high * sum(run) / len(run) for run in chosen]
+    intervals = [interval(run, videos, high=high) for run in chosen]
+    return {**paired(chosen[0], chosen[1], videos, high=high), "accuracies": means, "intervals": intervals}
 
 
 def report(names: Sequence[str], results: Mapping[str, Any]) -> str:
     """The Markdown text. names: of the runs. results: of `compare`."""
     parts = [f"# {names[1]} against {names[0]}\n"]
+    digits, unit = (1, " %") if results["high"] == 100 else (2, "")
     for rule in RULES:
         rows: list[tuple[object, ...]] = []
         for group, found in results[rule].items():
             low, high = found["interval"] or (0.0, 0.0)
-            points = (f"{found['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}", f"{found['p']:.2g}")
-            rows.append(
-                (group, found["items"], *map(percent, found["accuracies"]), *points, found["gained"], found["lost"])
-            )
-        header = (rule, "items", f"{names[0]} %", f"{names[1]} %", "points", "95% interval", "p", "gained", "lost")
+            means = [f"{mean:.{digits}f}" for mean in found["accuracies"]]
+            points = [f"{value:+.{digits}f}" for value in (found["difference"], low, high)]
+            changed = (points[0], f"{points[1]} to {points[2]}", f"{found['p']:.2g}", found["gained"], found["lost"])
+            rows.append((group, found["items"], *means, *changed))
+        runs = (f"{names[0]}{unit}", f"{names[1]}{unit}")
+        header = (rule, "items", *runs, "points", "95% interval", "p", "gained", "lost")
         parts += [table(header, rows)]
         for kind in ("gained", "lost"):
             ids = results[rule][ALL][f"{kind}_items"]
@@ -154,8 +174,8 @@ def report(names: Sequence[str], results: Mapping[str, Any]) -> str:
     parts.append(
         "Over all items, failed ones wrong. Points: the second run less the first, with the interval of the paired "
         "difference (clustered by video where one has several questions, else Agresti and Min). p: McNemar's exact "
-        "test, two-sided, of each line by itself. gained, lost: items that the second run alone, or the first alone, "
-        "answers rightly.\n"
+        "test (of scores, the sign test), two-sided, each item by itself. gained, lost: items that the second run, or "
+        "the first, answers better.\n"
     )
     return "\n".join(parts)
 
@@ -165,7 +185,8 @@ def bars(names: Sequence[str], results: Mapping[str, Any]) -> Bars:
     groups = results[RULES[0]]
     return Bars(
         title=f"{names[1]} against {names[0]}",
-        axis="strict accuracy, % of the items asked",
+        axis="strict accuracy, % of the items asked" if results["high"] == 100 else "score",
+        high=results["high"],
         groups=[f"{group}  {found['difference']:+.1f}" for group, found in groups.items()],
         series={name: [found["accuracies"][run] for found in groups.values()] for run, name in enumerate(names)},
         intervals={name: [found["intervals"][run] for found in groups.values()] for run, name in enumerate(names)},
