@@ -57,7 +57,7 @@ class JudgeItem:
     answer: str
     prediction: str | list[str]
     form: str = field(default="", kw_only=True)
-    video: str = field(default="", kw_only=True)
+    video: str = field(default="", kw_only=True, compare=False)
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from stllm.cli import main
 from stllm.evaluation.axes import TEMPCOMPASS
 from stllm.judge.items import CAPTION, load_prompts, read_predictions
 from stllm.judge.parser import CutOff, Unparsable, parse_decision
-from tests.helpers.judge_server import MODEL, Answer, fails, judge_server, says, texts_of
+from tests.helpers.judge_server import MODEL, Answer, fails, fair, judge_server, says, texts_of
 
 RIGHT = "B. jumping"
 
@@ -157,3 +157,42 @@ def test_replies_about_a_caption(reply: str, pred: str | None) -> None:
 def test_a_reply_that_was_cut_off_is_no_verdict() -> None:
     with pytest.raises(CutOff):
         parse_decision("Correct is what I would", None, cut=True)
+
+
+def test_scores_have_intervals_clustered_by_video(tmp_path: Path) -> None:
+    """VideoQA, two questions about each of two videos, right about one video: as wide as two draws make it."""
+    records = [
+        {"id": number, "video_name": f"v{number // 2}", "question": "q", "answer": "a", "pred": "ab"[number // 2]}
+        for number in range(4)
+    ]
+    path = tmp_path / "pred.json"
+    path.write_text(json.dumps(records))
+    with judge_server() as server:
+        argv = ["--pred-path", str(path), "--output-dir", str(tmp_path), "--base-url", server.url, "--model", MODEL]
+        assert main(["judge", "qa", *argv]) == 0
+    found = json.loads((tmp_path / "qa.results.json").read_text())
+    assert found["accuracy"] == 50.0 and found["intervals"]["accuracy"] == [0.0, 100.0]  # 50 ± 1.96 * 35.4
+    low, high = found["intervals"]["mean"]  # scores of 5 and 1
+    assert low == pytest.approx(3.0 - 1.959964 * 2**0.5) and high == 5.0
+
+
+def test_ledgers_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first run answers half of the questions of VcgBench rightly, the second all of them."""
+    for name, words in (("a", ("right", "wrong")), ("b", ("right", "right"))):
+        records = [
+            {"video_name": f"v{number}", "Q": "q?", "A": "right", "pred": words[number % 2]} for number in range(6)
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        with judge_server(fair) as server:
+            argv = ["--pred-path", str(tmp_path / f"{name}.json"), "--output-dir", str(tmp_path / name)]
+            assert main(["judge", "detail", *argv, "--base-url", server.url, "--model", MODEL]) == 0
+    capsys.readouterr()
+    paths = [str(tmp_path / name / "detail.ledger.jsonl") for name in "ab"]
+    assert main(["table", "--compare", *paths, "--output", str(tmp_path / "both")]) == 0
+    assert "b/detail.ledger against a/detail.ledger" in capsys.readouterr().out
+    found = json.loads((tmp_path / "both.json").read_text())["strict"]["all items"]
+    assert (*found["accuracies"], found["difference"]) == pytest.approx((3.0, 5.0, 2.0))
+    assert (found["gained"], found["lost"]) == (3, 0)
+    assert found["p"] == pytest.approx(2 / 2**3)
+    error = 5 * (6 * 0.4**2) ** 0.5 / 6  # of changes of 0 and 0.8
+    assert found["interval"] == pytest.approx([2.0 - 1.959964 * error, 2.0 + 1.959964 * error])
