@@ -119,6 +119,11 @@ def _column(content: Mapping[str, Any], run: Mapping[str, Any], name: str, path:
         return OF_BENCHMARK[name]
     if content.get("benchmark") == "mvbench":
         return MVBENCH
+    if content.get("scores"):
+        raise UserError(
+            f"{path}: the paper's table has no column for {content.get('benchmark')}: `stllm evaluate suite` prints a "
+            "table of several benchmarks, `stllm table --compare` compares two runs of one"
+        )
     raise UserError(
         f"{path}: of {content.get('benchmark')} it has counts and no scores: run `stllm judge`, and name its results"
     )

@@ -386,7 +386,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "media of another set": (
         "tomato",
-        lambda root: [path.unlink() for path in root.rglob("*.mp4")],
+        lambda root: shutil.rmtree(root / "videos") or (root / "videos").mkdir(),
         "none of its 12 items can be asked",
     ),
     "no questions": (
