@@ -39,7 +39,11 @@ def add_options(parser: Parser) -> None:
     add_config(parser)
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
     files.add_argument(
-        "--anno-path", "--gt-file", type=path, metavar="PATH", help="the ground truth: a file, or MVBench's folder"
+        "--anno-path",
+        "--gt-file",
+        type=path,
+        metavar="PATH",
+        help="the ground truth: a file, or the benchmark's folder",
     )
     files.add_argument(
         "--answers-path", type=path, metavar="FILE", help="the answers, when they have a file of their own"

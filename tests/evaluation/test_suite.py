@@ -32,7 +32,12 @@ def test_one_model_and_one_table(
 ) -> None:
     loads: list[object] = []
     load = runs.load_opened
-    monkeypatch.setattr(runs, "load_opened", lambda *args, **kwargs: loads.append(args) or load(*args, **kwargs))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        loads.append(args)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "load_opened", counted)
     assert suite(tmp_path) == 0
     assert len(loads) == 1
     said, out = capsys.readouterr().out, tmp_path / "out"

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from stllm.cli import main
+from stllm.conversation.chat import FOLDER
 from stllm.evaluation.axes import TEMPCOMPASS
 from stllm.judge.items import CAPTION, load_prompts, read_predictions
 from stllm.judge.parser import CutOff, Unparsable, parse_decision
 from tests.helpers.judge_server import MODEL, Answer, fails, fair, judge_server, says, texts_of
+from tests.helpers.twins import twins
 
 RIGHT = "B. jumping"
 
@@ -78,6 +80,24 @@ def test_rules_and_judge_together(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = (tmp_path / "judged" / "tempcompass.ledger.jsonl").read_text()
     assert [json.loads(one).get("form", "") for one in before.splitlines()[1:]].count(CAPTION) == 2
     assert judge(path, "--offline") == 0 and results(path)["scores"] == found["scores"]
+
+
+def test_the_twin_from_its_files_to_the_scores(tmp_path: Path) -> None:
+    """The tiny model on the twin, a judge that takes every reply for right, every caption for one of the option B."""
+    files = ["--anno-path", str(twins() / "tempcompass"), "--output-dir", str(tmp_path), "--num-frames", "2"]
+    assert main(["evaluate", "tempcompass", "--ckpt-path", str(FOLDER), *files, "--device", "cpu"]) == 0
+    records = [json.loads(text) for text in (tmp_path / "tempcompass.jsonl").read_text().splitlines()]
+    open_ones = [record for record in records if not record.get("parsed", {}).get("official")]
+    captions = [record for record in records if record["task"] == "captioning"]
+    with judge_server(lambda request, _: says("{'pred': 'yes'}" if "Correct" in str(request) else "B")) as server:
+        assert judge(tmp_path / "tempcompass.jsonl", url=server.url) == 0
+        assert len(server.requests) == len(open_ones)
+    scores = results(tmp_path / "tempcompass.jsonl")["scores"]["official"]
+    settled = [record for record in records if record.get("parsed", {}).get("official")]
+    right = sum(record["correct"]["official"] for record in settled) + len(open_ones) - len(captions)
+    right += sum(record["mc_answer"].startswith("B") for record in captions)
+    assert scores["average"] == pytest.approx(100 * right / 50)
+    assert set(scores["tasks"]) == {"multi-choice", "yes_no", "caption_matching", "captioning"}
 
 
 def test_stopped_and_continued(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from stllm.media.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 
 TITLE = "temporal probe"
 LEVEL = 0.05
-ORDER_TASKS = (  # of MVBench, those whose answer may change with the order of frames; a choice of ours
+ORDER_TASKS = (  # of MVBench and TVBench, those whose answer may change with the order of frames; a choice of ours
     *("Action Sequence", "Action Prediction", "Action Antonym", "Object Shuffle", "Moving Direction"),
     *("Action Localization", "Scene Transition", "State Change", "Character Order", "Egocentric Navigation"),
+    "Egocentric Sequence",
 )
 ALL, ORDERED, OTHER = "all tasks", "tasks of order", "other tasks"
 TURNED = "turned"  # the variant's name

@@ -373,6 +373,11 @@ def twice(path: Path) -> None:
     path.write_text("{" + f'"{first[1]}": {{}},' + text[1:])
 
 
+def empty_videos(root: Path) -> None:
+    shutil.rmtree(root / "videos")
+    (root / "videos").mkdir()
+
+
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "another benchmark's folder": (
         "tvbench",
@@ -386,7 +391,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "media of another set": (
         "tomato",
-        lambda root: shutil.rmtree(root / "videos") or (root / "videos").mkdir(),
+        empty_videos,
         "none of its 12 items can be asked",
     ),
     "no questions": (

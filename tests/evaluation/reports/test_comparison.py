@@ -1,6 +1,7 @@
 """`stllm table --compare`: paired figures against those computed by hand, and runs that cannot be compared."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ BENCHMARK = choice_benchmark(
 )
 
 
-def write(path: Path, wrong: set[str], failed: set[str] = frozenset(), **changed: Any) -> Path:
+def write(path: Path, wrong: Collection[str], failed: Collection[str] = (), **changed: Any) -> Path:
     """Lines that are right but for these. changed: fields of every line."""
 
     def answer(item: Any) -> str | None:
@@ -59,7 +60,7 @@ def test_questions_about_one_video_are_a_cluster(tmp_path: Path) -> None:
         for line in lines:
             line["video"] = line["task"]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    compare(*paths, output=tmp_path / "both")
+    compare(paths[0], paths[1], tmp_path / "both")
     found = json.loads((tmp_path / "both.json").read_text())["strict"]["all items"]
     error = 100 * (2 * 2.0**2) ** 0.5 / 8  # each video's sum of (difference - 1/2) is 2 or -2
     assert found["difference"] == 50.0
@@ -73,10 +74,10 @@ def test_other_questions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["table", "--compare", str(first), str(path)]) == 1
         return capsys.readouterr().err
 
-    for key, value in (("question", "Who?"), ("answer", "up and away"), ("candidates", ["away", "up"])):
-        assert f"{key} of moving_direction/0 is {value!r}" in refused(
-            write(tmp_path / "b.jsonl", set(), **{key: value})
-        )
+    changes: dict[str, Any] = {"question": "Who?", "answer": "up and away", "candidates": ["away", "up"]}
+    for key, value in changes.items():
+        other = write(tmp_path / "b.jsonl", (), **{key: value})
+        assert f"{key} of moving_direction/0 is {value!r}" in refused(other)
     less = tmp_path / "less.jsonl"
     less.write_text("\n".join(first.read_text().splitlines()[:5]) + "\n")
     assert "lacks 3 of the items" in refused(less)
