@@ -86,8 +86,7 @@ def check(args: argparse.Namespace) -> str | None:
     if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
         return f"--probe and --permute go with multiple choice: the answers of {args.benchmark} need a judge"
     if args.permute and not benchmarks.get(args.benchmark).rotates:
-        rotating = ", ".join(name for name in benchmarks if benchmarks.get(name).rotates)
-        return f"--permute goes with {rotating}: {args.benchmark} writes its options into the questions"
+        return f"--permute rotates lists of options (such as mvbench's): the questions of {args.benchmark} hold theirs"
     return None
 
 
@@ -151,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
                         print(f"error: not one item could be answered; the first one: {why}", file=sys.stderr)
                         code = 1
                 for option, probe in (("probe", temporal), ("permute", permutation)):
-                    fits = loaded.benchmark.rotates if option == "permute" else not loaded.benchmark.judged
+                    fits = not loaded.benchmark.judged and (option == "probe" or loaded.benchmark.rotates)
                     if getattr(args, option) and fits:
                         kept = [item for item in loaded.items if not loaded.benchmark.needs_judge(item)]
                         (plain, _), *others = probe.variants(replace(loaded, items=kept)).items()

@@ -82,7 +82,12 @@ def theirs(name: str, tasks: dict[str, Any], item: Item) -> str:
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_their_prompts_are_ours_to_the_byte(name: str, tasks: dict[str, Any]) -> None:
     for item in items(name):
-        assert theirs(name, tasks, item) == ours(name, item)
+        asked = ours(name, item)
+        if name == "tomato":  # which names no number of frames there, and lacks a space
+            asked = asked.replace("with 16 separate frames", "with frames").replace(
+                "content. \n\nYou", "content.\n\nYou"
+            )
+        assert theirs(name, tasks, item) == asked
 
 
 def test_tvbench_is_asked_otherwise_there(tasks: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ class Benchmark(ABC):
     excludes_tasks: a task without any medium is left out of all scores instead of counted as failed.
     judged: the predictions are scored by `stllm judge`, so lines have no `correct` and a run has no scores.
     finds_media: the media are found relative to the ground truth; if False, --video-dir must name their folder.
-    rotates: options are a list apart from the question, so `--permute` can rotate them.
+    rotates: options are a list, which `--permute` rotates; False: questions hold them.
     mean_over: what the average is over: ITEMS, TASKS, or the name of the task whose score it is.
     rules: how the two rules decide, in sentences for the report.
     """
@@ -79,7 +79,7 @@ class Benchmark(ABC):
     excludes_tasks = False
     finds_media = False
     judged = False
-    rotates = False
+    rotates = True
     mean_over = ITEMS
     rules = ""
 

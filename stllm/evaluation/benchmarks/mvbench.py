@@ -123,7 +123,7 @@ class MVBench(Benchmark):
     own_tasks: bool = True
     mean_over: str = ITEMS
 
-    excludes_tasks = finds_media = rotates = True
+    excludes_tasks = finds_media = True
     rules = (
         "The official rule compares the first word of the prediction with that of the answer and counts it as right "
         "when one is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The "

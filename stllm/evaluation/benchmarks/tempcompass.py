@@ -47,6 +47,7 @@ class TempCompass(Benchmark):
     name, title = "tempcompass", "TempCompass"
     ground_truth = "its folder, which holds questions and videos"
     finds_media = True
+    rotates = False
     rules = (
         "The official rules: multiple choice, the whole answer, or its letter alone or before a point or bracket; yes "
         "or no, with which the reply begins; caption matching, a whole option, its sentence or its label. What they "

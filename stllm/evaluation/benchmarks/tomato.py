@@ -48,7 +48,7 @@ class Tomato(Benchmark):
 
     name, title = "tomato", "TOMATO"
     ground_truth = "its folder, which holds data and videos"
-    finds_media = rotates = True
+    finds_media = True
     rules = (
         'The official rule reads a letter alone, "A: text" or "Answer is (A)"; for any other reply it takes a '
         "random letter (here one drawn by the item's id; the official script asks a language model before). The "

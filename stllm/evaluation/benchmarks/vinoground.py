@@ -40,6 +40,7 @@ class Vinoground(Benchmark):
     name, title = "vinoground", "Vinoground"
     ground_truth = f"the folder that holds {' and '.join(FILES.values())}"
     finds_media = True
+    rotates = False
     mean_over = GROUP
     rules = (
         "By the official rule an answer is right if it begins with the letter, in either case. The strict rule wants "
