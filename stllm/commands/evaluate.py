@@ -130,14 +130,16 @@ def run(args: argparse.Namespace) -> int:
         if name in asked:
             raise UserError(f"output_name is {name!r} for two benchmarks of the suite: leave it out")
         asked[name] = settings, load_benchmark(benchmark, settings)
-    first: Runs | None = None
     contents: dict[str, dict[str, Any]] = {}
-    code, settings = 0, next(iter(asked.values()))[0]
+    code = 0
     try:
         with process_group():
-            for name, (settings, loaded) in asked.items():
-                runs = Runs(opened, settings, device=args.device, dtype=args.dtype, shared=first)
-                first = first or runs
+            first: Runs | None = None
+            all_runs = []
+            for settings, _ in asked.values():
+                all_runs.append(Runs(opened, settings, device=args.device, dtype=args.dtype, shared=first))
+                first = all_runs[0]
+            for runs, (name, (_, loaded)) in zip(all_runs, asked.items(), strict=True):
                 started = time.perf_counter()
                 outcome = runs.run(loaded, name)
                 if outcome is not None:

@@ -28,7 +28,7 @@ from stllm.common.distributed import mapping, one_a_core
 from stllm.common.errors import UserError
 from stllm.common.schema import MEDIA_SECONDS, EvaluationSettings
 from stllm.datasets.corpora import resolved_settings
-from stllm.datasets.faults import Medium
+from stllm.datasets.faults import Fault, Medium
 from stllm.doctor.checks import training_findings
 from stllm.evaluation.benchmarks.base import load_benchmark
 from stllm.media.info import MediaError
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def overlap(args: argparse.Namespace) -> dict[str, Any]:
     """Return `found`, the clips as `Found` has them; `num_test` and `num_train`; `notes` on what was not compared."""
     notes: list[str] = []
-    train: dict[Clip, str] = {}  # and the data set
+    clips: list[Clip] = []
     corpora = resolved_settings(load_config(args.overlap, args.options, model_type="instructblip_vicuna0"))
     for name, corpus in corpora.items():
         if corpus.type == "image_text" or corpus.anno_path is None:
@@ -90,8 +90,13 @@ def overlap(args: argparse.Namespace) -> dict[str, Any]:
         findings = training_findings(corpus, lambda sample, num_frames: None)
         for finding in tqdm(findings, desc=name, unit=" records", disable=None, delay=1, leave=False):
             if isinstance(finding, Medium) and finding.expects == "video":
-                place = os.path.normpath(os.path.join(corpus.media_dir or "", finding.name))
-                train[place, finding.bounds] = name
+                clips.append((os.path.normpath(os.path.join(corpus.media_dir or "", finding.name)), finding.bounds))
+            elif isinstance(finding, Fault) and finding.kind == "annotation":
+                notes.append(f"{name}: {finding.in_words}")
+    if not clips:
+        why = f"; {notes[0]}" if notes else ""
+        raise UserError(f"{args.overlap}: found no video in its data sets{why}: name the training configuration")
+    train = list(dict.fromkeys(clips))
     asked = {"anno_path": args.anno_path, "answers_path": args.answers_path, "video_dir": args.video_dir}
     loaded = load_benchmark(args.benchmark, EvaluationSettings(**asked, sampling="segment", num_frames=1))
     test: dict[Clip, Found] = {}
@@ -99,6 +104,8 @@ def overlap(args: argparse.Namespace) -> dict[str, Any]:
         if item.media is not None:
             clip = os.path.normpath(item.media.path), item.media.bounds
             test.setdefault(clip, Found(item.video, [])).items.append(item.id)
+    if missing := [item.error for item in loaded.items if item.media is None]:
+        notes.append(f"{len(missing)} items of {args.benchmark} have no medium to compare ({missing[0]})")
     if absent := [path for path, _ in train if not os.path.exists(path)]:
         notes.append(f"{len(absent)} training clips are not there ({absent[0]}): only their names were compared")
     by_stem: dict[str, list[str]] = {}
@@ -111,7 +118,7 @@ def overlap(args: argparse.Namespace) -> dict[str, Any]:
     if find_spec("imagehash") is None:
         notes.append("frames were not compared, as imagehash is not installed: pip install 'stllm[overlap]'")
     else:
-        notes += _by_frames(list(train), test, args)
+        notes += _by_frames(train, test, args)
     return {
         "found": [vars(one) for one in test.values() if one.train],
         "num_test": len(test),

@@ -84,14 +84,15 @@ class Runs:
                 f"found the engine {settings.engine} beside {shared.settings.engine}: a suite has one engine; name it "
                 "under evaluation"
             )
-        if shared is not None:
-            self.engine = shared.engine
-        elif settings.engine is not None:
+        if settings.engine is not None:
             from stllm.conversation.remote import RemoteLanguageModel, check_decoding
 
             check_decoding(self.decoding)
-            self.engine = RemoteLanguageModel(settings.engine)
-            self.engine.find_model()
+            if shared is not None:
+                self.engine = shared.engine
+            else:
+                self.engine = RemoteLanguageModel(settings.engine)
+                self.engine.find_model()
 
     @cached_property
     def chat(self) -> Chat:

@@ -98,6 +98,13 @@ def test_no_overlap(training: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "no overlap found between 8 test clips and 1 training clips" in capsys.readouterr().out
 
 
+def test_nothing_to_compare_is_a_sentence(training: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (training.parent / "train.json").write_text("[")
+    assert doctor(training) == 1
+    error = capsys.readouterr().err
+    assert "found no video in its data sets; mine: " in error and "train.json" in error
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
