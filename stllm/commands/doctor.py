@@ -22,6 +22,19 @@ def add_options(parser: Parser) -> None:
         choices=DOCTOR_FORMATS,
         help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own; videoqa: any VideoQA set",
     )
+    parser.add_argument(
+        "--overlap",
+        type=path,
+        metavar="YAML",
+        help="list the test clips of --benchmark that occur in the training data of this configuration: by name, by "
+        "content, and by perceptual hashes of frames (pip install 'stllm[overlap]')",
+    )
+    parser.add_argument(
+        "--benchmark",
+        choices=benchmark_names(),
+        metavar="BENCH",
+        help="with --overlap; its ground truth is --anno-path",
+    )
     parser.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of its media (default: beside it)")
     parser.add_argument(
         "--answers-path", type=path, metavar="FILE", help="VideoQA: the answers, when they have a file of their own"
@@ -47,6 +60,11 @@ def add_options(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> str | None:
+    if args.overlap is not None or args.benchmark is not None:
+        if args.overlap is None or args.benchmark is None or args.anno_path is None:
+            return "a search for overlap needs --overlap TRAIN_YAML, --benchmark BENCH and its --anno-path"
+        named = [name for name in ("cfg_path", "format", "flatten") if getattr(args, name) is not None]
+        return f"--{named[0].replace('_', '-')} does not go with --overlap" if named else None
     if sum(given is not None for given in (args.cfg_path, args.anno_path, args.flatten)) != 1:
         return "name either a --cfg-path, or an --anno-path with its --format, or --flatten IN OUT"
     if args.flatten is not None:
@@ -68,9 +86,9 @@ def check(args: argparse.Namespace) -> str | None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command, which is in stllm.doctor.doctor; returns its exit code."""
-    from stllm.doctor.doctor import run
+    from stllm.doctor import doctor, overlap
 
-    return run(args)
+    return doctor.run(args) if args.overlap is None else overlap.run(args)
 
 
 COMMAND = Command(

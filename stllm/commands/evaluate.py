@@ -1,6 +1,7 @@
 """`stllm evaluate`: asks a checkpoint a benchmark's questions and scores the answers.
 
 settings -> benchmark (items) -> runs (lines, one an item) -> results (official files, scores, table, chart)
+`stllm evaluate suite` goes this way for each benchmark of a YAML's section `suite`, with one loaded model.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from stllm.commands.options import (
     Command,
@@ -26,15 +28,22 @@ from stllm.commands.options import (
 from stllm.common.registry import benchmarks
 from stllm.common.schema import benchmark_names
 
+SUITE = "suite"
+
 
 def add_options(parser: Parser) -> None:
     known = benchmark_names()
-    parser.add_argument("benchmark", choices=known, metavar="BENCH", help=", ".join(known))
+    words = f"{', '.join(known)}; or {SUITE}: those of section suite of --cfg-path, with one loaded model"
+    parser.add_argument("benchmark", choices=[*known, SUITE], metavar="BENCH", help=words)
     add_checkpoint(parser)
     add_config(parser)
     files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
     files.add_argument(
-        "--anno-path", "--gt-file", type=path, metavar="PATH", help="the ground truth: a file, or MVBench's folder"
+        "--anno-path",
+        "--gt-file",
+        type=path,
+        metavar="PATH",
+        help="the ground truth: a file, or the benchmark's folder",
     )
     files.add_argument(
         "--answers-path", type=path, metavar="FILE", help="the answers, when they have a file of their own"
@@ -49,7 +58,7 @@ def add_options(parser: Parser) -> None:
     asked.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy")
     asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer")
     add_context(asked, "published; for mvbench: all")
-    probes = parser.add_argument_group("diagnostics (mvbench only), written to separate files")
+    probes = parser.add_argument_group("diagnostics of multiple choice, written to separate files")
     probes.add_argument(
         "--probe", action="store_true", help="clips reversed, shuffled, of one frame and blank: does it use time?"
     )
@@ -63,24 +72,38 @@ def add_options(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> str | None:
+    if args.benchmark == SUITE:
+        if args.cfg_path is None:
+            return "suite needs --cfg-path FILE, whose section suite names the benchmarks"
+        own = [
+            name for name in ("anno_path", "answers_path", "video_dir", "output_name", "tasks") if getattr(args, name)
+        ]
+        return (
+            f"--{own[0].replace('_', '-')} is of one benchmark: write it into section suite of the YAML"
+            if own
+            else None
+        )
     if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
-        return f"--probe and --permute go with mvbench: the answers of {args.benchmark} need a judge"
+        return f"--probe and --permute go with multiple choice: the answers of {args.benchmark} need a judge"
+    if args.permute and not benchmarks.get(args.benchmark).rotates:
+        return f"--permute rotates lists of options (such as mvbench's): the questions of {args.benchmark} hold theirs"
     return None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, write every file and print a summary; then the same for each probe.
+    """Ask, write every file and print a summary; then the same for each probe, and each benchmark of a suite.
 
-    Exit code 1 when not one item could be answered, 130 when Ctrl-C ended it. Raises UserError.
+    All ground truths are read before the model is. Exit code 1 when not one item of a benchmark could be answered, 130
+    when Ctrl-C ended it. Raises UserError.
     """
-    from stllm.common.config import load_evaluation
+    from stllm.common.config import load_evaluation, suite_of
     from stllm.common.distributed import is_main, process_group
     from stllm.common.errors import UserError, out_of_memory
     from stllm.common.jsonl import naming_full_disk
     from stllm.common.schema import EvaluationSettings
     from stllm.conversation.chat import FOLDER, default_num_frames
     from stllm.evaluation import results
-    from stllm.evaluation.benchmarks.base import load_benchmark
+    from stllm.evaluation.benchmarks.base import Loaded, load_benchmark
     from stllm.evaluation.probes import permutation, temporal
     from stllm.evaluation.runs import Runs
     from stllm.models.checkpoints.infer_config import open_model
@@ -96,36 +119,52 @@ def run(args: argparse.Namespace) -> int:
     keys = [field.name for field in fields(EvaluationSettings)]
     given = {key: value for key in keys if (value := getattr(args, key, None)) is not None}
     own = {} if opened.config.num_frames is None else {"num_frames": opened.config.num_frames}
-    settings = load_evaluation(args.benchmark, args.cfg_path, args.options, given, own)
-    if settings.num_frames is None:  # an empty value in a YAML takes back the preset's
-        settings = replace(settings, num_frames=default_num_frames(opened.config))
-    name, code = args.benchmark if settings.output_name is None else settings.output_name, 0
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise UserError(f"output_name is {name!r}: expected a name without a folder, which output_dir says")
-    loaded = load_benchmark(args.benchmark, settings)
+    asked: dict[str, tuple[EvaluationSettings, Loaded]] = {}  # by the name of the files
+    for benchmark in suite_of(args.cfg_path, args.options) if args.benchmark == SUITE else [args.benchmark]:
+        settings = load_evaluation(benchmark, args.cfg_path, args.options, given, own)
+        if settings.num_frames is None:  # an empty value in a YAML takes back the preset's
+            settings = replace(settings, num_frames=default_num_frames(opened.config))
+        name = benchmark if settings.output_name is None else settings.output_name
+        if name != Path(name).name or name in ("", ".", ".."):
+            raise UserError(f"output_name is {name!r}: expected a name without a folder, which output_dir says")
+        if name in asked:
+            raise UserError(f"output_name is {name!r} for two benchmarks of the suite: leave it out")
+        asked[name] = settings, load_benchmark(benchmark, settings)
+    contents: dict[str, dict[str, Any]] = {}
+    code = 0
     try:
         with process_group():
-            runs = Runs(opened, settings, device=args.device, dtype=args.dtype)
-            started = time.perf_counter()
-            outcome = runs.run(loaded, name)
-            if outcome is not None:
-                with naming_full_disk(runs.folder):
-                    content = results.write(runs.folder, name, loaded, outcome)
-                seconds = time.perf_counter() - started
-                print(results.summary(runs.folder / name, loaded, outcome, content, seconds))
-                if not content["counts"]["answered"]:
-                    first = next((record["error"] for record in outcome.records), "there is no item")
-                    print(f"error: not one item could be answered; the first one: {first}", file=sys.stderr)
-                    code = 1
-            for option, probe in (("probe", temporal), ("permute", permutation)):
-                if getattr(args, option):
-                    (plain, _), *others = probe.variants(loaded).items()
-                    outcomes = {plain: outcome}
-                    for variant, changed in others:
-                        outcomes[variant] = runs.run(changed, f"{name}.{variant}", variant=variant)
-                    if is_main():
-                        with naming_full_disk(runs.folder):
-                            print(results.write_probe(runs.folder / f"{name}.{option}", loaded, outcomes, probe))
+            first: Runs | None = None
+            all_runs = []
+            for settings, _ in asked.values():
+                all_runs.append(Runs(opened, settings, device=args.device, dtype=args.dtype, shared=first))
+                first = all_runs[0]
+            for runs, (name, (_, loaded)) in zip(all_runs, asked.items(), strict=True):
+                started = time.perf_counter()
+                outcome = runs.run(loaded, name)
+                if outcome is not None:
+                    with naming_full_disk(runs.folder):
+                        contents[name] = content = results.write(runs.folder, name, loaded, outcome)
+                    seconds = time.perf_counter() - started
+                    print(results.summary(runs.folder / name, loaded, outcome, content, seconds))
+                    if not content["counts"]["answered"]:
+                        why = next((record["error"] for record in outcome.records), "there is no item")
+                        print(f"error: not one item could be answered; the first one: {why}", file=sys.stderr)
+                        code = 1
+                for option, probe in (("probe", temporal), ("permute", permutation)):
+                    fits = not loaded.benchmark.judged and (option == "probe" or loaded.benchmark.rotates)
+                    if getattr(args, option) and fits:
+                        kept = [item for item in loaded.items if not loaded.benchmark.needs_judge(item)]
+                        (plain, _), *others = probe.variants(replace(loaded, items=kept)).items()
+                        outcomes = {plain: outcome}
+                        for variant, changed in others:
+                            outcomes[variant] = runs.run(changed, f"{name}.{variant}", variant=variant)
+                        if is_main():
+                            with naming_full_disk(runs.folder):
+                                print(results.write_probe(runs.folder / f"{name}.{option}", loaded, outcomes, probe))
+            if args.benchmark == SUITE and is_main() and first is not None:
+                with naming_full_disk(first.folder):
+                    print(results.write_suite(first.folder / Path(args.cfg_path).stem, contents), end="")
             return code
     except KeyboardInterrupt:
         if is_main():

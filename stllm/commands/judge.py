@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="lets a language model grade predictions of VcgBench and VideoQA",
+    help="lets a language model grade predictions of VcgBench, VideoQA and TempCompass",
     example="stllm judge qa --pred-path output/eval/msvd.jsonl --base-url http://localhost:8000/v1 --model NAME",
     add_options=add_options,
     run=run,

@@ -32,13 +32,14 @@ from stllm.common.schema import (
     ModelSettings,
     RunSettings,
     Where,
+    benchmark_names,
     checked_values,
     keys_of,
 )
 
 log = logging.getLogger(__name__)
 
-SECTIONS = ("model", "datasets", "run", "evaluation")
+SECTIONS = ("model", "datasets", "run", "evaluation", "suite")
 OPTIONS = "--options"  # the name of that layer
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf; the slow one refuses `[Which?]`
 MAX_VALUES = 100_000  # of a YAML; a few lines of aliases can stand for more than memory holds
@@ -221,6 +222,12 @@ def _check_layer(layer: Layer) -> None:
     values = layer.values
     _check_keys(values.get("model", {}), ModelSettings, "model", layer.name)
     _check_keys(values.get("evaluation", {}), EvaluationSettings, "evaluation", layer.name)
+    suite = values.get("suite", {})
+    for name, entry in suite.items():
+        if name not in benchmark_names():
+            raise UserError(f"{layer.name}: {unknown_name('benchmark in suite', name, benchmark_names())}")
+        suite[name] = _mapping({} if entry is None else entry, layer.name, f"'suite.{name}'")
+        _check_keys(suite[name], EvaluationSettings, f"suite.{name}", layer.name)
     entries = values.get("datasets", {})
     for name, entry in entries.items():
         if name in ROOTS:
@@ -272,6 +279,7 @@ def merge_layers(
     shipped = [yaml_layer(SHIPPED / f"{_model_type(given, model_type)}.yaml")]
     schemas: dict[str, type] = {"model": ModelSettings}
     if benchmark is not None:
+        given = [_for_benchmark(layer, benchmark) for layer in given]
         own = Layer("the checkpoint", Path.cwd(), {"evaluation": dict(checkpoint or {})})
         shipped[:0] = [yaml_layer(PRESETS / f"{benchmark}.yaml"), own]
         schemas["evaluation"] = EvaluationSettings
@@ -309,6 +317,27 @@ def merge_layers(
     if any(layer.values.get("run") for layer in layers):
         cfg.run = check_run(typing.cast(dict[str, Any], OmegaConf.to_container(cfg.run)), where)
     return cfg
+
+
+def _for_benchmark(layer: Layer, benchmark: str) -> Layer:
+    """The layer with the keys of `suite.<benchmark>` over those of `evaluation`."""
+    entry = layer.values.get("suite", {}).get(benchmark, {})
+    if not entry:
+        return layer
+    return dataclasses.replace(
+        layer, values={**layer.values, "evaluation": {**layer.values.get("evaluation", {}), **entry}}
+    )
+
+
+def suite_of(cfg_path: str | Path | None, options: Sequence[str] = ()) -> list[str]:
+    """The benchmarks of section `suite`, in order. Raises UserError as `load_config` does, and when there is none."""
+    layers = read_layers(cfg_path, options)
+    names = list(dict.fromkeys(name for layer in layers for name in layer.values.get("suite", {})))
+    if not names:
+        raise UserError(
+            f"{cfg_path}: found no section suite, expected one of benchmarks, such as suite: {{tvbench: {{}}}}"
+        )
+    return names
 
 
 def _model_type(given: Sequence[Layer], fallback: str | None) -> str:

@@ -230,6 +230,8 @@ def head(item: Item) -> Record:
     record["question"] = _one_or_all(item.questions)
     if item.candidates:
         record["candidates"] = list(item.candidates)
+    if item.groups:
+        record["groups"] = {kind: list(names) for kind, names in item.groups.items()}
     return {**record, "answer": item.answer}
 
 

@@ -11,9 +11,11 @@ from stllm.common.errors import UserError
 
 CORRECTNESS, DETAIL, CONTEXT = "correctness", "detail", "context"
 TEMPORAL, CONSISTENCY, QA = "temporal", "consistency", "qa"
-AXES = (CORRECTNESS, DETAIL, CONTEXT, TEMPORAL, CONSISTENCY, QA)
+TEMPCOMPASS = "tempcompass"
+AXES = (CORRECTNESS, DETAIL, CONTEXT, TEMPORAL, CONSISTENCY, QA, TEMPCOMPASS)
 VCGBENCH_AXES = AXES[:5]
-TASKS = {  # VcgBench's part for each axis; VideoQA is one task
+DECIDED = (QA, TEMPCOMPASS)  # a judge says whether the prediction is right, too
+TASKS = {  # VcgBench's part for each axis; VideoQA is one task, TempCompass decides by rules
     CORRECTNESS: "generic",
     DETAIL: "generic",
     CONTEXT: "generic",

@@ -16,22 +16,18 @@ from typing import Any
 
 from stllm import __version__
 from stllm.common.files import write_text
-from stllm.evaluation.axes import QA, TASKS
+from stllm.evaluation.axes import QA
+from stllm.evaluation.axes import TASKS as TASK_OF_AXIS
 from stllm.evaluation.benchmarks.base import Loaded
-from stllm.evaluation.published import BY_TASK, LABEL, SOURCE, cell
+from stllm.evaluation.published import BY_METHOD, BY_TASK, LABEL, NO_INTERVAL, SOURCES
 from stllm.evaluation.reports.paper_table import JUDGED, OF_BENCHMARK
-from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, percent, table
-from stllm.evaluation.scores import RULES, Record, by_task, differing, tally
+from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, percent, span, table
+from stllm.evaluation.scores import ITEMS, RULES, TASKS, Record, by_task, differing, tally
 
 # What computes, and what reads media: distributions and their modules.
 PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord")} | {"pillow": "PIL"}
 SHOWN_IDS = 5  # of the items with one cause
 SHOWN_FAILURES = 3  # on the command line
-MATCHER = (
-    "The official rule compares the first word of the prediction with that of the answer and counts it as right when "
-    "one is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule "
-    "wants the letter of the option, or the option's text exactly; anything else is wrong."
-)
 
 
 @dataclass(frozen=True)
@@ -88,13 +84,35 @@ def write_probe(path: Path, loaded: Loaded, outcomes: Mapping[str, Outcome | Non
     (see evaluation/probes).
     """
     found = {variant: outcome for variant, outcome in outcomes.items() if outcome is not None}
-    scores = probe.probe_scores({variant: outcome.records for variant, outcome in found.items()})
+    scored = loaded.benchmark.scored
+    scores = probe.probe_scores({variant: scored(outcome.records) for variant, outcome in found.items()})
     plain = next(iter(found.values()))
     about = {"settings": dict(plain.settings), "digests": dict(plain.digests), "versions": versions()}
     write_json(path.with_name(f"{path.name}.json"), {"benchmark": loaded.name, **scores, **about})
     write_text(path.with_name(f"{path.name}.md"), probe.report(path.stem, scores))
     draw_bars(path.with_name(f"{path.name}.png"), probe.bars(scores))
     return f"{probe.TITLE}: {scores['verdict']}\nfiles: {path}.{{json,md,png}}"
+
+
+def write_suite(path: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write one table of several benchmarks, `<path>.md` and `<path>.json`; return it. contents: of results files."""
+    rows: list[tuple[object, ...]] = []
+    for name, content in contents.items():
+        counted, scores, published = content["counts"], content["scores"], BY_TASK.get(content["benchmark"])
+        row: tuple[object, ...] = (name, counted["total"], counted["failed"], counted["excluded"])
+        for rule in RULES:
+            found = scores.get(rule) or {"average": None, "interval": None}
+            row += percent(found["average"]), span(found["interval"])
+        average = sum(published.values()) / len(published) if published else None
+        rows.append((*row, percent(scores["chance"]["average"]) if scores else MISSING, percent(average)))
+    of_rules = [column for rule in RULES for column in (f"{rule} %", "95% interval")]
+    text = f"# {path.name}\n\n" + table(("benchmark", "items", "failed", "excluded", *of_rules, "chance", LABEL), rows)
+    text += f"\nOver all items asked, failed ones wrong. {NO_INTERVAL}\n"
+    if judged := [name for name, content in contents.items() if not content["scores"]]:
+        text += f"A judge scores {', '.join(judged)}: NAME.md has the commands.\n"
+    write_text(path.with_name(f"{path.name}.md"), text)
+    write_json(path.with_name(f"{path.name}.json"), {"benchmarks": contents})
+    return text
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -132,7 +150,10 @@ def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Ma
     """The Markdown text. name: of the run's files. content: of the results file."""
     judged = loaded.benchmark.judged
     parts = [f"# {name}\n"]
-    parts += _open_answers(loaded, records) if judged else _accuracies(loaded, records, content["scores"])
+    if judged:
+        parts += _open_answers(loaded, records)
+    else:
+        parts += _accuracies(loaded, loaded.benchmark.scored(records), content["scores"])
     if loaded.notes:
         parts += ["## Notes\n", "\n".join(f"- {note}" for note in loaded.notes) + "\n"]
     if loaded.excluded:
@@ -152,19 +173,21 @@ def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Ma
         parts += ["## Failed items\n", table(("task", "cause", "items", "failed"), failed, texts=3)]
     if judged:
         tasks, (lines, folder) = by_task(records), (quote(f"{name}.jsonl"), quote(name + JUDGED))
-        axes = [axis for axis, task in TASKS.items() if task in tasks] or [QA]
+        axes = [axis for axis, task in TASK_OF_AXIS.items() if task in tasks] or [QA]
         commands = [f"stllm judge {axis} --pred-path {lines} --output-dir {folder} --model MODEL" for axis in axes]
         if loaded.name in ("vcgbench", *OF_BENCHMARK):
             commands.append(f"stllm table {folder}/*.results.json")
         parts += ["## Next, in this folder: a judge scores the predictions\n", "```", *commands, "```\n"]
     else:
         golds, apart = {item.id: item.answer for item in loaded.items}, []
-        for line in differing(records):
+        for line in differing(line for line in records if line.get("error") or "correct" in line):
             right = "official" if line["correct"]["official"] else "strict"
             said = str(line["prediction"]).strip() or "(empty)"
             apart.append((line["id"], line["task"], said, golds[line["id"]], right))
         found = table(("item", "task", "prediction", "answer", "right by"), apart, texts=5) if apart else "None.\n"
-        parts += [f"## Items that the two rules score differently: {len(apart)}\n", f"{MATCHER}\n", found]
+        parts += [f"## Items that the two rules score differently: {len(apart)}\n"]
+        parts += [f"{loaded.benchmark.rules}\n"] if loaded.benchmark.rules else []
+        parts.append(found)
     made_by = [*content["digests"].items(), *content["versions"].items()]
     return "\n".join([*parts, "## Made by\n", table(("what", "digest or version"), made_by, texts=2)])
 
@@ -183,48 +206,87 @@ def _open_answers(loaded: Loaded, records: Sequence[Record]) -> list[str]:
 
 
 def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, Any]) -> list[str]:
-    """Averages and the accuracy of each task, beside the published figures. scores: of the results file."""
-    total, title, published = tally(records), loaded.benchmark.title, BY_TASK.get(loaded.name, {})
-    asked = by_task(records)
+    """Averages with intervals and the accuracy of each task and group, beside the published figures.
+
+    records: those that are scored. scores: of the results file.
+    """
+    name, title, over = loaded.name, loaded.benchmark.title, loaded.benchmark.mean_over
+    total, published, asked = tally(records), BY_TASK.get(loaded.name, {}), by_task(records)
+    counted = tally(asked.get(over, [])) if over not in (ITEMS, TASKS) else total
     rows: list[tuple[object, ...]] = []
-    for over, key, count in (
-        ("answered", "average_answered", total.answered),
-        ("all asked, failed ones wrong", "average", total.asked),
+    for words, key, count in (
+        ("answered", "average_answered", counted.answered),
+        ("all asked, failed ones wrong", "average", counted.asked),
     ):
-        figures = [figure for rule in RULES for figure in (percent(scores[rule][key]), f"{total.right[rule]}/{count}")]
-        rows.append((f"ours, over {over}", *figures))
+        row: tuple[object, ...] = (f"ours, over {words}",)
+        for rule in RULES:
+            shown = span(scores[rule]["interval"]) if key == "average" else ""
+            row += percent(scores[rule][key]), shown, f"{counted.right[rule]}/{count}"
+        rows.append(row)
+    if any(scores[rule]["parsed"] is not None for rule in RULES):
+        parsed = [cell for rule in RULES for cell in (percent(scores[rule]["parsed"]), "", "")]
+        rows.append(("the rule could read, % of answered", *parsed))
+    if (guessed := scores["chance"]["average"]) is not None:
+        rows.append(("chance", percent(guessed), "", "", percent(guessed), "", ""))
     if published:
-        rows.append((f"{LABEL} ({len(published)} tasks)", MISSING, "", percent(cell("ST-LLM", title)), ""))
+        average = sum(published.values()) / len(published)
+        rows.append((f"{LABEL} ({len(published)} tasks)", MISSING, "", "", percent(average), "", ""))
         if asked and asked.keys() < published.keys():
             average = sum(published[task] for task in asked) / len(asked)
-            rows.append((f"{LABEL}, the {len(asked)} tasks asked here", MISSING, "", percent(average), ""))
-    averages = table(("average", "strict %", "right/items", "official %", "right/items"), rows)
-    items = f"Items: {total.asked + loaded.num_excluded} in all; {total.answered} answered, {total.failed} failed"
+            rows.append((f"{LABEL}, the {len(asked)} tasks asked here", MISSING, "", "", percent(average), "", ""))
+    of = {ITEMS: "average", TASKS: "mean of the tasks"}.get(over, f"{over} score")
+    averages = table((of, "strict %", "95% interval", "right/items", "official %", "95% interval", "right/items"), rows)
+    items = "Items: " if over in (ITEMS, TASKS) else "Pairs and groups: "
+    items += f"{total.asked + loaded.num_excluded} in all; {total.answered} answered, {total.failed} failed"
     items += f", {loaded.num_excluded} excluded with their tasks." if loaded.num_excluded else "."
+    items += " Intervals: over all asked; clustered by video where one has several questions, else Wilson's."
     if published:
-        items += f" Published figures: {SOURCE}, by the official rule, on {title}'s own clips (about 200 a task)."
+        items += f" Published figures: {SOURCES[name]}, by the official rule, on {title}'s own clips. {NO_INTERVAL}"
+    parts = [averages, f"{items}\n"]
+    if methods := BY_METHOD.get(name):
+        columns = list(dict.fromkeys(column for figures in methods.values() for column in figures))
+        rows = [(method, *(percent(figures.get(column)) for column in columns)) for method, figures in methods.items()]
+        parts += ["## Published figures\n", table(("method", *columns), rows), f"{SOURCES[name]}. {NO_INTERVAL}\n"]
 
     rows = []
     for task in _task_names(loaded, scores):
-        row: tuple[object, ...] = (task, "excluded", *[MISSING] * 5)
+        row = (task, "excluded", *[MISSING] * 7)
         if task in asked:
-            shares = [percent(scores[rule][key][task]) for rule in RULES for key in ("tasks_answered", "tasks")]
-            row = (task, len(asked[task]), tally(asked[task]).failed, *shares)
+            row = (task, len(asked[task]), tally(asked[task]).failed)
+            for rule in RULES:
+                row += percent(scores[rule]["tasks_answered"][task]), percent(scores[rule]["tasks"][task])
+                row += (span(scores[rule]["task_intervals"][task]),)
         rows.append((*row, percent(published.get(task))) if published else row)
-    header = ("task", "items", "failed", "strict", "strict, all", "official", "official, all")
-    over = "Percent over answered items, and over all items asked with failed ones wrong.\n"
-    return [averages, f"{items}\n", "## Tasks\n", table((*header, LABEL) if published else header, rows), over]
+    of_rules = [column for rule in RULES for column in (rule, f"{rule}, all", "95% interval")]
+    header = ("task", "items", "failed", *of_rules)
+    note = "Percent over answered items, and over all items asked with failed ones wrong.\n"
+    parts += ["## Tasks\n", table((*header, LABEL) if published else header, rows), note]
+    for kind, groups in scores[RULES[0]].get("groups", {}).items():
+        rows = []
+        for group, found in groups.items():
+            both = [scores[rule]["groups"][kind][group] for rule in RULES]
+            figures = [cell for one in both for cell in (percent(one["accuracy"]), span(one["interval"]))]
+            rows.append((group, found["items"], *figures))
+        of_rules = [column for rule in RULES for column in (f"{rule}, all", "95% interval")]
+        parts += [f"## By {kind}\n", table((kind, "items", *of_rules), rows)]
+    return parts
 
 
 def _task_names(loaded: Loaded, scores: Mapping[str, Any]) -> list[str]:
-    """Tasks asked and excluded, in the order of the published table; unknown ones at the end."""
-    there, published = {*scores[RULES[0]]["tasks"], *loaded.excluded}, BY_TASK.get(loaded.name, {})
-    return [task for task in published if task in there] + sorted(there - published.keys())
+    """Tasks asked and excluded, in the order of the published table; unknown ones at the end, as they were asked."""
+    there, published = [*scores[RULES[0]]["tasks"], *loaded.excluded], BY_TASK.get(loaded.name, {})
+    return [task for task in published if task in there] + [task for task in there if task not in published]
 
 
 def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:
-    """The chart of a multiple choice: the average and each task over all items asked, beside the published figures."""
+    """The chart of a multiple choice: the average and each task over all items asked, beside the published figures.
+
+    Our bars carry their 95 % intervals.
+    """
     tasks = _task_names(loaded, scores)
+    intervals = {
+        f"ours, {rule}": [scores[rule]["interval"], *map(scores[rule]["task_intervals"].get, tasks)] for rule in RULES
+    }
     series: dict[str, list[float | None]] = {
         f"ours, {rule}": [scores[rule]["average"], *map(scores[rule]["tasks"].get, tasks)] for rule in RULES
     }
@@ -235,6 +297,7 @@ def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:
         axis="accuracy, % of the items asked",
         groups=["Average", *tasks],
         series=series,
+        intervals=intervals,
         notes=dict.fromkeys(loaded.excluded, "excluded"),
     )
 
@@ -245,11 +308,13 @@ def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:
 def summary(path: Path, loaded: Loaded, outcome: Outcome, content: Mapping[str, Any], seconds: float) -> str:
     """The lines to print at the end. path: of the files, without an ending. content: of the results file."""
     counted, lines = content["counts"], []
-    for rule, scores in content["scores"].items():
-        if isinstance(scores, Mapping):
-            figures = {"of all items": scores["average"], "of those answered": scores["average_answered"]}
-            said = ", ".join(f"{value:.1f} % {of}" for of, value in figures.items() if value is not None)
-            lines.append(f"{loaded.name}, {rule}: {said}")
+    for rule in RULES if content["scores"] else ():
+        scores = content["scores"][rule]
+        figures = {"of all items": scores["average"], "of those answered": scores["average_answered"]}
+        said = [f"{value:.1f} % {of}" for of, value in figures.items() if value is not None]
+        if scores["interval"] is not None:
+            said[0] += f" (95 % interval {span(scores['interval'])})"
+        lines.append(f"{loaded.name}, {rule}: {', '.join(said)}")
     words = ", ".join(f"{counted[kind]} {kind}" for kind in ("answered", "failed", "excluded"))
     asked, own = outcome.settings["evaluation"]["num_frames"], outcome.settings["model"]["num_frames"]
     frames = "one frame a second of each video" if asked == 0 else f"{asked} frames of each video"

@@ -63,11 +63,14 @@ ADVICE = "expected a record as stllm evaluate writes it: remove the line, or nam
 class Runs:
     """Evaluations of one checkpoint, which is not read before the first question is asked.
 
-    settings: of all of them. Raises UserError for a checkpoint that cannot be opened, or that has no tokenizer.
+    settings: of all of them. shared: runs with other settings, whose model is used. Raises UserError for a checkpoint
+    that cannot be opened, or that has no tokenizer, and for another engine than that of the shared runs.
     """
 
-    def __init__(self, opened: Opened, settings: EvaluationSettings, *, device: str, dtype: str) -> None:
-        self.opened, self.settings = opened, settings
+    def __init__(
+        self, opened: Opened, settings: EvaluationSettings, *, device: str, dtype: str, shared: "Runs | None" = None
+    ) -> None:
+        self.opened, self.settings, self.shared = opened, settings, shared
         self.device = resolve_device(device)
         self.dtype = str(resolve_dtype(dtype, self.device)).removeprefix("torch.")
         self.processor = processor_of(opened)
@@ -76,16 +79,26 @@ class Runs:
         given = {name: value for name in names if (value := getattr(settings, name)) is not None}
         self.decoding = replace(Decoding.published(self.processor.template), **given)
         self.engine = None
+        if shared is not None and settings.engine != shared.settings.engine:
+            raise UserError(
+                f"found the engine {settings.engine} beside {shared.settings.engine}: a suite has one engine; name it "
+                "under evaluation"
+            )
         if settings.engine is not None:
             from stllm.conversation.remote import RemoteLanguageModel, check_decoding
 
             check_decoding(self.decoding)
-            self.engine = RemoteLanguageModel(settings.engine)
-            self.engine.find_model()
+            if shared is not None:
+                self.engine = shared.engine
+            else:
+                self.engine = RemoteLanguageModel(settings.engine)
+                self.engine.find_model()
 
     @cached_property
     def chat(self) -> Chat:
         """The model, loaded. No video is kept: a benchmark's come clip by clip."""
+        if self.shared is not None:
+            return self.shared.chat
         part = "whole" if self.engine is None else "embedding"
         model, _ = load_opened(self.opened, device=str(self.device), dtype=self.dtype, language_model=part)
         if self.engine is not None:
@@ -94,6 +107,8 @@ class Runs:
 
     @cached_property
     def _checkpoint(self) -> str:
+        if self.shared is not None:
+            return self.shared._checkpoint
         return checkpoint_digest(self.opened.sources)
 
     def run(self, loaded: Loaded, name: str, *, variant: str = "") -> Outcome | None:

@@ -1,8 +1,9 @@
 """Scores of multiple choice: is an answer right, how many are, and could a difference be chance.
 
-Answers are matched by two rules: MVBench's own ("official": the benchmark's script, arXiv 2311.17005; cases in
-tests/golden/sampling.json), and a strict one that an empty answer cannot pass. Statistics: McNemar's exact test, the
-adjusted Wald interval of matched proportions (Agresti and Min, 2005), Pearson's chi-square.
+Answers are matched by two rules: the benchmark's own ("official"; here MVBench's, arXiv 2311.17005, with cases in
+tests/golden/sampling.json), and a strict one that an empty answer cannot pass. Statistics: Wilson's interval; errors
+clustered by video, since questions about one video are not independent (Miller, arXiv 2411.00640); McNemar's exact
+test; the adjusted Wald interval of matched proportions (Agresti and Min, 2005); Pearson's chi-square.
 """
 
 import math
@@ -14,7 +15,10 @@ from typing import Any
 
 Record = dict[str, Any]  # a line of `<name>.jsonl`
 
+Interval = list[float]  # low, high
+
 RULES = ("strict", "official")
+ITEMS, TASKS = "items", "tasks"  # what an average may be over
 Z95 = 1.959964  # of a two-sided 95% interval
 # A letter that stands for an option: in a bracket, before a mark, or all there is.
 _LETTER = re.compile(r"\(*\s*([A-Za-z])\s*(?:[).:]|$)")
@@ -81,11 +85,15 @@ def share(part: int, whole: int) -> float | None:
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of lines. right: items answered rightly, by rule. Items that failed (unreadable video) are never right."""
+    """Counts of lines. right: items answered rightly, by rule. Items that failed (unreadable video) are never right.
+
+    parsed: items whose answer the rule could read, by rule; a rule that reads every answer is not among them.
+    """
 
     answered: int
     failed: int
     right: Mapping[str, int]
+    parsed: Mapping[str, int]
 
     @property
     def asked(self) -> int:
@@ -106,7 +114,9 @@ def tally(records: Iterable[Record]) -> Tally:
     lines = list(records)
     answered = [line for line in lines if not line.get("error")]
     right = {rule: sum(bool(line["correct"][rule]) for line in answered) for rule in RULES}
-    return Tally(answered=len(answered), failed=len(lines) - len(answered), right=right)
+    known = {rule for line in answered for rule in line.get("parsed", ())}
+    parsed = {rule: sum(bool(line.get("parsed", {}).get(rule)) for line in answered) for rule in RULES if rule in known}
+    return Tally(answered=len(answered), failed=len(lines) - len(answered), right=right, parsed=parsed)
 
 
 def by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -117,24 +127,72 @@ def by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def accuracies(records: Sequence[Record]) -> dict[str, Any]:
-    """Percent, by either rule: {"strict": ..., "official": ..., "differing": ids on which the rules differ}.
+def by_group(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
+    """The lines of each group of each kind, kind -> group -> lines, in order of the groups' names."""
+    kinds: dict[str, dict[str, list[Record]]] = {}
+    for line in records:
+        for kind, names in line.get("groups", {}).items():
+            for name in names:
+                kinds.setdefault(kind, {}).setdefault(name, []).append(line)
+    return {kind: dict(sorted(groups.items())) for kind, groups in kinds.items()}
 
-    Of each rule: `average` and `tasks` over all items that were asked, failed ones wrong; `average_answered` and
-    `tasks_answered` over those that were answered, None where there is none. Averages are over items, not tasks.
+
+def accuracies(records: Sequence[Record], mean_over: str = ITEMS) -> dict[str, Any]:
+    """Percent, by either rule: {"strict": ..., "official": ..., "chance": ..., "differing": ids of `differing`}.
+
+    Of each rule: `average`, `tasks` and `groups` over all items that were asked, failed ones wrong, with 95 % intervals
+    (`interval`, `task_intervals`); `average_answered` and `tasks_answered` over those that were answered; `parsed`, the
+    percentage of these that the rule could read. None where there is none. `chance`: right by guessing, of the options.
+    mean_over: what the average is over: ITEMS, TASKS, or one task's name.
     """
-    tasks = {name: tally(lines) for name, lines in by_task(records).items()}
-    total = tally(records)
-    scores: dict[str, Any] = {
-        rule: {
-            "average": total.over_all(rule),
-            "average_answered": total.over_answered(rule),
-            "tasks": {name: task.over_all(rule) for name, task in tasks.items()},
-            "tasks_answered": {name: task.over_answered(rule) for name, task in tasks.items()},
+    tasks, groups, total = by_task(records), by_group(records), tally(records)
+    of_task = {name: tally(lines) for name, lines in tasks.items()}
+    scores: dict[str, Any] = {}
+    for rule in RULES:
+        shares = {name: found.over_all(rule) for name, found in of_task.items()}
+        answered = {name: found.over_answered(rule) for name, found in of_task.items()}
+        intervals = {name: accuracy_interval(lines, rule) for name, lines in tasks.items()}
+        average = total.over_all(rule), total.over_answered(rule), accuracy_interval(records, rule)
+        if mean_over == TASKS:
+            average = mean(shares.values()), mean(answered.values()), accuracy_interval(records, rule, of_tasks=True)
+        elif mean_over != ITEMS:
+            average = shares.get(mean_over), answered.get(mean_over), intervals.get(mean_over)
+        scores[rule] = {
+            "average": average[0],
+            "average_answered": average[1],
+            "interval": average[2],
+            "parsed": share(total.parsed[rule], total.answered) if rule in total.parsed else None,
+            "tasks": shares,
+            "tasks_answered": answered,
+            "task_intervals": intervals,
         }
-        for rule in RULES
-    }
+        if groups:
+            scores[rule]["groups"] = {
+                kind: {
+                    name: {
+                        "items": len(lines),
+                        "accuracy": tally(lines).over_all(rule),
+                        "interval": accuracy_interval(lines, rule),
+                    }
+                    for name, lines in found.items()
+                }
+                for kind, found in groups.items()
+            }
+    chances = {name: chance(lines) for name, lines in tasks.items()}
+    overall = chance(records) if mean_over == ITEMS else mean(chances.values()) if mean_over == TASKS else None
+    scores["chance"] = {"average": overall, "tasks": chances}
     return {**scores, "differing": [line["id"] for line in differing(records)]}
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are there; None of nothing."""
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else None
+
+
+def chance(records: Iterable[Record]) -> float | None:
+    """Percent that is right by guessing among the options; None where no line lists any."""
+    return mean(100 / len(line["candidates"]) for line in records if line.get("candidates"))
 
 
 def differing(records: Iterable[Record]) -> list[Record]:
@@ -146,21 +204,76 @@ def differing(records: Iterable[Record]) -> list[Record]:
 # ---- chance ---------------------------------------------------------------------------------------------------------
 
 
-def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
-    """Compare the same items asked in two ways, right or wrong in each.
+def accuracy_interval(records: Sequence[Record], rule: str, *, of_tasks: bool = False) -> Interval | None:
+    """The 95 % interval of an accuracy over all lines, in percent; None of no line. of_tasks: of their mean."""
+    right = [float(not line.get("error") and line["correct"][rule]) for line in records]
+    tasks = [str(line["task"]) for line in records] if of_tasks else None
+    return interval(right, [str(line.get("video") or line["id"]) for line in records], strata=tasks, high=100.0)
 
-    `items`: compared; `lost`: right the first way only; `gained`: right the second way only; `difference`: the second
-    accuracy less the first, in percentage points, and its 95% `interval`, both None of no items; `p`: two-sided, how
-    likely so uneven a split of lost and gained is when neither way is better.
+
+def interval(
+    values: Sequence[float], clusters: Sequence[str], *, strata: Sequence[str] | None = None, high: float
+) -> Interval | None:
+    """The 95 % interval of a mean, between 0 and `high`; None of nothing.
+
+    values: from 0 to 1. clusters: of each value, such as its video; values of one cluster may depend on each other.
+    strata: of each value, where the mean is that of the strata's means. Right or wrong, all independent and without
+    strata: Wilson's interval. Otherwise the mean and 1.96 standard errors, clustered; if every cluster has the same
+    mean, the standard error of 0 says nothing, and Wilson's interval over the clusters takes its place.
     """
-    both = list(zip(first, second, strict=True))
-    items, lost, gained = len(both), both.count((True, False)), both.count((False, True))
+    if not values:
+        return None
+    groups: dict[str, list[int]] = {}
+    for place, stratum in enumerate(strata or [""] * len(values)):
+        groups.setdefault(stratum, []).append(place)
+    means = {name: math.fsum(values[place] for place in places) / len(places) for name, places in groups.items()}
+    centre = math.fsum(means.values()) / len(means)
+    sums: dict[str, float] = dict.fromkeys(clusters, 0.0)  # of what each cluster adds to the mean's error
+    for name, places in groups.items():
+        for place in places:
+            sums[clusters[place]] += (values[place] - means[name]) / (len(places) * len(groups))
+    error = math.sqrt(math.fsum(value**2 for value in sums.values()))
+    independent = len(sums) == len(values) and len(groups) == 1 and set(values) <= {0.0, 1.0}
+    if independent or error < 1e-12:
+        low, top = wilson(centre, len(sums))
+    else:
+        low, top = max(0.0, centre - Z95 * error), min(1.0, centre + Z95 * error)
+    return [high * low, high * top]
+
+
+def wilson(part: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share from 0 to 1, observed among `count` independent draws."""
+    middle = (part + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
+    spread = Z95 / (1 + Z95**2 / count) * math.sqrt(part * (1 - part) / count + Z95**2 / (4 * count**2))
+    return max(0.0, middle - spread), min(1.0, middle + spread)
+
+
+def paired(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str] = (), *, high: float = 100.0
+) -> dict[str, Any]:
+    """Compare the same items asked in two ways: right or wrong in each, or with scores from 0 to 1.
+
+    `items`: compared; `lost`: better the first way; `gained`: better the second way; `difference`: the second mean less
+    the first, and its 95% `interval`, where 1 is `high`, both None of no items; `p`: two-sided, how likely so uneven a
+    split of lost and gained is when neither way is better (McNemar's exact test; of scores, the sign test). It takes
+    items as independent. clusters: of each item, such as its video. Right or wrong without a cluster of several items,
+    or where all clusters agree: the interval of Agresti and Min. Else the mean difference and 1.96 clustered errors.
+    """
+    changes = [float(after) - float(before) for before, after in zip(first, second, strict=True)]
+    items, lost, gained = len(changes), sum(change < 0 for change in changes), sum(change > 0 for change in changes)
     difference = interval = None
     if items:
-        difference = 100 * (gained - lost) / items
-        centre = (gained - lost) / (items + 2)
-        spread = Z95 * math.sqrt((gained + lost + 1) / (items + 2) - centre**2) / math.sqrt(items + 2)
-        interval = (100 * max(-1.0, centre - spread), 100 * min(1.0, centre + spread))
+        mean = math.fsum(changes) / items
+        sums: dict[str, float] = {}
+        for name, change in zip(clusters or map(str, range(items)), changes, strict=True):
+            sums[name] = sums.get(name, 0.0) + (change - mean) / items
+        error = math.sqrt(math.fsum(value**2 for value in sums.values()))
+        centre, spread = mean, Z95 * error
+        if error < 1e-12 or (len(sums) == items and set(changes) <= {-1.0, 0.0, 1.0}):
+            centre = (gained - lost) / (items + 2)
+            spread = Z95 * math.sqrt((gained + lost + 1) / (items + 2) - centre**2) / math.sqrt(items + 2)
+        difference = high * mean
+        interval = (high * max(-1.0, centre - spread), high * min(1.0, centre + spread))
     changed = lost + gained
     p = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(lost, gained) + 1)) / 2**changed)
     return {"items": items, "lost": lost, "gained": gained, "difference": difference, "interval": interval, "p": p}

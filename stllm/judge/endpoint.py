@@ -21,8 +21,8 @@ from stllm.common.errors import UserError
 from stllm.common.files import server_address
 from stllm.common.jsonl import loads
 from stllm.judge.items import JudgeItem, Messages, PromptSet, without_system
-from stllm.judge.ledger import Ledger, Reply
-from stllm.judge.parser import CutOff, Unparsable, parse_reply
+from stllm.judge.ledger import Ledger, Reply, verdict_of
+from stllm.judge.parser import CutOff, Unparsable
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +115,10 @@ class Endpoint:
         waiting = iter(items)  # shared: each worker takes the next one
         num_failed = 0  # in a row
 
-        def is_final(reply: Reply) -> bool:
+        def is_final(item: JudgeItem, reply: Reply) -> bool:
             """Check whether asking again cannot help: a verdict, no reply, or a reply that would be cut off again."""
             try:
-                return reply.reply is None or bool(parse_reply(reply.reply, axis, cut=reply.cut))
+                return reply.reply is None or bool(verdict_of(item, axis, reply.reply, cut=reply.cut))
             except Unparsable as fault:
                 return isinstance(fault, CutOff)
 
@@ -130,7 +130,7 @@ class Endpoint:
                 for _ in range(NUM_REASKS + 1):
                     reply = await self._reply(messages, max_attempts - attempts)
                     attempts += reply.attempts
-                    if attempts >= max_attempts or is_final(reply):
+                    if attempts >= max_attempts or is_final(item, reply):
                         break
                 entry = ledger.append(item, replace(reply, attempts=attempts))
                 done()

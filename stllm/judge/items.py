@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 from stllm.common.errors import UserError, did_you_mean
 from stllm.common.files import check_regular, user_path
 from stllm.datasets.annotations import Fields, json_values, read_file
-from stllm.evaluation.axes import AXES, CONSISTENCY, QA, TASKS
+from stllm.evaluation.axes import AXES, CONSISTENCY, QA, TASKS, TEMPCOMPASS
 
 EXPECTED = (
     "lines of `stllm evaluate`, or lines or a JSON list of {id or video_name, question or Q, answer or A, prediction "
@@ -34,6 +34,8 @@ NAMES = (*VIDEOS, "id", "question_id")  # the name of its official file in VcgBe
 ALIASES = {"pred": "prediction", "pred1": "prediction1", "pred2": "prediction2"}  # of the official scripts
 ONE_QUESTION = ("question", "answer", "prediction")
 TWO_QUESTIONS = ("question1", "question2", "answer", "prediction1", "prediction2")
+CAPTION = "tempcompass_captioning"  # instructions for captions, whose judge does not see the answer
+WITHOUT_ANSWER = ("question", "prediction")
 QUOTES = ("none", "json")
 DIGEST_SIZE = 8  # bytes
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -45,7 +47,8 @@ Messages = list[dict[str, str]]  # as chat completions take them
 class JudgeItem:
     """One item to judge: a question and its prediction, or a list of two of each on the axis consistency.
 
-    key: unique in the file, the same in every run. name: of its official item file, `<key>_<k>`.
+    key: unique in the file, the same in every run. name: of its official item file, `<key>_<k>`. form: of its
+    instructions, where they are not the axis's own. video: what it is about, "" where the file does not say.
     """
 
     key: str
@@ -53,6 +56,8 @@ class JudgeItem:
     question: str | list[str]
     answer: str
     prediction: str | list[str]
+    form: str = field(default="", kw_only=True)
+    video: str = field(default="", kw_only=True, compare=False)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -90,7 +95,9 @@ def read_predictions(path: str, axis: str) -> Predictions:
             raise UserError(f"{where}: found {json.dumps(fields)[:60]}, expected {EXPECTED}")
         task = fields.get("task")
         tasks.add(str(task))
-        if task in TASKS.values() if axis == QA else task and task != TASKS[axis]:  # official files name no task
+        if axis == TEMPCOMPASS and (task is None or fields.get("parsed", {}).get("official")):
+            continue  # another benchmark's, or settled by a rule
+        if task in TASKS.values() if axis == QA else task and task != TASKS.get(axis, task):  # official files name none
             continue
         key = _first(fields, IDS)
         if not key:
@@ -111,7 +118,9 @@ def read_predictions(path: str, axis: str) -> Predictions:
             unanswered[key] = found
     if not names:
         there = f" (its tasks are {', '.join(sorted(tasks))})" if tasks else " (the file is empty)"
-        wish = "a file of VideoQA" if axis == QA else f"VcgBench's predictions, with its {TASKS[axis]} part"
+        wish = "a file of VideoQA" if axis == QA else f"VcgBench's predictions, with its {TASKS.get(axis)} part"
+        if axis == TEMPCOMPASS:
+            wish = "TempCompass's lines with captions, or with replies that no rule settles"
         raise UserError(f"{path}: found no prediction for the axis {axis}{there}; name {wish}")
     return Predictions(tuple(items.values()), unanswered)
 
@@ -120,8 +129,10 @@ def _item(fields: Fields, axis: str, key: str, name: str, where: str) -> JudgeIt
     """The item, or the reason why it cannot be judged. Raises UserError for a record of another kind."""
     if fields.get("error"):
         return " ".join(str(fields["error"]).encode("utf-8", "replace").decode().split())
-    texts = {"question": _texts(fields, "question", "Q"), "prediction": _texts(fields, "prediction", "pred")}
-    answers = _texts(fields, "answer", "A")
+    caption = axis == TEMPCOMPASS and "mc_question" in fields
+    asked = ("mc_question",) if caption else ("question", "Q")
+    texts = {"question": _texts(fields, *asked), "prediction": _texts(fields, "prediction", "pred")}
+    answers = _texts(fields, "mc_answer") if caption else _texts(fields, "answer", "A")
     count = 2 if axis == CONSISTENCY else 1
     there = f"(fields {', '.join(fields)})"
     for what, found in texts.items():
@@ -137,8 +148,9 @@ def _item(fields: Fields, axis: str, key: str, name: str, where: str) -> JudgeIt
     if len(question) + len(prediction) < 2 * count:
         return "the prediction or question is null"
     if count == 1:
-        return JudgeItem(key, name, question[0], answers[0], prediction[0])
-    return JudgeItem(key, name, question, answers[0], prediction)
+        form = CAPTION if caption else ""
+        return JudgeItem(key, name, question[0], answers[0], prediction[0], form=form, video=_first(fields, VIDEOS))
+    return JudgeItem(key, name, question, answers[0], prediction, video=_first(fields, VIDEOS))
 
 
 def _first(fields: Fields, keys: tuple[str, ...]) -> str:
@@ -190,9 +202,10 @@ class PromptSet:
 
     def messages(self, axis: str, item: JudgeItem) -> Messages:
         """Build the chat that asks about one item. Raises UserError when there are no instructions for the axis."""
-        if axis not in self.prompts:
+        form = item.form or axis
+        if form not in self.prompts:
             raise UserError(
-                f"{self.source}: found no instructions for the axis {axis} (it has {', '.join(self.prompts)}): add them"
+                f"{self.source}: found no instructions for the axis {form} (it has {', '.join(self.prompts)}): add them"
             )
         names = ONE_QUESTION if isinstance(item.question, str) else TWO_QUESTIONS
         values = dict(zip(names, item.texts, strict=True))
@@ -204,7 +217,7 @@ class PromptSet:
             return json.dumps(text, ensure_ascii=False) if self.quote == "json" else text
 
         # One pass over the instructions: braces in an item's text are not filled in.
-        filled = {role: _FIELD.sub(value, text) for role, text in self.prompts[axis].items()}
+        filled = {role: _FIELD.sub(value, text) for role, text in self.prompts[form].items()}
         return [{"role": role, "content": text} for role, text in filled.items() if text]
 
 
@@ -213,14 +226,15 @@ def without_system(messages: Messages) -> Messages:
     return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
 
 
-def load_prompts(path: str | None) -> PromptSet:
-    """Read the instructions in a YAML or JSON file; None for ours.
+def load_prompts(path: str | None, axis: str = QA) -> PromptSet:
+    """Read the instructions in a YAML or JSON file; None for ours, of the file in which the axis is.
 
     Raises UserError for a file that is none, an unknown axis, or instructions that leave out one of the item's texts.
     """
     source = path or "the instructions of stllm"
     if path is None:
-        text = (files("stllm") / "configs" / "judge" / "prompts.yaml").read_text(encoding="utf-8")
+        name = f"{TEMPCOMPASS if axis == TEMPCOMPASS else 'prompts'}.yaml"
+        text = (files("stllm") / "configs" / "judge" / name).read_text(encoding="utf-8")
     else:
         check_regular(path, "a YAML or JSON file")
         try:
@@ -242,17 +256,18 @@ def load_prompts(path: str | None) -> PromptSet:
     if not content:
         raise UserError(f"{source}: found no instructions, expected an entry for at least one of {', '.join(AXES)}")
     prompts = {}
+    known = (*AXES, CAPTION)
     for axis, entry in content.items():
-        if axis not in AXES:
-            hint = did_you_mean(str(axis), AXES)
-            raise UserError(f"{source}: unknown axis {axis!r}, expected {', '.join(AXES)}{hint}")
+        if axis not in known:
+            hint = did_you_mean(str(axis), known)
+            raise UserError(f"{source}: unknown axis {axis!r}, expected {', '.join(known)}{hint}")
         if not isinstance(entry, dict) or not isinstance(entry.get("user"), str) or set(entry) - {"system", "user"}:
             raise UserError(f"{source}: {axis} must be a mapping of a user text and, if wanted, a system text")
         if not isinstance(entry.get("system", ""), str):
             raise UserError(f"{source}: {axis}.system must be a text, found {entry['system']!r}")
         prompts[axis] = {role: entry.get(role, "").strip() for role in ("system", "user")}
         shown = {ALIASES.get(name, name) for text in prompts[axis].values() for name in _FIELD.findall(text)}
-        for name in TWO_QUESTIONS if axis == CONSISTENCY else ONE_QUESTION:
+        for name in {CONSISTENCY: TWO_QUESTIONS, CAPTION: WITHOUT_ANSWER}.get(axis, ONE_QUESTION):
             if name not in shown:
                 raise UserError(
                     f"{source}: {axis} does not show the judge {{{name}}}: write it where that text belongs"

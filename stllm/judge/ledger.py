@@ -18,8 +18,9 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from stllm.common.errors import UserError
 from stllm.common.files import locked
 from stllm.common.jsonl import Appender, read_records
+from stllm.evaluation.axes import TEMPCOMPASS
 from stllm.judge.items import JudgeItem
-from stllm.judge.parser import Unparsable, Verdict, parse_reply
+from stllm.judge.parser import Unparsable, Verdict, parse_decision, parse_reply
 
 MAX_NEW_TOKENS = 128  # of a local judge; a verdict takes a dozen, but a judge that thinks first needs --max-tokens
 ADVICE = "not a line of a judge's ledger; restore the file, or begin anew in another --output-dir"
@@ -68,6 +69,13 @@ class Reply:
     cut: bool = False
 
 
+def verdict_of(item: JudgeItem, axis: str, reply: str, *, cut: bool) -> Verdict:
+    """Read the reply about an item; see parser.py. Raises Unparsable."""
+    if axis == TEMPCOMPASS:
+        return parse_decision(reply, item.answer if item.form else None, cut=cut)
+    return parse_reply(reply, axis, cut=cut)
+
+
 @dataclass(frozen=True)
 class Entry(JudgeItem):
     """A line: an item, the judge's reply as in `Reply`, and the reason why there is no score (error), if so."""
@@ -87,7 +95,7 @@ class Entry(JudgeItem):
         if self.reply is None:
             return self.error or "there is no reply"
         try:
-            return parse_reply(self.reply, self.axis, cut=self.cut)
+            return verdict_of(self, self.axis, self.reply, cut=self.cut)
         except Unparsable as fault:
             return f"the reply cannot be read: {fault}"
 
@@ -167,8 +175,7 @@ class Ledger:
                 )
         else:
             fields.update(parsed=None, error=verdict)
-        if not reply.cut:
-            del fields["cut"]
+        fields = {name: value for name, value in fields.items() if value or name not in ("cut", "form", "video")}
         self._lines.add(fields)
         self._keep(entry)
         return entry

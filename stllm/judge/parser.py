@@ -76,6 +76,32 @@ def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
     return Verdict(score, decision)
 
 
+def parse_decision(reply: str, right: str | None, *, cut: bool = False) -> Verdict:
+    """Read a reply about TempCompass: yes or no, or the option that a caption states. Raises Unparsable.
+
+    right: the right option ("B. ..."), None where the reply is yes or no. The official scripts' forms are read, too:
+    "Correct", "Incorrect", "Answer: B. ...", "None of the choices are correct". The score is 5 or 0.
+    """
+    answer = _without_thoughts(reply).translate(_STRAIGHT)
+    if cut and not _DICTIONARY.match(answer):
+        raise CutOff
+    dictionaries = [_FIELD.finditer(match[1]) for match in _DICTIONARY.finditer(answer)]
+    fields = [(_bare(one["key"]).lower(), _bare(one["value"])) for found in dictionaries for one in found]
+    if right is None:
+        words = [value.lower() for key, value in fields if key == "pred"] or re.findall(r"\A\W*(\w+)", answer.lower())
+        decision = _only({_DECISIONS.get(word, "") for word in words}, "yes or no")
+        if not decision:
+            raise Unparsable("it states no yes or no")
+    else:
+        said = [value for key, value in fields if key == "answer"] or re.findall(r"(?mi)^\W*answer\W*:(.*)$", answer)
+        options = {_CHOICE.match(text) or _NO_CHOICE.search(text) for text in map(str.strip, said or [answer])}
+        chosen = _only({option[0][:1] if option and option.re is _CHOICE else "" for option in options}, "option")
+        if not chosen and None in options:
+            raise Unparsable("it states no option")
+        decision = "yes" if chosen == right[:1] else "no"
+    return Verdict(float(HIGHEST if decision == "yes" else LOWEST), decision)
+
+
 def _only(found: set[_T], what: str) -> _T:
     if len(found) != 1:
         raise Unparsable(f"it states no {what}" if not found else f"it states more than one {what}")
@@ -148,6 +174,8 @@ _OTHER_SCALE = re.compile(  # the end of a scale that is not 5: "out of 10", "on
 )
 _ROW = r"[^\n|]*\|[^\n]*"
 _TABLE = re.compile(rf"^({_ROW})\n[ |:]*-[ |:-]*\n((?:{_ROW}(?:\n|\Z))+)", re.MULTILINE)
+_CHOICE = re.compile(r"[A-Z](?=[.):,]|\s*\Z)")
+_NO_CHOICE = re.compile(r"(?i)\bnone\b")
 _DECISIONS = dict.fromkeys(("yes", "true", "correct"), "yes") | dict.fromkeys(
     ("no", "false", "incorrect", "wrong"), "no"
 )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
-from stllm.evaluation.axes import VCGBENCH_AXES
+from stllm.evaluation.axes import TEMPCOMPASS, VCGBENCH_AXES
 from stllm.judge import scores
 from stllm.judge.items import JudgeItem, load_prompts, read_predictions
 from stllm.judge.ledger import JudgeRun, continued, read_ledger
@@ -56,11 +56,18 @@ def run(args: argparse.Namespace) -> int:
         stopped = _judge(args, path, predictions.items, predictions.unanswered)
     ledger = read_ledger(path)
     if args.offline:
-        given = {"requested_model": args.model, "prompt_digest": args.prompts and load_prompts(args.prompts).digest}
+        given = {
+            "requested_model": args.model,
+            "prompt_digest": args.prompts and load_prompts(args.prompts, args.axis).digest,
+        }
         named = {name: value for name, value in given.items() if value is not None}
         ledger.check(replace(ledger.run, **named), None if predictions is None else predictions.items)
     result = scores.score(ledger, None if predictions is None else [item.key for item in predictions.items])
-    _report(folder / f"{args.axis}.results.json", result, scores.table(result))
+    lines = scores.table(result)
+    if args.axis == TEMPCOMPASS and args.pred_path is not None:
+        result["scores"] = scores.tempcompass_scores(user_path(args.pred_path), ledger)
+        lines += scores.tempcompass_lines(result["scores"])
+    _report(folder / f"{args.axis}.results.json", result, lines)
     if args.axis in VCGBENCH_AXES:
         print(scores.write_average(folder), end="")
     if args.export_items is not None:
@@ -80,9 +87,9 @@ def _report(path: Path, result: dict[str, Any], lines: Sequence[str]) -> None:
 
 def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], unanswered: dict[str, str]) -> str | None:
     """Ask for what is missing in the ledger. Return the reason why asking stopped early, if it did."""
-    prompts = load_prompts(args.prompts)
-    if items:
-        prompts.messages(args.axis, items[0])  # instructions that lack the axis are refused before a model is loaded
+    prompts = load_prompts(args.prompts, args.axis)
+    for item in {item.form: item for item in items}.values():
+        prompts.messages(args.axis, item)  # instructions that lack the axis are refused before a model is loaded
     endpoint = None
     if not args.model.startswith(LOCAL):
         from stllm.judge.endpoint import Endpoint

@@ -26,8 +26,10 @@ import numpy as np
 from stllm import __version__
 from stllm.common.errors import UserError
 from stllm.common.files import write_text
-from stllm.common.jsonl import loads
-from stllm.evaluation.axes import HIGHEST, LOWEST, QA, SAME, VCGBENCH_AXES, vcgbench_average
+from stllm.common.jsonl import loads, read_records
+from stllm.evaluation.axes import DECIDED, HIGHEST, LOWEST, SAME, VCGBENCH_AXES, vcgbench_average
+from stllm.evaluation.reports.tables import percent, span
+from stllm.evaluation.scores import accuracies, interval
 from stllm.judge.items import JudgeItem
 from stllm.judge.ledger import Entry, Ledger
 from stllm.judge.parser import Verdict
@@ -66,15 +68,18 @@ def score(ledger: Ledger, keys: Iterable[str] | None = None) -> Results:
     """Compute the results file of one axis.
 
     keys: of all items to be judged. If None, the items are those of the ledger, and the others are only counted.
-    accuracy is in percent, None on axes other than qa. Means are None when nothing was scored.
+    accuracy is in percent, None on axes without yes and no. Means are None when nothing was scored. intervals: of 95 %,
+    clustered by video where the file of predictions names it.
     """
     run = ledger.run
     verdicts: list[Verdict] = []
+    videos: list[str] = []
     failed: dict[str, str] = {}
     for key in ledger.entries if keys is None else keys:
         outcome = ledger.entries[key].outcome if key in ledger.entries else NOT_ASKED
         if isinstance(outcome, Verdict):
             verdicts.append(outcome)
+            videos.append(ledger.entries[key].video or key)
         else:
             failed[key] = outcome
     num_failed = run.num_items - len(verdicts)
@@ -89,7 +94,7 @@ def score(ledger: Ledger, keys: Iterable[str] | None = None) -> Results:
         return [(math.fsum(values) + num_missing * bound) / num_all for bound in (low, high)]
 
     scores = [verdict.score for verdict in verdicts]
-    right = [float(verdict.pred == "yes") for verdict in verdicts] if run.axis == QA else []
+    right = [float(verdict.pred == "yes") for verdict in verdicts] if run.axis in DECIDED else []
     accuracy = mean(right)
     return {
         "axis": run.axis,
@@ -98,7 +103,11 @@ def score(ledger: Ledger, keys: Iterable[str] | None = None) -> Results:
         "accuracy": None if accuracy is None else 100 * accuracy,
         "bounds": {
             "mean": bounds(scores, LOWEST, HIGHEST),
-            "accuracy": [100 * bound for bound in bounds(right, 0, 1)] if run.axis == QA else None,
+            "accuracy": [100 * bound for bound in bounds(right, 0, 1)] if run.axis in DECIDED else None,
+        },
+        "intervals": {
+            "mean": interval([score / HIGHEST for score in scores], videos, high=HIGHEST),
+            "accuracy": interval(right, videos, high=100.0) if right else None,
         },
         "counts": {
             "total": run.num_items + len(run.unanswered),
@@ -129,6 +138,11 @@ def table(result: Results) -> list[str]:
         row(result["axis"], mean, truncated, accuracy, counts["scored"], *missing.values()),
         f"judge {result['judge']}, instructions {result['prompt_version']} ({result['prompt_digest']})",
     ]
+    if found := result["intervals"]["mean"]:
+        shown = "95 % intervals: mean {:.2f} to {:.2f}".format(*found)
+        if accuracy := result["intervals"]["accuracy"]:
+            shown += ", accuracy {:.1f} to {:.1f}".format(*accuracy)
+        lines.append(shown)
     if any(missing.values()):
         range_ = "mean {:.2f} to {:.2f}".format(*bounds["mean"])
         if bounds["accuracy"]:
@@ -168,6 +182,34 @@ def write_average(folder: Path) -> str:
         return ""
     write_json(target, average)
     return f"VcgBench average {average['mean']:.2f} (truncated {average['mean_truncated']:.2f})\n"
+
+
+def tempcompass_scores(path: Path, ledger: Ledger) -> Results:
+    """Compute TempCompass's scores by the official rules and the judge together, in the form of `accuracies`.
+
+    path: lines of `stllm evaluate tempcompass`. Where the judge decided, its decision is the official one, and of a
+    caption also the strict one. A caption without a decision counts as failed.
+    """
+    lines = []
+    for _, line in read_records(path, "expected a line of `stllm evaluate tempcompass`"):
+        entry = ledger.entries.get(line["id"])
+        if entry is not None and isinstance(entry.outcome, Verdict):
+            right = entry.outcome.pred == "yes"
+            line["correct"] = {"strict": right, **line.get("correct", {}), "official": right}
+        elif not line.get("error") and "correct" not in line:
+            line["error"] = "not judged"
+        lines.append(line)
+    return accuracies(lines)
+
+
+def tempcompass_lines(found: Results) -> list[str]:
+    """The lines to print."""
+    lines = []
+    for rule, words in (("official", "official rules and judge"), ("strict", "strict rule, captions by the judge")):
+        shown = span(found[rule]["interval"])
+        parts = ", ".join(f"{name} {percent(value)}" for name, value in found[rule]["tasks"].items())
+        lines.append(f"{words}: {percent(found[rule]['average'])} % (95 % interval {shown}); {parts}")
+    return lines
 
 
 def export_items(entries: Iterable[Entry], folder: Path) -> int:
@@ -227,7 +269,7 @@ def compare(ours: Ledger, theirs: Ledger) -> Results:
         "within_one": float((np.abs(scores[:, 0] - scores[:, 1]) <= NEAR).mean()),
         "kappa_scores": kappa(first, second, (steps[:, None] - steps) ** 2),
     }
-    if axis == QA:
+    if axis in DECIDED:
         yes = np.array([[verdict.pred == "yes" for verdict in pair] for pair in pairs]).astype(int)  # (N, 2)
         result["accuracies"] = (100 * yes.mean(axis=0)).tolist()
         result["same_decision"] = float((yes[:, 0] == yes[:, 1]).mean())
@@ -313,7 +355,7 @@ def trust(items: Sequence[JudgeItem], ledger: Ledger) -> Results:
             verdicts[kind][key] = outcome
 
     def passes(kind: str, verdict: Verdict) -> bool:
-        decided = axis != QA or (verdict.pred == "yes") == (kind == GOLD)
+        decided = axis not in DECIDED or (verdict.pred == "yes") == (kind == GOLD)
         return decided and (verdict.score >= HIGH if kind == GOLD else verdict.score <= LOW)
 
     kinds = {

@@ -16,7 +16,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import Registry
 from stllm.common.schema import ModelSettings, RunSettings
 
-SECTIONS = "model, datasets, run, evaluation"
+SECTIONS = "model, datasets, run, evaluation, suite"
 PUBLISHED = """
 model:
   arch: st_llm_hf
@@ -170,11 +170,11 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("model.mask_rate_min=0.9", "'model.mask_rate_min' must not exceed 'model.mask_rate_max', found 0.9 and 0.7"),
         (
             "modl.video_input=all",
-            "unknown section 'modl', expected model, datasets, run, evaluation; did you mean 'model'?",
+            "unknown section 'modl', expected model, datasets, run, evaluation, suite; did you mean 'model'?",
         ),
         (
             "video_input=all",
-            "unknown section 'video_input', expected model, datasets, run, evaluation; did you mean 'model.vid",
+            "unknown section 'video_input', expected model, datasets, run, evaluation, suite; did you mean 'model.vid",
         ),
         ("model.video_input", "found 'model.video_input', expected key=value"),
         ("=3", "found '=3', expected key=value"),

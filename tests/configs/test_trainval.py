@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stllm.cli import build_parser, command_of
-from stllm.common.config import load_config, load_evaluation
+from stllm.common.config import load_config, load_evaluation, suite_of
 from stllm.datasets.annotations import JsonRecords
 from stllm.models.checkpoints.inspect import count_parameters, training_memory
 from tests.configs.recipes import CONFIGS, RECIPES, full_size
@@ -69,7 +69,9 @@ def test_a_command_parses(arguments: list[str]) -> None:
     args: Namespace = build_parser().parse_args(arguments)
     assert command_of(args.command).check(args) is None
     if args.command == "evaluate":
-        load_evaluation(args.benchmark, ROOT / args.cfg_path if args.cfg_path else None, args.options)
+        path = ROOT / args.cfg_path if args.cfg_path else None
+        for name in suite_of(path, args.options) if args.benchmark == "suite" else [args.benchmark]:
+            load_evaluation(name, path, args.options)
     elif getattr(args, "cfg_path", None):
         load_config(ROOT / args.cfg_path, args.options)
 

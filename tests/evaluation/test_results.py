@@ -26,23 +26,39 @@ POSE = {"Fine-grained Pose": "its 3 videos are not in nturgbd"}
 EXPECTED_MD = """\
 # toy
 
-| average                                   | strict % | right/items | official % | right/items |
-| ----------------------------------------- | -------: | ----------: | ---------: | ----------: |
-| ours, over answered                       |     60.0 |         3/5 |       80.0 |         4/5 |
-| ours, over all asked, failed ones wrong   |     50.0 |         3/6 |       66.7 |         4/6 |
-| ST-LLM, published (20 tasks)              |        – |             |       54.9 |             |
-| ST-LLM, published, the 2 tasks asked here |        – |             |       42.8 |             |
+| average                                   | strict % | 95% interval | right/items | official % |  95% interv\
+al | right/items |
+| ----------------------------------------- | -------: | -----------: | ----------: | ---------: | -----------\
+-: | ----------: |
+| ours, over answered                       |     60.0 |              |         3/5 |       80.0 |            \
+   |         4/5 |
+| ours, over all asked, failed ones wrong   |     50.0 | 0.0 to 100.0 |         3/6 |       66.7 | 32.2 to 100\
+.0 |         4/6 |
+| the rule could read, % of answered        |     80.0 |              |             |          – |            \
+   |             |
+| chance                                    |     25.0 |              |             |       25.0 |            \
+   |             |
+| ST-LLM, published (20 tasks)              |        – |              |             |       54.9 |            \
+   |             |
+| ST-LLM, published, the 2 tasks asked here |        – |              |             |       42.8 |            \
+   |             |
 
-Items: 9 in all; 5 answered, 1 failed, 3 excluded with their tasks. Published figures: arXiv 2404.00308, by the \
-official rule, on MVBench's own clips (about 200 a task).
+Items: 9 in all; 5 answered, 1 failed, 3 excluded with their tasks. Intervals: over all asked; clustered by video \
+where one has several questions, else Wilson's. Published figures: arXiv 2404.00308, by the official rule, on \
+MVBench's own clips. Published figures have no interval.
 
 ## Tasks
 
-| task              |    items | failed | strict | strict, all | official | official, all | ST-LLM, published |
-| ----------------- | -------: | -----: | -----: | ----------: | -------: | ------------: | ----------------: |
-| Moving Direction  |        4 |      1 |   66.7 |        50.0 |    100.0 |          75.0 |              42.5 |
-| State Change      |        2 |      0 |   50.0 |        50.0 |     50.0 |          50.0 |              43.0 |
-| Fine-grained Pose | excluded |      – |      – |           – |        – |             – |              44.5 |
+| task              |    items | failed | strict | strict, all | 95% interval | official | official, all | 95%\
+ interval | ST-LLM, published |
+| ----------------- | -------: | -----: | -----: | ----------: | -----------: | -------: | ------------: | ---\
+--------: | ----------------: |
+| Moving Direction  |        4 |      1 |   66.7 |        50.0 | 15.0 to 85.0 |    100.0 |          75.0 | 30.\
+1 to 95.4 |              42.5 |
+| State Change      |        2 |      0 |   50.0 |        50.0 |  9.5 to 90.5 |     50.0 |          50.0 |  9.\
+5 to 90.5 |              43.0 |
+| Fine-grained Pose | excluded |      – |      – |           – |            – |        – |             – |    \
+        – |              44.5 |
 
 Percent over answered items, and over all items asked with failed ones wrong.
 
@@ -60,9 +76,9 @@ Percent over answered items, and over all items asked with failed ones wrong.
 
 ## Items that the two rules score differently: 1
 
-The official rule compares the first word of the prediction with that of the answer and counts it as right when one is \
-a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule wants the \
-letter of the option, or the option's text exactly; anything else is wrong.
+The official rule compares the first word of the prediction with that of the answer and counts it as right when one \
+is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule wants \
+the letter of the option, or the option's text exactly; anything else is wrong.
 
 | item               | task             | prediction | answer | right by |
 | ------------------ | ---------------- | ---------- | ------ | -------- |

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -15,6 +16,7 @@ from stllm.evaluation.scores import (
     chi_square_p,
     chosen_option,
     gold_option,
+    interval,
     official_match,
     paired,
     share,
@@ -166,3 +168,56 @@ def test_chi_square_of_nothing_is_no_finding() -> None:
 
 def test_of_nothing_there_is_no_share() -> None:
     assert share(0, 0) is None and share(1, 4) == 25
+
+
+# ---- intervals ------------------------------------------------------------------------------------------------------
+
+
+def test_wilsons_interval_where_every_item_has_its_own_video() -> None:
+    """Figures of Wilson (1927) as tables have them: 8 of 10 is 49.0 to 94.3, 0 of 10 is 0 to 27.8."""
+    videos = [str(number) for number in range(10)]
+    assert interval([1.0] * 8 + [0.0] * 2, videos, high=100) == pytest.approx([49.02, 94.33], abs=0.01)
+    assert interval([0.0] * 10, videos, high=100) == pytest.approx([0.0, 27.75], abs=0.01)
+    assert interval([], [], high=100) is None
+
+
+def test_the_error_is_clustered_by_video() -> None:
+    """Four videos of three questions: all right in two, all wrong in one, one of three right in the last."""
+    right = [1.0] * 6 + [0.0] * 3 + [1.0, 0.0, 0.0]
+    videos = [name for name in "abcd" for _ in range(3)]
+    mean, sums = 7 / 12, [3 - 3 * 7 / 12] * 2 + [-3 * 7 / 12, 1 - 3 * 7 / 12]
+    error = sum(value**2 for value in sums) ** 0.5 / 12
+    assert interval(right, videos, high=1) == pytest.approx([mean - 1.959964 * error, 1.0])  # no accuracy is above it
+    alone = interval(right, [str(number) for number in range(12)], high=1)
+    assert alone is not None and alone[1] - alone[0] < 2 * 1.959964 * error  # as if they were independent
+
+
+def test_an_error_of_zero_is_no_certainty() -> None:
+    """Where all videos agree, the interval is Wilson's over the videos, not a point."""
+    videos = [name for name in "abcde" for _ in range(4)]
+    assert interval([1.0] * 20, videos, high=100) == pytest.approx([56.55, 100.0], abs=0.01)
+    assert interval([1.0, 0.0, 1.0, 0.0], ["a", "a", "b", "b"], high=100) == pytest.approx([9.45, 90.55], abs=0.01)
+
+
+def test_the_mean_over_tasks_weighs_small_tasks_as_large_ones() -> None:
+    """Its variance is that of the tasks' means, each share * (1 - share) / items, over the tasks squared."""
+    values, tasks = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0], ["small"] * 2 + ["large"] * 4
+    found = interval(values, [str(number) for number in range(6)], strata=tasks, high=1)
+    error = (0.25 / 2 + 0.25 / 4) ** 0.5 / 2
+    assert found == pytest.approx([0.5 - 1.959964 * error, 0.5 + 1.959964 * error])
+
+
+def test_coverage_of_clustered_intervals() -> None:
+    """95 % intervals hold the truth in about 95 % of draws; intervals that forget the clusters do not."""
+    generator = random.Random(0)
+    held = {"clustered": 0, "independent": 0}
+    for _ in range(400):
+        values, videos = [], []
+        for video in range(60):
+            share = generator.choice((0.2, 0.8))  # questions about a video are alike
+            values += [float(generator.random() < share) for _ in range(8)]
+            videos += [str(video)] * 8
+        for name, clusters in (("clustered", videos), ("independent", [str(place) for place in range(480)])):
+            low, high = interval(values, clusters, high=1) or (1, 0)
+            held[name] += low <= 0.5 <= high
+    assert 0.92 < held["clustered"] / 400 < 0.98 and held["independent"] / 400 < 0.85

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stllm.common.errors import UserError
-from stllm.evaluation.axes import AXES, CONSISTENCY
+from stllm.evaluation.axes import AXES, CONSISTENCY, DECIDED
 from stllm.judge.items import JudgeItem, load_prompts, read_predictions
 
 
@@ -149,17 +149,17 @@ temporal:
 
 def test_our_wording_is_pinned() -> None:
     """Another wording makes other scores: give it another version, then pin its digest here."""
-    prompts = load_prompts(None)
-    assert (prompts.version, prompts.digest) == ("stllm-1", "7756e450536db8b0")
+    for axis, digest in (("qa", "7756e450536db8b0"), ("tempcompass", "bab7048290729bfc")):
+        prompts = load_prompts(None, axis)
+        assert (prompts.version, prompts.digest) == ("stllm-1", digest)
 
 
 def test_every_axis_has_instructions_and_states_its_reply() -> None:
-    prompts = load_prompts(None)
     for axis in AXES:
-        system, user = prompts.messages(axis, PAIR if axis == CONSISTENCY else ITEM)
+        system, user = load_prompts(None, axis).messages(axis, PAIR if axis == CONSISTENCY else ITEM)
         assert (system["role"], user["role"]) == ("system", "user")
         assert "'score'" in user["content"]
-        assert ("'pred'" in user["content"]) == (axis == "qa")
+        assert ("'pred'" in user["content"]) == (axis in DECIDED)
 
 
 def test_texts_cannot_leave_their_quotation() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from stllm.cli import main
 from stllm.evaluation.benchmarks.mvbench import TASKS
+from stllm.evaluation.benchmarks.tvbench import TVBENCH
 from stllm.media.open import open_media
 from stllm.toy.benchmarks import STAND_INS, benchmark_bytes, num_benchmark_clips, write_benchmarks
 from stllm.toy.questions import DIRECTION_QUESTIONS
@@ -33,7 +34,7 @@ def suffixes(folder: Path) -> set[str]:
 
 def test_mvbench_has_its_twenty_files(root: Path) -> None:
     assert {task.file for task in TASKS} == {path.name for path in (root / "mvbench" / "json").iterdir()}
-    assert set(STAND_INS) == {task.name for task in TASKS}
+    assert set(STAND_INS) == {task.name for task in (*TASKS, *TVBENCH.tasks)}
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
@@ -126,9 +127,11 @@ def test_tgif_has_gifs_and_no_ids(root: Path) -> None:
 
 
 def test_nothing_is_asked_that_training_never_says(root: Path) -> None:
+    """Of MVBench, TVBench, VcgBench and VideoQA; the others' wording of a choice is their own."""
     known = {word for text in world_texts() for word in words(text)}
     keys = ("question", "answer", "Q", "Q1", "Q2", "A")
-    rows = [row for path in root.rglob("*.json") for row in read(path)]
+    names = ("mvbench", "tvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif")
+    rows = [row for name in names for path in (root / name).rglob("*.json") for row in read(path)]
     asked = {word for row in rows for key in keys for word in words(row.get(key, ""))}
     asked |= {word for row in rows for candidate in row.get("candidates", ()) for word in words(candidate)}
     assert asked and asked <= known
@@ -196,5 +199,6 @@ def test_the_command_writes_them_beside_the_world(tmp_path: Path, capsys: pytest
     folder = tmp_path / "world" / "benchmarks"
     assert f"twins of the benchmarks, 1 items a task: {folder}" in capsys.readouterr().out
     names = {path.name for path in folder.iterdir()}
-    assert names == {"mvbench", "vcgbench", "msvd", "msrvtt", "activitynet", "tgif"}
+    videoqa = {"msvd", "msrvtt", "activitynet", "tgif"}
+    assert names == {"mvbench", "vcgbench", "tvbench", "tempcompass", "vinoground", "tomato"} | videoqa
     assert len(read(folder / "mvbench" / "json" / "state_change.json")) == 1

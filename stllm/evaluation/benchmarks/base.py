@@ -17,7 +17,7 @@ from stllm.common.registry import benchmarks
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.datasets.faults import Fault, Medium
-from stllm.evaluation.scores import Record, accuracies
+from stllm.evaluation.scores import ITEMS, Record, accuracies
 from stllm.processors.templates import PromptTemplate
 
 
@@ -29,7 +29,8 @@ class Item:
     video: as the ground truth names it. media: where it is, with the part to use; None if it cannot be asked about, and
         then `error` says why in a sentence.
     questions: one; two where consistency is asked. candidates: the options, in order, of a multiple choice.
-    fields: the record as in the ground truth, with extra keys.
+    fields: the record as in the ground truth, with extra keys. groups: what else it is reported by, kind -> names, such
+        as {"dimension": ("speed",)}.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Item:
     candidates: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Benchmark(ABC):
     excludes_tasks: a task without any medium is left out of all scores instead of counted as failed.
     judged: the predictions are scored by `stllm judge`, so lines have no `correct` and a run has no scores.
     finds_media: the media are found relative to the ground truth; if False, --video-dir must name their folder.
+    rotates: options are a list, which `--permute` rotates; False: questions hold them.
+    mean_over: what the average is over: ITEMS, TASKS, or the name of the task whose score it is.
+    rules: how the two rules decide, in sentences for the report.
     """
 
     name: str
@@ -74,6 +79,9 @@ class Benchmark(ABC):
     excludes_tasks = False
     finds_media = False
     judged = False
+    rotates = True
+    mean_over = ITEMS
+    rules = ""
 
     @abstractmethod
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
@@ -95,12 +103,23 @@ class Benchmark(ABC):
         """Return fields to add to the item's line: the official fields, and `correct` where no judge is needed.
 
         predictions: the model's text for each question. `correct`: {"strict": ..., "official": ...}, as bools.
+        `parsed`, in the same form: whether the rule could read the text; a rule that reads every text is left out.
         """
+
+    def needs_judge(self, item: Item) -> bool:
+        """Return True where a judge decides about the item, so that it has no `correct` and probes leave it out."""
+        return self.judged
+
+    def scored(self, records: Sequence[Record]) -> list[Record]:
+        """Return the lines that scores are computed of: these lines, or others in the same form, such as one a pair.
+
+        records: all lines, including failed ones (with `error`)."""
+        return list(records)
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return `scores` of the results file, which table and chart show: those of `accuracies`, or others in the same
-        form; {} where a judge decides. records: all lines, including failed ones (with `error`)."""
-        return {} if self.judged else accuracies(records)
+        form; {} where a judge decides. records: as for `scored`."""
+        return {} if self.judged else accuracies(self.scored(records), self.mean_over)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
         """Return files in the official scripts' layout: {"": ...} for `<name>.json`, {"generic": ...} for

@@ -1,15 +1,18 @@
 """Media of a ground truth: where they are searched for, and the frames that the settings ask for."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import user_path
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
+from stllm.datasets.annotations import read_file
 from stllm.datasets.faults import Fault, Finding, Medium
 from stllm.evaluation.benchmarks.base import Entry, Item
 from stllm.media.find import EXTENSIONS, MediaFinder
@@ -133,3 +136,30 @@ def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str
 def open_requests(item: Item, system: str | None) -> tuple[Request, ...]:
     """Return one request for each question, asked by itself in the template's own prompt."""
     return tuple(Request(turns=(Turn(question),), media=item.media, system=system) for question in item.questions)
+
+
+def read_mapping(path: Path, expected: str) -> dict[str, Any]:
+    """Return the JSON object of a file. expected: its form in words.
+
+    Raises UserError for a file that is missing, no JSON or no object, and for a key that occurs twice anywhere in it.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise UserError(f"{path}: {twice!r} occurs twice, so that one of its records would be lost: keep one")
+        return found
+
+    text = read_file(path, expected)[1]
+    try:
+        content = json.loads(text, object_pairs_hook=once)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        raise UserError(f"{path}: not valid JSON ({error}); expected {expected}") from None
+    if not isinstance(content, dict) or not content:
+        found = json.dumps(content, ensure_ascii=False)[:60]
+        raise UserError(f"{path}: found {found}, expected {expected}: it is another file, or of another benchmark")
+    return content

@@ -32,7 +32,15 @@ from stllm.datasets.faults import (
 )
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
 from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chosen_tasks
-from stllm.evaluation.scores import by_task, gold_option, official_match, strict_match, tally
+from stllm.evaluation.scores import (
+    ITEMS,
+    by_task,
+    chosen_option,
+    gold_option,
+    official_match,
+    strict_match,
+    tally,
+)
 from stllm.processors.templates import ANSWER_BEGINS, REQUEST, SYSTEM, PromptTemplate, Turn, question_block
 
 EXPECTED = "a JSON list of {video, question, candidates, answer}"
@@ -107,13 +115,20 @@ TASKS = (
 
 @dataclass(frozen=True)
 class MVBench(Benchmark):
-    """MVBench, or another benchmark in its form; and tasks of the user's own: any JSON file of another name."""
+    """MVBench, or another benchmark in its form. own_tasks: any JSON file of another name is a task of the user's."""
 
     name: str = "mvbench"
     title: str = "MVBench"
     tasks: tuple[MVBenchTask, ...] = TASKS
+    own_tasks: bool = True
+    mean_over: str = ITEMS
 
     excludes_tasks = finds_media = True
+    rules = (
+        "The official rule compares the first word of the prediction with that of the answer and counts it as right "
+        "when one is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The "
+        "strict rule wants the letter of the option, or the option's text exactly; anything else is wrong."
+    )
 
     @property
     def ground_truth(self) -> str:  # type: ignore[override]
@@ -131,6 +146,11 @@ class MVBench(Benchmark):
             yield Fault("annotation", str(path), "folder", sentence)
             return
         official = [file for task in self.tasks for file in found if task_of(file, self.tasks) == task]
+        if not self.own_tasks and (other := [file for file in found if file not in official]):
+            names = ", ".join(task.file for task in self.tasks)
+            sentence = f"no task of {self.title}, expected its files {names}: name {self.title}'s own folder"
+            yield Fault("annotation", str(other[0]), "file", sentence)
+            return
         files: dict[str, Path] = {}
         for file in dict.fromkeys((*official, *found)):
             if file.stem in files:
@@ -180,7 +200,8 @@ class MVBench(Benchmark):
             "official": official_match(prediction, gold),
             "strict": strict_match(prediction, item.candidates, item.answer),
         }
-        return {"prediction": prediction, "gold": gold, "correct": correct}
+        parsed = {"strict": chosen_option(prediction, item.candidates) is not None}
+        return {"prediction": prediction, "gold": gold, "correct": correct, "parsed": parsed}
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
         """Return `acc_dict`: [right, asked] by the official rule, failed items among those asked; `res_list`: the

@@ -20,9 +20,10 @@ from stllm.media.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 
 TITLE = "temporal probe"
 LEVEL = 0.05
-ORDER_TASKS = (  # of MVBench, those whose answer may change with the order of frames; a choice of ours
+ORDER_TASKS = (  # of MVBench and TVBench, those whose answer may change with the order of frames; a choice of ours
     *("Action Sequence", "Action Prediction", "Action Antonym", "Object Shuffle", "Moving Direction"),
     *("Action Localization", "Scene Transition", "State Change", "Character Order", "Egocentric Navigation"),
+    "Egocentric Sequence",
 )
 ALL, ORDERED, OTHER = "all tasks", "tasks of order", "other tasks"
 TURNED = "turned"  # the variant's name
@@ -100,8 +101,9 @@ def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     def comparison(view: str, names: Sequence[str]) -> dict[str, Any]:
         ids = [id_ for id_ in shared if lines[FORWARD][id_]["task"] in names]
         before, after = ([lines[way][id_] for id_ in ids] for way in (FORWARD, view))
-        changed = sum(first["prediction"] != second["prediction"] for first, second in zip(before, after, strict=True))
-        found = paired(*([bool(line["correct"]["strict"]) for line in way] for way in (before, after)))
+        changed = sum(one["prediction"] != two["prediction"] for one, two in zip(before, after, strict=True))
+        first, second = ([bool(line["correct"]["strict"]) for line in way] for way in (before, after))
+        found = paired(first, second, [str(line.get("video") or line["id"]) for line in before])
         return {**found, "answers changed": share(changed, len(ids))}
 
     def chance(names: Sequence[str]) -> float | None:
@@ -209,8 +211,8 @@ def report(name: str, scores: Mapping[str, Any]) -> str:
     parts += [
         "## Against the forward view\n",
         f"Over the {scores['compared']} items answered in every view. Points of strict accuracy with a 95% interval "
-        "(Agresti and Min); p: exact McNemar test, two-sided, of each line by itself; lost and gained: items right in "
-        "one of the two views alone.\n",
+        "(clustered by video where one has several questions, else Agresti and Min); p: exact McNemar test, two-sided, "
+        "of each line by itself; lost and gained: items right in one of the two views alone.\n",
         table(header, rows, texts=2) if rows else f"{MISSING}\n",
     ]
     return "\n".join(parts)

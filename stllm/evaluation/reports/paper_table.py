@@ -12,7 +12,7 @@ from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import check_regular, user_path
 from stllm.common.jsonl import loads
 from stllm.evaluation.axes import QA, VCGBENCH_AXES, vcgbench_average
-from stllm.evaluation.published import COLUMNS, METHODS, SOURCE, VCGBENCH_COLUMNS
+from stllm.evaluation.published import BY_OTHERS, COLUMNS, METHODS, NO_INTERVAL, SOURCE, VCGBENCH_COLUMNS
 from stllm.evaluation.reports.tables import percent, score, table
 
 MVBENCH, AVERAGE = COLUMNS[:2]
@@ -79,7 +79,9 @@ def paper_table(results: Sequence[str]) -> str:
         f"Rows above ours: published ({SOURCE}). Official rules: MVBench's matcher, a judge's scores truncated; strict "
         "rules: the option's letter or text, scores as they are. MVBench and VideoQA in percent, VcgBench from 0 to 5."
     )
-    return table(("", *COLUMNS), rows) + "\n" + "".join(f"- {line}\n" for line in (rules, *notes))
+    found = "; ".join(f"{title} {value:g} ({whose})" for title, value, whose in BY_OTHERS)
+    others = f"ST-LLM as others measured it, neither by its authors nor by us: {found}. {NO_INTERVAL}"
+    return table(("", *COLUMNS), rows) + "\n" + "".join(f"- {line}\n" for line in (rules, *notes, others))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -117,6 +119,11 @@ def _column(content: Mapping[str, Any], run: Mapping[str, Any], name: str, path:
         return OF_BENCHMARK[name]
     if content.get("benchmark") == "mvbench":
         return MVBENCH
+    if content.get("scores"):
+        raise UserError(
+            f"{path}: the paper's table has no column for {content.get('benchmark')}: `stllm evaluate suite` prints a "
+            "table of several benchmarks, `stllm table --compare` compares two runs of one"
+        )
     raise UserError(
         f"{path}: of {content.get('benchmark')} it has counts and no scores: run `stllm judge`, and name its results"
     )

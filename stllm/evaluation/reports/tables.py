@@ -25,6 +25,11 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
 
 
+def span(interval: Sequence[float] | None) -> str:
+    """An interval, one decimal: "48.2 to 61.0"."""
+    return MISSING if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
+
+
 def score(value: float | None) -> str:
     """Two decimals: scores from 0 to 5."""
     return MISSING if value is None else f"{value:.2f}"
@@ -48,14 +53,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int
 class Bars:
     """Groups of horizontal bars, the first group on top.
 
-    series: name -> one value a group; None draws no bar. notes: texts in place of a group's bars.
+    series: name -> one value a group; None draws no bar. intervals: low and high of each bar of a series, drawn as a
+    line; None draws none. notes: texts in place of a group's bars. high: the end of the axis.
     """
 
     title: str
     axis: str
     groups: Sequence[str]
     series: Mapping[str, Sequence[float | None]]
+    intervals: Mapping[str, Sequence[Sequence[float] | None]] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    high: float = 100.0
 
 
 def bars_figure(bars: Bars) -> "Figure":
@@ -71,14 +79,18 @@ def bars_figure(bars: Bars) -> "Figure":
         places = [place + offset for place, value in enumerate(values) if value is not None]
         lengths = [value for value in values if value is not None]
         drawn = axes.barh(places, lengths, height=thickness, color=colour, label=name)
-        axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=6.5)
+        axes.bar_label(drawn, fmt="%.1f" if bars.high == 100 else "%.2f", padding=2, fontsize=6.5)
+        for place, limits in enumerate(bars.intervals.get(name, ())):
+            if limits is not None and values[place] is not None:
+                below = place + offset + 0.38 * thickness  # not through the bar's label
+                axes.plot(limits, [below] * 2, color="black", linewidth=0.8, alpha=0.6)
     axes.set_title(bars.title, loc="left", fontsize=11, pad=26)
     axes.set_xlabel(bars.axis)
-    axes.set_xlim(0, 109)  # 100 % and its label
+    axes.set_xlim(0, 1.09 * bars.high)  # the end and its label
     axes.set_yticks(range(len(bars.groups)), labels=bars.groups)
     axes.set_ylim(len(bars.groups) - 0.5, -0.5)
     for group, note in bars.notes.items():
-        axes.text(0.5, bars.groups.index(group) - 0.15, note, fontsize=7, style="italic", va="center")
+        axes.text(0.005 * bars.high, bars.groups.index(group) - 0.15, note, fontsize=7, style="italic", va="center")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

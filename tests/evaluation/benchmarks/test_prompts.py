@@ -5,6 +5,7 @@ After a change that is meant: STLLM_SNAPSHOTS=write pytest tests/evaluation/benc
 
 import json
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,46 @@ MEDIA = Media("a.mp4")
 QUESTION = "What direction is the red circle moving?"
 CHOICE = Item("a/0", "A", "a.mp4", MEDIA, (QUESTION,), "upwards", candidates=("to the left", "upwards", "{it} jumps."))
 OPEN = Item("0", "", "a.mp4", MEDIA, (QUESTION,), "upwards")
+CHOICES = f"{QUESTION}\nA. to the left\nB. upwards"
+CAPTIONS = "Which caption matches the video better?\nCaption A: It goes left.\nCaption B: It goes upwards."
+GUESS = replace(CHOICE, media=Media("a.mp4", num_frames=16))
 BOTH = Item("consistency/0", "consistency", "a.mp4", MEDIA, (QUESTION, "Which way does it go?"), "upwards")
+
+TEMPCOMPASS = (
+    ("multi-choice", CHOICES),
+    ("yes_no", QUESTION),
+    ("caption_matching", CAPTIONS),
+    ("captioning", "Say it."),
+)
+ITEMS: dict[str, tuple[Item, ...]] = {
+    "mvbench": (CHOICE,),
+    "tvbench": (CHOICE,),
+    "vcgbench": (BOTH,),
+    "tomato": (GUESS,),
+    "vinoground": (replace(OPEN, questions=(CHOICES,)),),
+    "tempcompass": tuple(replace(OPEN, task=task, questions=(text,)) for task, text in TEMPCOMPASS),
+}
 
 
 def benchmark(name: str, **changed: Any) -> tuple[Loaded, Item]:
     """The benchmark with its published settings, without files; and an item of it."""
     settings = EvaluationSettings(**{**preset(name), **changed})
-    item = {"mvbench": CHOICE, "vcgbench": BOTH}.get(name, OPEN)
-    return Loaded(benchmarks.get(name), (item,), system=system_of(settings)), item
+    items = ITEMS.get(name, (OPEN,))
+    return Loaded(benchmarks.get(name), items, system=system_of(settings)), items[0]
 
 
 @cache
 def sent(name: str, family: str) -> list[dict[str, Any]]:
-    """Of each request of an item: the prompt's pieces, their ids, and what the Q-Former reads."""
+    """Of each request of the items: the prompt's pieces, their ids, and what the Q-Former reads."""
     reader = processor(family)
-    asking, item = benchmark(name)
+    asking, _ = benchmark(name)
     return [
         {
             "pieces": pieces(request, family),
             "ids": ids(request, family),
             "qformer": reader.template.text(request.turns[0]),
         }
+        for item in asking.items
         for request in asking.requests(item, reader.template)
     ]
 
@@ -112,7 +132,7 @@ def test_a_system_sentence_of_ones_own_or_none(name: str) -> None:
             for request in asking.requests(item, templates.get(family)):
                 text = "".join(pieces(request, family))
                 assert text.count("Look closely.") == count and "attention" not in text and "VideoContent" not in text
-                if system and name == "mvbench":
+                if system and name in ("mvbench", "tvbench"):
                     assert f"Look closely.\nQuestion: {QUESTION}" in text
 
 

@@ -117,4 +117,4 @@ def test_more_tasks_join_and_another_wording_does_not(
 
 def test_probes_need_answers_that_no_judge_decides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "msvd", "--probe"]) == 2
-    assert "--probe and --permute go with mvbench: the answers of msvd need a judge" in capsys.readouterr().err
+    assert "--probe and --permute go with multiple choice: the answers of msvd need a judge" in capsys.readouterr().err

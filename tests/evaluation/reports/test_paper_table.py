@@ -139,6 +139,7 @@ def test_a_damaged_file_is_another_kind_of_file(changed: dict[str, Any], tmp_pat
 def test_one_sentence_for_what_is_wrong(tmp_path: Path) -> None:
     qa = judged(tmp_path / "qa.json", "qa")
     (tmp_path / "msvd.results.json").write_text('{"benchmark": "msvd", "scores": {}, "counts": {}}')
+    (tmp_path / "tvbench.results.json").write_text('{"benchmark": "tvbench", "scores": {"strict": {}}, "counts": {}}')
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "text.json").write_text("Hello")
     (tmp_path / "half.json").write_text('{"benchmark": "mvbench", "scores": {}, "counts": {"answered": 1}}')
@@ -146,6 +147,7 @@ def test_one_sentence_for_what_is_wrong(tmp_path: Path) -> None:
         ([qa], "of which benchmark is it? the file does not say, the table has columns for msvd, msrvtt, activitynet"),
         ([f"tgif={qa}"], "unknown benchmark 'tgif': known are activitynet, msrvtt, msvd"),
         ([f"msvd={qa}", f"msvd={qa}"], "a second result for the column MSVD"),
+        ([str(tmp_path / "tvbench.results.json")], "no column for tvbench: `stllm evaluate suite` prints a table"),
         ([str(tmp_path / "msvd.results.json")], "of msvd it has counts and no scores: run `stllm judge`"),
         ([str(tmp_path / "list.json")], "another kind of file; expected a results file"),
         ([str(tmp_path / "text.json")], "no JSON; expected a results file"),

@@ -1,0 +1,226 @@
+"""`stllm doctor --overlap`: test clips of a benchmark that occur in the training data, by three signs.
+
+    name     the file name, without its extension and whatever its case (weak: short names recur)
+    content  the bytes of the file
+    frames   perceptual hashes (imagehash.phash, 64 bits) of frames spread over the clip: a copy that was encoded or
+             scaled anew has nearly the same ones
+
+Frames that show nothing (black, one colour) are left out: all of them have the same hash. A clip is found by its frames
+if half of those that remain, and two of them, have a frame of the training clip within a few bits.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from stllm.common.config import load_config
+from stllm.common.distributed import mapping, one_a_core
+from stllm.common.errors import UserError
+from stllm.common.schema import MEDIA_SECONDS, EvaluationSettings
+from stllm.datasets.corpora import resolved_settings
+from stllm.datasets.faults import Fault, Medium
+from stllm.doctor.checks import training_findings
+from stllm.evaluation.benchmarks.base import load_benchmark
+from stllm.media.info import MediaError
+from stllm.media.open import open_media
+from stllm.media.sampling import sample_indices
+from stllm.media.time_bound import keep_reading, read_within
+
+NUM_FRAMES = 8  # hashed of each clip
+NEAR = 6  # bits of 64 that two hashes of one picture may differ by
+SHARE, LEAST = 0.5, 2  # of a test clip's frames, that must be found
+PLAIN = 6.0  # standard deviation of grey levels, below which a frame shows nothing
+MAX_WORKERS = 8
+SHOWN = 20
+BITS = np.array([bin(value).count("1") for value in range(256)], np.uint8)
+
+Clip = tuple[str, "tuple[float, float] | None"]  # a file, and the part of it
+
+
+@dataclass
+class Found:
+    """A test clip in the training data. items: of the benchmark; train: files, by the sign that found them."""
+
+    video: str
+    items: list[str]
+    train: dict[str, list[str]] = field(default_factory=dict)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the check; the exit code is 1 when a clip was found. Raises UserError."""
+    report = overlap(args)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False, indent=1))
+    else:
+        for note in report["notes"]:
+            print(note)
+        for one in report["found"] if args.all else report["found"][:SHOWN]:
+            signs = "; ".join(f"{sign}: {', '.join(paths[:3])}" for sign, paths in one["train"].items())
+            print(f"  {one['video']} ({', '.join(one['items'][:3])}): {signs}")
+        if not args.all and len(report["found"]) > SHOWN:
+            print(f"  ... and {len(report['found']) - SHOWN} more (--all lists them)")
+    counts = f"{report['num_test']} test clips and {report['num_train']} training clips"
+    if not report["found"]:
+        if not args.json:
+            print(f"no overlap found between {counts}")
+        return 0
+    sys.stdout.flush()
+    print(f"found {len(report['found'])} test clips in the training data, between {counts}", file=sys.stderr)
+    return 1
+
+
+def overlap(args: argparse.Namespace) -> dict[str, Any]:
+    """Return `found`, the clips as `Found` has them; `num_test` and `num_train`; `notes` on what was not compared."""
+    notes: list[str] = []
+    clips: list[Clip] = []
+    corpora = resolved_settings(load_config(args.overlap, args.options, model_type="instructblip_vicuna0"))
+    for name, corpus in corpora.items():
+        if corpus.type == "image_text" or corpus.anno_path is None:
+            continue
+        findings = training_findings(corpus, lambda sample, num_frames: None)
+        for finding in tqdm(findings, desc=name, unit=" records", disable=None, delay=1, leave=False):
+            if isinstance(finding, Medium) and finding.expects == "video":
+                clips.append((os.path.normpath(os.path.join(corpus.media_dir or "", finding.name)), finding.bounds))
+            elif isinstance(finding, Fault) and finding.kind == "annotation":
+                notes.append(f"{name}: {finding.in_words}")
+    if not clips:
+        why = f"; {notes[0]}" if notes else ""
+        raise UserError(f"{args.overlap}: found no video in its data sets{why}: name the training configuration")
+    train = list(dict.fromkeys(clips))
+    asked = {"anno_path": args.anno_path, "answers_path": args.answers_path, "video_dir": args.video_dir}
+    loaded = load_benchmark(args.benchmark, EvaluationSettings(**asked, sampling="segment", num_frames=1))
+    test: dict[Clip, Found] = {}
+    for item in loaded.items:
+        if item.media is not None:
+            clip = os.path.normpath(item.media.path), item.media.bounds
+            test.setdefault(clip, Found(item.video, [])).items.append(item.id)
+    if missing := [item.error for item in loaded.items if item.media is None]:
+        notes.append(f"{len(missing)} items of {args.benchmark} have no medium to compare ({missing[0]})")
+    if absent := [path for path, _ in train if not os.path.exists(path)]:
+        notes.append(f"{len(absent)} training clips are not there ({absent[0]}): only their names were compared")
+    by_stem: dict[str, list[str]] = {}
+    for path in dict.fromkeys(path for path, _ in train):
+        by_stem.setdefault(_stem(path), []).append(path)
+    same = _same_content([path for path, _ in train], [path for path, _ in test])
+    for (path, _), one in test.items():
+        signs = {"name": by_stem.get(_stem(path)), "content": same.get(path)}
+        one.train |= {sign: paths for sign, paths in signs.items() if paths}
+    if find_spec("imagehash") is None:
+        notes.append("frames were not compared, as imagehash is not installed: pip install 'stllm[overlap]'")
+    else:
+        notes += _by_frames(train, test, args)
+    return {
+        "found": [vars(one) for one in test.values() if one.train],
+        "num_test": len(test),
+        "num_train": len(train),
+        "notes": notes,
+    }
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0].lower()
+
+
+def _same_content(train: Sequence[str], test: Sequence[str]) -> dict[str, list[str]]:
+    """The training files of equal bytes, by test file. Only files of a size that both sides have are read."""
+
+    def by_size(paths: Iterable[str]) -> dict[int, list[str]]:
+        sizes: dict[int, list[str]] = {}
+        for path in dict.fromkeys(paths):
+            if os.path.isfile(path):
+                sizes.setdefault(os.path.getsize(path), []).append(path)
+        return sizes
+
+    def digest(path: str) -> bytes:
+        content = hashlib.blake2b()
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                content.update(block)
+        return content.digest()
+
+    ours, theirs = by_size(test), by_size(train)
+    found: dict[str, list[str]] = {}
+    for size in ours.keys() & theirs.keys():
+        known: dict[bytes, list[str]] = {}
+        for path in theirs[size]:
+            known.setdefault(digest(path), []).append(path)
+        for path in ours[size]:
+            if paths := known.get(digest(path)):
+                found[path] = paths
+    return found
+
+
+def _by_frames(train: Sequence[Clip], test: dict[Clip, Found], args: argparse.Namespace) -> list[str]:
+    """Enter the training clips whose frames a test clip has. Return notes on clips that could not be read."""
+    seconds = MEDIA_SECONDS if args.media_seconds is None else args.media_seconds
+    clips = list(dict.fromkeys([*(clip for clip in train if os.path.exists(clip[0])), *test]))
+    died = "a process died while it decoded: run again with --num-workers 0 --debug to see on which"
+    with (
+        tqdm(total=len(clips), desc="frames", disable=None, delay=1, leave=False) as bar,
+        mapping(one_a_core(args.num_workers, MAX_WORKERS), died=died) as each,
+    ):
+        hashes: dict[Clip, np.ndarray | str] = {}
+        for clip, of_clip in zip(clips, each(partial(frame_hashes, media_seconds=seconds), clips), strict=True):
+            hashes[clip] = of_clip
+            bar.update()
+    unread = [error for error in hashes.values() if isinstance(error, str)]
+    read = {clip: codes for clip, codes in hashes.items() if not isinstance(codes, str)}
+    known = [(clip, read[clip]) for clip in train if clip in read and len(read[clip])]
+    if known:
+        whose = np.repeat(np.arange(len(known)), [len(found) for _, found in known])  # (N,) the clip of each hash
+        codes = np.concatenate([found for _, found in known])  # (N, 8) bytes
+        for clip, one in test.items():
+            ours = read.get(clip, ())
+            if len(ours) < LEAST:
+                continue
+            near = np.zeros(len(known), int)  # frames of the test clip that each training clip has
+            for code in ours:
+                near[np.unique(whose[BITS[codes ^ code].sum(axis=1) <= NEAR])] += 1
+            hits = np.flatnonzero(near >= max(LEAST, SHARE * len(ours)))
+            if len(hits):
+                ordered = sorted(hits, key=lambda hit: -near[hit])
+                one.train["frames"] = [f"{known[hit][0][0]} ({near[hit]} of {len(ours)})" for hit in ordered]
+    return [f"{len(unread)} clips could not be read ({unread[0]})"] if unread else []
+
+
+def frame_hashes(clip: Clip, media_seconds: float = 0) -> "np.ndarray | str":
+    """Hash frames spread over a clip: (T, 8) uint8, without plain frames; the error of one that cannot be read."""
+    import imagehash
+    from PIL import Image
+
+    path, bounds = clip
+
+    def read() -> list[np.ndarray]:
+        found = []
+        with open_media(path) as medium:
+            info = medium.info
+            indices = sample_indices(
+                "segment",
+                num_frames=NUM_FRAMES,
+                total_frames=info.num_frames,
+                fps=info.fps,
+                bounds=bounds,
+                first_index=info.first_index,
+            )
+            for frame in medium.frames(sorted(set(indices))):
+                keep_reading()
+                picture = Image.fromarray(frame).convert("L")
+                if np.asarray(picture).std() >= PLAIN:
+                    found.append(np.packbits(imagehash.phash(picture).hash))
+        return found
+
+    try:
+        hashes = read_within(media_seconds, read, medium=path, setting="--media-seconds")
+    except (MediaError, UserError) as error:
+        return str(error)
+    return np.array(hashes, np.uint8).reshape(-1, 8)
