@@ -125,9 +125,10 @@ def packing_fault(config: PretrainedConfig) -> str | None:
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
     kinds = set(getattr(config, "layer_types", None) or ())
-    if layers - {DynamicLayer, DynamicSlidingWindowLayer} or kinds - {"full_attention", "sliding_attention"}:
+    others = layers - {DynamicLayer, DynamicSlidingWindowLayer} or kinds - {"full_attention", "sliding_attention"}
+    if others or architecture._is_stateful:
         return f"{config.model_type} has other layers than attention, in which one sample would reach into the next"
-    if architecture._is_stateful or not architecture._supports_attention_backend:
+    if not architecture._supports_attention_backend:
         return f"{config.model_type} computes attention by code of its own, which cannot keep samples apart"
     return None
 

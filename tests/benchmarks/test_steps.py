@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import masking, published_size, training_step
+from benchmarks import masking, packing, published_size, training_step
 from benchmarks.common import exit_code
 from benchmarks.steps import PUBLISHED_CASE, Case, assert_same, new_batch, new_model, proportional_vocabulary
 from stllm.models.configuration import STLLMConfig
@@ -21,7 +21,8 @@ def test_ours_and_the_plain_procedure_compute_the_same_and_masking_alone_does_no
     case = replace(TINY, dtype=dtype)
     model, batch = new_model(case, CPU), new_batch(case, CPU)
     assert {p.dtype for p in model.parameters()} == {batch["whole"]["query_features"].dtype} == {getattr(torch, dtype)}
-    assert_same(model, batch, "plain", "ours")
+    assert_same(model, batch, "plain", "ours", "packed")
+    assert_same(model, batch, "unmasked", "unmasked_packed")
     with pytest.raises(AssertionError):
         assert_same(model, batch, "masked", "ours")
     with pytest.raises(AssertionError):
@@ -33,7 +34,9 @@ def test_a_case_of_the_published_size_has_the_published_language_model() -> None
     assert PUBLISHED_CASE.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("module", [masking, training_step, published_size], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [masking, training_step, packing, published_size], ids=lambda module: module.__name__
+)
 def test_the_published_size_needs_a_gpu(
     module: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +67,17 @@ def test_the_published_sizes_results_have_a_name_and_sizes_of_their_own(
     for result in found.values():
         assert result["sizes"]["dtype"] == "bfloat16" and result["sizes"]["width"] == 128
         assert all(value > 0 for row in result["rows"] for value in row.values() if isinstance(value, float))
+
+
+def test_texts_of_one_corpus_have_less_padding_than_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "step_bytes", lambda *_: 1)  # a process for each
+    case = Case(width=128, depth=1, vocabulary=31, batch=4)
+    one, all_kinds = (
+        packing.measured(name, case, 1, CPU) for name in ("avp (32 visual tokens)", "all kinds in one data set (32)")
+    )
+    assert 0 < one["padding"] < all_kinds["padding"] < 1
+    assert packing.padding([10, 40, 20], visual=32) == (50, 3 * 72)
+    assert all(value > 0 for value in one.values() if isinstance(value, float))
 
 
 @pytest.mark.parametrize(("frames", "video_input", "tokens"), [(2, "all", 64), (5, "residual", 96)])
