@@ -67,8 +67,6 @@ UNUSED = {
     "remove_unused_columns": "a batch always keeps all of its fields",
     "use_cache": "training never uses a key-value cache",
     "auto_find_batch_size": "the batch size stays as given",
-    "use_liger_kernel": "Liger kernels are not supported",
-    "liger_kernel_config": "Liger kernels are not supported",
     "logging_nan_inf_filter": "a loss that is NaN or infinite stops the run",
     "include_num_input_tokens_seen": "tokens are not counted; log.jsonl has the visual tokens a clip",
     "skip_memory_metrics": "log.jsonl has the peak memory",
@@ -127,12 +125,20 @@ SUBKEYS: dict[str, dict[str, Any]] = {
     ),
     "activation_checkpointing_kwargs": _CHECKPOINTING,
     "gradient_checkpointing_kwargs": _CHECKPOINTING,
+    "liger_kernel_config": dict.fromkeys(
+        (
+            *("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "relu_squared"),
+            *("cross_entropy", "fused_linear_cross_entropy"),
+        ),
+        bool,
+    ),
 }
 # Mapping -> the switches without any of which it has no effect.
 SWITCHED_BY = {
     "fsdp_config": ("fsdp",),
     "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
     "gradient_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
+    "liger_kernel_config": ("use_liger_kernel",),
 }
 DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repository
 

@@ -37,6 +37,7 @@ def build_model(cfg: DictConfig | Mapping[str, Any], *, device: str = "auto", dt
     model, report = build_audited(cfg, device=device, dtype=dtype)
     for line in report.details():
         log.info(line)
+    set_attention(model.language_model, model_section(cfg).get("attn_implementation"))
     return model
 
 
@@ -48,7 +49,10 @@ def build_audited(
     trained_dtype: torch.dtype | None = None,
     language_model: str = "whole",
 ) -> tuple[STLLM, AuditReport]:
-    """Build as `build_model` does, and return the audit too; trained_dtype, language_model: as in `assemble`."""
+    """Build as `build_model` does, and return the audit too; the attention is not chosen yet.
+
+    trained_dtype, language_model: as in `assemble`.
+    """
     settings = model_section(cfg)
     sources = open_sources(settings)
     config = decide_config(sources, settings)
@@ -66,8 +70,6 @@ def build_audited(
         language_model=language_model,
         quantization=quantization,
     )
-    if language_model == "whole":
-        set_attention(model.language_model, settings.get("attn_implementation"))
     if settings.get("use_grad_checkpoint") and language_model == "whole":
         # newer releases of transformers have renamed it, and warn at the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

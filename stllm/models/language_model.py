@@ -15,12 +15,13 @@ mask is needed and nothing is computed between prompts. Their lengths are known 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -159,18 +160,26 @@ def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | Non
     return model
 
 
-def set_attention(model: PreTrainedModel, name: str | None) -> None:
-    """Have a language model on its device attend by that implementation of transformers; None, auto: the default.
+def set_attention(
+    model: PreTrainedModel,
+    name: str | None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Have a language model attend by that implementation of transformers; None, auto: the default.
 
+    device, dtype: where and in which precision it computes, by default where and in which it is; in training it may be
+    placed later, and its weights are float32 where autocast computes in half precision.
     Raises UserError where it cannot be had.
     """
     if name in (None, "auto"):
         return
     refusal = f"model.attn_implementation is {name}, but "
     instead = ": take auto, which suits every device and architecture"
-    if name in ("flash_attention_2", "flex_attention") and model.device.type != "cuda":
-        raise UserError(f"{refusal}that needs a CUDA GPU, and the model is on {model.device}{instead}")
-    if name == "flash_attention_2" and model.dtype == torch.float32:
+    if name in ("flash_attention_2", "flex_attention") and (device or model.device).type != "cuda":
+        raise UserError(f"{refusal}that needs a CUDA GPU, and the model is on {device or model.device}{instead}")
+    if name == "flash_attention_2" and (dtype or model.dtype) == torch.float32:
         raise UserError(f"{refusal}that has no float32: add --dtype bfloat16, or take auto")
     # transformers would fetch a build from the hub, and stllm runs no code from there
     if name == "flash_attention_2" and not is_flash_attn_2_available():
@@ -181,6 +190,40 @@ def set_attention(model: PreTrainedModel, name: str | None) -> None:
         raise UserError(f"{refusal}{type(model).__name__} cannot have it ({reason(error)}){instead}") from error
     if model.config._attn_implementation != name:
         raise UserError(f"{refusal}{type(model).__name__} has only {model.config._attn_implementation}{instead}")
+
+
+def use_liger(model: PreTrainedModel, settings: Mapping[str, bool] | None = None, *, whole: bool = True) -> None:
+    """Have a language model compute with Liger's kernels, in place: norms, MLPs, rotary embedding and `language_loss`.
+
+    The rotary embedding is replaced for all models of that architecture in this process, as Liger does.
+    settings: arguments of Liger's function for the architecture; by default it uses all kernels that it has for it.
+    whole: False where the output head's weight is divided among processes; the loss is then torch's.
+    Raises UserError for an architecture that Liger does not know, and for settings that it refuses.
+    """
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    config, head = model.config, model.get_output_embeddings()
+    if config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        known = f"Liger has no kernels for a {config.model_type} language model"
+        raise UserError(f"run.use_liger_kernel is True, but {known}: leave it out")
+    chosen = dict(settings or {})
+    if chosen.get("cross_entropy"):  # it would replace torch's function for the whole process
+        raise UserError(
+            "run.liger_kernel_config.cross_entropy must be False, found True: the loss is either "
+            "fused_linear_cross_entropy or torch's"
+        )
+    fused = chosen.pop("fused_linear_cross_entropy", True)
+    try:
+        apply_liger_kernel(model, {**chosen, "cross_entropy": False, "fused_linear_cross_entropy": False})
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"run.use_liger_kernel: Liger refuses {type(model).__name__} ({reason(error)})") from error
+    scaled = any(getattr(config, name, None) is not None for name in ("logit_scale", "logits_scaling"))
+    if fused and whole and type(head) is nn.Linear and not scaled:  # LoRA on the head needs its own forward
+        cap = getattr(config, "final_logit_softcapping", None)
+        options = {"bias": head.bias, "reduction": "sum", "softcap": cap, "accum_dtype": torch.float32}
+        cast(Any, model).fused_loss = partial(liger_fused_linear_cross_entropy, **options)
 
 
 def last_hidden_states(
@@ -225,17 +268,20 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 def language_loss(
     model: PreTrainedModel, hidden: Tensor, labels: Tensor, positions: Tensor, num_items: Tensor | int | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return the next-token cross entropy in float32: a sum over labelled tokens, divided by `num_items`.
 
     hidden: (B, S, D); labels: (B, S). positions: (A,) in (B*S), of the states from which a labelled token is predicted.
     num_items: labelled tokens of the whole optimizer step (default: of this batch), all processes' and micro-batches',
         so that the loss does not depend on how they are divided among them.
-    Returns the loss and the logits (A, vocabulary); logits are computed nowhere else.
+    Returns the loss and the logits (A, vocabulary), which are computed nowhere else; no logits from Liger's fused loss.
     """
-    logits = logits_of(model, hidden.flatten(0, 1).index_select(0, positions))
+    states = hidden.flatten(0, 1).index_select(0, positions)  # (A, D)
+    targets = labels.flatten().index_select(0, positions + 1)
+    share = len(positions) if num_items is None else num_items
+    if len(positions) and (fused_loss := getattr(model, "fused_loss", None)) is not None:
+        return fused_loss(states, model.get_output_embeddings().weight, targets) / share, None
+    logits = logits_of(model, states)
     if not len(positions):  # every answer was cut off: no loss, but a graph that distributed training can reduce
         return logits.float().sum(), logits
-    targets = labels.flatten().index_select(0, positions + 1)
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / (len(positions) if num_items is None else num_items), logits
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / share, logits

@@ -33,7 +33,8 @@ INIT_STD = 0.02
 
 @dataclass
 class STLLMOutput(ModelOutput):
-    """loss = loss_lm + loss_mvm (scalars); logits: (labelled tokens, vocabulary), or (B, S, vocabulary) without labels.
+    """loss = loss_lm + loss_mvm (scalars); logits: (labelled tokens, vocabulary), or (B, S, vocabulary) without labels;
+    with Liger's fused loss there are none.
 
     kept_visual_tokens: visual tokens a clip that entered the language model after masking.
     """
@@ -173,7 +174,7 @@ class STLLM(PreTrainedModel):
         hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask, packed)  # (B, S, D)
         loss_lm, loss_mvm = None, None
         if labels is None or label_positions is None:
-            logits = lm.logits_of(self.language_model, hidden)
+            logits: Tensor | None = lm.logits_of(self.language_model, hidden)
         else:
             loss_lm, logits = lm.language_loss(self.language_model, hidden, labels, label_positions, num_items_in_batch)
         if visual is not None and kept is not None and teacher is not None and self.config.use_mvm:

@@ -37,6 +37,7 @@ STATE = "trainer_state.json"  # transformers writes it last
 FREE = re.compile(
     r"run\.(output_dir|resume_from_checkpoint|resume_only_model|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+|disable_tqdm"
     r"|max_bad_fraction|media_seconds|packing|profile_steps|eval_\w+|per_device_eval_batch_size|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
+    r"|run\.(torch_compile\w*|use_liger_kernel|liger_kernel_config(\.\w+)?)"
     r"|model\.(vit_chunk_size|attn_implementation|use_grad_checkpoint|qformer_tokenizer)"
     r"|datasets\.(\w+\.)?(anno_root|media_root)|datasets\.\w+\.(anno_path|media_dir|cache_dir|reader)"
 )

@@ -31,6 +31,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames, ParallelMode, trainer_log_levels
+from transformers.utils import is_liger_kernel_available
 from transformers.utils.logging import disable_progress_bar
 
 from stllm.common.device import DTYPE_ALIASES, resolve_device, seed_everything
@@ -43,6 +44,8 @@ from stllm.common.run_section import REFUSED
 from stllm.common.schema import RunSettings
 from stllm.datasets.collate import MEDIA_FIELDS
 from stllm.datasets.samples import BadSampleLog, SampleKey
+from stllm.models.language_model import set_attention, use_liger
+from stllm.models.st_llm import STLLM
 from stllm.runners.run_folder import RunFolder
 from stllm.runners.throughput import Profiler
 from stllm.runners.trainer import STLLMTrainer
@@ -96,12 +99,23 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
         validation = None if args.eval_strategy == "no" else open_validation(task, args, cfg)
         # What is frozen is in half precision; what trains stays in float32 and is computed on in half (autocast). FSDP
         # shards units of one type, so there everything is float32 until it computes; DeepSpeed keeps its own masters.
-        half = None if args.fsdp else torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        half = None if args.fsdp or precision == torch.float32 else precision
         model = task.build_model(
             device=torch.device("cpu") if args.fsdp or args.deepspeed else args.device,  # divided among several later
             dtype=half or torch.float32,
             trained_dtype=torch.float32 if half and not args.deepspeed else None,
         )
+        if isinstance(model, STLLM):
+            attention = cfg.model.get("attn_implementation")
+            set_attention(model.language_model, attention, device=args.device, dtype=precision)
+        if args.use_liger_kernel:
+            if not isinstance(model, STLLM):
+                raise UserError(f"run.use_liger_kernel: run.task {cfg.run.task} trains no language model: leave it out")
+            use_liger(model.language_model, args.liger_kernel_config, whole=not args.fsdp and not args.deepspeed)
+            args.use_liger_kernel = False  # done: the Trainer looks for kernels of the outer model
+        if args.torch_compile:
+            compile_blocks(model, args)
         if args.ddp_find_unused_parameters is None and args.world_size > 1 and not args.fsdp and not args.deepspeed:
             args.ddp_find_unused_parameters = some_parts_idle(task, model, args)
         if args.deepspeed:
@@ -139,6 +153,21 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
             return 128 + (stop[0] if stop else signal.SIGINT)  # as shells have it; the signal may be another process's
         _finish(task, trainer, folder)
         return 0
+
+
+def compile_blocks(model: nn.Module, args: TrainingArguments) -> None:
+    """Compile each block of the vision encoder and of the language model, in place and under its own name.
+
+    Blocks of one kind share their compiled code: one for passes with gradients and one for those without, again for
+    lengths that vary. The code between them depends on the batch (masking, placeholders); compiling the whole model
+    would begin anew at each kind of batch.
+    """
+    names = getattr(model, "_no_split_modules", STLLM._no_split_modules)
+    parts = [getattr(model, name) for name in ("vision_encoder", "language_model") if hasattr(model, name)]
+    for block in (block for part in parts or [model] for block in part.modules()):
+        if type(block).__name__ in names:
+            block.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    args.torch_compile_backend = None  # accelerate would compile the whole model
 
 
 def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> bool:
@@ -267,6 +296,8 @@ def training_arguments(
     if place.type == "cuda" and "LOCAL_RANK" not in os.environ:
         torch.cuda.set_device(place)  # transformers itself takes the first GPU
         args._setup_devices = place  # a cached property
+    if args.use_liger_kernel and place.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("run.use_liger_kernel needs a GPU, and this run is on the CPU: leave it out")
     if args.fp16 and place.type == "cpu":
         raise UserError("run.fp16 needs a GPU, and this run is on the CPU: use run.bf16=True, or neither")
     if args.fsdp and args.deepspeed:
@@ -311,6 +342,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
         # transformers does not list flyte among those available
         if tracker not in (*get_available_reporting_integrations(), "all", "none", "flyte"):
             raise UserError(f"run.report_to names {tracker}, which is not installed: `pip install {tracker}`")
+    if values.get("use_liger_kernel") and not is_liger_kernel_available():
+        raise UserError(
+            "run.use_liger_kernel is True, but Liger is not installed: `pip install liger-kernel`, or leave it out"
+        )
     if values.get("deepspeed") and find_spec("deepspeed") is None:
         raise UserError(
             "run.deepspeed is set, but DeepSpeed is not installed: `pip install deepspeed`, or train without it "

@@ -8,7 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,9 @@ class STLLMTrainer(Trainer):
         begun = time.perf_counter()
         model: Any = self.model_wrapped
         model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # generation meets every length and a cache, and would compile for many of them
+        eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
+        with torch.no_grad(), self.compute_loss_context_manager(), eager:
             figures = self.validation.losses(model, self.args.device)
             figures |= self.validation.scores(self.accelerator.unwrap_model(model))
         self.meter.started += time.perf_counter() - begun  # it is not the training's time

@@ -28,6 +28,7 @@ HONOURED = {
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("use_liger_kernel", "liger_kernel_config"),
     *("activation_checkpointing", "activation_checkpointing_kwargs"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
     *("logging_strategy", "logging_steps", "logging_first_step", "disable_tqdm"),
@@ -110,6 +111,11 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
         (("report_to=5",), "'run.report_to' must be text or a list, found 5"),
         (("torch_compile_mode=abc",), "unknown run.torch_compile_mode 'abc': known are default, "),
         (("torch_compile_backend=abc",), "unknown run.torch_compile_backend 'abc': known are "),
+        (("use_liger_kernel=true",), "run.use_liger_kernel is True, but Liger is not installed: `pip install liger-"),
+        (
+            ("liger_kernel_config={rop: true}",),
+            "unknown key of run.liger_kernel_config 'rop': known are cross_entropy, ",
+        ),
         (("log_level=abc",), "unknown run.log_level 'abc': known are critical, "),
         (("ddp_backend=abc",), "unknown run.ddp_backend 'abc': known are "),
         (("ddp_timeout=1000000000000000",), "'run.ddp_timeout' must be from 1 to 1000000000"),
@@ -168,6 +174,7 @@ def test_a_mistake_gives_one_sentence(
 ) -> None:
     if options[0].startswith("deepspeed="):
         monkeypatch.setattr("stllm.runners.train.find_spec", lambda name: object())  # as if it were installed
+    monkeypatch.setattr("stllm.runners.train.is_liger_kernel_available", lambda: False)
     if options[0].startswith("optim="):  # as if it were not
         monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     assert words in refusal(capsys, recipe, *(f"run.{option}" for option in options))
@@ -252,8 +259,30 @@ def trainer_of(
     return build
 
 
-def test_honoured_keys_have_their_effect(trainer_of: Callable[..., STLLMTrainer]) -> None:
+def test_liger_needs_a_gpu(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("stllm.runners.train.is_liger_kernel_available", lambda: True)
+    found = refusal(capsys, recipe, "run.use_liger_kernel=true")
+    assert found == "error: run.use_liger_kernel needs a GPU, and this run is on the CPU: leave it out"
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_an_attention_that_needs_a_gpu_is_refused_on_the_cpu(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    options = [f"run.output_dir={tmp_path / 'run'}", f"model.attn_implementation={name}"]
+    assert main(["train", "--cfg-path", str(recipe), "--options", *options]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    needs = "that needs a CUDA GPU, and the model is on cpu: take auto, which suits every device and architecture"
+    assert line == f"error: model.attn_implementation is {name}, but {needs}"
+
+
+def test_honoured_keys_have_their_effect(
+    trainer_of: Callable[..., STLLMTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     verbosity = transformers_logging.get_verbosity()
+    compiled: dict[str, Any] = {}
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.update({type(self).__name__: how}))
     try:
         trainer = trainer_of(
             *("seed=5", "data_seed=9", "full_determinism=true", "per_device_train_batch_size=2", "num_train_epochs=3"),
@@ -286,7 +315,9 @@ def test_honoured_keys_have_their_effect(trainer_of: Callable[..., STLLMTrainer]
         rates.append(trainer.lr_scheduler.get_last_lr()[0])
     assert rates[1] == pytest.approx(0.004) and rates[-1] == pytest.approx(0.001)
     assert trainer.accelerator.mixed_precision == "bf16"
-    assert trainer.accelerator.state.dynamo_plugin.mode == "reduce-overhead"
+    how = {"backend": "inductor", "mode": "reduce-overhead"}
+    assert compiled == {"EvaBlock": how, "LlamaDecoderLayer": how}
+    assert trainer.accelerator.state.dynamo_plugin.backend == "NO"  # the model is not compiled as a whole
     assert trainer.model.is_gradient_checkpointing
     loader = trainer.get_train_dataloader()
     assert (loader.num_workers, loader.prefetch_factor, loader.persistent_workers) == (1, 3, False)

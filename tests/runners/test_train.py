@@ -75,6 +75,31 @@ def test_what_a_run_leaves_behind(trained: Path, toy: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["visual_tokens"] == 32
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_is_the_same_run(
+    trained: Path, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, backend: str
+) -> None:
+    """Equal losses, weights under their own names, few compilations, and each continues the other's checkpoints."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=8)
+    torch._dynamo.reset()
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    shutil.copytree(trained, tmp_path / "run")
+    for name in ("checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "config.json").unlink()
+    run(recipe, f"run.torch_compile_backend={backend}")
+    # encoder block: 1; decoder layer: with gradients and without, for one length and for all
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] - compilations <= 8
+    assert "recompile_limit" not in caplog.text
+    assert losses(tmp_path / "run") == [pytest.approx(line, rel=1e-3) for line in losses(trained)]
+    found, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", trained))
+    assert found.keys() == expected.keys()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8")
+    (tmp_path / "run" / "config.json").unlink()
+    run(recipe)
+    assert losses(tmp_path / "run") == [pytest.approx(line, rel=1e-3) for line in losses(trained)]
+
+
 def test_the_configuration_it_writes_is_one(trained: Path, tmp_path: Path) -> None:
     run(
         trained / "config.yaml",
