@@ -48,7 +48,7 @@ def build_audited(
     dtype: str | torch.dtype = "auto",
     trained_dtype: torch.dtype | None = None,
     language_model: str = "whole",
-    divide: Callable[[nn.Module], None] | None = None,
+    divide: Callable[[nn.Module], torch.device] | None = None,
 ) -> tuple[STLLM, AuditReport]:
     """Build as `build_model` does, and return the audit too; trained_dtype and those after it: as in `assemble`."""
     settings = model_section(cfg)

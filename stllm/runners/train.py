@@ -34,7 +34,7 @@ from omegaconf import DictConfig
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -112,7 +112,8 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
         if args.fsdp and not (divides and is_torch_version(">=", "2.9")):
             half = None
         model = task.build_model(
-            device=torch.device("cpu") if args.fsdp or args.deepspeed else args.device,  # divided among several later
+            # what is divided among several later begins in main memory
+            device=torch.device("cpu") if (args.fsdp and not divides) or args.deepspeed else args.device,
             dtype=half or torch.float32,
             trained_dtype=torch.float32 if half and not args.deepspeed else None,
             divide=partial(divide, args=args) if divides else None,
@@ -170,8 +171,10 @@ def divides_while_loading(args: TrainingArguments) -> bool:
     return plugin.get("fsdp_version") == 2 and not plugin.get("activation_checkpointing")
 
 
-def divide(model: nn.Module, args: TrainingArguments) -> None:
+def divide(model: nn.Module, args: TrainingArguments) -> torch.device:
     """Divide a model's weights among the processes with FSDP 2, in the units that `run.fsdp_config` names.
+
+    Returns the device for the shards.
 
     accelerate would divide a model that each process holds whole. It leaves a divided one alone.
     """
@@ -189,6 +192,7 @@ def divide(model: nn.Module, args: TrainingArguments) -> None:
             fully_shard(module, **options)
     fully_shard(model, **{**options, "reshard_after_forward": False})
     args.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"  # accelerate no longer finds the classes of the units
+    return torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else args.device
 
 
 def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> bool:

@@ -101,7 +101,7 @@ class VideoTextTask:
         device: torch.device | str,
         dtype: torch.dtype,
         trained_dtype: torch.dtype | None,
-        divide: Callable[[nn.Module], None] | None = None,
+        divide: Callable[[nn.Module], torch.device] | None = None,
     ) -> STLLM:
         """The model to train, from the weights that the configuration names; what starts fresh is noted.
 

@@ -156,7 +156,7 @@ def assemble(
     language_model: str = "whole",
     quantization: str | None = None,
     device_map: Any = None,
-    divide: Callable[[nn.Module], None] | None = None,
+    divide: Callable[[nn.Module], torch.device] | None = None,
 ) -> tuple[STLLM, AuditReport]:
     """Build the model, fill it, and return it in evaluation mode with its audit.
 
@@ -165,7 +165,8 @@ def assemble(
     language_model: the part of it that is read and held, whole, embedding (its token embedding) or none; it is audited
         all the same.
     quantization: as in `load_model`. device_map: as there; a foreign format then passes through main memory.
-    divide: divides the weights among processes (`DTensor`) before they are read; each process then reads its own rows.
+    divide: divides the weights among processes (`DTensor`) before they are read, and returns the device for a process's
+        shards; each process then reads its own rows.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
@@ -362,7 +363,9 @@ def _grows(key: str, source: Source) -> bool:
     return is_plain and key.startswith("language_model.") and key.endswith((".weight", ".bias"))
 
 
-def fill(model: STLLM, plan: Plan, device: torch.device, divide: Callable[[nn.Module], None] | None = None) -> None:
+def fill(
+    model: STLLM, plan: Plan, device: torch.device, divide: Callable[[nn.Module], torch.device] | None = None
+) -> None:
     """Initialise what no file has, copy every planned weight into place, quantized where its layer is, and tie weights.
 
     divide: as in `assemble`. What no file has is whole, in main memory, until it is divided.
@@ -390,7 +393,7 @@ def fill(model: STLLM, plan: Plan, device: torch.device, divide: Callable[[nn.Mo
                     module.reset_lora_parameters(adapter, init_lora_weights=True)
     if divide is not None:
         model.tie_weights()  # so that tied weights are divided as one
-        divide(model)
+        shards_on = divide(model)
     # disable=None: no bar where nobody looks; delay: none for what is quick
     with tqdm(
         desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
@@ -400,7 +403,7 @@ def fill(model: STLLM, plan: Plan, device: torch.device, divide: Callable[[nn.Mo
             if key in layers:
                 new: Tensor = quantized_weight(layers[key], source.weights.read(entry.key).to(kind), device)
             elif isinstance(old, DTensor):
-                new = _read_shard(source, entry, key, old, device)
+                new = _read_shard(source, entry, key, old, shards_on)
             else:
                 new = torch.empty_like(old, device=device, requires_grad=False)
                 _copy(source, entry, key, new)
