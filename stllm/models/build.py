@@ -4,11 +4,12 @@ ones. Weights that no file has start fresh only in the parts that training may s
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.infer_config import decide_config, open_sources
@@ -48,10 +49,11 @@ def build_audited(
     dtype: str | torch.dtype = "auto",
     trained_dtype: torch.dtype | None = None,
     language_model: str = "whole",
+    divide: Callable[[nn.Module], torch.device] | None = None,
 ) -> tuple[STLLM, AuditReport]:
     """Build as `build_model` does, and return the audit too; the attention is not chosen yet.
 
-    trained_dtype, language_model: as in `assemble`.
+    trained_dtype and those after it: as in `assemble`.
     """
     settings = model_section(cfg)
     sources = open_sources(settings)
@@ -69,6 +71,7 @@ def build_audited(
         trained_dtype=trained_dtype,
         language_model=language_model,
         quantization=quantization,
+        divide=divide,
     )
     if settings.get("use_grad_checkpoint") and language_model == "whole":
         # newer releases of transformers have renamed it, and warn at the old name

@@ -9,6 +9,7 @@ import json
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stllm.models.configuration import VISION_DEFAULTS, STLLMConfig
 from stllm.models.st_llm import STLLM
@@ -70,6 +71,7 @@ def weights_digest(model: STLLM, stage: str) -> str:
     digest = hashlib.blake2b(json.dumps(choices).encode(), digest_size=8)
     for part, module in parts.items():
         for name, tensor in module.state_dict().items():
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of FSDP: a collective call
             digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.to(torch.bfloat16).cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -26,7 +26,7 @@ from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
 from stllm.models.temporal_adapter import TemporalAdapter, TemporalLayer
 from stllm.models.video_inputs import ResidualInput, build_video_input
-from stllm.models.vision import VisionEncoder, build_vision_encoder, sine_cosine_positions
+from stllm.models.vision import build_vision_encoder, sine_cosine_positions
 
 INIT_STD = 0.02
 
@@ -289,6 +289,18 @@ class STLLM(PreTrainedModel):
             frozen.append(self.language_model)
         return frozen
 
+    def copied_weights(self) -> dict[str, str]:
+        """Weights that start as others: those of the adapter's spatial layers as those of the encoder's last blocks."""
+        encoder = self.vision_encoder
+        if encoder.adapter is None:
+            return {}
+        first = len(encoder.backbone.blocks) - encoder.adapter.depth
+        return {
+            f"vision_encoder.adapter.spatial.{number}.{name}": f"vision_encoder.backbone.blocks.{first + number}.{name}"
+            for number, layer in enumerate(encoder.adapter.spatial)
+            for name, _ in layer.named_parameters()
+        }
+
     def initialize_weights(self) -> None:
         """Initialize everything that was not loaded from a file; transformers calls it once."""
         done = getattr(self, "_is_hf_initialized", False)
@@ -298,7 +310,7 @@ class STLLM(PreTrainedModel):
 
 
 @torch.no_grad()
-def initialize_parts(model: nn.Module) -> None:
+def initialize_parts(model: STLLM) -> None:
     """Start the parts that transformers doesn't know: timm's encoder, the adapter, the queries, the bottleneck.
 
     transformers' `init` functions leave alone what was loaded from a file, so this serves a model built from nothing,
@@ -321,13 +333,8 @@ def initialize_parts(model: nn.Module) -> None:
             init.normal_(module.query_tokens, std=INIT_STD)
         elif isinstance(module, ResidualInput):
             init.zeros_(module.up_proj.weight)
-    for module in model.modules():  # when the backbone has its values: the spatial layers start as its last blocks
-        if isinstance(module, VisionEncoder) and module.adapter is not None:
-            adapter = module.adapter
-            for layer, block in zip(adapter.spatial, module.backbone.blocks[-adapter.depth :], strict=True):
-                source = dict(block.named_parameters())
-                for name, parameter in layer.named_parameters():
-                    init.copy_(parameter, source[name])
+    for key, block in model.copied_weights().items():  # when the backbone has its values
+        init.copy_(model.get_parameter(key), model.get_parameter(block))
 
 
 def config_of(model: STLLM) -> STLLMConfig:

@@ -15,16 +15,26 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DynamoBackend, send_to_device
+from accelerate.utils import (
+    DynamoBackend,
+    FullyShardedDataParallelPlugin,
+    get_module_children_bottom_up,
+    is_torch_version,
+    send_to_device,
+)
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from omegaconf import DictConfig
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -97,18 +107,25 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
             batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
         )
         validation = None if args.eval_strategy == "no" else open_validation(task, args, cfg)
-        # What is frozen is in half precision; what trains stays in float32 and is computed on in half (autocast). FSDP
-        # shards units of one type, so there everything is float32 until it computes; DeepSpeed keeps its own masters.
-        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        half = None if args.fsdp or precision == torch.float32 else precision
+        # What is frozen is in half precision; what trains stays in float32 and is computed on in half (autocast, or
+        # FSDP casts). FSDP 1, and that of torch before 2.9, shards units of one type: everything there is float32 until
+        # it computes. DeepSpeed keeps its own masters.
+        divides = divides_while_loading(args)
+        half = half_precision(args)
+        if args.fsdp and not (divides and is_torch_version(">=", "2.9")):
+            half = None
         model = task.build_model(
-            device=torch.device("cpu") if args.fsdp or args.deepspeed else args.device,  # divided among several later
+            # what is divided among several later begins in main memory
+            device=torch.device("cpu") if (args.fsdp and not divides) or args.deepspeed else args.device,
             dtype=half or torch.float32,
             trained_dtype=torch.float32 if half and not args.deepspeed else None,
+            divide=partial(divide, args=args) if divides else None,
         )
         if isinstance(model, STLLM):
             attention = cfg.model.get("attn_implementation")
-            set_attention(model.language_model, attention, device=args.device, dtype=precision)
+            set_attention(
+                model.language_model, attention, device=args.device, dtype=half_precision(args) or torch.float32
+            )
         if args.use_liger_kernel:
             if not isinstance(model, STLLM):
                 raise UserError(f"run.use_liger_kernel: run.task {cfg.run.task} trains no language model: leave it out")
@@ -170,6 +187,44 @@ def compile_blocks(model: nn.Module, args: TrainingArguments) -> None:
     args.torch_compile_backend = None  # accelerate would compile the whole model
 
 
+def half_precision(args: TrainingArguments) -> torch.dtype | None:
+    """The type that is computed in, where it is not float32."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def divides_while_loading(args: TrainingArguments) -> bool:
+    """Check whether each process reads its own share of the weights alone, which FSDP 2 allows.
+
+    FSDP's own activation checkpointing has to be there before a model is divided, and renames its weights.
+    """
+    plugin: dict[str, Any] = args.fsdp_plugin_args or {}
+    return plugin.get("fsdp_version") == 2 and not plugin.get("activation_checkpointing")
+
+
+def divide(model: nn.Module, args: TrainingArguments) -> torch.device:
+    """Divide a model's weights among the processes with FSDP 2, in the units that `run.fsdp_config` names.
+
+    Returns the device for the shards.
+
+    accelerate would divide a model that each process holds whole. It leaves a divided one alone.
+    """
+    plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    plugin.set_auto_wrap_policy(model)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    options = {
+        "mesh": init_device_mesh(args.device.type, (dist.get_world_size(),)),
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half_precision(args), reduce_dtype=torch.float32),
+    }
+    for module in get_module_children_bottom_up(model)[:-1]:
+        if is_unit is not None and is_unit(module):
+            fully_shard(module, **options)
+    fully_shard(model, **{**options, "reshard_after_forward": False})
+    args.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"  # accelerate no longer finds the classes of the units
+    return torch.device("cpu") if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else args.device
+
+
 def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> bool:
     """Check for batches that give some trained weights no gradient, so that DDP must look for such weights.
 
@@ -178,7 +233,6 @@ def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> boo
     together.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    half = torch.bfloat16 if args.bf16 else torch.float16
     collate, kinds, idle = task.collator(), set(), False
     model.train()
     for number in range(len(task.mixture.corpora)):
@@ -188,7 +242,7 @@ def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> boo
             continue
         kinds.add(kind)
         inputs = {name: value for name, value in batch.items() if name not in ("names", "failures")}
-        with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
+        with torch.autocast(args.device.type, dtype=half_precision(args), enabled=args.bf16 or args.fp16):
             loss = model(**send_to_device(inputs, args.device))["loss"]
         loss.backward()
         idle = idle or any(weight.grad is None for weight in trained)

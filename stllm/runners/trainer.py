@@ -17,6 +17,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -103,7 +104,7 @@ class STLLMTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """On CPUs accelerate makes DDP of FSDP without a word, though gloo can shard: there it is told otherwise."""
-        if self.args.fsdp and self.args.device.type == "cpu" and self.args.world_size > 1:
+        if self.args.fsdp and self.args.device.type == "cpu":
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
 
@@ -214,9 +215,19 @@ class STLLMTrainer(Trainer):
                 learning_rate=self.args.learning_rate,
                 projection_lr=self.projection_lr,
             )
+            self.trained = [list(group["params"]) for group in groups]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = kind(groups, **options)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """accelerate has just prepared the optimizer; with FSDP it goes by addresses, and empty shards have none."""
+        model: Any = self.model
+        if isinstance(model, FSDPModule):
+            prepared: Any = self.optimizer
+            for group, weights in zip(prepared.param_groups, self.trained, strict=True):
+                group["params"] = weights
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- the log ------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Builds, from a configuration, the data sets, the prompts and the model; how they
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,13 +107,19 @@ class VideoTextTask:
         return cls(cfg, config, processor, mixture, held_out, base_model)
 
     def build_model(
-        self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None
+        self,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        trained_dtype: torch.dtype | None,
+        divide: Callable[[nn.Module], torch.device] | None = None,
     ) -> STLLM:
         """The model to train, from the weights that the configuration names; what starts fresh is noted.
 
+        divide: as in `assemble`.
         Raises UserError for stored features that other weights than the model's have made.
         """
-        model, report = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
+        model, report = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype, divide=divide)
         counts = {part: len(audit["fresh"]) for part, audit in report.parts.items()}
         if fresh := [f"{part} ({count} weights)" for part, count in counts.items() if count]:
             log.info("from random weights, as no file gives them: %s", ", ".join(fresh))

@@ -11,7 +11,7 @@ Weights that no file has and that may start fresh are initialised last. With a d
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from stllm.common.device import resolve_device, resolve_dtype
@@ -155,6 +156,7 @@ def assemble(
     language_model: str = "whole",
     quantization: str | None = None,
     device_map: Any = None,
+    divide: Callable[[nn.Module], torch.device] | None = None,
 ) -> tuple[STLLM, AuditReport]:
     """Build the model, fill it, and return it in evaluation mode with its audit.
 
@@ -163,6 +165,8 @@ def assemble(
     language_model: the part of it that is read and held, whole, embedding (its token embedding) or none; it is audited
         all the same.
     quantization: as in `load_model`. device_map: as there; a foreign format then passes through main memory.
+    divide: divides the weights among processes (`DTensor`) before they are read, and returns the device for a process's
+        shards; each process then reads its own rows.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
@@ -213,7 +217,7 @@ def assemble(
         held = set(model.state_dict())
         plan.origins = {key: origin for key, origin in plan.origins.items() if key in held}
     try:
-        fill(model, plan, place)
+        fill(model, plan, place, divide)
     except (RuntimeError, MemoryError, OSError) as error:
         if not out_of_memory(error):
             raise
@@ -321,12 +325,14 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
         may_be_fresh.update(FRESH_PARTS if sources else (*PART_NAMES, OTHER))
         if not is_whole and not any("projection.weight" in source.entries for source in sources):
             may_be_fresh.add("projection")
+    copied = {key: block for key, block in model.copied_weights().items() if key not in origins and block in origins}
     for key, tensor in wanted.items():
         if key in origins:
             _check_shape(plan, key, tuple(tensor.shape), config)
         elif key not in tied:
             is_fresh = part_of(key) in may_be_fresh or (training and "lora_" in key)
             report.add("fresh" if is_fresh else "missing", part_of(key), key)
+    origins.update((key, origins[block]) for key, block in copied.items())
     return plan
 
 
@@ -358,8 +364,13 @@ def _grows(key: str, source: Source) -> bool:
     return is_plain and key.startswith("language_model.") and key.endswith((".weight", ".bias"))
 
 
-def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
-    """Copy every planned weight into place, quantized where its layer is, then initialise the rest and tie weights."""
+def fill(
+    model: STLLM, plan: Plan, device: torch.device, divide: Callable[[nn.Module], torch.device] | None = None
+) -> None:
+    """Initialise what no file has, copy every planned weight into place, quantized where its layer is, and tie weights.
+
+    divide: as in `assemble`. What no file has is whole, in main memory, until it is divided.
+    """
     total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
     layers: dict[str, nn.Module] = {}
     if model.precise_weights:
@@ -367,22 +378,12 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
 
         layers = {f"{name}.weight": layer for name, layer in quantized_layers(model).items()}
     kind = config_of(model).dtype
-    # disable=None: no bar where nobody looks; delay: none for what is quick
-    with tqdm(
-        desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
-    ) as bar:
-        for key, (source, entry) in plan.origins.items():
-            if key in layers:
-                new: Tensor = quantized_weight(layers[key], source.weights.read(entry.key).to(kind), device)
-            else:
-                new = torch.empty_like(model.get_parameter_or_buffer(key), device=device, requires_grad=False)
-                _copy(source, entry, key, new)
-            _set_tensor(model, key, new, loaded=True)
-            bar.update(new.nbytes)
     tied = set(model.all_tied_weights_keys)
     for key, old in [*model.named_parameters(), *model.named_buffers()]:
-        if old.is_meta and key not in tied:
-            _set_tensor(model, key, torch.empty_like(old, device=device), loaded=False)
+        if key in plan.origins:
+            old._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
+        elif old.is_meta and key not in tied:
+            _set_tensor(model, key, torch.empty_like(old, device="cpu" if divide else device), loaded=False)
     model.initialize_weights()  # of what is not marked as loaded: fresh parts and computed buffers
     if any("lora_" in key for key in plan.report.keys("fresh")):
         from peft.tuners.lora import LoraLayer
@@ -391,6 +392,24 @@ def fill(model: STLLM, plan: Plan, device: torch.device) -> None:
             if isinstance(module, LoraLayer):
                 for adapter in module.active_adapters:
                     module.reset_lora_parameters(adapter, init_lora_weights=True)
+    if divide is not None:
+        model.tie_weights()  # so that tied weights are divided as one
+        shards_on = divide(model)
+    # disable=None: no bar where nobody looks; delay: none for what is quick
+    with tqdm(
+        desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
+    ) as bar:
+        for key, (source, entry) in plan.origins.items():
+            old = model.get_parameter_or_buffer(key)
+            if key in layers:
+                new: Tensor = quantized_weight(layers[key], source.weights.read(entry.key).to(kind), device)
+            elif isinstance(old, DTensor):
+                new = _read_shard(source, entry, key, old, shards_on)
+            else:
+                new = torch.empty_like(old, device=device, requires_grad=False)
+                _copy(source, entry, key, new)
+            _set_tensor(model, key, new, loaded=True)
+            bar.update(old.nbytes)
     if tied:
         model.tie_weights()
     left = [key for key, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta]
@@ -409,6 +428,21 @@ def restore(model: STLLM, folder: Path) -> None:
         )
     for key, (source, entry) in plan.origins.items():
         _copy(source, entry, key, model.get_parameter_or_buffer(key))
+
+
+def _read_shard(source: Source, entry: Entry, key: str, old: DTensor, device: torch.device) -> Tensor:
+    """Return this process's rows of one weight. old: its place, divided by rows as FSDP does."""
+    new: Any = torch.empty_like(old, device=device, requires_grad=False)
+    local = new.to_local()
+    rows_each = -(-old.shape[0] // old.device_mesh.size())  # the last processes may have fewer
+    first = rows_each * old.device_mesh.get_local_rank()
+    if entry.shape != tuple(old.shape):
+        whole = torch.empty(old.shape, dtype=old.dtype)
+        _copy(source, entry, key, whole)
+        local.copy_(whole[first : first + len(local)])
+    elif local.numel():
+        source.weights.copy_to(entry.key, local, first)
+    return new
 
 
 def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:

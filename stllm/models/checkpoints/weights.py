@@ -59,8 +59,8 @@ class Weights(ABC):
         return self.specs
 
     @abstractmethod
-    def copy_to(self, key: str, destination: Tensor) -> None:
-        """Copy a tensor into one of the same shape, on any device and of any type."""
+    def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
+        """Copy a tensor, or its rows from `first` on, into one of their shape, on any device and of any type."""
 
     def read(self, key: str) -> Tensor:
         """Return a copy of the tensor, in its own type, in main memory."""
@@ -98,16 +98,17 @@ class WeightFiles(Weights):
             self._home |= dict.fromkeys(views, path)
             self._budget[path] = max(MAPPED_BYTES, path.stat().st_size // 32) if _mappable(path) else math.inf
 
-    def copy_to(self, key: str, destination: Tensor) -> None:
+    def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
         """Copy in slices that fit the budget, so that the largest tensor costs no more than the smallest."""
         spec, budget = self.specs[key], self._budget[self._home[key]]
-        if not spec.dim() or spec.nbytes <= budget:
+        if destination.shape == spec.shape and (not spec.dim() or spec.nbytes <= budget):
             destination.copy_(self._view(key, spec.nbytes)[...])
             return
         rows = max(1, int(budget) * len(spec) // spec.nbytes)
-        for start in range(0, len(spec), rows):
-            part = slice(start, start + rows)
-            destination[part].copy_(self._view(key, spec[part].nbytes)[part])
+        for start in range(0, len(destination), rows):
+            part = destination[start : start + rows]
+            found = slice(first + start, first + start + len(part))
+            part.copy_(self._view(key, spec[found].nbytes)[found])
 
     def _view(self, key: str, size: int) -> Any:
         """The tensor to be sliced, `size` bytes of which will be touched."""
@@ -118,6 +119,10 @@ class WeightFiles(Weights):
             self._open, self._touched = path, 0
         self._touched += size
         return self._views[key]
+
+
+def _copy_rows(tensor: Tensor, destination: Tensor, first: int) -> None:
+    destination.copy_(tensor[first : first + len(destination)] if tensor.dim() else tensor)
 
 
 def _mappable(path: Path) -> bool:
@@ -196,12 +201,12 @@ class DerivedWeights(Weights):
         """See `Weights.stored`."""
         return self._weights.stored
 
-    def copy_to(self, key: str, destination: Tensor) -> None:
+    def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
         sources, make = self._origins[key]
         if make is None:
-            self._weights.copy_to(sources[0], destination)
+            self._weights.copy_to(sources[0], destination, first)
         else:
-            destination.copy_(make([self._weights.read(source) for source in sources])[key])
+            _copy_rows(make([self._weights.read(source) for source in sources])[key], destination, first)
 
 
 def split_biases(folder: Path, weights: Weights) -> Weights:
@@ -365,10 +370,10 @@ class QuantizedWeights(Weights):
         self._folder = folder
         self._state: dict[str, Tensor] | None = None
 
-    def copy_to(self, key: str, destination: Tensor) -> None:
+    def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
         if self._state is None:
             self._state = self._load()
-        destination.copy_(self._state.pop(key))  # its memory goes when it was copied
+        _copy_rows(self._state.pop(key), destination, first)  # its memory goes when it was copied
 
     def _load(self) -> dict[str, Tensor]:
         try:

@@ -1,0 +1,52 @@
+"""Load a recipe's model as `stllm train` does, and print what it takes: `torchrun ... -m tests.helpers.loading RECIPE`.
+
+Prints a line of JSON for each process: the growth of its memory at its highest, and the bytes of the whole weights.
+"""
+
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import distributed as dist
+
+from stllm.common.config import load_config
+from stllm.common.device import seed_everything
+from stllm.models.build import build_audited
+from stllm.runners.train import divide, training_arguments
+
+
+def _memory(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def main(recipe: str, how: str, *options: str) -> None:
+    """how: divided or whole, as each process loads."""
+    cfg = load_config(recipe, list(options))
+    settings: Any = OmegaConf.to_container(cfg.run, resolve=True)
+    args = training_arguments(settings)
+    assert args.world_size > 1
+    dist.barrier()  # the communication's own memory is there before
+    seed_everything(0)
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    model, _ = build_audited(
+        cfg,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        trained_dtype=torch.float32,
+        divide=partial(divide, args=args) if how == "divided" else None,
+    )
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    print(json.dumps({"growth": _memory("VmHWM") - before, "weights": weights}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
