@@ -67,19 +67,26 @@ def seconds(work: Callable[[], Any], *, repeats: int = 5, device: torch.device |
 
 
 def take_turns(
-    works: Mapping[str, Callable[[], Any]], *, repeats: int = 3, device: torch.device | None = None
+    works: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 3,
+    device: torch.device | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """`seconds` of each, one after the other and round again, so that a slow minute of the machine meets them all."""
-    rounds = [{name: _once(work, device) for name, work in works.items()} for _ in range(repeats + 1)]
+    """`seconds` of each, one after the other and round again, so that a slow minute of the machine meets them all.
+
+    clock: time.process_time for the processor's seconds, which other processes change less.
+    """
+    rounds = [{name: _once(work, device, clock) for name, work in works.items()} for _ in range(repeats + 1)]
     return {name: min(times[name] for times in rounds[1:]) for name in works}
 
 
-def _once(work: Callable[[], Any], device: torch.device | None) -> float:
+def _once(work: Callable[[], Any], device: torch.device | None, clock: Callable[[], float]) -> float:
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     work()
     _wait(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def now(device: torch.device) -> float:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -77,11 +78,8 @@ class Validation:
         sums = torch.zeros(len(self.mixture.corpora), 2, device=device)  # of each: loss of all tokens, their number
         for batch in loader:
             corpus, counts = batch.pop("corpus"), batch.pop("counts")
-            given = {
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-                if name not in ("names", "failures")
-            }
+            del batch["names"], batch["failures"]
+            given = send_to_device(batch, device, non_blocking=True)
             num_labels = len(given["label_positions"])
             sums[corpus, 0] += model(**given).loss_lm.float() * num_labels * counts
             sums[corpus, 1] += num_labels * counts
