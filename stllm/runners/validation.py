@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from omegaconf import DictConfig
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
