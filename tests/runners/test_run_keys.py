@@ -112,7 +112,10 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
         (("torch_compile_mode=abc",), "unknown run.torch_compile_mode 'abc': known are default, "),
         (("torch_compile_backend=abc",), "unknown run.torch_compile_backend 'abc': known are "),
         (("use_liger_kernel=true",), "run.use_liger_kernel is True, but Liger is not installed: `pip install liger-"),
-        (("liger_kernel_config={rop: true}",), "unknown key of run.liger_kernel_config 'rop': known are cross_entropy, "),
+        (
+            ("liger_kernel_config={rop: true}",),
+            "unknown key of run.liger_kernel_config 'rop': known are cross_entropy, ",
+        ),
         (("log_level=abc",), "unknown run.log_level 'abc': known are critical, "),
         (("ddp_backend=abc",), "unknown run.ddp_backend 'abc': known are "),
         (("ddp_timeout=1000000000000000",), "'run.ddp_timeout' must be from 1 to 1000000000"),
