@@ -99,7 +99,7 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     positions = (labels[:, 1:] != -100).nonzero() @ torch.tensor([9, 1])
     loss, logits = language_loss(model, hidden, labels, positions)
     assert torch.allclose(loss, whole.loss, atol=1e-5)
-    assert logits.shape == ((labels[:, 1:] != -100).sum(), 64)
+    assert logits is not None and logits.shape == ((labels[:, 1:] != -100).sum(), 64)
 
 
 @pytest.mark.parametrize(

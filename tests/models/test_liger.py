@@ -144,9 +144,9 @@ def test_training_patches_the_inner_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("model.lora_r=4",), ("run.bf16=true",)], ids=["plain", "lora", "bf16"])
+@pytest.mark.parametrize("options", [(), ("model.lora_r=4",)], ids=["plain", "lora"])
 def test_the_real_kernels_train_alike(toy: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Norms, MLPs, rotary embedding and loss of Liger, interpreted; bfloat16 rounds differently in both."""
+    """Norms, MLPs, rotary embedding and loss of Liger, interpreted: in float32, as Triton interprets no bfloat16."""
     pytest.importorskip("liger_kernel")
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=3, per_device_train_batch_size=2)
     for name in ("plain", "liger"):
@@ -155,5 +155,4 @@ def test_the_real_kernels_train_alike(toy: Path, tmp_path: Path, options: tuple[
         command = [sys.executable, "-m", "tests.helpers.interpreted", *argv]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
         assert result.returncode == 0, result.stderr[-3000:]
-    tolerance = 2e-2 if "run.bf16=true" in options else 1e-4
-    assert losses(tmp_path / "liger") == [pytest.approx(line, rel=tolerance) for line in losses(tmp_path / "plain")]
+    assert losses(tmp_path / "liger") == [pytest.approx(line, rel=1e-4) for line in losses(tmp_path / "plain")]

@@ -77,10 +77,16 @@ def test_what_a_run_leaves_behind(trained: Path, toy: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_run_is_the_same_run(
-    trained: Path, toy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, backend: str
+    trained: Path,
+    toy: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
 ) -> None:
     """Equal losses, weights under their own names, few compilations, and each continues the other's checkpoints."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=8)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch._dynamo.reset()
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     shutil.copytree(trained, tmp_path / "run")
