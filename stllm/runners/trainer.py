@@ -95,6 +95,7 @@ class STLLMTrainer(Trainer):
         self.stopping = False  # as agreed on by all processes
         self.learned: list[tuple[Tensor, list[str]]] = []  # of this step's micro-batches: is the loss finite; samples
         self.new_failures: list[Any] = []
+        self.shards: list[list[nn.Parameter]] = []  # of the optimizer's groups, where FSDP has divided the model
         self._save_to: Path | None = None
         self.progress = Progress()
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
@@ -215,17 +216,17 @@ class STLLMTrainer(Trainer):
                 learning_rate=self.args.learning_rate,
                 projection_lr=self.projection_lr,
             )
-            self.trained = [list(group["params"]) for group in groups]
+            if isinstance(trained, FSDPModule):  # divided while it was loaded
+                self.shards = [list(group["params"]) for group in groups]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """accelerate has just prepared the optimizer; with FSDP it goes by addresses, and empty shards have none."""
-        model: Any = self.model
-        if isinstance(model, FSDPModule):
+        if self.shards:
             prepared: Any = self.optimizer
-            for group, weights in zip(prepared.param_groups, self.trained, strict=True):
+            for group, weights in zip(prepared.param_groups, self.shards, strict=True):
                 group["params"] = weights
         return super().create_scheduler(num_training_steps, optimizer)
 

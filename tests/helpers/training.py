@@ -63,9 +63,9 @@ def write_recipe(
 
 
 def command(recipe: Path, *options: str, processes: int = 1) -> list[str]:
-    """The command line that trains; several processes through torchrun."""
+    """The command line that trains; several processes, and FSDP, through torchrun."""
     launch = [sys.executable]
-    if processes > 1:
+    if processes > 1 or "run.fsdp=True" in options:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launch, "-m", "stllm", "train", "--cfg-path", str(recipe), *(["--options", *options] if options else [])]
 

@@ -187,12 +187,12 @@ def training_memory(
 
     half: bf16 or fp16 with float32 masters; otherwise everything is in float32, and DeepSpeed is left out.
     A GPU holds some bytes whole, and its share of others that are sharded. The machine holds what is offloaded, or what
-    loading takes if that is more: every process fills a whole model. ZeRO: DeepSpeed's own estimates
+    loading takes if that is more: under DeepSpeed every process fills a whole model. ZeRO: DeepSpeed's own estimates
     (`estimate_zero{2,3}_model_states_mem_needs`), with frozen weights apart; FSDP 2 gathers in half precision.
     """
     weight = 2 if half else 4
     states = 16 * counts.trained  # float32 weights, gradients and AdamW's two moments
-    zero3, fsdp = 2 * counts.all + states, 4 * counts.frozen + states
+    zero3, fsdp = 2 * counts.all + states, weight * counts.frozen + states
     module, layers = 2 * 2 * counts.largest, 2 * weight * counts.gathered  # weights and their gradients
     # whole on each GPU, sharded, offloaded, loaded by each process
     strategies = {
@@ -201,8 +201,8 @@ def training_memory(
         "ZeRO-2 offload": (2 * counts.all, 0, states, 2 * counts.all),
         "ZeRO-3": (module, zero3, 0, 2 * counts.all),
         "ZeRO-3 offload": (module, 0, zero3, 2 * counts.all),
-        "FSDP": (layers, fsdp, 0, 4 * counts.all),
-        "FSDP offload": (layers, 0, fsdp, 4 * counts.all),
+        "FSDP": (layers, fsdp, 0, 0),
+        "FSDP offload": (layers, 0, fsdp, 0),
     }
     memory = {
         name: {

@@ -3,8 +3,9 @@
     model, processor = load_pretrained("path/to/checkpoint")
 
 First, a plan is made from names and shapes: which tensor of which file goes where. Then the model is built on the meta
-device and filled weight by weight, straight to its device and type, so that memory never holds two copies of it.
-Weights that no file has and that may start fresh are initialised last. With a device map, transformers'
+device, weights that no file has are initialised where they may start fresh, and the others are filled weight by weight,
+straight to their device and type, so that memory never holds two copies. Under FSDP the model is divided before that,
+and each process reads its own rows. With a device map, transformers'
 `from_pretrained` puts the weights in place.
 """
 

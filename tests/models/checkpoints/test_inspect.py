@@ -143,9 +143,9 @@ def test_parameters_are_counted() -> None:
         # 2 a parameter and 16 of what trains, shared out; 4 of the largest module
         ("ZeRO-3", 28 + 280 + 640, 28 + 35 + 80, 280, 2240),
         ("ZeRO-3 offload", 28, 28, 280 + 640, 2240),
-        # frozen 4, trained 16, shared out; 4 of what is gathered; loading 4 a parameter and process
-        ("FSDP", 80 + 400 + 640, 80 + 50 + 80, 560, 4480),
-        ("FSDP offload", 80, 80, 400 + 640, 4480),
+        # frozen 2, trained 16, shared out; 4 of what is gathered; each process loads its own share
+        ("FSDP", 80 + 200 + 640, 80 + 25 + 80, 0, 0),
+        ("FSDP offload", 80, 80, 200 + 640, 840),
     ],
 )
 def test_bytes_of_each_strategy(strategy: str, one: int, eight: int, host_one: int, host_eight: int) -> None:
@@ -157,8 +157,8 @@ def test_float32_is_without_deepspeed() -> None:
     figures = training_memory(COUNTS, half=False, num_gpus=[2])
     assert figures == {
         "DDP": {"gpu": {2: 400 + 800}, "host": {2: 0}},
-        "FSDP": {"gpu": {2: 160 + 520}, "host": {2: 1120}},
-        "FSDP offload": {"gpu": {2: 160}, "host": {2: 1120}},
+        "FSDP": {"gpu": {2: 160 + 520}, "host": {2: 0}},
+        "FSDP offload": {"gpu": {2: 160}, "host": {2: 1040}},
     }
 
 
