@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
 from typing import Any
@@ -161,7 +161,7 @@ def test_an_engine_that_shuts_down_without_answering_is_given_up(processor, monk
         remote = RemoteLanguageModel(f"http://127.0.0.1:{listener.getsockname()[1]}", num_retries=0)
         arguments = (prompts(1)[0], GREEDY, processor.stopping())
         if streamed:
-            future = pool.submit(lambda: list(remote.stream(*arguments, Event())))
+            future: Future[Any] = pool.submit(lambda: list(remote.stream(*arguments, Event())))
         else:
             future = remote.submit(*arguments)
         with listener.accept()[0]:

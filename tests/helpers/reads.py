@@ -1,5 +1,6 @@
 """Counts what makes a GPU wait, on a CPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,9 +20,15 @@ class DeviceReads(TorchDispatchMode):
 
     def __enter__(self) -> "DeviceReads":
         for name in ("tolist", "numpy"):  # no operations
-            original = getattr(torch.Tensor, name)
-            self.patch.setattr(torch.Tensor, name, lambda *args, o=original, n=name: self.found.append(n) or o(*args))
+            self.patch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
         return super().__enter__()
+
+    def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self.found.append(name)
+            return original(*args)
+
+        return call
 
     def __exit__(self, *error: Any) -> None:
         self.patch.undo()

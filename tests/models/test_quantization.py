@@ -157,7 +157,7 @@ def test_weights_are_quantised_as_bitsandbytes_does(
     weight[0] = 0  # no scale
     packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
     layer = Linear4bit(*shape[::-1], bias=False, quant_type="nf4", compress_statistics=False, device="meta")
-    layer.source_cls = torch.nn.Linear
+    layer.source_cls = torch.nn.Linear  # type: ignore[assignment]  # an attribute of transformers, not a part
     found: Any = quantized_weight(layer, weight, torch.device("cpu"))
     assert torch.equal(found, packed) and found.quant_state == state and layer.quant_state == state
     assert torch.equal(dequantize_4bit(found, found.quant_state), dequantize_4bit(packed, state))

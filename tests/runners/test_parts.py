@@ -85,6 +85,7 @@ def test_the_meter_counts_what_a_second_brings() -> None:
     meter.count(samples=4, clips=0, tokens=torch.tensor(30), waited=1.5)
     meter.started -= 3.0
     found = meter.read(1)
+    assert found["samples_per_second"] is not None
     seconds = 8 / found["samples_per_second"]
     assert seconds == pytest.approx(3, rel=0.3)
     rates = (found["clips_per_second"], found["tokens_per_second"], found["data_wait"], found["mfu"])

@@ -15,7 +15,7 @@ from stllm.datasets.mixture import HeldOutSampler
 from tests.helpers.training import read_log, train, write_recipe
 from tests.helpers.twins import twins
 
-HELD_OUT = {"toy_state": {"val_fraction": 0.3}, "toy_caption": {"split": "val"}}
+HELD_OUT: dict[str, dict[str, Any]] = {"toy_state": {"val_fraction": 0.3}, "toy_caption": {"split": "val"}}
 FOLDERS = {
     name: f"video/{kind}/{name}/train.json" for kind, name in (("reasoning", "toy_state"), ("caption", "toy_caption"))
 }
