@@ -96,6 +96,7 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
     stop: the signals received so far, see `stopping_at_signals`.
     """
     disable_progress_bar()  # of transformers, at every checkpoint
+    validation = None if args.eval_strategy == "no" else open_validation(task, args, cfg)
     folder = RunFolder(str(args.output_dir))
     with folder.locked():
         checkpoint = _checkpoint(args, folder)
@@ -106,7 +107,6 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
         sampler = task.sampler(
             batch_size=args.per_device_train_batch_size, rank=args.process_index, world_size=args.world_size
         )
-        validation = None if args.eval_strategy == "no" else open_validation(task, args, cfg)
         # What is frozen is in half precision; what trains stays in float32 and is computed on in half (autocast, or
         # FSDP casts). FSDP 1, and that of torch before 2.9, shards units of one type: everything there is float32 until
         # it computes. DeepSpeed keeps its own masters.

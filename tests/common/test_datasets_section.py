@@ -46,7 +46,8 @@ def test_text_is_converted(tmp_path, monkeypatch) -> None:
     ("entry", "message"),
     [
         ("a: {num_frame: 8}", "unknown key 'datasets.a.num_frame'; did you mean 'num_frames'?"),
-        ("a: {split: train}", "unknown key 'datasets.a.split'; did you mean 'sampling'?"),
+        ("a: {split: test}", "unknown datasets.a.split 'test': known are train, val"),
+        ("a: {val_fraction: 0.7}", "'datasets.a.val_fraction' must be from 0 to 0.5, found 0.7"),
         ("a: {num_frames: many}", "'datasets.a.num_frames' must be a whole number, found 'many'"),
         ("a: {num_frames: 0}", "'datasets.a.num_frames' must be at least 1, found 0"),
         ("a: {multi_turn: perhaps}", "'datasets.a.multi_turn' must be true or false, found 'perhaps'"),

@@ -97,8 +97,7 @@ def load(data: ImageTextCorpus, index: int, epoch: int = 0):
 
 def grey(sample) -> int:
     """The number that the image tells."""
-    level = sample.pixel_values.mean(dim=(0, 2, 3)) * torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    return round(float((level + torch.tensor([0.48145466, 0.4578275, 0.40821073])).mean()) * 255 / 4)
+    return round(float(sample.pixel_values.float().mean()) / 4)
 
 
 def test_every_pair_is_reached_in_any_order(tmp_path, shards) -> None:
@@ -108,7 +107,7 @@ def test_every_pair_is_reached_in_any_order(tmp_path, shards) -> None:
     assert len(data) == 10
     for index in (9, 0, 5, 4, 6, 0):
         sample = load(data, index)
-        assert sample.pixel_values.shape == (1, 3, SIZE, SIZE) and sample.pixel_values.dtype == torch.float32
+        assert sample.pixel_values.shape == (1, 3, SIZE, SIZE) and sample.pixel_values.dtype == torch.uint8
         assert (sample.media, grey(sample), sample.turns[0].answer) == ("image", index, f"caption {index}")
         assert (sample.turns[0].question, sample.turns[0].instruction, sample.key.index) == ("", "", index)
         assert sample.name.endswith(f".tar/{index:05d}.png")

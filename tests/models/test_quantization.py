@@ -396,7 +396,7 @@ def test_a_stage_without_a_language_model_trains_the_same(bitsandbytes: None, to
 def test_every_process_loads_onto_its_own_gpu(rank: str, bitsandbytes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
 
-    def refuse(model: Any, plan: Any, device: torch.device) -> None:
+    def refuse(model: Any, plan: Any, device: torch.device, *_: Any) -> None:
         assert quantized_layers(model)
         asked.append(device)
         raise UserError("not here")
