@@ -110,7 +110,11 @@ def measured(name: str, case: Case, num_batches: int, device: torch.device) -> d
         with mock.patch.object(lm, "last_hidden_states", masked_states):
             steps(packed)
 
-    works = {"padded": partial(steps, padded), "packed": partial(steps, packed), "with a mask": steps_with_a_mask}
+    works: dict[str, Callable[[], None]] = {
+        "padded": partial(steps, padded),
+        "packed": partial(steps, packed),
+        "with a mask": steps_with_a_mask,
+    }
     clock = perf_counter if device.type == "cuda" else process_time
     spent = take_turns(works, repeats=2, device=device, clock=clock)
     time = {name: seconds / num_batches for name, seconds in spent.items()}

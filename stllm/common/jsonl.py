@@ -6,7 +6,7 @@ A killed process leaves at most one unfinished last line. Readers skip it, and t
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +15,15 @@ from typing import Any
 from stllm.common.errors import DISK_FULL, UserError
 
 
-def loads(data: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+def loads(data: str | bytes, **hooks: Any) -> Any:
     """Return the value of a JSON text, or of its bytes in UTF-8, -16 or -32. A byte order mark is skipped.
 
+    hooks: object_hook or object_pairs_hook of the json module.
     Raises ValueError for a text that is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
     try:
-        return json.loads(text.removeprefix("\ufeff"), object_hook=object_hook)
+        return json.loads(text.removeprefix("\ufeff"), **hooks)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

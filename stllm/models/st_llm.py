@@ -333,7 +333,8 @@ def initialize_parts(model: STLLM) -> None:
             init.normal_(module.query_tokens, std=INIT_STD)
         elif isinstance(module, ResidualInput):
             init.zeros_(module.up_proj.weight)
-    for key, block in model.copied_weights().items():  # when the backbone has its values
+    copied = model.copied_weights() if isinstance(model, STLLM) else {}
+    for key, block in copied.items():  # when the backbone has its values
         init.copy_(model.get_parameter(key), model.get_parameter(block))
 
 

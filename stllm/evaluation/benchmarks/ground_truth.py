@@ -10,6 +10,7 @@ from typing import Any
 
 from stllm.common.errors import UserError, unknown_name
 from stllm.common.files import user_path
+from stllm.common.jsonl import loads
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Media, Request
 from stllm.datasets.annotations import read_file
@@ -154,10 +155,10 @@ def read_mapping(path: Path, expected: str) -> dict[str, Any]:
 
     text = read_file(path, expected)[1]
     try:
-        content = json.loads(text, object_pairs_hook=once)
+        content = loads(text, object_pairs_hook=once)
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); expected {expected}") from None
     if not isinstance(content, dict) or not content:
         found = json.dumps(content, ensure_ascii=False)[:60]
