@@ -13,7 +13,7 @@ few smaller ones, memory that of the one with the most padding.
 
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from time import perf_counter, process_time

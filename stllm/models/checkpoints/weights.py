@@ -13,7 +13,6 @@ Folders that transformers has saved in 4 or 8 bits (bitsandbytes) are streamed, 
 is read. Source: `bitsandbytes.functional.QuantState`, and the sources of stllm/models/quantization.py.
 """
 
-import json
 import math
 import pickle
 import re
@@ -38,6 +37,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from stllm.common.errors import UserError, out_of_memory, reason
+from stllm.common.jsonl import loads
 from stllm.models.configuration import CONFIG_ERRORS
 
 MAPPED_BYTES = 64 << 20
@@ -252,7 +252,10 @@ def dequantize(folder: Path, weights: Weights, config: Mapping[str, Any]) -> Wei
     made: list[tuple[Sequence[str], Make]] = []
     for key in weights.specs:
         if match := QUANT_STATE.fullmatch(key):
-            stem, state = match["key"], json.loads(bytes(weights.read(key).tolist()))
+            try:
+                stem, state = match["key"], loads(bytes(weights.read(key).tolist()))
+            except ValueError:
+                raise UserError(f"{folder} is quantized, but {key} is damaged: copy or download it again") from None
             parts = [stem, f"{stem}.absmax", f"{stem}.quant_map"]
             parts += [f"{stem}.{name}" for name in ("nested_absmax", "nested_quant_map") if "nested_offset" in state]
             made.append(([*parts, key], partial(_from_4bit, stem, state)))
