@@ -102,7 +102,7 @@ def test_answers_that_have_come_are_written_before_the_last_clip_is_read(
     monkeypatch.setattr(engine_module, "read_clip", read_slowly)
     data = write_set(tmp_path / "data", num_videos=4)
     assert evaluate(data, tmp_path / "out", *GREEDY, "--num-workers", "0", "--engine", url) == 0
-    assert written[:2] == [0, 0] and written[3] >= 6 and len(lines(tmp_path / "out")) == 12
+    assert written[0] == 0 and written[3] >= 6 and len(lines(tmp_path / "out")) == 12
 
 
 def test_a_prompt_that_the_engine_refuses_is_a_failed_item(
