@@ -33,8 +33,11 @@ SETS: dict[str, tuple[list[str], float | None]] = {
     "bfloat16-packing": (["run.bf16=true", "run.packing=true"], 0.02),
     "profile": (["run.profile_steps=[2, 3]"], 1e-6),
     "validation": (
-        ["run.eval_strategy=steps", "run.eval_steps=2", "run.eval_benchmark={mvbench}"]
-        + ["datasets.toy_caption.split=val", "datasets.toy_state.val_fraction=0.2", "run.load_best_model_at_end=true"],
+        [
+            *("run.eval_strategy=steps", "run.eval_steps=2", "run.eval_benchmark={mvbench}"),
+            *("datasets.toy_caption.split=val", "datasets.toy_state.val_fraction=0.2"),
+            "run.load_best_model_at_end=true",
+        ],
         None,
     ),
     "qlora": (["model.quantization=4bit", "model.lora_r=4", "model.freeze_LLM=true"], None),
