@@ -211,7 +211,7 @@ def test_quantized_models_answer_the_same_with_prefixes(clips: list[Path], quant
 def test_a_stream_that_is_left_leaves_a_sound_prefix(clips: list[Path]) -> None:
     chat, again = new_chat("minigpt4"), new_chat("minigpt4", cache_bytes=0)
     stream = chat.conversation(clips[0]).stream(QUESTIONS[0])
-    next(stream)
+    next(stream, None)  # random weights' answer may be empty
     stream.close()
     for question in QUESTIONS:
         assert "".join(chat.conversation(clips[0]).stream(question)) == again.ask(clips[0], question).text
