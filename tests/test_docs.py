@@ -1,21 +1,30 @@
-"""README.md's commands parse, and what the documents, docstrings and comments name exists.
+"""The documents: their commands parse, their links lead somewhere, and what they and the code's comments name exists.
 
-The commands of trainval.md: tests/configs/test_trainval.py. The examples of CONTRIBUTING.md: test_contributing.py.
+What docs/training.md computes: tests/configs/test_training_page.py. CONTRIBUTING.md's examples: test_contributing.py.
 """
 
+import html
 import re
 import shlex
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
-from stllm.cli import build_parser
+from stllm.cli import COMMANDS, build_parser, command_of
+from stllm.common.config import load_config, load_evaluation, suite_of
 from stllm.common.registry import video_inputs
 from stllm.evaluation.published import METHODS
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "trainval.md")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+DOCS = ("README.md", "trainval.md", *PAGES)
+LINKING = [
+    *(*DOCS, "CONTRIBUTING.md", "CHANGELOG.md", "stllm/assets/stllm-tiny/README.md"),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "benchmarks" / "results").glob("*.md"))),
+]
 FIGURE = ROOT / "docs" / "architecture.svg"
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 OURS: dict[str, list[str]] = {"demo.py": ["chat"], "demo_gradio.py": ["demo"], "stllm": []}
@@ -62,35 +71,101 @@ def commands(doc: str) -> list[list[str]]:
 
 def of_stllm(words: list[str]) -> list[str] | None:
     """The arguments of our command in a line, whoever launches it; None when it is another's."""
+    if words[:2] == ["docker", "build"]:
+        return None  # stllm is an image's name there
     for place, word in enumerate(words):
         if word in OURS:
             return [*OURS[word], *words[place + 1 :]]
+        script, rest = Path(word).stem, words[place + 1 :]
+        if word.startswith("scripts/train") and rest:
+            return ["train", "--cfg-path", *rest]
+        if word.startswith("scripts/eval_"):
+            name = script.removeprefix("eval_")
+            return ["evaluate", name, "--cfg-path", f"configs/eval/{name}.yaml", *rest]
     return None
 
 
-def complaint_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    try:
-        build_parser().parse_args(arguments)
-    except SystemExit:
-        return capsys.readouterr().err
-    return ""
-
-
-def test_commands_parse(capsys: pytest.CaptureFixture[str]) -> None:
-    found = [arguments for words in commands("README.md") if (arguments := of_stllm(words)) is not None]
-    assert len(found) > 10
+@pytest.mark.parametrize("doc", DOCS)
+def test_commands_parse(doc: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each parses and passes its command's own checks; a configuration of ours can be read with those options."""
+    found = [arguments for words in commands(doc) if (arguments := of_stllm(words)) is not None]
     for arguments in found:
-        complaint = complaint_of(arguments, capsys)
-        assert not complaint, f"README.md: stllm {shlex.join(arguments)}"
+        try:
+            args = build_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{doc}: stllm {shlex.join(arguments)}: {capsys.readouterr().err}")
+        assert command_of(args.command).check(args) is None, arguments
+        path = ROOT / args.cfg_path if getattr(args, "cfg_path", None) else None
+        if args.command == "evaluate" and (path is None or path.exists()):
+            for name in suite_of(path, args.options) if args.benchmark == "suite" else [args.benchmark]:
+                load_evaluation(name, path, args.options)
+        elif path is not None and path.exists():
+            load_config(path, args.options)
+
+
+def test_there_are_commands_of_every_kind() -> None:
+    found = [arguments for doc in DOCS for words in commands(doc) if (arguments := of_stllm(words)) is not None]
+    assert len(found) > 90 and {arguments[0] for arguments in found} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("doc", DOCS)
 def test_files_are_there(doc: str) -> None:
-    text = (ROOT / doc).read_text()
+    text = (ROOT / doc).read_text(encoding="utf-8")
     named = {*FILE.findall(text), *(word for words in commands(doc) for word in words if FILE.fullmatch(word))}
-    named |= {link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)#]+)", text)}
-    assert len(named) > 5
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("doc", LINKING)
+def test_no_link_is_dead(doc: str) -> None:
+    """The files that a page links to, and the headings in them, by GitHub's rule for their names."""
+    page = ROOT / doc
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8"))
+    for name, heading in links:
+        target = page.parent / name if name else page
+        assert target.is_file(), f"{doc}: {name}"
+        assert not heading or heading in headings(target), f"{doc}: {name}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles} | set(
+        re.findall(r'<a id="([^"]+)"', text)
+    )
+
+
+def test_readme_leads_to_every_page_and_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(PAGES) > 6 and not [page for page in PAGES if f"]({page})" not in text]
+    assert len(text.splitlines()) <= 250
+
+
+@pytest.mark.slow
+def test_the_site_has_every_page_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="pip install -e '.[dev]'")
+    build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # a link that leads nowhere is an error
+    pages = {
+        path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")
+    }
+    assert {page.replace("md", "html") for page in PAGES} <= set(pages)
+    text = html.unescape(pages["commands.html"])
+    for name in COMMANDS:
+        assert f"usage: stllm {name}" in text and command_of(name).example in text
+    for name in (
+        "stllm",
+        *(path.parent.name for path in CODE if path.name == "__init__.py" and path.parents[2] == ROOT),
+    ):
+        assert name == "commands" or f"api/{name}.html" in pages
+    assert "load_chat" in pages["api/stllm.html"] and "Raises UserError" in pages["api/models.html"]
+    for page, text in pages.items():
+        fetched = re.findall(
+            r"<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=\"?((?:https?:)?//[^\s\">]+)", text
+        )
+        assert not fetched, f"{page} fetches {fetched}"
+    styles = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.css")]
+    assert styles and not [text for text in styles if re.search(r"url\([\"']?(?:https?:)?//", text)]
 
 
 def test_what_the_texts_name_exists() -> None:
@@ -151,7 +226,7 @@ def test_the_published_table_is_the_one_we_print() -> None:
 def test_what_troubleshooting_quotes_is_what_is_said() -> None:
     """Sentences of the code, their pieces put together; what is computed stands as ... in the table."""
     said = re.sub(r'"\s*\n\s*f?"', "", "".join(CODE.values()))
-    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting")[2].partition("## ")[0]
+    table = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## Training")[0]
     symptoms = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)
     quoted = [text for symptom in symptoms for text in re.findall(r"`([^`]{12,})`", symptom)]
     quoted = [text for text in quoted if "SomeError" not in text]

@@ -35,10 +35,10 @@ announce_download() { # says what is about to take minutes, as pip is quiet
     fi
 }
 
-install_stllm() { # the package from this folder, editable. $1: extras, such as [dev]
+install_stllm() { # the package from this folder, editable, and all of requirement.txt. $1: extras, such as [dev]
     announce_download
     # torch first and alone: the largest download fails early; numpy and the rest follow its choice
     "$python" -m pip install --quiet --disable-pip-version-check \
         ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision
-    "$python" -m pip install --quiet --disable-pip-version-check -e ".${1:-}"
+    "$python" -m pip install --quiet --disable-pip-version-check -r requirement.txt -e ".${1:-}"
 }

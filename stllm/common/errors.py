@@ -48,6 +48,17 @@ _PEER_WORDS = (
     "ncclRemoteError",
     "communicator was aborted",
 )
+_EXTRAS = {  # package -> the extras of pyproject.toml that bring it
+    **dict.fromkeys(("openai", "httpx"), ("judge",)),
+    **dict.fromkeys(("gradio", "fastapi"), ("demo",)),
+    **dict.fromkeys(("h11", "starlette", "uvicorn"), ("demo", "serve")),
+    "pydantic": ("judge", "serve"),
+    "bitsandbytes": ("quantization",),
+    "deepspeed": ("deepspeed",),
+    "imagehash": ("overlap",),
+    "liger_kernel": ("liger",),
+    "lmms_eval": ("lmms-eval",),
+}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # numbers of the system's errors, and what libraries write without a number (safetensors, torch) -> {}: the file's name
 _SYSTEM: dict[tuple[int | str, ...], str] = {
@@ -112,9 +123,10 @@ def _sentence(error: Exception) -> str:
             "socks5:// proxy run `pip install socksio`; else correct or unset the variable"
         )
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "stllm":
+        ways = [f"`pip install 'stllm[{extra}]'`" for extra in _EXTRAS.get(error.name.split(".")[0], ())]
         return (
-            f"the package {error.name!r} is not installed here: run `pip install -r requirement.txt`, or activate the "
-            "environment that has it"
+            f"the package {error.name!r} is not installed here: run {' or '.join(ways) or '`pip install stllm`'} (in a "
+            "clone `pip install -r requirement.txt`), or activate the environment that has it"
         )
     name = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
     code = error.errno if isinstance(error, OSError) else None

@@ -5,6 +5,8 @@ Sizes and names: paper (arXiv 2404.00308) section 3; defaults are the published 
 """
 
 from dataclasses import field
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -133,6 +135,41 @@ class STLLMConfig(PretrainedConfig):
     def adds_pad(self) -> bool:
         """True if the prompt template's family adds `[PAD]` to the tokenizer."""
         return bool(templates.get(self.template).bos_is_eos)
+
+
+def model_card(config: STLLMConfig, num_parameters: int) -> str:
+    """Fill in the template of a model's README.md. num_parameters: of the whole model; 0 when it is not known here."""
+    text, vision, rate = config.get_text_config(), config.vision_config, config.mask_rate
+    qformer = config.qformer_config
+    size = f"{config.num_query_tokens} queries, width {qformer.hidden_size}, {qformer.num_hidden_layers} layers; it "
+    masked = f"{rate['min']:g} to {rate['max']:g} of the visual tokens, {rate['mean']:g} in the mean"
+    trained = {
+        "vision encoder": not config.freeze_vit,
+        "Q-Former": config.has_qformer and not config.freeze_qformer,
+        "language model": not config.freeze_llm and config.lora is None,
+        "LoRA": config.lora is not None,
+        "projection and new parts": True,
+    }
+    return Template((Path(__file__).parents[1] / "assets" / "model_card.md").read_text(encoding="utf-8")).substitute(
+        model_type=text.model_type,
+        width=text.hidden_size,
+        layers=text.num_hidden_layers,
+        adapted="" if config.lora is None else f", with LoRA of rank {config.lora['r']}",
+        encoder=vision["encoder"],
+        image_size=vision["image_size"],
+        encoder_width=vision["embed_dim"],
+        depth=vision["depth"],
+        qformer=size + ("reads the question" if config.qformer_text_input else "reads no text")
+        if config.has_qformer
+        else "none: every 4 patches are merged into a token",
+        video_input=config.video_input,
+        tokens_per_frame=config.tokens_per_frame,
+        frames="" if config.num_frames is None else f"; {config.num_frames} frames of a video by default",
+        masking=(masked + (", with MVM" if config.use_mvm else "")) if config.use_mask else "none",
+        trained=", ".join(name for name, is_trained in trained.items() if is_trained),
+        template=config.template,
+        parameters=f"{num_parameters:,}" if num_parameters else "see `stllm inspect`",
+    )
 
 
 def language_model_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:

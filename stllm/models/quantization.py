@@ -39,7 +39,7 @@ def quantization_config(name: str, dtype: torch.dtype, device: torch.device | No
     try:
         import bitsandbytes  # noqa: F401  # only whether it is there
     except ImportError as error:
-        advice = "`pip install 'bitsandbytes>=0.46'`, or load in bfloat16 (--dtype bfloat16)"
+        advice = "`pip install 'stllm[quantization]'`, or load in bfloat16 (--dtype bfloat16)"
         raise UserError(f"{name} loading needs bitsandbytes: {advice}") from error
     # LLM.int8() multiplies in float16 by definition, and bitsandbytes says so at every layer
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_news)

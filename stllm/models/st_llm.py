@@ -7,6 +7,7 @@ V of the batch, L positions of the Q-Former's text, S positions of a prompt with
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils import ModelOutput
 from stllm.common.errors import UserError
 from stllm.common.registry import models
 from stllm.models import language_model as lm
-from stllm.models.configuration import STLLMConfig
+from stllm.models.configuration import STLLMConfig, model_card
 from stllm.models.generation import Prefix, generate
 from stllm.models.masking import MVMDecoder, mvm_loss
 from stllm.models.qformer import FrameQFormer, PatchMerger
@@ -258,7 +259,10 @@ class STLLM(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]  # by keywords
         self, save_directory: Any, *, state_dict: Any = None, **options: Any
     ) -> None:
-        """Save as transformers does; quantized weights are saved as they were read."""
+        """Save as transformers does, with a model card (README.md) where there is none.
+
+        Quantized weights are saved as they were read.
+        """
         if self.precise_weights and state_dict is None:
             from stllm.models.quantization import precise_state
 
@@ -266,6 +270,9 @@ class STLLM(PreTrainedModel):
             read = {key: source.weights.read(entry.key) for key, (source, entry) in self.precise_weights.items()}
             state_dict = precise_state(self) | {key: weight.to(kind) for key, weight in read.items()}
         super().save_pretrained(save_directory, state_dict=state_dict, **options)
+        card = Path(save_directory) / "README.md"
+        if options.get("is_main_process", True) and not card.exists():
+            card.write_text(model_card(config_of(self), self.num_parameters()), encoding="utf-8")
 
     def train(self, mode: bool = True) -> "STLLM":
         """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""

@@ -57,7 +57,7 @@ def test_a_device_that_cannot_and_a_package_that_is_not_there(monkeypatch: pytes
     with pytest.raises(UserError, match="4bit loading works on CUDA GPUs and on CPUs, not on mps: use --device cpu"):
         quantization_config("4bit", torch.float16, torch.device("mps"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match="pip install 'bitsandbytes"):
+    with pytest.raises(UserError, match=r"pip install 'stllm\[quantization\]'"):
         load_model(GOLDEN / "minigpt4_plain_all", device="cpu", quantization="8bit")
 
 

@@ -350,3 +350,30 @@ def test_a_video_input_that_gives_another_number_of_tokens_is_an_error(dropped: 
     )
     with pytest.raises(UserError, match=message):
         model(**tiny_batch() | prompts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {},
+            ["vision encoder | eva_clip_g", "`all`, from 4 tokens a frame", "training | none", "it reads the question"],
+        ),
+        ({"has_qformer": False}, ["Q-Former | none: every 4 patches"]),
+        (
+            {"lora": LORA, "num_frames": 8},
+            ["with LoRA of rank 2", "; 8 frames of a video", "parts | LoRA, projection"],
+        ),
+        (TRAINING, ["0.1 to 0.7 of the visual tokens, 0.5 in the mean, with MVM"]),
+    ],
+    ids=["plain", "merger", "lora", "masking"],
+)
+def test_a_saved_model_has_a_card_that_is_kept(changes: dict[str, Any], said: list[str], tmp_path: Path) -> None:
+    model = tiny_model(**changes)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "$" not in card and f"| {model.num_parameters():,} |" in card
+    assert not [words for words in said if words not in card]
+    (tmp_path / "README.md").write_text("written by hand")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "written by hand"

@@ -61,7 +61,7 @@ def test_without_an_environment_one_is_made(clone: Path) -> None:
     assert log(clone)[:3] == [
         "usual -m venv .venv",
         f"bin {INSTALLED} torch torchvision",
-        f"bin {INSTALLED} -e .",
+        f"bin {INSTALLED} -r requirement.txt -e .",
     ]
     examples = "stllm/assets/examples"
     said = done.stdout.partition(f"asked about the clips in {examples}\n")[2].splitlines()
@@ -137,7 +137,7 @@ def test_the_tests_have_an_environment_of_their_own(clone: Path) -> None:
     assert log(clone)[:3] == [
         "usual -m venv .venv",
         f"bin {INSTALLED} torch torchvision",
-        f"bin {INSTALLED} -e .[dev]",
+        f"bin {INSTALLED} -r requirement.txt -e .[dev]",
     ]
     assert [line.split()[2] for line in log(clone)[3:]] == ["ruff", "ruff", "mypy", "pytest"]
     assert log(clone)[-1].endswith("-m not slow -k cli")
@@ -153,7 +153,7 @@ def test_the_lowest_versions_have_an_environment_of_their_own(clone: Path) -> No
     assert log(clone)[0] == "usual -m venv .venv-lowest"
     assert [line.split()[2] for line in log(clone)[1:]] == ["pip", "pip", "pytest"]
     bounds = re.findall(r"^(\w+)>=([\d.]+)", requirements, re.MULTILINE)
-    lines = [line for line in requirements.splitlines() if not line.startswith("#")]
+    lines = [line for line in requirements.splitlines() if line and not line.startswith("#")]
     assert len(bounds) == len(lines)
     constraints = (clone / ".venv-lowest" / "constraints.txt").read_text().splitlines()
     assert constraints == [f"{name}=={version}" for name, version in bounds]

@@ -1,10 +1,8 @@
-"""trainval.md says what is so: its commands parse, its examples can be read, its table is what is computed."""
+"""docs/training.md says what is so: its examples can be read, its table is what is computed."""
 
 import copy
 import json
 import re
-import shlex
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stllm.cli import build_parser, command_of
-from stllm.common.config import load_config, load_evaluation, suite_of
+from stllm.common.config import load_config
 from stllm.datasets.annotations import JsonRecords
 from stllm.models.checkpoints.inspect import count_parameters, training_memory
 from tests.configs.recipes import CONFIGS, RECIPES, full_size
 
 ROOT = CONFIGS.parent
-TEXT = (ROOT / "trainval.md").read_text(encoding="utf-8")
+PAGES = ("weights", "training", "evaluation", "serving")
+TEXT = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in PAGES)
 LAUNCHERS = (
     "RANK",
     "WORLD_SIZE",
@@ -30,56 +28,6 @@ LAUNCHERS = (
     "VLLM_API_KEY",
     "VLLM_CPU_KVCACHE_SPACE",
 )  # variables that no recipe reads
-SHELL = "".join(re.findall(r"^```bash\n(.*?)^```$", TEXT, re.M | re.S)).replace("\\\n", " ")
-LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line.strip()]
-
-
-def commands() -> list[list[str]]:
-    """The arguments of every `stllm` that is called, by whatever launcher."""
-    found = []
-    for words in LINES:
-        words = [word for word in words if "=" not in word or word.startswith("-") or "." in word.partition("=")[0]]
-        if words[:1] == ["stllm"]:
-            found.append(words[1:])
-        elif words[:1] == ["torchrun"]:
-            if "stllm" in words:  # or lmms-eval is launched, as the next one
-                found.append(words[words.index("stllm") + 1 :])
-        elif words[:1] in (["pip"], ["lmms-eval"], ["vllm"]):
-            continue
-        elif words[:2] == ["python", "demo.py"]:
-            found.append(["chat", *words[2:]])
-        else:
-            script = next((place for place, word in enumerate(words) if word.startswith("scripts/")), None)
-            if script is None:
-                assert words[:1] == ["export"], words
-                continue
-            assert (ROOT / words[script]).is_file()
-            benchmark = Path(words[script]).stem.removeprefix("eval_")
-            if words[script].startswith("scripts/eval_"):
-                found.append(
-                    ["evaluate", benchmark, "--cfg-path", f"configs/eval/{benchmark}.yaml", *words[script + 1 :]]
-                )
-            else:
-                found.append(["train", "--cfg-path", *words[script + 1 :]])
-    return found
-
-
-@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
-def test_a_command_parses(arguments: list[str]) -> None:
-    args: Namespace = build_parser().parse_args(arguments)
-    assert command_of(args.command).check(args) is None
-    if args.command == "evaluate":
-        path = ROOT / args.cfg_path if args.cfg_path else None
-        for name in suite_of(path, args.options) if args.benchmark == "suite" else [args.benchmark]:
-            load_evaluation(name, path, args.options)
-    elif getattr(args, "cfg_path", None):
-        load_config(ROOT / args.cfg_path, args.options)
-
-
-def test_there_are_commands_of_every_kind() -> None:
-    assert {arguments[0] for arguments in commands()} == {
-        *("chat", "convert", "doctor", "evaluate", "extract", "inspect", "judge", "serve", "table", "toy", "train")
-    }
 
 
 def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
