@@ -17,13 +17,13 @@ def run(args: argparse.Namespace) -> int:
     """Train. Exit code 0 when the model is trained, 130 or 143 when a signal stopped the run."""
     from omegaconf import OmegaConf
     from torch import distributed as dist
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from stllm.common.config import load_config
     from stllm.common.device import seed_everything
     from stllm.common.registry import runners, tasks
     from stllm.datasets.shards import allow_pipes
-    from stllm.runners.train import stopping_at_signals, training_arguments
+    from stllm.runners.arguments import training_arguments
+    from stllm.runners.train import stopping_at_signals
 
     allow_pipes(args.allow_pipe)
     cfg = load_config(args.cfg_path, args.options)
@@ -32,7 +32,6 @@ def run(args: argparse.Namespace) -> int:
     settings: Any = OmegaConf.to_container(cfg.run, resolve=True)
     arguments = training_arguments(settings, device=args.device, dtype=args.dtype, seed=args.seed)
     cfg.run.seed = arguments.seed
-    unset_hf_deepspeed_config()  # ZeRO-3 would have every model built divided already; weights are filled in first
     task = tasks.get(cfg.run.task)
     runner = runners.get(cfg.run.runner or task.runner)
     try:

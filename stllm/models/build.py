@@ -4,16 +4,15 @@ ones. Weights that no file has start fresh only in the parts that training may s
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 
 from stllm.models.checkpoints.audit import AuditReport
 from stllm.models.checkpoints.infer_config import decide_config, open_sources
-from stllm.models.checkpoints.load import assemble
+from stllm.models.checkpoints.load import Division, assemble
 from stllm.models.configuration import STLLMConfig
 from stllm.models.language_model import set_attention
 from stllm.models.settings import model_section, quantization_of
@@ -49,7 +48,7 @@ def build_audited(
     dtype: str | torch.dtype = "auto",
     trained_dtype: torch.dtype | None = None,
     language_model: str = "whole",
-    divide: Callable[[nn.Module], torch.device] | None = None,
+    division: Division | None = None,
 ) -> tuple[STLLM, AuditReport]:
     """Build as `build_model` does, and return the audit too; the attention is not chosen yet.
 
@@ -71,7 +70,7 @@ def build_audited(
         trained_dtype=trained_dtype,
         language_model=language_model,
         quantization=quantization,
-        divide=divide,
+        division=division,
     )
     if settings.get("use_grad_checkpoint") and language_model == "whole":
         # newer releases of transformers have renamed it, and warn at the old name

@@ -1,22 +1,16 @@
-"""What a training run achieves between two lines of its log: losses, samples and tokens a second, use of the device.
-
-With `run.profile_steps` torch's profiler shows where the time of some steps goes.
-"""
+"""What a training run achieves between two lines of its log: losses, samples and tokens a second, use of the device."""
 
 import resource
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.profiler import profile
-from transformers import TrainerCallback
 
-from stllm.common.distributed import is_distributed, rank
+from stllm.common.distributed import is_distributed
 from stllm.models.st_llm import STLLM, config_of
 
 MEASURED = ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy")  # of each micro-batch, where it has them
@@ -180,26 +174,3 @@ class FlopCounter:
     def _part(self, name: str, positions: int, attended: int = 0) -> float:
         each = self.forward[name] + attended * self.attention.get(name, 0)
         return positions * each * self.passes[name]
-
-
-class Profiler(TrainerCallback):
-    """Writes a trace of the steps `first` to `last` into a folder, for chrome://tracing or Perfetto, one a process."""
-
-    def __init__(self, first: int, last: int, folder: Path) -> None:
-        self.first, self.last, self.folder = first, last, folder
-        self.running: profile | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin before the first step."""
-        if state.global_step + 1 == self.first:
-            self.running = profile(record_shapes=True, profile_memory=True)
-            self.running.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the trace after the last step."""
-        if self.running is not None and (state.global_step == self.last or control.should_training_stop):
-            self.running.stop()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            steps = f"{self.first}-{state.global_step}"
-            self.running.export_chrome_trace(str(self.folder / f"trace-steps-{steps}-rank-{rank()}.json"))
-            self.running = None

@@ -7,8 +7,8 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,12 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from stllm.common.distributed import end_with_parent, gathered, is_distributed
 from stllm.common.errors import UserError, out_of_memory, reason
-from stllm.common.files import check_regular, write_text
-from stllm.common.jsonl import loads
+from stllm.common.files import write_text
 from stllm.datasets.collate import MEDIA_FIELDS
 from stllm.datasets.mixture import MixtureSampler
 from stllm.datasets.samples import BadSampleLog
@@ -35,15 +33,15 @@ from stllm.models.checkpoints.audit import MAX_NAMED
 from stllm.models.checkpoints.load import restore
 from stllm.models.st_llm import STLLM
 from stllm.processors.prompts import PromptProcessor
-from stllm.runners.run_folder import STATE, RunFolder, damage
+from stllm.runners.callbacks import Flow, Progress
+from stllm.runners.resume import RUN_STATE, reading
+from stllm.runners.run_folder import STATE, RunFolder
 from stllm.runners.throughput import FlopCounter, StepMeter, padding_of, peak_flops
 from stllm.runners.validation import Validation
 
 log = logging.getLogger(__name__)
 
-RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
 PROJECTION = "projection."
-SHOWN = ("eval_loss", "eval_mvbench", "loss", "loss_lm", "loss_mvm", "accuracy", "learning_rate", "samples_per_second")
 
 
 class KeyedLoader(DataLoader[Any]):
@@ -101,7 +99,7 @@ class STLLMTrainer(Trainer):
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         self.add_callback(self.progress)
-        self.add_callback(_Flow(self))
+        self.add_callback(Flow(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         """On CPUs accelerate makes DDP of FSDP without a word, though gloo can shard: there it is told otherwise."""
@@ -303,69 +301,20 @@ class STLLMTrainer(Trainer):
                 }
                 write_text(partial / f"checkpoint-{step}" / RUN_STATE, json.dumps(state))
 
-    def resume(self, checkpoint: Path) -> int:
-        """Restore our own state from a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
+    def resume(self, state: Mapping[str, Any], step: int) -> None:
+        """Restore our own state of a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
 
-        Returns the checkpoint's step. Raises UserError when the batches would be others, for a damaged checkpoint, and
-        for one that lacks a state, unless `resume_only_model`.
+        state, step: of `read_state`.
         """
-        check_regular(checkpoint, "a checkpoint")
-        fault = damage(checkpoint, only_model=self.resume_only_model)
-        if fault is None and not (checkpoint / RUN_STATE).is_file():
-            fault = f"{RUN_STATE} is missing"
-        if fault is not None:
-            raise UserError(self.folder.refusal(checkpoint, fault))
-        with self._reading(checkpoint, RUN_STATE):
-            state = loads((checkpoint / RUN_STATE).read_text(encoding="utf-8"))
-            self._check_whole(checkpoint, state)
-            found, expected = self.global_batch, state["global_batch"]
-            if found != expected:
-                raise UserError(
-                    f"{checkpoint} was made with batches of {expected} over all processes, now they are of {found}, so "
-                    f"the run would see others: set run.per_device_train_batch_size to {expected} over the processes' "
-                    "number"
-                )
-            self.bad_samples.load_state_dict(state["bad_samples"])
-        with self._reading(checkpoint, STATE):
-            TrainerState.load_from_json(str(checkpoint / STATE))
-            self.meter.step = int(loads((checkpoint / STATE).read_text(encoding="utf-8"))["global_step"])
-        return self.meter.step
+        self.bad_samples.load_state_dict(state["bad_samples"])
+        self.meter.step = step
 
-    def _check_whole(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
-        """Raises UserError when the checkpoint lacks a file of the state that a run continues with."""
-        if self.resume_only_model:
-            return
-        only_model = "run.resume_only_model=True continues with its weights, but with a new optimizer state"
-        if state.get("model_only"):
-            raise UserError(
-                f"{checkpoint} holds the model alone (run.save_only_model), so a run cannot continue from it: name "
-                f"another run.output_dir, and the checkpoint as model.ckpt to start from its weights; {only_model}"
-            )
-        names = ["scheduler.pt"]
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:  # these have optimizer files of their own
-            names.insert(0, "optimizer.pt")
-        if self.accelerator.scaler is not None:
-            names.append("scaler.pt")
-        processes = self.accelerator.num_processes
-        if state.get("num_processes", processes) == processes:  # else there is no random state for each of these
-            names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
-        if lacking := [name for name in names if not (checkpoint / name).is_file()]:
-            raise UserError(self.folder.refusal(checkpoint, f"{lacking[0]} is missing ({only_model})"))
-
-    @contextmanager
-    def _reading(self, checkpoint: str | Path, files: str) -> Iterator[None]:
-        """Raises UserError, naming the files and the last whole checkpoint, for whatever their contents raise."""
-        try:
-            yield
-        except Exception as error:  # of torch, json and transformers: many kinds
-            if isinstance(error, UserError) or out_of_memory(error):
-                raise
-            fault = f"{files} cannot be used ({reason(error)})"
-            raise UserError(self.folder.refusal(Path(checkpoint), fault)) from error
+    def _reading(self, checkpoint: str | None, files: str) -> AbstractContextManager[None]:
+        return reading(self.folder, checkpoint or "", files)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.resume_only_model:
-            with self._reading(checkpoint or "", "optimizer.pt or scheduler.pt"):
+            with self._reading(checkpoint, "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)
             return
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # under accelerate's, if it is there
@@ -376,12 +325,12 @@ class STLLMTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if not self.resume_only_model:
-            with self._reading(checkpoint or "", "the random state (rng_state*.pth)"):
+            with self._reading(checkpoint, "the random state (rng_state*.pth)"):
                 super()._load_rng_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if not self.resume_only_model:
-            with self._reading(checkpoint or "", "scaler.pt"):
+            with self._reading(checkpoint, "scaler.pt"):
                 super()._load_scaler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -454,53 +403,3 @@ def parameter_groups(
         {"params": groups[key], "weight_decay": weight_decay * key[1], "lr": projection_lr if key[0] else learning_rate}
         for key in sorted(groups)
     ]
-
-
-class Progress(TrainerCallback):
-    """A bar of optimizer steps with the losses and the samples a second; a line where the output is no terminal."""
-
-    bar: Any = None  # on the main process
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Show a bar of all steps, begun where the run is continued."""
-        if state.is_world_process_zero:
-            hidden = args.disable_tqdm or None  # None: no bar where the output is no terminal
-            done, total = state.global_step, state.max_steps
-            self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=hidden)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move the bar on."""
-        if self.bar is not None and not self.bar.disable:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def show(self, step: int, max_steps: int, figures: Mapping[str, Any]) -> None:
-        """Show the figures of a line of the log."""
-        words = {name.replace("_", " "): f"{figures[name]:.4g}" for name in SHOWN if figures.get(name) is not None}
-        if self.bar is not None and not self.bar.disable:
-            self.bar.set_postfix(words)
-        elif self.bar is not None:
-            text = ", ".join(f"{name} {value}" for name, value in words.items())
-            log.info("step %d of %d: %s", step, max_steps, text)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar standing."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-class _Flow(TrainerCallback):
-    """A checkpoint and the end when a signal asked for it, and a line of the log at each checkpoint.
-
-    A run that continues from a checkpoint thus begins with a new line, and logs what an uninterrupted one does.
-    """
-
-    def __init__(self, trainer: STLLMTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopping:
-            control.should_save = control.should_training_stop = True
-        control.should_log |= control.should_save
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= control.should_save

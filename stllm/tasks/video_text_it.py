@@ -5,7 +5,7 @@ Builds, from a configuration, the data sets, the prompts and the model; how they
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from stllm.datasets.samples import TOO_LONG, Corpus, Sample
 from stllm.models import precomputed
 from stllm.models.build import build_audited
 from stllm.models.checkpoints.infer_config import Opened, decide_config, open_sources
-from stllm.models.checkpoints.load import processor_of
+from stllm.models.checkpoints.load import Division, processor_of
 from stllm.models.configuration import STLLMConfig
 from stllm.models.language_model import PACKING, packing_fault
 from stllm.models.lora import save_adapter
@@ -112,14 +112,16 @@ class VideoTextTask:
         device: torch.device | str,
         dtype: torch.dtype,
         trained_dtype: torch.dtype | None,
-        divide: Callable[[nn.Module], torch.device] | None = None,
+        division: Division | None = None,
     ) -> STLLM:
         """The model to train, from the weights that the configuration names; what starts fresh is noted.
 
-        divide: as in `assemble`.
+        division: as in `assemble`.
         Raises UserError for stored features that other weights than the model's have made.
         """
-        model, report = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype, divide=divide)
+        model, report = build_audited(
+            self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype, division=division
+        )
         counts = {part: len(audit["fresh"]) for part, audit in report.parts.items()}
         if fresh := [f"{part} ({count} weights)" for part, count in counts.items() if count]:
             log.info("from random weights, as no file gives them: %s", ", ".join(fresh))

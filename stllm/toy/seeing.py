@@ -264,9 +264,9 @@ class ToySeeingTask:
         return cls(cfg, Mixture([Source(frames)], seed=seed, max_tries=cfg.run.max_tries))
 
     def build_model(
-        self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None, divide: Any = None
+        self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None, division: Any = None
     ) -> SeeingModel:
-        """The two parts with fresh heads; all of it trains. divide: not used, so small a model is divided later."""
+        """The two parts with fresh heads; all of it trains. division: not used, so small a model is divided later."""
         model, _ = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
         return SeeingModel(model).to(device=device, dtype=trained_dtype or dtype)
 

@@ -6,7 +6,6 @@ Prints a line of JSON for each process: the growth of its memory at its highest,
 import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import distributed as dist
 from stllm.common.config import load_config
 from stllm.common.device import seed_everything
 from stllm.models.build import build_audited
-from stllm.runners.train import divide, training_arguments
+from stllm.runners.arguments import training_arguments
+from stllm.runners.sharding import division_of
 
 
 def _memory(name: str) -> int:
@@ -27,7 +27,7 @@ def _memory(name: str) -> int:
 
 
 def main(recipe: str, how: str, *options: str) -> None:
-    """how: divided or whole, as each process loads."""
+    """how: divided, as `run.fsdp` and `run.deepspeed` of the recipe and the options have it; or whole."""
     cfg = load_config(recipe, list(options))
     settings: Any = OmegaConf.to_container(cfg.run, resolve=True)
     args = training_arguments(settings)
@@ -39,12 +39,24 @@ def main(recipe: str, how: str, *options: str) -> None:
     model, _ = build_audited(
         cfg,
         device=torch.device("cpu"),
-        dtype=torch.bfloat16,
+        dtype=torch.float32 if args.deepspeed else torch.bfloat16,
         trained_dtype=torch.float32,
-        divide=partial(divide, args=args) if how == "divided" else None,
+        division=division_of(args) if how == "divided" else None,
     )
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    print(json.dumps({"growth": _memory("VmHWM") - before, "weights": weights}), flush=True)
+    # a weight that DeepSpeed has divided is empty
+    weights = sum(getattr(one, "ds_numel", one.numel()) * one.element_size() for one in model.parameters())
+    print(
+        json.dumps(
+            {
+                "rank": dist.get_rank(),
+                "rss": _memory("VmRSS") - before,
+                "anon": _memory("RssAnon"),
+                "growth": _memory("VmHWM") - before,
+                "weights": weights,
+            }
+        ),
+        flush=True,
+    )
     dist.destroy_process_group()
 
 

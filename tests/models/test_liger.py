@@ -70,7 +70,7 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PreTrainedModel, dict
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("transformers.integrations.liger.is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr("stllm.runners.train.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("stllm.runners.arguments.is_liger_kernel_available", lambda: True)
     return calls
 
 

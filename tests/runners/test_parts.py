@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stllm.cli import main
 from stllm.common.errors import UserError
+from stllm.runners.arguments import training_arguments
 from stllm.runners.throughput import FlopCounter, StepMeter, padding_of
-from stllm.runners.train import stopping_at_signals, training_arguments
+from stllm.runners.train import stopping_at_signals
 from stllm.runners.trainer import STLLMTrainer, parameter_groups
 from tests.helpers.reads import DeviceReads
 from tests.helpers.tiny import tiny_batch, tiny_model
@@ -49,7 +50,7 @@ def test_fsdp_and_bf16_need_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_arguments_that_cannot_be_used(run, words, monkeypatch) -> None:
-    monkeypatch.setattr("stllm.runners.train.find_spec", lambda name: None)
+    monkeypatch.setattr("stllm.runners.arguments.find_spec", lambda name: None)
     with pytest.raises(UserError, match=words):
         training_arguments({**RUN, **run})
 

@@ -179,8 +179,8 @@ def test_a_mistake_gives_one_sentence(
     ):
         pytest.skip("this version of transformers has no such key")
     if options[0].startswith("deepspeed="):
-        monkeypatch.setattr("stllm.runners.train.find_spec", lambda name: object())  # as if it were installed
-    monkeypatch.setattr("stllm.runners.train.is_liger_kernel_available", lambda: False)
+        monkeypatch.setattr("stllm.runners.arguments.find_spec", lambda name: object())  # as if it were installed
+    monkeypatch.setattr("stllm.runners.arguments.is_liger_kernel_available", lambda: False)
     if options[0].startswith("optim="):  # as if it were not
         monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     assert words in refusal(capsys, recipe, *(f"run.{option}" for option in options))
@@ -267,7 +267,7 @@ def trainer_of(
 
 def test_liger_needs_a_gpu(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("stllm.runners.train.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("stllm.runners.arguments.is_liger_kernel_available", lambda: True)
     found = refusal(capsys, recipe, "run.use_liger_kernel=true")
     assert found == "error: run.use_liger_kernel needs a GPU, and this run is on the CPU: leave it out"
 

@@ -4,9 +4,9 @@
 
 First, a plan is made from names and shapes: which tensor of which file goes where. Then the model is built on the meta
 device, weights that no file has are initialised where they may start fresh, and the others are filled weight by weight,
-straight to their device and type, so that memory never holds two copies. Under FSDP the model is divided before that,
-and each process reads its own rows. With a device map, transformers'
-`from_pretrained` puts the weights in place.
+straight to their device and type, so that memory never holds two copies. Under FSDP 2 and ZeRO-3 the weights are
+divided among the processes meanwhile (`Division`). With a device map, transformers' `from_pretrained` puts the weights
+in place.
 """
 
 import logging
@@ -14,13 +14,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from stllm.common.device import resolve_device, resolve_dtype
@@ -46,6 +46,19 @@ from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import PromptProcessor
 
 log = logging.getLogger(__name__)
+
+CopyRows = Callable[..., None]  # (tensor, first=0): fills a tensor with a weight's rows, from the row `first` on
+
+
+class Division(Protocol):
+    """Divides a model's weights among processes while they are read; see runners/sharding.py."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Divide the model. Weights that a file has are on the meta device yet, the others are in main memory."""
+
+    def read(self, old: Tensor, copy: CopyRows) -> Tensor:
+        """Return this process's part of a weight that `copy` reads. old: its place in the model that was begun."""
+
 
 LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
 POS_EMBED = f"{BACKBONE}pos_embed"
@@ -157,7 +170,7 @@ def assemble(
     language_model: str = "whole",
     quantization: str | None = None,
     device_map: Any = None,
-    divide: Callable[[nn.Module], torch.device] | None = None,
+    division: Division | None = None,
 ) -> tuple[STLLM, AuditReport]:
     """Build the model, fill it, and return it in evaluation mode with its audit.
 
@@ -166,8 +179,7 @@ def assemble(
     language_model: the part of it that is read and held, whole, embedding (its token embedding) or none; it is audited
         all the same.
     quantization: as in `load_model`. device_map: as there; a foreign format then passes through main memory.
-    divide: divides the weights among processes (`DTensor`) before they are read, and returns the device for a process's
-        shards; each process then reads its own rows.
+    division: divides the weights among processes while they are read.
     Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
     """
     place = resolve_device(device) if isinstance(device, str) else device
@@ -218,7 +230,7 @@ def assemble(
         held = set(model.state_dict())
         plan.origins = {key: origin for key, origin in plan.origins.items() if key in held}
     try:
-        fill(model, plan, place, divide)
+        fill(model, plan, place, division)
     except (RuntimeError, MemoryError, OSError) as error:
         if not out_of_memory(error):
             raise
@@ -365,12 +377,10 @@ def _grows(key: str, source: Source) -> bool:
     return is_plain and key.startswith("language_model.") and key.endswith((".weight", ".bias"))
 
 
-def fill(
-    model: STLLM, plan: Plan, device: torch.device, divide: Callable[[nn.Module], torch.device] | None = None
-) -> None:
+def fill(model: STLLM, plan: Plan, device: torch.device, division: Division | None = None) -> None:
     """Initialise what no file has, copy every planned weight into place, quantized where its layer is, and tie weights.
 
-    divide: as in `assemble`. What no file has is whole, in main memory, until it is divided.
+    division: as in `assemble`. What no file has is whole, in main memory, until it is divided.
     """
     total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
     layers: dict[str, nn.Module] = {}
@@ -384,7 +394,7 @@ def fill(
         if key in plan.origins:
             old._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
         elif old.is_meta and key not in tied:
-            _set_tensor(model, key, torch.empty_like(old, device="cpu" if divide else device), loaded=False)
+            _set_tensor(model, key, torch.empty_like(old, device="cpu" if division else device), loaded=False)
     model.initialize_weights()  # of what is not marked as loaded: fresh parts and computed buffers
     if any("lora_" in key for key in plan.report.keys("fresh")):
         from peft.tuners.lora import LoraLayer
@@ -393,9 +403,9 @@ def fill(
             if isinstance(module, LoraLayer):
                 for adapter in module.active_adapters:
                     module.reset_lora_parameters(adapter, init_lora_weights=True)
-    if divide is not None:
+    if division is not None:
         model.tie_weights()  # so that tied weights are divided as one
-        shards_on = divide(model)
+        division.begin(model)
     # disable=None: no bar where nobody looks; delay: none for what is quick
     with tqdm(
         desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
@@ -404,11 +414,11 @@ def fill(
             old = model.get_parameter_or_buffer(key)
             if key in layers:
                 new: Tensor = quantized_weight(layers[key], source.weights.read(entry.key).to(kind), device)
-            elif isinstance(old, DTensor):
-                new = _read_shard(source, entry, key, old, shards_on)
+            elif division is not None:
+                new = division.read(old, partial(_copy, source, entry, key, tuple(old.shape)))
             else:
                 new = torch.empty_like(old, device=device, requires_grad=False)
-                _copy(source, entry, key, new)
+                _copy(source, entry, key, tuple(old.shape), new)
             _set_tensor(model, key, new, loaded=True)
             bar.update(old.nbytes)
     if tied:
@@ -428,37 +438,26 @@ def restore(model: STLLM, folder: Path) -> None:
             "run.resume_from_checkpoint"
         )
     for key, (source, entry) in plan.origins.items():
-        _copy(source, entry, key, model.get_parameter_or_buffer(key))
+        tensor = model.get_parameter_or_buffer(key)
+        _copy(source, entry, key, tuple(tensor.shape), tensor)
 
 
-def _read_shard(source: Source, entry: Entry, key: str, old: DTensor, device: torch.device) -> Tensor:
-    """Return this process's rows of one weight. old: its place, divided by rows as FSDP does."""
-    new: Any = torch.empty_like(old, device=device, requires_grad=False)
-    local = new.to_local()
-    rows_each = -(-old.shape[0] // old.device_mesh.size())  # the last processes may have fewer
-    first = rows_each * old.device_mesh.get_local_rank()
-    if entry.shape != tuple(old.shape):
-        whole = torch.empty(old.shape, dtype=old.dtype)
-        _copy(source, entry, key, whole)
-        local.copy_(whole[first : first + len(local)])
-    elif local.numel():
-        source.weights.copy_to(entry.key, local, first)
-    return new
+def _copy(source: Source, entry: Entry, key: str, shape: tuple[int, ...], new: Tensor, first: int = 0) -> None:
+    """Copy the rows of one weight, from `first` on, into a tensor of so many rows.
 
-
-def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
-    """Copy one weight. new: of the model's shape, which may differ from the file's; see `_check_shape`."""
-    if entry.shape == tuple(new.shape):
-        source.weights.copy_to(entry.key, new)
+    shape: of the whole weight in the model, which may differ from the file's; see `_check_shape`.
+    """
+    if entry.shape == shape:
+        source.weights.copy_to(entry.key, new, first)
         return
     tensor = source.weights.read(entry.key)
     if key == POS_EMBED:  # (1, 1+P, C): the class token is kept; without antialiasing, as published
-        side = math.isqrt(new.shape[1] - 1)
+        side = math.isqrt(shape[1] - 1)
         new.copy_(resample_abs_pos_embed(tensor.float(), [side, side], num_prefix_tokens=1, antialias=False))
     else:  # the vocabulary grew: what is added is the mean of what was there
-        rows = len(tensor)
-        new[:rows].copy_(tensor)
-        new[rows:] = tensor.float().mean(dim=0).to(new.dtype)
+        present = tensor[first : first + len(new)]
+        new[: len(present)].copy_(present)
+        new[len(present) :] = tensor.float().mean(dim=0).to(new.dtype)
 
 
 def _set_tensor(model: STLLM, key: str, tensor: Tensor, *, loaded: bool) -> None:
