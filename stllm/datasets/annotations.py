@@ -11,7 +11,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from stllm.common.errors import UserError
 from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular, replacing, user_path
 from stllm.common.jsonl import loads
+from stllm.media.info import Member
 from stllm.media.sampling import Bounds
 from stllm.processors.templates import Turn
 
@@ -43,6 +44,7 @@ Fields = dict[str, Any]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+_PLACEHOLDER = re.compile(r"<(?:video|image)>")
 
 
 class AnnotationError(UserError):
@@ -59,7 +61,7 @@ class Record:
 
     turns: instruction, question and answer of each pair. media: absolute path; None for text alone.
     kind: "video" or "image". where: file and place in it, for messages. bounds: start and end in seconds, `math.inf`
-    for an open end.
+    for an open end. member: the medium, where it lies in a tar. key: of its features, where `media` is not unique.
     """
 
     turns: tuple[Turn, ...]
@@ -67,6 +69,8 @@ class Record:
     kind: str
     where: str
     bounds: Bounds | None = None
+    member: Member | None = None
+    key: str | None = None
 
 
 class Records(Protocol):
@@ -90,7 +94,7 @@ class Records(Protocol):
 class JsonRecords:
     """The records of one annotation file, held as the file's bytes and offsets into them.
 
-    media_dir: what the records' media are relative to.
+    media_dir: what the records' media are relative to. clips: finds them in tars instead, by the names in the records.
     kind: "video", "image" or "text" (records without a medium); records of another kind are left out. None: whatever
         the file holds, which must be one kind.
     num_pairs: (records,) answered pairs of each record, 0 where it cannot be used for lack of any.
@@ -99,8 +103,15 @@ class JsonRecords:
     is no mapping or of another benchmark, no record, no question and answer anywhere, videos and images mixed.
     """
 
-    def __init__(self, path: str | Path, *, media_dir: str | Path = "", kind: str | None = None) -> None:
-        self.path, self.media_dir = user_path(path), str(media_dir)
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        media_dir: str | Path = "",
+        kind: str | None = None,
+        clips: Callable[[str], Member] | None = None,
+    ) -> None:
+        self.path, self.media_dir, self.clips = user_path(path), str(media_dir), clips
         self._data, text = read_file(self.path)
         spans, num_pairs, kinds = array("q"), array("i"), array("b")  # a few bytes a record, however many there are
         num_asking = 0
@@ -117,7 +128,7 @@ class JsonRecords:
                 raise UserError(f"{where}: found {foreign} (fields {', '.join(fields)}), expected {EXPECTED}")
             first = first or fields
             spans.extend((start, end))
-            num_pairs.append(sum(text_of(answer) is not None for _, _, answer in _raw_pairs(fields)))
+            num_pairs.append(num_answers(fields))
             kinds.append(next((number for number, key in enumerate(MEDIA) if fields.get(key) is not None), TEXT))
         if not spans:
             raise UserError(f"{self.path}: found no record, expected {EXPECTED}")
@@ -174,6 +185,9 @@ class JsonRecords:
         bounds = bounds_of(fields, where)
         if self.kind == "text":
             return Record(turns, None, "video", where, bounds)
+        if self.clips is not None:
+            member = self.clips(named)
+            return Record(turns, member.name, self.kind, where, bounds, member, named)
         return Record(turns, os.path.join(self.media_dir, named), self.kind, where, bounds)
 
 
@@ -260,6 +274,66 @@ def _skip(text: str, position: int) -> int:
     space = _SPACE.match(text, position)
     assert space is not None  # it matches nothing, too
     return space.end()
+
+
+# ---- texts beside a clip in a tar ------------------------------------------------------------------------------------
+
+BESIDE = "a json with QA, conversations, question and answer, or caption; or a txt with a caption"
+SPEAKERS = {"human": "q", "user": "q", "gpt": "a", "assistant": "a"}
+
+
+def fields_beside(text: bytes | None, data: bytes | None, where: str) -> Fields:
+    """The record of a clip from the txt and the json beside it, either of which may be absent (None).
+
+    A json's pairs are QA, LLaVA's `conversations`, or `question` and `answer`. Without pairs the txt is the caption, or
+    else the json's `caption`. Raises AnnotationError, beginning with `where`, when there is none of these.
+    """
+    try:
+        fields = {} if data is None else loads(data)
+        caption = None if text is None else text.decode("utf-8").strip()
+    except (ValueError, LookupError) as error:  # no JSON, no UTF-8
+        raise AnnotationError(
+            f"{where}: the text beside the clip cannot be read ({error}); expected {BESIDE}"
+        ) from None
+    if not isinstance(fields, dict):
+        raise AnnotationError(f"{where}: found {str(fields)!r:.60} in the json, expected {BESIDE}")
+    if "conversations" in fields and "QA" not in fields:
+        fields["QA"] = _pairs_of(fields["conversations"], where)
+    elif {"question", "answer"} <= fields.keys() and "QA" not in fields:
+        fields["QA"] = [{"q": fields["question"], "a": fields["answer"]}]
+    elif "QA" not in fields and caption is not None:
+        fields["caption"] = caption
+    if not {"QA", "caption"} & fields.keys():
+        found = f"a json with {', '.join(fields) or 'no field'}" if data is not None else "neither txt nor json"
+        raise AnnotationError(f"{where}: found {found} beside the clip, expected {BESIDE}: add it")
+    return fields
+
+
+def num_answers(fields: Fields) -> int:
+    """The answered pairs of a record."""
+    return sum(text_of(answer) is not None for _, _, answer in _raw_pairs(fields))
+
+
+def _pairs_of(conversation: Any, where: str) -> list[Fields]:
+    """The pairs of LLaVA's conversation, without its <video> and <image>. Raises AnnotationError."""
+    pairs: list[Fields] = []
+    for number, turn in enumerate(conversation if isinstance(conversation, list) else [conversation]):
+        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        key = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        if key != "qa"[number % 2]:
+            raise AnnotationError(
+                f"{where}: found {str(turn)!r:.80} as turn {number + 1} of the conversation, expected "
+                f"{{from: {('human', 'gpt')[number % 2]}, value: text}}: correct it, or leave the clip out"
+            )
+        value = turn.get("value", turn.get("content"))
+        if key == "a":
+            pairs[-1]["a"] = value
+        else:
+            pairs.append({"q": _PLACEHOLDER.sub("", value).strip() if isinstance(value, str) else value})
+    return pairs
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
 def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:

@@ -37,10 +37,10 @@ SHARD_BYTES = 2**30
 
 
 def feature_key(record: Record, media_dir: str | Path) -> str:
-    """The key of a record's features: its medium relative to the media folder, and its bounds."""
+    """The key of a record's features: its medium (or its own key) relative to the media folder, and its bounds."""
     assert record.media is not None  # text alone has no features
     folder = os.path.join(media_dir, "")
-    return clip_key(record.media.removeprefix(folder), record.bounds)
+    return clip_key((record.key or record.media).removeprefix(folder), record.bounds)
 
 
 def clip_key(media: str, bounds: Bounds | None) -> str:

@@ -4,7 +4,6 @@ Source: the shards of the published configurations (cc_sbu, laion, cc_sbu_align)
 json with `caption`. Letters: S the model's image size.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.jsonl import loads
 from stllm.common.registry import datasets
@@ -22,9 +19,9 @@ from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.samples import LengthCheck, Sample, SampleKey
-from stllm.datasets.shards import GIB, Content, ShardReader, expand_shards, scheme_of
+from stllm.datasets.shards import Content, Shards, sample_key
 from stllm.media.images import decode_image
-from stllm.media.info import MediaError, warn_once
+from stllm.media.info import MediaError
 from stllm.media.time_bound import now_reading
 from stllm.processors.templates import Turn
 from stllm.processors.transforms import ClipTransform
@@ -35,15 +32,12 @@ from stllm.processors.transforms import ClipTransform
 class ImageTextCorpus:
     """Image-text shards: one caption an image, answering a drawn instruction or nothing.
 
-    shards: tar files, globs, braces and URLs (see `expand_shards`). transform: prepares the image.
+    shards, cache_dir, cache_gb: see `Shards`. transform: prepares the image.
     instruction: texts to draw from, such as "Describe this image in detail."; none: the caption alone is learned.
     max_samples: the first ones only.
     features: precomputed, read in place of the images; root: the folder that their keys are relative to.
-    cache_dir, cache_gb: where indexes and fetched shards are kept, and the most GiB these may take (`ShardReader`).
 
-    The first use of a shard reads its headers, which takes seconds. A damaged shard gives the samples before the
-    damage, with a warning. Raises UserError when a shard is missing or no shard holds a sample, MediaError when one
-    cannot be fetched.
+    Raises what `Shards` raises, and UserError when no shard holds a sample.
     """
 
     name: str
@@ -58,10 +52,8 @@ class ImageTextCorpus:
 
     def __post_init__(self) -> None:
         self.media: str | None = "image"
-        self.shards = expand_shards(self.shards)
-        self.reader = ShardReader(cache_dir=self.cache_dir, cache_gb=self.cache_gb)
-        self._ends = np.cumsum(self._count())  # the sample after each shard's last
-        num_samples = int(self._ends[-1])
+        self.samples = Shards(self.name, self.shards, cache_dir=self.cache_dir, cache_gb=self.cache_gb)
+        self.shards, self.reader, num_samples = self.samples.names, self.samples.reader, len(self.samples)
         if not num_samples:
             found = f"found no image or caption in {len(self.shards)} shards"
             raise UserError(f"{self.name}: {found}; expected jpg, png or webp with txt or json of the same name")
@@ -104,7 +96,7 @@ class ImageTextCorpus:
         if check is not None:
             check(sample, 1)
         if self.features is not None:
-            self.features.fill(sample, self._key(shard, number, content.name))
+            self.features.fill(sample, sample_key(shard, number, content.name, self.root))
             return sample
         if content.image is None:
             raise MediaError(
@@ -123,49 +115,25 @@ class ImageTextCorpus:
     def key_of(self, index: int) -> str:
         """The key of the features of a sample's image. Raises MediaError."""
         shard, number = self._place(index)
-        return self._key(shard, number, self.reader.name(shard, number))
-
-    def _key(self, shard: str, number: int, name: str) -> str:
-        """The number tells equal names apart, and the name tells when a shard was made anew."""
-        return f"{shard.removeprefix(os.path.join(self.root or '', ''))}/{number}/{name}"
+        return sample_key(shard, number, self.reader.name(shard, number), self.root)
 
     def _place(self, index: int) -> tuple[str, int]:
-        """The shard that holds a sample, and its number there."""
-        if not 0 <= index < len(self):
+        if index >= len(self):
             raise IndexError(f"{self.name}: sample {index} of {len(self)}")
-        position = int(np.searchsorted(self._ends, index, side="right"))
-        return self.shards[position], index - (int(self._ends[position - 1]) if position else 0)
-
-    def _count(self) -> list[int]:
-        """Samples in each shard. Several processes begin at different shards, and find what the others have indexed."""
-        counts = [0] * len(self.shards)
-        remote_bytes = 0
-        first = rank() * len(counts) // world_size()
-        order = [*range(first, len(counts)), *range(first)]
-        hidden = None if is_main() else True
-        for position in tqdm(order, desc=f"{self.name}: shards", unit="shard", disable=hidden, delay=1, leave=False):
-            shard = self.shards[position]
-            index = self.reader.index(shard)
-            counts[position] = index.num_samples
-            remote_bytes += index.size if scheme_of(shard) else 0
-            if index.fault and is_main():
-                warn_once(shard, index.fault.removeprefix(f"{shard}: "))
-        if self.cache_gb is not None and remote_bytes > self.cache_gb * GIB:
-            what = f"its shards take {remote_bytes / GIB:.1f} GiB, the cache holds {self.cache_gb:g}"
-            warn_once(self.name, f"{what}: shards will be fetched again and again; raise cache_gb, or copy them here")
-        return counts
+        return self.samples.place(index)
 
 
 def caption_of(content: Content, name: str) -> str:
     """The caption of a sample. Raises AnnotationError, beginning with `name`, when there is none."""
-    if content.caption is None:
+    caption, is_json = (content.json, True) if content.text is None else (content.text, False)
+    if caption is None:
         raise AnnotationError(f"{name}: the image has no caption beside it; expected a txt or json of the same name")
     try:
-        text = content.caption.decode("utf-8")
-        caption = loads(text).get("caption") if content.is_json else text
+        text = caption.decode("utf-8")
+        said = loads(text).get("caption") if is_json else text
     except (ValueError, AttributeError, RecursionError) as error:  # no UTF-8, no JSON, no object
-        expected = 'a JSON object with "caption"' if content.is_json else "UTF-8 text"
+        expected = 'a JSON object with "caption"' if is_json else "UTF-8 text"
         raise AnnotationError(f"{name}: the caption cannot be read ({error}); expected {expected}") from error
-    if not isinstance(caption, str) or not caption.strip():
-        raise AnnotationError(f"{name}: found the caption {caption!r:.60}; expected text: correct or remove it")
-    return caption.strip().encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON, is no text
+    if not isinstance(said, str) or not said.strip():
+        raise AnnotationError(f"{name}: found the caption {said!r:.60}; expected text: correct or remove it")
+    return said.strip().encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON, is no text

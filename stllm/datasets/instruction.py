@@ -17,6 +17,7 @@ from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import JsonRecords, Record, Records
 from stllm.datasets.features import FeatureStore, feature_key
 from stllm.datasets.samples import LengthCheck, Sample, SampleKey
+from stllm.datasets.shards import ShardClips, Shards
 from stllm.media.clip import Media, MediaError, load_clip
 from stllm.processors.transforms import ClipTransform
 
@@ -63,9 +64,28 @@ class InstructionCorpus:
         """The data set of an entry with absolute paths. Raises UserError for an annotation file that cannot be used."""
         if settings.anno_path is None:
             raise UserError(f"data set {name}: no anno_path is given; name its annotation file")
+        clips = None
+        if settings.shards:
+            shards = Shards(
+                name,
+                texts(settings.shards),
+                cache_dir=settings.cache_dir,
+                cache_gb=settings.cache_gb,
+                columns=lambda index: index.clips[:],
+            )
+            clips = ShardClips(shards)
+        media_dir = settings.media_dir or ""
+        records = JsonRecords(settings.anno_path, media_dir=media_dir, kind=settings.media, clips=clips)
+        return cls.of_records(name, records, settings, transform=transform)
+
+    @classmethod
+    def of_records(
+        cls, name: str, records: Records, settings: DatasetSettings, *, transform: ClipTransform
+    ) -> "InstructionCorpus":
+        """The data set of these records, the other settings as in the entry."""
         return cls(
             name=name,
-            records=JsonRecords(settings.anno_path, media_dir=settings.media_dir or "", kind=settings.media),
+            records=records,
             num_frames=settings.num_frames,
             transform=transform,
             sampling=settings.sampling,
@@ -91,7 +111,7 @@ class InstructionCorpus:
         if not first.instruction and self.instruction:
             first = replace(first, instruction=self.instruction[int(generator.integers(len(self.instruction)))])
         later = (replace(turn, instruction="") for turn in turns[1:])
-        name = record.where if record.media is None else f"{record.media} ({record.where})"
+        name = record.where if record.media in (None, record.where) else f"{record.media} ({record.where})"
         sample = Sample(key, name, (first, *later), self.media)
         if check is not None:
             check(sample, 0 if self.media is None else self.num_frames)
@@ -118,7 +138,17 @@ class InstructionCorpus:
         assert record.media is not None
         crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
         start, end = record.bounds or (None, None)
-        media = Media(record.media, self.num_frames, start, end, self.sampling, self.reader, self.fps, own_times=False)
+        media = Media(
+            record.media,
+            self.num_frames,
+            start,
+            end,
+            self.sampling,
+            self.reader,
+            self.fps,
+            own_times=False,
+            member=record.member,
+        )
         clip = load_clip(media, self.transform.for_clip(crops), generator=generator)
         if (clip.info.kind == "image") != (self.media == "image"):
             found, wanted = ("an image", "a video") if clip.info.kind == "image" else ("a video", "an image")

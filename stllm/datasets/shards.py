@@ -8,10 +8,11 @@ so `pipe:` is refused unless the command line allows it; no key of a YAML can.
 Training asks for samples in any order, and a sample must be the same in every process that reads it. A stream from the
 network allows neither. So a remote shard is fetched once and is then a local file like any other. One scan of a tar's
 headers, kept in a small file, makes every sample reachable. Members are grouped as in webdataset: neighbours whose
-names are equal up to the first dot are one sample. An index is a safetensors file, mapped into memory: opening one
+names are equal up to the first dot are one sample. A clip is read in place,
+whatever its size. An index is a safetensors file, mapped into memory: opening one
 costs microseconds, so hundreds of shards can be open.
 
-Letters: N samples in a shard.
+Letters: N samples in a shard, V clips in it.
 """
 
 import glob
@@ -29,17 +30,21 @@ from contextlib import suppress
 from itertools import groupby, islice
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
 from braceexpand import braceexpand
+from tqdm import tqdm
 
+from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.files import replacing, user_path
-from stllm.media.info import MediaError
-from stllm.media.time_bound import unbounded
+from stllm.datasets.annotations import AnnotationError, fields_beside, num_answers
+from stllm.media.find import EXTENSIONS
+from stllm.media.info import MediaError, Member, warn_once
+from stllm.media.time_bound import now_reading, unbounded
 
 MAX_SHARDS = 100_000  # the largest set of the published recipes has 10,489
 FIRST_SECONDS = 15.0  # until the first byte arrives; without a network some programs try again for minutes
@@ -57,10 +62,11 @@ _FETCHED = re.compile(r"-[0-9a-f]{16}\.tar$")  # the name of a fetched shard; th
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what gzip, bzip2, xz and zstd files begin with
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+VIDEO_SUFFIXES = tuple(extension[1:] for extension in EXTENSIONS)
 TEXT, JSON = "txt", "json"
 BLOCK = tarfile.BLOCKSIZE  # of a header; a member's data follow its header at once
 ABSENT = -1  # the offset of a member that is not there
-FORMAT = "1"  # of the index; an index in another format is made anew
+FORMAT = "2"  # of the index; an index in another format is made anew
 
 _allowed = False  # True: `pipe:` may run commands in this process
 
@@ -262,26 +268,37 @@ PROGRAMS: dict[str, Callable[[str], list[str]]] = {
 
 
 class Entry(NamedTuple):
-    """One sample of a shard: where the data of its image and caption begin, and how many bytes they are.
+    """One sample of a shard: where the data of its members begin, and how many bytes they are.
 
-    An offset is -1 when there is no such member. is_json: 1 for a caption that is a JSON object, 0 for text.
+    An offset is -1 when there is no such member. num_answers: of the texts beside a clip; 0 for an image.
     """
 
     image: int
     image_bytes: int
-    caption: int
-    caption_bytes: int
-    is_json: int
+    video: int
+    video_bytes: int
+    text: int
+    text_bytes: int
+    json: int
+    json_bytes: int
+    num_answers: int
+
+    @property
+    def caption(self) -> tuple[int, int]:
+        """The place of an image's caption: of its text, or else of its JSON."""
+        return (self.json, self.json_bytes) if self.text == ABSENT else (self.text, self.text_bytes)
 
 
 class ShardIndex(NamedTuple):
     """The samples of one shard.
 
-    rows: (N, 5) int64, an `Entry` each; an array, or a slice of a mapped file. num_samples: N. size: bytes of the tar.
-    fault: a sentence when the tar is damaged, else "".
+    rows: (N, 9) int64, an `Entry` each. clips: (V, 3) int64: where the data of each video begin, how many bytes they
+        are, `digest` of its name. Both are arrays, or slices of a mapped file.
+    num_samples: N. size: bytes of the tar. fault: a sentence when the tar is damaged, else "".
     """
 
     rows: Any
+    clips: Any
     num_samples: int
     size: int
     fault: str
@@ -303,15 +320,23 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
-    """The samples of a tar, (N, 5) int64, and a sentence about its damage ("" when it is whole).
+def digest(name: str) -> int:
+    """A number of 63 bits for a member's name; a leading ./ does not count."""
+    data = os.fsencode(os.path.normpath(name))
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """`ShardIndex.rows` and `ShardIndex.clips` of a tar, and a sentence about its damage ("" when it is whole).
 
     name: of the shard, for messages. A tar that is damaged gives the samples before the damage, a file that is no tar
     gives none. Raises UserError when the tar may not be read.
     """
     from webdataset.tariterators import base_plus_ext
 
-    members: list[tuple[str, str, tuple[int, int]]] = []  # key, suffix, (offset, bytes) of each image and caption
+    # key, suffix, (offset, bytes) of each image, video and text
+    members: list[tuple[str, str, tuple[int, int]]] = []
+    clips: list[tuple[int, int, int]] = []
     is_whole, size = False, tar.stat().st_size
     try:
         archive: Any  # its `members` are missing in the standard library's stubs
@@ -319,8 +344,12 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
             while (member := archive.next()) is not None and member.offset_data + member.size <= size:
                 archive.members = []  # otherwise it keeps every header that it has read
                 key, suffix = base_plus_ext(member.name)
-                if key is not None and suffix.lower() in (*IMAGE_SUFFIXES, TEXT, JSON) and member.isreg():
+                if not member.isreg():
+                    continue
+                if key is not None and suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, TEXT, JSON):
                     members.append((key, suffix.lower(), (member.offset_data, member.size)))
+                if member.name.lower().endswith(EXTENSIONS):
+                    clips.append((member.offset_data, member.size, digest(member.name)))
             with tar.open("rb") as file:  # tarfile also takes a damaged header for the end
                 file.seek(archive.offset)
                 is_whole = member is None and file.read(BLOCK) == bytes(BLOCK)
@@ -329,18 +358,23 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
     except OSError as error:
         raise UserError(f"{name}: the shard cannot be read ({error.strerror}), expected a tar: check it") from error
     rows = []
-    for _, neighbours in groupby(members, key=lambda member: member[0]):
-        files: dict[str, tuple[int, int]] = {}
-        for _, suffix, place in neighbours:
-            files.setdefault(suffix, place)  # a second image or caption of one name could be another pair's
-        image = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), (ABSENT, 0))
-        caption = files.get(TEXT, files.get(JSON, (ABSENT, 0)))
-        rows.append([*image, *caption, int(TEXT not in files and JSON in files)])
-    if not is_whole and rows and ABSENT in rows[-1]:
+    with tar.open("rb") as file:
+        for _, neighbours in groupby(members, key=lambda member: member[0]):
+            files: dict[str, tuple[int, int]] = {}
+            for _, suffix, place in neighbours:
+                files.setdefault(suffix, place)  # a second image or caption of one name could be another pair's
+            image, video = (
+                next((files[suffix] for suffix in suffixes if suffix in files), (ABSENT, 0))
+                for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
+            )
+            text, data = files.get(TEXT, (ABSENT, 0)), files.get(JSON, (ABSENT, 0))
+            count = 0 if video[0] == ABSENT else _count_answers(file, text, data)
+            rows.append(Entry(*image, *video, *text, *data, count))
+    if not is_whole and rows and (rows[-1].caption[0] == ABSENT or rows[-1].image == rows[-1].video == ABSENT):
         rows.pop()  # its other half is behind the cut
-    samples = np.array(rows, np.int64).reshape(-1, 5)
+    samples, videos = np.array(rows, np.int64).reshape(-1, 9), np.array(clips, np.int64).reshape(-1, 3)
     if is_whole:
-        return samples, ""
+        return samples, videos, ""
     with tar.open("rb") as file:
         head = file.read(BLOCK)
     if rows:
@@ -351,7 +385,21 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, str]:
         found = "found a compressed file, expected a plain tar, whose members can be reached: decompress it"
     else:
         found = f"found no tar with whole samples in it (it begins with {head[:8].hex(' ')}): copy it again"
-    return samples, f"{name}: {found}"
+    return samples, videos, f"{name}: {found}"
+
+
+def _count_answers(file: BinaryIO, text: tuple[int, int], data: tuple[int, int]) -> int:
+    """The answers in the texts beside a clip, given their places; 0 where they cannot be read."""
+    content: bytes | None = None
+    if data[0] != ABSENT:
+        if data[1] > MAX_CAPTION_BYTES:
+            return 0
+        file.seek(data[0])
+        content = file.read(data[1])
+    try:
+        return num_answers(fields_beside(None if text[0] == ABSENT else b"a caption", content, ""))
+    except AnnotationError:
+        return 0
 
 
 def _stamp(tar: Path) -> str:
@@ -364,12 +412,16 @@ def _stamp(tar: Path) -> str:
 
 
 class Content(NamedTuple):
-    """The parts of one sample in a shard; None for a missing part. name: of its first member."""
+    """The parts of one sample in a shard; None for a missing part. name: of its first member.
+
+    image: only where it was asked for; else video: a clip, read in place.
+    """
 
     name: str
     image: bytes | None
-    caption: bytes | None
-    is_json: bool
+    video: Member | None
+    text: bytes | None
+    json: bytes | None
 
 
 class ShardReader:
@@ -398,30 +450,35 @@ class ShardReader:
         tar = None if scheme_of(shard) else self._tar(shard)
         with suppress(FileNotFoundError, SafetensorError):  # an index of another program, or cut short, is made again
             file: Any = safe_open(path, "np")
-            kept, rows = file.metadata() or {}, file.get_slice("samples")
+            kept = file.metadata() or {}
             if kept.get("format") == FORMAT and (tar is None or kept["of"] == _stamp(tar)):
-                return ShardIndex(rows, rows.get_shape()[0], int(kept["size"]), kept["fault"])
+                rows = file.get_slice("samples")
+                return ShardIndex(rows, file.get_slice("clips"), rows.get_shape()[0], int(kept["size"]), kept["fault"])
         tar = tar or self._tar(shard)
         stamp, size = _stamp(tar), tar.stat().st_size
-        rows, fault = scan(tar, shard)
+        rows, clips, fault = scan(tar, shard)
         with replacing(path) as partial:
             texts = {"format": FORMAT, "of": stamp, "size": str(size), "fault": fault}
-            save_file({"samples": rows}, partial, metadata=texts)
-        return ShardIndex(rows, len(rows), size, fault)
+            save_file({"samples": rows, "clips": clips}, partial, metadata=texts)
+        return ShardIndex(rows, clips, len(rows), size, fault)
 
-    def read(self, shard: str, sample: int) -> Content:
-        """Sample number `sample` of a shard.
+    def read(self, shard: str, sample: int, kind: str = "image") -> Content:
+        """Sample number `sample` of a shard, with its medium of that kind: "image" or "video".
 
         Raises MediaError when the sample is not where the index says, and for a member that is too large to read.
         """
         file, index = self._opened(shard)
         entry = index.entry(sample)
+        is_video, video = kind == "video", None
+        # An image has one caption; beside a clip, a json may hold questions and a txt the caption.
+        json_at = entry.json if is_video or entry.text == ABSENT else ABSENT
         members = (
-            ("an image", entry.image, entry.image_bytes, MAX_IMAGE_BYTES),
-            ("a caption", entry.caption, entry.caption_bytes, MAX_CAPTION_BYTES),
+            ("an image", ABSENT if is_video else entry.image, entry.image_bytes, MAX_IMAGE_BYTES),
+            ("a caption", entry.text, entry.text_bytes, MAX_CAPTION_BYTES),
+            ("a caption", json_at, entry.json_bytes, MAX_CAPTION_BYTES),
         )
         for what, offset, size, most in members:
-            if size > most:
+            if offset != ABSENT and size > most:
                 name = self._member(shard, file, offset, size, whole=False)[0]
                 raise MediaError(
                     f"{shard}/{name}: found {what} of {size:,} bytes, expected at most {most:,}: leave the sample out"
@@ -430,14 +487,23 @@ class ShardReader:
             None if offset == ABSENT else self._member(shard, file, offset, size) for _, offset, size, _ in members
         ]
         name = next((part[0] for part in parts if part), str(sample))
-        image, caption = (part and part[1] for part in parts)
-        return Content(name, image, caption, bool(entry.is_json))
+        if is_video and entry.video != ABSENT:
+            video = self.clip(shard, entry.video, entry.video_bytes)
+            name = video.name.removeprefix(f"{shard}/")
+        image, text, data = (part and part[1] for part in parts)
+        return Content(name, image, video, text, data)
+
+    def clip(self, shard: str, offset: int, size: int) -> Member:
+        """A video in a shard, to be read in place. Raises MediaError as `read` does."""
+        file, _ = self._opened(shard)
+        name, _ = self._member(shard, file, offset, size, whole=False)
+        return Member(f"{shard}/{name}", file, offset, size)
 
     def name(self, shard: str, sample: int) -> str:
-        """The `name` that `read` would give; only headers are read. Raises MediaError as `read` does."""
+        """The `name` that `read` would give for an image; only headers are read. Raises MediaError as `read` does."""
         file, index = self._opened(shard)
         entry = index.entry(sample)
-        place = entry[:2] if entry.image != ABSENT else entry[2:4]
+        place = (entry.image, entry.image_bytes) if entry.image != ABSENT else entry.caption
         return str(sample) if place[0] == ABSENT else self._member(shard, file, *place, whole=False)[0]
 
     def close(self) -> None:
@@ -517,3 +583,91 @@ class ShardReader:
             if excess > 0 and path != newest:
                 path.unlink(missing_ok=True)
                 excess -= status.st_size
+
+
+def sample_key(shard: str, number: int, name: str, root: str | None) -> str:
+    """The key of a sample's features, relative to that folder.
+
+    Its number distinguishes equal names, and its name changes when a shard is made anew with other samples.
+    """
+    return f"{shard.removeprefix(os.path.join(root or '', ''))}/{number}/{name}"
+
+
+class Shards:
+    """The samples of many shards, numbered through.
+
+    owner: the data set's name, for messages. names: see `expand_shards`. cache_dir, cache_gb: see `ShardReader`.
+    columns: called with each shard's index; its results are kept in `kept`, in the order of the shards.
+
+    The first use of a shard reads its headers, which takes seconds. A damaged shard gives the samples before the
+    damage, with a warning. Raises UserError when a shard is missing, MediaError when one cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        names: str | Sequence[str],
+        *,
+        cache_dir: str | Path | None = None,
+        cache_gb: float | None = None,
+        columns: Callable[[ShardIndex], Any] = lambda index: None,
+    ) -> None:
+        self.names = expand_shards(names)
+        self.reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
+        counts = [0] * len(self.names)
+        self.kept: list[Any] = list(counts)
+        remote_bytes = 0
+        # Several processes begin at different shards, and find what the others have indexed.
+        first = rank() * len(counts) // world_size()
+        order = [*range(first, len(counts)), *range(first)]
+        hidden = None if is_main() else True
+        for position in tqdm(order, desc=f"{owner}: shards", unit="shard", disable=hidden, delay=1, leave=False):
+            shard = self.names[position]
+            index = self.reader.index(shard)
+            counts[position], self.kept[position] = index.num_samples, columns(index)
+            remote_bytes += index.size if scheme_of(shard) else 0
+            if index.fault and is_main():
+                warn_once(shard, index.fault.removeprefix(f"{shard}: "))
+        if cache_gb is not None and remote_bytes > cache_gb * GIB:
+            what = f"its shards take {remote_bytes / GIB:.1f} GiB, the cache holds {cache_gb:g}"
+            warn_once(owner, f"{what}: shards will be fetched again and again; raise cache_gb, or copy them here")
+        self._ends = np.cumsum(counts)  # the sample after each shard's last
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The shard that holds a sample, and its number there. Raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        position = int(np.searchsorted(self._ends, index, side="right"))
+        return self.names[position], index - (int(self._ends[position - 1]) if position else 0)
+
+
+class ShardClips:
+    """Finds the clips of shards by their names. shards: with `ShardIndex.clips` in `kept`."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.names, self.reader = shards.names, shards.reader
+        clips = np.concatenate(shards.kept)
+        shard = np.repeat(np.arange(len(shards.kept)), [len(rows) for rows in shards.kept])
+        order = np.argsort(clips[:, 2], kind="stable")
+        self._clips, self._shard = clips[order], shard[order]
+
+    def __call__(self, name: str) -> Member:
+        """The clip of that name. Raises MediaError when there is none, or more than one."""
+        found = np.searchsorted(self._clips[:, 2], [digest(name), digest(name) + 1])
+        places = range(*found.tolist())
+        if not places:
+            raise MediaError(
+                f"{name}: no clip of that name is in the {len(self.names)} shards; expected the name as `tar -t` lists "
+                "it: correct the record, or add the shard",
+                cause="missing",
+            )
+        if len(places) > 1:
+            first, second = (self.names[self._shard[place]] for place in places[:2])
+            raise MediaError(f"{name}: found it in {first} and in {second}, expected it once: rename one")
+        offset, size, _ = self._clips[places[0]].tolist()
+        shard = self.names[self._shard[places[0]]]
+        now_reading(shard)
+        return self.reader.clip(shard, offset, size)

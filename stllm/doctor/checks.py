@@ -11,7 +11,15 @@ from pathlib import Path
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
 from stllm.common.schema import DatasetSettings, texts
-from stllm.datasets.annotations import EXPECTED, AnnotationError, Fields, question_fault, text_of, turns_of
+from stllm.datasets.annotations import (
+    EXPECTED,
+    AnnotationError,
+    Fields,
+    fields_beside,
+    question_fault,
+    text_of,
+    turns_of,
+)
 from stllm.datasets.faults import Fault, Finding, Medium, Pairs, check_bounds, check_name, records_of
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
@@ -232,12 +240,13 @@ def _notes() -> Iterator[list[str]]:
 
 
 def check_shard(
-    shard: str, *, decode: str, cache_dir: str | Path | None, cache_gb: float | None, media_seconds: float
+    shard: str, *, kind: str, decode: str, cache_dir: str | Path | None, cache_gb: float | None, media_seconds: float
 ) -> list[Fault]:
     """Check one shard. decode: "none" of its samples (its headers alone), the "first" one, or "all".
 
-    media_seconds: the limit on reading a sample; 0: none.
+    kind: of its media, "image" or "video". media_seconds: the limit on reading a sample; 0: none.
     """
+    suffixes = {"image": "jpg, png or webp", "video": "mp4, webm, mkv, avi or mov"}[kind]
     reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
     try:
         index = reader.index(shard)
@@ -245,25 +254,29 @@ def check_shard(
         return [Fault("missing", shard, shard, str(error).removeprefix(f"{shard}: "))]
     faults = [Fault("unreadable", shard, shard, index.fault.removeprefix(f"{shard}: "))] if index.fault else []
     if not index.num_samples and not index.fault:
-        sentence = "found no image or caption in it; expected jpg, png or webp with txt or json of the same name"
+        sentence = f"found no {kind} or caption in it; expected {suffixes} with txt or json of the same name"
         faults.append(Fault("incomplete", shard, shard, sentence))
 
     def read(sample: int) -> Content:
-        content = reader.read(shard, sample)
+        content = reader.read(shard, sample, kind)
         if content.image is not None:
             decode_image(content.image, content.name)
+        if content.video is not None:
+            with open_media(content.video) as medium:
+                for _ in medium.frames(range(medium.info.num_frames)):
+                    keep_reading()
         return content
 
     num_read = {"none": 0, "first": min(1, index.num_samples), "all": index.num_samples}[decode]
     for sample in range(index.num_samples):
         where, entry = f"{shard}, sample {sample + 1}", index.entry(sample)
-        if entry.image == ABSENT:
-            sentence = "the caption has no image beside it; add it, or leave the sample out"
-            faults.append(Fault("incomplete", where, "image", sentence))
-        if entry.caption == ABSENT:
-            sentence = "the image has no txt or json beside it; add it, or leave it out"
+        if (entry.image if kind == "image" else entry.video) == ABSENT:
+            sentence = f"the caption has no {kind} beside it; add it, or leave the sample out"
+            faults.append(Fault("incomplete", where, kind, sentence))
+        if entry.caption[0] == ABSENT:
+            sentence = f"the {kind} has no txt or json beside it; add it, or leave it out"
             faults.append(Fault("incomplete", where, "caption", sentence))
-        elif entry.caption_bytes == 0:
+        elif entry.caption[1] == 0:
             sentence = "the caption holds 0 bytes; write one, or leave the sample out"
             faults.append(Fault("empty answer", where, "caption", sentence))
         if sample >= num_read:
@@ -271,10 +284,12 @@ def check_shard(
         try:
             content = read_within(media_seconds, partial(read, sample), medium=where, setting=SECONDS_OPTION)
         except MediaError as error:
-            faults.append(Fault("unreadable", where, "image", str(error)))
+            faults.append(Fault("unreadable", where, kind, str(error)))
             continue
         try:
-            if content.caption:
+            if kind == "video":
+                turns_of(fields_beside(content.text, content.json, content.name), content.name)
+            elif content.text or content.json:
                 caption_of(content, content.name)
         except AnnotationError as error:
             faults.append(Fault("empty answer", where, content.name, str(error).removeprefix(f"{content.name}: ")))

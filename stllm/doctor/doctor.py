@@ -34,6 +34,7 @@ from stllm.media.find import MediaFinder
 
 MAX_LISTED = 20  # faults of a kind, unless all are asked for
 MAX_WORKERS = 8  # unless more are asked for
+SHARDS = {"image_text": "image", "video_text": "video"}  # the media in the shards of each type
 SHORT = 3  # words; longer answers may differ and both be right
 
 Task = Callable[[], list[Fault]]
@@ -138,13 +139,20 @@ def examine(args: argparse.Namespace) -> Report:
         benchmark = ANY if args.format == ANY.name else benchmarks.get(args.format)
         report.faults += _benchmark_faults(benchmark, args, report, survey)
     for name, settings in data_sets.items():
-        if settings.type == "image_text":
+        if settings.type in SHARDS:
             shards = expand_shards(settings.shards)
             report.num_shards += len(shards)
             if args.cfg_path is not None:
                 report.data_sets[name] = len(shards)
-            limits_and_cache = {**limits, "cache_dir": settings.cache_dir, "cache_gb": settings.cache_gb}
-            tasks += [partial(check_shard, shard, **limits_and_cache) for shard in shards]
+            check_one = partial(
+                check_shard,
+                kind=SHARDS[settings.type],
+                decode=args.decode,
+                cache_dir=settings.cache_dir,
+                cache_gb=settings.cache_gb,
+                media_seconds=args.media_seconds,
+            )
+            tasks += [partial(check_one, shard) for shard in shards]
             continue
         if settings.anno_path is None:
             report.faults.append(Fault("annotation", name, "anno_path", "none is given; name the annotation file"))

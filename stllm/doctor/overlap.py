@@ -85,7 +85,7 @@ def overlap(args: argparse.Namespace) -> dict[str, Any]:
     clips: list[Clip] = []
     corpora = resolved_settings(load_config(args.overlap, args.options, model_type="instructblip_vicuna0"))
     for name, corpus in corpora.items():
-        if corpus.type == "image_text" or corpus.anno_path is None:
+        if corpus.anno_path is None:
             continue
         findings = training_findings(corpus, lambda sample, num_frames: None)
         for finding in tqdm(findings, desc=name, unit=" records", disable=None, delay=1, leave=False):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
-from stllm.media.info import MediaError, MediaInfo, Reader
+from stllm.media.info import MediaError, MediaInfo, Member, Reader
 from stllm.media.open import open_media
 from stllm.media.sampling import Bounds, BoundsError, Generator, sample_indices, within
 from stllm.media.time_bound import keep_reading
@@ -28,13 +28,14 @@ Stamp = tuple[Any, ...]  # of a medium and the state of its file at one moment
 
 @dataclass(frozen=True)
 class Media:
-    """A video, gif, frame folder or image on disk, and the part of it to read.
+    """A video, gif, frame folder or image on disk or inside another file, and the part of it to read.
 
     num_frames: frames to sample (see `sampling.sample_indices`), None for the model's usual number; an image gives one
         frame whatever it is. start, end: seconds, None for the whole. sampling: a rule of sampling.py.
     reader, fps: see `open_media`. view: how the sampled frames are shown, of views.py; indices and times follow.
     own_times: choose the frames whose own times lie within start and end, as a viewer means it. False: turn start and
         end into indices by the average rate, as training and the benchmarks do; the rule `segment` always does.
+    member: where the medium lies, if not on disk; `path` is then its name in messages.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Media:
     fps: float | None = None
     view: str = FORWARD
     own_times: bool = True
+    member: Member | None = None
 
     def __post_init__(self) -> None:
         """Raise UserError for an empty path, which would mean the current folder, and for an unknown view."""
@@ -62,7 +64,7 @@ class Media:
 
     def check(self) -> None:
         """Raise what `load_clip` would raise, as far as it can be found without decoding the frames."""
-        with open_media(self.path, reader=self.reader, fps=self.fps) as medium:
+        with open_media(self.member or self.path, reader=self.reader, fps=self.fps) as medium:
             medium.times(_sample(self, medium, 1))
 
     def stamp(self) -> Stamp:
@@ -116,7 +118,7 @@ def load_clip(
     num_frames: for media that specify no number. generator: for the sampling rule `rand`.
     Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
     """
-    with open_media(media.path, reader=media.reader, fps=media.fps) as medium:
+    with open_media(media.member or media.path, reader=media.reader, fps=media.fps) as medium:
         indices = _sample(media, medium, num_frames, generator)
         times = medium.times(indices)
         prepared = np.empty(0, np.float32)  # filled by numpy: torch's copy would start threads for every frame

@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stllm.common.errors import UserError
 from stllm.common.files import check_regular
-from stllm.media.info import AVIF, Frame, MediaError, MediaInfo, Reader, warn_once
+from stllm.media.info import AVIF, Frame, MediaError, MediaInfo, Member, Place, Reader, place_of, warn_once
 from stllm.media.time_bound import keep_reading
 
 if TYPE_CHECKING:
@@ -61,15 +61,16 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in images.OPEN)
 
 
-def open_image(file: Path | BytesIO) -> "Image":
+def open_image(file: Place | BytesIO) -> "Image":
     """The picture, not yet decoded. Raises what Pillow raises, and UserError for one that needs another package."""
     from PIL import Image as images
     from PIL import UnidentifiedImageError
 
     try:
-        return images.open(file, formats=_formats())
+        opened: Any = file.open() if isinstance(file, Member) else file
+        return images.open(opened, formats=_formats())
     except UnidentifiedImageError:
-        with file.open("rb") if isinstance(file, Path) else BytesIO(file.getvalue()) as opened:
+        with BytesIO(file.getvalue()) if isinstance(file, BytesIO) else file.open("rb") as opened:
             head = opened.read(12)
         if head[4:8] != b"ftyp":
             raise
@@ -80,7 +81,7 @@ def open_image(file: Path | BytesIO) -> "Image":
         ) from None
 
 
-def open_picture(path: Path, *, fps: float = GIF_FPS) -> Reader:
+def open_picture(path: Place, *, fps: float = GIF_FPS) -> Reader:
     """A reader for an image or an animated picture. Raises MediaError when the file is neither, or damaged."""
     with _damage(path), open_image(path) as image:
         animated = image.format == "GIF" or (image.format in ANIMATED and getattr(image, "is_animated", False))
@@ -90,8 +91,8 @@ def open_picture(path: Path, *, fps: float = GIF_FPS) -> Reader:
 class ImageReader(Reader):
     """A single image: one frame, turned upright by its EXIF orientation. Raises MediaError when it is damaged."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | Member) -> None:
+        self.path = place_of(path)
         self._frame = read_image(self.path)
         height, width = self._frame.shape[:2]
         self.info = MediaInfo("image", num_frames=1, fps=1.0, width=width, height=height)
@@ -109,8 +110,8 @@ class GifReader(Reader):
     fps: how fast it is taken to play. Raises MediaError when the file is damaged.
     """
 
-    def __init__(self, path: str | Path, *, fps: float = GIF_FPS) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | Member, *, fps: float = GIF_FPS) -> None:
+        self.path = place_of(path)
         with _damage(self.path):
             self._image = open_image(self.path)
             width, height = self._image.size
@@ -185,13 +186,14 @@ class FrameFolderReader(Reader):
             yield read_image(self._files[index - 1])
 
 
-def read_image(path: Path) -> Frame:
+def read_image(path: Place) -> Frame:
     """(H, W, 3) uint8, upright. Raises MediaError when the file is no whole image."""
-    check_regular(path, "an image", MediaError)
+    if isinstance(path, Path):
+        check_regular(path, "an image", MediaError)
     return decode_image(path, path)
 
 
-def decode_image(file: Path | bytes, name: object) -> Frame:
+def decode_image(file: Place | bytes, name: object) -> Frame:
     """(H, W, 3) uint8, upright, of an image file or its bytes. Raises MediaError, beginning with `name`."""
     from PIL import ImageOps
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from io import SEEK_CUR, SEEK_END, SEEK_SET, RawIOBase
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -77,6 +79,69 @@ class MediaInfo:
         return self.num_frames / self.fps
 
 
+class Member:
+    """A file inside another one, such as a clip in a tar. Readers take it in place of a path; nothing is copied.
+
+    name: for messages, such as "00000.tar/a.mp4". descriptor: of the outer file, which may be closed or removed later.
+    start, size: bytes.
+    """
+
+    def __init__(self, name: str, descriptor: int, start: int, size: int) -> None:
+        self.name, self.start, self.size = name, start, size
+        self._descriptor = os.dup(descriptor)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+    def absolute(self) -> "Member":
+        """Itself, as `Path.absolute` of an absolute path."""
+        return self
+
+    def open(self, mode: str = "rb") -> RawIOBase:
+        """A file of the member's bytes, for reading."""
+        return _MemberFile(self)
+
+    def stat(self) -> SimpleNamespace:
+        """st_size, and st_ino and st_mtime_ns, which together identify the content."""
+        return SimpleNamespace(st_size=self.size, st_ino=self.start, st_mtime_ns=os.fstat(self._descriptor).st_mtime_ns)
+
+    def read(self, size: int, at: int) -> bytes:
+        """At most `size` bytes from there on."""
+        return os.pread(self._descriptor, max(0, min(size, self.size - at)), self.start + at)
+
+
+class _MemberFile(RawIOBase):
+    def __init__(self, member: Member) -> None:
+        self.member, self.at = member, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        self.at = {SEEK_SET: 0, SEEK_CUR: self.at, SEEK_END: self.member.size}[whence] + offset
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.member.read(len(buffer), self.at)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
+Place = Path | Member  # where a medium's bytes are
+
+
+def place_of(path: str | Path | Member) -> Place:
+    """The place as it is, a text as a path."""
+    return path if isinstance(path, Member) else Path(path)
+
+
 _decoder_options: dict[str, str] = {}  # of FFmpeg's decoders, for every video that is opened
 
 
@@ -122,7 +187,7 @@ class Reader(Protocol):
     seconds: (num_frames,) when each frame is shown, after the first one; evenly spaced where a cut file lacks frames.
     """
 
-    path: Path
+    path: Place
     info: MediaInfo
     seconds: "np.ndarray[Any, np.dtype[np.float64]]"
 
@@ -160,13 +225,15 @@ class Reader(Protocol):
         self.close()
 
 
-def read_head(path: Path) -> bytes:
+def read_head(path: Place) -> bytes:
     """The file's first bytes. Raises MediaError when it is missing, a folder, empty or may not be read."""
-    check_regular(path, EXPECTED, MediaError)
+    if isinstance(path, Path):
+        check_regular(path, EXPECTED, MediaError)
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
     except FileNotFoundError:
+        assert isinstance(path, Path)
         exists = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
         advice = f"the path is right up to {exists}, so check the media root"
         if path.is_symlink():
@@ -209,7 +276,7 @@ def kind_of(head: bytes) -> str:
     return "text"
 
 
-def explain_unreadable(path: Path, head: bytes) -> str:
+def explain_unreadable(path: Place, head: bytes) -> str:
     """The reason why no decoder opened a file as a video, for a message: what was found."""
     if head[4:8] in FIRST_BOXES and not {name for name, _ in _sections(path, head)} & {b"moov", b"moof"}:
         return "an mp4 without its index (no moov box): the recording or download ended early"
@@ -223,7 +290,7 @@ def explain_unreadable(path: Path, head: bytes) -> str:
     return f"neither video nor image (it begins with the bytes {head[:8].hex(' ')})"
 
 
-def promised_bytes(path: Path, head: bytes) -> int:
+def promised_bytes(path: Place, head: bytes) -> int:
     """The size of the file according to the container's headers; 0 when they do not state it."""
     if head.startswith(EBML):  # the Segment, which holds everything, follows this element
         size, start = _vint(head, 4)
@@ -236,7 +303,7 @@ def promised_bytes(path: Path, head: bytes) -> int:
         return 0
 
 
-def _sections(path: Path, head: bytes) -> list[tuple[bytes, int]]:
+def _sections(path: Place, head: bytes) -> list[tuple[bytes, int]]:
     """Top-level boxes of an mp4 or mov, or chunks of an avi (several when it is long), as (name, where it should end).
 
     Other files have none. A box of another name lies behind the mp4, and players do not read it either.

@@ -10,7 +10,7 @@ from pathlib import Path
 from stllm.common.files import user_path
 from stllm.common.registry import readers
 from stllm.media.images import GIF_FPS, FrameFolderReader, ImageReader, open_picture
-from stllm.media.info import MediaError, Reader, kind_of, read_head
+from stllm.media.info import MediaError, Member, Reader, kind_of, read_head
 from stllm.media.time_bound import now_reading
 from stllm.media.video import PyAvReader
 
@@ -19,7 +19,7 @@ __all__ = ["MediaError", "PyAvReader", "Reader", "open_media"]
 AUTO = "pyav"  # exact on every file tried; decord is not (see video.py)
 
 
-def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = None) -> Reader:
+def open_media(path: str | Path | Member, *, reader: str = "auto", fps: float | None = None) -> Reader:
     """A reader for whatever lies at `path`; close it, or use it in a `with`.
 
     reader: which library decodes container videos: "auto", "pyav" or "decord".
@@ -28,11 +28,11 @@ def open_media(path: str | Path, *, reader: str = "auto", fps: float | None = No
     Raises MediaError when nothing there can be read, UserError for an unknown reader.
     """
     now_reading(path)
-    path = user_path(path)
+    path = path if isinstance(path, Member) else user_path(path)
     video_reader = readers.get(AUTO if reader == "auto" else reader)
     if fps is not None and not 0 < fps < float("inf"):
         raise MediaError(f"{path}: fps is {fps}; expected a positive number of frames a second")
-    if os.path.isdir(path):  # unlike Path.is_dir, of a name that is too long, too
+    if not isinstance(path, Member) and os.path.isdir(path):  # unlike Path.is_dir, of a name that is too long, too
         return FrameFolderReader(path, fps=fps)
     if kind_of(read_head(path)) == "picture":
         return open_picture(path, fps=GIF_FPS if fps is None else fps)

@@ -29,10 +29,13 @@ from stllm.media.info import (
     Frame,
     MediaError,
     MediaInfo,
+    Member,
+    Place,
     Reader,
     decoder_options,
     explain_unreadable,
     kind_of,
+    place_of,
     promised_bytes,
     read_head,
     warn_once,
@@ -77,8 +80,8 @@ class PyAvReader(Reader):
     Raises MediaError when the file holds no video that can be decoded.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | Member) -> None:
+        self.path = place_of(path)
         self.source = VideoSource(self.path)
         self._warned = self._is_ordered = False
         self._pass: Iterator[tuple[int, VideoFrame]] = iter(())
@@ -272,7 +275,7 @@ class DecordReader(PyAvReader):
     decoded.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | Member) -> None:
         super().__init__(path)
         self._decord: Any = None
         doubt, timeline, is_ts = None, self.timeline, self.source.container.format.name == "mpegts"
@@ -285,7 +288,8 @@ class DecordReader(PyAvReader):
                 import decord
 
                 decord.logging.set_level(decord.logging.QUIET)
-                self._decord = decord.VideoReader(str(path), num_threads=MAX_THREADS)
+                file: Any = self.path.open() if isinstance(self.path, Member) else str(path)
+                self._decord = decord.VideoReader(file, num_threads=MAX_THREADS)
                 if len(self._decord) != self.info.num_frames:
                     doubt = f"decord sees {len(self._decord)} frames where there are {self.info.num_frames}"
             except Exception as error:  # ImportError, or whatever decord makes of the file
@@ -319,7 +323,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _identity(path: Path) -> tuple[str, int, int, int]:
+def _identity(path: Place) -> tuple[str, int, int, int]:
     stat = path.stat()
     return str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns
 
@@ -334,7 +338,7 @@ class VideoSource:
     Raises MediaError when the file cannot be opened or holds no video.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.is_damaged = self.strict = False
         self.skipped: set[int] = set()
@@ -369,7 +373,8 @@ class VideoSource:
         try:
             # An absolute path has no protocol; nothing but this file may be opened.
             options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS, **limits}
-            container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
+            file: Any = path.open() if isinstance(path, Member) else str(path.absolute())
+            container = av.open(file, metadata_errors="replace", options=options)
         except (FFmpegError, ValueError) as error:
             found = explain_unreadable(path, self._head)
             raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error

@@ -29,7 +29,7 @@ from stllm.datasets.features import FeatureStore, FeatureWriter
 from stllm.datasets.image_text import ImageTextCorpus
 from stllm.datasets.mixture import Mixture, Source
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
-from stllm.datasets.shards import allow_pipes, expand_shards, scan
+from stllm.datasets.shards import Entry, allow_pipes, expand_shards, scan
 from stllm.media import info as media_info
 from stllm.media.info import MediaError
 from stllm.processors.templates import Turn
@@ -259,8 +259,8 @@ def test_a_cut_tar_gives_its_whole_samples_and_one_warning(tmp_path, caplog, mis
     path = write_tar(tmp_path / "cut.tar", pairs(0, 10, "jpg"))
     with path.open("r+b") as file:
         whole = file.seek(0, os.SEEK_END) // 1024 * 1024
-        end = scan(path, "x")[0][-1]
-        file.truncate(min(whole, (int(end[2] + end[3]) + 511) // 512 * 512 + 512) - missing)
+        end = Entry(*scan(path, "x")[0][-1].tolist())
+        file.truncate(min(whole, (sum(end.caption) + 511) // 512 * 512 + 512) - missing)
     with caplog.at_level(logging.WARNING):
         data, again = corpus(tmp_path, str(path)), corpus(tmp_path, str(path))
     assert len(caplog.records) == 1 and "the tar is damaged or cut" in caplog.text
@@ -270,7 +270,7 @@ def test_a_cut_tar_gives_its_whole_samples_and_one_warning(tmp_path, caplog, mis
 
 def test_a_damaged_header_in_the_middle_is_noticed(tmp_path, caplog) -> None:
     path = write_tar(tmp_path / "x.tar", pairs(0, 5))
-    rows, _ = scan(path, "x")
+    rows = scan(path, "x")[0]
     with path.open("r+b") as file:
         file.seek(int(rows[3][0]) - 512)
         file.write(b"garbage" * 20)
@@ -455,10 +455,11 @@ def test_no_pair_is_mixed(tmp_path_factory, suffixes, split) -> None:
         sample = number // (split + 1)
         data = {".png": picture(sample), ".json": b'{"caption": "%d"}' % sample}.get(suffix, b"%d" % sample)
         members.append((f"{sample}{suffix}", data))
-    rows, fault = scan(write_tar(folder / "x.tar", members), "x")
+    rows, _, fault = scan(write_tar(folder / "x.tar", members), "x")
     assert fault == "" if members else True
     content = (folder / "x.tar").read_bytes()
-    for image, image_size, caption, caption_size, _ in rows.tolist():
+    for row in rows.tolist():
+        (image, image_size), (caption, caption_size) = row[:2], Entry(*row).caption
         if image >= 0 and caption >= 0:
             number = int("".join(filter(str.isdigit, content[caption : caption + caption_size].decode())))
             assert content[image : image + image_size] == picture(number)
