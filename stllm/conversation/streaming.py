@@ -251,7 +251,7 @@ class _Teller(BaseStreamer):
         self.has_told = False
 
     def put(self, value: Tensor) -> None:
-        """Pass on the tokens of one step, (B,). The first call passes the prompt ids: none, since prompts are embedded."""
+        """Pass on the tokens of one step, (B,). The first call has the prompts' ids: none, as prompts are embedded."""
         if value.numel():
             self.has_told = True
             for row, token, is_bad in zip(self.rows, value.tolist(), self.watch.found(len(value)), strict=True):
