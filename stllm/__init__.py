@@ -1,6 +1,6 @@
 """ST-LLM: a video LLM that lets the language model do the temporal modelling (arXiv 2404.00308).
 
-The public functions are imported when they are first used (PEP 562), so that `import stllm` costs nothing.
+The public functions are imported at their first use (PEP 562), so that `import stllm` is fast.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'stllm' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # so that the next access does not call this function
     return value
 
 

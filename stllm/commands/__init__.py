@@ -1,1 +1,1 @@
-"""The commands of `stllm`, one a file: its options, what argparse cannot check, and its `run`."""
+"""The commands of `stllm`, one file each: options, checks that argparse cannot do, and the function `run`."""

@@ -1,4 +1,4 @@
-"""`stllm chat`: questions on the command line, at an interactive prompt, as a stream, or as JSON lines."""
+"""`stllm chat`: answers questions from the command line or at an interactive prompt, as text, stream or JSON lines."""
 
 import argparse
 import io
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from stllm.conversation.requests import Media, Request
 
 PROMPT_COMMANDS = ("/video", "/image", "/new", "/help", "/quit")
-HELP = "Ask about the video. /video PATH or /image PATH takes another, /new begins anew, /quit leaves."
+HELP = (
+    "Type a question about the video. /video PATH or /image PATH opens another file, /new starts a new conversation, "
+    "/quit ends."
+)
 
 
 def add_options(parser: Parser) -> None:
@@ -32,27 +35,29 @@ def add_options(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="repeat it for several questions in one conversation; without it: an interactive prompt",
+        help="a question; repeat the option for several questions in one conversation (default: interactive prompt)",
     )
     add_model(parser)
     decoders = "auto, pyav or decord (default: auto)"
-    parser.add_argument("--reader", metavar="NAME", help=f"what decodes a video file: {decoders}")
-    parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video from here on")
-    parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video up to here")
-    parser.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy (default: 5)")
-    longest = "tokens of the longest answer (default: 300)"
+    parser.add_argument("--reader", metavar="NAME", help=f"video decoder: {decoders}")
+    parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video only from this time on")
+    parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video only up to this time")
+    beams = "number of beams in beam search; 1: greedy decoding (default: 5)"
+    parser.add_argument("--num-beams", type=whole(1), metavar="N", help=beams)
+    longest = "maximum length of the answer in tokens (default: 300)"
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help=longest)
-    sampling = "sample, at this temperature (default: 0, do not)"
+    sampling = "temperature of sampling; 0: no sampling (default: 0)"
     parser.add_argument("--temperature", type=number(0), metavar="T", help=sampling)
     parser.add_argument(
         "--evidence",
         type=path,
         metavar="PNG",
-        help="draw how much each part of the video mattered to the answer (a second question's: PNG-2, and so on)",
+        help="write a chart that shows how much each part of the video mattered to the answer; the charts of a second "
+        "and third question are NAME-2.png and NAME-3.png",
     )
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--stream", action="store_true", help="print the answer as it is made (with 1 beam)")
-    output.add_argument("--json", action="store_true", help="print one JSON line an answer")
+    output.add_argument("--stream", action="store_true", help="print the answer while it is generated, with 1 beam")
+    output.add_argument("--json", action="store_true", help="print one line of JSON per answer")
 
 
 def check(args: argparse.Namespace) -> str | None:
@@ -70,9 +75,9 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer the given questions, or open the interactive prompt; without any option, answer the examples first.
+    """Answer the questions of the command line, or open the interactive prompt. Raises UserError.
 
-    Raises UserError.
+    With the default model and no medium, the prompt starts with answers about the example clips.
     """
     from stllm.conversation.chat import FOLDER, chosen_checkpoint, load_chosen
     from stllm.conversation.decoding import Decoding
@@ -80,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = chosen_checkpoint(args)
     given = args.video or args.image
     media = None if given is None else _media(given, args, start=args.start, end=args.end)
-    Decoding().with_options(**_decoding_options(args))  # a contradiction shows before the model is loaded
+    Decoding().with_options(**_decoding_options(args))  # raises for contradictory options before the model is loaded
     with working("loading the model"):
         chat = load_chosen(args, checkpoint)
     conversation = _begin(chat, args, media)
@@ -93,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _media(path: str, args: argparse.Namespace, *, start: float | None = None, end: float | None = None) -> "Media":
-    """Return the medium of that path, checked. Raises UserError."""
+    """Return the medium for a path after checking it. Raises UserError."""
     from stllm.conversation.requests import Media
 
     media = Media(path=path, num_frames=args.num_frames, start=start, end=end, reader=args.reader or "auto")
@@ -146,7 +151,7 @@ def _answer(conversation: "Conversation", question: str, args: argparse.Namespac
 
 
 def _evidence(conversation: "Conversation", request: "Request", args: argparse.Namespace) -> dict[str, Any]:
-    """Draw the evidence for the last answer, where --evidence asks for it, and return its part of the JSON line."""
+    """Draw the evidence for the last answer if --evidence is given. Return its entry for the JSON line, or {}."""
     if args.evidence is None or request.media is None:
         return {}
     from stllm.conversation.evidence import draw_evidence, filmstrip, measure_evidence
@@ -162,7 +167,7 @@ def _evidence(conversation: "Conversation", request: "Request", args: argparse.N
         seconds = evidence.times[evidence.segments[evidence.peak][0]]
         words = f"most evidence at {seconds:.1f} s, {max(evidence.scores):+.3g} nats"
     elif evidence.matters:
-        words = "no part of the video speaks for this answer: leaving any out makes it no less likely"
+        words = "no part of the video makes this answer more likely: leaving out any part does not make it less likely"
     else:
         words = f"no part of the video matters to this answer: no difference exceeds {evidence.bound:.2g} nats"
     if evidence.cut:
@@ -182,21 +187,22 @@ def _evidence(conversation: "Conversation", request: "Request", args: argparse.N
 
 
 def _interactive(conversation: "Conversation", args: argparse.Namespace, *, examples: bool) -> int:
-    """Read lines until /quit or the end of input; a failed or interrupted line leaves the conversation unchanged.
+    """Answer lines from stdin until /quit or the end of input, and return the exit code.
 
-    A person continues after an error and leaves with 0; lines from a pipe are all tried, and the code is 1 if one
-    failed. examples: shown to a person before the first line, and where no line comes.
+    A failed or interrupted line leaves the conversation unchanged, and the next line is read. At a terminal the exit
+    code is 0; otherwise it is 1 if a line failed. examples: answer the example questions first, at a terminal, or if
+    stdin has no line.
     """
     person = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the engine refuses bytes that are no UTF-8
+        sys.stdin.reconfigure(errors="surrogateescape")  # text that is not UTF-8 is refused later, with a sentence
     if person:
         if examples:
             _show_examples(conversation.chat, args)
         print(HELP, file=sys.stderr)
         with suppress(ImportError):
-            import readline  # noqa: F401  # `input` gets line editing and a history by it
-    # The prompt goes to the terminal and never among the answers.
+            import readline  # noqa: F401  # gives `input` line editing and a history
+    # if answers are redirected, the prompt is printed on stderr
     prompt, to_stdout = "> " if person else "", sys.stdout.isatty()
     failed, asked = False, person
     while True:
@@ -224,7 +230,7 @@ def _interactive(conversation: "Conversation", args: argparse.Namespace, *, exam
 
 
 def _show_examples(chat: "Chat", args: argparse.Namespace) -> None:
-    """Answer a question about each clip that comes with the package."""
+    """Answer a question about each example clip in the package."""
     from stllm.conversation.chat import find_examples
 
     for clip, question in find_examples():
@@ -234,13 +240,13 @@ def _show_examples(chat: "Chat", args: argparse.Namespace) -> None:
 
 
 def _obey(conversation: "Conversation", line: str, args: argparse.Namespace) -> None:
-    """Obey a command, or answer a question, of the interactive prompt. Ctrl-C ends the answer, not the session."""
+    """Run a line of the interactive prompt: a command or a question. Ctrl-C ends the answer, not the session."""
     command, _, rest = line.partition(" ")
     if command == "/new":
         conversation.reset(conversation.media)
     elif command in ("/video", "/image"):
         named = rest.strip()
-        if named and not Path(named).exists():  # quoted or escaped for a shell, as terminals do with dropped files
+        if named and not Path(named).exists():  # terminals quote or escape the path of a file dropped on them
             with suppress(ValueError):
                 words = shlex.split(named)
                 named = words[0] if len(words) == 1 else named
@@ -257,7 +263,7 @@ def _obey(conversation: "Conversation", line: str, args: argparse.Namespace) -> 
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
-            print("\ninterrupted; /quit leaves", file=sys.stderr)
+            print("\ninterrupted; /quit ends the session", file=sys.stderr)
 
 
 COMMAND = Command(

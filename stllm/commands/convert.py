@@ -1,4 +1,4 @@
-"""`stllm convert` on the command line."""
+"""Command line of `stllm convert`."""
 
 import argparse
 
@@ -8,25 +8,30 @@ from stllm.common.logging import console
 
 def add_options(parser: Parser) -> None:
     parser.add_argument(
-        "source", nargs="+", type=path, metavar="SOURCE", help="weights in any known layout; later ones go on top"
+        "source",
+        nargs="+",
+        type=path,
+        metavar="SOURCE",
+        help="a file or folder of weights in any known format; later sources override earlier ones",
     )
-    parser.add_argument("--to", required=True, type=path, metavar="DIR", help="the folder to write: new, or empty")
-    add_config(parser, "what the sources say")
+    parser.add_argument("--to", required=True, type=path, metavar="DIR", help="output folder, which is new or empty")
+    add_config(parser, "inferred from the sources")
     parser.add_argument(
         "--format",
         choices=("stllm", "released", "language-model"),
         default="stllm",
-        help="the layout to write; language-model: a plain transformers folder of the language model alone, for "
-        "`vllm serve DIR --enable-prompt-embeds` (default: stllm)",
+        help="output format. stllm: this package's. released: that of the published ST-LLM weights. language-model: "
+        "only the language model, as a transformers folder for `vllm serve DIR --enable-prompt-embeds` "
+        "(default: stllm)",
     )
     parser.add_argument(
-        "--adapter", type=path, metavar="DIR", help="a LoRA adapter to put on top: a run's lora_adapter"
+        "--adapter", type=path, metavar="DIR", help="folder of a LoRA adapter to add, such as RUN/lora_adapter"
     )
-    parser.add_argument("--merge-lora", action="store_true", help="add LoRA to the weights that it adapts")
+    parser.add_argument("--merge-lora", action="store_true", help="merge LoRA into the weights of its layers")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, print the audit, name the result. A conversion that is done is not repeated."""
+    """Convert the weights, and print the audit of the keys. A conversion that was already done is not repeated."""
     from stllm.models.checkpoints.convert import convert
 
     report = convert(
@@ -51,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="writes weights of any known layout as ours, or ours in the released layout",
+    help="converts weights from any known format to stllm's, or from stllm's to that of the published weights",
     example="stllm convert released/ --to ours/ --cfg-path model.yaml",
     add_options=add_options,
     run=run,

@@ -1,4 +1,4 @@
-"""`stllm demo` and `python demo_gradio.py`: a page in which to talk with videos."""
+"""`stllm demo` and `python demo_gradio.py`: a web page for chatting about videos."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 def add_options(parser: Parser) -> None:
     add_model(parser)
     add_address(parser, port=7860)
-    limits = parser.add_argument_group("limits of one user")
-    limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help="of an upload (default: 256)")
+    limits = parser.add_argument_group("limits")
+    words = "largest upload in MB (default: 256)"
+    limits.add_argument("--max-file-mb", type=whole(1), default=256, metavar="MB", help=words)
     add_reading_limits(limits, shortest=1, waiting=32)
 
 
@@ -38,12 +39,12 @@ def run(args: argparse.Namespace) -> int:
         app = build_app(service, local=host.local, about=describe(host.chat, host.checkpoint))
         return app, f"The demo is at {host.url}/"
 
-    # Open pages keep a connection for ever, so that the end waits for none of them.
+    # A short patience, because every open page keeps a connection.
     return serve(args, limits, build, prefix="stllm-demo-", patience=1)
 
 
 COMMAND = Command(
-    help="serves a page in which to talk with videos",
+    help="serves a web page for chatting about videos",
     example="stllm demo --ckpt-path DIR --port 7860",
     add_options=add_options,
     run=run,

@@ -1,4 +1,4 @@
-"""`stllm doctor` on the command line."""
+"""Command line of `stllm doctor`."""
 
 import argparse
 
@@ -15,48 +15,52 @@ def add_options(parser: Parser) -> None:
         "--gt-file",
         type=path,
         metavar="FILE",
-        help="or check this annotation file (mvbench: the folder; shards: tars, a glob, braces or a URL)",
+        help="check this annotation file; for a benchmark in several files the folder, for shards a path or URL of tar "
+        "files with globs or {braces}",
     )
     parser.add_argument(
         "--format",
         choices=DOCTOR_FORMATS,
-        help="what the file is; vc2: VideoChat2-IT, caption pairs or JSONL of your own; videoqa: any VideoQA set",
+        help="format of --anno-path. vc2: training data in VideoChat2-IT's format, captions, or JSONL. videoqa: any of "
+        "the VideoQA benchmarks. shards: image-text shards",
     )
     parser.add_argument(
         "--overlap",
         type=path,
         metavar="YAML",
-        help="list the test clips of --benchmark that occur in the training data of this configuration: by name, by "
-        "content, and by perceptual hashes of frames (pip install 'stllm[overlap]')",
+        help="list test clips of --benchmark that are also in the training data of this configuration. Clips are "
+        "compared by name, content and perceptual hashes of frames (these need pip install 'stllm[overlap]')",
     )
     parser.add_argument(
         "--benchmark",
         choices=benchmark_names(),
         metavar="BENCH",
-        help="with --overlap; its ground truth is --anno-path",
+        help="the benchmark for --overlap; --anno-path is its ground truth",
     )
-    parser.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of its media (default: beside it)")
+    words = "folder of the media (default: folder of --anno-path)"
+    parser.add_argument("--video-dir", type=path, metavar="DIR", help=words)
     parser.add_argument(
-        "--answers-path", type=path, metavar="FILE", help="VideoQA: the answers, when they have a file of their own"
+        "--answers-path", type=path, metavar="FILE", help="VideoQA: file of the answers, if --anno-path has none"
     )
     parser.add_argument(
         "--flatten",
         nargs=2,
         type=path,
         metavar=("IN", "OUT"),
-        help="instead of a check: write the records of the training file IN to the new file OUT, one for each question",
+        help="check nothing; convert the training file IN to a new file OUT with one record per question",
     )
     parser.add_argument(
         "--decode",
         choices=("none", "first", "all"),
         default="first",
-        help="how far media are read: size alone, first frame and length, or every frame (default: first)",
+        help="how much of each medium is read. none: only its size. first: the first frame and the length. all: every "
+        "frame (default: first)",
     )
-    add_workers(parser, "processes; 0: this one alone (default: one a core, up to 8)")
+    add_workers(parser, "number of processes; 0: only the main process (default: one per core, at most 8)")
     add_media_seconds(parser, f"{MEDIA_SECONDS:g}; with --decode all: {12 * MEDIA_SECONDS:g}")
     add_allow_pipe(parser)
-    parser.add_argument("--all", action="store_true", help="list every fault, not the first 20 of each kind")
-    parser.add_argument("--json", action="store_true", help="print one JSON report, with every fault")
+    parser.add_argument("--all", action="store_true", help="list all faults, not only the first 20 of each kind")
+    parser.add_argument("--json", action="store_true", help="print a JSON report with all faults")
 
 
 def check(args: argparse.Namespace) -> str | None:
@@ -85,14 +89,14 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, which is in stllm.doctor.doctor; returns its exit code."""
+    """Run the command (in stllm.doctor.doctor or overlap), and return its exit code."""
     from stllm.doctor import doctor, overlap
 
     return doctor.run(args) if args.overlap is None else overlap.run(args)
 
 
 COMMAND = Command(
-    help="checks data before hours are spent: what is missing, unreadable, empty, wrongly bounded or ambiguous",
+    help="checks data sets and benchmarks for missing or unreadable files, empty answers, wrong times and more",
     example="stllm doctor --anno-path train.json --video-dir videos --format vc2",
     add_options=add_options,
     run=run,

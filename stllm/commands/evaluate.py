@@ -1,7 +1,7 @@
-"""`stllm evaluate`: asks a checkpoint a benchmark's questions and scores the answers.
+"""`stllm evaluate`: asks a model a benchmark's questions, and scores the answers.
 
-settings -> benchmark (items) -> runs (lines, one an item) -> results (official files, scores, table, chart)
-`stllm evaluate suite` goes this way for each benchmark of a YAML's section `suite`, with one loaded model.
+settings -> benchmark (items) -> runs (one record per item) -> results (official files, scores, report, chart)
+`stllm evaluate suite` does this for each benchmark in a YAML's section `suite`, and loads the model only once.
 """
 
 import argparse
@@ -33,37 +33,45 @@ SUITE = "suite"
 
 def add_options(parser: Parser) -> None:
     known = benchmark_names()
-    words = f"{', '.join(known)}; or {SUITE}: those of section suite of --cfg-path, with one loaded model"
+    words = f"{', '.join(known)}; or {SUITE} for all benchmarks in section suite of --cfg-path"
     parser.add_argument("benchmark", choices=[*known, SUITE], metavar="BENCH", help=words)
     add_checkpoint(parser)
     add_config(parser)
-    files = parser.add_argument_group("files (default: section evaluation of --cfg-path)")
+    files = parser.add_argument_group("files (default: as in section evaluation of --cfg-path)")
     files.add_argument(
         "--anno-path",
         "--gt-file",
         type=path,
         metavar="PATH",
-        help="the ground truth: a file, or the benchmark's folder",
+        help="ground truth: a file, or the benchmark's folder",
     )
     files.add_argument(
-        "--answers-path", type=path, metavar="FILE", help="the answers, when they have a file of their own"
+        "--answers-path", type=path, metavar="FILE", help="file of the answers, if the ground truth has only questions"
     )
-    files.add_argument("--video-dir", type=path, metavar="DIR", help="the folder of the videos")
-    files.add_argument("--output-dir", type=path, metavar="DIR", help="where to write (default: output/eval)")
-    files.add_argument("--output-name", type=path, metavar="NAME", help="of the files there (default: BENCH)")
-    asked = parser.add_argument_group("what is asked, and how (default: as published)")
-    asked.add_argument("--tasks", type=names, metavar="A,B", help="these tasks or parts alone")
-    asked.add_argument("--limit", type=whole(1), metavar="N", help="the first N items of each task")
-    asked.add_argument("--num-frames", type=whole(0), metavar="N", help="frames of a video; 0: MVBench's one a second")
-    asked.add_argument("--num-beams", type=whole(1), metavar="N", help="beams of the search; 1: greedy")
-    asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="tokens of the longest answer")
-    add_context(asked, "published; for mvbench: all")
-    probes = parser.add_argument_group("diagnostics of multiple choice, written to separate files")
+    files.add_argument("--video-dir", type=path, metavar="DIR", help="folder of the videos")
+    files.add_argument("--output-dir", type=path, metavar="DIR", help="output folder (default: output/eval)")
+    files.add_argument("--output-name", type=path, metavar="NAME", help="name of the output files (default: BENCH)")
+    asked = parser.add_argument_group("questions, frames and decoding (default: as published for the benchmark)")
+    asked.add_argument("--tasks", type=names, metavar="A,B", help="ask only these tasks of the benchmark")
+    asked.add_argument("--limit", type=whole(1), metavar="N", help="ask only the first N items of each task")
+    frames = "frames per video; 0: one per second, from 4 to 16, as published for mvbench"
+    asked.add_argument("--num-frames", type=whole(0), metavar="N", help=frames)
+    beams = "number of beams in beam search; 1: greedy decoding"
+    asked.add_argument("--num-beams", type=whole(1), metavar="N", help=beams)
+    asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="maximum length of an answer in tokens")
+    add_context(asked, "published; all for benchmarks of multiple choice")
+    probes = parser.add_argument_group("diagnostics of multiple-choice benchmarks, written to separate files")
     probes.add_argument(
-        "--probe", action="store_true", help="clips reversed, shuffled, of one frame and blank: does it use time?"
+        "--probe",
+        action="store_true",
+        help="also ask with reversed, shuffled, single and blank frames, to test whether the model uses their order",
     )
-    probes.add_argument("--permute", action="store_true", help="options in every rotation: does it favour a letter?")
-    speed = parser.add_argument_group("speed (no answer depends on it)")
+    probes.add_argument(
+        "--permute",
+        action="store_true",
+        help="ask with each rotation of the options, to test whether the model favours a letter",
+    )
+    speed = parser.add_argument_group("speed (does not change answers)")
     speed.add_argument("--batch-size", type=whole(1), metavar="N", help="questions answered at once (default: 8)")
     add_workers(speed)
     add_engine(parser)
@@ -91,10 +99,10 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, write every file and print a summary; then the same for each probe, and each benchmark of a suite.
+    """Run the benchmark or suite with its probes, write the result files, and print summaries.
 
-    All ground truths are read before the model is. Exit code 1 when not one item of a benchmark could be answered, 130
-    when Ctrl-C ended it. Raises UserError.
+    All ground truths are read before the model is loaded. The exit code is 1 if no item of a benchmark could be
+    answered, and 130 after Ctrl-C. Raises UserError.
     """
     from stllm.common.config import load_evaluation, suite_of
     from stllm.common.distributed import is_main, process_group
@@ -119,10 +127,10 @@ def run(args: argparse.Namespace) -> int:
     keys = [field.name for field in fields(EvaluationSettings)]
     given = {key: value for key in keys if (value := getattr(args, key, None)) is not None}
     own = {} if opened.config.num_frames is None else {"num_frames": opened.config.num_frames}
-    asked: dict[str, tuple[EvaluationSettings, Loaded]] = {}  # by the name of the files
+    asked: dict[str, tuple[EvaluationSettings, Loaded]] = {}  # by the name of the output files
     for benchmark in suite_of(args.cfg_path, args.options) if args.benchmark == SUITE else [args.benchmark]:
         settings = load_evaluation(benchmark, args.cfg_path, args.options, given, own)
-        if settings.num_frames is None:  # an empty value in a YAML takes back the preset's
+        if settings.num_frames is None:  # an empty value in the YAML removes the benchmark's number
             settings = replace(settings, num_frames=default_num_frames(opened.config))
         name = benchmark if settings.output_name is None else settings.output_name
         if name != Path(name).name or name in ("", ".", ".."):
@@ -168,19 +176,19 @@ def run(args: argparse.Namespace) -> int:
             return code
     except KeyboardInterrupt:
         if is_main():
-            print("interrupted: what was answered is kept, and the same command goes on", file=sys.stderr)
+            print("interrupted: answers so far are kept, and the same command resumes", file=sys.stderr)
         return 130
     except Exception as error:
         if not out_of_memory(error) or isinstance(error, UserError):
             raise
         raise UserError(
             f"not enough memory for {settings.batch_size} questions at once: lower --batch-size, --num-beams or "
-            "--num-frames, or take --dtype bfloat16; what was answered is kept, and the same command goes on"
+            "--num-frames, or take --dtype bfloat16; answers so far are kept, and the same command resumes"
         ) from error
 
 
 COMMAND = Command(
-    help="asks a benchmark's questions, alone or under torchrun; the same command goes on where it stopped",
+    help="evaluates a model on a benchmark, also under torchrun; the same command resumes an interrupted run",
     example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
     add_options=add_options,
     run=run,

@@ -1,4 +1,4 @@
-"""`stllm inspect` on the command line."""
+"""Command line of `stllm inspect`."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ SUMMARY = ("path", "format", "family", "tensors", "stored_bytes", "stored_types"
 
 def add_options(parser: Parser) -> None:
     parser.add_argument(
-        "path", nargs="?", type=path, metavar="PATH", help="a checkpoint: a file or folder of any known layout"
+        "path", nargs="?", type=path, metavar="PATH", help="a checkpoint: a file or folder in any known format"
     )
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -30,7 +30,7 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found; 1 when a configuration does not fit the weights."""
+    """Print a description of the checkpoint. The exit code is 1 if the configuration does not fit the weights."""
     from stllm.models.checkpoints.inspect import inspect_config, inspect_path
 
     if args.path is None:
@@ -95,7 +95,7 @@ def _readable(size: float) -> str:
 
 
 COMMAND = Command(
-    help="tells what a checkpoint is: format, family, sizes, memory, and whether a configuration fits it",
+    help="shows a checkpoint's format, model family, sizes and memory, and whether a configuration fits it",
     example="stllm inspect DIR --cfg-path model.yaml",
     add_options=add_options,
     run=run,

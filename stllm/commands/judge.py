@@ -1,4 +1,4 @@
-"""`stllm judge` on the command line."""
+"""Command line of `stllm judge`."""
 
 import argparse
 
@@ -7,66 +7,73 @@ from stllm.evaluation.axes import AXES
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("axis", choices=AXES, metavar="AXIS", help=f"what is graded: {', '.join(AXES)}")
+    words = (
+        f"what is scored: {', '.join(AXES[:5])} (VcgBench); {AXES[5]} (VideoQA); {AXES[6]} (captions and replies that "
+        "its rules cannot score)"
+    )
+    parser.add_argument("axis", choices=AXES, metavar="AXIS", help=words)
     parser.add_argument(
-        "--pred-path", type=path, metavar="FILE", help="predictions: NAME.jsonl of stllm evaluate, or an official list"
+        "--pred-path",
+        type=path,
+        metavar="FILE",
+        help="predictions: NAME.jsonl of stllm evaluate, or a JSON list in the official format",
     )
     parser.add_argument(
         "--output-dir",
         type=path,
         default="output/judge",
         metavar="DIR",
-        help="ledger and results, a file an axis; a rerun goes on there (default: output/judge)",
+        help="output folder for AXIS.ledger.jsonl, which has all verdicts, and AXIS.results.json; an interrupted run "
+        "is resumed there (default: output/judge)",
     )
     group = parser.add_argument_group("the judge")
-    group.add_argument(
-        "--model", metavar="NAME", help="the model's name at the endpoint, or local:PATH for a model on this machine"
-    )
-    group.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OpenAI's)")
+    words = "name of the model at the endpoint, or local:PATH to run a model on this machine"
+    group.add_argument("--model", metavar="NAME", help=words)
+    group.add_argument("--base-url", metavar="URL", help="URL of an OpenAI-compatible endpoint (default: OpenAI's)")
     group.add_argument(
         "--api-key-env",
         metavar="NAME",
-        help="the environment variable that holds the key (default: OPENAI_API_KEY for OpenAI, none for other servers)",
+        help="environment variable that contains the key (default: OPENAI_API_KEY for OpenAI, none for other servers)",
     )
-    group.add_argument(
-        "--concurrency", type=whole(1), default=8, metavar="N", help="items asked at once; local: a batch (default: 8)"
-    )
+    words = "requests at a time; for a local model the batch size (default: 8)"
+    group.add_argument("--concurrency", type=whole(1), default=8, metavar="N", help=words)
     group.add_argument(
         "--max-retries",
         type=whole(0),
         default=5,
         metavar="N",
-        help="further requests that an item may take (default: 5)",
+        help="maximum number of further requests per item (default: 5)",
     )
     group.add_argument(
-        "--timeout", type=number(0.01), default=60.0, metavar="SECONDS", help="for a whole reply (default: 60)"
+        "--timeout",
+        type=number(0.01),
+        default=60.0,
+        metavar="SECONDS",
+        help="time limit for a complete reply (default: 60)",
     )
     group.add_argument(
         "--temperature",
         type=number(0),
         default=0.0,
         metavar="T",
-        help="of the judge's sampling; local judges have none (default: 0)",
+        help="temperature of the judge's sampling; ignored by a local model (default: 0)",
     )
     group.add_argument(
         "--max-tokens",
         type=whole(1),
         metavar="N",
-        help="length of a reply, its thoughts included (default: the endpoint's; local: 128)",
+        help="maximum tokens of a reply, including reasoning (default: the endpoint's; 128 for a local model)",
     )
-    parser.add_argument(
-        "--prompts", type=path, metavar="FILE", help="your copy of the official instructions, YAML or JSON"
-    )
-    parser.add_argument("--offline", action="store_true", help="score the ledger again, and ask nothing")
-    parser.add_argument(
-        "--compare", type=path, metavar="LEDGER", help="compare the ledger in --output-dir with this one, or its folder"
-    )
-    parser.add_argument(
-        "--self-check", type=whole(1), metavar="N", help="grade the judge itself on answers known to be right or wrong"
-    )
-    parser.add_argument(
-        "--export-items", type=path, metavar="DIR", help="also write the official file of each item, to DIR/AXIS"
-    )
+    words = "YAML or JSON file with other instructions for the judge, such as the official ones"
+    parser.add_argument("--prompts", type=path, metavar="FILE", help=words)
+    words = "recompute the scores from the ledger without asking the judge"
+    parser.add_argument("--offline", action="store_true", help=words)
+    words = "compare the ledger in --output-dir with this ledger, or the one in this folder"
+    parser.add_argument("--compare", type=path, metavar="LEDGER", help=words)
+    words = "test the judge on N random items, each with answers known to be right or wrong"
+    parser.add_argument("--self-check", type=whole(1), metavar="N", help=words)
+    words = "also write a file per item in the official format to DIR/AXIS"
+    parser.add_argument("--export-items", type=path, metavar="DIR", help=words)
 
 
 def check(args: argparse.Namespace) -> str | None:
@@ -92,14 +99,14 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command, which is in stllm.judge.run; returns its exit code."""
+    """Run the command (in stllm.judge.run), and return its exit code."""
     from stllm.judge.run import run
 
     return run(args)
 
 
 COMMAND = Command(
-    help="lets a language model grade predictions of VcgBench, VideoQA and TempCompass",
+    help="scores predictions of VcgBench, VideoQA and TempCompass with a language model as judge",
     example="stllm judge qa --pred-path output/eval/msvd.jsonl --base-url http://localhost:8000/v1 --model NAME",
     add_options=add_options,
     run=run,

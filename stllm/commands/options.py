@@ -1,7 +1,6 @@
-"""Options that several commands share, and types of option values for argparse.
+"""Options that several commands share, and value types for argparse.
 
-Everything that `--help` imports uses the standard library only. A type's error says what was found and what was
-expected.
+To keep `--help` fast, nothing heavy is imported here. The error of a type says what was found and what was expected.
 """
 
 import argparse
@@ -13,37 +12,42 @@ from stllm.common.device import DEVICE_PATTERN
 from stllm.common.schema import CONTEXTS, MEDIA_SECONDS, PUBLISHED, QUANTIZATIONS
 
 Parser = argparse.ArgumentParser
-Container = argparse._ActionsContainer  # a parser or a group of it
+Container = argparse._ActionsContainer  # a parser, or an argument group of a parser
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand; its module has its options and its `run`."""
+    """A subcommand of `stllm`.
+
+    help, example: for --help. add_options: function that adds its options. run: returns the exit code. needs: heavy
+    module that `run` imports; it is imported beforehand, while a spinner is shown. check: returns a sentence if the
+    options contradict each other, else None.
+    """
 
     help: str
     example: str
     add_options: Callable[[Parser], None]
-    run: Callable[[argparse.Namespace], int]  # returns the exit code
-    needs: str  # the heavy module that `run` imports; it is imported first, under a spinner
-    check: Callable[[argparse.Namespace], str | None] = lambda _: None  # what is wrong with the usage, if anything
+    run: Callable[[argparse.Namespace], int]
+    needs: str
+    check: Callable[[argparse.Namespace], str | None] = lambda _: None
 
 
 def path(text: str) -> str:
-    """Check a path, which may not be empty."""
-    if not text:  # an unset variable in a script; "" would mean this folder
+    """Check that a path is not empty."""
+    if not text:  # probably an unset variable in a script; "" would mean the working directory
         raise argparse.ArgumentTypeError("found nothing, expected a path")
     return text
 
 
 def host(text: str) -> str:
-    """Check an address or a host name. An empty one (an unset variable) would open every address of the machine."""
+    """Check that an address or host name is not empty, since "" would mean all addresses of the machine."""
     if not text.strip():
         raise argparse.ArgumentTypeError("found nothing, expected an address such as 127.0.0.1 (0.0.0.0: all of them)")
     return text.strip()
 
 
 def names(text: str) -> list[str]:
-    """Split names between commas, at least one."""
+    """Split a list of names at commas. There must be at least one."""
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError(f"found {text!r}, expected names between commas")
@@ -51,7 +55,7 @@ def names(text: str) -> list[str]:
 
 
 def whole(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
-    """Return the type of a whole number from `low` to `high`, by default one that is a possible seed."""
+    """Return an argparse type for whole numbers from `low` to `high`; the default is the largest possible seed."""
 
     def parse(text: str) -> int:
         is_number = text.isascii() and text.isdigit() and len(text) < 20
@@ -63,7 +67,7 @@ def whole(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
 
 
 def number(low: float) -> Callable[[str], float]:
-    """Return the type of a finite number of at least `low`."""
+    """Return an argparse type for finite numbers of at least `low`."""
 
     def parse(text: str) -> float:
         try:
@@ -78,14 +82,14 @@ def number(low: float) -> Callable[[str], float]:
 
 
 def device_name(text: str) -> str:
-    """Check the form of a device's name. The command itself checks that the device exists."""
+    """Check the form of a device's name. Whether the device exists is checked later."""
     if not DEVICE_PATTERN.fullmatch(text):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected auto, cpu, cuda, cuda:N or mps")
     return text
 
 
 def gpu_number(text: str) -> str:
-    """Return the device cuda:N for the N of the published --gpu-id."""
+    """Return the device name cuda:N for N, the value of the published option --gpu-id."""
     return f"cuda:{whole(0)(text)}"
 
 
@@ -93,49 +97,49 @@ def gpu_number(text: str) -> str:
 
 
 def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
-    """Add `--ckpt-path`. otherwise: in words, what is used when --cfg-path names no checkpoint either."""
-    words = f"weights: a folder, file or hub name of any known layout (default: model.ckpt of --cfg-path{otherwise})"
+    """Add `--ckpt-path`. otherwise: text about the default if --cfg-path names no checkpoint either."""
+    words = f"weights: a folder, file or hub name, in any known format (default: model.ckpt of --cfg-path{otherwise})"
     parser.add_argument("--ckpt-path", type=path, metavar="DIR", help=words)
 
 
-def add_config(parser: Parser, default: str = "what the checkpoint says") -> None:
-    """Add `--cfg-path`. default: in words, what holds without it."""
+def add_config(parser: Parser, default: str = "inferred from the checkpoint") -> None:
+    """Add `--cfg-path`. default: text about the configuration without this option."""
     parser.add_argument("--cfg-path", type=path, metavar="YAML", help=f"the model's configuration (default: {default})")
 
 
 def add_context(parser: Container, default: str = PUBLISHED) -> None:
-    """Add `--context`. default: the rule that holds without it, as help text."""
+    """Add `--context`. default: text about the rule without this option."""
     parser.add_argument(
         "--context",
         choices=CONTEXTS,
-        help="published: a long prompt, video included, keeps its last 2,000 tokens less --max-new-tokens; all: "
-        f"everything, also beyond the positions the model was trained for (default: {default})",
+        help="rule for long prompts. published: keep the last 2,000 tokens, visual ones and --max-new-tokens included. "
+        f"all: keep all tokens, even if they exceed the model's trained positions (default: {default})",
     )
 
 
 def add_engine(parser: Container) -> None:
     """Add `--engine` to a command that answers questions."""
     words = (
-        "address of vLLM, or another server that takes prompt embeddings, with this language model: it decodes, with "
-        "one beam, and only reading and encoding happen here (default: decode here)"
+        "URL of vLLM, or of another server that accepts prompt embeddings, with the checkpoint's language model. "
+        "Videos are encoded here, and the server generates the answers, with one beam (default: no server)"
     )
     parser.add_argument("--engine", metavar="URL", help=words)
 
 
 def add_quantization(parser: Container) -> None:
-    """Add `--quantization` to a command that holds a language model."""
+    """Add `--quantization` to a command that loads a language model."""
     words = (
-        "4bit or 8bit: less memory for the language model (bitsandbytes, on CUDA and on CPUs), as "
-        "--options model.quantization=4bit (default: what --cfg-path says, else none)"
+        "4bit or 8bit quantization of the language model with bitsandbytes, to save memory; the same as --options "
+        "model.quantization=4bit (default: as in --cfg-path, else none)"
     )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, metavar="BITS", help=words)
 
 
 def add_model(parser: Parser) -> None:
-    """Add the options of a command that answers questions: its model, the frames that it sees, the context rule."""
-    add_checkpoint(parser, ", else the tiny model that comes with the package")
+    """Add the options of a command that answers questions: checkpoint, number of frames, context rule and engine."""
+    add_checkpoint(parser, ", else the tiny model in the package")
     add_config(parser)
-    words = "frames taken from a video (default: the checkpoint's own)"
+    words = "number of frames sampled from a video (default: the checkpoint's)"
     parser.add_argument("--num-frames", type=whole(1), metavar="N", help=words)
     add_context(parser)
     add_engine(parser)
@@ -143,36 +147,42 @@ def add_model(parser: Parser) -> None:
 
 
 def add_address(parser: Parser, *, port: int) -> None:
-    """Add `--host` and `--port` to a command that listens."""
-    words = "address to listen at (default: 127.0.0.1, this machine alone)"
+    """Add `--host` and `--port` to a command that serves. port: the default."""
+    words = "address to listen on (default: 127.0.0.1, reachable only from this machine)"
     parser.add_argument("--host", type=host, default="127.0.0.1", metavar="ADDRESS", help=words)
-    words = f"0: any that is free (default: {port})"
+    words = f"port to listen on; 0: any free port (default: {port})"
     parser.add_argument("--port", type=whole(0, 65535), default=port, metavar="N", help=words)
 
 
 def add_reading_limits(limits: Container, *, shortest: int, waiting: int) -> None:
-    """Add the limits of reading and waiting to a command that listens. shortest: the smallest --max-seconds."""
+    """Add limits for media and the queue to a command that serves.
+
+    shortest: smallest value of --max-seconds. waiting: default of --queue-size.
+    """
     numbers: dict[str, Any] = {"default": 1800.0, "metavar": "SECONDS"}
-    limits.add_argument("--max-seconds", type=number(shortest), help="of a video (default: 1800)", **numbers)
+    words = "longest duration of a video (default: 1800)"
+    limits.add_argument("--max-seconds", type=number(shortest), help=words, **numbers)
     numbers["default"] = 60.0
-    words = "for decoding a video or image (default: 60)"
+    words = "time limit for decoding a video or image (default: 60)"
     limits.add_argument("--max-read-seconds", type=number(1), help=words, **numbers)
-    words = f"requests that may wait; 0: one request at a time (default: {waiting})"
+    words = f"maximum number of waiting requests; 0: a second request is refused (default: {waiting})"
     limits.add_argument("--queue-size", type=whole(0), default=waiting, metavar="N", help=words)
 
 
 def add_allow_pipe(parser: Parser) -> None:
     """Add `--allow-pipe` to a command that opens shards."""
-    words = "let shards named pipe:CMD run the shell command CMD: only for lists that you trust"
+    words = "allow shards named pipe:CMD, which run the shell command CMD; use it only if you trust the list of shards"
     parser.add_argument("--allow-pipe", action="store_true", help=words)
 
 
-def add_workers(parser: Container, words: str = "processes that decode (default: one a core, up to 8)") -> None:
-    """Add `--num-workers`, a number of processes."""
+def add_workers(
+    parser: Container, words: str = "number of processes that decode media (default: one per core, at most 8)"
+) -> None:
+    """Add `--num-workers`, a number of processes. words: the help text."""
     parser.add_argument("--num-workers", type=whole(0), metavar="N", help=words)
 
 
 def add_media_seconds(parser: Container, default: str = f"{MEDIA_SECONDS:g}") -> None:
-    """Add `--media-seconds`. default: the limit that holds without it, as help text."""
-    words = "the longest that one medium is read before it counts as unreadable; 0: no limit"
+    """Add `--media-seconds`. default: text about the limit without this option."""
+    words = "time limit for reading one video or image, which then counts as unreadable; 0: no limit"
     parser.add_argument("--media-seconds", type=number(0), metavar="SECONDS", help=f"{words} (default: {default})")

@@ -14,20 +14,18 @@ if TYPE_CHECKING:
 def add_options(parser: Parser) -> None:
     add_model(parser)
     add_address(parser, port=8000)
-    words = "folder of which clients may name files (default: none, clients send what they ask about)"
+    words = "folder whose files clients may name in requests (default: none; clients must send their files)"
     parser.add_argument("--media-root", type=path, metavar="DIR", help=words)
     limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-media-mb", type=whole(1), default=100, metavar="MB", help="of a video or image (default: 100)"
-    )
-    limits.add_argument(
-        "--max-new-tokens", type=whole(1), default=1024, metavar="N", help="of the longest answer (default: 1024)"
-    )
+    words = "largest video or image in MB (default: 100)"
+    limits.add_argument("--max-media-mb", type=whole(1), default=100, metavar="MB", help=words)
+    words = "maximum length of an answer in tokens (default: 1024)"
+    limits.add_argument("--max-new-tokens", type=whole(1), default=1024, metavar="N", help=words)
     add_reading_limits(limits, shortest=0, waiting=16)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until Ctrl-C. Raises UserError."""
+    """Serve requests until Ctrl-C. Raises UserError."""
     from stllm.serving.app import Server, build_app
     from stllm.serving.limits import MEBIBYTE, Limits
     from stllm.serving.listening import LOOPBACK, serve

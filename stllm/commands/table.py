@@ -1,4 +1,4 @@
-"""`stllm table`: results of several benchmarks as a row of the paper's table; two runs compared item by item."""
+"""`stllm table`: prints results of several benchmarks in the paper's table, or compares two runs item by item."""
 
 import argparse
 
@@ -10,17 +10,19 @@ def add_options(parser: Parser) -> None:
         "results",
         nargs="*",
         metavar="[BENCH=]RESULTS.json",
-        help="results of stllm evaluate mvbench and of stllm judge; BENCH (msvd, msrvtt, activitynet) for the axis qa",
+        help="results files of stllm evaluate mvbench and of stllm judge; for VideoQA put the benchmark and = before "
+        "the path: msvd=, msrvtt= or activitynet=",
     )
     parser.add_argument(
         "--compare",
         nargs=2,
         type=path,
         metavar=("A.jsonl", "B.jsonl"),
-        help="compare two runs over the same questions instead: difference, interval, exact p, items gained and lost",
+        help="compare two runs over the same questions instead: print the difference of their scores with interval and "
+        "p-value, and the items with another result",
     )
     parser.add_argument(
-        "--output", type=path, metavar="NAME", help="with --compare: also write NAME.json, NAME.md and NAME.png"
+        "--output", type=path, metavar="NAME", help="also write the comparison to NAME.json, NAME.md and NAME.png"
     )
 
 
@@ -31,7 +33,7 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table."""
+    """Print the table or the comparison."""
     from stllm.evaluation.reports.comparison import compare
     from stllm.evaluation.reports.paper_table import paper_table
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="prints results of several benchmarks as a row of the paper's table, or compares two runs",
+    help="prints your results of several benchmarks as a row of the paper's table, or compares two runs",
     example="stllm table eval/mvbench.results.json eval/vcgbench.judged/*.results.json "
     "msvd=eval/msvd.judged/qa.results.json",
     add_options=add_options,

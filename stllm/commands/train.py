@@ -1,4 +1,4 @@
-"""`stllm train` on the command line."""
+"""Command line of `stllm train`."""
 
 import argparse
 from typing import Any
@@ -8,13 +8,14 @@ from stllm.common.errors import UserError, out_of_memory
 
 
 def add_options(parser: Parser) -> None:
-    parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help="the run's configuration")
+    words = "configuration of the training run"
+    parser.add_argument("--cfg-path", type=path, metavar="YAML", required=True, help=words)
     add_quantization(parser)
     add_allow_pipe(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train. Exit code 0 when the model is trained, 130 or 143 when a signal stopped the run."""
+    """Train the model. The exit code is 0 at the end of the training, 130 or 143 if a signal stopped it."""
     from omegaconf import OmegaConf
     from torch import distributed as dist
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="trains a model from a YAML, alone or under torchrun; the same command continues a run",
+    help="trains a model as a YAML describes, also under torchrun; the same command resumes an interrupted run",
     example="torchrun --nproc_per_node=8 -m stllm train --cfg-path configs/train/instructblip_qa.yaml",
     add_options=add_options,
     run=run,

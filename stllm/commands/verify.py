@@ -1,4 +1,4 @@
-"""`stllm verify` on the command line."""
+"""Command line of `stllm verify`."""
 
 import argparse
 import sys
@@ -10,21 +10,25 @@ from stllm.common.logging import console
 
 def add_options(parser: Parser) -> None:
     parser.add_argument(
-        "dir", nargs="+", type=path, metavar="DIR", help="a folder with weights and expected.safetensors"
+        "dir",
+        nargs="+",
+        type=path,
+        metavar="DIR",
+        help="a folder with weights and the expected tensors in expected.safetensors",
     )
     parser.add_argument(
         "--atol",
         type=number(0),
         default=1e-4,
         metavar="X",
-        help="largest absolute difference of a tensor (default: 1e-4)",
+        help="largest allowed absolute difference of a tensor (default: 1e-4)",
     )
     parser.add_argument(
         "--rtol",
         type=number(0),
         default=1e-3,
         metavar="X",
-        help="largest relative difference of a gradient (default: 1e-3)",
+        help="largest allowed relative difference of a gradient (default: 1e-3)",
     )
 
 
@@ -37,7 +41,7 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table for each folder; 1 when anything is beyond tolerance."""
+    """Print a table per folder. The exit code is 1 if a difference exceeds its tolerance."""
     from rich.table import Table
     from rich.text import Text
 
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="recomputes folders of golden tensors, in float32 on the CPU, and prints the largest difference of each",
+    help="recomputes a model's tensors in float32 on the CPU, and compares them with expected ones in its folder",
     example="stllm verify golden/instructblip_residual_mvm",
     add_options=add_options,
     run=run,

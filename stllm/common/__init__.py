@@ -1,1 +1,1 @@
-"""What every part shares: registry, errors, configuration, device, logging, process ranks."""
+"""Code that the whole package uses: registry, errors, configuration, device, logging, process ranks."""

@@ -1,9 +1,9 @@
-"""Configuration: shipped defaults <- the user's YAML <- `--options`, merged in that order and checked.
+"""Configuration: the shipped defaults, the user's YAML and `--options` are merged in that order and checked.
 
-Each source of settings is a layer with a name, so that a message can say where a mistake is. A layer's keys are checked
-before anything is merged, and the values of the whole after it. A YAML's `base` is the layer right below it: what
-recipes share is written once. The overrides are read before the defaults are chosen, so that `--options
-model.model_type=tiny` picks tiny's.
+Each source of settings is a layer. A layer has a name, so that an error message can say where a mistake is. The keys of
+each layer are checked before the merge, the values after it. A YAML can name another one in `base`: its own settings
+then override those of the base. Overrides are read before the defaults are chosen, so that `--options
+model.model_type=tiny` selects the defaults of `tiny`.
 """
 
 import dataclasses
@@ -40,21 +40,21 @@ from stllm.common.schema import (
 log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run", "evaluation", "suite")
-OPTIONS = "--options"  # the name of that layer
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # as OmegaConf; the slow one refuses `[Which?]`
-MAX_VALUES = 100_000  # of a YAML; a few lines of aliases can stand for more than memory holds
-BASE = "base"  # top-level key of a YAML: the file below it
-UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # of published YAMLs
-RUN_PATHS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")  # output_dir is relative to where one stands
+OPTIONS = "--options"  # name of the layer of overrides
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one OmegaConf uses; SafeLoader rejects `[Which?]`
+MAX_VALUES = 100_000  # in one YAML; a few lines of aliases can expand to more values than fit in memory
+BASE = "base"  # top-level key of a YAML: the file whose settings it overrides
+UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # found in published YAMLs
+RUN_PATHS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")  # output_dir is relative to the working directory
 DATASET_PATHS = ("_root", "_path", "_dir")  # endings of the keys that hold paths
 SHIPPED = Path(__file__).parent.parent / "configs" / "models"
 DEFAULT_MODEL = "instructblip_vicuna0"
-SHOWN = 6  # keys in a sentence about changes
+SHOWN = 6  # changed keys that a message lists
 
 
 @dataclass
 class Layer:
-    """One source of settings: its name in messages, what its relative paths are relative to, its raw values."""
+    """One source of settings. name: for messages. folder: base of its relative paths. values: as read, by section."""
 
     name: str
     folder: Path
@@ -70,16 +70,17 @@ def load_config(
     command_line: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> DictConfig:
-    """Return the checked, resolved configuration: sections `model`, `datasets` and `run` (empty where none is given).
+    """Return the checked, resolved configuration: sections `model`, `datasets` and `run` (empty if not given).
 
     cfg_path: the user's YAML. options: overrides, `key=value` with dots in the key.
-    model_type: which shipped defaults to use when neither YAML nor options say `model.model_type`.
-    benchmark: there is a section `evaluation`, over the shipped settings of that benchmark. command_line: its keys that
-        options of the command's own give, over everything else. checkpoint: its keys that the checkpoint decides, over
-        the shipped settings and below the user's.
+    model_type: selects the shipped defaults when neither the YAML nor the options set `model.model_type`.
+    benchmark: adds the section `evaluation`, with this benchmark's shipped settings as defaults.
+    command_line: keys of `evaluation` set by other options of the command; they override everything else.
+    checkpoint: keys of `evaluation` set by the checkpoint; the user's settings override them.
 
-    Raises UserError, naming the file and the nearest known key or value: a file that is missing or no YAML, an
-    unknown key or name, a value of a wrong type, an option without `=`, an environment variable that is not set.
+    Raises UserError for a file that is missing or not YAML, an unknown key or name, a value of a wrong type, an option
+    without `=`, or an environment variable that is not set. The message names the file and the nearest known key or
+    value.
     """
     given = read_layers(cfg_path, options)
     if command_line:
@@ -96,7 +97,7 @@ def load_evaluation(
 ) -> EvaluationSettings:
     """Return the settings of one evaluation; arguments and errors as for `load_config`.
 
-    A model that the YAML says nothing of is no error: the checkpoint says what it is.
+    The YAML need not name a model: its architecture is read from the checkpoint later.
     """
     cfg = load_config(
         cfg_path, options, DEFAULT_MODEL, benchmark=benchmark, command_line=command_line, checkpoint=checkpoint
@@ -110,7 +111,7 @@ def model_types() -> list[str]:
 
 
 def save_config(cfg: DictConfig, path: str | Path) -> None:
-    """Write the resolved configuration as YAML, whole or not at all; `load_config` reads it back equal."""
+    """Write the resolved configuration as YAML, atomically; `load_config` on this file returns an equal one."""
     write_text(path, OmegaConf.to_yaml(cfg, resolve=True))
 
 
@@ -118,7 +119,7 @@ def save_config(cfg: DictConfig, path: str | Path) -> None:
 
 
 def read_layers(cfg_path: str | Path | None, options: Sequence[str] = ()) -> list[Layer]:
-    """Read what the user gives, lowest first, the options last; their keys are checked.
+    """Read the user's YAML (after its bases) and the options, in increasing priority, and check the keys.
 
     Raises UserError as `load_config` does.
     """
@@ -139,9 +140,9 @@ def read_layers(cfg_path: str | Path | None, options: Sequence[str] = ()) -> lis
 
 
 def yaml_layers(path: str | Path) -> list[Layer]:
-    """Read a YAML file after the file that its `base` names (relative to it), that one's base, and so on.
+    """Read a YAML file and its chain of `base` files, the lowest base first. A base's path is relative to its YAML.
 
-    Raises UserError as `yaml_layer` does, for a base that is no file, and for files that name each other in a circle.
+    Raises UserError as `yaml_layer` does, for a base that is not a file, and for a circular chain.
     """
     layers, files = [yaml_layer(path)], [str(user_path(path))]
     while (base := layers[0].values.pop(BASE, None)) is not None:
@@ -159,7 +160,7 @@ def yaml_layers(path: str | Path) -> list[Layer]:
 
 
 def yaml_layer(path: str | Path) -> Layer:
-    """Read the raw content of a YAML file. Raises UserError when it is missing, unreadable, or no mapping of keys."""
+    """Read the raw content of a YAML file. Raises UserError if it is missing, unreadable, or not a mapping of keys."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"{path}: {'a folder' if file.is_dir() else 'no such file'}, expected a YAML configuration")
@@ -174,13 +175,13 @@ def yaml_layer(path: str | Path) -> Layer:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not valid YAML ({first_line(error)})") from error
-    except OSError as error:  # OmegaConf's word for a file that holds a bare value
+    except OSError as error:  # OmegaConf raises this for a file that holds only a scalar
         raise UserError(f"{path}: cannot be read as a configuration ({first_line(error)})") from error
     return Layer(str(path), file.absolute().parent, _mapping(values, str(path), "the file"))
 
 
 def _num_values(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """Count the values that a YAML node holds once its aliases are written out, as OmegaConf writes them."""
+    """Count the values in a YAML node after OmegaConf has expanded its aliases. known: counts by node id."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -196,7 +197,7 @@ def _mapping(value: Any, source: str, what: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return a library's message cut to its first line: ours are one sentence."""
+    """Return the first line of a library's error message: our own messages are one sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -204,7 +205,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _check_layer(layer: Layer) -> None:
-    """Check the keys of one layer, and leave out those without an effect, with a note."""
+    """Check the keys of one layer. Keys that have no effect are removed, and a note says so."""
     for section, content in list(layer.values.items()):
         if section in UNUSED_SECTIONS:
             log.info("%s: section %s has no effect: %s", layer.name, section, UNUSED_SECTIONS[section], extra=ONCE)
@@ -244,7 +245,7 @@ def _check_layer(layer: Layer) -> None:
 
 
 def _check_keys(values: dict[str, Any], schema: type, prefix: str, source: str) -> None:
-    """Check a section's keys against its dataclass, and leave out those without an effect. source: the layer's name."""
+    """Check a section's keys against its dataclass; remove keys that have no effect. source: the layer's name."""
     fields = {f.name: f for f in dataclasses.fields(schema)}
     annotations = typing.get_type_hints(schema)
     for key, value in list(values.items()):
@@ -292,7 +293,7 @@ def merge_layers(
         values = {name: section for name, section in layer.values.items() if name in cfg}
         kind = values.get("model", {}).get("llm", {}).get("model_type")
         if kind is not None and kind != cfg.model.llm.get("model_type"):
-            cfg.model.llm = {}  # another architecture: the keys of the one below mean nothing to it
+            cfg.model.llm = {}  # the layer changes the architecture: keys of the former one do not apply
         cfg = typing.cast(DictConfig, OmegaConf.merge(cfg, values))
     plain = typing.cast(dict[str, dict[str, Any]], OmegaConf.to_container(_resolved(cfg, layers)))
 
@@ -303,7 +304,7 @@ def merge_layers(
         values = checked_values(plain[section], *keys_of(schema), section, where, structured=True)
         try:
             cfg[section] = OmegaConf.merge(OmegaConf.structured(schema), values)
-        except OmegaConfBaseException as error:  # an entry of a list, which `typed` does not look into
+        except OmegaConfBaseException as error:  # a wrong entry in a list; `typed` does not check list entries
             key = f"{section}.{error.full_key}"
             raise UserError(f"{where(key.partition('[')[0])}: '{key}': {first_line(error)}") from error
     if cfg.model.mask_rate_min > cfg.model.mask_rate_max:
@@ -320,7 +321,7 @@ def merge_layers(
 
 
 def _for_benchmark(layer: Layer, benchmark: str) -> Layer:
-    """The layer with the keys of `suite.<benchmark>` over those of `evaluation`."""
+    """Return the layer with its `suite.<benchmark>` keys merged over its `evaluation` keys."""
     entry = layer.values.get("suite", {}).get(benchmark, {})
     if not entry:
         return layer
@@ -330,7 +331,7 @@ def _for_benchmark(layer: Layer, benchmark: str) -> Layer:
 
 
 def suite_of(cfg_path: str | Path | None, options: Sequence[str] = ()) -> list[str]:
-    """The benchmarks of section `suite`, in order. Raises UserError as `load_config` does, and when there is none."""
+    """List the benchmarks in section `suite`, in order. Raises UserError as `load_config` does, and if it is empty."""
     layers = read_layers(cfg_path, options)
     names = list(dict.fromkeys(name for layer in layers for name in layer.values.get("suite", {})))
     if not names:
@@ -341,7 +342,7 @@ def suite_of(cfg_path: str | Path | None, options: Sequence[str] = ()) -> list[s
 
 
 def _model_type(given: Sequence[Layer], fallback: str | None) -> str:
-    """Return the model type that the YAML and the options together ask for, or the fallback."""
+    """Return `model.model_type` as the YAML and the options set it, or the fallback if they do not."""
     name, source = fallback, "model_type"
     for layer in given:
         asked = layer.values.get("model", {}).get("model_type")
@@ -360,7 +361,7 @@ def _model_type(given: Sequence[Layer], fallback: str | None) -> str:
 
 
 def source_of(layers: Sequence[Layer], dotted: str) -> Layer:
-    """Return the last layer that sets the key."""
+    """Return the highest layer that sets the key, or a layer named "the defaults"."""
     for layer in reversed(layers):
         found: Any = layer.values
         for part in dotted.replace("[", ".").replace("]", "").split("."):
@@ -373,7 +374,7 @@ def source_of(layers: Sequence[Layer], dotted: str) -> Layer:
 
 
 def _resolved(cfg: Any, layers: Sequence[Layer]) -> DictConfig:
-    """Replace every `${...}` of the configuration. Raises UserError for one that cannot be, and for `???`."""
+    """Resolve every `${...}` in the configuration. Raises UserError if one cannot be resolved, or for `???`."""
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
@@ -388,7 +389,7 @@ def _resolved(cfg: Any, layers: Sequence[Layer]) -> DictConfig:
 
 
 def _resolves(cfg: DictConfig, key: str) -> bool:
-    """Check one key; OmegaConf 2.3 does not name the one that fails."""
+    """Check whether one key can be resolved. OmegaConf 2.3 does not name the key that failed."""
     try:
         OmegaConf.select(cfg, key)
     except OmegaConfBaseException:
@@ -397,9 +398,10 @@ def _resolves(cfg: DictConfig, key: str) -> bool:
 
 
 def _make_paths_absolute(cfg: DictConfig, layers: Sequence[Layer]) -> None:
-    """Make paths absolute that are relative to their YAML's folder; hub names and paths relative to here stay.
+    """Make absolute those paths that are relative to their YAML's folder.
 
-    A relative path is taken as relative to its YAML when it begins with a dot, or exists beside it.
+    A path is relative to its YAML if it begins with a dot, or if it exists beside the YAML. Other values stay: they are
+    names on the hub, or relative to the working directory.
     """
     keys = [f"run.{key}" for key in RUN_PATHS]
     for section, schema in (("model", ModelSettings), ("evaluation", EvaluationSettings)):
@@ -420,9 +422,10 @@ def _make_paths_absolute(cfg: DictConfig, layers: Sequence[Layer]) -> None:
 
 
 def check_entry(name: str, entry: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """Convert and check the values of a data set's entry; those that are null are left out: the shipped ones hold.
+    """Convert and check the values of one data set's entry. Null values are left out, so that the defaults apply.
 
-    where: gives the file that a dotted key is in. Raises UserError for a value of a wrong type or out of range.
+    where: returns the name of the layer that sets a dotted key. Raises UserError for a value of a wrong type or out of
+    range.
     """
     checked = checked_values(entry, *keys_of(DatasetSettings), f"datasets.{name}", where)
     return {key: value for key, value in checked.items() if value is not None}
@@ -432,7 +435,7 @@ def check_entry(name: str, entry: Mapping[str, Any], where: Where) -> dict[str, 
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
+    """Flatten nested mappings into one with dotted keys."""
     if not isinstance(values, Mapping):
         return {prefix: values}
     return {
@@ -443,7 +446,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def told_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Say what differs: "a.b was 1 and is now 2 (and 1 more: c)", or "". A key that one side lacks is None there."""
+    """Describe the differences: "a.b was 1 and is now 2 (and 1 more: c)", or "". A missing key counts as None."""
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if not changed:
         return ""

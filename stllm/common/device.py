@@ -1,4 +1,4 @@
-"""The one place that chooses device and dtype, and seeds. torch is imported when a function needs it."""
+"""Choice of device and dtype, and seeding, for the whole package. torch is imported when a function needs it."""
 
 import os
 import random
@@ -18,8 +18,8 @@ DEVICE_PATTERN = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 def resolve_device(name: str = "auto") -> "torch.device":
     """Return the device of that name: auto, cpu, cuda, cuda:N or mps.
 
-    auto: CUDA, else Apple's GPU, else the CPU. `auto` and `cuda` under torchrun: the GPU of this process
-    (LOCAL_RANK). Raises UserError, saying what is there, for a device that is absent or no device's name.
+    auto: CUDA, else Apple's GPU, else the CPU. Under torchrun, `auto` and `cuda` mean the GPU numbered LOCAL_RANK.
+    Raises UserError for a device that is absent (listing those present) or a name that is not a device.
     """
     import torch
 
@@ -52,14 +52,14 @@ def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
     if full == "auto":
         full = "float32"
         if device.type == "cuda":
-            # ROCm devices compute in bfloat16; NVIDIA's do from compute capability 8.0 on
+            # ROCm devices support bfloat16; NVIDIA's do from compute capability 8.0 on
             native = torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
             full = "bfloat16" if native else "float16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[full]
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators, for libraries that use them; ours are passed in.
+    """Seed the global generators of Python, numpy and torch, for libraries; stllm passes generators explicitly.
 
     Raises UserError for a seed outside numpy's range, 0 to 2**32 - 1.
     """

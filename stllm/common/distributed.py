@@ -1,10 +1,11 @@
-"""The processes of a command: those of torchrun (their numbers and group), those it starts, and how each ends.
+"""Ranks under torchrun, worker processes that a command starts, and how each process ends.
 
-A process must end even when its parent was killed by SIGKILL and could not tell it. Pipes do not show this, because
-forked siblings hold each other's ends open. The kernel's own signal (PR_SET_PDEATHSIG) follows the thread that forked,
-and that thread may end long before its process. So a thread checks the parent of this process once a second.
+A process must end when its parent has ended, even if the parent was killed by SIGKILL and could not signal it. A closed
+pipe does not show this, because forked siblings keep each other's pipe ends open. The kernel's signal
+(PR_SET_PDEATHSIG) is sent when the forking thread ends, which may be long before its process ends. So a thread checks
+once a second whether the parent still exists.
 
-The numbers need no torch: it is asked only when something has imported it already.
+Rank and world size do not need torch: the process group is asked only if torch is already imported.
 """
 
 import multiprocessing.queues
@@ -24,8 +25,8 @@ from typing import Any, Protocol, TypeVar, cast
 from stllm.common.errors import UserError
 from stllm.common.logging import escape_output
 
-PATIENCE = timedelta(days=30)  # for a process with longer clips than the others
-SECONDS = 1.0  # between two checks
+PATIENCE = timedelta(days=30)  # timeout of the group; one process may have much longer clips than the others
+SECONDS = 1.0  # between two checks of the parent
 CHUNK = 8  # tasks passed to a process at once
 MAX_WORKERS = 8  # unless more are requested
 
@@ -37,12 +38,12 @@ R = TypeVar("R")
 
 
 def rank() -> int:
-    """Return this process's number among all, 0 when it is alone."""
+    """Return this process's rank; 0 when there is only one process."""
     return _of_group("get_rank", "RANK", 0)
 
 
 def world_size() -> int:
-    """Return the number of processes, 1 when there is one."""
+    """Return the number of processes in the run."""
     return _of_group("get_world_size", "WORLD_SIZE", 1)
 
 
@@ -52,7 +53,10 @@ def is_main() -> bool:
 
 
 def _of_group(function: str, variable: str, alone: int) -> int:
-    """Ask the process group, or torchrun's environment before there is one."""
+    """Return a number from the process group, or from torchrun's environment if there is no group yet.
+
+    function: of torch.distributed. variable: of the environment. alone: the value without either.
+    """
     dist = getattr(sys.modules.get("torch"), "distributed", None)
     if dist is not None and dist.is_available() and dist.is_initialized():
         return int(getattr(dist, function)())
@@ -60,14 +64,14 @@ def _of_group(function: str, variable: str, alone: int) -> int:
 
 
 def is_distributed() -> bool:
-    """Check whether there is a group with other processes to agree with."""
+    """Check whether a process group with more than one process exists."""
     from torch import distributed as dist
 
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def gathered(values: list[Any]) -> list[Any]:
-    """Return all processes' values, in the order of the processes. A collective call."""
+    """Gather the values of all processes into one list, in rank order. A collective call: each process must make it."""
     from torch import distributed as dist
 
     if not is_distributed():
@@ -79,7 +83,7 @@ def gathered(values: list[Any]) -> list[Any]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Make the processes under torchrun a group within the block; gloo on GPUs, too: only counts pass between them."""
+    """Open a process group for the block, if under torchrun. It uses gloo on GPUs, too: the messages are small."""
     from torch import distributed as dist
 
     if world_size() > 1:
@@ -92,7 +96,7 @@ def process_group() -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here. Raises RuntimeError when one of them has ended."""
+    """Wait until every process has called this function. Raises RuntimeError if one of them has ended."""
     from torch import distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -103,7 +107,7 @@ def wait_for_all() -> None:
 
 
 def end_with_parent(worker: int = 0) -> None:
-    """Bind this process to the one that started it through multiprocessing. Call it first in every such process.
+    """Make this process end with the one that started it through multiprocessing. Call it first in a worker process.
 
     The process ends when its parent has ended or sends SIGTERM. It ignores SIGINT, and SIGTERM from anyone else:
     torchrun, Slurm and terminals signal the whole group, and a worker that ends would break the step that its parent
@@ -117,7 +121,7 @@ def end_with_parent(worker: int = 0) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None, "not started by multiprocessing"
     served = getattr(multiprocessing.current_process(), "_start_method", None) == "forkserver"
-    starter = os.getppid() if served else parent.pid  # not getppid(): the parent may have ended before this line
+    starter = os.getppid() if served else parent.pid  # not always getppid(): the parent may have ended already
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     escape_output()
     cast(Any, multiprocessing.queues.Queue)._on_queue_feeder_error = staticmethod(_end_with_error)
@@ -138,9 +142,9 @@ def end_with_parent(worker: int = 0) -> None:
 
 
 def killed_with_parent() -> None:
-    """Have the kernel kill this process once the thread that forked it is gone. Linux only; elsewhere nothing happens.
+    """Make the kernel kill this process when the thread that forked it ends. Does nothing except on Linux.
 
-    This works even while a decoder holds the interpreter's lock and no Python thread can check.
+    This works even while a decoder holds the interpreter's lock, when no Python thread can check the parent.
     """
     if sys.platform == "linux":
         import ctypes
@@ -149,12 +153,12 @@ def killed_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """Bind a rank to the torchrun (or accelerate) that started it. No other process is changed.
+    """Make this process end with its launcher, if it is a rank started by torchrun or accelerate.
 
     A command may outlive the shell that started it in the background. A rank must not outlive its launcher: nobody
     would notice when a rank fails, and the other ranks would wait for it.
     """
-    # torchrun starts each rank in a session of its own; what a rank starts in turn inherits its environment alone
+    # torchrun makes each rank a session leader; a child of a rank inherits the environment, but is not a leader
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.name != "posix" or os.getsid(0) != os.getpid():
         return
     launcher = os.getppid()
@@ -162,7 +166,8 @@ def end_with_launcher() -> None:
         program = os.path.basename(os.readlink(f"/proc/{launcher}/exe"))
     except OSError:  # another user's process, or not Linux
         program = ""
-    # the launcher ended before this line, and a process that adopts orphans took over; 1 may be torchrun in a container
+    # The launcher may have ended already, so that this process was adopted by systemd or by process 1. In a container,
+    # process 1 may be torchrun itself.
     if program == "systemd" or (launcher == 1 and "python" not in program):
         os._exit(1)
 
@@ -183,29 +188,29 @@ def _end_when(is_over: Callable[[], bool]) -> None:
     def watch() -> None:
         while not is_over():
             pass
-        os._exit(0)  # Python's own exit would wait for queues that nobody reads; another code than 0 reads as a crash
+        os._exit(0)  # sys.exit would wait for queues that nobody reads; a code other than 0 would look like a crash
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class Map(Protocol):
-    """The builtin of that name, or a pool's."""
+    """Type of the builtin `map`, and of a function that maps over a process pool."""
 
     def __call__(self, function: Callable[[T], R], tasks: Iterable[T], /) -> Iterator[R]: ...
 
 
 def one_a_core(asked: int | None, most: int = MAX_WORKERS) -> int:
-    """Return the number of processes asked for, or else one for each core of this rank's share, from 1 to `most`."""
+    """Return `asked`, or if it is None the number of CPU cores per rank of this machine, from 1 to `most`."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(cores, most)) if asked is None else asked
 
 
 @contextmanager
 def mapping(num_workers: int, *, died: str) -> Iterator[Map]:
-    """Yield a map over tasks that gives results in the tasks' order. Ctrl-C reaches this process only.
+    """Yield a function like `map` that runs in worker processes and keeps the order. Workers ignore Ctrl-C.
 
-    num_workers: the number of processes; function and tasks must then be picklable. 0: only this process.
-    Raises UserError, `died`, when a working process ends, instead of waiting forever.
+    num_workers: the number of processes; function and tasks must be picklable. 0: everything runs in this process.
+    died: the message of the UserError that is raised when a worker ends unexpectedly.
     """
     if num_workers < 1:
         yield map

@@ -1,8 +1,8 @@
-"""Errors as one sentence: what was found, what was expected, what to do.
+"""Errors as one sentence that says what was found, what was expected and what to do.
 
-Our own code raises a `UserError`, whose text is that sentence. `sentence` words the errors of libraries and of the
-system. The command line prints the sentence and exits with 1. Standard library only: it is imported before anything
-heavy.
+stllm's own code raises a `UserError`, whose text is that sentence. `sentence` returns one for errors of libraries and
+of the operating system. The command line prints the sentence and exits with 1. This module uses the standard library
+only, because it is imported before anything heavy.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something that the user can put right: a name, a file, a value, a device."""
+    """An error that the user can correct: a wrong name, file, value or device."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -24,7 +24,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message: `; did you mean 'x'?`, or nothing when no known name is close."""
+    """Return the end of a message: `; did you mean 'x'?`, or "" when no known name is close."""
     guess = nearest(name, known)
     return f"; did you mean {guess!r}?" if guess is not None else ""
 
@@ -60,7 +60,7 @@ _EXTRAS = {  # package -> the extras of pyproject.toml that bring it
     "lmms_eval": ("lmms-eval",),
 }
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# numbers of the system's errors, and what libraries write without a number (safetensors, torch) -> {}: the file's name
+# errno values, and phrases of libraries that give no errno (safetensors, torch) -> the sentence; {}: the file's name
 _SYSTEM: dict[tuple[int | str, ...], str] = {
     (*DISK_FULL, "No space left on device", "PytorchStreamWriter failed", ". unexpected pos "): (
         "no space left on the disk{}: free some, or write to another folder, then run again"
@@ -76,7 +76,7 @@ _SYSTEM: dict[tuple[int | str, ...], str] = {
     (errno.ENAMETOOLONG,): "the name of a file or folder is too long{}: name another path",
     (errno.ELOOP,): "links that lead to each other in a circle{}: name the file itself",
 }
-MOST = 2000  # characters of a message; longer ones are cut (a path of 5,000 characters, a text in place of an id)
+MOST = 2000  # characters of a message; longer ones lose their middle (such as a path of 5,000 characters)
 _MEMORY_WORDS = (
     "out of memory",  # CUDA, MPS
     "can't allocate memory",  # DefaultCPUAllocator on Linux and macOS
@@ -87,7 +87,7 @@ _MEMORY_WORDS = (
 
 
 def sentence(error: Exception) -> str:
-    """Return the text to print for an exception. A kind not listed is called unexpected: it is a defect of ours."""
+    """Return the text to print for an exception. An unforeseen kind is called unexpected: it is a defect of stllm."""
     text = _sentence(error)
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 
@@ -116,7 +116,7 @@ def _sentence(error: Exception) -> str:
             "another process of this run has ended, and this one cannot go on alone: its own message says why; the "
             "same command continues from what was kept"
         )
-    # of the addresses that httpx reads, a command's own are checked before
+    # httpx also raises InvalidURL for addresses; those of commands were checked before, so this one is the proxy's
     if any(words in text for words in _PROXY_WORDS) or type(error).__name__ == "InvalidURL":
         return (
             f"the proxy in the environment (ALL_PROXY, HTTPS_PROXY or HTTP_PROXY) cannot be used ({text}): for a "
@@ -156,7 +156,7 @@ def out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
             return True
-        if isinstance(cause, ImportError) and "failed to map segment" in str(cause):  # of a library that does not fit
+        if isinstance(cause, ImportError) and "failed to map segment" in str(cause):  # a shared library does not fit
             return True
         if isinstance(cause, RuntimeError) and any(words in str(cause).lower() for words in _MEMORY_WORDS):
             return True
@@ -165,7 +165,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """Return the error's kind and text in one line, for the brackets of a message."""
+    """Return the error's type and text in one line, to be put in brackets inside another message."""
     if "trust_remote_code" in str(error):  # transformers advises the user to allow it, which stllm never does
         return "it needs Python code from its own folder or repository, and stllm runs no code from checkpoints"
     return f"{type(error).__name__}: {textwrap.shorten(str(error), 240)}"

@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, and read only where reading comes to an end."""
+"""Files and folders: atomic writing, locks, and checks against pipes and devices, whose reading may never end."""
 
 import errno
 import glob
@@ -22,18 +22,18 @@ OLD = ".old.partial"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of a Git LFS pointer
 LFS_SENTENCE = "found a Git LFS pointer, expected the file itself: fetch it with `git lfs pull`"
 SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
-LITTLE_SPACE = 1 << 20  # bytes; with less than this left, a failed write is laid to the full disk
+LITTLE_SPACE = 1 << 20  # bytes; if less is free, a failed write is reported as a full disk
 
 
 def user_path(path: str | Path) -> Path:
-    """Return the path that a user wrote: one that is there, or else with ~ and ~user replaced by the home folder."""
+    """Return a user's path: unchanged if it exists, else with ~ and ~user replaced by the home folder."""
     return Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))
 
 
 def server_address(url: str, option: str) -> str:
-    """Return a server's URL without user name and password, so that it may be written down.
+    """Return a server's URL without user name and password, so that it may be logged.
 
-    Raises UserError, which names the option, for what is no URL of a server.
+    Raises UserError, naming the option, if `url` is not the http or https URL of a server.
     """
     import httpx
 
@@ -43,17 +43,17 @@ def server_address(url: str, option: str) -> str:
     except (ValueError, httpx.InvalidURL):
         valid = False
     if not valid:
-        shown = url.rpartition("@")[2]  # what stands before it may be a password
+        shown = url.rpartition("@")[2]  # the part before @ may contain a password
         raise UserError(f"{option}: found {shown!r}, expected a URL such as http://localhost:8000/v1")
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def check_regular(place: str | Path, expected: str, error: type[UserError] = UserError) -> None:
-    """Raise `error` when `place`, or an entry of that folder, is a pipe, a device or a socket.
+    """Raise `error` if `place`, or an entry of the folder `place`, is a pipe, a device or a socket.
 
-    Reading one of these can wait without end. Every reader of a file that the user names calls this first. A path that
-    does not exist passes: the reader has its own sentence for it.
-    expected: what the reader needs instead, for the message.
+    Reading one of these may never end, so every reader of a file that the user names calls this first. A path that does
+    not exist passes this check: the reader reports it.
+    expected: the kind of file that the reader needs, for the message.
     """
     path = user_path(place)
     try:
@@ -71,11 +71,11 @@ def check_regular(place: str | Path, expected: str, error: type[UserError] = Use
 
 @contextmanager
 def locked(path: Path, busy: str, *, seconds: float = 0) -> Iterator[None]:
-    """Hold the lock file `path`, which stays there; the lock ends with the process, however that ends.
+    """Hold a lock on the file `path` during the block. The file stays; a killed process loses its lock.
 
-    It is flock's, which also holds between machines where the file system passes it on (NFS 4, Lustre with -o flock).
-    busy: the sentence of the UserError that is raised when another process holds it. seconds: how long to wait.
-    Raises UserError, too, where the folder of the lock file cannot be created.
+    The lock is flock's. It works between machines if the file system supports that (NFS 4, Lustre with -o flock).
+    busy: the message of the UserError that is raised if another process holds the lock. seconds: how long to wait.
+    Raises UserError also if the folder of the lock file cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +98,9 @@ def locked(path: Path, busy: str, *, seconds: float = 0) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, moved to `path` when the block succeeds, removed when it fails.
+    """Yield a temporary path. It is renamed to `path` when the block succeeds, and removed when the block fails.
 
-    A reader thus never sees half a file, and a full disk leaves the old one in place.
+    So a reader never sees half a file, and a full disk leaves the old file in place.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all. Half a surrogate pair becomes its escape, as JSON spells it."""
+    """Write `text` as UTF-8, atomically. An unpaired surrogate is written as its JSON escape."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
         stream.flush()
@@ -121,7 +121,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_new(target: Path, option: str) -> None:
-    """Raise UserError unless the folder can be made: it is not there, or it is empty. option: what named it."""
+    """Raise UserError unless `target` is absent or an empty folder. option: the option that named it."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "holds files" if target.is_dir() else "is a file"
         raise UserError(
@@ -131,11 +131,10 @@ def check_new(target: Path, option: str) -> None:
 
 @contextmanager
 def new_folder(target: Path, needed: int) -> Iterator[Path]:
-    """Yield a temporary folder beside the target: the target when the block succeeds, removed when it fails.
+    """Yield a temporary folder. It replaces `target` when the block succeeds, and is removed when the block fails.
 
-    A folder that is there already stays until then, and is replaced as a whole. What a killed process left behind is
-    removed.
-    needed: bytes that will be written. Raises UserError when the disk has no room for them.
+    Temporary folders that killed processes left beside the target are removed first.
+    needed: bytes that will be written. Raises UserError if the disk has not enough room for them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
@@ -168,7 +167,7 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove the temporary folders of processes that are gone, and bring back a target that one had moved away."""
+    """Remove temporary folders of processes that have ended. Restore a target that such a process had moved away."""
     from psutil import pid_exists
 
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):

@@ -1,7 +1,7 @@
-"""JSON texts, and append-only JSON Lines files. A record is handed to the system before the next one is computed.
+"""JSON texts, and append-only JSON Lines files that survive a killed process.
 
-A killed process leaves at most one unfinished last line. Readers skip it, and the next writer removes it.
-`files.locked` keeps a second writer out; its lock is released when its process ends, for whatever reason.
+Each record is written unbuffered, so a killed process leaves at most one unfinished last line. Readers skip that line,
+and the next writer removes it. Hold `files.locked` while writing to keep other writers out.
 """
 
 import json
@@ -16,9 +16,9 @@ from stllm.common.errors import DISK_FULL, UserError
 
 
 def loads(data: str | bytes, **hooks: Any) -> Any:
-    """Return the value of a JSON text, or of its bytes in UTF-8, -16 or -32. A byte order mark is skipped.
+    """Parse JSON from a text, or from bytes in UTF-8, UTF-16 or UTF-32. A byte order mark is skipped.
 
-    hooks: object_hook or object_pairs_hook of the json module.
+    hooks: object_hook or object_pairs_hook, as for the json module.
     Raises ValueError for a text that is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
@@ -29,15 +29,15 @@ def loads(data: str | bytes, **hooks: Any) -> Any:
 
 
 def line_of(record: Mapping[str, Any]) -> str:
-    """Return a record as its line."""
+    """Return the record as one line of JSON, with its newline."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_records(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number and the record of each line; nothing when the file does not exist.
+    """Yield the number (from 1) and the record of each line; nothing if the file does not exist.
 
-    An incomplete last line is skipped. Raises UserError for any other line that is not a JSON object.
-    advice: the end of that message, which says what the line should be and what to do.
+    An unfinished last line is skipped. Raises UserError for any other line that is not a JSON object.
+    advice: the end of that error message: what was expected and what to do.
     """
     if not path.is_file():
         return
@@ -52,7 +52,7 @@ def read_records(path: Path, advice: str) -> Iterator[tuple[int, dict[str, Any]]
 
 
 class Appender:
-    """A file that records are appended to. Opening it removes an unfinished last line of an earlier process.
+    """A JSON Lines file open for appending. Opening it removes the unfinished last line of a killed process.
 
     Use it as a context manager. Hold a lock while it is open if another process could write to the file.
     """
@@ -64,7 +64,7 @@ class Appender:
         last = content.rpartition(b"\n")[2]
         if last and _record(last) is None:
             self._stream.truncate(len(content) - len(last))
-        elif last:  # only the end of the line is missing
+        elif last:  # the record is complete, only its newline is missing
             self._stream.write(b"\n")
 
     def __enter__(self) -> "Appender":
@@ -77,11 +77,11 @@ class Appender:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record. Raises UserError when the disk is full; the lines before it stay as they were."""
-        data = line_of(record).encode(errors="backslashreplace")  # half a surrogate pair, as JSON spells it
+        data = line_of(record).encode(errors="backslashreplace")  # an unpaired surrogate becomes its JSON escape
         end = os.fstat(self._stream.fileno()).st_size
         try:
             with naming_full_disk(self.path):
-                while data:  # a disk that is almost full takes a part
+                while data:  # an almost full disk may accept only a part
                     data = data[self._stream.write(data) :]
         except (UserError, OSError):
             os.truncate(self.path, end)
@@ -103,7 +103,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object of a line; None for anything else, such as nesting too deep or too long a number."""
+    """Return the JSON object in a line, or None if the line does not hold a valid one."""
     try:
         found = loads(line)
     except ValueError:

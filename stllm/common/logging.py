@@ -1,8 +1,8 @@
 """A command's output: results on stdout, notes and warnings on stderr, control characters escaped on both.
 
-Names of files, answers of models, ledgers and error messages can hold escape sequences, which would move a terminal's
-cursor, hide text or rename its window. They are printed as `\\u001b`, which JSON reads back as the same text. Files
-keep the text as it is.
+File names, models' answers and error messages can contain escape sequences, which could move a terminal's cursor, hide
+text or rename its window. So a control character is printed as its JSON escape, such as `\\u001b`. Texts in files are
+not changed.
 """
 
 import io
@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
-ONCE = {"once": True}  # `extra` of a note that a command prints only once, although several of its parts may log it
+ONCE = {"once": True}  # pass as `extra` with a note that several parts may log but a command should print once
 _PREFIXES = {logging.INFO: "note", logging.WARNING: "warning", logging.ERROR: "error", logging.CRITICAL: "error"}
-# C0 without tab and newline, DEL, C1, and the marks that change the direction of the text around them.
+# C0 without tab and newline, DEL, C1, and the characters that change the direction of text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _BAR_MOVES = re.compile(r"\r|[\n\x1b\[A]*\Z")  # how tqdm moves the cursor, at the beginning of what it writes
 
 
 class _Handler(logging.Handler):
-    """A handler that writes `note: ...` and `warning: ...` to the current stderr; a debug line names its logger."""
+    """Logging handler that prints `note: ...` or `warning: ...` to stderr; debug lines name their logger."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.written: set[str] = set()  # of the lines marked ONCE
+        self.written: set[str] = set()  # lines marked ONCE that were printed
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -42,15 +42,15 @@ class _Handler(logging.Handler):
                     return
                 self.written.add(line)
             print(line, file=sys.stderr, flush=True)
-        except Exception:  # as in every handler: a note that cannot be written stops nothing
+        except Exception:  # as in logging's own handlers: a failure to print must not stop the command
             self.handleError(record)
 
 
 def setup_logging(*, debug: bool = False) -> None:
-    """Send stllm's notes to stderr, in the main process only. Call it before a heavy library is imported.
+    """Send stllm's log messages to stderr; ranks other than 0 log warnings only. Call before importing heavy libraries.
 
-    Unless `debug` is set, advisory messages and deprecation warnings of libraries are off. A verbosity that the user
-    set through the libraries' own environment variables is respected.
+    Unless `debug` is set, advice and deprecation warnings of libraries are turned off. A verbosity that the user set
+    through a library's own environment variable is kept.
     """
     logger = logging.getLogger("stllm")
     logger.handlers = [_Handler()]  # one handler, however often this is called
@@ -64,24 +64,24 @@ def setup_logging(*, debug: bool = False) -> None:
 
 
 def _is_main() -> bool:
-    """Check what torchrun's environment says, as `distributed.is_main` does before there is a process group."""
+    """Check whether this is rank 0 by torchrun's environment; `distributed.is_main` would be a circular import."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
-    """The text with its control characters as `\\uXXXX`; doing it twice changes nothing."""
+    """Return the text with control characters replaced by `\\uXXXX`. Applying it twice changes nothing more."""
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class _Escaped:
-    """A text stream that escapes what is written to `raw`, the stream below it. Everything else is passed to `raw`."""
+    """Wrapper of the text stream `raw` that escapes control characters in what is written to it."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
 
     def write(self, text: str) -> int:
         moves = ""
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("tqdm."):  # every library's bars are tqdm's
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("tqdm."):  # all progress bars are drawn by tqdm
             found = _BAR_MOVES.match(text)
             moves = found[0] if found else ""
         self.raw.write(moves + printable(text[len(moves) :]))
@@ -97,7 +97,7 @@ class _Escaped:
 
 @contextmanager
 def escaped_output() -> Iterator[None]:
-    """Escape control characters on stdout and stderr in this block, and characters that their encoding lacks."""
+    """Escape control characters on stdout and stderr in the block, and characters missing from their encoding."""
     before = sys.stdout, sys.stderr
     escape_output()
     try:
@@ -107,7 +107,7 @@ def escaped_output() -> Iterator[None]:
 
 
 def escape_output() -> None:
-    """Do the same from now on, in a process that a command has started."""
+    """Escape as in `escaped_output` until the process ends; for worker processes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -118,7 +118,7 @@ def escape_output() -> None:
 
 
 def escape_traceback() -> None:
-    """Escape the traceback that ends this process, too. The interpreter prints it after the command has ended."""
+    """Escape the traceback of an uncaught exception, too. Python prints it after `escaped_output` has ended."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         with escaped_output():
@@ -128,9 +128,9 @@ def escape_traceback() -> None:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """rich's console, for tables and spinners: its own styles reach the terminal, control characters in texts do not.
+    """Return a rich console for tables and spinners that escapes control characters in texts, but not its own styles.
 
-    Texts are no markup: a name that holds `[red]` is printed as it is.
+    rich's markup is off: a name that contains `[red]` is printed as it is.
     """
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
     from rich.segment import Segment
@@ -159,11 +159,11 @@ def console(*, stderr: bool = False) -> "Console":
 def working(what: str) -> Iterator[None]:
     """Show `what` beside a spinner on stderr until the block ends.
 
-    Show nothing when stderr is not a terminal, or when this is not the main process.
+    Shows nothing when stderr is not a terminal, or in a rank other than 0.
     """
     if not sys.stderr.isatty() or not _is_main():
         yield
         return
-    # The spinner takes the place of both streams, and would read colour codes in what is printed.
+    # rich replaces both streams while the spinner runs, and would interpret colour codes in printed texts.
     with console(stderr=True).status(what), escaped_output():
         yield

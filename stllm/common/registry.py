@@ -1,7 +1,7 @@
-"""Names to things: one generic registry, one instance a kind.
+"""Registries: mappings from names to classes, functions or data, one registry per kind of thing.
 
-An instance knows the modules that register into it and imports them at the first lookup, so that importing the
-package stays cheap and nobody needs an `import *` to register.
+A registry imports the modules that register into it at its first lookup. So importing the package stays fast, and no
+module must be imported only to register its classes.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,9 @@ V = TypeVar("V")
 class Registry(Generic[T]):
     """A mapping from names (and their aliases) to classes, functions or data.
 
-    kind: what the entries are, for messages ("video input").
-    modules: imported at the first lookup; importing them registers the entries. Of a package, all modules are imported.
+    kind: the kind of the entries in messages, such as "video input".
+    modules: the modules that register the entries, imported at the first lookup. If one is a package, all its modules
+    are imported.
     """
 
     def __init__(self, kind: str, *, modules: tuple[str, ...] = ()) -> None:
@@ -33,7 +34,7 @@ class Registry(Generic[T]):
         self._lock = RLock()  # re-entrant: a module may look something up while it is being imported
 
     def register(self, name: str, *aliases: str) -> Callable[[V], V]:
-        """Return a decorator that enters a class or function; data is entered by `register("name")(value)`.
+        """Return a decorator that registers a class or function; `register("name")(value)` registers other data.
 
         Raises ValueError when a name or alias is taken.
         """
@@ -49,7 +50,7 @@ class Registry(Generic[T]):
         return enter
 
     def get(self, name: str) -> T:
-        """Return the entry of that name or alias. Raises UserError, listing the known names and the nearest."""
+        """Return the entry of that name or alias. Raises UserError, listing the known names, if there is none."""
         self._load()
         canonical = self._aliases.get(name, name)
         if canonical not in self._entries:
@@ -57,7 +58,7 @@ class Registry(Generic[T]):
         return self._entries[canonical]
 
     def names(self) -> list[str]:
-        """List the registered names in order, without aliases."""
+        """List the registered names alphabetically, without aliases."""
         self._load()
         return sorted(self._entries)
 

@@ -1,8 +1,9 @@
-"""The keys of `run`: transformers' TrainingArguments, whatever its version calls them, and ours (RunSettings).
+"""The YAML section `run`: its keys are transformers' TrainingArguments and stllm's own RunSettings.
 
-Published recipes were written for transformers 4: arguments renamed since are translated, dropped ones accepted with
-a note. Which names exist is read from the installed TrainingArguments, imported only when a `run` is there. Each of
-them has its effect, or is in one of two tables: UNUSED (accepted with a note) and REFUSED (one value is accepted).
+The known names are read from the installed TrainingArguments, which is imported only if there is a section `run`.
+Published recipes were written for transformers 4: arguments renamed since then are translated, and removed ones are
+accepted with a note. An argument without its effect in stllm is in one of two tables: UNUSED (accepted with a note) or
+REFUSED (only one value is accepted).
 """
 
 import dataclasses
@@ -29,9 +30,9 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
     "warmup_ratio": "warmup_steps",  # below 1, warmup_steps is a share of all steps
 }
-# Old switch -> what it says today when it is on; when it is off it says nothing.
+# Old boolean argument -> the argument and value that replace it when it is true; when false it is dropped.
 SWITCHES = {"adafactor": ("optim", "adafactor"), "group_by_length": ("train_sampling_strategy", "group_by_length")}
-# LAVIS's name -> today's, for the hint alone: what it meant there need not be what it means here.
+# LAVIS's name -> transformers' name, only for a hint in the error: the two may differ in meaning.
 LAVIS = {
     "accum_grad_iters": "gradient_accumulation_steps",
     "amp": "fp16",
@@ -47,7 +48,7 @@ _DROPPED = "the installed transformers has no such argument"
 _EVALUATION = "validation has a fixed procedure (trainval.md)"
 _HUB = "nothing is uploaded"
 _IN_ORDER = "batches are always full and in the order of the seed"
-# Accepted without an effect, and why. None of these changes what is learned.
+# Key -> why it has no effect here. Such a key is accepted with a note; ignoring it does not change what is learned.
 UNUSED = {
     "model_max_length": "lengths come from model.max_txt_len",
     "logging_dir": "logs go under output_dir",
@@ -76,7 +77,7 @@ UNUSED = {
     "local_rank": "the launcher (torchrun) decides",
     **{f.name: f.metadata["unused"] for f in dataclasses.fields(RunSettings) if "unused" in f.metadata},
 }
-# The one value that is accepted, and why. Any other would change what is learned, or asks for what training lacks.
+# Key -> the only accepted value, and why. Other values would change what is learned, or need an unsupported feature.
 REFUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0, "the loss is computed without label smoothing"),
     "neftune_noise_alpha": (None, "noise on the embeddings is not supported: it would enter the MVM teacher, too"),
@@ -88,7 +89,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "accelerator_config": (None, "batches are divided here; use run.gradient_accumulation_steps to accumulate"),
     "parallelism_config": (None, "tensor and context parallelism are not supported; use run.fsdp or run.deepspeed"),
 }
-# What is known of the values, as in `_key`. above: a number above it; steps: a number of steps, below 1 a share of all.
+# Limits of values, as in schema's `_key`; besides, above: an exclusive lower limit; steps: a whole number of steps, or
+# a share of all steps if below 1.
 RUN_VALUES: dict[str, dict[str, Any]] = {
     key: about
     for about, keys in (
@@ -107,7 +109,8 @@ RUN_VALUES: dict[str, dict[str, Any]] = {
     )
     for key in keys
 }
-# Mapping -> the types of its keys. transformers does not check these; those of `fsdp_config` may begin with `fsdp_`.
+# Key of `run` that holds a mapping -> the types of that mapping's keys, which transformers does not check. The keys of
+# `fsdp_config` may begin with `fsdp_`.
 _CHECKPOINTING = {
     **dict.fromkeys(("use_reentrant", "preserve_rng_state", "debug", "early_stop", "offload"), bool),
     "determinism_check": str,
@@ -133,7 +136,7 @@ SUBKEYS: dict[str, dict[str, Any]] = {
         bool,
     ),
 }
-# Mapping -> the switches without any of which it has no effect.
+# Key of `run` -> other keys, of which at least one must be set for it to have an effect.
 SWITCHED_BY = {
     "fsdp_config": ("fsdp",),
     "activation_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
@@ -144,9 +147,10 @@ DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repos
 
 
 def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return a layer's `run` in today's names, without the keys that have no effect.
+    """Return a layer's `run` section with current names, and without keys that have no effect.
 
-    Raises UserError for an unknown key, and for an old and a new name of one argument side by side.
+    given: the keys and values. source: the layer's name. Raises UserError for an unknown key, and if an argument is
+    given by its old and its new name.
     """
     known = run_keys()
     result: dict[str, Any] = {}
@@ -179,7 +183,7 @@ def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def run_keys() -> dict[str, Any]:
-    """Return the keys that `run` may have -> their types: the installed TrainingArguments' and ours."""
+    """Return the keys that `run` may have with their types: installed TrainingArguments' and RunSettings'."""
     from transformers import TrainingArguments  # only when there is a `run`
 
     trainer = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
@@ -187,15 +191,15 @@ def run_keys() -> dict[str, Any]:
 
 
 def check_run(run: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """Convert and check the values of the merged and resolved `run`, with our defaults under it.
+    """Convert and check the values of the merged and resolved `run`, and add the defaults of RunSettings.
 
-    A key that is null is left out, so that its default holds. where: gives the file that a dotted key is in. Raises
-    UserError for a value of a wrong type, out of range or outside an enumeration.
+    A null value is left out, so that its default applies. where: returns the name of the layer that sets a dotted key.
+    Raises UserError for a value of a wrong type, out of range or not among the allowed ones.
     """
     kinds, values = run_keys(), dict(run)
-    if isinstance(values.get("fsdp"), bool):  # text by its annotation, a switch by its documentation
+    if isinstance(values.get("fsdp"), bool):  # transformers annotates it as text, but documents it as true or false
         if values["fsdp"] and len(kinds_of(kinds["fsdp"])) > 1:
-            values["fsdp"] = "full_shard auto_wrap"  # a list of words: the switch would not wrap each layer
+            values["fsdp"] = "full_shard auto_wrap"  # in these versions, true would not wrap each layer
         else:
             kinds["fsdp"] = bool
     _, about = keys_of(RunSettings)

@@ -1,14 +1,14 @@
-"""The keys of a configuration, one comment each, and the values that they take.
+"""The keys of a configuration with their types, defaults and allowed values; a comment explains each key.
 
-The names are those of the published ST-LLM recipes, so that an existing YAML loads as it is; the defaults are the
-published sizes (arXiv 2404.00308). `config.py` reads and merges them.
+The names are those of the published ST-LLM recipes, so that an existing YAML loads unchanged. The defaults are the
+published sizes (arXiv 2404.00308). `config.py` reads YAML files and merges them. Example of two sections:
 
-datasets:                               # one entry a data set, and three roots set once for all
-  anno_root: /data/videochat2_it        # what annotation files are relative to
-  media_root: ${oc.env:MEDIA_ROOT}      # what media folders are relative to
-  caption_videochat: {num_frames: 64}   # a known data set (configs/datasets/), its defaults overridden
+datasets:                               # one entry per data set, and up to three folders that apply to all of them
+  anno_root: /data/videochat2_it        # folder that relative paths of annotation files start from
+  media_root: ${oc.env:MEDIA_ROOT}      # folder that relative paths of media folders start from
+  caption_videochat: {num_frames: 64}   # overrides a default of a shipped data set (stllm/configs/datasets/)
   mine: {anno_path: mine.jsonl, media_dir: videos}
-evaluation: {num_frames: 32}            # over the benchmark's published settings (stllm/configs/evaluation/)
+evaluation: {num_frames: 32}            # overrides the benchmark's published settings (stllm/configs/evaluation/)
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ from stllm.common.errors import UserError, unknown_name
 from stllm.common.jsonl import loads
 from stllm.common.registry import Registry
 
-MEDIA_SECONDS = 300.0  # chosen here: ten times what a long film on slow storage takes
-ROOTS = ("anno_root", "media_root", "features_root")  # texts directly under `datasets`
+MEDIA_SECONDS = 300.0  # our choice: ten times as long as reading a long film from slow storage takes
+ROOTS = ("anno_root", "media_root", "features_root")  # keys of `datasets` that are not data sets but folders
 PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
 QUANTIZATIONS = ("4bit", "8bit")
 CONTEXTS = PUBLISHED, ALL = "published", "all"  # rules for long prompts, see conversation/requests.py
 
 
 def _key(default: Any, **about: Any) -> Any:
-    """A field, and what is known of its values; `value_fault` checks them.
+    """Return a dataclass field with limits for its values, which `value_fault` checks.
 
-    choices: the names allowed; a registry imports its modules only for a value other than the default.
-    low, high: bounds of a number, both allowed. filled: a text that must not be empty. texts: a text or a list of them.
-    path: a file or folder; a relative one is relative to its YAML.
-    unused: the reason why a published key has no effect; it is accepted with a note.
+    choices: the allowed names; a registry imports its modules only for a value other than the default.
+    low, high: inclusive limits of a number. filled: True for a text that must not be empty. texts: True for a text or a
+    list of texts. path: True for a file or folder, which may be relative to its YAML.
+    unused: the reason why a published key has no effect; the key is accepted with a note.
     """
     return field(default=default, metadata=about)
 
@@ -53,45 +53,46 @@ _LAUNCHER = "the launcher (torchrun) and --device decide"
 
 @dataclass
 class VisionSettings:
-    """Sizes of the image encoder and its adapter; unset ones are EVA-ViT-g's."""
+    """Sizes of the image encoder and its temporal adapter. Unset sizes are EVA-ViT-g's, in brackets."""
 
-    patch_size: int | None = None  # pixels a side of a patch (14)
+    patch_size: int | None = None  # height and width of a patch in pixels (14)
     embed_dim: int | None = None  # width C (1408)
     depth: int | None = None  # blocks (39)
     num_heads: int | None = None  # attention heads (16)
     mlp_ratio: float | None = None  # MLP width / C (4.3637)
-    adapter_depth: int | None = None  # temporal + spatial layers beside the last blocks (3)
+    adapter_depth: int | None = None  # layers of the temporal adapter, parallel to the encoder's last blocks (3)
     max_frames: int | None = None  # entries of the adapter's time embedding (64)
-    ln_eps: float | None = None  # epsilon of ln_vision (1e-5; InstructBLIP's own checkpoints keep 1e-6)
+    ln_eps: float | None = None  # epsilon of ln_vision (1e-5; InstructBLIP's own checkpoints have 1e-6)
 
 
 @dataclass
 class QFormerSettings:
-    """Sizes of the Q-Former; unset ones are BERT-base's."""
+    """Sizes of the Q-Former. Unset sizes are BERT-base's, in brackets."""
 
     hidden_size: int | None = None  # width (768)
     num_hidden_layers: int | None = None  # layers (12)
     num_attention_heads: int | None = None  # attention heads (12)
     intermediate_size: int | None = None  # feed-forward width (3072)
     max_position_embeddings: int | None = None  # text positions (512)
-    cross_attention_frequency: int | None = None  # every so many layers look at the image (2)
-    vocab_size: int | None = None  # text tokens, the added [DEC] included (30523)
-    dropout: float | None = None  # in training, where it is not frozen (0.1)
+    cross_attention_frequency: int | None = None  # one layer in this many has cross-attention to the image (2)
+    vocab_size: int | None = None  # text tokens, including the added [DEC] (30523)
+    dropout: float | None = None  # dropout in training if the Q-Former is trained (0.1)
 
 
 @dataclass
 class ModelSettings:
-    """Section `model`."""
+    """Keys of section `model`."""
 
-    arch: str = _key("st_llm_hf", choices=registry.models)  # the model class, by its registered name
-    model_type: str | None = None  # picks the shipped defaults: stllm/configs/models/<model_type>.yaml
+    arch: str = _key("st_llm_hf", choices=registry.models)  # registered name of the model class
+    model_type: str | None = None  # selects the shipped defaults: stllm/configs/models/<model_type>.yaml
 
     # Image encoder
-    # pixels a side; unset: the weights', or 224. Where they differ, position embeddings are interpolated
+    # height and width of the input in pixels; unset: the size of the weights, or 224. If the weights have another size,
+    # their position embeddings are interpolated
     image_size: int | None = _key(None, low=1)
-    # the encoder, by its registered name: eva_clip_g, or eva_btadapter_g with the temporal adapter
+    # registered name of the encoder: eva_clip_g, or eva_btadapter_g with the temporal adapter
     vit_model: str = _key("eva_clip_g", choices=registry.vision_encoders)
-    vit_ckpt: str | None = _key(None, path=True)  # eva_vit_g.pth, when the encoder's weights are in their own file
+    vit_ckpt: str | None = _key(None, path=True)  # eva_vit_g.pth, if the encoder's weights are in a separate file
     drop_path_rate: float = _key(0.0, low=0, high=1)  # stochastic depth of the encoder's blocks in training
     use_grad_checkpoint: bool = False  # recompute activations in the backward pass: less memory, more time
     vit_precision: str | None = _key(
@@ -102,59 +103,61 @@ class ModelSettings:
     vision: VisionSettings = field(default_factory=VisionSettings)  # sizes that differ from EVA-ViT-g's
 
     # Q-Former
-    has_qformer: bool = True  # False: every 4 neighbouring patch tokens are concatenated and projected instead
+    has_qformer: bool = True  # False: instead, every 4 neighbouring patch tokens are concatenated and projected
     q_former_model: str | None = _key(None, path=True)  # Q-Former weights: a .pth in InstructBLIP's or BLIP-2's layout
     qformer_text_input: bool = False  # the Q-Former reads the question too (InstructBLIP family)
-    qformer_tokenizer: str = _key("bert-base-uncased", path=True)  # its tokenizer: a folder or a hub name
-    num_query_token: int | None = _key(None, low=1)  # query tokens a frame, K; unset: the weights', or 32
-    freeze_qformer: bool = True  # Q-Former and queries are not trained
+    qformer_tokenizer: str = _key("bert-base-uncased", path=True)  # the Q-Former's tokenizer: a folder or a hub name
+    num_query_token: int | None = _key(None, low=1)  # query tokens per frame, K; unset: as in the weights, or 32
+    freeze_qformer: bool = True  # Q-Former and query tokens are not trained
     qformer: QFormerSettings = field(default_factory=QFormerSettings)  # sizes that differ from BERT-base's
 
     # Language model
-    llama_model: str | None = _key(None, path=True)  # any causal LM: a folder or a hub name
-    llm: dict[str, Any] = field(default_factory=dict)  # its transformers config, used when no llama_model is named
-    freeze_LLM: bool = True  # the language model is not trained (LoRA, when on, is)
+    llama_model: str | None = _key(None, path=True)  # any causal language model: a folder or a hub name
+    llm: dict[str, Any] = field(default_factory=dict)  # transformers config of the language model without llama_model
+    freeze_LLM: bool = True  # the language model's own weights are not trained (LoRA's are)
     lora_r: int = _key(0, low=0)  # rank of LoRA; 0: no LoRA
     lora_alpha: int = 16  # LoRA's scale is alpha / r
     lora_dropout: float = _key(0.05, low=0, high=1)  # dropout on LoRA's input in training
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])  # layers that LoRA adapts
-    # how it attends; auto: sdpa (torch's own, which takes the device's kernels), eager where an architecture lacks it.
-    # flash_attention_2 and flex_attention need a CUDA GPU; without sdpa, each beam reads the prompt
+    # attention kernels of the language model; auto: sdpa (torch's scaled_dot_product_attention), or eager if the
+    # architecture does not support sdpa. flash_attention_2 and flex_attention need a CUDA GPU. Without sdpa, the prompt
+    # is processed once per beam instead of once
     attn_implementation: str = _key("auto", choices=("auto", "sdpa", "eager", "flash_attention_2", "flex_attention"))
-    # bits of the language model's linear layers: 4bit or 8bit (bitsandbytes, on CUDA and on CPUs); unset: all of them
+    # quantization of the language model's linear layers: 4bit or 8bit (bitsandbytes; CUDA or CPU); unset: none
     quantization: str | None = _key(None, choices=QUANTIZATIONS)
-    low_resource: bool = False  # the published name of quantization: 8bit
-    device_8bit: int = 0  # the CUDA device that holds it where --device is auto and one process runs
+    low_resource: bool = False  # name in published configurations for `quantization: 8bit`
+    device_8bit: int = 0  # index of the CUDA device for low_resource, if --device is auto and there is one process
 
     # Video tokens and masking
-    # how T frames of tokens enter the language model, by its registered name: all, mean or residual
+    # registered name of the module that turns the tokens of T frames into language model input: all, mean or residual
     video_input: str = _key("all", choices=registry.video_inputs)
-    residual_size: int = _key(16, low=1)  # local frames of `residual`, R
-    residual_bottleneck: int | None = None  # inner width of `residual`; unset: a quarter of the language model's
-    # frames of a video in chat, page and server where none are asked for; unset: 64 for `residual`, else 16
+    residual_size: int = _key(16, low=1)  # number of local frames of `residual`, R
+    residual_bottleneck: int | None = None  # inner width of `residual`; unset: a quarter of the language model's width
+    # default number of frames per video in chat, web page and server; unset: 64 for `residual`, else 16
     num_frames: int | None = _key(None, low=1)
     use_mask: bool = False  # drop a random part of the visual tokens in training
-    use_mvm: bool | None = None  # False: masking without its second loss, masked video modelling; unset: with it
-    mvm_decode: bool = False  # a linear decoder before the masked-video-modelling loss, not the identity
-    mask_rate_mean: float = _key(0.5, low=0, high=1)  # the share dropped: Normal(mean, std), clipped to [min, max]
+    use_mvm: bool | None = None  # False: no masked-video-modelling loss beside masking; unset: with this loss
+    mvm_decode: bool = False  # True: a linear decoder before the masked-video-modelling loss; False: no decoder
+    mask_rate_mean: float = _key(0.5, low=0, high=1)  # share of dropped tokens: Normal(mean, std) clipped to [min, max]
     mask_rate_std: float = _key(0.1, low=0)
     mask_rate_min: float = _key(0.1, low=0, high=1)
     mask_rate_max: float = _key(0.7, low=0, high=1)
 
     # Text
-    # prompt strings, by their registered name: instructblip or minigpt4; unset: by qformer_text_input
+    # registered name of the prompt template: instructblip or minigpt4; unset: instructblip if qformer_text_input
     template: str | None = _key(None, choices=registry.templates)
-    system: str | None = None  # a system sentence before the question
-    max_txt_len: int = _key(512, low=1)  # tokens of an answer in training, and of the Q-Former's text
-    end_sym: str = _key("###", filled=True)  # what ends an answer
+    system: str | None = None  # system message before the question
+    max_txt_len: int = _key(512, low=1)  # most tokens of an answer in training, and of the text for the Q-Former
+    end_sym: str = _key("###", filled=True)  # text that marks the end of an answer
 
     # Weights
-    ckpt: str | None = _key(None, path=True)  # weights to start from: a folder or file, over the parts named above
-    # parts that training starts from random weights when no file gives them (a projection: or only one into a language
-    # model of another width)
+    # folder or file of weights to start from; they override those of the files named above
+    ckpt: str | None = _key(None, path=True)
+    # parts that training may initialise randomly if no file has their weights. For the projection this includes weights
+    # whose output width does not fit the language model
     fresh: list[str] = field(default_factory=list, metadata={"choices": _PARTS})
-    # True: every data set must have precomputed features (datasets.features_root, stllm extract), none is read from
-    # pixels; False: those that have some are read from them all the same
+    # True: every data set must have precomputed features (datasets.features_root, stllm extract), so no pixels are
+    # read; False: data sets without precomputed features are read from pixels
     pre_encoding: bool = False
 
     # Published keys without an effect here
@@ -168,25 +171,26 @@ class ModelSettings:
 
 @dataclass
 class RunSettings:
-    """Our own keys of section `run`; the others are transformers' TrainingArguments (run_section.py)."""
+    """stllm's own keys of section `run`; the other keys are transformers' TrainingArguments (run_section.py)."""
 
-    task: str = "video_text_it"  # what is learned, by its registered name
-    runner: str | None = None  # how it is learned, by its registered name; unset: the task's own
-    max_tries: int = _key(10, low=1)  # samples tried in place of an unreadable one before giving up
+    task: str = "video_text_it"  # registered name of the training task (data, model and loss)
+    runner: str | None = None  # registered name of the training loop; unset: the task's default
+    max_tries: int = _key(10, low=1)  # other samples to try in place of an unreadable one before the run fails
     max_bad_fraction: float = _key(0.1, low=0, high=1)  # a larger share of unreadable samples stops the run
-    media_seconds: float = _key(MEDIA_SECONDS, low=0)  # the longest that one medium is read; 0: no limit
-    qa_sampling: str = _key("one", choices=("one", "all"))  # of a record's QA pairs, one an epoch at random or each
-    # visual tokens that masking keeps of a clip: rounded to a multiple of it, so that compiled kernels meet few lengths
+    media_seconds: float = _key(MEDIA_SECONDS, low=0)  # time limit in seconds for reading one medium; 0: no limit
+    qa_sampling: str = _key("one", choices=("one", "all"))  # QA pairs used per record and epoch: a random one, or all
+    # masking rounds a clip's number of kept visual tokens to a multiple of this, so that compiled kernels see few
+    # different lengths
     mask_bucket: int = _key(1, low=1)
-    # a folder in MVBench's layout, asked whenever run.eval_strategy has the held-out samples scored
+    # folder in MVBench's layout; its questions are evaluated at each validation (run.eval_strategy)
     eval_benchmark: str | None = _key(None, path=True)
-    packing: bool = False  # the samples of a batch go through the language model as one row, without padding
-    # first and last step that torch's profiler records, such as [10, 12]; the traces are in the folder profile
+    packing: bool = False  # concatenate the samples of a batch into one row without padding for the language model
+    # first and last step that torch's profiler records, such as [10, 12]; traces are written to the folder `profile`
     profile_steps: list[int] | None = None
     projection_lr: float | None = _key(None, low=0)  # learning rate of llama_proj; unset: learning_rate
-    resume_only_model: bool = False  # continue with the weights and the step alone: optimizer and dropout begin anew
+    resume_only_model: bool = False  # resume weights and step only; the optimizer and the dropout generator start anew
 
-    # Old LAVIS keys without an effect here
+    # LAVIS's keys without an effect here
     distributed: bool | None = _key(None, unused=_LAUNCHER)
     dist_url: str | None = _key(None, unused=_LAUNCHER)
     world_size: int | None = _key(None, unused=_LAUNCHER)
@@ -195,68 +199,68 @@ class RunSettings:
 
 @dataclass
 class DatasetSettings:
-    """One data set's entry; unset keys (None) are the shipped ones of a known name."""
+    """Keys of one data set's entry. For a shipped data set, unset keys (None) take its shipped values."""
 
-    type: str = "instruction"  # how it is read, by its registered name (instruction, image_text)
-    media: str | None = _key(None, choices=("video", "image", "text"))  # unset: what the annotation file names
-    sample_ratio: float | None = _key(None, low=0)  # its weight in the mixture; unset: its share of all samples
+    type: str = "instruction"  # registered name of the data set class: instruction or image_text
+    media: str | None = _key(None, choices=("video", "image", "text"))  # unset: the kind named in the annotation file
+    sample_ratio: float | None = _key(None, low=0)  # weight in the mixture; unset: its share of all samples
     instruction: Any = field(
         default=None, metadata={"texts": True}
-    )  # a text, or a list to draw from, for records without one
-    max_samples: int | None = _key(None, low=1)  # use the first ones only
-    split: str = _key("train", choices=("train", "val"))  # val: not learned, but scored when run.eval_strategy says
-    val_fraction: float = _key(0.0, low=0, high=0.5)  # the share of its media that is held out, as if it were val
+    )  # instruction for records that have none: a text, or a list to draw from
+    max_samples: int | None = _key(None, low=1)  # use only this many samples from the beginning
+    split: str = _key("train", choices=("train", "val"))  # val: used for validation (run.eval_strategy), not training
+    val_fraction: float = _key(0.0, low=0, high=0.5)  # share of the data set's media held out for validation
 
-    # Files; a relative path is relative to the roots (a path that exists beside the YAML comes first)
+    # Files; a relative path is relative to the roots above, unless it exists beside the YAML
     anno_path: str | None = None  # annotation file
     anno_root: str | None = None
-    media_dir: str | None = None  # folder of the media that the annotation file names
+    media_dir: str | None = None  # folder that the media names in the annotation file are relative to
     media_root: str | None = None
-    features_dir: str | None = None  # precomputed features in place of the media (stllm extract); frames as there
+    features_dir: str | None = None  # precomputed features (stllm extract); they replace the media and fix the frames
     shards: Any = field(
         default=None, metadata={"texts": True}
-    )  # image_text: tar files, URLs, braces, globs; a text or a list
-    cache_dir: str | None = None  # image_text: where indexes and fetched shards are kept
-    cache_gb: float | None = _key(None, low=0)  # image_text: the most that fetched shards may take
+    )  # image_text: tar files as paths or URLs with {braces} or globs; a text or a list
+    cache_dir: str | None = None  # image_text: folder for indexes and downloaded shards
+    cache_gb: float | None = _key(None, low=0)  # image_text: size limit in GB for downloaded shards
 
     # Frames
-    num_frames: int = _key(16, low=1)  # frames of every clip; a shorter one is padded with its last frame
-    sampling: str = "rand"  # which frames: rand, middle, uniform or fps<x>
-    crop: str = _key("random", choices=("random", "center"))  # of a clip in training; center: as in evaluation
-    fps: float | None = _key(None, low=1e-3)  # of raw-frame folders and gifs
-    reader: str = "auto"  # what decodes videos: auto, pyav or decord
+    num_frames: int = _key(16, low=1)  # frames per clip; a shorter clip is padded with its last frame
+    sampling: str = "rand"  # choice of frames: rand, middle, uniform or fps<x>
+    crop: str = _key("random", choices=("random", "center"))  # crop of a training clip; center: as in evaluation
+    fps: float | None = _key(None, low=1e-3)  # frames per second of frame folders and gifs
+    reader: str = "auto"  # video decoder: auto, pyav or decord
 
     # Questions and answers
     qa_sampling: str | None = _key(None, choices=("one", "all"))  # unset: run.qa_sampling
-    multi_turn: bool = False  # a record's pairs as one conversation, not a sample each
+    multi_turn: bool = False  # True: a record's QA pairs form one conversation; False: one sample per pair
 
-    # Keys of LAVIS without an effect here
+    # LAVIS's keys without an effect here
     vis_processor: Any = field(default=None, metadata={"unused": _PROCESSORS})
     text_processor: Any = field(default=None, metadata={"unused": _PROCESSORS})
 
 
 @dataclass
 class EvaluationSettings:
-    """One evaluation; unset keys (None) are the model's or the benchmark's own."""
+    """Keys of one evaluation (section `evaluation`). Unset keys (None) take the benchmark's or the model's defaults."""
 
     # Files
-    anno_path: str | None = _key(None, path=True)  # the ground truth: a file, or MVBench's folder
-    answers_path: str | None = _key(None, path=True)  # the answers, where the questions have a file of their own
-    video_dir: str | None = _key(None, path=True)  # the folder of the media
+    anno_path: str | None = _key(None, path=True)  # ground truth: a file, or a folder for MVBench
+    answers_path: str | None = _key(None, path=True)  # file of the answers, if anno_path has only the questions
+    video_dir: str | None = _key(None, path=True)  # folder of the media
     output_dir: str = "output/eval"
-    output_name: str | None = None  # of the files there; unset: the benchmark's name
+    output_name: str | None = None  # name of the result files; unset: the benchmark's name
 
-    # What is asked
-    tasks: list[str] = field(default_factory=list)  # of these alone
-    limit: int | None = _key(None, low=1)  # the first so many items of each task
+    # Questions
+    tasks: list[str] = field(default_factory=list)  # only the questions of these tasks; empty: all tasks
+    limit: int | None = _key(None, low=1)  # only this many questions of each task, from the beginning
 
     # Frames
-    num_frames: int | None = _key(None, low=0)  # 0: MVBench's one a second, 4 to 16
-    sampling: str = "uniform"  # which frames: uniform, segment, middle or fps<x>
-    reader: str = "auto"  # what decodes videos: auto, pyav or decord
+    num_frames: int | None = _key(None, low=0)  # frames per video; 0: one per second, 4 to 16, as published for MVBench
+    sampling: str = "uniform"  # choice of frames: uniform, segment, middle or fps<x>
+    reader: str = "auto"  # video decoder: auto, pyav or decord
 
     # Prompt and decoding
-    system: Any = "template"  # the system sentence: "template" for the model family's own, "" for none, or a text
+    system: Any = "template"  # system message: "template" for the model family's, "" for none, or a text
     num_beams: int | None = _key(None, low=1)
     max_new_tokens: int | None = _key(None, low=1)
     repetition_penalty: float | None = None
@@ -264,18 +268,18 @@ class EvaluationSettings:
 
     # Speed
     batch_size: int = _key(8, low=1)  # questions answered at once
-    num_workers: int | None = _key(None, low=0)  # processes that decode; unset: one a core, to 8
-    media_seconds: float = _key(MEDIA_SECONDS, low=0)  # to read one medium; 0: no limit
-    engine: str | None = None  # address of a server that decodes, see conversation/remote.py
+    num_workers: int | None = _key(None, low=0)  # processes that read media; unset: one per core, at most 8
+    media_seconds: float = _key(MEDIA_SECONDS, low=0)  # time limit in seconds for reading one medium; 0: no limit
+    engine: str | None = None  # URL of a server that runs the language model, see conversation/remote.py
 
 
 def benchmark_names() -> list[str]:
-    """The names of the benchmarks: each has its shipped settings."""
+    """List the names of the benchmarks, which are those of the shipped settings files."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def texts(value: Any) -> tuple[Any, ...]:
-    """A key that takes a text or a list of them, as a tuple."""
+    """Return the value of a key that takes a text or a list of texts as a tuple; () for None."""
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
@@ -290,11 +294,11 @@ WORDS: dict[Any, str] = {
     dict: "a mapping of keys",
     list: "a list",
 }
-JSON_FILES = ("run.deepspeed", "run.fsdp_config")  # mappings, or the names of files that hold them
+JSON_FILES = ("run.deepspeed", "run.fsdp_config")  # keys whose value is a mapping, or the name of a JSON file of one
 
 
 def keys_of(schema: type) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
-    """Return the types of a dataclass's fields, and what is known of their values (`_key`)."""
+    """Return the types of a dataclass's fields, and the limits of their values (`_key`)."""
     about: dict[str, Mapping[str, Any]] = {
         f.name: {**f.metadata, "default": f.default} for f in dataclasses.fields(schema)
     }
@@ -311,10 +315,11 @@ def checked_values(
     structured: bool = False,
     finite: bool = False,
 ) -> dict[str, Any]:
-    """Convert the values to the types of their keys, and check them. Raises UserError for the first that is wrong.
+    """Convert values to the types of their keys, and check them. Raises UserError for the first wrong value.
 
-    structured: as OmegaConf takes them for a dataclass: null only where the type allows it, no whole number for a
-    fraction. finite: numbers must be.
+    kinds: types by key. about: limits by key, see `_key`. prefix: dotted name of the section, for messages.
+    structured: apply OmegaConf's rules for dataclasses: null only where the type allows it; an int becomes a float if
+    the type is float. finite: reject infinite numbers and NaN.
     """
     result: dict[str, Any] = {}
     for name, found in values.items():
@@ -363,10 +368,10 @@ def value_fault(key: str, value: Any, about: Mapping[str, Any], *, finite: bool 
 
 
 def typed(value: Any, annotation: Any, key: str, where: Where) -> Any:
-    """Convert a value to the type of its key; None for `false` where the type has no switch (`deepspeed: false`).
+    """Convert a value to the type of its key. `false` becomes None if the type has no booleans (`deepspeed: false`).
 
-    Text that spells a number or a switch, as `${oc.env:NAME}` gives it, is converted. Raises UserError, naming the key,
-    for any other value.
+    Text that spells a number or a boolean is converted, since `${oc.env:NAME}` gives text. Raises UserError, naming the
+    key, for any other value.
     """
     from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode, ValidationError
 
@@ -382,10 +387,10 @@ def typed(value: Any, annotation: Any, key: str, where: Where) -> Any:
     if len(kinds) == 1 and kinds[0] in nodes:
         with suppress(ValidationError):
             converted = nodes[kinds[0]](value)._value()
-            # a whole number stays one where a fraction is allowed: 100 warm-up steps are not 100.0
+            # an int stays an int where the type is float: 100 warm-up steps are not 100.0
             return value if kinds == [float] and isinstance(value, int) else converted
     elif not set(kinds) <= {dict, list, str, bool}:
-        return value  # enumerations are checked already, and Any takes anything
+        return value  # enumerations were checked above, and Any accepts every value
     elif value is False and bool not in kinds:
         return None
     else:
@@ -400,12 +405,12 @@ def typed(value: Any, annotation: Any, key: str, where: Where) -> Any:
 
 
 def expected(kinds: Sequence[Any]) -> str:
-    """Describe in words what the types take: "a whole number"."""
+    """Describe the accepted types in words, such as "a whole number"."""
     return " or ".join(WORDS[kind] for kind in kinds)
 
 
 def kinds_of(annotation: Any) -> list[Any]:
-    """List the types of a union without None, or the one type; of `list[str]`, list."""
+    """List the types in a union except None, or the single type. `list[str]` is listed as `list`."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     kinds = typing.get_args(annotation) if union else (annotation,)
     return [typing.get_origin(kind) or kind for kind in kinds if kind is not type(None)]

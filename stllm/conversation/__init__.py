@@ -1,1 +1,1 @@
-"""Talking about a video: prompts as data, and the one engine behind chat, demos and benchmarks."""
+"""Questions and answers about videos: the code that chat, web page, server and benchmarks share."""

@@ -1,8 +1,9 @@
 """A loaded model that answers questions about videos and images, for chat, demos and benchmarks.
 
-Steps: read -> encode -> prepare (prompt and visual tokens) -> complete; `answer` takes them all.
-A video is read and encoded once; the encoder's output is kept (content-keyed, bounded) for further questions, and only
-the parts that depend on the question run again. Letters: N visual tokens, D width of the language model.
+Steps: read -> encode -> prepare (prompt and visual tokens) -> complete; `Chat.answer` runs all of them.
+A video is read and encoded once. The encoder's output is cached under a hash of the frames, so a further question only
+runs the parts that depend on it. Letters: S prompt tokens, N visual tokens of a prompt, V those of a batch, T frames,
+K tokens of a frame, D width of the language model, A new tokens.
 """
 
 import argparse
@@ -53,8 +54,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_CACHE_BYTES = 2 << 30
 MAX_KNOWN_FILES = 10_000
-FOLDER = Path(__file__).parents[1] / "assets" / "stllm-tiny"  # the embedded model, the default
-EXAMPLES = FOLDER.with_name("examples")  # clips that it answers well
+FOLDER = Path(__file__).parents[1] / "assets" / "stllm-tiny"  # the model in the package, the default checkpoint
+EXAMPLES = FOLDER.with_name("examples")  # clips about which it answers correctly
 KNOWS = "it knows only the toy world: a few coloured shapes that move, blink and change, in short clips"
 SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the global-local module, 16 without
 
@@ -62,9 +63,11 @@ SHORT_CLIP_FRAMES, LONG_CLIP_FRAMES = 16, 64  # published: 64 frames go with the
 class Chat:
     """A loaded model that answers questions.
 
-    decoding: None for the published settings of this family. cache_bytes: room for encoded videos in main memory, and
-    for keys and values of prompts about them, which stay where the language model is; 0: neither is kept.
-    engine: a server that decodes in place of this model's language model, of which the token embedding is enough here.
+    decoding: default settings of generation; None for the published ones of the model's family.
+    num_frames: default number of frames per video; None for the checkpoint's.
+    cache_bytes: size limit of the cache. It holds encoded videos in main memory, and the language model's keys and
+        values of prompts about them on its device. 0: nothing is cached.
+    engine: a server that runs the language model; `model` then needs only the language model's token embedding.
     """
 
     def __init__(
@@ -85,13 +88,13 @@ class Chat:
         self.read = ClipReader(EvalTransform(model.config.vision_config["image_size"]), self.num_frames)
         self.cache = FeatureCache(cache_bytes)
         self._known: dict[Stamp, tuple[str, str, list[float]]] = {}  # stamp -> digest, kind, times
-        self.lock = Lock()  # one generation at a time
+        self.lock = Lock()  # held during a generation
         self._question_tokens: Together[tuple[str, Tensor], Tensor] = Together(self._tokens_of)
-        self._warned = False  # whether a prompt beyond the positions was warned about
+        self._warned = False  # True once the user was warned of a prompt longer than the model's positions
 
     @cached_property
     def batches(self) -> "Batches":
-        """The questions that wait for the language model."""
+        """The queue of questions for the language model."""
         from stllm.conversation.streaming import Batches
 
         return Batches(self._generate, self.processor, self.model.dtype)
@@ -99,7 +102,7 @@ class Chat:
     # ---- asking -----------------------------------------------------------------------------------------------------
 
     def ask(self, path: str | Path | None, question: str, **options: Any) -> Answer:
-        """Answer one question. path: video, gif, frame folder or image; None for text alone.
+        """Answer one question. path: video, gif, frame folder or image; None for a question without media.
 
         options: `Media` fields (num_frames, start, end, ...) and `Decoding.with_options` ones (num_beams, ...).
         Raises UserError (MediaError for an unreadable file).
@@ -117,7 +120,7 @@ class Chat:
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
 
     def evidence(self, path: str | Path, question: str, answer: str | None = None, **options: Any) -> "Evidence":
-        """Measure what an answer rests on, over time; the model's own answer by default. Options as for `ask`."""
+        """Measure how much each part of a video mattered to an answer (None: the model's). Options as for `ask`."""
         from stllm.conversation.evidence import measure_evidence
 
         conversation = self.conversation(path, **options)
@@ -138,9 +141,9 @@ class Chat:
     def stream_prepared(
         self, prepared: Prepared, decoding: Decoding, stop: Event | None = None
     ) -> Generator[str, None, Tensor]:
-        """Do the same for a prepared request. Returns the new ids, (1, A).
+        """Yield the answer to a prepared request piece by piece. Returns the new token ids, (1, A).
 
-        It is answered together with others that wait and have the same settings. stop: ends it, too, when it is set.
+        Waiting requests with the same settings are answered in one batch. Setting `stop` ends the generation.
         """
         from stllm.conversation.streaming import clean_pieces
 
@@ -155,9 +158,10 @@ class Chat:
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
     def see(self, media: Media, clip: Clip | None = None, stamp: Stamp | None = None) -> Seen:
-        """Read and encode a video, unless its encoding is kept. Raises MediaError.
+        """Return the encoding of a video from the cache, or read and encode it. Raises MediaError.
 
-        clip: of a video that was already read. stamp: of the medium before the reading, if the file may have changed.
+        clip: the clip, if the video was already read. stamp: the medium's stamp from before that reading, in case the
+        file has changed since.
         """
         if clip is None and (seen := self.recall(media)) is not None:
             return seen
@@ -175,18 +179,18 @@ class Chat:
         return Seen(encoded, clip.info.kind, clip.times, seconds, clip.digest)
 
     def recall(self, media: Media) -> Seen | None:
-        """Return the kept encoding of a medium whose file has not changed, or None; nothing is read."""
+        """Return the cached encoding of a medium if its file has not changed, else None. The file is not read."""
         digest, kind, times = self._known.get(self.stamp(media), ("", "", []))
         encoded = self.cache.get(digest)
         return None if encoded is None else Seen(encoded, kind, times, digest=digest)
 
     def stamp(self, media: Media) -> Stamp:
-        """Return a key that changes when the file, or the part of it to read, changes."""
+        """Return a key that differs when the file has changed, or when another part of it is to be read."""
         return replace(media, num_frames=media.num_frames or self.num_frames).stamp()
 
     @torch.inference_mode()
     def encode(self, clip: Clip, *, read_seconds: float = 0.0) -> Seen:
-        """Encode a clip that was read here or in another process. Nothing is kept."""
+        """Encode a clip without caching the result. read_seconds: the time that reading took."""
         start = time.perf_counter()
         encoded = self.model.encode_video(clip.frames[None].to(self.model.device))
         seconds = {"read": read_seconds, "encode": time.perf_counter() - start}
@@ -194,11 +198,11 @@ class Chat:
 
     @torch.inference_mode()
     def prepare(self, request: Request, decoding: Decoding | None = None, seen: Seen | None = None) -> Prepared:
-        """Make the prompt and the visual tokens, which may depend on the question, cut by the context rule.
+        """Compute the prompt's token ids and visual tokens, shortened by the context rule if too long.
 
-        decoding: the settings that the answer will be generated with. seen: the request's medium, encoded.
-        Raises RequestError for a question that cannot be answered, MediaError for an unreadable medium, UserError for
-        a model whose tokens are no numbers.
+        decoding: the settings that the answer will be generated with. seen: the request's encoded medium, if any.
+        Raises RequestError for a question that cannot be answered, MediaError for an unreadable medium, and UserError
+        if the visual tokens are NaN or infinite.
         """
         request.check()
         decoding, text_config = decoding or self.decoding, self.model.config.text_config
@@ -206,7 +210,7 @@ class Chat:
         start = time.perf_counter()
         kind = None if seen is None else "image" if seen.kind == "image" else "video"
         prepared = Prepared(request, self._prompt_ids(request.turns, request, kind))
-        # Of the last turn, the context rule may cut only the video and the text before it.
+        # The context rule may not cut the last question: only tokens before it.
         before = len(self._prompt_ids(request.turns[:-1], request, kind)) if len(request.turns) > 1 else 0
         if seen is not None:
             visual = self.model.video_input(self.frame_tokens(request, seen))[0]  # (N, D)
@@ -231,9 +235,9 @@ class Chat:
         return replace(prepared, seconds={**seen.seconds, "encode": encode})
 
     def frame_tokens(self, request: Request, seen: Seen) -> Tensor:
-        """Compute each frame's tokens for the question, (1, T, K, D), before the video input.
+        """Compute the tokens of each frame, (1, T, K, D); they depend on the question if the Q-Former reads text.
 
-        Questions of several threads go through the Q-Former together.
+        Concurrent calls from several threads go through the Q-Former in one batch.
         """
         if not self.model.config.qformer_text_input:
             return seen.encoded.to(self.model.device)
@@ -241,7 +245,7 @@ class Chat:
 
     @torch.inference_mode()
     def _tokens_of(self, asked: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
-        """Compute `frame_tokens` of texts and encoded clips; as many in one pass as a long clip has frames."""
+        """Compute `frame_tokens` for pairs of a text and an encoded clip, in batches of at most 64 frames."""
         found: dict[int, Tensor] = {}
         shapes = {encoded.shape for _, encoded in asked}
         for shape in shapes:
@@ -260,10 +264,10 @@ class Chat:
     def complete(
         self, prepared: Sequence[Prepared], decoding: Decoding | None = None, stop: Event | None = None
     ) -> list[Answer]:
-        """Answer prepared requests in one generation.
+        """Answer prepared requests in one batch.
 
-        stop: of somebody who may leave. When set, it ends the answers with the tokens so far. The requests are then
-        answered together with those of others that wait and have the same settings.
+        stop: an event that ends the answers early, with the tokens so far. If given, the requests also share a batch
+        with waiting requests of other threads that have the same settings.
         """
         if not prepared:
             return []
@@ -273,7 +277,7 @@ class Chat:
         return [self.answer_of(one, row, seconds) for one, row in zip(prepared, rows, strict=True)]
 
     def ids(self, prepared: Sequence[Prepared], decoding: Decoding, stop: Event | None = None) -> list[list[int]]:
-        """Return the new ids of prepared requests; `stop` as for `complete`."""
+        """Generate the answers' token ids, one list per request; `stop` as for `complete`."""
         if self.engine is not None:
             embeds = [self.embeds(one) for one in prepared]
             return self.engine.complete(embeds, decoding, self.processor.stopping(), stop)
@@ -282,7 +286,7 @@ class Chat:
         return self._generate(prepared, decoding).tolist()
 
     def answer_of(self, prepared: Prepared, ids: list[int] | Tensor, seconds: float) -> Answer:
-        """Return the answer that these new ids are. seconds: of generation."""
+        """Return the answer to a prepared request. ids: its new token ids. seconds: the time of its generation."""
         return Answer(
             text=self.processor.decode(ids),
             question=prepared.request.turns[-1].question,
@@ -295,7 +299,7 @@ class Chat:
 
     @torch.inference_mode()
     def embeds(self, prepared: Prepared) -> Tensor:
-        """Embed a prepared prompt, visual tokens in place, (S, D)."""
+        """Return the embeddings of a prepared prompt, text and visual tokens, (S, D)."""
         batch = self.batch([prepared])
         return self.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])[0]
 
@@ -325,9 +329,9 @@ class Chat:
     def batch(
         self, prepared: Sequence[Prepared], answer: Sequence[int] | None = None, *, side: str = "right"
     ) -> dict[str, Any]:
-        """Collate the prompts on the model's device: `pad_sequences`, and visual_tokens (V, D), None without any video.
+        """Collate prompts on the model's device: the tensors of `pad_sequences` and visual_tokens, (V, D) or None.
 
-        answer: ids that follow each of them, labelled.
+        answer: token ids that are appended to each prompt and have labels. side: of the padding.
         """
         rows = [[*one.ids, *(answer or ())] for one in prepared]
         batch: dict[str, Any] = pad_sequences(
@@ -349,7 +353,7 @@ class Chat:
 
 @dataclass
 class Conversation:
-    """Several questions and answers about one video. media and turns may be read and replaced."""
+    """Several questions and answers about one video. Callers may read and replace media and turns."""
 
     chat: Chat
     media: Media | None
@@ -357,29 +361,29 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
 
     def ask(self, question: str) -> Answer:
-        """Answer with the earlier turns in the prompt."""
+        """Answer a question; the prompt contains the earlier turns."""
         answer = self.chat.answer([self.request(question)], self.decoding)[0]
         self.turns.append(Turn(question, answer.text))
         return answer
 
     def stream(self, question: str) -> Generator[str, None, None]:
-        """Yield the answer piece by piece; the turn joins the conversation when the iterator ends or is closed."""
+        """Yield the answer piece by piece. The turn joins the conversation when the iterator ends or is closed."""
         pieces: list[str] = []
         try:
             for piece in self.chat.stream(self.request(question), self.decoding):
                 pieces.append(piece)
                 yield piece
-        except GeneratorExit:  # the listener has heard enough
+        except GeneratorExit:  # the caller closed the iterator before the end
             pass
         self.turns.append(Turn(question, self.chat.processor.clean("".join(pieces))))
 
     def reset(self, media: Media | None = None) -> None:
-        """Begin another conversation, about another video or about none."""
+        """Forget the turns and start a conversation about another video, or without one."""
         self.turns.clear()
         self.media = media
 
     def request(self, question: str) -> Request:
-        """Return the question with the earlier turns."""
+        """Return the request for a question, with the earlier turns and the medium."""
         return Request(turns=(*self.turns, Turn(question)), media=self.media)
 
 
@@ -395,12 +399,12 @@ def load_chat(
     cache_bytes: int = DEFAULT_CACHE_BYTES,
     engine: str | None = None,
 ) -> Chat:
-    """Load a checkpoint folder of any known format, ready for questions. Raises UserError.
+    """Load a checkpoint folder of any known format. Raises UserError.
 
-    num_frames: of a video; None for the checkpoint's own number.
-    context: the rule for long prompts, `published` (None) or `all`; see conversation/requests.py.
-    engine: the address of a server that decodes (conversation/remote.py); of the language model only the token
-        embedding is loaded here, and an answer follows one beam unless more are asked for, which is refused.
+    num_frames: default number of frames per video; None for the checkpoint's.
+    context: rule for long prompts, `published` (also None) or `all`; see conversation/requests.py.
+    engine: URL of a server that runs the language model (conversation/remote.py). Of the language model, only the token
+        embedding is loaded here. The default is then one beam, because an engine does not support several.
     """
     from stllm.models.checkpoints.load import load_pretrained
 
@@ -429,17 +433,17 @@ def load_chat(
 
 
 def default_num_frames(config: STLLMConfig) -> int:
-    """Return the default number of frames of a video: the checkpoint's own, or else the published one."""
+    """Return the default number of frames per video: the checkpoint's, or else the published number."""
     return config.num_frames or (LONG_CLIP_FRAMES if config.video_input == "residual" else SHORT_CLIP_FRAMES)
 
 
 def chosen_checkpoint(args: argparse.Namespace) -> str | Path:
-    """Return the checkpoint of a command with --ckpt-path, --cfg-path and --options. Raises UserError."""
+    """Return the checkpoint's path from --ckpt-path, --cfg-path or --options, or the default. Raises UserError."""
     return args.ckpt_path or explicit_settings(args.cfg_path, args.options).get("ckpt") or default_checkpoint()
 
 
 def load_chosen(args: argparse.Namespace, checkpoint: str | Path) -> Chat:
-    """Load the checkpoint of a command with the options of `add_model`. Raises UserError."""
+    """Load a checkpoint with the command-line options that `add_model` defines. Raises UserError."""
     return load_chat(
         checkpoint,
         cfg_path=args.cfg_path,
@@ -453,7 +457,7 @@ def load_chosen(args: argparse.Namespace, checkpoint: str | Path) -> Chat:
 
 
 def default_checkpoint() -> Path:
-    """Return the embedded model's folder. Raises UserError where this installation has none."""
+    """Return the folder of the model in the package. Raises UserError if this installation has none."""
     if not (FOLDER / "config.json").is_file():
         raise UserError("no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path")
     log.info("no checkpoint was named: %s answers; %s, as in %s", FOLDER.name, KNOWS, EXAMPLES)
@@ -461,7 +465,7 @@ def default_checkpoint() -> Path:
 
 
 def find_examples() -> Sequence[tuple[Path, str]]:
-    """List (file, question) of the clips that come with the package, as in its examples.json; none without it."""
+    """List (file, question) for the example clips in the package; empty if its examples.json is missing."""
     listing = EXAMPLES / "examples.json"
     if not listing.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Settings of generation: beams, length, sampling; transformers' `generate` does the work."""
+"""Settings of generation with transformers' `generate` (beams, length, sampling), and a check for NaN scores."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,16 +17,17 @@ from stllm.common.schema import CONTEXTS, PUBLISHED
 from stllm.conversation.requests import PUBLISHED_LENGTH
 from stllm.processors.templates import PromptTemplate
 
-MIN_TEMPERATURE = 1e-5  # chosen here, vLLM's value too; scores divided by less than about 1e-36 overflow
+MIN_TEMPERATURE = 1e-5  # our choice, the same as vLLM's; scores divided by less than about 1e-36 would overflow
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """num_beams; max_new_tokens; temperature (below 1e-5: no sampling); top_p; repetition_penalty (1: none).
+    """Settings of generation.
 
-    context: the rule for long prompts, `published` or `all`; see requests.py.
-    The repetition penalty applies to generated tokens only, and an answer may be empty: the published `min_length` of 1
-    counts an id that the library of that time put before every answer.
+    temperature: below 1e-5, the most probable token is taken. repetition_penalty: applies to generated tokens only; 1:
+    none. context: rule for long prompts, `published` or `all`; see requests.py.
+    An answer may be empty. The published setting `min_length` of 1 did not prevent that, because it counted an id that
+    transformers put before every answer at that time.
     """
 
     num_beams: int = 5
@@ -37,7 +38,7 @@ class Decoding:
     context: str = PUBLISHED
 
     def __post_init__(self) -> None:
-        """Raise UserError for a number out of range, an unknown rule, and so many new tokens that no prompt is left."""
+        """Raise UserError for a number out of range, an unknown rule, or no room for a prompt beside the new tokens."""
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise UserError(
                 f"num_beams is {self.num_beams} and max_new_tokens {self.max_new_tokens}: both must be at least 1"
@@ -59,7 +60,7 @@ class Decoding:
 
     @classmethod
     def published(cls, template: PromptTemplate) -> "Decoding":
-        """Return the settings that the published demo and open-ended benchmarks use with this family of weights."""
+        """Return the settings of the published demo and open-ended benchmarks for the template's model family."""
         return cls(
             num_beams=template.num_beams,
             max_new_tokens=template.max_new_tokens,
@@ -75,9 +76,9 @@ class Decoding:
         context: str | None = None,
         stream: bool = False,
     ) -> "Decoding":
-        """Return these settings with a user's options over them.
+        """Return a copy with the options that are not None.
 
-        Sampling and streaming follow one beam, so either sets `num_beams` to 1 unless the user named a number.
+        Sampling and streaming use one beam, so either sets `num_beams` to 1 unless it is given.
         Raises UserError for streaming with several beams.
         """
         if num_beams is None and (stream or temperature):
@@ -90,7 +91,7 @@ class Decoding:
         return wanted
 
     def check_streaming(self) -> None:
-        """Raise UserError for several beams: the best of them is known only at the end."""
+        """Raise UserError if there are several beams, because the best one is known only at the end."""
         if self.num_beams > 1:
             raise UserError(
                 f"streaming follows one beam, but {self.num_beams} were asked for: name 1 beam (--num-beams 1, "
@@ -98,7 +99,7 @@ class Decoding:
             )
 
     def arguments(self, *, eos_token_id: int, pad_token_id: int, stop_strings: list[str]) -> dict[str, Any]:
-        """Return the arguments of `generate`; a checkpoint's own generation defaults are not used."""
+        """Return the arguments for `generate`. They replace the generation defaults of the checkpoint."""
         samples = self.temperature >= MIN_TEMPERATURE
         sampling = {"temperature": float(self.temperature), "top_p": self.top_p} if samples else {}
         config = GenerationConfig(
@@ -110,8 +111,8 @@ class Decoding:
             stop_strings=stop_strings,
             **sampling,
         )
-        # Not by `config.repetition_penalty`: given embeddings instead of ids, transformers 5.23 takes the left padding
-        # of a batch for already generated tokens and leaves as many of them without a penalty.
+        # `config.repetition_penalty` cannot be used: given embeddings instead of ids, transformers 5.23 treats the left
+        # padding of a batch as generated tokens, and leaves that many generated tokens without a penalty.
         penalties = LogitsProcessorList()
         if self.repetition_penalty != 1:
             penalties.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
@@ -119,7 +120,7 @@ class Decoding:
 
 
 class NoNumbersError(UserError):
-    """Numbers of the model were NaN or infinite."""
+    """An error for values of the model that are NaN or infinite. what: which values. dtype: their type."""
 
     def __init__(self, what: str, dtype: torch.dtype) -> None:
         kind = str(dtype).removeprefix("torch.")
@@ -128,20 +129,20 @@ class NoNumbersError(UserError):
 
 
 class NaNWatch(LogitsProcessor):
-    """Notes which rows had a score that was NaN; generation itself would continue with the first token."""
+    """Logits processor that records the rows with a NaN score; `generate` would silently take the first token."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.error = NoNumbersError("the language model's scores", dtype)
         self._found: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Return the scores, (B, vocabulary), unchanged, without waiting for the GPU."""
+        """Record NaN among the scores, (rows, vocabulary), and return them unchanged. Does not wait for the GPU."""
         found = scores.isnan().any(dim=-1)
         self._found = found if self._found is None else self._found | found
         return scores
 
     def found(self, num_rows: int) -> list[bool]:
-        """Return for each row of the batch, which may have several beams, whether a score of it was NaN."""
+        """Return for each of `num_rows` prompts whether a score of any of its beams was NaN."""
         if self._found is None:
             return [False] * num_rows
         return [bool(one) for one in self._found.view(num_rows, -1).any(dim=-1).tolist()]

@@ -1,10 +1,10 @@
 """Evidence over time: how much each part of a video mattered to an answer, and a chart of it.
 
-`measure_evidence` leaves out one segment of the frames at a time and measures the answer's log probability again.
-The tokens of the segment are removed, as under dynamic masking, for which the model was trained; positions close up.
-Frames are not encoded again: an encoder with a temporal adapter has let the other frames see the one that is left out.
-B prompts, S positions of a row, T frames, K tokens a frame, N visual tokens, A tokens of the answer, D width of the
-language model.
+`measure_evidence` leaves out one segment of the frames at a time and measures the answer's log probability again. The
+segment's tokens are removed from the sequence, as in the dynamic masking of training. Frames are not encoded again: if
+the encoder has a temporal adapter, the tokens of other frames still contain information from the segment.
+Letters: B prompts, S positions of a row, T frames, K tokens of a frame, N visual tokens, A tokens of the answer, D
+width of the language model.
 """
 
 import textwrap
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 MAX_SEGMENTS = 64
 MIN_DIFFERENCE = 0.01  # nats: a probability that changes by 1 %
 
-SIZE = 160  # pixels of a picture's side
-MAX_PICTURES = 16  # a longer strip would be too small to see
-WIDTH, EDGE = 10.0, 0.9  # inches: of the figure, of the space left and right of the axes
+SIZE = 160  # height and width of a picture in pixels
+MAX_PICTURES = 16  # more in one row would be too small to see
+WIDTH, EDGE = 10.0, 0.9  # inches: width of the figure, margin left and right of the axes
 FOR, AGAINST = "#1f77b4", "#d62728"
 
 AnyChat: TypeAlias = Any  # a `Chat`; chat.py imports this file, so this file must not import it
@@ -56,11 +56,12 @@ AnyChat: TypeAlias = Any  # a `Chat`; chat.py imports this file, so this file mu
 class Evidence:
     """The evidence for one answer.
 
-    log_probability: of the answer and its end mark with the whole video in view, in nats.
-    times: seconds of the T frames seen. segments: (first, end) positions among them, end excluded.
-    scores: nats a segment, log_probability minus the one without it: above 0 the segment spoke for the answer.
-    bound: nats; smaller differences do not matter, see `smallest_difference`.
-    cut: the numbers of the segments that the language model did not read, as the context rule cut their tokens.
+    log_probability: of the answer and its end mark given the whole video, in nats.
+    times: times of the T frames in seconds. segments: (first, end) frame indices of each segment, end excluded.
+    scores: one per segment in nats: log_probability minus that without the segment. Above 0, the segment made the
+        answer more likely.
+    bound: nats; smaller differences are ignored, see `smallest_difference`.
+    cut: indices of segments that the language model did not read, because the context rule cut all their tokens.
     """
 
     question: str
@@ -74,7 +75,7 @@ class Evidence:
 
     @property
     def peak(self) -> int:
-        """Return the number of the segment that mattered most to the answer."""
+        """Return the index of the segment with the highest score."""
         return max(range(len(self.scores)), key=self.scores.__getitem__)
 
     @property
@@ -100,15 +101,15 @@ def measure_evidence(
     seen: Seen | None = None,
     stop: Event | None = None,
 ) -> Evidence:
-    """Leave out one segment of the request's video at a time.
+    """Measure how much each segment of the request's video mattered to an answer, by leaving it out.
 
-    answer: None for the model's own, generated with `decoding`; of an empty one the end mark is measured.
-    decoding: its context rule may cut the prompt; a segment is then left out of the rest of the prompt.
-    max_segments: a segment is one frame up to that many frames, several neighbours beyond.
-    max_positions: of one pass, None for what suits the device; the scores do not depend on it.
-    seen: the request's video, encoded. stop: ends the measurement when it is set.
-    Raises UserError for a request without a video of at least two frames, and when it was stopped, and what
-    `Chat.prepare` raises.
+    answer: None for the model's own, generated with `decoding`. For an empty answer, only the end mark is measured.
+    decoding: its context rule may cut the prompt; segments are then left out of the shortened prompt.
+    max_segments: of a video with at most this many frames, each frame is a segment; otherwise several neighbours are.
+    max_positions: token positions of one pass; None for a default of the device. The scores do not depend on it.
+    seen: the request's encoded video, if known. stop: an event that ends the measurement.
+    Raises UserError for a request without a video of at least two frames, or if stopped; and whatever `Chat.prepare`
+    raises.
     """
     if request.media is None:
         raise UserError("evidence over time was asked for without a video: name one")
@@ -147,7 +148,7 @@ def measure_evidence(
 
 
 def answer_ids(chat: AnyChat, request: Request, answer: str) -> list[int]:
-    """Return the answer's tokens and its end mark, as they follow the prompt in training; not cut."""
+    """Return the token ids of the answer and its end mark, as they follow the prompt in training. None are cut off."""
     *before, last = request.turns
     prompt = chat.processor.prompt_ids(request.turns)
     return chat.processor.prompt_ids([*before, replace(last, answer=answer)])[len(prompt) :]
@@ -162,11 +163,11 @@ def log_probabilities(
     max_positions: int | None = None,
     stop: Event | None = None,
 ) -> list[float]:
-    """Measure the answer's log probability in nats after each of the prompts, teacher-forced: nothing is sampled.
+    """Return the log probability of the answer's token ids after each prompt, in nats. Nothing is sampled.
 
-    All rows in one padded pass, or in several where one would hold more than `max_positions`. The logits are computed
+    The prompts are padded and run in as few passes as `max_positions` token positions allow. The logits are computed
     for one row at a time, and only for the A tokens of the answer.
-    Raises UserError when `stop` was set before a pass.
+    Raises UserError if `stop` is set before a pass.
     """
     model = chat.model
     most = max_positions or positions_at_once(model.device)
@@ -188,19 +189,19 @@ def log_probabilities(
 
 
 def smallest_difference(dtype: torch.dtype, log_probability: float, num_tokens: int) -> float:
-    """Return the difference in nats of two log probabilities of an answer up to which it is ignored. Chosen here.
+    """Return the difference in nats up to which two log probabilities of an answer count as equal. Our choice.
 
-    0.01 nats change a probability by 1 %. Rounding may change more: logits are of the order of 10, so the log
-    probability of a token of probability p changes by about 10 (1 - p) times the type's epsilon. Over the answer, the
-    sum of 1 - p is at most its number of tokens, and at most minus its log probability.
+    0.01 nats change a probability by 1 %. Rounding may change more: logits are of the order of 10, so rounding changes
+    the log probability of a token of probability p by about 10 (1 - p) times the type's epsilon. The sum of 1 - p over
+    the answer is at most its number of tokens, and at most minus its log probability.
     """
     return max(MIN_DIFFERENCE, 10 * torch.finfo(dtype).eps * min(num_tokens, -log_probability))
 
 
 def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
-    """Return (first, end) of neighbouring segments of nearly equal length: one a frame, at most `max_segments`.
+    """Split frames into segments of nearly equal length, one per frame but at most `max_segments`: (first, end) each.
 
-    Raises UserError for fewer than 2: without its only segment there is no video left.
+    Raises UserError if max_segments is below 2, since without its only segment no video would be left.
     """
     if max_segments < 2:
         raise UserError(f"max_segments is {max_segments}, expected at least 2")
@@ -210,16 +211,17 @@ def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
 
 
 def without(video_input: Any, frames: Tensor, segment: tuple[int, int], prepared: Prepared) -> tuple[Tensor, bool]:
-    """Return the prompt's visual tokens (N, D) without a segment's, and True if the rule had cut all of the segment's.
+    """Return the prompt's visual tokens without a segment, (N, D), and whether the prompt had none of its tokens.
 
-    frames: (1, T, K, D), all of them. prepared: the prompt, whose first `cut.visual` visual tokens were cut.
+    frames: tokens of all frames, (1, T, K, D). segment: (first, end) frame indices. prepared: the prompt, without the
+    first `cut.visual` visual tokens, which the context rule cut.
     """
     first, end = segment
     tokens: Tensor = video_input(frames, [*range(first), *range(end, frames.shape[1])])[0]
     if not prepared.cut.visual:
         return tokens, False
-    own = prepared.cut.visual + prepared.num_visual - len(tokens)  # tokens that the segment alone gives
-    ahead = video_input(frames, list(range(first))).shape[1] if first else 0  # those of the frames before it
+    own = prepared.cut.visual + prepared.num_visual - len(tokens)  # number of the segment's tokens
+    ahead = video_input(frames, list(range(first))).shape[1] if first else 0  # number of tokens before the segment
     own_cut = min(max(prepared.cut.visual - ahead, 0), own)
     return tokens[prepared.cut.visual - own_cut :], 0 < own == own_cut
 
@@ -228,28 +230,28 @@ def without(video_input: Any, frames: Tensor, segment: tuple[int, int], prepared
 
 
 def filmstrip(media: Media, num_frames: int, *, size: int = SIZE) -> np.ndarray:
-    """Read the frames that the model was shown, as it sees them, cropped: (T, S, S, 3) uint8. Raises MediaError.
+    """Read the frames that the model sees, cropped as for the model: (T, size, size, 3) uint8. Raises MediaError.
 
-    num_frames: of media that name no number.
+    num_frames: number of frames if `media` has none.
     """
     return ClipReader(EvalTransform(size), num_frames)(media).frames.permute(0, 2, 3, 1).numpy()
 
 
 def draw_evidence(path: str | Path, evidence: Evidence, pictures: np.ndarray) -> None:
-    """Draw the curve under the frames into a PNG file, whole or not at all."""
+    """Draw the chart of the evidence into a PNG file, atomically. pictures: the frames, (T, size, size, 3) uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = evidence_figure(evidence, pictures)
     FigureCanvasAgg(figure)
     with replacing(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of scripts that the font lacks: it draws boxes
+        warnings.filterwarnings("ignore", "Glyph")  # characters missing from the font are drawn as boxes
         figure.savefig(partial, format="png", dpi=120)
 
 
 def evidence_figure(evidence: Evidence, pictures: np.ndarray) -> "Figure":
-    """Return the figure: frames side by side, each over its own evidence, in nats. pictures: (T, S, S, 3).
+    """Return the chart: frames side by side, and below each its score in nats. pictures: (T, size, size, 3) uint8.
 
-    Below zero the segment spoke against the answer. A grey area covers the frames that the context rule cut.
+    A score below zero means that the segment made the answer less likely. Grey areas mark segments that were cut.
     """
     from matplotlib.figure import Figure
 
@@ -290,7 +292,7 @@ def evidence_figure(evidence: Evidence, pictures: np.ndarray) -> "Figure":
     curve.set_xticks(places, [f"{round(evidence.times[place], 2):g}" for place in places])
     curve.set_xlim(-0.5, count - 0.5)
     curve.set_xlabel("seconds")
-    curve.ticklabel_format(axis="y", style="plain", useOffset=False)  # a sure model's evidence is small
+    curve.ticklabel_format(axis="y", style="plain", useOffset=False)  # scores may be small and close together
     curve.set_ylabel("evidence (nats)")
     curve.grid(axis="y", alpha=0.3)
     curve.spines[["top", "right"]].set_visible(False)
@@ -298,6 +300,6 @@ def evidence_figure(evidence: Evidence, pictures: np.ndarray) -> "Figure":
 
 
 def _lines(text: str, most: int) -> str:
-    """Wrap the text into at most `most` lines, without characters that cannot be printed."""
+    """Wrap the text into at most `most` lines; unprintable characters become spaces."""
     printable = "".join(letter if letter.isprintable() else " " for letter in text)
     return textwrap.fill(printable, 120, max_lines=most, placeholder=" …")

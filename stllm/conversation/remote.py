@@ -1,9 +1,9 @@
-"""A language model behind another server: vLLM, or one that takes embeddings by the same protocol.
+"""An engine: a server, such as vLLM, that runs the language model on prompt embeddings.
 
-This process reads, encodes and embeds; the prompt's embeddings go to `POST /v1/completions` as `prompt_embeds` (base64
-of `torch.save`), and token ids come back (vLLM's documentation, "Prompt Embedding Inputs"). The other server decides
-which requests run together. Many may be in flight; openai's client sends them from one background thread, and repeats
-those that fail for a reason that may pass. Letters: S tokens of a prompt, D width of the language model.
+This process reads and encodes videos and embeds prompts. It sends the embeddings to `POST /v1/completions` as
+`prompt_embeds` (base64 of `torch.save`), and receives token ids (vLLM's documentation, "Prompt Embedding Inputs"). The
+engine schedules the requests. openai's client sends many at a time from one background thread, and retries those with
+a temporary failure. Letters: S tokens of a prompt, D width of the language model.
 """
 
 import asyncio
@@ -34,30 +34,30 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_IN_FLIGHT = 64  # requests at once; the engine queues what it cannot run
-SECONDS = 600.0  # for one answer
-NUM_RETRIES = 8  # openai's client pauses 0.5 to 8 s: about 40 s in all, in which an engine may restart
-API_KEY = "VLLM_API_KEY"  # the environment variable that `vllm serve` reads, too
+SECONDS = 600.0  # time limit for one answer
+NUM_RETRIES = 8  # openai's client pauses 0.5 to 8 s between them, about 40 s in all, enough to restart an engine
+API_KEY = "VLLM_API_KEY"  # environment variable with the key; `vllm serve` reads the same one
 NUM_PROBES = 8  # tokens of the prompt that compares the models
-TOLERANCE = 0.25  # nats; bfloat16 against float32 differs by less, another model by more
-WATCH_SECONDS = 60.0  # without a reply, after which the engine is looked at; longer than all pauses between retries
-FIND_SECONDS = 10.0  # for the list of models, which waits for no other request
-EVENTS_WITHOUT_TOKENS = 16  # of a stream: its end, and what other servers send besides
-MAX_REPLY = 64 << 20  # bytes of a reply that is no stream
-FAILURES = (openai.OpenAIError, httpx.HTTPError)  # what a request can raise
-MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # what reading a reply of another form raises
+TOLERANCE = 0.25  # nats; more than between bfloat16 and float32, less than between two models
+WATCH_SECONDS = 60.0  # without a reply for so long, check that the engine is alive; longer than all retries' pauses
+FIND_SECONDS = 10.0  # time limit for the list of models, which an engine sends even when busy
+EVENTS_WITHOUT_TOKENS = 16  # allowed in a stream: its last event, and extra events of other servers
+MAX_REPLY = 64 << 20  # bytes of a reply that is not a stream
+FAILURES = (openai.OpenAIError, httpx.HTTPError)  # exceptions of a request
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # exceptions of reading a reply of unexpected form
 SERVE = (
     "write the checkpoint's language model with `stllm convert CKPT --to DIR --format language-model` and serve that "
     "folder with `vllm serve DIR --enable-prompt-embeds`"
 )
-BROKEN_OFF = ("abort", "error")  # why a choice ends when an engine shuts down: with the tokens so far, and status 200
-TICK = 0.1  # seconds between two looks at whether anybody still waits
+BROKEN_OFF = ("abort", "error")  # finish_reason of an incomplete answer when the engine shuts down; the status is 200
+TICK = 0.1  # seconds between two checks whether the caller still waits
 
 
 class _Http(openai.DefaultAsyncHttpxClient):
-    """The HTTP client below openai's client; it reads at most `MAX_REPLY` of a reply, which then is no JSON."""
+    """HTTP client for openai's client that reads at most about `MAX_REPLY` bytes of a reply (truncated JSON fails)."""
 
     async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
-        """Send a request; without `stream`, read the whole reply."""
+        """Send a request. If `stream` is false, also read the reply's body."""
         response = await super().send(request, stream=True, **options)
         if stream:
             return response
@@ -73,10 +73,11 @@ class _Http(openai.DefaultAsyncHttpxClient):
 
 
 class RemoteLanguageModel:
-    """The client of one engine. url: with or without `/v1` at its end; a user name and a password in it are used.
+    """Client of one engine. Methods may be called from any thread. Close the client when it is no longer needed.
 
-    address: the URL without these, so that it may be written down. Close the client when it is no longer needed.
-    Methods may be called from any thread. Raises UserError for what is no server's URL, or a malformed key.
+    url: with or without a final `/v1`; it may contain a user name and a password. max_in_flight: requests at once.
+    seconds: time limit for one answer. Attribute address: the URL without user name and password, for messages.
+    Raises UserError for an invalid URL, or a key with invalid characters.
     """
 
     def __init__(
@@ -84,9 +85,9 @@ class RemoteLanguageModel:
     ) -> None:
         self.address = server_address(url, "--engine").rstrip("/").removesuffix("/v1")
         self.max_in_flight = max_in_flight or MAX_IN_FLIGHT
-        self.model = ""  # its name there, and the server's own name: known after `find_model`
+        self.model = ""  # names of the model and of the server software; `find_model` sets both
         self.server = ""
-        self._num_ids = 1 << 31  # of the vocabulary: known after `compare`
+        self._num_ids = 1 << 31  # size of the vocabulary; `compare` sets it
         key = os.environ.get(API_KEY, "").strip() or "none"
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"the environment variable {API_KEY} holds characters that no key has: copy the key anew")
@@ -102,7 +103,7 @@ class RemoteLanguageModel:
         self._thread.start()
 
     def close(self) -> None:
-        """Cancel what is in flight and end the thread."""
+        """Cancel the running requests and end the thread."""
 
         async def end() -> None:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -117,10 +118,10 @@ class RemoteLanguageModel:
             self._thread.join()
             self._loop.close()
 
-    # ---- the model there --------------------------------------------------------------------------------------------
+    # ---- the engine's model -----------------------------------------------------------------------------------------
 
     def find_model(self) -> None:
-        """Find the name of the engine's model. Raises UserError, and closes the client, if the engine gives none."""
+        """Ask the engine for its model's name. Raises UserError, and closes the client, if that fails."""
 
         def names(reply: Any) -> tuple[str, str]:
             model = reply["data"][0]
@@ -133,10 +134,10 @@ class RemoteLanguageModel:
         self.model, self.server = self._open(find())
 
     def compare(self, embedding: nn.Module) -> None:
-        """Compare the engine's model with the checkpoint's, of which `embedding` is the token embedding.
+        """Check that the engine serves the checkpoint's language model. embedding: the checkpoint's token embedding.
 
-        The same few tokens are sent as ids and as our embeddings: the next token must have the same probability.
-        Raises UserError, and closes the client, for an engine that takes no embeddings or holds another model.
+        The same few tokens are sent as ids and as embeddings: the next token must have nearly the same probability.
+        Raises UserError, and closes the client, if the engine takes no embeddings or serves another model.
         """
         assert isinstance(embedding.weight, Tensor)
         table = embedding.weight.detach()
@@ -173,10 +174,10 @@ class RemoteLanguageModel:
     # ---- answers ----------------------------------------------------------------------------------------------------
 
     def submit(self, embeds: Tensor, decoding: Decoding, stopping: dict[str, Any]) -> "Future[list[int]]":
-        """Send a prompt's embeddings, (S, D), and return at once. The future gives the new ids, with the one that ends.
+        """Send a prompt's embeddings, (S, D), without waiting. The future's result is the new ids, end token included.
 
-        stopping: what `PromptProcessor.stopping` gives. Cancelling the future ends the request. It raises RequestError
-        for a prompt that the engine refuses, and EngineError for an engine that fails.
+        stopping: the result of `PromptProcessor.stopping`. Cancelling the future ends the request. The future raises
+        RequestError if the engine refuses the prompt, and EngineError if the engine fails.
         """
         body = self._body(embeds, decoding, stopping)
 
@@ -193,7 +194,7 @@ class RemoteLanguageModel:
     def complete(
         self, embeds: Sequence[Tensor], decoding: Decoding, stopping: dict[str, Any], stop: Event | None = None
     ) -> list[list[int]]:
-        """Answer several prompts at once, and return each one's ids. Setting `stop` ends them all with none."""
+        """Answer several prompts at once. Returns each answer's token ids; empty lists once `stop` is set."""
         futures = [self.submit(one, decoding, stopping) for one in embeds]
         try:
             while wait(futures, timeout=TICK).not_done:
@@ -207,7 +208,10 @@ class RemoteLanguageModel:
     def stream(
         self, embeds: Tensor, decoding: Decoding, stopping: dict[str, Any], stop: Event
     ) -> Generator[str, None, list[int]]:
-        """Yield the answer's text as it comes, and return its ids. Setting `stop`, or closing, ends the request."""
+        """Yield the answer's text as it arrives, and return its token ids.
+
+        Setting `stop`, or closing the generator, ends the request.
+        """
         body = self._body(embeds, decoding, stopping)
         pieces: SimpleQueue[str | None] = SimpleQueue()
         ids: list[int] = []
@@ -280,7 +284,7 @@ class RemoteLanguageModel:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _open(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for what comes before the first question; if it fails or is interrupted, close the client."""
+        """Wait for a request made at the start. Close the client if the request fails or is interrupted."""
         try:
             return self._run(work).result()
         except BaseException:
@@ -290,7 +294,7 @@ class RemoteLanguageModel:
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
     async def _choice(self, body: dict[str, Any], take: Callable[[Any], T]) -> T:
-        """Ask for a completion, again if it is broken off, and return what `take` makes of its choice."""
+        """Request a completion, and return `take(choice)`. An answer that is broken off is requested again."""
 
         def whole(reply: Any) -> T | None:
             choice = reply["choices"][0]
@@ -304,16 +308,16 @@ class RemoteLanguageModel:
         raise self._failure(httpx.ReadError("the choice has no end"))
 
     async def _watch(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await a reply, and give it up once the engine takes no more connections. Raises httpx.ReadError.
+        """Await a reply. Raises httpx.ReadError if the engine meanwhile stops accepting connections.
 
-        vLLM closes its port when it shuts down, and then waits for requests that nobody answers any more.
+        When vLLM shuts down, it closes its port, but leaves open requests waiting although it no longer answers them.
         """
 
         async def refuses() -> bool:
             once = self._client.with_options(max_retries=0, timeout=FIND_SECONDS)
             try:
                 await once.get("/models", cast_to=httpx.Response)
-            except openai.OpenAIError as error:  # an engine that is busy, or replies with an error, is there
+            except openai.OpenAIError as error:  # an engine that is busy, or replies with an error, is alive
                 return isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
             return False
 
@@ -327,7 +331,7 @@ class RemoteLanguageModel:
             task.cancel()
 
     async def _read(self, request: Coroutine[Any, Any, httpx.Response], take: Callable[[Any], T]) -> T:
-        """Return what `take` makes of the reply's JSON. Raises RequestError, EngineError."""
+        """Await a reply, and return `take(its JSON)`. Raises RequestError, EngineError."""
         try:
             response = await request
         except FAILURES as error:
@@ -338,14 +342,14 @@ class RemoteLanguageModel:
             raise self._malformed(response.text) from error
 
     def _ids(self, choice: Any, most: int) -> list[int]:
-        """Return the token ids of a choice. Raises TypeError or ValueError for what are none, or too many."""
+        """Return the token ids of a choice. Raises TypeError or ValueError if they are invalid or more than `most`."""
         ids = choice["token_ids"]
         if len(ids) > most or not all(type(one) is int and 0 <= one < self._num_ids for one in ids):
             raise ValueError
         return list(ids)
 
     def _check_length(self, ids: list[int], reason: Any, decoding: Decoding) -> None:
-        """Raise RequestError for an answer that was cut because the engine had no room for it."""
+        """Raise RequestError if the engine ended the answer because its --max-model-len was reached."""
         if reason == "length" and len(ids) < decoding.max_new_tokens:
             raise RequestError(
                 f"the engine at {self.address} cut the answer after {len(ids)} of {decoding.max_new_tokens} tokens, as "
@@ -361,7 +365,7 @@ class RemoteLanguageModel:
         )
 
     def _failure(self, error: Exception) -> UserError:
-        """Put an error of openai's client into a sentence."""
+        """Return an error with a clear sentence for an error of openai's client."""
         again = "start it (vllm serve DIR --enable-prompt-embeds), then give the same command again"
         if isinstance(error, openai.APITimeoutError | httpx.TimeoutException):
             return EngineError(
@@ -383,7 +387,7 @@ class RemoteLanguageModel:
 
 
 def check_decoding(decoding: Decoding) -> None:
-    """Raise UserError for settings that an engine does not have, or has in another sense."""
+    """Raise UserError for settings that an engine does not support, or interprets differently."""
     if decoding.num_beams > 1:
         raise UserError(
             f"{decoding.num_beams} beams were asked for, but an engine ignores beams for embeddings: take one beam "
@@ -397,9 +401,9 @@ def check_decoding(decoding: Decoding) -> None:
 
 
 def encoded(embeds: Tensor) -> str:
-    """Encode embeddings, (S, D), as the protocol wants them."""
+    """Encode embeddings, (S, D), for `prompt_embeds`: base64 of `torch.save`."""
     buffer = io.BytesIO()
-    torch.save(embeds.detach().cpu().clone(), buffer)  # a clone: of a view the whole storage would be written
+    torch.save(embeds.detach().cpu().clone(), buffer)  # cloned, since torch.save writes the whole storage of a view
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -409,7 +413,7 @@ def _words(error: openai.APIStatusError) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a text. Raises TypeError for anything else."""
+    """Return the value if it is a str. Raises TypeError for anything else."""
     if not isinstance(value, str):
         raise TypeError
     return value

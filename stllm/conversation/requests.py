@@ -1,15 +1,15 @@
-"""A request on its way: its medium, read and encoded; its prompt, cut by the context rule; its answer.
+"""Data classes for the stages of a question: request, clip, encoded clip, prepared prompt, answer. And a cache.
 
-The processes that read media import this file, so it imports no model.
-Letters: T frames, P patches, C vision width, K tokens a frame, N visual tokens, D width of the language model.
+Processes that read media import this file, so it imports no model.
+Letters: T frames, P patches, C vision width, K tokens per frame, N visual tokens, D width of the language model.
 
 The context rule decides how much of a long prompt enters the language model:
-published: the last tokens of the prompt, visual and text, so that with the new tokens they are at most 2,000. This is
-    the rule of the published chat, VcgBench and VideoQA; MVBench cuts nothing. A model that was trained for fewer
-    positions keeps only as many tokens as it has positions.
+published: the last tokens of the prompt, visual and text; with the new tokens they are at most 2,000. The published
+    chat, VcgBench and VideoQA use this rule; MVBench cuts nothing. If a model was trained for fewer positions, the
+    prompt is cut to that number.
 all: every token. A model with rotary positions then also reads beyond the positions that it was trained for.
-A prompt is refused in two cases: its last question, which is never cut, is too long for the published rule; or it
-exceeds positions from a table under `all`.
+A prompt is refused in two cases: under `published` if its last question, which is never cut, is too long; under `all`
+if it exceeds the model's table of position embeddings.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -36,25 +36,25 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 NO_TIME = {"read": 0.0, "encode": 0.0}  # seconds by stage
-MAX_PREFIXES = 4  # of prompts about one video: as many conversations about it at a time; chosen here
-PUBLISHED_LENGTH = 2000  # of the prompt and the new tokens together
+MAX_PREFIXES = 4  # prompts kept per video, enough for four concurrent conversations about it; our choice
+PUBLISHED_LENGTH = 2000  # tokens of the prompt and of the answer together
 
 
 class RequestError(UserError):
-    """A question that cannot be answered, whatever the model: empty, no text, or too long."""
+    """An error in the question itself: it is empty, not valid text, or too long."""
 
 
 class EngineError(UserError):
-    """A failure of the server that decodes in place of this process."""
+    """A failure of the engine, the server that runs the language model (remote.py)."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to be generated.
+    """A question to be answered.
 
-    turns: the conversation, the last one open; the Q-Former reads the last one's text. system: None for the template's
-    own. pieces: the whole prompt of a benchmark that has its own, with `VISUAL` and `BOS` among them; None: the
-    template's.
+    turns: the conversation; the last turn has no answer yet, and the Q-Former reads its text. system: the system
+    message; None for the template's. pieces: a benchmark's own prompt, including `VISUAL` and `BOS`; None for a prompt
+    by the template.
     """
 
     turns: tuple[Turn, ...]
@@ -63,37 +63,38 @@ class Request:
     pieces: tuple[str, ...] | None = None
 
     def check(self) -> None:
-        """Raise RequestError when the question is empty, or no valid text."""
+        """Raise RequestError if the question is empty or not valid text."""
         assert self.pieces is None or self.pieces.count(VISUAL) == int(self.media is not None), self.pieces
         question = self.turns[-1].question
         if not question.strip():
             raise RequestError("the question is empty: ask something about the video")
         try:
             question.encode()
-        except UnicodeEncodeError:  # bytes of a command line or a pipe in another encoding
+        except UnicodeEncodeError:  # Python decoded bytes that are not UTF-8 to unpaired surrogates
             raise RequestError(f"the question {question!r} is no valid text: write it in UTF-8") from None
 
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads media as a model takes them; it holds no weights, so that it can be sent to other processes.
+    """Reader of media into a model's input. It holds no weights, so that it can be sent to other processes.
 
-    transform: of each frame. num_frames: of media that name no number.
+    transform: applied to each frame. num_frames: number of frames for media that do not set one.
     """
 
     transform: FrameTransform
     num_frames: int
 
     def __call__(self, media: Media) -> Clip:
-        """Return the prepared frames. Raises MediaError for an unreadable medium."""
+        """Read a medium and return its transformed frames. Raises MediaError if it is unreadable."""
         return load_clip(media, self.transform, num_frames=self.num_frames)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An encoded clip, and how long it took. encoded: (1, T, 1+P, C) or (1, T, K, D); kind: as `MediaInfo` has it.
+    """An encoded clip.
 
-    digest: the key under which `encoded` was put into a `FeatureCache`; "" for none.
+    encoded: (1, T, 1+P, C) if the Q-Former reads the question, else (1, T, K, D). kind: as in `MediaInfo`.
+    times: of the frames, in seconds. seconds: spent on each stage. digest: key in the `FeatureCache`; "" if not cached.
     """
 
     encoded: Tensor
@@ -104,24 +105,25 @@ class Seen:
 
 
 class HasSize(Protocol):
-    """Tensors of `nbytes` bytes: a `Prefix` of models/generation.py."""
+    """Type of an object with a size in bytes, such as a `Prefix` of models/generation.py."""
 
     @property
     def nbytes(self) -> int: ...
 
 
 class FeatureCache:
-    """Least-recently-used features of videos, kept in main memory up to `max_bytes`. Safe to share between threads.
+    """Least-recently-used cache of encoded videos in main memory, of at most `max_bytes`. Thread-safe.
 
-    Keys are content digests, so the same video under another name is found and a changed file is not.
-    Prefixes of prompts about a video, with their keys and values where the language model computes, use the room that
-    the features leave; those used longest ago are dropped first, and all of a video's with its features.
+    Keys are hashes of the frames, so a renamed file is found and a changed file is not.
+    The cache also holds prefixes: keys and values of the language model for prompts about a video, on its device. They
+    use the room that the videos leave, and the least recently used one is dropped first. When a video is dropped, its
+    prefixes are too.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._kept: LRUCache[Hashable, Tensor] = LRUCache(max_bytes, getsizeof=lambda tensor: tensor.nbytes)
         self.max_bytes = max_bytes
-        self._prefixes: list[tuple[str | None, Hashable, Any]] = []  # digest, state, prefix; the last used at the end
+        self._prefixes: list[tuple[str | None, Hashable, Any]] = []  # digest, state, prefix; least recently used first
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -129,18 +131,18 @@ class FeatureCache:
 
     @property
     def num_bytes(self) -> int:
-        """Return the size of all kept tensors."""
+        """Return the size of everything in the cache."""
         return int(self._kept.currsize) + sum(prefix.nbytes for _, _, prefix in self._prefixes)
 
     def get(self, key: Hashable) -> Tensor | None:
-        """Return the tensor of that key, or None; it becomes the most recently used."""
+        """Return the tensor of that key, or None. The tensor becomes the most recently used one."""
         with self._lock:
             return self._kept.get(key)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keep a copy in main memory, and drop the least recently used tensors beyond `max_bytes`.
+        """Cache the tensor in main memory, and drop the least recently used tensors beyond `max_bytes`.
 
-        A tensor larger than `max_bytes` is not kept, and causes no other to be dropped.
+        A tensor larger than `max_bytes` is not cached, and no other is dropped for it.
         """
         tensor = tensor.detach().cpu()
         with self._lock, suppress(ValueError):  # larger than the cache
@@ -150,17 +152,17 @@ class FeatureCache:
             self._drop_prefixes()
 
     def prefixes(self, digest: str | None, state: Hashable) -> list[Any]:
-        """Return the kept prefixes of prompts about that video, None: about none, the last used at the end.
+        """Return the prefixes of prompts about a video, least recently used first.
 
-        state: of the language model's weights.
+        digest: the video's key; None for prompts without a video. state: identifies the language model's weights.
         """
         with self._lock:
             return [prefix for *key, prefix in self._prefixes if key == [digest, state]]
 
     def put_prefixes(self, digest: str | None, state: Hashable, prefixes: Sequence[HasSize]) -> None:
-        """Replace the prefixes of prompts about that video; the last `MAX_PREFIXES` are kept, as far as there is room.
+        """Replace the prefixes of prompts about a video by the last `MAX_PREFIXES` of those given, if there is room.
 
-        Without the video's features nothing is kept.
+        If the video itself is not in the cache, no prefix is kept.
         """
         with self._lock:
             others = [one for one in self._prefixes if one[:2] != (digest, state)]
@@ -175,17 +177,17 @@ class FeatureCache:
             self._prefixes.clear()
 
     def _drop_prefixes(self) -> None:
-        """Drop those of videos whose features are gone, and the least recently used ones for which there is no room."""
+        """Drop prefixes of videos that are no longer cached, then the least recently used ones beyond `max_bytes`."""
         self._prefixes = [one for one in self._prefixes if one[0] is None or one[0] in self._kept]
         while self._prefixes and self.num_bytes > self.max_bytes:
             self._prefixes.pop(0)
 
 
 class Together(Generic[T, R]):
-    """A function of several items, called for one item by each of several threads.
+    """Wrapper that batches calls from several threads: each thread passes one item, `work` gets a list of items.
 
-    One call runs at a time; items that come while it runs are taken together by the next one. If that fails, each item
-    is tried alone, so that an error reaches only its own caller.
+    One batch runs at a time; items that arrive meanwhile form the next batch. If a batch fails, each item is run
+    separately, so that an error reaches only the thread that caused it.
     """
 
     def __init__(self, work: Callable[[Sequence[T]], Sequence[R]]) -> None:
@@ -194,7 +196,7 @@ class Together(Generic[T, R]):
         self._turn = Lock()
 
     def __call__(self, item: T) -> R:
-        """Return the item's result. Raises what the function raises for it."""
+        """Return the item's result. Raises the exception that `work` raises for this item."""
         future: Future[R] = Future()
         self._waiting.put((item, future))
         with self._turn:
@@ -213,20 +215,20 @@ class Together(Generic[T, R]):
             for (_, future), result in zip(taken, results, strict=True):
                 future.set_result(result)
             return
-        for one in taken:  # the error, which may hold memory, is gone here
+        for one in taken:  # outside `except`, so that the error no longer keeps memory alive
             self._run([one])
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The number of visual and of text tokens that were cut from the front of a prompt."""
+    """Numbers of visual and of text tokens that the context rule cut from the beginning of a prompt."""
 
     visual: int = 0
     text: int = 0
 
     @property
     def total(self) -> int:
-        """Return the number of all tokens that were cut."""
+        """Return the number of tokens that were cut, visual and text."""
         return self.visual + self.text
 
     def __str__(self) -> str:
@@ -236,10 +238,11 @@ class Cut:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request ready to be answered. ids: of its prompt; visual: (N, D), None for text alone.
+    """A request with its prompt, ready to be answered.
 
-    times: seconds of the frames seen. seconds: spent by stage so far. cut: tokens removed from `ids` and `visual`.
-    digest: of `Seen`; None for text alone.
+    ids: token ids of the prompt; one placeholder id stands for all visual tokens. visual: the visual tokens, (N, D);
+    None without media. times: of the frames, in seconds. seconds: spent on each stage. cut: tokens that the context
+    rule removed. digest: the video's key in the cache; None without media.
     """
 
     request: Request
@@ -257,17 +260,17 @@ class Prepared:
 
     @property
     def length(self) -> int:
-        """Return the number of tokens of the prompt, with the visual ones in place of their placeholder."""
+        """Return the number of tokens of the prompt, text and visual."""
         return len(self.ids) if self.visual is None else len(self.ids) - 1 + len(self.visual)
 
     def fitted(self, *, context: str, max_new_tokens: int, text_config: Any, num_question: int) -> "Prepared":
-        """Return this prompt, its first tokens cut by the context rule.
+        """Return the prompt without as many of its first tokens as the context rule cuts.
 
-        text_config: the language model's. num_question: ids at the end that are never cut, those of the last question.
-        Raises RequestError for a prompt that cannot be answered under this rule.
+        text_config: the language model's configuration. num_question: number of ids of the last question, which are
+        never cut. Raises RequestError if the rule cannot shorten the prompt enough.
         """
         positions, table = num_positions(text_config), has_position_table(text_config)
-        rooms: list[tuple[int, str]] = []  # the longest prompts, each with its reason in words
+        rooms: list[tuple[int, str]] = []  # limits of the prompt's length, each with its reason
         if positions is not None and table:
             reason = f"the language model has {positions} positions, which it shares with {max_new_tokens} new tokens"
             rooms.append((positions - max_new_tokens, reason))
@@ -289,7 +292,7 @@ class Prepared:
             )
         excess = self.length - longest
         front = len(self.ids) if self.visual is None else self.ids.index(VISUAL_TOKEN_ID)
-        before = min(excess, front)  # text before the visual tokens, visual tokens, text after them
+        before = min(excess, front)  # cut the text before the visual tokens, then visual tokens, then text after them
         visual = min(excess - before, self.num_visual)
         after = excess - before - visual
         return replace(
@@ -301,24 +304,24 @@ class Prepared:
 
 
 def has_position_table(text_config: Any) -> bool:
-    """Check for position embeddings from a table of fixed size, in contrast to rotary positions, which are computed.
+    """Check whether a language model has a fixed table of position embeddings, not rotary or no positions.
 
-    text_config: of a causal LM of transformers.
+    text_config: configuration of a causal language model in transformers.
     """
     return num_positions(text_config) is not None and not getattr(text_config, "rope_parameters", None)
 
 
 def num_positions(text_config: Any) -> int | None:
-    """Return the positions that a language model was trained for; None where it has no number (ALiBi, state space)."""
+    """Return the number of positions a language model was trained for; None if unlimited (ALiBi, state space)."""
     positions: int | None = getattr(text_config, "max_position_embeddings", None)
     return positions
 
 
 @dataclass(frozen=True)
 class Answer:
-    """text; video: path or None; frame_times: seconds of the frames seen; seconds by stage.
+    """An answer. video: path or None. frame_times: of the frames, in seconds. seconds: spent on each stage.
 
-    visual_tokens: the number that entered the language model; cut: the tokens that the context rule removed.
+    visual_tokens: number of visual tokens that entered the language model. cut: tokens that the context rule removed.
     """
 
     text: str

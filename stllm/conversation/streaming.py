@@ -1,10 +1,10 @@
-"""Answers as they are written: questions that wait together are answered in one generation, each with its listener.
+"""Batched generation for questions from several threads, and streaming of their answers.
 
-A generation begins at once when none is running. Questions that arrive while it runs are answered together in the next
-one, as far as they have the same settings. After a generation of several questions, the next one waits a moment for
-those whose answers have just been sent, as their clients often ask again. transformers' continuous batching is not
-used: as of 5.24 it takes token ids, not embeddings. A listener gets its own answer, whole or token by token, and may
-leave while the others go on. Letters: B questions, A new tokens.
+A generation starts at once if none is running. Questions that arrive while it runs are batched for the next one if
+their settings are equal. After a generation of several questions, the next one is delayed briefly, because clients
+often ask again right after an answer. transformers' continuous batching is not used: as of 5.24 it takes token ids, not
+embeddings. Each caller receives its own answer, at once or token by token, and may leave while the other answers are
+still being generated. Letters: B questions, A new tokens.
 """
 
 import math
@@ -27,30 +27,32 @@ from stllm.processors.prompts import PromptProcessor
 
 T = TypeVar("T")
 
-MAX_ROWS = 16  # sequences in one generation, questions times beams; chosen here: of a 7B model, 8 GB of keys and values
-TICK = 0.1  # seconds between two looks at whether anybody still waits for the answer
-# The wait for clients that ask again: this part of the seconds of the generation before, and at most so many seconds.
-# Chosen here.
+MAX_ROWS = 16  # sequences per generation (questions times beams); our choice: 8 GB of keys and values for a 7B model
+TICK = 0.1  # seconds between two checks whether the caller still waits for its answer
+# Delay for clients that ask again: this share of the last generation's time, but at most PAUSE seconds. Our choice.
 PAUSE_PART, PAUSE = 0.5, 0.05
 
 
 class Batches:
-    """The questions that wait for the language model, and those in its running generation.
+    """Queue of questions for the language model, and the thread that answers them in batches. Thread-safe.
 
-    generate: answers prepared questions with one setting, (prepared, decoding, watch, **arguments of transformers'
-    `generate`) -> (B, A). dtype: of the scores. Methods may be called from any thread.
+    generate: function that answers prepared questions with the same settings: (prepared, decoding, watch, **arguments
+    of transformers' `generate`) -> token ids, (B, A). dtype: the scores' type.
     """
 
     def __init__(self, generate: Callable[..., Tensor], processor: PromptProcessor, dtype: torch.dtype) -> None:
         self.max_rows = MAX_ROWS
         self._generate, self._processor, self._dtype = generate, processor, dtype
         self._waiting: list[_Row] = []
-        self._runs = False  # whether a thread answers
+        self._runs = False  # whether the answering thread runs
         self._lock = Condition()  # notified when a question arrives
-        self._last: tuple[float, int] = 0.0, 0  # generation: its seconds, and the clients in it or waiting
+        self._last: tuple[float, int] = 0.0, 0  # last generation: its seconds, and how many questions were there
 
     def complete(self, prepared: Sequence[Prepared], decoding: Decoding, stop: Event) -> list[list[int]]:
-        """Return the new ids of each; once `stop` is set, those so far (of several beams none). Raises UserError."""
+        """Return the token ids of each answer. Raises UserError.
+
+        Once `stop` is set, the answers end with the tokens so far; with several beams, they are empty.
+        """
         rows = [_Row(one, decoding, stop, self._is_whole) for one in prepared]
         try:
             self._begin(rows)
@@ -60,9 +62,9 @@ class Batches:
                 self._leave(row)
 
     def stream(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, list[int]]:
-        """Yield the answer's text piece by piece, and return its ids. Setting `stop`, or closing, ends it.
+        """Yield the answer's text piece by piece, and return its token ids. Raises UserError.
 
-        Returns when the answer has ended, even if others in its generation go on. Raises UserError.
+        Setting `stop`, or closing the generator, ends the answer. Other answers of the same batch continue.
         """
         row = _Row(prepared, decoding, stop, self._is_whole, streams=True)
         text, ids = _Text(self._processor), []
@@ -87,7 +89,7 @@ class Batches:
             Thread(target=self._work, name="answers", daemon=True).start()
 
     def _tokens(self, row: "_Row") -> Iterator[int]:
-        """Yield the row's tokens up to the end of its answer, as `generate` yields them for it alone."""
+        """Yield the token ids of one question's answer up to its end."""
         while True:
             try:
                 news = row.news.get(timeout=TICK)
@@ -102,14 +104,14 @@ class Batches:
             yield from news
 
     def _is_whole(self, ids: list[int], decoding: Decoding) -> bool:
-        """Check whether the last of these ids ends the answer."""
+        """Check whether the answer is complete with the last of these ids."""
         mark = self._processor.end_sym
-        # Each token but a few special ones has a character at least, so these hold the whole mark.
+        # Tokens have at least one character, except for a few special ones; so these last ids cover the whole mark.
         tail = self._processor.tokenizer.decode(ids[-len(mark) - 2 :])
         return ids[-1] == self._processor.eos_token_id or mark in tail or len(ids) == decoding.max_new_tokens
 
     def _leave(self, row: "_Row") -> None:
-        """Stop listening: drop the row, and wait until the model no longer writes for it."""
+        """Remove a question whose caller leaves. Wait until the model no longer generates for it."""
         row.left = True
         self._forget(row)
         if row.is_alone or not row.is_done:
@@ -127,12 +129,12 @@ class Batches:
         while rows := self._next():
             start = time.perf_counter()
             self._answer(rows)
-            with self._lock:  # whoever came after the first of them had its answer may be the same client again
+            with self._lock:  # a question that came after the first answer may be from the same client, so not counted
                 first = min(row.done_at for row in rows)
                 self._last = time.perf_counter() - start, len(rows) + sum(row.came_at < first for row in self._waiting)
 
     def _next(self) -> "list[_Row]":
-        """Take the first question that waits, and the others with its settings, as far as there is room."""
+        """Take the first waiting question and as many others with the same settings as fit into a batch."""
         with self._lock:
             seconds, before = self._last
             if before > 1:
@@ -149,9 +151,9 @@ class Batches:
             return rows
 
     def _answer(self, rows: "Sequence[_Row]") -> None:
-        """Answer these in one generation, or in two of half the size if it fails before its first token.
+        """Answer questions in one generation. If it fails before the first token, try again with each half.
 
-        There may be too little memory for all of them, and then later generations are smaller, too; or one is at fault.
+        The reason for a failure may be too little memory, which also limits later batches, or one faulty question.
         """
         prepared, decoding = [row.prepared for row in rows], rows[0].decoding
         rows[0].is_alone = len(rows) == 1
@@ -169,7 +171,7 @@ class Batches:
             for row in rows:
                 row.end()
             return
-        except BaseException as error:  # handed to the listeners, who raise it
+        except BaseException as error:  # passed to the callers, which raise it
             if teller.has_told or len(rows) == 1:
                 bad = watch.found(len(rows)) if isinstance(error, NoNumbersError) else [True] * len(rows)
                 for row, is_bad in zip(rows, bad, strict=True):
@@ -177,15 +179,16 @@ class Batches:
                 return
             if out_of_memory(error):
                 self.max_rows = max(1, len(rows) * decoding.num_beams // 2)
-        half = len(rows) // 2  # the error, which holds the failed generation's memory, is gone here
+        half = len(rows) // 2  # outside `except`, so that the error no longer keeps the failed generation's memory
         self._answer(rows[:half])
         self._answer(rows[half:])
 
 
 class _Row:
-    """A question in a batch. news: parts of its answer's ids, then None or an error.
+    """A question in the queue or in a batch: one row of it, or one row per beam.
 
-    is_whole: checks whether these ids are the whole answer. streams: whether each token is news at once.
+    news: queue from which the caller reads lists of token ids, then None or an error. is_whole: function that checks
+    whether token ids are a complete answer. streams: True to put each token into `news` at once.
     """
 
     def __init__(
@@ -199,24 +202,24 @@ class _Row:
     ) -> None:
         self.prepared, self.decoding = prepared, decoding
         self.news: SimpleQueue[list[int] | BaseException | None] = SimpleQueue()
-        self.left = False  # whether nobody listens any more
+        self.left = False  # whether the caller has left
         self.came_at, self.done_at = time.perf_counter(), math.inf
-        self.is_alone = False  # in its generation
-        self.ended = Event()  # set when its generation no longer writes for it
+        self.is_alone = False  # True if no other question is in its batch
+        self.ended = Event()  # set when its generation no longer adds tokens to it
         self._ids: list[int] = []
         self._stop, self._is_whole, self._streams = stop, is_whole, streams
 
     def is_wanted(self) -> bool:
-        """Check whether anybody still waits for the rest of the answer."""
+        """Check whether the caller still waits for the rest of the answer."""
         return not (self.is_done or self.left or self._stop.is_set())
 
     @property
     def is_done(self) -> bool:
-        """Check whether the listener has all news."""
+        """Check whether the answer is complete, or has failed."""
         return self.done_at < math.inf
 
     def hear(self, token: int) -> None:
-        """Take the next token. A stream's listener gets it at once, others need not wake up before the whole answer."""
+        """Add the next token. It is passed on at once if the answer is streamed, else with the complete answer."""
         if self.is_done:
             return
         self._ids.append(token)
@@ -226,7 +229,7 @@ class _Row:
             self.finish()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Tell the listener that this was all. A second call does nothing."""
+        """Tell the caller that the answer has ended, or failed with `error`. A second call does nothing."""
         if self.is_done:
             return
         self.done_at = time.perf_counter()
@@ -235,20 +238,20 @@ class _Row:
         self.news.put(error)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Finish, and note that nothing more is written for this question."""
+        """Finish, and set `ended`: the generation adds no more tokens."""
         self.finish(error)
         self.ended.set()
 
 
 class _Teller(BaseStreamer):
-    """Hands each row its next token, or its error. transformers' streamers take one row only."""
+    """Streamer for `generate` that passes each row its next token, or its error; transformers' take one row only."""
 
     def __init__(self, rows: Sequence[_Row], watch: NaNWatch) -> None:
         self.rows, self.watch = rows, watch
         self.has_told = False
 
     def put(self, value: Tensor) -> None:
-        """Hand on the tokens of a step, (B,). The first call brings the prompts' ids: none, since they are embedded."""
+        """Pass on the tokens of one step, (B,). The first call has the prompts' ids: none, as prompts are embedded."""
         if value.numel():
             self.has_told = True
             for row, token, is_bad in zip(self.rows, value.tolist(), self.watch.found(len(value)), strict=True):
@@ -258,18 +261,18 @@ class _Teller(BaseStreamer):
                     row.hear(token)
 
     def end(self) -> None:
-        """Do nothing: the rows end with their generation."""
+        """Do nothing: `_answer` ends the rows."""
 
 
 class _StopRows(StoppingCriteria):
-    """Ends the rows for whose answers nobody waits any more."""
+    """Stopping criterion that ends the rows whose callers no longer wait."""
 
     def __init__(self, rows: Sequence[_Row]) -> None:
         self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         stopped = [not row.is_wanted() for row in self.rows]
-        if not all(stopped):  # else the generation ends now, and all rows with it
+        if not all(stopped):  # otherwise the generation ends now, and `_answer` ends all rows
             for row, is_stopped in zip(self.rows, stopped, strict=True):
                 if is_stopped and not row.ended.is_set():
                     row.end()
@@ -278,26 +281,26 @@ class _StopRows(StoppingCriteria):
 
 
 class _Text(TextStreamer):
-    """The text of an answer's tokens, in pieces."""
+    """Decoder from token ids to pieces of text, as transformers' TextStreamer, but for `take` instead of printing."""
 
     def __init__(self, processor: PromptProcessor) -> None:
         super().__init__(processor.tokenizer, skip_special_tokens=True)
         self._pieces: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Keep a piece."""
+        """Store a piece of text. TextStreamer calls this when the piece can no longer change."""
         self._pieces.append(text)
 
     def take(self) -> list[str]:
-        """Return the pieces since the last call."""
+        """Return the pieces stored since the last call."""
         pieces, self._pieces = self._pieces, []
         return pieces
 
 
 class AnswerStream:
-    """Cuts a growing text as `PromptProcessor.clean` cuts a finished one, so that the pieces join to the answer.
+    """Streaming version of `PromptProcessor.clean`, which cuts a text at the end mark and strips it.
 
-    What may still turn out to be the end mark, or space at the very end, waits until the next piece decides.
+    Text that may be the beginning of the end mark, or trailing space, is held back until the next piece decides.
     """
 
     def __init__(self, end_sym: str) -> None:
@@ -307,11 +310,11 @@ class AnswerStream:
         self.ended = False
 
     def feed(self, piece: str) -> str:
-        """Return the text that `piece` makes certain."""
+        """Add a piece, and return the further text that is now certainly part of the answer."""
         self._text = (self._text + piece).lstrip() if not self._shown else self._text + piece
         before, mark, _ = self._text.partition(self.end_sym)
         self.ended = bool(mark)
-        # Characters at the end that may be the beginning of the end mark.
+        # number of characters at the end that may be the beginning of the end mark
         lengths = range(len(self.end_sym) - 1, 0, -1)
         held = 0 if mark else next((n for n in lengths if before.endswith(self.end_sym[:n])), 0)
         certain = before[: len(before) - held].rstrip()
@@ -320,14 +323,14 @@ class AnswerStream:
         return new
 
     def close(self) -> str:
-        """Return the rest, which turned out not to be the end mark."""
+        """Return the text still held back: the text has ended, so it is not an end mark."""
         rest = self._text.split(self.end_sym)[0].rstrip()[self._shown :]
         self._shown += len(rest)
         return rest
 
 
 def clean_pieces(pieces: Generator[str, None, T], end_sym: str) -> Generator[str, None, T]:
-    """Yield the answer in these pieces of generated text, and return what they return."""
+    """Yield the cleaned answer from pieces of generated text, and return the return value of `pieces`."""
     answer = AnswerStream(end_sym)
     with closing(pieces):
         while True:

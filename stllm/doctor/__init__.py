@@ -1,1 +1,1 @@
-"""`stllm doctor`: checks data before a training or an evaluation uses it."""
+"""`stllm doctor`: checks of data before they are used for training or evaluation."""

@@ -1,4 +1,4 @@
-"""Checks of one thing at a time: a record of training data, a medium, an image-text shard, a folder of features."""
+"""Checks of single things: a record of training data, a medium, an image-text shard, a folder of features."""
 
 import logging
 import os
@@ -33,19 +33,19 @@ from stllm.media.sampling import Bounds, sample_indices
 from stllm.media.time_bound import keep_reading, read_within
 
 MEDIA_KEYS = ("video", "image")
-VICUNA_POSITIONS = 2048  # of the published language model, Vicuna 7B
+VICUNA_POSITIONS = 2048  # positions of the published language model, Vicuna 7B
 SECONDS_OPTION = "--media-seconds"
-SLACK = 1.0  # seconds that an end may lie behind the video's; rounding in annotations explains so much
+SLACK = 1.0  # seconds by which an annotated end may exceed the video's end, because annotations are rounded
 
 
 # ---- records of training data ---------------------------------------------------------------------------------------
 
 
 def training_findings(settings: DatasetSettings, check: LengthCheck) -> Iterator[Finding]:
-    """Yield the faults and media of an annotation file: VideoChat2-IT, caption pairs or JSONL.
+    """Yield the faults and media of an annotation file (VideoChat2-IT, captions or JSONL).
 
-    settings: of the data set, with `anno_path`; `media` if it holds only that: records of another kind are not checked.
-    check: of the samples' lengths, by the model or by `at_least_words`.
+    settings: of the data set, with `anno_path`. If they set `media`, records of another kind are skipped.
+    check: check of the samples' lengths, the model's or `at_least_words`.
     """
     file = user_path(settings.anno_path or "")
     found: set[str | None] = set()
@@ -80,7 +80,7 @@ def _record_findings(fields: Fields, where: str, settings: DatasetSettings, chec
 
 
 def _training_pairs(fields: Fields, where: str) -> Generator[Finding, None, Pairs]:
-    """Yields the faults of a record's pairs; returns (question, answer) of the others."""
+    """Yield the faults of a record's question-answer pairs, and return (question, answer) of the others."""
     pairs = fields.get("QA")
     if pairs is None and "caption" in fields:
         captions = fields["caption"] if isinstance(fields["caption"], list) else [fields["caption"]]
@@ -108,12 +108,12 @@ def _training_pairs(fields: Fields, where: str) -> Generator[Finding, None, Pair
 def _too_long(
     fields: Fields, where: str, media: str | None, settings: DatasetSettings, check: LengthCheck
 ) -> Iterator[Fault]:
-    """A fault for each sample of the record that is too long. media: "video", "image", or None for text alone."""
+    """Yield a fault for each sample of the record that is too long. media: "video", "image" or None."""
     try:
         turns = [turn for turn in turns_of(fields, where) if turn.answer is not None]
-    except AnnotationError:  # `_training_pairs` reports it
+    except AnnotationError:  # `_training_pairs` reports this error
         return
-    longest = max(texts(settings.instruction), key=len, default="")  # training draws one of them
+    longest = max(texts(settings.instruction), key=len, default="")  # training draws one of them, so check the longest
     turns = [turn if turn.instruction else replace(turn, instruction=longest) for turn in turns]
     later = [replace(turn, instruction="") for turn in turns[1:]]
     samples = [(turns[0], *later)] if settings.multi_turn else [(turn,) for turn in turns]
@@ -127,9 +127,9 @@ def _too_long(
 
 
 def at_least_words(sample: Sample, num_frames: int) -> None:
-    """A `LengthCheck` without a tokenizer: each word of a question is one token or more.
+    """Check a sample's length without a tokenizer (a `LengthCheck`): a question has at least one token per word.
 
-    Answers do not count, as training cuts them; nor do visual tokens.
+    Answers are not counted, because training cuts them; neither are visual tokens. Raises AnnotationError.
     """
     found = sum(len(f"{turn.instruction} {turn.question}".split()) for turn in sample.turns)
     if found > VICUNA_POSITIONS:
@@ -146,10 +146,11 @@ def at_least_words(sample: Sample, num_frames: int) -> None:
 
 @dataclass
 class Use:
-    """A medium, and all that records ask of it.
+    """A medium and what the records that use it expect.
 
-    where: the first record, and how many others. clips: bounds, and the record that has them. rule: the sampling rule
-    (sampling.py) of a benchmark; "" for training data.
+    path: of the medium. expects: "video", "image" or "frames". where: the first record. num_records: number of records.
+    fps, num_frames: as for the record. clips: (start and end, record) of each part. rule: a benchmark's sampling rule
+    (sampling.py); "" for training data.
     """
 
     path: str
@@ -162,28 +163,28 @@ class Use:
     clips: list[tuple[Bounds, str]] = field(default_factory=list)
 
     def fault(self, kind: str, sentence: str) -> Fault:
-        """A fault of the medium, which all its records share."""
+        """Return a fault of the medium that affects all its records."""
         whose = self.where if self.num_records == 1 else f"{self.where} and {self.num_records - 1} more"
         return Fault(kind, whose, self.path, sentence)
 
 
 def check_use(use: Use, decode: str, media_seconds: float = 0) -> list[Fault]:
-    """Check a medium that is there. decode: "none" of it (its size alone), its "first" frame, or "all".
+    """Check an existing medium. decode: "none" checks only its size, "first" its first frame, "all" all frames.
 
-    media_seconds: the limit on reading it; 0: none. Raises StorageError.
+    media_seconds: time limit for reading; 0: none. Raises StorageError.
     """
     with _notes() as notes:
         try:
             faults = read_within(media_seconds, partial(_look, use, decode), medium=use.path, setting=SECONDS_OPTION)
         except MediaError as error:
             faults = [use.fault("unreadable", str(error).removeprefix(f"{use.path}: "))]
-    if any(fault.kind == "unreadable" for fault in faults):  # the notes say the same
+    if any(fault.kind == "unreadable" for fault in faults):  # the notes would repeat them
         return faults
     return faults + [use.fault("unreadable", note) for note in notes]
 
 
 def _look(use: Use, decode: str) -> list[Fault]:
-    """See `check_use`. Raises MediaError for a medium that cannot be read."""
+    """Check an existing medium, without a time limit; see `check_use`. Raises MediaError if it is unreadable."""
     try:
         if not os.path.isdir(use.path) and os.path.getsize(use.path) == 0:
             return [use.fault("empty file", "the file holds 0 bytes; copy or download it again")]
@@ -221,7 +222,7 @@ def _look(use: Use, decode: str) -> list[Fault]:
 
 @contextmanager
 def _notes() -> Iterator[list[str]]:
-    """Catches what a reader would only note, such as damage that the decoder mends."""
+    """Collect in a list what readers log as a warning in the block, such as damage that the decoder can repair."""
     notes: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(str(record.args[1]))  # type: ignore[method-assign, index]
@@ -242,9 +243,9 @@ def _notes() -> Iterator[list[str]]:
 def check_shard(
     shard: str, *, kind: str, decode: str, cache_dir: str | Path | None, cache_gb: float | None, media_seconds: float
 ) -> list[Fault]:
-    """Check one shard. decode: "none" of its samples (its headers alone), the "first" one, or "all".
+    """Check one shard. decode: "none" checks only headers, "first" also the first sample, "all" all samples.
 
-    kind: of its media, "image" or "video". media_seconds: the limit on reading a sample; 0: none.
+    kind: of its media, "image" or "video". media_seconds: time limit for reading a sample; 0: none.
     """
     suffixes = {"image": "jpg, png or webp", "video": "mp4, webm, mkv, avi or mov"}[kind]
     reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
@@ -298,9 +299,10 @@ def check_shard(
 
 
 def check_features(folder: str, keys: list[tuple[str, str]], *, decode: str, media_seconds: float) -> list[Fault]:
-    """Check a folder of features. keys: the clip's key and its record, of each clip that must be there.
+    """Check a folder of precomputed features. keys: (key, record) of each clip that it must have.
 
-    decode: "none" of them, or the tensors of all (they are small). media_seconds: the limit on reading one; 0: none.
+    decode: "none" does not read tensors; other values read all, which are small. media_seconds: time limit for one; 0:
+    none.
     """
     try:
         store = FeatureStore(folder)

@@ -1,8 +1,8 @@
-"""`stllm doctor`: checks data before hours are spent on it, and names all that is wrong, not only the first fault.
+"""`stllm doctor`: checks training and benchmark data before use, and lists all faults, not only the first.
 
-Exit code 1 when there are faults: the list on stdout, a line about it on stderr. Notes (faults that do not stop an
-evaluation) leave it at 0. Benchmarks are read by the code of `stllm evaluate`.
-`--flatten IN OUT` checks nothing: it writes an annotation file with one question and answer a record.
+With faults, the exit code is 1, and a summary is printed on stderr. Notes, which are faults that do not prevent an
+evaluation, do not change the exit code. Benchmarks are read by the same code as in `stllm evaluate`.
+`--flatten IN OUT` does not check anything: it converts an annotation file to one question and answer per record.
 """
 
 import argparse
@@ -32,19 +32,19 @@ from stllm.evaluation.benchmarks.base import Benchmark, read_entries
 from stllm.evaluation.benchmarks.videoqa import ANY
 from stllm.media.find import MediaFinder
 
-MAX_LISTED = 20  # faults of a kind, unless all are asked for
-MAX_WORKERS = 8  # unless more are asked for
-SHARDS = {"image_text": "image", "video_text": "video"}  # the media in the shards of each type
-SHORT = 3  # words; longer answers may differ and both be right
+MAX_LISTED = 20  # faults listed per kind, without --all
+MAX_WORKERS = 8  # without --num-workers
+SHARDS = {"image_text": "image", "video_text": "video"}  # type of a data set -> media in its shards
+SHORT = 3  # words; two different answers to one question are a contradiction only if they are this short
 
 Task = Callable[[], list[Fault]]
 
 
 @dataclass
 class Report:
-    """The number of things that were read, and the faults that were found.
+    """The result of a check: how much was read, and the faults.
 
-    data_sets: the number of records of each annotation file, or of shards, by the data set's name.
+    decode: as in the options. data_sets: name -> number of records, or of shards. notes: what was not checked, and why.
     """
 
     decode: str
@@ -53,11 +53,11 @@ class Report:
     num_shards: int = 0
     data_sets: dict[str, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # what could not be checked, and why
+    notes: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> str:
-        """The number of things that were read, in words."""
+        """Return the numbers of records, media and shards in words."""
         parts = (
             (self.num_records, "record", "records"),
             (self.num_media, "medium", "media"),
@@ -73,7 +73,7 @@ def counts(faults: Sequence[Fault]) -> dict[str, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command, and return its exit code."""
     allow_pipes(args.allow_pipe)
     if args.flatten is not None:
         source, target = args.flatten
@@ -108,17 +108,17 @@ def run(args: argparse.Namespace) -> int:
     faults = [fault for fault in report.faults if not fault.note]
     if not faults:
         return 0
-    sys.stdout.flush()  # before the summary, where both go to one place
+    sys.stdout.flush()  # keeps the order if stdout and stderr go to the same place
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts(faults).items())
     print(f"found {len(faults)} faults in {report.size}: {kinds}", file=sys.stderr)
     return 1
 
 
 def examine(args: argparse.Namespace) -> Report:
-    """Read every record, then open every medium; see the command's options. Raises UserError for a configuration."""
+    """Check all records, then all media. args: the command's options. Raises UserError for a wrong configuration."""
     report, survey = Report(decode=args.decode), Survey()
     seconds = args.media_seconds
-    if seconds is None:  # all frames of a film take longer than those of a clip
+    if seconds is None:  # decoding all frames of a film takes longer
         seconds = 12 * MEDIA_SECONDS if args.decode == "all" else MEDIA_SECONDS
     limits: dict[str, Any] = {"decode": args.decode, "media_seconds": seconds}
     tasks: list[Task] = []
@@ -166,7 +166,7 @@ def examine(args: argparse.Namespace) -> Report:
                 continue
             report.num_records += 1
             report.data_sets[name] += 1
-            if settings.features_dir is not None:  # read in place of the media
+            if settings.features_dir is not None:  # training reads these features instead of the media
                 keys.append((clip_key(finding.name, finding.bounds), finding.where))
             elif finding.expects != "text":
                 place = os.path.normpath(os.path.join(folder, finding.name))
@@ -184,7 +184,7 @@ def examine(args: argparse.Namespace) -> Report:
 def _benchmark_faults(
     benchmark: Benchmark, args: argparse.Namespace, report: Report, survey: "Survey"
 ) -> Iterator[Fault]:
-    """Yield the faults of a benchmark's ground truth. Its media go to the survey."""
+    """Yield the faults of a benchmark's ground truth, and add its media to the survey."""
     settings = EvaluationSettings(
         anno_path=args.anno_path, answers_path=args.answers_path, video_dir=args.video_dir, sampling="segment"
     )
@@ -208,7 +208,7 @@ def _benchmark_faults(
 
 
 def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
-    """The configured model's length check; `at_least_words` if the model's files are not there."""
+    """Return the configured model's length check, or `at_least_words` if the model's files are missing."""
     from stllm.models.checkpoints.load import processor_of
     from stllm.models.settings import model_section, piece_paths
     from stllm.tasks.video_text_it import PositionLimit, open_configured
@@ -227,7 +227,7 @@ def _length_check(cfg: DictConfig, report: Report) -> LengthCheck:
 
 
 def run_tasks(tasks: Sequence[Task], *, num_workers: int) -> Iterator[Fault]:
-    """Yield the tasks' faults, in their order, under a progress bar. num_workers: processes; 0: only this one."""
+    """Run checks, and yield their faults in order, with a progress bar. num_workers: processes; 0: only this one."""
     died = (
         "a process died while it decoded: memory ran out, or a decoder crashed on a damaged file; run again "
         "with --num-workers 0 --debug to see on which"
@@ -249,9 +249,9 @@ def _call(task: Task) -> list[Fault]:
 
 
 class Survey:
-    """Gathers each medium once with all its records, and finds faults that show without opening any.
+    """Collects the media of all records, and finds faults that do not need opening a medium.
 
-    uses: the media that are there, by path and what they are expected to be.
+    Attribute uses: (path, expected kind) -> existing medium.
     """
 
     def __init__(self) -> None:
@@ -263,19 +263,19 @@ class Survey:
     def add(
         self, item: Medium, place: str, *, found: bool, root: str = "", fps: float | None = None, rule: str = ""
     ) -> Iterator[Fault]:
-        """Add an item. Yield the faults of its name and its answer.
+        """Add a record's medium. Yield the faults of its file name and of the record's answers.
 
-        place: the path of its medium, or where it should be if it was not found. root: the folder outside which no
-        medium may lie, "" for none. fps: of a frame folder, if the item has none. rule: as in `Use`.
+        place: the path of the medium, or the expected path if not found. root: the folder that must contain the medium;
+        "" for any. fps: frames per second of a frame folder, if the record has none. rule: as in `Use`.
         """
         inside = not root or (
             place.startswith(os.path.join(root, "")) and os.pardir not in place
-        )  # of most of millions
+        )  # a fast test that most paths pass
         if not inside and os.path.relpath(place, root).startswith(os.pardir):
             sentence = f"it lies outside the media folder {root}; move it there, and name it relative to that"
             yield Fault("outside", item.where, item.name, sentence)
         for question, answer in item.pairs:
-            words = answer.lower().strip(" .!?\"'").split()  # whatever its case and full stop
+            words = answer.lower().strip(" .!?\"'").split()  # ignore case and punctuation at the ends
             if question.strip() and len(words) <= SHORT:
                 short = " ".join(words)
                 asked = hash((place, item.bounds, question.strip().lower()))
@@ -305,13 +305,13 @@ class Survey:
             self.uses[key].clips.append((item.bounds, item.where))
 
     def missing(self) -> Iterator[Fault]:
-        """Yield a fault for each medium that is nowhere, or one for a whole folder that is not there."""
+        """Yield a fault for each missing medium, or a single fault if the whole folder is missing."""
         folders: dict[str, Use] = {}
         for path, use in self._missing.items():
             parent, name = os.path.split(path)
             listing = self.finder.listing(parent or ".")
             if listing.exists:
-                near = [*listing.like(name), *listing.with_stem(os.path.splitext(name)[0])]  # could have been meant
+                near = [*listing.like(name), *listing.with_stem(os.path.splitext(name)[0])]  # files with similar names
                 todo = f"there is {near[0]}: correct the name" if near else "fetch it, or leave the record out"
                 yield use.fault("missing", f"there is no such file; {todo}")
             elif parent in folders:

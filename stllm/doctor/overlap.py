@@ -1,12 +1,12 @@
-"""`stllm doctor --overlap`: test clips of a benchmark that occur in the training data, by three signs.
+"""`stllm doctor --overlap`: finds test clips of a benchmark in the training data, by three signs.
 
-    name     the file name, without its extension and whatever its case (weak: short names recur)
-    content  the bytes of the file
-    frames   perceptual hashes (imagehash.phash, 64 bits) of frames spread over the clip: a copy that was encoded or
-             scaled anew has nearly the same ones
+    name     equal file name, ignoring extension and case (weak evidence, because short names recur)
+    content  equal bytes of the file
+    frames   similar perceptual hashes (imagehash.phash, 64 bits) of frames spread over the clip; they hardly change
+             when a video is encoded or scaled again
 
-Frames that show nothing (black, one colour) are left out: all of them have the same hash. A clip is found by its frames
-if half of those that remain, and two of them, have a frame of the training clip within a few bits.
+Frames of a single colour are left out, because they all have the same hash. A test clip is found by its frames if at
+least half of its other frames, and at least two, differ from a frame of a training clip by a few bits at most.
 """
 
 import argparse
@@ -36,20 +36,20 @@ from stllm.media.open import open_media
 from stllm.media.sampling import sample_indices
 from stllm.media.time_bound import keep_reading, read_within
 
-NUM_FRAMES = 8  # hashed of each clip
-NEAR = 6  # bits of 64 that two hashes of one picture may differ by
-SHARE, LEAST = 0.5, 2  # of a test clip's frames, that must be found
-PLAIN = 6.0  # standard deviation of grey levels, below which a frame shows nothing
+NUM_FRAMES = 8  # frames hashed per clip
+NEAR = 6  # bits, of 64, by which two hashes of the same picture may differ
+SHARE, LEAST = 0.5, 2  # share and number of a test clip's frames that must be found in a training clip
+PLAIN = 6.0  # a frame whose grey levels have a smaller standard deviation counts as a single colour
 MAX_WORKERS = 8
 SHOWN = 20
 BITS = np.array([bin(value).count("1") for value in range(256)], np.uint8)
 
-Clip = tuple[str, "tuple[float, float] | None"]  # a file, and the part of it
+Clip = tuple[str, "tuple[float, float] | None"]  # a file, and its part as (start, end) in seconds
 
 
 @dataclass
 class Found:
-    """A test clip in the training data. items: of the benchmark; train: files, by the sign that found them."""
+    """A test clip. items: ids of the benchmark's items about it. train: sign -> matching training files."""
 
     video: str
     items: list[str]
@@ -57,7 +57,7 @@ class Found:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the check; the exit code is 1 when a clip was found. Raises UserError."""
+    """Run the check, and return the exit code: 1 if a test clip was found in the training data. Raises UserError."""
     report = overlap(args)
     if args.json:
         print(json.dumps(report, ensure_ascii=False, indent=1))
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def overlap(args: argparse.Namespace) -> dict[str, Any]:
-    """Return `found`, the clips as `Found` has them; `num_test` and `num_train`; `notes` on what was not compared."""
+    """Return `found` (fields of `Found` per clip), `num_test`, `num_train`, and `notes` on what was not compared."""
     notes: list[str] = []
     clips: list[Clip] = []
     corpora = resolved_settings(load_config(args.overlap, args.options, model_type="instructblip_vicuna0"))
@@ -132,7 +132,7 @@ def _stem(path: str) -> str:
 
 
 def _same_content(train: Sequence[str], test: Sequence[str]) -> dict[str, list[str]]:
-    """The training files of equal bytes, by test file. Only files of a size that both sides have are read."""
+    """Return test file -> training files with equal content. Only files with equal sizes are read."""
 
     def by_size(paths: Iterable[str]) -> dict[int, list[str]]:
         sizes: dict[int, list[str]] = {}
@@ -161,7 +161,7 @@ def _same_content(train: Sequence[str], test: Sequence[str]) -> dict[str, list[s
 
 
 def _by_frames(train: Sequence[Clip], test: dict[Clip, Found], args: argparse.Namespace) -> list[str]:
-    """Enter the training clips whose frames a test clip has. Return notes on clips that could not be read."""
+    """Compare frames, and add training clips with similar frames to `test`. Return notes on unreadable clips."""
     seconds = MEDIA_SECONDS if args.media_seconds is None else args.media_seconds
     clips = list(dict.fromkeys([*(clip for clip in train if os.path.exists(clip[0])), *test]))
     died = "a process died while it decoded: run again with --num-workers 0 --debug to see on which"
@@ -177,13 +177,13 @@ def _by_frames(train: Sequence[Clip], test: dict[Clip, Found], args: argparse.Na
     read = {clip: codes for clip, codes in hashes.items() if not isinstance(codes, str)}
     known = [(clip, read[clip]) for clip in train if clip in read and len(read[clip])]
     if known:
-        whose = np.repeat(np.arange(len(known)), [len(found) for _, found in known])  # (N,) the clip of each hash
-        codes = np.concatenate([found for _, found in known])  # (N, 8) bytes
+        whose = np.repeat(np.arange(len(known)), [len(found) for _, found in known])  # (N,) index of each hash's clip
+        codes = np.concatenate([found for _, found in known])  # (N, 8) uint8, 64 bits per hash
         for clip, one in test.items():
             ours = read.get(clip, ())
             if len(ours) < LEAST:
                 continue
-            near = np.zeros(len(known), int)  # frames of the test clip that each training clip has
+            near = np.zeros(len(known), int)  # per training clip, the number of the test clip's frames found in it
             for code in ours:
                 near[np.unique(whose[BITS[codes ^ code].sum(axis=1) <= NEAR])] += 1
             hits = np.flatnonzero(near >= max(LEAST, SHARE * len(ours)))
@@ -194,7 +194,10 @@ def _by_frames(train: Sequence[Clip], test: dict[Clip, Found], args: argparse.Na
 
 
 def frame_hashes(clip: Clip, media_seconds: float = 0) -> "np.ndarray | str":
-    """Hash frames spread over a clip: (T, 8) uint8, without plain frames; the error of one that cannot be read."""
+    """Hash frames spread over a clip. Return the hashes, (T, 8) uint8, without single-coloured frames; or an error.
+
+    media_seconds: time limit for reading; 0: none.
+    """
     import imagehash
     from PIL import Image
 

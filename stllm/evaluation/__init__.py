@@ -1,1 +1,1 @@
-"""Benchmarks: what they ask, how answers are scored, what is written down."""
+"""Benchmarks: their questions, the scoring of answers, and the result files."""

@@ -1,9 +1,9 @@
-"""Ask a benchmark's items and yield a record for each, as soon as it is known.
+"""Ask a model the items of a benchmark, and yield a record for each as soon as it is complete.
 
-items by clip -> decoded ahead in other processes -> encoded once a clip -> batches across clips -> records
-Where another server decodes (conversation/remote.py), it takes questions one by one, many of them in flight.
+Items are grouped by clip. Worker processes read clips ahead, each clip is encoded once, and its questions join those of
+other clips in batches. An engine (conversation/remote.py) gets single questions instead, many at a time.
 
-An item's record depends on the item alone: not on the batch, the workers or the other items.
+A record does not depend on the batch, the workers or the other items.
 """
 
 import time
@@ -24,12 +24,12 @@ from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.media.clip import Clip
 from stllm.media.time_bound import StorageError, read_within
 
-CLIPS_AHEAD = 2  # that each worker holds ready
-BATCHES_SORTED = 4  # that wait to be put together by length
+CLIPS_AHEAD = 2  # clips that each worker reads ahead
+BATCHES_SORTED = 4  # batches of questions that are collected before they are sorted by length
 
 
-class Question(NamedTuple):
-    """A question in the queue. answers: those of its item that have come, by the question's number."""
+class QueuedQuestion(NamedTuple):
+    """A question in the queue. number: its index in the item. answers: the item's answers so far, by number."""
 
     item: Item
     number: int
@@ -38,7 +38,7 @@ class Question(NamedTuple):
 
 
 def by_clip(items: Sequence[Item]) -> dict[Media, list[Item]]:
-    """Group the items by clip (file, part, frames), clips in the order in which they first come."""
+    """Group items by clip (file, start and end, frames), in the order of each clip's first item."""
     groups: dict[Media, list[Item]] = {}
     for item in items:
         if item.media is not None:
@@ -47,7 +47,7 @@ def by_clip(items: Sequence[Item]) -> dict[Media, list[Item]]:
 
 
 def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
-    """The items of one process: a clip's items stay together, and questions are divided as evenly as that allows."""
+    """Return the items of process `rank`. All items of a clip go to one process; questions are divided evenly."""
     loads = [0] * num_ranks
     mine: set[str] = set()
     groups = [*by_clip(items).values(), *([item] for item in items if item.media is None)]
@@ -61,9 +61,9 @@ def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
 
 
 def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> tuple[Clip | str, float]:
-    """Read one clip, in whichever process. Return it, or the error that prevented it, and the seconds it took.
+    """Read one clip. Return the clip or an error sentence, and the seconds that reading took.
 
-    Raises StorageError.
+    media_seconds: the time limit; 0: none. Raises StorageError.
     """
     start = time.perf_counter()
     found: Clip | str
@@ -77,10 +77,10 @@ def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> tuple[C
 
 
 class Asker:
-    """A model that is asked a benchmark's items.
+    """Asks a model the items of a benchmark.
 
-    batch_size: questions answered at once; num_workers: processes that decode, 0: this one.
-    media_seconds: the limit on reading one medium; 0: none.
+    batch_size: questions answered at once. num_workers: processes that read clips; 0: this one.
+    media_seconds: time limit for reading one medium; 0: none.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class Asker:
     ) -> None:
         self.chat, self.loaded, self.decoding = chat, loaded, decoding
         self.batch_size, self.num_workers, self.media_seconds = batch_size, num_workers, media_seconds
-        self._queue: list[Question] = []
-        self._in_flight: dict[Future[list[int]], tuple[Question, float]] = {}  # and when each was sent
-        self._refused: set[str] = set()  # ids of items of which the server refused a question
+        self._queue: list[QueuedQuestion] = []
+        self._in_flight: dict[Future[list[int]], tuple[QueuedQuestion, float]] = {}  # with the time of sending
+        self._refused: set[str] = set()  # ids of items for which the engine refused a question
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:
-        """Yield one record for each item, in no promised order. An item that cannot be asked gives one with `error`.
+        """Yield one record per item, in any order. The record of an item that cannot be asked has an `error`.
 
-        Raises what the model raises (out of memory, a prompt's NaN): what was yielded before stays true.
+        Exceptions of the model (out of memory, NaN) are raised. Records yielded before them are valid.
         """
         for item in items:
             if item.media is None:
@@ -131,12 +131,12 @@ class Asker:
             seen = self.chat.encode(clip, read_seconds=seconds)
             for item in group:
                 yield from self._ask(item, seen)
-                seen = replace(seen, seconds=dict.fromkeys(seen.seconds, 0.0))  # spent on the first item
-            del seen, clip  # while the next clip is waited for
+                seen = replace(seen, seconds=dict.fromkeys(seen.seconds, 0.0))  # the first item's record has this time
+            del seen, clip  # free their memory before waiting for the next clip
         yield from self._answer_queue() if self.chat.engine is None else self._exchange(0)
 
     def _ask(self, item: Item, seen: Seen) -> Iterator[Record]:
-        """Put an item's questions into the queue, and yield the records of a full one."""
+        """Put an item's questions into the queue. If the queue is full, answer it and yield the records."""
         try:
             requests = self.loaded.requests(item, self.chat.processor.template)
             assert len(requests) == len(item.questions), item.id
@@ -146,16 +146,16 @@ class Asker:
             yield failed(item, f"{item.video}: {error}")
             return
         answers: dict[int, Answer] = {}
-        self._queue += [Question(item, number, one, answers) for number, one in enumerate(prepared)]
+        self._queue += [QueuedQuestion(item, number, one, answers) for number, one in enumerate(prepared)]
         if self.chat.engine is not None:
             yield from self._exchange(self.chat.engine.max_in_flight)
         elif len(self._queue) >= self.batch_size * BATCHES_SORTED:
             yield from self._answer_queue()
 
     def _exchange(self, most: int) -> Iterator[Record]:
-        """Send what waits to the server, and yield the records of what has come.
+        """Send the queued questions to the engine, and yield the records of answers that have arrived.
 
-        Wait until at most `most` questions are in flight. Raises EngineError, after the records of what came with it.
+        Waits until at most `most` questions are unanswered. Raises EngineError after yielding the complete records.
         """
         engine, stopping = self.chat.engine, self.chat.processor.stopping()
         assert engine is not None
@@ -186,7 +186,7 @@ class Asker:
             raise failure
 
     def _answer_queue(self) -> Iterator[Record]:
-        """Answer what waits in batches of like lengths, which need little padding; yield the complete records."""
+        """Answer the queued questions, and yield the complete records. Sorting by length reduces padding."""
         waiting, self._queue = sorted(self._queue, key=lambda one: one.prepared.length), []
         for first in range(0, len(waiting), self.batch_size):
             batch = waiting[first : first + self.batch_size]
@@ -194,8 +194,8 @@ class Asker:
             for one, answer in zip(batch, found, strict=True):
                 yield from self._record(one, answer)
 
-    def _record(self, one: Question, answer: Answer) -> Iterator[Record]:
-        """Note an answer, and yield the record of an item whose questions are all answered."""
+    def _record(self, one: QueuedQuestion, answer: Answer) -> Iterator[Record]:
+        """Store an answer. If it is the last one of its item, yield the item's record."""
         one.answers[one.number] = answer
         if len(one.answers) < len(one.item.questions):
             return
@@ -216,14 +216,14 @@ class Asker:
 
 
 def failed(item: Item, error: str, seconds: float = 0.0) -> Record:
-    """The record of an item that could not be asked."""
+    """Return the record of an item that could not be asked. error: the reason. seconds: spent on reading."""
     assert error, item.id
     spent = {"read": round(seconds, 4), "encode": 0.0, "answer": 0.0}
     return {**head(item), "prediction": None, "frames": {"count": 0, "times": []}, "seconds": spent, "error": error}
 
 
 def head(item: Item) -> Record:
-    """The record's fields about the item itself. clip: seconds of the part that is asked about, None for the whole."""
+    """Return the record's fields about the item. `clip` is [start, end] in seconds, or None for the whole video."""
     record: Record = {"id": item.id, "task": item.task, "video": item.video}
     if item.media is not None:
         record["clip"] = None if item.media.bounds is None else [item.media.start, item.media.end]

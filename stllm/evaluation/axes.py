@@ -1,6 +1,6 @@
-"""The axes that a judge scores, the part of a benchmark that each reads, and their average.
+"""The axes that a judge scores (such as correctness), the benchmark task of each axis, and VcgBench's average.
 
-Only the standard library is imported: `stllm judge --help` reads the names.
+This file imports nothing heavy, because `stllm judge --help` needs the names.
 """
 
 import math
@@ -14,22 +14,22 @@ TEMPORAL, CONSISTENCY, QA = "temporal", "consistency", "qa"
 TEMPCOMPASS = "tempcompass"
 AXES = (CORRECTNESS, DETAIL, CONTEXT, TEMPORAL, CONSISTENCY, QA, TEMPCOMPASS)
 VCGBENCH_AXES = AXES[:5]
-DECIDED = (QA, TEMPCOMPASS)  # a judge says whether the prediction is right, too
-TASKS = {  # VcgBench's part for each axis; VideoQA is one task, TempCompass decides by rules
+DECIDED = (QA, TEMPCOMPASS)  # for these the judge also decides whether the prediction is correct
+TASKS = {  # axis -> task of VcgBench; the other two axes do not select a task
     CORRECTNESS: "generic",
     DETAIL: "generic",
     CONTEXT: "generic",
     TEMPORAL: "temporal",
     CONSISTENCY: "consistency",
 }
-LOWEST, HIGHEST = 0, 5  # scores
-SAME = {"judge": "judge", "prompt_digest": "instructions"}  # what averaged scores must share, in words
+LOWEST, HIGHEST = 0, 5  # range of scores
+SAME = {"judge": "judge", "prompt_digest": "instructions"}  # fields that averaged results must share -> their names
 
 
 def vcgbench_average(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Average the results files of VcgBench's five axes.
+    """Average the results of VcgBench's five axes. results: contents of the judge's results files, one per axis.
 
-    Raises UserError when an axis is missing, or when judge or instructions differ between the axes.
+    Raises UserError if an axis is missing, or if judge or instructions differ between the axes.
     """
     by_axis = {result["axis"]: result for result in results}
     for axis in VCGBENCH_AXES:

@@ -1,11 +1,11 @@
-"""ST-LLM as a model of lmms-eval (0.7): with both packages installed, lmms-eval knows it by the name `st_llm`.
+"""ST-LLM as the model `st_llm` of lmms-eval (0.7).
 
     pip install ".[lmms-eval]"
     lmms-eval --model st_llm --model_args pretrained=DIR,num_frames=16 --tasks mvbench --batch_size 8
 
-lmms-eval finds it by the entry point that pyproject.toml names; nothing of lmms-eval needs to be changed. Several GPUs:
-torchrun or accelerate launch, as lmms-eval documents it; each process takes its own. This module is imported in every
-run of lmms-eval, so that everything heavy is imported where the model is loaded.
+lmms-eval finds the model by an entry point in pyproject.toml, so lmms-eval itself is not changed. For several GPUs, use
+torchrun or accelerate launch as lmms-eval documents; each process uses one GPU. Every run of lmms-eval imports this
+module, so heavy modules are imported only when the model is loaded.
 """
 
 import logging
@@ -36,39 +36,40 @@ ARGUMENTS = (
     *("pretrained", "cfg_path", "device", "dtype", "batch_size", "num_frames", "sampling", "reader", "system"),
     "context",
 )
-# The answer to a request that cannot be answered. It must be wrong by every metric: it is not empty, which some metrics
-# leave out or count as right; it has no letter of an option, no digit and no word, so that no correct answer is a part
-# of it; and it survives the removal of marks and capitals.
+# The text returned for a request that cannot be answered. Every metric must count it as wrong. So it is not empty (some
+# metrics ignore empty answers or count them as right); it contains no option letter, digit or word, so no correct
+# answer is part of it; and removing punctuation and capitals does not change it.
 UNANSWERED = "zxqzxq"
-NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)  # raised by a task's own code that looks for media
+NOT_THERE = (FileNotFoundError, NotADirectoryError, PermissionError)  # raised by a task's own code for missing media
 KNOWN_SETTINGS = ("until", "max_new_tokens", "num_beams", "temperature", "do_sample", "top_p", "repetition_penalty")
 
 
 def manifest() -> ModelManifest:
-    """The model's entry in lmms-eval's registry."""
+    """Return the model's entry for lmms-eval's registry."""
     return ModelManifest(model_id=NAME, chat_class_path=f"{__name__}.STLLMForHarness")
 
 
 class Settings(NamedTuple):
-    """A task's generation settings: how the answer is generated, and at which texts it is cut."""
+    """A task's generation settings. until: texts before which the answer is cut off."""
 
     decoding: Decoding
     until: tuple[str, ...]
 
 
 class STLLMForHarness(lmms):
-    """The model as lmms-eval calls it. The arguments are those of --model_args, as text or as numbers.
+    """ST-LLM with lmms-eval's model interface. The arguments are those of --model_args, as text or as numbers.
 
-    pretrained: weights of any layout that `stllm chat` reads. cfg_path: the model's YAML, default: what the checkpoint
-        says. device, dtype: as everywhere in stllm. batch_size: questions answered at once.
-    num_frames: taken from each video; default: the checkpoint's own number, else 64 for global-local models and 16 for
-        others. sampling: the rule that chooses them (media/sampling.py). reader: auto, pyav or decord.
-    system: "template" for the model family's own system sentence, "none", or a file with another; a task's own wins.
+    pretrained: weights in any format that `stllm chat` reads. cfg_path: the model's YAML; default: settings from the
+        checkpoint. device, dtype: as in stllm's commands. batch_size: questions answered at once.
+    num_frames: frames per video; default: the checkpoint's number, else 64 for models with the global-local module and
+        16 for others. sampling: the rule that selects frames (media/sampling.py). reader: auto, pyav or decord.
+    system: "template" for the model family's system message, "none", or a file that contains one. A task's own system
+        message overrides it.
     context: the rule for long prompts, `published` or `all`; see conversation/requests.py.
-    Raises UserError for what cannot be loaded.
+    Raises UserError if the model cannot be loaded.
     """
 
-    is_simple = False  # its tasks come as messages
+    is_simple = False  # requests contain chat messages
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class STLLMForHarness(lmms):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        unknown.pop("max_batch_size", None)  # of lmms-eval's search for a batch size
+        unknown.pop("max_batch_size", None)  # passed by lmms-eval for its batch size search, which is not supported
         if unknown:
             raise UserError(unknown_name("model argument", min(unknown), ARGUMENTS))
         from stllm.conversation.chat import load_chat
@@ -101,16 +102,16 @@ class STLLMForHarness(lmms):
 
     @property
     def device(self) -> Any:
-        """The model's torch device."""
+        """Return the model's torch device."""
         return self.chat.model.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Return the answers, in the order of the requests.
+        """Return the answers in the order of the requests.
 
-        requests: instances with (context, doc_to_messages, generation settings, document's number, task, split).
-        A request that cannot be answered, such as one with an unreadable video, gets `UNANSWERED`, since lmms-eval
-        scores every answer; a warning names it, and another one at the end counts them by task.
-        Raises UserError for a task that is not for this model.
+        requests: instances with (context, doc_to_messages, generation settings, document number, task, split).
+        The answer to a request that fails, such as for an unreadable video, is `UNANSWERED`, because lmms-eval scores
+        every answer. A warning names the request; a last warning gives the number of such requests per task.
+        Raises UserError for a task that this model does not support.
         """
         unanswered: Counter[str] = Counter()
         groups: dict[Settings, list[int]] = {}
@@ -136,7 +137,7 @@ class STLLMForHarness(lmms):
         return texts
 
     def _answer(self, arguments: Sequence[tuple[Any, ...]], settings: Settings) -> list[str | None]:
-        """Return the answers to some requests, None for one that cannot be answered."""
+        """Answer a batch of requests; None for a request that cannot be answered."""
         texts: list[str | None] = [None] * len(arguments)
         with TemporaryDirectory(prefix="stllm_lmms_eval_") as folder:
             read = [
@@ -144,7 +145,7 @@ class STLLMForHarness(lmms):
                 for number, one in enumerate(arguments)
             ]
         prepared = {number: one for number, one in enumerate(read) if one is not None}
-        for with_media in (True, False):  # a batch is of one kind
+        for with_media in (True, False):  # a batch has only requests with media, or only requests without
             numbers = [number for number, one in prepared.items() if (one.visual is not None) == with_media]
             answers = self.chat.complete([prepared[number] for number in numbers], settings.decoding)
             for number, answer in zip(numbers, answers, strict=True):
@@ -152,9 +153,9 @@ class STLLMForHarness(lmms):
         return texts
 
     def _prepared(self, arguments: tuple[Any, ...], decoding: Decoding, folder: Path) -> Prepared | None:
-        """Read and encode a request's medium; None, with a warning, if it cannot be answered.
+        """Read and encode a request's medium and prepare its prompt. folder: for temporary images.
 
-        A warning names a request whose prompt was cut, too.
+        If the request cannot be answered, warn and return None. Also warn if the prompt was cut.
         """
         _, doc_to_messages, _, doc_id, task, split = arguments
         try:
@@ -168,7 +169,7 @@ class STLLMForHarness(lmms):
         return prepared
 
     def _request(self, messages: Sequence[Any], folder: Path) -> Request:
-        """Turn a task's messages into a conversation about one medium. folder: for pictures that are no files."""
+        """Convert a task's messages into a conversation about one medium. folder: for images that are not files."""
         turns: list[Turn] = []
         system, visuals = self.system, []
         for message in messages:
@@ -185,14 +186,14 @@ class STLLMForHarness(lmms):
         return Request(tuple(turns), self._medium(visuals, folder) if visuals else None, system)
 
     def _medium(self, visuals: Sequence[Any], folder: Path) -> Media:
-        """One video, one image, or several pictures, which are taken for the frames of one video.
+        """Return the medium: one video, one image, or several images, which become the frames of one video.
 
-        Raises MediaError for a picture that cannot be read.
+        folder: for images that are not files. Raises MediaError for an unreadable image.
         """
         kinds, frames = [visual.type for visual in visuals], Media("-", sampling=self.sampling, reader=self.reader)
         if kinds == ["video"]:
             url, start, end = visuals[0].url, visuals[0].start_time, visuals[0].end_time
-            if isinstance(url, Mapping):  # the harness' other spelling of a part
+            if isinstance(url, Mapping):  # lmms-eval's other way to pass a video with start and end
                 start, end = url.get("video_start"), url.get("video_end")
                 url = next((url[key] for key in ("url", "path", "video") if key in url), url)
             if not isinstance(url, str):
@@ -220,27 +221,27 @@ class STLLMForHarness(lmms):
         return Media(str(file if len(pictures) == 1 else folder), sampling=self.sampling)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refuse: it is not offered."""
+        """Raise UserError: log-likelihood tasks are not supported."""
         raise UserError(
             f"{NAME} answers in words; tasks of log-likelihoods (output_type loglikelihood or multiple_choice) are not "
             "for it: choose a task of generate_until"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse: it is not offered."""
+        """Raise UserError: tasks with several rounds are not supported."""
         raise UserError(f"{NAME} answers once; tasks of output_type generate_until_multi_round are not for it")
 
     def clean(self) -> None:
-        """Free the model's memory, for a judge on the same machine."""
+        """Free the model's memory, so that a judge can use it."""
         self.__dict__.pop("chat", None)
         super().clean()
 
 
 def settings_of(given: Mapping[str, Any], usual: Decoding) -> Settings:
-    """Read a task's generation settings.
+    """Convert a task's generation settings. An unknown setting is ignored with a warning.
 
-    What it does not name: one beam, no sampling; the length and the repetition penalty of the model family's published
-    settings (`usual`). A setting that is not known is noted and changes nothing.
+    given: lmms-eval's generation_kwargs. usual: the model family's published settings; length and repetition penalty
+    default to them. Other defaults are one beam and no sampling.
     """
     unknown = sorted(name for name, value in given.items() if name not in KNOWN_SETTINGS and value is not None)
     if unknown:
@@ -260,7 +261,7 @@ def settings_of(given: Mapping[str, Any], usual: Decoding) -> Settings:
 
 
 def cut(text: str, until: Iterable[str]) -> str:
-    """Return the text before the first of these ends, which are not part of an answer."""
+    """Return the text up to the first occurrence of any of these end texts."""
     for end in until:
         if end:
             text = text.split(end, 1)[0]

@@ -1,7 +1,7 @@
-"""Published figures, printed beside ours and labelled as published; nothing here was measured by us.
+"""Published figures, which tables show beside a run's own and label as published. None was measured with this code.
 
-Sources: ST-LLM (arXiv 2404.00308), its tables of MVBench, of VcgBench and of zero-shot VideoQA; the papers of the other
-benchmarks. None of these figures was published with an interval.
+Sources: the tables for MVBench, VcgBench and zero-shot VideoQA in ST-LLM (arXiv 2404.00308); the papers of the other
+benchmarks. None of these figures was published with a confidence interval.
 """
 
 SOURCE = "arXiv 2404.00308"
@@ -60,7 +60,7 @@ BY_TASK = {"mvbench": MVBENCH_TASKS, "tvbench": TVBENCH_TASKS}  # benchmark -> S
 SOURCES = {"mvbench": SOURCE, "tvbench": "arXiv 2410.07752", "tempcompass": "arXiv 2403.00476"}
 SOURCES |= {"vinoground": "arXiv 2410.02763", "tomato": "arXiv 2410.23266"}
 
-# benchmark -> method -> score -> percent, as the benchmark's own paper or page has it
+# benchmark -> method -> score -> percent, from the benchmark's paper or web page
 BY_METHOD: dict[str, dict[str, dict[str, float]]] = {
     "tvbench": {
         "chance": {"average": 33.3},
@@ -87,7 +87,7 @@ BY_METHOD: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 
-# Figures of ST-LLM that others measured: (benchmark, percent or score, whose). They are neither ours nor its authors'.
+# Figures of ST-LLM measured by others than its authors: (benchmark, percent or score, source).
 BY_OTHERS = (
     ("MVBench", 54.85, "the released weights, run again by a user"),
     ("MVBench", 54.9, "PruneVid's run"),
@@ -102,5 +102,5 @@ BY_OTHERS = (
 
 
 def cell(method: str, column: str) -> float | None:
-    """A method's published figure, None where it reports none."""
+    """Return a method's published figure in a column of METHODS; None if it was not reported."""
     return METHODS[method][COLUMNS.index(column)]

@@ -1,7 +1,8 @@
-"""The results of a run: the official script's files, `<name>.results.json`, a table and a chart.
+"""The result files of a run: files for the official scripts, `<name>.results.json`, a report and a chart.
 
-All are computed from the lines alone, so a continued run writes the same as an uninterrupted one. Scores are printed
-beside the published figures; where a judge scores, counts and the next commands; in both cases all that was left out.
+All are computed only from the records, so a resumed run writes the same files as an uninterrupted one. The report has
+the scores beside published figures. If a judge must score, it has counts and the judge's commands instead. It always
+lists failed items and excluded tasks.
 """
 
 import json
@@ -24,18 +25,18 @@ from stllm.evaluation.reports.paper_table import JUDGED, OF_BENCHMARK
 from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, percent, span, table
 from stllm.evaluation.scores import ITEMS, RULES, TASKS, Record, by_task, differing, tally
 
-# What computes, and what reads media: distributions and their modules.
+# package -> its module: packages on which predictions depend, whose versions are recorded
 PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord")} | {"pillow": "PIL"}
-SHOWN_IDS = 5  # of the items with one cause
-SHOWN_FAILURES = 3  # on the command line
+SHOWN_IDS = 5  # failed items that the report lists per cause
+SHOWN_FAILURES = 3  # failures that the command prints
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The lines of a finished run and what made them.
+    """The records of a finished run, and how they were made.
 
-    records: one line an item of the benchmark, failed ones among them, in any order. settings: of the run. digests: of
-    config, prompts and checkpoint. seconds: spent on the items, by all runs and processes.
+    records: one per item, including failed ones, in any order. settings: of the run. digests: hashes of configuration,
+    prompts and checkpoint. seconds: total time spent on items, over all processes and interrupted runs.
     """
 
     records: Sequence[Record]
@@ -48,9 +49,9 @@ class Outcome:
 
 
 def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str, Any]:
-    """Write all files of a run, each whole or not at all, and return the content of the results file.
+    """Write all result files of a run, each atomically, and return the content of the results file.
 
-    A benchmark that a judge scores has no scores yet and no chart.
+    A benchmark that a judge must score has no scores and no chart yet.
     """
     by_id = {line["id"]: line for line in outcome.records}
     sizes = (len(by_id), len(outcome.records), len(loaded.items))
@@ -78,10 +79,10 @@ def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str
 
 
 def write_probe(path: Path, loaded: Loaded, outcomes: Mapping[str, Outcome | None], probe: Any) -> str:
-    """Write a probe's figures, tables and chart, each whole or not at all; return its verdict, to be printed.
+    """Write a probe's scores, report and chart, each atomically, and return its verdict for printing.
 
-    path: `<name>.<option>`, without an ending. outcomes: of each variant, the benchmark itself first. probe: the module
-    (see evaluation/probes).
+    path: `<name>.<option>`, to which .json, .md and .png are added. outcomes: of each variant, the unchanged benchmark
+    first. probe: the probe's module (see evaluation/probes).
     """
     found = {variant: outcome for variant, outcome in outcomes.items() if outcome is not None}
     scored = loaded.benchmark.scored
@@ -95,7 +96,10 @@ def write_probe(path: Path, loaded: Loaded, outcomes: Mapping[str, Outcome | Non
 
 
 def write_suite(path: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Write one table of several benchmarks, `<path>.md` and `<path>.json`; return it. contents: of results files."""
+    """Write a table of several benchmarks to `<path>.md` and `<path>.json`, and return it.
+
+    contents: benchmark -> content of its results file.
+    """
     rows: list[tuple[object, ...]] = []
     for name, content in contents.items():
         counted, scores, published = content["counts"], content["scores"], BY_TASK.get(content["benchmark"])
@@ -116,14 +120,14 @@ def write_suite(path: Path, contents: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write it whole or not at all; a NaN, which is no JSON, is an error."""
+    """Write a JSON file atomically. Raises ValueError for NaN, which is not valid JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def counts(loaded: Loaded, records: Sequence[Record]) -> dict[str, int]:
-    """Count items: in `total`, answered, failed (their media could not be read), and excluded with their whole task.
+    """Count all items (`total`), answered ones, failed ones (such as unreadable media), and those in excluded tasks.
 
-    Where the context rule cut prompts, also the items whose prompts were `cut`, and the visual and text tokens cut.
+    If the context rule cut prompts, also count the items with a `cut` prompt, and the visual and text tokens cut.
     """
     failed = sum(bool(line.get("error")) for line in records)
     found = {
@@ -138,7 +142,7 @@ def counts(loaded: Loaded, records: Sequence[Record]) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed the predictions, without packages that are not installed (such as decord)."""
+    """Return the versions of stllm, Python and those of PACKAGES that are installed."""
     installed = {package: version(package) for package in PACKAGES if find_spec(PACKAGES[package])}
     return {"stllm": __version__, "python": platform.python_version(), **installed}
 
@@ -147,7 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Mapping[str, Any]) -> str:
-    """The Markdown text. name: of the run's files. content: of the results file."""
+    """Return the report as Markdown. name: of the run's files. content: of the results file."""
     judged = loaded.benchmark.judged
     parts = [f"# {name}\n"]
     if judged:
@@ -161,7 +165,7 @@ def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Ma
     failed: list[tuple[object, ...]] = []
     for task, of_task in by_task(line for line in records if line.get("error")).items():
         causes: dict[str, list[str]] = {}
-        for line in of_task:  # without the file's own name, so that equal causes are counted together
+        for line in of_task:  # remove the file's name from the error, so that equal causes are counted together
             text = " ".join(str(line["error"]).split())
             place, colon, reason = text.partition(": ")
             own = str(line.get("video", "")).rsplit("/", 1)[-1].rsplit(".", 1)[0]
@@ -193,7 +197,7 @@ def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Ma
 
 
 def _open_answers(loaded: Loaded, records: Sequence[Record]) -> list[str]:
-    """Counts of the items of each part that a judge is to score."""
+    """Return the report's section for a benchmark that a judge scores: numbers of items per task."""
     rows: list[tuple[object, ...]] = []
     for task, lines in [*by_task(records).items(), ("all", records)]:
         answered = [line["prediction"] for line in lines if not line.get("error")]
@@ -206,7 +210,7 @@ def _open_answers(loaded: Loaded, records: Sequence[Record]) -> list[str]:
 
 
 def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, Any]) -> list[str]:
-    """Averages with intervals and the accuracy of each task and group, beside the published figures.
+    """Return the report's sections with averages, intervals, accuracies per task and group, and published figures.
 
     records: those that are scored. scores: of the results file.
     """
@@ -273,16 +277,13 @@ def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, 
 
 
 def _task_names(loaded: Loaded, scores: Mapping[str, Any]) -> list[str]:
-    """Tasks asked and excluded, in the order of the published table; unknown ones at the end, as they were asked."""
+    """List asked and excluded tasks: those with published figures first, in their order, then the others."""
     there, published = [*scores[RULES[0]]["tasks"], *loaded.excluded], BY_TASK.get(loaded.name, {})
     return [task for task in published if task in there] + [task for task in there if task not in published]
 
 
 def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:
-    """The chart of a multiple choice: the average and each task over all items asked, beside the published figures.
-
-    Our bars carry their 95 % intervals.
-    """
+    """Return the chart: average and accuracy per task with 95 % intervals, beside the published figures."""
     tasks = _task_names(loaded, scores)
     intervals = {
         f"ours, {rule}": [scores[rule]["interval"], *map(scores[rule]["task_intervals"].get, tasks)] for rule in RULES
@@ -306,7 +307,10 @@ def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:
 
 
 def summary(path: Path, loaded: Loaded, outcome: Outcome, content: Mapping[str, Any], seconds: float) -> str:
-    """The lines to print at the end. path: of the files, without an ending. content: of the results file."""
+    """Return the text to print after a run.
+
+    path: of the result files without extension. content: of the results file. seconds: duration of the command.
+    """
     counted, lines = content["counts"], []
     for rule in RULES if content["scores"] else ():
         scores = content["scores"][rule]

@@ -1,9 +1,9 @@
-"""An evaluation in its folder: begun or continued, by one process or several, its lines joined at the end.
+"""Evaluation runs: starting and resuming, by one or several processes, with records in an output folder.
 
-`<name>.jsonl` has one line an item. A single process appends to it; each of several appends to its own part,
-`<name>.part-<rank>.jsonl`, and the main process joins the parts. The settings that made the lines are kept beside them,
-so that a rerun continues, or refuses to mix. Results carry short digests (16 hex digits) of what made them: the
-configuration, the prompts, the checkpoint.
+`<name>.jsonl` has one record (line) per item. A single process appends to this file. With several processes, each
+appends to its own `<name>.part-<rank>.jsonl`, and the main process joins these files. The settings are stored beside
+the records; a rerun resumes if its settings are the same, and is refused otherwise. The results contain short hashes
+(16 hex digits) of the configuration, the prompts and the checkpoint.
 """
 
 import glob
@@ -41,30 +41,30 @@ from stllm.processors.prompts import PromptProcessor
 
 log = logging.getLogger(__name__)
 
-# What may differ when a run is continued: no answer depends on it, items are compared line by line, and `decoding`
-# holds the model family's values for what is unset in `evaluation`.
+# Settings that may change when a run is resumed. Most do not change answers. Changed items are found by comparing the
+# items. The last four keys are compared by their effective values in `decoding`.
 FREE = re.compile(
     r"evaluation\.(anno_path|answers_path|video_dir|output_dir|output_name|tasks|limit|batch_size|num_workers|media_seconds"
     r"|engine"
     r"|num_beams|max_new_tokens|repetition_penalty|context)"
 )
-SMALL = 16 << 20  # bytes: a file up to here is read whole
-BLOCK, STRIDE = 4 << 10, 4 << 20  # of a larger one, a block in every stride: some seconds for 16 GiB
-# files beside the weights that answers depend on
+SMALL = 16 << 20  # bytes; the hash of a checkpoint covers files up to this size completely
+BLOCK, STRIDE = 4 << 10, 4 << 20  # bytes; of a larger file, it covers one block per stride: some seconds for 16 GiB
+# other files in a checkpoint folder on which answers depend
 BESIDE = (
     *("config.json", "tokenizer*", "*.model", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     "qformer_tokenizer/*",
 )
-# Never asked: its prompt shows the words around a question, which belong to the code and may change with it.
+# An item that is never asked. Its prompt is stored with the settings, so that a change of the prompt's text is noticed.
 SAMPLE = Item("sample", "", "", None, ("QUESTION",), "FIRST", candidates=("FIRST", "SECOND"))
 ADVICE = "expected a record as stllm evaluate writes it: remove the line, or name another --output-name"
 
 
 class Runs:
-    """Evaluations of one checkpoint, which is not read before the first question is asked.
+    """Evaluations of one checkpoint with the same settings. The weights are loaded when the first question is asked.
 
-    settings: of all of them. shared: runs with other settings, whose model is used. Raises UserError for a checkpoint
-    that cannot be opened, or that has no tokenizer, and for another engine than that of the shared runs.
+    shared: runs with other settings, whose loaded model is reused. Raises UserError for a checkpoint without a
+    tokenizer, an engine that cannot be reached, or another engine than that of the shared runs.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Runs:
 
     @cached_property
     def chat(self) -> Chat:
-        """The model, loaded. No video is kept: a benchmark's come clip by clip."""
+        """Load the model at the first access. Videos are not cached, because each clip is encoded only once."""
         if self.shared is not None:
             return self.shared.chat
         part = "whole" if self.engine is None else "embedding"
@@ -112,10 +112,11 @@ class Runs:
         return checkpoint_digest(self.opened.sources)
 
     def run(self, loaded: Loaded, name: str, *, variant: str = "") -> Outcome | None:
-        """Ask what is not answered yet, into `<name>.jsonl`. A collective call; None on all but the main process.
+        """Ask the items that have no answer yet, and write records to `<name>.jsonl`. A collective call.
 
-        variant: of the benchmark's items, where they are not as published. Raises UserError: lines of other settings or
-        items in the folder, a full disk, another process that writes there, and whatever the model raises.
+        variant: name of a probe's variant, "" for the unchanged benchmark. Returns None except in the main process.
+        Raises UserError for records with other settings or items, a full disk, or another process that writes to the
+        file; and whatever the model raises.
         """
         files = RecordFiles(self.folder, name)
         ids = [item.id for item in loaded.items]
@@ -128,7 +129,7 @@ class Runs:
                 files.join(ids)
                 with naming_full_disk(file):
                     write_text(file, OmegaConf.to_yaml(OmegaConf.create(settings)))
-            wait_for_all()  # until the lines of earlier runs are in one file
+            wait_for_all()  # until the main process has joined the records of earlier runs
             done = {id_ for id_, record in files.read().items() if not record.get("error")}
             pending = [item for item in loaded.items if item.id not in done]
             if is_main():
@@ -151,7 +152,7 @@ class Runs:
         return Outcome(list(records.values()), settings, digests, spent)
 
     def _settings(self, loaded: Loaded, variant: str) -> dict[str, Any]:
-        """All that answers depend on, as plain values."""
+        """Return all settings on which answers depend, as values that YAML can hold."""
         config, processor = self.opened.config, self.processor
         return {
             "benchmark": loaded.name,
@@ -172,7 +173,7 @@ class Runs:
         }
 
     def _ask(self, files: "RecordFiles", loaded: Loaded, items: Sequence[Item]) -> None:
-        """Ask this process's items, and write each record as soon as it is known."""
+        """Ask this process's items, and write each record as soon as it is complete."""
         asker = Asker(
             self.chat,
             loaded,
@@ -191,29 +192,29 @@ class Runs:
 
 
 class RecordFiles:
-    """The lines of one evaluation on disk. path: `<name>.jsonl`."""
+    """The files with the records of one evaluation: `<name>.jsonl`, and one part per process while several run."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.path = folder / f"{name}.jsonl"
 
     def part(self, rank: int) -> Path:
-        """The file of one of several processes."""
+        """Return the path of the part that the process `rank` writes."""
         return self.folder / f"{self.name}.part-{rank}.jsonl"
 
     def read(self) -> dict[str, Record]:
-        """Read the joined lines by id, in the file's order."""
+        """Read `<name>.jsonl`. Returns item id -> record, in the file's order."""
         return self._by_id([self.path])
 
     def gather(self) -> dict[str, Record]:
-        """Read what all processes have written, by id: an answer is kept over a failure, else the last line counts."""
+        """Read the records of all processes. Returns item id -> record; an answer has priority over an error."""
         return self._by_id([self.path, *self._parts()])
 
     def join(self, order: Sequence[str]) -> dict[str, Record]:
-        """Write what all processes have written into the one file. Only the main process may call it.
+        """Join the records of all processes in `<name>.jsonl`, and return them. Only the main process may call this.
 
-        order: all ids, as the ground truth has them. Raises UserError for a full disk, and for lines that no evaluation
-        wrote; either way every file stays as it was.
+        order: all item ids in the ground truth's order. Raises UserError for a full disk or an invalid line; then all
+        files stay as they were.
         """
         parts, found = self._parts(), self.gather()
         records = {id_: found[id_] for id_ in order if id_ in found}
@@ -221,17 +222,17 @@ class RecordFiles:
         if self.path.is_file() or records:
             with naming_full_disk(self.path):
                 write_text(self.path, "".join(map(line_of, records.values())))
-        for path in parts:  # a kill before this leaves lines twice, which the next run joins again
+        for path in parts:  # if the process is killed before this, the next run joins the parts again
             path.unlink(missing_ok=True)
         return records
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the right to write here. Raises UserError when another run does."""
+        """Hold the lock for writing. Raises UserError if another run holds it."""
         busy = f"{self.path}: another process writes to it: wait until it ends, or name another --output-name"
         return locked(self.folder / f".{self.name}.lock", busy)
 
     def _parts(self) -> list[Path]:
-        """The parts that exist, of however many processes."""
+        """List the existing parts, which may come from a run with another number of processes."""
         return sorted(self.folder.glob(f"{glob.escape(self.name)}.part-*.jsonl"))
 
     @staticmethod
@@ -247,13 +248,13 @@ class RecordFiles:
         return found
 
 
-# ---- which lines may be continued -----------------------------------------------------------------------------------
+# ---- checks before resuming -----------------------------------------------------------------------------------------
 
 
 def check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]) -> None:
-    """Raise UserError unless every line is about an item that is asked now, and every answer about it as it is now.
+    """Raise UserError if a record's item is not asked in this run, or if an answered item has changed.
 
-    An item that failed is asked again, as it is now.
+    A failed item may have changed, because it is asked again.
     """
     asked = {item.id: item for item in items}
     if gone := [id_ for id_ in records if id_ not in asked]:
@@ -271,14 +272,14 @@ def check_items(path: Path, records: Mapping[str, Record], items: Sequence[Item]
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that answers depend on, by dotted key."""
+    """Return the settings that must not change when a run is resumed, by dotted key."""
     return {key: value for key, value in flat(settings).items() if not FREE.fullmatch(key)}
 
 
 def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
-    """Raise UserError, naming the first setting that differs, unless `records` were made with these settings.
+    """Raise UserError, naming the first changed setting, unless `records` were made with these settings.
 
-    path: the file that keeps the settings of those lines.
+    path: the file with the settings of those records. records: the file of records, for the message.
     """
     another = "name another --output-name to begin anew"
     if not path.is_file():
@@ -296,12 +297,12 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
 
 
 def content_digest(content: Any) -> str:
-    """Digest what JSON can hold; the order of keys does not matter."""
+    """Return the hash of a value that JSON can represent; the order of keys does not matter."""
     return _digest([json.dumps(content, sort_keys=True, ensure_ascii=False).encode()])
 
 
 def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
-    """Return `pieces` of each question's prompt, and what the `qformer` reads beside it."""
+    """Return for each of the item's questions the prompt's `pieces`, and the text for the `qformer`."""
     template = processor.template
     prompts = []
     for request in loaded.requests(item, template):
@@ -313,10 +314,10 @@ def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list
 
 
 def checkpoint_digest(sources: Sequence[Source]) -> str:
-    """Digest the files that weights and tokenizers come from, wherever they lie: names, sizes, and content.
+    """Return the hash of a checkpoint: names, sizes and content of its weights, tokenizer and configuration files.
 
-    Large files are sampled, so that a checkpoint that differs in a few numbers alone could pass for another; training
-    changes nearly all of what trains.
+    Of large files, only samples are hashed. So two checkpoints that differ in a few numbers may have the same hash;
+    but training changes nearly all trained weights.
     """
     parts: list[bytes] = []
     for place in (source.path for source in sources):

@@ -1,9 +1,9 @@
-"""Scores of multiple choice: is an answer right, how many are, and could a difference be chance.
+"""Scores of multiple-choice answers: matching, accuracies, confidence intervals and tests.
 
-Answers are matched by two rules: the benchmark's own ("official"; here MVBench's, arXiv 2311.17005, with cases in
-tests/golden/sampling.json), and a strict one that an empty answer cannot pass. Statistics: Wilson's interval; errors
-clustered by video, since questions about one video are not independent (Miller, arXiv 2411.00640); McNemar's exact
-test; the adjusted Wald interval of matched proportions (Agresti and Min, 2005); Pearson's chi-square.
+Answers are matched by two rules. "official" is the benchmark's own; the one in this file is MVBench's (arXiv
+2311.17005, cases in tests/golden/sampling.json). "strict" counts an empty answer as wrong. Statistics: Wilson's
+interval; errors clustered by video, since questions about one video are not independent (Miller, arXiv 2411.00640);
+McNemar's exact test; the adjusted Wald interval of matched proportions (Agresti and Min, 2005); Pearson's chi-square.
 """
 
 import math
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-Record = dict[str, Any]  # a line of `<name>.jsonl`
+Record = dict[str, Any]  # an item's answer and scores; one line of `<name>.jsonl`
 
 Interval = list[float]  # low, high
 
 RULES = ("strict", "official")
-ITEMS, TASKS = "items", "tasks"  # what an average may be over
-Z95 = 1.959964  # of a two-sided 95% interval
-# A letter that stands for an option: in a bracket, before a mark, or all there is.
+ITEMS, TASKS = "items", "tasks"  # values of `mean_over`
+Z95 = 1.959964  # standard errors on each side of a 95 % interval
+# a letter that names an option: in a bracket, before a punctuation mark, or alone
 _LETTER = re.compile(r"\(*\s*([A-Za-z])\s*(?:[).:]|$)")
 _LETTER_AND_TEXT = re.compile(r"\(*\s*([A-Za-z])\s+(.*)", re.DOTALL)
 
@@ -29,25 +29,25 @@ _LETTER_AND_TEXT = re.compile(r"\(*\s*([A-Za-z])\s+(.*)", re.DOTALL)
 
 
 def official_match(prediction: str, gold: str) -> bool:
-    """Compare the first words in lower case: the prediction's, without dots, lies in the gold's, or the reverse.
+    """Check by MVBench's official rule: one of the first words is part of the other, ignoring case and the full stop.
 
-    gold: as `gold_option` gives it. An empty prediction lies in every gold.
+    prediction: the text. gold: the result of `gold_option`. An empty prediction is always correct by this rule.
     """
     said, right = (text.lower().split(" ")[0] for text in (prediction, gold))
     return said.replace(".", "") in right or right in said
 
 
 def strict_match(prediction: str, candidates: Sequence[str], answer: str) -> bool:
-    """True if the option that the prediction names, by its letter or its whole text, is the answer."""
+    """Check whether the prediction names the correct option, by its letter or its whole text."""
     number = chosen_option(prediction, candidates)
     return number is not None and candidates[number] == answer
 
 
 def chosen_option(prediction: str, candidates: Sequence[str]) -> int | None:
-    """Return the number of the option that a prediction names, None when it names none.
+    """Return the index of the option that a prediction names, or None if it names none.
 
-    An option is named by a letter at the beginning ("(B) ...", "B. ...", "b", or "B" followed by that option's text),
-    or by its text and nothing else. Case, outer spaces and a full stop at the end make no difference.
+    An option is named by a letter at the beginning ("(B) ...", "B. ...", "b", or "B" followed by the option's text),
+    or by its exact text. Case, outer spaces and a final full stop are ignored.
     """
     said = prediction.strip()
     if letter := _LETTER.match(said):
@@ -58,14 +58,14 @@ def chosen_option(prediction: str, candidates: Sequence[str]) -> int | None:
         number = ascii_uppercase.index(both[1].upper())
         if number < len(texts) and _plain(both[2]) == texts[number]:
             return number
-    for text in (_plain(said), _plain(said.removeprefix("("))):  # the prompt ends in a bracket
+    for text in (_plain(said), _plain(said.removeprefix("("))):  # MVBench adds a bracket to each prediction
         if text in texts:
             return texts.index(text)
     return None
 
 
 def gold_option(candidates: Sequence[str], answer: str) -> str:
-    """The answer as the official files have it: "(B) to the left". Raises ValueError when it is no candidate."""
+    """Return the answer in the official format, such as "(B) to the left". Raises ValueError if it is no candidate."""
     # The official script takes the last one of options with equal texts.
     number = max(number for number, candidate in enumerate(candidates) if candidate == answer)
     return f"({ascii_uppercase[number]}) {answer}"
@@ -79,15 +79,15 @@ def _plain(text: str) -> str:
 
 
 def share(part: int, whole: int) -> float | None:
-    """Percent; None of nothing, so that no table has a NaN."""
+    """Return 100 * part / whole, or None if whole is 0."""
     return 100 * part / whole if whole else None
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of lines. right: items answered rightly, by rule. Items that failed (unreadable video) are never right.
+    """Numbers of records. right: rule -> correct answers; failed items (unreadable video) are not correct.
 
-    parsed: items whose answer the rule could read, by rule; a rule that reads every answer is not among them.
+    parsed: rule -> answers that the rule could interpret. A rule that interprets every answer has no entry.
     """
 
     answered: int
@@ -97,20 +97,20 @@ class Tally:
 
     @property
     def asked(self) -> int:
-        """Answered and failed ones."""
+        """Return the number of answered and failed items."""
         return self.answered + self.failed
 
     def over_answered(self, rule: str) -> float | None:
-        """Percent of the items that were answered; None when there is none."""
+        """Return the percentage correct of the answered items; None if there are none."""
         return share(self.right[rule], self.answered)
 
     def over_all(self, rule: str) -> float | None:
-        """Percent of all items asked, failed ones wrong; None when there is none."""
+        """Return the percentage correct of all items, where failed ones count as wrong; None if there are none."""
         return share(self.right[rule], self.asked)
 
 
 def tally(records: Iterable[Record]) -> Tally:
-    """Count these lines."""
+    """Count records: answered, failed, correct, and interpretable."""
     lines = list(records)
     answered = [line for line in lines if not line.get("error")]
     right = {rule: sum(bool(line["correct"][rule]) for line in answered) for rule in RULES}
@@ -120,7 +120,7 @@ def tally(records: Iterable[Record]) -> Tally:
 
 
 def by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The lines of each task, tasks in the order in which they come."""
+    """Group records by task, in the order of each task's first record."""
     groups: dict[str, list[Record]] = {}
     for line in records:
         groups.setdefault(str(line["task"]), []).append(line)
@@ -128,7 +128,7 @@ def by_task(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def by_group(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
-    """The lines of each group of each kind, kind -> group -> lines, in order of the groups' names."""
+    """Group records by further categories: kind (such as "dimension") -> category -> records."""
     kinds: dict[str, dict[str, list[Record]]] = {}
     for line in records:
         for kind, names in line.get("groups", {}).items():
@@ -138,12 +138,13 @@ def by_group(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
 
 
 def accuracies(records: Sequence[Record], mean_over: str = ITEMS) -> dict[str, Any]:
-    """Percent, by either rule: {"strict": ..., "official": ..., "chance": ..., "differing": ids of `differing`}.
+    """Compute scores in percent: {"strict": ..., "official": ..., "chance": ..., "differing": ids of `differing`}.
 
-    Of each rule: `average`, `tasks` and `groups` over all items that were asked, failed ones wrong, with 95 % intervals
-    (`interval`, `task_intervals`); `average_answered` and `tasks_answered` over those that were answered; `parsed`, the
-    percentage of these that the rule could read. None where there is none. `chance`: right by guessing, of the options.
-    mean_over: what the average is over: ITEMS, TASKS, or one task's name.
+    Each rule has `average`, `tasks` and `groups` over all items, where failed ones count as wrong, with 95 % intervals
+    (`interval`, `task_intervals`); `average_answered` and `tasks_answered` over answered items; and `parsed`, the
+    percentage of answers that the rule could interpret. Values without items are None. `chance`: expected percentage
+    correct by guessing.
+    mean_over: the average is over ITEMS or TASKS, or it is the score of the task with this name.
     """
     tasks, groups, total = by_task(records), by_group(records), tally(records)
     of_task = {name: tally(lines) for name, lines in tasks.items()}
@@ -185,27 +186,30 @@ def accuracies(records: Sequence[Record], mean_over: str = ITEMS) -> dict[str, A
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that are there; None of nothing."""
+    """Return the mean of the values that are not None; None if there are none."""
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if there else None
 
 
 def chance(records: Iterable[Record]) -> float | None:
-    """Percent that is right by guessing among the options; None where no line lists any."""
+    """Return the expected percentage correct by guessing among the options; None if no record has options."""
     return mean(100 / len(line["candidates"]) for line in records if line.get("candidates"))
 
 
 def differing(records: Iterable[Record]) -> list[Record]:
-    """The answered lines that one rule counts as right and the other as wrong."""
+    """Return the answered records that are correct by one rule and wrong by the other."""
     answered = (line for line in records if not line.get("error"))
     return [line for line in answered if line["correct"]["official"] != line["correct"]["strict"]]
 
 
-# ---- chance ---------------------------------------------------------------------------------------------------------
+# ---- intervals and tests --------------------------------------------------------------------------------------------
 
 
 def accuracy_interval(records: Sequence[Record], rule: str, *, of_tasks: bool = False) -> Interval | None:
-    """The 95 % interval of an accuracy over all lines, in percent; None of no line. of_tasks: of their mean."""
+    """Return the 95 % interval of the accuracy over all records, in percent; None without records.
+
+    of_tasks: True for the interval of the mean over tasks.
+    """
     right = [float(not line.get("error") and line["correct"][rule]) for line in records]
     tasks = [str(line["task"]) for line in records] if of_tasks else None
     return interval(right, [str(line.get("video") or line["id"]) for line in records], strata=tasks, high=100.0)
@@ -214,12 +218,13 @@ def accuracy_interval(records: Sequence[Record], rule: str, *, of_tasks: bool = 
 def interval(
     values: Sequence[float], clusters: Sequence[str], *, strata: Sequence[str] | None = None, high: float
 ) -> Interval | None:
-    """The 95 % interval of a mean, between 0 and `high`; None of nothing.
+    """Return the 95 % interval of a mean, scaled from 0..1 to 0..high; None without values.
 
-    values: from 0 to 1. clusters: of each value, such as its video; values of one cluster may depend on each other.
-    strata: of each value, where the mean is that of the strata's means. Right or wrong, all independent and without
-    strata: Wilson's interval. Otherwise the mean and 1.96 standard errors, clustered; if every cluster has the same
-    mean, the standard error of 0 says nothing, and Wilson's interval over the clusters takes its place.
+    values: from 0 to 1. clusters: each value's cluster, such as its video; values of a cluster may be dependent.
+    strata: each value's stratum, such as its task; the mean is then the mean of the strata's means.
+    If all values are 0 or 1, all clusters have one value and there is one stratum, the result is Wilson's interval.
+    Otherwise it is the mean plus or minus 1.96 clustered standard errors. If that error is 0, because all clusters
+    agree, it is Wilson's interval over the clusters.
     """
     if not values:
         return None
@@ -228,7 +233,7 @@ def interval(
         groups.setdefault(stratum, []).append(place)
     means = {name: math.fsum(values[place] for place in places) / len(places) for name, places in groups.items()}
     centre = math.fsum(means.values()) / len(means)
-    sums: dict[str, float] = dict.fromkeys(clusters, 0.0)  # of what each cluster adds to the mean's error
+    sums: dict[str, float] = dict.fromkeys(clusters, 0.0)  # each cluster's contribution to the error of the mean
     for name, places in groups.items():
         for place in places:
             sums[clusters[place]] += (values[place] - means[name]) / (len(places) * len(groups))
@@ -242,7 +247,7 @@ def interval(
 
 
 def wilson(part: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share from 0 to 1, observed among `count` independent draws."""
+    """Return Wilson's 95 % interval for a share from 0 to 1 that was observed in `count` independent draws."""
     middle = (part + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
     spread = Z95 / (1 + Z95**2 / count) * math.sqrt(part * (1 - part) / count + Z95**2 / (4 * count**2))
     return max(0.0, middle - spread), min(1.0, middle + spread)
@@ -251,13 +256,14 @@ def wilson(part: float, count: int) -> tuple[float, float]:
 def paired(
     first: Sequence[float], second: Sequence[float], clusters: Sequence[str] = (), *, high: float = 100.0
 ) -> dict[str, Any]:
-    """Compare the same items asked in two ways: right or wrong in each, or with scores from 0 to 1.
+    """Compare two runs over the same items. first, second: each run's values, 0 or 1, or scores from 0 to 1.
 
-    `items`: compared; `lost`: better the first way; `gained`: better the second way; `difference`: the second mean less
-    the first, and its 95% `interval`, where 1 is `high`, both None of no items; `p`: two-sided, how likely so uneven a
-    split of lost and gained is when neither way is better (McNemar's exact test; of scores, the sign test). It takes
-    items as independent. clusters: of each item, such as its video. Right or wrong without a cluster of several items,
-    or where all clusters agree: the interval of Agresti and Min. Else the mean difference and 1.96 clustered errors.
+    Returns `items`: their number. `lost`, `gained`: numbers of items with a lower or higher value in the second run.
+    `difference`: the second mean minus the first, and its 95 % `interval`, both scaled from 1 to `high`; None without
+    items. `p`: two-sided p-value of McNemar's exact test (of scores, the sign test), which treats items as independent.
+    clusters: each item's cluster, such as its video. The interval is that of Agresti and Min if all values are 0 or 1
+    and no cluster has several items, or if all clusters agree. Otherwise it is the mean difference plus or minus 1.96
+    clustered standard errors.
     """
     changes = [float(after) - float(before) for before, after in zip(first, second, strict=True)]
     items, lost, gained = len(changes), sum(change < 0 for change in changes), sum(change > 0 for change in changes)
@@ -280,12 +286,12 @@ def paired(
 
 
 def chi_square(observed: Sequence[float], expected: Sequence[float]) -> float:
-    """Pearson's sum over the cells; those of which nothing is expected are left out."""
+    """Return Pearson's chi-square statistic. Cells with an expected count of 0 are left out."""
     return sum((seen - due) ** 2 / due for seen, due in zip(observed, expected, strict=True) if due)
 
 
 def chi_square_p(value: float, degrees: int) -> float:
-    """The probability that a chi-square of so many degrees of freedom is that large or larger."""
+    """Return the probability of a chi-square of at least `value` with `degrees` degrees of freedom."""
     import torch
 
     halves = torch.tensor([degrees / 2, value / 2], dtype=torch.float64)

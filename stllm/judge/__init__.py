@@ -1,1 +1,1 @@
-"""Grading predictions with a language model: what `stllm judge` does."""
+"""Scoring of predictions by a language model, the judge (`stllm judge`)."""

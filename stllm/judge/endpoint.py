@@ -1,9 +1,8 @@
-"""A judge behind an OpenAI-compatible endpoint: several items are asked at a time, each by a chat completion.
+"""A judge behind an OpenAI-compatible endpoint: several items at a time, one chat completion per item.
 
-openai's client repeats requests (429, 5xx, timeouts, broken connections), with growing pauses or those that the server
-requests. `_Http` below it adds a time limit for the whole reply and decides which failures are worth repeating. If a
-judge refuses a system message, `max_tokens` or the temperature, later requests leave it out; the refused requests count
-like all others.
+openai's client retries requests (429, 5xx, timeouts, broken connections), with growing pauses or those that the server
+requests. `_Http` adds a time limit for the whole reply, and decides which failures are retried. If a judge refuses a
+system message, `max_tokens` or the temperature, later requests omit it. Refused requests count towards --max-retries.
 """
 
 import asyncio
@@ -21,16 +20,16 @@ from stllm.common.errors import UserError
 from stllm.common.files import server_address
 from stllm.common.jsonl import loads
 from stllm.judge.items import JudgeItem, Messages, PromptSet, without_system
-from stllm.judge.ledger import Ledger, Reply, verdict_of
+from stllm.judge.ledger import JudgeReply, Ledger, verdict_of
 from stllm.judge.parser import CutOff, Unparsable
 
 log = logging.getLogger(__name__)
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
-NUM_REASKS = 2  # of an item whose reply states no score
-MAX_FAILED_IN_A_ROW = 10  # then the judge is considered out of order
-NUM_CHARACTERS = 120  # of a server's words in a message
+NUM_REASKS = 2  # further requests for an item if a reply has no score
+MAX_FAILED_IN_A_ROW = 10  # after so many failed items, asking stops
+NUM_CHARACTERS = 120  # of a server's text that a message quotes
 ADVICE = {
     401: "it does not accept the key: name the environment variable that holds the right one with --api-key-env",
     403: "the key may not use this model or endpoint: use another key (--api-key-env), --model or --base-url",
@@ -38,7 +37,7 @@ ADVICE = {
 }
 CUT_OFF = ("length", "model_length", "max_tokens", "max_output_tokens")  # finish reasons of different servers
 
-# What a judge may refuse, and how its server words that: vLLM, TGI, LM Studio and llama.cpp quote the chat template.
+# part of a request that a judge may refuse -> pattern of the server's error message
 SYSTEM, MAX_TOKENS, TEMPERATURE = "system", "max_tokens", "temperature"
 REFUSALS = {
     SYSTEM: r"\bsystem\b.{0,40}\b(role|message|prompt|instruction)|\brole.{0,60}\bsystem\b|developer instruction"
@@ -58,10 +57,10 @@ AGAIN, ITEM, RUN = "again", "item", "run"
 
 @dataclass(frozen=True)
 class _Failure:
-    """A request without a reply, and why.
+    """A failed request. why: the reason.
 
-    kind: AGAIN means that repeating may help; ITEM and RUN mean that this item, or any item, cannot be asked; a key of
-    REFUSALS is the part of the request that the judge does not accept.
+    kind: AGAIN if a retry may help; ITEM if this item cannot be judged; RUN if no item can be judged; a key of REFUSALS
+    if the judge does not accept that part of the request.
     """
 
     kind: str
@@ -71,11 +70,10 @@ class _Failure:
 class Endpoint:
     """An OpenAI-compatible server and one of its models.
 
-    settings: fields of every request: `model`, `temperature` and perhaps `max_tokens`. base_url: None for OpenAI.
-    api_key_env: the environment variable that holds the key. OpenAI's key is sent only to OpenAI unless it is named;
-    other servers usually ask for none. timeout: seconds for a whole reply, however slowly it arrives.
-    address: the URL without its password, so that it may be written down.
-    Raises UserError for what is no server's URL, and for a key that is missing or malformed.
+    settings: fields of every request: `model`, `temperature` and optionally `max_tokens`. base_url: None for OpenAI.
+    api_key_env: environment variable with the key. By default, OPENAI_API_KEY is sent to OpenAI only, and no key to
+    other servers. timeout: seconds for a whole reply. Attribute address: the URL without password, for messages.
+    Raises UserError for an invalid URL, and for a key that is missing or malformed.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class Endpoint:
         http = _Http(self.address, timeout)
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, http_client=http)
         self._settings = settings
-        self._refused: set[str] = set()  # keys of REFUSALS that this judge does not take
+        self._refused: set[str] = set()  # keys of REFUSALS that this judge does not accept
 
     async def ask(
         self,
@@ -107,16 +105,16 @@ class Endpoint:
         max_attempts: int,
         done: Callable[[], Any],
     ) -> str | None:
-        """Ask about all items, `concurrency` at a time. Return the reason why asking stopped early, or None.
+        """Have all items judged, `concurrency` at a time. Return the reason for stopping early, or None.
 
-        max_attempts: requests that an item may take. done: called after each item.
+        max_attempts: most requests per item. done: called after each item.
         """
         axis = ledger.run.axis
-        waiting = iter(items)  # shared: each worker takes the next one
-        num_failed = 0  # in a row
+        waiting = iter(items)  # shared by the workers; each takes the next item
+        num_failed = 0  # consecutive failures
 
-        def is_final(item: JudgeItem, reply: Reply) -> bool:
-            """Check whether asking again cannot help: a verdict, no reply, or a reply that would be cut off again."""
+        def is_final(item: JudgeItem, reply: JudgeReply) -> bool:
+            """Check whether asking again is useless: there is a verdict, no reply, or a reply that was cut off."""
             try:
                 return reply.reply is None or bool(verdict_of(item, axis, reply.reply, cut=reply.cut))
             except Unparsable as fault:
@@ -144,7 +142,7 @@ class Endpoint:
         workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(items)))]
         try:
             await asyncio.gather(*workers)
-        except UserError as stop:  # also of the ledger, which does not mix judges
+        except UserError as stop:  # the ledger raises it, too, if another judge replies
             return str(stop)
         finally:
             for worker in workers:
@@ -153,8 +151,8 @@ class Endpoint:
             await self._client.close()
         return None
 
-    async def _reply(self, messages: Messages, max_attempts: int) -> Reply:
-        """Ask, with at most this many requests. Raises UserError when no item can be asked any more."""
+    async def _reply(self, messages: Messages, max_attempts: int) -> JudgeReply:
+        """Return the judge's reply, after at most this many requests. Raises UserError if no item can be judged."""
         attempts = 0
         while True:
             body = {**self._settings, "messages": without_system(messages) if SYSTEM in self._refused else messages}
@@ -169,10 +167,10 @@ class Endpoint:
                 )
             except openai.APIStatusError as error:
                 response = error.response
-            outcome: Reply | _Failure = response.extensions["outcome"]
-            # openai's client counts the repetitions in a header
+            outcome: JudgeReply | _Failure = response.extensions["outcome"]
+            # openai's client counts its retries in a header
             attempts += int(response.request.headers.get("x-stainless-retry-count", 0)) + 1
-            if isinstance(outcome, Reply):
+            if isinstance(outcome, JudgeReply):
                 return replace(outcome, model=outcome.model or self._settings["model"], attempts=attempts)
             if outcome.kind == RUN:
                 raise UserError(outcome.why)
@@ -181,19 +179,19 @@ class Endpoint:
                 pause = f"of {pause} s" if pause.isdigit() else f"until {pause or 'later'}"
                 raise UserError(f"{outcome.why} and asks for a pause {pause}: run the same command again after that")
             if outcome.kind in (AGAIN, ITEM):
-                return Reply(error=outcome.why, attempts=attempts)
+                return JudgeReply(error=outcome.why, attempts=attempts)
             if outcome.kind not in self._refused:
                 log.warning("%s", outcome.why)
                 self._refused.add(outcome.kind)
             if attempts >= max_attempts:
                 too_few = f"{outcome.why}: raise --max-retries, which left no request for that"
-                return Reply(error=too_few, attempts=attempts)
+                return JudgeReply(error=too_few, attempts=attempts)
 
 
 class _Http(openai.DefaultAsyncHttpxClient):
-    """The HTTP client below openai's client, which repeats a request whose response is an error with `x-should-retry`.
+    """HTTP client for openai's client. It decides about retries by the header `x-should-retry` of a response.
 
-    The extensions of each response hold the `outcome`: a Reply or a _Failure.
+    `outcome` in the extensions of each response is a JudgeReply or a _Failure.
     """
 
     def __init__(self, server: str, seconds: float) -> None:
@@ -202,11 +200,11 @@ class _Http(openai.DefaultAsyncHttpxClient):
         self._warned: set[str] = set()
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """Send a request once. A request without a chat completion gets an error status if the server gave none."""
+        """Send a request once. A response that is not a chat completion gets an error status if it has none."""
         response = httpx.Response(503, request=request)
-        outcome: Reply | _Failure
+        outcome: JudgeReply | _Failure
         try:
-            # httpx's own timeout is for each piece of a reply; this one is for all of it.
+            # httpx's own timeout applies to each chunk of a reply; this one to the whole reply
             response = await asyncio.wait_for(super().send(request, **options), self._seconds)
             outcome = _reply(response.content) if response.is_success else self._failure(response)
         except (asyncio.TimeoutError, httpx.TimeoutException):
@@ -218,24 +216,24 @@ class _Http(openai.DefaultAsyncHttpxClient):
                 response = httpx.Response(503, request=request)
             response.headers["x-should-retry"] = str(outcome.kind == AGAIN).lower()
             beginning = outcome.why.partition(" (")[0].partition(":")[0]
-            if outcome.kind == AGAIN and beginning not in self._warned:  # once, so that a person sees why nothing moves
+            if outcome.kind == AGAIN and beginning not in self._warned:  # once, to explain a slow progress bar
                 self._warned.add(beginning)
                 log.warning("%s: such requests are sent again, up to --max-retries times", outcome.why)
         response.extensions["outcome"] = outcome
         return response
 
     def _failure(self, response: httpx.Response) -> _Failure:
-        """The meaning of an error status."""
+        """Return the failure that an error status means."""
         status, body = response.status_code, _json(response.content)
         error = body.get("error", body) if isinstance(body, dict) else None
         message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (None, None)
         words = str(message or response.text or response.reason_phrase or "no words")
         said = _short(words)
         if status in (400, 422, 500):
-            sent = _json(response.request.content) or {"messages": []}  # a redirection may have dropped it
+            sent = _json(response.request.content) or {"messages": []}  # a redirect may have dropped the body
             sent = {*sent, *(message["role"] for message in sent["messages"])}
             for part, pattern in REFUSALS.items():
-                if part in sent and re.search(pattern, words[:400].lower()):  # some servers repeat the whole request
+                if part in sent and re.search(pattern, words[:400].lower()):  # later text may quote the request
                     return _Failure(part, f"{WITHOUT[part]} ({said})")
         if status in ADVICE:
             return _Failure(RUN, f"{self._server} answered {status} ({said}): {ADVICE[status]}")
@@ -248,7 +246,7 @@ class _Http(openai.DefaultAsyncHttpxClient):
         return _Failure(ITEM, f"the endpoint rejects the request with {status} ({said})")
 
 
-def _reply(content: bytes) -> Reply | _Failure:
+def _reply(content: bytes) -> JudgeReply | _Failure:
     """Read a chat completion, whatever content type the server declared."""
     body = _json(content)
     start = _short(content[: 4 * NUM_CHARACTERS].decode("utf-8", "replace"))
@@ -265,19 +263,19 @@ def _reply(content: bytes) -> Reply | _Failure:
         return _Failure(AGAIN, f"the endpoint answered no chat completion: {start!r}")
     if refusal or reason == "content_filter":
         return _Failure(ITEM, f"refused by the judge ({_short(str(refusal or reason))})")
-    if isinstance(text, list):  # pieces, as some servers put it
+    if isinstance(text, list):  # some servers send a list of parts
         reasoning = reasoning or any(isinstance(part, dict) and part.get("type") == "thinking" for part in text)
         text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
     cut = reason in CUT_OFF
     if isinstance(text, str) and text.strip():
-        return Reply(text, model if isinstance(model, str) else None, cut=cut)
+        return JudgeReply(text, model if isinstance(model, str) else None, cut=cut)
     if reasoning or cut:
         return _Failure(ITEM, "the judge spent all its tokens on reasoning and gave no answer: raise --max-tokens")
     return _Failure(AGAIN, "the endpoint answered an empty message")
 
 
 def _json(content: bytes) -> Any:
-    """The value of the bytes; None for text that is no JSON, nesting too deep, or a number too long to read."""
+    """Parse JSON; None if it is invalid."""
     try:
         return loads(content)
     except ValueError:
@@ -285,6 +283,6 @@ def _json(content: bytes) -> Any:
 
 
 def _short(words: str) -> str:
-    """The words in one line of at most NUM_CHARACTERS."""
+    """Return the text as one line of at most NUM_CHARACTERS."""
     text = " ".join(words.split())
     return text if len(text) <= NUM_CHARACTERS else f"{text[: NUM_CHARACTERS - 3]}..."

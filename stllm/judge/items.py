@@ -1,11 +1,11 @@
-"""Items to judge, and the chat that asks about one.
+"""Items to judge, and the chat messages for one item.
 
-Items are questions, correct answers and predictions, from the lines of `stllm evaluate` or the official JSON lists.
-Each of these spellings is read: {Q, A, pred}, {Q1, Q2, A, pred1, pred2} and {question, answer, prediction or pred}.
+An item is a question with its correct answer and a prediction, from records of `stllm evaluate` or the official JSON
+lists. Their fields may be {Q, A, pred}, {Q1, Q2, A, pred1, pred2} or {question, answer, prediction or pred}.
 
-The instructions are data: ours, or the user's own copy of the official ones. Their digest identifies them. An item's
-texts are data to the judge, too: our instructions quote them as JSON strings, so that a prediction cannot end its
-quotation.
+The instructions come from a YAML file: stllm's, or the user's copy of the official ones. A hash identifies them.
+stllm's instructions quote an item's texts as JSON strings, so that a prediction cannot end its quotation and pose as an
+instruction.
 """
 
 import hashlib
@@ -28,27 +28,27 @@ EXPECTED = (
     "or pred}, with Q1, Q2, pred1 and pred2 on the axis consistency"
 )
 VIDEOS = ("video_name", "video", "video_id")
-IDS = ("id", "question_id", *VIDEOS)  # an item's key
-NAMES = (*VIDEOS, "id", "question_id")  # the name of its official file in VcgBench
+IDS = ("id", "question_id", *VIDEOS)  # fields for an item's key; the first one present is used
+NAMES = (*VIDEOS, "id", "question_id")  # fields for the name of an item's official file in VcgBench
 
-ALIASES = {"pred": "prediction", "pred1": "prediction1", "pred2": "prediction2"}  # of the official scripts
+ALIASES = {"pred": "prediction", "pred1": "prediction1", "pred2": "prediction2"}  # the official scripts' names -> ours
 ONE_QUESTION = ("question", "answer", "prediction")
 TWO_QUESTIONS = ("question1", "question2", "answer", "prediction1", "prediction2")
-CAPTION = "tempcompass_captioning"  # instructions for captions, whose judge does not see the answer
+CAPTION = "tempcompass_captioning"  # key of the instructions for captions; they do not show the answer to the judge
 WITHOUT_ANSWER = ("question", "prediction")
 QUOTES = ("none", "json")
 DIGEST_SIZE = 8  # bytes
 _FIELD = re.compile(r"\{(\w+)\}")
 
-Messages = list[dict[str, str]]  # as chat completions take them
+Messages = list[dict[str, str]]  # messages of a chat completion: {"role": ..., "content": ...}
 
 
 @dataclass(frozen=True)
 class JudgeItem:
-    """One item to judge: a question and its prediction, or a list of two of each on the axis consistency.
+    """One item to judge: a question and its prediction, or a list of two of each for the axis consistency.
 
-    key: unique in the file, the same in every run. name: of its official item file, `<key>_<k>`. form: of its
-    instructions, where they are not the axis's own. video: what it is about, "" where the file does not say.
+    key: unique in the file and the same in every run. name: of its official item file, `<key>_<k>`. form: key of its
+    instructions; "" for those of the axis. video: the video's name; "" if unknown.
     """
 
     key: str
@@ -61,7 +61,7 @@ class JudgeItem:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts in the order of ONE_QUESTION or TWO_QUESTIONS."""
+        """Return the texts in the order of ONE_QUESTION or TWO_QUESTIONS."""
         if isinstance(self.question, str) and isinstance(self.prediction, str):
             return self.question, self.answer, self.prediction
         return *self.question, self.answer, *self.prediction
@@ -72,22 +72,22 @@ class JudgeItem:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The items of a file for one axis. unanswered: the reason why an item cannot be judged, by its key."""
+    """The items of a file for one axis. unanswered: key of an item that cannot be judged -> the reason."""
 
     items: tuple[JudgeItem, ...]
     unanswered: dict[str, str]
 
 
 def read_predictions(path: str, axis: str) -> Predictions:
-    """Read the items of an axis. Lines of VcgBench's other tasks are skipped.
+    """Read the items for an axis from a file. Records of VcgBench's other tasks are skipped.
 
-    Raises UserError, naming file and record, for a file that is not JSON, lacks a field, or has nothing for this axis.
+    Raises UserError for a file that is not JSON or has no item for the axis, and for a record that lacks a field.
     """
     file = user_path(path)
     items: dict[str, JudgeItem] = {}
     unanswered: dict[str, str] = {}
-    num_seen: Counter[tuple[str, str]] = Counter()  # by id, and by official id
-    names: dict[str, str] = {}  # of official item files, by key
+    num_seen: Counter[tuple[str, str]] = Counter()  # ("key", id) or ("name", official id) -> occurrences
+    names: dict[str, str] = {}  # key -> name of the official item file
     tasks = set()
     for number, (_, _, fields) in enumerate(json_values(file, read_file(file, EXPECTED)[1], EXPECTED), start=1):
         where = f"{path}, record {number}"
@@ -96,13 +96,14 @@ def read_predictions(path: str, axis: str) -> Predictions:
         task = fields.get("task")
         tasks.add(str(task))
         if axis == TEMPCOMPASS and (task is None or fields.get("parsed", {}).get("official")):
-            continue  # another benchmark's, or settled by a rule
-        if task in TASKS.values() if axis == QA else task and task != TASKS.get(axis, task):  # official files name none
+            continue  # a record of another benchmark, or one that the official rule can score
+        # a record of another task; official files have no task
+        if task in TASKS.values() if axis == QA else task and task != TASKS.get(axis, task):
             continue
         key = _first(fields, IDS)
         if not key:
             raise UserError(f"{where}: found none of {', '.join(IDS)} (fields {', '.join(fields)}): add an id")
-        if "task" not in fields or "id" not in fields:  # not a line of `stllm evaluate`, whose ids are unique
+        if "task" not in fields or "id" not in fields:  # not from `stllm evaluate`, so ids may not be unique
             num_seen["key", key] += 1
             key = f"{key}_{num_seen['key', key] - 1}"
         if key not in names:
@@ -126,7 +127,7 @@ def read_predictions(path: str, axis: str) -> Predictions:
 
 
 def _item(fields: Fields, axis: str, key: str, name: str, where: str) -> JudgeItem | str:
-    """The item, or the reason why it cannot be judged. Raises UserError for a record of another kind."""
+    """Return the item, or the reason why it cannot be judged. Raises UserError if the record lacks a field."""
     if fields.get("error"):
         return " ".join(str(fields["error"]).encode("utf-8", "replace").decode().split())
     caption = axis == TEMPCOMPASS and "mc_question" in fields
@@ -154,18 +155,18 @@ def _item(fields: Fields, axis: str, key: str, name: str, where: str) -> JudgeIt
 
 
 def _first(fields: Fields, keys: tuple[str, ...]) -> str:
-    """The value of the first key that has one. Half a surrogate pair, which no file can hold, becomes its escape."""
+    """Return the first text or number under these keys, or "". Unpaired surrogates become escapes."""
     found = (str(fields[key]) for key in keys if isinstance(fields.get(key), (str, int)) and fields[key] != "")
     return next(found, "").encode("utf-8", "backslashreplace").decode()
 
 
 def _texts(fields: Fields, *names: str) -> list[str | None]:
-    """The texts under one of the names, as a text, a list, or numbered 1 and 2.
+    """Return the texts of the first of these fields: one value, a list, or two fields with 1 and 2 added to the name.
 
-    Empty texts stay, numbers become texts, half a surrogate pair is replaced; anything else is None.
+    Numbers become texts, unpaired surrogates are replaced, and values of other types become None.
     """
     values: list[Any] = []
-    for name in reversed(names):  # the first name counts
+    for name in reversed(names):  # so that the first name has priority
         if name in fields:
             values = fields[name] if isinstance(fields[name], list) else [fields[name]]
         elif f"{name}1" in fields and f"{name}2" in fields:
@@ -183,9 +184,10 @@ def _texts(fields: Fields, *names: str) -> list[str | None]:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Instructions of several axes: a system and a user message each, with {fields} for an item's texts.
+    """Instructions for judges: for each axis a system and a user message with {fields} for an item's texts.
 
-    quote: "json" or "none". source: the file, for messages.
+    version: name of this wording. quote: "json" to insert texts as JSON strings, "none" to insert them unchanged.
+    prompts: axis -> {"system": ..., "user": ...}. source: the file's name, for messages.
     """
 
     version: str
@@ -195,13 +197,13 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """16 hex digits over every word that a judge may read, on any axis. The version's name is not included."""
+        """Return a hash of all instructions, 16 hex digits. The name of the version is not part of it."""
         texts = {axis: [prompt["system"], prompt["user"]] for axis, prompt in self.prompts.items()}
         content = json.dumps([self.quote, texts], sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(content.encode(), digest_size=DIGEST_SIZE).hexdigest()
 
     def messages(self, axis: str, item: JudgeItem) -> Messages:
-        """Build the chat that asks about one item. Raises UserError when there are no instructions for the axis."""
+        """Return the chat messages for one item. Raises UserError if there are no instructions for the axis."""
         form = item.form or axis
         if form not in self.prompts:
             raise UserError(
@@ -212,24 +214,24 @@ class PromptSet:
 
         def value(match: re.Match[str]) -> str:
             text = values.get(ALIASES.get(match[1], match[1]))
-            if text is None:  # no field of an item, such as the dictionary in {'score': 4}
+            if text is None:  # braces that are not a field, such as {'score': 4}
                 return match[0]
             return json.dumps(text, ensure_ascii=False) if self.quote == "json" else text
 
-        # One pass over the instructions: braces in an item's text are not filled in.
+        # a single pass, so that braces in an item's text are not replaced
         filled = {role: _FIELD.sub(value, text) for role, text in self.prompts[form].items()}
         return [{"role": role, "content": text} for role, text in filled.items() if text]
 
 
 def without_system(messages: Messages) -> Messages:
-    """The same chat in one user message, for models that have no system role."""
+    """Return the chat as one user message, for models without a system role."""
     return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
 
 
 def load_prompts(path: str | None, axis: str = QA) -> PromptSet:
-    """Read the instructions in a YAML or JSON file; None for ours, of the file in which the axis is.
+    """Read instructions from a YAML or JSON file. path: None for stllm's own file for the axis.
 
-    Raises UserError for a file that is none, an unknown axis, or instructions that leave out one of the item's texts.
+    Raises UserError for an unreadable file, an unknown axis, or instructions that do not show all of an item's texts.
     """
     source = path or "the instructions of stllm"
     if path is None:

@@ -1,8 +1,8 @@
-"""The ledger of a judge: one line for each item, written as soon as its verdict is known.
+"""The ledger of a judge: a JSON Lines file with one line per item, written as soon as its verdict is known.
 
-Scores are computed from the ledger, so they can be computed again without a network. Its first line describes the run:
-the judge, the instructions and their settings. The verdicts of another judge, or about other predictions, cannot be
-added to it. When an item has several lines, the last one counts.
+Scores are computed from the ledger, so they can be recomputed without asking the judge. Its first line describes the
+run: judge, instructions and settings. Verdicts of another judge or about other predictions are not added to it. If an
+item has several lines, the last one counts.
 """
 
 import math
@@ -22,10 +22,10 @@ from stllm.evaluation.axes import TEMPCOMPASS
 from stllm.judge.items import JudgeItem
 from stllm.judge.parser import Unparsable, Verdict, parse_decision, parse_reply
 
-MAX_NEW_TOKENS = 128  # of a local judge; a verdict takes a dozen, but a judge that thinks first needs --max-tokens
+MAX_NEW_TOKENS = 128  # default of a local judge; a verdict needs about 12, but a reasoning model needs --max-tokens
 ADVICE = "not a line of a judge's ledger; restore the file, or begin anew in another --output-dir"
 RUN = "run"  # the key of a line that describes the run
-COMPARED = {  # settings that a ledger does not mix, in words
+COMPARED = {  # settings that must be the same in all of a ledger -> their names in messages
     "axis": "axis",
     "requested_model": "judge (--model)",
     "prompt_digest": "digest of the instructions (--prompts)",
@@ -36,7 +36,7 @@ COMPARED = {  # settings that a ledger does not mix, in words
 
 @dataclass(frozen=True)
 class JudgeRun:
-    """The judge and its settings. num_items: items to be judged. unanswered: items without a prediction, with why."""
+    """The judge and its settings. num_items: items to be judged. unanswered: item without a prediction -> reason."""
 
     axis: str
     requested_model: str
@@ -50,16 +50,16 @@ class JudgeRun:
 
     @property
     def limit(self) -> float:
-        """Tokens of a reply. An endpoint without --max-tokens is assumed to have no limit."""
+        """Return the most tokens of a reply; infinity for an endpoint without --max-tokens."""
         return self.max_tokens or (MAX_NEW_TOKENS if self.base_url is None else math.inf)
 
 
 @dataclass(frozen=True)
-class Reply:
-    """A judge's reply to an item, or the reason why there is none (error).
+class JudgeReply:
+    """A judge's reply to an item.
 
-    model: the exact id that the server returned. attempts: the number of requests. cut: whether the reply was stopped
-    at the limit of tokens.
+    reply: the text; None if there is none. model: the exact id that the server returned. attempts: number of requests.
+    error: the reason why there is no reply. cut: whether the reply was stopped at the limit of tokens.
     """
 
     reply: str | None = None
@@ -70,15 +70,15 @@ class Reply:
 
 
 def verdict_of(item: JudgeItem, axis: str, reply: str, *, cut: bool) -> Verdict:
-    """Read the reply about an item; see parser.py. Raises Unparsable."""
+    """Parse a reply about an item; see parser.py. Raises Unparsable."""
     if axis == TEMPCOMPASS:
         return parse_decision(reply, item.answer if item.form else None, cut=cut)
     return parse_reply(reply, axis, cut=cut)
 
 
 @dataclass(frozen=True)
-class Entry(JudgeItem):
-    """A line: an item, the judge's reply as in `Reply`, and the reason why there is no score (error), if so."""
+class LedgerEntry(JudgeItem):
+    """A line of a ledger: an item and the judge's reply, as in `JudgeReply`. error: the reason if there is no score."""
 
     axis: str
     model: str | None
@@ -87,11 +87,11 @@ class Entry(JudgeItem):
     prompt_digest: str
     attempts: int
     error: str | None
-    cut: bool = False  # written only if so
+    cut: bool = False  # written only if True
 
     @cached_property
     def outcome(self) -> Verdict | str:
-        """The verdict of the reply, parsed again, or the reason why there is none."""
+        """Parse the reply again. Return its verdict, or the reason why there is none."""
         if self.reply is None:
             return self.error or "there is no reply"
         try:
@@ -101,25 +101,24 @@ class Entry(JudgeItem):
 
     @property
     def is_scored(self) -> bool:
-        """Check whether the reply states a score."""
+        """Check whether the reply has a score."""
         return isinstance(self.outcome, Verdict)
 
 
-_RUN, _ENTRY = TypeAdapter(JudgeRun), TypeAdapter(Entry)  # check the types of what a file holds
+_RUN, _ENTRY = TypeAdapter(JudgeRun), TypeAdapter(LedgerEntry)  # check the types of a file's values
 
 
 class Ledger:
-    """The lines of one axis in `path`. `continued` opens a ledger to append to.
+    """The ledger of one axis in the file `path`. Use `continued` to open one for appending.
 
-    entries: the last line of each key, in the order of their first lines. model: the judge that made the scores, by the
-    server's id without its route.
-    Raises UserError for a damaged line.
+    Attributes: entries: key -> last line with it, in the order of the keys' first lines. model: id of the judge that
+    made the scores, without a router's route. Raises UserError for a damaged line.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._run: JudgeRun | None = None  # of the last line that describes it
-        self.entries: dict[str, Entry] = {}
+        self._run: JudgeRun | None = None  # from the last line that describes a run
+        self.entries: dict[str, LedgerEntry] = {}
         self.model: str | None = None
         self._lines: Appender | None = None
         for number, record in read_records(path, ADVICE):
@@ -134,16 +133,16 @@ class Ledger:
 
     @property
     def run(self) -> JudgeRun:
-        """The judge and its settings; a ledger from `continued` or `read_ledger` has them."""
+        """Return the judge and its settings. Only for ledgers from `continued` or `read_ledger`."""
         assert self._run is not None
         return self._run
 
     def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
-        """Raise UserError when these items or settings differ from the ledger's; the message says what differs."""
+        """Raise UserError if settings or items (None: not compared) differ from the ledger's, naming the difference."""
         earlier = self._run or run
         for name, words in COMPARED.items():
             before, now = getattr(earlier, name), getattr(run, name)
-            raised = name == "max_tokens" and run.limit >= earlier.limit  # whole replies remain as they are
+            raised = name == "max_tokens" and run.limit >= earlier.limit  # would not change complete replies
             if before != now and not raised:
                 raise UserError(
                     f"{self.path} holds scores with another {words}: it was {before!r} and is now {now!r}; set it back "
@@ -160,11 +159,11 @@ class Ledger:
                     "continue, or begin anew in another --output-dir"
                 )
 
-    def append(self, item: JudgeItem, reply: Reply) -> Entry:
-        """Write the line of an item. Raises UserError when another judge made the scores before."""
-        assert self._lines is not None  # of `continued`
+    def append(self, item: JudgeItem, reply: JudgeReply) -> LedgerEntry:
+        """Write the line of an item. Raises UserError if another judge made the earlier scores."""
+        assert self._lines is not None  # set by `continued`
         fields = {**asdict(item), "axis": self.run.axis, "prompt_digest": self.run.prompt_digest, **asdict(reply)}
-        entry = Entry(**fields, parsed=None)
+        entry = LedgerEntry(**fields, parsed=None)
         if isinstance(verdict := entry.outcome, Verdict):
             fields["parsed"] = {"score": verdict.score, **({"pred": verdict.pred} if verdict.pred else {})}
             if self.model not in (None, name := self._judge(entry.model)):
@@ -180,13 +179,13 @@ class Ledger:
         self._keep(entry)
         return entry
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, entry: LedgerEntry) -> None:
         self.entries[entry.key] = entry
         if self.model is None and entry.is_scored:
             self.model = self._judge(entry.model)
 
     def _judge(self, model: str | None) -> str | None:
-        """The id without the route that a router appends (`family/model:route`), unless --model requests that route."""
+        """Return a model id without a router's route (`family/model:route`), unless --model requests that route."""
         name, _, route = (model or "").rpartition(":")
         asked = self._run is not None and self._run.requested_model.endswith(f":{route}")
         return name if "/" in name and not asked else model
@@ -194,9 +193,9 @@ class Ledger:
 
 @contextmanager
 def continued(path: Path, run: JudgeRun, items: Sequence[JudgeItem]) -> Iterator[Ledger]:
-    """Open a ledger to append to. Only one process at a time can do this.
+    """Open a ledger for appending during the block. Only one process at a time can do this.
 
-    Raises UserError when the ledger holds scores of other items or settings. A ledger without a score is started anew.
+    Raises UserError if the ledger has scores with other items or settings. A ledger without a score is started anew.
     """
     busy = f"{path}: another process writes to it: wait until it ends, or name another --output-dir"
     with locked(path.with_name(f".{path.name}.lock"), busy):
@@ -216,7 +215,7 @@ def continued(path: Path, run: JudgeRun, items: Sequence[JudgeItem]) -> Iterator
 
 
 def read_ledger(path: Path) -> Ledger:
-    """Read a ledger. Raises UserError when there is none."""
+    """Read a ledger. Raises UserError if there is none."""
     ledger = Ledger(path)
     if ledger._run is None:
         what = "holds no line yet" if path.is_file() else "there is no such ledger"

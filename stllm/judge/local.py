@@ -1,4 +1,4 @@
-"""A judge on this machine: any causal language model of transformers. It answers in batches, by greedy search."""
+"""A judge that runs in this process: any causal language model of transformers, with greedy decoding in batches."""
 
 import hashlib
 import math
@@ -13,17 +13,16 @@ from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError, reason
 from stllm.common.files import check_regular, user_path
 from stllm.judge.items import Messages, without_system
-from stllm.judge.ledger import MAX_NEW_TOKENS, Reply
+from stllm.judge.ledger import MAX_NEW_TOKENS, JudgeReply
 
-SAMPLE = 1 << 20  # bytes read at both ends of a weight file for its digest
+SAMPLE = 1 << 20  # bytes at each end of a file that its hash covers
 
 
 class LocalJudge:
-    """A causal LM with its tokenizer, in evaluation mode, read from a folder of transformers' layout.
+    """A causal language model with its tokenizer, loaded from a folder in transformers' format.
 
-    model_id: the folder's name and a digest of its files (names, sizes, both ends), because a name alone can mean
-        anything.
-    Raises UserError for a folder that holds no such model.
+    Attribute model_id: the folder's name and a hash of its files, because different models may have the same name.
+    Raises UserError if the folder has no such model.
     """
 
     def __init__(self, path: str, *, device: str, dtype: str, max_new_tokens: int | None) -> None:
@@ -46,7 +45,7 @@ class LocalJudge:
         self.model = model.to(place).eval()
         self.model_id = f"local:{folder.resolve().name}@{_digest(folder)}"
         self.max_new_tokens = max_new_tokens or MAX_NEW_TOKENS
-        self.max_length = getattr(model.config, "max_position_embeddings", None)  # tokens, the reply's included
+        self.max_length = getattr(model.config, "max_position_embeddings", None)  # tokens of prompt and reply
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
@@ -54,12 +53,12 @@ class LocalJudge:
         self.end_ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     @torch.inference_mode()
-    def replies(self, chats: list[Messages]) -> list[Reply]:
-        """Reply to each chat; a chat that is too long for the model gets an error."""
+    def replies(self, chats: list[Messages]) -> list[JudgeReply]:
+        """Reply to each chat in one batch. The reply to a chat that is too long for the model is an error."""
         prompts = [self._prompt(messages) for messages in chats]
         longest = math.inf if self.max_length is None else self.max_length - self.max_new_tokens
         fitting = [index for index, ids in enumerate(prompts) if len(ids) <= longest]
-        too_long = Reply(model=self.model_id, error="the instructions and texts are too long for the judge")
+        too_long = JudgeReply(model=self.model_id, error="the instructions and texts are too long for the judge")
         replies = [too_long] * len(chats)
         if not fitting:
             return replies
@@ -75,12 +74,12 @@ class LocalJudge:
         )  # (B, S + new)
         for index, new in zip(fitting, ids[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             length = next((place for place, token in enumerate(new) if token in self.end_ids), None)
-            text = str(self.tokenizer.decode(new[:length]))  # special tokens stay: some mark a model's thoughts
-            replies[index] = Reply(text, self.model_id, cut=length is None)
+            text = str(self.tokenizer.decode(new[:length]))  # keep special tokens: some mark a model's reasoning
+            replies[index] = JudgeReply(text, self.model_id, cut=length is None)
         return replies
 
     def _prompt(self, messages: Messages) -> list[int]:
-        """Token ids of a chat: by the model's own template, or one message after the other where it has none."""
+        """Return the token ids of a chat, by the model's chat template. Without one, the messages are concatenated."""
         merged = without_system(messages)
         if not self.tokenizer.chat_template:
             return self.tokenizer(f"{merged[0]['content']}\n\n")["input_ids"]
@@ -88,7 +87,7 @@ class LocalJudge:
         for chat in (messages, merged):
             try:
                 text = str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-            except TemplateError as error:  # of a family without a system role
+            except TemplateError as error:  # the template may not allow a system role
                 text, refusal = "", str(error)
             if messages[0]["content"].strip() in text:  # some templates drop the system message
                 break
@@ -100,7 +99,7 @@ class LocalJudge:
 
 
 def _digest(folder: Path) -> str:
-    """Compute 8 hex digits over the names, sizes and both ends of the model's files."""
+    """Return a hash of the model's files (names, sizes, first and last MiB), 8 hex digits."""
     digest = hashlib.blake2b(digest_size=4)
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja") and file.is_file():

@@ -1,12 +1,13 @@
-r"""Reading a judge's reply: one score from 0 to 5 and, on the axis qa, yes or no.
+r"""Parser of a judge's reply: a score from 0 to 5 and, for the axis qa, yes or no.
 
-A reply is read in three steps, as a person reads it:
+A reply is parsed in three steps:
 
-1. Thoughts are removed (`<think>...</think>` and the tags of other models). What is left is the answer.
+1. Reasoning is removed (`<think>...</think>` and the tags of other models). The rest is the answer.
 2. Dictionaries and Markdown tables with a score are the verdict.
-3. Without them, a clearly worded verdict counts: "Score: 4", "I would rate 3", "4/5", `\boxed{4}`, "Yes, 5".
+3. If there are none, a clearly worded verdict counts: "Score: 4", "I would rate 3", "4/5", `\boxed{4}`, "Yes, 5".
 
-A reply without a verdict, or with two that differ, raises `Unparsable`: nothing is guessed, and nothing is evaluated.
+A reply without a verdict, or with two different ones, raises `Unparsable`. The parser does not guess, and it does not
+execute the reply as Python code as the official scripts do.
 """
 
 import re
@@ -17,11 +18,11 @@ from typing import TypeVar
 from stllm.evaluation.axes import HIGHEST, LOWEST, QA
 
 _T = TypeVar("_T")
-MAX_LENGTH = 20_000  # characters of an answer, its thoughts not counted; a longer answer is no grade
+MAX_LENGTH = 20_000  # characters of an answer without reasoning; a longer answer is rejected
 
 
 class Unparsable(ValueError):
-    """A reply without a readable verdict. str() says why."""
+    """A reply without a readable verdict. The message gives the reason."""
 
 
 class CutOff(Unparsable):
@@ -33,17 +34,17 @@ class CutOff(Unparsable):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A score from 0 to 5, and whether the prediction matches (None on axes that do not ask for it)."""
+    """A score from 0 to 5, and whether the prediction is correct (None for axes without this decision)."""
 
     score: float
     pred: str | None = None  # "yes" or "no"
 
 
 def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
-    """Read the verdict of a reply. Raises Unparsable.
+    """Parse the verdict in a reply. Raises Unparsable.
 
-    cut: whether the reply was stopped at the limit of tokens. Such a reply counts only if it opens with a dictionary or
-        is nothing but a verdict; anything else may be an unfinished thought.
+    cut: whether the reply was stopped at the limit of tokens. Such a reply counts only if it begins with a dictionary
+        or is only a verdict; otherwise it may be unfinished reasoning.
     """
     answer = _without_thoughts(reply).translate(_STRAIGHT)
     if len(answer) > MAX_LENGTH:
@@ -54,7 +55,7 @@ def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
     if scale := _OTHER_SCALE.search(answer):
         raise Unparsable(f"it mentions a scale up to {scale[1] or scale[2]}, not {HIGHEST}")
     final = list(_FINAL.finditer(answer))
-    if final:  # "Final verdict: ..." replaces what was considered before it
+    if final:  # only the text from "Final verdict: ..." on counts
         answer = answer[final[-1].start() :]
     scores, decisions, rest = _tabulated(answer)
     if scores:
@@ -77,10 +78,10 @@ def parse_reply(reply: str, axis: str, *, cut: bool = False) -> Verdict:
 
 
 def parse_decision(reply: str, right: str | None, *, cut: bool = False) -> Verdict:
-    """Read a reply about TempCompass: yes or no, or the option that a caption states. Raises Unparsable.
+    """Parse a reply about TempCompass: yes or no, or the option that a caption matches. Raises Unparsable.
 
-    right: the right option ("B. ..."), None where the reply is yes or no. The official scripts' forms are read, too:
-    "Correct", "Incorrect", "Answer: B. ...", "None of the choices are correct". The score is 5 or 0.
+    right: the correct option ("B. ...") for a caption; None if the reply is yes or no. The official scripts' forms are
+    accepted, too: "Correct", "Incorrect", "Answer: B. ...", "None of the choices are correct". The score is 5 or 0.
     """
     answer = _without_thoughts(reply).translate(_STRAIGHT)
     if cut and not _DICTIONARY.match(answer):
@@ -108,7 +109,7 @@ def _only(found: set[_T], what: str) -> _T:
     return next(iter(found))
 
 
-# ---- 1. thoughts ----------------------------------------------------------------------------------------------------
+# ---- 1. reasoning ---------------------------------------------------------------------------------------------------
 
 _NAMES = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|analysis|rationale|scratchpad)"
 _OPEN = (
@@ -128,7 +129,7 @@ _WRAPPING = re.compile(r"<\|[^|<>]{0,40}\|>|</?[a-z_]{1,20}>|```[a-z]*", re.IGNO
 
 
 def _without_thoughts(reply: str) -> str:
-    """Remove the thoughts. An end without a beginning means that the reply began inside a thought. Raises CutOff."""
+    """Remove reasoning. An end tag without a start tag means that the reply began with reasoning. Raises CutOff."""
     pieces: list[str] = []
     start, inside = 0, False
     for tag in _THOUGHT_TAG.finditer(reply):
@@ -154,18 +155,18 @@ _FIELD = re.compile(
     rf"(?P<key>{_STRING}|\w+)\s*[:=]\s*"
     rf"(?P<value>(?:{_STRING})(?=\s*(?:[,\n]|\Z))|[^,\n]*(?:,\s?\d[^,\n]*)?)"  # 4,5 is one value, and no number
 )
-_EXAMPLE = re.compile(  # what comes before a dictionary that is not the verdict: an example, the form, a supposition
+_EXAMPLE = re.compile(  # text before a dictionary that is not the verdict but an example, a format or a supposition
     r"\b(?:e\.g\.|for instance|maybe|perhaps|(?<!this )example"
     r"|(?:in the form(?: of)?|formatted as|the format is|such as|like(?: this)?|wants|expected output)\W*\Z"
     r"|\bnot[ `\"']*\Z"
     r"|(?:if|unless|could|might)\b[^.\n]*\b(?:would|could|might|be)\b)[^.\n]*\Z|(?:^|\n)\W*format\W*\Z",
     re.IGNORECASE,
 )
-_REJECTED = re.compile(  # what comes after a dictionary that is not the verdict
+_REJECTED = re.compile(  # text after a dictionary that is not the verdict
     r"[ `\"']*(?:(?:is|was|would be) (?:not|never|wrong|incorrect|too)\b|does not\b|(?:is|was|would|does)n't\b)",
     re.IGNORECASE,
 )
-_OTHER_SCALE = re.compile(  # the end of a scale that is not 5: "out of 10", "on a scale of 1 to 10", 'max': 10
+_OTHER_SCALE = re.compile(  # a scale that does not end at 5: "out of 10", "on a scale of 1 to 10", 'max': 10
     r"\b(?:out of (?=[6-9]|\d\d)|scale (?:(?:of|from|between) )?(?:\d+(?: ?[-–—] ?| to | and ))?(?!5\b))"
     r"(\d+)\b(?! ?[A-Za-z–—-])"
     r"|\b(?:out_?of|max(?:imum)?(?:_score)?|scale)['\"]?\s*:\s*['\"]?"
@@ -183,7 +184,7 @@ _OF_FIVE = re.compile(r"\s*(?:/|out of)\s*5(?:\.0)?$")
 
 
 def _tabulated(answer: str) -> tuple[set[float], set[str], str]:
-    """Scores and decisions in dictionaries and tables, and the text around them. Raises Unparsable."""
+    """Return scores and decisions from dictionaries and tables, and the text without these. Raises Unparsable."""
     scores: set[float] = set()
     decisions: set[str] = set()
 
@@ -247,7 +248,7 @@ _STATED = (  # the judge's own verdict
     rf"\b(?:actually|correction|should)\b.{{0,40}}?\b(?:{_LABEL}|be){_GAP}(?:\b(?:is|be|of)\b)?{_GAP}{_NUMERAL}{_END}",
     rf"\\boxed\{{(?:\\text\{{)?\s*{_NUMERAL}",
 )
-_MENTIONED = (  # the verdict only where no dictionary holds one
+_MENTIONED = (  # a verdict only if no dictionary has one
     rf"{_LABEL}{_GAP}(?:\b(?:is|was|of|as|at|would be|should be)\b{_GAP})?{_NUMERAL}{_END}",
     rf"(?<![\w.,/])([-+]?\d+(?:\.\d+)?) ?(?:/|out of) ?5(?:\.0)?(?![\w%/]|[.,]\d){_END}",
 )
@@ -257,13 +258,13 @@ _FINAL = re.compile(
     r"(?=[^\w.]*(?:is\b[^\w.]*)?(?:\d|\{|\\boxed|yes\b|no\b|['\"]?(?:pred|score)))",
     re.IGNORECASE,
 )
-_MARKUP = re.compile(r"[*`]{1,3}(?![ \t]*[\d*`])|(?<![\d\s*`])[*`]{1,3}")  # not the signs of 0.8 * 5
+_MARKUP = re.compile(r"[*`]{1,3}(?![ \t]*[\d*`])|(?<![\d\s*`])[*`]{1,3}")  # but not the sign in 0.8 * 5
 _SCALE = re.compile(r"(?:\bon a scale )?\b(?:from |between )?0(?: ?[-–—] ?| to | and |, ?(?=5\]))5\b", re.IGNORECASE)
 _HEADING = re.compile(
     rf"^([^\w\n]{{0,8}}(?:[^\W_]+[ _])?{_LABEL})[:=\s]{{0,8}}\n\s{{0,8}}(?=\W?\d)", re.IGNORECASE | re.MULTILINE
 )
 _CLAUSE = re.compile(r"(?<=[.!?;])\s+|\n")
-_SUPPOSED = re.compile(  # a clause about another answer than this one, or about the scale
+_SUPPOSED = re.compile(  # a clause about a hypothetical answer, or about the scale
     r"\b(?:if|unless|requires?|required|otherwise|could|might|example|maximum|highest|minimum|lowest)\b"
     r"|\bwould (?!be|rate|give|score|grade|assign)|\bwould be (?:too|over|under|generous|harsh|unfair|excessive)"
     r"|\btoo (?:high|low|generous|harsh|lenient|strict)\b|\b(?:was|were) going to\b|\balmost\b|\bhesita"
@@ -300,7 +301,7 @@ _FIRST_WORD = re.compile(
 
 
 def _worded_scores(text: str, patterns: tuple[str, ...]) -> set[float]:
-    """The scores that a text states outside of suppositions, or the number that is all of it (after a yes or no)."""
+    """Return the scores that match the patterns, except in suppositions. A text that is only a number is a score."""
     text = _HEADING.sub(r"\1: ", _SCALE.sub(" ", _MARKUP.sub("", text))).strip()
     if whole := _WHOLE.fullmatch(text):
         return {float(whole[1])}
@@ -317,7 +318,7 @@ def _worded_scores(text: str, patterns: tuple[str, ...]) -> set[float]:
 
 
 def _labelled_decisions(text: str) -> set[str]:
-    """Yes or no after a label. "Prediction: no" next to "Answer: no" repeats the item and decides nothing."""
+    """Return each yes or no after a label, but not "Prediction: no" beside "Answer: no": that quotes the item."""
     found = [(match[1].lower(), match[2].lower()) for match in _DECIDED.finditer(_MARKUP.sub("", text))]
     restated = _RESTATED.search(_MARKUP.sub("", text))
     return {decision for label, decision in found if label != "prediction" or not restated}

@@ -1,11 +1,12 @@
-"""`stllm judge`: grade predictions by a language model, through an endpoint or on this machine, or score its ledger.
+"""`stllm judge`: have a language model score predictions, through an endpoint or in this process.
 
-predictions -> items -> judge -> ledger, one line for each item -> scores. The ledger is what counts: a rerun asks only
-for what is missing, `--offline` scores it again, `--compare` compares two, `--self-check` grades the judge itself.
+predictions -> items -> judge -> ledger (one line per item) -> scores. A rerun asks only for items without a score in
+the ledger. `--offline` recomputes the scores from the ledger, `--compare` compares two ledgers, and `--self-check`
+tests the judge with predictions of known quality.
 
-An item whose reply has no verdict is asked again a few times and then fails. A reply that was cut off fails at once,
-because it would be cut off again. Asking stops when many items in a row fail or when the server refuses everything.
-Finished items stay in the ledger, and the same command continues.
+An item is asked again a few times if the reply has no verdict, and then fails. It fails at once if the reply was cut
+off, because that would happen again. The command stops if many items in a row fail or if the server refuses all
+requests. Finished items stay in the ledger, and the same command resumes.
 """
 
 import argparse
@@ -31,7 +32,7 @@ LOCAL = "local:"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. The exit code is 1 when the judge stopped, or when nothing was scored."""
+    """Run the command, and return the exit code. Raises UserError if asking stopped early, or if nothing was scored."""
     folder = user_path(args.output_dir)
     path = folder / f"{args.axis}.ledger.jsonl"
     if args.compare is not None:
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     predictions = None if args.pred_path is None else read_predictions(args.pred_path, args.axis)
     if args.self_check is not None:
-        assert predictions is not None  # the command line asks for it
+        assert predictions is not None  # the command line requires --pred-path with --self-check
         items = scores.known_items(predictions.items, args.self_check, args.seed or 0)
         path = folder / f"{args.axis}.selfcheck.ledger.jsonl"
         stopped = _judge(args, path, items, {})
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         _report(folder / f"{args.axis}.selfcheck.json", trust, scores.trust_lines(trust))
         if stopped is not None:
             raise UserError(stopped)
-        return 1 if trust["told_apart"] is None else 0  # a check that graded nothing is not passed
+        return 1 if trust["told_apart"] is None else 0  # a check without any score is not passed
     stopped = None
     if predictions is not None and not args.offline:
         stopped = _judge(args, path, predictions.items, predictions.unanswered)
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.axis in VCGBENCH_AXES:
         print(scores.write_average(folder), end="")
     if args.export_items is not None:
-        exported = user_path(args.export_items) / args.axis  # three axes share their items' names
+        exported = user_path(args.export_items) / args.axis  # a folder per axis, since item names are not unique
         print(f"{scores.export_items(ledger.entries.values(), exported)} item files in {exported}")
     if stopped is not None:
         raise UserError(stopped)
@@ -86,10 +87,10 @@ def _report(path: Path, result: dict[str, Any], lines: Sequence[str]) -> None:
 
 
 def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], unanswered: dict[str, str]) -> str | None:
-    """Ask for what is missing in the ledger. Return the reason why asking stopped early, if it did."""
+    """Have the items judged that have no score in the ledger. Return the reason for stopping early, or None."""
     prompts = load_prompts(args.prompts, args.axis)
     for item in {item.form: item for item in items}.values():
-        prompts.messages(args.axis, item)  # instructions that lack the axis are refused before a model is loaded
+        prompts.messages(args.axis, item)  # raises if instructions are missing, before a model is loaded
     endpoint = None
     if not args.model.startswith(LOCAL):
         from stllm.judge.endpoint import Endpoint
@@ -134,6 +135,6 @@ def _judge(args: argparse.Namespace, path: Path, items: Sequence[JudgeItem], una
                 batch = waiting[start : start + args.concurrency]
                 replies = judge.replies([prompts.messages(args.axis, item) for item in batch])
                 for item, reply in zip(batch, replies, strict=True):
-                    ledger.append(item, reply)  # asked only once: it would give the same reply again
+                    ledger.append(item, reply)  # not asked again, since greedy decoding gives the same reply
                     bar.update()
             return None

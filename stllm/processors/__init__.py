@@ -1,1 +1,1 @@
-"""From what is on disk to what the model reads: pictures to tensors, prompts to token ids."""
+"""Preparation of the model's input: frames to tensors, prompts to token ids, padding and packing."""

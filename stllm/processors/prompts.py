@@ -1,6 +1,7 @@
-"""Text to token ids and back: the one place where prompts are tokenized, for training, chat and benchmarks.
+"""Tokenization of prompts and decoding of answers, for training, chat and benchmarks.
 
-Pieces on either side of the visual tokens are tokenized apart, each with sentencepiece's leading space, as published.
+The texts before and after the visual tokens are tokenized separately, each with sentencepiece's leading space, as in
+the published code.
 """
 
 from collections.abc import Sequence
@@ -24,11 +25,12 @@ DEFAULT_QFORMER_TOKENIZER = "bert-base-uncased"
 
 
 class PromptProcessor:
-    """The language model's tokenizer, the Q-Former's (where it reads text) and the prompt template.
+    """Tokenizers of the language model and the Q-Former, with the prompt template.
 
-    max_txt_len: longest answer and longest Q-Former text, in tokens; the latter also ends at `max_qformer_len`, the
-        Q-Former's positions. end_sym: where a generated answer ends.
-    system: the sentence before the first question in chat; None for the template's own, "" for none.
+    qformer_tokenizer: None if the Q-Former reads no text. max_txt_len: most tokens of an answer in training, and of the
+        text for the Q-Former. max_qformer_len: number of the Q-Former's positions, which also limits its text.
+    end_sym: text that ends a generated answer. system: system message of chat; None for the template's, "" for none.
+    Letters: B prompts, L tokens of the longest text for the Q-Former.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class PromptProcessor:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that the language model must know, the added pad token included."""
+        """Return the number of token ids that the language model must have, including the added pad token."""
         return len(self.tokenizer)
 
     # ---- files ------------------------------------------------------------------------------------------------------
@@ -71,10 +73,10 @@ class PromptProcessor:
     def from_pretrained(
         cls, folder: str | Path, *, config: PretrainedConfig, qformer_tokenizer: str | Path | None = None
     ) -> "PromptProcessor":
-        """Tokenizers of a checkpoint folder.
+        """Load the tokenizers of a checkpoint folder. Raises UserError if one cannot be read.
 
-        qformer_tokenizer: a folder, a `vocab.txt` or a hub name; by default the checkpoint's own `qformer_tokenizer/`,
-        then bert-base-uncased from the local hub cache. Raises UserError when a tokenizer can't be read.
+        qformer_tokenizer: a folder, a `vocab.txt` or a hub name; None for the checkpoint's `qformer_tokenizer/`, or
+        bert-base-uncased from the local hub cache if there is none.
         """
         folder = Path(folder)
         reader = None
@@ -97,7 +99,7 @@ class PromptProcessor:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write both tokenizers beside the weights."""
+        """Write both tokenizers into a checkpoint folder."""
         self.tokenizer.save_pretrained(folder)
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(Path(folder) / QFORMER_FOLDER)
@@ -105,19 +107,19 @@ class PromptProcessor:
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def prompt_ids(self, turns: Sequence[Turn], *, media: str | None = "video", system: str | None = None) -> list[int]:
-        """Ids of a conversation up to where the next answer begins, `VISUAL_TOKEN_ID` for the visual block.
+        """Return the token ids of a conversation up to the next answer; one `VISUAL_TOKEN_ID` marks the visual tokens.
 
-        turns: all but the last with their answers, which stand there whole. system: overrides this processor's
-            sentence; "" for none.
+        turns: all except the last have answers, which are not cut. media: "video", "image" or None. system: overrides
+        the processor's system message; "" for none.
         """
         return self._conversation(turns, media, self.system if system is None else system, longest_answer=None)[0]
 
     def training_ids(
         self, turns: Sequence[Turn], *, media: str | None = "video", system: str = ""
     ) -> tuple[list[int], list[int]]:
-        """(ids, labels) of answered turns; labels cover each answer and its end mark, -100 elsewhere.
+        """Return (token ids, labels) of a conversation for training; labels are -100 except for answers and end marks.
 
-        Answers are cut to `max_txt_len`, as published.
+        Answers are cut to `max_txt_len` tokens, as published.
         """
         return self._conversation(turns, media, system, longest_answer=self.max_txt_len)
 
@@ -138,7 +140,7 @@ class PromptProcessor:
         return ids, labels
 
     def piece_ids(self, pieces: Sequence[str]) -> list[int]:
-        """Ids of a prompt's pieces, each tokenized apart; `VISUAL` and `BOS` are what they stand for."""
+        """Return the token ids of a prompt's pieces, tokenized separately. `VISUAL` and `BOS` become single ids."""
         special = {VISUAL: VISUAL_TOKEN_ID, BOS: self.bos_token_id}
         tokens = ([special[piece]] if piece in special else self._encode(piece) for piece in pieces)
         return list(chain.from_iterable(tokens))
@@ -149,7 +151,10 @@ class PromptProcessor:
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     def qformer_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """qformer_input_ids, qformer_attention_mask (B, L), cut on the left to `max_txt_len`; {} without such text."""
+        """Return qformer_input_ids and qformer_attention_mask, (B, L); {} if the Q-Former reads no text.
+
+        Too long texts lose tokens at their beginning.
+        """
         if self.qformer_tokenizer is None:
             return {}
         most = min(self.max_txt_len, self.max_qformer_len)
@@ -159,15 +164,15 @@ class PromptProcessor:
     # ---- answers ----------------------------------------------------------------------------------------------------
 
     def decode(self, ids: list[int] | Tensor) -> str:
-        """The answer's text: cut at the end mark, what follows the last `Assistant:`, stripped (as published)."""
+        """Return the answer's text from its token ids, cleaned by `clean`."""
         return self.clean(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
     def clean(self, text: str) -> str:
-        """The same cuts on text that is already decoded."""
+        """Cut a generated text at the end mark, and up to the last `Assistant:`, and strip it, as published."""
         return text.split(self.end_sym)[0].split("Assistant:")[-1].strip()
 
     def stopping(self) -> dict[str, Any]:
-        """Arguments of `generate` that end an answer: EOS, or the end mark however the tokenizer spells it."""
+        """Return arguments for `generate` so that EOS, or the end mark as text, ends an answer."""
         ids = {"eos_token_id": self.eos_token_id, "pad_token_id": self.pad_token_id}
         return {**ids, "stop_strings": [self.end_sym]}
 
@@ -187,23 +192,26 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
     except Exception as error:  # transformers raises many kinds; the sentence keeps the cause
         try:
             import_module("sentencepiece.sentencepiece_model_pb2")
-        except Exception as absent:  # not installed, or an older protobuf than it was made for (VersionError)
-            if (folder / "tokenizer.model").is_file():  # it cannot be read here, whatever is in it
+        except Exception as absent:  # sentencepiece is not installed, or protobuf is too old (VersionError)
+            if (folder / "tokenizer.model").is_file():  # it cannot be read without them
                 raise UserError(
                     f"{folder / 'tokenizer.model'} cannot be read here ({reason(absent)}): install sentencepiece and "
                     "a protobuf as new as it asks for, or an older sentencepiece"
                 ) from absent
-        # what is no sentencepiece model is taken for a tiktoken file: a package to install would mislead
+        # for a damaged file, transformers advises to install tiktoken, which would not help
         cause = "" if "tiktoken" in str(error) else f" ({reason(error)})"
         raise UserError(f"the tokenizer in {folder} could not be read{cause}: {expected}; {again}") from error
     if not set(tokenizer.encode("a video", add_special_tokens=False)) - {tokenizer.unk_token_id}:
-        # of an empty or foreign tokenizer.model transformers makes a tokenizer of special tokens alone
+        # from an empty or foreign tokenizer.model, transformers makes a tokenizer with special tokens only
         raise UserError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens and no words: {expected}; {again}")
     return tokenizer
 
 
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:
-    """The Q-Former's BERT tokenizer with `[DEC]` added as BOS, cutting on the left. Raises UserError."""
+    """Load the Q-Former's BERT tokenizer, with `[DEC]` added as BOS, which truncates on the left. Raises UserError.
+
+    folder: of the checkpoint. named: as `qformer_tokenizer` of `from_pretrained`.
+    """
     own = folder / QFORMER_FOLDER
     source = str(named) if named is not None else str(own) if own.is_dir() else DEFAULT_QFORMER_TOKENIZER
     check_regular(source, "a tokenizer")
@@ -211,7 +219,7 @@ def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrained
         if Path(source).is_file():
             tokenizer: PreTrainedTokenizerBase = BertTokenizer(source, do_lower_case=True)
         else:
-            # only a hub model that the user named is worth a download
+            # download only a hub model that the user named
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=named is None, trust_remote_code=False)
     except Exception as error:
         where = f"found as {source!r} ({reason(error)})"

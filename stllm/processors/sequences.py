@@ -1,10 +1,9 @@
-"""From prompts' ids to the model's arguments: placeholders expanded, rows padded or packed, positions computed.
+"""Collation of prompts: expand placeholders, pad or pack rows, and compute the positions of visual tokens and labels.
 
-Everything that the model needs to place and find tokens is computed here, on the CPU, so that nothing is read from a
-device.
-B prompts, S positions of a row, N visual tokens of a clip, V of the whole batch. Positions are those of the flattened
-(B*S) or (B*N), row after row. Packed prompts are one row without padding, one prompt after another: there B is 1 and S
-is the number of all tokens.
+All positions are computed here on the CPU, so that the model never waits for values from its device.
+Letters: B prompts, S positions of a row, N visual tokens of a clip, V visual tokens of the batch. Positions are indices
+into the flattened (B*S) or (B*N). Packed prompts are concatenated to a single row without padding: B is 1, and S is the
+number of all tokens.
 """
 
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-VISUAL_TOKEN_ID = -200  # stands for a visual token in input_ids; it is in no vocabulary
-IGNORE_INDEX = -100  # labels without a loss
+VISUAL_TOKEN_ID = -200  # placeholder of a visual token in input_ids; no vocabulary contains it
+IGNORE_INDEX = -100  # label of a position without loss
 
 
 def pad_sequences(
@@ -29,14 +28,15 @@ def pad_sequences(
     side: str = "right",
     packing: bool = False,
 ) -> dict[str, Any]:
-    """Expand the placeholders and pad the rows to one length, or pack them into one row.
+    """Expand placeholders of visual tokens, and pad the rows to one length or pack them into one row.
 
-    rows: ids, with one `VISUAL_TOKEN_ID` where a row's visual tokens go; it becomes `num_visual` of them.
-    num_visual: of each row; None for text alone. labels: as long as their rows. side: left for generation.
-    Returns input_ids and attention_mask (B, S); visual_positions (V,); with labels also labels (B, S) and
-    label_positions, the positions from which a labelled token is predicted. packing: in place of attention_mask it
-    returns packed, with the prompts' lengths, a list of numbers, and position_ids (1, S), which begin at 0 in each.
-    Raises ValueError for a row with other than one placeholder, or with one and no visual tokens.
+    rows: token ids; one `VISUAL_TOKEN_ID` marks the visual tokens and is repeated `num_visual` times. num_visual: one
+    number per row; None for a row without media. labels: as long as the rows. side: of the padding; "left" for
+    generation.
+    Returns input_ids and attention_mask (B, S); visual_positions (V,). With labels, also labels (B, S) and
+    label_positions, the positions whose next token has a label. With packing, `packed` replaces attention_mask: it has
+    the prompts' lengths (a list) and position_ids (1, S), which restart at 0 for each prompt.
+    Raises ValueError unless a row has one placeholder if it has visual tokens, and none otherwise.
     """
     counts = [None] * len(rows) if num_visual is None else num_visual
     ids, repeats = [], []
@@ -82,12 +82,12 @@ def training_sequences(
     dropped: Tensor | None = None,
     packing: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of `STLLM.forward` for prompts of one kind: those of `pad_sequences`, and those of dynamic masking.
+    """Return the arguments of `STLLM.forward` for a batch: the result of `pad_sequences`, and those for masking.
 
-    num_visual: N; None for text alone. dropped: (B, N) bool, the visual tokens that are left out. It adds `kept`, the
-    positions of the others in (B*N), and `teacher`. `teacher` is the `pad_sequences` of prompts with all visual tokens
-    and no text after them: attention is causal, so nothing after the last visual token can change the teacher's states
-    of them.
+    num_visual: N, the same for all rows; None without media. dropped: visual tokens to leave out, (B, N) bool. With it,
+    the result also has `kept`, the positions of the other visual tokens in (B*N), and `teacher`, the `pad_sequences` of
+    prompts with all visual tokens. The teacher's prompts end after these, since attention is causal: later text cannot
+    change the states of visual tokens.
     """
     join = partial(pad_sequences, pad_id=pad_id, packing=packing)
     if dropped is None:

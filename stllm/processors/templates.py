@@ -1,8 +1,7 @@
-"""Prompts as data: the places of visual tokens, system sentence, question and answer; MVBench's wording of a choice.
+"""Prompt templates of the model families, and the prompt for multiple-choice questions.
 
-The strings are part of the interface of the released weights and match them to the byte (tests/snapshots). The
-benchmark and the training data that prepare for it word a choice alike. Source: the published evaluation of arXiv
-2404.00308.
+The released weights were trained with these strings, so they must not change (tests/snapshots). MVBench and its
+training data use the same multiple-choice prompt. Source: the published evaluation of arXiv 2404.00308.
 """
 
 from collections.abc import Sequence
@@ -11,13 +10,13 @@ from string import ascii_uppercase
 
 from stllm.common.registry import templates
 
-VISUAL = "<visual>"  # the block of visual tokens
-BOS = "<bos>"
+VISUAL = "<visual>"  # piece of a prompt that stands for all visual tokens
+BOS = "<bos>"  # piece of a prompt that stands for the beginning-of-sequence token
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and, once it is known, its answer. `instruction` is what training data puts before the question."""
+    """A question and its answer; None before it is known. instruction: text of training data before the question."""
 
     question: str
     answer: str | None = None
@@ -26,16 +25,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The prompts of one family of weights.
+    """The prompts of one model family.
 
-    opening: the first turn with a video or image, as pieces that are tokenized apart; `VISUAL`, `BOS` as they are.
-    text_opening: the first turn without one. followup: a later turn.
-    {context}: system sentence (or instruction, see below) and what separates it; {media}: Video or Image;
-    {text}: the question.
-    instruction_in_context: the instruction stands before the first turn instead of before the question.
-    bos_is_eos: the published tokenizer sets BOS = EOS = UNK = `</s>` and adds `[PAD]`.
-    ends_with_eos: the answer's end mark is EOS; otherwise it is `end_sym`, written on to the answer's text.
-    num_beams, max_new_tokens, repetition_penalty: published decoding.
+    opening: the first turn with a medium, as pieces that are tokenized separately, including `VISUAL` and `BOS`.
+    text_opening: the first turn without a medium. followup: a later turn.
+    {context} in a piece stands for the system message with a separator, {media} for Video or Image, {text} for the
+    question with its instruction.
+    instruction_in_context: the instruction is part of {context} instead of {text}.
+    bos_is_eos: the published tokenizer uses `</s>` for BOS, EOS and UNK, and has an additional `[PAD]`.
+    ends_with_eos: answers end with EOS in training; otherwise with the text `end_sym`.
+    num_beams, max_new_tokens, repetition_penalty: published settings of generation.
     """
 
     name: str
@@ -52,23 +51,23 @@ class PromptTemplate:
     repetition_penalty: float = 1.0
 
     def text(self, turn: Turn) -> str:
-        """The value of {text}, which the Q-Former reads, too: instruction, a space, question."""
+        """Return the value of {text}, which is also the Q-Former's text: the instruction, a space, the question."""
         parts = (turn.question,) if self.instruction_in_context else (turn.instruction, turn.question)
         return " ".join(part for part in parts if part)
 
     def context(self, turn: Turn, system: str) -> str:
-        """The value of {context} in the first turn."""
+        """Return the value of {context} in the first turn."""
         parts = (system, turn.instruction) if self.instruction_in_context else (system,)
         return "".join(part + self.context_separator for part in parts if part)
 
     def render(self, turn: Turn, *, first: bool, media: str | None, system: str = "") -> list[str]:
-        """The pieces of one turn's prompt. media: "video", "image" or None."""
+        """Return the pieces of one turn's prompt. media: "video", "image" or None."""
         if not first:
             pieces: tuple[str, ...] = (self.followup,)
         else:
             pieces = self.opening if media else self.text_opening
         values = {"context": self.context(turn, system), "media": (media or "").capitalize(), "text": self.text(turn)}
-        # In one pass, so that braces inside a question stay what they are.
+        # a single pass, so that braces inside a question are not replaced
         return [piece.format_map(values) if "{" in piece else piece for piece in pieces]
 
 
@@ -96,7 +95,7 @@ MINIGPT4 = templates.register("minigpt4")(
         name="minigpt4",
         opening=(BOS, "{context}###Human: <{media}>", VISUAL, "</{media}> {text} ###Assistant: "),
         text_opening=(BOS, "{context}###Human: {text} ###Assistant: "),
-        followup="Human: {text} ###Assistant: ",  # the answer before it ends with ###
+        followup="Human: {text} ###Assistant: ",  # the previous answer ends with ###
         system=(
             "Give the following video: <Video>VideoContent</Video>. You will be able to see the video once I provide "
             "it to you. Please answer my questions."
@@ -109,7 +108,7 @@ MINIGPT4 = templates.register("minigpt4")(
 )
 
 
-# ---- choices ---------------------------------------------------------------------------------------------------------
+# ---- multiple choice -------------------------------------------------------------------------------------------------
 
 SYSTEM = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
@@ -121,12 +120,12 @@ ANSWER_BEGINS = "Best option:("
 
 
 def question_block(question: str, candidates: Sequence[str]) -> str:
-    """The question and its lettered options, without a newline at the end."""
+    """Return the question with its lettered options, without a final newline."""
     return f"Question: {question}\n{lettered(candidates)}"
 
 
 def lettered(candidates: Sequence[str]) -> str:
-    """The options, a line each, after the line "Options:". Raises ValueError for more options than letters."""
+    """Return "Options:" and a line per option, such as "(A) left". Raises ValueError for more than 26 options."""
     letters = ascii_uppercase[: len(candidates)]
     lines = [f"({letter}) {candidate}" for letter, candidate in zip(letters, candidates, strict=True)]
     return "\n".join(["Options:", *lines])

@@ -1,10 +1,10 @@
-"""Pictures to tensors: one transform for evaluation and chat, one for training.
+"""Transforms of frames to tensors: one for evaluation and chat, one for training.
 
-Source: the published preparation (224 px, bicubic and antialiased, CLIP's mean and standard deviation; random crops of
-50 to 100 % of the area in training). Resizing works on bytes as PIL's does, with which it agrees to one level of 255.
-Frames stay bytes, a quarter of the size, until the model normalises them on its device.
+Source: the published preparation (224 pixels, bicubic with antialiasing, CLIP's mean and standard deviation; random
+crops of 50 to 100 % of the area in training). Resized uint8 values differ from PIL's by at most 1. Frames stay uint8,
+which needs a quarter of the memory of float32; the model normalises them on its device.
 
-Letters: H, W a frame's size in pixels, S the model's image size.
+Letters: H, W height and width of a frame in pixels, S the model's image size.
 """
 
 import math
@@ -19,23 +19,23 @@ from torch.nn.functional import interpolate
 from stllm.common.errors import UserError
 from stllm.common.registry import processors
 
-CROP_RATIO = (3 / 4, 4 / 3)  # width to height of a training crop, as torchvision's RandomResizedCrop
+CROP_RATIO = (3 / 4, 4 / 3)  # range of width / height of a training crop, as in torchvision's RandomResizedCrop
 CROP_TRIES = 10
 
 FrameTransform = Callable[[np.ndarray], Tensor]  # (H, W, 3) uint8 -> (3, S, S) uint8
 
 
 class ClipTransform(Protocol):
-    """Prepares clips: `TrainTransform` or `EvalTransform`."""
+    """Type of a transform of clips: `TrainTransform` or `EvalTransform`."""
 
     def for_clip(self, generator: torch.Generator) -> FrameTransform:
-        """The transform of one clip's frames, with whatever is random in it drawn from the generator."""
+        """Return the transform for the frames of one clip. Random numbers are drawn from the generator."""
         ...
 
 
 @processors.register("video_eval")
 class EvalTransform:
-    """(H, W, 3) uint8 -> (3, S, S) uint8: shorter side to S, centre crop.
+    """Transform for evaluation: resize the shorter side to S, and crop the centre. (H, W, 3) uint8 -> (3, S, S) uint8.
 
     Raises UserError for a frame of another shape or type.
     """
@@ -52,15 +52,15 @@ class EvalTransform:
         return pixels[:, top : top + size, left : left + size].contiguous()
 
     def for_clip(self, generator: torch.Generator | None = None) -> FrameTransform:
-        """The transform of one clip's frames: itself, there is nothing random in it."""
+        """Return itself, because this transform is not random."""
         return self
 
 
 @processors.register("video_train")
 class TrainTransform:
-    """One random crop a clip, resized to S x S (RandomResizedCrop); `for_clip` draws it.
+    """Transform for training: a random crop, the same for all frames of a clip, resized to (S, S).
 
-    scale: least and most of the frame's area that a crop covers.
+    scale: smallest and largest share of the frame's area that a crop covers.
     """
 
     def __init__(self, image_size: int = 224, scale: tuple[float, float] = (0.5, 1.0)) -> None:
@@ -69,9 +69,9 @@ class TrainTransform:
         self.image_size, self.scale = image_size, scale
 
     def for_clip(self, generator: torch.Generator) -> FrameTransform:
-        """(H, W, 3) uint8 -> (3, S, S) uint8 with one crop for every frame of the clip.
+        """Return the transform of a clip's frames, (H, W, 3) uint8 -> (3, S, S) uint8.
 
-        The crop is drawn at the first frame; in a clip of mixed sizes it covers the same part of every frame.
+        The crop is drawn at the first frame. If frames have different sizes, it covers the same relative part of each.
         """
         crop: tuple[float, float, float, float] | None = None
 
@@ -91,9 +91,10 @@ class TrainTransform:
 def draw_crop(
     height: int, width: int, scale: tuple[float, float], generator: torch.Generator
 ) -> tuple[float, float, float, float]:
-    """(top, left, bottom, right) of a random crop, as parts of the height and width.
+    """Draw a random crop: (top, left, bottom, right) as fractions of height and width, as RandomResizedCrop does.
 
-    Area uniform in `scale`, logarithm of the ratio uniform; after ten misses the largest centred crop of a fair ratio.
+    Area and logarithm of the aspect ratio are uniform. If ten draws do not fit into the frame, the result is the
+    largest centred crop whose ratio is in CROP_RATIO.
     """
     for _ in range(CROP_TRIES):
         draws = torch.rand(4, generator=generator).tolist()
@@ -111,7 +112,7 @@ def draw_crop(
 
 
 def to_bytes(frame: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 array -> (3, H, W) uint8 tensor over the same memory. Raises UserError for anything else."""
+    """Convert an (H, W, 3) uint8 array to a (3, H, W) uint8 tensor, without a copy if possible. Raises UserError."""
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or not frame.size:
         raise UserError(f"found a frame of shape {frame.shape} and type {frame.dtype}, expected (H, W, 3) uint8 RGB")
     if not (frame.flags.c_contiguous and frame.flags.writeable):
@@ -120,7 +121,7 @@ def to_bytes(frame: np.ndarray) -> Tensor:
 
 
 def resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, height, width) uint8, bicubic and antialiased."""
+    """Resize (3, H, W) uint8 to (3, height, width) uint8, bicubic with antialiasing."""
     if pixels.shape[1:] == (height, width):
         return pixels
     return interpolate(pixels[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]

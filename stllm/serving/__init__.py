@@ -1,1 +1,1 @@
-"""`stllm serve`: OpenAI-compatible chat completions about videos and images, on the one engine."""
+"""`stllm serve`: OpenAI-compatible chat completions about videos and images. The web page shares its queue."""

@@ -1,4 +1,4 @@
-"""The web application: /v1/chat/completions, /v1/models, /health. It keeps no state of a client between requests."""
+"""The HTTP application of `stllm serve`: /v1/chat/completions, /v1/models and /health. It keeps no client state."""
 
 import asyncio
 import re
@@ -22,26 +22,25 @@ from starlette.types import Receive, Scope, Send
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.requests import EngineError, Media
-from stllm.conversation.requests import Request as Question
+from stllm.conversation.requests import Request as ModelRequest
 from stllm.media.reading import NobodyWaits, ReadingPool
-from stllm.serving.completions import Asked, Finished, Reply, api_error, event, parse_request
+from stllm.serving.completions import ChatRequest, Finished, Reply, api_error, event, parse_request
 from stllm.serving.jobs import BusyError, End, Job, Jobs, Stage
 from stllm.serving.limits import ApiError, Bodies, Limits, fetch_medium, split_medium
 
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
-BODIES = 8  # of the largest size that may arrive at once, chosen here; smaller ones are as many as fit
-GONE = Response(status_code=499)  # nobody reads it
-RETRY_SECONDS = 2  # suggested to clients that were refused for want of room
+BODIES = 8  # request bodies of the largest size that may arrive at once, or more smaller ones; our choice
+GONE = Response(status_code=499)  # for a client that has disconnected
+RETRY_SECONDS = 2  # value of Retry-After if the queue is full
 
 Step = str | Finished
 
 
 class Server:
-    """One engine and its queue.
+    """A model with its queue, and the handlers of the endpoints.
 
-    name: of the model. media_root: the folder of which clients may name files, or None.
-    folder: where the media of requests are written; None: the system's folder for temporary files.
-    jobs: the queue; None: a new one.
+    name: the model's name for clients. media_root: folder whose files clients may name; None: clients may name no file.
+    folder: for media that clients send; None for the system's temporary folder. jobs: the queue; None for a new one.
     """
 
     def __init__(
@@ -60,30 +59,30 @@ class Server:
         self._model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "stllm"}
 
     async def health(self, request: Request, sent: ExitStack) -> Response:
-        """Report that the server is up, and how busy it is."""
+        """Return the status, the number of requests in the queue and the number of places."""
         busy = {"requests": self.jobs.num_inside, "places": self.jobs.places}
         return JSONResponse({"status": "ok", "model": self.name, **busy})
 
     async def models(self, request: Request, sent: ExitStack) -> Response:
-        """List the one model."""
+        """Return the list of models, which has one entry."""
         return JSONResponse({"object": "list", "data": [self._model]})
 
     async def model(self, request: Request, sent: ExitStack) -> Response:
-        """Describe the one model, or answer 404."""
+        """Return the description of the model. Raises ApiError 404 for another name."""
         if request.path_params["name"] != self.name:
             raise ApiError(404, f"the only model here is {self.name!r}", code="model_not_found")
         return JSONResponse(self._model)
 
     async def completions(self, request: Request, sent: ExitStack) -> Response:
-        """Answer a chat completion request, whole or as a stream. sent: closed after the response."""
+        """Answer a chat completion request, at once or as a stream. sent: stack that is closed after the response."""
         address = request.client and request.client.host
         try:
             self.jobs.check_room(address)
         except BusyError:
-            await self.bodies.read(request, keep=False)  # so that the client reads the refusal
+            await self.bodies.read(request, keep=False)  # otherwise the client may not receive the refusal
             raise
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            # A page elsewhere on the web can have a browser send any other type here unasked.
+            # A browser lets a web page of another site send simple content types here without asking this server.
             raise ApiError(415, "expected JSON: send the header Content-Type: application/json")
         if (body := await self.bodies.read(request)) is None:
             most = self.limits.media_bytes >> 20
@@ -92,10 +91,10 @@ class Server:
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Step | End]()
 
         def tell(item: Step | End) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the server ends, and nobody waits for news
+            with suppress(RuntimeError):  # the event loop is closed, since the server is ending
                 loop.call_soon_threadsafe(news.put_nowait, item)
 
-        job: Job[Step] = self.jobs.admit(tell, address)  # not before, so that slow senders hold no places
+        job: Job[Step] = self.jobs.admit(tell, address)  # only now, so that slow senders take no place in the queue
         sent.callback(job.give_up)
         asked = await anyio.to_thread.run_sync(self._begin, body, job)
         del body
@@ -119,8 +118,8 @@ class Server:
         events = _events(news, step, Reply(self.name), asked.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
-    def _begin(self, body: bytearray, job: Job[Step]) -> Asked:
-        """Begin to answer the request. Its medium is written to a file, which is removed at the end of the job."""
+    def _begin(self, body: bytearray, job: Job[Step]) -> ChatRequest:
+        """Parse the request and start its job. The medium is written to a file that is removed after the job."""
         words, medium = split_medium(body, self.limits)
         asked = parse_request(words, model=self.name, usual=self.chat.decoding, limits=self.limits)
         path = None
@@ -133,7 +132,7 @@ class Server:
 
 
 async def _next(news: asyncio.Queue[Step | End]) -> Step | None:
-    """Return the next news of a job, None at its end. Raises what the job raised."""
+    """Return the next item of a job, or None at its end. Raises the job's exception."""
     item = await news.get()
     if isinstance(item, End) and item.error is not None:
         raise item.error
@@ -143,7 +142,7 @@ async def _next(news: asyncio.Queue[Step | End]) -> Step | None:
 async def _events(
     news: asyncio.Queue[Step | End], step: Step | None, reply: Reply, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Yield the chunks of an answer. step: its first news. An error in the middle is sent as an event, too."""
+    """Yield the events of a streamed answer. step: the job's first item. A later error is sent as an event, too."""
     yield reply.chunk({"role": "assistant", "content": ""})
     try:
         while isinstance(step, str):
@@ -160,9 +159,9 @@ async def _events(
 
 
 def check_host(request: Request, hosts: list[str] | None) -> None:
-    """Raise ApiError unless the request uses one of these names of this server; None: any name.
+    """Raise ApiError unless the request's Host header is one of these names. None: any name is allowed.
 
-    A web page elsewhere could point its own name to this machine.
+    This prevents DNS rebinding: a web page whose own host name resolves to this machine.
     """
     named = HOST.fullmatch(request.headers.get("host", ""))
     if hosts is not None and (named is None or named[1].lower() not in hosts):
@@ -170,10 +169,10 @@ def check_host(request: Request, hosts: list[str] | None) -> None:
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """An endpoint as an application: its failures become OpenAI's error objects.
+class ApiRoute:
+    """ASGI application of one endpoint. Exceptions become OpenAI's error objects.
 
-    respond: gets the request, and a stack that is closed after the response, also when sending fails.
+    respond: the handler. It gets the request, and a stack that is closed after the response, even if sending fails.
     hosts: as for `check_host`.
     """
 
@@ -181,7 +180,7 @@ class Endpoint:
     hosts: list[str] | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
+        """Answer a request (the ASGI interface)."""
         request = Request(scope, receive)
         with ExitStack() as sent:
             try:
@@ -198,7 +197,7 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
     """Build the application. hosts: as for `check_host`."""
 
     async def unknown(request: Request, error: Exception) -> Response:
-        """Answer requests for unknown paths and methods."""
+        """Answer a request for an unknown path or method."""
         assert isinstance(error, HTTPException)
         offered = "GET /health, GET /v1/models, POST /v1/chat/completions"
         answer = ApiError(error.status_code, f"{error.detail}: this server offers {offered}")
@@ -210,10 +209,10 @@ def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/health", Endpoint(server.health, hosts), methods=["GET"]),
-            Route("/v1/models", Endpoint(server.models, hosts), methods=["GET"]),
-            Route("/v1/models/{name:path}", Endpoint(server.model, hosts), methods=["GET"]),
-            Route("/v1/chat/completions", Endpoint(server.completions, hosts), methods=["POST"]),
+            Route("/health", ApiRoute(server.health, hosts), methods=["GET"]),
+            Route("/v1/models", ApiRoute(server.models, hosts), methods=["GET"]),
+            Route("/v1/models/{name:path}", ApiRoute(server.model, hosts), methods=["GET"]),
+            Route("/v1/chat/completions", ApiRoute(server.completions, hosts), methods=["POST"]),
         ],
         exception_handlers={HTTPException: unknown},
         lifespan=server.jobs.lifespan,
@@ -225,15 +224,18 @@ def _error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
-# ---- the engine's part
+# ---- answering a request
 
 
 def answer_steps(
-    chat: Chat, reading: ReadingPool, limits: Limits, asked: Asked, path: Path | None, stop: Event
+    chat: Chat, reading: ReadingPool, limits: Limits, asked: ChatRequest, path: Path | None, stop: Event
 ) -> Generator[str | Finished | Stage, None, None]:
-    """Yield pieces of text, and `Finished` last. path: of the request's medium. Raises ApiError."""
+    """Yield pieces of the answer's text and at the end `Finished`; before a step, yield the `Stage` it needs.
+
+    path: of the request's medium, None without one. stop: set when the client has left. Raises ApiError.
+    """
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
-    request = Question(asked.turns, media, asked.system)
+    request = ModelRequest(asked.turns, media, asked.system)
     try:
         request.check()
         seen = None
@@ -253,7 +255,7 @@ def answer_steps(
             ids = chat.ids([prepared], asked.decoding, stop)[0]
     except (NobodyWaits, EngineError):
         raise
-    except UserError as error:  # its message must not reveal where the medium is stored on this machine
+    except UserError as error:  # the client must not see the path of the medium
         text = " ".join(str(error).split())
         raise ApiError(400, text if path is None else text.replace(str(path), "the video or image")) from None
     processor, num_tokens = chat.processor, len(ids)

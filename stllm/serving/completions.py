@@ -1,7 +1,7 @@
-"""OpenAI's chat completion objects: the request, checked and converted to one for the engine, and the replies.
+"""OpenAI's chat completion objects: parsing of requests, and the objects of replies.
 
-Fields of a request that would change the answer and that this engine does not support are refused, not ignored. An
-error reveals nothing about this machine: no paths, no tracebacks.
+A field that would change the answer but is not supported here is refused, not ignored. Errors contain no paths of this
+machine and no tracebacks.
 """
 
 import json
@@ -21,9 +21,9 @@ from stllm.serving.jobs import BusyError, explain
 from stllm.serving.limits import ApiError, Limits
 
 NEED_LESS = "send a smaller num_frames or max_tokens, or shorter messages"
-MAX_MESSAGES, MAX_PARTS = 1000, 100  # chosen here
-PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-NEUTRAL: dict[str, Any] = {  # taken with this value, or null
+MAX_MESSAGES, MAX_PARTS = 1000, 100  # in a request, in a message; our choice
+PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # ignored fields
+NEUTRAL: dict[str, Any] = {  # fields that are accepted only with this value, or null
     "n": 1,
     "logprobs": False,
     "presence_penalty": 0,
@@ -93,12 +93,12 @@ class _Body(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    num_frames: int | None = Field(None, ge=1)  # beyond OpenAI's
+    num_frames: int | None = Field(None, ge=1)  # an extension, not one of OpenAI's fields
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The content of one request. url: of its video or image; num_frames: None for the model's usual number."""
+class ChatRequest:
+    """A parsed request. url: of its video or image, None without one. num_frames: None for the model's default."""
 
     turns: tuple[Turn, ...]
     system: str | None
@@ -109,8 +109,11 @@ class Asked:
     include_usage: bool
 
 
-def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -> Asked:
-    """Parse a request. model: the name served here; usual: the settings for omitted fields. Raises ApiError."""
+def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -> ChatRequest:
+    """Parse and check a request. Raises ApiError.
+
+    model: the name of the served model. usual: default settings of generation.
+    """
     try:
         wanted = _Body.model_validate_json(body)
     except ValidationError as error:
@@ -138,7 +141,7 @@ def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -
     ):
         if value is not None and value > most:
             raise ApiError(400, f"{name} is {value}, at most {most} are taken", param=name)
-    try:  # one beam: an answer can then be streamed and stopped, and it is the same whether it is streamed or not
+    try:  # always one beam, so that an answer is the same with and without streaming
         decoding = replace(
             usual,
             num_beams=1,
@@ -146,14 +149,17 @@ def parse_request(body: bytes, *, model: str, usual: Decoding, limits: Limits) -
             temperature=wanted.temperature or 0.0,
             top_p=usual.top_p if wanted.top_p is None else wanted.top_p,
         )
-    except UserError as error:  # more new tokens than the context rule has room for
+    except UserError as error:  # too many new tokens for the context rule
         raise ApiError(400, str(error), param="max_tokens") from None
     include_usage = wanted.stream_options is not None and wanted.stream_options.include_usage
-    return Asked(turns, system, url, wanted.num_frames, decoding, bool(wanted.stream), include_usage)
+    return ChatRequest(turns, system, url, wanted.num_frames, decoding, bool(wanted.stream), include_usage)
 
 
 def _conversation(messages: list[_Message], limits: Limits) -> tuple[str | None, tuple[Turn, ...], str | None]:
-    """Return (system sentence, turns, URL). User and assistant alternate; the first user message names the medium."""
+    """Return (system message, turns, URL of the medium). Raises ApiError.
+
+    User and assistant messages must alternate, and only the first user message may have a medium.
+    """
     num_parts = max(1 if isinstance(message.content, str) else len(message.content) for message in messages)
     if num_parts > MAX_PARTS:
         raise ApiError(400, f"a message has {num_parts} parts, at most {MAX_PARTS} are taken", param="messages")
@@ -182,9 +188,9 @@ def _conversation(messages: list[_Message], limits: Limits) -> tuple[str | None,
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer. text: the whole answer; reason: "stop", or "length" when max_tokens ended it.
+    """The result of a completion. text: the whole answer. reason: "stop", or "length" if max_tokens ended it.
 
-    prompt_tokens: read by the model, including those of the video; cut_tokens: removed by the context rule.
+    prompt_tokens: number of text and visual tokens in the prompt. cut_tokens: number removed by the context rule.
     """
 
     text: str
@@ -194,7 +200,7 @@ class Finished:
     cut_tokens: int = 0
 
     def usage(self) -> dict[str, int]:
-        """Count tokens as OpenAI does. `cut_tokens`, which OpenAI does not have, is added only when tokens were cut."""
+        """Return OpenAI's usage object. If tokens were cut, it has the additional field `cut_tokens`."""
         read, written = self.prompt_tokens, self.completion_tokens
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         return {**usage, "cut_tokens": self.cut_tokens} if self.cut_tokens else usage
@@ -202,25 +208,25 @@ class Finished:
 
 @dataclass(frozen=True)
 class Reply:
-    """The objects of one reply."""
+    """Builder of the JSON objects of one reply, which share an id."""
 
     model: str
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, end: Finished) -> dict[str, Any]:
-        """Return the whole answer."""
+        """Return the object of a reply that is not streamed."""
         message = {"role": "assistant", "content": end.text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": end.reason, "logprobs": None}
         return {**self._head("chat.completion"), "choices": [choice], "usage": end.usage()}
 
     def chunk(self, delta: dict[str, str], reason: str | None = None) -> str:
-        """Return a piece of the answer, as an event."""
+        """Return an event with a piece of the answer. reason: why the answer ended, in its last chunk."""
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
         return event({**self._head("chat.completion.chunk"), "choices": [choice]})
 
     def usage_chunk(self, end: Finished) -> str:
-        """Return the last event, for clients that request the usage."""
+        """Return the event with the usage, which clients may request as the last one."""
         return event({**self._head("chat.completion.chunk"), "choices": [], "usage": end.usage()})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -228,12 +234,12 @@ class Reply:
 
 
 def event(value: dict[str, Any]) -> str:
-    """Return a server-sent event with JSON in it."""
+    """Return a server-sent event with the value as JSON."""
     return f"data: {json.dumps(value)}\n\n"
 
 
 def api_error(error: Exception) -> ApiError:
-    """Turn any failure of a request into an error for the client. A defect of ours is also logged."""
+    """Convert any exception into an error for the client. Unexpected ones are also logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, NobodyWaits):

@@ -1,10 +1,11 @@
-"""A bounded queue in front of the one model. It refuses requests beyond its places.
+"""A bounded queue of jobs for one model, used by the server and the web page. A full queue refuses requests.
 
-The server and the demo both use it. A job is a generator: it yields news for its listener, and a `Stage` where its next
-steps must run in another thread. A few threads read files (in processes of their own, media/reading.py), so that a slow
-file delays no other; one thread encodes; answers are written together (conversation/streaming.py), and each job waits
-for its own in a thread. When a client leaves, its job is given up: a waiting job is dropped, a job that reads ends at
-once, and a job that answers ends at its next token while the others go on. Its place and its files are freed.
+A job is a generator. It yields results for the client, and a `Stage` before steps that need another thread. Several
+threads read media (in separate processes, media/reading.py), so that a slow file does not delay the others. One thread
+encodes. For the answer, each job waits in a thread of its own, and answers are generated in batches
+(conversation/streaming.py).
+When a client leaves, its job is cancelled: a waiting job is dropped, reading ends at once, and an answer ends at its
+next token while the other answers of its batch continue. The job's place and files are freed.
 """
 
 import logging
@@ -28,37 +29,37 @@ from stllm.serving.limits import Limits
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-EXTRA = 4  # one place in addition to so many, for clients that have none; chosen here
-TICK = 0.5  # seconds without news after which a listening thread is asked whether it goes on
+EXTRA = 4  # per so many places there is one more, reserved for clients without a request; our choice
+TICK = 0.5  # seconds without a result after which `iterate` yields None, so that its caller can stop
 
 
 class Stage(Enum):
-    """The kind of thread in which the next steps of a job run."""
+    """The kind of thread that runs the next steps of a job."""
 
     READING = "reading"
     MODEL = "model"  # one thread
-    ANSWER = "answer"  # many threads, each of which waits for its answer, in a batch or from another server
+    ANSWER = "answer"  # many threads, each of which waits for one answer, from a batch or an engine
 
 
-Work = Callable[[Event], Generator[T | Stage, None, object]]  # the event is set when nobody listens any more
+Work = Callable[[Event], Generator[T | Stage, None, object]]  # a job's generator; the event is set when it is cancelled
 
 
 class BusyError(UserError):
-    """No place is free for another request; one may become free soon."""
+    """The queue has no free place. The client may try again later."""
 
 
 @dataclass(frozen=True)
 class End:
-    """The last news of a job. error: raised by its work."""
+    """The last item of a job. error: the exception that ended it, if any."""
 
     error: BaseException | None = None
 
 
 def explain(error: Exception, need_less: str = "take fewer frames or fewer beams, or ask a shorter question") -> str:
-    """Return the sentence for whoever asked; after a lack of memory, free the GPU's.
+    """Return the sentence about an error for the client. If memory ran out, also free cached GPU memory.
 
-    A defect of ours is logged, and a failure of the engine, whose address is not for everyone. need_less: in words,
-    what takes less memory.
+    Unexpected errors and failures of the engine are logged, and the client is not told their details. need_less: advice
+    for using less memory.
     """
     if isinstance(error, EngineError):
         logger.error("%s", error)
@@ -74,9 +75,9 @@ def explain(error: Exception, need_less: str = "take fewer frames or fewer beams
 
 
 class Jobs:
-    """The queue. places: for requests at once, including the one being answered. reading: processes that read media.
+    """The queue. A few additional places are reserved for clients without a request, so that one client cannot fill it.
 
-    A few more places are for clients that have none, so that one client cannot shut out all others.
+    Attributes: places: number of requests that may wait or be answered at once. reading: processes that read media.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -92,30 +93,30 @@ class Jobs:
         self._closed = False
 
     def has_place(self, client: str | None) -> bool:
-        """Check whether a request of this client may enter; None: of nobody in particular.
+        """Check whether the queue has a place for a request of this client. client: its address, None if unknown.
 
-        One that has no other request here finds a place when others have taken all of them.
+        A client without another request in the queue may also use the reserved places.
         """
-        inside = list(self._inside)  # other threads change it
+        inside = list(self._inside)  # a copy, since other threads change the set
         is_new = client is not None and all(job.client != client for job in inside)
         return len(inside) < self.places + (self.places // EXTRA if is_new else 0)
 
     @property
     def num_inside(self) -> int:
-        """Return the number of requests that wait, are read or are answered."""
+        """Return the number of queued and active requests."""
         return len(self._inside)
 
     def check_room(self, client: str | None = None) -> None:
-        """Raise BusyError when no place is free for this client."""
+        """Raise BusyError if no place is free for this client."""
         if self._closed:
             raise BusyError("the server is ending: try again in a moment")
         if not self.has_place(client):
             raise BusyError(f"all {self.places} places are taken: try again in a moment")
 
     def admit(self, tell: "Callable[[T | End], None]", client: str | None = None) -> "Job[T]":
-        """Take a place for one request. tell: gets its news, in any thread. client: its address.
+        """Take a place for a request, and return its job. Raises BusyError if no place is free.
 
-        Raises BusyError when no place is free.
+        tell: function that receives the job's items; any thread may call it. client: the client's address.
         """
         with self._lock:
             self.check_room(client)
@@ -124,9 +125,9 @@ class Jobs:
             return job
 
     def iterate(self, work: Work[T]) -> Generator[T | None, None, None]:
-        """Yield the work's news to a listening thread, and None after each half second without news. Raises its errors.
+        """Run a job, and yield its items; yield None after each half second without one. Raises the job's exception.
 
-        Closing the iterator gives up the job and does not wait for its end. Raises BusyError when no place is free.
+        Closing the iterator cancels the job without waiting for its end. Raises BusyError if no place is free.
         """
         news: SimpleQueue[T | End] = SimpleQueue()
         job = self.admit(news.put)
@@ -152,7 +153,7 @@ class Jobs:
             self._inside.discard(job)
 
     def close(self) -> None:
-        """Give up all jobs, end all readings, and wait for the model's running step to end."""
+        """Cancel all jobs, stop the reading processes, and wait for the running step of the model."""
         self.reading.close()
         with self._lock:
             self._closed = True
@@ -170,7 +171,7 @@ class Jobs:
 
 
 class Job(Generic[T]):
-    """One request with a place in the queue. resources: closed when it leaves. client: its address, if known."""
+    """A request with a place in the queue. resources: stack closed at its end. client: its address, None if unknown."""
 
     def __init__(self, jobs: Jobs, tell: Callable[[T | End], None], client: str | None = None) -> None:
         self.resources = ExitStack()
@@ -178,16 +179,16 @@ class Job(Generic[T]):
         self._jobs, self._tell = jobs, tell
         self._given_up = Event()
         self._steps: Generator[T | Stage, None, object] | None = None
-        self._future: Future[None] | None = None  # of the stage that waits for its thread, or runs
-        self._lock = Lock()  # between giving up and going on to another stage
+        self._future: Future[None] | None = None  # future of the current stage
+        self._lock = Lock()  # prevents that a cancelled job starts another stage
 
     def start(self, work: Work[T]) -> None:
-        """Begin the work, and run it in this thread until it names a stage."""
+        """Start the job, and run it in this thread until it yields a stage."""
         self._steps = work(self._given_up)
         self._go_on(None, Event())
 
     def give_up(self) -> None:
-        """End the job: the listener has all its news or has gone. A second call does nothing."""
+        """Cancel the job, or mark it as finished. A second call does nothing."""
         with self._lock:
             self._given_up.set()
             waits = self._steps is None if self._future is None else self._future.cancel()
@@ -195,7 +196,7 @@ class Job(Generic[T]):
             self._leave(End())
 
     def _go_on(self, stage: Stage | None, begun: Event) -> None:
-        """Run the work up to its next stage or its end."""
+        """Run the job up to its next stage or its end. stage: of this thread. begun: set to show that it has begun."""
         begun.set()
         assert self._steps is not None
         try:
@@ -208,19 +209,19 @@ class Job(Generic[T]):
                 if self._given_up.is_set():
                     break
             end = End()
-        except BaseException as error:  # handed to the listener, who raises it
+        except BaseException as error:  # passed on, to be raised in the client's thread
             end = End(error)
         self._leave(end)
 
     def _hand_over(self, stage: Stage | None, following: Stage) -> bool:
-        """Queue the rest of the work for the next stage's thread. Return False for a job that was given up."""
+        """Submit the rest of the job to the next stage's threads. Return False if the job was cancelled."""
         begun = Event()
         with self._lock:
             if self._given_up.is_set():
                 return False
             self._future = self._jobs.threads[following].submit(self._go_on, following, begun)
         while stage is Stage.READING and not begun.wait(TICK) and not self._given_up.is_set():
-            pass  # a thread that has read waits for the model, so that few clips wait for it in memory
+            pass  # wait until the model takes the clip, so that few clips are in memory
         return True
 
     def _leave(self, end: End) -> None:

@@ -1,8 +1,8 @@
-"""Limits of a request to the server or the page, while it arrives and while its video or image is read.
+"""Limits of requests to the server or the page, for receiving them and for reading their videos and images.
 
-A body is limited in bytes, in time, and in the memory that all arriving bodies take together. The medium in it is
-written to a file from its data URL, or found under the one folder that clients may read. Limits are generous for one
-person and leave room for other requests. The processes that read media import this file, so it imports no model.
+A body is limited in size and time; the memory for all arriving bodies is limited, too. A request's medium comes from a
+data URL, which is written to a file, or from the folder that clients may read. Processes that read media import this
+file, so it imports no model.
 """
 
 import base64
@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from stllm.media.clip import Clip
 
 MEBIBYTE = 1 << 20
-DISCARDED = 8  # times the limit, or this many MiB: read and dropped, so that the client gets to read the refusal
-CUT_OUT = "data:cut-out"  # in place of a large data URL, so that the JSON parser never copies it
-PIECE = 4 << 20  # characters of base64 decoded at once, a multiple of 4; others run in between
+# A body up to so many times the limit (at least so many MiB) is read and dropped, so that the client gets the refusal.
+DISCARDED = 8
+CUT_OUT = "data:cut-out"  # placeholder for a large data URL, so that the JSON parser does not copy it
+PIECE = 4 << 20  # base64 characters decoded at once, a multiple of 4; other threads can run in between
 
 
 class ApiError(Exception):
-    """An error for the client. status: of HTTP; param: the field of the request at fault."""
+    """An error for the client. status: HTTP status. code: OpenAI's error code. param: the wrong field, if any."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -44,34 +45,35 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """media_bytes, media_seconds, media_pixels (of a frame): of a video or image. text_characters: of all messages.
+    """Limits of one request.
 
-    frames, new_tokens: the most that a request may ask for. waiting: requests in addition to the one being answered.
-    body_seconds: for a request to arrive completely. read_seconds: for its video or image to be decoded.
+    media_bytes, media_seconds: of a video or image. media_pixels: of a frame. text_characters: of all messages
+    together. frames, new_tokens: the most that a request may ask for. waiting: requests in the queue beside the one
+    being answered. body_seconds: for receiving the request. read_seconds: for decoding its video or image.
     """
 
     media_bytes: int = 100 * MEBIBYTE
     media_seconds: float = 1800.0
-    media_pixels: int = 36_000_000  # 8K, and a phone's pictures
+    media_pixels: int = 36_000_000  # enough for 8K videos and photos of phones
     text_characters: int = 100_000
     frames: int = 128
     new_tokens: int = 1024
     waiting: int = 16
     body_seconds: float = 60.0
-    read_seconds: float = 60.0  # half an hour of full HD takes less
+    read_seconds: float = 60.0  # more than half an hour of full HD takes
 
     @property
     def words_bytes(self) -> int:
-        """Return the largest size in bytes of a request without its medium: the escaped text and the JSON around it."""
+        """Return the size limit in bytes for a request without its medium: escaped text and JSON."""
         return 8 * self.text_characters + MEBIBYTE
 
     @property
     def body_bytes(self) -> int:
-        """Return the largest size in bytes of a request: the medium in base64, and the rest."""
+        """Return the size limit in bytes for a request: the medium in base64 and the rest."""
         return self.media_bytes * 4 // 3 + self.words_bytes
 
     def check_size(self, num_bytes: int) -> None:
-        """Raise MediaError for a file that is too large."""
+        """Raise MediaError if a file of this size is too large."""
         if num_bytes > self.media_bytes:
             raise MediaError(
                 f"the video or image has {num_bytes / MEBIBYTE:.1f} MiB, at most {self.media_bytes / MEBIBYTE:.1f} are "
@@ -79,9 +81,9 @@ class Limits:
             )
 
     def check_file(self, path: Path) -> None:
-        """Check the file without decoding it. Raises MediaError for a file that is no medium or is too large."""
+        """Check a file without decoding it. Raises MediaError if it is not a medium or is too large."""
         self.check_size(path.stat().st_size)
-        if kind_of(read_head(path)) == "text":  # without its first words: it may be a file that the client cannot read
+        if kind_of(read_head(path)) == "text":  # the message does not quote the text, which the client may not see
             raise MediaError(f"{path}: found text, expected {EXPECTED}")
         with open_media(path) as medium:
             info = medium.info
@@ -97,7 +99,7 @@ class Limits:
             )
 
     def read(self, reader: "ClipReader", media: "Media") -> "Clip":
-        """Check the file and read it. Called in a reading process (media/reading.py). Raises MediaError."""
+        """Check a file and read it. Reading processes call this (media/reading.py). Raises MediaError."""
         with limited_pixels(self.media_pixels):
             self.check_file(Path(media.path))
             return reader(media)
@@ -105,10 +107,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class PageLimits(Limits):
-    """Limits of one user of the page. text_characters: of a question. folder_bytes, folder_files: of all uploads.
+    """Limits of the web page. Those of Limits apply to one question.
 
-    keep_seconds: how long an upload is kept after the last question about it. upload_seconds: for an upload to arrive
-    completely.
+    folder_bytes, folder_files: of all uploads together. keep_seconds: an upload is deleted so long after the last
+    question about it. upload_seconds: for receiving an upload.
     """
 
     media_bytes: int = 256 * MEBIBYTE
@@ -124,7 +126,7 @@ class PageLimits(Limits):
 
 
 class Bodies:
-    """The bodies that are arriving. most, most_together: bytes of one and of all. seconds: for one to arrive whole."""
+    """Reader of request bodies. most: bytes of one body. most_together: bytes of all. seconds: time limit for one."""
 
     def __init__(self, most: int, most_together: int, seconds: float) -> None:
         self.most = most
@@ -133,10 +135,11 @@ class Bodies:
         self.num_bytes = 0
 
     async def read(self, request: "Request", *, keep: bool = True) -> bytearray | None:
-        """Return the body; None when it is too large or was not kept. It is then still read, within limits.
+        """Return the body. keep: False to read the body and drop it.
 
-        Raises ApiError when the body does not arrive in time or all bodies together are too large. Raises starlette's
-        ClientDisconnect when the client has gone.
+        Returns None if the body was dropped or is too large; a little more than the limit is read and dropped. Raises
+        ApiError if the body does not arrive in time, or if all bodies together are too large. Raises starlette's
+        ClientDisconnect if the client has disconnected.
         """
         import anyio
 
@@ -166,10 +169,10 @@ class Bodies:
 
 
 def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | None]:
-    """Split a request into its text without the large data URL, and that URL. Without one: the whole request and None.
+    """Split a request into the JSON without the large data URL, and that URL; None if there is no large data URL.
 
-    Nothing is parsed: parsing 130 MiB of tiny messages would take gigabytes and block all other requests.
-    Raises ApiError when the rest of the request is too large.
+    The request is not parsed here, because parsing 130 MiB of tiny messages would take gigabytes of memory and block
+    all other requests. Raises ApiError if the JSON without the URL is too large.
     """
     most = limits.words_bytes
     start, end = 0, 0
@@ -188,7 +191,7 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
     if not found:
         return bytes(body), None
     words = bytes(body[: start + 1]) + CUT_OUT.encode() + bytes(body[end:])
-    if body.find(b"\\", start, end) >= 0:  # PHP, for one, escapes every slash
+    if body.find(b"\\", start, end) >= 0:  # some clients escape slashes, such as PHP
         try:
             return words, memoryview(loads(bytes(body[start : end + 1])).encode())
         except ValueError:
@@ -197,10 +200,10 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
 
 
 def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Path | None, limits: Limits) -> Path:
-    """Return the file that a URL of a request names. medium: the URL that `split_medium` has cut out, if it has.
+    """Return the file of a request's medium. url: from the request. medium: the data URL from `split_medium`, if any.
 
-    folder: where a data URL's content is written. root: the folder that `file:` URLs and paths may name, or None.
-    Raises ApiError, and MediaError for a file that is too large.
+    folder: for the content of a data URL. root: folder that `file:` URLs and paths may refer to; None: they are
+    refused. Raises ApiError, and MediaError for a file that is too large.
     """
     if medium is not None and url != CUT_OUT:
         raise ApiError(413, "the request is too large: only a video or image may be", code="request_too_large")
@@ -214,19 +217,19 @@ def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Pat
     if root is None:
         message = "this server opens no files of its own: send the video or image as a data URL"
         raise ApiError(403, message, code="no_media_root")
-    try:  # a file under the root, following links
+    try:  # the path must be a file inside root after links are resolved
         is_file_url = scheme == "file" and urlsplit(url).netloc in ("", "localhost")
         found = (root / (unquote(urlsplit(url).path) if is_file_url else url)).resolve()
         if found.is_relative_to(root.resolve()) and found.is_file():
             return found
-    except (OSError, ValueError, RuntimeError):  # a name that is too long, a zero byte, links in a circle
+    except (OSError, ValueError, RuntimeError):  # a name that is too long, a zero byte, circular links
         pass
-    # One error for all other paths, which reveals nothing about them.
+    # the same error for all other paths, so that it reveals nothing about them
     raise ApiError(404, "there is no such file under this server's media folder", code="file_not_found")
 
 
 def _write(url: memoryview, path: Path, limits: Limits) -> Path:
-    """Write the content of a data URL into the file of that path. The content, not its name, shows its type."""
+    """Write the content of a data URL to `path`. The path needs no extension: readers detect the type."""
     header, comma, _ = bytes(url[:200]).partition(b",")
     if not comma or not header.lower().endswith(b";base64"):
         raise ApiError(400, "the data URL is not of the form data:video/mp4;base64,...", code="invalid_data_url")

@@ -1,6 +1,6 @@
-"""The life of a serving process, for `stllm serve` and `stllm demo`: take the address, load the model, serve, end.
+"""The serving process of `stllm serve` and `stllm demo`: bind the address, load the model, serve, shut down.
 
-At the end its folder of uploads is removed. A second Ctrl-C ends it at once.
+At the end, the folder of uploads is removed. A second Ctrl-C ends the process at once.
 """
 
 import argparse
@@ -34,18 +34,19 @@ from stllm.serving.limits import Limits
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CONNECTIONS = 500  # fewer than the files that a process may open by default
-HEADER_SECONDS = 10.0  # chosen here: for a request's header, and for the rest of a body after an early reply
-UNREAD_SECONDS = 30  # chosen here: for a client to take the bytes that are ready for it
-REFUSED = 100  # connections above CONNECTIONS that get a refusal; more could use up the files that a process may open
-LATEST_SECONDS = 8.0  # after the first signal; what still runs then, such as a long encoding, is cut off
+CONNECTIONS = 500  # fewer than the default limit of open files per process
+HEADER_SECONDS = 10.0  # time limit for a request's header, and for the rest of a body after an early reply; our choice
+UNREAD_SECONDS = 30  # time limit for a client to receive data that was sent to it; our choice
+REFUSED = 100  # connections beyond CONNECTIONS that get a refusal; further ones are closed, to save open files
+LATEST_SECONDS = 8.0  # time limit for the shutdown; a step that still runs then, such as a long encoding, is aborted
 
 
 @dataclass(frozen=True)
 class Host:
-    """A loaded model, and what an application needs in order to serve it.
+    """A loaded model and what an application needs to serve it.
 
-    checkpoint: of the model. folder: for uploads. url: http://HOST:PORT. local: True if only this machine can reach it.
+    checkpoint: the model's path. folder: for uploads. url: http://HOST:PORT. local: True if only this machine can
+    connect.
     """
 
     chat: Chat
@@ -59,13 +60,13 @@ class Host:
 def serve(
     args: argparse.Namespace, limits: Limits, build: Callable[[Host], tuple[Any, str]], *, prefix: str, patience: int
 ) -> int:
-    """Take the address, load the model, and serve until SIGINT or SIGTERM, which are raised again at the end.
+    """Bind the address, load the model, and serve until SIGINT or SIGTERM.
 
-    The first signal ends the reading of media; answers in progress have `patience` seconds. A second signal ends the
-    process at once. Raises UserError.
+    The first signal ends the reading of media, and running answers have `patience` seconds to end. A second signal ends
+    the process at once. Raises UserError.
 
-    args: of a command with options for a checkpoint and an address. build: returns the application, and the line to
-    print once it can be reached. prefix: of the folder for uploads.
+    args: parsed options for a checkpoint and an address. build: function that returns the application, and the line to
+    print when it is ready. prefix: of the name of the folder for uploads.
     """
     checkpoint = chosen_checkpoint(args)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -79,14 +80,14 @@ def serve(
                 "--host of this machine"
             ) from None
         jobs = Jobs(limits)
-        started = Thread(target=jobs.reading.start, daemon=True)  # while the model is loaded
+        started = Thread(target=jobs.reading.start, daemon=True)  # start reading processes while the model is loaded
         started.start()
         chat = load_chosen(args, checkpoint)
         started.join()
         name = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{name}:{listener.getsockname()[1]}"
         app, greeting = build(Host(chat, Path(checkpoint), jobs, folder, url, args.host in LOOPBACK))
-        listener.listen()  # a reader of the address may connect at once
+        listener.listen()  # before printing the address, so that a client can connect at once
         print(f"{greeting} (Ctrl-C ends it)", flush=True)
         if args.host not in LOOPBACK:
             logger.warning("whoever reaches %s can ask: there is no password", args.host)
@@ -94,20 +95,20 @@ def serve(
             app,
             http=TimedProtocol,
             limit_concurrency=CONNECTIONS,
-            backlog=REFUSED,  # asyncio accepts as many in one go, before it looks at any of them
+            backlog=REFUSED,  # asyncio accepts so many connections before it handles any of them
             log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=patience,
         )
-        if _signals:  # Python prints a KeyboardInterrupt that is raised in a `__del__`, and goes on
+        if _signals:  # an earlier KeyboardInterrupt may have been lost: Python ignores exceptions in `__del__`
             raise KeyboardInterrupt
-        # Requests that the shutdown cancels are no failures, and each would print a traceback.
+        # Without this filter, each request that the shutdown cancels would print a traceback.
         logging.getLogger("uvicorn.error").addFilter(
             lambda record: record.exc_info is None or not isinstance(record.exc_info[1], asyncio.CancelledError)
         )
         server = _Server(config, folder, jobs)
-        gc.freeze()  # modules and model stay: the interpreter's last collection would look at them for seconds
+        gc.freeze()  # otherwise the last garbage collection at exit would scan modules and model for seconds
         try:
             server.run(sockets=[listener])
         finally:
@@ -115,19 +116,19 @@ def serve(
     return 0
 
 
-_signals: list[int] = []  # those that have raised KeyboardInterrupt
+_signals: list[int] = []  # signals that have raised KeyboardInterrupt
 
 
 @contextmanager
 def own_folder(prefix: str) -> Iterator[Path]:
-    """Make a folder for uploads, removed at the end. From now on SIGINT and SIGTERM raise KeyboardInterrupt, once.
+    """Make a temporary folder for uploads, which is removed after the block. From now on, handle signals.
 
-    A second signal, or SIGHUP, removes the folder and ends the process without waiting for anything. Folders of the
-    same prefix and user whose process no longer runs (after SIGKILL) are removed first. The owner holds a lock on its
-    folder, and the system releases the lock however the process ends.
+    The first SIGINT or SIGTERM raises KeyboardInterrupt. A second one, or SIGHUP, removes the folder and ends the
+    process at once. Folders with this prefix that killed processes of this user left behind are removed first. They are
+    recognised by a lock: a process holds one on its folder, and the system releases it when the process ends.
     """
     for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError):  # not a folder, not ours, its owner runs, or it has just been removed
+        with suppress(OSError):  # not a folder, not of this user, still in use, or just removed
             lock = os.open(other, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if os.fstat(lock).st_uid == os.getuid():
@@ -154,7 +155,7 @@ def own_folder(prefix: str) -> Iterator[Path]:
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup: the terminal has gone, and nobody waits
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup sets another handler, which is kept
         signal.signal(signal.SIGHUP, lambda *_: end_at_once(folder))
     try:
         yield folder
@@ -166,7 +167,7 @@ def own_folder(prefix: str) -> Iterator[Path]:
 def end_at_once(folder: Path) -> NoReturn:
     """Remove the folder and end the process, without waiting for threads or requests."""
     shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError, ValueError):  # the terminal, or the reader of our messages, has gone
+    with suppress(OSError, ValueError):  # stderr may be closed
         sys.stderr.write("interrupted\n")
         sys.stderr.flush()
     os._exit(130)
@@ -181,7 +182,7 @@ class _Server(uvicorn.Server):
         self.latest.daemon = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the shutdown, or end the process if the shutdown has begun."""
+        """Start the shutdown at the first signal; end the process at the second."""
         if self.should_exit:
             end_at_once(self.folder)
         self.jobs.reading.close()
@@ -190,18 +191,18 @@ class _Server(uvicorn.Server):
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP protocol with limits, where uvicorn would wait forever.
+    """uvicorn's HTTP protocol with time limits where uvicorn would wait forever.
 
-    It closes connections without a complete header, connections whose reply was sent before the body ended, connections
-    whose client does not read, and connections above the limit.
+    It closes a connection that sends no complete header, that goes on sending a body after the reply, whose client does
+    not receive the reply, or that exceeds the number of connections.
     """
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first header. When all places are taken, close the one that has waited longest."""
+        """Start the timer for the header. If there are too many connections, close the one that is idle longest."""
         super().connection_made(transport)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; the system checks it, also while the connection is closing
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux enforces it, even while the connection is being closed
             client = transport.get_extra_info("socket")
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         if self.limit_concurrency is not None and len(self.connections) >= self.limit_concurrency:
@@ -215,7 +216,7 @@ class TimedProtocol(H11Protocol):
         self._timer = self.loop.call_later(HEADER_SECONDS, transport.close)
 
     def data_received(self, data: bytes) -> None:
-        """Keep the timer unless a request is being answered."""
+        """Stop the timer while a request is being answered; otherwise keep it running."""
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE and self.conn.our_state is not h11.DONE:
             self._stop_waiting()

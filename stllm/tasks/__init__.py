@@ -1,1 +1,1 @@
-"""Tasks: data sets, prompts and model of a configuration, put together for a runner."""
+"""Training tasks. A task builds data sets, prompts and model from a configuration; a runner trains them."""

@@ -1,6 +1,6 @@
-"""Instruction tuning on videos, images and text: the task of every published recipe.
+"""Instruction tuning on videos, images and text: the training task of all published recipes.
 
-Builds, from a configuration, the data sets, the prompts and the model; how they are trained is the runner's.
+It builds data sets, prompts and model from a configuration. The runner does the training.
 """
 
 import logging
@@ -43,23 +43,28 @@ ADAPTER_FOLDER = "lora_adapter"
 @tasks.register("video_text_it", "video_text_pretrain", "image_text_pretrain")
 @dataclass
 class VideoTextTask:
-    """The data sets, prompts and model to train. Data sets and tokenizers are opened before any weight is read."""
+    """Data sets, prompts and model for training. Data sets and tokenizers are opened before weights are loaded.
+
+    mixture: training data. held_out: validation data; None without validation. base_model: folder of the language
+    model; None if a checkpoint of the whole model has the language model.
+    """
 
     cfg: DictConfig
     config: STLLMConfig
     processor: PromptProcessor
     mixture: Mixture
-    held_out: Mixture | None = None  # what is scored while training
-    base_model: str | None = None  # the language model's folder, unless a whole checkpoint gives the language model
+    held_out: Mixture | None = None
+    base_model: str | None = None
 
     runner = "trainer"
 
     @classmethod
     def from_config(cls, cfg: DictConfig, *, seed: int) -> "VideoTextTask":
-        """The task of a checked configuration.
+        """Build the task from a checked configuration. seed: of the order of samples and of masking.
 
-        Raises UserError for data, weights or tokenizers that are not there, for stored features that are needed but
-        not there or cannot stand for the pixels, and for a data set whose frames leave no positions for text.
+        Raises UserError for missing data, weights or tokenizers; for precomputed features that are missing or cannot
+        replace pixels with this model; for a data set whose visual tokens leave no positions for text; and for settings
+        of quantization or packing that contradict others.
         """
         opened = open_configured(cfg)
         config, run = opened.config, cfg.run
@@ -114,10 +119,10 @@ class VideoTextTask:
         trained_dtype: torch.dtype | None,
         division: Division | None = None,
     ) -> STLLM:
-        """The model to train, from the weights that the configuration names; what starts fresh is noted.
+        """Load the configured weights, and return the model. Notes list the weights that were initialised randomly.
 
-        division: as in `assemble`.
-        Raises UserError for stored features that other weights than the model's have made.
+        trained_dtype: type of trained weights. division: as in `assemble`.
+        Raises UserError for precomputed features that were made with other weights than the model's.
         """
         model, report = build_audited(
             self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype, division=division
@@ -141,11 +146,11 @@ class VideoTextTask:
         return model
 
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
-        """The order of batches; batch_size: of one process."""
+        """Return the sampler, which determines the order of batches. batch_size: per process."""
         return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def collator(self, *, masks: bool = True) -> Collator:
-        """The collator of samples, with masks where the configuration masks, or without any."""
+        """Return the collator of samples. masks: False for no masking even if it is configured."""
         return Collator(
             self.processor,
             seed=self.mixture.seed,
@@ -156,7 +161,7 @@ class VideoTextTask:
         )
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
-        """Add a folder with the LoRA adapter to the trained model's; a sharded model's adapter cannot be written."""
+        """Write the LoRA adapter, if there is one, to a subfolder of `folder`. A sharded model's adapter is skipped."""
         assert isinstance(model, STLLM)
         if self.config.lora is not None and not sharded:
             save_adapter(model, folder / ADAPTER_FOLDER, base_model=self.base_model)
@@ -164,7 +169,7 @@ class VideoTextTask:
 
 @dataclass(frozen=True)
 class PositionLimit:
-    """A check that samples fit the language model's positions: prompt, answer and visual tokens before masking."""
+    """Check that a sample's prompt, answer and visual tokens (before masking) fit the language model's positions."""
 
     config: STLLMConfig
     processor: PromptProcessor
@@ -172,12 +177,12 @@ class PositionLimit:
 
     @classmethod
     def of(cls, config: STLLMConfig, processor: PromptProcessor) -> "PositionLimit | None":
-        """The limit of a model; None for a language model without `max_position_embeddings`."""
+        """Return the check for a model, or None if its language model has no `max_position_embeddings`."""
         num_positions = getattr(config.text_config, "max_position_embeddings", None)
         return None if num_positions is None else cls(config, processor, num_positions)
 
     def __call__(self, sample: Sample, num_frames: int) -> None:
-        """Raise AnnotationError for a sample that is too long; see `samples.LengthCheck`."""
+        """Raise AnnotationError if a sample is too long; see `samples.LengthCheck`."""
         found, visual = self._num_tokens(sample.turns, sample.media, num_frames)
         if found > self.num_positions:
             raise AnnotationError(
@@ -188,7 +193,7 @@ class PositionLimit:
             )
 
     def check_room(self, corpus: Corpus) -> None:
-        """Raise UserError for a data set whose frames leave no positions for text."""
+        """Raise UserError if a data set's visual tokens leave no positions for text."""
         if corpus.media is None or not isinstance(corpus, FeatureSource):
             return
         num_frames = corpus.frame_settings.get("num_frames", 1)
@@ -201,16 +206,19 @@ class PositionLimit:
             )
 
     def _num_tokens(self, turns: Sequence[Turn], media: str | None, num_frames: int) -> tuple[int, int]:
-        """Positions that the turns take in training with their medium, and how many of them are visual tokens."""
+        """Return the number of tokens of a training sample, and how many of them are visual tokens."""
         num_text = len(self.processor.training_ids(turns, media=media)[0])
         if media is None:
             return num_text, 0
         visual = num_visual_tokens(self.config, num_frames)
-        return num_text - 1 + visual, visual  # one id of the text is the placeholder of the visual tokens
+        return num_text - 1 + visual, visual  # one of the text's ids is the placeholder of the visual tokens
 
 
 def open_configured(cfg: DictConfig) -> Opened:
-    """The files that `model` names, and the model's configuration, from their headers alone. Raises UserError."""
+    """Open the files configured in section `model`, and return them with the model's configuration. Raises UserError.
+
+    Only headers are read, not weights.
+    """
     settings = model_section(cfg)
     sources = open_sources(settings)
     config = decide_config(sources, settings)

@@ -1,1 +1,1 @@
-"""The browser demo: talk with a video, see what it saw, and what the answer rests on."""
+"""The web page (`stllm demo`): chat about a video, with the frames that the model sees and evidence for its answers."""

@@ -1,7 +1,8 @@
-"""The page as an application: gradio, behind middleware that closes what the page does not need and limits requests.
+"""The web page's application: gradio behind middleware that limits requests and blocks unused parts of gradio.
 
-By itself, gradio fetches web addresses that a client names as files, forwards requests, converts recordings and keeps
-copies of pages. With this middleware neither the server nor the browser fetches anything, and bodies have a limit.
+gradio alone would fetch web addresses that a client names as files, forward requests, convert recordings and store
+copies of pages. With this middleware, neither the server nor the browser fetches anything from other hosts, and bodies
+are limited.
 """
 
 import os
@@ -32,12 +33,12 @@ SHUT = re.compile(
     r"monitoring|vibe|undo-vibe|runs?-history|runs/?$|dev/|profiling)",
     re.IGNORECASE,
 )
-MAX_MESSAGE = MEBIBYTE  # bytes of a request that is no upload
-MESSAGES = 64  # of that size that may arrive at once, chosen here
+MAX_MESSAGE = MEBIBYTE  # bytes of a request that is not an upload
+MESSAGES = 64  # such requests of the largest size that may arrive at once; our choice
 FULL = "the server holds as many uploads as it may: try again later"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
-HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of videos is WebAssembly; all is its own
+HEADERS = {  # inline scripts and WebAssembly are allowed, because gradio's page uses them; other hosts are not
     "content-security-policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     "referrer-policy": "no-referrer",
@@ -46,7 +47,7 @@ HEADERS = {  # gradio's page has scripts and styles inside, and its trimming of 
 
 
 def build_app(service: Service, *, local: bool, about: str = "") -> "FastAPI":
-    """Build the application. local: whether to answer only to names of this machine. about: the model, in words."""
+    """Build the application. local: accept only requests for localhost. about: description of the model to show."""
     os.environ.update(GRADIO_TEMP_DIR=str(service.folder), GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     import gradio
     from fastapi import FastAPI
@@ -56,7 +57,7 @@ def build_app(service: Service, *, local: bool, about: str = "") -> "FastAPI":
     from stllm.web.page import STYLE, build_page, theme
 
     middleware = [Middleware(Guard, limits=service.limits, folder=service.folder, examples=service.examples)]
-    if local:  # a page elsewhere that lets its own name point here is turned away
+    if local:  # prevents DNS rebinding: a web page whose own host name resolves to this machine
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
     closed: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     examples = find_examples()
@@ -89,7 +90,7 @@ def describe(chat: Chat, checkpoint: Path) -> str:
 
 
 class Guard:
-    """ASGI middleware in front of gradio's application. folder: the uploads. examples: files that may also be read."""
+    """ASGI middleware in front of gradio's application. folder: of uploads. examples: other files clients may name."""
 
     def __init__(self, app: ASGIApp, limits: PageLimits, folder: Path, examples: Collection[Path] = ()) -> None:
         self.app = app
@@ -97,11 +98,11 @@ class Guard:
         self.folder = folder
         self.open = {str(path) for path in examples}
         self._bodies = Bodies(MAX_MESSAGE, MESSAGES * MAX_MESSAGE, limits.body_seconds)
-        self._num_uploads = 0  # that arrive now
-        self._held = 0  # bytes in `folder`, as far as is known without looking
+        self._num_uploads = 0  # uploads that are arriving
+        self._held = 0  # bytes in `folder` at the last count, and bytes that have arrived since
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse with 403, 400, 408, 411, 413, 503 or 507 and a sentence, or let the request through."""
+        """Pass the request to gradio, or refuse it with status 400, 403, 408, 411, 413, 503 or 507 and a sentence."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -132,10 +133,10 @@ class Guard:
             await self.app(scope, receive, send_with_headers)
 
     def _check(self, body: bytearray | None) -> None:
-        """Raise ApiError for the body of a request that is too long or names a file that it may not.
+        """Raise ApiError if a request's body is too long (None), or names a file that clients may not read.
 
-        gradio copies every file that a request names to the uploads before it calls a handler. It would copy any file
-        of this machine, and would read devices without end.
+        Before gradio calls a handler, it copies every file that the request names to the uploads. Without this check it
+        would copy any file of this machine, and read devices without end.
         """
         if body is None:
             raise ApiError(413, f"the request is too long: at most {MAX_MESSAGE // 1024} kB are taken")
@@ -150,28 +151,28 @@ class Guard:
             raise ApiError(400, "only uploaded files and the examples can be read here: upload the video or image")
 
     async def _take_upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let gradio store the upload, which must arrive in time, and remove leftover files. Raises ApiError.
+        """Pass an upload to gradio within the limits, and remove leftover files. Raises ApiError.
 
-        gradio counts the bytes of each file that arrive. It writes each file of a form into `folder` and moves those of
-        the field `files` into folders within it. Files of other fields and of interrupted uploads stay.
+        gradio limits the size of each file. It writes each file of a form into `folder`, and moves those of the field
+        `files` into subfolders. It leaves behind files of other fields and of interrupted uploads.
         """
         announced = Headers(scope=scope).get("content-length", "")
         if not announced.isdigit():
             raise ApiError(411, "an upload must say how long it is")
         if int(announced) > self.limits.media_bytes + MAX_MESSAGE:
             raise ApiError(413, f"the file is too large: at most {self.limits.media_bytes // MEBIBYTE} MB are taken")
-        sizes = []  # of files and of folders; gradio puts each file into a folder
+        sizes = []  # of files and of subfolders; gradio puts each file into a subfolder
         for path in self.folder.rglob("*"):
             with suppress(OSError):  # removed in the meantime
                 sizes.append(path.stat().st_size)
-        self._held = sum(sizes)  # bytes that others have announced but not sent take no room
+        self._held = sum(sizes)  # without bytes of other uploads that have not arrived yet
         room = self.limits.folder_bytes
         if self._held + int(announced) > room or len(sizes) > 2 * self.limits.folder_files:
             raise ApiError(507, FULL)
         end, whole = anyio.current_time() + self.limits.upload_seconds, False
 
         async def receive_in_time() -> Message:
-            """Pass on parts of the body. A client that is late, or sends more than there is room, counts as gone."""
+            """Pass on the body; report a disconnection if it is late or larger than the room for uploads."""
             nonlocal whole
             message: Message = {"type": "http.disconnect"}
             with anyio.CancelScope(deadline=float("inf") if whole else end):
@@ -188,7 +189,7 @@ class Guard:
             raise refusal from None
         finally:
             self._num_uploads -= 1
-            # Files directly in `folder`; while other uploads arrive, only those that are too old to belong to them.
+            # Remove files directly in `folder`; while other uploads arrive, only files too old to belong to them.
             oldest = time.time() - self.limits.upload_seconds if self._num_uploads else float("inf")
             with os.scandir(self.folder) as entries:
                 for entry in entries:
@@ -198,9 +199,9 @@ class Guard:
 
 
 def _is_foreign(headers: Headers) -> bool:
-    """Check whether a browser sends the request for a page of another origin. Programs send neither header.
+    """Check whether a browser sends the request for a page of another origin. Other programs do not send the headers.
 
-    Behind a proxy that changes the Host header, Sec-Fetch-Site or X-Forwarded-Host says what the browser asked for.
+    Sec-Fetch-Site, or else X-Forwarded-Host, is also correct behind a proxy that changes the Host header.
     """
     site = headers.get("sec-fetch-site")
     if site is not None:
@@ -215,7 +216,7 @@ def _is_foreign(headers: Headers) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Pass on the body that was read, then further messages."""
+    """Return a `receive` function that first returns the body, which was already read, and then further messages."""
     waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -225,7 +226,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Yield the files that a request names: gradio's {"path": ...}, at any depth."""
+    """Yield the files that a request names, which are gradio's {"path": ...} at any depth."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str):
             yield value["path"]

@@ -1,6 +1,6 @@
-"""Pictures of the page: the sampled frames with their times, evidence over time as a curve, the temporal probe's cards.
+"""HTML of the page's pictures: sampled frames with their times, the evidence curve, and the temporal probe's cards.
 
-They are HTML and SVG with the pictures inside, so that no file is written that would have to be removed.
+Pictures are embedded in the HTML, so that no files have to be written and removed.
 """
 
 import base64
@@ -24,23 +24,23 @@ if TYPE_CHECKING:  # read_film runs in a process without a model
     from stllm.media.clip import Clip
     from stllm.serving.limits import Limits
 
-SIDE = 144  # pixels of a picture
-MAX_ANSWER = 160  # characters of it that are shown
-HEIGHT, MARGIN = 100, 8  # of the curve, in units of its own
+SIDE = 144  # height and width of a picture in pixels
+MAX_ANSWER = 160  # characters of the answer that are shown below the curve
+HEIGHT, MARGIN = 100, 8  # of the curve, in SVG units
 MEANING = {
     FORWARD: "the frames as they are",
     REVERSED: "last frame first",
     SHUFFLED: "in a fixed random order",
-    SINGLE: "the middle frame alone",
-    BLANK: "grey: what the text alone gives away",
+    SINGLE: "only the middle frame",
+    BLANK: "grey frames: the model has only the question",
 }
 
 
 @dataclass(frozen=True)
 class Film:
-    """The frames that the model was shown. media: with the number of frames that was asked for.
+    """Pictures of the frames that the model sees.
 
-    pictures: of each frame, as data addresses. times: seconds.
+    media: the medium and the number of frames. pictures: one per frame, as data URLs. times: of the frames, in seconds.
     """
 
     media: Media
@@ -49,7 +49,7 @@ class Film:
 
 
 class Pictures:
-    """A frame transform that also keeps a small picture of each frame, cropped as the model sees it."""
+    """A frame transform that also stores a small picture of each frame in `taken`, cropped as for the model."""
 
     def __init__(self, transform: FrameTransform) -> None:
         self._transform = transform
@@ -57,7 +57,7 @@ class Pictures:
         self.taken: list[str] = []
 
     def __call__(self, frame: np.ndarray) -> Tensor:
-        """frame: (H, W, 3) uint8."""
+        """Store a picture of the frame, (H, W, 3) uint8, and return the transformed frame."""
         pixels = self._small(frame).permute(1, 2, 0)  # (SIDE, SIDE, 3)
         file = io.BytesIO()
         Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=85)
@@ -66,16 +66,16 @@ class Pictures:
 
 
 def read_film(limits: "Limits", reader: "ClipReader", media: Media) -> "tuple[Clip, tuple[str, ...]]":
-    """Read the clip, and make a picture of each frame, as data addresses. Raises MediaError."""
+    """Read a clip. Return it with a picture of each frame, as data URLs. Raises MediaError."""
     pictures = Pictures(reader.transform)
     clip = limits.read(replace(reader, transform=pictures), media)
     return clip, tuple(pictures.taken)
 
 
 def film_html(film: Film | None, evidence: "Evidence | None" = None) -> str:
-    """Draw the strip and, with evidence, the curve, each point under its frame."""
+    """Return the HTML of the frames in a row and, if there is evidence, of its curve below them."""
     if film is None:
-        return '<div class="film-empty">The frames that the model looks at will be shown here.</div>'
+        return '<div class="film-empty">The frames that the model sees will be shown here.</div>'
     peak = range(*evidence.segments[evidence.peak]) if evidence is not None and evidence.supports else ()
     frames = "".join(
         f'<figure class="film-frame{" film-peak" if place in peak else ""}">'
@@ -90,7 +90,7 @@ def film_html(film: Film | None, evidence: "Evidence | None" = None) -> str:
 
 
 def small_strip(film: Film, order: list[int], *, blank: bool = False, most: int = 8) -> str:
-    """Draw at most `most` pictures of the frames in that order; blank: grey ones."""
+    """Return the HTML of at most `most` small pictures. order: indices of the frames. blank: True for grey pictures."""
     places = order[:: max(1, -(-len(order) // most))]
     if blank:
         return '<div class="small-strip">' + '<span class="small-blank"></span>' * len(places) + "</div>"
@@ -99,13 +99,16 @@ def small_strip(film: Film, order: list[int], *, blank: bool = False, most: int 
 
 
 def clock(seconds: float) -> str:
-    """Format a time as players do: 1:02.5."""
+    """Format a time as minutes, seconds and tenths, such as 1:02.5."""
     tenths = round(seconds * 10)
     return f"{tenths // 600}:{tenths // 10 % 60:02d}.{tenths % 10}"
 
 
 def probe_html(film: Film, question: str, answers: Mapping[str, str]) -> str:
-    """Draw a card for each view: a small strip and the answer, which may still be missing."""
+    """Return the HTML of the temporal probe: per view of the frames a card with small pictures and the answer.
+
+    answers: view -> answer; views without an answer yet are shown as waiting.
+    """
     same = {view: answers[view].strip().lower() == answers[FORWARD].strip().lower() for view in answers}
     cards = ""
     for view in VIEWS:
@@ -117,27 +120,27 @@ def probe_html(film: Film, question: str, answers: Mapping[str, str]) -> str:
                 mark = '<em class="same">same</em>' if same[view] else '<em class="other">differs</em>'
         cards += f'<div class="probe-card{state}"><b>{view}{mark}</b><i>{MEANING[view]}</i>{strip}<p>{text}</p></div>'
     said = f'<div class="probe-words"><b>{verdict(answers)}</b></div>' if len(answers) == len(VIEWS) else ""
-    asked = f'<div class="probe-question">Asked alone, under five views: “{escape(question)}”</div>'
-    return f'{asked}<div class="probe-cards">{cards}</div>{said}'
+    asked = f"Asked without earlier turns, with five versions of the frames: “{escape(question)}”"
+    return f'<div class="probe-question">{asked}</div><div class="probe-cards">{cards}</div>{said}'
 
 
 def verdict(answers: Mapping[str, str]) -> str:
-    """Conclude from the answers to one question whether they depend on time."""
+    """Return a sentence on whether the answers to one question depend on the order of frames."""
     same = {view: answers[view].strip().lower() == answers[FORWARD].strip().lower() for view in VIEWS}
     if not same[REVERSED] and not same[SHUFFLED]:
-        return "The answer changes when the order of the frames is taken away: here the model uses time."
+        return "The answer changes when the order of the frames is changed: here the model uses the order of events."
     if not same[REVERSED] or not same[SHUFFLED]:
         changed, kept = (SHUFFLED, REVERSED) if same[REVERSED] else (REVERSED, SHUFFLED)
-        return f"The answer changes with the frames {changed}, not with them {kept}: a sign that time is used."
+        return f"The answer changes if the frames are {changed}, but not if they are {kept}: a sign that order matters."
     if not same[SINGLE]:
         return "The answer is the same in every order, but not on one frame: it needs several frames, not their order."
     if not same[BLANK]:
-        return "One frame gives the same answer: nothing here needs time."
+        return "One frame gives the same answer: it needs neither several frames nor their order."
     return "The answer is the same without any picture: it comes from the question alone."
 
 
 def _curve(evidence: "Evidence") -> str:
-    """Draw an SVG as wide as the strip, one unit a frame. Segments above the line spoke for the answer."""
+    """Return the SVG of the evidence, one unit wide per frame. Segments above the line made the answer more likely."""
     count = len(evidence.times)
     low, high = min(0.0, *evidence.scores), max(0.0, *evidence.scores)
     unit = (HEIGHT - 2 * MARGIN) / ((high - low) or 1.0)
@@ -163,24 +166,27 @@ def _words(evidence: "Evidence") -> str:
     score = evidence.scores[evidence.peak]
     if not evidence.matters:
         found = (
-            "No part of the video speaks for this answer or against it: leaving any out makes a difference of at most "
-            f"{evidence.bound:.2g} nats."
+            "No part of the video makes this answer more or less likely: leaving any part out makes a difference of at "
+            f"most {evidence.bound:.2g} nats."
         )
     elif not evidence.supports:
-        found = "No part of the video speaks for this answer: leaving any out makes it no less likely."
+        found = "No part of the video makes this answer more likely: leaving out any part does not make it less likely."
     else:
-        found = f"Most rests on {_span(evidence, first, end)}: without it the answer is {score:.3g} nats less likely."
+        found = (
+            f"The most important part is {_span(evidence, first, end)}: without it, the answer is {score:.3g} nats "
+            "less likely."
+        )
     if evidence.cut:
-        found += f" The model did not read {len(evidence.cut)} parts, which were cut from the prompt."
+        found += f" The model did not read {len(evidence.cut)} parts, because they were cut from the prompt."
     answer = evidence.answer if len(evidence.answer) <= MAX_ANSWER else f"{evidence.answer[:MAX_ANSWER]}…"
     return (
         f'<div class="film-words"><b>{found}</b> The curve shows how much the log probability of '
-        f"“{escape(answer)}” ({evidence.log_probability:.3g} nats) falls when a part is left out; "
-        "below the line, that part spoke against it.</div>"
+        f"“{escape(answer)}” ({evidence.log_probability:.3g} nats) falls when a part is left out. "
+        "Below the line, leaving the part out makes the answer more likely.</div>"
     )
 
 
 def _span(evidence: "Evidence", first: int, end: int) -> str:
-    """Format the time of a segment."""
+    """Return the times of a segment as text. first, end: its frame indices, end excluded."""
     start, last = clock(evidence.times[first]), clock(evidence.times[end - 1])
     return start if end - first == 1 else f"{start} to {last}"

@@ -1,7 +1,7 @@
-"""Handlers of the page: each yields what the page is to show, by name.
+"""Handlers of the page's events. They do not depend on gradio. All state is in the `Session` of a browser tab.
 
-chat: messages. question: the text box. status, film, probe: HTML. busy: whether an answer is being made, which decides
-the buttons. A part without a name stays as it is. Nothing here knows gradio, and every state is in the tab's `Session`.
+A handler yields dictionaries of the parts of the page to update: chat: messages. question: content of the text box.
+status, film, probe: HTML. busy: whether a job is running, which determines the enabled buttons.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from typing import Any
 from stllm.conversation.evidence import Evidence
 from stllm.processors.templates import Turn
 from stllm.web.film import Film, film_html, probe_html
-from stllm.web.service import Progress, Service, Steps
+from stllm.web.service import JobProgress, Service, Steps
 
 Shown = dict[str, Any]
 NO_VIDEO = "There is no video yet: upload one, record one, or click an example."
@@ -24,9 +24,10 @@ STEPS = {"read": ("Reading", "frames"), "encode": ("Encoding", "visual tokens"),
 
 @dataclass
 class Talk:
-    """One conversation about one medium. A new medium, or clearing, begins another one.
+    """One conversation about one medium. A new medium or the clear button starts another conversation.
 
-    path: of the medium, None without one. stopped: set by the stop button. evidence: of the last answer.
+    path: of the medium; None without one. film: pictures of its frames. evidence: for the last answer. stopped: True
+    after the stop button was pressed.
     """
 
     path: str | None = None
@@ -37,25 +38,25 @@ class Talk:
 
 
 class Session:
-    """The state of one tab; tabs share nothing. lock: held by the handler that uses the model for the tab."""
+    """The state of one browser tab. talk: its conversation. lock: held by the tab's handler that uses the model."""
 
     def __init__(self) -> None:
         self.talk = Talk()
         self.lock = Lock()
 
     def __deepcopy__(self, memo: object) -> "Session":
-        """Return a new session: gradio copies the page's first state for each tab."""
+        """Return a new session. gradio copies the initial state for each tab, and tabs must share nothing."""
         return Session()
 
     def begin(self, talk: Talk) -> Shown:
-        """Replace the conversation; an answer that is being written in the old one stops. Return the whole page."""
+        """Replace the conversation, and stop a running answer in the old one. Return the content of the whole page."""
         self.talk.stopped = True
         self.talk = talk
         return {**_whole(talk), "question": ""}
 
 
 class Handlers:
-    """The page's handlers. Those that need the model are generators; the others return at once."""
+    """The page's handlers. Those that use the model are generators; the others return at once."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -63,31 +64,31 @@ class Handlers:
     # ---- at once ----------------------------------------------------------------------------------------------------
 
     def begin(self, session: Session, path: str | None) -> Shown:
-        """Begin another conversation, about another medium or none; an answer that is being written stops."""
+        """Start a conversation about another medium, or without one. A running answer is stopped."""
         return session.begin(Talk(path))
 
     def clear(self, session: Session) -> Shown:
-        """Begin another conversation about the same medium."""
+        """Start a new conversation about the same medium."""
         return session.begin(Talk(session.talk.path, film=session.talk.film))
 
     def stop(self, session: Session) -> None:
-        """End the current job; its handler shows the result so far."""
+        """Stop the running job. Its handler shows the result so far."""
         session.talk.stopped = True
 
     def undo(self, session: Session) -> Shown:
-        """Take back the last question, which is put into the text box, and its answer."""
+        """Remove the last question and its answer, and put the question into the text box."""
         talk = session.talk
         if not talk.turns:
-            return {"status": progress_html(Progress(), note=NO_ANSWER)}
+            return {"status": progress_html(JobProgress(), note=NO_ANSWER)}
         last, talk.evidence = talk.turns.pop(), None
         return {**_conversation(talk), "question": last.question, "status": _idle(talk), "film": film_html(talk.film)}
 
     # ---- with the model ---------------------------------------------------------------------------------------------
 
     def look(self, session: Session, num_frames: object) -> Iterator[Shown]:
-        """Read and encode the medium of `begin`, so that the first answer comes soon."""
+        """Read and encode the conversation's medium in advance, so that the first answer is faster."""
         if session.talk.path is None:
-            yield {"status": _idle(session.talk)}  # gradio empties the page for a handler that yields nothing
+            yield {"status": _idle(session.talk)}  # if a handler yields nothing, gradio empties the page
             return
         frames = num_frames if isinstance(num_frames, int) else self.service.chat.num_frames
         yield from self._shown(
@@ -95,15 +96,15 @@ class Handlers:
         )
 
     def ask(self, session: Session, question: object, *controls: object) -> Iterator[Shown]:
-        """Answer, with the text growing on the page. A failure leaves the conversation unchanged."""
+        """Answer a question, and show the text as it is generated. A failure leaves the conversation unchanged."""
         talk, text = session.talk, question.strip() if isinstance(question, str) else ""
         turns = [*talk.turns, Turn(text)]
 
-        def close(progress: Progress | None) -> Shown:
-            if progress is None or not (progress.details or progress.text.strip()):  # failed, or stopped before a word
+        def close(progress: JobProgress | None) -> Shown:
+            if progress is None or not (progress.details or progress.text.strip()):  # failed, or stopped without text
                 return {**_conversation(talk), "question": text}
             talk.turns.append(Turn(text, self.service.chat.processor.clean(progress.text)))
-            talk.evidence = None  # it is about the answer before
+            talk.evidence = None  # it was for the previous answer
             return {**_conversation(talk), "film": film_html(talk.film)}
 
         yield from self._shown(
@@ -114,10 +115,10 @@ class Handlers:
         )
 
     def retry(self, session: Session, *controls: object) -> Iterator[Shown]:
-        """Ask the last question again; the old answer is kept until there is a new one."""
+        """Ask the last question again. If that fails, the old answer stays."""
         talk = session.talk
         if not talk.turns:
-            yield {"status": progress_html(Progress(), error=NO_ANSWER)}
+            yield {"status": progress_html(JobProgress(), error=NO_ANSWER)}
             return
         last = talk.turns.pop()
         before = len(talk.turns)
@@ -127,7 +128,7 @@ class Handlers:
             yield {**_conversation(talk), "question": ""}
 
     def probe(self, session: Session, question: object, *controls: object) -> Iterator[Shown]:
-        """Ask the question in the text box, or else the last one, under every view of the frames."""
+        """Ask the question in the text box, or else the last question, once per view of the frames (temporal probe)."""
         talk, text = session.talk, question.strip() if isinstance(question, str) else ""
         if not text and talk.turns:
             text = talk.turns[-1].question
@@ -139,7 +140,7 @@ class Handlers:
         """Measure the evidence for the last answer."""
         talk = session.talk
         if not talk.turns:
-            yield {"status": progress_html(Progress(), error=NO_ANSWER)}
+            yield {"status": progress_html(JobProgress(), error=NO_ANSWER)}
             return
         *before, last = talk.turns
         turns = [*before, Turn(last.question)]
@@ -155,14 +156,15 @@ class Handlers:
         pending: str = "",
         probed: str = "",
         ready: str = "",
-        close: Callable[[Progress | None], Shown] = lambda _: {},
+        close: Callable[[JobProgress | None], Shown] = lambda _: {},
     ) -> Iterator[Shown]:
-        """Show the progress of a job about the tab's medium; once another conversation has begun, show that one.
+        """Run a job about the tab's medium, and yield its progress. If a new conversation starts, show that and end.
 
-        pending: the question that is being answered. probed: the one of the temporal probe. ready: a note at the end.
-        close: returns more to show at the end, from the last progress, or from None after a failure.
+        pending: the question to be answered. probed: the temporal probe's question. ready: a note to show at the end.
+        close: function that returns further parts to update at the end; it gets the last progress, or None after a
+        failure.
         """
-        talk, progress = session.talk, Progress()
+        talk, progress = session.talk, JobProgress()
         if (path := talk.path) is None:
             yield {"status": progress_html(progress, error=NO_VIDEO)}
             return
@@ -171,7 +173,7 @@ class Handlers:
         yield {"busy": True, "status": progress_html(progress), **start}
         try:
             for news in self.service.jobs.iterate(lambda stop: job(path, stop)):
-                if session.talk is not talk:  # what was yielded before may come to the page after `begin`
+                if session.talk is not talk:  # show the new one again, as earlier updates may have arrived after it
                     yield _whole(session.talk)
                     return
                 if talk.stopped:
@@ -181,7 +183,7 @@ class Handlers:
                 yield {"status": progress_html(progress), **_pending(talk, pending, progress.text)}
                 film, evidence = talk.film, talk.evidence
                 if progress.film is not None and progress.film != film:
-                    talk.film, talk.evidence = progress.film, None  # the curve belongs to the frames it was measured on
+                    talk.film, talk.evidence = progress.film, None  # the old curve is for other frames
                 talk.evidence = progress.evidence or talk.evidence
                 if talk.film is not film or talk.evidence is not evidence:
                     yield {"film": film_html(talk.film, talk.evidence)}
@@ -194,12 +196,12 @@ class Handlers:
 
 
 def _conversation(talk: Talk) -> Shown:
-    """Return the messages so far, and buttons at rest."""
+    """Return the messages, with the buttons enabled."""
     return {"chat": messages(talk.turns), "busy": False}
 
 
 def _whole(talk: Talk) -> Shown:
-    """Return the whole page at the beginning of a conversation."""
+    """Return the content of the whole page when no job is running."""
     return {**_conversation(talk), "status": _idle(talk), "film": film_html(talk.film), "probe": ""}
 
 
@@ -208,19 +210,19 @@ def _pending(talk: Talk, question: str, text: str) -> Shown:
 
 
 def _idle(talk: Talk) -> str:
-    return progress_html(Progress(), note="" if talk.path else NO_VIDEO)
+    return progress_html(JobProgress(), note="" if talk.path else NO_VIDEO)
 
 
 def messages(turns: list[Turn]) -> list[dict[str, str]]:
-    """Return the messages as gradio's chatbot takes them, which reads text as HTML."""
+    """Return the messages for gradio's chatbot. Texts are escaped, because the chatbot interprets HTML."""
     texts = [(role, text) for turn in turns for role, text in (("user", turn.question), ("assistant", turn.answer))]
     return [
         {"role": role, "content": escape(text or "(an empty answer)").replace("\n", "<br>")} for role, text in texts
     ]
 
 
-def progress_html(progress: Progress, *, error: str | None = None, note: str = "", over: bool = False) -> str:
-    """Draw the three steps side by side, and below them an error or a note. over: no step is running any more."""
+def progress_html(progress: JobProgress, *, error: str | None = None, note: str = "", over: bool = False) -> str:
+    """Return the HTML of a job's three steps, and below them an error or a note. over: True if the job has ended."""
     drawn = ""
     for name, (title, unit) in STEPS.items():
         step = progress.steps.get(name)

@@ -1,4 +1,4 @@
-"""The page: its layout, the handler of each event, and the API. The look is in style.css."""
+"""The web page in gradio: its layout, the connection of events to handlers, and the API. Styles are in style.css."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,31 +11,32 @@ from stllm.processors.templates import Turn
 from stllm.serving.jobs import TICK
 from stllm.web.film import film_html
 from stllm.web.handlers import Handlers, Session, Shown, progress_html
-from stllm.web.service import Progress, Service, Steps
+from stllm.web.service import JobProgress, Service, Steps
 
 STYLE = Path(__file__).with_name("style.css")
-CLEAN_EVERY = 300  # seconds
-MODEL: dict[str, Any] = {"concurrency_limit": None}  # they wait in the service's own queue
-OTHER_THREADS = 8  # beside those that wait for the model, for what the page does at once
+CLEAN_EVERY = 300  # seconds between two removals of old uploads
+MODEL: dict[str, Any] = {"concurrency_limit": None}  # for handlers that use the model; they have the service's queue
+OTHER_THREADS = 8  # for handlers that do not use the model
 SESSIONS = 1000  # tabs whose state is kept
 HIDDEN = {"api_visibility": "private", "show_progress": "hidden"}
 WELCOME = '<div class="welcome">Ask what happens in a video:<br>what moves, what comes first, what changes.</div>'
 UNDERSTANDING = (
-    '<div class="section"><h2>What the answer rests on</h2><p>Evidence: how much less likely the last answer is when a '
-    "part of the video is left out. Probe: the same question on the frames reversed, shuffled, one, none.</p></div>"
+    '<div class="section"><h2>Reasons for an answer</h2><p>Evidence over time shows how much less likely the last '
+    "answer becomes when a part of the video is left out. The temporal probe asks the question again with the frames "
+    "reversed, shuffled, replaced by the middle frame, and blank.</p></div>"
 )
 SYSTEM_FONTS = ["ui-sans-serif", "system-ui", "sans-serif"]
 
-Examples = Sequence[tuple[Path, str]]  # files that come with the demo, each with a question
+Examples = Sequence[tuple[Path, str]]  # example files in the package, each with a question
 
 
 def build_page(service: Service, about: str, examples: Examples) -> gr.Blocks:
-    """Build the whole page. about: the model that answers."""
+    """Build the whole page. about: description of the model."""
     limits = service.limits
     with gr.Blocks(
         title="ST-LLM", analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
     ) as page:
-        gr.HTML(f'<div class="head"><h1>ST-LLM</h1><p>Talk with a video. {about}</p></div>')
+        gr.HTML(f'<div class="head"><h1>ST-LLM</h1><p>Chat about a video. {about}</p></div>')
         _Parts(service, examples).connect(Handlers(service), examples)
         add_endpoints(service)
     page.max_threads = service.jobs.places + OTHER_THREADS
@@ -45,14 +46,14 @@ def build_page(service: Service, about: str, examples: Examples) -> gr.Blocks:
 
 
 def theme() -> gr.themes.Base:
-    """Return a theme with fonts of the system only, so that nothing is fetched."""
+    """Return a theme that uses only system fonts, so that browsers download none."""
     return gr.themes.Soft(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=["monospace"]
     )
 
 
 class _Parts:
-    """The components: the medium on the left; on the right the conversation, the frames, evidence and the probe."""
+    """The page's components: on the left the medium; on the right the chat, the frames, evidence and the probe."""
 
     def __init__(self, service: Service, examples: Examples) -> None:
         usual, limits = service.chat.decoding, service.limits
@@ -75,15 +76,16 @@ class _Parts:
                     visible=bool(examples),
                     elem_id="examples",
                 )
-                with gr.Accordion("How to look and answer", open=False, elem_id="controls"):
-                    frames, several = service.chat.num_frames, "above 1 the answer comes whole, not word by word"
+                with gr.Accordion("Settings", open=False, elem_id="controls"):
+                    frames, several = service.chat.num_frames, "above 1, the answer is shown only when it is complete"
                     most, longest = limits.new_tokens, min(usual.max_new_tokens, limits.new_tokens)
-                    random = "0: the likeliest answer; above: drawn at random"
+                    random = "0: always the most likely word; above 0: random words"
+                    sampled = "number sampled from the video"
                     self.controls = [
-                        gr.Slider(1, limits.frames, frames, step=1, label="Frames", info="taken from the video"),
+                        gr.Slider(1, limits.frames, frames, step=1, label="Frames", info=sampled),
                         gr.Slider(1, limits.beams, 1, step=1, label="Beams", info=several),
                         gr.Slider(0, 2, 0, step=0.05, label="Temperature", info=random),
-                        gr.Slider(1, most, longest, step=1, label="Longest answer (tokens)"),
+                        gr.Slider(1, most, longest, step=1, label="Maximum length of the answer (tokens)"),
                     ]
             with gr.Column(scale=6, min_width=360):
                 self.chat = gr.Chatbot(
@@ -112,7 +114,7 @@ class _Parts:
                     self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, visible=False, elem_id="stop")
                 with gr.Row(elem_id="actions"):
                     said = [_small_button(name) for name in ("Retry", "Undo", "Clear")]
-                self.status = gr.HTML(progress_html(Progress()), elem_id="status")
+                self.status = gr.HTML(progress_html(JobProgress()), elem_id="status")
                 self.film = gr.HTML(film_html(None), elem_id="film")
                 with gr.Row(elem_id="understanding"):
                     gr.HTML(UNDERSTANDING, min_width=240)
@@ -123,7 +125,7 @@ class _Parts:
         self.shown: list[Any] = [*self.named.values(), self.send, self.stop, *self.others]
 
     def update(self, shown: Shown) -> dict[Any, Any]:
-        """Turn a handler's parts into gradio's updates."""
+        """Convert a handler's dictionary into gradio's updates of components."""
         changed: dict[Any, Any] = {self.named[name]: value for name, value in shown.items() if name in self.named}
         if "busy" in shown:
             busy = shown["busy"]
@@ -132,7 +134,7 @@ class _Parts:
         return changed
 
     def connect(self, handlers: Handlers, examples: Examples) -> None:
-        """Connect every handler. Those that begin a conversation stop the answer at once, then wait for the model."""
+        """Connect events to handlers. Starting a conversation first stops a running answer, then reads the medium."""
         model: dict[str, Any] = {"outputs": self.shown, **MODEL, **HIDDEN}
         at_once: dict[str, Any] = {"queue": False, **HIDDEN}
         frames, asking = self.controls[0], [self.session, self.question, *self.controls]
@@ -143,7 +145,7 @@ class _Parts:
 
         for medium, other, triggers in (
             (self.video, self.image, [self.video.upload, self.video.clear, self.video.stop_recording]),
-            (self.image, self.video, [self.image.input]),  # a recording is no input to gradio
+            (self.image, self.video, [self.image.input]),  # gr.Video has no event `input` for recordings
         ):
             outputs = [self.session, *self.shown]
             begun = gr.on(triggers, begin, [medium, self.session], outputs, preprocess=False, **at_once)
@@ -166,7 +168,7 @@ class _Parts:
         evidence.click(self._one_at_a_time(handlers.evidence), [self.session, *self.controls], **model)
         self.stop.click(handlers.stop, [self.session], None, **at_once)
         undo.click(lambda session: self.update(handlers.undo(session)), [self.session], self.shown, **at_once)
-        gr.on(  # the button, and the chat's own bin
+        gr.on(  # the button "Clear", and the bin icon of the chat
             [clear.click, self.chat.clear],
             lambda session: self.update(handlers.clear(session)),
             [self.session],
@@ -175,7 +177,7 @@ class _Parts:
         )
 
     def _one_at_a_time(self, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
-        """Run one handler of a tab at a time: a question during the reading of a video is answered after it."""
+        """Wrap a handler so that a tab runs one at a time. A question asked while a video is read waits for it."""
 
         def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
             while not session.lock.acquire(timeout=TICK):
@@ -197,17 +199,17 @@ def _small_button(name: str) -> gr.Button:
 
 
 def add_endpoints(service: Service) -> None:
-    """Add /ask, /probe and /evidence to the page that is being built, for gradio_client and curl; see README.md.
+    """Add the API endpoints /ask, /probe and /evidence to the page, for gradio_client and curl; see README.md.
 
-    Calls keep no state: earlier turns are sent as history. controls: num_frames, num_beams, temperature and
-    max_new_tokens. A failure is a gr.Error with one sentence.
+    The server keeps no state between calls: clients send earlier turns as history. Failures raise gr.Error with a
+    sentence.
     """
 
-    def followed(job: Callable[[str, Event], Steps], file: Any) -> Iterator[Progress]:
-        """Yield the progress, also each half second, so that gradio can end the job of a client that has left."""
+    def followed(job: Callable[[str, Event], Steps], file: Any) -> Iterator[JobProgress]:
+        """Run a job, and yield its progress at least each half second, so that gradio can cancel it."""
         if not isinstance(file, dict) or not isinstance(file.get("path"), str):
             raise gr.Error("there is no video: upload one and name it as the file", print_exception=False)
-        progress = Progress()
+        progress = JobProgress()
         try:
             for news in service.jobs.iterate(lambda stop: job(file["path"], stop)):
                 progress = news or progress
@@ -219,7 +221,7 @@ def add_endpoints(service: Service) -> None:
     def ask(
         file: Any, question: Any, history: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the answer's text so far, and at the end its details."""
+        """Yield the answer's text so far, and with the last one also the details of the answer."""
         turns, controls = [*_turns(history), Turn(question)], (num_frames, num_beams, temperature, max_new_tokens)
         for progress in followed(lambda path, stop: service.ask(path, None, turns, controls, stop), file):
             yield progress.text, dict(progress.details)
@@ -227,7 +229,7 @@ def add_endpoints(service: Service) -> None:
     def probe(
         file: Any, question: Any, num_frames: Any, num_beams: Any, temperature: Any, max_new_tokens: Any
     ) -> Iterator[dict[str, str]]:
-        """Yield the answers so far under each view of the frames: forward, reversed, shuffled, single, blank."""
+        """Yield the answers so far, by order of the frames: forward, reversed, shuffled, single, blank."""
         controls = (num_frames, num_beams, temperature, max_new_tokens)
         for progress in followed(lambda path, stop: service.probe(path, None, question, controls, stop), file):
             yield dict(progress.answers)
@@ -255,7 +257,7 @@ def add_endpoints(service: Service) -> None:
     with gr.Row(visible=False):
         medium = gr.Video(label="file: a video or an image")
         asked, given = gr.Textbox(label="question"), gr.Textbox("", label="answer")
-        earlier = gr.JSON([], label="history: [question, answer] pairs said before")
+        earlier = gr.JSON([], label="history: earlier [question, answer] pairs")
         tokens = min(service.chat.decoding.max_new_tokens, service.limits.new_tokens)
         usual = {"num_frames": service.chat.num_frames, "num_beams": 1, "temperature": 0, "max_new_tokens": tokens}
         controls = [gr.Number(value, label=label) for label, value in usual.items()]
@@ -272,7 +274,7 @@ def add_endpoints(service: Service) -> None:
 
 
 def _turns(history: Any) -> list[Turn]:
-    """Return the earlier turns. Raises gr.Error unless they are pairs of texts."""
+    """Convert an API call's history to turns. Raises gr.Error unless it is a list of pairs of texts."""
     pairs = history if isinstance(history, list) else [] if history is None else [history]
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):

@@ -1,7 +1,7 @@
-"""The engine's work for the page and its API: looking, answering, the temporal probe, evidence.
+"""The jobs of the page and its API: reading a medium, answering, the temporal probe, evidence over time.
 
-Each is a job of the queue (serving/jobs.py), a generator that yields its progress; `stop` is set when nobody listens
-any more. Nothing here knows gradio or HTML.
+A job is a generator for the queue (serving/jobs.py) that yields its progress. Its event `stop` is set when the client
+has left. This file does not depend on gradio or HTML.
 """
 
 import math
@@ -31,7 +31,7 @@ from stllm.web.film import Film, read_film
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a request. seconds: None while it goes on. count: of its results, None until known."""
+    """A step of a job. seconds: its duration, None while it runs. count: of frames or tokens, None until known."""
 
     seconds: float | None = None
     count: int | None = None
@@ -39,11 +39,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A request so far: its steps "read" (frames), "encode" (visual tokens), "answer" (tokens), and their results.
+class JobProgress:
+    """The progress of a job: its steps "read" (frames), "encode" (visual tokens), "answer" (tokens), and the results.
 
-    text: of the answer so far. details: of a whole answer, for the API. note: on work that is none of the steps.
-    answers: of the temporal probe, by view.
+    text: of the answer so far. details: about a complete answer, for the API. note: sentence on other work than the
+    steps. film: pictures of the frames. answers: view -> answer of the temporal probe.
     """
 
     steps: Mapping[str, Step] = field(default_factory=dict)
@@ -54,20 +54,20 @@ class Progress:
     answers: Mapping[str, str] = field(default_factory=dict)
     evidence: Evidence | None = None
 
-    def at(self, name: str, seconds: float | None = None, count: int | None = None, **results: Any) -> "Progress":
-        """Begin a step, or set how far it is; with `seconds` it is over. results: other fields to set."""
+    def at(self, name: str, seconds: float | None = None, count: int | None = None, **results: Any) -> "JobProgress":
+        """Return a copy with a step begun or updated; giving `seconds` ends it. results: other fields to set."""
         step = replace(self.steps.get(name, Step()), seconds=seconds, count=count)
         return replace(self, steps={**self.steps, name: step}, **results)
 
 
-Steps = Generator[Progress | Stage, None, None]
-Look = tuple[Progress, Film, Callable[[str], Seen]]  # with the function that encodes a view
+Steps = Generator[JobProgress | Stage, None, None]
+Look = tuple[JobProgress, Film, Callable[[str], Seen]]  # the function returns the encoding of a view
 
 
 class Service:
-    """The engine behind the page, and the queue before it.
+    """The model of the page and its queue; methods return jobs.
 
-    folder: of uploads; examples: other files that may be read. jobs: the queue; None: a new one.
+    folder: of uploads. examples: other files that may be read. jobs: the queue; None for a new one.
     """
 
     def __init__(
@@ -83,21 +83,22 @@ class Service:
         self.jobs = jobs or Jobs(limits)
         self.folder = folder.resolve()
         self.examples = frozenset(path.resolve() for path in examples)
-        self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # no part of an upload's name
+        self._place = re.compile(re.escape(str(self.folder)) + r"/(?:[0-9a-f]+/)?")  # the path before an upload's name
 
     def look(self, path: str, num_frames: int, stop: Event) -> Steps:
-        """Read and encode a medium, with pictures of its frames.
+        """Read and encode a medium, and make pictures of its frames.
 
-        Raises UserError for a file that is no upload or example, too long, or cannot be read.
+        Raises UserError for a file that is not an upload or example, is too long or is unreadable.
         """
         yield from self._look(path, num_frames, None, stop)
 
     def ask(
         self, path: str, known: Film | None, turns: Sequence[Turn], controls: Sequence[object], stop: Event
     ) -> Steps:
-        """Answer the last turn, with the earlier ones in the prompt; with one beam piece by piece. Raises UserError.
+        """Answer the last turn; the prompt contains the earlier ones. With one beam, the answer is streamed.
 
-        known: the pictures of an earlier reading. controls: frames, beams, temperature, tokens of the longest answer.
+        known: pictures from an earlier reading. controls: number of frames, beams, temperature, most tokens of the
+        answer. Raises UserError.
         """
         turns, num_frames, decoding = self._checked(turns, controls)
         progress, film, see = yield from self._look(path, num_frames, known, stop)
@@ -123,7 +124,7 @@ class Service:
         yield replace(progress, details=details)
 
     def probe(self, path: str, known: Film | None, question: Any, controls: Sequence[object], stop: Event) -> Steps:
-        """Ask the same question about the frames in every view, without earlier turns. Raises UserError."""
+        """Ask a question, without earlier turns, once per view of the frames (temporal probe). Raises UserError."""
         turns, num_frames, decoding = self._checked([Turn(question)], controls)
         progress, film, see = yield from self._look(path, num_frames, known, stop, VIEWS)
         _check_is_video(film, "the temporal probe")
@@ -152,17 +153,20 @@ class Service:
         turns, num_frames, decoding = self._checked(turns, controls)
         progress, film, see = yield from self._look(path, num_frames, known, stop)
         _check_is_video(film, "evidence over time")
-        yield replace(progress, note="Leaving out one part of the video after the other…")
+        yield replace(progress, note="Measuring the answer's probability without each part of the video…")
         request = Request(turns, film.media)
         found = measure_evidence(self.chat, request, answer, decoding=decoding, seen=see(FORWARD), stop=stop)
         yield replace(progress, evidence=found)
 
     def explain(self, error: Exception) -> str:
-        """Return the sentence for the user, without the folder of uploads. A defect of ours is logged."""
+        """Return the sentence about an error, without the path of uploads. Unexpected errors are logged."""
         return self._place.sub("", explain(error))
 
     def _checked(self, turns: Sequence[Turn], controls: Sequence[object]) -> tuple[tuple[Turn, ...], int, Decoding]:
-        """Return the turns, the number of frames and the settings. Raises UserError, naming what is out of bounds."""
+        """Check a user's input. Return the turns, the number of frames and the settings of generation.
+
+        Raises UserError, naming a value that is out of range.
+        """
         limits, question = self.limits, turns[-1].question
         text = question.strip() if isinstance(question, str) else ""
         Request((Turn(text),)).check()
@@ -179,8 +183,11 @@ class Service:
 
     def _look(
         self, path: str, num_frames: int, known: Film | None, stop: Event, views: Sequence[str] = (FORWARD,)
-    ) -> Generator[Progress | Stage, None, Look]:
-        """Look at the medium in those views. It ends in the model's thread; another process reads."""
+    ) -> Generator[JobProgress | Stage, None, Look]:
+        """Read and encode a medium in several views. Yield the progress; return it with the pictures and encodings.
+
+        The part of a job after this runs in the model's thread.
+        """
         file = self._owned(path)
         media = Media(str(file), num_frames=num_frames)
         in_views = {view: replace(media, view=view) for view in views}
@@ -196,9 +203,9 @@ class Service:
 
         if known is not None and known.media == media and len(seen) == len(views):
             yield Stage.MODEL
-            progress, film = Progress(film=known).at("read", 0.0, len(known.times)), known
+            progress, film = JobProgress(film=known).at("read", 0.0, len(known.times)), known
         else:
-            progress = Progress().at("read")
+            progress = JobProgress().at("read")
             yield progress
             yield Stage.READING
             start = time.perf_counter()
@@ -214,7 +221,7 @@ class Service:
         return progress, film, see
 
     def _texts(self, prepared: Prepared, decoding: Decoding, stop: Event) -> Generator[str, None, None]:
-        """Yield the answer's text so far, after each piece; with several beams once, at the end."""
+        """Yield the answer's text so far after each piece; with several beams only the complete text."""
         if decoding.num_beams > 1:
             yield self.chat.complete([prepared], decoding, stop)[0].text
             return
@@ -228,7 +235,7 @@ class Service:
         return len(self.chat.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _owned(self, path: str) -> Path:
-        """Return the file of that path, and keep it for longer. Raises UserError unless it is an upload or example."""
+        """Return the file of a path, and postpone its removal. Raises UserError unless it is an upload or example."""
         file = Path(path).resolve()
         if file in self.examples:
             return file
@@ -236,7 +243,7 @@ class Service:
             raise UserError("only uploaded files and the examples can be read here: upload the video or image")
         try:
             stat = file.stat()
-            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # gradio counts the age from this change
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # changes ctime, by which gradio counts the age
         except FileNotFoundError:
             minutes = self.limits.keep_seconds // 60
             raise UserError(
@@ -247,7 +254,7 @@ class Service:
 
 
 def _check_is_video(film: Film, what: str) -> None:
-    """Raise UserError for a medium of one frame."""
+    """Raise UserError if the medium has only one frame. what: the feature that needs more, for the message."""
     if len(film.times) < 2:
         raise UserError(f"{what} needs a video of at least two frames, and this gives one: take a video")
 

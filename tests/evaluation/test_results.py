@@ -76,9 +76,9 @@ Percent over answered items, and over all items asked with failed ones wrong.
 
 ## Items that the two rules score differently: 1
 
-The official rule compares the first word of the prediction with that of the answer and counts it as right when one \
-is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The strict rule wants \
-the letter of the option, or the option's text exactly; anything else is wrong.
+The official rule compares the first words of the prediction and of the answer, and counts the prediction as right \
+if one word is part of the other. So an empty prediction, or one that is only a bracket, is always right. \
+The strict rule accepts the option's letter or its exact text; anything else is wrong.
 
 | item               | task             | prediction | answer | right by |
 | ------------------ | ---------------- | ---------- | ------ | -------- |

@@ -7,7 +7,7 @@ import pytest
 
 from stllm.conversation.decoding import Decoding
 from stllm.processors.templates import Turn
-from stllm.serving.completions import Asked, parse_request
+from stllm.serving.completions import ChatRequest, parse_request
 from stllm.serving.limits import ApiError, Limits
 from tests.helpers.serving import user
 
@@ -16,7 +16,7 @@ USUAL = Decoding(num_beams=5, max_new_tokens=300, repetition_penalty=1.5)
 ANSWER = {"role": "assistant", "content": "a ball"}
 
 
-def parse(*messages: Any, **fields: Any) -> Asked:
+def parse(*messages: Any, **fields: Any) -> ChatRequest:
     body = {"model": "tiny", "messages": list(messages), **fields}
     return parse_request(json.dumps(body).encode(), model="tiny", usual=USUAL, limits=LIMITS)
 

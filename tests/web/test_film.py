@@ -12,7 +12,7 @@ from stllm.conversation.requests import Media
 from stllm.media.views import VIEWS
 from stllm.web.film import HEIGHT, MARGIN, Film, Pictures, clock, film_html, probe_html, small_strip, verdict
 from stllm.web.handlers import progress_html
-from stllm.web.service import Progress
+from stllm.web.service import JobProgress
 
 FILM = Film(Media("x.mp4", num_frames=4), ("data:a", "data:b", "data:c", "data:d"), (0.0, 1.25, 62.5, 600.0))
 EVIDENCE = Evidence("what", "<b>red</b>", -3.0, list(FILM.times), [(0, 1), (1, 2), (2, 4)], [1.0, -0.5, 2.0])
@@ -62,17 +62,18 @@ def test_a_sure_answer_is_not_called_certain() -> None:
 
 def test_no_evidence_is_no_division_by_zero() -> None:
     html = film_html(FILM, replace(EVIDENCE, scores=[0.0, 0.0, 0.0]))
-    assert "No part of the video speaks for this answer or against it" in html and "nan" not in html
+    assert "No part of the video makes this answer more or less likely" in html and "nan" not in html
     assert "film-peak" not in html
     assert "film-strip" not in film_html(None)
 
 
 def test_differences_within_the_bound_are_no_evidence() -> None:
     small = replace(EVIDENCE, scores=[0.009, -0.009, 0.0])
-    assert "difference of at most 0.01 nats" in film_html(FILM, small) and "Most rests" not in film_html(FILM, small)
-    assert "Most rests" in film_html(FILM, replace(EVIDENCE, scores=[0.011, 0.0, 0.0]))
+    html = film_html(FILM, small)
+    assert "difference of at most 0.01 nats" in html and "most important" not in html
+    assert "The most important part is" in film_html(FILM, replace(EVIDENCE, scores=[0.011, 0.0, 0.0]))
     against = film_html(FILM, replace(EVIDENCE, scores=[0.001, -2.0, 0.0]))
-    assert "No part of the video speaks for this answer: " in against and "film-peak" not in against
+    assert "No part of the video makes this answer more likely: " in against and "film-peak" not in against
     assert "did not read 2 parts" in film_html(FILM, replace(EVIDENCE, cut=[0, 1]))
 
 
@@ -85,9 +86,9 @@ def test_a_small_strip_shows_the_order() -> None:
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
-        ("red blue green red red", "order of the frames is taken away"),
-        ("red blue red red red", "changes with the frames reversed, not with them shuffled"),
-        ("red red blue red red", "changes with the frames shuffled"),
+        ("red blue green red red", "order of the frames is changed"),
+        ("red blue red red red", "changes if the frames are reversed, but not if they are shuffled"),
+        ("red red blue red red", "changes if the frames are shuffled"),
         ("red Red red blue red", "needs several frames"),
         ("red red red red blue", "One frame gives the same answer"),
         ("red red red red red", "comes from the question alone"),
@@ -106,7 +107,7 @@ def test_cards_that_wait_and_cards_that_differ() -> None:
 
 
 def test_stages_have_seconds_and_counts() -> None:
-    progress = Progress().at("read", 0.0, 16).at("encode", 1.26, 1).at("answer")
+    progress = JobProgress().at("read", 0.0, 16).at("encode", 1.26, 1).at("answer")
     html = progress_html(progress)
     assert "kept · 16 frames" in html and "1.3 s · 1 visual token<" in html and html.count("going") == 1
     ended = progress_html(progress.at("answer", count=3, text="a"), error="<x>")

@@ -1,1 +1,1 @@
-"""The benchmarks: a file each, with load, ask and score. The registry imports every file of this folder."""
+"""The benchmarks, one file each, with methods load, ask and score. The registry imports every file of this folder."""

@@ -1,8 +1,8 @@
-"""A benchmark is a class with three methods: load, ask and score.
+"""Base class of benchmarks. A benchmark has three methods: load, ask and score.
 
-ground truth -> load -> items -> ask -> requests (prompts as published) -> engine -> predictions -> score -> lines
+ground truth -> load -> items -> ask -> requests (published prompts) -> model -> predictions -> score -> records
 
-Everything else is shared: limits, excluded tasks, batches, several processes, continuing, lines, tables and charts.
+All other code is shared: limits, excluded tasks, batches, several processes, resuming, result files, tables and charts.
 """
 
 from abc import ABC, abstractmethod
@@ -23,14 +23,14 @@ from stllm.processors.templates import PromptTemplate
 
 @dataclass(frozen=True)
 class Item:
-    """One question about a medium, or two, and the gold answer.
+    """One question about a medium and its correct answer. (For consistency, an item has two questions.)
 
-    id: unique in the benchmark and the same in every run. task: a task or part of the benchmark, "" where it has none.
-    video: as the ground truth names it. media: where it is, with the part to use; None if it cannot be asked about, and
-        then `error` says why in a sentence.
-    questions: one; two where consistency is asked. candidates: the options, in order, of a multiple choice.
-    fields: the record as in the ground truth, with extra keys. groups: what else it is reported by, kind -> names, such
-        as {"dimension": ("speed",)}.
+    id: unique in the benchmark and the same in every run. task: task or part of the benchmark; "" if it has none.
+    video: the medium's name in the ground truth. media: the medium's path, part and frames; None if the item cannot be
+        asked, and then `error` gives the reason in a sentence.
+    candidates: the options of a multiple-choice question, in order.
+    fields: the record as in the ground truth, with its extra keys. groups: further categories by which results are
+        reported, kind -> names, such as {"dimension": ("speed",)}.
     """
 
     id: str
@@ -47,11 +47,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Entry:
-    """A record of a ground truth as it was read; see `ground_truth.MediaFolders.entry`.
+    """An item with the findings of reading its record and searching for its medium (`MediaFolders.entry`).
 
-    item: what is asked; its `error` is the first fault that prevents it. medium: what the record names, None if it
-    names nothing. place: the path of that medium, or where it should be. folder: the searched folder in which it was
-    found, None if it is missing. faults: all faults except a missing medium.
+    item: its `error` is the first fault that prevents asking it. medium: the medium named in the record, None if there
+    is no name. place: the medium's path, or its expected path. folder: the searched folder that has it, None if it is
+    missing. faults: all faults except a missing medium.
     """
 
     item: Item
@@ -62,15 +62,16 @@ class Entry:
 
 
 class Benchmark(ABC):
-    """A benchmark before anything is read. One object serves every run, so it keeps no state.
+    """A benchmark. One object is used for every run, so it keeps no state.
 
-    name: as `stllm evaluate` takes it. title: as its authors write it. ground_truth: what --anno-path names, in words.
-    excludes_tasks: a task without any medium is left out of all scores instead of counted as failed.
-    judged: the predictions are scored by `stllm judge`, so lines have no `correct` and a run has no scores.
+    name: the name for `stllm evaluate`. title: the name in tables. ground_truth: description of the file or folder for
+    --anno-path.
+    excludes_tasks: a task without any medium is left out of all scores instead of being counted as failed.
+    judged: `stllm judge` scores the predictions, so records have no `correct` and a run has no scores.
     finds_media: the media are found relative to the ground truth; if False, --video-dir must name their folder.
-    rotates: options are a list, which `--permute` rotates; False: questions hold them.
-    mean_over: what the average is over: ITEMS, TASKS, or the name of the task whose score it is.
-    rules: how the two rules decide, in sentences for the report.
+    rotates: options are a list that `--permute` can rotate; if False, they are part of the question's text.
+    mean_over: the average is over ITEMS or TASKS, or it is the score of the task with this name.
+    rules: sentences for the report that explain how the official and the strict rule decide.
     """
 
     name: str
@@ -85,58 +86,61 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the ground truth, look for its media, and yield one entry for each record, and faults of whole files.
+        """Read the ground truth, search for its media, and yield an entry per record, and faults of whole files.
 
-        `stllm evaluate` stops at such a fault, `stllm doctor` lists all of them. path: what --anno-path names.
-        settings: this method obeys `tasks`, but not `limit`. Raises UserError.
+        `stllm evaluate` stops at the first fault of a file, `stllm doctor` lists all. path: the value of --anno-path.
+        settings: `tasks` is applied here, `limit` by the caller. Raises UserError.
         """
 
     @abstractmethod
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Return one request for each question, with the prompt published for the template's family of weights.
+        """Return one request per question, with the prompt published for the template's model family.
 
-        system: the sentence to use, None for the published one, "" for none.
+        system: the system message; None for the published one, "" for none.
         """
 
     @abstractmethod
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Return fields to add to the item's line: the official fields, and `correct` where no judge is needed.
+        """Return fields to add to the item's record: official ones, and `correct` unless a judge decides.
 
-        predictions: the model's text for each question. `correct`: {"strict": ..., "official": ...}, as bools.
-        `parsed`, in the same form: whether the rule could read the text; a rule that reads every text is left out.
+        predictions: the model's text for each question. `correct` has the form {"strict": bool, "official": bool}.
+        `parsed` has this form, too: whether the rule could interpret the text. A rule that interprets every text is
+        left out of it.
         """
 
     def needs_judge(self, item: Item) -> bool:
-        """Return True where a judge decides about the item, so that it has no `correct` and probes leave it out."""
+        """Check whether a judge must score the item. Then it has no `correct`, and diagnostics leave it out."""
         return self.judged
 
     def scored(self, records: Sequence[Record]) -> list[Record]:
-        """Return the lines that scores are computed of: these lines, or others in the same form, such as one a pair.
+        """Return the records from which scores are computed. A subclass may merge records, such as pairs into one.
 
-        records: all lines, including failed ones (with `error`)."""
+        records: all records, including failed ones (with `error`)."""
         return list(records)
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return `scores` of the results file, which table and chart show: those of `accuracies`, or others in the same
-        form; {} where a judge decides. records: as for `scored`."""
+        """Return the scores for the results file, table and chart, in the form of `accuracies`; {} if a judge decides.
+
+        records: as for `scored`."""
         return {} if self.judged else accuracies(self.scored(records), self.mean_over)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return files in the official scripts' layout: {"": ...} for `<name>.json`, {"generic": ...} for
-        `<name>.generic.json`. By default there are none."""
+        """Return the contents of files in the official scripts' format, by default none.
+
+        {"": ...} is written to `<name>.json`, {"generic": ...} to `<name>.generic.json`."""
         return {}
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
-        """Yield notes for the results, such as media found outside the official folders."""
+        """Yield sentences for the results file, such as about media found outside the official folders."""
         yield from ()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A benchmark whose ground truth was read, or a variant of one with changed items (see evaluation/probes).
+    """A benchmark with the items that were read from its ground truth, or changed for a diagnostic (evaluation/probes).
 
-    excluded: tasks that cannot be asked as a whole, and why; none of their items is in `items`, but `num_excluded`
-    counts them. system: see `Benchmark.ask`.
+    excluded: tasks of which no item can be asked -> the reason. Their items are not in `items`; `num_excluded` is their
+    number. system: see `Benchmark.ask`.
     """
 
     benchmark: Benchmark
@@ -148,18 +152,18 @@ class Loaded:
 
     @property
     def name(self) -> str:
-        """The benchmark's name."""
+        """Return the benchmark's name."""
         return self.benchmark.name
 
     def requests(self, item: Item, template: PromptTemplate) -> tuple[Request, ...]:
-        """Return the item's prompts, with the system sentence of the settings."""
+        """Return one request per question of the item, with the configured system message."""
         return self.benchmark.ask(item, template, self.system)
 
 
 def load_benchmark(name: str, settings: EvaluationSettings) -> Loaded:
     """Read the ground truth of a registered benchmark.
 
-    Raises UserError for a fault that concerns a whole file, and when no item has its medium.
+    Raises UserError for a fault that concerns a whole file, and if no item's medium is found.
     """
     benchmark: Benchmark = benchmarks.get(name)
     entries: list[Entry] = []
@@ -180,7 +184,7 @@ def load_benchmark(name: str, settings: EvaluationSettings) -> Loaded:
             num_excluded += len(asked)
         else:
             items += asked
-    if not any(entry.item.media for entry in entries):  # the folder is most likely another one
+    if not any(entry.item.media for entry in entries):  # the media folder is most likely wrong
         raise UserError(f"{settings.anno_path}: {_no_media([entry.item for entry in entries])}")
     notes = tuple(benchmark.notes(entries, settings))
     return Loaded(benchmark, items, excluded, num_excluded, notes, system_of(settings))
@@ -191,12 +195,12 @@ def _no_media(items: Sequence[Item]) -> str:
 
 
 def system_of(settings: EvaluationSettings) -> str | None:
-    """The system sentence in the form that `Benchmark.ask` expects: None for the published one, "" for none."""
+    """Return the configured system message for `Benchmark.ask`: None for the published one, "" for none."""
     return None if settings.system == "template" else str(settings.system or "")  # None: an empty value in a YAML
 
 
 def read_entries(benchmark: Benchmark, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-    """Yield what `Benchmark.load` reads. Raises UserError when no ground truth is named."""
+    """Yield the results of `Benchmark.load`. Raises UserError if no ground truth is configured."""
     if settings.anno_path is None:
         raise UserError(f"{benchmark.name}: no ground truth was named: give {benchmark.ground_truth}")
     yield from benchmark.load(user_path(settings.anno_path), settings)

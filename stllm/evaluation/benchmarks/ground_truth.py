@@ -1,4 +1,4 @@
-"""Media of a ground truth: where they are searched for, and the frames that the settings ask for."""
+"""Code that benchmarks share for reading a ground truth and finding its media."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from stllm.processors.templates import Turn
 
 @dataclass(frozen=True)
 class Search:
-    """How a medium is searched for below the root of all media.
+    """Places to search for a medium. Folders are relative to the root folder of all media.
 
-    folders: relative to the root, in order. stems: names without an extension that are tried first. segments: those of
-    the folders whose files are already cut to start and end. frames: those that hold folders of numbered frames, with
-    the rate of the frames.
+    folders: searched in this order. stems: file names without extension that are tried first. segments: those of the
+    folders whose files are already cut to start and end. frames: those of the folders that contain folders of numbered
+    frames -> frames per second.
     """
 
     folders: Sequence[str] = ("",)
@@ -37,9 +37,9 @@ class Search:
 
 
 class MediaFolders:
-    """Finds a benchmark's media below a folder and gives them the frames that the settings ask for.
+    """Finds a benchmark's media below a root folder, and applies the configured frames and sampling.
 
-    Raises UserError for a root that is no folder, and for frames that no video could give.
+    Raises UserError if the root is not a folder, or if the sampling settings are invalid.
     """
 
     def __init__(self, root: str | Path | None, settings: EvaluationSettings) -> None:
@@ -51,7 +51,7 @@ class MediaFolders:
             found = "found a file, expected the folder of media" if is_file else "there is no such folder of media"
             raise UserError(f"{self.root}: {found}: name it with --video-dir DIR")
         count = 1 if settings.num_frames is None else settings.num_frames
-        try:  # an unknown rule, a random one, or one that cannot give that number of frames
+        try:  # raises for an unknown rule, a random one, or one that cannot give this number of frames
             sample_indices(settings.sampling, num_frames=count, total_frames=100, fps=25.0)
         except UserError as error:
             raise UserError(f"evaluation.sampling is {settings.sampling!r} with num_frames {count}: {error}") from None
@@ -60,9 +60,9 @@ class MediaFolders:
         self._finder = MediaFinder()
 
     def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:
-        """Return the record's entry: its item with the medium that was found, or with the error that prevents it.
+        """Search for the record's medium. Return its entry; the item has the medium, or the error that prevents it.
 
-        findings: of the record's check. needs_bounds: start and end must be there, unless the medium is a segment.
+        findings: of the check of the record. needs_bounds: start and end are required, unless the medium is a segment.
         """
         found = list(findings)
         faults = [finding for finding in found if isinstance(finding, Fault)]
@@ -98,7 +98,7 @@ class MediaFolders:
         return Entry(replace(item, media=media, error=error), medium, place, folder, tuple(faults))
 
     def _find(self, medium: Medium, search: Search) -> tuple[str | None, list[str]]:
-        """Return the first folder that has the medium, and the files of its name there; the first file is used."""
+        """Return the first folder that has the medium, and the files there with its name; callers use the first."""
         finder, (name, extension) = self._finder, os.path.splitext(medium.name)
         converted = [name] if extension.lower() in EXTENSIONS else []
         ways: list[tuple[Sequence[str], Callable[[str], list[str]]]] = [
@@ -118,9 +118,9 @@ class MediaFolders:
 
 
 def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str]:
-    """Return the tasks that the settings name, in the benchmark's order; all of them when none is named.
+    """Return the configured tasks in the benchmark's order, or all tasks if none is configured.
 
-    Case, spaces and hyphens make no difference. Raises UserError for an unknown one.
+    Case is ignored; spaces and hyphens count as underscores. Raises UserError for an unknown task.
     """
 
     def plain(name: str) -> str:
@@ -135,14 +135,14 @@ def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str
 
 
 def open_requests(item: Item, system: str | None) -> tuple[Request, ...]:
-    """Return one request for each question, asked by itself in the template's own prompt."""
+    """Return one request per question of the item, each with the template's default prompt."""
     return tuple(Request(turns=(Turn(question),), media=item.media, system=system) for question in item.questions)
 
 
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:
-    """Return the JSON object of a file. expected: its form in words.
+    """Return the JSON object in a file. expected: description of its form, for messages.
 
-    Raises UserError for a file that is missing, no JSON or no object, and for a key that occurs twice anywhere in it.
+    Raises UserError if the file is missing, not JSON or not an object, or if a key occurs twice in one of its objects.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

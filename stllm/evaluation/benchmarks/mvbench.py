@@ -1,9 +1,9 @@
-"""MVBench: twenty tasks of multiple choice about time in videos, asked and matched as published.
+"""MVBench: twenty tasks of multiple-choice questions about time in videos, prompted and scored as published.
 
-Sources: arXiv 2311.17005 and its release for tasks, data and matching; arXiv 2404.00308 for the prompt. Tasks of your
-own in the same form are asked the same way. The release's branch `video` on the hub, which lmms-eval reads, has other
-media folders: converted videos, and the bounded tasks' videos cut into segments. They are searched after the official
-ones.
+Sources: arXiv 2311.17005 and its release for tasks, data and matching; arXiv 2404.00308 for the prompt. A user's own
+tasks may be added in the same format. The release's branch `video` on the hub, which lmms-eval reads, has other media
+folders: with converted videos, and with videos that are already cut to start and end. These are searched after the
+official folders.
 """
 
 from collections import Counter
@@ -44,17 +44,17 @@ from stllm.evaluation.scores import (
 from stllm.processors.templates import ANSWER_BEGINS, REQUEST, SYSTEM, PromptTemplate, Turn, question_block
 
 EXPECTED = "a JSON list of {video, question, candidates, answer}"
-SHOWN_IDS = 5  # of the items that a note is about
+SHOWN_IDS = 5  # item ids that a note lists at most
 ANSWER_MARK = "###Assistant: "
 
 
 @dataclass(frozen=True)
 class MVBenchTask:
-    """One task.
+    """One task of MVBench. Folders are relative to the media root.
 
-    name: as the tables print it. folder: of its media, relative to the media root; fallbacks: folders of videos that
-    were added later or converted; segments: folders of videos that are cut to an item's start and end.
-    bounded: items have start and end. fps: the rate of a task whose media are folders of numbered pictures.
+    name: in tables. folder: the official folder of its media. fallbacks: folders of videos that were added later or
+    converted. segments: folders of videos that are already cut to start and end.
+    bounded: items have start and end. fps: frames per second, if its media are folders of numbered images.
     """
 
     name: str
@@ -66,17 +66,17 @@ class MVBenchTask:
 
     @property
     def file(self) -> str:
-        """Its annotation file in the folder `json`."""
+        """Return the name of the task's annotation file in the folder `json`."""
         return self.name.lower().replace(" ", "_").replace("-", "_") + ".json"
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """The folders that its media are searched in, in order."""
+        """Return all folders to search for the task's media, in order."""
         return (self.folder, *self.fallbacks, *self.segments)
 
     @property
     def media(self) -> str:
-        """The kind of its media: "video", or "frames" for folders of numbered pictures."""
+        """Return the kind of the task's media: "video", or "frames" for folders of numbered images."""
         return "frames" if self.fps else "video"
 
 
@@ -115,7 +115,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class MVBench(Benchmark):
-    """MVBench, or another benchmark in its form. own_tasks: any JSON file of another name is a task of the user's."""
+    """MVBench, or another benchmark in its format. own_tasks: other JSON files are accepted as tasks of the user."""
 
     name: str = "mvbench"
     title: str = "MVBench"
@@ -125,18 +125,18 @@ class MVBench(Benchmark):
 
     excludes_tasks = finds_media = True
     rules = (
-        "The official rule compares the first word of the prediction with that of the answer and counts it as right "
-        "when one is a part of the other, so an empty prediction, or the bracket alone, is right everywhere. The "
-        "strict rule wants the letter of the option, or the option's text exactly; anything else is wrong."
+        "The official rule compares the first words of the prediction and of the answer, and counts the prediction as "
+        "right if one word is part of the other. So an empty prediction, or one that is only a bracket, is always "
+        "right. The strict rule accepts the option's letter or its exact text; anything else is wrong."
     )
 
     @property
     def ground_truth(self) -> str:  # type: ignore[override]
-        """See `Benchmark`."""
+        """Return the description of the folder for --anno-path."""
         return f"{self.title}'s folder, which holds json and video"
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the chosen tasks; see `_files` for what `path` and `video_dir` may be."""
+        """Read the configured tasks; see `_files` for the values of `path` and `video_dir`."""
         found, media_dir = self._files(path, settings.video_dir)
         if not found:
             sentence = (
@@ -169,9 +169,9 @@ class MVBench(Benchmark):
         media = MediaFolders(media_dir, settings)
         entries = [self._entry(*record, media) for record in records]
         yield from entries
-        # files in the media folder itself that tasks with different official folders would share
+        # find files directly in the media folder that two tasks would share, although their official folders differ
         folders = {task.name: task.folder for task in self.tasks}
-        users: dict[str, dict[str, Entry]] = {}  # place -> the first entry of each media folder
+        users: dict[str, dict[str, Entry]] = {}  # path -> official folder -> first entry that uses the path
         for entry in entries:
             if entry.folder == "" and entry.item.task in folders:
                 users.setdefault(entry.place, {}).setdefault(folders[entry.item.task], entry)
@@ -186,14 +186,15 @@ class MVBench(Benchmark):
                 yield Fault("colliding names", last.medium.where if last.medium else "", place, sentence)
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Return the one request; the Q-Former reads the question block alone."""
+        """Return the item's single request. The Q-Former reads only the question and its options."""
         block = question_block(item.questions[0], item.candidates)
         pieces = prompt_pieces(block, SYSTEM if system is None else system, template)
         return (Request(turns=(Turn(block),), media=item.media, pieces=pieces),)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Return `prediction`: as the official script has it, "(" (with which the prompt ends) and the reply's first
-        line; `gold`: the right option, in its form; `correct`: by either rule."""
+        """Return `prediction`, `gold` (the correct option in the form "(A) text"), `correct` and `parsed`.
+
+        `prediction` is built as in the official script: "(", with which the prompt ends, and the reply's first line."""
         prediction = "(" + predictions[0].split("\n")[0]
         gold = gold_option(item.candidates, item.answer)
         correct = {
@@ -204,8 +205,9 @@ class MVBench(Benchmark):
         return {"prediction": prediction, "gold": gold, "correct": correct, "parsed": parsed}
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return `acc_dict`: [right, asked] by the official rule, failed items among those asked; `res_list`: the
-        answered ones, since an empty prediction would be right in the official script."""
+        """Return `acc_dict`, task -> [number correct by the official rule, number of items], and `res_list`, the
+        predictions. Failed items count in `acc_dict`, but are not in `res_list`: the official script would count their
+        empty predictions as correct."""
         tallies = {name: tally(lines) for name, lines in by_task(records).items()}
         accuracies = {name: [task.right["official"], task.asked] for name, task in tallies.items()}
         results = [
@@ -216,7 +218,7 @@ class MVBench(Benchmark):
         return {"": {"acc_dict": accuracies, "res_list": results}}
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
-        """Yield media found outside the official folders, starts that are clamped to 0, tasks without a file."""
+        """Yield notes on media outside the official folders, negative starts clamped to 0, and tasks without a file."""
         official = {task.name: task for task in self.tasks}
         elsewhere: dict[str, Counter[str]] = {}
         for entry in entries:
@@ -239,17 +241,17 @@ class MVBench(Benchmark):
             yield f"tasks without an annotation file: {len(absent)} of {len(official)} ({', '.join(absent)})"
 
     def _files(self, root: Path, video_dir: str | None) -> tuple[list[Path], Path]:
-        """Return the annotation files of a copy of the benchmark, and the folder of all its media.
+        """Return the annotation files of a copy of the benchmark, and the root folder of its media.
 
-        root: the folder that holds `json` and `video`, the folder `json`, any folder of JSON files, or one file.
-        video_dir: where the media are instead of in `video`, or, as in the hub's branch `video`, beside `json`.
-        Raises UserError for a folder above one of those.
+        root: the folder that contains `json` and `video`, the folder `json`, any folder of JSON files, or one file.
+        video_dir: the root folder of the media; None for `video`, or the folder of `json` as in the hub's branch
+        `video`. Raises UserError if root is a parent of the benchmark's folder.
         """
         folder = root / "json" if (root / "json").is_dir() else root
         files, holder = [root], folder.parent
         if folder.is_dir():
             found = sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
-            # hidden files are not annotations: archives packed on a Mac hold a ._NAME.json for every file
+            # skip hidden files: archives packed on a Mac contain a ._NAME.json for every file
             files, holder = [file for file in found if not file.name.startswith(".")], folder
         if video_dir is not None:
             return files, user_path(video_dir)
@@ -264,14 +266,14 @@ class MVBench(Benchmark):
         return files, media
 
     def _official_name(self, file: Path) -> str:
-        """The end of a message about a file of another name: the official name that is nearest, if one is near."""
+        """Return "; did you mean ...?" with the nearest official file name, or "" if the name is official or unlike."""
         return did_you_mean(file.name, [task.file for task in self.tasks]) if task_of(file, self.tasks) is None else ""
 
     def _entry(self, file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:
         """Return the entry of one record.
 
-        A file whose name is not official is a task of the user's: its media are in the media folder itself, and start
-        and end are used where a record has them.
+        A file whose name is not official is the user's own task. Its media are directly in the media folder, and start
+        and end are optional.
         """
         task = task_of(file, self.tasks)
         candidates = fields.get("candidates")
@@ -292,7 +294,7 @@ class MVBench(Benchmark):
                 entry = replace(entry, item=replace(entry.item, error=entry.item.error + self._official_name(file)))
             return entry
         frames = {task.folder: task.fps} if task.fps else None
-        # what is in the media folder itself was put there by hand
+        # the media folder itself ("") is searched last, for files that a user put there
         search = Search((*task.folders, ""), segments=task.segments, frames=frames)
         return media.entry(item, findings, search, needs_bounds=task.bounded)
 
@@ -301,10 +303,10 @@ benchmarks.register(MVBench.name)(MVBench())
 
 
 def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[str, ...]:
-    """The prompt that ends in "Best option:(", as pieces of `Request`.
+    """Return the prompt that ends in "Best option:(", as `Request.pieces`.
 
-    The InstructBLIP family's is the published one. For the MiniGPT-4 family none was published: we put the same words
-    where that template has its question.
+    For the InstructBLIP family, this is the published prompt. None was published for the MiniGPT-4 family, so the same
+    text takes the place of the question in that family's template.
     """
     *before, last = template.opening
     assert last.endswith(f" {ANSWER_MARK}"), last
@@ -314,12 +316,12 @@ def prompt_pieces(block: str, system: str, template: PromptTemplate) -> tuple[st
 
 
 def task_of(file: Path, tasks: Sequence[MVBenchTask] = TASKS) -> MVBenchTask | None:
-    """The task whose annotation file has this name, as JSON or JSONL; None when there is none."""
+    """Return the task with an annotation file of this name (as .json or .jsonl), or None."""
     return next((task for task in tasks if task.file == file.with_suffix(".json").name), None)
 
 
 def _check(fields: Fields, where: str, *, bounded: bool) -> Iterator[Finding]:
-    """Yield the faults of a record, and its medium. bounded: start and end are used.
+    """Yield the faults of a record, and its medium. bounded: True to check start and end.
 
     A negative start is kept: the sampling rule `segment` clamps it to 0.
     """

@@ -1,8 +1,9 @@
-"""TempCompass: action, direction, speed, order and change of attributes, each asked in four ways. arXiv 2403.00476.
+"""TempCompass: questions in four formats about action, direction, speed, order and attribute change. arXiv 2403.00476.
 
     questions/{multi-choice,yes_no,caption_matching,captioning}.json, videos/<id>.mp4, meta_info.json
 
-Three parts have rules of their own. What none of them settles, and all captions, `stllm judge tempcompass` decides.
+Multiple choice, yes/no and caption matching are scored by rules. `stllm judge tempcompass` scores captions, and answers
+that the rules cannot interpret.
 """
 
 import re
@@ -42,21 +43,21 @@ _OPTION = re.compile(r"(?P<label>(?:\w+ )?(?:[A-Z]|\d))(?:\.|:) (?P<text>.+)")  
 
 
 class TempCompass(Benchmark):
-    """The benchmark: the parts that are there."""
+    """TempCompass. Each question format whose file exists is a task."""
 
     name, title = "tempcompass", "TempCompass"
     ground_truth = "its folder, which holds questions and videos"
     finds_media = True
     rotates = False
     rules = (
-        "The official rules: multiple choice, the whole answer, or its letter alone or before a point or bracket; yes "
-        "or no, with which the reply begins; caption matching, a whole option, its sentence or its label. What they "
-        "do not settle counts 0 here; `stllm judge tempcompass` decides it. The strict rule takes the same in any "
-        "case, and yes or no as a whole word."
+        "The official rules accept the following replies. Multiple choice: the whole answer, its letter, or its letter "
+        "followed by a full stop or bracket. Yes/no: a reply that begins with yes or no. Caption matching: a whole "
+        "option, its sentence or its label. Other replies count as wrong here; `stllm judge tempcompass` can score "
+        "them. The strict rule accepts the same replies in upper or lower case, but yes and no only as whole words."
     )
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the chosen parts from the benchmark's folder, or from its folder `questions`."""
+        """Read the configured tasks. path: the benchmark's folder, or its folder `questions`."""
         folder = path / "questions" if (path / "questions").is_dir() else path
         root = folder.parent if folder.name == "questions" else folder
         files = {part: folder / f"{part}.json" for part in SUFFIXES if (folder / f"{part}.json").is_file()}
@@ -65,7 +66,7 @@ class TempCompass(Benchmark):
             raise UserError(f"{path}: found none of TempCompass's files ({names}): name the folder that holds them")
         meta = read_mapping(root / META, "{id: {eval_dim}}") if (root / META).is_file() else {}
         tasks = chosen_tasks(list(files), settings)
-        # a caption is judged by the first question with options about the same clip and dimension
+        # the judge compares a caption with the first multiple-choice question about the same clip and dimension
         needs_options = CAPTIONING in tasks and MULTI_CHOICE in files
         choices = read_mapping(files[MULTI_CHOICE], EXPECTED) if needs_options else {}
         media = MediaFolders(settings.video_dir or root / "videos", settings)
@@ -94,12 +95,12 @@ class TempCompass(Benchmark):
                 yield media.entry(item, findings, Search(stems=[clip]))
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Return the question, which holds its options, and the part's suffix."""
+        """Return the request: the question, which contains its options, and the suffix of its format."""
         suffix = SUFFIXES.get(item.task, SUFFIXES[MULTI_CHOICE])
         return open_requests(replace(item, questions=(item.questions[0] + suffix,)), system)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Return `correct` and `parsed` by either rule; of a caption, the question by which it is to be judged."""
+        """Return `correct` and `parsed`; for a caption instead the multiple-choice question for the judge."""
         if item.task == CAPTIONING:
             return {key: item.fields[key] for key in ("mc_question", "mc_answer")}
         said = predictions[0].replace("</s>", "").strip()
@@ -110,15 +111,15 @@ class TempCompass(Benchmark):
         }
 
     def needs_judge(self, item: Item) -> bool:
-        """A caption does."""
+        """Return True for a caption."""
         return item.task == CAPTIONING
 
     def scored(self, records: Sequence[Record]) -> list[Record]:
-        """Return the lines of the parts with rules, and the captions that a judge has decided."""
+        """Return all records except captions that no judge has scored yet."""
         return [line for line in records if line["task"] != CAPTIONING or "correct" in line]
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return the predictions of each part as the official scripts read them, without items that failed."""
+        """Return the predictions of each task in the official scripts' format, without failed items."""
         parts: dict[str, dict[str, dict[str, list[Record]]]] = {item.task: {} for item in items}
         lines = {line["id"]: line for line in records if not line.get("error")}
         for item in items:
@@ -129,7 +130,7 @@ class TempCompass(Benchmark):
         return parts
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:
-        """Yield how many captions wait for a judge."""
+        """Yield a note with the number of captions, which only a judge can score."""
         captions = sum(entry.item.task == CAPTIONING for entry in entries)
         if captions:
             yield f"captioning is not in these scores: `stllm judge tempcompass` decides its captions ({captions})"
@@ -139,7 +140,7 @@ benchmarks.register(TempCompass.name)(TempCompass())
 
 
 def official_match(item: Item, said: str) -> bool | None:
-    """Compare by the rules of the official scripts; None where they do not settle it. said: without outer spaces."""
+    """Return whether a reply is correct by the official rules; None if they cannot interpret it. said: the reply."""
     answer = item.answer
     if item.task == MULTI_CHOICE:
         if said == answer:
@@ -160,7 +161,7 @@ def official_match(item: Item, said: str) -> bool | None:
 
 
 def strict_match(item: Item, said: str) -> bool | None:
-    """Compare with the option that the reply names, in any case and with or without a point; None if it names none."""
+    """Return whether the option named in a reply is correct; None if it names none. Case and final "." are ignored."""
     if item.task == MULTI_CHOICE:
         number = chosen_option(said, item.candidates)
         return None if number is None else _options(item.questions[0])[number][0] == item.answer
@@ -175,7 +176,7 @@ def strict_match(item: Item, said: str) -> bool | None:
 
 
 def _options(question: str) -> list[tuple[str, str, str]]:
-    """The options that a question holds: the whole line, its label ("A", "Option 1"), its text."""
+    """List the options in a question's text: (whole line, label such as "A" or "Option 1", text)."""
     found = map(_OPTION.fullmatch, question.split("\n")[1:])
     return [(option[0], option["label"], option["text"]) for option in found if option]
 
@@ -187,7 +188,7 @@ def _candidates(part: str, question: str) -> list[str]:
 
 
 def _check(item: Item, where: str) -> Iterator[Fault]:
-    """Yield a fault of an answer that is none of the options, and of a caption that nothing can judge."""
+    """Yield a fault if the answer is not among the options, or if a caption has no multiple-choice question."""
     if item.task == CAPTIONING:
         if not all(text_of(item.fields[key]) for key in ("mc_question", "mc_answer")):
             sentence = "found no multi-choice question about the same clip and dimension, by which a caption is judged"
@@ -200,7 +201,7 @@ def _check(item: Item, where: str) -> Iterator[Fault]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, tuple[str, str, int], "dict[str, Any] | Fault"]]:
-    """Yield (file and place, (clip, dimension, number), fields) of every question, with a fault for a broken one."""
+    """Yield (place in the file, (clip, dimension, number), fields) of every question; a Fault if it is malformed."""
     for clip, dimensions in read_mapping(path, EXPECTED).items():
         where = f"{path}, {clip}"
         unknown = [name for name in dimensions if name not in DIMENSIONS] if isinstance(dimensions, dict) else ["?"]

@@ -1,4 +1,4 @@
-"""TOMATO: counts, directions, rotations, shapes, speeds and cues that one frame does not show. arXiv 2410.23266.
+"""TOMATO: six tasks (such as count, direction and rotation) that a single frame cannot answer. arXiv 2410.23266.
 
 data/<task>.json, videos/<demonstration_type>/<key>.mp4
 """
@@ -44,19 +44,19 @@ PROMPT = (
 
 
 class Tomato(Benchmark):
-    """The benchmark: the tasks that are there."""
+    """TOMATO, with the tasks whose files exist."""
 
     name, title = "tomato", "TOMATO"
     ground_truth = "its folder, which holds data and videos"
     finds_media = True
     rules = (
-        'The official rule reads a letter alone, "A: text" or "Answer is (A)"; for any other reply it takes a '
-        "random letter (here one drawn by the item's id; the official script asks a language model before). The "
-        "strict rule guesses nothing: it wants the letter or the option's text, and anything else is wrong."
+        'The official rule accepts a letter, "A: text" or "Answer is (A)". For any other reply it takes a random '
+        "letter (here one that depends on the item's id; the official script first asks a language model). The strict "
+        "rule does not guess: it accepts the letter or the option's text, and counts any other reply as wrong."
     )
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the chosen tasks from the benchmark's folder, or from its folder `data`."""
+        """Read the configured tasks. path: the benchmark's folder, or its folder `data`."""
         folder = path / "data" if (path / "data").is_dir() else path
         root = folder.parent if folder.name == "data" else folder
         files = {task: folder / f"{task}.json" for task in TASKS if (folder / f"{task}.json").is_file()}
@@ -98,14 +98,14 @@ class Tomato(Benchmark):
                 yield media.entry(item, findings, Search(stems=["/".join(names)]))
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Return the one request; its prompt names the number of frames and lists the options as Python does."""
+        """Return the request. Its prompt has the number of frames, and the options as a Python dictionary."""
         options = dict(zip(ascii_uppercase, item.candidates, strict=False))
         num_frames = "{n}" if item.media is None else item.media.num_frames
         prompt = PROMPT.format(n=num_frames, q=item.questions[0], options=options)
         return open_requests(replace(item, questions=(prompt,)), system)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Return `correct` and `parsed` by either rule."""
+        """Return `correct` and `parsed` by the official and the strict rule."""
         said = predictions[0].strip()
         letters = ascii_uppercase[: len(item.candidates)]
         parsed = {"official": official_option(said, item.candidates)}
@@ -122,7 +122,7 @@ benchmarks.register(Tomato.name)(Tomato())
 
 
 def official_option(said: str, candidates: Sequence[str]) -> int | None:
-    """Return the number of the option that the official rule reads from a reply; None where it reads none."""
+    """Return the index of the option that the official rule finds in a reply, or None."""
     for number, (letter, text) in enumerate(zip(ascii_uppercase, candidates, strict=False)):
         if said.upper() == letter or said == f"{letter}: {text}":
             return number

@@ -1,7 +1,7 @@
-"""TVBench: ten tasks of multiple choice that one frame, or the text alone, does not answer. Source: arXiv 2410.07752.
+"""TVBench: ten multiple-choice tasks that a single frame, or the text alone, cannot answer. Source: arXiv 2410.07752.
 
-It has MVBench's form, and it is asked and matched as MVBench is. Its clips are in a folder for each task, the score is
-the mean over the tasks. The clips of Action Antonym (NTU) may not be redistributed: their users fetch them.
+Format, prompt and scoring are MVBench's. Each task has a folder of clips. The score is the mean over the tasks. The
+clips of Action Antonym (NTU) may not be redistributed, so users must download them from their authors.
 """
 
 from stllm.common.registry import benchmarks

@@ -1,4 +1,4 @@
-"""VcgBench, Video-ChatGPT's benchmark: generic, temporal and consistency questions, answered freely.
+"""VcgBench, Video-ChatGPT's benchmark: generic, temporal and consistency questions with open-ended answers.
 
 Source: arXiv 2306.05424. A judge scores the predictions (`stllm judge`).
 """
@@ -18,21 +18,21 @@ from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chose
 from stllm.processors.templates import PromptTemplate
 
 CONSISTENCY = "consistency"
-QUESTIONS = {"generic": ("Q",), "temporal": ("Q",), CONSISTENCY: ("Q1", "Q2")}  # the fields of each part
+QUESTIONS = {"generic": ("Q",), "temporal": ("Q",), CONSISTENCY: ("Q1", "Q2")}  # task -> fields with its questions
 FILES = "generic_qa.json, temporal_qa.json or consistency_qa.json"
 EXPECTED = "a JSON list of {Q, A, video_name} or {Q1, Q2, A, video_name}"
-OWN = ("Q", "Q1")  # the fields that no other format has
+OWN = ("Q", "Q1")  # fields that only this format has
 
 
 class VcgBench(Benchmark):
-    """The benchmark: the parts that are there."""
+    """VcgBench, with the tasks whose files exist."""
 
     name, title = "vcgbench", "VcgBench"
     judged = True
     ground_truth = f"{FILES}, or the folder that holds them"
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the chosen parts from a folder with the benchmark's files, or from one of them."""
+        """Read the configured tasks. path: the folder of the benchmark's files, or one of the files."""
         files = _parts(path)
         media = MediaFolders(settings.video_dir, settings)
         for part in chosen_tasks(list(files), settings):
@@ -58,17 +58,18 @@ class VcgBench(Benchmark):
                 yield media.entry(item, findings, Search(stems=[item.video]))
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Return one request for each question; the two of consistency are asked apart."""
+        """Return one request per question; the two questions of consistency are asked separately."""
         return open_requests(item, system)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Return `pred`, or `pred1` and `pred2`, beside the questions and the answer in the ground truth's spelling."""
+        """Return the prediction as `pred` (or `pred1` and `pred2`), with the ground truth's question and answer."""
         truth = {key: item.fields[key] for key in (*QUESTIONS[item.task], "A", "video_name")}
         return {**truth, **dict(zip(_keys(item), predictions, strict=True))}
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return the list that the official judge scripts read; one for each part where there are several. Items that
-        failed are left out: a judge would score them."""
+        """Return the list for the official judge scripts, or one list per task if there are several.
+
+        Failed items are left out, because a judge would score them."""
         lines = {line["id"]: line for line in records if not line.get("error")}
         parts: dict[str, list[Record]] = {item.task: [] for item in items}
         for item in items:
@@ -81,17 +82,17 @@ benchmarks.register(VcgBench.name)(VcgBench())
 
 
 def _keys(item: Item) -> tuple[str, ...]:
-    """The official fields of an item's predictions."""
+    """Return the official names of the fields with an item's predictions."""
     return ("pred1", "pred2") if item.task == CONSISTENCY else ("pred",)
 
 
 def _parts(path: Path) -> dict[str, Path]:
-    """Return the file of each part that is there. Raises UserError."""
-    if not path.is_dir():  # the part is in the file's name, or shows in its first record
+    """Return the file of each task that exists. Raises UserError."""
+    if not path.is_dir():  # infer the task from the file's name or its first record
         _, fields = next(records_of(path, EXPECTED, OWN))
         usual = CONSISTENCY if isinstance(fields, dict) and "Q1" in fields else "generic"
         return {next((part for part in QUESTIONS if part in path.name.lower()), usual): path}
-    endings = (".json", ".jsonl", "_qa.jsonl", "_qa.json")  # the last one is the official name, which goes first
+    endings = (".json", ".jsonl", "_qa.jsonl", "_qa.json")  # later ones have priority; the last is the official name
     named = [(part, path / f"{part}{ending}") for part in QUESTIONS for ending in endings]
     files = {part: file for part, file in named if file.is_file()}
     if not files:

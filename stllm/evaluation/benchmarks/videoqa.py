@@ -1,4 +1,4 @@
-"""VideoQA: short answers about the videos of MSVD, MSR-VTT and ActivityNet and the pictures of TGIF.
+"""VideoQA: four benchmarks of questions with short answers: MSVD-QA, MSRVTT-QA, ActivityNet-QA and TGIF-QA (GIFs).
 
 Sources: MSVD-QA and MSRVTT-QA (Xu et al., 2017), ActivityNet-QA (arXiv 1906.02467), TGIF-QA (arXiv 1704.04497). A judge
 scores the predictions (`stllm judge qa`).
@@ -23,17 +23,17 @@ from stllm.processors.templates import PromptTemplate
 
 EXPECTED = "a JSON list of {question, answer, video_name or video or video_id}, or TGIF-QA's table of them"
 ID_KEYS = ("question_id", "id")
-MAPPING = "youtube_mapping.txt"  # of MSVD's videos
-Numbered = tuple[str, str, Fields]  # id, file and record, fields
+MAPPING = "youtube_mapping.txt"  # YouTube names of MSVD's videos
+Numbered = tuple[str, str, Fields]  # a record: its id, its place (file and number), its fields
 
 
 @dataclass(frozen=True)
 class VideoQA(Benchmark):
-    """One of these benchmarks.
+    """One of the VideoQA benchmarks.
 
-    keys: the fields that may name the video. stems: patterns of the file's name without extension, tried in order, {}
-    the name as given. needs_ids: every question has its own id. youtube: a youtube_mapping.txt gives videos a second
-    name.
+    keys: fields that may contain the video's name. stems: patterns of the file name without extension, tried in order;
+    {} stands for the video's name. needs_ids: every question must have an id. youtube: a youtube_mapping.txt may give
+    videos a second name.
     """
 
     name: str
@@ -47,11 +47,11 @@ class VideoQA(Benchmark):
 
     @property
     def ground_truth(self) -> str:  # type: ignore[override]
-        """See `Benchmark`."""
+        """Return the description of the file for --anno-path."""
         return f"{self.title}'s file of questions"
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the questions; if the answers are in a separate file, match them by the question's id."""
+        """Read the questions. Answers in a separate file are matched by the question's id."""
         if settings.tasks:
             tasks = ", ".join(settings.tasks)
             raise UserError(f"{self.name}: found tasks {tasks}, but {self.title} has none: leave them out")
@@ -79,16 +79,17 @@ class VideoQA(Benchmark):
             yield media.entry(item, check_item(fields, where, media=self.keys), Search(stems=stems))
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Return the one request."""
+        """Return the item's single request."""
         return open_requests(item, system)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Return `pred`, and the question's type where the ground truth has one (ActivityNet-QA, 0 to 8)."""
+        """Return the prediction as `pred`, and the question's `type` if there is one (ActivityNet-QA: 0 to 8)."""
         return {**_type_of(item.fields), "pred": predictions[0]}
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return the list that the official judge scripts read: `id` as the ground truth has it, `question`, `answer`,
-        `pred`. Items that failed are left out: a judge would score them."""
+        """Return the list for the official judge scripts: `id` as in the ground truth, `question`, `answer`, `pred`.
+
+        Failed items are left out, because a judge would score them."""
         lines = {line["id"]: line for line in records if not line.get("error")}
         rows = []
         for item in items:
@@ -107,7 +108,7 @@ SETS = (
 )
 for _set in SETS:
     benchmarks.register(_set.name)(_set)
-ANY = VideoQA(  # for `stllm doctor`: one of them, whichever it is
+ANY = VideoQA(  # for `stllm doctor`: accepts a file of any of them
     *("videoqa", "VideoQA", ("video_name", "video", "gif_name", "video_id"), ("{}", "video{}", "vid{}", "v_{}")),
     needs_ids=False,
     youtube=True,
@@ -119,7 +120,7 @@ def _type_of(fields: Mapping[str, Any]) -> Record:
 
 
 def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Generator[Fault, None, list[Numbered]]:
-    """Yield the faults of a file of answers; return the answered questions with their answers."""
+    """Yield the faults of a file of answers, and return the questions that have an answer, with that answer."""
     answers = {id: fields for id, _, fields in (yield from _numbered(answers_path, None))}
     without = [id for id, _, _ in questions if id not in answers]
     for id in without:
@@ -141,11 +142,11 @@ def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Gene
 
 
 def _numbered(path: Path, kind: VideoQA | None) -> Generator[Fault, None, list[Numbered]]:
-    """Yield the faults of a file's ids and fields; return its records with their ids.
+    """Yield the faults of a file's ids and fields, and return its records with their ids.
 
-    kind: None for a file of answers.
+    kind: the benchmark, for a file of questions; None for a file of answers.
     """
-    first: dict[str, str] = {}  # id -> where it was first found
+    first: dict[str, str] = {}  # id -> place of the first record with it
     records: list[Numbered] = []
     for number, (where, fields) in enumerate(records_of(path, EXPECTED, ("question", "answer"), tables=True)):
         if isinstance(fields, Fault):
@@ -153,7 +154,7 @@ def _numbered(path: Path, kind: VideoQA | None) -> Generator[Fault, None, list[N
             continue
         if kind is not None and (sentence := _of_another_kind(fields, kind)):
             yield Fault("annotation", where, "record", sentence)
-            return []  # and so are the others
+            return []  # the other records are of the wrong kind, too
         id = next((text_of(fields[key]) or "" for key in ID_KEYS if key in fields), "")
         usable = True
         if kind is None and "answer" not in fields:
@@ -174,7 +175,7 @@ def _numbered(path: Path, kind: VideoQA | None) -> Generator[Fault, None, list[N
 
 
 def _of_another_kind(fields: Fields, kind: VideoQA) -> str:
-    """A sentence about a record of another benchmark; "" if it may be one of this kind."""
+    """Return a sentence if the record belongs to another benchmark than `kind`, else ""."""
     names, keys = ", ".join(fields) or "none", " or ".join(kind.keys)
     if not {"question", *kind.keys} & fields.keys():
         return f"found the fields {names}, expected question, answer and {keys}"
@@ -188,9 +189,9 @@ def _of_another_kind(fields: Fields, kind: VideoQA) -> str:
 
 
 def _youtube_names(folders: Sequence[Path]) -> dict[str, str]:
-    """MSVD's names of videos and their YouTube names, each by the other, from the first youtube_mapping.txt found.
+    """Read youtube_mapping.txt from the first folder with it. Return MSVD name -> YouTube name and the reverse.
 
-    Empty without one in the folders. Raises UserError for a line that is not a pair of names.
+    Returns {} if no folder has the file. Raises UserError for a line that is not a pair of names.
     """
     file = next((folder / MAPPING for folder in folders if (folder / MAPPING).is_file()), None)
     if file is None:

@@ -1,10 +1,10 @@
-"""Vinoground: pairs of clips, and of captions, that differ in the order of events alone. Source: arXiv 2410.02763.
+"""Vinoground: pairs of clips and captions that differ only in the order of events. Source: arXiv 2410.02763.
 
-    vinoground_{textscore,videoscore}.json, vinoground.csv, and the clips that they name
+    vinoground_{textscore,videoscore}.json, vinoground.csv, and the clips named in them
 
-The text score asks which of two captions fits a clip. The video score shows both clips one after the other, in one
-file, and asks which fits a caption. A pair counts if both of its questions are answered rightly, a group if all four
-are.
+For the text score, the model chooses the caption that fits a clip. For the video score, it sees both clips one after
+the other in one file, and chooses the clip that fits a caption. Each has two questions per pair of clips; a pair is
+correct if both answers are. A group is correct if all four answers are.
 """
 
 import csv
@@ -28,14 +28,14 @@ from stllm.processors.templates import PromptTemplate
 TEXT, VIDEO, GROUP = "text", "video", "group"
 FILES = {TEXT: "vinoground_textscore.json", VIDEO: "vinoground_videoscore.json"}
 CATEGORIES = "vinoground.csv"
-PLACES = ("", "vinoground_videos", "vinoground_videos_concated")  # of the files, as they are packed
+PLACES = ("", "vinoground_videos", "vinoground_videos_concated")  # folders that the release's archives create
 SUFFIX = "\nPlease only output one English character."
 EXPECTED = "Vinoground's list of {idx, video_name, question, GT}"
 LETTERS = ("A", "B")
 
 
 class Vinoground(Benchmark):
-    """The benchmark: text and video score, each in pairs, and both together."""
+    """Vinoground. The tasks are the text score and the video score; the average is the group score."""
 
     name, title = "vinoground", "Vinoground"
     ground_truth = f"the folder that holds {' and '.join(FILES.values())}"
@@ -43,13 +43,13 @@ class Vinoground(Benchmark):
     rotates = False
     mean_over = GROUP
     rules = (
-        "By the official rule an answer is right if it begins with the letter, in either case. The strict rule wants "
-        "the letter alone, in a bracket, or before a mark. A pair is right if both of its questions are, a group if "
-        "both of its pairs are; the average is the group score."
+        "By the official rule an answer is right if it begins with the letter, in upper or lower case. The strict "
+        "rule accepts the letter alone, in a bracket, or before a punctuation mark. A pair is right if both of its "
+        "questions are, a group if both of its pairs are. The average is the group score."
     )
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the chosen scores and the categories."""
+        """Read the configured tasks and the table of categories. path: the benchmark's folder, or a task's file."""
         files = {part: found for part, name in FILES.items() if (found := _file(path, name))}
         if not files:
             raise UserError(f"{path}: found none of {', '.join(FILES.values())}: name the folder that holds them")
@@ -95,11 +95,11 @@ class Vinoground(Benchmark):
                 yield media.entry(item, findings, Search())
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """Return the question, which holds its options, and the request for a letter."""
+        """Return the request: the question, which contains its options, and a sentence that asks for a letter."""
         return open_requests(replace(item, questions=(item.questions[0] + SUFFIX,)), system)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Return `correct` of the one question; see `scored` for pairs."""
+        """Return `correct` and `parsed` of one question; `scored` combines questions into pairs."""
         said = predictions[0].strip()
         number = chosen_option(said, LETTERS)
         correct = {
@@ -109,7 +109,7 @@ class Vinoground(Benchmark):
         return {"correct": correct, "parsed": {"strict": number is not None}}
 
     def scored(self, records: Sequence[Record]) -> list[Record]:
-        """Return a line for each pair and each group. One that was asked in part alone (`--limit`) has none."""
+        """Return one record per pair and per group, except those of which `--limit` left out a question."""
         questions: dict[tuple[str, str], list[Record]] = {}
         for line in records:
             number = line["id"].split("/")[1].split("_")[0]
@@ -135,14 +135,17 @@ benchmarks.register(Vinoground.name)(Vinoground())
 
 
 def _file(path: Path, name: str) -> Path | None:
-    """The file of that name in the folder, or in one of the folders in which it is packed; `path` may be the file."""
+    """Return the path of the benchmark's file `name`, or None. path: a folder of the release, or a file."""
     if path.is_file():
         return path if path.name == name else None
     return next((file for place in PLACES if (file := path / place / name).is_file()), None)
 
 
 def _categories(path: Path | None) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Major and minor categories by the pair's number; {} without a file. Raises UserError for another table."""
+    """Return pair number -> {"major": ..., "minor": ...} categories; {} if path is None.
+
+    Raises UserError for a table with other columns.
+    """
     if path is None:
         return {}
     rows = list(csv.DictReader(io.StringIO(read_file(path, "Vinoground's table of categories")[1])))

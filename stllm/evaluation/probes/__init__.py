@@ -1,6 +1,7 @@
-"""Probes: a multiple choice asked in other ways, too, to show what its answers depend on (`--probe`, `--permute`).
+"""Diagnostics (probes): a multiple-choice benchmark is asked again with changed frames or options.
 
-A probe is a module with `TITLE`; `variants`, which gives the benchmark itself and variants with changed items;
-`probe_scores`, which compares their lines; `report` and `bars`, which show the scores. Each variant has its own lines,
-which a rerun continues. `<name>.probe.*` and `<name>.permute.*` are figures (json), tables (md) and a chart (png).
+`--probe` (temporal.py) changes the frames, `--permute` (permutation.py) the order of the options. A probe is a module
+with `TITLE`; `variants`, which returns the benchmark and its variants; `probe_scores`, which compares their records;
+`report` and `bars`, which present the scores. Each variant has its own file of records, so that a run can be resumed.
+Results are written to `<name>.probe.*` and `<name>.permute.*`: scores (json), a report (md) and a chart (png).
 """

@@ -1,7 +1,7 @@
-"""The option permutations: each item asked once for each rotation of its options.
+"""Option permutations (`--permute`): each item is asked once per rotation of its options.
 
-Every option stands at every letter once, so a model that reads the options chooses the same text each time. A model
-that favours a letter chooses letters unevenly, although those of the answers are even.
+Each option has each letter once. A model that uses the options' content chooses the same text each time. A model that
+favours a letter chooses letters unevenly, although the letters of the correct answers are evenly distributed.
 """
 
 from collections import Counter
@@ -19,14 +19,13 @@ TITLE = "option permutations"
 LEVEL = 0.05
 NO_LETTER = "none"  # the prediction names no option
 
-Asked = tuple[Record, int | None]  # an answered line, and the option chosen of its candidates
+Asked = tuple[Record, int | None]  # an answered record, and the index of the chosen option (None: no option)
 
 
 def variants(loaded: Loaded) -> dict[str, Loaded]:
-    """Return the benchmark itself, and with its options moved up by 1, 2, ... places, the first ones to the end.
+    """Return the benchmark and its variants: `rotated<n>` has the first n options moved to the end.
 
-    A variant has the items with more options than places: an item is asked once for each of its options, and each
-    option stands at each letter once.
+    A variant contains only items with more than n options, so an item is asked as many times as it has options.
     """
     found = {"rotated0": loaded}
     for places in range(1, max((len(item.candidates) for item in loaded.items), default=0)):
@@ -40,11 +39,11 @@ def variants(loaded: Loaded) -> dict[str, Loaded]:
 
 
 def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
-    """Compute accuracy by rotation, consistency over them, letters chosen beside those of the answers, and the verdict.
+    """Compute accuracy per rotation, consistency over rotations, the distribution of letters, and a verdict in words.
 
-    runs: the lines of each variant, the benchmark itself first.
+    runs: the records of each variant, the unchanged benchmark first.
     """
-    groups: dict[str, list[Asked]] = {}  # answered lines of each item
+    groups: dict[str, list[Asked]] = {}  # answered records of each item
     for line in chain.from_iterable(runs.values()):
         if not line.get("error") and line.get("candidates"):
             chosen = chosen_option(line["prediction"], line["candidates"])
@@ -52,7 +51,7 @@ def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     complete = [group for group in groups.values() if len(group) == len(group[0][0]["candidates"])]
     right = [[line["correct"]["strict"] for line, _ in group] for group in complete]
     texts = [{None if chosen is None else line["candidates"][chosen] for line, chosen in group} for group in complete]
-    same = sum(len(said) == 1 and None not in said for said in texts)  # naming no option is no choice
+    same = sum(len(said) == 1 and None not in said for said in texts)  # None: some prediction names no option
     letters = _letters([one for group in groups.values() for one in group])
     tallies = {str(places): tally(run) for places, run in enumerate(runs.values())}
     every = tally(chain.from_iterable(runs.values()))
@@ -72,13 +71,14 @@ def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
 
 
 def _letters(asked: Sequence[Asked]) -> dict[str, Any]:
-    """Percent of predictions and of answers at each letter, and how uneven the predictions are.
+    """Compute the percentage of each letter among predictions and correct answers, and a test for uneven predictions.
 
-    even: the shares of a model without a preference, one over the number of options of each line that names one.
+    `even` in the result: the expected percentages without a preference, if each of a record's options is equally
+    likely. Only predictions that name an option count.
     """
     chosen: Counter[str] = Counter()
     gold: Counter[str] = Counter()
-    due: Counter[int] = Counter()  # lines that name an option, by their number of options
+    due: Counter[int] = Counter()  # number of options -> number of predictions that name an option
     for line, number in asked:
         chosen[NO_LETTER if number is None else ascii_uppercase[number]] += 1
         gold[ascii_uppercase[line["candidates"].index(line["answer"])]] += 1
@@ -104,7 +104,7 @@ def _verdict(letters: Mapping[str, Any]) -> str:
     named = letters["named"]
     if not named:
         return "Nothing can be said about letters: no prediction names an option."
-    even, part = letters["even"], 100 - letters["chosen"][NO_LETTER]  # percent of the predictions that name an option
+    even, part = letters["even"], 100 - letters["chosen"][NO_LETTER]  # part: percent of predictions that name an option
     of_named = {letter: 100 * letters["chosen"][letter] / part for letter in even}
     favoured = max(even, key=lambda letter: of_named[letter] - even[letter])
     shares = f"{of_named[favoured]:.1f}% of the {named} predictions that name one, {even[favoured]:.1f}% if even"
@@ -114,7 +114,7 @@ def _verdict(letters: Mapping[str, Any]) -> str:
 
 
 def report(name: str, scores: Mapping[str, Any]) -> str:
-    """The Markdown text. scores: of `probe_scores`."""
+    """Return the report as Markdown. name: the benchmark's title. scores: the result of `probe_scores`."""
     rows: list[tuple[object, ...]] = [
         (f"options moved by {places}", scores["items"][places], percent(value), percent(scores["official"][places]))
         for places, value in scores["accuracy"].items()
@@ -150,7 +150,7 @@ def report(name: str, scores: Mapping[str, Any]) -> str:
 
 
 def bars(scores: Mapping[str, Any]) -> Bars:
-    """The chart: letters chosen beside those of the answers."""
+    """Return the chart: percentage of each letter among predictions and among correct answers."""
     letters = scores["letters"]
     groups = list(letters["chosen"])
     return Bars(

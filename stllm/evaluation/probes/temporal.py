@@ -1,10 +1,10 @@
-"""The temporal probe: the same items with frames in order, reversed, shuffled, one alone, or blank.
+"""Temporal probe (`--probe`): the same items with frames in order, reversed, shuffled, only one, or blank.
 
-If a model uses the order of frames, its accuracy falls in the tasks that depend on order when that order is changed.
-Clips are also played backwards with the matching question (the variant `turned`): a model that uses frame order still
-answers correctly. Where the words of an item allow it, a question about what is first or at the beginning becomes one
-about what is last or at the end, and the answer stays; else the answer becomes its opposite, if that is an option: the
-other direction, or the change the other way. Other items are not asked.
+If a model uses the order of frames, a changed order lowers its accuracy in tasks that depend on order.
+In the variant `turned`, clips are also reversed, but items are changed to match; a model that uses the order of frames
+still answers correctly. There are two ways to change an item. If the question has "first" or "beginning", it gets
+"last" or "end" instead, and the answer stays. Otherwise the correct answer becomes the opposite direction or change
+("from A to B" becomes "from B to A"), if that is an option. Items that allow neither are not in this variant.
 """
 
 import re
@@ -20,13 +20,13 @@ from stllm.media.views import BLANK, FORWARD, REVERSED, SHUFFLED, SINGLE, VIEWS
 
 TITLE = "temporal probe"
 LEVEL = 0.05
-ORDER_TASKS = (  # of MVBench and TVBench, those whose answer may change with the order of frames; a choice of ours
+ORDER_TASKS = (  # tasks of MVBench and TVBench whose answer may depend on the order of frames; our choice
     *("Action Sequence", "Action Prediction", "Action Antonym", "Object Shuffle", "Moving Direction"),
     *("Action Localization", "Scene Transition", "State Change", "Character Order", "Egocentric Navigation"),
     "Egocentric Sequence",
 )
 ALL, ORDERED, OTHER = "all tasks", "tasks of order", "other tasks"
-TURNED = "turned"  # the variant's name
+TURNED = "turned"  # name of the variant with reversed clips and matching items
 EVERY = "all of them"
 MEANING = {
     FORWARD: "the frames as they are",
@@ -40,11 +40,11 @@ _IN_ANSWERS = (("left", "right"), ("up", "down"), ("upwards", "downwards"), ("up
 _CHANGES = ((re.compile(r"from (.+) to (.+)"), r"from \2 to \1"), (re.compile(r"^(\w+) to (\w+)$"), r"\2 to \1"))
 
 
-# ---- what is asked --------------------------------------------------------------------------------------------------
+# ---- variants -------------------------------------------------------------------------------------------------------
 
 
 def variants(loaded: Loaded) -> dict[str, Loaded]:
-    """Return the benchmark under every view, forward first, and the items that can be turned round, if any."""
+    """Return one variant per view (order of frames), the unchanged one first, and the variant `turned` if possible."""
     changed = {FORWARD: loaded, **{view: viewed(loaded, view) for view in VIEWS[1:]}}
     turned = [turned_item(item) for item in loaded.items if item.task in ORDER_TASKS and item.media]
     if items := [item for item in turned if item]:
@@ -53,7 +53,7 @@ def variants(loaded: Loaded) -> dict[str, Loaded]:
 
 
 def viewed(loaded: Loaded, view: str) -> Loaded:
-    """Show every clip of the benchmark under that view (media/views.py). Raises UserError for an unknown one."""
+    """Return the benchmark with this view set for every clip (media/views.py). Raises UserError for an unknown view."""
     items = [
         item if item.media is None else replace(item, media=replace(item.media, view=view)) for item in loaded.items
     ]
@@ -61,7 +61,7 @@ def viewed(loaded: Loaded, view: str) -> Loaded:
 
 
 def turned_item(item: Item) -> Item | None:
-    """Return the item with the question or answer that fits the reversed clip; None where its words do not allow it."""
+    """Return the item with a question or answer that fits the reversed clip, or None if no rule applies."""
     question = _exchanged(item.questions[0], _IN_QUESTIONS)
     if question != item.questions[0]:
         return replace(item, questions=(question,))
@@ -74,21 +74,21 @@ def turned_item(item: Item) -> Item | None:
 
 
 def _exchanged(text: str, pairs: Sequence[tuple[str, str]]) -> str:
-    """Replace each of these words by the other of its pair."""
+    """Replace each word that is in one of the pairs by the other word of its pair."""
     other = {one: two for pair in pairs for one, two in (pair, pair[::-1])}
     other |= {one.title(): two.title() for one, two in other.items()}
     return re.sub(r"\w+", lambda word: other.get(word[0], word[0]), text)
 
 
-# ---- what it comes to -----------------------------------------------------------------------------------------------
+# ---- scores and report ----------------------------------------------------------------------------------------------
 
 
 def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
-    """Compute strict accuracy by group of tasks and view, each view compared with the forward one, and the verdict.
+    """Compute strict accuracy per group of tasks and view, compare each view with forward, and add a verdict in words.
 
-    runs: the lines of each variant. `chance`: percent right by guessing. Comparisons are over the items answered
-    in every view. `turned round`, by task and of all: `items`, and the accuracies of the clips forward, reversed, and
-    reversed and turned round, over the items answered in all three ways.
+    runs: the records of each variant. In the result, `chance` is the percentage correct by guessing. Comparisons use
+    the items answered in every view. `turned round` has, per task and overall, `items` and the accuracies in the
+    variants forward, reversed and turned, for the items answered in all three.
     """
     tasks = list(by_task(runs[FORWARD]))
     groups = {ALL: tasks}
@@ -146,15 +146,15 @@ def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
 
 
 def _verdict(where: str, compared: Mapping[str, Mapping[str, Any]]) -> str:
-    """Say in sentences whether this model uses the order of frames, more than one frame, the frames at all.
+    """Return sentences on whether the model uses the order of frames, more than one frame, and frames at all.
 
-    compared: each view with the forward one, over the group of tasks that `where` names.
+    where: the name of a group of tasks. compared: for each view, its comparison with forward in this group.
     """
     if not compared[REVERSED]["items"]:
         return "Nothing can be said: no item was answered in every view."
 
     def falls(view: str, tests: int = 1) -> bool:
-        """True if accuracy falls at the level, with `tests` such questions asked at once (Bonferroni)."""
+        """Check whether accuracy is significantly lower than forward. tests: number of tests to correct for."""
         found = compared[view]
         return bool(found["lost"] > found["gained"] and found["p"] * tests < LEVEL)
 
@@ -180,7 +180,7 @@ def _verdict(where: str, compared: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def report(name: str, scores: Mapping[str, Any]) -> str:
-    """The Markdown text. scores: of `probe_scores`."""
+    """Return the report as Markdown. name: the benchmark's title. scores: the result of `probe_scores`."""
     accuracies = [
         (group, *[percent(figures[view]) for view in VIEWS], percent(scores["chance"][group]))
         for group, figures in scores["accuracy"].items()
@@ -191,9 +191,9 @@ def report(name: str, scores: Mapping[str, Any]) -> str:
         ways = (FORWARD, REVERSED, TURNED)
         parts += [
             "## Turned round\n",
-            "The reversed clips once more, asked about what is last where the question was about what is first (and "
-            "the end, where it was the beginning), or with the opposite direction or change as the right answer. A "
-            "model that follows time is wrong on reversed clips as asked, and right when they are turned round.\n",
+            "The clips are reversed and the items are changed to match: the question has last instead of first and "
+            "end instead of beginning, or the right answer is the opposite direction or change. A model that uses the "
+            "order of frames is wrong on reversed clips with the original items, and right with the changed ones.\n",
             table(
                 ("strict %", "items", "forward", "reversed", "reversed, turned round"),
                 [(group, found["items"], *[percent(found[way]) for way in ways]) for group, found in turned.items()],
@@ -219,7 +219,7 @@ def report(name: str, scores: Mapping[str, Any]) -> str:
 
 
 def bars(scores: Mapping[str, Any]) -> Bars:
-    """The chart: groups of tasks by view."""
+    """Return the chart: strict accuracy of each group of tasks in each view."""
     groups = (ALL, ORDERED, OTHER)
     return Bars(
         title="Temporal probe: what is left of the accuracy",

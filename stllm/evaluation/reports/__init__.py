@@ -1,1 +1,1 @@
-"""What a run comes to: tables, charts, the paper's table, tests of significance."""
+"""Reports on evaluation runs: tables, charts, the paper's table, comparison of two runs."""

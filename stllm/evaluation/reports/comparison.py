@@ -1,7 +1,7 @@
-"""`stllm table --compare`: two runs over the same items, item by item.
+"""Paired comparison of two runs over the same items (`stllm table --compare`).
 
-Paired differences have a smaller error than two scores apart, since both runs meet the same hard items (Miller, arXiv
-2411.00640). Sources of the statistics: see scores.py.
+The standard error of paired differences is smaller than that of two separate scores, since both runs have the same hard
+items (Miller, arXiv 2411.00640). Sources of the statistics: see scores.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,21 @@ from stllm.evaluation.results import write_json
 from stllm.evaluation.scores import ITEMS, RULES, TASKS, Record, by_group, by_task, interval, paired
 
 ALL = "all items"
-SHOWN = 20  # items gained or lost that are named in the printed text
+SHOWN = 20  # gained or lost items that the printed text lists at most
 EXPECTED = "a line that `stllm evaluate` (NAME.jsonl) or `stllm judge` (AXIS.ledger.jsonl) wrote: name such a file"
 
 
 def compare(first: str | Path, second: str | Path, output: str | Path | None = None) -> str:
-    """Compare two files of lines, and return the Markdown text. output: `<output>.json`, `.md` and `.png` are written.
+    """Compare two files of records, and return a report as Markdown.
 
-    Raises UserError for files of another kind, and for runs of different questions.
+    first, second: NAME.jsonl of `stllm evaluate`, or ledgers of `stllm judge`. output: path without extension to which
+    the comparison is written as .json, .md and .png. Raises UserError for other files, and if the questions differ.
     """
     paths = [user_path(first), user_path(second)]
     benchmark, runs = _benchmark(paths[0]), [_read(path) for path in paths]
-    high = max(line.get("high", 100.0) for line in runs[0])  # of scores: 5
+    high = max(line.get("high", 100.0) for line in runs[0])  # best value: 100 for percent, 5 for a judge's scores
     names = [path.name.removesuffix(".jsonl") for path in paths]
-    if names[0] == names[1]:  # such as two checkpoints' mvbench.jsonl
+    if names[0] == names[1]:  # such as mvbench.jsonl in the folders of two checkpoints
         names = [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
     before, after = _same_items(paths, runs)
     places = {line["id"]: place for place, line in enumerate(before)}
@@ -66,13 +67,13 @@ def compare(first: str | Path, second: str | Path, output: str | Path | None = N
 
 
 def _read(path: Path) -> list[Record]:
-    """The lines by which a run is scored. Raises UserError."""
+    """Return the records from which a run is scored. Raises UserError."""
     check_regular(path, EXPECTED)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, expected {EXPECTED}")
     lines: dict[str, Record] = {}
     for number, line in read_records(path, f"expected {EXPECTED}"):
-        if "run" in line:  # of a judge's ledger
+        if "run" in line:  # a line with a ledger's settings
             continue
         line = _of_judge(line) if {"key", "axis", "parsed"} <= line.keys() else line
         if not isinstance(line.get("id"), str) or "question" not in line:
@@ -90,7 +91,10 @@ def _read(path: Path) -> list[Record]:
 
 
 def _of_judge(entry: Record) -> Record:
-    """A ledger's line in the form of an evaluation's: yes or no, or the score as it is (strict) and truncated."""
+    """Convert a line of a judge's ledger to a record of an evaluation.
+
+    `correct` is yes or no, or the score divided by 5: exact for the strict rule, truncated for the official one.
+    """
     parsed = entry["parsed"] or {}
     line = {name: entry.get(name) for name in ("question", "answer", "video")} | {
         "id": entry["key"],
@@ -105,7 +109,7 @@ def _of_judge(entry: Record) -> Record:
 
 
 def _benchmark(path: Path) -> Benchmark | None:
-    """The benchmark of a run, as the file of its settings has it; None where there is no such file."""
+    """Return the benchmark named in the run's settings file, or None if there is no such file. path: NAME.jsonl."""
     file = path.with_name(f"{path.name.removesuffix('.jsonl')}.config.yaml")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -116,7 +120,7 @@ def _benchmark(path: Path) -> Benchmark | None:
 
 
 def _same_items(paths: Sequence[Path], runs: Sequence[list[Record]]) -> tuple[list[Record], list[Record]]:
-    """Return the lines of both runs in the order of the first. Raises UserError unless they asked the same.
+    """Return the records of both runs in the order of the first. Raises UserError if their items differ.
 
     The order of an item's options may differ (`--permute`).
     """
@@ -144,7 +148,10 @@ def _same_items(paths: Sequence[Path], runs: Sequence[list[Record]]) -> tuple[li
 def _group(
     members: Sequence[int], lines: Sequence[Record], values: Sequence[Sequence[float]], high: float
 ) -> dict[str, Any]:
-    """The comparison over some items: `paired`, and the mean of each run with its interval."""
+    """Compare the runs over some items: the result of `paired`, and the mean of each run with its interval.
+
+    members: indices of the items in `lines` and in both runs' `values`. high: the best value after scaling.
+    """
     chosen = [[run[place] for place in members] for run in values]
     videos = [str(lines[place].get("video") or lines[place]["id"]) for place in members]
     means = [high * sum(run) / len(run) for run in chosen]
@@ -153,7 +160,7 @@ def _group(
 
 
 def report(names: Sequence[str], results: Mapping[str, Any]) -> str:
-    """The Markdown text. names: of the runs. results: of `compare`."""
+    """Return the report as Markdown. names: of the two runs. results: the content of the JSON file."""
     parts = [f"# {names[1]} against {names[0]}\n"]
     digits, unit = (1, " %") if results["high"] == 100 else (2, "")
     for rule in RULES:
@@ -181,7 +188,7 @@ def report(names: Sequence[str], results: Mapping[str, Any]) -> str:
 
 
 def bars(names: Sequence[str], results: Mapping[str, Any]) -> Bars:
-    """The chart: strict accuracy of both runs by group, with intervals."""
+    """Return the chart: strict accuracy of both runs per group, with intervals."""
     groups = results[RULES[0]]
     return Bars(
         title=f"{names[1]} against {names[0]}",

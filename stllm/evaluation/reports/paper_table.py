@@ -1,4 +1,4 @@
-"""`stllm table`: results of several benchmarks as one row of the paper's table, below the published rows.
+"""The paper's table with a row for the user's results of several benchmarks (`stllm table`).
 
 Source of the layout: ST-LLM (arXiv 2404.00308), its comparison of MVBench, VcgBench and zero-shot VideoQA.
 """
@@ -16,19 +16,20 @@ from stllm.evaluation.published import BY_OTHERS, COLUMNS, METHODS, NO_INTERVAL,
 from stllm.evaluation.reports.tables import percent, score, table
 
 MVBENCH, AVERAGE = COLUMNS[:2]
-VCGBENCH = "VcgBench"  # for all of its columns
-OF_AXIS = dict(zip(VCGBENCH_AXES, VCGBENCH_COLUMNS, strict=True))
-OF_BENCHMARK = {"msvd": "MSVD", "msrvtt": "MSRVTT", "activitynet": "ANet"}  # in VideoQA
-SCORES = {AVERAGE, *VCGBENCH_COLUMNS}  # from 0 to 5; the other columns are percent
-JUDGED = ".judged"  # what the reports name the folder of a judge's results, beside those of the predictions
+VCGBENCH = "VcgBench"  # name in notes about any of its columns
+OF_AXIS = dict(zip(VCGBENCH_AXES, VCGBENCH_COLUMNS, strict=True))  # axis -> column
+OF_BENCHMARK = {"msvd": "MSVD", "msrvtt": "MSRVTT", "activitynet": "ANet"}  # VideoQA benchmark -> column
+SCORES = {AVERAGE, *VCGBENCH_COLUMNS}  # columns with scores from 0 to 5; the others are percent
+JUDGED = ".judged"  # `NAME.judged` is the folder for a judge's results about the predictions `NAME.jsonl`
 EXPECTED = "a results file of `stllm evaluate` or `stllm judge` (NAME.results.json)"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One cell. official: as the benchmark's script counts; own: strictly matched, or not truncated.
+    """A result for one column. official: by the benchmark's script. own: by the strict rule, or not truncated.
 
-    note: where it comes from. part: what of the benchmark alone was asked, as "first 5 a task", "" for all.
+    note: its source. part: description of the part of the benchmark that was asked, such as "first 5 a task"; "" for
+    all of it.
     """
 
     official: float | None
@@ -41,12 +42,15 @@ NO_FIGURE = Figure(None, None, "")
 
 
 def paper_table(results: Sequence[str]) -> str:
-    """The Markdown text. results: paths, or BENCH=PATH for a judge's file of VideoQA. Raises UserError."""
+    """Return the table as Markdown. Raises UserError.
+
+    results: paths of results files; BENCH=PATH for a judge's results of VideoQA.
+    """
     figures: dict[str, Figure] = {}
     judged: list[dict[str, Any]] = []
     for entry in results:
         name, equals, file = entry.partition("=")
-        if not equals or user_path(entry).exists():  # a path that exists is never taken apart
+        if not equals or user_path(entry).exists():  # an existing path may contain "="
             name, file = "", entry
         elif name not in OF_BENCHMARK:
             raise UserError(unknown_name("benchmark", name, OF_BENCHMARK))
@@ -60,7 +64,7 @@ def paper_table(results: Sequence[str]) -> str:
         if content.get("axis") in OF_AXIS:
             judged.append(content)
     notes = [f"{column}: {figures[column].note}" for column in COLUMNS if column in figures]
-    # the benchmarks that our rows show in part only, as " (MVBench: first 5 a task)"
+    # if only parts of benchmarks were asked, the label of the row says so: " (MVBench: first 5 a task)"
     named = [(VCGBENCH if column in SCORES else column, figure.part) for column, figure in figures.items()]
     asked = dict.fromkeys(f"{title}: {part}" for title, part in named if part)
     parts = f" ({'; '.join(asked)})" if asked else ""
@@ -69,7 +73,7 @@ def paper_table(results: Sequence[str]) -> str:
         try:
             average = vcgbench_average(judged)
             figures[AVERAGE] = Figure(average["mean_truncated"], average["mean"], "")
-        except UserError as error:  # an axis is missing, or others judged it: the cell stays empty and says so
+        except UserError as error:  # an axis is missing, or has another judge: a note explains the empty cell
             notes.append(str(error))
     rows: list[tuple[str, ...]] = [(method, *map(_cell, COLUMNS, values)) for method, values in METHODS.items()]
     ours = [figures.get(column, NO_FIGURE) for column in COLUMNS]
@@ -93,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"{path}: no JSON; expected {EXPECTED}") from None
     is_results = isinstance(content, dict) and isinstance(content.get("counts"), dict)
-    if is_results:  # and what is read of it before its scores
+    if is_results:  # check the parts that are used below
         settings = content.get("settings") or {}
         asked = isinstance(settings, dict) and (settings.get("evaluation") or {})
         is_results = isinstance(asked, dict) and isinstance(asked.get("tasks") or [], list)
@@ -104,7 +108,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _column(content: Mapping[str, Any], run: Mapping[str, Any], name: str, path: Path) -> str:
-    """The column of a results file. run: see `_run_of`. name: of the VideoQA benchmark, where the user gives it."""
+    """Return the column for a results file. run: see `_run_of`. name: the VideoQA benchmark if the user gave it."""
     axis = content.get("axis")
     if axis in OF_AXIS:
         return OF_AXIS[axis]
@@ -130,9 +134,10 @@ def _column(content: Mapping[str, Any], run: Mapping[str, Any], name: str, path:
 
 
 def _run_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The results of `stllm evaluate`: the file itself, or those of the predictions that DIR/<name>.judged judges.
+    """Return the results of `stllm evaluate` that belong to a results file, or {} if they are not found.
 
-    {} when they are not there.
+    For a judge's results in `NAME.judged`, this is NAME.results.json beside that folder. Otherwise it is the file
+    itself.
     """
     folder = path.resolve().parent
     beside = folder.with_name(f"{folder.name.removesuffix(JUDGED)}.results.json")
@@ -144,7 +149,7 @@ def _run_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
 def _figure(content: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> Figure:
     asked = (run.get("settings") or {}).get("evaluation") or {}
     tasks, limit, counts = asked.get("tasks"), asked.get("limit"), content["counts"]
-    # of VcgBench a column is a task
+    # only for MVBench: a column of VcgBench belongs to one task
     words = [f"{len(tasks)} of its tasks"] if tasks and run.get("benchmark") == "mvbench" else []
     part = ", ".join([*words, f"first {limit} a task"] if limit else words)
     try:

@@ -1,6 +1,6 @@
-"""Tables in Markdown, whose columns also line up as plain text, and bar charts as PNG files, drawn without a screen.
+"""Markdown tables, aligned so that they are also readable as plain text, and bar charts as PNG files.
 
-matplotlib is imported only here, when a chart is drawn.
+matplotlib is imported only when a chart is drawn. No display is needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,29 +15,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISSING = "–"
-COLOURS = ("#1f77b4", "#9ecae1", "#bdbdbd", "#fdae6b", "#756bb1")  # ours dark and light, published grey
-GROUP = 0.8  # of the room for one group, taken by its bars
-ROW, EDGES, WIDTH = 0.42, 1.7, 9.0  # inches: of a group, of title and axis, of the figure
+COLOURS = ("#1f77b4", "#9ecae1", "#bdbdbd", "#fdae6b", "#756bb1")  # dark and light blue for results, grey for published
+GROUP = 0.8  # share of a group's height that its bars fill
+ROW, EDGES, WIDTH = 0.42, 1.7, 9.0  # inches: height per group, height of title and axis, width of the figure
 
 
 def percent(value: float | None) -> str:
-    """One decimal, as the tables of the field have it."""
+    """Format a percentage with one decimal, or "–" for None."""
     return MISSING if value is None else f"{value:.1f}"
 
 
 def span(interval: Sequence[float] | None) -> str:
-    """An interval, one decimal: "48.2 to 61.0"."""
+    """Format an interval with one decimal, such as "48.2 to 61.0", or "–" for None."""
     return MISSING if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}"
 
 
 def score(value: float | None) -> str:
-    """Two decimals: scores from 0 to 5."""
+    """Format a score from 0 to 5 with two decimals, or "–" for None."""
     return MISSING if value is None else f"{value:.2f}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> str:
-    """A Markdown table, its lines ended. texts: number of columns that are words, set left; the rest is figures."""
-    # one line a cell; a bar within it must not end it
+    """Return a Markdown table that ends in a newline. texts: the first so many columns are left-aligned."""
+    # a cell must be one line, and a bar in it must be escaped
     lines = [[" ".join(str(entry).split()).replace("|", "\\|") for entry in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     sides = ["<" if column < texts else ">" for column in range(len(widths))]
@@ -51,10 +51,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int
 
 @dataclass(frozen=True)
 class Bars:
-    """Groups of horizontal bars, the first group on top.
+    """Data of a chart with groups of horizontal bars, the first group on top.
 
-    series: name -> one value a group; None draws no bar. intervals: low and high of each bar of a series, drawn as a
-    line; None draws none. notes: texts in place of a group's bars. high: the end of the axis.
+    axis: label of the value axis. series: name -> one value per group; None draws no bar. intervals: name -> (low,
+    high) per group, drawn as a line; None draws none. notes: group -> text in place of its bars. high: end of the axis.
     """
 
     title: str
@@ -67,7 +67,7 @@ class Bars:
 
 
 def bars_figure(bars: Bars) -> "Figure":
-    """Draw the figure, to be saved or looked into. Every bar carries its value."""
+    """Return the chart as a matplotlib figure. Every bar is labelled with its value."""
     from matplotlib.figure import Figure
 
     count = len(bars.series)
@@ -86,7 +86,7 @@ def bars_figure(bars: Bars) -> "Figure":
                 axes.plot(limits, [below] * 2, color="black", linewidth=0.8, alpha=0.6)
     axes.set_title(bars.title, loc="left", fontsize=11, pad=26)
     axes.set_xlabel(bars.axis)
-    axes.set_xlim(0, 1.09 * bars.high)  # the end and its label
+    axes.set_xlim(0, 1.09 * bars.high)  # leaves room for the label of the longest bar
     axes.set_yticks(range(len(bars.groups)), labels=bars.groups)
     axes.set_ylim(len(bars.groups) - 0.5, -0.5)
     for group, note in bars.notes.items():
@@ -100,7 +100,7 @@ def bars_figure(bars: Bars) -> "Figure":
 
 
 def draw_bars(path: Path, bars: Bars) -> None:
-    """Draw them into a PNG file, whole or not at all; equal bars give equal bytes."""
+    """Draw the chart into a PNG file, atomically. Equal data give equal bytes."""
     figure = bars_figure(bars)
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
