@@ -197,7 +197,7 @@ def _small_button(name: str) -> gr.Button:
 
 
 def add_endpoints(service: Service) -> None:
-    """Add /ask, /probe and /evidence to the page that is being built, for gradio_client and curl; see README.md.
+    """Add /ask, /probe and /evidence to the page that is being built, for gradio_client and curl; see docs/serving.md.
 
     Calls keep no state: earlier turns are sent as history. controls: num_frames, num_beams, temperature and
     max_new_tokens. A failure is a gr.Error with one sentence.
