@@ -275,7 +275,7 @@ class STLLM(PreTrainedModel):
         if options.get("is_main_process", True) and not card.exists():
             with torch.device("meta"):  # these weights may be quantized, or divided among processes
                 whole = type(self)(copy.deepcopy(config_of(self)))
-            card.write_text(model_card(whole.config, whole.num_parameters()), encoding="utf-8")
+            card.write_text(model_card(config_of(whole), whole.num_parameters()), encoding="utf-8")
 
     def train(self, mode: bool = True) -> "STLLM":
         """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""
