@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clone to answers about a video: an environment, the package, and the tiny model that comes with it, asked about
 # a clip that comes with it. Linux and macOS; no GPU, no other weights.
-# Needs: Python 3.10 or newer (3.11 for the newest torch), and a package index to install from.
+# Needs: Python 3.10 or newer (3.11 for the newest transformers), and a package index to install from.
 # Launch:   bash scripts/quickstart.sh           installs into the environment that is active, else into .venv
 # Override: bash scripts/quickstart.sh --train   writes the toy world, trains the tiny model afresh, and asks that one
 #           PYTHON=python3.12 TORCH_INDEX=URL bash scripts/quickstart.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that must pass: ruff, mypy and the tests, in a virtual environment of the project's own.
-# Needs: Python 3.10 or newer (3.11 for the newest torch), and a package index to install from; no GPU.
+# Needs: Python 3.10 or newer (3.11 for the newest transformers), and a package index to install from; no GPU.
 # Launch:   bash scripts/test.sh                  installs into .venv, made anew with --fresh or in CI
 # Override: bash scripts/test.sh --active -k cli  the environment at hand, nothing installed; the rest goes to pytest
 #           bash scripts/test.sh --lowest         the tests alone, with the oldest versions that requirement.txt allows

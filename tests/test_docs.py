@@ -4,6 +4,8 @@ What docs/training.md computes: tests/configs/test_training_page.py. CONTRIBUTIN
 """
 
 import html
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -26,6 +28,7 @@ LINKING = [
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "benchmarks" / "results").glob("*.md"))),
 ]
 FIGURE = ROOT / "docs" / "architecture.svg"
+NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 OURS: dict[str, list[str]] = {"demo.py": ["chat"], "demo_gradio.py": ["demo"], "stllm": []}
 FILE = re.compile(
@@ -138,6 +141,26 @@ def test_readme_leads_to_every_page_and_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(PAGES) > 6 and not [page for page in PAGES if f"]({page})" not in text]
     assert len(text.splitlines()) <= 250
+
+
+def test_the_notebook_is_ten_cells_without_outputs() -> None:
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert len(cells) == 10 and not [cell for cell in cells if cell.get("outputs")]
+    lines = [line for cell in cells for line in "".join(cell["source"]).splitlines() if line.startswith("!stllm ")]
+    assert [build_parser().parse_args(shlex.split(line)[1:]).command for line in lines] == ["chat", "toy", "train"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[dev]'")
+    nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[dev]'")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = ["".join(output.get("text", "") for output in cell.get("outputs", ())) for cell in notebook.cells]
+    assert said[2] == "vanishes\n" and "vanishes" in said[5] and said[7] == "grows\n" and said[9].strip()
+    assert "image/png" in notebook.cells[5].outputs[-1].data and (tmp_path / "output/tour/config.json").exists()
 
 
 @pytest.mark.slow

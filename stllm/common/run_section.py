@@ -45,7 +45,7 @@ LAVIS = {
     "resume_ckpt_path": "resume_from_checkpoint",
 }
 _DROPPED = "the installed transformers has no such argument"
-_EVALUATION = "validation has a fixed procedure (trainval.md)"
+_EVALUATION = "validation has a fixed procedure (docs/training.md)"
 _HUB = "nothing is uploaded"
 _IN_ORDER = "batches are always full and in the order of the seed"
 # Key -> why it has no effect here. Such a key is accepted with a note; ignoring it does not change what is learned.

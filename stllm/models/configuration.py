@@ -138,7 +138,7 @@ class STLLMConfig(PretrainedConfig):
 
 
 def model_card(config: STLLMConfig, num_parameters: int) -> str:
-    """Fill in the template of a model's README.md. num_parameters: of the whole model; 0 when it is not known here."""
+    """Return the README.md of a saved model: assets/model_card.md, filled in from the configuration."""
     text, vision, rate = config.get_text_config(), config.vision_config, config.mask_rate
     qformer = config.qformer_config
     size = f"{config.num_query_tokens} queries, width {qformer.hidden_size}, {qformer.num_hidden_layers} layers; it "
@@ -168,7 +168,7 @@ def model_card(config: STLLMConfig, num_parameters: int) -> str:
         masking=(masked + (", with MVM" if config.use_mvm else "")) if config.use_mask else "none",
         trained=", ".join(name for name, is_trained in trained.items() if is_trained),
         template=config.template,
-        parameters=f"{num_parameters:,}" if num_parameters else "see `stllm inspect`",
+        parameters=f"{num_parameters:,}",
     )
 
 

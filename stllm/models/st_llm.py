@@ -5,6 +5,7 @@ B clips, T frames, P patches, C encoder width, K tokens a frame, D language-mode
 V of the batch, L positions of the Q-Former's text, S positions of a prompt with its visual tokens.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,7 +273,9 @@ class STLLM(PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **options)
         card = Path(save_directory) / "README.md"
         if options.get("is_main_process", True) and not card.exists():
-            card.write_text(model_card(config_of(self), self.num_parameters()), encoding="utf-8")
+            with torch.device("meta"):  # these weights may be quantized, or divided among processes
+                whole = type(self)(copy.deepcopy(config_of(self)))
+            card.write_text(model_card(config_of(whole), whole.num_parameters()), encoding="utf-8")
 
     def train(self, mode: bool = True) -> "STLLM":
         """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""

@@ -199,7 +199,7 @@ def _small_button(name: str) -> gr.Button:
 
 
 def add_endpoints(service: Service) -> None:
-    """Add the API endpoints /ask, /probe and /evidence to the page, for gradio_client and curl; see README.md.
+    """Add the API endpoints /ask, /probe and /evidence to the page, for gradio_client and curl; see docs/serving.md.
 
     The server keeps no state between calls: clients send earlier turns as history. Failures raise gr.Error with a
     sentence.

@@ -1,6 +1,6 @@
 """lmms-eval's own tasks of TVBench, TempCompass, Vinoground and TOMATO beside ours. Left out where it is not installed.
 
-The same prompts, our adapter's answers to their documents, and the differences that trainval.md names.
+The same prompts, our adapter's answers to their documents, and the differences that docs/evaluation.md names.
 """
 
 import importlib

@@ -370,7 +370,9 @@ def test_a_video_input_that_gives_another_number_of_tokens_is_an_error(dropped: 
 )
 def test_a_saved_model_has_a_card_that_is_kept(changes: dict[str, Any], said: list[str], tmp_path: Path) -> None:
     model = tiny_model(**changes)
+    state = torch.get_rng_state()
     model.save_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)  # saving does not change what is drawn next
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "$" not in card and f"| {model.num_parameters():,} |" in card
     assert not [words for words in said if words not in card]
