@@ -70,8 +70,20 @@ def weights_digest(model: STLLM, stage: str) -> str:
         choices["qformer_heads"] = config.qformer_config.num_attention_heads
     digest = hashlib.blake2b(json.dumps(choices).encode(), digest_size=8)
     for part, module in parts.items():
-        for name, tensor in module.state_dict().items():
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of FSDP: a collective call
+        for name, weight in module.state_dict(keep_vars=True).items():
+            tensor = _whole(weight)
             digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.to(torch.bfloat16).cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight that FSDP or ZeRO-3 may have divided among processes; then this is a collective call."""
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    if not hasattr(weight, "ds_id"):
+        return weight
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([weight]):
+        return weight.detach().clone()

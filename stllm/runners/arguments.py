@@ -91,6 +91,9 @@ def training_arguments(
     if args.fp16 and place.type == "cpu":
         raise UserError("run.fp16 needs a GPU, and this run is on the CPU: use run.bf16=True, or neither")
     unset_hf_deepspeed_config()  # until the model is built, see sharding.py: transformers' own way would be in between
+    gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if args.deepspeed and args.hf_deepspeed_config.is_zero3() and not args.hf_deepspeed_config.is_true(gather):
+        raise UserError(f"run.deepspeed: under ZeRO-3 {gather} must be true: else the trained model cannot be written")
     if args.fsdp and args.deepspeed:
         raise UserError("run.fsdp and run.deepspeed are both set: keep one of them")
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:

@@ -125,7 +125,7 @@ class FlopCounter:
     Two for each weight of a linear layer and each position forward; as many again where a gradient passes through the
     layer, and where its weight trains; and those of attention over all positions (PaLM, arXiv 2204.02311, appendix B).
     Padding counts; what checkpointing computes again does not. The Q-Former counts with its queries alone.
-    model: before it is divided among processes.
+    model: which may be divided among processes.
     """
 
     def __init__(self, model: STLLM) -> None:
@@ -151,8 +151,8 @@ class FlopCounter:
             "vision_encoder": 4 * vision["depth"] * vision["embed_dim"],
             "decoder": 4 * text.num_hidden_layers * text.hidden_size,
         }
-        head: Any = model.get_output_embeddings().weight
-        self.head = 2 * head.numel() * (2 + head.requires_grad)
+        head: Any = model.get_output_embeddings()
+        self.head = 2 * head.in_features * head.out_features * (2 + head.weight.requires_grad)
 
     def __call__(self, batch: Mapping[str, Any]) -> int:
         """Return the FLOPs of one pass. batch: arguments of `STLLM.forward`; nothing is read from the device."""

@@ -17,7 +17,7 @@ from accelerate.utils import is_torch_version, send_to_device
 from omegaconf import DictConfig
 from torch import nn
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, set_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from stllm.common.device import seed_everything
@@ -207,7 +207,7 @@ def _finish(task: Any, trainer: STLLMTrainer, folder: RunFolder) -> None:
     trainer.save_model(str(partial))
     if is_main():
         model = trainer.accelerator.unwrap_model(trainer.model)
-        task.export(model, partial, sharded=trainer.is_fsdp_enabled)
+        task.export(model, partial, sharded=trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled())
         folder.place_final(partial)
         log.info("the trained model is in %s", folder.path)
     wait_for_all()

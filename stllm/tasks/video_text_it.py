@@ -88,6 +88,12 @@ class VideoTextTask:
                 f"run.packing is True, but model.attn_implementation is {name}, which is not implemented for packed "
                 "samples: take auto, which has flash attention for each sample on a GPU, or leave out run.packing"
             )
+        if run.packing and any(run.get(f"torch_compile{name}") for name in ("", "_backend", "_mode")):
+            raise UserError(
+                "run.packing is True, but run.torch_compile is set, and packed samples have other lengths in every "
+                "batch: torch would compile the layers anew until it gives up; leave out run.packing or "
+                "run.torch_compile"
+            )
         processor = processor_of(opened)
         limit, image_size = PositionLimit.of(config, processor), config.vision_config["image_size"]
         mixed = partial(Mixture, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)

@@ -251,6 +251,9 @@ def test_packed_batches_teach_what_padded_ones_do(trained: Path, tmp_path: Path)
     [
         ("jamba", "run.max_steps=1", "jamba has other layers than attention"),
         ("llama", "model.attn_implementation=flash_attention_2", "model.attn_implementation is flash_attention_2"),
+        ("llama", "model.attn_implementation=flex_attention", "model.attn_implementation is flex_attention"),
+        ("llama", "run.torch_compile=True", "run.torch_compile is set"),
+        ("llama", "run.torch_compile_backend=aot_eager", "run.torch_compile is set"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(

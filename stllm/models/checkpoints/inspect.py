@@ -187,7 +187,7 @@ def training_memory(
 
     half: bf16 or fp16 with float32 masters; otherwise everything is in float32, and DeepSpeed is left out.
     A GPU holds some bytes whole, and its share of others that are sharded. The machine holds what is offloaded, or what
-    loading takes if that is more: under DeepSpeed every process fills a whole model. ZeRO: DeepSpeed's own estimates
+    loading takes if that is more: under ZeRO-2 every process fills a whole model. ZeRO: DeepSpeed's own estimates
     (`estimate_zero{2,3}_model_states_mem_needs`), with frozen weights apart; FSDP 2 gathers in half precision.
     """
     weight = 2 if half else 4
@@ -199,8 +199,8 @@ def training_memory(
         "DDP": (weight * counts.frozen + states, 0, 0, 0),
         "ZeRO-2": (2 * counts.all, states + 2 * counts.trained, 0, 2 * counts.all),  # gradients in half precision, too
         "ZeRO-2 offload": (2 * counts.all, 0, states, 2 * counts.all),
-        "ZeRO-3": (module, zero3, 0, 2 * counts.all),
-        "ZeRO-3 offload": (module, 0, zero3, 2 * counts.all),
+        "ZeRO-3": (module, zero3, 0, 0),
+        "ZeRO-3 offload": (module, 0, zero3, 0),
         "FSDP": (layers, fsdp, 0, 0),
         "FSDP offload": (layers, 0, fsdp, 0),
     }
