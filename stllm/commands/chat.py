@@ -35,7 +35,7 @@ def add_options(parser: Parser) -> None:
         help="repeat it for several questions in one conversation; without it: an interactive prompt",
     )
     add_model(parser)
-    decoders = "auto, pyav or decord (default: auto)"
+    decoders = "auto, pyav, decord, torchcodec or torchcodec_cuda (default: auto)"
     parser.add_argument("--reader", metavar="NAME", help=f"what decodes a video file: {decoders}")
     parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video from here on")
     parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video up to here")

@@ -224,7 +224,7 @@ class DatasetSettings:
     sampling: str = "rand"  # which frames: rand, middle, uniform or fps<x>
     crop: str = _key("random", choices=("random", "center"))  # of a clip in training; center: as in evaluation
     fps: float | None = _key(None, low=1e-3)  # of raw-frame folders and gifs
-    reader: str = "auto"  # what decodes videos: auto, pyav or decord
+    reader: str = "auto"  # what decodes videos: auto, pyav, decord, torchcodec or torchcodec_cuda
 
     # Questions and answers
     qa_sampling: str | None = _key(None, choices=("one", "all"))  # unset: run.qa_sampling
@@ -253,7 +253,7 @@ class EvaluationSettings:
     # Frames
     num_frames: int | None = _key(None, low=0)  # 0: MVBench's one a second, 4 to 16
     sampling: str = "uniform"  # which frames: uniform, segment, middle or fps<x>
-    reader: str = "auto"  # what decodes videos: auto, pyav or decord
+    reader: str = "auto"  # what decodes videos: auto, pyav, decord, torchcodec or torchcodec_cuda
 
     # Prompt and decoding
     system: Any = "template"  # the system sentence: "template" for the model family's own, "" for none, or a text

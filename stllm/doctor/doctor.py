@@ -150,7 +150,7 @@ def examine(args: argparse.Namespace) -> Report:
                 decode=args.decode,
                 cache_dir=settings.cache_dir,
                 cache_gb=settings.cache_gb,
-                media_seconds=args.media_seconds,
+                media_seconds=seconds,
             )
             tasks += [partial(check_one, shard) for shard in shards]
             continue

@@ -62,7 +62,7 @@ class STLLMForHarness(lmms):
     pretrained: weights of any layout that `stllm chat` reads. cfg_path: the model's YAML, default: what the checkpoint
         says. device, dtype: as everywhere in stllm. batch_size: questions answered at once.
     num_frames: taken from each video; default: the checkpoint's own number, else 64 for global-local models and 16 for
-        others. sampling: the rule that chooses them (media/sampling.py). reader: auto, pyav or decord.
+        others. sampling: the rule that chooses them (media/sampling.py). reader: auto, pyav, decord or torchcodec.
     system: "template" for the model family's own system sentence, "none", or a file with another; a task's own wins.
     context: the rule for long prompts, `published` or `all`; see conversation/requests.py.
     Raises UserError for what cannot be loaded.

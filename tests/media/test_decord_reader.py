@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from stllm.media import info as media_info
-from stllm.media.video import DecordReader, PyAvReader
+from stllm.media.libraries import DecordReader
+from stllm.media.video import PyAvReader
 from tests.helpers.videos import read_code, write_video
 
 
@@ -45,7 +46,7 @@ def test_pyav_serves_where_the_size_of_pictures_is_limited(tmp_path: Path, notes
     video = write_video(tmp_path / "video.mp4", num_frames=5)
     with media_info.limited_pixels(64 * 64), DecordReader(video) as reader:
         assert codes(reader, [3]) == [3]
-        assert reader._decord is None
+        assert reader._video is None
     assert "PyAV reads it instead" in notes.records[0].message
 
 
@@ -85,6 +86,6 @@ def test_pyav_serves_when_decord_fails_in_the_middle(tmp_path: Path, notes: pyte
             return np.zeros((64, 64, 3), np.uint8)
 
     with DecordReader(write_video(tmp_path / "video.mp4")) as reader:
-        reader._decord = Failing()
+        reader._video = Failing()
         assert codes(reader, [1, 9, 2]) == [0, 9, 2]
     assert "decord failed at frame 9 (Error sending packet.); PyAV reads it instead" in notes.text
