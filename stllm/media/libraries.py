@@ -123,6 +123,11 @@ class TorchCodecReader(LibraryReader):
     open_gops = False
     device = "cpu"
 
+    @staticmethod
+    def check_installed() -> None:
+        """Raise UserError when torchcodec cannot be loaded."""
+        _torchcodec()
+
     def _open(self, file: Any) -> Any:
         return _torchcodec().VideoDecoder(
             file, dimension_order="NHWC", num_ffmpeg_threads=num_threads(), device=self.device
@@ -156,7 +161,7 @@ def _torchcodec() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
             f"reader torchcodec: the package cannot be loaded ({_first_line(error)}): install the "
-            "torchcodec that belongs to this torch, and FFmpeg's shared libraries (Debian's package ffmpeg), or take pyav"
+            "torchcodec that belongs to this torch, and FFmpeg's shared libraries (Debian's ffmpeg), or use pyav"
         ) from error
     return decoders
 
