@@ -197,7 +197,7 @@ class RunSettings:
 class DatasetSettings:
     """One data set's entry; unset keys (None) are the shipped ones of a known name."""
 
-    type: str = "instruction"  # how it is read, by its registered name (instruction, image_text)
+    type: str = "instruction"  # how it is read, by its registered name (instruction, image_text, video_text)
     media: str | None = _key(None, choices=("video", "image", "text"))  # unset: what the annotation file names
     sample_ratio: float | None = _key(None, low=0)  # its weight in the mixture; unset: its share of all samples
     instruction: Any = field(
@@ -215,9 +215,9 @@ class DatasetSettings:
     features_dir: str | None = None  # precomputed features in place of the media (stllm extract); frames as there
     shards: Any = field(
         default=None, metadata={"texts": True}
-    )  # image_text: tar files, URLs, braces, globs; a text or a list
-    cache_dir: str | None = None  # image_text: where indexes and fetched shards are kept
-    cache_gb: float | None = _key(None, low=0)  # image_text: the most that fetched shards may take
+    )  # tar files, URLs, braces, globs; a text or a list. instruction: the tars that hold the annotation file's videos
+    cache_dir: str | None = None  # where indexes and fetched shards are kept
+    cache_gb: float | None = _key(None, low=0)  # the most that fetched shards may take
 
     # Frames
     num_frames: int = _key(16, low=1)  # frames of every clip; a shorter one is padded with its last frame
