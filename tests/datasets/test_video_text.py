@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
 from stllm.common.schema import DatasetSettings
@@ -233,7 +234,7 @@ def test_features_are_kept_by_shard_number_and_name(tmp_path, clip) -> None:
     assert load(data, 2).query_features.equal(torch.full((4, 2, 3), 2.0))
 
 
-def test_an_annotation_file_finds_its_clips_in_tars(tmp_path, clip) -> None:
+def test_an_annotation_file_finds_its_clips_in_tars(tmp_path, clip, capsys) -> None:
     """By the names that the tars have, dots and folders included; the texts are the file's."""
     other = copy_packets(clip, tmp_path / "other.mkv")
     names = {"clips/v_1.2_3.5.mp4": clip, "b.mkv": other}
@@ -257,6 +258,12 @@ def test_an_annotation_file_finds_its_clips_in_tars(tmp_path, clip) -> None:
     with pytest.raises(MediaError, match=r"gone\.mp4: no clip of that name is in the 2 shards") as caught:
         load(data, 4)
     assert caught.value.cause == "missing"
+    entry = {"anno_path": str(anno), "shards": str(tmp_path / "{0,1}.tar"), "cache_dir": str(tmp_path / "cache")}
+    (tmp_path / "data.yaml").write_text(json.dumps({"datasets": {"clips": entry}}))
+    asked_doctor = ["doctor", "--cfg-path", str(tmp_path / "data.yaml"), "--decode", "first", "--num-workers", "0"]
+    assert main([*asked_doctor, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert [(fault["kind"], fault["subject"]) for fault in report["faults"]] == [("missing", "gone.mp4")]
     write_tar(tmp_path / "1.tar", [("b.mkv", other.read_bytes())])
     with pytest.raises(MediaError, match=r"b\.mkv: found it in .*0\.tar and in .*1\.tar, expected it once"):
         load(corpus(tmp_path, tmp_path / "{0,1}.tar", "instruction", anno_path=str(anno)), 1)

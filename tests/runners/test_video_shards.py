@@ -61,6 +61,7 @@ def test_tars_teach_what_files_do(sets, form: str, workers: int, on_files: Path,
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["skipped_samples"] == 0
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_killed_run(sets, on_files: Path, toy: Path, tmp_path: Path) -> None:
     """Two processes share each batch; a run goes on after its checkpoint with the samples that would have come."""
     recipe = recipe_of(sets, "tars", tmp_path, toy, per_device_train_batch_size=2)
