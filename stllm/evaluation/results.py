@@ -25,7 +25,7 @@ from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, percent, s
 from stllm.evaluation.scores import ITEMS, RULES, TASKS, Record, by_task, differing, tally
 
 # What computes, and what reads media: distributions and their modules.
-PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord")} | {"pillow": "PIL"}
+PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord", "torchcodec")} | {"pillow": "PIL"}
 SHOWN_IDS = 5  # of the items with one cause
 SHOWN_FAILURES = 3  # on the command line
 
