@@ -17,7 +17,7 @@ from benchmarks.comparison import committed
 from benchmarks.measurements import MEASUREMENTS
 from benchmarks.page import write_page
 
-WITHOUT_DEVICE = ("startup", "data_pipeline", "loading")  # they measure the CPU's part
+WITHOUT_DEVICE = ("startup", "data_pipeline", "decoding", "loading")  # they measure the CPU's part
 
 
 def main(argv: Sequence[str] | None = None) -> int:

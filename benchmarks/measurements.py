@@ -49,6 +49,11 @@ MEASUREMENTS: Mapping[str, Measurement] = {
     "data_pipeline": Measurement(
         "How fast do videos become training batches?", ("video", "workers"), more=("speed-up",)
     ),
+    "decoding": Measurement(
+        "How fast are frames sampled and decoded, beside the plain libraries?",
+        ("video", "library"),
+        more=("ours / plain", "our default / plain"),
+    ),
     "evaluation": Measurement("How fast are a benchmark's questions answered?", ("set", ""), more=("speed-up",)),
     "serve": Measurement(
         "How many answers a second does the server give?", ("answers", "", "clients"), more=("speed-up",)

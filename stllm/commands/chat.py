@@ -38,7 +38,7 @@ def add_options(parser: Parser) -> None:
         help="a question; repeat the option for several questions in one conversation (default: interactive prompt)",
     )
     add_model(parser)
-    decoders = "auto, pyav or decord (default: auto)"
+    decoders = "auto, pyav, decord, torchcodec or torchcodec_cuda (default: auto)"
     parser.add_argument("--reader", metavar="NAME", help=f"video decoder: {decoders}")
     parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video only from this time on")
     parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video only up to this time")

@@ -201,7 +201,7 @@ class RunSettings:
 class DatasetSettings:
     """Keys of one data set's entry. For a shipped data set, unset keys (None) take its shipped values."""
 
-    type: str = "instruction"  # registered name of the data set class: instruction or image_text
+    type: str = "instruction"  # registered name of the data set class: instruction, image_text or video_text
     media: str | None = _key(None, choices=("video", "image", "text"))  # unset: the kind named in the annotation file
     sample_ratio: float | None = _key(None, low=0)  # weight in the mixture; unset: its share of all samples
     instruction: Any = field(
@@ -219,16 +219,16 @@ class DatasetSettings:
     features_dir: str | None = None  # precomputed features (stllm extract); they replace the media and fix the frames
     shards: Any = field(
         default=None, metadata={"texts": True}
-    )  # image_text: tar files as paths or URLs with {braces} or globs; a text or a list
-    cache_dir: str | None = None  # image_text: folder for indexes and downloaded shards
-    cache_gb: float | None = _key(None, low=0)  # image_text: size limit in GB for downloaded shards
+    )  # tar files as paths or URLs with {braces} or globs; a text or a list. instruction: tars with the file's videos
+    cache_dir: str | None = None  # folder for indexes and downloaded shards
+    cache_gb: float | None = _key(None, low=0)  # size limit in GB for downloaded shards
 
     # Frames
     num_frames: int = _key(16, low=1)  # frames per clip; a shorter clip is padded with its last frame
     sampling: str = "rand"  # choice of frames: rand, middle, uniform or fps<x>
     crop: str = _key("random", choices=("random", "center"))  # crop of a training clip; center: as in evaluation
     fps: float | None = _key(None, low=1e-3)  # frames per second of frame folders and gifs
-    reader: str = "auto"  # video decoder: auto, pyav or decord
+    reader: str = "auto"  # video decoder: auto, pyav, decord, torchcodec or torchcodec_cuda
 
     # Questions and answers
     qa_sampling: str | None = _key(None, choices=("one", "all"))  # unset: run.qa_sampling
@@ -257,7 +257,7 @@ class EvaluationSettings:
     # Frames
     num_frames: int | None = _key(None, low=0)  # frames per video; 0: one per second, 4 to 16, as published for MVBench
     sampling: str = "uniform"  # choice of frames: uniform, segment, middle or fps<x>
-    reader: str = "auto"  # video decoder: auto, pyav or decord
+    reader: str = "auto"  # video decoder: auto, pyav, decord, torchcodec or torchcodec_cuda
 
     # Prompt and decoding
     system: Any = "template"  # system message: "template" for the model family's, "" for none, or a text

@@ -124,7 +124,7 @@ def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, Datas
         try:
             sample_indices(settings.sampling, num_frames=1, total_frames=1, fps=1.0, generator=np.random.default_rng(0))
             if settings.reader != "auto":
-                readers.get(settings.reader)
+                getattr(readers.get(settings.reader), "check_installed", lambda: None)()
         except UserError as error:
             raise UserError(f"data set {name}: {error}") from None
         settings.qa_sampling = settings.qa_sampling or cfg.run.get("qa_sampling")

@@ -17,7 +17,7 @@ from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import JsonRecords, Record, Records
 from stllm.datasets.features import FeatureStore, feature_key
 from stllm.datasets.samples import LengthCheck, Sample, SampleKey
-from stllm.datasets.shards import ShardClips, Shards
+from stllm.datasets.shards import ShardClips
 from stllm.media.clip import Media, MediaError, load_clip
 from stllm.processors.transforms import ClipTransform
 
@@ -64,16 +64,7 @@ class InstructionCorpus:
         """The data set of an entry with absolute paths. Raises UserError for an annotation file that cannot be used."""
         if settings.anno_path is None:
             raise UserError(f"data set {name}: no anno_path is given; name its annotation file")
-        clips = None
-        if settings.shards:
-            shards = Shards(
-                name,
-                texts(settings.shards),
-                cache_dir=settings.cache_dir,
-                cache_gb=settings.cache_gb,
-                columns=lambda index: index.clips[:],
-            )
-            clips = ShardClips(shards)
+        clips = ShardClips.of(name, settings) if settings.shards else None
         media_dir = settings.media_dir or ""
         records = JsonRecords(settings.anno_path, media_dir=media_dir, kind=settings.media, clips=clips)
         return cls.of_records(name, records, settings, transform=transform)

@@ -41,6 +41,7 @@ from tqdm import tqdm
 from stllm.common.distributed import is_main, rank, world_size
 from stllm.common.errors import UserError
 from stllm.common.files import replacing, user_path
+from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import AnnotationError, fields_beside, num_answers
 from stllm.media.find import EXTENSIONS
 from stllm.media.info import MediaError, Member, warn_once
@@ -653,6 +654,19 @@ class ShardClips:
         shard = np.repeat(np.arange(len(shards.kept)), [len(rows) for rows in shards.kept])
         order = np.argsort(clips[:, 2], kind="stable")
         self._clips, self._shard = clips[order], shard[order]
+
+    @classmethod
+    def of(cls, owner: str, settings: DatasetSettings) -> "ShardClips":
+        """The clips in the shards of an entry. owner: for messages."""
+        return cls(
+            Shards(
+                owner,
+                texts(settings.shards),
+                cache_dir=settings.cache_dir,
+                cache_gb=settings.cache_gb,
+                columns=lambda index: index.clips[:],
+            )
+        )
 
     def __call__(self, name: str) -> Member:
         """The clip of that name. Raises MediaError when there is none, or more than one."""

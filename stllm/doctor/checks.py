@@ -24,7 +24,7 @@ from stllm.datasets.faults import Fault, Finding, Medium, Pairs, check_bounds, c
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
 from stllm.datasets.samples import TOO_LONG, LengthCheck, Sample, SampleKey
-from stllm.datasets.shards import ABSENT, Content, ShardReader
+from stllm.datasets.shards import ABSENT, Content, ShardClips, ShardReader
 from stllm.media import info as media_info
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError
@@ -295,6 +295,31 @@ def check_shard(
         except AnnotationError as error:
             faults.append(Fault("empty answer", where, content.name, str(error).removeprefix(f"{content.name}: ")))
     reader.close()
+    return faults
+
+
+def check_clips(settings: DatasetSettings, names: dict[str, str], *, decode: str, media_seconds: float) -> list[Fault]:
+    """Check the clips in `settings.shards` that an annotation file names. names: each clip's, with its first record.
+
+    decode: "none" of them (they must be there once), the "first" frame of each, or "all". media_seconds: the limit on
+    reading one; 0: none.
+    """
+    clips = ShardClips.of(str(settings.anno_path), settings)
+
+    def look(name: str) -> None:
+        member = clips(name)
+        if decode != "none":
+            with open_media(member) as medium:
+                for _ in medium.frames(range(medium.info.num_frames if decode == "all" else 1)):
+                    keep_reading()
+
+    faults = []
+    for name, where in names.items():
+        try:
+            read_within(media_seconds, partial(look, name), medium=name, setting=SECONDS_OPTION)
+        except MediaError as error:  # noqa: PERF203
+            kind = "missing" if error.cause == "missing" else "unreadable"
+            faults.append(Fault(kind, where, name, str(error).removeprefix(f"{name}: ")))
     return faults
 
 

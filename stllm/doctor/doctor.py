@@ -27,7 +27,15 @@ from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key
 from stllm.datasets.samples import LengthCheck
 from stllm.datasets.shards import allow_pipes, expand_shards
-from stllm.doctor.checks import Use, at_least_words, check_features, check_shard, check_use, training_findings
+from stllm.doctor.checks import (
+    Use,
+    at_least_words,
+    check_clips,
+    check_features,
+    check_shard,
+    check_use,
+    training_findings,
+)
 from stllm.evaluation.benchmarks.base import Benchmark, read_entries
 from stllm.evaluation.benchmarks.videoqa import ANY
 from stllm.media.find import MediaFinder
@@ -150,7 +158,7 @@ def examine(args: argparse.Namespace) -> Report:
                 decode=args.decode,
                 cache_dir=settings.cache_dir,
                 cache_gb=settings.cache_gb,
-                media_seconds=args.media_seconds,
+                media_seconds=seconds,
             )
             tasks += [partial(check_one, shard) for shard in shards]
             continue
@@ -159,6 +167,7 @@ def examine(args: argparse.Namespace) -> Report:
             continue
         report.data_sets[name] = 0
         folder, keys = settings.media_dir or "", []
+        in_tars: dict[str, str] = {}
         findings = training_findings(settings, check)
         for finding in tqdm(findings, desc=name, unit=" records", disable=None, delay=1, leave=False):
             if isinstance(finding, Fault):
@@ -168,14 +177,20 @@ def examine(args: argparse.Namespace) -> Report:
             report.data_sets[name] += 1
             if settings.features_dir is not None:  # training reads these features instead of the media
                 keys.append((clip_key(finding.name, finding.bounds), finding.where))
+            elif finding.expects != "text" and settings.shards:
+                in_tars.setdefault(finding.name, finding.where)
             elif finding.expects != "text":
                 place = os.path.normpath(os.path.join(folder, finding.name))
                 found = survey.finder.by_path(finding.name, [folder]) == place
                 report.faults += survey.add(finding, place, found=found, root=folder, fps=settings.fps)
         if settings.features_dir is not None:
             tasks.append(partial(check_features, settings.features_dir, keys, **limits))
+        if in_tars:
+            expand_shards(settings.shards)  # what is wrong with the list itself ends the command
+            report.num_media += len(in_tars)
+            tasks.append(partial(check_clips, settings, in_tars, **limits))
     report.faults += survey.missing()
-    report.num_media = len(survey.uses)
+    report.num_media += len(survey.uses)
     tasks += [partial(check_use, use, **limits) for use in survey.uses.values()]
     report.faults += run_tasks(tasks, num_workers=one_a_core(args.num_workers, MAX_WORKERS))
     return report

@@ -26,7 +26,7 @@ from stllm.evaluation.reports.tables import MISSING, Bars, draw_bars, percent, s
 from stllm.evaluation.scores import ITEMS, RULES, TASKS, Record, by_task, differing, tally
 
 # package -> its module: packages on which predictions depend, whose versions are recorded
-PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord")} | {"pillow": "PIL"}
+PACKAGES = {name: name for name in ("torch", "transformers", "numpy", "av", "decord", "torchcodec")} | {"pillow": "PIL"}
 SHOWN_IDS = 5  # failed items that the report lists per cause
 SHOWN_FAILURES = 3  # failures that the command prints
 

@@ -6,14 +6,10 @@ decodes from an earlier keyframe and at last from the start of the file. A decod
 so every pass is compared with the timeline. Where times do not order the frames, the video is decoded once to count its
 frames, and each is then found by decoding from the start.
 
-`DecordReader` reads with decord, for those who ask for it by name. PyAV is the default because decord 0.6, tried on
-files whose frames carry their own number, silently gives wrong frames after a seek when a picture is stored after a
-keyframe but shown before it (open GOPs: HEVC by default, any avi with B-frames) and in MPEG-TS, knows no mirrored
-display matrix and no AV1; it is also unmaintained and has no Arm wheel. On plain H.264 both give the same bytes.
-
 Source: ISO/IEC 14496-12, the matrix of the track header: a picture point (x, y) is shown at (a x + c y, b x + d y).
 """
 
+import multiprocessing
 import os
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain, groupby, islice
@@ -85,11 +81,12 @@ class PyAvReader(Reader):
         self.source = VideoSource(self.path)
         self._warned = self._is_ordered = False
         self._pass: Iterator[tuple[int, VideoFrame]] = iter(())
-        self._wanted: Collection[int] = ()  # stamps that the running pass does not leave out
+        self._wanted: Collection[int] | None = None  # stamps that the running pass does not leave out; None: all
         self._last: int | None = None  # stamp of the frame that the running pass gave last; None: no pass runs
         self._next: int | None = 0  # index of the frame that the running pass should give next; None: of any keyframe
         try:
-            self.timeline, first = self._read_timeline()
+            self.timeline, start = self._read_timeline()
+            first = start[0]
             self.turn = turn_of(first)  # the whole stream's
             self.transparent = is_transparent(first)
             height, width = to_rgb(first, self.turn).shape[:2]
@@ -102,6 +99,10 @@ class PyAvReader(Reader):
             self.close()
             raise
         self._seekable = not self.timeline.counted and len(self.timeline.keys) > 1
+        if not self.timeline.counted:  # the pass that gave the first frames goes on
+            given = chain(start, (frame for _, frame in self._pass))
+            self._pass = ((frame.pts, frame) for frame in given if frame.pts is not None)
+            self._last = int(self.timeline.stamps[0]) - 1
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
         self.check(indices)
@@ -113,9 +114,13 @@ class PyAvReader(Reader):
             yield picture
 
     def close(self) -> None:
+        self._stop()
+        self.source.close()
+
+    def _stop(self) -> None:
+        """Give up the running pass and its frames; the next frame begins another one."""
         self._pass = iter(())
         self._last = None
-        self.source.close()
 
     def check(self, indices: Sequence[int]) -> None:
         """Raise MediaError for indices outside the video, or past where a cut file ends."""
@@ -128,8 +133,8 @@ class PyAvReader(Reader):
                     "copy or download it again"
                 )
 
-    def _read_timeline(self) -> "tuple[Timeline, VideoFrame]":
-        """The timeline, checked against the first frames that the decoder gives, and the first of those frames."""
+    def _read_timeline(self) -> "tuple[Timeline, list[VideoFrame]]":
+        """The timeline, checked against the first frames that the decoder gives, and those frames."""
         source = self.source
         timeline = _counted.get(_identity(self.path))
         counted = timeline is not None
@@ -153,13 +158,15 @@ class PyAvReader(Reader):
             timeline = self._count(self._decoded_stamps())
         if source.is_cut and timeline.num_promised == timeline.num_readable:
             warn_once(str(self.path), f"the file ends early; the {timeline.num_readable} frames in it are used")
-        return timeline, start[0]
+        return timeline, start
 
     def _first_frames(self) -> "list[VideoFrame]":
-        return [frame for _, frame in islice(self.source.decode(None, counted=True), NUM_CHECKED)]
+        self._pass = self.source.decode(None, counted=True)
+        return [frame for _, frame in islice(self._pass, NUM_CHECKED)]
 
     def _decoded_stamps(self) -> list[int | None]:
         """The stamp of every frame, in the order in which decoding the whole video gives them."""
+        self.source.wanted = None
         return [frame.pts for _, frame in self.source.decode(None, counted=True)]
 
     def _count(self, stamps: list[int | None]) -> Timeline:
@@ -174,8 +181,11 @@ class PyAvReader(Reader):
     def _frame_at(self, index: int, wanted: Collection[int]) -> "VideoFrame":
         """Frame `index` as it was stored, or as the decoder repairs it where the file is damaged."""
         stamp, disordered, frame = int(self.timeline.stamps[index]), False, None
-        if self._wanted is not wanted:  # the running pass may have left out what this caller wants
-            self._wanted, self._last = wanted, None
+        if self._wanted is not wanted:
+            if self._wanted is not None:  # the running pass may have left out what this caller wants
+                self._last = None
+            self._wanted = wanted
+            self.source.wanted = None if self.timeline.counted else wanted
         try:
             frame = self._find(stamp)
             if frame is None and self.source.strict:
@@ -215,8 +225,7 @@ class PyAvReader(Reader):
         if self._seekable:
             starts = [*(int(keys[at]) for at in (nearest, nearest - 1) if at > 0), None]
         for key in starts:
-            # With counted frames, none may be left out.
-            self._pass = self.source.decode(key, wanted=None if counted else self._wanted, counted=counted)
+            self._pass = self.source.decode(key, counted=counted)
             self._next = 0 if key is None else None  # a seek may land on an earlier keyframe
             frame = self._reach(stamp)
             if frame is not None:
@@ -267,62 +276,6 @@ class PyAvReader(Reader):
         self._pass = chain(ahead, self._pass)
 
 
-@readers.register("decord")
-class DecordReader(PyAvReader):
-    """A container video decoded by decord. Where decord cannot be used, PyAV is used instead, and one note is logged.
-
-    Indices, times and errors are the same as PyAvReader's. Raises MediaError when the file holds no video that can be
-    decoded.
-    """
-
-    def __init__(self, path: str | Path | Member) -> None:
-        super().__init__(path)
-        self._decord: Any = None
-        doubt, timeline, is_ts = None, self.timeline, self.source.container.format.name == "mpegts"
-        if decoder_options():
-            doubt = "decord cannot limit the size of later frames"
-        elif timeline.open_gops or timeline.counted or is_ts or self.turn in MIRRORING or self.transparent:
-            doubt = "decord would give wrong frames of it (open GOPs, no times, MPEG-TS, mirrored or transparent)"
-        else:
-            try:
-                import decord
-
-                decord.logging.set_level(decord.logging.QUIET)
-                file: Any = self.path.open() if isinstance(self.path, Member) else str(path)
-                self._decord = decord.VideoReader(file, num_threads=MAX_THREADS)
-                if len(self._decord) != self.info.num_frames:
-                    doubt = f"decord sees {len(self._decord)} frames where there are {self.info.num_frames}"
-            except Exception as error:  # ImportError, or whatever decord makes of the file
-                doubt = f"decord cannot open it ({_first_line(error)})"
-        if doubt:
-            self._use_pyav(doubt)
-
-    def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        self.check(indices)
-        for done, index in enumerate(indices):
-            try:
-                frame = None if self._decord is None else self._decord[index]
-            except Exception as error:  # decord raises its own, IndexError, StopIteration, ...
-                frame = None
-                self._use_pyav(f"decord failed at frame {index} ({_first_line(error)})")
-            if frame is None:
-                yield from super().frames(indices[done:])
-                return
-            yield frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)
-
-    def close(self) -> None:
-        self._decord = None
-        super().close()
-
-    def _use_pyav(self, why: str) -> None:
-        self._decord = None
-        warn_once(str(self.path), f"{why}; PyAV reads it instead")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def _identity(path: Place) -> tuple[str, int, int, int]:
     stat = path.stat()
     return str(path.absolute()), stat.st_ino, stat.st_size, stat.st_mtime_ns
@@ -332,6 +285,7 @@ class VideoSource:
     """A container file and its main video stream. Keep neither: `decode` may open them anew.
 
     is_damaged: the decoder refused a packet.
+    wanted: stamps that must come; others may be left out from now on. None: all must.
     skipped: stamps of frames that the running pass may have left out.
     strict: from the next pass on, the decoder refuses damaged data instead of mending it by guesses. Open GOPs look
         damaged after a seek, and some encoders write streams that are never clean: the caller decides.
@@ -341,6 +295,7 @@ class VideoSource:
     def __init__(self, path: Place) -> None:
         self.path = path
         self.is_damaged = self.strict = False
+        self.wanted: Collection[int] | None = None
         self.skipped: set[int] = set()
         self._head = read_head(path)
         self._open()
@@ -389,7 +344,7 @@ class VideoSource:
             container.close()
             raise MediaError(f"{path}: its video codec is unknown to PyAV {av.__version__}; convert it to H.264 mp4")
         stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
+        stream.codec_context.thread_count = num_threads()
         stream.codec_context.options = {**limits, **({"err_detect": "explode"} if self.strict else {})}
         self.container, self.stream = container, stream
         self.decoder: VideoCodecContext = stream.codec_context
@@ -398,12 +353,9 @@ class VideoSource:
             self.decoder = cast("VideoCodecContext", av.CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r"))
             self.decoder.options = limits
 
-    def decode(
-        self, key: int | None, *, wanted: Collection[int] | None = None, counted: bool = False
-    ) -> Iterator[tuple[int, "VideoFrame"]]:
+    def decode(self, key: int | None, *, counted: bool = False) -> Iterator[tuple[int, "VideoFrame"]]:
         """(stamp, frame) pairs from the keyframe with the stamp `key` on; None: from the start of the file.
 
-        wanted: stamps that must come; others may be left out. None: all must.
         counted: stamps are 0, 1, ... instead of presentation times (with key None only).
         Gives nothing when the seek lands anywhere but on a keyframe at or before `key`, and ends early where the file
         does: whoever waits for a frame sees that it did not come.
@@ -437,6 +389,7 @@ class VideoSource:
                     # A frame is left out only if a later one is stored before it. Where times are those of decoding,
                     # none is, so the order in which the frames come contradicts the times.
                     context.skip_frame = "DEFAULT"
+                    wanted = self.wanted
                     if wanted is not None and stamp is not None and stamp < latest and stamp not in wanted:
                         context.skip_frame = "NONREF"
                         self.skipped.add(stamp)
@@ -457,6 +410,11 @@ class VideoSource:
                     yield shown, frame
         except FFmpegError:
             return
+
+
+def num_threads() -> int:
+    """Threads of a decoder: one in a data worker, as there is a worker a core, and each thread decodes ahead."""
+    return 1 if multiprocessing.parent_process() is not None else min(MAX_THREADS, os.cpu_count() or 1)
 
 
 def turn_of(frame: "VideoFrame") -> Turn:

@@ -41,6 +41,7 @@ TRAINED = {  # the parts that learn something
     "minigpt4_qa": {ADAPTER, "projection", "mvm decoder", LLM},
     "lora_one_gpu": {*SMALL, LLM},
     "own_data": {*SMALL, LLM},
+    "own_shards": {*SMALL, LLM},
     "instructblip_conversation": {*SMALL, LLM},
     "fsdp": {*SMALL, LLM},
     "image_video_joint": {*SMALL, LLM},

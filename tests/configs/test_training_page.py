@@ -59,7 +59,7 @@ def test_the_table_is_what_is_computed() -> None:
         computed = [f"{memory[strategy]['gpu'][gpus] / 2**30:.1f}" for strategy, gpus in columns]
         assert figures.split(" | ") == computed
     same = {"fsdp": "instructblip_conversation", "image_video_joint": "instructblip_conversation"}
-    same |= {"own_data": "lora_one_gpu", "instructblip_qa_all_corpora": "instructblip_qa"}
+    same |= {"own_data": "lora_one_gpu", "own_shards": "lora_one_gpu", "instructblip_qa_all_corpora": "instructblip_qa"}
     assert {name for name, *_ in rows} | set(same) == set(RECIPES)
     for name, other in same.items():
         models = [full_size(load_config(CONFIGS / "train" / f"{recipe}.yaml")) for recipe in (name, other)]

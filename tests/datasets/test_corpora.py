@@ -166,7 +166,7 @@ def test_unknown_names(data: Path) -> None:
     )
     assert "a data set of your own needs anno_path" in message(data, "  zzz:")
     assert message(data, "  anno_root: ./anno").startswith("no data set is named: list at least one")
-    unknown = "unknown data set type 'videos': known are image_text, instruction"
+    unknown = "unknown data set type 'videos': known are image_text, instruction, video_text"
     assert unknown in message(data, "  mine: {anno_path: own/mine.jsonl, type: videos}")
 
 

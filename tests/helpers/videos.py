@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from stllm.media.video import VideoSource
 
 NUM_BITS = 16  # of the number in a frame: a grid of 4 x 4 blocks, white for one
 GRID = 4
+
+
+def importable(package: str) -> bool:
+    """Check whether a package, and the libraries that it loads, are there."""
+    try:
+        import_module(package)
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
 
 
 def frame_code(index: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:

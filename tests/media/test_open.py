@@ -44,9 +44,12 @@ def test_content_decides_and_not_the_extension(tmp_path: Path) -> None:
 
 
 def test_readers_are_found_by_name(tmp_path: Path) -> None:
-    assert readers.names() == ["decord", "pyav"]
+    assert readers.names() == ["decord", "pyav", "torchcodec", "torchcodec_cuda"]
     assert readers.get("pyav") is PyAvReader
-    with pytest.raises(UserError, match="unknown reader 'pyaw': known are decord, pyav; did you mean 'pyav'"):
+    with pytest.raises(
+        UserError,
+        match="unknown reader 'pyaw': known are decord, pyav, torchcodec, torchcodec_cuda; did you mean 'pyav'",
+    ):
         open_media(write_video(tmp_path / "video.mp4"), reader="pyaw")
     with pytest.raises(MediaError, match="fps is 0; expected a positive number"):
         open_media(tmp_path / "video.mp4", fps=0)

@@ -2,6 +2,8 @@
 
 import gc
 import io
+import os
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from stllm.media.sampling import uniform
-from stllm.media.video import BY_ROTATION, UPRIGHT, PyAvReader, turn_of
+from stllm.media.video import BY_ROTATION, UPRIGHT, PyAvReader, num_threads, turn_of
 from tests.helpers.videos import Work, copy_packets, frame_code, read_code, write_video
 
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"}
@@ -480,3 +482,10 @@ def test_the_rotation_alone_says_the_same_as_the_matrix(tmp_path: Path, rotation
 def test_the_helper_s_codes_survive_encoding() -> None:
     for index in (0, 1, 255, 65535):
         assert read_code(frame_code(index, (64, 48))) == index
+
+
+def test_a_data_worker_decodes_in_one_thread() -> None:
+    """There is a worker a core; each further thread of a decoder decodes frames ahead that nobody wants."""
+    with ProcessPoolExecutor(1) as pool:
+        assert pool.submit(num_threads).result() == 1
+    assert num_threads() == min(4, os.cpu_count() or 1)
