@@ -261,7 +261,7 @@ PROGRAMS: dict[str, Callable[[str], list[str]]] = {
 # ---- the index of a tar ----------------------------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
+class SampleSpan(NamedTuple):
     """One sample of a shard: where the data of its image and caption begin, and how many bytes they are.
 
     An offset is -1 when there is no such member. is_json: 1 for a caption that is a JSON object, 0 for text.
@@ -277,8 +277,8 @@ class Entry(NamedTuple):
 class ShardIndex(NamedTuple):
     """The samples of one shard.
 
-    rows: (N, 5) int64, an `Entry` each; an array, or a slice of a mapped file. num_samples: N. size: bytes of the tar.
-    fault: a sentence when the tar is damaged, else "".
+    rows: (N, 5) int64, a `SampleSpan` each; an array, or a slice of a mapped file. num_samples: N. size: bytes of the
+    tar. fault: a sentence when the tar is damaged, else "".
     """
 
     rows: Any
@@ -286,9 +286,9 @@ class ShardIndex(NamedTuple):
     size: int
     fault: str
 
-    def entry(self, sample: int) -> Entry:
+    def entry(self, sample: int) -> SampleSpan:
         """The places of one sample."""
-        return Entry(*map(int, self.rows[sample : sample + 1][0]))
+        return SampleSpan(*map(int, self.rows[sample : sample + 1][0]))
 
 
 class _Header(tarfile.TarInfo):

@@ -51,7 +51,7 @@ def test_the_curve_stands_under_its_frames() -> None:
     zero = MARGIN + 2 * unit
     assert [float(bar[3]) for bar in bars] == pytest.approx([zero - unit, zero, MARGIN], abs=0.01)
     assert html.count("film-peak") == 2  # both frames of the last segment
-    assert "1:02.5 to 10:00.0: without it the answer is 2 nats less likely" in html
+    assert "1:02.5 to 10:00.0: without it, the answer is 2 nats less likely" in html
     assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
 
 

@@ -27,7 +27,7 @@ from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.common.registry import models
 from stllm.models.checkpoints.audit import OTHER, PART_NAMES, AuditReport, named, part_of, part_of_theirs
-from stllm.models.checkpoints.formats import Entry, Format, Source, locate, open_source
+from stllm.models.checkpoints.formats import Format, Source, SourceTensor, locate, open_source
 from stllm.models.checkpoints.infer_config import (
     ADAPTER,
     BACKBONE,
@@ -254,7 +254,7 @@ class Plan:
     """The origin of each of the model's tensors, in the order of the files. `report` names the fate of all others."""
 
     report: AuditReport
-    origins: dict[str, tuple[Source, Entry]] = field(default_factory=dict)
+    origins: dict[str, tuple[Source, SourceTensor]] = field(default_factory=dict)
 
 
 def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
@@ -431,7 +431,7 @@ def restore(model: STLLM, folder: Path) -> None:
         _copy(source, entry, key, model.get_parameter_or_buffer(key))
 
 
-def _read_shard(source: Source, entry: Entry, key: str, old: DTensor, device: torch.device) -> Tensor:
+def _read_shard(source: Source, entry: SourceTensor, key: str, old: DTensor, device: torch.device) -> Tensor:
     """Return this process's rows of one weight. old: its place, divided by rows as FSDP does."""
     new: Any = torch.empty_like(old, device=device, requires_grad=False)
     local = new.to_local()
@@ -446,7 +446,7 @@ def _read_shard(source: Source, entry: Entry, key: str, old: DTensor, device: to
     return new
 
 
-def _copy(source: Source, entry: Entry, key: str, new: Tensor) -> None:
+def _copy(source: Source, entry: SourceTensor, key: str, new: Tensor) -> None:
     """Copy one weight. new: of the model's shape, which may differ from the file's; see `_check_shape`."""
     if entry.shape == tuple(new.shape):
         source.weights.copy_to(entry.key, new)
