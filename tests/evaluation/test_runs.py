@@ -166,7 +166,9 @@ def test_equal_settings_resume_and_changed_ones_are_named(records: Path) -> None
     file = records.with_name("mvbench.config.yaml")
     file.write_text(OmegaConf.to_yaml(SETTINGS))
     check_same(file, SETTINGS, records)
-    with pytest.raises(UserError, match=r"made with another setting: .*video_input.*; set it back to go on") as caught:
+    with pytest.raises(
+        UserError, match=r"made with another setting: .*video_input.*; set it back to continue"
+    ) as caught:
         check_same(file, {**SETTINGS, "model": {"video_input": "mean"}}, records)
     assert "'all'" in str(caught.value) and "'mean'" in str(caught.value)
 
@@ -174,7 +176,7 @@ def test_equal_settings_resume_and_changed_ones_are_named(records: Path) -> None
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        (None, "mvbench.jsonl holds lines, but not beside it mvbench.config.yaml, which says what made them"),
+        (None, "mvbench.jsonl has records, but the file of their settings, mvbench.config.yaml, is missing"),
         ("model: {video_input: [all", "mvbench.config.yaml cannot be read"),
         ("", "made with another setting"),
     ],

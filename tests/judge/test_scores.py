@@ -82,7 +82,7 @@ def test_ledgers_that_cannot_be_compared_are_refused(two_ledgers, capsys) -> Non
     assert re.search("item [12]_0 has other texts", capsys.readouterr().err)
     other.write_text(text.replace('"axis": "qa"', '"axis": "detail"'))
     assert judge("qa", two_ledgers, "--compare", str(other)) == 1
-    assert "is of the axis detail" in capsys.readouterr().err
+    assert "is a ledger of the axis detail" in capsys.readouterr().err
     other.write_text(text.splitlines()[0] + "\n")
     assert judge("qa", two_ledgers, "--compare", str(other)) == 1
     assert "no scored item in common" in capsys.readouterr().err

@@ -560,7 +560,7 @@ def test_the_temporal_probe_works_on_all_benchmarks(
 
 def test_permute_rotates_options_only_if_they_are_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "vinoground", "--permute"]) == 2
-    assert "the questions of vinoground hold theirs" in capsys.readouterr().err
+    assert "the questions of vinoground contain theirs" in capsys.readouterr().err
     assert evaluate("tomato", tmp_path, "--tasks", "count", "--max-new-tokens", "3", "--permute") == 0
     first, moved = (lines(tmp_path, f"tomato{ending}")["count/0"] for ending in ("", ".rotated1"))
     assert (
