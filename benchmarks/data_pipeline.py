@@ -19,7 +19,7 @@ from benchmarks.common import arguments, report, take_turns
 from stllm.datasets.annotations import JsonRecords
 from stllm.datasets.collate import Collator
 from stllm.datasets.instruction import InstructionCorpus
-from stllm.datasets.mixture import Mixture, MixtureSampler, Source
+from stllm.datasets.mixture import Mixture, MixturePart, MixtureSampler
 from stllm.models.configuration import MASK_RATE_DEFAULTS, STLLMConfig
 from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.prompts import PromptProcessor
@@ -81,7 +81,7 @@ def new_loader(annotations: Path, num_workers: int) -> KeyedLoader:
         num_frames=NUM_FRAMES,
         transform=TrainTransform(config.vision_config["image_size"]),
     )
-    mixture = Mixture([Source(corpus)], seed=SEED, max_tries=0)
+    mixture = Mixture([MixturePart(corpus)], seed=SEED, max_tries=0)
     num_tokens = partial(num_visual_tokens, config)
     return KeyedLoader(
         mixture,

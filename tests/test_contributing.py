@@ -262,7 +262,7 @@ def test_a_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         monkeypatch.setattr(users, "PRESETS", tmp_path / "presets")
     monkeypatch.setattr(doctor, "DOCTOR_FORMATS", (*doctor.DOCTOR_FORMATS, "kitchen"))
     monkeypatch.setattr(test_presets, "FOLDER", tmp_path / "presets")
-    test_presets.test_a_preset_opens_with_what_it_is_for_and_how_to_run_it("kitchen")
+    test_presets.test_a_preset_begins_with_its_purpose_and_command("kitchen")
 
     data = kitchen(tmp_path / "data")
     files = ["--anno-path", str(data / "test.json"), "--video-dir", str(data / "videos")]

@@ -77,7 +77,9 @@ def check(args: argparse.Namespace) -> str | None:
     if args.cfg_path is not None:
         given = [name for name in ("format", "video_dir", "answers_path") if getattr(args, name) is not None]
         return (
-            f"--{given[0].replace('_', '-')} goes with --anno-path: a configuration says it itself" if given else None
+            f"--{given[0].replace('_', '-')} goes with --anno-path: a --cfg-path contains this setting"
+            if given
+            else None
         )
     if args.format is None:
         return f"--anno-path needs a --format: {', '.join(DOCTOR_FORMATS)}"

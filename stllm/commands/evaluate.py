@@ -87,14 +87,16 @@ def check(args: argparse.Namespace) -> str | None:
             name for name in ("anno_path", "answers_path", "video_dir", "output_name", "tasks") if getattr(args, name)
         ]
         return (
-            f"--{own[0].replace('_', '-')} is of one benchmark: write it into section suite of the YAML"
+            f"--{own[0].replace('_', '-')} applies to a single benchmark: write it into section suite of the YAML"
             if own
             else None
         )
     if (args.probe or args.permute) and benchmarks.get(args.benchmark).judged:
         return f"--probe and --permute go with multiple choice: the answers of {args.benchmark} need a judge"
     if args.permute and not benchmarks.get(args.benchmark).rotates:
-        return f"--permute rotates lists of options (such as mvbench's): the questions of {args.benchmark} hold theirs"
+        return (
+            f"--permute rotates lists of options (such as mvbench's): the questions of {args.benchmark} contain theirs"
+        )
     return None
 
 
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint is None:
         raise UserError(
             "no checkpoint was named: give one with --ckpt-path DIR, or as model.ckpt of --cfg-path; the tiny model "
-            f"that comes with the package, for the toy world alone, is {FOLDER}"
+            f"in the package, which knows only the toy world, is {FOLDER}"
         )
     opened = open_model(checkpoint, args.cfg_path, options=args.options)
     keys = [field.name for field in fields(EvaluationSettings)]
@@ -134,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             settings = replace(settings, num_frames=default_num_frames(opened.config))
         name = benchmark if settings.output_name is None else settings.output_name
         if name != Path(name).name or name in ("", ".", ".."):
-            raise UserError(f"output_name is {name!r}: expected a name without a folder, which output_dir says")
+            raise UserError(f"output_name is {name!r}: expected a name without a folder; set the folder in output_dir")
         if name in asked:
             raise UserError(f"output_name is {name!r} for two benchmarks of the suite: leave it out")
         asked[name] = settings, load_benchmark(benchmark, settings)

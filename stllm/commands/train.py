@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     allow_pipes(args.allow_pipe)
     cfg = load_config(args.cfg_path, args.options)
     if not cfg.run:
-        raise UserError(f"{args.cfg_path or 'the options'}: there is no run section: say at least run.output_dir")
+        raise UserError(f"{args.cfg_path or 'the options'}: there is no run section: set at least run.output_dir")
     settings: Any = OmegaConf.to_container(cfg.run, resolve=True)
     arguments = training_arguments(settings, device=args.device, dtype=args.dtype, seed=args.seed)
     cfg.run.seed = arguments.seed

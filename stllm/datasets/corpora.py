@@ -17,7 +17,7 @@ from stllm.common.registry import datasets, readers
 from stllm.common.schema import ROOTS, DatasetSettings, texts
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureSource, FeatureStore
-from stllm.datasets.mixture import Source
+from stllm.datasets.mixture import MixturePart
 from stllm.datasets.samples import Corpus
 from stllm.media.info import MediaError
 from stllm.media.sampling import sample_indices
@@ -33,7 +33,7 @@ def build_corpora(
     train: bool = True,
     split: str | None = None,
     feature_settings: Mapping[str, Any] | None = None,
-) -> list[Source]:
+) -> list[MixturePart]:
     """The data sets that a checked configuration lists, with their weights, for a `Mixture`.
 
     image_size: pixels a side that frames are prepared to. train: crops as the entries say; else centre crops, and the
@@ -74,7 +74,7 @@ def build_corpora(
         if split is not None and settings.split == "train" and settings.val_fraction:
             held = held_out(corpus, settings.val_fraction)
             indices = np.flatnonzero(held if split == "val" else ~held)
-        sources.append(Source(corpus, settings.sample_ratio, indices))
+        sources.append(MixturePart(corpus, settings.sample_ratio, indices))
     return sources
 
 

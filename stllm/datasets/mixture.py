@@ -29,7 +29,7 @@ from stllm.datasets.samples import (
 from stllm.media.info import MediaError
 
 
-class Source(NamedTuple):
+class MixturePart(NamedTuple):
     """A data set and its weight in the mixture; ratio None: its share of all samples.
 
     indices: the samples of it that are used; None: all.
@@ -52,7 +52,7 @@ class Mixture(Dataset[Sample]):
     Raises UserError for no data set, or an empty one.
     """
 
-    sources: Sequence[Source]
+    sources: Sequence[MixturePart]
     _: KW_ONLY
     seed: int
     max_tries: int

@@ -268,7 +268,7 @@ PROGRAMS: dict[str, Callable[[str], list[str]]] = {
 # ---- the index of a tar ----------------------------------------------------------------------------------------------
 
 
-class Entry(NamedTuple):
+class SampleSpan(NamedTuple):
     """One sample of a shard: where the data of its members begin, and how many bytes they are.
 
     An offset is -1 when there is no such member. num_answers: of the texts beside a clip; 0 for an image.
@@ -293,7 +293,7 @@ class Entry(NamedTuple):
 class ShardIndex(NamedTuple):
     """The samples of one shard.
 
-    rows: (N, 9) int64, an `Entry` each. clips: (V, 3) int64: where the data of each video begin, how many bytes they
+    rows: (N, 9) int64, an `SampleSpan` each. clips: (V, 3) int64: where the data of each video begin, how many bytes they
         are, `digest` of its name. Both are arrays, or slices of a mapped file.
     num_samples: N. size: bytes of the tar. fault: a sentence when the tar is damaged, else "".
     """
@@ -304,9 +304,9 @@ class ShardIndex(NamedTuple):
     size: int
     fault: str
 
-    def entry(self, sample: int) -> Entry:
+    def entry(self, sample: int) -> SampleSpan:
         """The places of one sample."""
-        return Entry(*map(int, self.rows[sample : sample + 1][0]))
+        return SampleSpan(*map(int, self.rows[sample : sample + 1][0]))
 
 
 class _Header(tarfile.TarInfo):
@@ -370,7 +370,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
             )
             text, data = files.get(TEXT, (ABSENT, 0)), files.get(JSON, (ABSENT, 0))
             count = 0 if video[0] == ABSENT else _count_answers(file, text, data)
-            rows.append(Entry(*image, *video, *text, *data, count))
+            rows.append(SampleSpan(*image, *video, *text, *data, count))
     if not is_whole and rows and (rows[-1].caption[0] == ABSENT or rows[-1].image == rows[-1].video == ABSENT):
         rows.pop()  # its other half is behind the cut
     samples, videos = np.array(rows, np.int64).reshape(-1, 9), np.array(clips, np.int64).reshape(-1, 3)

@@ -283,14 +283,14 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
     """
     another = "name another --output-name to begin anew"
     if not path.is_file():
-        raise UserError(f"{records} holds lines, but not beside it {path.name}, which says what made them: {another}")
+        raise UserError(f"{records} has records, but the file of their settings, {path.name}, is missing: {another}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of yaml, OmegaConf and the file system
         raise UserError(f"{path} cannot be read ({error}): {another}") from error
     made = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
     if changes := told_changes(decisive(made), decisive(settings)):
-        raise UserError(f"{records} was made with another setting: {changes}; set it back to go on, or {another}")
+        raise UserError(f"{records} was made with another setting: {changes}; set it back to continue, or {another}")
 
 
 # ---- digests --------------------------------------------------------------------------------------------------------

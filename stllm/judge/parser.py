@@ -6,8 +6,8 @@ A reply is parsed in three steps:
 2. Dictionaries and Markdown tables with a score are the verdict.
 3. If there are none, a clearly worded verdict counts: "Score: 4", "I would rate 3", "4/5", `\boxed{4}`, "Yes, 5".
 
-A reply without a verdict, or with two different ones, raises `Unparsable`. The parser does not guess, and it does not
-execute the reply as Python code as the official scripts do.
+A reply without a verdict, or with two different ones, raises `Unparsable`. The parser does not guess, and it never
+evaluates a reply as Python code.
 """
 
 import re

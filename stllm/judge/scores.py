@@ -238,7 +238,9 @@ def compare(ours: Ledger, theirs: Ledger) -> Results:
     """
     axis = ours.run.axis
     if axis != theirs.run.axis:
-        raise UserError(f"{theirs.path} is of the axis {theirs.run.axis}, {ours.path} of {axis}: name one of the same")
+        raise UserError(
+            f"{theirs.path} is a ledger of the axis {theirs.run.axis}, {ours.path} of {axis}: name two of the same axis"
+        )
     pairs: list[tuple[Verdict, Verdict]] = []
     for key, entry in ours.entries.items():
         twin = theirs.entries.get(key)
@@ -329,7 +331,7 @@ def known_items(items: Sequence[JudgeItem], num_items: int, seed: int) -> list[J
         others = [other.answer for other in items if other.answer.strip().casefold() != own]
         if not others:
             raise UserError(
-                "the self-check needs two different answers among the predictions, and found one alone: name a file "
+                "the self-check needs two different answers among the predictions, and found only one: name a file "
                 "of more items with --pred-path"
             )
         wrong = generator.choice(others)

@@ -137,8 +137,8 @@ class Bodies:
     async def read(self, request: "Request", *, keep: bool = True) -> bytearray | None:
         """Return the body. keep: False to read the body and drop it.
 
-        Returns None if the body was dropped or is too large; a little more than the limit is read and dropped. Raises
-        ApiError if the body does not arrive in time, or if all bodies together are too large. Raises starlette's
+        Returns None if the body was dropped or is too large; up to DISCARDED times the limit is then read and dropped.
+        Raises ApiError if the body does not arrive in time, or if all bodies together are too large. Raises starlette's
         ClientDisconnect if the client has disconnected.
         """
         import anyio

@@ -60,7 +60,7 @@ class Host:
 def serve(
     args: argparse.Namespace, limits: Limits, build: Callable[[Host], tuple[Any, str]], *, prefix: str, patience: int
 ) -> int:
-    """Bind the address, load the model, and serve until SIGINT or SIGTERM.
+    """Bind the address, load the model, and serve until SIGINT or SIGTERM, which is raised again at the end.
 
     The first signal ends the reading of media, and running answers have `patience` seconds to end. A second signal ends
     the process at once. Raises UserError.
@@ -90,7 +90,7 @@ def serve(
         listener.listen()  # before printing the address, so that a client can connect at once
         print(f"{greeting} (Ctrl-C ends it)", flush=True)
         if args.host not in LOOPBACK:
-            logger.warning("whoever reaches %s can ask: there is no password", args.host)
+            logger.warning("everyone who can reach %s can use this server: there is no password", args.host)
         config = uvicorn.Config(
             app,
             http=TimedProtocol,

@@ -25,7 +25,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import tasks
 from stllm.common.schema import ROOTS
 from stllm.datasets.collate import stacked
-from stllm.datasets.mixture import Mixture, MixtureSampler, Source
+from stllm.datasets.mixture import Mixture, MixturePart, MixtureSampler
 from stllm.datasets.samples import LengthCheck, Sample, SampleKey
 from stllm.models.build import build_audited, config_from_settings
 from stllm.models.settings import model_section
@@ -261,7 +261,7 @@ class ToySeeingTask:
             patch=config.vision_config["patch_size"],
             vocab_size=config.qformer_config.vocab_size,
         )
-        return cls(cfg, Mixture([Source(frames)], seed=seed, max_tries=cfg.run.max_tries))
+        return cls(cfg, Mixture([MixturePart(frames)], seed=seed, max_tries=cfg.run.max_tries))
 
     def build_model(
         self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None, division: Any = None

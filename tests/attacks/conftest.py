@@ -1,4 +1,4 @@
-"""The engine that is attacked, and processes that end with their test, also when it fails."""
+"""Fixtures of the attacks: a tiny model, and processes that end with their test, even if it fails."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Requests while they arrive: slow senders hold no places, and large bodies take bounded memory and time."""
+"""Arriving requests: slow senders take no places, and large bodies need limited memory and time."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ def post(address: str, body: bytes) -> httpx.Response:
     return httpx.post(f"{address}/v1/chat/completions", content=body, headers=headers, timeout=60)
 
 
-def test_slow_bodies_hold_no_places(address: str, server: Server) -> None:
+def test_slow_requests_take_no_places_in_the_queue(address: str, server: Server) -> None:
     body = json.dumps({"model": MODEL, "messages": [user("what")], "max_tokens": 2}).encode()
     with ExitStack() as stack:
         for _ in range(40):
@@ -63,7 +63,7 @@ def test_a_hundred_aborted_requests_leave_nothing(address: str, server: Server, 
     assert not list(tmp_path.iterdir())
 
 
-def test_headers_have_their_time(address: str) -> None:
+def test_headers_have_a_time_limit(address: str) -> None:
     whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     for sent in (b"", b"G", whole[:-2]):
         with closing(connected(address)) as connection:
@@ -79,7 +79,9 @@ def test_headers_have_their_time(address: str) -> None:
         assert replies.count(b"200 OK") == 2
 
 
-def test_all_bodies_together_have_a_size(address: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_total_size_of_arriving_bodies_is_limited(
+    address: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server.bodies, "most_together", MEBIBYTE)
     with closing(connected(address)) as connection:
         connection.sendall(f"{HEAD}Content-Length: 1000000\r\n\r\n{'x' * 900_000}".encode())
@@ -93,7 +95,7 @@ def test_all_bodies_together_have_a_size(address: str, server: Server, monkeypat
 @pytest.mark.slow  # it measures memory and seconds, too
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("kind", ["messages", "parts", "numbers", "marks", "opened"])
-def test_many_tiny_things_take_neither_memory_nor_time(address: str, kind: str) -> None:
+def test_many_tiny_values_take_little_memory_and_time(address: str, kind: str) -> None:
     start = f'{{"model": "{MODEL}", "messages": ['
     tiny = {
         "messages": '{"role":"user","content":"a"},',
@@ -114,7 +116,7 @@ def test_many_tiny_things_take_neither_memory_nor_time(address: str, kind: str) 
     assert slowest < 1.5
 
 
-def test_messages_and_parts_are_counted(address: str) -> None:
+def test_the_number_of_messages_and_parts_is_limited(address: str) -> None:
     many = [{"role": "user", "content": "a"}] * 1001
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}] * 101}]
     for messages, words in ((many, "at most 1000 items"), (parts, "a message has 101 parts")):
@@ -124,7 +126,7 @@ def test_messages_and_parts_are_counted(address: str) -> None:
 
 @pytest.mark.slow  # it measures memory and seconds, which other work on the machine changes
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="memory is read from /proc")
-def test_a_large_medium_takes_two_and_a_half_times_its_size(address: str) -> None:
+def test_a_large_medium_needs_limited_memory(address: str) -> None:
     content = os.urandom(40 * MEBIBYTE)
     url = b"data:video/mp4;base64," + base64.b64encode(content)
     body = json.dumps({"model": MODEL, "messages": [user("what", "URL")]}).encode().replace(b"URL", url)
@@ -137,7 +139,7 @@ def test_a_large_medium_takes_two_and_a_half_times_its_size(address: str) -> Non
 
 
 @pytest.mark.parametrize("escaped", [False, True])
-def test_a_cut_out_medium_is_the_same(escaped: bool, tmp_path: Path) -> None:
+def test_a_split_medium_has_the_same_content(escaped: bool, tmp_path: Path) -> None:
     from stllm.serving.limits import fetch_medium
 
     limits = Limits(text_characters=10)

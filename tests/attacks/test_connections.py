@@ -1,4 +1,4 @@
-"""Connections that are held for nothing: after an early reply, without reading, without sending."""
+"""Idle connections: clients that go on after a reply, do not read, or do not send."""
 
 import socket
 import time
@@ -36,7 +36,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def ends(connection: socket.socket) -> bool:
-    """Whether the server closes it, after whatever it sends."""
+    """Check whether the server closes the connection, possibly after sending data."""
     try:
         while connection.recv(1 << 20):
             pass
@@ -48,7 +48,7 @@ def ends(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("rest", [b"x", b"x" * 10])
-def test_the_rest_of_a_body_after_the_reply_has_its_time(address: str, rest: bytes) -> None:
+def test_the_rest_of_a_body_after_the_reply_has_a_time_limit(address: str, rest: bytes) -> None:
     with closing(connected(address)) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n")
         assert b"405" in connection.recv(1000)
@@ -57,7 +57,7 @@ def test_the_rest_of_a_body_after_the_reply_has_its_time(address: str, rest: byt
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux ends it")
-def test_a_reply_that_nobody_reads_has_its_time(address: str) -> None:
+def test_an_unread_reply_has_a_time_limit(address: str) -> None:
     with closing(connected(address)) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
         time.sleep(4)
@@ -68,7 +68,7 @@ def test_a_reply_that_nobody_reads_has_its_time(address: str) -> None:
                 assert received < 20 << 20
 
 
-def test_who_sends_nothing_makes_room_for_others(address: str) -> None:
+def test_idle_connections_are_closed_for_others(address: str) -> None:
     with ExitStack() as stack:
         for _ in range(10 * PLACES):
             stack.enter_context(closing(connected(address)))

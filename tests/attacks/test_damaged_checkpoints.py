@@ -1,4 +1,4 @@
-"""Training checkpoints that are damaged or lack a state: one sentence with the file and the last whole checkpoint."""
+"""Damaged or incomplete training checkpoints: the error names the file and the last complete checkpoint."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def other_keys(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder as a kill before its end leaves it, with checkpoint-2 and checkpoint-4, and its recipe beside."""
+    """Return the folder of a run killed before its end, with checkpoint-2 and checkpoint-4, and its recipe."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = write_recipe(folder / "recipe.yaml", toy, **RUN)
     assert main(["train", "--cfg-path", str(recipe)]) == 0
@@ -61,7 +61,7 @@ def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(trained: Path, tmp_path: Path) -> tuple[Path, list[str]]:
-    """A copy of the run's folder, and the command that continues it."""
+    """Return a copy of the run's folder, and the command that resumes it."""
     shutil.copytree(trained / "run", tmp_path / "run")
     recipe = trained / "recipe.yaml"
     return tmp_path / "run", ["train", "--cfg-path", str(recipe), "--options", f"run.output_dir={tmp_path / 'run'}"]
@@ -71,7 +71,7 @@ def run(trained: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     "damage", [cut, other_keys, *(pytest.param(one, marks=pytest.mark.slow) for one in (empty, garble, other_type))]
 )
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file(
+def test_a_damaged_file_of_a_checkpoint_is_reported(
     file: str, damage: Callable[[Path], None], run: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, words = run
@@ -91,7 +91,9 @@ def test_a_damaged_file(
 
 
 @pytest.mark.parametrize("file", [*STATES, "run_state.json"])
-def test_a_missing_file(file: str, run: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_of_a_checkpoint_is_reported(
+    file: str, run: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, words = run
     for checkpoint in folder.glob("checkpoint-*"):
         (checkpoint / file).unlink()
@@ -100,8 +102,8 @@ def test_a_missing_file(file: str, run: tuple[Path, list[str]], capsys: pytest.C
     assert f"checkpoint-4 cannot be continued from: {file} is missing" in message and "error: unexpected" not in message
 
 
-def test_continuing_with_the_model_alone(run: tuple[Path, list[str]]) -> None:
-    """The schedule goes on from the step: a learning rate that had begun anew would be another one."""
+def test_resuming_only_the_model(run: tuple[Path, list[str]]) -> None:
+    """The learning-rate schedule resumes at the step; a restarted one would have other rates."""
     folder, words = run
     whole = read_log(folder)
     shutil.rmtree(folder / "checkpoint-4")
@@ -115,7 +117,7 @@ def test_continuing_with_the_model_alone(run: tuple[Path, list[str]]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(toy: Path, tmp_path: Path) -> None:
+def test_two_processes_report_a_damaged_checkpoint(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, **RUN)
     options = ["run.per_device_train_batch_size=2"]
     train(recipe, *options, processes=2)

@@ -1,4 +1,4 @@
-"""How a serving process ends: Ctrl-C once and twice with requests in flight, SIGKILL, and what lies in its folder."""
+"""End of a serving process: one and two Ctrl-C with running requests, SIGKILL, and removal of its folder."""
 
 import re
 import signal
@@ -55,7 +55,7 @@ STAYS = """
 
 
 def left_in(folder: Path) -> list[Path]:
-    """Return what is in a folder, except the folder that importing an older torch makes (2.6 does, 2.14 does not)."""
+    """Return a folder's content, except the folder that importing an older torch makes (2.6 does, 2.14 does not)."""
     return [path for path in folder.iterdir() if not (path / "_remote_module_non_scriptable.py").exists()]
 
 
@@ -87,7 +87,7 @@ def test_a_second_signal_ends_the_server_without_tracebacks(run: Run, tmp_path: 
     assert not left_in(temporary)
 
 
-def test_the_next_start_removes_what_a_killed_process_left(run: Run, tmp_path: Path, own_signals: None) -> None:
+def test_the_next_start_removes_folders_of_killed_processes(run: Run, tmp_path: Path, own_signals: None) -> None:
     process = run(OWNER, tmp_path)
     assert process.stdout is not None
     left = Path(process.stdout.readline().strip())
@@ -110,7 +110,7 @@ def test_the_folder_of_a_running_owner_is_kept(tmp_path: Path, own_signals: None
     assert [path.name for path in tmp_path.iterdir()] == ["mine-linked"]
 
 
-def test_a_gone_terminal_ends_the_owner_and_its_folder(run: Run, tmp_path: Path) -> None:
+def test_closing_the_terminal_ends_the_process_and_removes_its_folder(run: Run, tmp_path: Path) -> None:
     process = run(OWNER, tmp_path)
     assert process.stdout is not None and process.stderr is not None
     left = Path(process.stdout.readline().strip())
@@ -121,7 +121,7 @@ def test_a_gone_terminal_ends_the_owner_and_its_folder(run: Run, tmp_path: Path)
     assert not left_in(tmp_path)
 
 
-def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(run: Run, tmp_path: Path) -> None:
+def test_a_second_signal_ends_a_process_with_closed_stderr(run: Run, tmp_path: Path) -> None:
     process = run(OWNER.replace("    print(folder, flush=True)\n    time.sleep(60)\n", STAYS.lstrip("\n")), tmp_path)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
@@ -134,7 +134,7 @@ def test_a_second_signal_ends_an_owner_whose_messages_nobody_reads(run: Run, tmp
 
 
 @pytest.mark.slow
-def test_a_signal_that_python_passes_over_ends_the_server_before_it_serves(run: Run, tmp_path: Path) -> None:
+def test_a_signal_lost_during_loading_ends_the_server(run: Run, tmp_path: Path) -> None:
     code = """
 import os
 class Dropped:

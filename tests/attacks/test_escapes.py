@@ -1,4 +1,4 @@
-"""Escape sequences and markup in names, answers and files: they reach neither the terminal nor the log."""
+"""Escape sequences and markup in names, answers and files do not reach the terminal or the log."""
 
 import ast
 import json
@@ -20,8 +20,8 @@ ESCAPED = r"x\u001b[31m\u009b2J\u0007\u000d\u007f\u202e\u2066[red]"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def test_nothing_goes_round_the_one_place() -> None:
-    """Own consoles of rich, and streams under stdout and stderr, would print control characters as they are."""
+def test_all_output_uses_the_escaping_streams() -> None:
+    """Other rich consoles, or writing to sys.__stdout__, would print control characters unescaped."""
     for path in (ROOT / "stllm").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if path.name != "logging.py":
@@ -43,7 +43,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
-def test_names_on_the_command_line(words, tmp_path, monkeypatch, capsys) -> None:
+def test_names_on_the_command_line_are_escaped(words, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) in (1, 2)
     captured = capsys.readouterr()
@@ -57,7 +57,7 @@ def write_records(folder: Path) -> Path:
     return path
 
 
-def test_the_doctor_lists_names_escaped_and_its_json_means_the_same(tmp_path, capsys) -> None:
+def test_the_doctor_escapes_names_in_text_and_json(tmp_path, capsys) -> None:
     words = ["doctor", "--format", "vc2", "--anno-path", str(write_records(tmp_path)), "--num-workers", "0"]
     assert main(words) == 1
     captured = capsys.readouterr()
@@ -68,7 +68,7 @@ def test_the_doctor_lists_names_escaped_and_its_json_means_the_same(tmp_path, ca
     assert any(EVIL in fault["subject"] for fault in json.loads(out)["faults"])
 
 
-def test_an_answer(monkeypatch, capsys) -> None:
+def test_an_answer_is_escaped(monkeypatch, capsys) -> None:
     from stllm.processors.prompts import PromptProcessor
 
     monkeypatch.setattr(PromptProcessor, "clean", lambda self, text: EVIL)
@@ -80,7 +80,7 @@ def test_an_answer(monkeypatch, capsys) -> None:
         assert json.loads(out)["answer"] == EVIL if more == ["--json"] else ESCAPED in out
 
 
-def test_a_traceback(monkeypatch, capsys) -> None:
+def test_a_traceback_is_escaped(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(UserError) as caught:
         main(["inspect", EVIL, "--debug"])
@@ -102,7 +102,7 @@ def test_tables_keep_their_own_styles(tmp_path, monkeypatch, capsys) -> None:
     assert r"\u2066[red]" in without  # it is no markup; rich leaves out some characters by itself
 
 
-def test_bars_move_the_cursor_and_their_texts_do_not(capsys) -> None:
+def test_progress_bars_may_move_the_cursor_but_not_their_texts(capsys) -> None:
     with terminal.escaped_output():
         for _ in tqdm(range(3), desc=EVIL, disable=False, mininterval=0):
             pass
@@ -111,8 +111,8 @@ def test_bars_move_the_cursor_and_their_texts_do_not(capsys) -> None:
     assert not CONTROL.search(err.replace("\r" + ESCAPED, "")), ascii(err)
 
 
-def test_json_is_read_in_one_place() -> None:
-    """`json.loads` itself lets a RecursionError through, which no caller expects."""
+def test_json_is_parsed_only_by_jsonl_loads() -> None:
+    """`json.loads` may raise RecursionError, which callers do not expect."""
     for path in (ROOT / "stllm").rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         names = [ast.unparse(call.func) for call in calls]

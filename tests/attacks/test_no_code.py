@@ -1,4 +1,4 @@
-"""Checkpoints that bring Python code: it never runs, and nothing asks whether it may."""
+"""Checkpoints with Python code: it never runs, and users are not asked to allow it."""
 
 import ast
 import io
@@ -20,7 +20,7 @@ LOADERS = ("from_pretrained", "from_config")
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
-    """The calls that load something with a class of transformers, or with the model class built on it."""
+    """Yield the calls of a file that load with a class of transformers or with our model class."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text if any(f".{name}(" in text for name in LOADERS) else "")
     classes = {"STLLM"}
@@ -48,7 +48,7 @@ def test_every_loading_call_refuses_code() -> None:
 
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """A function that adds a custom class to a folder's JSON file; the test fails when the class's module ran."""
+    """Yield a function that adds a custom class to a folder's JSON file. The test fails if the class's module ran."""
     answers = io.StringIO("y\n" * 20)
     monkeypatch.setattr("sys.stdin", answers)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -70,7 +70,7 @@ MODEL = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoMode
 
 
 @pytest.mark.parametrize("place", ["", "qformer_tokenizer"])
-def test_a_checkpoint_with_a_custom_tokenizer(place: str, evil, tmp_path, capsys) -> None:
+def test_code_of_a_custom_tokenizer_is_not_run(place: str, evil, tmp_path, capsys) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(TINY, folder)
     evil(folder / place, "tokenizer_config.json", **TOKENIZER)
@@ -80,7 +80,7 @@ def test_a_checkpoint_with_a_custom_tokenizer(place: str, evil, tmp_path, capsys
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_a_language_model_with_its_own_classes(command: str, evil, toy, tmp_path, capsys) -> None:
+def test_code_of_a_language_model_is_not_run(command: str, evil, toy, tmp_path, capsys) -> None:
     folder = tmp_path / "llm"
     shutil.copytree(toy / "language_model", folder)
     evil(folder, "config.json", **MODEL)
@@ -91,7 +91,7 @@ def test_a_language_model_with_its_own_classes(command: str, evil, toy, tmp_path
 
 
 @pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
-def test_a_judge_with_its_own_classes(part: str, evil, tmp_path, capsys) -> None:
+def test_code_of_a_judge_is_not_run(part: str, evil, tmp_path, capsys) -> None:
     model = write_judge(tmp_path / "judge", says="4")
     evil(model, part, **(MODEL if part == "config.json" else TOKENIZER))
     assert judge(tmp_path, model, "--max-tokens", "1") == 1

@@ -1,4 +1,4 @@
-"""A killed command leaves no process behind: SIGKILL at five moments of each command's life."""
+"""A killed command leaves no process behind: SIGKILL at five moments of each command."""
 
 import json
 import os
@@ -29,7 +29,7 @@ MARK = "STLLM_TEST_ORPHANS"
 
 
 class Started:
-    """A command with all the processes that it starts: descendants, and who else has inherited its environment."""
+    """A started command and its processes: descendants, and others that inherited its environment."""
 
     def __init__(self, words: list[str], output: Path) -> None:
         self.mark = uuid4().hex
@@ -54,14 +54,14 @@ class Started:
             return False
 
     def wait_for(self, num_processes: int, text: str = "") -> None:
-        """Until it has started so many and has printed that."""
+        """Wait until the command has started this number of processes and has printed the text."""
         while len(self.others()) < num_processes or not re.search(text, self.output.read_text()):
             assert self.process.poll() is None, self.output.read_text()
             assert time.monotonic() < self.begun + 120, self.output.read_text()
             time.sleep(0.02)
 
     def kill(self, seconds: float = SECONDS) -> None:
-        """Kills it alone, and checks that all the others end within that time."""
+        """Kill only the command, and check that all its other processes end within this time."""
         assert self.process.poll() is None, self.output.read_text()
         before = self.others()
         self.process.kill()
@@ -98,7 +98,7 @@ def stllm(*words: object) -> list[str]:
 
 
 def copies(folder: Path, count: int, num_frames: int) -> list[str]:
-    """Names of that many videos there."""
+    """Write copies of a video, and return their names."""
     folder.mkdir()
     first = write_video(folder / "0.mp4", num_frames=num_frames, size=(160, 120))
     for number in range(1, count):
@@ -179,8 +179,8 @@ def test_workers_end_when_their_command_is_killed_while_it_starts_them(new: Any,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("new", [*TRAINING, *NOT_FORKED, *WORKING])
-def test_nothing_outlives_a_killed_command(new: Any, toy: Path, tmp_path: Path) -> None:
-    """The moments: all processes are there, seconds later, a tenth and nine tenths of that time, the first is there."""
+def test_no_process_outlives_a_killed_command(new: Any, toy: Path, tmp_path: Path) -> None:
+    """Kill when all processes run, seconds later, when the first one runs, and at 10 % and 90 % of that time."""
     start_up = 0.0
     for moment in ("all", "later", "early", "late", "first"):
         folder = tmp_path / moment
@@ -201,7 +201,7 @@ def test_nothing_outlives_a_killed_command(new: Any, toy: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_command_in_the_background_outlives_its_shell(tmp_path: Path) -> None:
-    """Two of them: in a session of its own, and where a rank's script would leave it."""
+    """Two commands: one in its own session, and one in that of a script started by a rank."""
     words = shlex.join(stllm("toy", "--num-train", 20000, "--num-workers", 0, "--output"))
     lines = f"""
         nohup setsid {words} {tmp_path}/one &
@@ -215,7 +215,7 @@ def test_a_command_in_the_background_outlives_its_shell(tmp_path: Path) -> None:
 
 
 class Unsendable(Dataset[Any]):
-    """Its samples cannot be pickled, as tensors cannot be sent where shared memory has no room."""
+    """A data set whose samples cannot be pickled, which imitates full shared memory."""
 
     def __len__(self) -> int:
         return 1
@@ -225,7 +225,7 @@ class Unsendable(Dataset[Any]):
 
 
 def test_a_result_that_cannot_be_sent_ends_its_worker() -> None:
-    """torch's timeout would give another message."""
+    """The message differs from that of torch's timeout."""
     loader = DataLoader(Unsendable(), num_workers=1, worker_init_fn=end_with_parent, batch_size=None, timeout=20)
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         next(iter(loader))

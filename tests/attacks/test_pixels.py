@@ -1,4 +1,4 @@
-"""Small files that decode to many pixels: refused by their headers and by each frame's own, before they are decoded."""
+"""Small files that decode to many pixels are refused by the sizes in file and frame headers, before decoding."""
 
 import struct
 import zlib
@@ -20,7 +20,7 @@ from tests.helpers.serving import MODEL, client_of, data_url, serving, user
 
 
 def write_png(path: Path, side: int) -> Path:
-    """A black square, compressed a thousandfold and never held whole here."""
+    """Write a black square, row by row, so that it needs little memory here."""
     packer = zlib.compressobj(1)
     data = b"".join(packer.compress(bytes(1 + 3 * side)) for _ in range(side)) + packer.flush()
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))
@@ -32,7 +32,7 @@ def write_png(path: Path, side: int) -> Path:
 
 
 def write_growing_vp8(path: Path, side: int) -> Path:
-    """Ten frames of 64 x 64 pixels, then one of side x side: each keyframe of VP8 has its own size."""
+    """Write ten frames of 64 x 64 pixels and one of side x side; each keyframe of VP8 may have another size."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libvpx", 25)
         stream.width = stream.height = 64
@@ -59,7 +59,7 @@ def _vp8(side: int, count: int) -> list[Any]:
 
 
 def write_growing_gif(path: Path, side: int) -> Path:
-    """A canvas of 8 x 8 pixels, and a second frame that reaches far beyond it."""
+    """Write a gif with a canvas of 8 x 8 pixels and a much larger second frame."""
     from io import BytesIO
 
     from PIL import Image

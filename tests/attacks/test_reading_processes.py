@@ -1,4 +1,4 @@
-"""Reading processes that are stopped or want too much: their requests end, and the next one is answered."""
+"""Reading processes that are stopped or use too much memory: their requests end, and later ones are answered."""
 
 import os
 import signal
@@ -31,13 +31,13 @@ def fork_server() -> psutil.Process:
     return next(one for one in psutil.Process().children() if "fork_at_request" in " ".join(one.cmdline()))
 
 
-def test_a_reading_takes_bounded_memory(pool: ReadingPool) -> None:
+def test_the_memory_of_a_reading_process_is_limited(pool: ReadingPool) -> None:
     with pytest.raises(MemoryError):
         pool.read(partial(eval, "len(bytearray(6 << 30))"), FILE, Event())
     assert pool.read(partial(eval, "len(bytearray(1 << 30))"), FILE, Event()) == 1 << 30
 
 
-def test_a_process_that_is_stopped_while_it_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_stopped_while_sending_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "SILENT_SECONDS", 1)
     pool = ReadingPool(1, seconds=60)
     pid = pool.read(os.getpid, FILE, Event())

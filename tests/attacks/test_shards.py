@@ -1,4 +1,4 @@
-"""Lists of shards and tars from strangers: no command runs, nothing fills memory, nothing waits long."""
+"""Untrusted lists of shards and tars: no command is run, memory is limited, and nothing waits long."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.helpers.training import write_recipe
 
 
 def doctor(folder: Path, shards: Any, *words: str, **entry: Any) -> int:
-    """The doctor's exit code over a YAML that lists the shards."""
+    """Run the doctor on a YAML that lists the shards, and return its exit code."""
     path = folder / "data.yaml"
     entry = {"type": "image_text", "shards": shards, "cache_dir": str(folder / "cache"), **entry}
     path.write_text(yaml.safe_dump({"datasets": {"pairs": entry}}))
@@ -30,7 +30,7 @@ def doctor(folder: Path, shards: Any, *words: str, **entry: Any) -> int:
     ["pipe:{}", " pipe:{}", "PIPE:{}", "{{pipe,x}}:{}", "a.tar::pipe:{}", ["a.tar", "pipe:{}"]],
 )
 @pytest.mark.parametrize("command", ["doctor", "train", "extract", "anno-path"])
-def test_no_command_of_a_list_runs(spelled, command, tmp_path, toy, monkeypatch, capsys) -> None:
+def test_commands_in_a_list_of_shards_are_not_run(spelled, command, tmp_path, toy, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     run = f"touch {tmp_path}/ran; exit 1"
     shards = [one.format(run) for one in ([spelled] if isinstance(spelled, str) else spelled)]
@@ -52,7 +52,7 @@ def test_no_command_of_a_list_runs(spelled, command, tmp_path, toy, monkeypatch,
     assert "found no --allow-pipe on the command line" in capsys.readouterr().err
 
 
-def test_a_yaml_cannot_allow_it_and_the_command_line_can(tmp_path, capsys) -> None:
+def test_pipes_are_allowed_only_on_the_command_line(tmp_path, capsys) -> None:
     ran = tmp_path / "ran"
     shard = write_tar(tmp_path / "x.tar", [("a.png", picture(1)), ("a.txt", b"a")])
     command = f"pipe:touch {ran}; cat {shard}"
@@ -67,7 +67,7 @@ def test_a_yaml_cannot_allow_it_and_the_command_line_can(tmp_path, capsys) -> No
     assert not ran.exists()
 
 
-def test_a_file_whose_name_looks_like_a_command(tmp_path, monkeypatch, capsys) -> None:
+def test_a_file_named_like_a_command_is_read_as_a_file(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     write_tar(Path("pipe:touch ran;.tar"), [("a.png", picture(1)), ("a.txt", b"a")])
     assert doctor(tmp_path, "*.tar") == 0
@@ -101,7 +101,7 @@ def test_braces_are_counted_before_they_are_expanded(shards, number, tmp_path, c
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3", "hf", "http", "ais", "scp"])
-def test_a_network_that_is_silent(scheme, tmp_path, monkeypatch, capsys) -> None:
+def test_a_silent_server_of_shards_times_out(scheme, tmp_path, monkeypatch, capsys) -> None:
     program = {"gs": "gsutil", "s3": "aws", "ais": "ais"}.get(scheme, "curl")
     for name in ("sleep", "sh"):
         (tmp_path / name).symlink_to(f"/bin/{name}")
@@ -129,14 +129,14 @@ SMALL = [("b.png", picture(2)), ("b.txt", b"a picture")]
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """The header of a member that says it has so many bytes."""
+    """Return the tar header of a member with this stated size."""
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def test_huge_members_are_bad_samples(tmp_path, toy, capsys) -> None:
-    """A caption of 50 MB, a JSON of a million tags: each is left out, and training goes on."""
+    """A caption of 50 MB and a JSON with a million tags are left out, and training continues."""
     tags = json.dumps({"caption": "x", "tags": ["tag"] * 10**6}).encode()
     pair = {".png": picture(2), ".txt": b"a"}
     good = [(f"g{number}{suffix}", pair[suffix]) for number in range(20) for suffix in pair]
@@ -153,7 +153,7 @@ def test_huge_members_are_bad_samples(tmp_path, toy, capsys) -> None:
     assert main(["train", "--cfg-path", str(recipe)]) == 0
 
 
-def test_a_huge_image(tmp_path, capsys) -> None:
+def test_a_huge_image_in_a_shard_is_refused(tmp_path, capsys) -> None:
     path = tmp_path / "x.tar"
     with path.open("wb") as file:  # sparse: it takes no room
         file.write(header("a.png", 2**33))
@@ -164,7 +164,7 @@ def test_a_huge_image(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind", ["long name", "pax", "negative", "chain", "number"])
-def test_headers_that_lie(kind, tmp_path, capsys) -> None:
+def test_wrong_sizes_in_tar_headers_are_refused(kind, tmp_path, capsys) -> None:
     small = write_tar(tmp_path / "y.tar", SMALL).read_bytes()
     path = tmp_path / "x.tar"
     extended = {"long name": tarfile.GNUTYPE_LONGNAME, "pax": tarfile.XHDTYPE}

@@ -1,4 +1,4 @@
-"""Files of a few kilobytes that take a minute to decode: they end with their client, with the server, after a time."""
+"""Small files that take a minute to decode: decoding ends with the client, with the server, or at the time limit."""
 
 import os
 import re
@@ -40,7 +40,7 @@ sys.exit(main(["serve", "--ckpt-path", "tiny", "--port", "0"]))
 
 
 def write_slow_gif(path: Path, side: int = 6000, num_frames: int = 200) -> Path:
-    """Frames of one pixel on a large canvas, which is composed anew for each."""
+    """Write a gif with frames of one pixel on a large canvas, which is composed again for each frame."""
     control = b"\x21\xf9\x04" + bytes([2 << 2, 4, 0, 0, 0])  # the canvas is cleared after the frame
     frames = (
         control + b"," + struct.pack("<HHHHB", at, 0, 1, 1, 0) + b"\x02\x02\x4c\x01\0" for at in range(num_frames)
@@ -75,7 +75,7 @@ def complete(address: str, url: str, **options: Any) -> Any:
 
 
 def decoding() -> list[int]:
-    """The processes below this one that are at work."""
+    """Return the ids of child processes that are decoding."""
     found = []
     for process in memory.descendants(os.getpid()):
         with suppress(OSError):
@@ -107,14 +107,14 @@ def test_others_are_answered_while_a_slow_file_is_decoded(address: str, server: 
     assert complete(address, data_url(place / "clip.mp4")).choices
 
 
-def test_decoding_has_its_time(chat: Chat, place: Path) -> None:
+def test_decoding_has_a_time_limit(chat: Chat, place: Path) -> None:
     with serving(Server(chat, MODEL, media_root=place, limits=Limits(read_seconds=1))) as address:
         with pytest.raises(openai.BadRequestError, match="could not be decoded within 1 s, the limit of this server"):
             complete(address, "slow.gif")
         assert complete(address, "clip.mp4").choices
 
 
-def test_what_is_read_elsewhere_is_the_same(chat: Chat, place: Path) -> None:
+def test_clips_read_in_another_process_are_equal(chat: Chat, place: Path) -> None:
     from functools import partial
     from threading import Event
 
@@ -144,7 +144,7 @@ def test_leaving_the_demo_ends_the_decoding(chat: Chat, tmp_path: Path, place: P
 @pytest.mark.slow
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="processes are looked for in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_end_of_the_server_ends_the_decoding(run: Run, place: Path, tmp_path: Path, number: int) -> None:
+def test_ending_the_server_ends_the_decoding(run: Run, place: Path, tmp_path: Path, number: int) -> None:
     process = run(SERVER, tmp_path)
     assert process.stdout is not None
     found = re.search(r"(http://\S+)/v1", process.stdout.readline())

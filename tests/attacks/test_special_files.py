@@ -1,4 +1,4 @@
-"""Pipes and devices where a file belongs: one sentence, where reading would wait without end."""
+"""Pipes and devices in place of files are refused with a sentence, because reading them may never end."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def bounded() -> Iterator[None]:
-    """Ends a test that waits for a pipe."""
+    """Fail a test that waits for a pipe."""
 
     def fail(number: int, frame: object) -> None:
         raise AssertionError("it waited for a pipe")
@@ -35,7 +35,7 @@ def bounded() -> Iterator[None]:
 
 
 def pipe_at(path: Path) -> Path:
-    """A pipe that nobody writes to, in place of the file."""
+    """Replace a file by a pipe that nobody writes to."""
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     return path
@@ -44,7 +44,7 @@ def pipe_at(path: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "more.bin", "qformer_tokenizer/tokenizer.json"]
 )
-def test_a_pipe_in_a_checkpoint(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_in_a_checkpoint_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(TINY, folder)
     path = pipe_at(folder / name)
@@ -55,7 +55,7 @@ def test_a_pipe_in_a_checkpoint(name: str, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/null", "pipe"])
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_weights_that_are_no_file(
+def test_weights_that_are_not_a_file_are_refused(
     command: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = pipe_at(tmp_path / "w.pth") if device == "pipe" else Path(device)
@@ -65,7 +65,7 @@ def test_weights_that_are_no_file(
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "pipe"])
-def test_media_that_are_no_file(device: str, tmp_path: Path) -> None:
+def test_media_that_are_not_a_file_are_refused(device: str, tmp_path: Path) -> None:
     place = pipe_at(tmp_path / "clip.mp4") if device == "pipe" else tmp_path / "clip.mp4"
     if device != "pipe":
         place.symlink_to(device)
@@ -73,13 +73,15 @@ def test_media_that_are_no_file(device: str, tmp_path: Path) -> None:
         open_media(place)
 
 
-def test_a_pipe_among_frames(tmp_path: Path) -> None:
+def test_a_pipe_in_a_frame_folder_is_refused(tmp_path: Path) -> None:
     pipe_at(tmp_path / "00001.jpg")
     with pytest.raises(MediaError, match=r"00001\.jpg: found a pipe, expected an image"):
         open_media(tmp_path)
 
 
-def test_an_annotation_that_is_a_pipe(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_annotation_file_that_is_a_pipe_is_refused(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pipe = pipe_at(tmp_path / "train.json")
     recipe = write_recipe(
         tmp_path / "recipe.yaml", toy, datasets={"own": {"anno_path": str(pipe), "media_dir": str(tmp_path)}}
@@ -88,14 +90,14 @@ def test_an_annotation_that_is_a_pipe(toy: Path, tmp_path: Path, capsys: pytest.
     assert f"{pipe}: found a pipe, expected" in capsys.readouterr().err
 
 
-def test_a_judge_with_a_pipe_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_in_a_local_judges_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_judge(tmp_path / "judge", says="4")
     pipe_at(model / "tokenizer.json")
     assert judge(tmp_path, model) == 1
     assert "tokenizer.json: found a pipe, expected" in capsys.readouterr().err
 
 
-def test_files_folders_and_links_to_them_pass(tmp_path: Path) -> None:
+def test_regular_files_folders_and_links_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "dead").symlink_to("nowhere")

@@ -1,4 +1,4 @@
-"""Odd texts from strangers: half surrogate pairs, deep values, endless numbers and names, streams that change."""
+"""Odd input: unpaired surrogates, deeply nested values, huge numbers and names, streams that change."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ CHAT = ["chat", "--device", "cpu", "--video", str(CLIP), "--question", "q"]
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
-    """What a command prints that fails in a sentence."""
+    """Run a command that must fail, and return the sentence that it prints."""
     assert main(words) == code
     captured = capsys.readouterr()
     assert "unexpected" not in captured.out + captured.err and "Traceback" not in captured.err
@@ -37,7 +37,7 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) ->
         ("[1", "Expecting"),
     ],
 )
-def test_json_is_a_value_or_a_value_error(text, value) -> None:
+def test_loads_returns_a_value_or_raises_value_error(text, value) -> None:
     if isinstance(value, str):
         with pytest.raises(ValueError, match=value):
             loads(text)
@@ -47,7 +47,7 @@ def test_json_is_a_value_or_a_value_error(text, value) -> None:
 
 @pytest.mark.parametrize("text", [DEEP, '{"a": %s}' % ("9" * 5000), "\ufeff[]"])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_a_checkpoint_s_json(name, text, tmp_path, capsys) -> None:
+def test_odd_json_in_a_checkpoint_is_reported(name, text, tmp_path, capsys) -> None:
     for path in TINY.iterdir():
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / name).unlink()
@@ -57,13 +57,13 @@ def test_a_checkpoint_s_json(name, text, tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("text", [DEEP[95_000:105_000], "a: " + "9" * 5000, "a: &a [*a]", "\ud800"])
-def test_a_yaml(text, tmp_path, capsys) -> None:
+def test_odd_yaml_is_reported(text, tmp_path, capsys) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     assert str(path) in said(["train", "--cfg-path", str(path)], capsys)
 
 
-def test_aliases_that_stand_for_a_billion_values(tmp_path, capsys) -> None:
+def test_yaml_aliases_for_a_billion_values_are_refused(tmp_path, capsys) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
     (tmp_path / "x.yaml").write_text("\n".join(lines))
@@ -90,7 +90,7 @@ PLACES: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("name", [LONG, "a\0b", "a\ud800b", "~nouser/x"])
 @pytest.mark.parametrize("place", sorted(PLACES))
-def test_a_path_that_cannot_be_one(place, name, tmp_path, monkeypatch, capsys) -> None:
+def test_impossible_paths_are_reported(place, name, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     if name.startswith("~") and place in ("convert", "evidence"):
         return  # a folder of that name, which is made
@@ -99,7 +99,7 @@ def test_a_path_that_cannot_be_one(place, name, tmp_path, monkeypatch, capsys) -
 
 
 def train(folder: Path, toy: Path, capsys: pytest.CaptureFixture[str], records: list[Any], **run: Any) -> str:
-    """What is printed while a few steps are trained on these records beside good ones."""
+    """Train a few steps on these records and valid ones, and return what is printed."""
     (folder / "odd.json").write_text(json.dumps(records))
     data = {"odd": {"anno_path": str(folder / "odd.json"), "media_dir": str(toy / "vc2" / "media"), "num_frames": 4}}
     words = {"max_steps": 3, "max_bad_fraction": 0.95, "dataloader_num_workers": 1, **run}
@@ -108,8 +108,8 @@ def train(folder: Path, toy: Path, capsys: pytest.CaptureFixture[str], records: 
 
 
 @pytest.mark.slow
-def test_records_that_cannot_be_read_are_left_out(tmp_path, toy, capsys) -> None:
-    """One of a text of 50 MB, one of a name of 5,000 characters, one of half a character, among good ones."""
+def test_unreadable_records_are_left_out_of_training(tmp_path, toy, capsys) -> None:
+    """The records have a text of 50 MB, a name of 5,000 characters, and an unpaired surrogate."""
     good = next((toy / "vc2" / "media").rglob("*.mp4")).relative_to(toy / "vc2" / "media")
     pair = {"q": "what?", "a": "red"}
     odd = [
@@ -139,7 +139,7 @@ def test_a_transport_stream_whose_streams_change_in_the_middle(codec, size, pid,
 
 
 def transport_stream(codec: str, size: tuple[int, int], frames: int, pid: str, *, noise: bool = False) -> bytes:
-    """An MPEG-TS of one video stream. noise: pictures that take much room."""
+    """Return an MPEG-TS with one video stream. noise: True for frames that compress badly."""
     import io
 
     import av

@@ -1,4 +1,4 @@
-"""Two trainings into one folder: the second is refused, and an owner that was killed holds nothing."""
+"""Two trainings in one folder: the second is refused, but a killed one does not block the folder."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ BUSY = "another training uses this folder: wait until it ends, or name another r
 
 
 @pytest.mark.parametrize("held_before", ["nothing", "a run"])
-def test_the_second_is_refused(
+def test_a_second_training_in_the_same_folder_is_refused(
     held_before: str, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0)
@@ -48,7 +48,7 @@ def test_the_second_is_refused(
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_dead_owner_holds_nothing(toy: Path, tmp_path: Path) -> None:
+def test_a_killed_training_does_not_block_its_folder(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=1)
     (tmp_path / "run").mkdir()
     words = [sys.executable, "-c", OWNER, str(tmp_path / "run" / run_folder.LOCK)]
@@ -61,7 +61,7 @@ def test_a_dead_owner_holds_nothing(toy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_process_of_the_second_ends(processes: int, toy: Path, tmp_path: Path) -> None:
+def test_every_process_of_a_refused_training_ends(processes: int, toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=2)
     words = command(recipe, "run.per_device_train_batch_size=2", processes=processes)
     (tmp_path / "run").mkdir()
@@ -74,7 +74,7 @@ def test_every_process_of_the_second_ends(processes: int, toy: Path, tmp_path: P
     assert subprocess.run(words, capture_output=True, env=os.environ, timeout=120).returncode == 0
 
 
-def test_a_folder_that_cannot_be_created_is_named(
+def test_a_folder_that_cannot_be_created_is_reported(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=1)

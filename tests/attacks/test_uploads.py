@@ -1,4 +1,4 @@
-"""What uploads to the demo leave behind, who may send them, and how long they may take."""
+"""Uploads to the demo: removal of leftovers, allowed senders, and time limits."""
 
 import socket
 import time
@@ -43,7 +43,7 @@ def upload(url: str, content: bytes = b"something", *, field: str = "files", **o
 
 
 def half_sent(url: str) -> socket.socket:
-    """An upload of which half has been sent."""
+    """Start an upload, and send half of it."""
     connection = connected(url)
     head = 'Content-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
     connection.sendall(
@@ -54,7 +54,7 @@ def half_sent(url: str) -> socket.socket:
 
 
 def files(folder: Path) -> list[Path]:
-    """What the tests' uploads left; the demo's examples lie there, too."""
+    """Return the files left by uploads, without the demo's examples, which are in the same folder."""
     return [path for path in folder.rglob("*") if path.is_file() and (path.parent == folder or path.name == "a.mp4")]
 
 
@@ -75,7 +75,7 @@ def test_aborted_uploads_and_foreign_fields_leave_nothing(url: str, folder: Path
     path.unlink()
 
 
-def test_uploads_are_counted(chat: Chat, tmp_path: Path) -> None:
+def test_the_number_of_uploads_is_limited(chat: Chat, tmp_path: Path) -> None:
     with served(chat, tmp_path, PageLimits(folder_files=20)) as url:
         for number in range(40):
             reply = upload(url, str(number).encode())
@@ -95,7 +95,7 @@ def test_slow_uploads_take_no_room_from_others(chat: Chat, tmp_path: Path) -> No
         wait_until(lambda: b"507" in connection.recv(1000))
 
 
-def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
+def test_uploads_and_calls_have_a_time_limit(url: str, folder: Path) -> None:
     with closing(half_sent(url)) as connection:
         assert b"408" in connection.recv(1000)
     wait_until(lambda: not files(folder), 10)
@@ -105,7 +105,7 @@ def test_an_upload_and_a_call_have_their_time(url: str, folder: Path) -> None:
         assert b"408" in connection.recv(1000)
 
 
-def test_a_header_has_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_header_has_a_time_limit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listening, "HEADER_SECONDS", 0.5)
     with closing(connected(url)) as connection:
         connection.sendall(b"GET /config HTTP/1.1\r\n")
@@ -113,7 +113,7 @@ def test_a_header_has_its_time(url: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("headers", FOREIGN)
-def test_a_page_of_another_site_writes_nothing(url: str, folder: Path, headers: dict[str, str]) -> None:
+def test_a_page_of_another_site_cannot_upload(url: str, folder: Path, headers: dict[str, str]) -> None:
     for path, sent in (
         ("gradio_api/upload", {"files": {"files": ("a.mp4", b"something")}}),
         ("gradio_api/call/ask", {"json": {"data": []}}),
@@ -127,7 +127,7 @@ def test_a_page_of_another_site_writes_nothing(url: str, folder: Path, headers: 
 @pytest.mark.parametrize(
     "site", [{"sec-fetch-site": "same-origin", "origin": "https://public.example"}, {"origin": ""}]
 )
-def test_its_own_page_writes(url: str, site: dict[str, str]) -> None:
+def test_the_demos_own_page_can_upload(url: str, site: dict[str, str]) -> None:
     headers = {**site, **({"origin": url.rstrip("/")} if not site["origin"] else {})}
     reply = upload(url, headers=headers)
     Path(reply.json()[0]).unlink()

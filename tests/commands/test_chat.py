@@ -1,4 +1,4 @@
-"""`stllm chat` as it is typed: whole runs of the command on a golden checkpoint, and the interactive prompt."""
+"""`stllm chat` on the command line: complete runs with a golden checkpoint, and the interactive prompt."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def loaded() -> Chat:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, loaded: Chat) -> None:
-    """The model is loaded once for all tests."""
+    """Load the model once for all tests."""
     monkeypatch.setattr(engine, "load_chat", lambda *_, **__: loaded)
 
 
@@ -37,7 +37,7 @@ def chat(*argv: str | Path) -> int:
 
 
 class Typed(io.StringIO):
-    """Lines typed by a person."""
+    """A stdin that looks like a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -48,7 +48,7 @@ def type_in(monkeypatch: pytest.MonkeyPatch, *lines: str, person: bool = True) -
     monkeypatch.setattr(sys, "stdin", Typed(text) if person else io.StringIO(text))
 
 
-def test_questions_are_answered_one_line_each(clip: Path, capsys) -> None:
+def test_each_answer_is_one_line(clip: Path, capsys) -> None:
     assert chat("--video", clip, "--question", "What happens?", "--question", "And then?", "--json") == 0
     captured = capsys.readouterr()
     lines = [json.loads(line) for line in captured.out.splitlines()]
@@ -59,7 +59,7 @@ def test_questions_are_answered_one_line_each(clip: Path, capsys) -> None:
     assert captured.err == ""
 
 
-def test_a_stream_is_the_answer_of_one_beam(quick, clip: Path, capsys) -> None:
+def test_a_streamed_answer_equals_that_of_one_beam(quick, clip: Path, capsys) -> None:
     assert chat("--video", clip, "--question", "What happens?", "--stream") == 0
     streamed = capsys.readouterr().out
     assert chat("--video", clip, "--question", "What happens?", "--num-beams", "1") == 0
@@ -87,14 +87,14 @@ def test_the_configuration_may_name_the_checkpoint(clip: Path, capsys, monkeypat
         (["--stream", "--num-beams", "2"], "streaming follows one beam, but 2 were asked for"),
     ],
 )
-def test_what_is_wrong_is_said_before_the_model_is_loaded(monkeypatch, clip: Path, capsys, argv, words) -> None:
+def test_wrong_options_are_reported_before_the_model_is_loaded(monkeypatch, clip: Path, capsys, argv, words) -> None:
     monkeypatch.setattr(engine, "load_chat", lambda *_, **__: pytest.fail("loaded"))
     media = () if "--video" in argv else ("--video", str(clip))
     assert chat(*media, *argv, "--question", "What?") == 1
     assert words in capsys.readouterr().err
 
 
-def test_a_question_that_is_no_text_is_refused(quick, clip: Path, capsys) -> None:
+def test_a_question_that_is_not_valid_text_is_refused(quick, clip: Path, capsys) -> None:
     assert chat("--video", clip, "--question", "\udcff what") == 1
     assert capsys.readouterr().err == "error: the question '\\udcff what' is no valid text: write it in UTF-8\n"
 
@@ -109,7 +109,7 @@ def test_evidence_is_drawn_for_each_question(quick, clip: Path, tmp_path: Path, 
     assert len(found[0]["scores"]) == len(found[0]["segments"]) == 16
     supported = sum(max(entry["scores"]) > entry["bound"] for entry in found)
     assert captured.err.count("most evidence at") == supported > 0
-    assert captured.err.count("no part of the video speaks for this answer") == len(found) - supported
+    assert captured.err.count("no part of the video makes this answer more likely") == len(found) - supported
     assert chat("--video", clip, "--question", "What?", "--evidence", drawn, "--stream") == 0
     assert chat("--video", clip, "--evidence", drawn) == 2
     assert chat("--video", clip, "--question", "What?", "--evidence", "out.pdf") == 2
@@ -124,7 +124,7 @@ def test_output_in_a_narrow_encoding_is_escaped(quick, clip: Path, monkeypatch) 
     assert json.loads(out.readline())["question"] == "Was läuft?"
 
 
-def test_the_prompt_goes_on_after_errors(quick, clip: Path, capsys, monkeypatch) -> None:
+def test_the_interactive_prompt_continues_after_errors(quick, clip: Path, capsys, monkeypatch) -> None:
     escaped = str(clip).replace(" ", "\\ ")
     lines = [
         "What?",
@@ -148,10 +148,12 @@ def test_the_prompt_goes_on_after_errors(quick, clip: Path, capsys, monkeypatch)
         "the path of the video is empty",
         "unknown command '/vidoe'",
     ]
-    assert captured.err.count("/new begins anew") == 2  # at the start, and for /help
+    assert captured.err.count("/new starts a new conversation") == 2  # at the start, and for /help
 
 
-def test_a_video_that_cannot_be_read_leaves_the_old_one(quick, clip: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_an_unreadable_video_does_not_replace_the_old_one(
+    quick, clip: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     (tmp_path / "empty.mp4").touch()
     type_in(monkeypatch, f"/video {tmp_path / 'empty.mp4'}", "What?")
     assert chat("--video", clip, "--json") == 0
@@ -160,14 +162,14 @@ def test_a_video_that_cannot_be_read_leaves_the_old_one(quick, clip: Path, tmp_p
     assert json.loads(captured.out)["video"] == str(clip)
 
 
-def test_new_forgets_what_was_said(quick, clip: Path, monkeypatch, capsys) -> None:
+def test_new_forgets_earlier_turns(quick, clip: Path, monkeypatch, capsys) -> None:
     type_in(monkeypatch, "What?", "And?", "/new", "What?")
     assert chat("--video", clip) == 0
     first, _, again = capsys.readouterr().out.splitlines()
     assert first == again
 
 
-def test_lines_from_a_pipe_are_all_tried_and_a_failure_shows_in_the_code(quick, clip, monkeypatch, capsys) -> None:
+def test_all_lines_from_a_pipe_are_tried_and_a_failure_sets_the_exit_code(quick, clip, monkeypatch, capsys) -> None:
     type_in(monkeypatch, "What?", "/video nosuch.mp4", "And?", person=False)
     assert chat("--video", clip) == 1
     captured = capsys.readouterr()
@@ -190,7 +192,7 @@ def test_interrupting_an_answer_keeps_the_session(quick, clip: Path, monkeypatch
     assert chat("--video", clip, *(["--stream"] if stream else [])) == 130
 
 
-def test_an_unexpected_failure_ends_the_answer_alone(quick, clip: Path, monkeypatch, capsys) -> None:
+def test_an_unexpected_error_ends_only_the_answer(quick, clip: Path, monkeypatch, capsys) -> None:
     def fails(self: Conversation, question: str) -> None:
         raise MemoryError if question == "big" else ZeroDivisionError("none")
 

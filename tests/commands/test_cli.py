@@ -1,4 +1,4 @@
-"""The command line: exit codes, one sentence an error, aliases, and nothing heavy before a command runs."""
+"""The command line: exit codes, error sentences, aliases, and no heavy imports before a command runs."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "timm", "omegaconf", "numpy", "PIL", "av", "de
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Replaces every command by one that keeps its arguments, and fails with `ran.error` when that is set."""
+    """Replace every command by one that stores its arguments, and raises `ran.error` if it is set."""
     record = SimpleNamespace(args=None, error=None, code=0)
 
     def run(args) -> int:
@@ -43,7 +43,7 @@ def test_help_imports_nothing_heavy(argv) -> None:
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
-def test_the_package_itself_is_cheap_and_its_exports_are_listed() -> None:
+def test_importing_the_package_is_fast_and_exports_are_listed() -> None:
     code = f"import sys, stllm; print(sorted(set({HEAVY}) & set(sys.modules)), dir(stllm))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("[] ")
@@ -58,7 +58,7 @@ def test_an_unknown_export_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize("launch", [["-m", "stllm"], ["demo.py"]])
-def test_the_other_ways_in(launch, request) -> None:
+def test_other_launchers_of_the_command_line(launch, request) -> None:
     command = [sys.executable, *launch, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=request.config.rootpath)
     assert result.returncode == 0
@@ -115,7 +115,7 @@ def test_wrong_usage_exits_with_2(ran, capsys, argv) -> None:
         ("judge --axis qa", "found --axis, which stllm judge takes without a name, as in: stllm judge qa --pred-path"),
     ],
 )
-def test_an_unknown_option_is_named_with_the_nearest(ran, capsys, words, told) -> None:
+def test_the_error_for_an_unknown_option_suggests_the_nearest(ran, capsys, words, told) -> None:
     assert main(words.split()) == 2 and ran.args is None
     assert told in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ def test_an_unknown_option_is_named_with_the_nearest(ran, capsys, words, told) -
     ("environment", "local_rank"),
     [({}, None), ({"WORLD_SIZE": "2"}, "1"), ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "0")],
 )
-def test_the_launchers_local_rank_is_obeyed_below_its_environment(
+def test_local_rank_is_used_unless_the_environment_sets_it(
     ran, monkeypatch: pytest.MonkeyPatch, words: str, environment: dict[str, str], local_rank: str | None
 ) -> None:
     with monkeypatch.context() as patch:
@@ -139,7 +139,7 @@ def test_the_launchers_local_rank_is_obeyed_below_its_environment(
     assert ran.args.cfg_path == "c"
 
 
-def test_chat_takes_every_option(ran) -> None:
+def test_chat_accepts_all_its_options(ran) -> None:
     argv = "chat --video a.mp4 --question one --question two --ckpt-path d --cfg-path c --reader pyav --start 1.5"
     argv += " --end 2 --num-frames 8 --num-beams 5 --max-new-tokens 300 --temperature 0 --json --dtype bf16 --seed 3"
     argv += " --evidence out.png --context all"
@@ -173,7 +173,7 @@ def test_chat_takes_every_option(ran) -> None:
     assert vars(ran.args) == expected
 
 
-def test_the_other_commands_take_their_options(ran) -> None:
+def test_other_commands_accept_their_options(ran) -> None:
     assert main(["convert", "a.pth", "b", "--to", "out", "--format", "released"]) == 0
     assert (ran.args.source, ran.args.to, ran.args.format) == (["a.pth", "b"], "out", "released")
     assert main(["inspect", "--cfg-path", "c.yaml", "--json"]) == 0
@@ -189,7 +189,7 @@ def test_the_other_commands_take_their_options(ran) -> None:
     assert ran.args.queue_size == 0
 
 
-def test_published_spellings(ran, monkeypatch) -> None:
+def test_published_spellings_of_options_are_accepted(ran, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     argv = "chat --video x_y.mp4 --ckpt_path=my_dir --cfg_path a_b --gpu_id 2 --cfg-options a.b_c=1"
@@ -199,7 +199,7 @@ def test_published_spellings(ran, monkeypatch) -> None:
     assert (args.device, args.options) == ("cuda:2", ["a.b_c=1"])
 
 
-def test_overrides_add_up_and_do_not_leak_into_the_next_call(ran) -> None:
+def test_overrides_accumulate_within_one_call(ran) -> None:
     assert main(["inspect", "d", "--options", "a=1", "b=2", "--cfg-options", "c=3"]) == 0
     assert ran.args.options == ["a=1", "b=2", "c=3"]
     assert main(["inspect", "d"]) == 0
@@ -222,7 +222,7 @@ def test_the_command_decides_the_exit_code(ran) -> None:
         ),
     ],
 )
-def test_a_failure_is_one_sentence(ran, capsys, error, sentence) -> None:
+def test_a_failure_is_reported_as_one_sentence(ran, capsys, error, sentence) -> None:
     ran.error = error
     assert main(["inspect", "d"]) == 1
     captured = capsys.readouterr()
@@ -237,13 +237,13 @@ def test_debug_shows_the_traceback(ran) -> None:
         main(["inspect", "d", "--debug"])
 
 
-def test_interruption(ran, capsys) -> None:
+def test_ctrl_c_exits_with_130(ran, capsys) -> None:
     ran.error = KeyboardInterrupt()
     assert main(["inspect", "d"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_closed_pipe_is_quiet() -> None:
+def test_a_closed_pipe_prints_nothing() -> None:
     code = (
         "import dataclasses, sys; from stllm.cli import main; from stllm.commands import inspect\n"
         "def run(args):\n    print('x\\n' * 100_000)\n    return 0\n"
@@ -280,7 +280,7 @@ def test_notes_go_to_stderr(ran, capsys) -> None:
     assert capsys.readouterr().err == captured.err  # another command's notes are its own
 
 
-def test_notes_follow_stderr_to_where_a_spinner_takes_it(ran, capsys) -> None:
+def test_notes_are_printed_while_a_spinner_runs(ran, capsys) -> None:
     import contextlib
     import io
     import logging

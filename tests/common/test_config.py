@@ -1,4 +1,4 @@
-"""Configuration: layering, published YAMLs, and one sentence for each mistake."""
+"""Configuration: merging of layers, published YAMLs, and error messages of one sentence."""
 
 import dataclasses
 import logging
@@ -77,14 +77,14 @@ def write(tmp_path):
 
 
 def message(path=None, options=(), model_type="tiny") -> str:
-    """The one sentence that loading fails with."""
+    """Load a configuration that must fail, and return the error's sentence."""
     with pytest.raises(UserError) as caught:
         load_config(path, options, model_type)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_a_published_recipe_loads_as_it_is(write, caplog) -> None:
+def test_a_published_recipe_loads_unchanged(write, caplog) -> None:
     caplog.set_level(logging.INFO)
     cfg = load_config(write(PUBLISHED))
     model: Any = OmegaConf.to_object(cfg.model)
@@ -121,7 +121,7 @@ def test_shipped_defaults_load(name) -> None:
     assert cfg.datasets == {} and cfg.run == {}
 
 
-def test_layers_go_over_one_another(write) -> None:
+def test_later_layers_override_earlier_ones(write) -> None:
     model = "model: {model_type: tiny, video_input: mean, vision: {depth: 6}}"
     path = write(model + "\ndatasets: {a: {fps: 1, num_frames: 2}}")
     cfg = load_config(path, ["model.vision.num_heads=2", "datasets.a.fps=3", "model.use_mask=yes"])
@@ -138,7 +138,7 @@ def test_the_defaults_are_chosen_after_the_overrides_are_read(write, monkeypatch
     assert load_config(path, ["model.model_type=${oc.env:FAMILY}"]).model.vision.embed_dim == 32
 
 
-def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
+def test_changing_the_architecture_drops_the_default_keys() -> None:
     llm = load_config(None, ["model.llm.model_type=gpt2", "model.llm.n_embd=8"], "tiny").model.llm
     assert llm == {"model_type": "gpt2", "n_embd": 8}
     assert load_config(None, ["model.llm.num_hidden_layers=1"], "tiny").model.llm.hidden_size == 48
@@ -189,11 +189,11 @@ def test_another_architecture_starts_without_the_default_one_s_keys() -> None:
         ("run.max_tries=0", "'run.max_tries' must be at least 1, found 0"),
     ],
 )
-def test_a_mistake_in_the_options(option, sentence) -> None:
+def test_an_error_in_the_options(option, sentence) -> None:
     assert message(options=[option]).startswith(f"--options: {sentence}")
 
 
-def test_a_mistake_names_the_file_it_stands_in(write) -> None:
+def test_an_error_names_its_file(write) -> None:
     path = write("model: {model_type: tiny, num_query_token: many}")
     assert message(path, ["model.residual_size=2"]).startswith(f"{path}: 'model.num_query_token' must be")
     path = write("model: {model_type: tiny, mvm_decod: True}")
@@ -214,24 +214,24 @@ def test_a_mistake_names_the_file_it_stands_in(write) -> None:
         ("just words", ": "),
     ],
 )
-def test_a_file_that_is_no_configuration(write, text, sentence) -> None:
+def test_a_file_that_is_not_a_configuration_is_refused(write, text, sentence) -> None:
     path = write(text)
     assert message(path).startswith(f"{path}{sentence}")
 
 
-def test_a_file_that_cannot_be_read(tmp_path) -> None:
+def test_an_unreadable_file_is_refused(tmp_path) -> None:
     assert message(tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: no such file, expected a YAML configuration"
     assert message(tmp_path) == f"{tmp_path}: a folder, expected a YAML configuration"
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     assert message(tmp_path / "binary.yaml").startswith(f"{tmp_path}/binary.yaml: not valid YAML")
 
 
-def test_empty_files_and_sections_are_fine(write) -> None:
+def test_empty_files_and_sections_are_accepted(write) -> None:
     assert load_config(write(""), model_type="tiny").model.video_input == "all"
     assert load_config(write("model:\nrun:\ndatasets:\n"), model_type="tiny").run == {}
 
 
-def test_a_file_goes_over_its_base(write, tmp_path) -> None:
+def test_a_file_overrides_its_base(write, tmp_path) -> None:
     (tmp_path / "base").mkdir()
     run = "run: {learning_rate: 1e-4, warmup_ratio: 0.5}"
     write(TINY + "datasets: {a: {fps: 1, num_frames: 2}}\n" + run, "base/common.yaml")
@@ -251,7 +251,7 @@ def test_paths_in_a_base_are_relative_to_it(write, tmp_path, monkeypatch) -> Non
     assert load_config("my.yaml").model.ckpt == str(tmp_path / "weights") == load_config(path).model.ckpt
 
 
-def test_a_mistake_in_a_base(write, tmp_path, monkeypatch) -> None:
+def test_an_error_in_a_base(write, tmp_path, monkeypatch) -> None:
     write(TINY + "run: {bf17: True}", "base.yaml")
     path = write("base: base.yaml")
     assert message(path).startswith(f"{tmp_path}/base.yaml: unknown key 'run.bf17'")
@@ -318,7 +318,7 @@ def test_relative_paths_are_relative_to_the_yaml(write, tmp_path, monkeypatch) -
     assert cfg.run.deepspeed == str(tmp_path / "zero2.json") and cfg.run.output_dir == "o"
 
 
-def test_hub_names_stay_as_they_are(write) -> None:
+def test_hub_names_are_not_changed(write) -> None:
     cfg = load_config(write("model: {model_type: tiny, llama_model: lmsys/vicuna-7b-v1.1}"))
     assert cfg.model.llama_model == "lmsys/vicuna-7b-v1.1"
     assert cfg.model.qformer_tokenizer == "bert-base-uncased"
@@ -350,7 +350,7 @@ def test_names_come_from_the_registries() -> None:
     assert load_config(options=["model.arch=st_llm"], model_type="tiny").model.arch == "st_llm"  # an alias
 
 
-def test_training_arguments_are_imported_for_a_run_alone() -> None:
+def test_training_arguments_are_imported_only_for_a_run_section() -> None:
     import subprocess
     import sys
 
@@ -372,7 +372,7 @@ def test_every_whole_number_key_takes_a_whole_number(values) -> None:
 
 @given(option=st.text(string.printable, max_size=30))
 @settings(max_examples=150, deadline=None)
-def test_whatever_an_option_says_it_is_taken_or_refused_with_a_sentence(option) -> None:
+def test_any_option_is_accepted_or_refused_with_a_sentence(option) -> None:
     try:
         load_config(None, ["model." + option], "tiny")
     except UserError as error:
@@ -381,7 +381,7 @@ def test_whatever_an_option_says_it_is_taken_or_refused_with_a_sentence(option) 
 
 @given(text=st.text(max_size=40))
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_a_file_says_it_is_taken_or_refused_with_a_sentence(tmp_path, text) -> None:
+def test_any_file_is_accepted_or_refused_with_a_sentence(tmp_path, text) -> None:
     path = tmp_path / "any.yaml"
     path.write_text(text, encoding="utf-8")
     try:
@@ -392,7 +392,7 @@ def test_whatever_a_file_says_it_is_taken_or_refused_with_a_sentence(tmp_path, t
 
 @given(system=st.text(string.ascii_letters + string.digits + " .,:;#'\"{}[]-_\n\t!?é×", max_size=60))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_system_sentence_survives_saving(tmp_path, system) -> None:
+def test_any_system_message_survives_saving(tmp_path, system) -> None:
     cfg = load_config(model_type="tiny")
     cfg.model.system = system
     save_config(cfg, tmp_path / "config.yaml")
@@ -403,7 +403,7 @@ def test_nested_settings_have_dotted_keys() -> None:
     assert flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "d": [2]}
 
 
-def test_the_first_change_is_told_and_the_others_are_named() -> None:
+def test_the_first_change_is_described_and_others_are_listed() -> None:
     assert told_changes({"a": 1}, {"a": 1}) == ""
     assert told_changes({"a": 1}, {"a": "1"}) == "a was 1 and is now '1'"
     assert told_changes({"b": 1, "a": 0}, {"c": 2, "a": 0}) == "b was 1 and is now None (and 1 more: c)"

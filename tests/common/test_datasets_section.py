@@ -1,4 +1,4 @@
-"""The keys of `datasets`: names, types, ranges, roots; a mistake names its file and the nearest key."""
+"""Section `datasets`: names, types, ranges and roots. Error messages name the file and the nearest key."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def load(folder: Path, text: str, *options: str):
     return load_config(path, options).datasets
 
 
-def test_the_published_form_loads_as_it_is(tmp_path) -> None:
+def test_the_published_form_loads_unchanged(tmp_path) -> None:
     text = "datasets:\n  caption_videochat:\n    num_frames: 64\n  reasoning_next_qa: {num_frames: 64}\n  llava_full:"
     assert load(tmp_path, text) == {
         "caption_videochat": {"num_frames": 64},
@@ -62,7 +62,7 @@ def test_text_is_converted(tmp_path, monkeypatch) -> None:
         ("anno_root: {a: b}", "'datasets.anno_root' must be the path of a folder, found {'a': 'b'}"),
     ],
 )
-def test_mistakes_name_the_file_and_the_nearest_key(tmp_path, entry: str, message: str) -> None:
+def test_errors_name_the_file_and_the_nearest_key(tmp_path, entry: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load(tmp_path, f"datasets: {{{entry}}}")
     assert str(error.value).startswith(f"{tmp_path / 'my.yaml'}: {message}")

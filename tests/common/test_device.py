@@ -1,4 +1,4 @@
-"""Device, dtype and seed are chosen in one place; an exception that means `no memory left` is recognised."""
+"""Choice of device and dtype, seeding, and recognition of out-of-memory errors."""
 
 import errno
 import random
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, mps: bool = False, capability=(9, 0)) -> None:
-    """Makes torch say that this machine has so many GPUs."""
+    """Make torch report this number of GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -33,13 +33,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, gpus: int = 0, mps: bool = False
         (0, True, "mps", "mps"),
     ],
 )
-def test_the_device_that_is_asked_for_or_the_best(monkeypatch, gpus, mps, name, device) -> None:
+def test_the_requested_device_or_the_best_one_is_chosen(monkeypatch, gpus, mps, name, device) -> None:
     pretend(monkeypatch, gpus=gpus, mps=mps)
     assert resolve_device(name) == torch.device(device)
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_torchrun_gives_each_process_its_gpu(monkeypatch, name) -> None:
+def test_each_rank_under_torchrun_gets_its_gpu(monkeypatch, name) -> None:
     pretend(monkeypatch, gpus=4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert resolve_device(name) == torch.device("cuda:3")
@@ -55,7 +55,7 @@ def test_torchrun_gives_each_process_its_gpu(monkeypatch, name) -> None:
         ("cudda", "unknown device 'cudda': expected auto, cpu, cuda, cuda:N or mps; did you mean 'cuda'?"),
     ],
 )
-def test_an_absent_device_says_what_is_there(monkeypatch, name, message) -> None:
+def test_the_error_for_an_absent_device_lists_those_present(monkeypatch, name, message) -> None:
     pretend(monkeypatch)
     with pytest.raises(UserError) as caught:
         resolve_device(name)
@@ -84,7 +84,7 @@ def test_dtype_on_a_cpu(name, dtype) -> None:
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
-def test_dtype_on_a_gpu_is_what_it_computes_in(monkeypatch, capability, dtype) -> None:
+def test_the_default_dtype_on_a_gpu_depends_on_its_capability(monkeypatch, capability, dtype) -> None:
     pretend(monkeypatch, gpus=1, capability=capability)
     assert resolve_dtype("auto", torch.device("cuda:0")) == dtype
 
@@ -94,7 +94,7 @@ def test_an_unknown_dtype() -> None:
         resolve_dtype("floot16", CPU)
 
 
-def test_one_seed_one_sequence() -> None:
+def test_equal_seeds_give_equal_random_numbers() -> None:
     def draw() -> tuple[float, float, float]:
         seed_everything(5)
         return random.random(), float(np.random.rand()), float(torch.rand(()))

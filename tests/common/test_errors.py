@@ -1,4 +1,4 @@
-"""Any exception as one sentence; the command line's own tests show how it is printed."""
+"""Sentences for all kinds of exceptions. How they are printed is tested with the command line."""
 
 import errno
 
@@ -45,7 +45,7 @@ from stllm.common.errors import UserError, sentence
         (ZeroDivisionError("division by zero"), "unexpected ZeroDivisionError: division by zero; run again"),
     ],
 )
-def test_every_failure_is_one_line(error: Exception, start: str) -> None:
+def test_every_error_is_one_line(error: Exception, start: str) -> None:
     found = sentence(error)
     assert found.startswith(start)
     assert "\n" not in found

@@ -1,4 +1,4 @@
-"""The section `evaluation`: shipped presets below the user's YAML, the command's own options on top, mistakes named."""
+"""Section `evaluation`: shipped presets are overridden by the user's YAML, and that by options of the command."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from stllm.common.config import load_config, load_evaluation
 from stllm.common.errors import UserError
 
 
-def test_the_preset_is_below_the_yaml_the_options_and_the_command_line(tmp_path: Path) -> None:
+def test_yaml_options_and_command_line_override_the_preset(tmp_path: Path) -> None:
     yaml = tmp_path / "mine.yaml"
     yaml.write_text("evaluation: {num_frames: 32, num_beams: 3, batch_size: 2}\n")
     options = ["evaluation.num_beams=4", "evaluation.batch_size=5"]
@@ -34,7 +34,7 @@ def test_published_settings(benchmark: str, published: tuple[object, ...]) -> No
     assert tuple(getattr(found, name) for name in names) == published
 
 
-def test_a_training_yaml_needs_no_such_section_and_training_does_not_see_it(tmp_path: Path) -> None:
+def test_training_ignores_the_evaluation_section(tmp_path: Path) -> None:
     yaml = tmp_path / "train.yaml"
     yaml.write_text("model: {model_type: instructblip_vicuna0}\nevaluation: {limit: 3}\nrun: {output_dir: out}\n")
     assert "evaluation" not in load_config(yaml)
@@ -43,7 +43,7 @@ def test_a_training_yaml_needs_no_such_section_and_training_does_not_see_it(tmp_
     assert load_evaluation("tgif", yaml).num_frames == 16
 
 
-def test_paths_are_relative_to_the_yaml_and_the_output_to_where_one_stands(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_yaml_but_output_to_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "qa.json").write_text("[]")
     yaml = tmp_path / "mine.yaml"
     yaml.write_text("evaluation: {anno_path: qa.json, video_dir: ./videos, output_dir: out}\n")
@@ -62,7 +62,7 @@ def test_paths_are_relative_to_the_yaml_and_the_output_to_where_one_stands(tmp_p
         ("evaluation: 3", "'evaluation' must be a mapping of keys, found 3"),
     ],
 )
-def test_a_mistake_names_its_file(tmp_path: Path, line: str, message: str) -> None:
+def test_an_error_names_its_file(tmp_path: Path, line: str, message: str) -> None:
     yaml = tmp_path / "mine.yaml"
     yaml.write_text(line + "\n")
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and what stood there is not lost."""
+"""Atomic writing of files and folders: a failure keeps the old content."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "weights").read_text() == "new"
 
 
-def test_a_folder_that_cannot_be_replaced_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_replaced_is_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "model"
     write_model(target, "old")
     rename = Path.rename
@@ -73,7 +73,7 @@ with new_folder(Path(sys.argv[1]), 1) as folder:
 
 @pytest.mark.parametrize("moves", [0, 1])
 def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path: Path, moves: int) -> None:
-    """Before its first move, and between the old one's move away and the new one's to its place."""
+    """moves: number of renames before the kill: none, or only that of the old folder."""
     target = tmp_path / "model"
     write_model(target, "old")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(target), str(moves)])

@@ -1,4 +1,4 @@
-"""JSON Lines on disk: whatever a killed process, a full disk or a hand left there, what was written whole is read."""
+"""JSON Lines files: complete records are read after a killed process, a full disk or manual edits."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def records(path: Path) -> list[dict[str, object]]:
     return [record for _, record in read_records(path, "expected a record")]
 
 
-def test_what_is_added_is_read_at_once_and_joins_what_was_there(tmp_path: Path) -> None:
+def test_added_records_are_readable_at_once_after_existing_ones(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     assert records(path) == []
     wanted: list[dict[str, object]] = [
@@ -35,7 +35,7 @@ def test_what_is_added_is_read_at_once_and_joins_what_was_there(tmp_path: Path) 
     assert "Würfel" in path.read_text() and path.read_bytes().count(b"\n") == 3
 
 
-def test_an_unfinished_last_line_is_skipped_and_then_removed_but_never_a_whole_one(tmp_path: Path) -> None:
+def test_only_an_unfinished_last_line_is_skipped_and_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     whole = b'{"id": "a", "text": "{}"}\n{"id": "b", "text": "\xc3\xbc"}\n'
     first = whole.index(b"\n") + 1
@@ -51,14 +51,14 @@ def test_an_unfinished_last_line_is_skipped_and_then_removed_but_never_a_whole_o
 @pytest.mark.parametrize(
     "line", ["no JSON", "[1]", "7", "", '{"id": "a"', DEEP, f'{{"a": {DEEP}}}', "9" * 5000, "\0\0"]
 )
-def test_any_other_line_is_named_and_left_alone(tmp_path: Path, line: str) -> None:
+def test_other_invalid_lines_are_named_and_not_changed(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"id": "a"}}\n{line}\n{{"id": "b"}}\n')
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: found .*, expected a record$"):
         records(path)
 
 
-def test_a_failed_write_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_only_complete_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     with Appender(path) as lines:
         lines.add({"id": "a"})
@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.M
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"id": "a"}, {"id": "b"}]
 
 
-def test_a_lock_ends_with_its_owner_even_if_that_is_killed(tmp_path: Path) -> None:
+def test_a_killed_process_loses_its_lock(tmp_path: Path) -> None:
     path, held = tmp_path / ".lock", tmp_path / "held"
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""The spinner: for a person who looks, once for all processes, and never among what a program reads."""
+"""The spinner: shown only at a terminal, only by rank 0, and only on stderr."""
 
 import io
 import sys
@@ -16,7 +16,9 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("stream", "rank", "shown"), [(Terminal, 0, True), (io.StringIO, 0, False), (Terminal, 1, False)]
 )
-def test_it_is_shown_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, stream, rank, shown) -> None:
+def test_the_spinner_is_shown_only_at_the_terminal_of_rank_0(
+    monkeypatch: pytest.MonkeyPatch, stream, rank, shown
+) -> None:
     stderr = stream()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("RANK", str(rank))
@@ -27,7 +29,7 @@ def test_it_is_shown_where_somebody_looks(monkeypatch: pytest.MonkeyPatch, strea
     assert shown or stderr.getvalue() == ""
 
 
-def test_what_is_shown_is_taken_away_when_the_block_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spinner_is_erased_when_the_block_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     stderr = Terminal()
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setenv("TERM", "xterm")

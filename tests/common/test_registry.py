@@ -1,4 +1,4 @@
-"""The registry and the messages for names it does not know."""
+"""The registry, and its error messages for unknown names."""
 
 import sys
 
@@ -12,7 +12,7 @@ from stllm.common.registry import Registry
 NAMES = st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=8, unique=True)
 
 
-def test_entries_come_back_by_name_and_alias() -> None:
+def test_entries_are_found_by_name_and_alias() -> None:
     shapes: Registry[type] = Registry("shape")
 
     @shapes.register("square", "quadrate", "box")
@@ -31,7 +31,7 @@ def test_data_is_registered_by_a_call() -> None:
 
 
 @pytest.mark.parametrize("taken", ["square", "box"])
-def test_a_name_is_registered_once(taken: str) -> None:
+def test_a_name_cannot_be_registered_twice(taken: str) -> None:
     shapes: Registry[int] = Registry("shape")
     shapes.register("square", "box")(1)
     with pytest.raises(ValueError, match=f"'{taken}' is registered twice"):
@@ -39,7 +39,7 @@ def test_a_name_is_registered_once(taken: str) -> None:
     assert shapes.names() == ["square"]
 
 
-def test_an_unknown_name_lists_the_known_and_the_nearest() -> None:
+def test_the_error_for_an_unknown_name_lists_known_ones_and_the_nearest() -> None:
     inputs: Registry[int] = Registry("video input")
     for name in ("mean", "all", "residual"):
         inputs.register(name)(0)
@@ -85,12 +85,12 @@ def test_every_registered_name_is_found_and_listed(names: list[str]) -> None:
 
 
 @given(NAMES, st.text(max_size=12))
-def test_the_nearest_is_a_known_name(names: list[str], name: str) -> None:
+def test_the_nearest_name_is_a_known_name(names: list[str], name: str) -> None:
     guess = nearest(name, names)
     assert guess is None or guess in names
     assert all(repr(known)[1:-1] in repr(unknown_name("thing", name, names)) for known in names if known.isalnum())
 
 
-def test_the_nearest_ignores_case() -> None:
+def test_the_nearest_name_ignores_case() -> None:
     assert nearest("Freeze_llm", ["freeze_LLM", "freeze_vit"]) == "freeze_LLM"
     assert nearest("xyz", ["freeze_LLM"]) is None

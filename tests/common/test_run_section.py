@@ -1,4 +1,4 @@
-"""Section `run` where transformers alone would not do: sharding settings, DeepSpeed files of published recipes."""
+"""Section `run`: keys that need more than transformers' checks, such as FSDP settings and published DeepSpeed files."""
 
 import logging
 from pathlib import Path
@@ -16,19 +16,19 @@ def load_run(*options: str) -> Any:
 
 
 @pytest.mark.parametrize("name", LAVIS)
-def test_lavis_s_names_are_told_today_s(name: str) -> None:
+def test_the_error_for_a_lavis_name_gives_the_current_name(name: str) -> None:
     assert LAVIS[name] in run_keys() and name not in run_keys()
     with pytest.raises(UserError, match=rf"unknown key 'run\.{name}'; did you mean '{LAVIS[name]}'\?$"):
         load_run(f"run.{name}=1")
 
 
-def test_fsdp_is_a_switch() -> None:
+def test_fsdp_accepts_true_and_false() -> None:
     assert load_run("run.fsdp=True").fsdp is True
     assert load_run("run.fsdp=False").fsdp is False
     assert load_run("run.fsdp='full_shard auto_wrap'").fsdp == "full_shard auto_wrap"
 
 
-def test_fsdp_is_words_where_transformers_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_true_becomes_words_for_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     old = {**run_keys(), "fsdp": list[str] | str | None}
     monkeypatch.setattr("stllm.common.run_section.run_keys", lambda: old)
     assert check_run({"fsdp": True}, lambda key: "x")["fsdp"] == "full_shard auto_wrap"
@@ -44,7 +44,7 @@ def test_keys_of_fsdp_config_are_checked() -> None:
     assert str(caught.value).endswith("; did you mean 'cpu_offload'?")
 
 
-def test_a_published_deepspeed_file_is_ours(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_published_deepspeed_path_finds_the_shipped_file(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert load_run("run.deepspeed=stllm/train/zero2.json").deepspeed == str(DEEPSPEED / "zero2.json")
     assert (
@@ -53,7 +53,7 @@ def test_a_published_deepspeed_file_is_ours(caplog: pytest.LogCaptureFixture) ->
     assert load_run("run.deepspeed=zero3_offload.json").deepspeed == str(DEEPSPEED / "zero3_offload.json")
 
 
-def test_any_other_deepspeed_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_deepspeed_paths_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zero2.json").write_text("{}")
     assert load_run("run.deepspeed=zero2.json").deepspeed == str(tmp_path / "zero2.json")  # one's own goes first

@@ -1,4 +1,4 @@
-"""The engine: cached equals uncached, batched equals single, streamed equals whole; what an answer says of itself."""
+"""Chat: answers are the same with and without cache, batching and streaming; fields of an answer."""
 
 import itertools
 import os
@@ -76,7 +76,7 @@ def requests_for(clips: list[Path]) -> list[Request]:
 
 @pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_batch_gives_the_answers_of_one_at_a_time(clips: list[Path], family: str, num_beams: int) -> None:
+def test_batched_answers_equal_single_answers(clips: list[Path], family: str, num_beams: int) -> None:
     chat = new_chat(family)
     decoding = Decoding(num_beams=num_beams, max_new_tokens=8, repetition_penalty=1.5)
     requests = [*requests_for(clips), Request((Turn(QUESTIONS[0]),))]  # the last one about no video
@@ -87,7 +87,7 @@ def test_a_batch_gives_the_answers_of_one_at_a_time(clips: list[Path], family: s
 
 
 @pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
-def test_cached_equals_uncached_and_encodes_once(clips: list[Path], family: str) -> None:
+def test_cached_answers_equal_uncached_ones_and_encode_once(clips: list[Path], family: str) -> None:
     cached, uncached = new_chat(family), new_chat(family, cache_bytes=0)
     calls = {"cached": 0, "uncached": 0}
     for name, chat in (("cached", cached), ("uncached", uncached)):
@@ -106,7 +106,7 @@ def test_the_same_content_under_another_name_is_not_encoded_again(clips: list[Pa
     assert len(chat.cache) == 1
 
 
-def test_a_file_that_changed_is_read_again(clips: list[Path], tmp_path: Path) -> None:
+def test_a_changed_file_is_read_again(clips: list[Path], tmp_path: Path) -> None:
     chat = new_chat()
     path = Path(shutil.copy(clips[0], tmp_path / "clip.mp4"))
     chat.ask(path, QUESTIONS[0])
@@ -117,7 +117,7 @@ def test_a_file_that_changed_is_read_again(clips: list[Path], tmp_path: Path) ->
 
 
 def conversations(clips: list[Path]) -> list[Request]:
-    """Questions about two videos in turn, other frames, no video, and conversations that grow or were edited."""
+    """Return questions about two videos alternately, with other frames, without video, and in growing conversations."""
     turns = [Turn(QUESTIONS[0], "a red circle"), Turn(QUESTIONS[1], "it is blue"), Turn(QUESTIONS[2])]
     edited = [Turn(QUESTIONS[0], "two green squares"), *turns[1:]]
     asked = [
@@ -133,7 +133,7 @@ def conversations(clips: list[Path]) -> list[Request]:
 @pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("positions", [None, 50])  # 50 cut most prompts, each at another place
-def test_prefixes_change_no_answer(clips: list[Path], family: str, num_beams: int, positions: int | None) -> None:
+def test_prefixes_do_not_change_answers(clips: list[Path], family: str, num_beams: int, positions: int | None) -> None:
     text_config = {} if positions is None else {"max_position_embeddings": positions}
     again, kept, batched = (
         new_chat(family, cache_bytes=size, text_config=text_config, residual_size=2) for size in (0, 1 << 24, 1 << 24)
@@ -149,8 +149,8 @@ def test_prefixes_change_no_answer(clips: list[Path], family: str, num_beams: in
     assert again.cache.num_bytes == 0 and kept.cache._prefixes and batched.cache._prefixes
 
 
-def test_a_video_is_read_by_the_language_model_once(clips: list[Path]) -> None:
-    """In the MiniGPT-4 family; in the InstructBLIP family its tokens depend on the question."""
+def test_the_language_model_processes_a_video_only_once(clips: list[Path]) -> None:
+    """This holds for the MiniGPT-4 family; for the InstructBLIP family, visual tokens depend on the question."""
     read = {}
     for family in ("minigpt4", "instructblip"):
         chat = new_chat(family, num_query_tokens=20)
@@ -169,8 +169,8 @@ def test_a_video_is_read_by_the_language_model_once(clips: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("room", [5_000, 20_000, 60_000])
-def test_prefixes_go_in_the_middle_of_a_conversation(clips: list[Path], room: int) -> None:
-    """There is room for the features of one video or of both, and for few prefixes or none."""
+def test_dropped_prefixes_do_not_change_answers(clips: list[Path], room: int) -> None:
+    """The cache has room for one or both videos, and for few or no prefixes."""
     again, tight = new_chat("minigpt4", cache_bytes=0), new_chat("minigpt4", cache_bytes=room)
     for request in conversations(clips):
         assert tight.answer([request])[0].text == again.answer([request])[0].text
@@ -182,7 +182,7 @@ def test_prefixes_go_in_the_middle_of_a_conversation(clips: list[Path], room: in
     assert tight.cache.num_bytes <= room
 
 
-def test_other_weights_use_no_prefix_of_before(clips: list[Path]) -> None:
+def test_prefixes_are_not_used_with_other_weights(clips: list[Path]) -> None:
     chat, other = new_chat("minigpt4"), new_chat("minigpt4", cache_bytes=0)
     before = chat.ask(clips[0], QUESTIONS[0]).text
     for one in (chat, other):
@@ -195,7 +195,7 @@ def test_other_weights_use_no_prefix_of_before(clips: list[Path]) -> None:
 
 @pytest.mark.parametrize(("quantization", "keeps"), [("4bit", True), ("8bit", False)])
 def test_quantized_models_answer_the_same_with_prefixes(clips: list[Path], quantization: str, keeps: bool) -> None:
-    """In 8 bits a token's keys depend on the others that are read with it, so nothing is kept."""
+    """In 8 bits, a token's keys depend on the other tokens of the pass, so prefixes are not kept."""
     pytest.importorskip("bitsandbytes")
     options = [f"model.quantization={quantization}"]
     kept, again = (
@@ -208,7 +208,7 @@ def test_quantized_models_answer_the_same_with_prefixes(clips: list[Path], quant
     assert bool(kept.cache._prefixes) == keeps
 
 
-def test_a_stream_that_is_left_leaves_a_sound_prefix(clips: list[Path]) -> None:
+def test_an_aborted_stream_leaves_a_correct_prefix(clips: list[Path]) -> None:
     chat, again = new_chat("minigpt4"), new_chat("minigpt4", cache_bytes=0)
     stream = chat.conversation(clips[0]).stream(QUESTIONS[0])
     next(stream, None)  # random weights' answer may be empty
@@ -217,7 +217,7 @@ def test_a_stream_that_is_left_leaves_a_sound_prefix(clips: list[Path]) -> None:
         assert "".join(chat.conversation(clips[0]).stream(question)) == again.ask(clips[0], question).text
 
 
-def test_without_memory_the_prefixes_go(clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefixes_are_dropped_when_memory_runs_out(clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     chat = new_chat("minigpt4")
     text = chat.ask(clips[0], QUESTIONS[0]).text
     assert chat.cache._prefixes
@@ -233,14 +233,14 @@ def test_without_memory_the_prefixes_go(clips: list[Path], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
-def test_a_stream_joins_to_the_answer(clips: list[Path], family: str) -> None:
+def test_streamed_pieces_join_to_the_answer(clips: list[Path], family: str) -> None:
     chat = new_chat(family)
     for question in QUESTIONS:
         pieces = list(chat.conversation(clips[0]).stream(question))
         assert "".join(pieces) == chat.ask(clips[0], question).text
 
 
-def test_a_stream_can_be_left(clips: list[Path]) -> None:
+def test_a_stream_can_be_aborted(clips: list[Path]) -> None:
     chat = new_chat()
     chat.decoding = Decoding(num_beams=1, max_new_tokens=200)
     conversation = chat.conversation(clips[0])
@@ -256,7 +256,7 @@ def test_a_stream_of_several_beams_is_refused(clips: list[Path]) -> None:
         list(new_chat().conversation(clips[0], num_beams=3).stream(QUESTIONS[0]))
 
 
-def test_what_was_streamed_is_remembered_as_it_would_be_answered(clips: list[Path], monkeypatch) -> None:
+def test_a_streamed_turn_is_stored_like_an_answered_one(clips: list[Path], monkeypatch) -> None:
     chat = new_chat()
     monkeypatch.setattr(chat, "stream", lambda *_: iter(["Assistant: a ", "dog"]))
     conversation = chat.conversation(clips[0])
@@ -264,7 +264,7 @@ def test_what_was_streamed_is_remembered_as_it_would_be_answered(clips: list[Pat
     assert conversation.turns == [Turn("what", "a dog")]
 
 
-def test_a_conversation_is_remembered_and_can_begin_anew(clips: list[Path]) -> None:
+def test_a_conversation_keeps_turns_until_reset(clips: list[Path]) -> None:
     chat = new_chat()
     conversation = chat.conversation(clips[0])
     answers = [conversation.ask(question).text for question in QUESTIONS[:2]]
@@ -275,7 +275,7 @@ def test_a_conversation_is_remembered_and_can_begin_anew(clips: list[Path]) -> N
     assert chat.answer([Request(turns, Media(str(clips[0])))])[0].text == answers[1]
 
 
-def test_what_an_answer_says_about_itself(clips: list[Path]) -> None:
+def test_the_fields_of_an_answer(clips: list[Path]) -> None:
     answer = new_chat(video_input="residual").ask(clips[0], QUESTIONS[0])
     assert answer.video == str(clips[0])
     assert len(answer.frame_times) == 6
@@ -284,12 +284,12 @@ def test_what_an_answer_says_about_itself(clips: list[Path]) -> None:
     assert set(answer.seconds) == {"read", "encode", "answer"}
 
 
-def test_a_part_of_the_video_can_be_meant(clips: list[Path]) -> None:
+def test_a_question_can_be_about_a_part_of_the_video(clips: list[Path]) -> None:
     answer = new_chat().ask(clips[1], QUESTIONS[0], start=0.4, end=0.8)
     assert all(0.35 <= seconds <= 0.85 for seconds in answer.frame_times)
 
 
-def test_an_image_and_text_alone_are_answered(tmp_path: Path) -> None:
+def test_questions_about_an_image_and_without_media_are_answered(tmp_path: Path) -> None:
     from PIL import Image
 
     path = tmp_path / "picture.png"
@@ -306,8 +306,8 @@ def test_an_empty_question_is_refused(clips: list[Path], question: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["instructblip", "minigpt4"])
-def test_a_prompt_of_its_own_is_sent_as_it_is(clips: list[Path], family: str) -> None:
-    """The Q-Former still reads the question."""
+def test_a_custom_prompt_is_not_changed(clips: list[Path], family: str) -> None:
+    """The Q-Former still gets the question."""
     chat = new_chat(family)
     usual = Request(turns=(Turn(QUESTIONS[0]),), media=Media(str(clips[0])))
     own = replace(usual, pieces=(VISUAL, BOS, "###Human: Choose.\n###Assistant: Best option:("))
@@ -319,7 +319,7 @@ def test_a_prompt_of_its_own_is_sent_as_it_is(clips: list[Path], family: str) ->
     assert chat.answer([own])[0].text != chat.answer([usual])[0].text
 
 
-def test_weights_that_are_no_numbers_are_said_so(clips: list[Path]) -> None:
+def test_nan_weights_raise_an_error(clips: list[Path]) -> None:
     chat = new_chat()
     with torch.no_grad():
         chat.model.projection.bias[0] = float("nan")
@@ -328,7 +328,7 @@ def test_weights_that_are_no_numbers_are_said_so(clips: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_scores_that_are_no_numbers_are_said_so(clips: list[Path], num_beams: int) -> None:
+def test_nan_scores_raise_an_error(clips: list[Path], num_beams: int) -> None:
     chat = new_chat()
     with torch.no_grad():
         chat.model.get_output_embeddings().weight[5, 0] = float("nan")
@@ -336,7 +336,7 @@ def test_scores_that_are_no_numbers_are_said_so(clips: list[Path], num_beams: in
         chat.ask(clips[0], QUESTIONS[0], num_beams=num_beams)
 
 
-def test_one_frame_a_second_can_be_asked_for(clips: list[Path]) -> None:
+def test_one_frame_per_second_can_be_requested(clips: list[Path]) -> None:
     assert len(new_chat().ask(clips[0], QUESTIONS[0], num_frames=0, sampling="segment").frame_times) == 4
     with pytest.raises(MediaError, match="num_frames is 0"):
         new_chat().ask(clips[0], QUESTIONS[0], num_frames=0)
@@ -347,7 +347,7 @@ def test_a_misspelled_option_is_named(clips: list[Path]) -> None:
         new_chat().ask(clips[0], QUESTIONS[0], num_frame=4)
 
 
-def test_the_attention_is_a_setting(clips: list[Path]) -> None:
+def test_the_attention_implementation_can_be_configured(clips: list[Path]) -> None:
     folder = GOLDEN / "minigpt4_plain_all"
     texts = set()
     for name in ("auto", "eager"):  # eager attention reads a prompt for each beam
@@ -363,7 +363,7 @@ def test_no_requests_no_answers() -> None:
     assert new_chat().answer([]) == []
 
 
-def test_an_unreadable_video_leaves_the_conversation_as_it_was(tmp_path: Path) -> None:
+def test_an_unreadable_video_does_not_change_the_conversation(tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"")
     conversation = new_chat().conversation(broken)
@@ -373,7 +373,7 @@ def test_an_unreadable_video_leaves_the_conversation_as_it_was(tmp_path: Path) -
 
 
 def test_the_stop_string_ends_an_answer(clips: list[Path]) -> None:
-    """The end mark's tokens, forced by a biased head, end the generation at once."""
+    """A biased output layer forces the tokens of the end mark, which must end the generation at once."""
     chat = new_chat("minigpt4")
     ends = chat.processor.tokenizer.encode("###", add_special_tokens=False)
     seen = []
@@ -398,7 +398,9 @@ def test_the_stop_string_ends_an_answer(clips: list[Path]) -> None:
     ("video_input", "own", "asked", "frames"),
     [("all", None, None, 16), ("residual", None, None, 64), ("residual", 8, None, 8), ("all", 8, 5, 5)],
 )
-def test_the_checkpoint_knows_its_frames(video_input: str, own: int | None, asked: int | None, frames: int) -> None:
+def test_the_default_number_of_frames_comes_from_the_checkpoint(
+    video_input: str, own: int | None, asked: int | None, frames: int
+) -> None:
     made = new_chat(video_input=video_input)
     made.model.config.num_frames = own
     again = Chat(model=made.model, processor=made.processor, decoding=SHORT, num_frames=asked)

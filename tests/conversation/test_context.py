@@ -1,4 +1,4 @@
-"""The context rule: long prompts lose their front as published, or keep everything."""
+"""The context rule: long prompts are cut at the beginning as published, or not at all."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chats() -> dict[str, Chat]:
-    """Both families in the published number of frames, queries and positions."""
+    """Return tiny models of both families with the published numbers of frames, queries and positions."""
     return {name: new_chat(name, num_frames=FRAMES, **PUBLISHED_SIZES) for name in FAMILIES}
 
 
@@ -56,7 +56,7 @@ def long_talk(words: int) -> tuple[Turn, ...]:
 
 
 def joined(chat: Chat, asked: Request) -> Tensor:
-    """The embeddings (1, S, D) of the whole prompt, put together by hand."""
+    """Return the embeddings of the whole prompt, (1, S, D), computed independently of the code under test."""
     assert asked.media is not None
     embed, ids = chat.model.get_input_embeddings(), chat.processor.prompt_ids(asked.turns)
     visual = chat.model.video_input(chat.frame_tokens(asked, chat.see(asked.media)))
@@ -66,7 +66,7 @@ def joined(chat: Chat, asked: Request) -> Tensor:
 
 
 def by_hand(chat: Chat, embeds: Tensor, decoding: Decoding) -> list[int]:
-    """The ids that the library generates from embeddings alone, without an attention mask, as published."""
+    """Return the ids that transformers generates from embeddings without an attention mask, as published."""
     ids = chat.model.language_model.generate(
         inputs_embeds=embeds,
         num_beams=decoding.num_beams,
@@ -87,7 +87,7 @@ def published_cut(embeds: Tensor, max_new_tokens: int) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_published_rule_keeps_the_last_tokens(chats: dict[str, Chat], clip: Path, family: str) -> None:
-    """1,700 of them with the 300 new tokens of the preset; in front stand the visual tokens or MiniGPT-4's text."""
+    """With 300 new tokens, 1,700 are kept. The cut ones are visual tokens, or MiniGPT-4's first text."""
     chat, asked = chats[family], request(clip)
     whole = joined(chat, asked)
     prepared = chat.prepare(asked, Decoding.published(chat.processor.template))
@@ -106,10 +106,10 @@ def prepared_front(chat: Chat, asked: Request) -> int:
 
 @pytest.mark.parametrize(("context", "num_beams"), [("published", 3), ("all", 1)])
 @torch.no_grad()
-def test_the_answer_is_generated_from_the_embeddings_that_are_left(
+def test_the_answer_is_generated_from_the_remaining_embeddings(
     chats: dict[str, Chat], clip: Path, context: str, num_beams: int
 ) -> None:
-    """The InstructBLIP family's are looked at below, with the command."""
+    """This tests the MiniGPT-4 family; the InstructBLIP family is tested below with the command."""
     chat, decoding = chats["minigpt4"], Decoding(num_beams=num_beams, max_new_tokens=4, context=context)
     whole = joined(chat, request(clip))
     embeds = published_cut(whole, 4) if context == "published" else whole
@@ -120,8 +120,8 @@ def test_the_answer_is_generated_from_the_embeddings_that_are_left(
 
 
 @torch.no_grad()
-def test_the_repetition_penalty_counts_generated_tokens_alone(clip: Path) -> None:
-    """Step by step, by the formula; a model that says the words of the prompt again and again."""
+def test_the_repetition_penalty_ignores_the_prompt(clip: Path) -> None:
+    """Compare with the formula, step by step, for a model that repeats words of the prompt."""
     chat, asked = new_chat("minigpt4"), request(clip, num_frames=4)
     embeds, prompt = joined(chat, asked), set(chat.processor.prompt_ids(asked.turns)) - {VISUAL_TOKEN_ID}
     ends = chat.processor.tokenizer.encode("###", add_special_tokens=False)
@@ -146,8 +146,8 @@ def test_the_repetition_penalty_counts_generated_tokens_alone(clip: Path) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_a_batch_are_cut_one_by_one(chats: dict[str, Chat], clip: Path, family: str) -> None:
-    """Rows that are cut, rows that are not and a row without a visual token left: the answers of one at a time."""
+def test_each_row_of_a_batch_is_cut_separately(chats: dict[str, Chat], clip: Path, family: str) -> None:
+    """A batch with cut rows, uncut rows and a row without remaining visual tokens gives the answers of single ones."""
     chat = chats[family]
     asked = [
         request(clip, Turn(QUESTIONS[1]), num_frames=4),
@@ -165,8 +165,8 @@ def test_rows_of_a_batch_are_cut_one_by_one(chats: dict[str, Chat], clip: Path, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_conversation_beyond_the_bound_goes_on(chats: dict[str, Chat], clip: Path, family: str) -> None:
-    """Each turn's question is whole in the prompt; a stream says the same."""
+def test_a_conversation_longer_than_the_limit_continues(chats: dict[str, Chat], clip: Path, family: str) -> None:
+    """Each turn's question stays complete in the prompt; a streamed answer is the same."""
     chat = chats[family]
     conversation = chat.conversation(clip, num_frames=50, num_beams=1, max_new_tokens=4)
     cuts = []
@@ -191,8 +191,8 @@ def test_a_question_that_does_not_fit_is_refused(chats: dict[str, Chat], clip: P
     assert chat.ask(clip, question, num_frames=4, max_new_tokens=1, num_beams=1, context="all").cut == Cut()
 
 
-def test_fewer_positions_bound_the_prompt(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """512 of them: the front goes; a question of more is refused. `all` reads beyond them and says so once."""
+def test_a_model_with_fewer_positions_limits_the_prompt(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With 512 positions, the prompt is cut, and a longer question is refused. With `all`, one warning is logged."""
     chat = new_chat("minigpt4")
     asked = request(clip, Turn("what " * 230), num_frames=30)
     assert chat.prepare(asked, SHORT).length == 512
@@ -205,7 +205,7 @@ def test_fewer_positions_bound_the_prompt(clip: Path, caplog: pytest.LogCaptureF
     assert caplog.text.count("the language model was trained for 512 positions") == 1
 
 
-def test_positions_from_a_table_are_never_exceeded(clip: Path) -> None:
+def test_a_table_of_positions_is_never_exceeded(clip: Path) -> None:
     chat = new_chat(text_config=GPT2)
     answer = chat.answer([request(clip, num_frames=20)], SHORT)[0]
     assert answer.cut.visual == 80 - answer.visual_tokens > 80 - 56  # of 64 positions, 8 are for the answer
@@ -220,8 +220,8 @@ def test_positions_from_a_table_are_never_exceeded(clip: Path) -> None:
 
 
 @torch.no_grad()
-def test_evidence_is_of_what_the_model_read(chats: dict[str, Chat], clip: Path) -> None:
-    """The frames that were cut have none; each other one is left out of the embeddings after the cut."""
+def test_evidence_covers_only_frames_that_the_model_read(chats: dict[str, Chat], clip: Path) -> None:
+    """Cut frames have no evidence; each other frame is left out of the embeddings that remain after the cut."""
     chat = chats["instructblip"]
     asked, answer = request(clip), "the red square"
     decoding = Decoding(num_beams=1, max_new_tokens=1700)  # 300 tokens are kept
@@ -258,7 +258,7 @@ def checkpoint(chats: dict[str, Chat], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def data(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MSVD-QA with one long video and one of four frames."""
+    """Write MSVD-QA with one long video and one video of four frames."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "long.mp4").write_bytes(clip.read_bytes())
     write_video(folder / "short.mp4", num_frames=4, size=(32, 32))
@@ -280,7 +280,7 @@ def evaluate(checkpoint: Path, data: Path, tmp_path: Path) -> Callable[..., int]
     return run
 
 
-def test_64_frames_of_all_run_as_published(
+def test_64_frames_with_all_tokens_run_as_published(
     evaluate: Callable[..., int],
     chats: dict[str, Chat],
     data: Path,
@@ -288,7 +288,7 @@ def test_64_frames_of_all_run_as_published(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """MSVD's own preset: 64 frames, no system sentence, 5 beams, penalty 1.5; only the answers are short here."""
+    """MSVD's preset: 64 frames, no system message, 5 beams, penalty 1.5. Only the answers are shorter here."""
     generated: list[list[int]] = []
     generate = STLLM.generate
 
@@ -320,7 +320,7 @@ def test_64_frames_of_all_run_as_published(
     assert results["settings"]["evaluation"]["num_frames"] == 64
 
 
-def test_a_rerun_does_not_mix_context_rules(
+def test_a_rerun_with_another_context_rule_is_refused(
     evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one_beam = ("--num-beams", "1", "--limit", "1")
@@ -346,7 +346,7 @@ def test_a_rerun_does_not_mix_context_rules(
         (["--options", "evaluation.num_frames=null"], 3, "3 frames of each video, the checkpoint's own number"),
     ],
 )
-def test_a_checkpoint_is_asked_with_its_own_number_of_frames(
+def test_the_checkpoints_number_of_frames_overrides_the_benchmarks(
     evaluate: Callable[..., int],
     checkpoint: Path,
     tmp_path: Path,
@@ -356,7 +356,7 @@ def test_a_checkpoint_is_asked_with_its_own_number_of_frames(
     frames: int,
     summary: str,
 ) -> None:
-    """3 frames; the user's number goes before it, and it goes before the preset's (64, as above)."""
+    """The checkpoint's number is 3. It overrides the preset's 64, and the user's number overrides it."""
     folder = tmp_path / "own"
     folder.mkdir()
     for file in checkpoint.iterdir():
@@ -373,7 +373,7 @@ def test_a_checkpoint_is_asked_with_its_own_number_of_frames(
     assert settings["evaluation"]["num_frames"] == frames and settings["model"]["num_frames"] == 3
 
 
-def test_new_tokens_that_leave_no_prompt_are_refused(
+def test_too_many_new_tokens_are_refused(
     evaluate: Callable[..., int], clip: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refusal = "error: max_new_tokens is 2000, but the published context rule has 2000 positions"
@@ -386,7 +386,9 @@ def test_new_tokens_that_leave_no_prompt_are_refused(
     assert evaluate(*too_many, "--context", "all", "--limit", "1", "--num-frames", "1", "--num-beams", "1") == 0
 
 
-def test_chat_counts_what_was_cut(checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_reports_the_number_of_cut_tokens(
+    checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["chat", "--ckpt-path", str(checkpoint), "--video", str(clip), "--num-frames", "64", "--device", "cpu"]
     words += ["--question", QUESTIONS[0], "--max-new-tokens", "4", "--num-beams", "1", "--json"]
     counted = []
@@ -400,6 +402,6 @@ def test_chat_counts_what_was_cut(checkpoint: Path, clip: Path, capsys: pytest.C
     assert counted[0] > 0 == counted[1]
 
 
-def test_the_names_are_the_same_everywhere() -> None:
+def test_all_commands_have_the_same_context_rules() -> None:
     field = EvaluationSettings.__dataclass_fields__["context"]
     assert field.metadata["choices"] == CONTEXTS and field.default == Decoding().context == "published"

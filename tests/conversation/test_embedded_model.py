@@ -1,4 +1,4 @@
-"""The model that comes with the package: it loads, answers its examples, and its answers follow time."""
+"""The model in the package: it loads, answers its examples, and uses the order of frames."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def chat() -> Chat:
     return load_chat(FOLDER, device="cpu")
 
 
-def test_it_is_small_and_of_the_published_family(chat: Chat) -> None:
+def test_the_embedded_model_is_small_and_of_the_published_family(chat: Chat) -> None:
     config = chat.model.config
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 12e6
     assert config.qformer_text_input and config.template == "instructblip"
@@ -31,7 +31,7 @@ def test_it_is_small_and_of_the_published_family(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("example", LISTED, ids=lambda example: str(example["file"]))
-def test_it_answers_its_examples(chat: Chat, example: dict[str, Any]) -> None:
+def test_the_embedded_model_answers_the_examples(chat: Chat, example: dict[str, Any]) -> None:
     assert chat.ask(EXAMPLES / example["file"], example["question"]).text == example["answer"]
 
 
@@ -42,18 +42,18 @@ def test_chat_without_any_option_answers_the_examples(monkeypatch: pytest.Monkey
     assert capsys.readouterr().out == "".join(said)
 
 
-def test_lines_from_a_pipe_get_their_own_answers_alone(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_lines_from_a_pipe_are_answered_without_the_examples(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     first = LISTED[0]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/video {EXAMPLES / first['file']}\n{first['question']}\n"))
     assert main(["chat", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == first["answer"] + "\n"
 
 
-def test_examples_are_listed_and_nothing_else_is_there() -> None:
+def test_the_examples_folder_contains_only_listed_files() -> None:
     assert {path.name for path in EXAMPLES.iterdir()} == {"examples.json", *(example["file"] for example in LISTED)}
 
 
-def test_directions_flip_on_reversed_clips(chat: Chat) -> None:
+def test_reversed_clips_have_the_opposite_direction(chat: Chat) -> None:
     moving = [example for example in LISTED if example["answer"] in TURNED]
     assert moving
     for example in moving:
@@ -71,8 +71,8 @@ def test_first_and_last_are_exchanged_on_reversed_clips(chat: Chat) -> None:
         assert chat.ask(EXAMPLES / example["file"], turned, view=REVERSED).text == example["answer"]
 
 
-def test_letters_do_not_matter(chat: Chat) -> None:
-    """Asked as MVBench asks, with the options turned round until each letter was the right one."""
+def test_answers_do_not_depend_on_the_options_letter(chat: Chat) -> None:
+    """Ask with MVBench's prompt and with each rotation of the options."""
     for example in LISTED:
         options = example["candidates"]
         for turn in range(len(options)):

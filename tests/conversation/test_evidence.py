@@ -1,4 +1,4 @@
-"""Evidence over time: exact log probabilities, whatever the batch; the frame that decides is the peak."""
+"""Evidence over time: exact log probabilities, independent of the batch; the decisive frame has the highest score."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -40,7 +40,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that is seen of it is black, but for one frame."""
+    """Write a clip in which all sampled frames except one are black."""
     frames = [np.full((64, 64, 3), 255 * (number in (10, 11, 12)), np.uint8) for number in range(20)]
     return write_video(tmp_path_factory.mktemp("clips") / "flash.mp4", frames=frames, fps=10)
 
@@ -50,14 +50,14 @@ def request(path: Path, *before: Turn) -> Request:
 
 
 def random_residual(chat: Chat) -> Chat:
-    """The global branch starts at zero; here it must count."""
+    """Replace the zero initialisation of the global branch, so that it has an effect."""
     if isinstance(branch := chat.model.video_input, ResidualInput):
         torch.nn.init.normal_(branch.up_proj.weight, std=0.5)
     return chat
 
 
 def by_hand(chat: Chat, frames: Tensor, kept: list[int]) -> Tensor:
-    """Visual tokens (N, D) of the kept frames, written down anew from the formulas. frames: (T, K, D)."""
+    """Return the visual tokens of the kept frames, (N, D), computed from the formulas. frames: (T, K, D)."""
     name, rest = chat.model.config.video_input, torch.stack([frames[i] for i in kept])
     if name == "mean":
         return rest.sum(dim=0) / len(kept)
@@ -69,7 +69,7 @@ def by_hand(chat: Chat, frames: Tensor, kept: list[int]) -> Tensor:
 
 
 def plain_log_probability(chat: Chat, ids: list[int], answer: list[int], visual: Tensor) -> float:
-    """The same number from one whole, unpadded pass of the language model."""
+    """Return the log probability from a single pass of the language model without padding."""
     embed, at = chat.model.get_input_embeddings(), ids.index(VISUAL_TOKEN_ID)
     text = [embed(torch.tensor(part, dtype=torch.long)) for part in (ids[:at], ids[at + 1 :] + answer)]
     logits = chat.model.language_model(inputs_embeds=torch.cat([text[0], visual, text[1]])[None]).logits[0]
@@ -114,7 +114,7 @@ def test_the_whole_videos_log_probability_is_the_training_loss(clip: Path) -> No
 
 
 @pytest.mark.parametrize("video_input", VIDEO_INPUTS)
-def test_scores_do_not_depend_on_the_batch(clip: Path, video_input: str) -> None:
+def test_evidence_scores_do_not_depend_on_the_batch(clip: Path, video_input: str) -> None:
     chat = random_residual(new_chat(video_input=video_input))
     passes: list[int] = []
     chat.model.language_model.get_decoder().register_forward_pre_hook(
@@ -128,7 +128,7 @@ def test_scores_do_not_depend_on_the_batch(clip: Path, video_input: str) -> None
 
 
 def averaging(chat: Chat, answer: list[int], direction: Callable[[Chat], Tensor]) -> Chat:
-    """A language model that averages all it has read and prefers the answer's tokens along one direction."""
+    """Make the language model average its inputs, and prefer the answer's tokens along one direction."""
     layers = chat.model.language_model.get_decoder().layers
     width = chat.model.config.text_config.hidden_size
     with torch.no_grad():
@@ -145,7 +145,7 @@ def averaging(chat: Chat, answer: list[int], direction: Callable[[Chat], Tensor]
 
 
 @pytest.mark.parametrize("video_input", VIDEO_INPUTS)
-def test_the_frame_that_decides_is_the_peak(flash: Path, video_input: str) -> None:
+def test_the_decisive_frame_has_the_highest_score(flash: Path, video_input: str) -> None:
     chat = new_chat("minigpt4", video_input=video_input)
 
     def from_black_to_white(chat: Chat) -> Tensor:
@@ -169,11 +169,11 @@ def test_the_frame_that_decides_is_the_peak(flash: Path, video_input: str) -> No
         (torch.bfloat16, -50.0, 40 * 2**-7),  # of four tokens
     ],
 )
-def test_small_differences_are_rounding(dtype: torch.dtype, log_probability: float, bound: float) -> None:
+def test_the_bound_covers_rounding_errors(dtype: torch.dtype, log_probability: float, bound: float) -> None:
     assert smallest_difference(dtype, log_probability, 4) == pytest.approx(bound)
 
 
-def test_its_own_answer_is_the_one_explained(clip: Path) -> None:
+def test_by_default_the_models_answer_is_explained(clip: Path) -> None:
     chat = new_chat()
     found = chat.evidence(clip, QUESTION)
     assert found.answer == chat.ask(clip, QUESTION).text
@@ -182,7 +182,7 @@ def test_its_own_answer_is_the_one_explained(clip: Path) -> None:
     assert chat.evidence(clip, QUESTION, max_new_tokens=2).answer != found.answer
 
 
-def test_neighbours_are_left_out_together_where_segments_are_few(clip: Path) -> None:
+def test_few_segments_contain_several_frames(clip: Path) -> None:
     found = measure_evidence(new_chat(), request(clip), ANSWER, max_segments=4)
     assert found.segments == [(0, 1), (1, 3), (3, 4), (4, 6)]
     assert len(found.scores) == 4
@@ -191,7 +191,7 @@ def test_neighbours_are_left_out_together_where_segments_are_few(clip: Path) -> 
         split_frames(8, 1)
 
 
-def test_what_has_no_time_is_refused(tmp_path: Path, clip: Path) -> None:
+def test_evidence_needs_a_video(tmp_path: Path, clip: Path) -> None:
     from PIL import Image
 
     picture = tmp_path / "picture.png"
@@ -205,7 +205,7 @@ def test_what_has_no_time_is_refused(tmp_path: Path, clip: Path) -> None:
         chat.evidence(clip, QUESTION, "red " * 600)
 
 
-def test_the_filmstrip_is_what_the_model_was_shown(flash: Path) -> None:
+def test_the_filmstrip_shows_the_models_frames(flash: Path) -> None:
     strip = filmstrip(Media(str(flash)), NUM_FRAMES, size=32)
     assert strip.shape == (NUM_FRAMES, 32, 32, 3)
     assert [int(picture.mean()) > 200 for picture in strip] == [n == WHITE for n in range(NUM_FRAMES)]

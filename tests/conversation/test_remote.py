@@ -1,4 +1,4 @@
-"""The language model behind an engine: the same ids as here, many requests at once, and failures in a sentence."""
+"""The language model behind an engine: equal token ids, concurrent requests, and error messages."""
 
 import json
 import socket
@@ -85,7 +85,7 @@ def test_answers_have_the_ids_that_generate_gives_here(engine, processor):
     assert len(set(map(tuple, expected))) > 1
 
 
-def test_requests_are_in_flight_together_up_to_a_bound(engine, processor):
+def test_concurrent_requests_are_limited(engine, processor):
     engine.seconds = 0.1
     with connected(engine, max_in_flight=4) as remote:
         engine.most_inside = 0
@@ -94,7 +94,7 @@ def test_requests_are_in_flight_together_up_to_a_bound(engine, processor):
     assert engine.most_inside == 4
 
 
-def test_sampling_is_passed_on_and_greedy_is_named(engine, processor):
+def test_sampling_settings_are_sent_to_the_engine(engine, processor):
     sampling = Decoding(num_beams=1, max_new_tokens=3, temperature=0.7, top_p=0.5)
     with connected(engine) as remote:
         for decoding in (sampling, GREEDY):
@@ -109,12 +109,12 @@ def test_sampling_is_passed_on_and_greedy_is_named(engine, processor):
     ("decoding", "message"),
     [(Decoding(num_beams=5), "5 beams"), (Decoding(num_beams=1, repetition_penalty=1.5), "repetition penalty of 1.5")],
 )
-def test_what_an_engine_lacks_is_refused_by_name(engine, processor, decoding, message):
+def test_settings_that_an_engine_lacks_are_refused(engine, processor, decoding, message):
     with connected(engine) as remote, pytest.raises(UserError, match=message):
         remote.submit(prompts(1)[0], decoding, processor.stopping())
 
 
-def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
+def test_temporary_failures_of_the_engine_are_retried(engine, processor):
     with connected(engine) as remote:
         expected = remote.submit(prompts(1)[0], GREEDY, processor.stopping()).result(60)
         shutting_down = replied(choice(token_ids=expected[:1], finish_reason="abort"))  # as vLLM at SIGTERM
@@ -133,7 +133,7 @@ def test_an_engine_that_fails_for_a_while_is_asked_again(engine, processor):
         (HTMLResponse("<html>Sign in"), EngineError, "a reply of another form"),
     ],
 )
-def test_a_failure_is_one_sentence(engine, processor, reply, kind, message):
+def test_a_failure_is_reported_as_one_sentence(engine, processor, reply, kind, message):
     with connected(engine) as remote:
         engine.replies = iter([reply] * 3)
         with pytest.raises(UserError, match=message) as caught:
@@ -144,7 +144,7 @@ def test_a_failure_is_one_sentence(engine, processor, reply, kind, message):
             list(remote.stream(prompts(1)[0], GREEDY, processor.stopping(), Event()))
 
 
-def test_an_engine_that_is_down_is_named(processor):
+def test_an_unreachable_engine_is_reported(processor):
     remote = RemoteLanguageModel("http://127.0.0.1:9/v1/", num_retries=0)
     try:
         with pytest.raises(UserError, match=r"the engine at http://127.0.0.1:9 cannot be reached .*vllm serve DIR"):
@@ -154,8 +154,8 @@ def test_an_engine_that_is_down_is_named(processor):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_an_engine_that_shuts_down_without_answering_is_given_up(processor, monkeypatch, streamed):
-    """As vLLM at SIGTERM: the port is closed, and requests that were taken get no reply."""
+def test_requests_end_when_the_engine_shuts_down(processor, monkeypatch, streamed):
+    """The engine behaves like vLLM at SIGTERM: its port is closed, and accepted requests get no reply."""
     monkeypatch.setattr("stllm.conversation.remote.WATCH_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         remote = RemoteLanguageModel(f"http://127.0.0.1:{listener.getsockname()[1]}", num_retries=0)
@@ -171,7 +171,7 @@ def test_an_engine_that_shuts_down_without_answering_is_given_up(processor, monk
         remote.close()
 
 
-def test_a_slow_engine_ends_in_a_sentence(engine, processor):
+def test_a_slow_engine_is_reported(engine, processor):
     with connected(engine, seconds=0.2, num_retries=0) as remote:
         engine.seconds = 30
         with pytest.raises(UserError, match="did not answer in time"):
@@ -200,7 +200,7 @@ def test_the_wrong_model_is_found_before_the_first_question(engine, kind):
             remote.close()
 
 
-def test_an_answer_that_nobody_wants_ends_at_the_engine(engine, processor):
+def test_a_cancelled_answer_ends_at_the_engine(engine, processor):
     long = Decoding(num_beams=1, max_new_tokens=200)
     stop = Event()
     with connected(engine) as remote:
@@ -222,7 +222,7 @@ def test_an_answer_that_nobody_wants_ends_at_the_engine(engine, processor):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, FakeEngine]]:
-    """An engine with the language model of the embedded checkpoint, and its address."""
+    """Start an engine with the language model of the embedded checkpoint; yield its address, too."""
     folder = tmp_path_factory.mktemp("engine") / "lm"
     assert main(["convert", str(FOLDER), "--to", str(folder), "--format", "language-model"]) == 0
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
@@ -231,7 +231,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, FakeEn
         yield url, engine
 
 
-def test_chat_gives_the_answers_that_it_gives_without_an_engine(tiny, capsys):
+def test_chat_answers_are_the_same_with_and_without_an_engine(tiny, capsys):
     path, question = find_examples()[0]
     words = ["chat", "--device", "cpu", "--video", str(path), "--question", question, "--question", "Why?", "--json"]
     assert main([*words, "--num-beams", "1"]) == 0
@@ -285,7 +285,7 @@ def replied(*choices: Any) -> Response:
 
 
 def streamed(*events: Any) -> Response:
-    """A stream that ends there, without [DONE]."""
+    """Return a streamed response that ends without [DONE]."""
     lines = (event if isinstance(event, str) else json.dumps(event) for event in events)
     return Response("".join(f"data: {line}\n\n" for line in lines), media_type="text/event-stream")
 
@@ -320,8 +320,8 @@ LIKELY = {"logprobs": {"top_logprobs": [{"a": float("nan")}]}}
         (3, streamed(*[{"choices": []}] * 400), FORM),
     ],
 )
-def test_a_reply_that_is_none_is_one_sentence_of_ours(tiny, capsys, monkeypatch, before, reply, message):
-    """before: replies that are right, two of them for comparing the models; with 3, the answer is streamed."""
+def test_a_malformed_reply_is_reported_as_one_sentence(tiny, capsys, monkeypatch, before, reply, message):
+    """before: number of valid replies before this one. Two compare the models; with 3, the answer is streamed."""
     url, engine = tiny
     monkeypatch.setattr("stllm.conversation.remote.MAX_REPLY", 1000 if b"  " in reply.body else 1 << 20)
     monkeypatch.setattr("stllm.conversation.remote.NUM_RETRIES", 0)
@@ -335,7 +335,7 @@ def test_a_reply_that_is_none_is_one_sentence_of_ours(tiny, capsys, monkeypatch,
 
 
 @pytest.mark.parametrize("reply", [[], {}, [1], None, {"data": []}, {"data": ["lm"]}, {"data": [{"id": 5}]}])
-def test_a_list_of_models_that_is_none_is_one_sentence_of_ours(capsys, reply):
+def test_a_malformed_list_of_models_is_reported_as_one_sentence(capsys, reply):
     async def models(request: Request) -> Response:
         return JSONResponse(reply)
 
@@ -344,7 +344,7 @@ def test_a_list_of_models_that_is_none_is_one_sentence_of_ours(capsys, reply):
     assert f"the engine at {url} {FORM} (" in (err := capsys.readouterr().err) and "unexpected" not in err
 
 
-def test_user_and_password_of_the_address_are_sent_and_a_strange_key_is_refused(tiny, capsys, monkeypatch):
+def test_credentials_in_the_url_are_sent_and_invalid_keys_are_refused(tiny, capsys, monkeypatch):
     url, engine = tiny
     path, question = find_examples()[0]
     words = ["chat", "--device", "cpu", "--video", str(path), "--question", question]

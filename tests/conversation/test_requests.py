@@ -1,4 +1,4 @@
-"""Requests: a medium's part and its stamp, a question that is text; the cache of encoded videos; calls together."""
+"""Requests: parts and stamps of media, valid questions, the cache of encoded videos, batched calls."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +19,12 @@ from tests.helpers.videos import write_video
 
 
 @pytest.mark.parametrize("path", ["", " "])
-def test_no_path_is_not_this_folder(path: str) -> None:
+def test_an_empty_path_is_not_the_working_directory(path: str) -> None:
     with pytest.raises(UserError, match="path of the video is empty"):
         Media(path)
 
 
-def test_an_open_bound_is_the_rest() -> None:
+def test_a_missing_bound_means_the_rest_of_the_video() -> None:
     assert Media("x").bounds is None
     assert Media("x", start=2.0).bounds == (2.0, float("inf"))
     assert Media("x", end=2.0).bounds == (0.0, 2.0)
@@ -40,7 +40,7 @@ def test_a_medium_can_be_checked_before_it_is_read(tmp_path: Path) -> None:
         Media(str(video), num_frames=0).check()
 
 
-def test_the_stamp_follows_the_content_and_minds_no_dead_link(tmp_path: Path) -> None:
+def test_the_stamp_changes_with_the_content_and_ignores_dead_links(tmp_path: Path) -> None:
     (tmp_path / "00001.jpg").write_bytes(b"one")
     (tmp_path / "notes").symlink_to(tmp_path / "nowhere")
     media = Media(str(tmp_path))
@@ -52,13 +52,13 @@ def test_the_stamp_follows_the_content_and_minds_no_dead_link(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("question", "words"), [("", "is empty"), (" \n", "is empty"), ("a\udcff", "no valid text")])
-def test_a_question_is_text(question: str, words: str) -> None:
+def test_a_question_must_be_valid_text(question: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Request(turns=(Turn(question),)).check()
 
 
 @given(sizes=st.lists(st.integers(1, 30), max_size=40), room=st.integers(1, 60))
-def test_never_more_than_its_room(sizes: list[int], room: int) -> None:
+def test_the_cache_never_exceeds_its_size(sizes: list[int], room: int) -> None:
     cache = FeatureCache(max_bytes=room)
     for key, size in enumerate(sizes):
         cache.put(key, torch.zeros(size, dtype=torch.uint8))
@@ -68,7 +68,7 @@ def test_never_more_than_its_room(sizes: list[int], room: int) -> None:
             assert key in held
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_entry_is_dropped_first() -> None:
     cache = FeatureCache(max_bytes=2)
     for key in "ab":
         cache.put(key, torch.zeros(1, dtype=torch.uint8))
@@ -77,7 +77,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [cache.get(key) is not None for key in "abc"] == [True, False, True]
 
 
-def test_what_has_no_room_drops_nothing_else() -> None:
+def test_an_entry_larger_than_the_cache_drops_no_other() -> None:
     cache = FeatureCache(max_bytes=4)
     cache.put("small", torch.zeros(3, dtype=torch.uint8))
     cache.put("large", torch.zeros(5, dtype=torch.uint8))
@@ -86,7 +86,7 @@ def test_what_has_no_room_drops_nothing_else() -> None:
     assert (len(cache), cache.num_bytes) == (0, 0)
 
 
-def test_prefixes_use_the_room_that_the_features_leave() -> None:
+def test_prefixes_use_the_room_left_by_videos() -> None:
     cache = FeatureCache(max_bytes=10)
     sizes = [torch.zeros(size, dtype=torch.uint8) for size in range(12)]
     cache.put_prefixes("a", 0, [sizes[1]])
@@ -105,7 +105,7 @@ def test_prefixes_use_the_room_that_the_features_leave() -> None:
     assert (len(cache), cache.num_bytes) == (3, 10)
 
 
-def test_prefixes_go_with_the_features() -> None:
+def test_prefixes_are_dropped_with_their_video() -> None:
     cache = FeatureCache(max_bytes=10)
     for key in "ab":
         cache.put(key, torch.zeros(3, dtype=torch.uint8))
@@ -117,14 +117,14 @@ def test_prefixes_go_with_the_features() -> None:
     assert [len(cache.prefixes(key, 0)) for key in "ab"] == [0, 0]
 
 
-def test_a_key_put_twice_counts_once() -> None:
+def test_replacing_an_entry_counts_its_size_once() -> None:
     cache = FeatureCache(max_bytes=10)
     for size in (3, 4):
         cache.put("a", torch.zeros(size, dtype=torch.uint8))
     assert (len(cache), cache.num_bytes) == (1, 4)
 
 
-def test_calls_that_wait_run_together_and_each_gets_its_own() -> None:
+def test_waiting_calls_are_batched_and_each_gets_its_result() -> None:
     calls: list[list[int]] = []
     begun, go = Event(), Event()
 

@@ -1,4 +1,4 @@
-"""The stream's pieces join to the finished answer; answers written together equal those written one at a time."""
+"""Streaming and batching: pieces join to the answer, and batched answers equal single ones."""
 
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -48,7 +48,7 @@ GREEDY = Decoding(num_beams=1, max_new_tokens=16)
 
 
 class Recorded:
-    """An engine, and the questions of each generation. fail: raises for some of them, if it likes."""
+    """A chat that records the questions of each generation. fail: function that may raise for some of them."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -62,7 +62,7 @@ class Recorded:
         return self.chat._generate(prepared, decoding, **more)
 
     def __call__(self, asked: Sequence[tuple[Prepared, Decoding]], stops: Sequence[Event] = ()) -> list[Any]:
-        """Asks while a generation runs, so that the others gather; returns the ids of each, or the error's words."""
+        """Ask while a generation runs, so that questions are batched. Return each answer's ids, or an error's text."""
         stops = stops or [Event() for _ in asked]
         with ThreadPoolExecutor(len(asked)) as threads:
             with self.chat.lock:
@@ -94,7 +94,7 @@ def chat() -> Chat:
 
 @pytest.fixture(scope="module")
 def prepared(chat: Chat) -> list[Prepared]:
-    """Prompts of several lengths, about videos and about nothing."""
+    """Return prompts of several lengths, with and without video."""
     requests = [Request((Turn(question),), Media(str(path))) for path, question in find_examples()[:5]]
     return [chat.prepare(request) for request in [*requests, Request((Turn("What is red?"),))]]
 
@@ -105,14 +105,14 @@ def recorded(chat: Chat) -> Recorded:
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, replace(GREEDY, num_beams=3, max_new_tokens=12)])
-def test_questions_that_wait_are_answered_together_as_each_alone(recorded: Recorded, prepared, decoding) -> None:
+def test_batched_questions_get_the_same_answers_as_single_ones(recorded: Recorded, prepared, decoding) -> None:
     alone = [recorded.chat._generate([one], decoding)[0].tolist() for one in prepared]
     answers = recorded([(one, decoding) for one in prepared])
     assert answers == alone
     assert [len(questions) for questions, _ in recorded.generations] == [1, len(prepared) - 1]
 
 
-def test_settings_are_never_mixed(recorded: Recorded, prepared: list[Prepared]) -> None:
+def test_questions_with_different_settings_are_not_batched(recorded: Recorded, prepared: list[Prepared]) -> None:
     kinds = [GREEDY, replace(GREEDY, max_new_tokens=2), replace(GREEDY, num_beams=2), replace(GREEDY, temperature=0.5)]
     asked = [(one, kind) for one in prepared for kind in kinds]
     answers = recorded(asked)
@@ -123,15 +123,15 @@ def test_settings_are_never_mixed(recorded: Recorded, prepared: list[Prepared]) 
     assert [len(questions) for questions, _ in recorded.generations] == [1, 6, 6, 6, 5]
 
 
-def test_a_generation_takes_no_more_than_it_may(recorded: Recorded, prepared: list[Prepared]) -> None:
+def test_a_batch_has_at_most_max_rows(recorded: Recorded, prepared: list[Prepared]) -> None:
     recorded.batches.max_rows = 2
     recorded([(one, GREEDY) for one in prepared])
     assert [len(questions) for questions, _ in recorded.generations] == [1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_one_that_leaves_takes_only_its_own_answer(chat: Chat, prepared: list[Prepared], beams: int) -> None:
-    """It leaves in the middle of the generation, which stays as long as the others need."""
+def test_leaving_ends_only_the_callers_own_answer(chat: Chat, prepared: list[Prepared], beams: int) -> None:
+    """One caller leaves during the generation, which continues for the others."""
     decoding = replace(GREEDY, num_beams=beams, max_new_tokens=12)
     recorded, stops = Recorded(chat), [Event() for _ in prepared]
     alone = [chat._generate([one], decoding)[0].tolist() for one in prepared]
@@ -149,7 +149,7 @@ def test_one_that_leaves_takes_only_its_own_answer(chat: Chat, prepared: list[Pr
     assert len(answers[3]) < len(alone[3])
 
 
-def test_one_that_leaves_while_it_waits_is_not_answered(recorded: Recorded, prepared: list[Prepared]) -> None:
+def test_a_question_whose_caller_left_the_queue_is_not_answered(recorded: Recorded, prepared: list[Prepared]) -> None:
     stop = Event()
     with recorded.chat.lock, ThreadPoolExecutor(2) as threads:
         first = threads.submit(recorded._one, prepared[0], GREEDY, Event())
@@ -172,7 +172,7 @@ def test_a_stream_that_is_closed_ends_its_generation(chat: Chat, prepared: list[
     assert not chat.lock.locked()
 
 
-def test_a_batch_without_memory_is_answered_in_smaller_ones(recorded: Recorded, prepared: list[Prepared]) -> None:
+def test_a_batch_that_runs_out_of_memory_is_split(recorded: Recorded, prepared: list[Prepared]) -> None:
     def fail(asked: Sequence[Prepared]) -> None:
         if len(asked) > 2:
             raise MemoryError
@@ -184,7 +184,7 @@ def test_a_batch_without_memory_is_answered_in_smaller_ones(recorded: Recorded, 
     assert recorded.batches.max_rows == 1
 
 
-def test_an_error_before_the_first_token_reaches_its_listener_alone(recorded: Recorded, prepared) -> None:
+def test_an_error_before_the_first_token_reaches_only_its_caller(recorded: Recorded, prepared) -> None:
     def fail(asked: Sequence[Prepared]) -> None:
         if any(one is prepared[2] for one in asked):
             raise RuntimeError("broken")
@@ -196,7 +196,7 @@ def test_an_error_before_the_first_token_reaches_its_listener_alone(recorded: Re
     assert answers == alone
 
 
-def test_scores_that_are_no_numbers_fail_their_row_alone(recorded: Recorded, prepared: list[Prepared]) -> None:
+def test_nan_scores_fail_only_their_row(recorded: Recorded, prepared: list[Prepared]) -> None:
     broken = replace(prepared[2], visual=torch.full_like(prepared[2].visual, torch.nan))  # type: ignore[arg-type]
     asked = [*prepared[:2], broken, *prepared[3:]]
     answers = recorded([(one, GREEDY) for one in asked])
@@ -206,7 +206,9 @@ def test_scores_that_are_no_numbers_fail_their_row_alone(recorded: Recorded, pre
     assert "scores are no numbers" in answers[2]
 
 
-def test_those_that_ask_again_are_waited_for_and_one_alone_is_not(recorded: Recorded, prepared, monkeypatch) -> None:
+def test_a_batch_waits_for_clients_that_ask_again_but_not_for_a_single_one(
+    recorded: Recorded, prepared, monkeypatch
+) -> None:
     monkeypatch.setattr(streaming, "PAUSE_PART", 1e9)
     monkeypatch.setattr(streaming, "PAUSE", 3600)
     alone = [recorded.chat._generate([one], GREEDY)[0].tolist() for one in prepared]
@@ -232,7 +234,7 @@ def test_those_that_ask_again_are_waited_for_and_one_alone_is_not(recorded: Reco
     assert sizes() == [1, 3, 3]
 
 
-def test_the_q_former_reads_questions_of_several_threads_together(chat: Chat, monkeypatch) -> None:
+def test_the_qformer_batches_questions_of_several_threads(chat: Chat, monkeypatch) -> None:
     requests = [Request((Turn(question),), Media(str(path))) for path, question in find_examples()[:5]]
     expected = [chat.prepare(request).visual for request in requests]
     sizes, frame_tokens, go = [], chat.model.frame_tokens, Event()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from stllm.common.registry import video_inputs
 from stllm.datasets.collate import Collator
-from stllm.datasets.mixture import Mixture, MixtureSampler, Source
+from stllm.datasets.mixture import Mixture, MixturePart, MixtureSampler
 from stllm.datasets.samples import Failure, Sample, SampleKey
 from stllm.models.video_inputs import build_video_input, num_visual_tokens
 from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID
@@ -134,7 +134,7 @@ def mixture(tmp_path_factory) -> Mixture:
         corpus_of(folder / "a.json", records, transform=TrainTransform(32)),
         corpus_of(folder / "b.json", records[:5], transform=TrainTransform(32), qa_sampling="all"),
     ]
-    return Mixture([Source(corpus) for corpus in corpora], seed=5, max_tries=10)
+    return Mixture([MixturePart(corpus) for corpus in corpora], seed=5, max_tries=10)
 
 
 def batches(mixture: Mixture, *, num_workers: int = 0, context: str | None = None, **division: int) -> list[dict]:

@@ -27,7 +27,7 @@ from stllm.datasets import shards as image_text_shards
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore, FeatureWriter
 from stllm.datasets.image_text import ImageTextCorpus
-from stllm.datasets.mixture import Mixture, Source
+from stllm.datasets.mixture import Mixture, MixturePart
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
 from stllm.datasets.shards import Entry, allow_pipes, expand_shards, scan
 from stllm.media import info as media_info
@@ -248,7 +248,7 @@ def test_a_bad_pair_is_replaced_as_a_whole(tmp_path) -> None:
     data = corpus(tmp_path, str(write_tar(tmp_path / "x.tar", members)))
     assert len(data) == 2 * len(BAD)
     for index in range(len(data)):
-        sample = Mixture([Source(data)], seed=0, max_tries=50)[SampleKey(0, 0, 0, index)]
+        sample = Mixture([MixturePart(data)], seed=0, max_tries=50)[SampleKey(0, 0, 0, index)]
         assert sample.turns[0].answer == f"caption {grey(sample)}" and sample.key.index == 2 * grey(sample)
         assert bool(sample.failures) == bool(index % 2)
         assert all(failure.subject.startswith(f"{tmp_path / 'x.tar'}/a.") for failure in sample.failures)

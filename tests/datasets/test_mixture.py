@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from stllm.common.errors import UserError
-from stllm.datasets.mixture import Mixture, MixtureSampler, Source, batches_of
+from stllm.datasets.mixture import Mixture, MixturePart, MixtureSampler, batches_of
 from stllm.datasets.samples import LengthCheck, Sample, SampleKey
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
@@ -42,7 +42,7 @@ def counted(mixed: Mixture) -> list[Counted]:
 def mixture(sizes: Sequence[int], ratios: Sequence[float | None] = (), seed: int = 0) -> Mixture:
     weights = ratios or [None] * len(sizes)
     corpora = [Counted(f"corpus {number}", size) for number, size in enumerate(sizes)]
-    return Mixture([Source(c, w) for c, w in zip(corpora, weights, strict=True)], seed=seed, max_tries=1)
+    return Mixture([MixturePart(c, w) for c, w in zip(corpora, weights, strict=True)], seed=seed, max_tries=1)
 
 
 def epoch_of(mixed: Mixture, epoch: int = 0, **division: int) -> list[list[SampleKey]]:

@@ -8,7 +8,7 @@ import pytest
 
 from stllm.common.errors import UserError
 from stllm.datasets.instruction import InstructionCorpus
-from stllm.datasets.mixture import Mixture, Source
+from stllm.datasets.mixture import Mixture, MixturePart
 from stllm.datasets.samples import BadSampleLog, Failure, Sample, SampleKey
 from tests.helpers.corpora import FPS, codes_of, corpus_of, numbered_record, write_numbered_videos
 
@@ -59,7 +59,7 @@ def check_pairing(sample: Sample) -> None:
 
 
 def test_a_question_is_never_paired_with_another_video(corpus: InstructionCorpus) -> None:
-    mixture = Mixture([Source(corpus)], seed=3, max_tries=20)
+    mixture = Mixture([MixturePart(corpus)], seed=3, max_tries=20)
     failures: list[Failure] = []
     for epoch in range(3):
         for index in range(len(corpus)):
@@ -80,7 +80,7 @@ def test_a_question_is_never_paired_with_another_video(corpus: InstructionCorpus
 
 
 def test_the_replacement_depends_on_the_key_alone(corpus: InstructionCorpus) -> None:
-    load = Mixture([Source(corpus)], seed=0, max_tries=20).__getitem__
+    load = Mixture([MixturePart(corpus)], seed=0, max_tries=20).__getitem__
     key = SampleKey(0, 5, 0, 0)
     first, again = load(key), load(key)
     assert first.name == again.name and first.turns == again.turns and first.failures == again.failures
@@ -92,13 +92,13 @@ def test_the_replacement_depends_on_the_key_alone(corpus: InstructionCorpus) -> 
 def test_tries_end(folder: Path) -> None:
     broken = corpus_of(folder / "broken.json", [numbered_record(number) for number in range(10, 14)])
     with pytest.raises(UserError) as error:
-        Mixture([Source(broken)], seed=0, max_tries=3)[SampleKey(0, 0, 0, 0)]
+        Mixture([MixturePart(broken)], seed=0, max_tries=3)[SampleKey(0, 0, 0, 0)]
     message = str(error.value)
     assert message.startswith("data set numbered: 4 samples drawn one after another could not be read, the last one is")
     assert str(folder / "1") in message and "run.max_tries (3)" in message
     single = corpus_of(folder / "single.json", [numbered_record(10)])
     with pytest.raises(UserError, match="2 samples"):
-        Mixture([Source(single)], seed=0, max_tries=1)[SampleKey(0, 0, 0, 0)]
+        Mixture([MixturePart(single)], seed=0, max_tries=1)[SampleKey(0, 0, 0, 0)]
 
 
 def failure(number: int, cause: str = "missing") -> Failure:

@@ -1,4 +1,4 @@
-"""`stllm doctor`: planted faults of every kind and format, all named; healthy data, nothing found."""
+"""`stllm doctor`: it finds planted faults of every kind and format, and none in valid data."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from tests.helpers.videos import write_video
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory) -> Path:
-    """Two seconds at 10 frames a second, its index at the front, so that a cut one still opens."""
+    """Write a video of 2 s at 10 frames per second, with its index at the front, so that a truncated copy opens."""
     path = tmp_path_factory.mktemp("video") / "v.mp4"
     return write_video(path, num_frames=20, fps=10, container_options={"movflags": "+faststart"})
 
@@ -56,7 +56,7 @@ def record(video: str, answer: Any = "a dog runs over the green field", **fields
 
 
 def doctor(capsys, *argv: object, code: int = 1) -> dict[str, Any]:
-    """The report of `stllm doctor ... --json`, whose exit code is checked."""
+    """Return the report of `stllm doctor ... --json`, and check the exit code."""
     assert main(["doctor", *map(str, argv), "--json", "--num-workers", "0"]) == code
     captured = capsys.readouterr()
     assert captured.err.count("\n") == code, captured.err
@@ -64,13 +64,13 @@ def doctor(capsys, *argv: object, code: int = 1) -> dict[str, Any]:
 
 
 def named(report: dict[str, Any]) -> Counter[tuple[str, str]]:
-    """(kind, last part of the subject) of every fault."""
+    """Return (kind, last part of the subject) of every fault."""
     return Counter((fault["kind"], fault["subject"].rsplit("/", 1)[-1]) for fault in report["faults"])
 
 
 @pytest.fixture
 def planted(tmp_path, video) -> Path:
-    """A training set with ten kinds of faults, and with records in order between them."""
+    """Write a training set with ten kinds of faults, and valid records between them."""
     media = tmp_path / "media"
     put(video, *(media / f"{name}.mp4" for name in ("good", "also", "same", "SAME")), tmp_path / "stray.mp4")
     (media / "text.mp4").write_text("404: not found")
@@ -98,7 +98,7 @@ def planted(tmp_path, video) -> Path:
     return write_json(tmp_path / "train.json", records)
 
 
-def test_a_folder_of_planted_faults(planted, capsys) -> None:
+def test_all_planted_faults_are_found(planted, capsys) -> None:
     report = doctor(capsys, "--anno-path", planted, "--video-dir", planted.parent / "media", "--format", "vc2")
     assert named(report) == {
         ("missing", "lost.mp4"): 1,
@@ -125,7 +125,7 @@ def test_a_folder_of_planted_faults(planted, capsys) -> None:
 
 
 @pytest.mark.parametrize("pair", [{"q": ["why?"], "a": "x"}, {"i": {"a": 1}, "q": "why?", "a": "x"}])
-def test_a_question_that_is_no_text_is_said_as_training_says_it(tmp_path, video, capsys, pair) -> None:
+def test_a_question_that_is_not_text_is_reported_as_in_training(tmp_path, video, capsys, pair) -> None:
     put(video, tmp_path / "good.mp4")
     path = write_json(tmp_path / "train.json", [record("good.mp4"), {"video": "good.mp4", "QA": [pair]}])
     (fault,) = doctor(capsys, "--anno-path", path, "--format", "vc2")["faults"]
@@ -134,7 +134,7 @@ def test_a_question_that_is_no_text_is_said_as_training_says_it(tmp_path, video,
     assert str(error.value) == f"{fault['where']}: {fault['sentence']}" and "expected a text" in fault["sentence"]
 
 
-def test_the_list_is_grouped_and_cut(planted, capsys) -> None:
+def test_faults_are_grouped_and_limited(planted, capsys) -> None:
     records = [record(f"lost{number}.mp4") for number in range(25)]
     write_json(planted, json.loads(planted.read_text()) + records)
     argv = ["doctor", "--anno-path", str(planted), "--video-dir", f"{planted.parent}/media", "--format", "vc2"]
@@ -149,7 +149,7 @@ def test_the_list_is_grouped_and_cut(planted, capsys) -> None:
     assert sum("lost" in line for line in capsys.readouterr().out.splitlines()) == 26
 
 
-def test_decoding_no_frame_sees_sizes_and_every_frame_sees_damage(tmp_path, capsys) -> None:
+def test_decode_none_checks_sizes_and_all_finds_damage(tmp_path, capsys) -> None:
     path = write_video(tmp_path / "damaged.mp4", num_frames=60, container_options={"movflags": "+faststart"})
     damaged = bytearray(path.read_bytes())
     damaged[-600:-300] = bytes(300)
@@ -163,7 +163,7 @@ def test_decoding_no_frame_sees_sizes_and_every_frame_sees_damage(tmp_path, caps
     assert named(doctor(capsys, *argv, "all")) == {empty: 1, ("unreadable", "damaged.mp4"): 1}
 
 
-def test_healthy_data(tmp_path, video, capsys, monkeypatch) -> None:
+def test_valid_data_has_no_faults(tmp_path, video, capsys, monkeypatch) -> None:
     put(video, tmp_path / "a.mp4", tmp_path / "b.mp4")
     picture(tmp_path / "c.png")
     captions = [{"image": "c.png", "caption": text} for text in ("red", "a square")]
@@ -192,7 +192,7 @@ def test_healthy_data(tmp_path, video, capsys, monkeypatch) -> None:
         ("[3]", "record", "expected a mapping"),
     ],
 )
-def test_a_file_that_is_no_annotation_of_that_format(tmp_path, capsys, content, subject, words) -> None:
+def test_a_file_of_another_format_is_reported(tmp_path, capsys, content, subject, words) -> None:
     anno = tmp_path / "train.json"
     anno.write_text(content)
     report = doctor(capsys, "--anno-path", anno, "--format", "vc2")
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_annotation_of_that_format(tmp_path, capsys, content, 
     assert fault["subject"] == subject and words in fault["sentence"] and str(anno) in fault["where"]
 
 
-def test_every_broken_line_of_jsonl_is_named(tmp_path, video, capsys) -> None:
+def test_every_broken_line_of_jsonl_is_reported(tmp_path, video, capsys) -> None:
     put(video, tmp_path / "a.mp4")
     anno = tmp_path / "own.jsonl"
     anno.write_text("\n".join([json.dumps(record("a.mp4")), "{", "nonsense", "[1]", json.dumps(record("a.mp4"))]))
@@ -224,7 +224,7 @@ def item(video: str, **changed) -> dict[str, Any]:
 
 @pytest.fixture
 def mvbench(tmp_path, video) -> Path:
-    """MVBench's folders with three tasks, whose media lie in the first folder, a fallback folder, and as frames."""
+    """Write MVBench with three tasks: media in the official folder, in a fallback folder, and as frames."""
     media = tmp_path / "video"
     put(video, media / "star/Charades_v1_480/a.mp4", media / "data0613/star/Charades_v1_480/b.mp4")
     put(video, media / "perception/videos/c.mp4")
@@ -237,7 +237,7 @@ def mvbench(tmp_path, video) -> Path:
     return tmp_path
 
 
-def test_mvbench_in_order(mvbench, capsys) -> None:
+def test_valid_mvbench_has_no_faults(mvbench, capsys) -> None:
     report = doctor(capsys, "--anno-path", mvbench, "--format", "mvbench", "--decode", "all", code=0)
     assert (report["num_records"], report["num_media"]) == (4, 4)
     one = mvbench / "json/object_shuffle.json"
@@ -245,7 +245,7 @@ def test_mvbench_in_order(mvbench, capsys) -> None:
     assert doctor(capsys, *argv, code=0)["num_records"] == 1
 
 
-def test_mvbench_with_faults(mvbench, video, capsys) -> None:
+def test_faults_of_mvbench_are_found(mvbench, video, capsys) -> None:
     put(video, mvbench / "video/tvqa/frames_fps3_hq/film.mp4")
     items = [
         item("c.mp4", answer="up", question="Whither?"),
@@ -289,12 +289,12 @@ def test_the_tasks_of_mvbench() -> None:
     assert {"fine_grained_pose.json", "action_sequence.json"} < {task.file for task in TASKS}
 
 
-def test_the_folder_without_json(tmp_path, capsys) -> None:
+def test_an_mvbench_folder_without_json_is_reported(tmp_path, capsys) -> None:
     report = doctor(capsys, "--anno-path", tmp_path, "--format", "mvbench")
     assert named(report) == {("annotation", "folder"): 1}
 
 
-def test_vcgbench(tmp_path, video, capsys) -> None:
+def test_faults_of_vcgbench_are_found(tmp_path, video, capsys) -> None:
     media = tmp_path / "videos"
     put(video, media / "v_a.mp4", media / "v_b.mkv")
     general = [{"Q": "What?", "A": "A dog runs.", "video_name": name} for name in ("v_a", "v_b")]
@@ -317,7 +317,7 @@ def test_vcgbench(tmp_path, video, capsys) -> None:
     }
 
 
-def test_videoqa_of_every_spelling(tmp_path, video, capsys) -> None:
+def test_all_forms_of_videoqa_are_read(tmp_path, video, capsys) -> None:
     media = tmp_path / "videos"
     put(video, media / "one.avi", media / "video7010.mp4", media / "v_act.mkv", media / "named.mp4")
     argv = ("--video-dir", media, "--format", "videoqa", "--anno-path")
@@ -335,7 +335,7 @@ def test_videoqa_of_every_spelling(tmp_path, video, capsys) -> None:
     assert doctor(capsys, *argv, questions, code=0)["num_records"] == 1
 
 
-def test_videoqa_with_faults(tmp_path, video, capsys) -> None:
+def test_faults_of_videoqa_are_found(tmp_path, video, capsys) -> None:
     put(video, tmp_path / "act.mp4")
     asked = [{"video_name": "act", "question": "who?", "question_id": key} for key in ("1", "2", "2", "3")]
     answers = [{"answer": answer, "question_id": key} for key, answer in [("1", "dog"), ("2", ""), ("9", "x")]]
@@ -362,7 +362,7 @@ def write_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def test_shards(tmp_path, capsys, monkeypatch) -> None:
+def test_faults_of_shards_are_found(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     png = picture(tmp_path / "x.png").read_bytes()
     good = [("a.png", png), ("a.txt", b"red"), ("b.png", png), ("b.txt", b"red")]
@@ -423,7 +423,7 @@ def test_wrong_usage(argv, capsys) -> None:
     assert "error: " in capsys.readouterr().err
 
 
-def test_processes_find_the_same(planted) -> None:
+def test_several_processes_find_the_same_faults(planted) -> None:
     media = sorted((planted.parent / "media").glob("*"))
     uses = [Use(str(path), "video", "record 1", clips=[((0.0, 1.0), "record 1")]) for path in media * 2]
     alone = [fault for use in uses for fault in check_use(use, "first")]
@@ -432,8 +432,8 @@ def test_processes_find_the_same(planted) -> None:
     assert {fault.kind for fault in alone} == {"unreadable", "empty file", "wrong medium"} < set(KINDS)
 
 
-def test_a_decoder_that_takes_its_process_along_is_said() -> None:
-    """As memory that runs out does: no endless wait, and the way to find the file."""
+def test_a_crash_of_a_decoder_is_reported() -> None:
+    """A worker dies, as when memory runs out: the command ends with advice for finding the file."""
     faults = [Fault("missing", str(number), "clip.mp4", "gone") for number in range(30)]
     whole: list[Callable[[], list[Fault]]] = [partial(list, [fault]) for fault in faults]
     assert list(run_tasks(whole, num_workers=2)) == faults
@@ -441,8 +441,8 @@ def test_a_decoder_that_takes_its_process_along_is_said() -> None:
         list(run_tasks([*whole, partial(os._exit, 9)], num_workers=2))
 
 
-def test_flatten_makes_a_record_of_each_pair(tmp_path, video, capsys) -> None:
-    """Other keys stay, whatever they are; the result is checked and loaded as a data set like any other."""
+def test_flatten_writes_one_record_per_pair(tmp_path, video, capsys) -> None:
+    """Other keys are kept; the result can be checked and loaded like any data set."""
     put(video, tmp_path / "a.mp4", tmp_path / "b.mp4")
     pairs = [{"i": "é \ud83d", "q": f"question {number}?", "a": f"answer {number}", "x": number} for number in range(3)]
     records: list[dict[str, Any]] = [
@@ -493,7 +493,7 @@ def test_flatten_makes_a_record_of_each_pair(tmp_path, video, capsys) -> None:
         (None, ": there is no such annotation file"),
     ],
 )
-def test_flatten_refuses_what_has_no_pairs_and_writes_nothing(tmp_path, capsys, content, sentence) -> None:
+def test_flatten_refuses_files_without_pairs(tmp_path, capsys, content, sentence) -> None:
     deep = tmp_path / "in.json"
     if content is not None:
         deep.write_text(content, encoding="latin-1")
@@ -504,7 +504,7 @@ def test_flatten_refuses_what_has_no_pairs_and_writes_nothing(tmp_path, capsys, 
     assert captured.out == "" and sorted(path.name for path in tmp_path.iterdir()) == ["in.json"][content is None :]
 
 
-def test_flatten_overwrites_nothing_and_takes_no_other_option(tmp_path, capsys) -> None:
+def test_flatten_does_not_overwrite_and_refuses_other_options(tmp_path, capsys) -> None:
     deep = write_json(tmp_path / "in.json", [record("a.mp4")])
     for taken in (deep, tmp_path):
         assert main(["doctor", "--flatten", str(deep), str(taken)]) == 1
@@ -517,8 +517,8 @@ def test_flatten_overwrites_nothing_and_takes_no_other_option(tmp_path, capsys) 
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_question_longer_than_the_model_is_named(tmp_path, video, capsys) -> None:
-    """In words without a recipe, in tokens (with the visual ones) with one."""
+def test_a_question_longer_than_the_models_positions_is_reported(tmp_path, video, capsys) -> None:
+    """Without a configuration, words are counted; with one, tokens including visual ones."""
     write_world(tmp_path / "toy", num_train=10, num_test=4, seed=1)
     put(video, tmp_path / "a.mp4")
     pair = {"i": "", "q": "why", "a": "a square moves"}

@@ -1,4 +1,4 @@
-"""`stllm doctor --overlap`: clips planted in the training data under their name, under another, and encoded anew."""
+"""`stllm doctor --overlap`: test clips in the training data with equal name, equal content, or encoded again."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ VIDEOS = Path("vinoground_videos")
 
 
 def encoded_anew(source: Path, target: Path) -> None:
-    """The same clip in another size, format and quality."""
+    """Encode a clip again in another size, format and quality."""
     with av.open(str(source)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     with av.open(str(target), "w") as container:
@@ -32,7 +32,7 @@ def encoded_anew(source: Path, target: Path) -> None:
 
 @pytest.fixture
 def training(tmp_path: Path) -> Path:
-    """A configuration of five clips: three planted ones, one of another benchmark, one that is not there."""
+    """Write a configuration with five clips: three planted ones, one of another benchmark, and a missing one."""
     media, test = tmp_path / "media", twins() / "vinoground" / VIDEOS
     media.mkdir()
     shutil.copy(twins() / "tomato" / "videos" / "human" / "count_0000.mp4", media / "0_POS.mp4")  # the name alone
@@ -54,14 +54,14 @@ def doctor(training: Path, *more: str) -> int:
 
 
 def signs(report: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
-    """sign -> names of training files, by test clip."""
+    """Return test clip -> sign -> names of training files."""
     return {
         one["video"]: {sign: [Path(path.split(" (")[0]).name for path in paths] for sign, paths in one["train"].items()}
         for one in report["found"]
     }
 
 
-def test_what_was_planted_is_found(training: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_planted_test_clips_are_found(training: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("imagehash", reason="pip install 'stllm[overlap]'")
     assert doctor(training, "--json") == 1
     captured = capsys.readouterr()
@@ -80,7 +80,7 @@ def test_what_was_planted_is_found(training: Path, capsys: pytest.CaptureFixture
     assert "test clips in the training data" in captured.err
 
 
-def test_without_the_library_the_rest_is_compared_and_said(
+def test_without_imagehash_names_and_content_are_compared(
     training: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "imagehash", None)
@@ -98,7 +98,7 @@ def test_no_overlap(training: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "no overlap found between 8 test clips and 1 training clips" in capsys.readouterr().out
 
 
-def test_nothing_to_compare_is_a_sentence(training: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_compare_is_reported(training: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (training.parent / "train.json").write_text("[")
     assert doctor(training) == 1
     error = capsys.readouterr().err
@@ -113,6 +113,6 @@ def test_nothing_to_compare_is_a_sentence(training: Path, capsys: pytest.Capture
         (["--overlap", "a", "--benchmark", "tomato", "--anno-path", "a", "--format", "tomato"], "--format does not go"),
     ],
 )
-def test_words_that_lack(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_options_are_reported(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *words]) == 2
     assert sentence in capsys.readouterr().err

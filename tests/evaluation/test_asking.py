@@ -1,4 +1,4 @@
-"""Asking: each clip read and encoded once, shares even and whole, memory flat over thousands of questions."""
+"""Asking: each clip is read and encoded once, items are divided evenly, and memory does not grow."""
 
 import weakref
 from collections import Counter
@@ -39,7 +39,7 @@ def asker(items: Sequence[Item], batch_size: int = 3, num_workers: int = 0, **op
 
 
 def asked(clips: Sequence[str]) -> list[Item]:
-    """Questions of clips in turn, one item with two, one without a medium, one part of a clip for itself."""
+    """Return items that alternate between clips: also one with two questions, one without a medium, one with bounds."""
     items = [item(number, Media(clips[number % 3])) for number in range(9)]
     items.append(item(9, Media(clips[0]), "and then"))  # the second is the shorter one
     items.append(item(10, None))
@@ -67,14 +67,14 @@ def test_each_clip_is_read_and_encoded_once(clips: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(clips: list[str]) -> dict[str, Record]:
-    """The record of each item when nothing else is asked."""
+    """Return the record of each item when it is the only one asked."""
     items = asked(clips)
     run = asker(items, batch_size=1)
     return without_seconds([record for one in items for record in run.records([one])])
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (4, 2), (100, 1)])
-def test_records_depend_on_the_item_alone(
+def test_records_do_not_depend_on_batches_or_workers(
     clips: list[str], alone: dict[str, Record], batch_size: int, num_workers: int
 ) -> None:
     items = asked(clips)
@@ -83,7 +83,7 @@ def test_records_depend_on_the_item_alone(
     assert len({str(record["prediction"]) for record in found.values()}) > 6
 
 
-def test_an_items_record(clips: list[str]) -> None:
+def test_the_fields_of_a_record(clips: list[str]) -> None:
     items = asked(clips)
     found = {record["id"]: record for record in asker(items).records(items)}
     two, missing = found["9"], found["10"]
@@ -94,7 +94,7 @@ def test_an_items_record(clips: list[str]) -> None:
     assert sum(record["seconds"]["read"] > 0 for record in found.values()) == 4  # once a clip
 
 
-def test_what_the_model_raises_ends_the_run(clips: list[str]) -> None:
+def test_an_exception_of_the_model_ends_the_run(clips: list[str]) -> None:
     items = asked(clips)
     run = asker(items)
     with torch.no_grad():
@@ -105,8 +105,8 @@ def test_what_the_model_raises_ends_the_run(clips: list[str]) -> None:
         next(records)
 
 
-def test_encoded_clips_are_let_go(clips: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is flat: nothing but the clip that is asked about is held, and the visual tokens of the queue."""
+def test_memory_of_encoded_clips_is_freed(clips: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the current clip and the visual tokens of queued questions are kept in memory."""
     many = [item(number, Media(clips[number % 3], num_frames=1 + number)) for number in range(24)]
     run = asker(many, batch_size=4)
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
@@ -128,7 +128,7 @@ def test_encoded_clips_are_let_go(clips: list[str], monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
-def test_shares_are_whole_even_and_keep_a_clips_items_together(num_ranks: int) -> None:
+def test_items_are_divided_evenly_and_by_clip(num_ranks: int) -> None:
     media = [Media(f"{number}.mp4") for number in range(10)]
     items = [item(number, media[number % 10 if number < 40 else 0]) for number in range(60)]
     items += [item(100 + number, None) for number in range(5)]
@@ -144,7 +144,7 @@ def test_shares_are_whole_even_and_keep_a_clips_items_together(num_ranks: int) -
     assert all([order[one.id] for one in part] == sorted(order[one.id] for one in part) for part in shares)
 
 
-def test_questions_and_not_items_are_counted_for_a_share() -> None:
+def test_shares_are_balanced_by_questions_not_items() -> None:
     items = [item(0, Media("a"), "b", "c", "d"), *(item(number, Media(f"{number}")) for number in range(1, 5))]
     assert [one.id for one in share(items, 0, 2)] == ["0"]
 
@@ -153,7 +153,7 @@ def test_no_items_no_records(tmp_path: Path) -> None:
     assert list(asker([]).records([])) == []
 
 
-def test_batches_are_of_like_lengths_and_an_items_answers_in_its_order(
+def test_batches_have_similar_lengths_and_answers_keep_their_order(
     clips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = [item(number, Media(clips[0]), "what " * (number % 5 + 1)) for number in range(8)]

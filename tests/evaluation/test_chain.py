@@ -1,4 +1,4 @@
-"""From the ground truth to the paper's table: every benchmark's twin asked, judged by a fake judge, and tabulated."""
+"""From the ground truth to the paper's table: imitations of all benchmarks are asked, judged and tabulated."""
 
 import json
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def evaluate(name: str, output: Path, *more: str) -> None:
-    """Asks a twin's questions of the tiny random model."""
+    """Evaluate the tiny random model on an imitated benchmark."""
     anno, videos = FILES[name]
     argv = ["evaluate", name, "--ckpt-path", str(CHECKPOINT), "--anno-path", str(twins() / anno)]
     argv += ["--video-dir", str(twins() / videos)] if videos else []
@@ -47,7 +47,7 @@ def evaluate(name: str, output: Path, *more: str) -> None:
 
 
 def judge(axis: str, name: str, output: Path, server: FakeJudge) -> dict[str, Any]:
-    """Lets the server grade a benchmark's predictions; returns the results."""
+    """Let the fake judge score a benchmark's predictions, and return the results."""
     folder = output / f"{name}.judged"
     argv = ["judge", axis, "--pred-path", str(output / f"{name}.jsonl"), "--output-dir", str(folder)]
     assert main([*argv, "--base-url", server.url, "--model", MODEL]) == 0
@@ -56,7 +56,7 @@ def judge(axis: str, name: str, output: Path, server: FakeJudge) -> dict[str, An
 
 
 def tabulate(output: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
-    """The cells of our rows of the paper's table."""
+    """Return the cells of the paper table's rows with our results."""
     capsys.readouterr()
     qa = [f"{name}={output / f'{name}.judged' / 'qa.results.json'}" for name in QA_BENCHMARKS if name != "tgif"]
     axes = [str(output / "vcgbench.judged" / f"{axis}.results.json") for axis in VCGBENCH_AXES]
@@ -69,7 +69,7 @@ def tabulate(output: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, list
 
 
 def known_answers() -> dict[tuple[str, str], str]:
-    """(medium's name without extension, question) -> the correct answer, of all twins. Options by their letters."""
+    """Return (medium's name without extension, question) -> correct answer, or its letter, for all benchmarks."""
     answers: dict[tuple[str, str], str] = {}
     for item in (item for task in TASKS for item in read(twins() / "mvbench" / "json" / task.file)):
         letter = "ABCDEFG"[item["candidates"].index(item["answer"])]
@@ -88,13 +88,13 @@ def known_answers() -> dict[tuple[str, str], str]:
 
 
 def is_known(stem: str) -> bool:
-    """Whether the model knows what is in this medium: what is wrong elsewhere is then seen in a score."""
+    """Check whether the model knows this medium. It knows half of them, so that errors elsewhere change a score."""
     return stem.startswith("v_consistency") or stem.endswith("000")
 
 
 @pytest.fixture
 def knowing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Videos are read and encoded and prompts are made as ever; what the language model says is replaced."""
+    """Replace the replies of the language model; videos are still read and encoded, and prompts made."""
     answers = known_answers()
 
     def complete(chat: Chat, prepared: Sequence[Prepared], *_: object) -> list[Answer]:
@@ -111,7 +111,7 @@ def knowing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("knowing")
-def test_what_a_model_knows_is_what_the_table_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_paper_table_shows_what_a_model_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in FILES:
         evaluate(name, tmp_path, "--num-frames", "2")
     mvbench = read(tmp_path / "mvbench.results.json")
@@ -134,7 +134,7 @@ def test_what_a_model_knows_is_what_the_table_says(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_a_random_model_goes_all_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_random_model_runs_through_the_whole_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     graded: dict[str, list[dict[str, str]]] = {}
     for name in FILES:
         evaluate(name, tmp_path)  # as published, but for one beam

@@ -1,4 +1,4 @@
-"""`stllm evaluate --engine`: the records of a run without it, failures of the engine, and a run that goes on."""
+"""`stllm evaluate --engine`: equal records, failures of the engine, and resumed runs."""
 
 import json
 import time
@@ -45,9 +45,7 @@ def url(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield url
 
 
-def test_the_records_are_those_of_a_run_without_an_engine(
-    data: Path, engine: FakeEngine, url: str, tmp_path: Path
-) -> None:
+def test_records_with_an_engine_equal_those_without(data: Path, engine: FakeEngine, url: str, tmp_path: Path) -> None:
     assert evaluate(data, tmp_path / "here", *GREEDY) == 0
     engine.seconds = 0.2
     address = url.replace("//", "//me:secret@")
@@ -62,7 +60,7 @@ def test_the_records_are_those_of_a_run_without_an_engine(
     assert "engine" not in here and there["engine"] == "test"
 
 
-def test_an_engine_that_fails_ends_the_run_which_then_goes_on(
+def test_a_run_resumes_after_a_failure_of_the_engine(
     data: Path, engine: FakeEngine, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail_later() -> Iterator[Response | None]:
@@ -86,7 +84,7 @@ def test_an_engine_that_fails_ends_the_run_which_then_goes_on(
     assert len(engine.bodies) - asked - (2 + 9 - len(done)) in (0, 1)
 
 
-def test_answers_that_have_come_are_written_before_the_last_clip_is_read(
+def test_answers_are_written_before_the_last_clip_is_read(
     engine: FakeEngine, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []

@@ -1,4 +1,4 @@
-"""`stllm evaluate` as it is typed: whole runs on a golden checkpoint and real videos, and what can go wrong."""
+"""`stllm evaluate` on the command line: complete runs with a golden checkpoint and real videos, and failures."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run: batches of 8, nothing divided."""
+    """Make an uninterrupted run of one process with batches of 8."""
     output = tmp_path_factory.mktemp("run") / "out"
     assert evaluate(data, output) == 0
     return output
@@ -32,13 +32,13 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def output(finished: Path, tmp_path: Path) -> Path:
-    """A copy of that run."""
+    """Return a copy of the finished run."""
     return copy_run(finished, tmp_path / "out")
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading the model is a failure of the test."""
+    """Make the test fail if the model is loaded."""
 
     def load(*args: object, **options: object) -> None:
         raise AssertionError("the model was loaded")
@@ -46,7 +46,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "load_opened", load)
 
 
-def test_lines_are_in_the_ground_truths_order_and_say_what_was_seen(data: Path, finished: Path) -> None:
+def test_records_are_in_the_ground_truths_order_and_contain_frames(data: Path, finished: Path) -> None:
     asked = json.loads((data / "test_qa.json").read_text())
     found = lines(finished)
     assert [line["question"] for line in found] == [item["question"] for item in asked]
@@ -62,7 +62,7 @@ def test_lines_are_in_the_ground_truths_order_and_say_what_was_seen(data: Path, 
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (3, 2), (8, 2)])
-def test_batches_and_workers_change_nothing(
+def test_batches_and_workers_do_not_change_results(
     data: Path, finished: Path, tmp_path: Path, batch_size: int, num_workers: int
 ) -> None:
     options = ("--batch-size", str(batch_size), "--num-workers", str(num_workers))
@@ -72,9 +72,7 @@ def test_batches_and_workers_change_nothing(
         assert (tmp_path / "out" / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_a_finished_run_asks_nothing_again_and_writes_its_outputs_anew(
-    data: Path, output: Path, no_model: None
-) -> None:
+def test_rerunning_a_finished_run_only_rewrites_outputs(data: Path, output: Path, no_model: None) -> None:
     before = (output / "msvd.jsonl").read_bytes()
     results = json.loads((output / "msvd.results.json").read_text())
     for name in ("msvd.json", "msvd.md", "msvd.results.json"):
@@ -88,7 +86,7 @@ def test_a_finished_run_asks_nothing_again_and_writes_its_outputs_anew(
     assert (output / "msvd.json").is_file() and (output / "msvd.md").is_file()
 
 
-def test_a_run_that_stopped_anywhere_is_gone_on_with(data: Path, finished: Path, output: Path) -> None:
+def test_an_interrupted_run_is_resumed(data: Path, finished: Path, output: Path) -> None:
     whole = (output / "msvd.jsonl").read_bytes().splitlines(keepends=True)
     (output / "msvd.jsonl").write_bytes(b"".join(whole[4:7]) + whole[9][:40])  # half a last line
     (output / "msvd.part-0.jsonl").write_bytes(whole[1])  # of a run of three processes
@@ -110,7 +108,7 @@ def test_a_run_that_stopped_anywhere_is_gone_on_with(data: Path, finished: Path,
         (("--dtype", "bfloat16"), "model.dtype was 'float32' and is now 'bfloat16'"),
     ],
 )
-def test_another_setting_refuses_to_mix(
+def test_resuming_with_another_setting_is_refused(
     data: Path, output: Path, no_model: None, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], message: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in output.iterdir()}
@@ -120,7 +118,7 @@ def test_another_setting_refuses_to_mix(
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_another_wording_refuses_to_mix(
+def test_resuming_with_another_prompt_is_refused(
     data: Path, output: Path, no_model: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reworded = replace(INSTRUCTBLIP, opening=(VISUAL, BOS, "{context}Human: {text}"))
@@ -132,11 +130,11 @@ def test_another_wording_refuses_to_mix(
     )
 
 
-def test_a_setting_given_as_it_is_by_default_goes_on(data: Path, output: Path, no_model: None) -> None:
+def test_giving_a_default_explicitly_resumes(data: Path, output: Path, no_model: None) -> None:
     assert evaluate(data, output, "--options", "evaluation.repetition_penalty=1.5") == 0
 
 
-def test_another_checkpoint_or_ground_truth_refuses_to_mix(
+def test_resuming_with_another_checkpoint_or_ground_truth_is_refused(
     data: Path, output: Path, tmp_path: Path, no_model: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = str(Path(arguments(data, output)[3]).with_name("instructblip_bta_mean"))
@@ -151,7 +149,7 @@ def test_another_checkpoint_or_ground_truth_refuses_to_mix(
     assert "question of 3 was 'what moves first 0 3' and is 'who is it'" in capsys.readouterr().err
 
 
-def test_a_limit_may_grow_and_not_shrink(
+def test_a_limit_may_be_raised_but_not_lowered(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -164,7 +162,7 @@ def test_a_limit_may_grow_and_not_shrink(
     assert lines(output) == lines(finished)
 
 
-def test_what_cannot_be_read_is_recorded_counted_apart_and_tried_again(
+def test_unreadable_media_are_recorded_counted_and_retried(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy, output = tmp_path / "data", tmp_path / "out"
@@ -186,7 +184,7 @@ def test_what_cannot_be_read_is_recorded_counted_apart_and_tried_again(
     assert lines(output) == lines(finished)
 
 
-def test_not_one_answer_is_a_failure(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_any_answer_fails(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy, output = tmp_path / "data", tmp_path / "out"
     copy_run(data, copy)
     for video in (copy / "videos").iterdir():
@@ -196,7 +194,7 @@ def test_not_one_answer_is_a_failure(data: Path, tmp_path: Path, capsys: pytest.
     assert json.loads((output / "msvd.results.json").read_text())["counts"]["failed"] == 12
 
 
-def test_a_question_too_long_fails_alone(data: Path, tmp_path: Path) -> None:
+def test_a_too_long_question_fails_only_its_item(data: Path, tmp_path: Path) -> None:
     items = json.loads((data / "test_qa.json").read_text())
     items[5]["question"] = "what " * 3000
     (tmp_path / "videos").symlink_to(data / "videos")
@@ -213,7 +211,7 @@ def test_a_question_too_long_fails_alone(data: Path, tmp_path: Path) -> None:
         (KeyboardInterrupt(), "interrupted: what was answered is kept, and the same command goes on"),
     ],
 )
-def test_what_stops_the_model_keeps_what_was_answered(
+def test_a_failure_of_the_model_keeps_earlier_answers(
     data: Path,
     finished: Path,
     tmp_path: Path,
@@ -239,7 +237,7 @@ def test_what_stops_the_model_keeps_what_was_answered(
     assert lines(tmp_path / "out") == lines(finished)
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_what_was_answered(
+def test_a_full_disk_is_reported_and_keeps_earlier_answers(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count, add = [0], Appender.add
@@ -261,7 +259,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_answered(
 
 
 class HalfFull:
-    """A stream that takes a few bytes, then has no room."""
+    """A file that accepts a few bytes, and then raises the error of a full disk."""
 
     def __init__(self, stream: object) -> None:
         self.stream, self.taken = stream, False
@@ -285,7 +283,7 @@ class HalfFull:
         (["--video-dir", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_said_before_the_model_is_loaded(
+def test_errors_are_reported_before_the_model_is_loaded(
     data: Path, tmp_path: Path, no_model: None, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert evaluate(data, tmp_path / "out", *words) == 1

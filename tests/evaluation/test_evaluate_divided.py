@@ -1,4 +1,4 @@
-"""`stllm evaluate` divided among processes, killed, interrupted: the files are those of one undisturbed process."""
+"""`stllm evaluate` with several processes, killed and interrupted: files equal those of one uninterrupted process."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, undisturbed."""
+    """Make an uninterrupted run of one process."""
     output = tmp_path_factory.mktemp("run") / "out"
     assert evaluate(data, output) == 0
     return output
@@ -32,7 +32,7 @@ def num_lines(output: Path) -> int:
 
 
 def wait_for_lines(process: "subprocess.Popen[str]", output: Path, wanted: int) -> None:
-    """Until so many records are written, by whatever process."""
+    """Wait until this number of records is written by all processes together."""
     deadline = time.monotonic() + 240
     while num_lines(output) < wanted:
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -53,7 +53,7 @@ def check_equal(output: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_twice_then_finished_is_as_never_killed(data: Path, whole: Path, tmp_path: Path, processes: int) -> None:
+def test_a_run_killed_twice_gives_the_same_results(data: Path, whole: Path, tmp_path: Path, processes: int) -> None:
     output = tmp_path / "out"
     for wanted in (5, 40):
         process = start(data, output, "--batch-size", "1", "--num-workers", "1", processes=processes)
@@ -69,7 +69,7 @@ def test_killed_twice_then_finished_is_as_never_killed(data: Path, whole: Path, 
     check_equal(output, whole)
 
 
-def test_ctrl_c_is_a_sentence_and_the_run_goes_on(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_ctrl_c_prints_a_sentence_and_the_run_can_be_resumed(data: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(data, output, "--batch-size", "1", "--num-workers", "2")
     wait_for_lines(process, output, 5)
@@ -83,7 +83,7 @@ def test_ctrl_c_is_a_sentence_and_the_run_goes_on(data: Path, whole: Path, tmp_p
     check_equal(output, whole)
 
 
-def test_a_process_that_dies_ends_the_others_and_keeps_their_lines(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_dying_process_ends_the_others_but_keeps_their_records(data: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(data, output, "--batch-size", "1", processes=2)
     wait_for_lines(process, output, 5)

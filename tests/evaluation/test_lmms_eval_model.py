@@ -1,4 +1,4 @@
-"""ST-LLM in lmms-eval: whole runs of the real package on a local task of toy clips. Left out where it is not installed.
+"""ST-LLM in lmms-eval: runs of the real package on a local task with toy clips. Skipped if it is not installed.
 
 pip install ".[lmms-eval]" && pytest tests/evaluation/test_lmms_eval_model.py
 """
@@ -66,7 +66,7 @@ def results(doc, results):
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Questions about two toy clips, with the clips' paths."""
+    """Return questions about two toy clips, with the clips' paths."""
     folder, task = tmp_path_factory.mktemp("clips"), next(task for task in TASKS if task.make is state_change)
     found = []
     for index in range(2):
@@ -83,7 +83,7 @@ def model() -> STLLMForHarness:
 
 
 def ask(model: STLLMForHarness, conversations: Sequence[Any], *settings: dict[str, Any]) -> list[str]:
-    """Answers to messages, as lmms-eval asks for them: requests that name a document of a task."""
+    """Return answers to messages, requested as lmms-eval does: requests refer to documents of a task."""
     model.task_dict = {"toy": {"test": conversations}}
     settings = settings or (SHORT,) * len(conversations)
     requests = [
@@ -134,12 +134,14 @@ def test_a_whole_run_of_the_real_command(documents: list[dict[str, Any]], tmp_pa
     assert f"1 of 3 requests could not be answered (toy_state 1): their answer is {UNANSWERED!r}" in run.stderr
 
 
-def test_an_installation_of_both_is_enough() -> None:
+def test_lmms_eval_finds_the_model_by_its_entry_point() -> None:
     assert get_model("st_llm") is STLLMForHarness
     assert issubclass(STLLMForHarness, lmms)
 
 
-def test_batches_give_the_answers_of_one_at_a_time(model: STLLMForHarness, documents: list[dict[str, Any]]) -> None:
+def test_batched_answers_of_the_harness_equal_single_ones(
+    model: STLLMForHarness, documents: list[dict[str, Any]]
+) -> None:
     asked = [[says(one["question"], shows(one["path"]))] for one in documents] + [[says("Who are you?")]]
     alone = [model.chat.ask(one["path"], one["question"], num_beams=1, max_new_tokens=4).text for one in documents] + [
         model.chat.ask(None, "Who are you?", num_beams=1, max_new_tokens=4).text
@@ -179,7 +181,7 @@ def test_messages_become_a_conversation(model: STLLMForHarness, documents: list[
     assert (again.media, again.system) == (request.media, model.system)
 
 
-def test_pictures_are_the_frames_of_one_video(model: STLLMForHarness, tmp_path: Path) -> None:
+def test_several_images_become_frames_of_one_video(model: STLLMForHarness, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 255, (3, 28, 28, 3), np.uint8)
     pictures = [Image.fromarray(picture) for picture in pixels]
@@ -209,18 +211,18 @@ def test_pictures_are_the_frames_of_one_video(model: STLLMForHarness, tmp_path: 
         ({"max_new_tokens": 16, "repetition_penalty": 1.0}, {"max_new_tokens": 16, "repetition_penalty": 1.0}),
     ],
 )
-def test_what_a_task_does_not_name_is_greedy_and_published(given: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_default_generation_settings_of_a_task(given: dict[str, Any], expected: dict[str, Any]) -> None:
     decoding = settings_of(given, USUAL).decoding
     assert {name: getattr(decoding, name) for name in expected} == expected
 
 
-def test_settings_without_meaning_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_generation_settings_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert settings_of({"image_aspect_ratio": "pad", "until": "."}, USUAL).until == (".",)
     assert "image_aspect_ratio" in caplog.text and "until" not in caplog.text
 
 
-def test_an_answer_is_cut_at_the_first_end() -> None:
+def test_an_answer_is_cut_at_the_first_end_text() -> None:
     assert cut("one. two\n\nthree", ("\n\n", ".", "")) == "one"
     assert cut("one", ("\n",)) == "one"
 
@@ -234,12 +236,12 @@ def test_an_answer_is_cut_at_the_first_end() -> None:
         ([says("What?"), says("Red.", role="assistant")], "end with no question"),
     ],
 )
-def test_what_cannot_be_asked_is_said(model: STLLMForHarness, messages: list[Any], sentence: str) -> None:
+def test_unsupported_messages_are_refused(model: STLLMForHarness, messages: list[Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         ask(model, [messages])
 
 
-def test_a_request_that_cannot_be_answered_does_not_end_the_others(
+def test_a_failed_request_does_not_stop_the_others(
     model: STLLMForHarness, documents: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "text.mp4").write_text("404: not found")
@@ -267,7 +269,7 @@ def test_a_request_that_cannot_be_answered_does_not_end_the_others(
     assert count.startswith("4 of 5 requests could not be answered (toy 4): ")
 
 
-def test_a_task_that_looks_for_its_media_in_vain_is_one_failed_item(model: STLLMForHarness, tmp_path: Path) -> None:
+def test_a_task_with_missing_media_gives_a_failed_item(model: STLLMForHarness, tmp_path: Path) -> None:
     def messages(document: str) -> list[Any]:
         return [says(f"How many of {len(os.listdir(tmp_path / document))}?")]
 
@@ -278,7 +280,7 @@ def test_a_task_that_looks_for_its_media_in_vain_is_one_failed_item(model: STLLM
     assert first != second == UNANSWERED
 
 
-def test_the_answer_of_an_unanswered_request_is_wrong_by_every_rule() -> None:
+def test_the_text_for_failed_requests_is_wrong_by_every_rule() -> None:
     options = ["no", "a dog", "zebra", "x", ""]
     for number, letter in enumerate("ABCDE"):
         assert mcq_acc(letter, UNANSWERED) == 0
@@ -288,13 +290,13 @@ def test_the_answer_of_an_unanswered_request_is_wrong_by_every_rule() -> None:
     assert mvbench_aggregate_results([{"pred_answer": UNANSWERED, "score": 0}, {"pred_answer": "A", "score": 1}]) == 50
 
 
-def test_the_context_rule_follows_a_task_s_new_tokens(
+def test_the_context_rule_uses_the_tasks_max_new_tokens(
     model: STLLMForHarness,
     documents: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Not those of the chat's own settings; a prompt that was cut is named, and `context=all` cuts nothing."""
+    """The chat's settings are not used. A cut prompt is reported, and `context=all` cuts nothing."""
     messages = [says("What happens?", shows(documents[0]["path"]))]
     prepared: list[Prepared] = []
 
@@ -331,12 +333,12 @@ def test_log_likelihoods_are_refused(model: STLLMForHarness) -> None:
         ({"pretrained": "nowhere"}, "nowhere"),
     ],
 )
-def test_wrong_arguments_are_said(arguments: dict[str, str], sentence: str) -> None:
+def test_wrong_model_arguments_are_refused(arguments: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         STLLMForHarness(**{"pretrained": str(CHECKPOINT), "device": "cpu", **arguments})
 
 
-def test_the_system_sentence_is_chosen(tmp_path: Path) -> None:
+def test_the_system_message_can_be_configured(tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Look.\n")
     arguments = {"pretrained": str(CHECKPOINT), "device": "cpu"}
     usual = STLLMForHarness(**arguments)
@@ -348,5 +350,5 @@ def test_the_system_sentence_is_chosen(tmp_path: Path) -> None:
 
 
 def model_messages(messages: list[dict[str, Any]]) -> Any:
-    """As lmms-eval hands them over, checked."""
+    """Return the messages as lmms-eval passes them."""
     return ChatMessages(messages=messages).messages

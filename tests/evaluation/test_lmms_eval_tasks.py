@@ -1,6 +1,6 @@
-"""lmms-eval's own tasks of TVBench, TempCompass, Vinoground and TOMATO beside ours. Left out where it is not installed.
+"""lmms-eval's tasks for TVBench, TempCompass, Vinoground and TOMATO compared with ours. Skipped without lmms-eval.
 
-The same prompts, our adapter's answers to their documents, and the differences that docs/evaluation.md names.
+Tests: equal prompts, our adapter's answers to their documents, and the differences described in docs/evaluation.md.
 """
 
 import importlib
@@ -47,7 +47,7 @@ REPLIES = (
 
 @pytest.fixture
 def tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """The tasks' modules, which read the environment while they are imported."""
+    """Import the tasks' modules, which read environment variables at their import."""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     return {name: importlib.import_module(f"lmms_eval.tasks.{name}.utils") for name in NAMES}
 
@@ -58,13 +58,13 @@ def items(name: str) -> list[Item]:
 
 
 def ours(name: str, item: Item) -> str:
-    """The text that we ask."""
+    """Return our prompt's text."""
     benchmark = load_benchmark(name, EvaluationSettings(anno_path=str(twins() / name), num_frames=16)).benchmark
     return benchmark.ask(item, templates.get("minigpt4"), "")[0].turns[0].question
 
 
 def theirs(name: str, tasks: dict[str, Any], item: Item) -> str:
-    """The text that lmms-eval asks."""
+    """Return lmms-eval's prompt text."""
     task, fields = tasks[name], dict(item.fields)
     if name == "tomato":
         return task.tomato_doc_to_text(fields)
@@ -80,7 +80,7 @@ def theirs(name: str, tasks: dict[str, Any], item: Item) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_their_prompts_are_ours_to_the_byte(name: str, tasks: dict[str, Any]) -> None:
+def test_lmms_evals_prompts_equal_ours(name: str, tasks: dict[str, Any]) -> None:
     for item in items(name):
         asked = ours(name, item)
         if name == "tomato":  # which names no number of frames there, and lacks a space
@@ -90,15 +90,15 @@ def test_their_prompts_are_ours_to_the_byte(name: str, tasks: dict[str, Any]) ->
         assert theirs(name, tasks, item) == asked
 
 
-def test_tvbench_is_asked_otherwise_there(tasks: dict[str, Any]) -> None:
+def test_lmms_evals_prompt_for_tvbench_differs(tasks: dict[str, Any]) -> None:
     item = items("tvbench")[0]
     assert theirs("tvbench", tasks, item).endswith("\nAnswer with the option letter only.")
     assert "Options:\n(A) " in ours("tvbench", item)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_our_adapter_answers_their_tasks(name: str, tasks: dict[str, Any]) -> None:
-    """One document of each part, asked as the harness does; every request is answered."""
+def test_our_adapter_answers_lmms_evals_tasks(name: str, tasks: dict[str, Any]) -> None:
+    """Ask one document of each task as lmms-eval does; every request is answered."""
     model = STLLMForHarness(pretrained=str(CHECKPOINT), device="cpu", batch_size="2", num_frames="4")
     first = {item.task: item for item in items(name)}.values()
     messages = []
@@ -117,7 +117,7 @@ def test_our_adapter_answers_their_tasks(name: str, tasks: dict[str, Any]) -> No
     assert len(answers) == len(first) and "zxqzxq" not in answers
 
 
-def test_the_rules_of_tempcompass_are_theirs(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tempcompass_rules_equal_lmms_evals(tasks: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     task = tasks["tempcompass"]
     monkeypatch.setattr(task, "get_eval_result", lambda *args, **kwargs: ("judged", -1))
 
@@ -145,8 +145,8 @@ def test_the_rules_of_tempcompass_are_theirs(tasks: dict[str, Any], monkeypatch:
     assert compared == 63
 
 
-def test_tomato_is_read_more_freely_there(tasks: dict[str, Any]) -> None:
-    """Our official rule is the one before their search; where theirs reads a letter by it, ours reads the same."""
+def test_lmms_eval_accepts_more_replies_for_tomato(tasks: dict[str, Any]) -> None:
+    """lmms-eval first applies our official rule and then searches further; if the rule finds a letter, both agree."""
     task, options = tasks["tomato"], ("one", "two", "three")
     letters, by_letter = ["A", "B", "C"], dict(zip("ABC", options, strict=True))
     for said in REPLIES:
@@ -159,7 +159,7 @@ def test_tomato_is_read_more_freely_there(tasks: dict[str, Any]) -> None:
     assert task.parse_multi_choice_response("I think it is B", letters, by_letter) == "B"
 
 
-def test_an_empty_reply_is_an_error_in_their_vinoground(tasks: dict[str, Any]) -> None:
+def test_an_empty_reply_raises_in_lmms_evals_vinoground(tasks: dict[str, Any]) -> None:
     task, (first, *_) = tasks["vinoground"], items("vinoground")
     result = {"index": first.fields["idx"], "categories": ["all"], "question_type": "text", "pred": ""}
     task.prep_data = lambda: ({first.fields["idx"]: dict(first.fields)}, {})

@@ -1,4 +1,4 @@
-"""The files of a run: their exact content, and bars that say what the table says."""
+"""The result files of a run: their exact content, and charts that agree with the tables."""
 
 import json
 import platform
@@ -98,7 +98,7 @@ The strict rule accepts the option's letter or its exact text; anything else is 
 
 
 def six_items() -> tuple[Loaded, list[Record]]:
-    """Of four in one task one is empty and one cannot be read, of two in another one is wrong; a third is excluded."""
+    """Return six items and records: an empty reply, an unreadable medium, a wrong reply; a third task is excluded."""
     items = [*map(choice_item, range(4)), *(choice_item(number, "State Change") for number in range(2))]
     answers: dict[str, str | None] = {item.id: letter_of(item, item.answer) for item in items}
     answers |= {"moving_direction/1": "", "moving_direction/2": None, "state_change/1": "D) right"}
@@ -106,7 +106,7 @@ def six_items() -> tuple[Loaded, list[Record]]:
     return benchmark, lines_of(benchmark, lambda item: answers[item.id])
 
 
-def test_versions_are_the_modules_own() -> None:
+def test_recorded_versions_equal_the_modules_versions() -> None:
     found = versions()
     assert found["python"] == platform.python_version()
     for name in ("stllm", "transformers", "av", "numpy"):
@@ -118,7 +118,7 @@ def same_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "versions", lambda: VERSIONS)
 
 
-def test_the_results_file_is_the_interface(tmp_path: Path) -> None:
+def test_the_content_of_the_results_file(tmp_path: Path) -> None:
     benchmark, lines = six_items()
     returned = results.write(tmp_path, "toy", benchmark, Outcome(lines, **ABOUT))
     content = json.loads((tmp_path / "toy.results.json").read_text(encoding="utf-8"))
@@ -131,13 +131,13 @@ def test_the_results_file_is_the_interface(tmp_path: Path) -> None:
     assert content["versions"] == VERSIONS
 
 
-def test_the_table_to_the_byte(tmp_path: Path) -> None:
+def test_the_report_equals_its_snapshot(tmp_path: Path) -> None:
     benchmark, lines = six_items()
     results.write(tmp_path, "toy", benchmark, Outcome(lines, **ABOUT))
     assert (tmp_path / "toy.md").read_text(encoding="utf-8") == EXPECTED_MD
 
 
-def test_the_order_of_lines_and_the_time_taken_change_no_file_but_the_seconds(tmp_path: Path) -> None:
+def test_order_and_time_of_records_change_only_the_seconds(tmp_path: Path) -> None:
     benchmark, lines = six_items()
     first = results.write(tmp_path / "first", "toy", benchmark, Outcome(lines, **ABOUT))
     again = results.write(tmp_path / "again", "toy", benchmark, Outcome(lines[::-1], **{**ABOUT, "seconds": 9}))
@@ -152,14 +152,14 @@ def test_the_order_of_lines_and_the_time_taken_change_no_file_but_the_seconds(tm
     ]
 
 
-def test_a_line_that_lacks_is_a_defect(tmp_path: Path) -> None:
+def test_a_missing_record_raises(tmp_path: Path) -> None:
     benchmark, lines = six_items()
     with pytest.raises(AssertionError, match="5, 5, 6"):
         results.write(tmp_path, "toy", benchmark, Outcome(lines[1:], **ABOUT))
     assert not list(tmp_path.iterdir())
 
 
-def test_the_bars_are_the_figures_over_all() -> None:
+def test_the_charts_bars_equal_the_scores_over_all_items() -> None:
     benchmark, lines = six_items()
     axes = bars_figure(run_bars(benchmark, benchmark.benchmark.summary(lines))).axes[0]
     groups = [label.get_text() for label in axes.get_yticklabels()]
@@ -174,7 +174,7 @@ def test_the_bars_are_the_figures_over_all() -> None:
     assert axes.get_ylim() == (3.5, -0.5)  # the first group on top
 
 
-def test_nothing_left_out_leaves_no_gap(tmp_path: Path) -> None:
+def test_a_report_without_failures_has_no_empty_sections(tmp_path: Path) -> None:
     benchmark = choice_benchmark([choice_item(0)])
     results.write(
         tmp_path, "toy", benchmark, Outcome(lines_of(benchmark, lambda item: letter_of(item, item.answer)), **ABOUT)
@@ -214,7 +214,7 @@ def open_item(number: int, task: str, questions: int = 1) -> Item:
     return replace(choice_item(number, task), candidates=(), questions=("What?",) * questions)
 
 
-def test_what_a_judge_decides_has_counts_and_the_next_step(tmp_path: Path) -> None:
+def test_the_report_of_a_judged_benchmark_has_counts_and_commands(tmp_path: Path) -> None:
     benchmark = judged_benchmark(
         [open_item(0, "generic"), open_item(1, "generic"), open_item(2, "generic"), open_item(0, "consistency", 2)]
     )

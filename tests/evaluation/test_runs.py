@@ -1,6 +1,6 @@
-"""A run's files: lines joined and kept, which of them go with which items and settings, and digests of what made them.
+"""A run's files: joining of records, checks of items and settings before resuming, and hashes.
 
-Half lines are dropped, an answer is kept over a failure, a full disk is survived; a refusal loses nothing.
+Also: incomplete lines, priority of answers over errors, full disks, and refusals that lose nothing.
 """
 
 import errno
@@ -36,7 +36,7 @@ def write(path: Path, *records: dict[str, Any]) -> None:
             lines.add(one)
 
 
-def test_parts_are_joined_in_order_and_go(tmp_path: Path) -> None:
+def test_parts_are_joined_in_order_and_removed(tmp_path: Path) -> None:
     files = RecordFiles(tmp_path, "run[1]")  # a name that means something to glob
     write(files.path, record("b"))
     write(files.part(0), record("d"))
@@ -47,7 +47,7 @@ def test_parts_are_joined_in_order_and_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run1.part-0.jsonl", "run[1].jsonl"]
 
 
-def test_half_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
     files = RecordFiles(tmp_path, "run")
     write(files.path, record("a"), record("b"))
     whole = files.path.read_bytes()
@@ -61,7 +61,7 @@ def test_half_a_last_line_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None
         assert files.path.read_bytes() == whole[:first]
 
 
-def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
+def test_a_complete_last_line_without_newline_is_kept(tmp_path: Path) -> None:
     files = RecordFiles(tmp_path, "run")
     write(files.path, record("a"))
     files.path.write_bytes(files.path.read_bytes().rstrip(b"\n"))
@@ -70,7 +70,7 @@ def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path: Path) -> None:
     assert list(files.join(["a", "b"])) == ["a", "b"]
 
 
-def test_an_answer_is_kept_over_a_failure_else_the_last_line_counts(tmp_path: Path) -> None:
+def test_answers_have_priority_over_errors_else_the_last_line_counts(tmp_path: Path) -> None:
     files = RecordFiles(tmp_path, "run")
     write(files.path, record("a"), record("b", error="gone"), record("c", error="gone"))
     write(files.part(0), record("a", error="gone"), record("b"), record("c", error="still gone"))
@@ -79,7 +79,7 @@ def test_an_answer_is_kept_over_a_failure_else_the_last_line_counts(tmp_path: Pa
 
 
 @pytest.mark.parametrize("line", ["not JSON", "[1]", '{"prediction": "x"}', '{"id": 3}'])
-def test_a_line_that_is_none_of_ours_is_named_and_nothing_changed(tmp_path: Path, line: str) -> None:
+def test_a_foreign_line_is_reported_and_nothing_changes(tmp_path: Path, line: str) -> None:
     files = RecordFiles(tmp_path, "run")
     write(files.path, record("a"))
     with files.path.open("a") as stream:
@@ -90,9 +90,7 @@ def test_a_line_that_is_none_of_ours_is_named_and_nothing_changed(tmp_path: Path
     assert files.path.read_bytes() == before
 
 
-def test_a_disk_without_room_for_the_joined_file_leaves_the_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_while_joining_keeps_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = RecordFiles(tmp_path, "run")
     write(files.path, record("b"))
     write(files.part(0), record("a"))
@@ -124,7 +122,7 @@ PATH = Path("out") / "mvbench.jsonl"
 BOUNDED = Item("a/0", "A", "a.mp4", Media("a.mp4", start=1.0, end=4.5), ("What?",), "yes", ("yes", "no"))
 
 
-def test_the_same_item_goes_on_wherever_its_file_lies() -> None:
+def test_an_item_is_the_same_if_its_file_moves() -> None:
     moved = replace(BOUNDED, media=Media("/elsewhere/a.mp4", start=1.0, end=4.5))
     gone = replace(BOUNDED, media=None, error="a.mp4: there is no such file")
     for item in (BOUNDED, moved, gone):
@@ -148,7 +146,7 @@ def test_an_answer_about_another_item_is_refused(changed: dict[str, object], mes
     check_items(PATH, {"a/0": failed(BOUNDED, "a.mp4: unreadable")}, [now])  # it is asked again
 
 
-def test_items_that_are_not_asked_now_are_refused() -> None:
+def test_records_of_items_that_are_not_asked_are_refused() -> None:
     with pytest.raises(UserError, match=r"answers 1 items that are not asked now \(a/0\)"):
         check_items(PATH, {"a/0": head(BOUNDED)}, [])
 
@@ -164,11 +162,13 @@ def records(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_same_settings_go_on_and_others_are_named(records: Path) -> None:
+def test_equal_settings_resume_and_changed_ones_are_named(records: Path) -> None:
     file = records.with_name("mvbench.config.yaml")
     file.write_text(OmegaConf.to_yaml(SETTINGS))
     check_same(file, SETTINGS, records)
-    with pytest.raises(UserError, match=r"made with another setting: .*video_input.*; set it back to go on") as caught:
+    with pytest.raises(
+        UserError, match=r"made with another setting: .*video_input.*; set it back to continue"
+    ) as caught:
         check_same(file, {**SETTINGS, "model": {"video_input": "mean"}}, records)
     assert "'all'" in str(caught.value) and "'mean'" in str(caught.value)
 
@@ -176,14 +176,12 @@ def test_the_same_settings_go_on_and_others_are_named(records: Path) -> None:
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
-        (None, "mvbench.jsonl holds lines, but not beside it mvbench.config.yaml, which says what made them"),
+        (None, "mvbench.jsonl has records, but the file of their settings, mvbench.config.yaml, is missing"),
         ("model: {video_input: [all", "mvbench.config.yaml cannot be read"),
         ("", "made with another setting"),
     ],
 )
-def test_lines_of_which_nobody_knows_what_made_them_are_not_mixed(
-    records: Path, kept: str | None, message: str
-) -> None:
+def test_records_without_a_settings_file_are_refused(records: Path, kept: str | None, message: str) -> None:
     file = records.with_name("mvbench.config.yaml")
     if kept is not None:
         file.write_text(kept)
@@ -200,7 +198,7 @@ def of(folder: Path) -> str:
     return checkpoint_digest([open_source(folder)])
 
 
-def test_a_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
+def test_the_hash_of_a_checkpoint_depends_on_its_content(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(CHECKPOINT, tmp_path / "another name"))
     assert of(copy) == of(CHECKPOINT)
     (copy / "mvbench.results.json").write_text("{}")  # of an evaluation that was written there
@@ -213,7 +211,7 @@ def test_a_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
     assert of(copy) != of(CHECKPOINT)
 
 
-def test_tokenizer_and_configuration_belong_to_it(tmp_path: Path) -> None:
+def test_the_hash_covers_tokenizer_and_configuration(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.model"):
         copy = Path(shutil.copytree(CHECKPOINT, tmp_path / name))
         with (copy / name).open("ab") as stream:
@@ -221,7 +219,7 @@ def test_tokenizer_and_configuration_belong_to_it(tmp_path: Path) -> None:
         assert of(copy) != of(CHECKPOINT)
 
 
-def test_a_large_file_is_sampled_all_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hash_samples_all_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "SMALL", 1000)
     monkeypatch.setattr(runs, "STRIDE", 100)
     monkeypatch.setattr(runs, "BLOCK", 10)

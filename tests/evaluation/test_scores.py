@@ -1,4 +1,4 @@
-"""Right or wrong by either rule, and tests of chance against figures computed by hand or known from tables."""
+"""Matching by the official and the strict rule; intervals and tests against figures from tables or by hand."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def test_the_official_rule_has_the_published_verdicts(case) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["", "(", "(.", ")", "...", ".)"])
-def test_what_says_nothing_is_officially_right_everywhere_and_strictly_wrong(prediction) -> None:
+def test_empty_predictions_are_correct_officially_and_wrong_strictly(prediction) -> None:
     assert all(official_match(prediction, gold_option(OPTIONS, option)) for option in OPTIONS)
     assert not any(strict_match(prediction, OPTIONS, option) for option in OPTIONS)
 
@@ -72,7 +72,7 @@ def test_what_says_nothing_is_officially_right_everywhere_and_strictly_wrong(pre
         ("А", None),  # a Cyrillic letter
     ],
 )
-def test_the_strict_rule_wants_a_letter_or_a_whole_text(prediction, number) -> None:
+def test_the_strict_rule_accepts_a_letter_or_a_whole_text(prediction, number) -> None:
     assert chosen_option(prediction, OPTIONS) == number
     assert [strict_match(prediction, OPTIONS, option) for option in OPTIONS] == [
         place == number for place in range(len(OPTIONS))
@@ -83,20 +83,20 @@ def test_an_option_in_brackets_is_found_by_its_text() -> None:
     assert chosen_option("(none)", ["(none)", "some"]) == 0
 
 
-def test_of_options_that_stand_there_twice_either_is_right() -> None:
+def test_either_of_two_equal_options_is_correct() -> None:
     twice = ["left", "right", "left"]
     assert gold_option(twice, "left") == "(C) left"  # the official script takes the last one
     assert strict_match("(A)", twice, "left") and strict_match("(C)", twice, "left")
     assert not strict_match("(B)", twice, "left")
 
 
-def test_an_answer_that_is_no_candidate_has_no_letter() -> None:
+def test_gold_option_raises_if_the_answer_is_not_an_option() -> None:
     with pytest.raises(ValueError, match="max"):
         gold_option(["left", "right"], "up")
 
 
 @given(candidates=CANDIDATES, data=st.data())
-def test_the_gold_option_as_it_stands_is_right_by_both_rules_and_another_strictly_wrong(candidates, data) -> None:
+def test_the_gold_option_is_correct_by_both_rules_and_others_are_wrong_strictly(candidates, data) -> None:
     answer, other = data.draw(st.permutations(candidates))[:2]
     gold, wrong = gold_option(candidates, answer), gold_option(candidates, other)
     assert official_match(gold, gold) and strict_match(gold, candidates, answer)
@@ -116,7 +116,7 @@ def test_no_prediction_is_strictly_right_for_two_options(candidates, prediction)
 
 
 @given(prediction=st.text(max_size=20), gold=st.sampled_from(["(a) x", "(B) y"]))
-def test_the_official_rule_never_looks_at_case(prediction, gold) -> None:
+def test_the_official_rule_ignores_case(prediction, gold) -> None:
     assert official_match(prediction, gold) == official_match(prediction.lower(), gold.upper())
 
 
@@ -124,7 +124,7 @@ def test_the_official_rule_never_looks_at_case(prediction, gold) -> None:
 
 
 def pairs(items: int, lost: int, gained: int) -> dict[str, Any]:
-    """So many items in all, right the first way only, right the second way only; the others are wrong in both."""
+    """Compare two runs: `lost` items are correct only in the first, `gained` only in the second, the rest in none."""
     first = [True] * lost + [False] * (items - lost)
     second = [False] * lost + [True] * gained + [False] * (items - lost - gained)
     return paired(first, second)
@@ -144,7 +144,7 @@ def test_the_exact_p_value() -> None:
     assert 0 < pairs(4000, lost=1500, gained=1000)["p"] < 1e-20  # larger than any float on the way
 
 
-def test_difference_and_interval() -> None:
+def test_paired_difference_and_interval() -> None:
     found = pairs(100, lost=20, gained=5)
     assert found["difference"] == -15
     spread = 1.959964 * math.sqrt((26 / 102 - (15 / 102) ** 2) / 102)
@@ -160,13 +160,13 @@ def test_chi_square_at_its_five_percent_points(value: float, degrees: int) -> No
     assert chi_square_p(value, degrees) == pytest.approx(0.05, abs=1e-6)
 
 
-def test_chi_square_of_nothing_is_no_finding() -> None:
+def test_chi_square_without_data_is_not_significant() -> None:
     assert chi_square_p(0.0, 3) == 1.0 and chi_square_p(5.0, 0) == 1.0
     assert chi_square([10, 0], [5, 5]) == 10.0
     assert chi_square([], []) == 0.0 and chi_square([3, 1], [4, 0]) == 0.25
 
 
-def test_of_nothing_there_is_no_share() -> None:
+def test_share_of_nothing_is_none() -> None:
     assert share(0, 0) is None and share(1, 4) == 25
 
 
@@ -174,7 +174,7 @@ def test_of_nothing_there_is_no_share() -> None:
 
 
 def test_wilsons_interval_where_every_item_has_its_own_video() -> None:
-    """Figures of Wilson (1927) as tables have them: 8 of 10 is 49.0 to 94.3, 0 of 10 is 0 to 27.8."""
+    """Figures from tables of Wilson's interval (1927): 49.0 to 94.3 for 8 of 10, and 0 to 27.8 for 0 of 10."""
     videos = [str(number) for number in range(10)]
     assert interval([1.0] * 8 + [0.0] * 2, videos, high=100) == pytest.approx([49.02, 94.33], abs=0.01)
     assert interval([0.0] * 10, videos, high=100) == pytest.approx([0.0, 27.75], abs=0.01)
@@ -182,7 +182,7 @@ def test_wilsons_interval_where_every_item_has_its_own_video() -> None:
 
 
 def test_the_error_is_clustered_by_video() -> None:
-    """Four videos of three questions: all right in two, all wrong in one, one of three right in the last."""
+    """Four videos with three questions each: all correct in two, none in one, one of three in the last."""
     right = [1.0] * 6 + [0.0] * 3 + [1.0, 0.0, 0.0]
     videos = [name for name in "abcd" for _ in range(3)]
     mean, sums = 7 / 12, [3 - 3 * 7 / 12] * 2 + [-3 * 7 / 12, 1 - 3 * 7 / 12]
@@ -192,15 +192,15 @@ def test_the_error_is_clustered_by_video() -> None:
     assert alone is not None and alone[1] - alone[0] < 2 * 1.959964 * error  # as if they were independent
 
 
-def test_an_error_of_zero_is_no_certainty() -> None:
-    """Where all videos agree, the interval is Wilson's over the videos, not a point."""
+def test_a_standard_error_of_zero_gives_wilsons_interval() -> None:
+    """If all videos agree, the interval is Wilson's over the videos, not a single point."""
     videos = [name for name in "abcde" for _ in range(4)]
     assert interval([1.0] * 20, videos, high=100) == pytest.approx([56.55, 100.0], abs=0.01)
     assert interval([1.0, 0.0, 1.0, 0.0], ["a", "a", "b", "b"], high=100) == pytest.approx([9.45, 90.55], abs=0.01)
 
 
 def test_the_mean_over_tasks_weighs_small_tasks_as_large_ones() -> None:
-    """Its variance is that of the tasks' means, each share * (1 - share) / items, over the tasks squared."""
+    """The variance is the sum over tasks of share * (1 - share) / items, divided by the squared number of tasks."""
     values, tasks = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0], ["small"] * 2 + ["large"] * 4
     found = interval(values, [str(number) for number in range(6)], strata=tasks, high=1)
     error = (0.25 / 2 + 0.25 / 4) ** 0.5 / 2
@@ -208,7 +208,7 @@ def test_the_mean_over_tasks_weighs_small_tasks_as_large_ones() -> None:
 
 
 def test_coverage_of_clustered_intervals() -> None:
-    """95 % intervals hold the truth in about 95 % of draws; intervals that forget the clusters do not."""
+    """95 % intervals contain the true value in about 95 % of draws; intervals that ignore clusters do not."""
     generator = random.Random(0)
     held = {"clustered": 0, "independent": 0}
     for _ in range(400):

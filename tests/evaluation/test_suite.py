@@ -1,4 +1,4 @@
-"""`stllm evaluate suite`: several benchmarks with one loaded model, one table, continued by the same command."""
+"""`stllm evaluate suite`: several benchmarks with one loaded model, one table, and resumed runs."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def suite(folder: Path, *more: str, **changed: Any) -> int:
     return main(["evaluate", "suite", "--cfg-path", str(path), "--device", "cpu", "--num-workers", "0", *more])
 
 
-def test_one_model_and_one_table(
+def test_a_suite_loads_one_model_and_writes_one_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loads: list[object] = []
@@ -53,7 +53,7 @@ def test_one_model_and_one_table(
     assert all((out / f"{name}.results.json").is_file() for name in SUITE)
 
 
-def test_killed_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_suite_can_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite(tmp_path) == 0
     out = tmp_path / "out"
     tables = [(out / "mine.md").read_bytes(), (out / "vinoground.md").read_bytes()]
@@ -80,7 +80,7 @@ def test_killed_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ({"suite": {name: {**SUITE[name], "output_name": "same"} for name in SUITE}}, "'same' for two benchmarks"),
     ],
 )
-def test_a_bad_suite_is_one_sentence_before_anything_is_asked(
+def test_a_bad_suite_is_reported_before_anything_is_asked(
     changed: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert suite(tmp_path, **changed) == 1
@@ -88,14 +88,16 @@ def test_a_bad_suite_is_one_sentence_before_anything_is_asked(
     assert not (tmp_path / "out").exists()
 
 
-def test_options_of_one_benchmark_do_not_go_with_a_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_a_single_benchmark_are_refused_for_a_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["evaluate", "suite"]) == 2
     assert "suite needs --cfg-path FILE" in capsys.readouterr().err
     assert suite(tmp_path, "--tasks", "a") == 2
     assert "--tasks is of one benchmark" in capsys.readouterr().err
 
 
-def test_probes_go_with_those_that_they_fit(tmp_path: Path) -> None:
+def test_probes_run_only_for_suitable_benchmarks(tmp_path: Path) -> None:
     assert suite(tmp_path, "--permute", "--limit", "1", "--options", "suite.vinoground.tasks=[text]") == 0
     assert (tmp_path / "out" / "tvbench.permute.json").is_file()
     assert not (tmp_path / "out" / "vinoground.permute.json").exists()

@@ -1,4 +1,4 @@
-"""A judge's server that misbehaves: every item ends with a score or among the failed, after so many requests."""
+"""Faulty judge servers: every item gets a score or fails, after a limited number of requests."""
 
 import time
 from email.utils import formatdate
@@ -16,19 +16,19 @@ TIMEOUT = 0.7  # seconds, for what never ends; all else has time
 
 
 def judge(tmp_path, url: str, *more: str, num_items: int = 3) -> tuple[int, dict[str, Any]]:
-    """Runs the command over items 0, 1, ..., all correct; returns its exit code and the results file."""
+    """Run the command for items 0, 1, ..., which are all correct. Return its exit code and the results file."""
     write(tmp_path / "pred.json", [{**record, "pred": "cat"} for record in questions(num_items)])
     code = judging.judge("qa", tmp_path, "--max-retries", str(NUM_RETRIES), *more, url=url)
     return code, results(tmp_path)
 
 
 def timeout(kind: str) -> list[str]:
-    """The option for what never ends."""
+    """Return a short --timeout for servers whose reply never ends."""
     return ["--timeout", str(TIMEOUT)] if kind in ("hangs", "drips") else []
 
 
 def asked(server: FakeJudge, number: int) -> int:
-    """How often item `number` was asked."""
+    """Return how often item `number` was asked."""
     return sum(f'"what {number}?"' in text for text in server.user_texts())
 
 
@@ -61,7 +61,7 @@ MISBEHAVIOUR = {
 
 
 @pytest.mark.parametrize("kind", MISBEHAVIOUR)
-def test_an_item_without_a_score_is_listed_and_never_scored(tmp_path, kind) -> None:
+def test_an_item_without_a_score_is_listed_as_failed(tmp_path, kind) -> None:
     answer, why, num_asked = MISBEHAVIOUR[kind]
 
     def behave(request: dict[str, Any], number: int) -> Answer:
@@ -78,7 +78,7 @@ def test_an_item_without_a_score_is_listed_and_never_scored(tmp_path, kind) -> N
 
 
 @pytest.mark.parametrize("kind", ["429 with Retry-After", "503 in HTML", "hangs", "torn JSON", "two scores"])
-def test_what_misbehaves_for_a_while_is_scored_in_the_end(tmp_path, kind) -> None:
+def test_temporary_failures_are_retried_until_scored(tmp_path, kind) -> None:
     def behave(request: dict[str, Any], number: int) -> Answer:
         return MISBEHAVIOUR[kind][0] if number <= 2 else fair(request)
 
@@ -100,7 +100,7 @@ def test_what_misbehaves_for_a_while_is_scored_in_the_end(tmp_path, kind) -> Non
         (fails(503, headers={"Retry-After": formatdate(2**34, usegmt=True)}), "asks for a pause until "),
     ],
 )
-def test_what_cannot_get_better_stops_the_run_at_once(tmp_path, capsys, answer, why) -> None:
+def test_permanent_failures_stop_the_run_at_once(tmp_path, capsys, answer, why) -> None:
     with judge_server(lambda request, number: answer) as server:
         code, found = judge(tmp_path, server.url, "--concurrency", "2", num_items=30)
     assert code == 1
@@ -110,7 +110,7 @@ def test_what_cannot_get_better_stops_the_run_at_once(tmp_path, capsys, answer, 
     assert len(server.requests) <= 2
 
 
-def test_a_server_that_is_gone_is_given_up_after_some_items(tmp_path, capsys) -> None:
+def test_the_run_stops_after_some_items_if_the_server_is_gone(tmp_path, capsys) -> None:
     with judge_server() as server:
         pass
     code, found = judge(tmp_path, server.url, "--concurrency", "4", num_items=30)
@@ -123,7 +123,7 @@ def test_a_server_that_is_gone_is_given_up_after_some_items(tmp_path, capsys) ->
     assert MAX_FAILED_IN_A_ROW <= num_asked < MAX_FAILED_IN_A_ROW + 4  # what the others had begun
 
 
-def test_a_broken_server_is_asked_a_bounded_number_of_times_and_finished_work_stays(tmp_path) -> None:
+def test_requests_to_a_broken_server_are_limited_and_finished_items_kept(tmp_path) -> None:
     def behave(request: dict[str, Any], number: int) -> Answer:
         return fair(request) if number <= 5 else fails(500)
 
@@ -137,7 +137,7 @@ def test_a_broken_server_is_asked_a_bounded_number_of_times_and_finished_work_st
     assert asked(server, 0) == 1
 
 
-def test_a_reply_of_another_type_is_read_all_the_same(tmp_path) -> None:
+def test_a_reply_with_another_content_type_is_read(tmp_path) -> None:
     def behave(request: dict[str, Any], number: int) -> Answer:
         return Answer(fair(request).body, content_type="text/plain")
 
@@ -146,14 +146,14 @@ def test_a_reply_of_another_type_is_read_all_the_same(tmp_path) -> None:
     assert (code, found["judge"], found["counts"]["scored"]) == (0, MODEL, 3)
 
 
-def test_a_server_that_names_no_model_is_known_by_the_name_it_was_asked_for(tmp_path) -> None:
+def test_the_requested_model_name_is_used_if_the_server_gives_none(tmp_path) -> None:
     verdict = [{"type": "text", "text": "{'pred': 'no',"}, {"type": "text", "text": " 'score': 2}"}]
     with judge_server(lambda request, number: says(verdict, model=None)) as server:
         code, found = judge(tmp_path, server.url)
     assert (code, found["judge"], found["mean"]) == (0, "m", 2.0)
 
 
-def test_another_model_behind_the_same_name_does_not_mix(tmp_path, capsys) -> None:
+def test_replies_of_another_model_under_the_same_name_are_refused(tmp_path, capsys) -> None:
     def behave(request: dict[str, Any], number: int) -> Answer:
         return says("{'pred': 'yes', 'score': 5}", model="old" if number <= 2 else "new")
 
@@ -164,7 +164,7 @@ def test_another_model_behind_the_same_name_does_not_mix(tmp_path, capsys) -> No
     assert [line["model"] for line in ledger(tmp_path)] == ["old", "old"]
 
 
-def test_the_pause_that_a_server_asks_for_is_kept(tmp_path, server) -> None:
+def test_the_pause_requested_by_the_server_is_kept(tmp_path, server) -> None:
     times: list[float] = []
 
     def behave(request: dict[str, Any], number: int) -> Answer:
@@ -176,15 +176,15 @@ def test_the_pause_that_a_server_asks_for_is_kept(tmp_path, server) -> None:
     assert times[1] - times[0] >= 0.3
 
 
-def test_the_request_is_what_was_asked_for(tmp_path, server) -> None:
+def test_the_request_has_the_configured_settings(tmp_path, server) -> None:
     assert judge(tmp_path, server.url, "--temperature", "0.5", "--max-tokens", "9", num_items=1)[0] == 0
     [request] = server.requests
     assert [message["role"] for message in request.pop("messages")] == ["system", "user"]
     assert request == {"model": "m", "temperature": 0.5, "max_tokens": 9}
 
 
-def test_half_a_surrogate_pair_in_a_reply_is_kept(tmp_path, server) -> None:
-    """JSON can spell it, UTF-8 cannot hold it: a judge that is cut off inside an emoji sends one."""
+def test_an_unpaired_surrogate_in_a_reply_is_kept(tmp_path, server) -> None:
+    """A judge that is cut off inside an emoji sends one. It is possible in JSON, but not in UTF-8."""
 
     def behave(request: dict[str, Any], number: int) -> Answer:
         if "what 1?" in str(request):

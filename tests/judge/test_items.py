@@ -1,7 +1,7 @@
-"""Items for a judge, and what it is asked.
+"""Items for a judge, and the instructions.
 
-Predictions: both spellings, the lines of `stllm evaluate`, what is left out and what is refused. Instructions: ours are
-pinned, texts are data, and the user's own wording is taken as it is.
+Predictions: the official fields, records of `stllm evaluate`, omitted items and refused files. Instructions: ours are
+pinned, texts are quoted, and the user's own instructions are not changed.
 """
 
 import json
@@ -16,7 +16,7 @@ from stllm.judge.items import JudgeItem, load_prompts, read_predictions
 
 @pytest.fixture
 def read(tmp_path):
-    """Writes records as a list, or as lines, and reads them for an axis."""
+    """Return a function that writes records as a list, or as lines, and reads them for an axis."""
 
     def write_and_read(records: list[Any], axis: str, *, lines: bool = False):
         path = tmp_path / ("p.jsonl" if lines else "p.json")
@@ -27,7 +27,7 @@ def read(tmp_path):
 
 
 def line(number: int, task: str = "generic", **fields: Any) -> dict[str, Any]:
-    """A line of `stllm evaluate`."""
+    """Return a record of `stllm evaluate`."""
     known = {
         "id": f"{task}-{number}",
         "task": task,
@@ -67,7 +67,7 @@ def test_consistency_has_two_questions(read, record) -> None:
     assert read([record], "consistency").items == (JudgeItem("v_0", "v_0", ["one?", "two?"], "a", ["p", "r"]),)
 
 
-def test_lines_of_evaluate_are_told_by_their_task(read) -> None:
+def test_records_of_evaluate_are_selected_by_task(read) -> None:
     lines = [line(1), line(2, "temporal"), line(3, "consistency", question=["q", "r"], prediction=["p", "p"])]
     for axis in ("correctness", "detail", "context"):
         assert [item.key for item in read(lines, axis, lines=True).items] == ["generic-1"]
@@ -75,14 +75,14 @@ def test_lines_of_evaluate_are_told_by_their_task(read) -> None:
     assert read(lines, "consistency", lines=True).items[0].prediction == ["p", "p"]
 
 
-def test_official_names_go_by_video_in_vcgbench_and_by_id_in_videoqa(read) -> None:
+def test_official_file_names_use_the_video_for_vcgbench_and_the_id_for_videoqa(read) -> None:
     lines = [line(1, video_name="v"), line(2, video_name="v")]
     assert [item.name for item in read(lines, "detail").items] == ["v_0", "v_1"]
     questions = [{"id": 5, "task": "", "video": "v", "question": "q", "answer": "a", "prediction": "p"}]
     assert [item.name for item in read(questions, "qa").items] == ["5_0"]
 
 
-def test_what_cannot_be_judged_is_listed_apart(read) -> None:
+def test_items_that_cannot_be_judged_are_listed(read) -> None:
     lines = [
         line(1),
         line(2, error="v2.mp4: no such video", prediction=None),
@@ -120,12 +120,12 @@ def test_the_later_line_of_an_id_counts(read) -> None:
         (["text"], "qa", 'record 1: found "text"'),
     ],
 )
-def test_other_files_are_refused_in_a_sentence(read, records, axis, why) -> None:
+def test_other_files_are_refused(read, records, axis, why) -> None:
     with pytest.raises(UserError, match=why):
         read(records, axis)
 
 
-def test_a_missing_and_a_torn_file_are_refused(tmp_path) -> None:
+def test_missing_and_damaged_files_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no such"):
         read_predictions(str(tmp_path / "absent.json"), "qa")
     torn = tmp_path / "torn.jsonl"
@@ -147,8 +147,8 @@ temporal:
 """
 
 
-def test_our_wording_is_pinned() -> None:
-    """Another wording makes other scores: give it another version, then pin its digest here."""
+def test_our_instructions_are_pinned() -> None:
+    """Changed instructions change scores: after a change, give them another version, and update the hash here."""
     for axis, digest in (("qa", "7756e450536db8b0"), ("tempcompass", "bab7048290729bfc")):
         prompts = load_prompts(None, axis)
         assert (prompts.version, prompts.digest) == ("stllm-1", digest)
@@ -162,7 +162,7 @@ def test_every_axis_has_instructions_and_states_its_reply() -> None:
         assert ("'pred'" in user["content"]) == (axis in DECIDED)
 
 
-def test_texts_cannot_leave_their_quotation() -> None:
+def test_texts_cannot_end_their_quotation() -> None:
     user = load_prompts(None).messages("detail", ITEM)[1]["content"]
     assert user.split("\n")[:4] == [
         'Question: "What {answer}?"',  # braces of a text are not filled in
@@ -179,7 +179,7 @@ def test_consistency_shows_both_questions() -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_users_own_wording_is_sent_as_it_is(tmp_path, as_json) -> None:
+def test_the_users_instructions_are_sent_unchanged(tmp_path, as_json) -> None:
     path = tmp_path / "prompts"
     content = {"version": "official", "temporal": {"system": "Grade, as {''score': 4.8}.", "user": ""}}
     content["temporal"]["user"] = "Question: {question}\nCorrect Answer: {answer}\nPredicted Answer: {pred}"  # type: ignore[index]
@@ -192,7 +192,7 @@ def test_the_users_own_wording_is_sent_as_it_is(tmp_path, as_json) -> None:
     assert prompts.digest != load_prompts(None).digest
 
 
-def test_the_digest_is_of_the_words(tmp_path) -> None:
+def test_the_hash_depends_on_the_instructions_texts(tmp_path) -> None:
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     one.write_text(OFFICIAL)
     two.write_text(OFFICIAL.replace("version: official", "version: mine"))
@@ -217,7 +217,7 @@ def test_the_digest_is_of_the_words(tmp_path) -> None:
         (OFFICIAL, "no instructions for the axis detail"),
     ],
 )
-def test_a_faulty_file_is_refused_in_a_sentence(tmp_path, content, why) -> None:
+def test_a_faulty_instructions_file_is_refused(tmp_path, content, why) -> None:
     path = tmp_path / "prompts.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=why):

@@ -1,4 +1,4 @@
-"""A judge's ledger: going on after whatever happened, refusing to mix, scores made again without a network."""
+"""A judge's ledger: resuming, refusal of other settings, and recomputed scores without a network."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.helpers.judge_server import Answer, FakeJudge, fails, fair, judge_ser
 from tests.helpers.judging import judge, ledger, questions, results, vcgbench_lines, write
 
 
-def test_a_rerun_asks_for_what_is_missing_alone(tmp_path, server) -> None:
+def test_a_rerun_asks_only_for_missing_items(tmp_path, server) -> None:
     write(tmp_path / "pred.json", questions())
     server.behave = lambda request, number: says("Hm.") if '"what 2?"' in str(request) else fair(request)
     assert judge("qa", tmp_path, url=server.url) == 0
@@ -32,7 +32,7 @@ def test_a_rerun_asks_for_what_is_missing_alone(tmp_path, server) -> None:
     assert (len(server.requests), (tmp_path / "out" / "qa.ledger.jsonl").read_bytes()) == (1, before)
 
 
-def test_half_a_line_is_asked_again(tmp_path, server) -> None:
+def test_the_item_of_an_incomplete_line_is_asked_again(tmp_path, server) -> None:
     write(tmp_path / "pred.json", questions())
     assert judge("qa", tmp_path, "--concurrency", "1", url=server.url) == 0
     path, whole = tmp_path / "out" / "qa.ledger.jsonl", results(tmp_path)
@@ -44,7 +44,7 @@ def test_half_a_line_is_asked_again(tmp_path, server) -> None:
     assert len(ledger(tmp_path)) == 6
 
 
-def test_later_answers_join_and_other_predictions_do_not(tmp_path, server, capsys) -> None:
+def test_new_predictions_can_be_added_but_changed_ones_are_refused(tmp_path, server, capsys) -> None:
     lines = vcgbench_lines()
     write(tmp_path / "pred.json", lines)
     assert judge("detail", tmp_path, url=server.url) == 0
@@ -71,7 +71,7 @@ def test_later_answers_join_and_other_predictions_do_not(tmp_path, server, capsy
         (["--prompts", "own.yaml"], "m", "another digest of the instructions (--prompts)"),
     ],
 )
-def test_other_settings_refuse_to_mix_and_say_which(
+def test_resuming_a_ledger_with_other_settings_is_refused(
     tmp_path, server, capsys, monkeypatch, options, model, words
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -83,7 +83,7 @@ def test_other_settings_refuse_to_mix_and_say_which(
     assert len(server.requests) == 2
 
 
-def test_a_ledger_without_a_score_is_begun_anew(tmp_path, server) -> None:
+def test_a_ledger_without_scores_is_started_anew(tmp_path, server) -> None:
     write(tmp_path / "pred.json", questions(2))
     server.behave = lambda request, number: fails(400, "no such model")
     assert judge("qa", tmp_path, url=server.url, model="typo") == 1
@@ -117,7 +117,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         (1, '{"axis"', '[{"axis"', "found "),
     ],
 )
-def test_a_damaged_ledger_is_named_and_left_alone(tmp_path, server, capsys, number, old, new, why) -> None:
+def test_a_damaged_ledger_is_reported_and_not_changed(tmp_path, server, capsys, number, old, new, why) -> None:
     write(tmp_path / "pred.json", questions(2))
     assert judge("qa", tmp_path, "--concurrency", "1", url=server.url) == 0
     path = tmp_path / "out" / "qa.ledger.jsonl"
@@ -134,8 +134,8 @@ def test_a_damaged_ledger_is_named_and_left_alone(tmp_path, server, capsys, numb
     assert (path.read_bytes(), len(server.requests)) == (damaged, 2)
 
 
-def test_ids_that_utf8_cannot_hold_stay_apart_and_are_asked_once(tmp_path, server) -> None:
-    """Half a surrogate pair, which JSON can spell."""
+def test_ids_with_unpaired_surrogates_stay_distinct(tmp_path, server) -> None:
+    """Unpaired surrogates are possible in JSON."""
     ids = ("\ud800", "\udfff", "a")  # of `stllm evaluate`, whose ids are keys as they are
     records = [{**record, "id": id_, "task": ""} for record, id_ in zip(questions(3), ids, strict=True)]
     write(tmp_path / "pred.json", records)
@@ -151,8 +151,8 @@ def test_ids_that_utf8_cannot_hold_stay_apart_and_are_asked_once(tmp_path, serve
 
 
 @pytest.mark.slow
-def test_killed_twice_it_ends_as_if_it_had_never_been(tmp_path) -> None:
-    """SIGKILL in the middle: the results are the same to the byte, and no item is asked twice but those in flight."""
+def test_a_judge_run_killed_twice_gives_the_same_results(tmp_path) -> None:
+    """After SIGKILL and a rerun, results are equal, and only requests that were in flight are repeated."""
 
     def slow(request: dict[str, Any], number: int) -> Answer:
         answer = fair(request)
@@ -179,14 +179,14 @@ def test_killed_twice_it_ends_as_if_it_had_never_been(tmp_path) -> None:
 
 
 def start(folder: Path, server: FakeJudge) -> subprocess.Popen[bytes]:
-    """The command in a process of its own, four items at once."""
+    """Start the command in another process, with four items at a time."""
     command = ["judge", "qa", "--pred-path", str(folder / "pred.json"), "--output-dir", str(folder / "out")]
     judge = ["--base-url", server.url, "--model", "m", "--concurrency", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-m", "stllm", *command, *judge], env=environment)
 
 
-def test_offline_scores_are_the_same_and_ask_nothing(tmp_path) -> None:
+def test_offline_gives_the_same_scores_without_requests(tmp_path) -> None:
     write(tmp_path / "pred.json", vcgbench_lines())
     with judge_server(lambda request, number: fails(400) if '"r?"' in str(request) else fair(request)) as server:
         assert judge("detail", tmp_path, url=server.url) == 0
@@ -199,8 +199,8 @@ def test_offline_scores_are_the_same_and_ask_nothing(tmp_path) -> None:
         assert path.read_bytes() == online
 
 
-def test_offline_reads_the_raw_replies_again(tmp_path) -> None:
-    """A better parser finds scores in what an older one gave up."""
+def test_offline_parses_the_replies_again(tmp_path) -> None:
+    """A newer parser may find scores in replies that an older one could not parse."""
     write(tmp_path / "pred.json", questions(3))
     with judge_server() as server:
         assert judge("qa", tmp_path, url=server.url) == 0
@@ -212,7 +212,7 @@ def test_offline_reads_the_raw_replies_again(tmp_path) -> None:
     assert results(tmp_path)["counts"]["scored"] == 3
 
 
-def test_offline_refuses_what_the_ledger_is_not_of(tmp_path, server, capsys, monkeypatch) -> None:
+def test_offline_refuses_other_predictions_and_settings(tmp_path, server, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "pred.json", questions(3))
     assert judge("qa", tmp_path, "--concurrency", "1", url=server.url) == 0  # the ledger's first is item 1
@@ -227,7 +227,7 @@ def test_offline_refuses_what_the_ledger_is_not_of(tmp_path, server, capsys, mon
         assert words in capsys.readouterr().err
 
 
-def test_offline_counts_what_was_never_asked(tmp_path, capsys) -> None:
+def test_offline_counts_items_that_were_never_asked(tmp_path, capsys) -> None:
     write(tmp_path / "pred.json", questions(6))
     with judge_server(lambda request, number: fair(request) if number < 3 else fails(401)) as server:
         assert judge("qa", tmp_path, "--concurrency", "1", url=server.url) == 1

@@ -1,4 +1,4 @@
-"""A judge on this machine: a tiny LLaMA that can only say one word, and one that says anything."""
+"""A local judge: a tiny LLaMA that always generates one word, and a random one."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system 
 
 
 def write_judge(folder: Path, *, says: str | None = None, template: str | None = None, max_length: int = 512) -> Path:
-    """A random LLaMA with a vocabulary of words; with `says` its output is that word, whatever it reads."""
+    """Write a random LLaMA with a vocabulary of words. says: a word that it always generates."""
     torch.manual_seed(0)
     fields: dict[str, Any] = {**LLAMA, "max_position_embeddings": max_length, "pad_token_id": 0}
     model = LlamaForCausalLM(LlamaConfig(**{key: value for key, value in fields.items() if key != "model_type"}))
@@ -87,7 +87,7 @@ def test_a_reply_ends_at_its_end_token_and_keeps_other_special_ones(tmp_path, mo
     ]
 
 
-def test_a_template_that_drops_the_system_message_gets_it_in_the_users(tmp_path, monkeypatch) -> None:
+def test_a_system_message_dropped_by_the_template_is_put_into_the_users(tmp_path, monkeypatch) -> None:
     drops = TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
     local = LocalJudge(
         str(write_judge(tmp_path / "judge", template=drops)), device="cpu", dtype="float32", max_new_tokens=8
@@ -111,7 +111,7 @@ def test_a_template_that_refuses_every_chat_is_named(tmp_path, capsys) -> None:
     assert "its chat template refuses a single user message (not a chat model)" in capsys.readouterr().err
 
 
-def test_a_model_that_says_nothing_of_use_fails_each_item_once(tmp_path, capsys) -> None:
+def test_a_model_without_verdicts_fails_each_item_after_one_request(tmp_path, capsys) -> None:
     assert judge(tmp_path, write_judge(tmp_path / "judge"), "--max-tokens", "8") == 1
     assert "no item was scored" in capsys.readouterr().err
     found = results(tmp_path, "detail")
@@ -119,14 +119,14 @@ def test_a_model_that_says_nothing_of_use_fails_each_item_once(tmp_path, capsys)
     assert {line["attempts"] for line in ledger(tmp_path, "detail")} == {1}
 
 
-def test_what_does_not_fit_is_a_failed_item(tmp_path, capsys) -> None:
+def test_a_too_long_prompt_makes_its_item_fail(tmp_path, capsys) -> None:
     assert judge(tmp_path, write_judge(tmp_path / "judge", says="4", max_length=20), "--max-tokens", "1") == 1
     assert set(results(tmp_path, "detail")["failed_items"].values()) == {
         "the instructions and texts are too long for the judge"
     }
 
 
-def test_a_batch_says_what_each_chat_would_alone(tmp_path) -> None:
+def test_batched_replies_equal_single_ones(tmp_path) -> None:
     folder = write_judge(tmp_path / "judge", template=TEMPLATE)
     model = LocalJudge(str(folder), device="cpu", dtype="float32", max_new_tokens=8)
     chats = [[{"role": "user", "content": text}] for text in ("cat", "what dog what cat score no", "dog dog dog")]
@@ -134,7 +134,7 @@ def test_a_batch_says_what_each_chat_would_alone(tmp_path) -> None:
     assert len(set(model.replies(chats))) > 1
 
 
-def test_the_id_tells_weights_apart_that_share_a_name(tmp_path) -> None:
+def test_the_model_id_differs_for_different_weights(tmp_path) -> None:
     ids = set()
     for place, says in (("one", None), ("two", "4"), ("three", "no")):
         folder = write_judge(tmp_path / place / "judge", says=says)

@@ -1,4 +1,4 @@
-"""Many kinds of judges through `stllm judge`: each gives its verdicts, or a sentence that says what to do."""
+"""Many kinds of judges with `stllm judge`: each gives verdicts, or an error that says what to do."""
 
 import json
 from collections import Counter
@@ -13,13 +13,13 @@ from tests.judge.test_parser import CASES
 
 @pytest.fixture
 def server():
-    """A judge whose kind the model's name chooses."""
+    """Start a fake judge whose behaviour is selected by the model's name."""
     with judge_server(judge_by_name) as judge:
         yield judge
 
 
 def most_asked(server: FakeJudge) -> int:
-    """The requests for the item that took most."""
+    """Return the largest number of requests for one item."""
     return max(Counter(text[text.index("Question:") :] for text in server.user_texts()).values())
 
 
@@ -42,7 +42,7 @@ def most_asked(server: FakeJudge) -> int:
         ("no-system-422", 2),
     ],
 )
-def test_every_judge_is_read_in_few_requests(tmp_path, server, axis, model, num_asked) -> None:
+def test_every_kind_of_judge_gives_scores_with_few_requests(tmp_path, server, axis, model, num_asked) -> None:
     write(tmp_path / "pred.json", questions(4))
     assert judge(axis, tmp_path, "--max-tokens", "64", url=server.url, model=model) == 0
     found = results(tmp_path, axis)
@@ -54,7 +54,7 @@ def test_every_judge_is_read_in_few_requests(tmp_path, server, axis, model, num_
 @pytest.mark.parametrize(
     "model", ["cut-think", "cut-without-tag", "cut-tag-alone", "empty-reasoning", "null-reasoning", "parts-reasoning"]
 )
-def test_an_unfinished_thought_is_never_scored(tmp_path, server, capsys, model) -> None:
+def test_unfinished_reasoning_is_never_scored(tmp_path, server, capsys, model) -> None:
     write(tmp_path / "pred.json", questions(4))
     assert judge("qa", tmp_path, url=server.url, model=model) == 1
     found = results(tmp_path)
@@ -85,7 +85,7 @@ def test_raising_max_tokens_continues_a_ledger_and_lowering_does_not(tmp_path, s
 
 
 @pytest.mark.parametrize(("max_retries", "num_scored"), [(0, 0), (1, 1), (2, 2)])
-def test_requests_that_find_out_the_parameters_are_in_the_budget(tmp_path, server, max_retries, num_scored) -> None:
+def test_requests_refused_for_their_parameters_count_as_retries(tmp_path, server, max_retries, num_scored) -> None:
     write(tmp_path / "pred.json", questions(2))
     options = ("--max-tokens", "64", "--max-retries", str(max_retries), "--concurrency", "1")
     code = judge("qa", tmp_path, *options, url=server.url, model="new-parameters")
@@ -95,7 +95,7 @@ def test_requests_that_find_out_the_parameters_are_in_the_budget(tmp_path, serve
     assert most_asked(server) <= max_retries + 1
 
 
-def test_a_refused_part_is_left_out_from_then_on(tmp_path, server, caplog) -> None:
+def test_a_refused_parameter_is_omitted_afterwards(tmp_path, server, caplog) -> None:
     write(tmp_path / "pred.json", questions(6))
     assert judge("qa", tmp_path, "--concurrency", "1", url=server.url, model="no-system") == 0
     assert len(server.requests) == 7
@@ -114,14 +114,14 @@ def test_new_parameters_replace_the_old_ones(tmp_path, server, caplog) -> None:
     assert "the judge refuses --temperature" in caplog.text
 
 
-def test_routes_of_one_model_are_one_judge_and_the_ledger_keeps_each(tmp_path, server) -> None:
+def test_routes_of_one_model_count_as_one_judge(tmp_path, server) -> None:
     write(tmp_path / "pred.json", questions(4))
     assert judge("qa", tmp_path, "--concurrency", "1", url=server.url, model="router") == 0
     assert results(tmp_path)["judge"] == "family/judge-70b"
     assert [line["model"] for line in ledger(tmp_path)] == [f"family/judge-70b:{route}" for route in "baba"]
 
 
-def test_a_route_that_was_asked_for_is_part_of_the_judges_name(tmp_path, server) -> None:
+def test_a_requested_route_is_part_of_the_judges_name(tmp_path, server) -> None:
     server.behave = lambda request, number: says("{'pred': 'no', 'score': 1}", model=request["model"])
     write(tmp_path / "pred.json", questions(2))
     assert judge("qa", tmp_path, url=server.url, model="family/judge:8b") == 0
@@ -138,8 +138,8 @@ def test_routes_to_different_models_are_refused_with_advice(tmp_path, server, ca
 
 
 @pytest.mark.parametrize("axis", ["qa", "correctness"])
-def test_replies_in_a_ledger_are_read_as_a_person_reads_them(tmp_path, server, axis) -> None:
-    """`--offline` over a ledger of all cases; the exported items have the verdicts."""
+def test_replies_in_a_ledger_are_parsed_as_annotated(tmp_path, server, axis) -> None:
+    """Run `--offline` on a ledger with all cases; the exported items have the verdicts."""
     cases = {str(number): case for number, case in enumerate(CASES) if case["axis"] == axis}
     write(tmp_path / "pred.json", [{"id": "x", "question": "q?", "answer": "a", "pred": "p"}])
     assert judge("qa", tmp_path, url=server.url, model="good") == 0

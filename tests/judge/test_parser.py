@@ -1,4 +1,4 @@
-"""Replies of judges: what is read, what is ambiguous, and that nothing else ever comes of a reply."""
+"""Parsing of judges' replies: clear ones, ambiguous ones, and hostile ones."""
 
 import json
 import time
@@ -43,7 +43,7 @@ SCORES = st.integers(0, 50).map(lambda tenths: tenths / 10)
         ("{'score': __import__('os').getpid()}", "its score is no number"),
     ],
 )
-def test_anything_else_is_not_read(reply, why) -> None:
+def test_other_replies_are_unparsable(reply, why) -> None:
     with pytest.raises(Unparsable, match=why):
         parse_reply(reply, "detail")
 
@@ -63,7 +63,7 @@ def test_without_a_decision_the_axis_qa_has_no_verdict(reply, why) -> None:
 
 
 @given(score=SCORES, pred=st.sampled_from(["yes", "no"]), before=st.sampled_from(["", "Sure!\n", "```json\n"]))
-def test_every_way_to_write_a_verdict_says_the_same(score, pred, before) -> None:
+def test_all_forms_of_a_verdict_are_parsed(score, pred, before) -> None:
     fields = {"pred": pred, "score": score}
     for text in (
         str(fields),
@@ -75,7 +75,7 @@ def test_every_way_to_write_a_verdict_says_the_same(score, pred, before) -> None
 
 
 @given(one=SCORES, two=SCORES)
-def test_two_scores_are_one_only_when_they_are_equal(one, two) -> None:
+def test_two_different_scores_are_unparsable(one, two) -> None:
     replies = (f"{{'score': {one}}} {{'score': {two}}}", f"score: {one}\nscore: {two}")
     for reply in replies:
         if one == two:
@@ -89,7 +89,7 @@ def test_two_scores_are_one_only_when_they_are_equal(one, two) -> None:
     reply=st.text() | st.text(alphabet="{}'\"[]():,. score0123456789-+/epryn\n", max_size=200),
     axis=st.sampled_from(AXES),
 )
-def test_whatever_a_judge_says_is_a_verdict_in_the_scale_or_unparsable(reply, axis) -> None:
+def test_any_reply_gives_a_score_in_range_or_is_unparsable(reply, axis) -> None:
     try:
         verdict = parse_reply(reply, axis)
     except Unparsable:
@@ -102,8 +102,8 @@ CASES = [json.loads(line) for line in Path(__file__).with_name("replies.jsonl").
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case['axis']}: {case['reply'][:40]!r}" for case in CASES])
-def test_replies_are_read_as_a_person_reads_them(case) -> None:
-    """Replies of judges, with the verdict of a person; null where a person finds none."""
+def test_replies_are_parsed_as_annotated(case) -> None:
+    """Each case is a judge's reply with a verdict annotated by a person; null if there is none."""
     if case["read"] is None:
         with pytest.raises(Unparsable):
             parse_reply(case["reply"], case["axis"], cut=case.get("cut", False))
@@ -115,12 +115,12 @@ def test_replies_are_read_as_a_person_reads_them(case) -> None:
 @pytest.mark.parametrize(
     "reply", ["<think>It may be 4", "<|channel|>analysis<|message|>4", "[THINK]4", "analysisWe see 4"]
 )
-def test_an_unfinished_thought_is_named(reply) -> None:
+def test_unfinished_reasoning_is_reported(reply) -> None:
     with pytest.raises(CutOff, match="raise --max-tokens"):
         parse_reply(reply, "detail")
 
 
-def test_a_long_thought_does_not_count_as_a_long_answer() -> None:
+def test_reasoning_does_not_count_towards_the_length_limit() -> None:
     assert parse_reply(f"<think>{'hm ' * 50_000}</think>{{'score': 3}}", "detail") == Verdict(3)
 
 
@@ -130,7 +130,7 @@ HOSTILE = [piece * (19_000 // len(piece)) for piece in PIECES] + ["{" + "[" * 9_
 
 
 @pytest.mark.parametrize("reply", HOSTILE, ids=lambda reply: repr(reply[:12]))
-def test_hostile_replies_are_read_in_time(reply) -> None:
+def test_hostile_replies_are_parsed_quickly(reply) -> None:
     start = time.process_time()
     with pytest.raises(Unparsable):
         parse_reply(reply, "qa")

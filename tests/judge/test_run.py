@@ -1,4 +1,4 @@
-"""`stllm judge` as a user types it: scores, averages, exports, instructions, keys and usage."""
+"""`stllm judge` on the command line: scores, averages, exports, instructions, keys and wrong usage."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_fractions_count_in_the_mean_and_not_in_the_truncated_one(tmp_path) -> N
     assert (found["mean"], found["mean_truncated"]) == (pytest.approx(11.2 / 4), pytest.approx((4 + 0 + 3 + 2) / 4))
 
 
-def test_missing_items_are_counted_and_bound_the_mean(tmp_path, server, capsys) -> None:
+def test_missing_items_are_counted_and_widen_the_bounds(tmp_path, server, capsys) -> None:
     write(tmp_path / "pred.json", vcgbench_lines())
     server.behave = lambda request, number: fails(400) if '"r?"' in str(request) else fair(request)
     assert judge("detail", tmp_path, url=server.url) == 0
@@ -106,7 +106,7 @@ def test_official_item_files(tmp_path, server) -> None:
     ]
 
 
-def test_own_instructions_are_sent_and_named(tmp_path, server) -> None:
+def test_custom_instructions_are_sent_and_recorded(tmp_path, server) -> None:
     write(tmp_path / "pred.json", questions(1))
     own = tmp_path / "own.yaml"
     own.write_text("version: official\nqa: {user: 'Q: {question} A: {answer} P: {pred}'}")
@@ -116,7 +116,7 @@ def test_own_instructions_are_sent_and_named(tmp_path, server) -> None:
     assert results(tmp_path)["prompt_version"] == "official"
 
 
-def test_a_key_goes_to_the_server_it_was_named_for_alone(tmp_path, server, monkeypatch) -> None:
+def test_a_key_is_sent_only_to_its_server(tmp_path, server, monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret-of-openai")
     monkeypatch.setenv("MY_KEY", "my-secret")
     write(tmp_path / "pred.json", questions(1))
@@ -142,7 +142,9 @@ def test_a_key_goes_to_the_server_it_was_named_for_alone(tmp_path, server, monke
         (["--api-key-env", "ODD_KEY"], "variable ODD_KEY holds characters that no key has"),
     ],
 )
-def test_a_missing_key_or_url_is_told_before_anything_is_written(tmp_path, capsys, monkeypatch, options, words) -> None:
+def test_a_missing_key_or_url_is_reported_before_anything_is_written(
+    tmp_path, capsys, monkeypatch, options, words
+) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("ODD_KEY", "kľúč")
     write(tmp_path / "pred.json", questions(1))

@@ -1,4 +1,4 @@
-"""`stllm judge tempcompass`: captions, and what no rule settles, are asked once; ledger and rules give the scores."""
+"""`stllm judge tempcompass`: captions and replies that no rule can score are judged once; scores combine both."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ LINES = [
 
 
 def behave(request: dict[str, Any], number: int) -> Answer:
-    """Knows that jumping is jumping; a judge of captions never sees the answer."""
+    """Judge correctly; for a caption, the judge does not see the answer."""
     texts = texts_of(request)
     if "Description" in texts:
         assert "Correct answer" not in texts and RIGHT not in request["messages"][0]["content"]
@@ -64,7 +64,7 @@ def results(path: Path) -> dict[str, Any]:
     return dict(json.loads((path.parent / "judged" / "tempcompass.results.json").read_text()))
 
 
-def test_rules_and_judge_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tempcompass_scores_combine_rules_and_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, LINES)
     with judge_server(behave) as server:
         assert judge(path, url=server.url) == 0
@@ -82,8 +82,8 @@ def test_rules_and_judge_together(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert judge(path, "--offline") == 0 and results(path)["scores"] == found["scores"]
 
 
-def test_the_twin_from_its_files_to_the_scores(tmp_path: Path) -> None:
-    """The tiny model on the twin, a judge that takes every reply for right, every caption for one of the option B."""
+def test_judging_the_imitated_tempcompass(tmp_path: Path) -> None:
+    """Evaluate the tiny model; the judge accepts every reply, and assigns every caption to option B."""
     files = ["--anno-path", str(twins() / "tempcompass"), "--output-dir", str(tmp_path), "--num-frames", "2"]
     assert main(["evaluate", "tempcompass", "--ckpt-path", str(FOLDER), *files, "--device", "cpu"]) == 0
     records = [json.loads(text) for text in (tmp_path / "tempcompass.jsonl").read_text().splitlines()]
@@ -100,7 +100,7 @@ def test_the_twin_from_its_files_to_the_scores(tmp_path: Path) -> None:
     assert set(scores["tasks"]) == {"multi-choice", "yes_no", "caption_matching", "captioning"}
 
 
-def test_stopped_and_continued(tmp_path: Path) -> None:
+def test_an_interrupted_tempcompass_judge_is_resumed(tmp_path: Path) -> None:
     path = write(tmp_path, LINES)
     broken = lambda request, number: behave(request, number) if number < 3 else fails(400, "broken")  # noqa: E731
     with judge_server(broken) as server:
@@ -112,7 +112,7 @@ def test_stopped_and_continued(tmp_path: Path) -> None:
     assert results(path)["scores"]["official"]["average"] == 50.0
 
 
-def test_nothing_left_to_judge_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tempcompass_without_anything_to_judge_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, LINES[:1])
     assert judge(path, url="http://127.0.0.1:9/v1") == 1
     assert "lines with captions, or with replies that no rule settles" in capsys.readouterr().err
@@ -120,12 +120,12 @@ def test_nothing_left_to_judge_is_a_sentence(tmp_path: Path, capsys: pytest.Capt
     assert judge(path, url="http://127.0.0.1:9/v1") == 1
 
 
-def test_our_instructions_have_their_own_digest() -> None:
+def test_tempcompass_instructions_have_a_separate_hash() -> None:
     assert load_prompts(None, TEMPCOMPASS).digest != load_prompts(None).digest
     assert set(load_prompts(None, TEMPCOMPASS).prompts) == {TEMPCOMPASS, CAPTION}
 
 
-def test_a_caption_is_judged_by_the_question_with_options(tmp_path: Path) -> None:
+def test_a_caption_is_judged_by_its_multiple_choice_question(tmp_path: Path) -> None:
     (caption,) = (item for item in read_predictions(str(write(tmp_path, LINES[3:4])), TEMPCOMPASS).items)
     assert (caption.form, caption.question, caption.answer) == (CAPTION, MC["mc_question"], RIGHT)
 
@@ -180,7 +180,7 @@ def test_a_reply_that_was_cut_off_is_no_verdict() -> None:
 
 
 def test_scores_have_intervals_clustered_by_video(tmp_path: Path) -> None:
-    """VideoQA, two questions about each of two videos, right about one video: as wide as two draws make it."""
+    """VideoQA: two questions about each of two videos, correct for one video: the interval is that of two draws."""
     records = [
         {"id": number, "video_name": f"v{number // 2}", "question": "q", "answer": "a", "pred": "ab"[number // 2]}
         for number in range(4)
@@ -197,7 +197,7 @@ def test_scores_have_intervals_clustered_by_video(tmp_path: Path) -> None:
 
 
 def test_ledgers_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first run answers half of the questions of VcgBench rightly, the second all of them."""
+    """The first run answers half of VcgBench's questions correctly, the second run all of them."""
     for name, words in (("a", ("right", "wrong")), ("b", ("right", "right"))):
         records = [
             {"video_name": f"v{number}", "Q": "q?", "A": "right", "pred": words[number % 2]} for number in range(6)

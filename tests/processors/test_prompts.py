@@ -1,4 +1,4 @@
-"""Prompts as token ids: the golden ids, labels, truncation, and answers cut as published."""
+"""Tokenization of prompts: golden ids, labels, truncation, and cleaning of answers as published."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def meta(family: str) -> dict:
 
 
 @pytest.mark.parametrize("family", FOLDERS)
-def test_prompt_ids_are_the_golden_ones(family: str) -> None:
+def test_prompt_ids_equal_the_golden_ones(family: str) -> None:
     expected = load_file(FOLDERS[family] / "expected.safetensors")
     ids = processor(family).prompt_ids([Turn(QUESTION)], system="")
     if family == "instructblip":
@@ -84,12 +84,12 @@ def test_answers_are_cut_to_max_txt_len(family: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("family", FOLDERS)
-def test_what_was_said_stands_whole_in_a_conversation(family: str) -> None:
+def test_earlier_answers_are_not_cut_in_a_conversation(family: str) -> None:
     turns = [Turn("what", "the red circle moves first and then the blue square"), Turn("and then")]
     assert processor(family, max_txt_len=3).prompt_ids(turns) == processor(family).prompt_ids(turns)
 
 
-def test_qformer_text_is_cut_on_the_left_and_the_shorter_limit_counts() -> None:
+def test_qformer_text_is_truncated_on_the_left_to_the_smaller_limit() -> None:
     text = "what " * 80 + "moves first"
     ids = processor("instructblip").qformer_inputs([text])["qformer_input_ids"][0]
     assert len(ids) == 64
@@ -98,7 +98,7 @@ def test_qformer_text_is_cut_on_the_left_and_the_shorter_limit_counts() -> None:
     assert short[-3:].tolist() == ids[-3:].tolist()  # moves, first, [SEP]
 
 
-def test_without_text_the_qformer_gets_nothing() -> None:
+def test_a_qformer_without_text_gets_no_inputs() -> None:
     assert processor("minigpt4").qformer_inputs(["what"]) == {}
 
 
@@ -112,7 +112,7 @@ def test_answers_are_cut_at_the_end_mark(prompts: PromptProcessor, answer: str, 
     assert prompts.clean(answer + "###" + rest) == answer.strip()
 
 
-def test_what_follows_the_last_assistant_is_the_answer() -> None:
+def test_text_before_the_last_assistant_is_removed() -> None:
     assert processor("minigpt4").clean("###Human: a? ###Assistant: no ### yes") == ""
     assert processor("minigpt4").clean("Human: a? Assistant: no Assistant:  yes ") == "yes"
 
@@ -138,14 +138,14 @@ def test_saved_tokenizers_load_again(tmp_path: Path) -> None:
     assert (again.vocab_size, again.pad_token_id) == (first.vocab_size, first.pad_token_id)
 
 
-def test_a_folder_without_tokenizer_is_said_so(tmp_path: Path) -> None:
+def test_a_folder_without_tokenizer_is_reported(tmp_path: Path) -> None:
     config = STLLMConfig(text_config={"model_type": "llama"}, qformer_text_input=False, template="minigpt4")
     with pytest.raises(UserError, match=r"no tokenizer was found in .* needs tokenizer.model"):
         PromptProcessor.from_pretrained(tmp_path, config=config)
 
 
 @pytest.mark.parametrize("size", [0, 2, 4000])
-def test_a_damaged_tokenizer_is_said_so(tmp_path: Path, size: int) -> None:
+def test_a_damaged_tokenizer_is_reported(tmp_path: Path, size: int) -> None:
     content = (FOLDERS["minigpt4"] / "tokenizer.model").read_bytes()[:size]
     (tmp_path / "tokenizer.model").write_bytes(b"x\n" if size == 2 else content)
     config = STLLMConfig(text_config={"model_type": "llama"}, qformer_text_input=False, template="minigpt4")
@@ -154,8 +154,8 @@ def test_a_damaged_tokenizer_is_said_so(tmp_path: Path, size: int) -> None:
     assert "tiktoken" not in str(caught.value)
 
 
-def test_an_environment_that_cannot_read_tokenizers_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where another package holds protobuf back: transformers then takes a good file for one of another format."""
+def test_missing_tokenizer_libraries_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an old protobuf, transformers treats a valid file as one of another format."""
     shutil.copy(FOLDERS["minigpt4"] / "tokenizer.model", tmp_path)
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
@@ -164,14 +164,14 @@ def test_an_environment_that_cannot_read_tokenizers_is_said_so(tmp_path: Path, m
         PromptProcessor.from_pretrained(tmp_path, config=config)
 
 
-def test_a_tokenizer_without_an_end_is_refused() -> None:
+def test_a_tokenizer_without_eos_is_refused() -> None:
     prompts = processor("minigpt4")
     prompts.tokenizer.eos_token = None
     with pytest.raises(UserError, match="has no end-of-text token"):
         PromptProcessor(tokenizer=prompts.tokenizer, qformer_tokenizer=None, template=prompts.template, max_txt_len=8)
 
 
-def test_a_missing_qformer_tokenizer_says_where_it_may_be_put() -> None:
+def test_the_error_for_a_missing_qformer_tokenizer_names_its_folder() -> None:
     with pytest.raises(UserError, match=r"model\.qformer_tokenizer"):
         processor("instructblip", qformer_tokenizer=None)
 
@@ -181,8 +181,10 @@ def test_a_qformer_tokenizer_of_another_size_is_refused() -> None:
         processor("instructblip", vocab_size=30523)
 
 
-def test_a_missing_qformer_tokenizer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A download is advised only where no name was tried."""
+def test_the_error_for_a_missing_qformer_tokenizer_advises_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download is advised only if the user named no tokenizer."""
     monkeypatch.setattr("stllm.processors.prompts.DEFAULT_QFORMER_TOKENIZER", "nobody/bert")  # is in no cache
     with pytest.raises(UserError, match=r"tokenizer is not there, and nobody/bert is not in .* downloads it\)$"):
         load_qformer_tokenizer(tmp_path, None)

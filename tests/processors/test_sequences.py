@@ -1,4 +1,4 @@
-"""Prompts' ids to batches: placeholders expanded, padding, positions."""
+"""Collation of prompts: expansion of placeholders, padding, packing, positions."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ V = VISUAL_TOKEN_ID
 PAD = 0
 
 
-def test_the_placeholder_becomes_as_many_as_there_are_visual_tokens() -> None:
+def test_the_placeholder_is_repeated_for_each_visual_token() -> None:
     batch = pad_sequences([[5, V, 6, 7]], pad_id=PAD, num_visual=[3], labels=[[-100, -100, 6, 7]])
     assert batch["input_ids"].tolist() == [[5, V, V, V, 6, 7]]
     assert batch["attention_mask"].tolist() == [[1] * 6]
@@ -19,8 +19,8 @@ def test_the_placeholder_becomes_as_many_as_there_are_visual_tokens() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_of_different_length_are_padded_on_that_side(side: str) -> None:
-    """With one visual token, with three, with none that are left, and text alone."""
+def test_rows_are_padded_on_the_given_side(side: str) -> None:
+    """Rows have one, three or no remaining visual tokens, or no medium."""
     rows = [[V, 6], [5, V], [V, 7], [8]]
     batch = pad_sequences(rows, pad_id=PAD, num_visual=[1, 3, 0, None], side=side)
     left = [[0, 0, V, 6], [5, V, V, V], [0, 0, 0, 7], [0, 0, 0, 8]]
@@ -31,14 +31,14 @@ def test_rows_of_different_length_are_padded_on_that_side(side: str) -> None:
     assert "labels" not in batch
 
 
-def test_a_label_at_a_rows_beginning_is_never_predicted() -> None:
+def test_the_first_token_of_a_row_is_never_predicted() -> None:
     batch = pad_sequences([[4, 5, 6], [7, 8]], pad_id=PAD, labels=[[IGNORE_INDEX, 5, 6], [7, 8]])
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 5, 6], [7, 8, IGNORE_INDEX]]
     assert batch["label_positions"].tolist() == [0, 1, 3]
     assert not len(batch["visual_positions"])
 
 
-def test_packed_rows_follow_each_other_and_begin_anew() -> None:
+def test_packed_rows_are_concatenated_and_positions_restart() -> None:
     rows, labels = [[5, V, 6], [8], [V, 7, 9]], [[-100, -100, 6], [8], [-100, 7, 9]]
     batch = pad_sequences(rows, pad_id=PAD, num_visual=[3, None, 1], labels=labels, packing=True)
     assert batch["input_ids"].tolist() == [[5, V, V, V, 6, 8, V, 7, 9]]

@@ -1,4 +1,4 @@
-"""Prompts, to the byte: each template's rendered conversation is a snapshot, so a change is a visible diff."""
+"""Prompt templates: each rendered conversation equals its snapshot, so a change is a visible diff."""
 
 import json
 from pathlib import Path
@@ -32,11 +32,11 @@ def rendered(name: str) -> dict[str, list[list[str]]]:
 
 
 @pytest.mark.parametrize("name", templates.names())
-def test_prompts_are_what_they_were(name: str) -> None:
+def test_rendered_prompts_equal_their_snapshots(name: str) -> None:
     assert rendered(name) == json.loads(SNAPSHOTS.read_text())[name]
 
 
-def test_the_published_strings() -> None:
+def test_templates_contain_the_published_strings() -> None:
     question = [Turn("which object appears after the green triangle")]
     blip = templates.get("instructblip").render(question[0], first=True, media="video")
     assert blip == [VISUAL, BOS, "###Human: which object appears after the green triangle ###Assistant: "]

@@ -1,4 +1,4 @@
-"""Pictures to tensors: PIL's numbers, one crop a clip, randomness from the generator alone."""
+"""Transforms of frames: agreement with PIL, one crop per clip, and random numbers only from the generator."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from stllm.processors.transforms import EvalTransform, TrainTransform, draw_crop
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth noise with full contrast."""
+    """Return an image of smooth noise with full contrast."""
     coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -39,7 +39,7 @@ def test_evaluation_agrees_with_pil(size):
 
 @settings(deadline=None, max_examples=30)
 @given(height=st.integers(1, 200), width=st.integers(1, 200), size=st.integers(8, 64))
-def test_every_size_gives_a_square(height, width, size):
+def test_every_frame_size_gives_a_square(height, width, size):
     grey = np.full((height, width, 3), 100, np.uint8)
     for transform in (EvalTransform(size), TrainTransform(size).for_clip(torch.Generator().manual_seed(0))):
         found = transform(grey)
@@ -52,7 +52,7 @@ def test_every_size_gives_a_square(height, width, size):
     seed=st.integers(0, 2**32),
     least=st.floats(0.05, 1),
 )
-def test_crops_lie_inside_and_cover_enough(height, width, seed, least):
+def test_crops_are_inside_the_frame_and_large_enough(height, width, seed, least):
     generator = torch.Generator().manual_seed(seed)
     top, left, bottom, right = draw_crop(height, width, (least, 1.0), generator)
     assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
@@ -62,7 +62,7 @@ def test_crops_lie_inside_and_cover_enough(height, width, seed, least):
         assert 0.74 < columns / rows < 1.36
 
 
-def test_a_clip_has_one_crop():
+def test_all_frames_of_a_clip_have_the_same_crop():
     frame = picture(120, 160)
     transform = TrainTransform(32).for_clip(torch.Generator().manual_seed(3))
     first, second = transform(frame), transform(frame)
@@ -71,14 +71,14 @@ def test_a_clip_has_one_crop():
     assert not torch.equal(first, other)
 
 
-def test_a_crop_keeps_its_place_in_frames_of_another_size():
+def test_a_crop_covers_the_same_relative_part_of_other_frame_sizes():
     transform = TrainTransform(32, scale=(0.5, 0.6)).for_clip(torch.Generator().manual_seed(0))
     ramp = np.repeat(np.linspace(0, 255, 400).astype(np.uint8)[None, :, None], 300, axis=0).repeat(3, axis=2)
     large, small = transform(ramp), transform(np.ascontiguousarray(ramp[::2, ::2]))
     torch.testing.assert_close(large.float(), small.float(), atol=3, rtol=0)
 
 
-def test_training_leaves_the_global_randomness_alone():
+def test_training_transforms_do_not_use_global_random_state():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -92,12 +92,12 @@ def test_processors_are_registered():
 
 
 @pytest.mark.parametrize("frame", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)])
-def test_other_arrays_are_refused(frame):
+def test_frames_of_wrong_shape_or_type_are_refused(frame):
     with pytest.raises(UserError, match=r"expected \(H, W, 3\) uint8 RGB"):
         EvalTransform()(frame)
 
 
-def test_the_input_stays_as_it_was():
+def test_the_input_frame_is_not_changed():
     frame = picture(64, 64)
     frame.setflags(write=False)
     before = frame.copy()
@@ -105,6 +105,6 @@ def test_the_input_stays_as_it_was():
     np.testing.assert_array_equal(frame, before)
 
 
-def test_impossible_scales_are_refused():
+def test_invalid_crop_scales_are_refused():
     with pytest.raises(UserError, match="crop scale"):
         TrainTransform(8, scale=(0.5, 1.5))

@@ -1,4 +1,4 @@
-"""`stllm serve` under the official client: answers, streams, errors, a full queue, clients that leave."""
+"""`stllm serve` with OpenAI's client: answers, streams, errors, a full queue, disconnecting clients."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -55,7 +55,7 @@ def client(address: str) -> openai.OpenAI:
 
 @pytest.fixture(autouse=True)
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> Iterator[Path]:
-    """Where uploads lie; after each test none does, and no request is left."""
+    """Return the folder of uploads. After each test it must be empty, and the queue, too."""
     monkeypatch.setattr(server, "folder", tmp_path / "uploads")
     (tmp_path / "uploads").mkdir()
     yield tmp_path / "uploads"
@@ -67,7 +67,7 @@ def complete(client: openai.OpenAI, *messages: Any, **fields: Any) -> Any:
     return client.chat.completions.create(**{"model": MODEL, "messages": list(messages), "max_tokens": 8, **fields})
 
 
-def test_an_answer_is_the_engines(client: openai.OpenAI, chat: Chat, clips: list[Path]) -> None:
+def test_an_answer_equals_the_chats(client: openai.OpenAI, chat: Chat, clips: list[Path]) -> None:
     for clip in clips:
         for url in (data_url(clip), clip.name, f"file://{clip}"):
             found = complete(client, user(QUESTIONS[0], url))
@@ -84,7 +84,7 @@ def test_an_answer_is_the_engines(client: openai.OpenAI, chat: Chat, clips: list
     assert fewer.choices[0].message.content == chat.ask(clips[0], QUESTIONS[0], num_frames=2).text
 
 
-def test_a_stream_joins_to_the_answer(client: openai.OpenAI, chat: Chat, clips: list[Path]) -> None:
+def test_streamed_pieces_join_to_the_answer(client: openai.OpenAI, chat: Chat, clips: list[Path]) -> None:
     chunks = list(
         complete(client, user(QUESTIONS[1], data_url(clips[0])), stream=True, stream_options={"include_usage": True})
     )
@@ -105,7 +105,7 @@ def test_a_stream_ends_with_its_mark(address: str, clips: list[Path]) -> None:
     assert all(json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk" for event in events)
 
 
-def test_turns_and_a_system_message_are_in_view(client: openai.OpenAI, chat: Chat, clips: list[Path]) -> None:
+def test_turns_and_a_system_message_are_in_the_prompt(client: openai.OpenAI, chat: Chat, clips: list[Path]) -> None:
     turns = (Turn(QUESTIONS[0], "a ball"), Turn(QUESTIONS[1]))
     messages = [user(QUESTIONS[0], data_url(clips[0])), {"role": "assistant", "content": "a ball"}, user(QUESTIONS[1])]
     media = Media(str(clips[0]))
@@ -132,7 +132,7 @@ def test_a_text_under_the_media_root_is_not_quoted(client: openai.OpenAI, clips:
     assert "password" not in str(caught.value)
 
 
-def test_an_image_and_text_alone(client: openai.OpenAI, chat: Chat, tmp_path: Path) -> None:
+def test_requests_with_an_image_and_without_media(client: openai.OpenAI, chat: Chat, tmp_path: Path) -> None:
     from PIL import Image
 
     picture = tmp_path / "picture.png"
@@ -142,7 +142,7 @@ def test_an_image_and_text_alone(client: openai.OpenAI, chat: Chat, tmp_path: Pa
     assert complete(client, user(QUESTIONS[0])).choices[0].message.content == chat.ask(None, QUESTIONS[0]).text
 
 
-def test_two_clients_at_once_get_their_own(address: str, chat: Chat, clips: list[Path]) -> None:
+def test_concurrent_clients_get_their_own_answers(address: str, chat: Chat, clips: list[Path]) -> None:
     asked = [(clip, question) for clip in clips for question in QUESTIONS] * 2
     expected = [chat.ask(clip, question).text for clip, question in asked]
     assert len(set(expected)) > 2
@@ -195,7 +195,7 @@ TEXT = "data:video/mp4;base64,aGVsbG8gd29ybGQsIHRoaXMgaXMgbm8gdmlkZW8="
         ({"messages": [user("what")], "model": "gpt"}, openai.NotFoundError, "'gpt' is not served here"),
     ],
 )
-def test_each_refusal_is_openais_error(client, uploads: Path, clips, fields, kind, words: str) -> None:
+def test_refused_requests_get_openai_errors(client, uploads: Path, clips, fields, kind, words: str) -> None:
     for stream in (False, True):
         with pytest.raises(kind, match=words) as caught:
             complete(client, **fields, stream=stream)
@@ -204,7 +204,7 @@ def test_each_refusal_is_openais_error(client, uploads: Path, clips, fields, kin
             assert str(place) not in str(caught.value)
 
 
-def test_large_long_and_unknown_uploads(client: openai.OpenAI, tmp_path: Path) -> None:
+def test_large_long_and_unknown_media_are_refused(client: openai.OpenAI, tmp_path: Path) -> None:
     long = write_video(tmp_path / "long.mp4", num_frames=151)
     with pytest.raises(openai.BadRequestError, match=r"the video lasts 6\.0 s, at most 5\.0 s are taken"):
         complete(client, user("what", data_url(long)))
@@ -214,7 +214,7 @@ def test_large_long_and_unknown_uploads(client: openai.OpenAI, tmp_path: Path) -
         assert caught.value.status_code == status
 
 
-def test_unknown_paths_methods_types_and_hosts(address: str) -> None:
+def test_unknown_paths_methods_types_and_hosts_are_refused(address: str) -> None:
     url = f"{address}/v1/chat/completions"
     assert httpx.get(url, timeout=60).status_code == 405
     assert (
@@ -235,7 +235,7 @@ def test_unknown_paths_methods_types_and_hosts(address: str) -> None:
     assert httpx.get(f"{address}/health", headers={"host": "127.0.0.1:99"}, timeout=60).status_code == 200
 
 
-def test_a_request_that_does_not_arrive_is_given_up(chat: Chat) -> None:
+def test_a_request_that_does_not_arrive_times_out(chat: Chat) -> None:
     import socket
     from urllib.parse import urlsplit
 
@@ -248,7 +248,7 @@ def test_a_request_that_does_not_arrive_is_given_up(chat: Chat) -> None:
         wait_until(lambda: not server.jobs.num_inside)
 
 
-def test_an_unexpected_failure_says_nothing_of_the_machine(client, chat: Chat, clips, monkeypatch, caplog) -> None:
+def test_an_unexpected_error_reveals_nothing_about_the_machine(client, chat: Chat, clips, monkeypatch, caplog) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError(f"in {clips[0]}")
 
@@ -264,7 +264,7 @@ def test_an_unexpected_failure_says_nothing_of_the_machine(client, chat: Chat, c
     assert complete(client, user("what", clips[0].name)).choices
 
 
-def test_a_failure_in_mid_answer_ends_the_stream(client, chat: Chat, clips, monkeypatch) -> None:
+def test_an_error_during_a_stream_ends_it(client, chat: Chat, clips, monkeypatch) -> None:
     def broken(*_: Any) -> Iterator[str]:
         yield "a "
         raise MemoryError
@@ -278,7 +278,7 @@ def test_a_failure_in_mid_answer_ends_the_stream(client, chat: Chat, clips, monk
 
 @pytest.fixture
 def slow(clips: list[Path], uploads: Path) -> Iterator[tuple[Server, Endless, str]]:
-    """A server with one place, and a model that would write for minutes."""
+    """Start a server with one place, and a model that generates for minutes."""
     chat = new_chat("minigpt4")
     endless = Endless(chat, seconds=0.1)
     server = Server(chat, MODEL, media_root=clips[0].parent, limits=replace(LIMITS, waiting=0), folder=uploads)
@@ -286,7 +286,7 @@ def slow(clips: list[Path], uploads: Path) -> Iterator[tuple[Server, Endless, st
         yield server, endless, address
 
 
-def test_a_full_queue_is_said_at_once_and_a_client_that_leaves_makes_room(slow, clips, uploads: Path) -> None:
+def test_a_full_queue_refuses_at_once_and_a_leaving_client_frees_its_place(slow, clips, uploads: Path) -> None:
     server, endless, address = slow
     stream = complete(client_of(address), user("what", data_url(clips[0])), stream=True, max_tokens=400)
     next(iter(stream))
@@ -303,7 +303,7 @@ def test_a_full_queue_is_said_at_once_and_a_client_that_leaves_makes_room(slow, 
     assert complete(client_of(address), user("what", "20.mp4")).usage.completion_tokens == 8
 
 
-def test_a_client_that_does_not_wait_for_the_answer_ends_it(slow) -> None:
+def test_a_disconnecting_client_ends_its_answer(slow) -> None:
     server, endless, address = slow
     impatient = client_of(address).with_options(timeout=2)
     with pytest.raises(openai.APITimeoutError):
@@ -312,7 +312,7 @@ def test_a_client_that_does_not_wait_for_the_answer_ends_it(slow) -> None:
     assert 0 < endless.steps < 300
 
 
-def test_one_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
+def test_a_client_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
     chat = new_chat("minigpt4")
     endless = Endless(chat, seconds=0.1)
     server = Server(chat, MODEL, media_root=clips[0].parent, limits=replace(LIMITS, waiting=1))
@@ -336,7 +336,7 @@ def test_one_that_leaves_the_queue_is_never_answered(clips: list[Path]) -> None:
     assert answered == ["first", "third"]
 
 
-def test_one_client_that_takes_all_places_leaves_one_for_another(chat: Chat) -> None:
+def test_one_client_cannot_take_all_places(chat: Chat) -> None:
     server = Server(chat, MODEL, limits=replace(LIMITS, waiting=3))
     with serving(server) as address, ThreadPoolExecutor(5) as threads:
         other = client_of(address).with_options(default_headers={"X-Forwarded-For": "192.0.2.1"})
@@ -350,7 +350,7 @@ def test_one_client_that_takes_all_places_leaves_one_for_another(chat: Chat) -> 
         assert all(reply.result().choices for reply in replies)
 
 
-def test_questions_that_wait_are_answered_together(clips: list[Path]) -> None:
+def test_waiting_questions_are_answered_in_one_batch(clips: list[Path]) -> None:
     chat = new_chat()
     server, sizes = Server(chat, MODEL, media_root=clips[0].parent, limits=LIMITS), []
     generate = chat.batches._generate

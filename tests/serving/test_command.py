@@ -1,4 +1,4 @@
-"""`stllm serve` as it is typed."""
+"""`stllm serve` on the command line."""
 
 import os
 import signal
@@ -21,12 +21,14 @@ CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is wrong is said before the model is loaded."""
+    """Make the test fail if the model is loaded."""
     monkeypatch.setattr(listening, "load_chosen", lambda *_, **__: pytest.fail("loaded"))
 
 
 @pytest.mark.parametrize("name", ["serve", "demo"])
-def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, own_signals, tmp_path, capsys, monkeypatch, name):
+def test_wrong_options_are_reported_before_the_model_is_loaded(
+    unloaded, own_signals, tmp_path, capsys, monkeypatch, name
+):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -42,19 +44,19 @@ def test_what_is_wrong_is_said_before_the_model_is_loaded(unloaded, own_signals,
     assert "no checkpoint was named: give one with --ckpt-path" in capsys.readouterr().err
 
 
-def test_a_media_root_is_a_folder(unloaded, capsys) -> None:
+def test_a_media_root_must_be_a_folder(unloaded, capsys) -> None:
     assert main(["serve", "--ckpt-path", "d", "--media-root", "/no/such"]) == 1
     assert "--media-root /no/such is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["serve", "demo"])
 @pytest.mark.parametrize("host", ["", " "])
-def test_an_empty_host_is_a_mistake(unloaded, capsys, name: str, host: str) -> None:
+def test_an_empty_host_is_refused(unloaded, capsys, name: str, host: str) -> None:
     assert main([name, "--ckpt-path", "d", "--host", host]) == 2
     assert "argument --host: found nothing, expected an address such as 127.0.0.1" in capsys.readouterr().err
 
 
-def test_the_embedded_model_is_named_where_it_is(monkeypatch, tmp_path: Path) -> None:
+def test_the_log_names_the_embedded_model(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(chat, "FOLDER", tmp_path)
     with pytest.raises(UserError, match="no checkpoint was named"):
         chat.default_checkpoint()
@@ -63,7 +65,7 @@ def test_the_embedded_model_is_named_where_it_is(monkeypatch, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_serve_runs_and_ends(tmp_path: Path) -> None:
     clip = write_video(tmp_path / "clip.mp4", num_frames=20)
     argv = ["serve", "--ckpt-path", str(CHECKPOINT), "--port", "0", "--media-root", str(tmp_path), "--device", "cpu"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -1,4 +1,4 @@
-"""Requests as JSON: what is asked, and a sentence for each that is wrong."""
+"""Parsing of JSON requests, and error messages for wrong ones."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def parse(*messages: Any, **fields: Any) -> ChatRequest:
     return parse_request(json.dumps(body).encode(), model="tiny", usual=USUAL, limits=LIMITS)
 
 
-def test_a_whole_conversation() -> None:
+def test_parsing_a_conversation() -> None:
     system = {"role": "system", "content": "Be brief."}
     asked = parse(system, user("What moves?", "data:x"), ANSWER, user("Where?"), stream=True, num_frames=8)
     assert asked.turns == (Turn("What moves?", "a ball"), Turn("Where?"))
@@ -30,12 +30,12 @@ def test_a_whole_conversation() -> None:
     assert asked.decoding == Decoding(num_beams=1, max_new_tokens=100, repetition_penalty=1.5)
 
 
-def test_without_a_system_message_the_models_own_holds() -> None:
+def test_without_a_system_message_the_default_is_used() -> None:
     assert parse(user("What?")).system is None
     assert parse({"role": "developer", "content": ""}, user("What?")).system == ""
 
 
-def test_wishes() -> None:
+def test_parsing_optional_fields() -> None:
     asked = parse(user("What?"), max_completion_tokens=7, temperature=0.5, top_p=0.3, stream_options=None)
     assert asked.decoding == Decoding(1, max_new_tokens=7, temperature=0.5, top_p=0.3, repetition_penalty=1.5)
     assert parse(user("?"), stream=True, stream_options={"include_usage": True}).include_usage
@@ -48,7 +48,7 @@ def test_texts_of_one_message_are_lines() -> None:
     assert asked.url == "u"
 
 
-def test_fields_without_effect_are_taken() -> None:
+def test_fields_without_effect_are_accepted() -> None:
     parse(user("What?"), user="me", n=1, tools=[], stop=None, response_format={"type": "text"}, seed=None)
 
 
@@ -79,7 +79,7 @@ def test_fields_without_effect_are_taken() -> None:
         ({"messages": [user("\ud800")]}, 400, "the request is not as expected"),
     ],
 )
-def test_each_bad_request_has_its_sentence(fields: dict[str, Any], status: int, words: str) -> None:
+def test_bad_requests_are_refused_with_a_sentence(fields: dict[str, Any], status: int, words: str) -> None:
     with pytest.raises(ApiError, match=words) as caught:
         parse(**{"messages": [user("What?")], **fields})
     assert caught.value.status == status
@@ -101,7 +101,7 @@ def test_each_bad_request_has_its_sentence(fields: dict[str, Any], status: int, 
         b'{"model": "tiny"}',
     ],
 )
-def test_what_is_no_request_is_refused(body: bytes) -> None:
+def test_bodies_that_are_not_requests_are_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="the request is") as caught:
         parse_request(body, model="tiny", usual=USUAL, limits=LIMITS)
     assert caught.value.status == 400

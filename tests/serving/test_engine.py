@@ -1,4 +1,4 @@
-"""`stllm serve --engine`: several answers at a time, the same as without it, and a failing engine under the client."""
+"""`stllm serve --engine`: concurrent answers that equal those without an engine, and a failing engine."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +43,7 @@ def ask(client: openai.OpenAI, path: Path, question: str) -> str | None:
     return reply.choices[0].message.content
 
 
-def test_several_answers_are_written_at_a_time(client: openai.OpenAI, engine: FakeEngine) -> None:
+def test_several_answers_are_generated_concurrently(client: openai.OpenAI, engine: FakeEngine) -> None:
     asked = list(find_examples())[:6]
     here = load_chat(FOLDER, device="cpu")
     expected = [here.ask(path, question, num_beams=1).text for path, question in asked]
@@ -64,8 +64,10 @@ def test_an_answer_is_streamed(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_failing_engine_is_a_503(client: openai.OpenAI, engine: FakeEngine, server: Server, caplog, stream) -> None:
-    """Its address is for the log alone."""
+def test_a_failing_engine_gives_status_503(
+    client: openai.OpenAI, engine: FakeEngine, server: Server, caplog, stream
+) -> None:
+    """The engine's address is logged, but not sent to the client."""
     path, question = find_examples()[0]
     engine.replies = iter([refusal(500, "out of blocks"), refusal(400, "too long", "input_tokens")])
     messages = [user(question, data_url(path))]

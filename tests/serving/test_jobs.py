@@ -1,4 +1,4 @@
-"""The queue: jobs in order, their news and failures handed over, listeners who leave without waiting, full places."""
+"""The queue: order of jobs, their items and exceptions, cancellation, and a full queue."""
 
 from collections.abc import Generator, Iterator
 from threading import Event, current_thread
@@ -23,7 +23,7 @@ def jobs() -> Iterator[Jobs]:
     jobs.close()
 
 
-def test_news_come_in_order_and_the_end_is_the_end(jobs: Jobs) -> None:
+def test_items_of_a_job_are_yielded_in_order(jobs: Jobs) -> None:
     assert [item for item in jobs.iterate(lambda _: counted(3)) if item is not None] == [0, 1, 2]
 
 
@@ -32,7 +32,7 @@ def counted(count: int) -> Steps:
     yield from range(count)
 
 
-def test_what_a_job_raises_is_raised_and_the_thread_goes_on(jobs: Jobs) -> None:
+def test_an_exception_of_a_job_is_raised_and_the_thread_continues(jobs: Jobs) -> None:
     def fails(_: Event) -> Steps:
         yield Stage.MODEL
         yield 1
@@ -46,7 +46,7 @@ def test_what_a_job_raises_is_raised_and_the_thread_goes_on(jobs: Jobs) -> None:
     assert [item for item in jobs.iterate(lambda _: counted(2)) if item is not None] == [0, 1]
 
 
-def test_a_listener_without_news_is_asked_again(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iterate_yields_none_while_a_job_has_no_items(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "TICK", 0.01)
     go = Event()
 
@@ -61,8 +61,8 @@ def test_a_listener_without_news_is_asked_again(jobs: Jobs, monkeypatch: pytest.
     assert [item for item in news if item is not None] == [7]
 
 
-def test_leaving_tells_the_job_and_does_not_wait_for_it(jobs: Jobs) -> None:
-    """The job still runs when its listener is gone; the next one begins when it has ended."""
+def test_leaving_signals_the_job_without_waiting(jobs: Jobs) -> None:
+    """The job still runs after its caller has left; the next job starts when it has ended."""
     go, ended = Event(), Event()
 
     def long(left: Event) -> Steps:
@@ -86,7 +86,7 @@ def iter_ended(ended: Event) -> Steps:
     yield ended.is_set()
 
 
-def test_a_job_whose_listener_left_in_the_queue_is_not_begun(jobs: Jobs) -> None:
+def test_a_job_cancelled_in_the_queue_is_not_started(jobs: Jobs) -> None:
     go, begun = Event(), Event()
 
     def first(_: Event) -> Steps:
@@ -110,7 +110,7 @@ def test_a_job_whose_listener_left_in_the_queue_is_not_begun(jobs: Jobs) -> None
     assert not begun.is_set()
 
 
-def test_each_stage_has_its_thread_and_only_reading_ones_run_together(jobs: Jobs) -> None:
+def test_only_reading_stages_run_concurrently(jobs: Jobs) -> None:
     go, names = Event(), []
 
     def reads(_: Event) -> Steps:
@@ -132,8 +132,8 @@ def test_each_stage_has_its_thread_and_only_reading_ones_run_together(jobs: Jobs
     assert (names[1].startswith("reading"), names[2].startswith("model")) == (True, True)
 
 
-def test_what_was_read_waits_for_the_model_in_few_threads(jobs: Jobs) -> None:
-    """Two may have read and wait; the third is not read before the model has taken one of them."""
+def test_the_number_of_read_clips_that_wait_for_the_model_is_limited(jobs: Jobs) -> None:
+    """At most two clips wait; the third is read only when the model has taken one of them."""
     go, num_read = Event(), []
 
     def reads(_: Event) -> Steps:
@@ -159,7 +159,7 @@ def test_what_was_read_waits_for_the_model_in_few_threads(jobs: Jobs) -> None:
         assert [item for item in one if item is not None] == [1]
 
 
-def test_places_are_counted_and_given_back(jobs: Jobs) -> None:
+def test_places_are_counted_and_freed(jobs: Jobs) -> None:
     go = Event()
 
     def waits(_: Event) -> Steps:
@@ -179,7 +179,7 @@ def test_places_are_counted_and_given_back(jobs: Jobs) -> None:
     wait_until(lambda: not jobs.num_inside)
 
 
-def test_one_client_does_not_shut_out_another(jobs: Jobs) -> None:
+def test_one_client_cannot_block_another(jobs: Jobs) -> None:
     news: list[Any] = []
     mine = [jobs.admit(news.append, "1.1.1.1") for _ in range(5)]
     with pytest.raises(BusyError, match="all 5 places are taken"):

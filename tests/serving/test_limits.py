@@ -1,4 +1,4 @@
-"""Which files a request can reach: its own data URL, those under the media folder, and no other."""
+"""Files that a request can reach: its data URL, files in the media folder, and no others."""
 
 import base64
 import os
@@ -14,7 +14,7 @@ from tests.helpers.videos import write_video
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A media folder with a secret beside it."""
+    """Return a media folder that has a secret file beside it."""
     folder = tmp_path / "media"
     (folder / "in side").mkdir(parents=True)
     (folder / "clip.mp4").write_bytes(b"clip")
@@ -52,8 +52,8 @@ def test_files_under_the_folder_are_found(root: Path, tmp_path: Path) -> None:
         assert fetch(name, root, tmp_path).read_bytes() == content, name
 
 
-def test_nothing_else_is(root: Path, tmp_path: Path) -> None:
-    """All get the same answer, whether something is there or not."""
+def test_files_outside_the_folder_are_not_found(root: Path, tmp_path: Path) -> None:
+    """The error is always the same, whether the file exists or not."""
     outside = tmp_path / "secret.mp4"
     names = [
         "../secret.mp4",
@@ -112,7 +112,7 @@ def test_without_a_folder_no_file_is_opened(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1/x.mp4", "HTTPS://example.org/x.mp4", "ftp://example.org/x"])
-def test_nothing_is_fetched_from_the_network(root: Path, tmp_path: Path, url: str) -> None:
+def test_network_urls_are_refused(root: Path, tmp_path: Path, url: str) -> None:
     with pytest.raises(ApiError, match="fetches nothing from the network"):
         fetch(url, root, tmp_path)
 
@@ -130,7 +130,7 @@ def test_a_data_url_is_written_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "url", ["data:", "data:video/mp4,abc", "data:;base64", "data:;base64,a*b=", "data:;base64,abc"]
 )
-def test_a_damaged_data_url_is_said_so(tmp_path: Path, url: str) -> None:
+def test_a_damaged_data_url_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(ApiError, match="base64") as caught:
         fetch(url, None, tmp_path)
     assert (caught.value.status, caught.value.code) == (400, "invalid_data_url")

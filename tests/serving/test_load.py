@@ -1,4 +1,4 @@
-"""Fifty questions by eight clients at once: all answered, each its own, and what they took is given back."""
+"""Fifty questions by eight concurrent clients: all get their own answers, and memory and files are freed."""
 
 import gc
 import os

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from stllm.cli import main
 from stllm.common.config import load_config
-from stllm.datasets.mixture import Mixture, Source
+from stllm.datasets.mixture import Mixture, MixturePart
 from stllm.datasets.samples import SampleKey
 from stllm.toy.seeing import SeeingHeads, Seen, SeenFrame, SeenFrames, ToySeeingTask, collate
 from stllm.toy.world import world_texts, write_language_model, write_qformer_tokenizer
@@ -51,7 +51,7 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch_of(count: int, *, seed: int = 0) -> dict[str, Any]:
     """A batch of the recipe's frames, without names and failures."""
-    mixture = Mixture([Source(SeenFrames(size=64, patch=8, vocab_size=513))], seed=seed, max_tries=1)
+    mixture = Mixture([MixturePart(SeenFrames(size=64, patch=8, vocab_size=513))], seed=seed, max_tries=1)
     frames = [mixture[SampleKey(0, 0, 0, number)] for number in range(count)]
     batch = collate(cast(list[SeenFrame], frames))
     return {key: value for key, value in batch.items() if key not in ("names", "failures")}

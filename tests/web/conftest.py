@@ -1,4 +1,4 @@
-"""What the demo's tests share: clips as uploads, the engine of the conversation tests, and sessions."""
+"""Fixtures of the demo's tests: uploaded clips, a tiny model, and sessions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ def chat() -> Chat:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where uploads lie: two clips, a text that is called a video, a picture."""
+    """Return a folder of uploads with two clips, a text file named like a video, and an image."""
     from PIL import Image
 
     for name, count in (("one", 20), ("two", 31)):
@@ -42,5 +42,5 @@ def handlers(chat: Chat, folder: Path) -> Iterator[Handlers]:
 
 
 def last(shown: list[dict[str, Any]], name: str) -> Any:
-    """What the page shows at the end under that name."""
+    """Return the last value of this part of the page."""
     return [one[name] for one in shown if name in one][-1]

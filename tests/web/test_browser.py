@@ -1,6 +1,6 @@
-"""The page driven in a real browser: upload, ask, follow up, stop, a new video, evidence, probe, two tabs, bad input.
+"""The page in a real browser: upload, questions, stop, a new video, evidence, probe, two tabs, bad input.
 
-Needs Chromium and `pip install playwright`, whose own browser is not needed. STLLM_SHOTS=DIR keeps screenshots.
+This needs Chromium and `pip install playwright` (without its own browser). STLLM_SHOTS=DIR stores screenshots.
 """
 
 import os
@@ -59,7 +59,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def tabs(browser: Any, url: str, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """Opens tabs of one user's browser. Afterwards: no request left this machine, and no script failed."""
+    """Open tabs of one browser. At the end, check that no request left this machine, and that no script failed."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     requests: list[str] = []
     faults: list[str] = []
@@ -89,7 +89,7 @@ def upload(page: Page, path: Path) -> None:
 
 
 def ask(page: Page, question: str) -> None:
-    """Asks, and waits until it is answered. gradio drops what comes while the event before it is still ending."""
+    """Ask, and wait for the answer. gradio drops an event while the previous one is still ending."""
     page.fill("#question textarea", question)
     while page.input_value("#question textarea") == question and page.locator("#send").is_visible():
         page.press("#question textarea", "Enter")
@@ -99,7 +99,7 @@ def ask(page: Page, question: str) -> None:
 
 
 def messages(page: Page) -> list[str]:
-    """Questions and answers in turn, as they are read."""
+    """Return the texts of questions and answers in turn."""
     return [text.strip() for text in page.locator("#chat .message-content, #chat .message .prose").all_inner_texts()]
 
 
@@ -109,14 +109,14 @@ def streamed(chat: Chat, path: Path, questions: list[str]) -> list[str]:
 
 
 def same(shown: list[str], expected: list[str]) -> bool:
-    """Equal but for spaces and the control characters that an untrained model writes."""
+    """Compare texts, ignoring spaces and control characters, which an untrained model generates."""
     return [re.sub(r"[\s\x00-\x1f]+", "", text) for text in shown] == [
         re.sub(r"[\s\x00-\x1f]+", "", text) for text in expected
     ]
 
 
 def test_an_example_is_shown_and_asked_about(tabs: Any, chat: Chat) -> None:
-    """What was seen stands in view together with the answer, however many examples there are."""
+    """The frames are visible together with the answer, for any number of examples."""
     path, question = find_examples()[1]
     page = tabs()
     page.locator("#examples tbody tr").nth(1).click()
@@ -164,7 +164,7 @@ def test_a_conversation_about_a_video(tabs: Any, chat: Chat, place: Path) -> Non
 
 
 def ask_without_end(page: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> Event:
-    """Asks about a clip; the answer is being written when this returns. The event: it was ended."""
+    """Ask about a clip, and return while the answer is being generated. The event is set when it has ended."""
     upload(page, place / "one.mp4")
     closed = answer_without_end(chat, monkeypatch, 0.05)
     page.fill("#question textarea", FIRST)
@@ -173,7 +173,7 @@ def ask_without_end(page: Any, chat: Chat, place: Path, monkeypatch: pytest.Monk
     return closed
 
 
-def test_stop_keeps_what_was_written(tabs: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_keeps_the_text_so_far(tabs: Any, chat: Chat, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tabs()
     closed = ask_without_end(page, chat, place, monkeypatch)
     page.click("#stop")
@@ -185,7 +185,7 @@ def test_stop_keeps_what_was_written(tabs: Any, chat: Chat, place: Path, monkeyp
     assert len(messages(page)) == 4
 
 
-def test_a_new_video_begins_anew_though_an_answer_is_written(tabs: Any, chat: Chat, place: Path, monkeypatch) -> None:
+def test_a_new_video_starts_a_conversation_during_an_answer(tabs: Any, chat: Chat, place: Path, monkeypatch) -> None:
     page = tabs()
     closed = ask_without_end(page, chat, place, monkeypatch)
     page.locator("#video button[aria-label=Clear]").click()
@@ -238,7 +238,7 @@ def test_an_image(tabs: Any, place: Path) -> None:
     page.wait_for_selector("text=needs a video of at least two frames")
 
 
-def test_bad_input_is_said(tabs: Any, place: Path) -> None:
+def test_bad_input_is_reported(tabs: Any, place: Path) -> None:
     page = tabs()
     page.fill("#question textarea", FIRST)
     page.click("#send")
@@ -260,7 +260,7 @@ def test_bad_input_is_said(tabs: Any, place: Path) -> None:
     assert len(messages(page)) == 2
 
 
-def test_html_and_markdown_are_text(tabs: Any, place: Path) -> None:
+def test_html_and_markdown_are_shown_as_text(tabs: Any, place: Path) -> None:
     page = tabs()
     upload(page, place / "one.mp4")
     question = '<b>x</b> <img src="/nowhere" onerror="alert(1)"> **y** `z` $a^2$ <script>alert(2)</script>'

@@ -1,4 +1,4 @@
-"""`stllm demo` as a command: where it says it is, and what it leaves behind."""
+"""`stllm demo` on the command line: its address, and removal of uploads."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ from stllm.serving import listening
 
 @pytest.fixture
 def quick(own_signals: None, monkeypatch: pytest.MonkeyPatch, chat: Chat, tmp_path: Path) -> Path:
-    """The engine is there at once, and temporary folders lie in the one given."""
+    """Replace loading of the model, and put temporary folders into tmp_path."""
     monkeypatch.setattr(listening, "load_chosen", lambda *_, **__: chat)
     return tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_was_uploaded_is_gone_when_it_ends(quick: Path, capsys, number: int) -> None:
+def test_uploads_are_removed_at_the_end(quick: Path, capsys, number: int) -> None:
     uploaded: list[Path] = []
 
     def use() -> None:

@@ -1,4 +1,4 @@
-"""The filmstrip, its curve, the stages and the probe's cards: numbers and places, and text as text."""
+"""HTML of frames, evidence curve, steps and probe cards: numbers, positions and escaping."""
 
 import re
 from dataclasses import replace
@@ -19,12 +19,12 @@ EVIDENCE = Evidence("what", "<b>red</b>", -3.0, list(FILM.times), [(0, 1), (1, 2
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00.0"), (1.25, "0:01.2"), (59.96, "1:00.0"), (600, "10:00.0")])
-def test_times_are_read_as_on_a_player(seconds: float, text: str) -> None:
+def test_times_are_formatted_as_minutes_and_seconds(seconds: float, text: str) -> None:
     assert clock(seconds) == text
 
 
-def test_pictures_are_what_the_model_sees() -> None:
-    """The centre square; the transform itself is not changed."""
+def test_pictures_show_the_models_crop() -> None:
+    """Pictures show the centre square; the model's transform is not changed."""
     frame = np.zeros((40, 100, 3), np.uint8)
     frame[:, 30:70] = 255  # the centre
     pictures = Pictures(lambda given: torch.tensor(float(given.sum())))
@@ -40,7 +40,7 @@ def test_pictures_are_what_the_model_sees() -> None:
     assert shown.shape == (144, 144, 3) and shown[:, 3:-3].min() > 245
 
 
-def test_the_curve_stands_under_its_frames() -> None:
+def test_the_curve_is_aligned_with_its_frames() -> None:
     html = film_html(FILM, EVIDENCE)
     assert re.findall(r'<img src="(data:\w)"', html) == list(FILM.pictures)
     bars = re.findall(r'<rect class="(\w+)" x="([\d.]+)" width="([\d.]+)" y="([\d.]+)" height="([\d.]+)">', html)
@@ -51,23 +51,23 @@ def test_the_curve_stands_under_its_frames() -> None:
     zero = MARGIN + 2 * unit
     assert [float(bar[3]) for bar in bars] == pytest.approx([zero - unit, zero, MARGIN], abs=0.01)
     assert html.count("film-peak") == 2  # both frames of the last segment
-    assert "1:02.5 to 10:00.0: without it the answer is 2 nats less likely" in html
+    assert "1:02.5 to 10:00.0: without it, the answer is 2 nats less likely" in html
     assert "&lt;b&gt;red&lt;/b&gt;" in html and "<b>red" not in html
 
 
-def test_a_sure_answer_is_not_called_certain() -> None:
+def test_a_probable_answer_is_not_called_certain() -> None:
     html = film_html(FILM, replace(EVIDENCE, log_probability=-0.00207, scores=[0.0, 0.0, 0.0134]))
     assert "(-0.00207 nats)" in html and "0.0134 nats less likely" in html
 
 
-def test_no_evidence_is_no_division_by_zero() -> None:
+def test_zero_evidence_is_drawn() -> None:
     html = film_html(FILM, replace(EVIDENCE, scores=[0.0, 0.0, 0.0]))
     assert "No part of the video makes this answer more or less likely" in html and "nan" not in html
     assert "film-peak" not in html
     assert "film-strip" not in film_html(None)
 
 
-def test_differences_within_the_bound_are_no_evidence() -> None:
+def test_differences_within_the_bound_are_ignored() -> None:
     small = replace(EVIDENCE, scores=[0.009, -0.009, 0.0])
     html = film_html(FILM, small)
     assert "difference of at most 0.01 nats" in html and "most important" not in html
@@ -100,13 +100,13 @@ def test_the_verdict_of_a_probe(answers: str, words: str) -> None:
     assert words in probe_html(FILM, "what", said)
 
 
-def test_cards_that_wait_and_cards_that_differ() -> None:
+def test_probe_cards_show_waiting_and_different_answers() -> None:
     html = probe_html(FILM, "<i>", {"forward": "red", "reversed": "<u>"})
     assert html.count("waiting") == 3 and html.count('class="other"') == 1 and "probe-words" not in html
     assert "<u>" not in html and "“&lt;i&gt;”" in html
 
 
-def test_stages_have_seconds_and_counts() -> None:
+def test_steps_show_seconds_and_counts() -> None:
     progress = JobProgress().at("read", 0.0, 16).at("encode", 1.26, 1).at("answer")
     html = progress_html(progress)
     assert "kept · 16 frames" in html and "1.3 s · 1 visual token<" in html and html.count("going") == 1

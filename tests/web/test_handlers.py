@@ -1,4 +1,4 @@
-"""What the page shows: answers equal to the engine's, conversations apart, and every failure a sentence."""
+"""The page's handlers: answers equal the chat's, tabs are separate, and every failure is shown as a sentence."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ FIRST, SECOND = "what moves first", "which color is the square"
 
 
 def about(handlers: Handlers, path: Path, session: Session | None = None) -> Session:
-    """A tab in which that file was uploaded and looked at."""
+    """Return the session of a tab in which the file was uploaded and read."""
     session = session or Session()
     handlers.begin(session, str(path))
     list(handlers.look(session, CONTROLS[0]))
@@ -30,7 +30,7 @@ def said(handlers: Handlers, session: Session, question: str, *controls: object)
     return list(handlers.ask(session, question, *(controls or CONTROLS)))
 
 
-def test_looking_shows_the_frames_and_keeps_the_encoding(handlers: Handlers, folder: Path) -> None:
+def test_reading_shows_the_frames_and_caches_the_encoding(handlers: Handlers, folder: Path) -> None:
     session = Session()
     handlers.begin(session, str(folder / "one.mp4"))
     shown = list(handlers.look(session, 6))
@@ -47,8 +47,8 @@ def test_looking_shows_the_frames_and_keeps_the_encoding(handlers: Handlers, fol
     assert not calls
 
 
-def test_a_conversation_is_the_engines(handlers: Handlers, folder: Path) -> None:
-    """Two turns: word by word, and equal to what the engine says with the same history."""
+def test_a_conversation_equals_the_chats(handlers: Handlers, folder: Path) -> None:
+    """Two turns are streamed, and equal the chat's answers with the same history."""
     session = about(handlers, folder / "one.mp4")
     shown = [said(handlers, session, question) for question in (FIRST, SECOND)]
     conversation = handlers.service.chat.conversation(
@@ -63,7 +63,7 @@ def test_a_conversation_is_the_engines(handlers: Handlers, folder: Path) -> None
     assert shown[0][0]["question"] == "" and shown[0][0]["busy"]
 
 
-def test_several_beams_give_the_engines_answer_whole(handlers: Handlers, folder: Path) -> None:
+def test_several_beams_show_the_complete_answer(handlers: Handlers, folder: Path) -> None:
     session = about(handlers, folder / "one.mp4")
     shown = said(handlers, session, FIRST, 6, 3, 0, 8)
     expected = handlers.service.chat.ask(folder / "one.mp4", FIRST, num_frames=6, num_beams=3, max_new_tokens=8).text
@@ -71,7 +71,7 @@ def test_several_beams_give_the_engines_answer_whole(handlers: Handlers, folder:
     assert {one["chat"][-1]["content"] for one in shown if "chat" in one} == {"…", expected}
 
 
-def test_other_frames_are_looked_at_anew(handlers: Handlers, folder: Path) -> None:
+def test_another_number_of_frames_is_read_again(handlers: Handlers, folder: Path) -> None:
     session = about(handlers, folder / "one.mp4")
     shown = said(handlers, session, FIRST, 4, 1, 0, 8)
     assert session.talk.film is not None and len(session.talk.film.times) == 4
@@ -79,7 +79,7 @@ def test_other_frames_are_looked_at_anew(handlers: Handlers, folder: Path) -> No
     assert session.talk.turns[0].answer == handlers.service.chat.ask(folder / "one.mp4", FIRST, num_frames=4).text
 
 
-def test_tabs_do_not_know_each_other(handlers: Handlers, folder: Path) -> None:
+def test_tabs_have_separate_conversations(handlers: Handlers, folder: Path) -> None:
     one, two = about(handlers, folder / "one.mp4"), about(handlers, folder / "two.mp4")
     first, second = handlers.ask(one, FIRST, *CONTROLS), handlers.ask(two, SECOND, *CONTROLS)
     for _ in first:  # by turns, until the first ends
@@ -90,7 +90,7 @@ def test_tabs_do_not_know_each_other(handlers: Handlers, folder: Path) -> None:
     assert two.talk.turns == [Turn(SECOND, chat.ask(folder / "two.mp4", SECOND).text)]
 
 
-def test_stop_keeps_what_was_written(handlers: Handlers, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_keeps_the_text_so_far(handlers: Handlers, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = about(handlers, folder / "one.mp4")
     closed = answer_without_end(handlers.service.chat, monkeypatch)
     shown = []
@@ -155,7 +155,7 @@ def test_a_failed_retry_loses_nothing(handlers: Handlers, folder: Path) -> None:
     assert session.talk.turns == before and len(last(shown, "chat")) == 2
 
 
-def test_evidence_is_the_engines(handlers: Handlers, folder: Path) -> None:
+def test_evidence_equals_the_chats(handlers: Handlers, folder: Path) -> None:
     session = about(handlers, folder / "one.mp4")
     said(handlers, session, FIRST)
     said(handlers, session, SECOND)
@@ -170,7 +170,7 @@ def test_evidence_is_the_engines(handlers: Handlers, folder: Path) -> None:
     assert session.talk.evidence is None  # it was about another answer
 
 
-def test_the_probe_asks_under_every_view(handlers: Handlers, folder: Path) -> None:
+def test_the_probe_asks_in_every_view(handlers: Handlers, folder: Path) -> None:
     session = about(handlers, folder / "one.mp4")
     shown = list(handlers.probe(session, FIRST, *CONTROLS))
     expected = [handlers.service.chat.ask(folder / "one.mp4", FIRST, view=view, num_frames=6).text for view in VIEWS]
@@ -181,7 +181,7 @@ def test_the_probe_asks_under_every_view(handlers: Handlers, folder: Path) -> No
 
 
 @pytest.mark.parametrize("view", ["evidence", "probe"])
-def test_an_image_has_no_time(handlers: Handlers, folder: Path, view: str) -> None:
+def test_an_image_is_refused_for_evidence_and_probe(handlers: Handlers, folder: Path, view: str) -> None:
     session = about(handlers, folder / "picture.png")
     said(handlers, session, FIRST)
     assert session.talk.turns[0].answer
@@ -205,14 +205,14 @@ def test_an_image_has_no_time(handlers: Handlers, folder: Path, view: str) -> No
         (FIRST, (6, 1, 0, 100_000), "the number of tokens of the longest answer is 100000"),
     ],
 )
-def test_what_cannot_be_asked_is_said(handlers: Handlers, folder: Path, question, controls, sentence) -> None:
+def test_unsupported_messages_are_refused(handlers: Handlers, folder: Path, question, controls, sentence) -> None:
     session = about(handlers, folder / "one.mp4")
     shown = list(handlers.ask(session, question, *controls))
     assert sentence in last(shown, "status") and 'role="alert"' in last(shown, "status")
     assert session.talk.turns == []
 
 
-def test_without_a_video_nothing_is_asked(handlers: Handlers) -> None:
+def test_a_question_without_a_video_is_refused(handlers: Handlers) -> None:
     session = Session()
     for asking in (handlers.ask, handlers.probe):
         assert NO_VIDEO in last(list(asking(session, FIRST, *CONTROLS)), "status")
@@ -230,7 +230,7 @@ def test_without_a_video_nothing_is_asked(handlers: Handlers) -> None:
         ("/etc/passwd", "only uploaded files"),
     ],
 )
-def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, name: str, sentence: str) -> None:
+def test_an_unreadable_file_is_reported(handlers: Handlers, folder: Path, name: str, sentence: str) -> None:
     session = Session()
     handlers.begin(session, str(folder / name))
     shown = list(handlers.look(session, 6))
@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_seen_is_said(handlers: Handlers, folder: Path, na
     assert last(shown, "busy") is False
 
 
-def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> None:
+def test_a_too_long_video_is_reported(handlers: Handlers, folder: Path) -> None:
     handlers.service.limits = PageLimits(media_seconds=1.0)
     session = Session()
     handlers.begin(session, str(folder / "two.mp4"))
@@ -252,7 +252,7 @@ def test_a_video_that_is_too_long_is_said(handlers: Handlers, folder: Path) -> N
         (KeyError("x"), "the server failed on this request"),
     ],
 )
-def test_what_breaks_in_the_model_is_said(handlers: Handlers, folder: Path, monkeypatch, error, sentence) -> None:
+def test_errors_of_the_model_are_reported(handlers: Handlers, folder: Path, monkeypatch, error, sentence) -> None:
     session = about(handlers, folder / "one.mp4")
 
     def broken(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The demo as it is served: its API through gradio_client, and what nobody gets from it."""
+"""The served demo: its API with gradio_client, and requests that must be refused."""
 
 import gc
 import json
@@ -30,7 +30,7 @@ LIMITS = PageLimits(media_bytes=1 << 20, media_seconds=5.0, folder_bytes=4 << 20
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """uploads/ is the demo's; clips and a secret lie beside it."""
+    """Return a folder with uploads/ for the demo; clips and a secret file are beside it."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "uploads").mkdir()
     (folder / "secret.txt").write_text(SECRET)
@@ -60,7 +60,7 @@ def asked(client: Client, file: Path, question: str, name: str = "/ask", **more:
 # ---- the API --------------------------------------------------------------------------------------------------------
 
 
-def test_ask_answers_as_the_engine(client: Client, chat: Chat, place: Path) -> None:
+def test_the_api_answers_like_the_chat(client: Client, chat: Chat, place: Path) -> None:
     text, about = asked(client, place / "one.mp4", FIRST)
     expected = chat.ask(place / "one.mp4", FIRST)
     assert text == expected.text
@@ -77,7 +77,7 @@ def test_ask_streams(client: Client, place: Path) -> None:
     assert len(set(texts)) > 2 and all(texts[-1].startswith(text) for text in texts)
 
 
-def test_probe_and_evidence_are_the_engines(client: Client, chat: Chat, place: Path) -> None:
+def test_probe_and_evidence_of_the_api_equal_the_chats(client: Client, chat: Chat, place: Path) -> None:
     answers = asked(client, place / "one.mp4", FIRST, "/probe")
     assert answers == {view: chat.ask(place / "one.mp4", FIRST, view=view).text for view in VIEWS}
     found = asked(client, place / "one.mp4", FIRST, "/evidence", answer="red")
@@ -86,7 +86,7 @@ def test_probe_and_evidence_are_the_engines(client: Client, chat: Chat, place: P
     assert found["frame_times"] == expected.times and found["segments"] == [list(one) for one in expected.segments]
 
 
-def test_only_the_three_are_offered(client: Client) -> None:
+def test_the_api_has_only_three_endpoints(client: Client) -> None:
     offered = client.view_api(return_format="dict", print_info=False)
     assert isinstance(offered, dict)
     assert set(offered["named_endpoints"]) == {"/ask", "/probe", "/evidence"} and not offered["unnamed_endpoints"]
@@ -105,27 +105,27 @@ def test_only_the_three_are_offered(client: Client) -> None:
         ("long.mp4", {}, "the video lasts 6.0 s, at most 5.0 s are taken"),
     ],
 )
-def test_what_cannot_be_answered_is_said(client: Client, place: Path, file: str, more: dict, sentence: str) -> None:
+def test_wrong_api_calls_are_reported(client: Client, place: Path, file: str, more: dict, sentence: str) -> None:
     with pytest.raises(Exception, match=sentence) as caught:
         asked(client, place / file, **{"question": FIRST, **more})
     assert str(place) not in str(caught.value)
     assert asked(client, place / "one.mp4", FIRST)[0]  # the server lives
 
 
-def test_no_file_is_said(client: Client) -> None:
+def test_an_api_call_without_a_file_is_reported(client: Client) -> None:
     with pytest.raises(Exception, match="there is no video: upload one"):
         client.predict(file=None, question=FIRST, api_name="/ask")
 
 
 def call(url: str, body: object) -> httpx.Response:
-    """As curl would: the call, then what it came to."""
+    """Call the API like curl: send the call, then fetch its result."""
     started = httpx.post(f"{url}gradio_api/call/ask", json=body, timeout=60)
     if started.status_code != 200:
         return started
     return httpx.get(f"{url}gradio_api/call/ask/{started.json()['event_id']}", timeout=60)
 
 
-def test_curl_is_answered(url: str, chat: Chat, place: Path) -> None:
+def test_the_api_can_be_called_with_curl(url: str, chat: Chat, place: Path) -> None:
     reply = call(url, {"data": [uploaded(url, place / "two.mp4"), FIRST, [], 6, 1, 0, 8]})
     data = [line for line in reply.text.splitlines() if line.startswith("data: ")]
     assert json.loads(data[-1].removeprefix("data: "))[0] == chat.ask(place / "two.mp4", FIRST).text
@@ -140,8 +140,8 @@ def test_a_client_that_leaves_ends_its_answer(url: str, chat: Chat, place: Path,
     assert closed.wait(60)
 
 
-def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, chat: Chat, place: Path, monkeypatch):
-    """As the page calls them: the second handler of a tab waits for the first, and need not read the video again."""
+def test_a_question_during_reading_is_answered_afterwards(url: str, chat: Chat, place: Path, monkeypatch):
+    """A tab's second handler waits for the first, and does not read the video again."""
     api, tab = f"{url}gradio_api", {"session_hash": "a-tab"}
     numbers = {one["api_name"]: one["id"] for one in httpx.get(f"{url}config", timeout=60).json()["dependencies"]}
     read, see = [], chat.see
@@ -154,7 +154,7 @@ def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, ch
     monkeypatch.setattr(chat, "see", slowly)
 
     def run(**handlers: list[Any]) -> dict[str, Any]:
-        """What each handler shows at last."""
+        """Return the last update of each handler."""
         events = {}
         for name, data in handlers.items():
             body = {"data": data, "fn_index": numbers[name], **tab}
@@ -175,7 +175,7 @@ def test_who_asks_while_a_video_is_looked_at_is_answered_after_that(url: str, ch
 
 @pytest.mark.slow
 def test_fifty_questions_by_eight_clients(url: str, chat: Chat, place: Path) -> None:
-    """All answered, each its own; and nothing is left of them."""
+    """All get their own answers, and memory and files are freed."""
     clips = [write_video(place / f"clip{count}.mp4", num_frames=count, size=(64, 48)) for count in range(20, 28)]
     questions = [FIRST, SECOND, "how many times does the object move", "what", "which color", "where", "when"]
     # streamed, as the demo does: broken UTF-8, which only an untrained model writes, is decoded otherwise as a whole
@@ -208,7 +208,7 @@ def resident_megabytes() -> float:
 
 
 def raw_get(url: str, target: str, host: str = "") -> bytes:
-    """The reply to exactly that request line: httpx would tidy the path."""
+    """Return the reply to exactly this request line; httpx would normalise the path."""
     name, port = "127.0.0.1", httpx.URL(url).port
     with socket.create_connection((name, port), timeout=10) as connection:
         head = f"GET {target} HTTP/1.1\r\nHost: {host or f'{name}:{port}'}\r\nConnection: close\r\n\r\n"
@@ -220,7 +220,7 @@ def raw_get(url: str, target: str, host: str = "") -> bytes:
 
 
 @pytest.mark.parametrize("route", ["gradio_api/file=", "gradio_api/file/", "file=", "static/", "assets/", "svelte/"])
-def test_no_path_leads_out_of_the_uploads(url: str, place: Path, route: str) -> None:
+def test_no_path_reaches_files_outside_the_uploads(url: str, place: Path, route: str) -> None:
     uploads, secret = str(place / "uploads"), str(place / "secret.txt")
     up = "../" * 20
     for path in (
@@ -247,8 +247,8 @@ def test_no_path_leads_out_of_the_uploads(url: str, place: Path, route: str) -> 
         assert reply.split()[1] in (b"400", b"403", b"404", b"405"), (path, reply[:100])
 
 
-def test_neither_is_the_programs_own_folder_open(url: str) -> None:
-    """gradio would show files of the current folder as outputs, but serves them to nobody."""
+def test_files_of_the_working_directory_are_not_served(url: str) -> None:
+    """gradio by itself serves files of the working directory as outputs; the demo must not."""
     for name in ("pyproject.toml", "README.md", ".gitignore", "stllm/web/page.py"):
         reply = raw_get(url, f"/gradio_api/file={Path(name).absolute()}")
         assert reply.split()[1] in (b"403", b"404"), name
@@ -258,7 +258,7 @@ def test_neither_is_the_programs_own_folder_open(url: str) -> None:
     "form",
     ["{secret}", "{uploads}/../secret.txt", "file://{secret}", "http://127.0.0.1:1/x.mp4", "{video}", "/dev/zero"],
 )
-def test_no_question_about_a_file_that_was_not_uploaded(url: str, place: Path, form: str) -> None:
+def test_questions_about_files_that_were_not_uploaded_are_refused(url: str, place: Path, form: str) -> None:
     path = form.format(secret=place / "secret.txt", uploads=place / "uploads", video=place / "two.mp4")
     reply = call(url, {"data": [medium(path), FIRST, [], 6, 1, 0, 8]})
     assert SECRET not in reply.text
@@ -278,17 +278,17 @@ def test_no_question_about_a_file_that_was_not_uploaded(url: str, place: Path, f
         "/gradio_api/custom_component/1/client/component/../../../secret.txt",
     ],
 )
-def test_what_the_demo_does_not_need_is_shut(url: str, target: str) -> None:
+def test_unneeded_routes_of_gradio_are_blocked(url: str, target: str) -> None:
     assert raw_get(url, target).split()[1] == b"403"
 
 
-def test_another_hosts_name_is_turned_away(url: str) -> None:
-    """A page elsewhere whose name is made to point here (DNS rebinding) gets nothing."""
+def test_another_host_name_is_refused(url: str) -> None:
+    """A web page whose host name resolves to this machine (DNS rebinding) is refused."""
     assert raw_get(url, "/config", host="evil.example").split()[1] == b"400"
     assert raw_get(url, "/config", host=f"localhost:{httpx.URL(url).port}").split()[1] == b"200"
 
 
-def test_files_and_requests_have_a_size(url: str, place: Path) -> None:
+def test_the_size_of_files_and_requests_is_limited(url: str, place: Path) -> None:
     upload = f"{url}gradio_api/upload"
     with (place / "large.mp4").open("rb") as file:
         reply = httpx.post(upload, files={"files": file}, timeout=60)
@@ -299,7 +299,7 @@ def test_files_and_requests_have_a_size(url: str, place: Path) -> None:
     assert httpx.post(f"{url}gradio_api/call/ask", content=b"{", timeout=60).status_code == 400
 
 
-def test_all_uploads_together_have_a_size(url: str, place: Path) -> None:
+def test_the_total_size_of_uploads_is_limited(url: str, place: Path) -> None:
     taken = place / "uploads" / "taken"
     taken.write_bytes(bytes(4 << 20))
     with (place / "one.mp4").open("rb") as file:
@@ -309,7 +309,7 @@ def test_all_uploads_together_have_a_size(url: str, place: Path) -> None:
 
 
 def test_the_page_names_no_other_host(url: str) -> None:
-    """What the page loads is its own; a browser test watches the requests."""
+    """The page loads nothing from other hosts; a browser test watches the requests, too."""
     html, css = httpx.get(url, timeout=60).text, httpx.get(f"{url}theme.css", timeout=60).text
     policy = httpx.get(url, timeout=60).headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "http" not in policy and "*" not in policy

@@ -196,7 +196,7 @@ FOREIGN_LANGUAGE_MODEL = (r"language_model\.", r"language_projection\.")
 CAUSAL_LM = KeyTable(prefixes=(("", "language_model."),), ignored=OLD_BUFFERS)
 
 
-class Entry(NamedTuple):
+class SourceTensor(NamedTuple):
     """One of our tensors in a source: their key and its shape."""
 
     key: str
@@ -217,7 +217,7 @@ class Source:
     weights: Weights
     config: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
-    entries: dict[str, Entry] = field(init=False, default_factory=dict)
+    entries: dict[str, SourceTensor] = field(init=False, default_factory=dict)
     ignored_keys: list[str] = field(init=False, default_factory=list)
     unknown_keys: list[str] = field(init=False, default_factory=list)
 
@@ -231,7 +231,7 @@ class Source:
             if ours is None:
                 self.ignored_keys.append(key)
             else:
-                self.entries[ours] = Entry(key, tuple(spec.shape))
+                self.entries[ours] = SourceTensor(key, tuple(spec.shape))
 
     @property
     def is_whole_model(self) -> bool:

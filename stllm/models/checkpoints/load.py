@@ -27,7 +27,7 @@ from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.errors import UserError, out_of_memory, reason
 from stllm.common.registry import models
 from stllm.models.checkpoints.audit import OTHER, PART_NAMES, AuditReport, named, part_of, part_of_theirs
-from stllm.models.checkpoints.formats import Entry, Format, Source, locate, open_source
+from stllm.models.checkpoints.formats import Format, Source, SourceTensor, locate, open_source
 from stllm.models.checkpoints.infer_config import (
     ADAPTER,
     BACKBONE,
@@ -266,7 +266,7 @@ class Plan:
     """The origin of each of the model's tensors, in the order of the files. `report` names the fate of all others."""
 
     report: AuditReport
-    origins: dict[str, tuple[Source, Entry]] = field(default_factory=dict)
+    origins: dict[str, tuple[Source, SourceTensor]] = field(default_factory=dict)
 
 
 def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
@@ -442,7 +442,7 @@ def restore(model: STLLM, folder: Path) -> None:
         _copy(source, entry, key, tuple(tensor.shape), tensor)
 
 
-def _copy(source: Source, entry: Entry, key: str, shape: tuple[int, ...], new: Tensor, first: int = 0) -> None:
+def _copy(source: Source, entry: SourceTensor, key: str, shape: tuple[int, ...], new: Tensor, first: int = 0) -> None:
     """Copy the rows of one weight, from `first` on, into a tensor of so many rows.
 
     shape: of the whole weight in the model, which may differ from the file's; see `_check_shape`.

@@ -1,4 +1,4 @@
-"""Benchmarks as users have them on disk: `stllm evaluate` and `stllm doctor` take the same and refuse the same."""
+"""Layouts of benchmarks on disk: `stllm evaluate` and `stllm doctor` accept and refuse the same ones."""
 
 import json
 import shutil
@@ -20,12 +20,12 @@ TGIF = "gif_name\tquestion\tanswer\ttype\tvid_id\tkey\tdescription\n"
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seconds at 10 frames a second."""
+    """Write a video of two seconds at 10 frames per second."""
     return write_video(tmp_path_factory.mktemp("video") / "v.mp4", num_frames=20, fps=10, size=(32, 32))
 
 
 def put(root: Path, files: dict[str, Any], video: Path, *videos: str) -> Path:
-    """Files by their path below the root, JSON unless they are text; copies of the video."""
+    """Write files (path below the root -> text, or content for JSON) and copies of the video."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,20 +54,20 @@ def evaluate(name: str, output: Path, *more: str) -> int:
 
 
 def results(output: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The results file, and the lines."""
+    """Return the results file and the records."""
     lines = (output / f"{name}.jsonl").read_text().splitlines()
     return json.loads((output / f"{name}.results.json").read_text()), [json.loads(line) for line in lines]
 
 
 def doctor(capsys: pytest.CaptureFixture[str], name: str, *more: str, code: int = 0) -> list[dict[str, Any]]:
-    """The faults that the doctor lists, whose exit code is checked."""
+    """Return the faults that the doctor lists, and check its exit code."""
     capsys.readouterr()
     assert main(["doctor", "--format", name, *more, "--json", "--num-workers", "0"]) == code
     return json.loads(capsys.readouterr().out)["faults"]
 
 
 def refused(capsys: pytest.CaptureFixture[str], output: Path, name: str, *more: str) -> str:
-    """The sentence with which both commands refuse a benchmark."""
+    """Return the sentence with which both commands refuse a benchmark."""
     capsys.readouterr()
     assert evaluate(name, output, *more) == 1
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
@@ -83,7 +83,7 @@ def refused(capsys: pytest.CaptureFixture[str], output: Path, name: str, *more: 
 def test_names_are_found_in_either_unicode_form(
     video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: Any, file: Any
 ) -> None:
-    """Files from a Mac have "e" and an accent where the annotations have "\u00e9"."""
+    """File names from a Mac have "e" and a combining accent where the annotations have "\u00e9"."""
     name, stored = (unicodedata.normalize(form, "caf\u00e9") for form in (named, file))
     questions = [asked(video_name=video_name, id=number) for number, video_name in enumerate((name, f"{name}.mp4"))]
     root = put(tmp_path, {"test_qa.json": questions}, video, f"videos/{stored}.mp4")
@@ -94,8 +94,8 @@ def test_names_are_found_in_either_unicode_form(
 
 
 @pytest.mark.parametrize("beside", ["", "videos/"])
-def test_msvd_by_its_own_names(tmp_path, video, capsys, beside) -> None:
-    """A number names the video; files are called vid<number> or by their YouTube names."""
+def test_msvd_videos_are_found_by_all_their_names(tmp_path, video, capsys, beside) -> None:
+    """Records name a video by a number; files are called vid<number> or by their YouTube names."""
     rows = [asked(id=0, video_id=1), asked(id=1, video_id=2), asked(id=2, video_name="vid2.avi")]
     mapping = "-4wsuPCjDBc_5_15 vid1\n-7KMZQEsJW4_205_208 vid2\n\n"
     files = {"test_qa.json": rows, f"{beside}youtube_mapping.txt": mapping}
@@ -111,7 +111,7 @@ def test_msvd_by_its_own_names(tmp_path, video, capsys, beside) -> None:
     assert "youtube_mapping.txt, line 1: found 'vid1', expected lines of a YouTube name and a vid<N>" in said
 
 
-def test_tgifs_own_table(tmp_path, video, capsys) -> None:
+def test_tgif_is_read_from_its_table(tmp_path, video, capsys) -> None:
     rows = 'tumblr_a_250\twhat is the "red" dog eating ?\tleaf\t0\tFRAMEQA1\t5\ta dog is eating .\n'
     root = put(tmp_path, {"Test_frameqa_question.csv": TGIF + rows * 2}, video, "gifs/tumblr_a_250.gif")
     options = words(root / "Test_frameqa_question.csv", root / "gifs")
@@ -143,7 +143,7 @@ def test_tgifs_own_table(tmp_path, video, capsys) -> None:
         ("vcgbench", "consistency_qa.json", [{"Q": "q", "A": "a", "video_name": "v"}], "expected Q1 and Q2"),
     ],
 )
-def test_both_refuse_the_same(tmp_path, video, capsys, name, file, content, said) -> None:
+def test_evaluate_and_doctor_refuse_the_same_files(tmp_path, video, capsys, name, file, content, said) -> None:
     root = put(tmp_path, {file: content}, video, "v.mp4")
     assert said in refused(capsys, tmp_path / "out", name, *words(root / file, root))
 
@@ -172,7 +172,7 @@ def test_folders_in_place_of_files_and_the_reverse(tmp_path, video, capsys) -> N
         ("mvbench", "json/fine_grained_pose.json", [item("S001_rgb.avi")], "video/nturgbd_convert/S001_rgb.mp4"),
     ],
 )
-def test_both_take_the_same(tmp_path, video, capsys, name, file, content, media) -> None:
+def test_evaluate_and_doctor_accept_the_same_files(tmp_path, video, capsys, name, file, content, media) -> None:
     root = put(tmp_path, {file: content}, video, media)
     anno = root if name == "mvbench" else root / file
     videos = None if name == "mvbench" else root
@@ -199,8 +199,8 @@ SEGMENTS = (
 )
 
 
-def test_mvbench_as_the_hub_has_it(tmp_path, video, capsys) -> None:
-    """Segments are cut already, so the bounds, which lie outside of them, are not applied."""
+def test_mvbench_is_read_in_the_hubs_layout(tmp_path, video, capsys) -> None:
+    """Segments are already cut, so start and end are not applied to them."""
     root = put(tmp_path, HUB, video, *SEGMENTS)
     assert evaluate("mvbench", tmp_path / "out", *words(root)) == 0
     content, lines = results(tmp_path / "out", "mvbench")
@@ -218,7 +218,7 @@ def test_mvbench_as_the_hub_has_it(tmp_path, video, capsys) -> None:
     assert doctor(capsys, "mvbench", *words(root)) == []
 
 
-def test_the_official_layout_goes_first(tmp_path, video, capsys) -> None:
+def test_the_official_layout_has_priority(tmp_path, video, capsys) -> None:
     root = put(tmp_path, HUB, video, *(f"video/{name}" for name in SEGMENTS), "video/star/Charades_v1_480/USNP1.mp4")
     benchmark = load_benchmark("mvbench", EvaluationSettings(anno_path=str(root), sampling="segment"))
     first, second = benchmark.items[:2]
@@ -227,7 +227,7 @@ def test_the_official_layout_goes_first(tmp_path, video, capsys) -> None:
     assert not any("Charades" in note for note in benchmark.notes)
 
 
-def test_a_segment_of_other_bounds_is_not_taken(tmp_path, video, capsys) -> None:
+def test_a_segment_with_other_bounds_is_not_used(tmp_path, video, capsys) -> None:
     records = [item("a.mp4", start=1, end=2), item("a.mp4", start=1, end=4), item("a.mp4")]
     root = put(tmp_path, {"json/action_sequence.json": records}, video, "video/star/Charades_segment/a_1_2.mp4")
     items = load_benchmark("mvbench", EvaluationSettings(anno_path=str(root), sampling="segment")).items
@@ -258,7 +258,7 @@ def test_tasks_of_one_folder_share_a_file(tmp_path, video, capsys) -> None:
     assert doctor(capsys, "mvbench", *words(root)) == []
 
 
-def test_a_task_of_ones_own(tmp_path, video, capsys) -> None:
+def test_a_users_own_task_is_accepted(tmp_path, video, capsys) -> None:
     rows = [item("a.mp4"), item("sub/b.webm", start=0.5, end=1.5), item("c.mp4", answer="up")]
     root = put(tmp_path, {"json/my_colors.json": rows}, video, "video/a.mp4", "video/sub/b.mp4", "video/c.mp4")
     assert evaluate("mvbench", tmp_path / "out", *words(root)) == 0
@@ -293,7 +293,7 @@ def test_bounds_that_the_official_script_clamps(tmp_path, video, capsys) -> None
     assert "start is -0.5 s: it is clamped to 0, as in the official script (a note)" in capsys.readouterr().out
 
 
-def test_bounds_of_a_task_without_any_are_not_looked_at(tmp_path, video, capsys) -> None:
+def test_bounds_are_ignored_in_tasks_without_bounds(tmp_path, video, capsys) -> None:
     rows = [item("a.mp4", start=3, end=2)]
     root = put(tmp_path, {"json/state_change.json": rows}, video, "video/perception/videos/a.mp4")
     assert doctor(capsys, "mvbench", *words(root)) == []
@@ -301,7 +301,7 @@ def test_bounds_of_a_task_without_any_are_not_looked_at(tmp_path, video, capsys)
     assert only.media is not None and only.media.bounds is None
 
 
-def test_a_pointer_in_place_of_a_video_is_named(tmp_path, video, capsys) -> None:
+def test_a_git_lfs_pointer_instead_of_a_video_is_reported(tmp_path, video, capsys) -> None:
     root = put(
         tmp_path, {"json/own.json": [item("a.mp4"), item("b.mp4")], "video/a.mp4": POINTER}, video, "video/b.mp4"
     )
@@ -314,9 +314,7 @@ def test_a_pointer_in_place_of_a_video_is_named(tmp_path, video, capsys) -> None
     assert fault["kind"] == "unreadable" and fault["sentence"] in lines[0]["error"]
 
 
-def test_files_that_macs_put_into_archives_are_passed_over(
-    video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hidden_files_from_macs_are_skipped(video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"json/own.json": [item("a.mp4")], "json/._own.json": "\x00\x05\x16\x07"}
     root = put(tmp_path, files, video, "video/a.mp4")
     assert evaluate("mvbench", tmp_path / "out", *words(root)) == 0
@@ -324,7 +322,7 @@ def test_files_that_macs_put_into_archives_are_passed_over(
     assert doctor(capsys, "mvbench", *words(root)) == []
 
 
-def test_two_files_of_one_task(tmp_path, video, capsys) -> None:
+def test_two_files_for_one_task_are_refused(tmp_path, video, capsys) -> None:
     files = {"json/own.json": [item("a.mp4")], "json/own.jsonl": json.dumps(item("a.mp4"))}
     root = put(tmp_path, files, video, "video/a.mp4")
     assert "own.jsonl: there is also own.json" in refused(capsys, tmp_path / "out", "mvbench", *words(root))

@@ -1,4 +1,4 @@
-"""MVBench read from files: tasks, media, what is left out and why; scores of honest and of empty models; frames."""
+"""MVBench: reading of tasks and media, excluded tasks, scores of different models, sampled frames."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def item(video: str, **changed: Any) -> dict[str, Any]:
 
 
 def put(root: Path, tasks: dict[str, Any], *media: str) -> Path:
-    """A folder in MVBench's layout. tasks: content by file stem. media: paths below `video`, empty files."""
+    """Write a folder in MVBench's layout. tasks: file stem -> content. media: paths below `video` of empty files."""
     for stem, content in tasks.items():
         path = root / "json" / f"{stem}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def read(path: Path, **settings: Any) -> Loaded:
 
 
 def answered(benchmark: Loaded, reply: str) -> list[Record]:
-    """The lines of a model that always says the same."""
+    """Return the records of a model that always gives the same reply."""
     return [record(benchmark, one, reply) for one in benchmark.items]
 
 
@@ -57,7 +57,7 @@ def record(benchmark: Loaded, one: Item, reply: str) -> Record:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_twin_of_the_whole_benchmark() -> None:
+def test_the_imitation_of_the_whole_benchmark_is_read() -> None:
     benchmark = read(twins() / "mvbench", num_frames=0)
     assert len(benchmark.items) == 38 and not any(one.error for one in benchmark.items)
     assert [one.task for one in benchmark.items[::2]] == [task.name for task in TASKS if task.folder != "nturgbd"]
@@ -76,7 +76,7 @@ def test_the_twin_of_the_whole_benchmark() -> None:
 
 
 @pytest.mark.parametrize("place", ["", "json", "json/object_shuffle.json"])
-def test_the_folder_its_json_or_one_file(tmp_path, place) -> None:
+def test_the_path_may_be_the_folder_its_json_folder_or_one_file(tmp_path, place) -> None:
     root = put(tmp_path, {"object_shuffle": [item("a.mp4")]}, "perception/videos/a.mp4")
     (only,) = read(root / place).items
     assert only.media is not None and only.media.path == str(root / "video/perception/videos/a.mp4")
@@ -90,7 +90,7 @@ def test_media_in_another_folder(tmp_path) -> None:
     assert only.media is not None and only.media.path.startswith(str(tmp_path / "b"))
 
 
-def test_tasks_of_ones_own(tmp_path) -> None:
+def test_users_own_tasks_are_read(tmp_path) -> None:
     records = [item("a.mp4", start=1, end=2.5), item("sub/b.webm"), item("c.mp4", start=3)]
     root = put(tmp_path, {"who_did-it": records}, "a.mp4", "sub/b.webm", "c.mp4")
     benchmark = read(root, num_frames=8)
@@ -99,7 +99,7 @@ def test_tasks_of_ones_own(tmp_path) -> None:
     assert [(one.start, one.end) for one in media if one] == [(1, 2.5), (None, None), (3, None)]
 
 
-def test_bounds_count_in_bounded_tasks_alone(tmp_path) -> None:
+def test_bounds_are_used_only_in_bounded_tasks(tmp_path) -> None:
     records = [item("a.mp4", start=1, end=2)]
     root = put(tmp_path, {"object_shuffle": records}, "perception/videos/a.mp4")
     (only,) = read(root).items
@@ -117,14 +117,14 @@ def test_tasks_and_limit(tmp_path) -> None:
         read(root, tasks=["stat_change"])
 
 
-def test_a_missing_medium_is_an_error_of_its_item(tmp_path) -> None:
+def test_a_missing_medium_makes_its_item_fail(tmp_path) -> None:
     root = put(tmp_path, {"object_shuffle": [item("a.mp4"), item("b.mp4"), item("c.mp4")]}, "perception/videos/b.mp4")
     benchmark = read(root, limit=2)
     assert [one.media is None for one in benchmark.items] == [True, False] and not benchmark.excluded
     assert benchmark.items[0].error.startswith(f"a.mp4: there is no such file in {root}/video/perception/videos")
 
 
-def test_a_task_without_media_is_excluded_and_counted_as_far_as_it_was_asked(tmp_path) -> None:
+def test_a_task_without_media_is_excluded_and_counted_within_the_limit(tmp_path) -> None:
     records = [item("a.mp4")] * 5
     root = put(tmp_path, {"fine_grained_pose": records, "action_count": records}, "perception/videos/a.mp4")
     benchmark = read(root, limit=3)
@@ -147,7 +147,7 @@ def test_a_task_without_media_is_excluded_and_counted_as_far_as_it_was_asked(tmp
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_faulty_record_is_an_error_of_its_item(tmp_path, faulty, said) -> None:
+def test_a_faulty_record_makes_its_item_fail(tmp_path, faulty, said) -> None:
     good = item("a.mp4", start=0, end=1)
     faulty = {"start": 0, "end": 1, **faulty} if faulty != item("a.mp4") else faulty
     root = put(tmp_path, {"action_sequence": [good, faulty]}, f"{STAR}/a.mp4")
@@ -156,7 +156,7 @@ def test_a_faulty_record_is_an_error_of_its_item(tmp_path, faulty, said) -> None
     assert second.media is None and said in second.error and "action_sequence.json, record 2" in second.error
 
 
-def test_an_option_that_stands_there_twice_is_asked_as_it_is(tmp_path) -> None:
+def test_a_duplicate_option_is_kept(tmp_path) -> None:
     records = [item("a.mp4", candidates=["left", "left", "right"])]
     (only,) = read(put(tmp_path, {"object_shuffle": records}, "perception/videos/a.mp4")).items
     assert not only.error and only.candidates == ("left", "left", "right")
@@ -174,14 +174,14 @@ def test_an_option_that_stands_there_twice_is_asked_as_it_is(tmp_path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_is_none_of_the_benchmark_is_one_sentence(tmp_path, content, said) -> None:
+def test_a_file_of_another_kind_is_reported_as_one_sentence(tmp_path, content, said) -> None:
     root = put(tmp_path, {"object_shuffle": content}, "perception/videos/a.mp4")
     with pytest.raises(UserError) as caught:
         read(root)
     assert said in str(caught.value) and str(caught.value).count("object_shuffle.json") == 1
 
 
-def test_wrong_folders(tmp_path) -> None:
+def test_wrong_folders_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="found no JSON file, expected MVBench's folder with json and video in it"):
         read(tmp_path)
     with pytest.raises(UserError, match="no ground truth was named"):
@@ -196,8 +196,8 @@ def test_wrong_folders(tmp_path) -> None:
         read(root, video_dir=str(root / "elsewhere"))
 
 
-def test_the_folder_above_names_the_one_to_give(tmp_path) -> None:
-    """A toy world: its own JSON file is none of the benchmark's, whose folder lies beside it."""
+def test_the_error_for_a_parent_folder_names_the_right_one(tmp_path) -> None:
+    """A toy world's folder has a JSON file of its own, and the benchmark in a subfolder."""
     root = put(tmp_path / "mvbench", {"object_shuffle": [item("a.mp4")]}, "perception/videos/a.mp4")
     (tmp_path / "toy_world.json").write_text("{}")
     with pytest.raises(UserError, match=f"{tmp_path}: found no folder json in it, .* own folder: name {root}$"):
@@ -209,7 +209,7 @@ def test_the_folder_above_names_the_one_to_give(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("sampling", "num_frames"), [("uniform", 0), ("middling", 8), ("rand", 8)])
-def test_frames_that_no_video_could_give_are_refused_at_once(tmp_path, sampling, num_frames) -> None:
+def test_impossible_sampling_settings_are_refused_at_once(tmp_path, sampling, num_frames) -> None:
     root = put(tmp_path, {"object_shuffle": [item("a.mp4")]}, "perception/videos/a.mp4")
     settings = EvaluationSettings(anno_path=str(root), sampling=sampling, num_frames=num_frames)
     with pytest.raises(UserError, match=f"evaluation.sampling is '{sampling}' with num_frames {num_frames}"):
@@ -221,7 +221,7 @@ def test_frames_that_no_video_could_give_are_refused_at_once(tmp_path, sampling,
 
 @pytest.fixture
 def four(tmp_path) -> Loaded:
-    """Four items of two tasks, of which one lacks its video; the answers are B, A, B and A."""
+    """Return four items of two tasks; one has no video. The answers are B, A, B and A."""
     candidates = ["up", "down"]
     golds = {"object_shuffle": ("down", "up"), "state_change": ("down", "up")}
     tasks = {
@@ -232,7 +232,7 @@ def four(tmp_path) -> Loaded:
     return read(put(tmp_path, tasks, *media))
 
 
-def test_an_empty_model_is_officially_perfect_and_strictly_worthless(four) -> None:
+def test_empty_answers_score_100_officially_and_0_strictly(four) -> None:
     scores = four.benchmark.summary(answered(four, ""))
     assert scores["official"]["average_answered"] == 100 and scores["official"]["average"] == 75
     assert scores["strict"]["average_answered"] == scores["strict"]["average"] == 0
@@ -240,7 +240,7 @@ def test_an_empty_model_is_officially_perfect_and_strictly_worthless(four) -> No
     assert [line["prediction"] for line in answered(four, "")] == ["(", "(", "(", None]
 
 
-def test_a_model_that_always_says_a_gets_its_share(four) -> None:
+def test_always_answering_a_gets_the_share_of_a(four) -> None:
     scores = four.benchmark.summary(answered(four, "A) because\n(B)"))
     for rule in ("official", "strict"):
         assert scores[rule]["average"] == 25 and scores[rule]["average_answered"] == pytest.approx(100 / 3)
@@ -249,7 +249,7 @@ def test_a_model_that_always_says_a_gets_its_share(four) -> None:
     assert scores["differing"] == []
 
 
-def test_averages_are_over_items_and_a_task_that_failed_has_no_share_of_its_answered(four) -> None:
+def test_averages_are_over_items_and_a_failed_task_has_no_accuracy_over_answered(four) -> None:
     failed = [{"id": one.id, "task": one.task, "error": "gone"} for one in four.items if one.task == "State Change"]
     lines = [*answered(four, "B")[:1], *failed]
     strict = four.benchmark.summary(lines)["strict"]
@@ -268,7 +268,7 @@ def test_the_official_file_counts_failed_items_and_lists_answered_ones(four) -> 
     ]
 
 
-def test_whole_texts_are_strictly_right_and_officially_wrong(four) -> None:
+def test_option_texts_are_correct_strictly_but_not_officially(four) -> None:
     line = record(four, four.items[0], "down")
     assert line["correct"] == {"official": False, "strict": True} and line["gold"] == "(B) down"
     assert four.benchmark.summary([line])["differing"] == ["object_shuffle/0"]
@@ -282,7 +282,7 @@ def golden_name(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN if case["max_frame"] <= 400], ids=golden_name)
-def test_frames_of_real_media_are_the_golden_ones(tmp_path, case) -> None:
+def test_sampled_frames_equal_the_golden_ones(tmp_path, case) -> None:
     bounds = {} if case["bound"] is None else dict(zip(("start", "end"), case["bound"], strict=True))
     if case["first_index"]:  # a folder of frames
         stem, name, folder = "episodic_reasoning", "clip", tmp_path / "video/tvqa/frames_fps3_hq/clip"
@@ -301,8 +301,8 @@ def test_frames_of_real_media_are_the_golden_ones(tmp_path, case) -> None:
     assert clip.indices == case["indices"]
 
 
-def test_another_sampling_rule_turns_bounds_into_indices_by_the_average_rate_too(tmp_path) -> None:
-    """14 frames in 9.97 s, none of them from 2 to 8 s, as a viewer has it; the script's rule is one of rates."""
+def test_all_sampling_rules_convert_bounds_by_the_average_rate(tmp_path) -> None:
+    """The video has 14 frames in 9.97 s and none from 2 to 8 s; the official script uses only the average rate."""
     (tmp_path / "video" / STAR).mkdir(parents=True)
     shutil.copy(Path(__file__).parents[2] / "media" / "cases" / "gap.mp4", tmp_path / "video" / STAR / "a.mp4")
     path = put(tmp_path, {"action_sequence": [item("a.mp4", start=2, end=8)]})

@@ -1,4 +1,4 @@
-"""The shipped presets hold the published settings, and lie in the package."""
+"""The shipped presets: they have the published settings and are part of the package."""
 
 from importlib.resources import files
 from typing import Any
@@ -27,19 +27,19 @@ PUBLISHED = {
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The keys under `evaluation` of a shipped preset."""
+    """Return the keys under `evaluation` in a shipped preset."""
     content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     assert list(content) == ["evaluation"]
     return dict(content["evaluation"])
 
 
-def test_every_benchmark_has_one() -> None:
+def test_every_benchmark_has_a_preset() -> None:
     assert benchmarks.names() == sorted(PUBLISHED)
     assert sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir()) == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_settings_are_the_published_ones(name: str) -> None:
+def test_presets_have_the_published_settings(name: str) -> None:
     settings = EvaluationSettings(**preset(name))
     asked = (settings.num_frames, settings.sampling, settings.system)
     decoding = (settings.num_beams, settings.max_new_tokens, settings.repetition_penalty)
@@ -47,7 +47,7 @@ def test_settings_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_preset_opens_with_what_it_is_for_and_how_to_run_it(name: str) -> None:
+def test_a_preset_begins_with_its_purpose_and_command(name: str) -> None:
     lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     header = [line for line in lines if line.startswith("#")]
     for word in ("# Needs: ", f"# Launch: stllm evaluate {name} ", "# Override: "):

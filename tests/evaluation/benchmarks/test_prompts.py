@@ -50,7 +50,7 @@ ITEMS: dict[str, tuple[Item, ...]] = {
 
 
 def benchmark(name: str, **changed: Any) -> tuple[Loaded, Item]:
-    """The benchmark with its published settings, without files; and an item of it."""
+    """Return a benchmark with its published settings and without files, and an item of it."""
     settings = EvaluationSettings(**{**preset(name), **changed})
     items = ITEMS.get(name, (OPEN,))
     return Loaded(benchmarks.get(name), items, system=system_of(settings)), items[0]
@@ -58,7 +58,7 @@ def benchmark(name: str, **changed: Any) -> tuple[Loaded, Item]:
 
 @cache
 def sent(name: str, family: str) -> list[dict[str, Any]]:
-    """Of each request of the items: the prompt's pieces, their ids, and what the Q-Former reads."""
+    """Return for each request the prompt's pieces, their ids, and the Q-Former's text."""
     reader = processor(family)
     asking, _ = benchmark(name)
     return [
@@ -87,7 +87,7 @@ def ids(request: Request, family: str) -> list[int]:
     return reader.prompt_ids(request.turns, media="video", system=request.system)
 
 
-def test_every_prompt_is_what_it_was() -> None:
+def test_prompts_equal_their_snapshots() -> None:
     now = {
         name: {
             family: [{**one, "ids": " ".join(map(str, one["ids"]))} for one in sent(name, family)] for family in FOLDERS
@@ -99,7 +99,7 @@ def test_every_prompt_is_what_it_was() -> None:
     assert now == json.loads(SNAPSHOTS.read_text())
 
 
-def test_the_words_of_mvbench_are_the_protocols() -> None:
+def test_mvbench_prompts_have_the_published_wording() -> None:
     block = f"Question: {QUESTION}\nOptions:\n(A) to the left\n(B) upwards\n(C) {{it}} jumps."
     system = (
         "Carefully watch the video and pay attention to the cause and sequence of events, the detail and movement of "
@@ -115,7 +115,7 @@ def test_the_words_of_mvbench_are_the_protocols() -> None:
 
 
 @pytest.mark.parametrize("name", benchmarks.names())
-def test_system_sentences_are_the_published_ones(name: str) -> None:
+def test_system_messages_are_the_published_ones(name: str) -> None:
     for family in FOLDERS:
         for prompt in sent(name, family):
             text = "".join(prompt["pieces"])
@@ -125,7 +125,7 @@ def test_system_sentences_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", benchmarks.names())
-def test_a_system_sentence_of_ones_own_or_none(name: str) -> None:
+def test_a_custom_or_empty_system_message_is_used(name: str) -> None:
     for family in FOLDERS:
         for system, count in (("Look closely.", 1), ("", 0), (None, 0)):
             asking, item = benchmark(name, system=system)
@@ -136,8 +136,8 @@ def test_a_system_sentence_of_ones_own_or_none(name: str) -> None:
                     assert f"Look closely.\nQuestion: {QUESTION}" in text
 
 
-def test_ids_of_pieces_are_ids_of_their_parts() -> None:
-    """Text before the visual tokens and after is tokenized apart, BOS and the visual block are what they stand for."""
+def test_pieces_are_tokenized_separately() -> None:
+    """Texts before and after the visual tokens are tokenized separately; BOS and the visual block become their ids."""
     for family in FOLDERS:
         reader = processor(family)
         (prompt,) = sent("mvbench", family)
@@ -148,7 +148,7 @@ def test_ids_of_pieces_are_ids_of_their_parts() -> None:
         assert prompt["ids"] == expected
 
 
-def test_a_prompt_of_its_own_needs_the_videos_place() -> None:
+def test_a_custom_prompt_must_mark_the_video() -> None:
     turns = benchmark("mvbench")[0].requests(CHOICE, templates.get("minigpt4"))[0].turns
     with pytest.raises(AssertionError):
         Request(turns=turns, media=MEDIA, pieces=(BOS, "no video")).check()

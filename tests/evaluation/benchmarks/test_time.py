@@ -46,7 +46,7 @@ def lines(output: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def replies(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], str]) -> None:
-    """Replaces what the language model says: a function of the video's path and the question with its options."""
+    """Replace the language model's replies by `answer(path of the video, question with its options)`."""
 
     def complete(chat: Chat, prepared: Sequence[Prepared], *_: object) -> list[Answer]:
         found = []
@@ -62,7 +62,7 @@ def replies(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], str]) 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a twin, to be spoiled."""
+    """Return a function that copies an imitated benchmark, so that a test may damage it."""
     return lambda name: Path(shutil.copytree(twins() / name, tmp_path / "copy" / name))
 
 
@@ -75,7 +75,9 @@ def change(path: Path, edit: Callable[[Any], Any]) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_twin_from_file_to_table(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_an_imitated_benchmark_writes_all_files(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate(name, tmp_path) == 0
     said = capsys.readouterr().out
     assert f"{name}, strict: " in said and "95 % interval" in said
@@ -89,7 +91,7 @@ def test_a_twin_from_file_to_table(name: str, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_killed_and_continued_gives_the_same(tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_gives_the_same_results(tmp_path: Path) -> None:
     assert evaluate("tempcompass", tmp_path, "--tasks", "yes_no") == 0
     path = tmp_path / "tempcompass.jsonl"
     whole, report = path.read_text(), (tmp_path / "tempcompass.md").read_bytes()
@@ -99,8 +101,8 @@ def test_killed_and_continued_gives_the_same(tmp_path: Path) -> None:
     assert without_times[0] == without_times[1] and (tmp_path / "tempcompass.md").read_bytes() == report
 
 
-def test_a_model_that_knows_the_first_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of TOMATO is known; every score, group and interval follows."""
+def test_scores_of_a_model_that_knows_half_of_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model knows half of TOMATO; check all scores, groups and intervals."""
     right = {}
     for item in loaded("tomato").items:
         assert item.media is not None
@@ -123,7 +125,7 @@ def test_a_model_that_knows_the_first_clips(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_tvbench_averages_over_tasks_not_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One item of one of two tasks is right; then the other item of that task is left out."""
+    """One item of one of two tasks is correct; then that task's other item is left out."""
     known = next(one for one in loaded("tvbench").items if one.id == "moving_direction/0")
     letter = "ABCD"[known.candidates.index(known.answer)]
     replies(monkeypatch, lambda path, asked: f"{letter}) x" if "moving_direction_00000" in path else "")
@@ -144,7 +146,7 @@ def test_tvbench_prompts_are_those_of_mvbench() -> None:
     assert loaded("tvbench").requests(one, template) == mvbench.requests(one, template)
 
 
-def test_bounds_are_used_where_tvbench_has_them() -> None:
+def test_tvbench_bounds_are_used() -> None:
     bounded = {item.task for item in loaded("tvbench").items if item.media and item.media.bounds}
     assert bounded == {"Action Sequence", "Action Localization"}
 
@@ -178,7 +180,7 @@ def question(task: str, text: str, answer: str, candidates: tuple[str, ...] = ()
         ("", None, None),
     ],
 )
-def test_multiple_choice(said: str, official: bool | None, strict: bool | None) -> None:
+def test_tempcompass_multiple_choice_rules(said: str, official: bool | None, strict: bool | None) -> None:
     one = question("multi-choice", CHOICE, "B. running", ("jumping", "running", "resting"))
     assert (official_match(one, said), strict_match(one, said)) == (official, strict)
 
@@ -194,7 +196,7 @@ def test_multiple_choice(said: str, official: bool | None, strict: bool | None) 
         ("", "no", None, None),
     ],
 )
-def test_yes_or_no(said: str, answer: str, official: bool | None, strict: bool | None) -> None:
+def test_tempcompass_yes_or_no_rules(said: str, answer: str, official: bool | None, strict: bool | None) -> None:
     one = question("yes_no", "Is it?", answer, ("yes", "no"))
     assert (official_match(one, said), strict_match(one, said)) == (official, strict)
 
@@ -218,15 +220,15 @@ def test_yes_or_no(said: str, answer: str, official: bool | None, strict: bool |
         (SENTENCES, "", None, None),
     ],
 )
-def test_caption_matching(asked: str, said: str, official: bool | None, strict: bool | None) -> None:
+def test_tempcompass_caption_matching_rules(asked: str, said: str, official: bool | None, strict: bool | None) -> None:
     one = question("caption_matching", asked, asked.split("\n")[2])
     assert (official_match(one, said), strict_match(one, said)) == (official, strict)
 
 
-def test_tempcompass_reports_dimensions_aspects_and_what_was_matched(
+def test_tempcompass_reports_dimensions_aspects_and_parsed_shares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only questions about order are answered with yes; nothing else can be read."""
+    """The model answers yes to questions about order; its other replies cannot be parsed."""
     replies(monkeypatch, lambda path, _: "Yes" if Path(path).stem.startswith("4") else "hm")
     assert evaluate("tempcompass", tmp_path) == 0
     scores = results(tmp_path, "tempcompass")["scores"]["official"]
@@ -245,7 +247,7 @@ def test_tempcompass_reports_dimensions_aspects_and_what_was_matched(
     assert [row["prediction"] for row in official["4001"]["order"]] == ["Yes", "Yes"]
 
 
-def test_the_end_of_a_reply_is_removed_before_the_rules() -> None:
+def test_the_end_of_sequence_text_is_removed_before_matching() -> None:
     one = next(item for item in loaded("tempcompass").items if item.task == "yes_no" and item.answer == "no")
     assert loaded("tempcompass").benchmark.score(one, [" No</s>"])["correct"] == {"official": True, "strict": True}
 
@@ -270,8 +272,8 @@ def test_vinoground_compares_the_first_character(said: str, official: bool, stri
     assert benchmark.benchmark.score(one, [said])["correct"] == {"official": official, "strict": strict}
 
 
-def test_pairs_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pair 0 is right in all four questions, pair 1 in both of the text and in one of the video score."""
+def test_vinoground_pairs_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pair 0 is correct in all four questions; pair 1 in both of the text score and one of the video score."""
     wrong = ("vinoground_videos_concated/1_neg",)
     answers = {item.media.path: item.answer for item in loaded("vinoground").items if item.media}
     replies(monkeypatch, lambda path, _: "C" if any(name in path for name in wrong) else answers[path])
@@ -287,7 +289,7 @@ def test_pairs_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "groups" not in scores or set(scores["groups"]) == {"major, text"}
 
 
-def test_the_video_score_shows_both_clips() -> None:
+def test_the_video_score_clip_contains_both_clips() -> None:
     one = next(item for item in loaded("vinoground").items if item.task == "video")
     alone = next(item for item in loaded("vinoground").items if item.task == "text")
     sizes = []
@@ -316,11 +318,11 @@ def test_the_video_score_shows_both_clips() -> None:
         ("The answer is (B)", None),
     ],
 )
-def test_tomato_reads_a_letter(said: str, number: int | None) -> None:
+def test_tomato_finds_the_letter(said: str, number: int | None) -> None:
     assert official_option(said, ("one", "two", "three")) == number
 
 
-def test_tomato_guesses_officially_and_never_strictly() -> None:
+def test_tomato_guesses_only_by_the_official_rule() -> None:
     benchmark = loaded("tomato")
     found = [benchmark.benchmark.score(item, ["no idea"]) for item in benchmark.items for _ in range(2)]
     assert not any(one["correct"]["strict"] or any(one["parsed"].values()) for one in found)
@@ -331,7 +333,7 @@ def test_tomato_guesses_officially_and_never_strictly() -> None:
 
 
 @pytest.mark.parametrize("name", ["tempcompass", "vinoground", "tomato"])
-def test_no_system_sentence_and_the_protocols_words(name: str) -> None:
+def test_prompts_have_no_system_message_and_the_published_wording(name: str) -> None:
     benchmark, template = loaded(name), templates.get("instructblip")
     endings = {
         "multi-choice": "\nPlease directly give the best option:",
@@ -357,7 +359,7 @@ def test_no_system_sentence_and_the_protocols_words(name: str) -> None:
 
 
 def one_sentence(name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What `stllm evaluate` says when it stops, which `stllm doctor` finds, too."""
+    """Return the sentence with which `stllm evaluate` stops; check that `stllm doctor` finds it, too."""
     assert evaluate(name, tmp_path / "out", root=root) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: "), said
@@ -436,7 +438,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_one_sentence(
+def test_a_bad_file_is_reported_as_one_sentence(
     case: str, copy: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, spoil, sentence = BAD[case]
@@ -506,7 +508,7 @@ RECORDED: dict[str, tuple[str, str, Callable[[Any], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", RECORDED)
-def test_a_bad_record_is_a_recorded_failure(
+def test_a_bad_record_is_recorded_as_failed(
     case: str, copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, file, edit, id_, sentence = RECORDED[case]
@@ -525,7 +527,7 @@ def test_a_bad_record_is_a_recorded_failure(
         assert scores["official"]["tasks"]["text"] == 0.0 and results(root / "out", name)["counts"]["failed"] == 1
 
 
-def test_missing_media_are_named_and_counted(copy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_missing_media_are_reported_and_counted(copy: Callable[[str], Path], tmp_path: Path) -> None:
     root = copy("vinoground")
     (root / "vinoground_videos" / "0_pos.mp4").unlink()
     assert evaluate("vinoground", tmp_path, root=root) == 0
@@ -535,7 +537,7 @@ def test_missing_media_are_named_and_counted(copy: Callable[[str], Path], tmp_pa
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_the_doctor_finds_nothing_in_a_twin(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_finds_no_faults_in_an_imitated_benchmark(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "--anno-path", str(twins() / name), "--format", name, "--num-workers", "0"])
     said = capsys.readouterr()
     assert code == (name == "tvbench"), said.out  # the folder that each user fetches
@@ -546,7 +548,9 @@ def test_the_doctor_finds_nothing_in_a_twin(name: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_the_probe_works_on_all_of_them(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_temporal_probe_works_on_all_benchmarks(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluate(name, tmp_path, "--limit", "2", "--max-new-tokens", "3", "--probe") == 0
     assert "temporal probe: " in capsys.readouterr().out
     assert CAPTIONING not in (tmp_path / f"{name}.reversed.jsonl").read_text()
@@ -554,9 +558,9 @@ def test_the_probe_works_on_all_of_them(name: str, tmp_path: Path, capsys: pytes
     assert probe["compared"] > 0 and set(probe["accuracy"]["all tasks"]) >= {"forward", "reversed", "blank"}
 
 
-def test_options_rotate_where_they_are_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_permute_rotates_options_only_if_they_are_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "vinoground", "--permute"]) == 2
-    assert "the questions of vinoground hold theirs" in capsys.readouterr().err
+    assert "the questions of vinoground contain theirs" in capsys.readouterr().err
     assert evaluate("tomato", tmp_path, "--tasks", "count", "--max-new-tokens", "3", "--permute") == 0
     first, moved = (lines(tmp_path, f"tomato{ending}")["count/0"] for ending in ("", ".rotated1"))
     assert (
@@ -564,6 +568,6 @@ def test_options_rotate_where_they_are_a_list(tmp_path: Path, capsys: pytest.Cap
     )
 
 
-def test_unknown_tasks_are_named() -> None:
+def test_unknown_tasks_are_refused() -> None:
     with pytest.raises(UserError, match="unknown task 'speed'"):
         loaded("tempcompass", tasks=["speed"])

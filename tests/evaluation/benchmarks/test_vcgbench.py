@@ -1,4 +1,4 @@
-"""VcgBench read from files: its parts, both questions of consistency, the official lists, what is refused."""
+"""VcgBench: its tasks, both questions of consistency, the official lists, and files that are refused."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def read(path: Path, videos: Path | None = None, **settings: Any) -> Loaded:
     return load_benchmark("vcgbench", EvaluationSettings(anno_path=str(path), video_dir=str(videos), **settings))
 
 
-def test_the_twin_has_three_parts_and_every_extension() -> None:
+def test_the_imitated_vcgbench_has_three_tasks_and_all_extensions() -> None:
     benchmark = read(twins() / "vcgbench", num_frames=64)
     assert {one.task for one in benchmark.items} == {"generic", "temporal", "consistency"}
     assert len({one.id for one in benchmark.items}) == len(benchmark.items) == 10
@@ -39,7 +39,7 @@ def test_the_twin_has_three_parts_and_every_extension() -> None:
     assert all(one.media and one.media.num_frames == 64 for one in benchmark.items)
 
 
-def test_a_folder_or_one_file_under_either_name(tmp_path) -> None:
+def test_the_path_may_be_a_folder_or_a_file(tmp_path) -> None:
     root = put(tmp_path, ALL, "v_a.mkv", "v_b.mp4")
     expected = ["generic/0", "generic/1", "temporal/0", "consistency/0"]
     assert [one.id for one in read(root).items] == expected
@@ -51,7 +51,7 @@ def test_a_folder_or_one_file_under_either_name(tmp_path) -> None:
     assert [one.id for one in read(tmp_path / "mine.json").items] == ["consistency/0"]
 
 
-def test_a_name_with_its_extension_or_converted_since(tmp_path) -> None:
+def test_a_video_name_may_have_an_extension_or_be_converted(tmp_path) -> None:
     records = [{**ONE, "video_name": name} for name in ("v_a.mp4", "v_a.avi", "v_x.y", "v_gone.mp4")]
     root = put(tmp_path, {"generic_qa": records}, "v_a.mp4", "v_x.y.webm", "v_x.mp4")
     found = [one.media and Path(one.media.path).name for one in read(root).items]
@@ -59,7 +59,7 @@ def test_a_name_with_its_extension_or_converted_since(tmp_path) -> None:
     assert read(root).items[3].error.startswith(f"v_gone.mp4: there is no such file in {root}/videos")
 
 
-def test_consistency_asks_both_questions_apart(tmp_path) -> None:
+def test_consistency_asks_both_questions_separately(tmp_path) -> None:
     benchmark = read(put(tmp_path, {"consistency_qa": [TWO]}, "v_b.mp4"))
     (only,) = benchmark.items
     requests = benchmark.requests(only, templates.get("instructblip"))
@@ -72,7 +72,7 @@ def test_consistency_asks_both_questions_apart(tmp_path) -> None:
     assert benchmark.benchmark.summary([line]) == {}
 
 
-def test_official_lists_are_a_part_each_without_failed_items(tmp_path) -> None:
+def test_official_lists_are_written_per_task_without_failed_items(tmp_path) -> None:
     benchmark = read(put(tmp_path, ALL, "v_a.mp4"))
     lines = [
         {"id": one.id, "error": one.error}
@@ -100,13 +100,13 @@ def test_official_lists_are_a_part_each_without_failed_items(tmp_path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_files_of_another_sort_are_refused(tmp_path, files, said) -> None:
+def test_files_of_another_kind_are_refused(tmp_path, files, said) -> None:
     with pytest.raises(UserError) as caught:
         read(put(tmp_path, files, "v_a.mp4"))
     assert said in str(caught.value)
 
 
-def test_wrong_folders(tmp_path) -> None:
+def test_wrong_folders_are_refused(tmp_path) -> None:
     root = put(tmp_path, ALL, "other.mp4")
     with pytest.raises(
         UserError, match=r"none of its 4 items can be asked, the first one because: v_a: there is no such"
@@ -120,7 +120,7 @@ def test_wrong_folders(tmp_path) -> None:
         read(root, tasks=["detail"])
 
 
-def test_an_answer_that_is_empty_is_an_error_of_its_item(tmp_path) -> None:
+def test_an_empty_answer_makes_its_item_fail(tmp_path) -> None:
     root = put(tmp_path, {"generic_qa": [ONE, {**ONE, "A": ""}]}, "v_a.mp4")
     first, second = read(root).items
     assert first.media is not None and second.media is None

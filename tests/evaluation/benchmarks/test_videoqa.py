@@ -1,4 +1,4 @@
-"""VideoQA read from files: every spelling, answers paired by id, names of videos, what is refused."""
+"""VideoQA: all forms of its files, answers matched by id, names of videos, and files that are refused."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def names(benchmark: Loaded) -> list[str | None]:
         ("tgif", "test_qa"),
     ],
 )
-def test_the_twins_of_every_layout(name, file) -> None:
+def test_all_layouts_of_imitated_videoqa_are_read(name, file) -> None:
     root = twins() / name
     benchmark = read(name, root / f"{file}.json", num_frames=16)
     assert benchmark.name == name and len(benchmark.items) == 4
@@ -64,7 +64,7 @@ def test_the_twins_of_every_layout(name, file) -> None:
         assert {Path(one.media.path).suffix for one in benchmark.items if one.media} == {".gif", ".mp4"}
 
 
-def test_spellings_of_names_and_ids(tmp_path) -> None:
+def test_all_fields_for_names_and_ids_are_read(tmp_path) -> None:
     rows = [
         asked(video_name="a.avi", question_id=7, answer="dog"),
         asked(video="b", id="x", answer="cat"),
@@ -85,7 +85,7 @@ def test_spellings_of_names_and_ids(tmp_path) -> None:
     assert benchmark.benchmark.summary(lines) == {}
 
 
-def test_how_each_benchmark_names_its_videos(tmp_path) -> None:
+def test_videos_are_found_by_each_benchmarks_naming(tmp_path) -> None:
     videos = ("video7.mp4", "8.mp4", "v_x.mkv", "y.mp4", "g.gif", "video9.webm")
     root = put(tmp_path, {}, *videos)
 
@@ -104,7 +104,7 @@ def test_how_each_benchmark_names_its_videos(tmp_path) -> None:
     assert found("tgif", {"video_name": "g"}, {"gif_name": "g"}, {"video_name": "y.gif"}) == ["g.gif", "g.gif", "y.mp4"]
 
 
-def test_answers_are_paired_by_id_wherever_they_stand(tmp_path) -> None:
+def test_answers_are_matched_by_id(tmp_path) -> None:
     questions = [asked(video_name="a", question_id=f"q{n}", question=f"What is {n}?") for n in range(3)]
     answers = [{"answer": f"it is {n}", "type": n, "question_id": f"q{n}"} for n in (2, 0, 3, 1)]  # one too many
     root = put(tmp_path, {"test_q": questions, "test_a": answers, "truth": answers}, "v_a.mp4")
@@ -140,7 +140,7 @@ A = [{"answer": "a", "question_id": n} for n in range(3)]
         (Q, "{", "test_a.json: line 1, column 2: not valid JSON"),
     ],
 )
-def test_answers_that_do_not_fit_are_one_sentence(tmp_path, questions, answers, said) -> None:
+def test_answers_that_do_not_match_are_reported_as_one_sentence(tmp_path, questions, answers, said) -> None:
     root = put(tmp_path, {"test_q": questions, "test_a": answers}, "a.mp4")
     with pytest.raises(UserError, match=said):
         read("msvd", root / "test_q.json")
@@ -160,13 +160,13 @@ def test_answers_that_do_not_fit_are_one_sentence(tmp_path, questions, answers, 
         ("tgif", asked(gif_name="a", a1="x", a2="y", answer="1"), "it looks like TGIF-QA's questions with choices"),
     ],
 )
-def test_a_file_of_another_benchmark_is_one_sentence(tmp_path, name, record, said) -> None:
+def test_a_file_of_another_benchmark_is_reported_as_one_sentence(tmp_path, name, record, said) -> None:
     root = put(tmp_path, {"test_qa": [record]}, "a.mp4")
     with pytest.raises(UserError, match=said):
         read(name, root / "test_qa.json")
 
 
-def test_what_concerns_one_item_is_an_error_of_it(tmp_path) -> None:
+def test_a_fault_of_one_record_makes_only_its_item_fail(tmp_path) -> None:
     rows = [
         asked(video_name="a", id=1, answer="x"),
         asked(video_name="gone", id=2, answer="x"),
@@ -188,7 +188,7 @@ def test_what_concerns_one_item_is_an_error_of_it(tmp_path) -> None:
     assert len(read("msvd", root / "test_qa.json", limit=2).items) == 2
 
 
-def test_wrong_folders_and_tasks(tmp_path) -> None:
+def test_wrong_folders_and_tasks_are_refused(tmp_path) -> None:
     root = put(tmp_path, {"test_qa": [asked(video_name="a", id=1, answer="x")]})
     with pytest.raises(UserError, match="none of its 1 items can be asked, the first one because: a: there is no such"):
         read("msvd", root / "test_qa.json")
@@ -200,12 +200,12 @@ def test_wrong_folders_and_tasks(tmp_path) -> None:
         load_benchmark("tgif", EvaluationSettings())
 
 
-def test_ids_of_tgif_are_its_own_or_the_records_places(tmp_path) -> None:
+def test_tgif_ids_are_its_own_or_record_numbers(tmp_path) -> None:
     root = put(tmp_path, {"test_qa": [asked(video_name="a", answer="x")] * 2}, "a.gif")
     assert [one.id for one in read("tgif", root / "test_qa.json").items] == ["0", "1"]
 
 
-def test_every_question_is_asked_by_itself(tmp_path) -> None:
+def test_every_question_is_a_separate_request(tmp_path) -> None:
     root = put(tmp_path, {"test_qa": [asked(video_name="a", id=1, answer="x")]}, "a.mp4", "v_a.mp4")
     for name in (one.name for one in SETS):
         benchmark = read(name, root / "test_qa.json", system="", num_frames=5)
@@ -215,7 +215,7 @@ def test_every_question_is_asked_by_itself(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("case", UNIFORM[::2], ids=lambda case: f"{case['num_frames']} of {case['total_frames']}")
-def test_frames_of_real_videos_are_the_golden_ones(tmp_path, case) -> None:
+def test_sampled_frames_of_videos_equal_the_golden_ones(tmp_path, case) -> None:
     root = put(tmp_path, {"test_qa": [asked(video_name="a", id=1, answer="x")]})
     write_video(root / "videos/a.mp4", num_frames=case["total_frames"], size=(16, 16))
     (only,) = read("msvd", root / "test_qa.json", num_frames=case["num_frames"]).items

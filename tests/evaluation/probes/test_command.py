@@ -1,4 +1,4 @@
-"""`stllm evaluate mvbench --probe --permute` as a user types it, on real videos and a tiny model."""
+"""`stllm evaluate mvbench --probe --permute` on the command line, with real videos and a tiny model."""
 
 import json
 from collections.abc import Callable
@@ -51,9 +51,7 @@ def lines_of(path: Path) -> dict[str, dict[str, Any]]:
     return {record["id"]: record for record in records}
 
 
-def test_both_probes_and_going_on_with_them(
-    ground_truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_probes_can_be_resumed(ground_truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate(ground_truth, tmp_path, "--probe", "--permute") == 0
     said = capsys.readouterr().out
     assert "temporal probe: " in said and "option permutations: " in said
@@ -92,7 +90,7 @@ def test_both_probes_and_going_on_with_them(
         assert (tmp_path / name).read_bytes() == made[name], name
 
 
-def test_lines_of_one_view_are_not_gone_on_with_as_another(
+def test_records_of_one_view_are_not_resumed_as_another(
     ground_truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(ground_truth, tmp_path, "--probe", "--tasks", "moving_direction", "--limit", "1") == 0
@@ -102,7 +100,7 @@ def test_lines_of_one_view_are_not_gone_on_with_as_another(
     assert "variant was 'shuffled' and is now 'blank'" in capsys.readouterr().err
 
 
-def test_more_tasks_join_and_another_wording_does_not(
+def test_tasks_can_be_added_to_a_probe_but_prompts_cannot_change(
     ground_truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(ground_truth, tmp_path, "--tasks", "moving_direction", "--limit", "1") == 0
@@ -115,6 +113,6 @@ def test_more_tasks_join_and_another_wording_does_not(
     assert len(lines_of(tmp_path / "mvbench.jsonl")) == 6
 
 
-def test_probes_need_answers_that_no_judge_decides(capsys: pytest.CaptureFixture[str]) -> None:
+def test_probes_are_refused_for_judged_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "msvd", "--probe"]) == 2
     assert "--probe and --permute go with multiple choice: the answers of msvd need a judge" in capsys.readouterr().err

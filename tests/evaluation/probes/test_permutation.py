@@ -1,4 +1,4 @@
-"""The option permutations: what is asked, and what they say of models that read the options or a letter alone."""
+"""Option permutations: their items, and their verdicts on models that use the options or always choose a letter."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ def permuted(answer: Callable[[Item], str | None], benchmark: Loaded = YES_NO) -
     return probe_scores({name: lines_of(variant, answer) for name, variant in variants(benchmark).items()})
 
 
-def test_always_a_is_seen_to_favour_a() -> None:
+def test_always_answering_a_is_reported_as_favouring_a() -> None:
     scores = permuted(lambda item: "A")
     assert scores["items"] == {"0": 60, "1": 60, "2": 40, "3": 40}
     assert scores["accuracy"] == {
@@ -52,7 +52,7 @@ def test_a_model_that_reads_the_options_favours_no_letter() -> None:
     assert scores["verdict"].startswith("No sign that the model favours a letter")
 
 
-def test_consistency_is_of_the_text_right_or_wrong() -> None:
+def test_consistency_compares_texts_not_correctness() -> None:
     scores = permuted(lambda item: letter_of(item, "down" if "down" in item.candidates else "no"))
     assert scores["same text under all"] == 100.0
     assert scores["right under all"] == scores["right under any"] == pytest.approx(100 * 20 / 60)
@@ -65,7 +65,7 @@ def test_an_empty_answer_names_no_letter() -> None:
     assert scores["verdict"] == "Nothing can be said about letters: no prediction names an option."
 
 
-def test_failed_lines_leave_their_item_out_of_what_needs_all_rotations() -> None:
+def test_items_with_a_failed_rotation_are_left_out_of_consistency() -> None:
     failing = lambda item: None if item.id.endswith("/1") and item.candidates[0] in ("up", "yes") else "A"  # noqa: E731
     scores = permuted(failing)
     assert scores["failed"] == 2 and scores["complete"] == 58
@@ -97,7 +97,7 @@ def test_the_report_shows_letters() -> None:
     assert [bar.get_width() for bar in drawn] == [100.0, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_every_option_visits_every_letter_once() -> None:
+def test_every_option_has_every_letter_once() -> None:
     found = variants(MIXED)
     assert [len(variant.items) for variant in found.values()] == [3, 3, 2, 2]
     places = Counter(
@@ -110,7 +110,7 @@ def test_every_option_visits_every_letter_once() -> None:
     assert found["rotated1"].items[0].candidates == ("down", "left", "right", "up")
 
 
-def test_prompts_and_scores_are_of_the_rotated_options() -> None:
+def test_prompts_and_scores_use_the_rotated_options() -> None:
     template: PromptTemplate = templates.get("instructblip")
     variant = variants(MIXED)["rotated1"]
     prompt = "".join(variant.requests(variant.items[0], template)[0].pieces or ())

@@ -1,4 +1,4 @@
-"""The temporal probe: which items are asked, and what it says of models that are known to use time or not."""
+"""The temporal probe: its items, and its verdicts on models that are known to use the order of frames or not."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ def runs_of(answer: Callable[[Item], str | None], benchmark: Loaded = BENCHMARK)
 
 
 def sees_frames_not_order(item: Item) -> str:
-    """Right whenever there is a picture, whatever its order."""
+    """Answer correctly whenever frames are visible, in any order."""
     assert item.media
     return letter_of(item, item.answer if item.media.view != "blank" else item.candidates[0])
 
 
 def sees_order(item: Item) -> str:
-    """Follows what moves: in the tasks of order it is right only while the frames are in order."""
+    """Answer correctly in the tasks of order only if the frames are in order."""
     assert item.media
     view = item.media.view
     in_order = view != "blank" and view_order(view, 4) == [0, 1, 2, 3]
@@ -37,13 +37,13 @@ def sees_order(item: Item) -> str:
 
 
 def guesses(item: Item) -> str:
-    """Another guess for every view, as good or bad in each."""
+    """Guess differently in every view, with the same accuracy."""
     assert item.media
     draw = hashlib.blake2b(f"{item.id} {item.media.view}".encode()).digest()[0]
     return letter_of(item, item.candidates[draw % 4])
 
 
-def test_a_model_that_ignores_order_is_told_so() -> None:
+def test_the_verdict_on_a_model_that_ignores_order() -> None:
     scores = probe_scores(runs_of(sees_frames_not_order))
     assert scores["accuracy"]["all tasks"] == dict(zip(VIEWS, (100.0, 100.0, 100.0, 100.0, 25.0), strict=True))
     found = scores["against forward"][ORDERED]["reversed"]
@@ -54,7 +54,7 @@ def test_a_model_that_ignores_order_is_told_so() -> None:
     assert "It does better than with no picture at all" in scores["verdict"]
 
 
-def test_a_model_that_depends_on_order_is_told_so() -> None:
+def test_the_verdict_on_a_model_that_uses_order() -> None:
     scores = probe_scores(runs_of(sees_order))
     assert scores["accuracy"]["tasks of order"] == dict(zip(VIEWS, (100.0, 25.0, 25.0, 25.0, 25.0), strict=True))
     assert scores["accuracy"]["other tasks"] == dict(zip(VIEWS, (100.0, 100.0, 100.0, 100.0, 25.0), strict=True))
@@ -69,18 +69,18 @@ def test_a_model_that_depends_on_order_is_told_so() -> None:
     )
 
 
-def test_a_guesser_is_not_said_to_use_time() -> None:
+def test_the_verdict_on_a_model_that_guesses() -> None:
     scores = probe_scores(runs_of(guesses))
     assert scores["verdict"].startswith("No sign that the model uses time")
     assert scores["against forward"]["all tasks"]["reversed"]["answers changed"] > 50
 
 
-def test_a_few_items_are_no_evidence() -> None:
+def test_few_items_give_no_significant_verdict() -> None:
     few = choice_benchmark([choice_item(number) for number in range(4)])
     assert probe_scores(runs_of(sees_order, few))["verdict"].startswith("No sign that the model uses time")
 
 
-def test_tasks_of_unknown_kind_are_judged_together() -> None:
+def test_a_verdict_without_known_tasks_uses_all_items() -> None:
     own = choice_benchmark([choice_item(number, "My task") for number in range(8)])
     scores = probe_scores(runs_of(sees_frames_not_order, own))
     assert "On 8 items of all tasks" in scores["verdict"] and scores["accuracy"]["tasks of order"]["forward"] is None
@@ -94,7 +94,7 @@ def test_only_items_answered_in_every_view_are_compared() -> None:
     assert scores["against forward"]["all tasks"]["shuffled"]["items"] == 78
 
 
-def test_nothing_answered_says_nothing() -> None:
+def test_no_verdict_without_answers() -> None:
     scores = probe_scores(runs_of(lambda item: None))
     assert scores["verdict"] == "Nothing can be said: no item was answered in every view."
     assert "nan" not in (json.dumps(scores, allow_nan=False) + report("toy", scores)).lower()
@@ -122,7 +122,7 @@ def test_the_report_and_the_chart_show_the_accuracies() -> None:
 # ---- variants --------------------------------------------------------------------------------------------------------
 
 
-def test_views_change_the_media_alone() -> None:
+def test_views_change_only_the_media() -> None:
     assert variants(BENCHMARK)["forward"] is BENCHMARK
     for view in VIEWS[1:]:
         variant = variants(BENCHMARK)[view]
@@ -150,7 +150,7 @@ def test_views_change_the_media_alone() -> None:
         ("What does it do after it jumps?", "it grows", ("it jumps", "it grows"), None),
     ],
 )
-def test_words_say_how_an_item_is_turned_round(
+def test_turned_items_by_their_wording(
     question: str, answer: str, options: tuple[str, ...], turned: tuple[str, str] | None
 ) -> None:
     item = replace(choice_item(0), questions=(question,), answer=answer, candidates=options)
@@ -163,7 +163,7 @@ def test_words_say_how_an_item_is_turned_round(
     assert turned_item(found) == item  # twice is not at all
 
 
-def test_only_tasks_of_order_are_asked_of_reversed_clips() -> None:
+def test_only_tasks_of_order_are_turned() -> None:
     benchmark = choice_benchmark(
         [choice_item(0), choice_item(1, "Object Existence"), replace(choice_item(2), media=None)]
     )
@@ -186,7 +186,7 @@ def probed(answer: Callable[[Item], str]) -> dict[str, dict[str, float]]:
 
 
 def moves(item: Item) -> str:
-    """What the clip of that number shows, forward."""
+    """Return what the item's clip shows when played forward."""
     return item.candidates[int(item.id.split("/")[1]) % 4]
 
 
@@ -205,7 +205,7 @@ def test_a_model_that_ignores_order_is_wrong_when_turned_round() -> None:
     assert probed(lambda item: letter_of(item, moves(item)))["all of them"] == expected
 
 
-def test_chance_stands_beside_the_views() -> None:
+def test_scores_contain_chance() -> None:
     two = choice_benchmark([choice_item(0), choice_item(0, "Object Existence", ("yes", "no"))])
     scores = probe_scores(runs_of(lambda item: "A", two))
     assert scores["chance"] == {

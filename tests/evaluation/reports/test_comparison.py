@@ -1,4 +1,4 @@
-"""`stllm table --compare`: paired figures against those computed by hand, and runs that cannot be compared."""
+"""`stllm table --compare`: figures computed by hand, and runs that cannot be compared."""
 
 import json
 from collections.abc import Collection
@@ -19,7 +19,7 @@ BENCHMARK = choice_benchmark(
 
 
 def write(path: Path, wrong: Collection[str], failed: Collection[str] = (), **changed: Any) -> Path:
-    """Lines that are right but for these. changed: fields of every line."""
+    """Write records that are correct except for these ids. changed: fields to set in every record."""
 
     def answer(item: Any) -> str | None:
         return None if item.id in failed else "" if item.id in wrong else letter_of(item, item.answer)
@@ -31,7 +31,7 @@ def write(path: Path, wrong: Collection[str], failed: Collection[str] = (), **ch
     return path
 
 
-def test_gained_lost_and_their_p(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gained_and_lost_items_and_their_p_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write(tmp_path / "a.jsonl", {f"moving_direction/{number}" for number in range(4)} | {"state_change/0"})
     second = write(tmp_path / "b.jsonl", {"state_change/1"}, failed={"state_change/2"})
     assert main(["table", "--compare", str(first), str(second), "--output", str(tmp_path / "both")]) == 0
@@ -50,7 +50,7 @@ def test_gained_lost_and_their_p(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_questions_about_one_video_are_a_cluster(tmp_path: Path) -> None:
-    """All changes in one video of two: the clustered error is larger than if items were independent."""
+    """All changes are in one of two videos, so the clustered error is larger than that of independent items."""
     paths = [
         write(tmp_path / name, wrong)
         for name, wrong in (("a.jsonl", {f"state_change/{n}" for n in range(4)}), ("b.jsonl", set()))
@@ -91,14 +91,12 @@ def test_other_questions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no line that is scored" in refused(tmp_path / "empty.jsonl")
 
 
-def test_words_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_of_compare(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table"]) == 2 and "name results files, or two runs" in capsys.readouterr().err
     assert main(["table", "a.json", "--output", "b"]) == 2 and "--output goes with --compare" in capsys.readouterr().err
 
 
-def test_the_tiny_model_against_itself_after_its_options_rotate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_comparing_the_tiny_model_with_rotated_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--anno-path", str(twins() / "tvbench"), "--output-dir", str(tmp_path)]
     model = [
         "--ckpt-path",
@@ -123,7 +121,7 @@ def test_the_tiny_model_against_itself_after_its_options_rotate(
     assert low <= found["difference"] <= high and 0 <= found["p"] <= 1
 
 
-def test_pairs_are_what_is_compared_of_vinoground(tmp_path: Path) -> None:
+def test_vinoground_is_compared_by_pairs(tmp_path: Path) -> None:
     lines = []
     for part in ("text", "video"):
         for half in ("pos", "neg"):

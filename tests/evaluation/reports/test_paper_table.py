@@ -1,4 +1,4 @@
-"""The paper's table with a row of ours, from results files as `stllm evaluate` and `stllm judge` write them."""
+"""The paper's table with a row from results files of `stllm evaluate` and `stllm judge`."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def axes_of(folder: Path, **changes: Any) -> list[str]:
 
 
 def mvbench(folder: Path, name: str = "mvbench", **evaluation: Any) -> str:
-    """Three of four right by the official rule, two by the strict one."""
+    """Write results in which three of four are correct by the official rule, and two by the strict rule."""
     benchmark = choice_benchmark([choice_item(number) for number in range(4)])
     said = dict(zip((item.id for item in benchmark.items), ("A", "B", "", "A"), strict=True))
     about: dict[str, Any] = {"settings": {"evaluation": evaluation}, "digests": {}, "seconds": 1.0}
@@ -54,7 +54,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-def test_a_full_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_row_of_the_paper_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videoqa = [f"{name}={judged(tmp_path / name / 'r.json', 'qa')}" for name in ("msvd", "msrvtt", "activitynet")]
     assert main(["table", mvbench(tmp_path), *axes_of(tmp_path), *videoqa]) == 0
     text = capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_a_full_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "judge judge-1, instructions c0ffee, 3 not judged" in text and "4 answered, 0 failed, 0 excluded" in text
 
 
-def test_what_lacks_is_a_dash(tmp_path: Path) -> None:
+def test_missing_results_are_dashes(tmp_path: Path) -> None:
     rows = rows_of(paper_table([judged(tmp_path / "r.json", "temporal")]))
     assert rows["ours, strict rules"] == ["–", "–", "–", "–", "–", "3.50", "–", "–", "–", "–"]
     rows = rows_of(paper_table([judged(tmp_path / "r.json", "temporal", None)]))
@@ -103,7 +103,7 @@ def ours(text: str) -> list[str]:
     return [row for row in rows_of(text) if row.startswith("ours")]
 
 
-def test_a_row_says_what_was_asked_in_part_alone(tmp_path: Path) -> None:
+def test_a_row_names_partly_asked_benchmarks(tmp_path: Path) -> None:
     whole = ["ours, official rules", "ours, strict rules"]
     assert ours(paper_table([mvbench(tmp_path, limit=None, tasks=[])])) == whole
     first = mvbench(tmp_path, limit=5, tasks=[])
@@ -118,7 +118,7 @@ def test_a_row_says_what_was_asked_in_part_alone(tmp_path: Path) -> None:
     assert rows_of(text)[f"ours, official rules ({both})"][:2] == ["75.0", "2.80"]
 
 
-def test_what_is_not_known_of_a_judge_s_file_is_said(tmp_path: Path) -> None:
+def test_unknown_facts_about_a_judges_file_are_noted(tmp_path: Path) -> None:
     said = "4 judged; whether those are all of the benchmark's the file does not say"
     (tmp_path / "run.results.json").write_text('{"benchmark": "msvd", "counts": {}}')
     assert said in paper_table([judged(tmp_path / "r.json", "temporal")])
@@ -129,14 +129,14 @@ def test_what_is_not_known_of_a_judge_s_file_is_said(tmp_path: Path) -> None:
     "changed",
     [{"settings": [1]}, {"settings": {"evaluation": [1]}}, {"settings": {"evaluation": {"tasks": 5}}}, {"axis": [""]}],
 )
-def test_a_damaged_file_is_another_kind_of_file(changed: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_results_file_is_refused(changed: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "run.results.json"
     path.write_text(json.dumps({"benchmark": "mvbench", "scores": {}, "counts": {}, **changed}))
     assert main(["table", str(path)]) == 1
     assert f"{path}: another kind of file; expected a results file" in capsys.readouterr().err
 
 
-def test_one_sentence_for_what_is_wrong(tmp_path: Path) -> None:
+def test_wrong_inputs_are_reported_as_one_sentence(tmp_path: Path) -> None:
     qa = judged(tmp_path / "qa.json", "qa")
     (tmp_path / "msvd.results.json").write_text('{"benchmark": "msvd", "scores": {}, "counts": {}}')
     (tmp_path / "tvbench.results.json").write_text('{"benchmark": "tvbench", "scores": {"strict": {}}, "counts": {}}')

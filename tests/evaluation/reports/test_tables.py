@@ -1,4 +1,4 @@
-"""Tables to the byte; charts: whole files, equal bytes for equal bars, and no matplotlib before one is drawn."""
+"""Tables equal their snapshots; charts are deterministic, and matplotlib is imported only to draw one."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def test_a_missing_value_draws_no_bar() -> None:
     assert legend and [text.get_text() for text in legend.get_texts()] == ["ours", "theirs"]
 
 
-def test_equal_bars_are_equal_files_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_equal_charts_are_equal_files(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         draw_bars(tmp_path / name, BARS)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -54,6 +54,6 @@ def test_a_table_lines_up_as_text() -> None:
     )
 
 
-def test_of_nothing_there_is_no_figure() -> None:
+def test_missing_values_are_dashes() -> None:
     assert (percent(None), score(None), share(0, 0)) == ("–", "–", None)
     assert (percent(share(1, 3)), score(3.146)) == ("33.3", "3.15")
