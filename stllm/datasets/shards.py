@@ -293,8 +293,8 @@ class SampleSpan(NamedTuple):
 class ShardIndex(NamedTuple):
     """The samples of one shard.
 
-    rows: (N, 9) int64, an `SampleSpan` each. clips: (V, 3) int64: where the data of each video begin, how many bytes they
-        are, `digest` of its name. Both are arrays, or slices of a mapped file.
+    rows: (N, 9) int64, a `SampleSpan` each. clips: (V, 3) int64: the offset, the bytes and `digest` of the name of each
+        video. Both are arrays, or slices of a mapped file.
     num_samples: N. size: bytes of the tar. fault: a sentence when the tar is damaged, else "".
     """
 

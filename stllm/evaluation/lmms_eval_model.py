@@ -62,7 +62,8 @@ class STLLMForHarness(lmms):
     pretrained: weights in any format that `stllm chat` reads. cfg_path: the model's YAML; default: settings from the
         checkpoint. device, dtype: as in stllm's commands. batch_size: questions answered at once.
     num_frames: frames per video; default: the checkpoint's number, else 64 for models with the global-local module and
-        16 for others. sampling: the rule that selects frames (media/sampling.py). reader: auto, pyav, decord or torchcodec.
+        16 for others. sampling: the rule that selects frames (media/sampling.py).
+    reader: auto, pyav, decord or torchcodec.
     system: "template" for the model family's system message, "none", or a file that contains one. A task's own system
         message overrides it.
     context: the rule for long prompts, `published` or `all`; see conversation/requests.py.
