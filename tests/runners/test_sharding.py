@@ -91,8 +91,8 @@ def test_zero3_learns_what_one_process_does_and_continues(toy: Path, tmp_path: P
     for found, expected in zip(two, alone, strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
     trained = load_file(tmp_path / "two" / "model.safetensors")
-    for key, expected in load_file(tmp_path / "alone" / "model.safetensors").items():
-        torch.testing.assert_close(trained[key], expected, rtol=0.02, atol=2e-3)
+    for key, weight in load_file(tmp_path / "alone" / "model.safetensors").items():
+        torch.testing.assert_close(trained[key], weight, rtol=0.02, atol=2e-3)
 
     shutil.rmtree(tmp_path / "two" / "checkpoint-4")
     (tmp_path / "two" / "config.json").unlink()
