@@ -176,7 +176,7 @@ def test_a_bad_sample_is_named_and_the_next_one_is_read(tmp_path, clip, files, e
     assert len(data) == 2
     with pytest.raises(error, match=words) as caught:
         load(data, 0)
-    assert str(caught.value).startswith(f"{shard}/a.") and caught.value.cause == cause  # type: ignore[attr-defined]
+    assert str(caught.value).startswith(f"{shard}/a.") and caught.value.cause == cause
     assert load(data, 1).turns[0].answer == "good"
 
 
