@@ -12,7 +12,7 @@ from stllm.models.configuration import VISION_DEFAULTS
 
 
 @pytest.mark.parametrize(("device", "calls", "expected"), [("cpu", 2, 960 / 9), ("meta", 9, 960 / 2)])
-def test_the_peak_counts_every_product(
+def test_the_peak_speed_includes_every_product(
     device: str, calls: int, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One at a time on the CPU; elsewhere all of a shape in one go. `meta` stands for a GPU; each timing takes 1 s."""

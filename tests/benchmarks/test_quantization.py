@@ -10,7 +10,7 @@ from tests.models.checkpoints.conftest import GOLDEN
 
 
 @pytest.mark.slow  # a new process
-def test_a_row_is_an_answer_by_the_command(tmp_path: Path) -> None:
+def test_a_row_is_measured_with_stllm_chat(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     main(["--bits", "4bit", "--folder", str(GOLDEN / "minigpt4_plain_all"), "--output-dir", str(tmp_path)])
     result = json.loads((tmp_path / "quantization.json").read_text())

@@ -206,7 +206,7 @@ def write_corpora(corpora: set[str], roots: Path) -> int:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_doctor_finds_a_published_recipe_s_corpora(
+def test_the_doctor_reads_the_corpora_of_a_published_recipe(
     name: str, roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpora = TABLE[name][2]
@@ -277,7 +277,7 @@ def test_a_recipe_builds_at_full_size(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "published"])
-def test_a_recipe_gives_training_arguments(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_recipe_gives_valid_training_arguments(name: str, folder: Path, tmp_path: Path) -> None:
     run = OmegaConf.to_container(load_config(folder / f"{name}.yaml").run)
     assert isinstance(run, dict)
     ours = {f.name for f in dataclasses.fields(RunSettings)}
@@ -297,7 +297,7 @@ def test_the_data_sets_of_a_recipe_are_known(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_header_of_a_recipe_says_how(name: str) -> None:
+def test_the_header_of_a_recipe_has_needs_launch_and_override_lines(name: str) -> None:
     text = (CONFIGS / "train" / f"{name}.yaml").read_text(encoding="utf-8")
     header = text[: text.index("\nbase:")]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -326,7 +326,7 @@ def test_an_avp_stage_s_weights_can_start_the_qa_stage(stage: str, frozen: bool,
     assert all(torch.equal(weights[key], tensor) for key, tensor in avp.state_dict().items())
 
 
-def test_a_whole_misspelled_section_is_caught(folder: Path) -> None:
+def test_a_misspelled_section_is_refused(folder: Path) -> None:
     for section in ("base", "model", "datasets", "run"):
         raw = _raw(folder / "instructblip_qa.yaml")
         raw[section + "s"] = raw.pop(section, {})
@@ -346,7 +346,7 @@ def test_every_misspelled_key_is_refused_and_the_nearest_named(name: str, folder
 
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_no_misspelling_passes(folder: Path, data: st.DataObject) -> None:
+def test_random_misspellings_are_refused(folder: Path, data: st.DataObject) -> None:
     """A letter more, less or other, anywhere in any key."""
     name = data.draw(st.sampled_from(RECIPES))
     raw = _raw(folder / f"{name}.yaml")

@@ -30,7 +30,7 @@ BEFORE = {"1_images": "0_vision", "4_long": "2_videos"}  # where a stage begins,
 
 
 @pytest.mark.parametrize("path", [*TINY.glob("*.yaml"), *(TINY / "stages").glob("*.yaml")], ids=lambda path: path.stem)
-def test_a_recipe_loads_and_its_header_says_how(path: Path) -> None:
+def test_a_recipe_loads_and_its_header_has_needs_launch_and_override_lines(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     named = path.relative_to(CONFIGS.parent)
     assert "\n# Needs: " in text and re.search(rf"^# Launch: .*stllm train --cfg-path {named}\b", text, re.M)
@@ -41,7 +41,7 @@ def test_a_recipe_loads_and_its_header_says_how(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_each_stage_begins_with_what_the_one_before_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_stage_starts_from_the_output_of_the_stage_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps each, on a world of a few clips: what a stage freezes stays as it was, what it trains does not."""
     world, output = tmp_path / "world", tmp_path / "output"
     write_world(world, num_train=24, num_test=8, seed=3, long=True)

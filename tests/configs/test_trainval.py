@@ -82,7 +82,7 @@ def test_there_are_commands_of_every_kind() -> None:
     }
 
 
-def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
+def test_the_example_records_can_be_read(tmp_path: Path) -> None:
     example = re.search(r"^```json\n(.*?)^```$", TEXT, re.M | re.S)
     assert example is not None
     path = tmp_path / "train.jsonl"
@@ -94,14 +94,14 @@ def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
     assert "QA" in json.loads(next(line[1:] for line in header.splitlines() if '{"video"' in line))
 
 
-def test_what_the_environment_names_is_read_by_a_recipe() -> None:
+def test_every_environment_variable_is_read_by_a_recipe() -> None:
     recipes = [path for folder in ("train", "eval") for path in (CONFIGS / folder).rglob("*.yaml")]
     read = "".join(path.read_text(encoding="utf-8") for path in recipes)
     named = set(re.findall(r"`\$?([A-Z][A-Z0-9_]+)(?:`|/)", TEXT)) - {"RECIPE", *LAUNCHERS}
     assert named == set(re.findall(r"oc\.env:([A-Z0-9_]+)", read)) - {"CKPT", "OUTPUT_DIR"}  # said in the headers
 
 
-def test_the_table_is_what_is_computed() -> None:
+def test_the_memory_table_equals_the_computed_values() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) B \(([\d.]+) B\) \| (.+) \|$", TEXT, re.M)
     columns = [("DDP", 1), ("DDP", 8), ("ZeRO-2", 8), ("ZeRO-3", 8), ("FSDP", 8), ("ZeRO-2 offload", 8)]
     for name, total, trained, figures in rows:

@@ -53,7 +53,9 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 
 @settings(deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1), ascii=st.booleans(), indent=st.sampled_from([None, 1]), lines=st.booleans())
-def test_any_text_comes_back(tmp_path_factory, texts: list[str], ascii: bool, indent: int | None, lines: bool) -> None:
+def test_any_text_is_read_unchanged(
+    tmp_path_factory, texts: list[str], ascii: bool, indent: int | None, lines: bool
+) -> None:
     items = [{"video": text, "QA": [{"q": text, "a": text}]} for text in texts]
     written = [json.dumps(item, ensure_ascii=ascii) for item in items]
     content = "\n".join(written) if lines else json.dumps(items, ensure_ascii=ascii, indent=indent)
@@ -107,14 +109,14 @@ def test_half_a_surrogate_pair_does_not_reach_the_tokenizer(tmp_path: Path) -> N
         ('[{"video": "a", "n": ' + "1" * 5000 + "}]", "found a value that cannot be read"),
     ],
 )
-def test_faults_of_a_whole_file(tmp_path: Path, content: Any, message: str) -> None:
+def test_faults_of_a_whole_file_are_reported(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UserError) as error:
         read(tmp_path, content)
     assert message in str(error.value) and str(tmp_path / "train.json") in str(error.value)
     assert "\n" not in str(error.value) and not isinstance(error.value, AnnotationError)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such annotation file"):
         JsonRecords(tmp_path / "none.json")
     with pytest.raises(UserError, match="found a folder"):
@@ -147,7 +149,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({**GOOD, "end": True}, "found end True", "bounds"),
     ],
 )
-def test_faults_of_one_record(tmp_path: Path, fields: dict[str, Any], message: str, cause: str) -> None:
+def test_faults_of_one_record_are_reported(tmp_path: Path, fields: dict[str, Any], message: str, cause: str) -> None:
     records = read(tmp_path, [GOOD, fields])
     assert records[0].turns  # the others are as good as ever
     with pytest.raises(AnnotationError) as error:
@@ -156,7 +158,7 @@ def test_faults_of_one_record(tmp_path: Path, fields: dict[str, Any], message: s
     assert message in str(error.value) and error.value.cause == cause
 
 
-def test_one_kind_of_media_is_picked_out(tmp_path: Path) -> None:
+def test_records_can_be_filtered_by_kind_of_media(tmp_path: Path) -> None:
     mixed = [GOOD, {"image": "a.jpg", "QA": QA}, {"QA": QA}, {"image": "b.jpg", "QA": QA}]
     images = read(tmp_path, mixed, kind="image")
     assert [images[i].media for i in (0, 2)] == ["a.jpg", "b.jpg"] and images[2].where.endswith("record 4")

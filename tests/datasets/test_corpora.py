@@ -146,7 +146,7 @@ def test_qa_sampling_comes_from_the_run(data: Path, sampling: str, expected: int
     assert len(build_corpora(cfg, image_size=32)[0].corpus) == expected
 
 
-def test_features_stand_for_the_media(data: Path) -> None:
+def test_features_replace_the_media(data: Path) -> None:
     settings = {"digest": "abc", "num_frames": 2, "image_size": 32, "sampling": "middle"}
     writer = FeatureWriter(data / "f" / "caption_videochat", stage="vit", settings=settings)
     writer.add("0.mp4", torch.zeros(2, 5, 8))
@@ -160,7 +160,7 @@ def test_features_stand_for_the_media(data: Path) -> None:
     assert "made with sampling 'middle', expected 'uniform'" in other
 
 
-def test_unknown_names(data: Path) -> None:
+def test_unknown_names_are_refused(data: Path) -> None:
     assert "unknown data set 'caption_videochatt'; did you mean 'caption_videochat'?" in message(
         data, "  caption_videochatt: {num_frames: 4}"
     )
@@ -170,7 +170,7 @@ def test_unknown_names(data: Path) -> None:
     assert unknown in message(data, "  mine: {anno_path: own/mine.jsonl, type: videos}")
 
 
-def test_values_that_only_show_when_built(data: Path) -> None:
+def test_invalid_values_are_reported_when_a_data_set_is_built(data: Path) -> None:
     own = "  mine: {anno_path: own/mine.jsonl}"
     assert message(data, own, "datasets.mine.sampling=random").startswith("data set mine: unknown sampling 'random'")
     assert message(data, own, "datasets.mine.reader=opencv").startswith("data set mine: unknown reader 'opencv'")

@@ -39,7 +39,9 @@ def test_both_readers_give_the_same_bytes(
     assert not notes.records
 
 
-def test_pyav_serves_where_the_size_of_pictures_is_limited(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
+def test_pyav_replaces_decord_if_the_size_of_pictures_is_limited(
+    tmp_path: Path, notes: pytest.LogCaptureFixture
+) -> None:
     """Decord would decode a later frame of any size."""
     pytest.importorskip("decord")
     video = write_video(tmp_path / "video.mp4", num_frames=5)
@@ -58,7 +60,9 @@ WRONG_WITH_DECORD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", WRONG_WITH_DECORD)
-def test_pyav_serves_where_decord_is_wrong(tmp_path: Path, kind: str, notes: pytest.LogCaptureFixture) -> None:
+def test_pyav_replaces_decord_on_files_that_decord_reads_wrongly(
+    tmp_path: Path, kind: str, notes: pytest.LogCaptureFixture
+) -> None:
     video = write_video(tmp_path / kind, num_frames=60, **WRONG_WITH_DECORD[kind])
     with DecordReader(video) as reader, PyAvReader(video) as pyav:
         for found, expected in zip(reader.frames([34, 10, 23]), pyav.frames([34, 10, 23]), strict=True):
@@ -68,7 +72,7 @@ def test_pyav_serves_where_decord_is_wrong(tmp_path: Path, kind: str, notes: pyt
     assert [kind in record.message and "PyAV reads it instead" in record.message for record in notes.records] == [True]
 
 
-def test_pyav_serves_when_decord_is_not_installed(
+def test_pyav_replaces_decord_if_it_is_not_installed(
     tmp_path: Path, notes: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
@@ -77,7 +81,7 @@ def test_pyav_serves_when_decord_is_not_installed(
     assert "decord cannot open it" in notes.text
 
 
-def test_pyav_serves_when_decord_fails_in_the_middle(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
+def test_pyav_replaces_decord_if_it_fails_while_reading(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
     class Failing:
         def __getitem__(self, index: int) -> np.ndarray:
             if index > 5:

@@ -57,7 +57,7 @@ def codes(reader: PyAvReader, indices: list[int]) -> list[int]:
     return [read_code(frame) for frame in reader.frames(indices)]
 
 
-def test_every_order_of_access_gives_the_frames_asked_for(video: Path) -> None:
+def test_frames_are_correct_in_every_order_of_access(video: Path) -> None:
     with PyAvReader(video) as reader:
         assert reader.info.num_frames == 60
         assert (reader.info.width, reader.info.height) == (64, 64)
@@ -113,7 +113,7 @@ def test_seeking_decodes_a_part_of_the_file(tmp_path: Path, monkeypatch: pytest.
         assert work.num_decoded < 8 * 20
 
 
-def test_near_frames_are_reached_by_decoding_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_frames_are_reached_without_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video, work = write_video(tmp_path / "short.mp4", num_frames=60, gop=4), Work(monkeypatch)
     with PyAvReader(video) as reader:
         assert codes(reader, list(range(0, 60, 3))) == list(range(0, 60, 3))
@@ -129,7 +129,7 @@ def test_frames_are_decoded_as_they_are_taken(tmp_path: Path, monkeypatch: pytes
         assert read_code(next(frames)) == 295
 
 
-def test_frames_are_let_go_at_once(tmp_path: Path) -> None:
+def test_frames_are_freed_at_once(tmp_path: Path) -> None:
     """A full picture that waits for the garbage collector costs memory in proportion to the frames taken."""
     video = write_video(tmp_path / "turned.mp4", num_frames=200, gop=10, rotation=90)
     gc.collect()
@@ -161,7 +161,7 @@ def test_writing_into_a_frame_does_not_reach_its_repeat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4", "libx265"])
-def test_an_index_that_calls_every_frame_a_keyframe_misleads_nobody(tmp_path: Path, codec: str) -> None:
+def test_frames_are_correct_if_every_frame_is_marked_as_keyframe(tmp_path: Path, codec: str) -> None:
     options = X265 if codec == "libx265" else None
     video = write_video(tmp_path / "video.mp4", num_frames=60, codec=codec, options=options)
     data = video.read_bytes()
@@ -173,7 +173,7 @@ def test_an_index_that_calls_every_frame_a_keyframe_misleads_nobody(tmp_path: Pa
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
-def test_a_video_is_cut_where_it_is_shorter_than_its_headers_say(tmp_path: Path, suffix: str) -> None:
+def test_a_video_shorter_than_its_headers_state_is_reported_as_incomplete(tmp_path: Path, suffix: str) -> None:
     options = {"movflags": "faststart"} if suffix == "mp4" else {}
     video = write_video(tmp_path / f"video.{suffix}", num_frames=50, container_options=options)
     whole = video.read_bytes()
@@ -251,7 +251,7 @@ def write_disordered(path: Path, source: Path, *, first: int = 0, delay: float =
         *((codec, suffix) for codec in ("mpeg4", "mpeg2") for suffix in ("mkv", "mp4", "avi")),
     ],
 )
-def test_times_that_are_those_of_decoding_do_not_order_frames(
+def test_frames_are_counted_if_their_times_are_decoding_times(
     tmp_path: Path, codec: str, suffix: str, first: int
 ) -> None:
     """From the first frame on or from a later one: the whole index is checked."""
@@ -267,7 +267,7 @@ def test_times_that_are_those_of_decoding_do_not_order_frames(
 
 
 @pytest.mark.parametrize("codec", REORDERING)
-def test_true_times_that_turn_into_those_of_decoding_do_not_order_frames(tmp_path: Path, codec: str) -> None:
+def test_frames_are_counted_if_their_times_become_decoding_times(tmp_path: Path, codec: str) -> None:
     """As two files joined: no time is doubled or missing, and the first part's times reorder frames as they should."""
     source = write_video(tmp_path / "source.mp4", num_frames=60, **REORDERING[codec])
     with av.open(str(source)) as container:
@@ -302,7 +302,7 @@ def test_true_times_of_hevc_are_trusted(tmp_path: Path, name: str) -> None:
             assert codes(reader, [280, 3, 150, 151]) == [280, 3, 150, 151]
 
 
-def test_frames_keep_their_numbers_behind_a_damaged_header(tmp_path: Path) -> None:
+def test_frames_keep_their_numbers_after_a_damaged_header(tmp_path: Path) -> None:
     source = write_video(tmp_path / "source.mp4", num_frames=60, codec="libx265", options=X265)
     with av.open(str(source)) as reading, av.open(str(tmp_path / "damaged.mkv"), "w") as writing:
         copy = writing.add_stream_from_template(reading.streams.video[0])
@@ -354,7 +354,7 @@ def matrix() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", matrix())
-def test_random_access_gives_what_reading_through_gives(tmp_path: Path, name: str) -> None:
+def test_random_access_equals_sequential_reading(tmp_path: Path, name: str) -> None:
     options = matrix()[name]
     try:
         av.Codec(options.get("codec", "libx264"), "w")
@@ -377,7 +377,7 @@ def test_random_access_gives_what_reading_through_gives(tmp_path: Path, name: st
         assert reader.times(range(len(shown))) == pytest.approx(expected, abs=0.041 if "variable" in name else 1e-3)
 
 
-def test_hidden_vp8_frames_are_no_frames(tmp_path: Path) -> None:
+def test_hidden_vp8_frames_are_not_counted(tmp_path: Path) -> None:
     """Behind each frame its copy, which is not shown: bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)."""
     options = VIDEOS["vp8.webm"]
     source = write_video(tmp_path / "source.webm", num_frames=20, gop=1, **options)
@@ -470,7 +470,7 @@ def test_a_cameras_motion_jpeg_is_shown_upright(tmp_path: Path, orientation: int
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_the_rotation_alone_says_the_same_as_the_matrix(tmp_path: Path, rotation: int) -> None:
+def test_rotation_and_display_matrix_agree(tmp_path: Path, rotation: int) -> None:
     video = write_video(tmp_path / "video.mp4", num_frames=3, rotation=rotation)
     with av.open(str(video)) as container:
         frame = next(container.decode(video=0))

@@ -87,7 +87,7 @@ def test_ids_are_those_of_plain_generate(model_type: str, sizes: dict[str, Any],
     assert model.config._attn_implementation != generation.SHARED
 
 
-def test_prompts_read_together_or_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_read_in_a_batch_give_the_same_ids_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those read together are padded on the right."""
     model = new_model("llama", {})
     embeds, mask = prompts(model)
@@ -97,7 +97,7 @@ def test_prompts_read_together_or_one_by_one(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(generate(model, embeds, mask, **settings(3)), plain)
 
 
-def test_a_prompt_is_read_once_and_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_read_once_and_its_keys_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model("llama", {})
     embeds, mask = prompts(model, (17, 9))
     read: list[tuple[int, ...]] = []
@@ -164,9 +164,7 @@ def watched_positions(model: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("model_type", "sizes"), [(name, sizes) for name, sizes in SHARED.items() if name != "deepseek_v3"]
 )
-def test_prompts_that_begin_alike_share_what_they_begin_with(
-    model_type: str, sizes: dict[str, Any], num_beams: int
-) -> None:
+def test_prompts_share_their_common_beginning(model_type: str, sizes: dict[str, Any], num_beams: int) -> None:
     """In one batch, with the prefixes of another call, and with those of the same prompts."""
     model = new_model(model_type, sizes)
     embeds, mask = alike(model)
@@ -182,7 +180,7 @@ def test_prompts_that_begin_alike_share_what_they_begin_with(
     assert [len(prefix.embeds) for prefix in kept].count(16) == 1
 
 
-def test_only_what_differs_is_read() -> None:
+def test_only_the_differing_rest_of_a_prompt_is_read() -> None:
     model = new_model("llama", {})
     embeds, mask = alike(model)
     kept: list[Prefix] = []
@@ -205,7 +203,7 @@ def test_only_what_differs_is_read() -> None:
     assert read == [2, 4]
 
 
-def test_a_growing_prompt_replaces_its_beginning() -> None:
+def test_a_longer_prompt_replaces_its_shorter_prefix() -> None:
     model = new_model("llama", {})
     embeds, mask = prompts(model, (40,))
     kept: list[Prefix] = []
@@ -218,7 +216,7 @@ def test_a_growing_prompt_replaces_its_beginning() -> None:
     assert lengths == [[19], [19], [30], [30]]  # 4 and 9 more positions are read again
 
 
-def test_a_beginning_that_is_too_short_is_not_shared() -> None:
+def test_a_short_common_beginning_is_not_shared() -> None:
     model = new_model("llama", {})
     embeds, mask = alike(model, common=4, rests=(15, 20, 30, 16))
     plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(1, 8))
@@ -231,7 +229,7 @@ def test_a_beginning_that_is_too_short_is_not_shared() -> None:
     ("model_type", "sizes"),
     [("mistral", {"sliding_window": 8}), ("bloom", {}), ("deepseek_v3", ARCHITECTURES["deepseek_v3"])],
 )
-def test_architectures_that_fall_back_keep_nothing(model_type: str, sizes: dict[str, Any]) -> None:
+def test_architectures_that_fall_back_keep_no_prefixes(model_type: str, sizes: dict[str, Any]) -> None:
     model = new_model(model_type, sizes)
     embeds, mask = alike(model)
     kept: list[Prefix] = []
@@ -240,7 +238,7 @@ def test_architectures_that_fall_back_keep_nothing(model_type: str, sizes: dict[
     assert kept == []
 
 
-def test_positions_that_depend_on_the_length_are_not_shared() -> None:
+def test_keys_that_depend_on_the_prompt_length_are_not_shared() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     model = new_model("llama", {"rope_parameters": rope, "max_position_embeddings": 16})
     embeds, mask = alike(model)
@@ -249,7 +247,7 @@ def test_positions_that_depend_on_the_length_are_not_shared() -> None:
     assert kept == []
 
 
-def test_other_weights_are_another_state() -> None:
+def test_changed_weights_change_the_state() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     model: Any = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), new_model("llama", {}))

@@ -91,7 +91,7 @@ def loss_and_gradients(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, l
 @pytest.mark.parametrize(
     ("name", "fuses"), [("llama", True), ("gemma2", True), ("granite", False)], ids=lambda value: str(value)
 )
-def test_the_loss_is_fused_where_it_is_the_same(patched: list[Any], name: str, fuses: bool, lora: Any) -> None:
+def test_the_loss_is_fused_if_its_value_is_the_same(patched: list[Any], name: str, fuses: bool, lora: Any) -> None:
     model = build(name, lora=lora)
     model.resize_token_embeddings(66, mean_resizing=False)
     expected, logits, gradients = loss_and_gradients(model)
@@ -106,7 +106,7 @@ def test_the_loss_is_fused_where_it_is_the_same(patched: list[Any], name: str, f
 
 
 @pytest.mark.parametrize("why", ["switch", "sharded", "adapted"])
-def test_the_loss_stays_torchs(patched: list[Any], why: str) -> None:
+def test_the_loss_is_computed_by_torch(patched: list[Any], why: str) -> None:
     """Where the user says so, and where the head's own weight is not what computes the logits."""
     model = build("llama", lora={**LORA, "target_modules": ["lm_head"]} if why == "adapted" else None)
     use_liger(model, {"fused_linear_cross_entropy": why != "switch"}, whole=why != "sharded")
@@ -114,7 +114,7 @@ def test_the_loss_stays_torchs(patched: list[Any], why: str) -> None:
     assert not patched[0][1]["fused_linear_cross_entropy"]
 
 
-def test_what_liger_cannot_do_is_refused(patched: list[Any]) -> None:
+def test_settings_that_liger_does_not_support_are_refused(patched: list[Any]) -> None:
     with pytest.raises(UserError, match=r"run\.use_liger_kernel is True, but Liger has no kernels for a opt language"):
         use_liger(build("opt"))
     with pytest.raises(UserError, match="cross_entropy must be False, found True"):
@@ -123,7 +123,7 @@ def test_what_liger_cannot_do_is_refused(patched: list[Any]) -> None:
         use_liger(build("granite"), {"rope": True})
 
 
-def test_training_patches_the_inner_model(
+def test_training_patches_the_language_model(
     patched: list[Any], toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its losses are the plain run's, and a plain run's folder continues with it; the outer model is left alone."""

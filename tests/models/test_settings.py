@@ -9,7 +9,7 @@ from stllm.models.settings import explicit_settings, published_settings, setting
 from tests.helpers.tiny import tiny_config
 
 
-def test_every_field_survives_the_way_through_the_published_names() -> None:
+def test_every_field_survives_translation_to_published_names_and_back() -> None:
     config = tiny_config(
         encoder="eva_btadapter_g",
         video_input="residual",
@@ -45,7 +45,7 @@ def test_lora_and_sizes_are_grouped() -> None:
     assert settings_to_fields({"lora_r": 0}) == {"lora": None}
 
 
-def test_only_what_the_user_said_counts_as_said(tmp_path: Path) -> None:
+def test_only_settings_of_the_user_are_explicit(tmp_path: Path) -> None:
     assert explicit_settings() == {}
     assert explicit_settings(options=["model.video_input=mean"]) == {"video_input": "mean"}
     cfg = tmp_path / "user.yaml"

@@ -80,7 +80,7 @@ def test_gradient_checkpointing_changes_nothing(encoder: str) -> None:
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
-def test_teacher_prefix_equals_the_full_pass() -> None:
+def test_the_shortened_teacher_pass_equals_the_full_pass() -> None:
     model = tiny_model(**TRAINING)
     whole, teacher = tiny_batch(), tiny_batch(mask=0)["teacher"]
     text = {name: whole[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
@@ -133,7 +133,7 @@ def test_the_loss_depends_on_which_tokens_are_dropped() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_text_alone_trains_the_language_model() -> None:
+def test_text_only_batches_train_the_language_model() -> None:
     model = tiny_model().train()
     output = model(**pad_sequences([[3, 4, 5], [6, 7]], labels=[[-100, 4, 5], [-100, 7]], pad_id=0))
     assert output.kept_visual_tokens is None
@@ -162,7 +162,7 @@ def both_and_each(rows: list[list[int]], answers: list[int]) -> list[dict[str, A
     ]
 
 
-def test_the_loss_does_not_depend_on_how_a_step_is_divided() -> None:
+def test_the_loss_does_not_depend_on_micro_batches() -> None:
     """Answers of different lengths: the rows' losses, each over all labelled tokens, add up to the batch's."""
     model = tiny_model()
     whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8], [5, VISUAL_TOKEN_ID, 9, 10, 11]], answers=[3, 1])
@@ -170,7 +170,7 @@ def test_the_loss_does_not_depend_on_how_a_step_is_divided() -> None:
     torch.testing.assert_close(divided, model(**whole).loss)
 
 
-def test_a_batch_is_its_rows() -> None:
+def test_rows_of_a_batch_do_not_affect_each_other() -> None:
     """Right padding, different texts, one loss a row: nothing leaks between samples."""
     model = tiny_model()
     whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8, 9, 10, 11], [VISUAL_TOKEN_ID, 12, 13]], answers=[3, 2])
@@ -189,7 +189,7 @@ def test_frozen_parts_stay_in_evaluation_mode() -> None:
     assert trainable == {"vision_encoder", "projection"}
 
 
-def test_lora_trains_alone_in_the_language_model(tmp_path: Path) -> None:
+def test_only_lora_trains_in_the_language_model(tmp_path: Path) -> None:
     lora = {"r": 2, "alpha": 4, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
     model = tiny_model(lora=lora).train()
     names = {name for name, p in model.language_model.named_parameters() if p.requires_grad}
@@ -240,7 +240,7 @@ OTHER_MODELS = [
         *(({"text_config": other}, {"mask": 0}) for other in OTHER_MODELS),
     ],
 )
-def test_packed_samples_teach_what_padded_ones_do(
+def test_packed_samples_give_the_gradients_of_padded_ones(
     changes: dict[str, Any], sizes: dict[str, int], checkpointing: bool
 ) -> None:
     model = train_without_dropout(tiny_model(**{**TRAINING, **changes}))
@@ -264,7 +264,7 @@ def test_packed_samples_teach_what_padded_ones_do(
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_packed_text_teaches_what_padded_text_does() -> None:
+def test_packed_text_gives_the_gradients_of_padded_text() -> None:
     model = tiny_model()
     rows = [[3, 4, 5], list(range(3, 43)), [6, 7]]
     labels = [[-100, *row[1:]] for row in rows]
@@ -276,7 +276,7 @@ def test_packed_text_teaches_what_padded_text_does() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_checkpointing_recomputes_only_what_gradients_pass(frozen: bool) -> None:
+def test_checkpointing_recomputes_only_layers_with_gradients(frozen: bool) -> None:
     model = tiny_model(encoder="eva_clip_g", freeze_vit=frozen, freeze_llm=frozen).train()
     batch = tiny_batch(model, mask=0)
     parts = {
@@ -329,12 +329,12 @@ def test_batched_generation_equals_one_at_a_time(num_beams: int) -> None:
     ("image_size", "has_qformer", "sentence"),
     [(30, True, "no multiple of patch_size 14"), (42, False, "has 9 patches; without a Q-Former every 4")],
 )
-def test_images_divide_into_patches(image_size: int, has_qformer: bool, sentence: str) -> None:
+def test_an_image_size_must_be_a_multiple_of_the_patch_size(image_size: int, has_qformer: bool, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         tiny_config(has_qformer=has_qformer, vision_config={**VISION, "image_size": image_size})
 
 
-def test_a_fresh_lora_changes_nothing_yet() -> None:
+def test_new_lora_weights_have_no_effect() -> None:
     model = STLLM(tiny_config(lora={"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}))
     started = {name: p.any().item() for name, p in model.named_parameters() if "lora_" in name}
     assert started == {name: "lora_A" in name for name in started}

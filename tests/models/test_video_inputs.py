@@ -66,12 +66,12 @@ def test_only_mean_is_blind_to_order() -> None:
         assert same == (name == "mean"), name
 
 
-def test_all_is_frame_major() -> None:
+def test_all_orders_tokens_by_frame() -> None:
     frames = torch.arange(2 * 3 * 5.0).view(1, 2, 3, 5)
     assert torch.equal(video_inputs.get("all")(**SIZES)(frames)[0, 3], frames[0, 1, 0])
 
 
-def test_residual_without_its_bottleneck_is_the_local_frames() -> None:
+def test_residual_with_a_zero_bottleneck_gives_the_local_frames() -> None:
     residual = video_inputs.get("residual")(**SIZES)
     torch.nn.init.zeros_(residual.up_proj.weight)
     torch.nn.init.zeros_(residual.up_proj.bias)

@@ -114,7 +114,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
-def test_each_clip_once_and_bad_ones_left_out(
+def test_each_clip_is_extracted_once_and_bad_ones_are_left_out(
     planted: Path, tmp_path: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "features"
@@ -147,7 +147,7 @@ def test_two_extractions_into_one_folder_do_not_mix(
     extract(planted, tmp_path / "features", "vit")
 
 
-def test_an_interrupted_extraction_goes_on(
+def test_an_interrupted_extraction_continues(
     planted: Path, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting, output = precomputed.encode, tmp_path / "features"
@@ -172,7 +172,9 @@ def test_an_interrupted_extraction_goes_on(
     assert encoded == [1, 1, 3, 1] and len(FeatureStore(output / "mine")) == 5
 
 
-def test_too_many_bad_clips_fail(planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_bad_clips_fail_the_extraction(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "features"
     extract(planted, output, "vit", "--options", "run.max_bad_fraction=0.1", code=1)
     found = failure(capsys)
@@ -206,7 +208,7 @@ def test_two_processes_share_the_clips(toy: Path, tmp_path: Path) -> None:
     assert abs(counts[0] - counts[1]) <= 1
 
 
-def test_what_cannot_be_extracted(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsuitable_recipes_are_refused(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={**FROZEN["qformer"], "qformer_text_input": True})
     cases = {
         ("vit", "model.freeze_vit=False"): "the vision encoder trains (model.freeze_vit: False)",
@@ -238,7 +240,7 @@ def test_what_cannot_be_extracted(toy: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "features").exists()
 
 
-def test_no_room_and_no_memory(
+def test_a_full_disk_and_too_little_memory_are_reported(
     planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

@@ -60,7 +60,7 @@ def recipe(toy: Path, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", toy, datasets={"mine": entry}, **settings)
 
 
-def test_faults_are_named_skipped_and_counted_and_no_pair_is_torn(
+def test_faults_are_named_skipped_and_counted_and_pairs_stay_together(
     recipe: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--cfg-path", str(recipe), "--json", "--num-workers", "0"]) == 1
@@ -93,7 +93,7 @@ def test_faults_are_named_skipped_and_counted_and_no_pair_is_torn(
         assert len(re.findall(rf"left out: \S*{name}", errors)) == 1, name
 
 
-def test_too_many_of_them_stop_the_run_with_their_names(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_faults_stop_the_run_and_are_named(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--cfg-path", str(recipe), "--options", "run.max_bad_fraction=0.1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "samples could not be read (" in error and ".mp4" in error and "run.max_bad_fraction (0.1)" in error

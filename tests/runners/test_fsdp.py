@@ -38,7 +38,7 @@ def test_no_process_holds_a_whole_model_while_it_loads(toy: Path, tmp_path: Path
     assert shares["divided"] <= 0.75 < 1 <= shares["whole"]
 
 
-def test_what_is_frozen_is_in_half_and_other_numbers_of_processes_continue(toy: Path, tmp_path: Path) -> None:
+def test_frozen_weights_are_in_half_precision_and_any_number_of_processes_continues(toy: Path, tmp_path: Path) -> None:
     """LoRA in bfloat16: two processes learn what one does; what two have begun, three and one continue."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=LORA, bf16=True, max_steps=5, save_steps=2)
 

@@ -64,7 +64,9 @@ def kill(process: subprocess.Popen[str], *, processes: int) -> None:
     ],
     ids=["alone", "workers-and-accumulation", "ddp", "fsdp"],
 )
-def test_three_kills_change_nothing(processes: int, options: list[str], toy: Path, tmp_path: Path) -> None:
+def test_a_run_killed_three_times_gives_the_same_log(
+    processes: int, options: list[str], toy: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, **SETTINGS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(recipe, *options, f"run.output_dir={whole}", processes=processes)
@@ -82,7 +84,7 @@ def test_three_kills_change_nothing(processes: int, options: list[str], toy: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_of_the_very_step(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_a_checkpoint_of_the_current_step(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, **{**SETTINGS, "save_steps": 100, "logging_steps": 1})
     process = start(recipe)
     folder = tmp_path / "run"
@@ -101,7 +103,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_very_step(number: signal.Signals, t
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_with_a_sentence(toy: Path, tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_others_with_one_sentence(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=10000, save_steps=3, logging_steps=1)
     process = start(recipe, "run.per_device_train_batch_size=2", processes=2)
     folder = tmp_path / "run"

@@ -37,7 +37,7 @@ def one_and_two(folder: Path, toy: Path, *options: str, launcher: str = "run", *
     return one, two, result.stderr
 
 
-def test_masking_without_mvm(toy: Path, tmp_path: Path) -> None:
+def test_masking_without_mvm_trains_in_two_processes(toy: Path, tmp_path: Path) -> None:
     """The MVM decoder gets no gradient. torch.distributed.launch adds --local-rank before the command."""
     one, two, _ = one_and_two(tmp_path, toy, model={"use_mvm": False}, max_steps=4, launcher="launch")
     log = read_log(one)
@@ -65,7 +65,7 @@ def test_masking_without_mvm(toy: Path, tmp_path: Path) -> None:
         ({"mvm_decode": False}, TEXT, True),
     ],
 )
-def test_parts_without_a_gradient(
+def test_parts_without_a_gradient_train_in_two_processes(
     toy: Path, tmp_path: Path, model: dict[str, Any], datasets: dict[str, Any] | None, idle: bool
 ) -> None:
     """Two processes learn what one does, and look for idle weights only where there can be some."""
@@ -81,7 +81,7 @@ def test_parts_without_a_gradient(
 
 
 @pytest.mark.slow
-def test_processes_draw_their_own_dropout(toy: Path, tmp_path: Path) -> None:
+def test_processes_draw_different_dropout(toy: Path, tmp_path: Path) -> None:
     """Two processes with the same sample: equal dropout would give the loss of one process."""
     clip = next((toy / "vc2" / "media").glob("*.mp4")).name
     (tmp_path / "one.json").write_text(f'[{{"video": "{clip}", "QA": [{{"q": "what is red?", "a": "the ball"}}]}}]')

@@ -167,7 +167,7 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_gives_one_sentence(
+def test_an_invalid_key_gives_one_sentence(
     recipe: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -279,7 +279,7 @@ def test_an_attention_that_needs_a_gpu_is_refused_on_the_cpu(
     assert line == f"error: model.attn_implementation is {name}, but {needs}"
 
 
-def test_honoured_keys_have_their_effect(
+def test_supported_keys_have_their_effect(
     trainer_of: Callable[..., STLLMTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verbosity = transformers_logging.get_verbosity()
@@ -351,7 +351,7 @@ def test_keys_of_saving_and_logging_have_their_effect(
     assert f"{checkpoint} holds the model alone (run.save_only_model)" in capsys.readouterr().err
 
 
-def test_keys_without_an_effect_are_noted(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_without_an_effect_give_a_note(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
     """None of them reaches transformers, whatever its value."""
     caplog.set_level(logging.INFO)
     names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} & UNUSED.keys()
@@ -362,7 +362,7 @@ def test_keys_without_an_effect_are_noted(recipe: Path, caplog: pytest.LogCaptur
     assert not names & run.keys()
 
 
-def test_a_null_key_has_its_default(recipe: Path) -> None:
+def test_a_null_key_gives_its_default(recipe: Path) -> None:
     keys = [*run_keys(), *RENAMED, *SWITCHES]
     cfg = load_config(recipe, [f"run.{key}=null" for key in keys if key not in UNUSED and RENAMED.get(key) not in keys])
     defaults = {f.name: f.default for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata}
@@ -372,13 +372,13 @@ def test_a_null_key_has_its_default(recipe: Path) -> None:
     assert cfg.datasets.toy_state == {}
 
 
-def test_a_switch_that_is_off_in_words(recipe: Path) -> None:
+def test_the_words_for_off_turn_a_switch_off(recipe: Path) -> None:
     options = ["run.adafactor='off'", "run.deepspeed=false", "run.report_to=false", "run.warmup_ratio='0.25'"]
     run = load_config(recipe, options).run
     assert not {"optim", "deepspeed", "report_to"} & run.keys() and run.warmup_steps == 0.25
 
 
-def test_mappings_without_their_switch_are_noted(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_without_their_switch_give_a_note(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     kwargs = "run.gradient_checkpointing_kwargs={use_reentrant: true}"
     note = "--options: run.gradient_checkpointing_kwargs has no effect without run.activation_checkpointing"
@@ -389,7 +389,7 @@ def test_mappings_without_their_switch_are_noted(recipe: Path, caplog: pytest.Lo
     assert "--options: run.fsdp_config has no effect without run.fsdp" in caplog.messages
 
 
-def test_a_run_that_must_begin_anew_does_so_in_a_new_folder_alone(
+def test_a_run_that_must_not_resume_needs_a_new_folder(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"

@@ -55,7 +55,7 @@ def test_a_released_folder_is_loaded_whole(dtype: str) -> None:
     assert model.projection.weight.requires_grad
 
 
-def test_buffers_that_no_file_has_are_as_in_a_plain_model() -> None:
+def test_buffers_that_no_file_holds_are_initialized() -> None:
     model = load_model(GOLDEN / NAME, device="cpu", dtype="bfloat16")
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -69,7 +69,7 @@ def test_buffers_that_no_file_has_are_as_in_a_plain_model() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": LORA}, {"has_qformer": False}, {"encoder": "eva_btadapter_g"}])
-def test_ours_loads_equal_here_and_through_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_our_format_loads_the_same_here_and_through_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(**changes)
     model.save_pretrained(tmp_path)
     streamed = load_model(tmp_path, device="cpu")
@@ -152,7 +152,7 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
         restore(model, tmp_path)
 
 
-def test_what_transformers_cannot_build_is_a_sentence(tmp_path: Path) -> None:
+def test_a_model_that_transformers_cannot_build_gives_one_sentence(tmp_path: Path) -> None:
     tiny_model(has_qformer=False).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -169,7 +169,7 @@ def test_sharded_safetensors_and_the_device_map_load_equal(tmp_path: Path) -> No
     assert_same(load_model(tmp_path, device="cpu"), model)
 
 
-def test_a_released_folder_goes_through_a_device_map_too() -> None:
+def test_a_released_folder_loads_with_a_device_map() -> None:
     placed = load_model(GOLDEN / "minigpt4_plain_all", device="cpu", device_map={"": "cpu"})
     assert_same(placed, load_model(GOLDEN / "minigpt4_plain_all", device="cpu"))
 
@@ -189,7 +189,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert_same(loaded, model)
 
 
-def test_the_users_choices_go_over_the_checkpoints() -> None:
+def test_settings_of_the_user_override_the_checkpoint() -> None:
     options = ["model.video_input=mean", "model.max_txt_len=9", "model.vit_chunk_size=2", "model.freeze_LLM=True"]
     model, processor = load_pretrained(GOLDEN / "minigpt4_plain_all", options=options, device="cpu")
     assert (model.config.video_input, model.config.vit_chunk_size, processor.max_txt_len) == ("mean", 2, 9)
@@ -208,7 +208,9 @@ def test_a_checkpoint_without_meta_json_needs_its_head_counts(golden_copy: Calla
     assert_same(model, load_model(GOLDEN / "instructblip_residual_mvm", device="cpu"))
 
 
-def test_a_configuration_file_says_what_the_weights_do_not(golden_copy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_configuration_file_adds_what_the_weights_do_not_determine(
+    golden_copy: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = golden_copy("minigpt4_bta_mean")
     (folder / "meta.json").unlink()
     cfg = tmp_path / "model.yaml"
@@ -278,7 +280,7 @@ def test_conversion_keeps_the_stored_type(tmp_path: Path) -> None:
     assert open_model(tmp_path / "b").sources[0].weights.specs["projection.weight"].dtype == torch.bfloat16
 
 
-def test_memory_that_runs_out_while_loading_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_while_loading_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise MemoryError
 
