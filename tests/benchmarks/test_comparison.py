@@ -1,4 +1,4 @@
-"""Ratios against committed ones: what compares, what got better, what does not compare."""
+"""Comparison with committed results: which ratios are compared, and which are better."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what it runs, the page it writes, and what it says of failures and changes."""
+"""`python -m benchmarks`: the measurements it runs, the page it writes, and its messages about failures and changes."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def reported_names(path: Path) -> list[str]:
-    """The first argument of every call of `report` in a module."""
+    """Return the first argument of each call of `report` in a module."""
     calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
     return [
         ast.literal_eval(call.args[0]) for call in calls if isinstance(call.func, ast.Name) and call.func.id == "report"

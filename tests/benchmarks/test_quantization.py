@@ -1,4 +1,4 @@
-"""The measurement of 4 and 8 bits, on a tiny model in the same layout."""
+"""`benchmarks.quantization` on a tiny model."""
 
 import json
 from pathlib import Path

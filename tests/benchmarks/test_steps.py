@@ -1,4 +1,4 @@
-"""Steps of several procedures, in the small: that what is compared is the same, and that a difference would be seen."""
+"""`benchmarks.steps` at a small size: compared procedures give equal results, and a difference would be noticed."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""configs/deepspeed: valid JSON, documented keys alone, and everything that the Trainer knows left to it."""
+"""configs/deepspeed: only documented keys, and `auto` for every value that the Trainer can fill in."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""configs/eval: each finds its data by the environment, stands on the shipped settings, and says what it needs."""
+"""configs/eval: paths come from the environment, settings are the shipped ones, headers say what is needed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""configs/tiny: its recipes load, and each stage of the pipeline takes up what the one before has left."""
+"""configs/tiny: recipes load, and each stage of the pipeline starts from the output of the stage before."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_a_recipe_loads_and_its_header_has_needs_launch_and_override_lines(path:
 
 @pytest.mark.slow
 def test_each_stage_starts_from_the_output_of_the_stage_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps each, on a world of a few clips: what a stage freezes stays as it was, what it trains does not."""
+    """Each stage trains two steps on a few clips: frozen parts stay the same, trained parts change."""
     world, output = tmp_path / "world", tmp_path / "output"
     write_world(world, num_train=24, num_test=8, seed=3, long=True)
     monkeypatch.setenv("TOY_ROOT", str(world))

@@ -1,4 +1,4 @@
-"""trainval.md says what is so: its commands parse, its examples can be read, its table is what is computed."""
+"""trainval.md: commands parse, example records can be read, and the memory table equals the computed values."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ LINES = [shlex.split(line, comments=True) for line in SHELL.splitlines() if line
 
 
 def commands() -> list[list[str]]:
-    """The arguments of every `stllm` that is called, by whatever launcher."""
+    """Return the arguments of each call of `stllm`, with any launcher."""
     found = []
     for words in LINES:
         words = [word for word in words if "=" not in word or word.startswith("-") or "." in word.partition("=")[0]]
@@ -119,7 +119,7 @@ def test_the_memory_table_equals_the_computed_values() -> None:
 
 
 class FlashAttention(torch.autograd.Function):
-    """Stands for the fused attention kernels: they keep q, k, v and the output, never the weights."""
+    """Stands in for the fused attention kernels, which keep q, k, v and the output, but not the attention weights."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class FlashAttention(torch.autograd.Function):
 
 
 def test_the_computed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of instructblip_qa, in bfloat16: what autograd keeps of adapter and Q-Former, and one hidden state a layer."""
+    """For instructblip_qa in bfloat16: what autograd keeps of adapter and Q-Former, and a hidden state a layer."""
     cfg = load_config(CONFIGS / "train" / "instructblip_qa.yaml")
     model: Any = copy.deepcopy(full_size(cfg))
     model.to(torch.bfloat16).train()
@@ -158,7 +158,7 @@ def test_the_computed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without the module's parameters."""
+    """Return the bytes that a forward pass keeps for the backward pass, without the module's parameters."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

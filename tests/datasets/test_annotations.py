@@ -1,4 +1,4 @@
-"""Annotation files: every format, and what is wrong with a file or a record."""
+"""Annotation files: all formats, and faults of files and of records."""
 
 import json
 import math
@@ -19,7 +19,7 @@ GOOD = {"video": "a.mp4", "QA": QA}
 
 
 def read(folder: Path, content: Any, name: str = "train.json", **options: Any) -> JsonRecords:
-    """The records of a file with that content: text as it is, anything else as JSON."""
+    """Return the records of a file with this content. Content that is not text is written as JSON."""
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return JsonRecords(path, **options)

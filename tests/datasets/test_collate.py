@@ -1,4 +1,4 @@
-"""Samples to model arguments: prompts, media, masks; equal for any number of workers and processes."""
+"""The collator: prompts, media and masks of a batch, equal for any number of workers and processes."""
 
 from dataclasses import replace
 from functools import partial
@@ -90,7 +90,7 @@ def test_an_image_is_called_image_in_the_prompt_and_never_masked() -> None:
 
 
 def draw(keys: list[SampleKey], num_frames: int = 8, seed: int = 0) -> Tensor:
-    """(B, N) bool, True = dropped, read off a batch."""
+    """Return the mask of a batch, (B, N) bool, True where a visual token is dropped."""
     samples = [replace(sample(num_frames=num_frames), key=key) for key in keys]
     kept = collator(seed=seed, mask_rate=RATES)(samples)["kept"]
     return torch.ones(len(keys), num_frames * K).bool().flatten().index_fill(0, kept, False).view(len(keys), -1)
@@ -126,7 +126,7 @@ def test_masks_fit_every_video_input(name: str, num_frames: int) -> None:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory) -> Mixture:
-    """Two data sets of real videos, some of which are not there, with random frames and crops."""
+    """Return a mixture of two data sets of videos, some of them missing, with random frames and crops."""
     folder: Path = tmp_path_factory.mktemp("videos")
     write_numbered_videos(folder, range(6))
     records = [numbered_record(number) for number in range(9)]

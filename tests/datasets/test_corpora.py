@@ -1,4 +1,4 @@
-"""The `datasets` section to data sets: the shipped list, the user's own, roots, overrides and what is wrong."""
+"""The `datasets` section: shipped corpora, the user's own data, roots, overrides and errors."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def message(folder: Path, text: str, *options: str) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two shipped corpora as they are laid out, and one of one's own."""
+    """Write two shipped corpora at their usual paths, and a data set of the user's own."""
     write_numbered_videos(tmp_path / "media" / "webvid", range(2))
     write_numbered_videos(tmp_path / "own", range(1))
     for name in ("caption/videochat/train.json", "conversation/videochat1/train_flat.json"):

@@ -1,4 +1,4 @@
-"""Stored features: written in whole shards, gone on with, read back equal, refused when they are others."""
+"""Stored features: written in complete shards, resumed, read back equal, and refused if they do not fit."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Image-text shards: what is paired, random access, damage, indexes, remote shards and the cache's bound."""
+"""Image-text shards: pairs, random access, damaged files, indexes, remote shards and the limit of the cache."""
 
 import io
 import json
@@ -40,7 +40,7 @@ SIZE = 16
 
 @pytest.fixture
 def pipes() -> Iterator[None]:
-    """What --allow-pipe does."""
+    """Allow pipes, as --allow-pipe does."""
     allow_pipes(True)
     yield
     allow_pipes(False)
@@ -52,7 +52,7 @@ def fresh_warnings() -> None:
 
 
 def picture(number: int, suffix: str = "png") -> bytes:
-    """An image of one grey level, which tells its number."""
+    """Return an image whose grey level encodes its number."""
     data = io.BytesIO()
     Image.new("RGB", (24, 18), (number * 4,) * 3).save(data, {"jpg": "jpeg"}.get(suffix, suffix))
     return data.getvalue()
@@ -80,7 +80,7 @@ def pairs(first: int, count: int, suffix: str = "png") -> list[tuple[str, bytes]
 
 @pytest.fixture
 def shards(tmp_path) -> str:
-    """Three shards of 5, 1 and 4 pairs, numbered through."""
+    """Write three shards of 5, 1 and 4 pairs. Pairs are numbered from 0 to 9."""
     for shard, (first, count) in enumerate([(0, 5), (5, 1), (6, 4)]):
         write_tar(tmp_path / "data" / f"{shard:05d}.tar", pairs(first, count))
     return str(tmp_path / "data" / "{00000..00002}.tar")
@@ -96,7 +96,7 @@ def load(data: ImageTextCorpus, index: int, epoch: int = 0):
 
 
 def grey(sample) -> int:
-    """The number that the image tells."""
+    """Return the number that the image of a sample encodes."""
     return round(float(sample.pixel_values.float().mean()) / 4)
 
 
@@ -187,7 +187,7 @@ def noise() -> bytes:
 
 
 class AsDataset(Dataset):
-    """A corpus as a torch data set, so that workers read it; read once before they are made."""
+    """A corpus as a torch data set for data workers. It is read once before the workers start."""
 
     def __init__(self, data: ImageTextCorpus) -> None:
         self.data = data
@@ -359,7 +359,7 @@ def test_names_are_expanded(tmp_path, pipes) -> None:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files and notes what was asked for."""
+    """Serves files and records the requests."""
 
     asked: list[str]
 
@@ -373,7 +373,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """(URL, requests so far) of an http server over `tmp_path / "data"` that only this machine reaches."""
+    """Return the URL of a local http server for `tmp_path / "data"`, and the list of its requests."""
     for variable in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     asked: list[str] = []

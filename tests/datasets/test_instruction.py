@@ -1,4 +1,4 @@
-"""Instruction data: which pair, which frames, which crop, and clips that always have T frames."""
+"""Instruction data: the choice of question, frames and crop, and clips of always T frames."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which samples make which batch: a function of seed, epoch, sizes, ratios and the global batch alone."""
+"""The order of samples depends only on seed, epoch, sizes, ratios and the global batch size."""
 
 import time
 from collections import Counter
@@ -20,7 +20,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 class Counted:
-    """A data set of `size` samples, each of which says what was drawn for it."""
+    """A data set of `size` samples. Each sample holds the random number drawn for it."""
 
     media: str | None = "video"
 

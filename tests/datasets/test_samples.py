@@ -1,4 +1,4 @@
-"""What cannot be read is replaced as a whole, counted, and too much of it stops the run."""
+"""Unreadable samples are replaced as a whole and counted; too many of them stop the run."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def corpus(folder: Path) -> InstructionCorpus:
-    """Six good videos, each in two halves, among faults of every kind."""
+    """Write records of six good videos, each in two halves, and of faulty files of every kind."""
     halves = [{"start": 0, "end": 1}, {"start": 1, "end": 2}]
     good = [numbered_record(number, **half) for number in range(NUM_GOOD) for half in halves]
     bad = [
@@ -44,7 +44,7 @@ def corpus(folder: Path) -> InstructionCorpus:
 
 
 def check_pairing(sample: Sample) -> None:
-    """Pixels, question, answer, instruction and bounds are of one record."""
+    """Assert that pixels, question, answer, instruction and bounds belong to one record."""
     assert sample.pixel_values is not None
     codes = codes_of(sample.pixel_values)
     number = codes[0] // 100

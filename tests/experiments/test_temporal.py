@@ -1,4 +1,4 @@
-"""The experiment on time: recipes that differ in the variant alone, runs that go on, figures and claims by hand."""
+"""The temporal experiment: its recipes, resumed and failed runs, and figures and claims computed by hand."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ NAMES = {"object_existence": "Object Existence", "moving_direction": "Moving Dir
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of a toy world that the experiment itself looks at, and a checkpoint beside it."""
+    """Write those files of a toy world that the experiment reads, and a checkpoint beside it."""
     root = tmp_path / "world"
     files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/packed.json": []}
     for slug in (*SLUGS, NOT_TRAINED):
@@ -64,7 +64,7 @@ def plan_of(world: Path, **changes: Any) -> Plan:
 
 
 class Stub:
-    """Leaves what the commands would. failing: variants whose training fails; calls: the words of each."""
+    """Replaces the commands and writes their files. failing: variants whose training fails. calls: all arguments."""
 
     def __init__(self) -> None:
         self.failing: tuple[str, ...] = ()
@@ -209,7 +209,7 @@ def test_the_last_line_of_a_failed_command_is_reported(tmp_path: Path) -> None:
 def test_an_interrupted_experiment_ends_its_commands_and_starts_no_others(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: signal.Signals
 ) -> None:
-    """Two commands at once that end a moment after SIGTERM, as training does once its checkpoint is written."""
+    """Two commands run and end shortly after SIGTERM, as training does after writing a checkpoint."""
     script = world.parent / "python"
     script.write_text(
         "#!/bin/sh\n"
@@ -330,7 +330,7 @@ def test_the_chart_has_a_bar_a_variant_and_the_spread(world: Path) -> None:
 
 @pytest.mark.slow
 def test_the_experiment_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps a run on a world of a few clips: a masked run starts where `all` was and is the shorter for it."""
+    """Each run trains four steps on a few clips. A masked run continues `all`, so it has fewer steps to train."""
     from stllm.toy.world import write_world
 
     world, few = tmp_path / "world", ["run.per_device_train_batch_size=2", "run.dataloader_num_workers=0"]

@@ -1,4 +1,4 @@
-"""Media from the field, made after public reports (`cases/`): what `stllm chat` gives, and which pictures it sees."""
+"""Media files like those in public bug reports (`cases/`): what `stllm chat` answers, and which frames it reads."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def loaded() -> Chat:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, loaded: Chat) -> None:
-    """The model is loaded once for all tests."""
+    """Load the model once for all tests."""
     monkeypatch.setattr(engine, "load_chat", lambda *_, **__: loaded)
 
 
@@ -46,7 +46,7 @@ def times_of(path: str | Path, *argv: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def number(frame: np.ndarray) -> int:
-    """The number that a case's frame shows: 12 bits in two rows of six fields, white for one."""
+    """Return the number that a frame of a case shows: 12 bits in two rows of six fields, white for one."""
     height, width = frame.shape[:2]
     fields = frame[[height // 8, 3 * height // 8]][:, (2 * np.arange(6) + 1) * width // 12].mean(axis=2)
     return sum(1 << bit for bit, field in enumerate(fields.reshape(-1)) if field > 127)
@@ -200,7 +200,7 @@ def test_pictures_that_pillow_reads_are_images(suffix: str, tmp_path: Path) -> N
 
 
 def test_animated_pictures_start_with_their_first_frame(tmp_path: Path) -> None:
-    """A png may hold a still for programs without animation, which is not part of it."""
+    """A png may begin with a picture for programs without animation, which is not part of the animation."""
     first, *rest = (Image.new("RGB", (16, 16), (value, 0, 0)) for value in (10, 60, 120, 240))
     kinds: dict[str, dict[str, Any]] = {
         "png": {"default_image": True},

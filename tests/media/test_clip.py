@@ -1,4 +1,4 @@
-"""Clips: opened, sampled and prepared frame by frame."""
+"""Clips: opening a medium, sampling its frames and preparing them."""
 
 from pathlib import Path
 

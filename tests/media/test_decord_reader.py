@@ -1,4 +1,4 @@
-"""Reading with decord by name: the same frames, and PyAV wherever decord cannot be trusted."""
+"""The reader decord: it gives the frames of PyAV, and PyAV replaces it where it would be wrong."""
 
 import logging
 import sys
@@ -42,7 +42,7 @@ def test_both_readers_give_the_same_bytes(
 def test_pyav_replaces_decord_if_the_size_of_pictures_is_limited(
     tmp_path: Path, notes: pytest.LogCaptureFixture
 ) -> None:
-    """Decord would decode a later frame of any size."""
+    """Decord would also decode a later frame of any size."""
     pytest.importorskip("decord")
     video = write_video(tmp_path / "video.mp4", num_frames=5)
     with media_info.limited_pixels(64 * 64), DecordReader(video) as reader:

@@ -1,4 +1,4 @@
-"""Opening media: told by content, and one clear sentence for each bad file."""
+"""Opening media: they are recognised by content, and each bad file gives one sentence."""
 
 import logging
 import os
@@ -115,7 +115,7 @@ def test_each_kind_of_bad_file_gives_its_own_sentence(
 )
 @pytest.mark.parametrize("extension", [".m3u8", ".mp4", ""])
 def test_a_file_that_names_another_file_does_not_show_it(tmp_path: Path, lines: str, extension: str) -> None:
-    """Whoever may upload a file must not see others by it. The bytes at the end make the list no text."""
+    """An uploaded file must not give access to other files. The bytes at the end make the list a binary file."""
     other = write_video(tmp_path / "other.mp4")
     path = tmp_path / f"upload{extension}"
     for name in (other.name, str(other), f"file://{other}"):

@@ -1,4 +1,4 @@
-"""Frame indices: equal to the published system's, and sane whatever the numbers."""
+"""Frame sampling: indices equal those of the published code, and are valid for any numbers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Media that take too long: train, extract, evaluate and doctor go on without them, and stop when the storage hangs."""
+"""Media that take too long: train, extract, evaluate and doctor skip them, and stop if the storage hangs."""
 
 import json
 import os
@@ -27,7 +27,7 @@ GIVEN_UP = "its reading was given up after 1 s: check the file and its storage, 
 
 
 def write_slow_gif(path: Path) -> Path:
-    """300 frames of 3,000 x 3,000 pixels in 2 MB: each takes about a tenth of a second to decode, at any rate 0.02."""
+    """Write 300 frames of 3,000 x 3,000 pixels in 2 MB. Each takes 0.02 to 0.1 seconds to decode."""
     frame = BytesIO()
     Image.new("1", (3000, 3000)).save(frame, "GIF")
     data = frame.getvalue()
@@ -38,7 +38,7 @@ def write_slow_gif(path: Path) -> Path:
 
 @pytest.fixture
 def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a reader whose read() never returns for files that are called hang* or vid*."""
+    """Register a reader that never returns for files called hang* or vid*. Returns its name."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     kept_open = os.open(pipe, os.O_RDWR)  # so that a reader waits for data, not for a writer

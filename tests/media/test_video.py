@@ -1,4 +1,4 @@
-"""Frame accuracy of container videos: every frame carries its number, whatever codec, container and access order."""
+"""Videos: frames are correct for every codec, container and order of access. Each frame carries its number."""
 
 import gc
 import io
@@ -130,7 +130,7 @@ def test_frames_are_decoded_as_they_are_taken(tmp_path: Path, monkeypatch: pytes
 
 
 def test_frames_are_freed_at_once(tmp_path: Path) -> None:
-    """A full picture that waits for the garbage collector costs memory in proportion to the frames taken."""
+    """Frames that wait for the garbage collector would need memory in proportion to their number."""
     video = write_video(tmp_path / "turned.mp4", num_frames=200, gop=10, rotation=90)
     gc.collect()
     gc.disable()
@@ -230,7 +230,7 @@ REORDERING: dict[str, dict[str, Any]] = {
 
 
 def write_disordered(path: Path, source: Path, *, first: int = 0, delay: float = 0) -> Path:
-    """The packets of `source` in another container; from packet `first` on, shown `delay` s after they are decoded."""
+    """Copy packets to another container. From packet `first` on, they are shown `delay` s after they are decoded."""
     with av.open(str(source)) as reading, av.open(str(path), "w") as writing:
         stream = reading.streams.video[0]
         copy = writing.add_stream_from_template(stream)
@@ -254,7 +254,7 @@ def write_disordered(path: Path, source: Path, *, first: int = 0, delay: float =
 def test_frames_are_counted_if_their_times_are_decoding_times(
     tmp_path: Path, codec: str, suffix: str, first: int
 ) -> None:
-    """From the first frame on or from a later one: the whole index is checked."""
+    """This may start at any frame, so the whole index is checked."""
     source = write_video(tmp_path / "source.mp4", num_frames=60, **REORDERING[codec])
     path = write_disordered(tmp_path / f"video.{suffix}", source, first=first)
     with PyAvReader(path) as reader:
@@ -268,7 +268,7 @@ def test_frames_are_counted_if_their_times_are_decoding_times(
 
 @pytest.mark.parametrize("codec", REORDERING)
 def test_frames_are_counted_if_their_times_become_decoding_times(tmp_path: Path, codec: str) -> None:
-    """As two files joined: no time is doubled or missing, and the first part's times reorder frames as they should."""
+    """This is the case in two joined files: no time occurs twice or is missing, and the first part is correct."""
     source = write_video(tmp_path / "source.mp4", num_frames=60, **REORDERING[codec])
     with av.open(str(source)) as container:
         packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
@@ -293,7 +293,7 @@ HEVC_STREAMS = {
 
 @pytest.mark.parametrize("name", HEVC_STREAMS)
 def test_true_times_of_hevc_are_trusted(tmp_path: Path, name: str) -> None:
-    """Their frames are sought, not counted by decoding the whole file."""
+    """Their frames are found by seeking, without decoding the whole file."""
     options = {"x265-params": f"{HEVC_STREAMS[name]}:{X265_ALONE}"}
     source = write_video(tmp_path / "video.mp4", num_frames=300, codec="libx265", options=options)
     for path in (source, copy_packets(source, tmp_path / "video.ts")):
@@ -318,7 +318,7 @@ def test_frames_keep_their_numbers_after_a_damaged_header(tmp_path: Path) -> Non
 
 
 def matrix() -> dict[str, dict[str, Any]]:
-    """Codecs x containers x (plain, variable rate, edit list, rotated)."""
+    """Return videos of all codecs and containers: plain, with variable rate, with an edit list, and rotated."""
     codecs: dict[str, dict[str, Any]] = {
         **REORDERING,
         "h264_plain": {"b_frames": 0},
@@ -378,7 +378,7 @@ def test_random_access_equals_sequential_reading(tmp_path: Path, name: str) -> N
 
 
 def test_hidden_vp8_frames_are_not_counted(tmp_path: Path) -> None:
-    """Behind each frame its copy, which is not shown: bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)."""
+    """After each frame follows a hidden copy: bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)."""
     options = VIDEOS["vp8.webm"]
     source = write_video(tmp_path / "source.webm", num_frames=20, gop=1, **options)
     with av.open(str(source)) as reading, av.open(str(tmp_path / "hidden.webm"), "w") as writing:
@@ -442,7 +442,7 @@ ORIENTATION = 0x0112  # EXIF's tag; 1 upright, 3 upside down, 6 and 8 a quarter 
 
 
 def camera_video(path: Path, orientation: int) -> Path:
-    """Motion JPEG as cameras write it: each picture with its own EXIF."""
+    """Write Motion JPEG as cameras do, with EXIF data in each picture."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     with av.open(str(path), "w") as container:

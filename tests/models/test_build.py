@@ -1,4 +1,4 @@
-"""From a configuration to a model: weights from pieces or from nothing."""
+"""Building a model from a configuration, with loaded or random weights."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Prompts that are read once give the ids of transformers' own `generate`, and their keys and values stay in place."""
+"""Generation: prompts are read once, prefixes are shared, and the ids are those of transformers' `generate`."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ LENGTHS = (17, 5, 23, 1)
 
 
 def new_model(model_type: str, sizes: dict[str, Any]) -> Any:
-    """Large random weights, so that answers vary; float64 where experts allow it, so that rounding does not decide."""
+    """Return a model with scaled-up weights, so that answers vary, and in float64 if possible, against rounding."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SMALL, **sizes})
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -60,7 +60,7 @@ def new_model(model_type: str, sizes: dict[str, Any]) -> Any:
 
 
 def prompts(model: Any, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, S, D) and their mask (B, S), padded on the left."""
+    """Return random embeddings (B, S, D), padded on the left, and their attention mask (B, S)."""
     width = model.get_input_embeddings().weight.shape[1]
     mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
     return torch.randn(len(lengths), max(lengths), width, dtype=model.dtype), mask
@@ -88,7 +88,7 @@ def test_ids_are_those_of_plain_generate(model_type: str, sizes: dict[str, Any],
 
 
 def test_prompts_read_in_a_batch_give_the_same_ids_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those read together are padded on the right."""
+    """Prompts of a batch are padded on the right."""
     model = new_model("llama", {})
     embeds, mask = prompts(model)
     plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(3))
@@ -136,11 +136,11 @@ def test_an_architecture_that_changes_its_keys_falls_back(monkeypatch: pytest.Mo
     assert model.config._attn_implementation == "sdpa"
 
 
-# ---- prompts that begin alike ---------------------------------------------------------------------------------------
+# ---- prompts with a common beginning --------------------------------------------------------------------------------
 
 
 def alike(model: Any, *, common: int = 12, rests: tuple[int, ...] = (5, 1, 9, 3)) -> tuple[Tensor, Tensor]:
-    """Two pairs of prompts, padded on the left, of which each begins alike for `common` positions."""
+    """Return two pairs of prompts, padded on the left. The prompts of a pair share their first `common` positions."""
     embeds, mask = prompts(model, tuple(common + rest for rest in rests))
     for first in (0, 2):
         begins = [embeds.shape[1] - common - rest for rest in rests[first : first + 2]]
@@ -149,7 +149,7 @@ def alike(model: Any, *, common: int = 12, rests: tuple[int, ...] = (5, 1, 9, 3)
 
 
 def watched_positions(model: Any) -> list[int]:
-    """The number of positions of each pass of the decoder over embeddings, as they come."""
+    """Return a list to which each forward pass over embeddings appends its number of positions."""
     read: list[int] = []
 
     def watch(_: object, __: object, named: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ def watched_positions(model: Any) -> list[int]:
     ("model_type", "sizes"), [(name, sizes) for name, sizes in SHARED.items() if name != "deepseek_v3"]
 )
 def test_prompts_share_their_common_beginning(model_type: str, sizes: dict[str, Any], num_beams: int) -> None:
-    """In one batch, with the prefixes of another call, and with those of the same prompts."""
+    """Prefixes are shared within a batch, with another call, and with a call with the same prompts."""
     model = new_model(model_type, sizes)
     embeds, mask = alike(model)
     plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(num_beams, 12))
@@ -186,7 +186,7 @@ def test_only_the_differing_rest_of_a_prompt_is_read() -> None:
     kept: list[Prefix] = []
     read = watched_positions(model)
     generate(model, embeds[:1], mask[:1], prefixes=[kept], **settings(1, 1))
-    assert read == [16, 1]  # `generate` begins with the last token
+    assert read == [16, 1]  # `generate` reads the last token
     assert [len(prefix.embeds) for prefix in kept] == [16]
     width = SMALL["hidden_size"]
     per_token = (width + 3 * 2 * 2 * (width // 4)) * 8  # bytes: embedding; keys and values of 3 layers, 2 heads of 4

@@ -1,4 +1,4 @@
-"""Hidden states, then logits where they are wanted: the same numbers as the whole model, for every architecture."""
+"""Separate calls of decoder and output head give the numbers of the whole model, for every architecture."""
 
 from typing import Any
 
@@ -94,7 +94,7 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     labels[:, :4] = -100
     whole = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
     hidden = last_hidden_states(model, embeds, mask)
-    real = mask.bool()  # states at padding are used nowhere
+    real = mask.bool()  # states at padded positions are not used
     assert torch.allclose(logits_of(model, hidden)[real], whole.logits[real], atol=1e-5)
     positions = (labels[:, 1:] != -100).nonzero() @ torch.tensor([9, 1])
     loss, logits = language_loss(model, hidden, labels, positions)
@@ -112,7 +112,7 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     ],
 )
 def test_packed_prompts_have_the_states_and_gradients_of_padded_ones(name: str, changes: dict[str, Any]) -> None:
-    """Prompts of very different lengths, of which no more positions are asked than the longest has."""
+    """The prompts have very different lengths. Positions must not exceed the length of the longest prompt."""
     lengths = [9, 1, 3, 3, 5, 1]
     model = build(name, {**changes, "max_position_embeddings": max(lengths)})
     packed = pad_sequences([[5] * length for length in lengths], pad_id=0, packing=True)["packed"]

@@ -1,4 +1,4 @@
-"""LoRA: an adapter put on its base again gives the trained model; merged, it gives the same without LoRA."""
+"""LoRA: a saved adapter restores the trained model, and merging it does not change the output."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LORA = {"r": 2, "alpha": 4, "dropout": 0.05, "target_modules": ["q_proj", "v_pro
 
 
 def trained(**changes) -> STLLM:
-    """A model whose adapter and projection have moved away from their start."""
+    """Return a model with LoRA whose adapter and projection are changed, as after training."""
     model = tiny_model(lora=LORA, video_input="residual", **changes).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     model(**tiny_batch(model)).loss.backward()

@@ -1,4 +1,4 @@
-"""What is stored of a clip: the model's own tensors, and a digest of the weights that they depend on."""
+"""Precomputed features: they equal the model's, and have a digest of the weights that they depend on."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_the_digest_changes_only_with_what_the_stage_depends_on() -> None:
 
 
 def test_a_registered_encoder_has_its_own_digest_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registered one with an adapter is refused; one that computes something else has a digest of its own."""
+    """An encoder with an adapter is refused. An encoder that computes something else has another digest."""
     entries = vision_encoders._entries
     with_adapter, plain = vision_encoders.get("eva_btadapter_g"), vision_encoders.get("eva_clip_g")
     monkeypatch.setattr(vision_encoders, "_entries", {**entries, "mine": with_adapter, "other": plain})

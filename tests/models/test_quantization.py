@@ -1,4 +1,4 @@
-"""4 and 8 bits: which layers, the same answers, QLoRA through the commands, and a sentence for what can't be."""
+"""Quantization to 4 and 8 bits: which layers, equal answers, QLoRA with the commands, and errors."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def bitsandbytes() -> None:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes, as far as its settings need it."""
+    """Install a stand-in for bitsandbytes that suffices to make its settings."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
 
 

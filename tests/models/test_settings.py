@@ -1,4 +1,4 @@
-"""The `model` section: published keys to fields and back, and what the user set in it."""
+"""The `model` section: translation of its keys to fields and back, and the settings that the user made."""
 
 from pathlib import Path
 

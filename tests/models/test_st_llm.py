@@ -1,4 +1,4 @@
-"""The composition: one conformance test over everything registered, and the equalities that make it lean."""
+"""`STLLM`: a conformance test of all registered parts, and the equalities that its shortcuts rely on."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ COMBINATIONS = [
 
 
 def train_without_dropout(model: STLLM) -> STLLM:
-    """Training mode, but nothing is dropped at random."""
+    """Return the model in training mode with all dropout set to 0."""
     model.train()
     for module in model.modules():
         if "Drop" in type(module).__name__:
@@ -44,7 +44,7 @@ def train_without_dropout(model: STLLM) -> STLLM:
 
 @pytest.mark.parametrize("changes", COMBINATIONS, ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_conformance(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Finite loss, a gradient for every trainable parameter and for no other, save -> load equality."""
+    """Checks a finite loss, gradients for exactly the trainable parameters, and equality after saving and loading."""
     model = train_without_dropout(tiny_model(**changes))
     batch = tiny_batch(model)
     output = model(**tiny_batch(model, mask=3 if "use_mask" in changes else None))
@@ -120,7 +120,7 @@ def test_masking_alone_is_the_language_loss_on_the_kept_tokens() -> None:
 
 
 def test_without_a_mask_all_tokens_enter() -> None:
-    """The collator draws masks, in training and of clips alone."""
+    """The model itself draws no mask: the collator does, for training clips only."""
     model = tiny_model(**TRAINING).train()
     for num_frames in (1, 6):
         output = model(**tiny_batch(num_frames=num_frames))
@@ -152,7 +152,7 @@ def test_precomputed_features_equal_pixels() -> None:
 
 
 def both_and_each(rows: list[list[int]], answers: list[int]) -> list[dict[str, Any]]:
-    """Batches of both prompts and of each, the last ids of each labelled."""
+    """Return a batch of two prompts and a batch of each, whose last ids are labelled."""
     labels = [[-100] * (len(row) - count) + row[-count:] for row, count in zip(rows, answers, strict=True)]
     media = {name: tensor for name, tensor in tiny_batch().items() if name.startswith(("pixel", "qformer"))}
     return [
@@ -163,7 +163,7 @@ def both_and_each(rows: list[list[int]], answers: list[int]) -> list[dict[str, A
 
 
 def test_the_loss_does_not_depend_on_micro_batches() -> None:
-    """Answers of different lengths: the rows' losses, each over all labelled tokens, add up to the batch's."""
+    """Answers differ in length. The losses of the rows, each divided by all labelled tokens, add up to the batch's."""
     model = tiny_model()
     whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8], [5, VISUAL_TOKEN_ID, 9, 10, 11]], answers=[3, 1])
     divided = sum(model(**row, num_items_in_batch=4).loss for row in rows)
@@ -171,7 +171,7 @@ def test_the_loss_does_not_depend_on_micro_batches() -> None:
 
 
 def test_rows_of_a_batch_do_not_affect_each_other() -> None:
-    """Right padding, different texts, one loss a row: nothing leaks between samples."""
+    """The rows have different texts and padding; the loss of each row is the same alone and in the batch."""
     model = tiny_model()
     whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8, 9, 10, 11], [VISUAL_TOKEN_ID, 12, 13]], answers=[3, 2])
     assert torch.allclose(model(**whole).logits, torch.cat([model(**row).logits for row in rows]), atol=1e-5)

@@ -1,4 +1,4 @@
-"""The three video inputs: token counts, order in time, and the golden local-frame indices."""
+"""Video inputs: numbers of tokens, order of frames, and the published indices of local frames."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_an_image_enters_as_its_own_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", video_inputs.names())
 def test_frames_that_are_not_kept_are_absent(name: str) -> None:
-    """What they hold does not matter, and the local frames are chosen among all."""
+    """Their content does not matter, and local frames are chosen from all frames."""
     video_input = video_inputs.get(name)(**SIZES)
     frames, others = torch.randn(2, 1, 8, 5, 8)
     others[:, [0, 2, 7]] = frames[:, [0, 2, 7]]

@@ -1,4 +1,4 @@
-"""The encoder: chunks, clips, time."""
+"""The image encoder: chunks of frames, the temporal adapter, normalisation."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_with_the_adapter_a_frame_depends_on_the_others_and_their_order() -> Non
 
 
 def test_a_new_adapter_ignores_the_order_of_frames() -> None:
-    """temporal_fc starts at zero, spatial layers as copies of the backbone's last blocks."""
+    """Its temporal_fc starts at zero, and its spatial layers start as copies of the backbone's last blocks."""
     from stllm.models.st_llm import STLLM
     from tests.helpers.tiny import tiny_config
 
@@ -63,7 +63,7 @@ def test_layer_norm_runs_in_float32() -> None:
 
 
 def test_initial_position_embeddings_of_neighbours_are_similar() -> None:
-    """Patches' first embeddings: all different, the nearer the more alike, across as down; any width is filled."""
+    """All embeddings differ, and nearer patches have more similar ones, in both directions and for any width."""
     grid = sine_cosine_positions((4, 6), 98)
     assert grid.shape == (1, 25, 98) and not grid[0, 0].any() and not grid[..., 96:].any()
     patches = grid[0, 1:].unflatten(0, (4, 6))

@@ -1,4 +1,4 @@
-"""`stllm extract`: every clip once, gone on with, divided; training on features is training on the same pixels."""
+"""`stllm extract`: each clip once, resumed, divided among processes; features train like the pixels."""
 
 import json
 import os
@@ -31,7 +31,7 @@ VIDEOS = {"media_dir": "media", "num_frames": 4, **SAME_FRAMES}
 
 
 def datasets(toy: Path) -> dict[str, Any]:
-    """Videos, images and image-text shards, read as features are made."""
+    """Return data sets of videos, images and image-text shards, read in the way that features are made."""
     return {
         "videos": {"anno_path": "video/vqa/toy_direction/train.json", **VIDEOS, **FEW},
         "pictures": {"anno_path": "image/vqa/toy_picture/train.json", "media_dir": "media", "crop": "center", **FEW},
@@ -49,7 +49,7 @@ def train(recipe: Path, *options: str, code: int = 0) -> None:
 
 
 def failure(capsys: pytest.CaptureFixture[str]) -> str:
-    """The sentence with which the last command refused."""
+    """Return the error of the last command."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
 
@@ -86,7 +86,7 @@ def test_training_on_features_is_training_on_the_same_pixels(toy: Path, tmp_path
 
 @pytest.fixture
 def planted(toy: Path, tmp_path: Path) -> Path:
-    """A recipe whose nine records show five clips: one twice, one in two parts, one gone, one without an answer."""
+    """Write a recipe of nine records of five clips: one twice, one in two parts, one missing, one without an answer."""
     clips = [f"toy_direction_{number:05d}.mp4" for number in range(4)]
     pair = [{"i": "", "q": "where?", "a": "left"}]
     records: list[dict[str, Any]] = [{"video": clip, "QA": pair} for clip in [*clips[:3], *clips[:2], "gone.mp4"]]
@@ -102,7 +102,7 @@ def planted(toy: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many clips each call encodes; a shard a clip."""
+    """Return a list to which each call appends its number of clips. Each shard holds one clip."""
     real, counts = precomputed.encode, []
 
     def counting(model: Any, pixel_values: Tensor, stage: str) -> Tensor:

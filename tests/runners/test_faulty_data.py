@@ -36,7 +36,7 @@ def record(video: str, answer: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def recipe(toy: Path, tmp_path: Path) -> Path:
-    """Every frame of `good_<n>.mp4` shows the number n, and the answer says it; between them stand the faults."""
+    """Write a recipe with faulty records among good ones. Each frame of `good_<n>.mp4` shows n, and the answer is n."""
     media = tmp_path / "media"
     media.mkdir()
     for number in range(NUM_GOOD):

@@ -1,4 +1,4 @@
-"""FSDP 2 in processes on CPUs: what each of them holds while it loads, in which types, and who may continue a run."""
+"""FSDP 2 on CPUs: the memory of each process while loading, the types of weights, and resuming."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12,
 
 
 def test_no_process_holds_a_whole_model_while_it_loads(toy: Path, tmp_path: Path) -> None:
-    """A language model of 200 million weights in bfloat16, which train in float32: 780 MiB."""
+    """The language model has 200 million weights, stored in bfloat16 and trained in float32 (780 MiB)."""
     own, wide = toy / "language_model", tmp_path / "language_model"
     config = AutoConfig.from_pretrained(own, **WIDE, num_key_value_heads=8, head_dim=128, dtype=torch.bfloat16)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(wide)
@@ -39,7 +39,7 @@ def test_no_process_holds_a_whole_model_while_it_loads(toy: Path, tmp_path: Path
 
 
 def test_frozen_weights_are_in_half_precision_and_any_number_of_processes_continues(toy: Path, tmp_path: Path) -> None:
-    """LoRA in bfloat16: two processes learn what one does; what two have begun, three and one continue."""
+    """With LoRA in bfloat16, two processes give the losses of one, and three and one can continue a run of two."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=LORA, bf16=True, max_steps=5, save_steps=2)
 
     def run(name: str, processes: int, *options: str) -> list[list[float]]:

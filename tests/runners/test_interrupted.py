@@ -1,4 +1,4 @@
-"""A run that is killed and started again, and one that is asked to stop: the log is that of an uninterrupted run."""
+"""Runs that are killed and resumed, or stopped by a signal: their log equals that of an uninterrupted run."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def start(recipe: Path, *options: str, processes: int = 1) -> subprocess.Popen[s
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    """Until the log has a line of that step, or the process has ended."""
+    """Wait until the log has a line of this step, or the process has ended."""
     while process.poll() is None:
         log = folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -40,7 +40,7 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun has started, each in a session of its own."""
+    """Return the processes that torchrun has started, each in its own session."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 

@@ -1,4 +1,4 @@
-"""The runner's small parts: arguments, parameter groups, the meter, signals."""
+"""Parts of the runner: training arguments, parameter groups, the meter, signals."""
 
 import json
 import os

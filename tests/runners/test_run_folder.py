@@ -1,4 +1,4 @@
-"""The run's folder: whole checkpoints or none, continuing or refusing, the log rewound."""
+"""The run folder: complete checkpoints, resuming or refusing to, and cutting the log back to the checkpoint."""
 
 import errno
 import json

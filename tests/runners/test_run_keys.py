@@ -1,4 +1,4 @@
-"""The keys of `run` as a user types them: a mistake gives one sentence; each key works, is noted or is refused."""
+"""The keys of `run`: each works, gives a note or is refused, and a mistake gives one sentence."""
 
 import dataclasses
 import logging
@@ -50,7 +50,7 @@ def recipe(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str, command: tuple[str, ...] = ()) -> str:
-    """The one sentence with which training refuses, before it writes anything."""
+    """Return the error of a training command, which must not have written anything."""
     capsys.readouterr()
     argv = ["train", "--cfg-path", str(recipe), *command, *(["--options", *options] if options else [])]
     assert main(argv) == 1
@@ -61,7 +61,7 @@ def refusal(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str, com
 
 
 def test_every_argument_of_transformers_is_in_one_table() -> None:
-    """A field that a new transformers adds must be put into a table: it works, it is noted, or it is refused."""
+    """A field that a new transformers adds must be put into a table: it works, gives a note or is refused."""
     names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     assert names - HONOURED - UNUSED.keys() - REFUSED.keys() == set()
     assert not HONOURED & UNUSED.keys() and not HONOURED & REFUSED.keys() and not UNUSED.keys() & REFUSED.keys()
@@ -213,7 +213,7 @@ def test_an_absent_device_is_refused_by_every_command(
 def test_a_gpu_by_number_is_the_one_that_trains(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, str]
 ) -> None:
-    """CUDA_VISIBLE_DEVICES is obeyed: the number counts among the GPUs that it leaves visible."""
+    """The number counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
     chosen: list[Any] = []
 
     class Reached(Exception):
@@ -242,7 +242,7 @@ def test_a_gpu_by_number_is_the_one_that_trains(
 def trainer_of(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., STLLMTrainer]:
-    """The trainer that `stllm train` builds with these options, as it is when its first epoch would begin."""
+    """Return the trainer of `stllm train` with these options, in its state before the first epoch."""
 
     def build(*options: str) -> STLLMTrainer:
         built: list[STLLMTrainer] = []
@@ -333,7 +333,7 @@ def test_supported_keys_have_their_effect(
 def test_keys_of_saving_and_logging_have_their_effect(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that saves the model alone, each epoch, and logs there; it cannot be continued, and says so."""
+    """The run saves only the model, each epoch, and logs then. Resuming it gives an error."""
     folder = tmp_path / "run"
     options = [
         f"run.output_dir={folder}",
@@ -409,7 +409,7 @@ def test_a_run_that_must_not_resume_needs_a_new_folder(
 def test_a_proxy_that_cannot_be_used_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, proxy: str
 ) -> None:
-    """httpx, under the hub's client and the judge's, raises when a client is built."""
+    """httpx, which the clients of the hub and the judge use, raises when a client is created."""
     monkeypatch.setenv("ALL_PROXY", proxy)
     predictions = tmp_path / "predictions.jsonl"
     predictions.write_text('{"id": "1", "question": "?", "answer": "a", "prediction": "a"}\n')

@@ -1,4 +1,4 @@
-"""`stllm train` as a user types it: what a run leaves behind, and one sentence for each mistake."""
+"""`stllm train`: the files that a run writes, resuming, several processes, and one sentence for each mistake."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def run(recipe: Path, *options: str, code: int = 0) -> None:
 
 
 def failure(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> str:
-    """The sentence with which training refuses."""
+    """Return the error of a training command."""
     capsys.readouterr()
     run(recipe, *options, code=1)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -54,7 +54,7 @@ def failure(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> 
 
 @pytest.fixture(scope="module")
 def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run's folder; its recipe lies beside it."""
+    """Return the folder of a finished run. Its recipe is beside it."""
     recipe = write_recipe(tmp_path_factory.mktemp("trained") / "recipe.yaml", toy, max_steps=8)
     run(recipe)
     return recipe.parent / "run"
@@ -84,7 +84,7 @@ def test_a_compiled_run_gives_the_same_losses(
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
 ) -> None:
-    """Equal losses, weights under their own names, few compilations, and each continues the other's checkpoints."""
+    """Losses and names of weights are equal, compilations are few, and both can continue each other's checkpoints."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=8)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch._dynamo.reset()
@@ -125,7 +125,7 @@ def test_a_finished_run_is_not_changed(trained: Path, capsys: pytest.CaptureFixt
 
 
 def unfinished(trained: Path, folder: Path, step: int) -> Path:
-    """A copy of the run as it was killed after that checkpoint, and its recipe."""
+    """Return a copy of a run in the state after this checkpoint, as if killed, and its recipe."""
     shutil.copytree(trained, folder / "run")
     for path in [folder / "run" / name for name in ("config.json", "model.safetensors")]:
         path.unlink()
@@ -157,7 +157,7 @@ def test_a_run_that_was_killed_continues_exactly(trained: Path, tmp_path: Path, 
 def test_language_models_with_other_weight_names_on_disk_train(
     name: str, settings: dict[str, Any], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained, asked and continued; a checkpoint that lacks a weight is refused. transformers renames these weights."""
+    """transformers renames these weights. The models train, answer and resume; a missing weight is refused."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "language_model")
     base = tmp_path / "language_model"
     config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], "vocab_size": len(tokenizer)})
@@ -215,7 +215,7 @@ def test_a_run_continues_only_with_its_own_settings(
 
 
 def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> None:
-    """One process with batches of 4 and two with batches of 2: the same batches, frames, masks and losses."""
+    """One process with batches of 4 and two with batches of 2 have the same batches, frames, masks and losses."""
     recipe = trained.parent / "recipe.yaml"
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2"]
     train(recipe, *options, processes=2)
@@ -226,7 +226,7 @@ def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> 
 
 
 def test_packed_batches_give_the_losses_of_padded_ones(trained: Path, tmp_path: Path) -> None:
-    """From the beginning, in two processes, and in a run that was padded until it was killed."""
+    """Tested from the start, in two processes, and in a run that was padded before it was killed."""
     assert yaml.safe_load((trained / "config.yaml").read_text())["run"]["packing"] is False
     (tmp_path / "killed").mkdir()
     killed = unfinished(trained, tmp_path / "killed", 3)
@@ -281,7 +281,7 @@ def test_fsdp_gives_the_losses_of_one_process(trained: Path, tmp_path: Path, pac
 
 
 def test_accumulated_batches_give_the_loss_of_one_large_batch(toy: Path, tmp_path: Path) -> None:
-    """The loss of a step is that of its samples, however many micro-batches they come in; one data set, no mask."""
+    """The number of micro-batches does not change the loss of a step (with one data set and without masking)."""
     datasets = {"d": {"anno_path": "video/vqa/toy_direction/train.json", "media_dir": "media", "num_frames": 4}}
     first = {}
     for size, count in ((4, 1), (2, 2)):
@@ -339,7 +339,7 @@ def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict
 
 
 def test_a_stage_starts_from_the_weights_of_the_stage_before(trained: Path, toy: Path, tmp_path: Path) -> None:
-    """As AVP and QA: the second begins with the first one's weights, other inputs and a fresh adapter."""
+    """As with AVP and QA, the second stage has the weights of the first, another video input and a new adapter."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=2)
     content = yaml.safe_load(recipe.read_text())
     kept = {"qformer_tokenizer", "use_mask", "mvm_decode", "freeze_vit", "freeze_qformer", "freeze_LLM"}
@@ -427,7 +427,7 @@ def test_bad_samples_are_replaced_counted_and_limited(
 def test_a_record_too_long_for_the_model_is_skipped_and_counted(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Questions of 9,000 tokens, a conversation that is too long in sum, and text alone; a long answer is cut."""
+    """Tests questions of 9,000 tokens, a conversation too long in total, and text only. A long answer is cut."""
     records = json.loads((toy / "vc2/video/vqa/toy_direction/train.json").read_text())[:1] * 4
     pair = {"i": "", "q": "what moves?", "a": "a square"}
     long = {"video": "never_looked_for.mp4", "QA": [{**pair, "q": "why " * 3000}]}

@@ -1,4 +1,4 @@
-"""Validation while `stllm train` runs: what is held out, equal figures however the run is divided, the best model."""
+"""Validation in `stllm train`: held-out data, equal figures for any number of processes, the best checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "sav
 
 
 def recipe_of(folder: Path, toy: Path, **run: Any) -> Path:
-    """A recipe of three data sets, one of them held out and one in part."""
+    """Write a recipe of three data sets, of which one is held out and one partly held out."""
     entries: dict[str, Any] = {"toy_direction": {"anno_path": "video/vqa/toy_direction/train.json"}}
     entries |= {name: {"anno_path": FOLDERS[name], **HELD_OUT[name]} for name in HELD_OUT}
     entries = {name: {"media_dir": "media", "num_frames": 4, **entry} for name, entry in entries.items()}
@@ -47,7 +47,7 @@ def learned(log: list[dict[str, Any]]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def validated(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of a finished run."""
+    """Return the recipe of a finished run."""
     recipe = recipe_of(tmp_path_factory.mktemp("validated"), toy, eval_benchmark=str(twins() / "mvbench"))
     run(recipe)
     return recipe
@@ -63,7 +63,7 @@ def test_the_log_has_validation_losses_and_scores(validated: Path) -> None:
 
 
 def test_validation_does_not_change_training(validated: Path, toy: Path, tmp_path: Path) -> None:
-    """The held-out samples are left out all the same."""
+    """Held-out samples are left out in both runs."""
     log = run(recipe_of(tmp_path, toy, eval_strategy="no"))
     assert learned(log) == learned(read_log(validated.parent / "run")) and not scores(log)
 

@@ -1,4 +1,4 @@
-"""`stllm convert`: whole targets or none, both layouts, LoRA merged, sentences for what can't be done."""
+"""`stllm convert`: both formats, merging LoRA, complete targets only, and errors."""
 
 import errno
 import json
@@ -122,7 +122,7 @@ def test_the_released_format_refuses_other_models_than_llama(tmp_path: Path) -> 
 def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "ours"
     target.mkdir()
-    convert([GOLDEN / NAME], target)  # an empty folder is taken
+    convert([GOLDEN / NAME], target)  # an empty folder is accepted
     before = sorted(path.name for path in target.iterdir())
     with pytest.raises(UserError, match="holds files already, expected a new or an empty folder"):
         convert([GOLDEN / NAME], target, format="released")
@@ -132,7 +132,7 @@ def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
 
 
 def test_repeating_a_finished_conversion_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As after a kill between the last rename and the end of the process."""
+    """This is the situation after a kill between the last rename and the end of the process."""
     shutil.copytree(GOLDEN / NAME, tmp_path / "source")
     shutil.copytree(FOREIGN / "bert", tmp_path / "foreign" / "bert")
     target = tmp_path / "source" / "ours"

@@ -1,4 +1,4 @@
-"""Published pieces give the same frame tokens as the whole; transformers' BLIP models give their own numbers."""
+"""Other checkpoints: separate weight files give the tokens of the whole model, BLIP models those of transformers."""
 
 import shutil
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def pieces_settings(family: str, vicuna: Path) -> dict[str, Any]:
 
 
 def eva_file(name: str, path: Path) -> Path:
-    """A golden folder's encoder in the layout of eva_vit_g.pth: bare keys, one block more, a classifier."""
+    """Write a golden folder's encoder in eva_vit_g.pth's format: keys without prefix, one more block, a classifier."""
     prefix = "model.stllm_model.visual_encoder."
     weights = {key.removeprefix(prefix): value for key, value in golden_weights(name).items() if key.startswith(prefix)}
     weights |= {key.replace("blocks.3.", "blocks.4."): value for key, value in weights.items() if "blocks.3." in key}
@@ -95,7 +95,7 @@ def test_the_embedding_of_an_added_pad_token_is_the_mean(vicuna: Callable[[str],
 
 
 def test_convert_takes_separate_weight_files_as_arguments(vicuna: Callable[[str], Path], tmp_path: Path) -> None:
-    """Without a configuration but the head counts: sizes come from the pieces themselves."""
+    """Only the head counts are configured: all sizes are inferred from the files."""
     paths = [FOREIGN / "eva_vit_g.pth", FOREIGN / "instruct_blip_vicuna7b_trimmed.pth", vicuna("instructblip")]
     settings = {"vision": {"num_heads": 4}, "qformer": {"num_attention_heads": 4}}
     sources = open_sources(settings, *paths)
@@ -116,7 +116,7 @@ def test_a_missing_weight_file_is_named(vicuna: Callable[[str], Path]) -> None:
 def test_the_published_encoder_is_read_from_the_cache_and_not_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Published YAMLs don't name it; the published code has left it in torch's cache."""
+    """Published YAMLs do not name the encoder; the published code has downloaded it into torch's cache."""
     torch.save({"Qformer.bert.x": torch.ones(1), "ln_vision.weight": torch.ones(1408)}, tmp_path / "qformer.pth")
     settings = {"q_former_model": str(tmp_path / "qformer.pth")}
 
@@ -194,7 +194,7 @@ TEXT = {
 
 
 def blip_model(kind: str, text: str) -> PreTrainedModel:
-    """A tiny model of transformers with weights large enough to matter, its k biases zero."""
+    """Return a tiny BLIP model of transformers with scaled-up weights. The biases of its attention keys are zero."""
     torch.manual_seed(0)
     config_class, model_class = {
         "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
@@ -213,7 +213,7 @@ def blip_model(kind: str, text: str) -> PreTrainedModel:
 
 
 def their_tokens(model: PreTrainedModel, frames: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """Projected query tokens (T, K, D), as `InstructBlipForConditionalGeneration.forward` makes them."""
+    """Return projected query tokens (T, K, D), computed as in `InstructBlipForConditionalGeneration.forward`."""
     parts: Any = model.model if hasattr(model, "model") and hasattr(model.model, "vision_model") else model
     features = parts.vision_model(pixel_values=frames).last_hidden_state
     queries = parts.query_tokens.expand(len(frames), -1, -1)

@@ -1,4 +1,4 @@
-"""Formats: detection by itself, complete shards, the hub and its failures; key tables in both directions."""
+"""Formats: recognising them, missing shards, the hub and its errors, and key tables in both directions."""
 
 import json
 from collections.abc import Callable

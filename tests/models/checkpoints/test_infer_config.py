@@ -1,4 +1,4 @@
-"""Checkpoints and configurations that do not belong together: each has its own sentence, and an exit code of 1."""
+"""Checkpoints and configurations that contradict each other: each case gives its own sentence and exit code 1."""
 
 import json
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def test_7b_weights_with_a_13b_language_model_are_refused(
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "intermediate_size"])
 def test_a_whole_checkpoint_with_a_language_model_of_another_size_is_refused(key: str, tmp_path: Path) -> None:
-    """Of the same width, which is compared on its own."""
+    """The width is the same, because another test compares it."""
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 96}
     config = {"model_type": "llama", **sizes, key: 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -183,7 +183,7 @@ def test_a_missing_tokenizer_is_reported(golden_copy: Copy) -> None:
     folder = golden_copy(PLAIN)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    load_model(folder, device="cpu")  # the model alone needs none
+    load_model(folder, device="cpu")  # loading only the model needs no tokenizer
     refuses("has no tokenizer: name the language model's folder with model.llama_model", folder)
 
 

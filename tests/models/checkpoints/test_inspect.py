@@ -1,4 +1,4 @@
-"""`stllm inspect`: the published size without a weight, golden folders, single files, failed audits, training."""
+"""`stllm inspect`: the published size without weights, golden folders, single files, failed audits, training memory."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Loading: every layout in any type, nothing left on the meta device; any language model; device maps."""
+"""Loading: every format in every type, any language model, device maps, and no weight left on the meta device."""
 
 import json
 from collections.abc import Callable
@@ -88,7 +88,7 @@ RENAMED = {"gpt_neox", "mixtral", "phimoe", "granitemoe", "qwen2_moe", "qwen3_mo
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_language_model_is_read_back(name: str, tmp_path: Path) -> None:
-    """By chat, by a run that continues, by transformers, and as `model.llama_model`; with both kinds of names."""
+    """Read by chat, a resumed run, transformers and as `model.llama_model`; with names as on disk and as in memory."""
     text, vision = {"model_type": name, **ARCHITECTURES[name]}, {**VISION, "depth": 1}
     model = tiny_model(text_config=text, vision_config=vision, has_qformer=False)
     model.save_pretrained(tmp_path)
@@ -114,7 +114,7 @@ def test_every_language_model_is_read_back(name: str, tmp_path: Path) -> None:
 
 
 def test_a_quantized_language_model_is_dequantized(tmp_path: Path) -> None:
-    """GPT-OSS as published: experts in MXFP4, blocks of 32 four-bit numbers with a power of two for each."""
+    """GPT-OSS as published has experts in MXFP4: blocks of 32 four-bit numbers that share a power of two."""
     try:
         torch.accelerator.current_accelerator()  # transformers asks
     except RuntimeError as error:
@@ -133,7 +133,7 @@ def test_a_quantized_language_model_is_dequantized(tmp_path: Path) -> None:
     source, key = open_source(tmp_path), "model.layers.1.mlp.experts.gate_up_proj"
     read = source.weights.read(key)
     assert (read.float().abs() * 2**3).unique().tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    with pytest.raises(KeyError):  # what was copied is let go
+    with pytest.raises(KeyError):  # copied weights are freed
         source.weights.read(key)
 
 
@@ -245,7 +245,7 @@ def test_lora_weights_are_not_dropped_silently(tmp_path: Path) -> None:
 
 
 def test_a_missing_prefix_of_a_language_model_is_added(tmp_path: Path) -> None:
-    """GPT-2 of old: no `transformer.` prefix on disk, tied embeddings."""
+    """Old GPT-2 checkpoints have tied embeddings, and no `transformer.` prefix on disk."""
     torch.manual_seed(0)
     gpt2 = AutoModelForCausalLM.from_config(
         GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=80, n_positions=64)

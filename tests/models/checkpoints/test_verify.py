@@ -1,4 +1,4 @@
-"""All golden folders, through the command and after conversion."""
+"""`stllm verify`: all golden folders, before and after conversion."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weight files: shapes without reading, copies in slices, every kind of file, every kind of damage."""
+"""Weight files: shapes without reading weights, copies in slices, all types of files, and damaged files."""
 
 import argparse
 import os
@@ -71,7 +71,7 @@ def test_several_files_are_read_as_one_set_of_weights(tensors: dict[str, torch.T
 
 
 def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mapping is dropped before more than MAPPED_BYTES of it were touched."""
+    """The mapping is closed before more than MAPPED_BYTES of it were read."""
     monkeypatch.setattr(module, "MAPPED_BYTES", 1 << 16)
     torch.save({str(i): torch.zeros(1 << 14) for i in range(8)}, tmp_path / "weights.bin")  # 64 KiB each
     weights = WeightFiles([tmp_path / "weights.bin"])
@@ -131,7 +131,7 @@ def test_python_objects_are_never_loaded(tmp_path: Path, content: dict[str, Any]
 
 
 def test_a_fused_bias_is_split(tmp_path: Path) -> None:
-    """Its k part must be zero, see test_foreign.py as well."""
+    """The part for the attention keys must be zero, see also test_foreign.py."""
     fused = torch.cat([torch.full((4,), 1.0), torch.zeros(4), torch.full((4,), 3.0)])
     save_file({"layers.7.qkv.bias": fused, "layers.7.qkv.weight": torch.ones(12, 4)}, tmp_path / "w.safetensors")
     weights = split_biases(tmp_path, WeightFiles([tmp_path / "w.safetensors"]))
