@@ -36,7 +36,7 @@ LABELS = {"masked": "masked", "ours": "masked with MVM"}
 
 
 def measured(case: Case, model: STLLM) -> dict[str, Any]:
-    """Return a row of the table. model: of the case; it fits any number of frames."""
+    """Measure steps with the number of frames of `case`. Returns a row of the table. model: of the sizes of `case`."""
     batch = new_batch(case, model.device)
     time = step_seconds(model, batch, "unmasked", *LABELS)
     memory = {name: step_bytes(case, model, batch, name) / MIB for name in time}

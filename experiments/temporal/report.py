@@ -135,7 +135,7 @@ def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write the three files, each completely or not at all. report: from `summary`."""
+    """Write temporal.json, temporal.md and temporal.svg, each completely or not at all. report: from `summary`."""
     from matplotlib import rc_context
 
     write_json(folder / "temporal.json", report)

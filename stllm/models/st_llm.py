@@ -238,7 +238,7 @@ class STLLM(PreTrainedModel):
     # ---- methods that transformers expects ----------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embedding."""
+        """Return the language model's token embedding."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -246,7 +246,7 @@ class STLLM(PreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language model's output head."""
+        """Return the language model's output head."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:

@@ -45,7 +45,7 @@ class MeanInput(nn.Module):
         return _only(frame_tokens, kept).mean(dim=1)
 
     def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
-        """Tokens that enter the language model."""
+        """Return the number of visual tokens of a clip of `num_frames` frames."""
         return tokens_per_frame
 
 
@@ -61,7 +61,7 @@ class AllInput(nn.Module):
         return _only(frame_tokens, kept).flatten(1, 2)
 
     def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
-        """Tokens that enter the language model."""
+        """Return the number of visual tokens of a clip of `num_frames` frames."""
         return num_frames * tokens_per_frame
 
 
@@ -94,7 +94,7 @@ class ResidualInput(nn.Module):
         return (local + pooled[:, None]).flatten(1, 2)
 
     def num_tokens(self, num_frames: int, tokens_per_frame: int) -> int:
-        """Tokens that enter the language model."""
+        """Return the number of visual tokens of a clip of `num_frames` frames."""
         return min(num_frames, self.residual_size) * tokens_per_frame
 
 

@@ -47,7 +47,7 @@ TRAINED = {  # recipe -> its trainable parts
     "published": {*SMALL, LLM},
 }
 BASES = [f"base/{path.stem}" for path in sorted((CONFIGS / "train" / "base").glob("*.yaml"))]
-OWN = "own"  # a data set of the user's own: any spelling of its name is right
+OWN = "own"  # a data set of the user's own, whose name is free
 
 # The published configurations, key by key (facts of the published repository, not read from our YAMLs).
 MODEL = {
@@ -285,7 +285,7 @@ def test_a_recipe_gives_valid_training_arguments(name: str, folder: Path, tmp_pa
     ours = {f.name for f in dataclasses.fields(RunSettings)}
     said = {str(key): value for key, value in run.items() if key not in ours and value is not None}
     zero = said.pop("deepspeed", None)  # it would need the package
-    # bf16 passes on a CPU that is asked for
+    # bf16 is accepted if a CPU is requested
     arguments = TrainingArguments(**{**said, "output_dir": str(tmp_path), "use_cpu": True})
     assert arguments.bf16 and arguments.lr_scheduler_type == "cosine" and arguments.get_warmup_steps(1000) == 30
     assert (arguments.fsdp_plugin_args is not None) == (name == "fsdp")

@@ -26,7 +26,7 @@ LEARNED = {  # the parts that a stage changes
     "3_masking": {"qformer", "projection", "language_model"},
     "4_long": {"qformer", "projection", "language_model"},
 }
-BEFORE = {"1_images": "0_vision", "4_long": "2_videos"}  # where a stage begins, if not with the one before it
+BEFORE = {"1_images": "0_vision", "4_long": "2_videos"}  # stages that do not start from the stage before
 
 
 @pytest.mark.parametrize("path", [*TINY.glob("*.yaml"), *(TINY / "stages").glob("*.yaml")], ids=lambda path: path.stem)
@@ -37,7 +37,7 @@ def test_a_recipe_loads_and_its_header_has_needs_launch_and_override_lines(path:
     override = re.search(r"^# Override: --options (.*?)(?:   \(.*\))?$", text, re.M)
     assert override is not None
     config = load_config(path, override[1].split())
-    assert config.model.system == ""  # no recipe trains with a sentence before the question, so none is asked with one
+    assert config.model.system == ""  # recipes train without a system sentence, so none is used in questions
 
 
 @pytest.mark.slow

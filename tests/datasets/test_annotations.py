@@ -151,7 +151,7 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
 )
 def test_faults_of_one_record_are_reported(tmp_path: Path, fields: dict[str, Any], message: str, cause: str) -> None:
     records = read(tmp_path, [GOOD, fields])
-    assert records[0].turns  # the others are as good as ever
+    assert records[0].turns  # the other records are usable
     with pytest.raises(AnnotationError) as error:
         records[1]
     assert str(error.value).startswith(f"{tmp_path / 'train.json'}, record 2: ")

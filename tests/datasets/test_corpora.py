@@ -187,6 +187,6 @@ def test_all_missing_files_are_named_at_once(data: Path) -> None:
         "set datasets.anno_root and datasets.media_root",
     ):
         assert part in found
-    # what is wrong with a file as a whole is told before any training, too
+    # faults of a whole file are reported before training, too
     (data / "own" / "mine.jsonl").write_text("{")
     assert "line 1, column 2: not valid JSON" in message(data, "  mine: {anno_path: own/mine.jsonl}")

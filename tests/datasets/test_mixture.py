@@ -149,7 +149,7 @@ def test_the_number_of_workers_changes_nothing() -> None:
     sampler = MixtureSampler(mixed, batch_size=4)
     alone = list(DataLoader(mixed, batch_sampler=sampler, collate_fn=names))
     assert alone == list(DataLoader(mixed, batch_sampler=sampler, collate_fn=names, num_workers=2))
-    assert len({name for batch in alone for name in batch}) == 24  # every draw is one of its own
+    assert len({name for batch in alone for name in batch}) == 24  # every draw differs
 
 
 def test_a_resumed_epoch_continues_without_loading_skipped_samples() -> None:

@@ -18,7 +18,7 @@ from stllm.media.video import BY_ROTATION, UPRIGHT, PyAvReader, turn_of
 from tests.helpers.videos import Work, copy_packets, frame_code, read_code, write_video
 
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"}
-X265_ALONE = "frame-threads=1:pools=none:log-level=none"  # its output depends on the number of threads, thus of cores
+X265_ALONE = "frame-threads=1:pools=none:log-level=none"  # its output depends on the number of threads
 X265 = {"x265-params": f"keyint=12:min-keyint=12:{X265_ALONE}"}
 VARIABLE = [index * 40 + index * index % 7 * 5 for index in range(60)]
 
@@ -165,7 +165,7 @@ def test_frames_are_correct_if_every_frame_is_marked_as_keyframe(tmp_path: Path,
     options = X265 if codec == "libx265" else None
     video = write_video(tmp_path / "video.mp4", num_frames=60, codec=codec, options=options)
     data = video.read_bytes()
-    assert data.count(b"stss") == 1  # the table of keyframes; without it all frames count as such
+    assert data.count(b"stss") == 1  # the table of keyframes; without it all frames are taken for keyframes
     video.write_bytes(data.replace(b"stss", b"free"))
     with PyAvReader(video) as reader:
         shuffled = np.random.default_rng(1).permutation(60)[:20].tolist()
@@ -274,7 +274,7 @@ def test_frames_are_counted_if_their_times_become_decoding_times(tmp_path: Path,
         packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
         stored = [packet.pts * packet.time_base for packet in packets]
         delay = float(stored[0] - packets[0].dts * packets[0].time_base)
-    # a place where all stored so far is shown before all that follow
+    # all frames stored up to here are shown before those that follow
     first = next(at for at in range(30, 60) if max(stored[:at]) < min(stored[at:]))
     for index in range(first - 2, 60, 2):  # a new file each time: a reader that has read more may have noticed more
         path = write_disordered(tmp_path / f"{index}.mkv", source, first=first, delay=delay)
@@ -285,7 +285,7 @@ def test_frames_are_counted_if_their_times_become_decoding_times(tmp_path: Path,
 HEVC_STREAMS = {
     "closed": "open-gop=0:keyint=12:min-keyint=12",
     "no_b_frames": "bframes=0:keyint=12",
-    "long_pyramid": "bframes=8:keyint=250",  # the order counts past what a slice header holds of it
+    "long_pyramid": "bframes=8:keyint=250",  # the counter of the order overflows its field in the slice header
     "temporal_layers": "temporal-layers=3:keyint=30",
     "leading_pictures": "open-gop=0:radl=2:keyint=16:min-keyint=16",
 }
@@ -348,7 +348,7 @@ def matrix() -> dict[str, dict[str, Any]]:
         for suffix, names in containers.items()
         for name in names
         for kind, options in (edited if suffix in ("mp4", "mov") else kinds).items()
-        if not (name == "mpeg2" and kind == "_variable")  # its encoder knows no such rate
+        if not (name == "mpeg2" and kind == "_variable")  # its encoder does not support this rate
     }
 
 

@@ -209,7 +209,7 @@ def test_an_evaluation_records_the_bits(bitsandbytes: None, toy: Path, tmp_path:
     assert main([*run, "--quantization", "4bit"]) == 0
     kept = yaml.safe_load((tmp_path / "mvbench.config.yaml").read_text())
     assert kept["model"]["quantization"] == "4bit"
-    assert main(run) == 1  # its lines are of another setting
+    assert main(run) == 1  # its predictions have another setting
 
 
 # ---- folders that are stored quantized ------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_qlora_trains_resumes_and_saves_a_whole_model(bitsandbytes: None, toy: P
     assert main(["train", "--cfg-path", str(recipe), "--quantization", "4bit"]) == 0
     assert losses(run) == first
 
-    # the output is a whole model with its base as it was, which merges and converts like any other
+    # the output is a whole model with unquantized weights, which can be merged and converted like any other
     weights, base = load_file(run / "model.safetensors"), load_file(toy / "language_model" / "model.safetensors")
     for name in ("mlp.gate_proj", "self_attn.q_proj.base_layer"):
         key = f"model.layers.0.{name}.weight"
@@ -419,7 +419,7 @@ def test_commands_without_a_language_model_have_no_quantisation_option(
     for command in (["extract", "--cfg-path", "a.yaml", "--output", "b"], ["convert", "a", "--to", "b"]):
         assert main([*command, "--quantization", "4bit"]) == 2
         assert "--quantization" in capsys.readouterr().err
-    # as a setting of the recipe it does not concern them
+    # the setting of a recipe has no effect on them
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={"quantization": "4bit", "freeze_vit": True})
     extract = ["extract", "--cfg-path", str(recipe), "--output", str(tmp_path / "features"), "--stage", "vit"]
     assert main([*extract, "--device", "cpu"]) == 0

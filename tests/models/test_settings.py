@@ -54,11 +54,11 @@ def test_only_settings_of_the_user_are_explicit(tmp_path: Path) -> None:
         "vision": {"depth": 7, "num_heads": 2},
         "residual_size": 5,
     }
-    cfg.write_text("model: {model_type: minigpt4_vicuna0_btadapter}")  # naming a model says what it is
+    cfg.write_text("model: {model_type: minigpt4_vicuna0_btadapter}")  # model_type sets its defaults
     said = explicit_settings(cfg)
     assert said["vit_model"] == "eva_btadapter_g" and said["qformer_text_input"] is False
     assert "image_size" not in said
-    top = tmp_path / "top.yaml"  # what its base says was said too
+    top = tmp_path / "top.yaml"  # settings of the base file count, too
     top.write_text("base: user.yaml\nmodel: {residual_size: 3}")
     assert explicit_settings(top) == {**said, "residual_size": 3}
 

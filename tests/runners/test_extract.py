@@ -130,7 +130,7 @@ def test_each_clip_is_extracted_once_and_bad_ones_are_left_out(
     assert len(store) == 5
     halves = [store.load(f"toy_direction_00003.mp4[{part}]") for part in ("0.0,0.5", "0.5,inf")]
     assert not halves[0].equal(halves[1])
-    # training counts as missing what could not be read, and goes on
+    # training counts unreadable clips as missing and continues
     train(planted, f"datasets.features_root={output}", "run.per_device_train_batch_size=8")
     assert read_log(tmp_path / "run")[-1]["skipped_samples"] > 0
 
@@ -166,7 +166,7 @@ def test_an_interrupted_extraction_continues(
     extract(planted, output)
     assert encoded == [1, 1, 3]
     assert not list((output / "mine").glob(".*"))
-    (output / "mine" / shards(output / "mine")[1]).unlink()  # it may as well never have been written
+    (output / "mine" / shards(output / "mine")[1]).unlink()  # as if it had never been written
     extract(planted, output)
     extract(planted, output)  # nothing is left to do
     assert encoded == [1, 1, 3, 1] and len(FeatureStore(output / "mine")) == 5

@@ -88,7 +88,7 @@ def test_faults_are_named_skipped_and_counted_and_pairs_stay_together(
     assert {shown for shown, _ in pairs} == {*range(NUM_GOOD), 50}  # what lies outside can be read, too
     errors = capsys.readouterr().err
     skipped = read_log(recipe.parent / "run")[-1]["skipped_samples"]
-    assert skipped >= 3 * 9  # nine records that cannot be read, in each epoch; a replacement may meet them again
+    assert skipped >= 3 * 9  # nine unreadable records in each epoch; a replacement may be one of them, too
     for name in ("gone.mp4", "text.mp4", "cut.mp4", "empty.mp4", "picture.jpg"):
         assert len(re.findall(rf"left out: \S*{name}", errors)) == 1, name
 

@@ -69,7 +69,7 @@ def test_an_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:
 def test_a_run_continues_only_with_its_own_configuration(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(cfg(learning_rate=0.1, logging_steps=1))
-    folder.begin(cfg(learning_rate=0.2))  # nothing was learned yet: it begins anew
+    folder.begin(cfg(learning_rate=0.2))  # without a checkpoint the run starts again
     write_checkpoint(folder, 1)
     folder.begin(cfg(learning_rate=0.2, logging_steps=5, dataloader_num_workers=2))
     with pytest.raises(UserError, match=r"another configuration: run\.learning_rate was 0\.2 and is now 0\.3;"):

@@ -162,7 +162,7 @@ def test_language_models_with_other_weight_names_on_disk_train(
     base = tmp_path / "language_model"
     config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], "vocab_size": len(tokenizer)})
     config.max_position_embeddings = 256
-    torch.manual_seed(1)  # six steps of LoRA change the loss by some 0.005, and not of every start does it fall
+    torch.manual_seed(1)  # six steps of LoRA change the loss by about 0.005, and it does not fall for every seed
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
     (tmp_path / "whole").mkdir()

@@ -119,7 +119,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(10, 4)  # 40
         self.layers = nn.Sequential(Layer(), Layer())  # 20 each
         self.head = nn.Linear(4, 10, bias=False)
-        self.head.weight = self.embedding.weight  # tied: counted once
+        self.head.weight = self.embedding.weight  # a tied weight counts once
         self.layers[0].requires_grad_(False)
 
 
@@ -135,15 +135,15 @@ def test_parameters_are_counted() -> None:
 @pytest.mark.parametrize(
     ("strategy", "one", "eight", "host_one", "host_eight"),
     [
-        # frozen 2 a parameter; trained 4 + 4 + 8, and 4 of DDP's buckets
+        # bytes a parameter: frozen 2; trained 4 + 4 + 8, and 4 in DDP's buckets
         ("DDP", 200 + 640, 200 + 640 + 160, 0, 0),
-        # 2 a parameter; 2 + 4 + 4 + 8 of what trains, shared out; loading 2 a parameter and process
+        # 2 a parameter; trained: 2 + 4 + 4 + 8, sharded; loading: 2 a parameter in each process
         ("ZeRO-2", 280 + 720, 280 + 90, 280, 2240),
         ("ZeRO-2 offload", 280, 280, 640, 2240),
-        # 2 a parameter and 16 of what trains, shared out; 4 of the largest module
+        # 2 a parameter, and 16 a trained one, sharded; 4 a parameter of the largest module
         ("ZeRO-3", 28 + 280 + 640, 28 + 35 + 80, 280, 2240),
         ("ZeRO-3 offload", 28, 28, 280 + 640, 2240),
-        # frozen 2, trained 16, shared out; 4 of what is gathered; each process loads its own share
+        # frozen 2, trained 16, sharded; 4 a gathered parameter; each process loads only its share
         ("FSDP", 80 + 200 + 640, 80 + 25 + 80, 0, 0),
         ("FSDP offload", 80, 80, 200 + 640, 840),
     ],

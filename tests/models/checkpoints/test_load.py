@@ -51,7 +51,7 @@ def test_a_released_folder_is_loaded_whole(dtype: str) -> None:
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     weights = golden_weights(NAME)
     assert torch.equal(model.projection.weight, weights["model.stllm_model.llama_proj.weight"].to(kind))
-    assert not any(p.requires_grad for p in model.vision_encoder.backbone.parameters())  # frozen by its configuration
+    assert not any(p.requires_grad for p in model.vision_encoder.backbone.parameters())  # its configuration freezes it
     assert model.projection.weight.requires_grad
 
 
@@ -82,7 +82,7 @@ def test_our_format_loads_the_same_here_and_through_transformers(changes: dict[s
         assert torch.equal(streamed(**batch).loss, model(**batch).loss)
 
 
-# what transformers calls otherwise on disk, or keeps in several tensors there
+# weights with another name on disk, or stored there in several tensors
 RENAMED = {"gpt_neox", "mixtral", "phimoe", "granitemoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "jamba"}
 
 
