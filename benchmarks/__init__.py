@@ -1,1 +1,1 @@
-"""Speed and memory, each measured as a ratio against a stated baseline in one run: `python -m benchmarks.<name>`."""
+"""Measurements of speed and memory, `python -m benchmarks.<name>`. Each compares ours with a baseline."""

@@ -1,6 +1,6 @@
-"""All measurements, each in a process of its own, and one page of them: JSON, tables, charts, and what has changed.
+"""Runs all measurements of speed and memory, each in its own process, and writes their JSON files, charts and a page.
 
-They measure speed and memory; experiments/ measures answers.
+The page also compares the results with the last committed ones. (experiments/ measures answers instead.)
 
     python -m benchmarks [--quick] [--only NAME ...] [--output-dir DIR] [--device DEVICE] [--page]
 """
@@ -17,11 +17,11 @@ from benchmarks.comparison import committed
 from benchmarks.measurements import MEASUREMENTS
 from benchmarks.page import write_page
 
-WITHOUT_DEVICE = ("startup", "data_pipeline", "decoding", "loading")  # they measure the CPU's part
+WITHOUT_DEVICE = ("startup", "data_pipeline", "decoding", "loading")  # they run on the CPU only
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes the page and prints what has changed. Returns 1 when a measurement failed."""
+    """Measure, write the page and print the changes. Returns 1 if a measurement failed, otherwise 0."""
     args = _arguments(argv)
     home = RESULTS / "quick" if args.quick else RESULTS
     folder = args.output_dir or home
@@ -41,10 +41,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, rough figures, a folder of their own")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and rough figures")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--only", nargs="+", choices=MEASUREMENTS, metavar="NAME", help=", ".join(MEASUREMENTS))
-    what.add_argument("--page", action="store_true", help="measure nothing, write the page from the results there")
+    what.add_argument("--page", action="store_true", help="measure nothing; write the page from existing results")
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="(default: benchmarks/results, with --quick results/quick)"
     )
@@ -53,7 +53,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _measure(name: str, folder: Path, *, quick: bool, device: str) -> bool:
-    """One measurement in a new process, where nothing was left in memory. Returns whether it ended well."""
+    """Run one measurement in a new process, whose memory no other has used. Returns whether it succeeded."""
     command = [sys.executable, "-m", f"benchmarks.{name}", "--output-dir", str(folder)]
     command += ["--quick"] if quick else []
     command += [] if name in WITHOUT_DEVICE else ["--device", device]

@@ -1,7 +1,8 @@
-"""Beams: an answer of 5 beams, ours against transformers' plain `generate` on the same prompts, in CPU seconds.
+"""Beams: CPU seconds of generation with 1 and 5 beams, ours against transformers' `generate` on the same prompts.
 
-A random LLaMA of about 135 million parameters, in float32; a prompt of 64 frames through the global-local module (16 of
-them, K = 32) and a question of 66 tokens, so 578 tokens; 40 new ones. A batch has prompts of different lengths.
+The model is a random LLaMA of about 135 million parameters in float32. A prompt has 578 tokens: 512 visual tokens (16
+local frames of 32 tokens, from a video of 64 frames) and a question of 66 tokens. An answer has 40 tokens. The prompts
+of a batch have different lengths.
 
     python -m benchmarks.beams [--quick]
 """
@@ -22,7 +23,7 @@ WIDTH, LAYERS, QUICK_LAYERS = 768, 12, 4
 
 
 def new_model(layers: int, device: torch.device) -> Any:
-    """Random weights, large enough that the beams differ."""
+    """Return a LLaMA with random weights, which are scaled up so that the beams differ."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=2048, num_hidden_layers=layers, num_attention_heads=12, vocab_size=32_000
@@ -36,7 +37,10 @@ def new_model(layers: int, device: torch.device) -> Any:
 
 
 def new_prompts(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, S, D) padded on the left, each row 20 tokens shorter than the last one, and their mask (B, S)."""
+    """Return the embeddings of `count` prompts, (B, S, D), padded on the left, and their attention mask, (B, S).
+
+    Each prompt is 20 tokens shorter than the one before.
+    """
     embeds = torch.randn(count, PROMPT, WIDTH, generator=torch.Generator().manual_seed(1)) / 20
     starts = 20 * torch.arange(count)
     mask = (torch.arange(PROMPT) >= starts[:, None]).long()
@@ -45,7 +49,7 @@ def new_prompts(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "")
     device = resolve_device(args.device)
     model = new_model(QUICK_LAYERS if args.quick else LAYERS, device)
@@ -71,7 +75,7 @@ def main() -> None:
         rows.append(row | {"speed-up": plain / ours, "equal ids": f"{equal}/{count}"})
     millions = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
     sizes: dict[str, Any] = {
-        "least of": 2,
+        "repeats (fastest counts)": 2,
         "millions of parameters": millions,
         "prompt tokens": PROMPT,
         "new tokens": NEW_TOKENS,

@@ -1,4 +1,4 @@
-"""A measurement's ratios as a light SVG, legible on a white and on a black page; equal data give equal bytes."""
+"""Draws the ratios of a measurement as an SVG, for light and dark pages. Equal data give equal bytes."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -12,9 +12,9 @@ from stllm.common.files import replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GREY = "#7d858e"  # of words and lines: 3.8:1 or more on white and on black
+GREY = "#7d858e"  # text and lines: a contrast of at least 3.8:1 on white and on black
 COLOURS = ("#2f7ed8", "#d8742f", "#3a9d6b", "#9a5fc0")
-LONG = 20  # beyond it bars of about 1 would not be seen
+LONG = 20  # with larger values the axis is logarithmic, because bars of about 1 would be too short
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "stllm",
@@ -31,7 +31,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(path: Path, result: Result, measurement: Measurement) -> None:
-    """Lines over the row labels where those are numbers, else bars; a thin line stands at 1, the baseline."""
+    """Draw lines if the row labels are numbers, otherwise bars, with a dashed line at 1, the baseline."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

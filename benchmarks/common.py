@@ -1,4 +1,4 @@
-"""What every measurement shares: timing, the machine and versions, and where results go."""
+"""Functions that all measurements share: options, timing, memory, the description of the machine, and the report."""
 
 import argparse
 import ctypes
@@ -27,13 +27,13 @@ LIBRARIES = ("torch", "transformers", "timm", "av")
 
 
 def arguments(description: str, *, published: bool = False, engine: bool = False) -> argparse.Namespace:
-    """--quick for smaller sizes, --output-dir for where the JSON goes, --device. published, engine: have these, too."""
+    """Parse the options --quick, --output-dir and --device. published, engine: add the options of these names."""
     parser = argparse.ArgumentParser(description=description)
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", action="store_true", help="smaller sizes, a rough figure")
+    sizes.add_argument("--quick", action="store_true", help="smaller sizes and rough figures")
     if published:
         sizes.add_argument("--published", action="store_true", help="the published 7B model's sizes; needs a GPU")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--device", default="auto")
     if engine:
         parser.add_argument("--engine", metavar="URL", help="also measure with this server, which decodes")
@@ -41,7 +41,7 @@ def arguments(description: str, *, published: bool = False, engine: bool = False
 
 
 def cuda_device(name: str) -> torch.device:
-    """The GPU of that name, which the published size needs. Raises UserError when the device of that name is none."""
+    """Return the GPU of this name, which the published size needs. Raises UserError if it is not a CUDA device."""
     device = resolve_device(name)
     if device.type != "cuda":
         raise UserError(
@@ -52,7 +52,7 @@ def cuda_device(name: str) -> torch.device:
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Runs `main`. 1, and one sentence on stderr, for what the user can put right; else 0."""
+    """Run `main` and return the exit code: 1 after a UserError, whose sentence goes to stderr, otherwise 0."""
     try:
         main()
     except UserError as error:
@@ -62,7 +62,7 @@ def exit_code(main: Callable[[], None]) -> int:
 
 
 def seconds(work: Callable[[], Any], *, repeats: int = 5, device: torch.device | None = None) -> float:
-    """Least wall-clock seconds of `work` after one warm-up: what else the machine does only ever adds to it."""
+    """Return the shortest wall-clock time of `work` after one warm-up. Other processes can only make it longer."""
     return take_turns({"": work}, repeats=repeats, device=device)[""]
 
 
@@ -73,9 +73,9 @@ def take_turns(
     device: torch.device | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """`seconds` of each, one after the other and round again, so that a slow minute of the machine meets them all.
+    """Return the shortest time of each of several works, measured in turns, so that a slow minute affects all of them.
 
-    clock: time.process_time for the processor's seconds, which other processes change less.
+    clock: time.process_time measures CPU seconds, which depend less on other processes.
     """
     rounds = [{name: _once(work, device, clock) for name, work in works.items()} for _ in range(repeats + 1)]
     return {name: min(times[name] for times in rounds[1:]) for name in works}
@@ -90,7 +90,7 @@ def _once(work: Callable[[], Any], device: torch.device | None, clock: Callable[
 
 
 def now(device: torch.device) -> float:
-    """Seconds of this process's computing, on which other processes have little influence; on a GPU, of the clock."""
+    """Return a time in seconds. On a CPU it is CPU time, which other processes affect little; on a GPU the clock."""
     if device.type != "cuda":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -98,18 +98,21 @@ def now(device: torch.device) -> float:
 
 
 def peak_rise(work: Callable[[], Any]) -> int:
-    """Run `work`, and return the bytes by which this process was larger at most than before; on Linux only."""
+    """Run `work` and return by how many bytes the memory of this process grew at its peak (Linux only)."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again, see proc(5)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
     before = resident_bytes("VmRSS")
     work()
     return resident_bytes("VmHWM") - before
 
 
 def resident_bytes(name: str, process: int | str = "self") -> int:
-    """Bytes of a process's line of /proc/PID/status: VmRSS, now, or VmHWM, at most; without /proc, this one's peak."""
+    """Return the resident memory of a process in bytes. name: VmRSS (now) or VmHWM (its peak).
+
+    Without /proc, returns the peak of this process.
+    """
     for line in _lines(f"/proc/{process}/status"):
         if line.startswith(name):
             return int(line.split()[1]) * 1024
@@ -122,7 +125,7 @@ def _wait(device: torch.device | None) -> None:
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, cores and threads of this run, and the accelerator where `device`, which it ran on, is one."""
+    """Describe the machine of this run: processor, cores, threads, the GPU if `device` is one, and library versions."""
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "processor": names[0].split(":")[1].strip() if names else platform.processor(),
@@ -156,11 +159,11 @@ def report(
     device: torch.device | None = None,
     published: bool = False,
 ) -> None:
-    """Writes `<name>.json` and prints it as `benchmarks/results/README.md` has it.
+    """Write a result as `<name>.json` and print it as on the page.
 
-    baseline: in words, what the ratios stand against. sizes: what was chosen; only equal sizes compare. also: what was
-    found beside the rows, or belongs to the machine. device: that it ran on (None: the CPU). published:
-    `<name>_published.json`, beside the small size's.
+    baseline: what the ratios compare with, in words. rows: column -> value, for each row of the table. sizes: the
+    parameters of the measurement; only results of equal sizes are compared. also: further results, and facts about the
+    machine. device: the device that was used (None: the CPU). published: writes `<name>_published.json` instead.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     name = f"{name}_published" if published else name
@@ -171,7 +174,7 @@ def report(
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """A result's table, and what it stands on: baseline, sizes, machine, versions."""
+    """Return a result in Markdown: its table, then baseline, sizes, machine and versions."""
     columns = list(result["rows"][0])
     rows = [[_cell(row[column]) for column in columns] for row in result["rows"]]
     texts = len(list(takewhile(lambda value: isinstance(value, str), result["rows"][0].values())))

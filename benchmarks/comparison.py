@@ -1,4 +1,4 @@
-"""Ratios now against those that were last committed: pure functions over the JSON that the measurements write."""
+"""Compares results with the last committed ones. All functions except `committed` are pure."""
 
 import json
 import shutil
@@ -16,22 +16,22 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one row, then and now."""
+    """A ratio in one row of a table, as committed (`then`) and as measured now."""
 
     row: str
     column: str
     then: float
     now: float
-    better: bool | None  # None: within a twentieth, which two runs on one machine differ by
+    better: bool | None  # None: less than 5 % apart, as two runs on one machine can be
 
     @property
     def ratio(self) -> float:
-        """now / then."""
+        """The value now divided by the committed value."""
         return self.now / self.then
 
 
 def label(row: Mapping[str, Any], measurement: Measurement) -> str:
-    """A row's name in tables and charts."""
+    """Return the name of a row in tables and charts."""
     words = (_word(column, row[column]) for column in measurement.labels)
     return ", ".join(words)
 
@@ -41,7 +41,7 @@ def _word(column: str, value: object) -> str:
 
 
 def changes(now: Result, then: Result, measurement: Measurement) -> list[Change]:
-    """Of every ratio that both have. Nothing where sizes or baseline differ: such figures do not compare."""
+    """Compare the ratios that both results have. Returns none if sizes or baseline differ, see `comparable`."""
     if not comparable(now, then):
         return []
     before = {label(row, measurement): row for row in then["rows"]}
@@ -50,13 +50,13 @@ def changes(now: Result, then: Result, measurement: Measurement) -> list[Change]
         name = label(row, measurement)
         for column in measurement.ratios:
             values = row.get(column), before.get(name, {}).get(column)
-            if all(_is_number(value) for value in values) and values != (1, 1):  # the baseline's own row
+            if all(_is_number(value) for value in values) and values != (1, 1):  # not the baseline
                 found.append(_change(name, column, *values, more=column in measurement.more))
     return found
 
 
 def comparable(now: Result, then: Result) -> bool:
-    """Whether both measured the same sizes against the same baseline."""
+    """Check whether two results have the same sizes and the same baseline."""
     return all(json.dumps(now[key]) == json.dumps(then[key]) for key in ("sizes", "baseline"))
 
 
@@ -70,7 +70,7 @@ def _is_number(value: object) -> bool:
 
 
 def committed(path: Path) -> Result | None:
-    """The file as the last commit has it; None where it has none, or outside a git checkout."""
+    """Return the last committed version of a result, or None if there is none (also outside a git checkout)."""
     if shutil.which("git") is None:
         return None
     shown = subprocess.run(

@@ -1,8 +1,8 @@
-"""The data pipeline alone: real mp4 files to training batches, in samples a second with 0, 1 and 2 workers.
+"""Data pipeline: samples a second from mp4 files to training batches, with 0, 1 and 2 data workers.
 
-As `stllm train` reads them: keyed samples of a mixture, decoding, one random crop a clip, tokens, masks, batches. The
-videos are rendered here as H.264: shapes that move over a texture with a little noise, 12 s each. Workers are kept from
-epoch to epoch and the first one is not counted.
+Samples are read as in `stllm train`: sampled from a mixture, decoded, cropped, tokenized, masked and collated. The
+videos are H.264 of 12 s, rendered for this measurement, with shapes that move over a noisy texture. Workers stay alive
+between epochs, and the first epoch is not counted.
 
     python -m benchmarks.data_pipeline [--quick]
 """
@@ -31,13 +31,13 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 SIZES = ((320, 240), (640, 360))
 WORKERS = (0, 1, 2)
 SEED = 0
-NUM_FRAMES = 16  # of a clip
+NUM_FRAMES = 16  # sampled from each video
 BATCH_SIZE = 2
 NUM_SHAPES = 6
 
 
 def pictures(num_frames: int, size: tuple[int, int], seed: int) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8: discs of random colours that cross a blocky texture, with noise as a camera's."""
+    """Yield frames, (H, W, 3) uint8: discs of random colours move over a blocky texture, with noise."""
     generator = np.random.default_rng(seed)
     width, height = size
     texture = generator.integers(40, 200, (height // 20, width // 20, 3)).repeat(20, axis=0).repeat(20, axis=1)
@@ -53,7 +53,7 @@ def pictures(num_frames: int, size: tuple[int, int], seed: int) -> Iterator[np.n
 
 
 def write_corpus(folder: Path, *, size: tuple[int, int], num_videos: int, num_frames: int) -> Path:
-    """Videos, and four records of each in VideoChat2-IT's layout. Returns the annotation file."""
+    """Write videos, and four records about each in VideoChat2-IT's format. Returns the annotation file."""
     records = []
     for video in range(num_videos):
         # x264's usual distance between keyframes
@@ -66,7 +66,7 @@ def write_corpus(folder: Path, *, size: tuple[int, int], num_videos: int, num_fr
 
 
 def new_loader(annotations: Path, num_workers: int) -> KeyedLoader:
-    """As the Trainer builds it, with the tests' tokenizers."""
+    """Return a loader as the Trainer builds it, with the tokenizers of the tests."""
     config = STLLMConfig(
         vision_config={"image_size": 224}, qformer_config={"vocab_size": 163, "max_position_embeddings": 64}
     )
@@ -93,13 +93,13 @@ def new_loader(annotations: Path, num_workers: int) -> KeyedLoader:
 
 
 def read_all(loader: KeyedLoader) -> None:
-    """An epoch."""
+    """Read all batches of one epoch."""
     for batch in loader:
         assert batch["pixel_values"].shape[:2] == (BATCH_SIZE, NUM_FRAMES) and not batch["failures"]
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "")
     files = {"num_videos": 2, "num_frames": 100} if args.quick else {"num_videos": 6, "num_frames": 300}
     rows = []

@@ -1,7 +1,7 @@
-"""Encoding: real-size EVA-ViT-g on 8 frames, ours against one frame at a time with eager attention in float32.
+"""Encoding: EVA-ViT-g at its published size on 8 frames, ours against one frame at a time with eager attention.
 
-Beside it the share of the machine's own matrix-multiply peak, measured on the same shapes in the same run: the linear
-layers' products alone, nothing between them.
+The result also compares the speed with the peak of the machine, which is measured in the same run: the matrix products
+of the encoder's linear layers, with nothing between them.
 
     python -m benchmarks.encoding [--quick]
 """
@@ -23,7 +23,7 @@ NUM_FRAMES = 8
 
 
 def build(sizes: dict, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
-    """The encoder with random weights."""
+    """Return the encoder with random weights. sizes: as `VISION_DEFAULTS`."""
     torch.manual_seed(0)
     with device:
         encoder = vision_encoders.get("eva_clip_g")(vision=sizes, chunk_size=16)
@@ -32,7 +32,7 @@ def build(sizes: dict, device: torch.device, dtype: torch.dtype) -> VisionEncode
 
 
 def products(sizes: dict, rows: int) -> list[tuple[int, int, int, int]]:
-    """(count, rows, inner, columns) of the linear layers for that many tokens."""
+    """Return (count, rows, inner, columns) of the matrix products of all linear layers. rows: the number of tokens."""
     width, depth = sizes["embed_dim"], sizes["depth"]
     hidden = int(width * sizes["mlp_ratio"])
     shapes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
@@ -42,12 +42,12 @@ def products(sizes: dict, rows: int) -> list[tuple[int, int, int, int]]:
 def matmul_peak(
     shapes: list[tuple[int, int, int, int]], device: torch.device, dtype: torch.dtype, repeats: int = 5
 ) -> float:
-    """FLOP/s over exactly these products, one after the other."""
+    """Return the FLOP/s of matrix products computed one after another. shapes: from `products`."""
     flops = time = 0.0
     for count, rows, inner, columns in shapes:
         x = torch.randn(rows, inner, device=device, dtype=dtype)
         layer = torch.nn.Linear(inner, columns, device=device, dtype=dtype)
-        # on a GPU all of a shape in one go: starting a single product and waiting for it takes longer than the product
+        # on a GPU all products of a shape are timed together, because waiting for each takes longer than the product
         calls = 1 if device.type == "cpu" else count
         time += count / calls * seconds(partial(_repeat, layer, x, calls), repeats=repeats, device=device)
         flops += count * 2 * rows * inner * columns
@@ -60,12 +60,12 @@ def _repeat(layer: torch.nn.Linear, x: Tensor, calls: int) -> None:
 
 
 def attention_flops(sizes: dict, frames: int, tokens: int) -> float:
-    """FLOP of q·k and attention·v in all blocks."""
+    """Return the FLOP of all attention blocks, apart from their linear layers. tokens: of each frame."""
     return 4.0 * frames * sizes["depth"] * tokens * tokens * sizes["embed_dim"]
 
 
 def eager_one_by_one(encoder: VisionEncoder, video: Tensor) -> Tensor:
-    """The baseline: explicit softmax attention, one frame at a time."""
+    """Encode a video as the baseline does: one frame at a time, with explicit softmax attention."""
     for module in encoder.backbone.modules():
         if isinstance(module, EvaAttention):
             module.fused_attn = False  # type: ignore[misc]  # timm chooses it for the whole process
@@ -75,10 +75,10 @@ def eager_one_by_one(encoder: VisionEncoder, video: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "")
     device = resolve_device(args.device)
-    # quick is little of it, and rarely: bfloat16 is slow where the processor has no units for it
+    # --quick uses one block and few repeats, because bfloat16 is slow on processors without support for it
     sizes = {**VISION_DEFAULTS, **({"depth": 1} if args.quick else {})}
     repeats = 2 if args.quick else 5
     tokens = (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1
@@ -92,7 +92,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         encoder = build(sizes, device, dtype)
         pixels = video.to(dtype)
-        peak = matmul_peak(shapes, device, dtype, repeats)  # and again behind: the machine may be busy for a while
+        peak = matmul_peak(shapes, device, dtype, repeats)  # measured before and after, as the machine may be busy
         time = seconds(partial(encoder, pixels), repeats=repeats, device=device)
         peak = max(peak, matmul_peak(shapes, device, dtype, repeats))
         name = f"ours, {str(dtype).removeprefix('torch.')}"

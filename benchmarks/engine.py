@@ -1,15 +1,17 @@
-"""A check of a real engine: `--engine` must give the ids that the language model gives here, and how fast it is.
+"""Engine: compares answers from an inference engine (vLLM) with those of this package, and measures the speed of both.
 
-Questions about the example clips are encoded once, here. Then they are decoded here, one at a time and in batches, and
-by the engine with 1, 8 and 32 requests in flight. Greedy, so in float32 the engine's ids must equal those of one at a
-time; otherwise the exit code is 1. With VLLM_SERVER_DEV_MODE=1 the engine also reports its version of torch.
+Questions about the example clips are encoded once, here. The answers are then decoded here, one at a time and in
+batches, and by the engine with 1, 8 and 32 requests in flight. Decoding is greedy, so in float32 the token ids must be
+the same everywhere; otherwise the exit code is 1. With VLLM_SERVER_DEV_MODE=1 the engine also reports its torch
+version.
 
     stllm convert stllm/assets/stllm-tiny --to lm --format language-model
     VLLM_SERVER_DEV_MODE=1 vllm serve lm --enable-prompt-embeds --dtype float32 --port 8001
     python -m benchmarks.engine --engine http://127.0.0.1:8001 [--ckpt-path DIR] [--dtype TYPE] [--quick]
 
-The result is named engine, or engine_NAME for the checkpoint folder NAME. engine_smollm2 is an ST-LLM with SmolLM2-135M
-(its transformers folder in ./SmolLM2-135M) as language model, LoRA, and a small vision part, after 20 steps:
+The result is named engine, or engine_NAME for a checkpoint folder NAME. engine_smollm2 is an ST-LLM whose language
+model is SmolLM2-135M with LoRA, with a small vision part. These commands train it for 20 steps from a folder
+./SmolLM2-135M:
 
     stllm toy --output toy_world
     stllm train --cfg-path configs/tiny/train_lora.yaml --options model.llama_model=SmolLM2-135M run.max_steps=20 \
@@ -37,33 +39,33 @@ from stllm.conversation.remote import RemoteLanguageModel
 from stllm.conversation.requests import Media, Request
 from stllm.processors.templates import Turn
 
-TOGETHER = (1, 8, 32)  # in a batch here, in flight there
+TOGETHER = (1, 8, 32)  # questions in a batch here, requests in flight with the engine
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", required=True, metavar="URL", help="its address")
+    parser.add_argument("--engine", required=True, metavar="URL", help="address of the engine")
     parser.add_argument(
         "--ckpt-path", default=str(FOLDER), metavar="DIR", help="the checkpoint (default: the tiny model)"
     )
-    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="here; the engine's must be the same")
+    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="also the engine's (default: float32)")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="of an answer (default: 40)")
+    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N", help="tokens of an answer (default: 40)")
     parser.add_argument("--quick", action="store_true", help="8 questions, one about each clip, instead of 64")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the JSON file")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print and write. Raises UserError when ids differ in float32."""
+    """Measure, print the result and write it. Raises UserError if token ids differ in float32."""
     args = arguments(argv)
     chat = load_chat(args.ckpt_path, device=args.device, dtype=args.dtype)
     decoding = Decoding(num_beams=1, max_new_tokens=args.max_new_tokens)
     clips = find_examples()
     asked = clips if args.quick else [(path, question) for path, _ in clips for _, question in clips]
     prepared = [chat.prepare(Request((Turn(question),), Media(str(path))), decoding) for path, question in asked]
-    prepared.sort(key=lambda one: one.length)  # as in an evaluation, so that batches need little padding
+    prepared.sort(key=lambda one: one.length)  # as in an evaluation, to reduce padding
     embeds, stopping = [chat.embeds(one) for one in prepared], chat.processor.stopping()
     rows: list[dict[str, Any]] = []
     ids: list[list[list[int]]] = []
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def versions(url: str) -> dict[str, str]:
-    """The engine's own version and that of its torch, as far as it reports them."""
+    """Return the versions of the engine and of its torch, "unknown" if it does not report them."""
     address = url.rstrip("/").removesuffix("/v1")
     found = {"vLLM": "unknown", "torch": "unknown"}
     with suppress(httpx.HTTPError):  # another server, or not in vLLM's development mode
@@ -124,7 +126,7 @@ def versions(url: str) -> dict[str, str]:
 
 
 def unpadded(ids: list[int], pad: int) -> list[int]:
-    """An answer's ids without the padding of its batch."""
+    """Return the ids of an answer without the padding at their end."""
     return list(reversed(list(dropwhile(lambda one: one == pad, reversed(ids)))))
 
 

@@ -1,8 +1,10 @@
-"""Evaluation: ours (batches, each clip decoded ahead and encoded once) against one question at a time, all done again.
+"""Evaluation: samples a second of `stllm evaluate` against one question at a time.
 
-Two synthetic sets: as MSVD-QA (20 videos, 25 questions each, 64 frames through the global-local module) and as MVBench
-(a clip a question, one frame a second, all tokens). The model has the published proportions at about an eightieth of
-the size. Then memory over 2,000 questions: what the process holds after each quarter of them.
+Ours answers in batches, decodes clips in advance and encodes each clip once. The baseline decodes and encodes the video
+again for each question. There are two synthetic data sets: one like MSVD-QA (20 videos with 25 questions each, 64
+frames, the video input residual) and one like MVBench (a clip for each question, one frame a second, the video input
+all). The model has the published proportions at about an eightieth of the size. The memory of the process is also
+measured, after each quarter of 2,000 questions.
 
     python -m benchmarks.evaluation [--quick]
 """
@@ -34,7 +36,7 @@ WORDS = ("circle", "square", "triangle", "object", "person")
 
 
 def new_items(videos: Sequence[Path], num_questions: int, **media: Any) -> list[Item]:
-    """So many questions about each video, a video's apart from each other, as ground truths may have them."""
+    """Return items with `num_questions` questions about each video. Questions about one video are not adjacent."""
     items: list[Item] = []
     for question in range(num_questions):
         for video in videos:
@@ -44,7 +46,10 @@ def new_items(videos: Sequence[Path], num_questions: int, **media: Any) -> list[
 
 
 def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]) -> list[dict[str, Any]]:
-    """Rows of the baseline, over `sample`, and of ours, over all items. chat: keeps nothing."""
+    """Return two rows of the table: the baseline on the items in `sample`, and ours on all items.
+
+    chat: must have no cache (cache_bytes 0).
+    """
     loaded = asking(items)
     start = time.perf_counter()
     alone = {item.id: chat.answer(loaded.requests(item, chat.processor.template), DECODING)[0].text for item in sample}
@@ -61,8 +66,8 @@ def measure(name: str, chat: Chat, items: Sequence[Item], sample: Sequence[Item]
 
 
 def memory(chat: Chat, items: Sequence[Item]) -> list[float]:
-    """MiB that this process holds after each quarter of the items. A first pass has grown what grows once."""
-    short = replace(DECODING, max_new_tokens=1)  # what is held, not for how long, is looked at
+    """Return the memory of this process in MiB after each quarter of the items."""
+    short = replace(DECODING, max_new_tokens=1)  # the length of the answers does not matter for memory
     asker = Asker(chat, asking(items), decoding=short, batch_size=BATCH_SIZE, num_workers=one_a_core(None))
     held = []
     for number, _ in enumerate(asker.records(items), start=1):
@@ -72,10 +77,10 @@ def memory(chat: Chat, items: Sequence[Item]) -> list[float]:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "")
     device = resolve_device(args.device)
-    # the sizes of what is seen are the same: of smaller ones the encoder's share, which is what is saved, would be less
+    # --quick has fewer clips, not smaller ones: with smaller frames, encoding would take a smaller share of the time
     num_videos, num_clips, num_asked = (1, 4, 16) if args.quick else (20, 80, 2000)
     with tempfile.TemporaryDirectory() as folder:
         videos = [write_clip(Path(folder) / f"video{n}.mp4", seconds=10, seed=n) for n in range(num_videos)]
@@ -111,7 +116,7 @@ def main() -> None:
 
 
 def write_clip(path: Path, *, seconds: int, seed: int) -> Path:
-    """A video of that length; the seed makes each another one."""
+    """Write a video of this length. The seed makes its number of frames unique."""
     return write_video(path, num_frames=seconds * FPS + seed, fps=FPS, size=SIZE, gop=50)
 
 

@@ -1,7 +1,8 @@
-"""Loading: peak memory against the size of the loaded weights, as stored and converting, each in its own process.
+"""Loading: peak memory compared with the size of the loaded weights, in the stored type and in other types.
 
-A synthetic checkpoint in the released layout (float16, one big shard and three small ones), and the same in our format;
-the baseline is transformers' `from_pretrained` on ours. Goal: a ratio of at most 1.15.
+A synthetic checkpoint is written in the released format (float16, one large shard and three small ones) and in our
+format. Each case is measured in a new process. The baseline is transformers' `from_pretrained` on our format. Goal: a
+ratio of at most 1.15.
 
     python -m benchmarks.loading [--quick] [--gib 2.2]
 """
@@ -25,10 +26,10 @@ from stllm.models.checkpoints.load import meta_model
 from stllm.models.configuration import STLLMConfig
 
 GIB = 2**30
-SHARES = (0.6, 0.15, 0.15, 0.1)  # of the weights, in each shard
+SHARES = (0.6, 0.15, 0.15, 0.1)  # of all weights, for each shard
 LAYER_BYTES = 2 * (4 * 2048**2 + 3 * 2048 * 5504)  # float16
 VOCABULARY_BYTES = 2 * 2 * 32000 * 2048
-CASES = (  # layout, what loads it, type
+CASES = (  # format, library that loads it, type to load
     ("released", "ours", "float16"),
     ("released", "ours", "float32"),
     ("released", "ours", "bfloat16"),
@@ -40,7 +41,7 @@ CASES = (  # layout, what loads it, type
 
 
 def new_config(size: float) -> STLLMConfig:
-    """Tiny vision, a LLaMA of about `size` bytes in float16."""
+    """Return the configuration of a model with tiny vision parts and a LLaMA of about `size` bytes in float16."""
     layers = max(1, round((size - VOCABULARY_BYTES) / LAYER_BYTES))
     return STLLMConfig(
         vision_config={"image_size": 28, "embed_dim": 32, "depth": 4, "num_heads": 4},
@@ -64,7 +65,10 @@ def write_released(
     shares: Sequence[float] = SHARES,
     new: Callable[[str, torch.Size], torch.Tensor] = lambda key, shape: torch.full(shape, 0.01, dtype=torch.float16),
 ) -> None:
-    """The checkpoint, never more than one shard of it in memory. new: the weight of that name, in float16."""
+    """Write a checkpoint in the released format, with only one shard in memory at a time.
+
+    shares: the share of all weights in each shard. new: returns the float16 weight of a key and a shape.
+    """
     specs = {
         RELEASED.to_theirs(key): tensor.shape for key, tensor in meta_model(config, torch.float16).state_dict().items()
     }
@@ -76,7 +80,7 @@ def write_released(
             number += 1
         shards[number].append(key)
         written += shape.numel()
-    filled = [keys for keys in shards if keys]  # of a small model the embeddings alone are more than a share
+    filled = [keys for keys in shards if keys]  # in a small model the embeddings are larger than a share
     for number, keys in enumerate(filled, start=1):
         path = folder / f"pytorch_model-{number:05d}-of-{len(filled):05d}.bin"
         torch.save({key: new(key, specs[key]) for key in keys}, path)
@@ -85,7 +89,10 @@ def write_released(
 
 
 def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
-    """Loads once in this process. peak_ratio: growth of the resident memory at its peak, over the weights."""
+    """Load a checkpoint in this process. Returns sizes in bytes and seconds.
+
+    peak: by how much the resident memory grew at its peak. peak_ratio: peak divided by the size of the weights.
+    """
     from stllm.models.checkpoints.load import load_model
     from stllm.models.st_llm import STLLM
 
@@ -99,14 +106,14 @@ def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
         )
     spent = time.perf_counter() - start
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    # touches what is only mapped, in pieces: a sum in float32 converts what it is given
+    # reads all weights, which may be only mapped; in pieces, because the sum converts a copy to float32
     checksum = sum(piece.sum().item() for tensor in model.parameters() for piece in tensor.flatten().split(1 << 20))
     peak = resident_bytes("VmHWM") - before
     return {"weights": weights, "peak": peak, "peak_ratio": peak / weights, "seconds": spent, "checksum": checksum}
 
 
 def in_new_process(*words: str) -> dict[str, float]:
-    """`measure` where nothing was loaded before."""
+    """Run `measure` in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.loading", "--measure", *words], capture_output=True, text=True
     )
@@ -117,10 +124,10 @@ def in_new_process(*words: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Writes the checkpoints, measures, prints and writes the results."""
+    """Write the checkpoints, measure, print the results and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=2.2, help="size of the float16 weights (default: 2.2)")
-    parser.add_argument("--quick", action="store_true", help="0.5 GiB, a rough figure")
+    parser.add_argument("--quick", action="store_true", help="0.5 GiB and rough figures")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     parser.add_argument("--measure", nargs=3, metavar=("DIR", "LOADER", "DTYPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()

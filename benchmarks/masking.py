@@ -1,8 +1,9 @@
-"""Masked against unmasked training, over the number of frames: the saving of the paper's section 3.3.
+"""Masking: time and memory of training steps with masking (paper section 3.3), for several numbers of frames.
 
-Half of the visual tokens dropped, by masking alone and with MVM (whose teacher passes over all of them), as ratios to a
-step on all tokens. The vocabulary keeps the published model's share of the logits; memory is measured as in
-training_step.py. --published: the published language model in bfloat16, on a GPU.
+Half of the visual tokens are dropped, by masking alone and by masking with MVM, whose teacher pass reads all tokens.
+The baseline is a step on all tokens. The vocabulary is chosen so that logits take the same share of the work as in the
+published model. Memory is measured as in training_step.py. --published: the published language model in bfloat16, on a
+GPU.
 
     python -m benchmarks.masking [--quick | --published]
 """
@@ -27,7 +28,7 @@ from benchmarks.steps import (
 from stllm.common.device import resolve_device
 from stllm.models.st_llm import STLLM
 
-# Wide and shallow: in a narrow model attention, quadratic in tokens, would exaggerate the saving.
+# Wide and shallow: a narrow model would exaggerate the saving, because attention, quadratic in tokens, would dominate.
 FULL = Case(width=1024, depth=4)
 QUICK = Case(width=256, depth=2, text_tokens=64)
 FRAMES, QUICK_FRAMES = (8, 16, 32, 64), (16, 64)
@@ -35,7 +36,7 @@ LABELS = {"masked": "masked", "ours": "masked with MVM"}
 
 
 def measured(case: Case, model: STLLM) -> dict[str, Any]:
-    """A row of the table. model: of the case, whose number of frames it does not depend on."""
+    """Measure steps with the number of frames of `case`. Returns a row of the table. model: of the sizes of `case`."""
     batch = new_batch(case, model.device)
     time = step_seconds(model, batch, "unmasked", *LABELS)
     memory = {name: step_bytes(case, model, batch, name) / MIB for name in time}
@@ -50,7 +51,7 @@ def measured(case: Case, model: STLLM) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "", published=True)
     device = cuda_device(args.device) if args.published else resolve_device(args.device)
     case = PUBLISHED_CASE if args.published else QUICK if args.quick else FULL

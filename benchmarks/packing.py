@@ -1,12 +1,13 @@
-"""Padded against packed batches, with text lengths like those of the published mixtures; the losses are the same.
+"""Packing: time and memory of packed batches against padded ones, with text lengths like those of the published data.
 
-A batch holds samples of one corpus, as in training. The lengths of each kind of text and the corpora's sizes are chosen
-here, near those of VideoChat2-IT: class names of 1 to 5 tokens, answers of 1 to 3 words, captions of 20 to 40 words,
-conversations of 60 to 200 words, 1.3 tokens a word. The last row has all kinds in one data set, in proportion.
+A batch holds samples of one corpus, as in training. The text lengths and the sizes of the corpora are chosen here,
+close to those of VideoChat2-IT: class names of 1 to 5 tokens, answers of 1 to 3 words, captions of 20 to 40 words,
+conversations of 60 to 200 words, 1.3 tokens a word. In the last row one data set holds all kinds of text. Packed and
+padded batches must give the same losses.
 
-"with a mask" is the packed row as transformers computes it with torch's SDPA: a mask over all pairs of positions. The
-share of padding is that of many batches of 16, as published for each GPU; time, on a CPU the processor's, is that of a
-few smaller ones, memory that of the one with the most padding.
+"with a mask" is a packed batch as transformers computes it: torch's SDPA with a mask over all pairs of positions. The
+share of padding is computed for many batches of 16, the published size for each GPU. Time (on a CPU: CPU time) is
+measured on a few smaller batches, memory on the one of them with the most padding.
 
     python -m benchmarks.packing [--quick | --published]
 """
@@ -40,7 +41,7 @@ from benchmarks.steps import (
 from stllm.common.device import resolve_device
 from stllm.models import language_model as lm
 
-# tokens of instruction and question, and of the answer
+# smallest and largest number of tokens of instruction and question, and of the answer
 TEXTS = {
     "class name": ((20, 40), (1, 5)),
     "short answer": ((25, 45), (1, 4)),
@@ -52,7 +53,7 @@ TEXTS = {
 QA = [("conversation", 13), ("class name", 40), ("class name", 40), ("choice", 34), ("choice", 42)]
 QA += [("short answer", 40), ("short answer", 100)]
 TALK = [("caption", 7), ("conversation", 14), ("conversation", 13), ("caption", 400), ("short answer", 100)]
-# corpora, frames that enter whole (of 32 tokens each), masking with MVM, one corpus a batch
+# recipe -> corpora, frames of a sample (32 tokens each), whether it masks with MVM, whether a batch is of one corpus
 RECIPES: Mapping[str, tuple[Sequence[tuple[str, int]], int, bool, bool]] = {
     "avp (32 visual tokens)": (QA, 1, False, True),
     "qa (512, masked)": (QA, 16, True, True),
@@ -62,31 +63,31 @@ RECIPES: Mapping[str, tuple[Sequence[tuple[str, int]], int, bool, bool]] = {
 PUBLISHED_BATCH = 16
 FULL = Case(width=256, depth=2, batch=8)
 QUICK = Case(width=128, depth=2, batch=4)
-MANY = 2000  # batches whose padding is counted
-NUM_BATCHES = 2  # that are timed
+MANY = 2000  # batches for the share of padding
+NUM_BATCHES = 2  # batches that are timed
 
 
 def draw_texts(corpora: Sequence[tuple[str, int]], batch: int, *, one_corpus: bool, rng: random.Random) -> list[int]:
-    """Tokens of a batch's texts."""
+    """Draw the number of text tokens of each sample of a batch."""
     kinds, sizes = zip(*corpora, strict=True)
     drawn = rng.choices(kinds, sizes) * batch if one_corpus else rng.choices(kinds, sizes, k=batch)
     return [rng.randint(*TEXTS[kind][0]) + rng.randint(*TEXTS[kind][1]) for kind in drawn]
 
 
 def padding(texts: Sequence[int], visual: int) -> tuple[int, int]:
-    """Positions of padding and of the padded batch; visual: tokens of each sample."""
+    """Return the number of padding positions and of all positions of a padded batch. visual: tokens of each sample."""
     positions = len(texts) * (max(texts) + visual)
     return positions - sum(texts) - len(texts) * visual, positions
 
 
 def masked_states(model: Any, inputs_embeds: Tensor, attention_mask: Any, packed: Mapping[str, Any]) -> Tensor:
-    """`last_hidden_states` of packed samples by transformers' own mask."""
+    """Compute `last_hidden_states` of packed samples with transformers' mask."""
     decoder = model.get_decoder()
     return decoder(inputs_embeds=inputs_embeds, position_ids=packed["position_ids"], use_cache=False).last_hidden_state
 
 
 def measured(name: str, case: Case, num_batches: int, device: torch.device) -> dict[str, Any]:
-    """A row of the table. Raises AssertionError when padded and packed batches do not compute the same."""
+    """Return a row of the table. Raises AssertionError if padded and packed batches give different losses."""
     corpora, frames, masks, one_corpus = RECIPES[name]
     padded, packed = ("ours", "packed") if masks else ("unmasked", "unmasked_packed")
     visual = frames * NUM_QUERY_TOKENS
@@ -134,7 +135,7 @@ def measured(name: str, case: Case, num_batches: int, device: torch.device) -> d
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "", published=True)
     device = cuda_device(args.device) if args.published else resolve_device(args.device)
     case = replace(PUBLISHED_CASE, batch=8, checkpointing=True) if args.published else QUICK if args.quick else FULL

@@ -1,4 +1,4 @@
-"""One page of all results: tables, charts, and what has changed since the last commit."""
+"""Writes the page of all results: tables, charts, and the changes since the last commit."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,16 @@ from stllm.evaluation.reports.tables import table
 
 INTRODUCTION = """# Speed and memory
 
-Written by `python -m benchmarks{option}`. Each figure stands against a baseline that the same run measured on the same
-machine, so ratios are what to read; seconds and bytes are that machine's own. Dashed lines: the baseline, 1.
+`python -m benchmarks{option}` writes this page. Each measurement compares this package ("ours") with a baseline, in the
+same run on the same machine. Compare the ratios, such as the speed-up: seconds and bytes depend on the machine. The
+dashed line in a chart is the baseline, 1.
 """
 
 
 def write_page(folder: Path, committed: Mapping[str, Result], *, quick: bool) -> str:
-    """Draws the charts and writes README.md from the results in the folder. Returns the section of changes.
+    """Draw the charts and write README.md from the results in the folder. Returns the section about changes.
 
-    committed: the results to compare with, by name, of those that were measured now.
+    committed: measurement -> its last committed result, for the measurements to compare.
     """
     shown = {**MEASUREMENTS, **ON_REQUEST}
     results = {name: _read(folder / f"{name}.json") for name in shown if (folder / f"{name}.json").is_file()}
@@ -42,7 +43,7 @@ def write_page(folder: Path, committed: Mapping[str, Result], *, quick: bool) ->
 
 
 def _comparison(results: Mapping[str, Result], committed: Mapping[str, Result]) -> str:
-    """The section, or nothing where there is nothing to compare with."""
+    """Return the section about changes, or an empty string if there are no committed results."""
     if not committed:
         return ""
     lines = [
@@ -56,7 +57,7 @@ def _comparison(results: Mapping[str, Result], committed: Mapping[str, Result]) 
         text += table(header, lines, texts=3)
     other = [name for name, then in committed.items() if not comparable(results[name], then)]
     if other:
-        text += f"\nOther sizes or another baseline than committed, so not compared: {', '.join(other)}.\n"
+        text += f"\nCommitted with other sizes or another baseline, and therefore not compared: {', '.join(other)}.\n"
     return text
 
 

@@ -1,10 +1,11 @@
-"""The whole published model on a GPU, random weights in bfloat16: EVA-ViT-g, Q-Former, LLaMA of 7B.
+"""Published size: the whole model (EVA-ViT-g, Q-Former, LLaMA of 7B) with random weights in bfloat16 on a GPU.
 
-Answering: seconds from prepared frames in main memory to visual tokens, to the first token and tokens a second after
-it, greedy. Training: a step (forward and backward, frozen encoder and Q-Former, checkpointing) with half of the visual
-tokens dropped and MVM, as a ratio to one on all of them. Memory is the allocator's peak, weights and all.
+Answering: the seconds to encode the prepared frames, the seconds from them to the first token, and the tokens a second
+after it, with greedy decoding. Training: a forward and backward pass with gradient checkpointing, frozen encoder and
+Q-Former, MVM, and half of the visual tokens dropped, compared with a pass on all tokens. Memory is the allocator's
+peak, including the weights.
 
-    python -m benchmarks.published_size [--quick]    # --quick: the first row alone
+    python -m benchmarks.published_size [--quick]    # --quick: only the first row
 """
 
 import sys
@@ -20,19 +21,19 @@ from benchmarks.steps import MASK_RATE, PUBLISHED, Batch, Case, checkpoint, draw
 from stllm.models.configuration import STLLMConfig
 from stllm.models.st_llm import STLLM
 
-ROWS = ((16, "all"), (64, "residual"))  # frames, video input; of the latter 16 frames enter the language model
+ROWS = ((16, "all"), (64, "residual"))  # frames, video input; residual passes 16 frames on to the language model
 NEW_TOKENS = 32
 GIB = 2**30
 
 
 def published_config(video_input: str) -> STLLMConfig:
-    """The sizes of the InstructBLIP family's model; the configuration's defaults are its own."""
+    """Return the configuration of the published 7B model of the InstructBLIP family."""
     text = {"model_type": "llama", "vocab_size": PUBLISHED["vocab_size"], "max_position_embeddings": 4096}
     return STLLMConfig(text_config=text, video_input=video_input, mvm_decode=True)
 
 
 def measured(config: STLLMConfig, frames: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A row of the table."""
+    """Return a row of the table."""
     model = draw_model(config, device, dtype)
     size = config.vision_config["image_size"]
     pixels = torch.randn(1, frames, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -49,7 +50,7 @@ def measured(config: STLLMConfig, frames: int, device: torch.device, dtype: torc
 
 @torch.inference_mode()
 def answering(model: STLLM, pixels: Tensor, batch: Batch) -> dict[str, float]:
-    """Columns of an answer. pixels: (1, T, 3, H, W), in main memory."""
+    """Return the columns about answering. pixels: (1, T, 3, H, W), in main memory."""
     whole = batch["whole"]
     prompt = {name: whole[name] for name in ("input_ids", "attention_mask", "visual_positions")}
     question = {name: whole[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
@@ -76,7 +77,7 @@ def answering(model: STLLM, pixels: Tensor, batch: Batch) -> dict[str, float]:
 
 
 def training(model: STLLM, pixels: Tensor, batch: Batch) -> dict[str, float]:
-    """Columns of a training step; MASK_RATE of the visual tokens are dropped."""
+    """Return the columns about training. pixels: (1, T, 3, H, W), in main memory."""
     model.train()
     checkpoint(model)
 
@@ -96,7 +97,7 @@ def training(model: STLLM, pixels: Tensor, batch: Batch) -> dict[str, float]:
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
-    """Most that was held during `work`; of the whole process so far where no CUDA allocator counts."""
+    """Return the peak memory of `work` on a GPU in bytes; on a CPU, the peak of the process so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     work()
@@ -104,7 +105,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "")
     device = cuda_device(args.device)
     rows = [

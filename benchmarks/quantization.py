@@ -1,9 +1,10 @@
-"""The whole published model in 4 and 8 bits: EVA-ViT-g, Q-Former and LLaMA of 7B answer a question about a clip.
+"""Quantization: memory and time of the whole published model (EVA-ViT-g, Q-Former, LLaMA of 7B) in 4 and 8 bits.
 
-A folder in the released layout holds random weights in float16 (15 GiB of disk). For each number of bits, a new process
-runs `stllm chat --quantization BITS` on it: 16 tokens, greedy, about 8 frames of an example clip, everything but the
-language model's layers in bfloat16. Seconds are of the CPU. Loading quantizes; while the prompt is read, bitsandbytes
-packs 4-bit weights, where the processor multiplies in bfloat16. Memory is the most that the process held, all included.
+Random weights in float16 are written to a folder in the released format (15 GiB). For each number of bits, a new
+process runs `stllm chat --quantization BITS` with it: 16 tokens, greedy, about 8 frames of an example clip. All parts
+except the language model's linear layers are in bfloat16. Times are CPU seconds. The time of loading includes the
+quantization. If the processor multiplies in bfloat16, the time of the prompt includes bitsandbytes' repacking of 4-bit
+weights. Memory is the peak of the whole process.
 
     python -m benchmarks.quantization [--quick] [--layers N] [--bits BITS ...] [--folder DIR]
 """
@@ -32,13 +33,13 @@ from stllm.common.schema import QUANTIZATIONS
 PRECISE = "none"
 SHARDS = 10
 FRAMES, NEW_TOKENS = 8, 16
-PARTS = ("VisionEncoder", "LlamaModel")  # the classes whose first calls begin encoding and answering
+PARTS = ("VisionEncoder", "LlamaModel")  # encoding starts at the first call of the one, answering at that of the other
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "qformer_tokenizer")  # the tiny model's
 LAYERS, QUICK_LAYERS = 32, 2  # of the language model
 
 
 def write_model(folder: Path, layers: int) -> None:
-    """Write the checkpoint, unless the folder has it. Only tokens of the tokenizer can come first in the output."""
+    """Write the checkpoint, unless the folder holds it already. Its output head gives only tokens of the tokenizer."""
     from stllm.conversation.chat import FOLDER
 
     if (folder / "config.json").is_file():
@@ -65,7 +66,7 @@ def write_model(folder: Path, layers: int) -> None:
 
 
 def measure(folder: str, bits: str) -> dict[str, Any]:
-    """Answer by the command in this process, which also prints its line. Return CPU seconds and bytes."""
+    """Run `stllm chat` in this process, which prints its answer. Returns CPU seconds and GiB by column."""
     from stllm.cli import main as stllm
     from stllm.conversation.chat import find_examples
 
@@ -97,16 +98,16 @@ def measure(folder: str, bits: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the model, measure, print and write the results."""
+    """Write the model, measure, print the results and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=LAYERS, metavar="N", help="of the language model (default: 32)")
-    parser.add_argument("--quick", action="store_true", help="two layers, a rough figure")
+    parser.add_argument("--layers", type=int, default=LAYERS, metavar="N", help="language model's layers (default: 32)")
+    parser.add_argument("--quick", action="store_true", help="two layers and rough figures")
     choices = (*QUANTIZATIONS, PRECISE)
     parser.add_argument("--bits", nargs="+", choices=choices, default=QUANTIZATIONS, help="(default: 4bit 8bit)")
     parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="of the model, which is kept (default: a temporary one)"
+        "--folder", type=Path, metavar="DIR", help="folder of the model, which is kept (default: a temporary folder)"
     )
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--measure", nargs=2, metavar=("DIR", "BITS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:

@@ -1,9 +1,10 @@
-"""Reuse: 25 questions about one video, ours against reading and encoding it again for each question.
+"""Reuse: CPU seconds of 25 questions about one video, ours against reading and encoding the video for each question.
 
-In the MiniGPT-4 family the visual tokens do not depend on the question: their keys and values in the language model are
-kept, too, and the row without such prefixes is what its speed-ups stand against. All rows begin with an unknown video,
-in CPU seconds. The model has the published proportions (encoder : language model about 1 : 7 in parameters, 64 frames
-through the global-local module, K = 32) at about an eightieth of the size; the video is rendered here as H.264.
+In the MiniGPT-4 family the visual tokens do not depend on the question, so their keys and values in the language model
+are reused as well (prefixes). The baseline of that family is therefore ours without prefixes. At the start of each row
+the cache is empty. The model has the published proportions (encoder to language model about 1 : 7 in parameters, 64
+frames, the video input residual, 32 tokens a frame) at about an eightieth of the size. The video is H.264, rendered for
+this measurement.
 
     python -m benchmarks.reuse [--quick]
 """
@@ -36,7 +37,7 @@ NUM_FRAMES, SIZE, GOP = 1500, (1280, 720), 250  # a minute of 720p, as in VcgBen
 def new_model(
     image_size: int, device: torch.device, video_input: str = "residual", family: str = "instructblip"
 ) -> STLLM:
-    """Random weights in the published proportions, large enough that answers differ."""
+    """Return a model in the published proportions. Its random weights are scaled up so that answers differ."""
     torch.manual_seed(0)
     with device:
         model = STLLM(
@@ -77,7 +78,7 @@ def new_model(
 
 
 def new_chat(model: STLLM, cache_bytes: int) -> Chat:
-    """An engine around the model, with the tests' tokenizers."""
+    """Return a chat with the model, with the tokenizers of the tests. cache_bytes: the size of its cache."""
     assert isinstance(model.config, STLLMConfig)
     processor = PromptProcessor.from_pretrained(
         GOLDEN / FOLDERS[model.config.template],
@@ -88,18 +89,18 @@ def new_chat(model: STLLM, cache_bytes: int) -> Chat:
 
 
 def requests(video: Path) -> list[Request]:
-    """25 different questions about the one video."""
+    """Return 25 different questions about a video."""
     words = ["circle", "square", "triangle", "object", "person"]
     questions = [f"what does the {a} do before the {b} moves" for a in words for b in words]
     return [Request((Turn(question),), Media(str(video))) for question in questions]
 
 
 def keep_none(*_: Any) -> None:
-    """Keep no prefixes."""
+    """Do nothing: replaces the cache's `put_prefixes`, so that no prefixes are kept."""
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "")
     device = resolve_device(args.device)
     rows: list[dict[str, Any]] = []
@@ -112,10 +113,10 @@ def main() -> None:
             new_chat(model, 0).ask(None, "what moves")  # warm-up
             first = {"instructblip": "read and encode for each question", "minigpt4": "without prefixes"}[family]
             found: dict[str, list[str]] = {}
-            expected: list[str] = []  # of the first row, and of the second one where the first had fewer questions
+            expected: list[str] = []  # from the first row, and for questions that it lacks from the second
             for name in (first, "ours, one question at a time", "ours, all questions in one batch"):
                 chat = new_chat(model, 0 if name.startswith("read") else 1 << 30)
-                some = asked[:FEW] if name.startswith("read") else asked  # there each question costs the same
+                some = asked[:FEW] if name.startswith("read") else asked  # each question takes equally long
                 batches = [some] if name.endswith("batch") else [[one] for one in some]
                 start = now(device)
 

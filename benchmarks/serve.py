@@ -1,11 +1,11 @@
-"""Serve: answers a second of `stllm serve`, questions that wait answered together against one at a time.
+"""Serve: answers a second of `stllm serve`, which answers waiting questions in a batch, against one at a time.
 
-The embedded tiny model answers questions about its example clips, which it keeps encoded. Its own answers are a word,
-so that most of the time goes into the prompts. For long answers its output head is replaced by one that never ends.
-Each server is a process of its own, and clients send their next question when they have the answer to the last. With
---engine another server decodes the short answers (`stllm convert stllm/assets/stllm-tiny --to DIR --format
-language-model`, `vllm serve DIR --enable-prompt-embeds --dtype float32`). It needs processor time of its own, also
-while it waits, so that the other rows of such a run are slower.
+The tiny model that ships with the package answers questions about its example clips, whose encodings are cached. Its
+answers are one word, so reading the prompts takes most of the time. For long answers its output head is replaced by one
+that never ends an answer. Each server is a separate process. A client sends its next question when it has received an
+answer. With --engine another server decodes the short answers (`stllm convert stllm/assets/stllm-tiny --to DIR --format
+language-model`, `vllm serve DIR --enable-prompt-embeds --dtype float32`). That server uses processor time even while it
+waits, so the other rows of such a run are slower.
 
     python -m benchmarks.serve [--quick] [--engine URL]
 """
@@ -42,30 +42,30 @@ SERVER = "import sys; from stllm.conversation import streaming; {limit}; from st
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU seconds of a process so far, from /proc; 0 without it."""
+    """Return the CPU seconds that a process has used so far, or 0 without /proc."""
     stat = Path(f"/proc/{pid}/stat")
     fields = stat.read_text().rpartition(")")[2].split() if stat.exists() else ["0"] * 13
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def write_endless(folder: Path) -> None:
-    """Writes the tiny model with an output head of which one token has a score, and all others 0."""
+    """Write the tiny model with an output head that always gives one token, so that an answer never ends."""
     shutil.copytree(FOLDER, folder)
     weights = load_file(folder / "model.safetensors")
-    weights[HEAD].zero_()[MAX_TOKENS] = 1e-9  # any token but those that end
+    weights[HEAD].zero_()[MAX_TOKENS] = 1e-9  # any token that does not end the answer
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server. model: its name there; pid: of its process."""
+    """A running server. model: the name of the served model. url: its address. pid: its process id."""
 
     model: str
     url: str
     pid: int
 
     def ask(self, client: httpx.Client, question: tuple[str, str]) -> str:
-        """The answer to (file, question)."""
+        """Send a question, (file, text), and return the answer."""
         file, text = question
         content = [{"type": "video_url", "video_url": {"url": file}}, {"type": "text", "text": text}]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS}
@@ -73,7 +73,7 @@ class Running:
         return str(reply.json()["choices"][0]["message"]["content"])
 
     def answer(self, questions: Sequence[tuple[str, str]], num_clients: int) -> tuple[float, float, list[str]]:
-        """Seconds, the server's CPU seconds, and the answers to the questions, by so many clients at once."""
+        """Send questions from several clients. Returns the seconds, the CPU seconds of the server, and the answers."""
         limits = httpx.Limits(max_connections=num_clients, max_keepalive_connections=num_clients)
         with httpx.Client(timeout=600, limits=limits) as client, ThreadPoolExecutor(num_clients) as threads:
             start, cpu = time.perf_counter(), cpu_seconds(self.pid)
@@ -83,7 +83,7 @@ class Running:
 
 @contextmanager
 def server(folder: Path, *options: str, device: str, max_rows: int | None = None) -> Iterator[Running]:
-    """`stllm serve` with that checkpoint. max_rows: questions in one generation; None for the usual number."""
+    """Run `stllm serve` with a checkpoint. max_rows: the most questions in one batch (None: the default)."""
     code = SERVER.format(limit="pass" if max_rows is None else f"streaming.MAX_ROWS = {max_rows}")
     command = [sys.executable, "-c", code, "serve", "--ckpt-path", str(folder), "--media-root", str(EXAMPLES)]
     command += ["--port", "0", "--queue-size", str(PLACES), "--device", device, *options]
@@ -99,7 +99,7 @@ def server(folder: Path, *options: str, device: str, max_rows: int | None = None
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "", engine=True)
     sizes = {SHORT: 48, LONG: 16} if args.quick else {SHORT: 192, LONG: 96}
     rounds = 1 if args.quick else 4
@@ -116,7 +116,7 @@ def main() -> None:
             questions = list(islice(cycle(texts), sizes[length]))
             best: dict[tuple[int, str], float] = {}
             cpu: dict[tuple[int, str], float] = {}
-            peak: dict[tuple[int, str], int] = {}  # memory so far
+            peak: dict[tuple[int, str], int] = {}  # peak memory so far, in MiB
             equal: dict[tuple[int, str], bool] = {}
             with ExitStack() as stack:
                 start = partial(server, folder, device=args.device)
@@ -127,7 +127,7 @@ def main() -> None:
                     running.answer(list(texts), 8)  # warm-up: the clips are encoded
                 for num_clients in CLIENTS:
                     asked = questions if num_clients > 1 else questions[: len(questions) // 4]
-                    for _ in range(rounds):  # in turns, so that a slow minute of the machine meets them all
+                    for _ in range(rounds):  # in turns, so that a slow minute affects all servers
                         for name, running in servers.items():
                             seconds, worked, answers = running.answer(asked, num_clients)
                             place = num_clients, name

@@ -1,7 +1,7 @@
-"""Start-up: wall-clock seconds of `stllm --help`, `stllm chat --help` and `import stllm`, each a new process.
+"""Start-up: wall-clock seconds of `stllm --help`, `stllm chat --help` and `import stllm`, each in a new process.
 
-The baseline is the interpreter alone (`python -c pass`) in the same run; `import torch` stands beside them as what a
-command would cost that imported it first. Goal: --help within 0.5 s.
+The baseline is the interpreter alone (`python -c pass`). For comparison, `import torch` is measured as well: a command
+that imports torch takes at least as long. Goal: --help within 0.5 s.
 
     python -m benchmarks.startup [--quick]
 """
@@ -24,12 +24,12 @@ BASELINE = "python -c pass"
 
 
 def start(arguments_: Sequence[str]) -> None:
-    """One process from its start to its end. Raises CalledProcessError when it fails."""
+    """Run Python with these arguments. Raises CalledProcessError if it fails."""
     subprocess.run([sys.executable, *arguments_], check=True, capture_output=True)
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "")
     repeats = 3 if args.quick else 10
     times = take_turns({name: partial(start, words) for name, words in CASES.items()}, repeats=repeats)
@@ -37,7 +37,8 @@ def main() -> None:
         {"": name, "seconds": spent, "× the interpreter alone": spent / times[BASELINE]}
         for name, spent in times.items()
     ]
-    report("startup", "the interpreter alone, `python -c pass`", rows, {"least of": repeats}, args.output_dir)
+    sizes = {"repeats (fastest counts)": repeats}
+    report("startup", "the interpreter alone, `python -c pass`", rows, sizes, args.output_dir)
 
 
 if __name__ == "__main__":

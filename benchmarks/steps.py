@@ -1,12 +1,12 @@
-"""Training steps of one model under several procedures: what training_step.py and masking.py measure.
+"""Training steps by several procedures, for training_step.py, masking.py, packing.py and published_size.py.
 
-A step is forward and backward from the frozen Q-Former's output on, as with precomputed features: encoding the frames
-costs every procedure the same. The language model has the published proportions (feed-forward 2.69 of the width);
-all of it trains.
+A step is a forward and a backward pass. It starts from the output of the frozen Q-Former, as with precomputed features,
+because encoding the frames takes the same time in every procedure. The language model has the published proportions
+(the width of the feed-forward layers is 2.69 times the width), and all of it is trained.
 
-    python -m benchmarks.steps CASE PROCEDURE DEVICE    the memory of one procedure off CUDA, in a process of its own
+    python -m benchmarks.steps CASE PROCEDURE DEVICE    measures the memory of one procedure in this process
 
-B clips, N visual tokens of a clip, S positions of the joined sequence, D width.
+B clips, N visual tokens of a clip, V visual tokens of the batch, D width.
 """
 
 import gc
@@ -36,7 +36,7 @@ PUBLISHED = {"vocab_size": 32001, "hidden_size": 4096, "num_hidden_layers": 32} 
 NUM_QUERY_TOKENS = 32
 QFORMER_WIDTH = 768
 MASK_RATE = 0.5
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # relative, of losses and gradients' norms
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # relative tolerance of losses and of gradient norms
 MIB = 2**20
 Batch = dict[str, Any]
 
@@ -45,7 +45,8 @@ Batch = dict[str, Any]
 class Case:
     """Sizes of a model and a batch.
 
-    text_tokens: of the longest row, answer included; each next one is 8 shorter. texts: of each row, in place of these.
+    text_tokens: text tokens of the first row, including the answer; each further row has 8 fewer. texts: the text
+    tokens of each row, instead of text_tokens.
     """
 
     width: int = 512
@@ -57,20 +58,20 @@ class Case:
     answer_tokens: int = 32
     texts: tuple[int, ...] = ()
     checkpointing: bool = False
-    dtype: str = "float32"  # of the weights, their gradients and all that is computed
+    dtype: str = "float32"  # of weights, gradients and activations
 
 
 PUBLISHED_CASE = Case(width=PUBLISHED["hidden_size"], depth=PUBLISHED["num_hidden_layers"], dtype="bfloat16")
 
 
 def proportional_vocabulary(case: Case) -> int:
-    """The vocabulary whose logits cost the same share of a forward pass as the published model's do."""
+    """Return the vocabulary size at which logits take the same share of a forward pass as in the published model."""
     shrunk = case.width * case.depth / (PUBLISHED["hidden_size"] * PUBLISHED["num_hidden_layers"])
     return round(PUBLISHED["vocab_size"] * shrunk)
 
 
 def logits_share(case: Case) -> float:
-    """Part of a position's multiplications that computes its logits, attention left out."""
+    """Return the share of a position's multiplications that computes logits. Attention is not counted."""
     layers = case.depth * (4 * case.width + 3 * _inner_width(case))
     return case.vocabulary / (case.vocabulary + layers)
 
@@ -80,7 +81,7 @@ def _inner_width(case: Case) -> int:
 
 
 def new_model(case: Case, device: torch.device) -> STLLM:
-    """Random weights, in training mode. The encoder and the Q-Former, which no step here enters, are tiny."""
+    """Return a model with random weights, in training mode. Its encoder and Q-Former, which steps skip, are tiny."""
     config = STLLMConfig(
         vision_config={"image_size": 28, "embed_dim": 32, "depth": 4, "num_heads": 4},
         qformer_config={"vocab_size": 8, "num_hidden_layers": 1, "intermediate_size": 8},
@@ -103,22 +104,23 @@ def new_model(case: Case, device: torch.device) -> STLLM:
 
 
 def draw_model(config: STLLMConfig, device: torch.device, dtype: torch.dtype) -> STLLM:
-    """Random weights, drawn on the device and in that type; what an earlier model held is given back first."""
+    """Return a model with random weights, drawn on the device and in this type. Frees unused memory first."""
     gc.collect()
     torch.manual_seed(0)
     return assemble(config, [], device=device, dtype=dtype, training=True)[0]
 
 
 def checkpoint(model: STLLM) -> None:
-    """Activations are computed again in the backward pass instead of kept."""
-    # newer releases of transformers have renamed it, and warn at the old name
+    """Turn on gradient checkpointing: activations are computed again in the backward pass instead of stored."""
+    # newer versions of transformers use the first name, and warn about the second
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def new_batch(case: Case, device: torch.device) -> Batch:
-    """Arguments of `STLLM.forward`: masked, with half of the visual tokens dropped, and whole; each packed, too.
+    """Return arguments of `STLLM.forward` by kind of batch: masked, whole, masked packed, whole packed.
 
-    The visual block comes first, as in the InstructBLIP family.
+    In masked batches half of the visual tokens are dropped. The visual tokens precede the text, as in the InstructBLIP
+    family.
     """
     generator = torch.Generator().manual_seed(0)
     texts = case.texts or [case.text_tokens - 8 * number for number in range(case.batch)]
@@ -141,16 +143,19 @@ def new_batch(case: Case, device: torch.device) -> Batch:
     return {name: {"query_features": features, **send_to_device(batch, device)} for name, batch in kinds.items()}
 
 
-# ---- procedures: a model and a batch to a loss ----------------------------------------------------------------------
+# ---- procedures: functions from a model and a batch to a loss -------------------------------------------------------
 
 
 def ours(model: STLLM, batch: Batch) -> Tensor:
-    """What `stllm train` does: masking, and MVM with the short teacher pass."""
+    """Compute the loss as `stllm train` does: masking, and MVM whose teacher pass ends after the visual tokens."""
     return model(**batch["masked"]).loss
 
 
 def plain(model: STLLM, batch: Batch) -> Tensor:
-    """Masking and MVM by the causal LM's own forward: both passes over everything, all logits, all layers' states."""
+    """Compute masking and MVM with the causal LM's own forward.
+
+    Student and teacher pass read all positions, compute all logits, and keep the hidden states of all layers.
+    """
     whole, student = batch["whole"], batch["masked"]
     visual, kept = visual_tokens(model, whole), student["kept"]
     with torch.no_grad():
@@ -160,7 +165,7 @@ def plain(model: STLLM, batch: Batch) -> Tensor:
 
 
 def masked(model: STLLM, batch: Batch) -> Tensor:
-    """Masking alone: the language loss on the kept tokens."""
+    """Compute the language loss on the kept tokens, without MVM."""
     student = batch["masked"]
     embeds = model.embed(
         student["input_ids"], student["visual_positions"], visual_tokens(model, student)[student["kept"]]
@@ -170,17 +175,17 @@ def masked(model: STLLM, batch: Batch) -> Tensor:
 
 
 def unmasked(model: STLLM, batch: Batch) -> Tensor:
-    """The language loss on all tokens."""
+    """Compute the language loss on all tokens."""
     return model(**batch["whole"]).loss
 
 
 def packed(model: STLLM, batch: Batch) -> Tensor:
-    """`ours` on samples in one row without padding."""
+    """Compute the loss of `ours` on packed samples."""
     return model(**batch["masked packed"]).loss
 
 
 def unmasked_packed(model: STLLM, batch: Batch) -> Tensor:
-    """`unmasked` on samples in one row without padding."""
+    """Compute the loss of `unmasked` on packed samples."""
     return model(**batch["whole packed"]).loss
 
 
@@ -190,12 +195,12 @@ PROCEDURES: Mapping[str, Callable[[STLLM, Batch], Tensor]] = {
 
 
 def visual_tokens(model: STLLM, batch: Mapping[str, Tensor]) -> Tensor:
-    """All visual tokens of the batch, (B*N, D)."""
+    """Return all visual tokens of the batch, (B*N, D)."""
     return model.video_input(model.projection(batch["query_features"])).flatten(0, 1)
 
 
 def _full_pass(model: STLLM, batch: Mapping[str, Tensor], visual: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and the last hidden states of the visual tokens (V, D)."""
+    """Return the loss and the last hidden states of the visual tokens, (V, D). visual: (V, D)."""
     output = model.language_model(
         inputs_embeds=model.embed(batch["input_ids"], batch["visual_positions"], visual),
         attention_mask=batch["attention_mask"],
@@ -210,7 +215,7 @@ def _full_pass(model: STLLM, batch: Mapping[str, Tensor], visual: Tensor) -> tup
 
 
 def step(model: STLLM, batch: Batch, procedure: str) -> float:
-    """Forward and backward; gradients are kept in place from step to step. Returns the loss."""
+    """Run a forward and a backward pass and return the loss. Gradients stay allocated between steps."""
     model.zero_grad(set_to_none=False)
     loss = PROCEDURES[procedure](model, batch)
     loss.backward()
@@ -218,7 +223,7 @@ def step(model: STLLM, batch: Batch, procedure: str) -> float:
 
 
 def assert_same(model: STLLM, batch: Batch, *procedures: str) -> None:
-    """The procedures' losses, and the norm of each parameter's gradient, agree to `TOLERANCE`."""
+    """Assert that the procedures agree, within `TOLERANCE`, on the loss and on the norm of each gradient."""
     found = []
     for procedure in procedures:
         loss = step(model, batch, procedure)
@@ -230,16 +235,16 @@ def assert_same(model: STLLM, batch: Batch, *procedures: str) -> None:
 
 
 def step_seconds(model: STLLM, batch: Batch, *procedures: str, repeats: int = 3) -> dict[str, float]:
-    """Least seconds of a step by each procedure, taking turns on the same model and batch."""
+    """Return the shortest time of a step by each procedure, in seconds. They take turns on the same model and batch."""
     works = {name: lambda name=name: step(model, batch, name) for name in procedures}
     return take_turns(works, repeats=repeats, device=model.device)
 
 
 def step_bytes(case: Case, model: STLLM, batch: Batch, procedure: str) -> int:
-    """`measured_bytes`: here where CUDA's allocator counts, else in a new process, of the same case.
+    """Return `measured_bytes`, measured here on a GPU, and in a new process on a CPU.
 
-    There every tensor of 64 KiB or more is mapped and unmapped by itself, so that what is freed leaves the resident
-    set and its peak is that of the tensors alive; it costs time, which is why time is measured elsewhere.
+    In that process each tensor of 64 KiB or more is mapped separately, so freed tensors leave the resident memory at
+    once, and its peak is that of the living tensors. This takes time, so time is measured in the usual process.
     """
     if model.device.type == "cuda":
         return measured_bytes(model, batch, procedure)
@@ -255,15 +260,15 @@ def step_bytes(case: Case, model: STLLM, batch: Batch, procedure: str) -> int:
 
 
 def measured_bytes(model: STLLM, batch: Batch, procedure: str) -> int:
-    """Peak of a step above what is held between steps: weights, their gradients and the batch."""
-    step(model, batch, procedure)  # what is made once: gradients, threads, the libraries' own buffers
+    """Return the peak memory of a step in bytes, without what is held between steps: weights, gradients and batch."""
+    step(model, batch, procedure)  # warm-up: allocates gradients, threads and buffers of libraries
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
         step(model, batch, procedure)
         return torch.cuda.max_memory_allocated(model.device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     before = resident_bytes("VmRSS")
     step(model, batch, procedure)
     return resident_bytes("VmHWM") - before

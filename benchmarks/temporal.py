@@ -1,4 +1,4 @@
-"""`python -m benchmarks.temporal`: the former name of `python -m experiments.temporal`."""
+"""`python -m benchmarks.temporal`, the former name of `python -m experiments.temporal`."""
 
 import sys
 

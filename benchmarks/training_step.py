@@ -1,12 +1,13 @@
-"""A training step with masking and MVM: ours against the plain procedure, on the same model and batch, the same loss.
+"""Training step: time and memory of a step with masking and MVM, ours against a plain implementation of the same loss.
 
-The plain procedure runs the causal LM's own forward for student and teacher: the teacher goes over the whole sequence,
-both compute all logits and keep the hidden states of all layers. What that costs depends on the logits' share of the
-work, 2 % in the published model: a small model with the published vocabulary exaggerates it, so both are measured, that
-vocabulary and the one that keeps the share (--quick: this alone). Goal: at most 0.75 of the time and 0.6 of the memory.
+The plain implementation runs the causal LM's own forward for student and teacher. Its teacher pass reads the whole
+sequence; both passes compute all logits and keep the hidden states of all layers. The difference depends on the share
+of the work that computes logits, which is 2 % in the published model. A small model with the published vocabulary has a
+larger share and exaggerates the difference. So two vocabularies are measured: the published one and one with the
+published share (--quick: only the latter). Goal: at most 0.75 of the time and 0.6 of the memory.
 
-Memory is a step's peak above weights, gradients and batch: of the resident set, in a process for each figure in which
-tensors are mapped one by one (within 0.3 % of the allocator's own events), or of CUDA's allocator.
+Memory is the peak of a step above weights, gradients and batch. On a GPU it is measured by CUDA's allocator. On a CPU
+it is the resident memory of a new process that maps each tensor separately (within 0.3 % of the allocator's events).
 --published: the published language model in bfloat16, on a GPU.
 
     python -m benchmarks.training_step [--quick | --published]
@@ -33,14 +34,14 @@ from benchmarks.steps import (
 )
 from stllm.common.device import resolve_device
 
-# The published depth: with checkpointing, it is what memory stands in proportion to.
+# The published depth, because memory with gradient checkpointing is proportional to it.
 FULL = Case(width=512, depth=32)
 QUICK = Case(width=256, depth=4, frames=8, text_tokens=64)
 VARIED = ("vocabulary", "checkpointing")
 
 
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
-    """A row of the table. Raises AssertionError when the two procedures do not compute the same."""
+    """Return a row of the table. Raises AssertionError if the two procedures give different losses or gradients."""
     model, batch = new_model(case, device), new_batch(case, device)
     assert_same(model, batch, "plain", "ours")
     time = step_seconds(model, batch, "plain", "ours")
@@ -57,13 +58,13 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Measure, print the result and write it."""
     args = arguments(__doc__ or "", published=True)
     device = cuda_device(args.device) if args.published else resolve_device(args.device)
     case = PUBLISHED_CASE if args.published else QUICK if args.quick else FULL
     vocabularies = {proportional_vocabulary(case)}
     if not args.quick:
-        vocabularies.add(case.vocabulary)  # at the published size they are one
+        vocabularies.add(case.vocabulary)  # at the published size both are equal
     rows = [
         measured(replace(case, vocabulary=vocabulary, checkpointing=checkpointing), device)
         for vocabulary in sorted(vocabularies)

@@ -1,1 +1,1 @@
-"""Experiments that measure answers; speed and memory are measured in `benchmarks`."""
+"""Experiments that measure how good answers are. `benchmarks` measures speed and memory."""

@@ -1,1 +1,1 @@
-"""The experiment on time: every video input, trained alike on the toy world."""
+"""The experiment on temporal understanding: each video input is trained on the toy world in the same way."""

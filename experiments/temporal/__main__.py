@@ -1,8 +1,8 @@
-"""The paper's claim on the toy world: joint spatial-temporal tokens learn time where pooling cannot.
+"""Tests the paper's claim on the toy world: a model that reads all tokens learns temporal order, pooling cannot.
 
-Every variant of the video input is trained from the same checkpoint, on the same clips, for the same steps, with
-several seeds, and evaluated on MVBench's toy twin. The same command goes on where it stopped, and tries failed runs
-again.
+Each variant of the video input is trained with several seeds, from the same checkpoint, on the same clips and for the
+same number of steps. It is then evaluated on the toy version of MVBench. The same command resumes an interrupted
+experiment and repeats failed runs.
 
     python -m experiments.temporal --world TOY_ROOT --ckpt STAGE1_CHECKPOINT [--quick]
 """
@@ -36,7 +36,7 @@ NUM_SEEDS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing and write table and chart. Returns 0 when every run is there, 130 when interrupted."""
+    """Run what is missing, and write table and chart. Returns 0 if all runs succeeded, 1 if not, 130 if interrupted."""
     args = _arguments(argv)
     try:
         plan = _plan(args)
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run(plan: Plan, args: argparse.Namespace) -> list[Result]:
-    """Run all, with a report after each run; return those that failed."""
+    """Run all variants and seeds, and write the report after each run. Returns the results of failed runs."""
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as asyncio does at Ctrl-C
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # as Ctrl-C does
     seeds = range(args.seeds or (QUICK["seeds"] if args.quick else NUM_SEEDS))
     results: list[Result] = []
     async for result in run_all(plan, seeds, args.jobs):
@@ -77,33 +77,33 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.temporal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--world", type=Path, required=True, metavar="DIR", help="of stllm toy, best with --long")
-    parser.add_argument("--test-world", type=Path, metavar="DIR", help="asked about (default: --world's test clips)")
+    parser.add_argument("--world", type=Path, required=True, metavar="DIR", help="toy world, from `stllm toy --long`")
+    parser.add_argument("--test-world", type=Path, metavar="DIR", help="toy world to test on (default: --world)")
     parser.add_argument(
-        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 1: every run begins there"
+        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 1, where every run starts"
     )
-    parser.add_argument("--quick", action="store_true", help=f"rough figures: {QUICK}, where not said otherwise")
-    parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"(default: {NUM_SEEDS})")
-    parser.add_argument("--steps", type=whole(1), metavar="N", help="of every run (default: the base's)")
+    parser.add_argument("--quick", action="store_true", help=f"rough figures: defaults become {QUICK}")
+    parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"number of seeds (default: {NUM_SEEDS})")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="steps of each run (default: --base's)")
     parser.add_argument("--mask-after", type=float, default=0.5, metavar="SHARE", help="of the steps (default: 0.5)")
     parser.add_argument("--residual-size", type=whole(1), default=4, metavar="R", help="local frames (default: 4)")
     parser.add_argument("--long-frames", type=whole(2), default=16, metavar="T", help="of 64-frame clips (default: 16)")
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="the first N items of each task (default: all)")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="questions of each task (default: all)")
     parser.add_argument(
-        "--jobs", type=whole(1), default=2, metavar="N", help="runs at once, a thread each (default: 2)"
+        "--jobs", type=whole(1), default=2, metavar="N", help="runs at the same time, each with one thread (default: 2)"
     )
     parser.add_argument("--base", type=Path, default=ROOT / "configs" / "tiny" / "temporal.yaml")
-    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="over the base, for every run")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override --base, in all runs")
     parser.add_argument("--work", type=path, metavar="DIR", help="of the runs (default: output/temporal, or _quick)")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where table and chart go")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of table and chart")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(argv)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    """Return the plan of the arguments, and write into its folder what all runs have in common.
+    """Return the plan, and write the settings that all runs share to experiment.json in its folder.
 
-    Raises UserError for what cannot be run, and when the folder holds runs that cannot be compared with these.
+    Raises UserError for unusable arguments, and if the folder holds runs with other settings.
     """
     args.test_world = args.test_world or args.world
     for folder in {args.world, args.test_world}:
@@ -114,7 +114,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise UserError(f"{args.checkpoint} holds no trained model: {advice}")
     if not 0 <= args.mask_after < 1:
         raise UserError(f"--mask-after is {args.mask_after}; expected a share of the steps, from 0 to below 1")
-    os.environ["TOY_ROOT"] = str(args.world.resolve())  # the recipes' name for it
+    os.environ["TOY_ROOT"] = str(args.world.resolve())  # the recipes read it
     args.work = Path(args.work or f"output/temporal{'_quick' if args.quick else ''}")
     if args.quick:
         args.steps, args.limit = args.steps or QUICK["steps"], args.limit or QUICK["limit"]

@@ -1,4 +1,4 @@
-"""The plan of the experiment: the variants, what all runs share, and each run's recipe."""
+"""The plan of the experiment: the variants, the settings that all runs share, and the recipe of each run."""
 
 import json
 import statistics
@@ -16,15 +16,16 @@ from stllm.evaluation.benchmarks.mvbench import MVBenchTask, task_of
 from stllm.toy.tasks import RARE, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = 4  # checkpoints of the part without masks
+PARTS = 4  # checkpoints in the part of a run without masking
 LONG_PATH = f"video/{RARE.corpus}/packed.json"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way for videos to enter the language model. settings: keys of the recipe's section `model`.
+    """A variant of the video input. settings: keys of the recipe's section `model`.
 
-    local: clips are of as many frames as `residual` has local ones. masked: begins as `all`, see `Plan.switch`.
+    local: clips have as many frames as `residual` has local frames. masked: continues a run of `all`, see
+    `Plan.switch`.
     """
 
     name: str
@@ -34,13 +35,13 @@ class Variant:
 
     @property
     def slug(self) -> str:
-        """Its name in a path."""
+        """The name of this variant in paths."""
         return self.name.replace("+", "_").replace(" ", "_")
 
 
-_ALL = {"video_input": "all", "mvm_decode": True}  # the decoder is there from the start, unused, so that runs can part
+_ALL = {"video_input": "all", "mvm_decode": True}  # with the decoder, so that masked runs can continue it
 ALL = Variant("all", _ALL)
-VARIANTS = (  # the masked ones last: they wait for `all` of their seed
+VARIANTS = (  # masked variants last, because they wait for `all` of the same seed
     ALL,
     Variant("mean", {"video_input": "mean"}),
     Variant("residual", {"video_input": "residual"}),
@@ -52,9 +53,12 @@ VARIANTS = (  # the masked ones last: they wait for `all` of their seed
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs share. base: the recipe below theirs. limit: items asked of each task, None for all.
+    """The settings that all runs share.
 
-    long_frames: frames looked at of a 64-frame clip. options: `key=value`, over every recipe.
+    world, test_world: toy worlds to train on and to test on. checkpoint: where every run starts. base: the recipe that
+    each run's recipe extends. work: the folder of the runs. steps: of each run. mask_after: the share of steps before
+    masking. residual_size: local frames of `residual`. long_frames: frames sampled from a 64-frame clip. limit:
+    questions of each task (None: all). options: `key=value`, which override each recipe.
     """
 
     world: Path
@@ -72,27 +76,27 @@ class Plan:
 
     @property
     def every(self) -> int:
-        """Steps between checkpoints."""
+        """The number of steps between checkpoints."""
         return max(1, round((self.mask_after or 1.0) * self.steps / PARTS))
 
     @property
     def switch(self) -> int:
-        """The step, one with a checkpoint, after which masked variants go on from `all` of their seed; 0: none."""
+        """The step whose checkpoint of `all` the masked variants of the same seed continue; 0: they run alone."""
         return max(1, round(self.mask_after * self.steps / self.every)) * self.every if self.mask_after else 0
 
     @property
     def logging_steps(self) -> int:
-        """Steps that a line of the log, and so a time, is the mean of."""
+        """The number of steps that each line of the log averages."""
         return max(1, min(25, self.steps // 40))
 
     @cached_property
     def settings(self) -> DictConfig:
-        """The base, resolved, with the options over it. Raises UserError."""
+        """The base recipe with the options applied. Raises UserError if it is invalid."""
         return load_config(self.base, self.options)
 
     @cached_property
     def video_frames(self) -> dict[str, int]:
-        """Frames of each data set of clips; that of 64-frame clips, if the world has one, is always among them."""
+        """Data set -> frames sampled from each clip. It includes the 64-frame clips if the world has them."""
         sets = {str(name): entry for name, entry in self.settings.datasets.items() if isinstance(entry, DictConfig)}
         long = [name for name, entry in sets.items() if RARE.corpus in str(entry.get("anno_path"))]
         if self.has_long and not long:
@@ -102,18 +106,18 @@ class Plan:
 
     @cached_property
     def short_frames(self) -> int:
-        """Frames looked at of a clip of the usual length."""
+        """The number of frames sampled from a clip of the usual length."""
         entries = [entry for entry in self.settings.datasets.values() if isinstance(entry, DictConfig)]
         return max(entry.num_frames for entry in entries if "num_frames" in entry and RARE.corpus not in str(entry))
 
     @cached_property
     def has_long(self) -> bool:
-        """Whether both worlds have 64-frame clips (stllm toy --long)."""
+        """True if both worlds have 64-frame clips (`stllm toy --long`)."""
         return (self.world / "vc2" / LONG_PATH).is_file() and RARE.benchmark in self.slugs
 
     @cached_property
     def slugs(self) -> list[str]:
-        """The test world's tasks, by their files: those that the base trains, and the rare event."""
+        """The tasks to test, as names of their files: those that the base trains, and the rare event."""
         learned = [
             str(entry.get("anno_path"))
             for entry in self.settings.datasets.values()
@@ -124,23 +128,23 @@ class Plan:
         return sorted(file.stem for file in files if file.stem not in left_out)
 
     def frames(self, variant: Variant, number: int) -> int:
-        """How many of that many frames the variant is given."""
+        """Return how many of `number` frames a variant gets."""
         return min(number, self.residual_size) if variant.local else number
 
     def tokens(self, variant: Variant, number: int) -> int:
-        """Visual tokens that enter the language model of a clip of that many frames, without masking."""
+        """Return the number of visual tokens of a clip of `number` frames, without masking."""
         config = json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8"))
         build = video_inputs.get(variant.settings["video_input"])
         video_input: Any = build(width=1, bottleneck=1, residual_size=self.residual_size)
         return int(video_input.num_tokens(self.frames(variant, number), config["num_query_tokens"]))
 
     def folder(self, variant: Variant, seed: int) -> Path:
-        """Of one run."""
+        """Return the folder of one run."""
         return self.work / f"{variant.slug}-{seed}"
 
 
 def recipe(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
-    """The run's YAML. All runs of a seed see the same clips in the same order."""
+    """Return the recipe of one run. All runs of a seed train on the same clips in the same order."""
     datasets: dict[str, Any] = {
         name: {"num_frames": plan.frames(variant, number)} for name, number in plan.video_frames.items()
     }
@@ -161,13 +165,13 @@ def recipe(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
             "max_steps": plan.steps,
             "logging_steps": plan.logging_steps,
             "save_steps": plan.every,
-            "save_total_limit": None if variant is ALL else 1,  # of `all` one is gone on from
+            "save_total_limit": None if variant is ALL else 1,  # masked runs continue one of `all`
         },
     }
 
 
 def tested(plan: Plan) -> dict[str, dict[str, float]]:
-    """By task's name: `items` asked, and `chance`, percent right by guessing."""
+    """Return for each task `items`, the number of questions, and `chance`, the accuracy of guessing in percent."""
     found = {}
     for slug in plan.slugs:
         file = plan.test_world / "mvbench" / "json" / f"{slug}.json"
@@ -175,6 +179,6 @@ def tested(plan: Plan) -> dict[str, dict[str, float]]:
         chance = statistics.mean(100 / len(item["candidates"]) for item in items)
         if slug != RARE.benchmark or plan.has_long:
             task = task_of(file)
-            assert isinstance(task, MVBenchTask), file  # the toy world's are MVBench's own
+            assert isinstance(task, MVBenchTask), file  # the toy world has only tasks of MVBench
             found[task.name] = {"items": len(items), "chance": chance}
     return found

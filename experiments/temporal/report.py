@@ -1,6 +1,7 @@
-"""The experiment's figures: mean and spread over seeds, by task and variant; what holds of the claims; files of it all.
+"""The report of the experiment: temporal.json, temporal.md and temporal.svg.
 
-temporal.json, temporal.md and temporal.svg. Accuracies are strict, in percent of all items that were asked.
+It shows the mean and the spread over seeds, by task and variant, and checks the paper's claims. Accuracies are strict
+(see the evaluation's tables), in percent of all questions.
 """
 
 import json
@@ -22,17 +23,17 @@ from stllm.evaluation.results import versions, write_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONTROL, LONG = "Object Existence", "Unexpected Action"  # needs no time; the rare event in clips of 64 frames
+CONTROL, LONG = "Object Existence", "Unexpected Action"  # a task without order; the rare event in 64-frame clips
 TEMPORAL, EVERY = "temporal tasks", "all tasks"
-COLOURS = ("#1f5fa8", "#d8742f", "#3a9d6b", "#a8cdb8", "#7fb2e5", "#9a5fc0")  # one a variant
-BARS = 0.8  # of a task's room, taken by its bars
-Spread = Mapping[str, float] | None  # mean, low, high over seeds; None where there is nothing
+COLOURS = ("#1f5fa8", "#d8742f", "#3a9d6b", "#a8cdb8", "#7fb2e5", "#9a5fc0")  # in the order of `VARIANTS`
+BARS = 0.8  # share of a task's height that its bars fill
+Spread = Mapping[str, float] | None  # mean, low, high over seeds; None without results
 
 POINTS, MVM = "{:.1f} and {:.1f} %", "all+mask+mvm"
-Claim = tuple[str, str, tuple[str, ...], Callable[..., bool], str]  # words, figure, variants, what holds, the figures
+Claim = tuple[str, str, tuple[str, ...], Callable[..., bool], str]  # text, figure, variants, condition, its format
 CLAIMS: tuple[Claim, ...] = (
     ("`mean`: at most 60 % on temporal tasks", TEMPORAL, ("mean",), lambda a: a <= 60, "{:.1f} %"),
-    ("`all` knows more of time than `mean`", TEMPORAL, ("all", "mean"), lambda a, b: a > b, POINTS),
+    ("`all`: above `mean` on temporal tasks", TEMPORAL, ("all", "mean"), lambda a, b: a > b, POINTS),
     (f"`{MVM}`: at most 2 points below `all`, all tasks", EVERY, (MVM, "all"), lambda a, b: a >= b - 2, POINTS),
     (f"`{MVM}`: at most 0.7 × the seconds a step", "relative", (MVM,), lambda a: a <= 0.7, "{:.2f} ×"),
     (
@@ -47,7 +48,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, Any]:
-    """All that the files say. results: of the runs so far, failed ones (`error`) among them."""
+    """Return the content of temporal.json. results: of all runs so far, including failed ones (with `error`)."""
     done = [result for result in results if "error" not in result]
     asked = tested(plan)
     known = [task.name for task in TASKS if task.name in asked]
@@ -82,7 +83,10 @@ def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, An
 
 
 def _figures(own: Sequence[Result], done: Sequence[Result], tasks: Sequence[str]) -> dict[str, Any]:
-    """Of one variant. done: all results: seconds stand against those of `all` with the same seed."""
+    """Return the figures of one variant. own: its results. done: the results of all variants.
+
+    `relative` compares the seconds of a step with those of `all` with the same seed.
+    """
     accuracy = {task: _spread([run["tasks"].get(task) for run in own]) for task in tasks}
     temporal = [task for task in tasks if task != CONTROL]
     base = {run["seed"]: run["seconds_per_step"] for run in done if run["variant"] == ALL.name}
@@ -113,7 +117,7 @@ def _spread(values: Sequence[float | None]) -> Spread:
 
 
 def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
-    """Each claim, the figures it is judged by, and whether it holds of the means; None: not measured."""
+    """Return each claim, whether it holds for the means over seeds (None: not measured), and the compared figures."""
     found: list[dict[str, Any]] = []
     for text, key, names, holds, words in CLAIMS:
         if key == LONG and not has_long:
@@ -131,7 +135,7 @@ def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write each file whole or not at all. report: of `summary`."""
+    """Write temporal.json, temporal.md and temporal.svg, each completely or not at all. report: from `summary`."""
     from matplotlib import rc_context
 
     write_json(folder / "temporal.json", report)
@@ -141,7 +145,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The page: tables, claims, what was done, what failed."""
+    """Return temporal.md: the tables, the claims, the setting and the failures. report: from `summary`."""
     runs, about = report["runs"], report["machine"]
     seeds = ", ".join(map(str, runs["seeds"])) or MISSING
     total = len(VARIANTS) * max(1, len(runs["seeds"]))
@@ -159,21 +163,21 @@ def markdown(report: Mapping[str, Any]) -> str:
     }
     return "\n".join(
         [
-            "# Does the model learn time? The variants on the toy world\n",
-            f"{runs['done']} runs, {len(failed)} failed; seeds {seeds}. Strict accuracy, percent of the items asked: "
-            "the mean over seeds (lowest–highest). Averages are means over tasks; temporal tasks are all but "
-            f"{CONTROL}.\n",
+            "# Which video inputs learn temporal order? An experiment on the toy world\n",
+            f"{runs['done']} runs, {len(failed)} failed; seeds {seeds}. The tables show the strict accuracy in percent "
+            "of all questions: the mean over seeds, and the lowest and the highest in brackets. Averages are means "
+            f"over tasks. Temporal tasks are all but {CONTROL}.\n",
             *([f"Runs are missing: {runs['done']} of {total} are there.\n"] if runs["done"] < total else []),
             _overview(report),
             "## Task by task\n",
             table(["task", "items", "chance", *report["variants"]], tasks),
             "![accuracy by task and variant](temporal.svg)\n",
-            "## What holds\n",
+            "## Claims\n",
             table(("claim", "holds", "figures"), held, texts=3),
-            "Judged by the means over seeds; differences within the spread say little.\n",
+            "A claim holds if the means over seeds fulfil it. Differences within the spread may be chance.\n",
             _done(report),
             *(["## Failed\n", *failed, ""] if failed else []),
-            "## Where it comes from\n",
+            "## Origin\n",
             f"Toy worlds: {'; '.join(f'{name}: {told[name]}' for name in report['worlds'])}. Trained at commit "
             f"{', '.join(report['commits']) or MISSING}, reported at {report['reported at']}. Machine: "
             f"{about['accelerator'] or about['processor']}, {about['cores']} cores; {told['versions']}.\n",
@@ -211,34 +215,36 @@ def _done(report: Mapping[str, Any]) -> str:
     setting, long = report["setting"], report["setting"]["frames of long clips"]
     switch = setting["steps before masking"]
     masked = (
-        f"The masked variants share the first {switch} steps with `all` of their seed: they go on from its checkpoint, "
-        f"optimizer, schedule and order of clips included, with masking from step {switch + 1} on, so that steps and "
-        "learning rates are the same for all."
+        f"The masked variants continue `all` of the same seed after {switch} steps: they load its checkpoint, with the "
+        f"optimizer, the schedule and the order of clips, and mask from step {switch + 1} on. So all variants have the "
+        "same steps and learning rates."
         if switch
-        else "The masked variants are masked from their first step on."
+        else "The masked variants mask from their first step on."
     )
     rare = (
-        f"Of clips of 64 frames {long} are looked at, in training and in the task {LONG} (which color flashes up?)."
+        f"From clips of 64 frames, {long} frames are sampled, in training and in the task {LONG} (which colour flashes "
+        "up?)."
         if long
-        else "The world has no clips of 64 frames, so nothing is said about these."
+        else "The world has no clips of 64 frames."
     )
     return (
-        "## What was done\n\n"
-        f"Each run: {setting['steps']} steps of {setting['batch']} clips (learning rate {setting['learning rate']}), "
-        f"from the same checkpoint of stage 1, by `{setting['recipe']}` but for the keys of the variant; "
-        f"runs of a seed see the same clips in the same order, {setting['frames']} frames of each. {rare} `residual` "
-        f"has {setting['residual_size']} local frames and the mean of all; local frames only is `all` given "
-        f"{setting['residual_size']} frames of each clip. `all+mask` drops tokens and has the language "
-        f"loss alone (`use_mvm: False`). {masked}\n\n"
-        "Tokens: that enter the language model when it answers; in training: kept of a clip, the mean over clips of "
-        "both lengths and, where masked, over the masked steps. Seconds a step: the median of the log's lines of the "
-        f"same steps of every run (those after masking begins), decoding included; {report['runs']['jobs']} runs at "
-        "once, of one thread each. × `all`: against the run of `all` with the same seed.\n"
+        "## Setting\n\n"
+        f"Each run trains {setting['steps']} steps of {setting['batch']} clips (learning rate "
+        f"{setting['learning rate']}), from the same checkpoint of stage 1, with `{setting['recipe']}` and the "
+        "settings of the variant. All runs of a seed train on the same clips in the same order, with "
+        f"{setting['frames']} frames of each clip. {rare} `residual` has {setting['residual_size']} local frames and "
+        f"the mean of all frames. `local frames only` is `all` with {setting['residual_size']} frames of each clip. "
+        f"`all+mask` drops tokens and has only the language loss (`use_mvm: False`). {masked}\n\n"
+        "Columns: `tokens` is the number of visual tokens of a clip when the model answers. `tokens in training` is "
+        "the number that is kept, the mean over clips of both lengths (masked variants: over the masked steps). `s a "
+        "step` is the median over the log's lines, including the decoding of clips, over the same steps of all runs "
+        f"(those after masking begins); {report['runs']['jobs']} runs at the same time, each with one thread. `× all` "
+        "compares it with the run of `all` with the same seed.\n"
     )
 
 
 def chart(report: Mapping[str, Any]) -> "Figure":
-    """A bar for each variant in each task, the spread over seeds, and what guessing gives."""
+    """Draw a bar for each variant and task, with the spread over seeds and the accuracy of guessing."""
     from matplotlib.figure import Figure
 
     tasks, variants = report["tasks"], report["variants"]

@@ -1,7 +1,7 @@
-"""Runs of the experiment: each variant is trained and evaluated by `stllm`'s own commands.
+"""Runs the experiment: `stllm train` and `stllm evaluate` for each variant and seed.
 
-WORK/<variant>-<seed> holds recipe.yaml, model (of `stllm train`), evaluation, *.txt (what the commands printed), and
-result.json once all of it is there.
+WORK/<variant>-<seed> holds recipe.yaml, model (from `stllm train`), evaluation, *.txt (the output of the commands), and
+at the end result.json.
 """
 
 import asyncio
@@ -24,23 +24,26 @@ from stllm.runners.run_folder import RunFolder
 from stllm.toy.tasks import RARE
 
 Result = dict[str, Any]
-MAX_NEW_TOKENS = 16  # an option's letter and text
+MAX_NEW_TOKENS = 16  # enough for the letter and the text of an option
 
 
 class RunError(Exception):
-    """A failed run, with the reason."""
+    """A run failed. The message is the reason."""
 
 
 async def run_all(plan: Plan, seeds: Sequence[int], jobs: int) -> AsyncIterator[Result]:
-    """Results as they come, seed by seed; a failed one has `error`, its reason. jobs: runs at once."""
+    """Yield the result of each run when it ends. A failed run has only `variant`, `seed` and `error`, the reason.
+
+    jobs: the number of runs at the same time. Runs start seed by seed.
+    """
     free = asyncio.Semaphore(jobs)
     tasks: dict[tuple[str, int], asyncio.Task[Result]] = {}
 
     async def one(variant: Variant, seed: int) -> Result:
         try:
-            async with free:  # in the order of creation, so that `all` of the seed has begun before
+            async with free:  # first come, first served, so `all` of the same seed started before
                 if variant.masked and plan.switch and "error" in (first := await tasks[ALL.name, seed]):
-                    raise RunError(f"`all`, which it goes on from, failed: {first['error']}")
+                    raise RunError(f"`all`, which this run continues, failed: {first['error']}")
                 print(f"{variant.name}, seed {seed}: {plan.folder(variant, seed)}", flush=True)
                 return await run(plan, variant, seed)
         except (RunError, OSError, KeyError, ValueError) as error:
@@ -54,7 +57,10 @@ async def run_all(plan: Plan, seeds: Sequence[int], jobs: int) -> AsyncIterator[
 
 
 async def run(plan: Plan, variant: Variant, seed: int) -> Result:
-    """Train and evaluate, or read what an earlier call has left. Raises RunError."""
+    """Train and evaluate a variant with a seed, and return the result. Finished parts of an earlier call are reused.
+
+    Raises RunError if a command fails.
+    """
     folder = plan.folder(variant, seed).resolve()
     file = folder / "result.json"
     if file.is_file():
@@ -64,7 +70,7 @@ async def run(plan: Plan, variant: Variant, seed: int) -> Result:
     if not (folder / "commit.txt").is_file():
         write_text(folder / "commit.txt", commit())
     model = RunFolder(folder / "model")
-    if not model.is_finished():  # the trainer itself goes on where it stopped
+    if not model.is_finished():  # the trainer resumes by itself
         options = list(plan.options)
         if variant.masked and plan.switch and model.last_checkpoint() is None:
             begun = plan.folder(ALL, seed).resolve() / "model" / f"checkpoint-{plan.switch}"
@@ -98,9 +104,9 @@ async def run(plan: Plan, variant: Variant, seed: int) -> Result:
 
 
 async def command(words: Sequence[str], log: Path) -> None:
-    """Run `python -m stllm` in one thread, with output at the end of `log`. Raises RunError with its last line.
+    """Run `python -m stllm` with one thread, and append its output to `log`. If it fails, raises RunError.
 
-    When cancelled, the process gets SIGTERM, at which training writes a checkpoint, and is waited for.
+    If this task is cancelled, the process gets SIGTERM, so that training writes a checkpoint, and is awaited.
     """
     with log.open("ab") as stream:
         process = await asyncio.create_subprocess_exec(
@@ -124,9 +130,10 @@ async def command(words: Sequence[str], log: Path) -> None:
 
 
 def training_figures(plan: Plan, model: Path) -> Result:
-    """Seconds a step, the median over the log's lines, and mean visual tokens a clip, of the same steps in every run.
+    """Return the seconds of a step (the median over the log's lines) and the mean number of visual tokens of a clip.
 
-    Only steps after the switch count, without the first line: there a masked run starts.
+    Only steps after `Plan.switch` count, so that they are the same in all runs. The first line after it is left out,
+    because masked runs start there. model: the folder of `stllm train`.
     """
     text = (model / "log.jsonl").read_text(encoding="utf-8")
     lines = [line for line in map(json.loads, text.splitlines()) if line["step"] > plan.switch + plan.logging_steps]
@@ -141,7 +148,7 @@ def training_figures(plan: Plan, model: Path) -> Result:
 
 
 def commit() -> str:
-    """The repository's commit, and whether the code differs from it."""
+    """Return the commit of the repository, with a note if the code has uncommitted changes."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)

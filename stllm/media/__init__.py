@@ -1,1 +1,1 @@
-"""Media files to frames: opening, decoding, sampling. Knows nothing of models."""
+"""Turns media files into frames: opening, decoding and sampling. This package does not depend on the model."""

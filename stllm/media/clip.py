@@ -1,6 +1,6 @@
-"""Media on disk, and clips: their frames, sampled and prepared for a model.
+"""`Media`, a file on disk and what to read of it, and `Clip`, its frames, sampled and prepared for a model.
 
-Letters: T frames, S the model's image size.
+T frames, S the model's image size, H and W the height and width of a frame in the file.
 """
 
 import hashlib
@@ -23,19 +23,20 @@ from stllm.processors.transforms import FrameTransform
 
 __all__ = ["Clip", "Media", "MediaError", "MediaInfo", "Stamp", "load_clip"]
 
-Stamp = tuple[Any, ...]  # of a medium and the state of its file at one moment
+Stamp = tuple[Any, ...]  # identifies a medium and the current state of its file
 
 
 @dataclass(frozen=True)
 class Media:
     """A video, gif, frame folder or image on disk or inside another file, and the part of it to read.
 
-    num_frames: frames to sample (see `sampling.sample_indices`), None for the model's usual number; an image gives one
-        frame whatever it is. start, end: seconds, None for the whole. sampling: a rule of sampling.py.
-    reader, fps: see `open_media`. view: how the sampled frames are shown, of views.py; indices and times follow.
-    own_times: choose the frames whose own times lie within start and end, as a viewer means it. False: turn start and
-        end into indices by the average rate, as training and the benchmarks do; the rule `segment` always does.
-    member: where the medium lies, if not on disk; `path` is then its name in messages.
+    num_frames: frames to sample, see `sampling.sample_indices` (None: the model's default). An image always gives one.
+    start, end: seconds (None: the beginning, the end). sampling: a rule of sampling.py.
+    reader, fps: see `open_media`. view: a view of views.py, which changes the order or the content of the sampled
+        frames.
+    own_times: compare start and end with the times at which the frames are shown. False: convert start and end into
+        frame numbers by the average frame rate, as training and the benchmarks do; the rule `segment` always does.
+    member: where the medium lies, if it is not a file on disk; `path` is then its name in messages.
     """
 
     path: str
@@ -50,25 +51,25 @@ class Media:
     member: Member | None = None
 
     def __post_init__(self) -> None:
-        """Raise UserError for an empty path, which would mean the current folder, and for an unknown view."""
+        """Raise UserError for an unknown view, and for an empty path, which would be read as the current folder."""
         check_view(self.view)
         if not self.path.strip():
             raise UserError("the path of the video is empty: name a file or a folder of frames")
 
     @property
     def bounds(self) -> Bounds | None:
-        """(start, end) in seconds, None for the whole."""
+        """(start, end) in seconds, or None for the whole medium."""
         if self.start is None and self.end is None:
             return None
         return self.start or 0.0, float("inf") if self.end is None else self.end
 
     def check(self) -> None:
-        """Raise what `load_clip` would raise, as far as it can be found without decoding the frames."""
+        """Raise the errors of `load_clip` that can be found without decoding the frames."""
         with open_media(self.member or self.path, reader=self.reader, fps=self.fps) as medium:
             medium.times(_sample(self, medium, 1))
 
     def stamp(self) -> Stamp:
-        """A key that changes when the file (or a file of the folder) changes: names, sizes and times of change."""
+        """Return a key that changes when the files change; made of their names, sizes and modification times."""
         path, marks = user_path(self.path), []
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             with suppress(OSError, ValueError):  # missing, a dead link, or not a path: reading it reports the fault
@@ -79,9 +80,10 @@ class Media:
 
 @dataclass
 class Clip:
-    """Prepared frames and where they come from.
+    """The prepared frames of a medium.
 
-    frames: (T, 3, S, S) uint8. indices: as the reader counts. times: seconds after the first frame.
+    frames: (T, 3, S, S) uint8. indices: their numbers in the file, see `MediaInfo.first_index`. times: seconds from the
+    file's first frame to each of them. info: of the file. path: of the file.
     """
 
     frames: Tensor
@@ -92,14 +94,14 @@ class Clip:
 
     @property
     def digest(self) -> str:
-        """A key for the content (32 hex digits): equal for equal prepared frames, whatever file they came from."""
+        """A digest of the prepared frames, 32 hex digits. Equal frames from different files have the same digest."""
         frames = self.frames.detach().cpu().contiguous()
         key = hashlib.blake2b(f"{tuple(frames.shape)} {frames.dtype}".encode(), digest_size=16)
         key.update(frames.numpy().data)
         return key.hexdigest()
 
     def viewed(self, view: str) -> "Clip":
-        """The clip in that view of views.py. Its own frames must be in the order in which they were sampled."""
+        """Return this clip in a view of views.py. Must be called on a clip in its original order."""
         order = view_order(view, len(self.indices))
         return replace(
             self,
@@ -112,16 +114,16 @@ class Clip:
 def load_clip(
     media: Media, transform: FrameTransform, *, num_frames: int = 1, generator: Generator | None = None
 ) -> Clip:
-    """Open a medium, sample its frames and prepare them one at a time, so that memory holds one full frame, not T.
+    """Open a medium, sample its frames and prepare them. Only one full-size frame is in memory at a time.
 
     transform: (H, W, 3) uint8 -> (3, S, S) uint8, such as `processors.transforms.EvalTransform`.
-    num_frames: for media that specify no number. generator: for the sampling rule `rand`.
-    Raises MediaError, naming the path, for a file that cannot be read or a bound outside the video.
+    num_frames: used if `media.num_frames` is None. generator: for the sampling rule `rand`.
+    Raises MediaError, which names the path, if the file cannot be read or if start and end lie outside the video.
     """
     with open_media(media.member or media.path, reader=media.reader, fps=media.fps) as medium:
         indices = _sample(media, medium, num_frames, generator)
         times = medium.times(indices)
-        prepared = np.empty(0, np.float32)  # filled by numpy: torch's copy would start threads for every frame
+        prepared = np.empty(0, np.float32)  # numpy, because torch's copy would start threads for every frame
         for place, frame in enumerate(medium.frames(indices)):
             keep_reading()
             pixels = transform(frame).numpy()
@@ -132,7 +134,7 @@ def load_clip(
 
 
 def _sample(media: Media, medium: Reader, num_frames: int, generator: Generator | None = None) -> list[int]:
-    """The indices of a clip's frames, as the reader counts; an error names the path."""
+    """Return the numbers of the frames to read. Raises MediaError, which names the path."""
     info = medium.info
     if info.kind == "image":
         return [info.first_index]

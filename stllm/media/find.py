@@ -1,6 +1,6 @@
-"""Finds the media that annotations name: by their path, by a name without extension, or as a segment of a video.
+"""Finds the files that annotations name: by path, by name without extension, or as a segment of a video.
 
-Each folder is listed once and not asked for every file: on network disks that is the difference of minutes to hours.
+Each folder is listed once, instead of checking for every file. On network disks this takes minutes instead of hours.
 """
 
 import os
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Listing:
-    """The names in one folder; none when it is not there or may not be read."""
+    """The names in one folder. A folder that does not exist or cannot be read has none."""
 
     def __init__(self, folder: str) -> None:
         try:
@@ -29,19 +29,19 @@ class Listing:
             self.names, self.exists = frozenset(), False
 
     def called(self, name: str) -> str | None:
-        """The file of this name, whatever the Unicode form of its letters; None when there is none."""
+        """Return the name of a file as it is on disk, in any Unicode form, or None if there is none."""
         return name if name in self.names else self._by_form.get(_composed(name))
 
     def like(self, name: str) -> list[str]:
-        """The names that are equal to this one but for their case."""
+        """Return the names that equal `name` if case is ignored."""
         return self._by_lower.get(name.lower(), [])
 
     def with_stem(self, stem: str) -> list[str]:
-        """The media called `stem` and an extension, those first that stand first in `EXTENSIONS`."""
+        """Return the media files named `stem` plus an extension, in the order of `EXTENSIONS`."""
         return self._by_stem.get(_composed(stem), [])
 
     def segments(self, stem: str, bounds: Bounds) -> list[str]:
-        """The media called `<stem>_<start>_<end>` and an extension, with these bounds in seconds."""
+        """Return the media files named `<stem>_<start>_<end>` plus an extension, with these bounds in seconds."""
         return [
             name
             for name, *found in self._segments.get(stem, [])
@@ -70,20 +70,20 @@ class Listing:
 
 
 class MediaFinder:
-    """Finds media below folders, and remembers what is in them."""
+    """Finds media below folders, and caches the names in each folder."""
 
     def __init__(self) -> None:
         self._listings: dict[str, Listing] = {}
 
     def listing(self, folder: str | Path) -> Listing:
-        """The names in a folder."""
+        """Return the names in a folder, from the cache if it was listed before."""
         folder = os.path.normpath(folder)
         if folder not in self._listings:
             self._listings[folder] = Listing(folder)
         return self._listings[folder]
 
     def by_path(self, name: str, folders: Sequence[str]) -> str | None:
-        """The first of the folders' files (or folders) of that relative path; None when there is none."""
+        """Return the file or folder of a relative path in the first of the folders that has it, or None."""
         for folder in folders:
             parent, last = os.path.split(os.path.normpath(os.path.join(folder, name)))
             if found := self.listing(parent or ".").called(last):
@@ -91,7 +91,10 @@ class MediaFinder:
         return None
 
     def by_stem(self, stems: Sequence[str], folders: Sequence[str]) -> list[str]:
-        """The files called by the first of `stems` there is, with any medium's extension, in the first such folder."""
+        """Return the media files of the first stem that exists, in the first of the folders that has one of the stems.
+
+        stems: file names without extension. Returns one path for each extension found, or an empty list.
+        """
         for folder in folders:
             for stem in stems:
                 parent, last = os.path.split(os.path.normpath(os.path.join(folder, stem)))
@@ -100,7 +103,10 @@ class MediaFinder:
         return []
 
     def segments(self, name: str, bounds: Bounds | None, folder: str) -> list[str]:
-        """The files in the folder that hold this part of the video `name`, which may have an extension."""
+        """Return the files in a folder that hold one part of a video, cut out beforehand.
+
+        name: the video, with or without extension. bounds: the part in seconds. None: returns an empty list.
+        """
         stem, extension = os.path.splitext(name)
         stem = stem if extension.lower() in EXTENSIONS else name
         parent, last = os.path.split(os.path.normpath(os.path.join(folder, stem)))
@@ -108,7 +114,7 @@ class MediaFinder:
 
 
 def _composed(name: str) -> str:
-    """The name in Unicode's composed form: files from a Mac have "e" and an accent where annotations have "é"."""
+    """Return a name in Unicode's composed form ("é"). Files from a Mac have the decomposed form ("e" and an accent)."""
     return unicodedata.normalize("NFC", name)
 
 

@@ -1,6 +1,6 @@
-"""Media made of pictures, read with Pillow: single images, animated pictures and folders of numbered frames.
+"""Reads single images, animated pictures and folders of numbered frames with Pillow.
 
-Transparent parts are shown over white, here and in videos: logos and diagrams are mostly dark lines without background.
+Transparent parts become white, here and in videos, because logos and diagrams are mostly dark lines without background.
 """
 
 import re
@@ -22,12 +22,12 @@ from stllm.media.time_bound import keep_reading
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GIF_FPS = 25.0  # the benchmarks' protocol, whatever the delays in the file say
+GIF_FPS = 25.0  # the benchmarks' protocol, which ignores the delays in the file
 FOLDER_FPS = 3.0  # TVQA's `%05d.jpg`
 RAW_FOLDER_FPS = 5.0  # raw training frames' `%06d.jpg`
 GIF_END = b";"  # the last byte
-ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # other formats hold pages, sizes or views, of which the first is read
-# No others, because files come from anywhere: EPS would run Ghostscript, and MPEG would claim videos.
+ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")  # several pictures in other formats are pages or sizes; the first is read
+# Only these, because files can come from strangers: EPS would run Ghostscript, and MPEG would open videos.
 FORMATS = (
     *("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "HEIF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI", "PSD", "DDS"),
     *("ICNS", "SGI", "PCX", "TGA"),
@@ -36,7 +36,7 @@ FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def to_rgb(image: "Image") -> Frame:
-    """(H, W, 3) uint8 of any Pillow mode, transparency over white, 16 bits brought down to 8."""
+    """Convert an image of any Pillow mode to (H, W, 3) uint8. Transparent parts become white, 16 bits become 8."""
     from PIL import Image as images
 
     if image.mode.startswith("I"):  # 16-bit grey: convert("RGB") would clip all but the darkest 256 levels
@@ -50,7 +50,7 @@ def to_rgb(image: "Image") -> Frame:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The formats of `FORMATS` that this installation reads."""
+    """Return those of `FORMATS` that this installation of Pillow can read."""
     from PIL import Image as images
 
     with suppress(ImportError):
@@ -62,7 +62,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def open_image(file: Place | BytesIO) -> "Image":
-    """The picture, not yet decoded. Raises what Pillow raises, and UserError for one that needs another package."""
+    """Open a picture without decoding it. Raises Pillow's errors, and UserError if another package is needed."""
     from PIL import Image as images
     from PIL import UnidentifiedImageError
 
@@ -82,14 +82,17 @@ def open_image(file: Place | BytesIO) -> "Image":
 
 
 def open_picture(path: Place, *, fps: float = GIF_FPS) -> Reader:
-    """A reader for an image or an animated picture. Raises MediaError when the file is neither, or damaged."""
+    """Return a reader for an image or an animated picture. Raises MediaError if the file is neither, or damaged.
+
+    fps: the assumed frame rate of an animated picture.
+    """
     with _damage(path), open_image(path) as image:
         animated = image.format == "GIF" or (image.format in ANIMATED and getattr(image, "is_animated", False))
     return GifReader(path, fps=fps) if animated else ImageReader(path)
 
 
 class ImageReader(Reader):
-    """A single image: one frame, turned upright by its EXIF orientation. Raises MediaError when it is damaged."""
+    """Reads a single image as one frame, rotated by its EXIF orientation. Raises MediaError if it is damaged."""
 
     def __init__(self, path: str | Path | Member) -> None:
         self.path = place_of(path)
@@ -105,9 +108,9 @@ class ImageReader(Reader):
 
 
 class GifReader(Reader):
-    """An animated picture (gif, or animated webp, png or avif), each frame composed with those under it.
+    """Reads an animated picture (gif, or animated webp, png or avif). Frames are returned as they appear on a screen.
 
-    fps: how fast it is taken to play. Raises MediaError when the file is damaged.
+    fps: the assumed frame rate. Raises MediaError if the file is damaged.
     """
 
     def __init__(self, path: str | Path | Member, *, fps: float = GIF_FPS) -> None:
@@ -115,7 +118,7 @@ class GifReader(Reader):
         with _damage(self.path):
             self._image = open_image(self.path)
             width, height = self._image.size
-            # A png may begin with a picture for programs that know no animation; it is not part of it.
+            # A png may begin with a picture for programs without support of animation, which is skipped here.
             self._first = int(getattr(self._image, "default_image", False))
             num_frames = getattr(self._image, "n_frames", 1) - self._first
         if self._image.format == "GIF":
@@ -133,7 +136,7 @@ class GifReader(Reader):
                 target = index + self._first
                 if target < self._image.tell():
                     self._image.seek(0)
-                while self._image.tell() < target:  # Pillow would do the same steps in one call, which nothing ends
+                while self._image.tell() < target:  # one call of Pillow would do it, but could not be ended
                     keep_reading()
                     self._image.seek(self._image.tell() + 1)
                 frame = to_rgb(self._image)
@@ -144,10 +147,11 @@ class GifReader(Reader):
 
 
 class FrameFolderReader(Reader):
-    """A folder of frames named by number, 00001.jpg and on; indices are those numbers (`MediaInfo.first_index` is 1).
+    """Reads a folder of frames named 00001.jpg and on. Indices are these numbers (`MediaInfo.first_index` is 1).
 
-    fps: frames a second that were extracted; default 3 (TVQA), or 5 where names have six digits (raw training frames).
-    Raises MediaError when the folder holds no frames, or their numbers do not run from 1 without gaps.
+    fps: frames extracted from each second of the video (default: 3 as in TVQA; 5 for names of six digits, as in raw
+    training frames). Raises MediaError if the folder holds no frames, or if their numbers have gaps or do not start at
+    1.
     """
 
     def __init__(self, path: str | Path, *, fps: float | None = None) -> None:
@@ -187,14 +191,17 @@ class FrameFolderReader(Reader):
 
 
 def read_image(path: Place) -> Frame:
-    """(H, W, 3) uint8, upright. Raises MediaError when the file is no whole image."""
+    """Read an image file as (H, W, 3) uint8, rotated by its EXIF orientation. Raises MediaError if it is damaged."""
     if isinstance(path, Path):
         check_regular(path, "an image", MediaError)
     return decode_image(path, path)
 
 
 def decode_image(file: Place | bytes, name: object) -> Frame:
-    """(H, W, 3) uint8, upright, of an image file or its bytes. Raises MediaError, beginning with `name`."""
+    """Decode an image file, or its bytes, to (H, W, 3) uint8, rotated by its EXIF orientation.
+
+    name: names the image in messages. Raises MediaError if it is damaged.
+    """
     from PIL import ImageOps
 
     with _damage(name), open_image(BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -203,7 +210,7 @@ def decode_image(file: Place | bytes, name: object) -> Frame:
 
 @contextmanager
 def _damage(path: object, so_far: str = "") -> Iterator[None]:
-    """Turns whatever Pillow raises on bad files into a MediaError; so_far: what could be read of it."""
+    """Turn the errors that Pillow raises on damaged files into a MediaError. so_far: for the message, what was read."""
     from PIL import Image as images
     from PIL import UnidentifiedImageError
 
@@ -222,8 +229,8 @@ def _damage(path: object, so_far: str = "") -> Iterator[None]:
     except UserError as error:
         raise MediaError(f"{path}: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, struct.error) as error:
-        # Pillow has no one exception for broken files: its decoders let all of these through.
-        # Its own words name the file again, or where its bytes lie in memory.
+        # Pillow has no exception of its own for damaged files; its decoders raise all of these.
+        # An UnidentifiedImageError only repeats the file's name or the address of its bytes.
         reason = "no picture's format" if isinstance(error, UnidentifiedImageError) else str(error)
         if re.search(r"\bb['\"]", reason):  # Pillow quotes the file's bytes, which a server must not show
             reason = reason.removeprefix("b").strip("'\"").partition(": ")[0]

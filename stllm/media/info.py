@@ -1,8 +1,8 @@
-"""The interface of all readers of media (a description, frames by index, their times), and the first look at a file.
+"""`Reader`, the interface of all readers of media, and the detection of a file's kind and of incomplete files.
 
-A file is recognised by its first bytes and not by its name. A cut download still opens and decodes up to the cut, so a
-reader has to ask how long the file should have been. Sources: ISO/IEC 14496-12 (boxes of mp4 and mov), RFC 8794 and
-9559 (EBML, Matroska, WebM), the RIFF chunks of avi and webp.
+A file's kind is recognised by its first bytes, not by its name. An incomplete download can be decoded up to the point
+where it ends, so readers compare the size of the file with the size in its header. Sources: ISO/IEC 14496-12 (boxes of
+mp4 and mov), RFC 8794 and 9559 (EBML, Matroska, WebM), the RIFF chunks of avi and webp.
 """
 
 import logging
@@ -25,16 +25,16 @@ from stllm.common.files import LFS_POINTER, LFS_SENTENCE, check_regular
 logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 4096
-BMP_HEADERS = (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")  # their sizes; two letters prove little
+BMP_HEADERS = (b"\x0c\0\0\0", b"\x28\0\0\0", b"\x6c\0\0\0", b"\x7c\0\0\0")  # sizes: "BM" alone proves little
 SIGNATURES = (
     *(b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"8BPS", b"qoif", b"icns"),
     *(b"DDS ", b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\0\0\1\0"),  # JPEG 2000 and its codestream, ICO
 )
-HEIF = tuple(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split())  # ftyp's major brands
+HEIF = tuple(b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split())  # major brands in the box ftyp
 AVIF = (b"avif", b"avis")
-FIRST_BOXES = tuple(b"ftyp moov mdat wide free skip".split())  # with which an mp4 or mov may begin
+FIRST_BOXES = tuple(b"ftyp moov mdat wide free skip".split())  # boxes that an mp4 or mov may begin with
 OTHER_BOXES = tuple(b"moof mfra sidx ssix styp emsg prft meta uuid udta pdin pnot".split())
-EBML = b"\x1a\x45\xdf\xa3"  # with which mkv and webm begin
+EBML = b"\x1a\x45\xdf\xa3"  # the first bytes of mkv and webm
 SEGMENT = b"\x18\x53\x80\x67"
 EXPECTED = (
     "a video (mp4, webm, avi, mov, mkv), a gif, an image (png, jpg, webp, bmp, tiff) or a folder of numbered frames"
@@ -44,9 +44,9 @@ Frame = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3) RGB
 
 
 class MediaError(UserError):
-    """A file that cannot be read as asked: names the path first, what was found, what was expected, what to do.
+    """A file that cannot be read as requested. The message starts with the path.
 
-    cause: "missing", "unreadable" or "bounds" (the part asked for lies outside the medium).
+    cause: "missing", "unreadable" or "bounds" (the requested part lies outside the medium).
     """
 
     def __init__(self, message: str, *, cause: str = "unreadable") -> None:
@@ -59,11 +59,11 @@ class MediaInfo:
     """Description of a medium.
 
     kind: "video" (a container file), "gif" (any animated picture), "frames" (a folder of pictures) or "image".
-    num_frames: frames the medium promises; a file that was cut promises more than can be read.
+    num_frames: the number of frames according to the file. If the file is incomplete, not all of them can be read.
     fps: average frames a second (1 for an image).
-    width, height: pixels as shown, after rotation; of the first frame.
-    first_index: the number of the first frame: 0, but 1 for frame folders, whose indices are the file numbers
-        themselves: valid indices are first_index .. first_index + num_frames - 1 for every reader.
+    width, height: size of the first frame in pixels, after rotation.
+    first_index: the index of the first frame: 1 for frame folders, whose indices are the numbers in the file names, and
+        0 for all others. Indices run from first_index to first_index + num_frames - 1.
     """
 
     kind: str
@@ -75,7 +75,7 @@ class MediaInfo:
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """The duration in seconds, num_frames / fps."""
         return self.num_frames / self.fps
 
 
@@ -142,15 +142,15 @@ def place_of(path: str | Path | Member) -> Place:
     return path if isinstance(path, Member) else Path(path)
 
 
-_decoder_options: dict[str, str] = {}  # of FFmpeg's decoders, for every video that is opened
+_decoder_options: dict[str, str] = {}  # passed to FFmpeg's decoders for every video
 
 
 @contextmanager
 def limited_pixels(most: int) -> Iterator[None]:
-    """Within it, all decoders of this process refuse pictures and frames of more than `most` pixels before decoding.
+    """Refuse pictures and video frames of more than `most` pixels within this block, before they are decoded.
 
-    Both libraries check every size that they find, in a file's header as well as in later frames' own: Pillow with its
-    own global setting, FFmpeg with the decoders' option `max_pixels`. It is for a process that reads strangers' files.
+    It is meant for servers, which read strangers' files, and applies to the whole process. Pillow has a global setting
+    for it, FFmpeg the decoder option `max_pixels`. Both check the size in the header and the size of each later frame.
     """
     from PIL import Image
 
@@ -168,13 +168,13 @@ def limited_pixels(most: int) -> Iterator[None]:
 
 
 def decoder_options() -> dict[str, str]:
-    """Options with which FFmpeg's decoders are opened."""
+    """Return the options to open FFmpeg's decoders with."""
     return dict(_decoder_options)
 
 
 @lru_cache(maxsize=4096)
 def warn_once(path: str, what: str) -> None:
-    """One note a file and fault, however often the file is read."""
+    """Log a warning about a file. The same warning is logged only once, even if the file is read again."""
     logger.warning("%s: %s", path, what)
 
 
@@ -182,9 +182,10 @@ ReaderT = TypeVar("ReaderT", bound="Reader")
 
 
 class Reader(Protocol):
-    """Frames of one medium. Use it as a context manager, or call `close`.
+    """Reads frames of one medium. Use it as a context manager, or call `close`.
 
-    seconds: (num_frames,) when each frame is shown, after the first one; evenly spaced where a cut file lacks frames.
+    seconds: (num_frames,), the time from the first frame to each frame. In an incomplete file the times of missing
+    frames are evenly spaced.
     """
 
     path: Place
@@ -192,20 +193,20 @@ class Reader(Protocol):
     seconds: "np.ndarray[Any, np.dtype[np.float64]]"
 
     def frames(self, indices: Sequence[int]) -> Iterator[Frame]:
-        """The frames of those indices, (H, W, 3) uint8 RGB, in the order asked, one at a time; repeats are allowed.
+        """Yield the frames of these indices one at a time, (H, W, 3) uint8 RGB, in the order of the indices.
 
-        Ascending indices are the fast way. Raises MediaError for an index outside the medium or a frame that cannot be
-        decoded.
+        An index may be repeated. Ascending indices are fastest. Raises MediaError for an index outside the medium, and
+        for a frame that cannot be decoded.
         """
         ...
 
     def times(self, indices: Sequence[int]) -> list[float]:
-        """The times of those frames, in seconds after the first frame. Raises MediaError as `frames` does."""
+        """Return the seconds from the first frame to each of these. Raises MediaError for an index out of range."""
         self.check(indices)
         return [float(self.seconds[index - self.info.first_index]) for index in indices]
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises MediaError when an index lies outside the medium."""
+        """Raise MediaError if an index lies outside the medium."""
         first, last = self.info.first_index, self.info.first_index + self.info.num_frames - 1
         for index in indices:
             if not first <= index <= last:
@@ -215,7 +216,7 @@ class Reader(Protocol):
                 )
 
     def close(self) -> None:
-        """Gives back the file and the decoder, where the reader holds any; calling it twice does no harm."""
+        """Close the file and the decoder, if the reader keeps them open. May be called twice."""
         return
 
     def __enter__(self: ReaderT) -> ReaderT:
@@ -226,7 +227,7 @@ class Reader(Protocol):
 
 
 def read_head(path: Place) -> bytes:
-    """The file's first bytes. Raises MediaError when it is missing, a folder, empty or may not be read."""
+    """Return the first bytes of a file. Raises MediaError if it is missing, a folder, empty or not readable."""
     if isinstance(path, Path):
         check_regular(path, EXPECTED, MediaError)
     try:
@@ -257,7 +258,7 @@ def read_head(path: Place) -> bytes:
 
 
 def kind_of(head: bytes) -> str:
-    """One of picture (an image or an animated picture), text, or container (anything else: the decoder decides)."""
+    """Return the kind of a file by its first bytes: picture (also animated), text, or container (anything else)."""
     if (
         head.startswith(SIGNATURES)
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -271,13 +272,13 @@ def kind_of(head: bytes) -> str:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        cut_by_us = error.start >= len(head) - 3 and len(head) == HEAD_BYTES  # a character at the end of what was read
+        cut_by_us = error.start >= len(head) - 3 and len(head) == HEAD_BYTES  # the last character was not read whole
         return "text" if cut_by_us else "container"
     return "text"
 
 
 def explain_unreadable(path: Place, head: bytes) -> str:
-    """The reason why no decoder opened a file as a video, for a message: what was found."""
+    """Return, for a message, what a file is that no decoder could open as a video. head: its first bytes."""
     if head[4:8] in FIRST_BOXES and not {name for name, _ in _sections(path, head)} & {b"moov", b"moof"}:
         return "an mp4 without its index (no moov box): the recording or download ended early"
     size, promised = path.stat().st_size, promised_bytes(path, head)
@@ -291,7 +292,7 @@ def explain_unreadable(path: Place, head: bytes) -> str:
 
 
 def promised_bytes(path: Place, head: bytes) -> int:
-    """The size of the file according to the container's headers; 0 when they do not state it."""
+    """Return the size of the file in bytes according to its headers, or 0 if they do not contain it."""
     if head.startswith(EBML):  # the Segment, which holds everything, follows this element
         size, start = _vint(head, 4)
         at = start + size
@@ -304,9 +305,9 @@ def promised_bytes(path: Place, head: bytes) -> int:
 
 
 def _sections(path: Place, head: bytes) -> list[tuple[bytes, int]]:
-    """Top-level boxes of an mp4 or mov, or chunks of an avi (several when it is long), as (name, where it should end).
+    """Return the top-level boxes of an mp4 or mov, or the RIFF chunks of an avi, as (name, offset where it should end).
 
-    Other files have none. A box of another name lies behind the mp4, and players do not read it either.
+    Other files give an empty list. A box of an unknown name ends the mp4: what follows is not part of it.
     """
     found: list[tuple[bytes, int]] = []
     start, size, is_mp4 = 0, path.stat().st_size, head[4:8] in FIRST_BOXES
@@ -323,14 +324,14 @@ def _sections(path: Place, head: bytes) -> list[tuple[bytes, int]]:
                 name, length = header[:4], 8 + int.from_bytes(header[4:8], "little")
                 padding = length % 2
             if name not in (FIRST_BOXES + OTHER_BOXES if is_mp4 else (b"RIFF",)) or (length == 8 and not is_mp4):
-                break  # a RIFF chunk of no length: a recorder never came back to fill it in
+                break  # a RIFF chunk of length 0: the recording was interrupted
             found.append((name, start + length))
             start += length + padding
     return found
 
 
 def _vint(data: bytes, at: int) -> tuple[int, int]:
-    """An EBML number and where it ends; 0 for the reserved "unknown" (all ones)."""
+    """Return an EBML number and the offset after it. The reserved number "unknown" (all ones) is returned as 0."""
     first = data[at] if at < len(data) else 0
     length = 9 - first.bit_length() if first else 8
     mask = (1 << 7 * length) - 1

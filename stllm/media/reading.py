@@ -1,10 +1,9 @@
-"""Reading in processes that can be ended. A file can take hours to decode, or crash its decoder.
+"""Reads media in separate processes, which can be killed. A file may take hours to decode, or crash its decoder.
 
-A server reads its clients' files through these processes. Each reading has a time limit and ends when nobody waits for
-it any more. When it crashes, only its own process is lost. All processes are forked from one process that does nothing
-else and has already imported torch and the decoders, so a new one is ready within milliseconds. multiprocessing's own
-fork server is not used: it listens at a path, which a long TMPDIR makes too long, and which stays behind when its owner
-is killed.
+A server reads its clients' files this way. Each reading has a time limit, and ends when its client has left. A crash
+ends only the process that reads. All processes are forked from one process that does nothing else and has already
+imported torch and the decoders, so a new one is ready within milliseconds. The fork server of multiprocessing is not
+used: its socket has a path, which is too long if TMPDIR is long, and which is left behind if the server is killed.
 """
 
 import logging
@@ -35,12 +34,12 @@ from stllm.media.info import MediaError
 
 R = TypeVar("R")
 
-NUM_PROCESSES = 2  # chosen here: a slow file of one client leaves one process for the others
+NUM_PROCESSES = 2  # chosen here: while a slow file occupies one process, other clients can use the second one
 TICK = 0.1  # seconds between two checks of a reading
-START_SECONDS = 60.0  # for a process to start, including the import of torch
-SILENT_SECONDS = 5  # for the next bytes of a result that is being sent
-MEMORY = 4 << 30  # bytes that one reading may take: a small file can promise tables of any length (8K takes 1 GiB)
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # forking needs it
+START_SECONDS = 60.0  # time limit for the start of a process, including the import of torch
+SILENT_SECONDS = 5  # time limit between two parts of a result that is being sent
+MEMORY = 4 << 30  # bytes that one reading may use (8K video uses 1 GiB): a small file can ask for tables of any length
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # forking needs one thread
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +49,10 @@ class NobodyWaits(UserError):
 
 
 class ReadingPool:
-    """Processes that read media for this one.
+    """A pool of processes that read media for this process.
 
-    num_processes: readings at once, which bounds the memory that decoding takes. seconds: the limit of one reading.
+    num_processes: the number of readings at the same time, which limits the memory for decoding. seconds: the time
+    limit of one reading.
     """
 
     def __init__(self, num_processes: int = NUM_PROCESSES, *, seconds: float) -> None:
@@ -64,19 +64,19 @@ class ReadingPool:
             self._free.put(_ReadingProcess())
 
     def start(self) -> None:
-        """Start the processes before the first reading, which would otherwise wait for them for seconds."""
+        """Start the processes in advance. Otherwise the first reading would wait some seconds for them."""
         processes = [self._free.get() for _ in range(self.num_processes)]
         for process in processes:
-            with suppress(EOFError, OSError, NobodyWaits):  # the first reading will say so
+            with suppress(EOFError, OSError, NobodyWaits):  # the first reading will report it
                 process.start(lambda: self._check(Event()))
         for process in processes:
             self._give_back(process)
 
     def read(self, task: Callable[[], R], path: Path, stop: Event) -> R:
-        """Run a task in another process as soon as one is free, and return its result. Both must be picklable.
+        """Run a task in the next free process and return its result. Task and result must be picklable.
 
-        stop: ends the reading when it is set. Raises what the task raises. Raises MediaError, naming the path, when the
-        task takes too long or its process dies, and NobodyWaits when the reading was ended.
+        path: the file, for messages. stop: ends the reading when it is set. Raises what the task raises, MediaError if
+        the task takes too long or its process dies, and NobodyWaits if the reading was ended.
         """
         process = None
         while process is None:
@@ -112,7 +112,7 @@ class ReadingPool:
         return result
 
     def close(self) -> None:
-        """End the processes: idle ones at once, reading ones within a tick. Later readings are refused."""
+        """End the processes: idle ones at once, busy ones within `TICK` seconds. Later readings raise NobodyWaits."""
         self._closed = True
         with suppress(Empty):
             while True:
@@ -133,11 +133,15 @@ class _ReadingProcess:
 
     def __init__(self) -> None:
         self._connection: Connection | None = None
-        self._pid: int | None = None  # None until it has sent it
+        self._pid: int | None = None  # None until the process has sent it
 
     def start(self, check: Callable[[], None]) -> Connection:
-        """Return the connection to a process that waits for a task. check: called during the start; it may raise."""
-        if self._connection is not None and self._connection.poll():  # it was asked nothing, so it has ended
+        """Start the process if needed, and return the connection to it.
+
+        check: called repeatedly while the process starts; an exception of it ends the waiting. Raises EOFError if the
+        process does not start.
+        """
+        if self._connection is not None and self._connection.poll():  # data without a task: the process has ended
             self.end()
         if self._connection is None:
             self._pid = None
@@ -163,7 +167,7 @@ class _ReadingProcess:
 
 
 class _Forks:
-    """The process that the others are forked from. It and the others end when this process ends, for any reason."""
+    """The process that all reading processes are forked from. All of them end when this process ends."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -171,7 +175,7 @@ class _Forks:
         self._lock = Lock()
 
     def connect(self) -> Connection:
-        """Return the connection to a new process. Its first message is the process's number."""
+        """Fork a new process and return the connection to it. The first message on it is the process id."""
         ours, theirs = socket.socketpair()
         with self._lock, theirs:
             if self._control is None or self._process is None or self._process.poll() is not None:
@@ -183,14 +187,14 @@ class _Forks:
                         stdin=subprocess.DEVNULL,
                         env={**os.environ, **ONE_THREAD},
                         pass_fds=[control.fileno()],
-                        start_new_session=True,  # a terminal's Ctrl-C is for the serving process, which decides
+                        start_new_session=True,  # Ctrl-C in a terminal must reach only the server
                     )
             socket.send_fds(self._control, [b"."], [theirs.fileno()])
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", SILENT_SECONDS, 0))
         return Connection(ours.detach())
 
     def end(self) -> None:
-        """Kill it and the processes that it has forked. The next connection starts another one."""
+        """Kill this process and those that it has forked. `connect` then starts a new one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -200,7 +204,10 @@ _forks = _Forks()
 
 
 def fork_at_request(control: int) -> None:
-    """Fork a process for each connection that arrives through the socket `control`, until its other end is closed."""
+    """Fork a process for each connection that is sent through a socket, until the socket is closed.
+
+    control: the file descriptor of the socket.
+    """
     import av  # noqa: F401
     import PIL.Image  # noqa: F401
 
@@ -221,9 +228,9 @@ def fork_at_request(control: int) -> None:
 
 
 def _work(connection: Connection) -> None:
-    """Run one task after the other. End when the other end of the connection is closed, even during a task."""
+    """Run the tasks that arrive, one after another. Exit when the connection is closed, even during a task."""
     killed_with_parent()
-    if sys.platform == "linux":  # limit the memory that this process may take in addition to what it has
+    if sys.platform == "linux":  # limit the memory that this process may add to its current memory
         import resource
 
         pages = int(Path("/proc/self/statm").read_text().split()[5])
@@ -246,7 +253,7 @@ def _work(connection: Connection) -> None:
             result = pickle.loads(tasks.get())()
         except UserError as error:
             result = error
-        except Exception as error:  # a defect of ours: only this traceback shows its place
+        except Exception as error:  # a bug here: only this traceback shows where
             logger.error("a reading failed: %s", traceback.format_exc())
             result = error
         buffers: list[pickle.PickleBuffer] = []
@@ -259,7 +266,7 @@ def _work(connection: Connection) -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """A pickler that stores tensors as arrays, whose numbers are sent separately and are never copied here."""
+    """A pickler that stores tensors as numpy arrays, so that their data can be sent without a copy."""
 
     def reducer_override(self, value: Any) -> Any:
         return (from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented

@@ -1,9 +1,10 @@
-"""Choice of the frames of a video to look at: pure functions from counts and seconds to frame indices.
+"""Frame sampling: pure functions that choose the frames of a video by index.
 
-Sources: the frame sampling rules of training, chat and MVBench as published (arXiv 2404.00308 and its protocols);
-`tests/golden/sampling.json` holds numbers computed by the published system. Rounding is half to even, as numpy's.
+Sources: the published sampling rules of training, chat and MVBench (arXiv 2404.00308 and its protocols);
+`tests/golden/sampling.json` holds results of the published code. Halves are rounded to even, as numpy does.
 
-Letters: n frames wanted, N frames in the video; seconds are turned into frame indices by the average frame rate.
+n frames to sample (num_frames), N frames in the video (total_frames). Seconds are converted to indices by the average
+frame rate, except in `within`.
 """
 
 import math
@@ -15,22 +16,23 @@ import numpy as np
 from stllm.common.errors import UserError, unknown_name
 
 RULES = ("rand", "middle", "fps<x>", "uniform", "segment")
-MAX_PARTS = 5  # named in a message
-MIN_SEGMENTS, MAX_SEGMENTS = 4, 16  # MVBench's bounds on one frame a second (`segment` with num_frames=0)
+MAX_PARTS = 5  # the most parts of a video that a message names
+MIN_SEGMENTS, MAX_SEGMENTS = 4, 16  # MVBench's limits for one frame a second (`segment` with num_frames=0)
 
 Bounds = tuple[float, float]
 Generator = np.random.Generator | random.Random
 
 
 class BoundsError(UserError):
-    """A bound in seconds that is empty, lies outside the video or holds no frame of it."""
+    """The part between two bounds in seconds is empty, lies outside the video or holds none of its frames."""
 
 
 def rand(num_frames: int, *, total_frames: int, generator: Generator) -> list[int]:
-    """One random index in each of n equal intervals (training).
+    """Return one random index of each of n equal intervals (for training).
 
-    An interval [start, end) gives an index of [start, end - 1), or its start when that is empty. A video shorter than n
-    is padded with its last index, so n indices always come back. Raises UserError when either count is below 1.
+    The index is drawn from [start, end - 1) of the interval [start, end), or is start if that is empty. If the video
+    has fewer than n frames, the last index is repeated, so n indices are returned in any case. Raises UserError if
+    either number is below 1.
     """
     draw = generator.randrange if isinstance(generator, random.Random) else generator.integers
     picked = [int(draw(start, max(start + 1, end - 1))) for start, end in _intervals(num_frames, total_frames)]
@@ -38,16 +40,16 @@ def rand(num_frames: int, *, total_frames: int, generator: Generator) -> list[in
 
 
 def middle(num_frames: int, *, total_frames: int) -> list[int]:
-    """The middle index of each of n equal intervals (training without randomness); padded as in `rand`."""
+    """Return the middle index of each of n equal intervals (for training without randomness), padded as in `rand`."""
     picked = [(start + end - 1) // 2 for start, end in _intervals(num_frames, total_frames)]
     return picked + picked[-1:] * (num_frames - len(picked))
 
 
 def at_rate(rate: float, *, total_frames: int, fps: float, max_num_frames: int = -1) -> list[int]:
-    """The frames shown at (k + 1/2) / rate seconds, k = 0, 1, ... (training's `fps<rate>`).
+    """Return the frames shown at (k + 1/2) / rate seconds for k = 0, 1, ... (the rule `fps<rate>` of training).
 
-    rate: frames a second to take. max_num_frames: keep only the first ones; 0 or below keeps all.
-    A video too short to hold the first of them gives its middle frame, so that a clip is never empty.
+    rate: frames to sample from each second. max_num_frames: the most frames to return, the first ones (0 or below:
+    all). If the video ends before the first of these times, its middle frame is returned.
     """
     _check_total(total_frames)
     _check_rate(fps, "the video's frame rate")
@@ -59,7 +61,7 @@ def at_rate(rate: float, *, total_frames: int, fps: float, max_num_frames: int =
 
 
 def uniform(num_frames: int, *, total_frames: int) -> list[int]:
-    """Middles of n segments of [0, N - 1] (chat, VcgBench, VideoQA); min(n, N) indices, not padded."""
+    """Return the middles of min(n, N) equal segments of [0, N - 1], without padding (for chat, VcgBench, VideoQA)."""
     _check_total(total_frames)
     _check_wanted(num_frames)
     count = min(num_frames, total_frames)
@@ -70,7 +72,7 @@ def uniform(num_frames: int, *, total_frames: int) -> list[int]:
 def segment(
     num_frames: int, *, total_frames: int, fps: float, bounds: Bounds | None = None, first_index: int = 0
 ) -> list[int]:
-    """MVBench's rule: middles of n segments of the bounded part, duplicates allowed.
+    """Return the middles of n equal segments of the bounded part, by MVBench's rule. An index may occur twice.
 
     num_frames: 0 means one frame a second of the part's length, at least 4 and at most 16 (the published setting).
     bounds: (start, end) in seconds; an end past the video's is cut to it.
@@ -85,7 +87,7 @@ def segment(
     first, last, duration = first_index, final, final / fps
     if bounds is not None:
         start, end = _check_bounds(bounds, total_frames / fps)
-        # At the very edge rounding can step outside the video; the published code would then ask for a missing frame.
+        # Rounding can give an index just outside the video, for which the published code would fail.
         first = min(max(first_index, round(start * fps)), final)
         last = max(first, min(round(min(end, total_frames / fps + 1) * fps), final))
         duration = total_frames / fps - start if math.isinf(end) else bounds[1] - bounds[0]
@@ -96,10 +98,10 @@ def segment(
 
 
 def bounded(bounds: Bounds, *, total_frames: int, fps: float) -> tuple[int, int]:
-    """The frames shown within [start, end) seconds, as (first, count): those i with start*fps <= i < end*fps.
+    """Return (first, count) of the frames i with start*fps <= i < end*fps. An end beyond the video's is allowed.
 
-    For training clips: sample `count` frames by any rule and add `first`. An end past the video's is cut to it.
-    Raises BoundsError (a UserError) for a bound that is empty, lies outside the video or holds no frame.
+    To sample from a part of a video, sample from `count` frames by any rule and add `first` to the indices.
+    Raises BoundsError (a UserError) if the part is empty, lies outside the video or holds no frame.
     """
     _check_total(total_frames)
     _check_rate(fps, "the video's frame rate")
@@ -115,10 +117,10 @@ def bounded(bounds: Bounds, *, total_frames: int, fps: float) -> tuple[int, int]
 
 
 def within(bounds: Bounds, *, seconds: np.ndarray, duration: float) -> tuple[int, int]:
-    """The frames whose own time lies in [start, end), as (first, count); first counts from 0.
+    """Return (first, count) of the frames that are shown within [start, end) seconds. first counts from 0.
 
-    seconds: (N,) when each frame is shown, ascending. duration: of the video, for the message.
-    Raises BoundsError for a bound that is empty, lies outside the video or holds no frame: it names the parts that do.
+    seconds: (N,), the time at which each frame is shown, ascending. duration: of the video in seconds.
+    Raises BoundsError if the part is empty, lies outside the video or holds no frame. It then names parts with frames.
     """
     start, end = _check_bounds(bounds, max(duration, float(seconds[-1])))
     first, stop = (int(place) for place in np.searchsorted(seconds, (start, end)))
@@ -144,13 +146,15 @@ def sample_indices(
     first_index: int = 0,
     generator: Generator | None = None,
 ) -> list[int]:
-    """Frame indices by a rule's name: `rand`, `middle`, `fps<x>` (as `fps0.5`), `uniform` or `segment`.
+    """Return the indices of the frames that a rule chooses, ascending.
 
-    num_frames: frames wanted; for `fps<x>` the most to take (0 or below: all), for `segment` 0 means one a second.
-    bounds: (start, end) in seconds; `segment` has its own rounding, every other rule sees only `bounded` frames.
-    first_index: what a reader calls its first frame (`MediaInfo.first_index`), added to every index.
-    generator: the randomness of `rand`, which needs one.
-    Returns ascending indices. Raises UserError for an unknown rule, no frames, or a bound outside the video.
+    rule: `rand`, `middle`, `fps<x>` (such as `fps0.5`), `uniform` or `segment`.
+    num_frames: the number of frames. For `fps<x>` it is the maximum (0 or below: all); for `segment` 0 means one frame
+        a second.
+    bounds: the part to sample from, (start, end) in seconds. `segment` rounds by its own rule, the others by `bounded`.
+    first_index: the index of the medium's first frame (`MediaInfo.first_index`), added to every index.
+    generator: the random generator, which only `rand` needs.
+    Raises UserError for an unknown rule, for no frames, and for bounds outside the video.
     """
     if rule == "segment":
         return segment(num_frames, total_frames=total_frames, fps=fps, bounds=bounds, first_index=first_index)
@@ -175,7 +179,7 @@ def sample_indices(
 
 
 def _intervals(num_frames: int, total_frames: int) -> list[tuple[int, int]]:
-    """(start, end) of min(n, N) equal intervals of [0, N)."""
+    """Return (start, end) of each of min(n, N) equal intervals of [0, N)."""
     _check_total(total_frames)
     _check_wanted(num_frames)
     edges = [int(edge) for edge in np.linspace(0, total_frames, min(num_frames, total_frames) + 1)]
@@ -183,7 +187,7 @@ def _intervals(num_frames: int, total_frames: int) -> list[tuple[int, int]]:
 
 
 def _check_bounds(bounds: Bounds, duration: float) -> Bounds:
-    """The bound with its start at 0 at the least; UserError when nothing of the video (in seconds) lies in it."""
+    """Return the bounds with a start of at least 0. Raises BoundsError if they are empty or outside the video."""
     start, end = bounds
     if math.isnan(start) or math.isnan(end) or end <= start:
         raise BoundsError(f"the bound {_seconds(bounds)} is empty; expected start < end in seconds: correct it")

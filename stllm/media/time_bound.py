@@ -1,7 +1,7 @@
-"""A limit on the time in which one medium is read. Storage may hang, and a small file may take hours to decode.
+"""A time limit for reading one medium. Storage may hang, and a small file may take hours to decode.
 
-The reading runs in a thread, because data workers may not start processes. A reading that takes too long is given up:
-the caller goes on, and the thread ends by itself at the next frame, or when the storage answers.
+The medium is read in a thread, because data workers must not start processes. If that takes too long, the caller
+continues without it. The thread ends by itself at the next frame, or when the storage responds.
 """
 
 import threading
@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 from stllm.common.errors import UserError
 from stllm.media.info import MediaError
 
-MAX_HANGING = 8  # chosen here: so many readings of one process that were given up and have not ended stop the command
-TICK = 1.0  # seconds; a pause of the whole process (SIGSTOP, a suspended job) counts as one tick at most
+MAX_HANGING = 8  # chosen here: the command stops when this many threads that exceeded their limit have not ended
+TICK = 1.0  # seconds; a pause of the whole process (SIGSTOP, a suspended job) counts as at most one tick
 
 T = TypeVar("T")
 
 
 class StorageError(UserError):
-    """So many readings hang that the fault is not in single files."""
+    """The storage seems to hang: `MAX_HANGING` readings took too long and have not ended."""
 
 
 class _GivenUp(BaseException):
-    """The exception that ends the thread of a reading that was given up. Handlers of file errors do not catch it."""
+    """Ends a thread whose reading took too long. It is a BaseException, so handlers of file errors do not catch it."""
 
 
 class _Reading(threading.Thread):
@@ -45,10 +45,11 @@ _hanging: list[_Reading] = []
 
 
 def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: str) -> T:
-    """Return `read()`, limited to this many seconds; 0: no limit.
+    """Return the result of `read()`, with a time limit in seconds (0: no limit).
 
-    medium: its name in messages, unless `now_reading` has named it. setting: the name of the limit in messages.
-    Raises what `read` raises, MediaError when it takes too long, StorageError when `MAX_HANGING` readings hang.
+    medium: the file, for messages; `now_reading` can name another one later. setting: the name of the limit's setting,
+    for messages. Raises what `read` raises, MediaError if it takes too long, and StorageError if `MAX_HANGING` readings
+    hang.
     """
     if not seconds:
         return read()
@@ -82,22 +83,22 @@ def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: 
 
 
 def now_reading(medium: object) -> None:
-    """Name the file that this thread is about to read, for the message when reading takes too long."""
+    """Set the file that this thread reads next. The message of an exceeded limit names it."""
     if isinstance(thread := threading.current_thread(), _Reading):
         thread.medium = str(medium)
     keep_reading()
 
 
 def keep_reading() -> None:
-    """End this thread if its reading was given up. Loops over frames and packets call this."""
+    """End this thread if its reading took too long. Called in loops over frames and packets."""
     if isinstance(thread := threading.current_thread(), _Reading) and thread.given_up:
         raise _GivenUp
 
 
 @contextmanager
 def unbounded() -> Iterator[None]:
-    """Do not count the time in this block: more than one medium is fetched."""
-    thread: Any = threading.current_thread()  # of any kind: only `read_within` looks at the mark
+    """Do not count the time in this block. For steps that fetch more than one medium."""
+    thread: Any = threading.current_thread()  # may be another type of thread, on which the mark has no effect
     thread.unbounded = True
     try:
         yield

@@ -1,8 +1,8 @@
-"""The index of a container video: the number and time of each frame.
+"""`Timeline`: the number and time of each frame of a video, read from its packets without decoding.
 
-Packets are stored in decoding order. Their presentation times (pts), sorted, give the order in which the frames are
-shown. Reading them takes some microseconds a packet and no decoding. Some files hold times that do not order their
-frames: the reader of the video checks the order while it decodes (video.py), and counts the frames where it is wrong.
+A container stores packets in decoding order. Sorted by presentation time (pts), they are in the order in which the
+frames are shown. Reading them takes some microseconds a packet. In some files the times are wrong: the video reader
+(video.py) checks the order while it decodes, and if it is wrong, decodes and counts all frames instead.
 """
 
 from array import array
@@ -21,20 +21,19 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 Stamps = np.ndarray[Any, np.dtype[np.int64]]
-DECODING_TIMES = ("avi", "asf")  # containers that hold decoding times only; FFmpeg guesses presentation times from them
+DECODING_TIMES = ("avi", "asf")  # containers without presentation times; FFmpeg guesses them from the decoding times
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Frames of one video stream in presentation order.
+    """The frames of one video stream in the order in which they are shown.
 
-    stamps: (N,) ascending; each identifies a frame: its presentation time in units of time_base, or 0 .. N-1 with
-        `counted`.
-    seconds: (N,) when each frame is shown, after the first one.
-    keys: (K,) stamps of the keyframes, ascending.
-    num_promised: frames the file should hold; more than N when it was cut short.
-    open_gops: some pictures are stored after a keyframe but shown before it.
-    counted: the stream's times do not order its frames, so that frames are found only by decoding from the start.
+    stamps: (N,) ascending, one for each frame: its presentation time in units of time_base, or 0 .. N-1 if `counted`.
+    seconds: (N,), the time from the first frame to each frame.
+    keys: (K,), the stamps of the keyframes, ascending.
+    num_promised: the number of frames according to the file; more than N if the file is incomplete.
+    open_gops: some frames are stored after a keyframe but shown before it.
+    counted: the times in the file are wrong, so a frame can be found only by decoding from the start.
     """
 
     stamps: Stamps
@@ -46,18 +45,22 @@ class Timeline:
 
     @property
     def num_readable(self) -> int:
+        """N, the number of frames that the file holds."""
         return len(self.stamps)
 
     def index_at(self, stamp: int) -> int:
-        """The index of the first frame shown at `stamp` or later."""
+        """Return the index of the first frame whose stamp is `stamp` or later."""
         return int(self.stamps.searchsorted(stamp))
 
     def begins_with(self, stamps: Sequence[int | None]) -> bool:
-        """Check whether the timeline starts with these stamps, one or more."""
+        """Check whether these stamps, at least one, are the first of the timeline."""
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":
-        """The timeline without the frames before `stamp`. The decoder lacks them in a film cut inside an open GOP."""
+        """Return the timeline without the frames before `stamp`.
+
+        A video that was cut out within an open GOP starts with frames that cannot be decoded.
+        """
         lost = self.index_at(stamp)
         if lost in (0, self.num_readable):
             return self
@@ -71,7 +74,7 @@ class Timeline:
 
 
 def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Packet[VideoStream]]":
-    """All packets of the stream; av's own loop ends at the first packet of a stream that appears late (TS, MPEG)."""
+    """Yield all packets of a stream. `demux` alone would stop where another stream begins later (TS, MPEG)."""
     while True:
         with suppress(IndexError):
             yield from container.demux(stream)
@@ -79,25 +82,25 @@ def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Pac
 
 
 def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut: bool) -> Timeline | None:
-    """The timeline from the packets alone; None unless all of them have plausible times.
+    """Return the timeline according to the packets, or None if their times are not plausible.
 
-    Times are rejected when one is missing or used twice, when decoding times (dts) do not ascend, and in a container
-    that holds only these when the codec reorders frames.
+    They are not if a time is missing or occurs twice, if decoding times (dts) do not ascend, or if the codec reorders
+    frames in a container that holds only decoding times.
 
-    cut: the file is shorter than it should be. The missing frames are then still promised, and the last packets are
-    not trusted: a lost B-frame might have been shown between them.
+    cut: the file is incomplete. The missing frames then count in num_promised. The last packets are not used, because a
+    lost B-frame might belong between them.
     """
     from av.error import FFmpegError
 
     by_dts, reorders = container.format.name in DECODING_TIMES, stream.codec_context.has_b_frames
     if by_dts and reorders:
         return None
-    stamps, keys = array("q"), array("q")  # eight bytes a frame each, however long the film
+    stamps, keys = array("q"), array("q")  # arrays take 8 bytes a frame
     num_hidden, last_dts, latest, open_gops = 0, None, None, False
-    with suppress(FFmpegError):  # the file ends there: num_promised counts the rest, or it fails to be decoded
+    with suppress(FFmpegError):  # the file ends here; num_promised includes the rest
         for packet in packets(container, stream):
             keep_reading()
-            if packet.size == 0 or (packet.is_corrupt and not packet.is_discard):  # the one across which a file was cut
+            if packet.size == 0 or (packet.is_corrupt and not packet.is_discard):  # the last one of a cut file
                 continue
             # VP8 stores hidden reference frames as packets; bit 4 of a frame's first byte is "show" (RFC 6386, 9.1).
             if packet.is_discard or (stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10):
@@ -120,7 +123,7 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
     if cut:
         if last_dts is not None and reorders:
             order = order[order <= last_dts]
-        if stream.frames > 0:  # as the header counts them, or else by the duration that it states
+        if stream.frames > 0:  # from the header, or else from the duration in it
             num_promised = max(num_promised, stream.frames - num_hidden)
         elif container.duration and stream.average_rate:
             num_promised = max(num_promised, int(container.duration / 1_000_000 * stream.average_rate))
@@ -128,10 +131,11 @@ def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut:
 
 
 def counted_timeline(stream: "VideoStream", stamps: Sequence[int | None]) -> Timeline:
-    """The timeline of a stream that was decoded whole. stamps: of every frame, in the order in which they were decoded.
+    """Return the timeline of a stream that was decoded from start to end.
 
-    The k-th frame gets the k-th time in ascending order. Frames without a time are spaced evenly between those that
-    have one. Where times are doubled or fewer than two are known, all frames are spaced evenly.
+    stamps: one for each frame, in the order of decoding; None: unknown. The known times are assigned to their frames in
+    ascending order. Frames between them are spaced evenly. If a time occurs twice, or fewer than two are known, all
+    frames are spaced evenly.
     """
     indices = np.arange(len(stamps), dtype=np.int64)
     places = np.array([index for index, stamp in enumerate(stamps) if stamp is not None])
@@ -146,11 +150,12 @@ def counted_timeline(stream: "VideoStream", stamps: Sequence[int | None]) -> Tim
 
 
 def average_fps(timeline: Timeline, stream: "VideoStream") -> float:
-    """Average frames a second: the container's own figure unless the frames' times contradict it; 25 without either.
+    """Return the average frames a second: the rate in the container's header if the frames' times agree with it.
 
-    The benchmarks' protocols turn seconds into indices by the container's figure (decord's get_avg_fps). Containers
-    that count their frames include how long the last one is shown, so theirs is contradicted only when the video would
-    end before its last frame is shown. Others (mkv, webm) guess the figure from the first frames.
+    Otherwise the rate is computed from the times; without times it is 25. The benchmarks' protocols use the header's
+    rate (decord's get_avg_fps). A header that also counts the frames includes the duration of the last frame in its
+    rate; it is rejected only if the video would end before its last frame is shown. Other containers (mkv, webm)
+    estimate the rate from the first frames.
     """
     stated = float(stream.average_rate or 0)
     count, span = timeline.num_readable, float(timeline.seconds[-1])

@@ -1,7 +1,7 @@
-"""Views of a clip: its frames as they are, or with their order or their content taken away.
+"""Views of a clip: its frames unchanged, in another order, or without their content.
 
-Comparing answers across views shows whether a model uses time at all. A view changes what was sampled already, so every
-view but the last two shows the same frames. T frames.
+Comparing answers across views shows whether a model uses the order of the frames. A view is applied after sampling:
+forward, reversed and shuffled show the same T frames, single repeats one of them, and blank shows none.
 """
 
 import hashlib
@@ -12,22 +12,21 @@ from torch import Tensor
 from stllm.common.errors import UserError, unknown_name
 
 FORWARD, REVERSED, SHUFFLED, SINGLE, BLANK = VIEWS = ("forward", "reversed", "shuffled", "single", "blank")
-MEAN_COLOUR = (123, 117, 104)  # of CLIP's pictures: near zero when normalised
-SHUFFLE_KEY = "shuffled frames"  # with the number of frames, it fixes the shuffle of every run
+MEAN_COLOUR = (123, 117, 104)  # of CLIP's training images; near zero when normalised
+SHUFFLE_KEY = "shuffled frames"  # seed of the permutation, together with the number of frames
 
 
 def check_view(view: str) -> None:
-    """Raises UserError for a view that is not one of `VIEWS`."""
+    """Raise UserError if the view is not one of `VIEWS`."""
     if view not in VIEWS:
         raise UserError(unknown_name("view", view, VIEWS))
 
 
 def view_order(view: str, num_frames: int) -> list[int]:
-    """The number of the sampled frame at each of T places. Raises UserError for an unknown view.
+    """Return, for each of T places, the number of the sampled frame to show there. Raises UserError for unknown views.
 
-    forward and blank: as sampled. reversed: last first. shuffled: a fixed permutation, the same in every run.
-    single: the middle frame at every place. The model then reads as many visual tokens as before, through the same
-        layers and whatever its video input is, so that nothing but what the frames show has changed.
+    forward and blank: as sampled. reversed: the last frame first. shuffled: a permutation that is the same in every
+        run. single: the middle frame at every place, so the number of visual tokens stays the same.
     """
     check_view(view)
     places = list(range(num_frames))
@@ -40,12 +39,12 @@ def view_order(view: str, num_frames: int) -> list[int]:
 
 
 def view_frames(view: str, frames: Tensor) -> Tensor:
-    """The frames as that view shows them. frames: (T, 3, S, S) uint8."""
+    """Return the frames in a view, (T, 3, S, S) uint8. frames: (T, 3, S, S) uint8, as sampled."""
     if view == BLANK:
         return frames.new_tensor(MEAN_COLOUR)[:, None, None].expand_as(frames)
     return frames if view == FORWARD else frames[view_order(view, len(frames))]
 
 
 def _draw(num_frames: int, place: int) -> bytes:
-    """A random key that needs no generator, so no library's version changes it."""
+    """Return a pseudo-random sort key. It uses no generator, so that no library update can change it."""
     return hashlib.blake2b(f"{SHUFFLE_KEY} {num_frames} {place}".encode(), digest_size=8).digest()

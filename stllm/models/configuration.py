@@ -1,7 +1,7 @@
-"""`STLLMConfig`: every size and choice of one ST-LLM model, as saved in its `config.json`.
+"""`STLLMConfig`: all sizes and options of an ST-LLM model, as saved in its `config.json`.
 
-Only `from_config` functions and the composition in st_llm.py read it; the parts take flat keyword arguments.
-Sizes and names: paper (arXiv 2404.00308) section 3; defaults are the published 7B model's.
+Only builder functions and st_llm.py read it; the parts of the model take plain keyword arguments.
+Sizes and names come from the paper (arXiv 2404.00308), section 3. The defaults are those of the published 7B model.
 """
 
 from dataclasses import field
@@ -24,7 +24,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "num_heads": 16,
     "mlp_ratio": 4.3637,
     "drop_path_rate": 0.0,
-    "adapter_depth": 3,  # temporal + spatial layers beside the last blocks
+    "adapter_depth": 3,  # layers of the temporal adapter, one for each of the encoder's last blocks
     "max_frames": 64,  # entries of the adapter's time embedding
     "ln_eps": 1e-5,  # of ln_vision; InstructBLIP's transformers checkpoints keep 1e-6
 }
@@ -38,7 +38,7 @@ QFORMER_DEFAULTS: dict[str, Any] = {
     "cross_attention_frequency": 2,
 }
 MASK_RATE_DEFAULTS = {"mean": 0.5, "std": 0.1, "min": 0.1, "max": 0.7}
-# what transformers raises for a value that no model can be built with, see `common.errors.reason`
+# what transformers raises for values that no model can be built with; `common.errors.reason` turns them into words
 CONFIG_ERRORS = (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError)
 
 
@@ -50,20 +50,22 @@ def _known(kind: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[s
 
 
 class STLLMConfig(PretrainedConfig):
-    """Sizes and choices of an ST-LLM.
+    """Sizes and options of an ST-LLM.
 
     arch: the registered name of the model class.
     vision_config: the encoder's sizes, see `VISION_DEFAULTS`.
-    qformer_config: `InstructBlipQFormerConfig` or its dictionary; ignored without `has_qformer`.
-    text_config: the causal language model's own configuration (any of transformers'), or its dictionary.
-    video_input: the registered name of the video input. `residual_size` and `residual_bottleneck`: the number of local
-        frames and the inner width (default: a quarter of the language model's) of `residual`.
-    num_frames: of a video, where the user does not say how many (default: the published 64 for residual, else 16).
-    vit_chunk_size: frames that the encoder takes at once; None for what suits the device.
-    use_mvm: whether masking comes with the loss of masked video modelling; `mvm_decode`: through a decoder.
-    mask_rate: mean, std, min and max of the share of visual tokens dropped in training (paper section 3.3).
+    qformer_config: an `InstructBlipQFormerConfig` or its dictionary; unused if `has_qformer` is False.
+    qformer_text_input: the Q-Former reads the question, too.
+    text_config: the configuration of the causal language model (any of transformers'), or its dictionary.
+    video_input: the registered name of the video input. residual_size, residual_bottleneck: of the input `residual`,
+        the number of local frames, and the width of its bottleneck (0: a quarter of the language model's width).
+    num_frames: frames sampled from a video unless the user sets another number (None: 64 for residual, otherwise 16, as
+        published).
+    use_mask: visual tokens are dropped in training. mask_rate: mean, std, min and max of the dropped share (paper
+        section 3.3). use_mvm: adds the loss of masked video modelling. mvm_decode: its states pass through a decoder.
     lora: {r, alpha, dropout, target_modules}, or None.
-    template, system, max_txt_len, end_sym: how prompts are written for these weights (processors/templates.py).
+    vit_chunk_size: frames encoded at once (None: depends on the device).
+    template, system, max_txt_len, end_sym: the form of the prompts for these weights (processors/templates.py).
     """
 
     model_type = "stllm"
@@ -123,12 +125,12 @@ class STLLMConfig(PretrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Patch tokens of one frame, the class token left out."""
+        """The number of patch tokens of one frame, without the class token."""
         return int(self.vision_config["image_size"] // self.vision_config["patch_size"]) ** 2
 
     @property
     def tokens_per_frame(self) -> int:
-        """Visual tokens of one frame before the video input: K queries, or P/4 merged patches without a Q-Former."""
+        """The number of tokens of one frame: the Q-Former's queries, or a quarter of the patches without a Q-Former."""
         return self.num_query_tokens if self.has_qformer else self.num_patches // 4
 
     @property
@@ -173,7 +175,7 @@ def model_card(config: STLLMConfig, num_parameters: int) -> str:
 
 
 def language_model_config(given: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
-    """The language model's configuration of a dictionary with `model_type` (llama without one) and its fields."""
+    """Return the language model's configuration from a dictionary with `model_type` (default: llama) and its fields."""
     if isinstance(given, PretrainedConfig):
         return given
     fields = dict(given or {"model_type": "llama"})

@@ -1,17 +1,17 @@
-"""Generation from prompts that are read once: every beam of an answer attends to one copy of its prompt.
+"""Faster generation: each prompt is read once, and all beams of its answer attend to one copy of its keys and values.
 
-transformers' `generate` reads a prompt once for each beam, and moves all keys and values at every token: they grow by
-concatenation, and beam search reorders them. Here the prompts are read first, without padding, and their keys and
-values stay in place; only the answers' own part, which is short, grows and follows the beams. Attention to the parts is
-computed apart and normalised together ("Bifurcated Attention", arXiv 2403.08845). Beam search, sampling and stopping
-remain `generate`'s, and the ids are the same.
+transformers' `generate` reads a prompt once for each beam. It also copies all keys and values at every new token,
+because the cache grows by concatenation and beam search reorders it. Here the prompts are read first, without padding,
+and their keys and values stay in place. Only those of the answers, which are short, grow and are reordered. Attention
+is computed separately for both parts and normalised together ("Bifurcated Attention", arXiv 2403.08845). transformers
+still does beam search, sampling and stopping, and the generated ids are the same.
 
-Prompts that begin alike share the keys and values of their common beginning, in one copy: those of one batch, and those
-of later calls, for which they are kept as `Prefix`. Prompts are compared by their embeddings, so whatever makes another
-prompt of a question (template, system sentence, frames, context rule, Q-Former) makes other embeddings, too.
+Prompts with a common beginning share one copy of its keys and values: within a batch, and across calls, which pass it
+on as a `Prefix`. Prompts are compared by their embeddings, so anything that changes a prompt (template, system
+sentence, frames, context rule, Q-Former) prevents the reuse.
 
-B prompts, R answers (B times the beams), S positions of a prompt, P of a prefix, T of an answer, H heads, G of them to
-each of the H/G key heads, D width of a head or of an embedding.
+B prompts, R answers (B times the beams), S positions of a prompt, P positions of a prefix, T positions of an answer,
+H heads, G query heads for each of the H/G key heads, D width of a head or of an embedding.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -29,23 +29,26 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 SHARED = "shared_prompt"
-# Positions of several prompts in one pass. On a CPU each operation on more than a few prompts gets its memory anew
-# from the system: 25 prompts of 560 tokens in one pass had 4.9 million page faults, a quarter of its CPU time.
+# The most positions, of several prompts together, that one forward pass reads. On a CPU a larger pass allocates new
+# memory for each operation: 25 prompts of 560 tokens caused 4.9 million page faults, a quarter of the CPU time.
 PREFILL_POSITIONS = {"cpu": 512}
-PREFILL_POSITIONS_ELSEWHERE = 16_384  # what bounds the memory
-ANSWER_ROOM = 32  # positions, at first
-# Of a prompt: a smaller common beginning is not worth sharing, a smaller rest not worth keeping. Chosen here.
+PREFILL_POSITIONS_ELSEWHERE = 16_384  # limits the memory
+ANSWER_ROOM = 32  # positions of an answer allocated at first
+# The smallest share of a prompt that is worth sharing as a prefix, or worth keeping as part of a new one. Chosen here.
 LEAST_SHARE = 0.25
 CHANGING_POSITIONS = ("dynamic", "longrope")  # rotary positions that depend on the length of the whole prompt
 
 
 class NotShared(Exception):
-    """This architecture does not attend in the way that two parts of keys and values need."""
+    """The architecture's attention cannot be split into prompt and answer, so `model.generate` is used instead."""
 
 
 @dataclass(eq=False)
 class Prefix:
-    """The beginning of a prompt, (P, D), and each layer's keys and values of it, (H/G, P, D)."""
+    """The beginning of a prompt that other prompts can reuse.
+
+    embeds: (P, D). keys, values: (H/G, P, D) for each layer.
+    """
 
     embeds: Tensor
     keys: list[Tensor] = field(default_factory=list)
@@ -53,11 +56,11 @@ class Prefix:
 
     @cached_property
     def nbytes(self) -> int:
-        """The size of all tensors, once they are there."""
+        """The size of all tensors in bytes. To be read only after the prefix is complete, because it is cached."""
         return sum(tensor.nbytes for tensor in (self.embeds, *self.keys, *self.values))
 
     def common(self, prompt: Tensor) -> int:
-        """Return the number of positions in which a prompt (S, D) begins like this one."""
+        """Return the number of leading positions in which a prompt (S, D) equals this prefix."""
         length = min(len(self.embeds), len(prompt))
         if not length or not torch.equal(self.embeds[0], prompt[0]):
             return 0
@@ -73,16 +76,17 @@ def generate(
     prefixes: Sequence[list[Prefix]] | None = None,
     **generation: Any,
 ) -> Tensor:
-    """Return new token ids, (B, up to max_new_tokens), as `model.generate` does. model: a causal LM of transformers.
+    """Generate token ids, (B, up to max_new_tokens), the same as `model.generate` does, but faster.
 
-    inputs_embeds: (B, S, D) of prompts padded on the left; attention_mask: (B, S). generation: other arguments of
-    transformers' `generate`. Architectures with sliding windows, recurrent layers, or an attention that is not torch's
-    SDPA take the way of `model.generate`. Those without `has_reusable_keys` share and keep no prefixes.
-    prefixes: for each prompt the list (several prompts may have the same one) of those kept by earlier calls with
-    these weights; those of this call are added, the last used at its end. None: nothing is kept.
+    model: a causal LM of transformers. inputs_embeds: (B, S, D), prompts padded on the left. attention_mask: (B, S).
+    prefixes: a list for each prompt, with the prefixes kept by earlier calls with the same weights. Several prompts may
+        have the same list. Prefixes of this call are added to it, the most recently used last. None: nothing is kept.
+    generation: other arguments of transformers' `generate`.
+    Architectures with sliding windows, with recurrent layers, or without torch's SDPA use `model.generate` instead.
+    Models without `has_reusable_keys` neither share nor keep prefixes.
     """
     if inputs_embeds.shape[1] > 1 and shares_prompts(model):
-        # `generate` begins with the last token
+        # all tokens but the last are read here; `generate` then reads the last one
         lengths = (attention_mask.sum(dim=1) - 1).tolist()
         longest = max(lengths) + 1
         inputs_embeds, attention_mask = inputs_embeds[:, -longest:], attention_mask[:, -longest:]
@@ -103,9 +107,9 @@ def generate(
 
 
 def weights_state(model: Any) -> Hashable:
-    """Return a value that changes with the weights in use, LoRA's included; prefixes of another one must not be used.
+    """Return a value that changes when the weights change, including LoRA's. Prefixes are valid for one value only.
 
-    Changes through `Tensor.data`, which torch does not count, are not noticed.
+    Changes made through `Tensor.data` are not noticed, because torch does not count them.
     """
     adapters = [
         (part.disable_adapters, *part.active_adapters, *part.merged_adapters)
@@ -117,7 +121,7 @@ def weights_state(model: Any) -> Hashable:
 
 
 def shares_prompts(model: PreTrainedModel) -> bool:
-    """Check whether every layer is plain attention over all earlier positions, computed by torch's SDPA."""
+    """Check whether every layer attends to all earlier positions with torch's SDPA."""
     config = model.config
     if config._attn_implementation != "sdpa" or not model.get_decoder()._supports_attention_backend:
         return False
@@ -127,7 +131,7 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def shared_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have the model attend by `attend` in this block; it then makes no masks, as none is registered for the name."""
+    """Make the model compute attention with `attend` within this block. transformers then builds no masks."""
     config = model.config
     config._attn_implementation = SHARED
     try:
@@ -137,7 +141,7 @@ def shared_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def positions_at_once(device: torch.device) -> int:
-    """Return the number of positions up to which several prompts are read in one pass."""
+    """Return how many positions, of several prompts together, one forward pass may read."""
     return PREFILL_POSITIONS.get(device.type, PREFILL_POSITIONS_ELSEWHERE)
 
 
@@ -147,10 +151,10 @@ def new_cache(model: PreTrainedModel, parts: "_Parts") -> Cache:
 
 
 def has_reusable_keys(model: PreTrainedModel) -> bool:
-    """Check whether a token's keys depend on it, its position and the tokens before it alone.
+    """Check whether a token's keys depend only on the token, its position and the tokens before it.
 
-    They also depend on the length of the prompt with some rotary positions, and on the other tokens of a pass with
-    LLM.int8(), which treats a column by its largest value.
+    With some rotary embeddings they also depend on the length of the prompt. With LLM.int8() they also depend on the
+    other tokens of the forward pass, because it treats a column by its largest value.
     """
     if "position_ids" not in signature(model.get_decoder().forward).parameters:
         return False
@@ -161,9 +165,10 @@ def has_reusable_keys(model: PreTrainedModel) -> bool:
 
 @dataclass
 class _Parts:
-    """The parts of B prompts: `common[row]` positions at the beginning of a prefix, and a rest of the prompt's own.
+    """B prompts, each split into a beginning that it shares with a prefix, and a rest.
 
-    lengths: of the prompts. users: the prompts of each prefix.
+    lengths: positions of each prompt. common: positions of each prompt that its prefix covers (0: it has no prefix).
+    users: the numbers of the prompts that use each prefix.
     """
 
     lengths: list[int]
@@ -172,21 +177,22 @@ class _Parts:
 
     @property
     def rests(self) -> list[int]:
-        """Return the number of positions of each prompt's rest."""
+        """The number of positions of each prompt that no prefix covers."""
         return [length - common for length, common in zip(self.lengths, self.common, strict=True)]
 
 
 def _share(prompts: Sequence[Tensor], kept: Sequence[Sequence[Prefix]] | None, *, share: bool) -> _Parts:
-    """Find for each prompt (S, D) the prefix that shares most with it: a kept one, or an earlier prompt of this batch.
+    """Find for each prompt (S, D) the prefix with the longest common beginning.
 
-    A prompt without any becomes a new prefix, which has no keys yet, if it is to be kept or others share it.
+    Candidates are kept prefixes and earlier prompts of this batch. A prompt that shares too little becomes a new
+    prefix, without keys yet, if prefixes are kept or other prompts share it.
     """
     parts = _Parts([len(prompt) for prompt in prompts], [0] * len(prompts), {})
     for row, prompt in enumerate(prompts if share else ()):
         found = {prefix: prefix.common(prompt) for prefix in (*(kept[row] if kept else ()), *parts.users)}
         best = max(found, key=found.__getitem__, default=None)
         if best is None or found[best] < LEAST_SHARE * len(prompt):
-            best = Prefix(prompt if kept is None else prompt.clone())  # not a view of the whole batch
+            best = Prefix(prompt if kept is None else prompt.clone())  # a view would keep the whole batch in memory
         if len(prompt):
             parts.common[row] = found.get(best, len(prompt))
             parts.users.setdefault(best, []).append(row)
@@ -198,10 +204,10 @@ def _share(prompts: Sequence[Tensor], kept: Sequence[Sequence[Prefix]] | None, *
 
 
 def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor], parts: _Parts, cache: Cache) -> None:
-    """Read all prompts: first those that share nothing or are new prefixes, then the rests of the others.
+    """Fill the cache: first with the prompts that have no prefix or are a new one, then with the rests of the others.
 
-    Whole prompts of about one length are read together, padded on the right: causal attention does not see the padding,
-    so no mask is needed. The rests after one prefix are read as one row, each of them masked from the others.
+    Whole prompts of similar length are read in one batch, padded on the right. Causal attention does not see this
+    padding, so it needs no mask. The rests that follow one prefix are read as one row, and a mask separates them.
     """
     layers: list[PromptLayer] = cache.layers  # type: ignore[assignment]
     most = positions_at_once(prompts[0].device)
@@ -240,7 +246,10 @@ def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor], parts: _Parts, c
 
 
 def _keep(prompts: Sequence[Tensor], parts: _Parts, cache: Cache, prefixes: Sequence[list[Prefix]]) -> None:
-    """Put the prefix of each prompt at the end of its list, or a longer one if much of the prompt is not in it."""
+    """Move the prefix of each prompt to the end of the prompt's list.
+
+    If the rest is longer than LEAST_SHARE of the prompt, a new prefix of the whole prompt is added instead.
+    """
     layers: list[PromptLayer] = cache.layers  # type: ignore[assignment]
     for prefix, rows in parts.users.items():
         for row in rows:
@@ -258,16 +267,17 @@ def _keep(prompts: Sequence[Tensor], parts: _Parts, cache: Cache, prefixes: Sequ
 
 
 def _cache_name(model: PreTrainedModel) -> str:
-    """Return the name of the cache among the model's arguments, which transformers changed."""
+    """Return the name of the model's argument for the cache, which differs between versions of transformers."""
     return "cache" if "cache" in signature(model.get_decoder().forward).parameters else "past_key_values"
 
 
 @dataclass
 class _Pass:
-    """What the model reads: whole prompts, a row each, or rests after one prefix, all in one row.
+    """One forward pass over prompts: whole prompts, each in its own row, or the rests after one prefix, all in one row.
 
-    spans: (prompt, first, end) of the positions of a row. new: prefixes to be written, by prompt. mask: (1, 1, L, P +
-    L), true where a position of the rests sees one of the prefix or of the rests.
+    spans: (prompt, first, end) for each prompt read, its positions in its row. new: prompt -> prefix to be filled.
+    prefix: the one before the rests. mask: (1, 1, L, P + L) for L positions of rests, true where one of them attends to
+    a position of the prefix or of the rests.
     """
 
     spans: list[tuple[int, int, int]]
@@ -277,24 +287,25 @@ class _Pass:
 
 
 class PromptLayer(DynamicLayer):
-    """One layer's keys and values: those of the prompts' parts, written once, and those of the answers.
+    """The cache of one layer: keys and values of the prompts, which never move, and of the answers, which grow.
 
-    number: of the layer. passing: what is being read; None when all prompts have been.
+    number: the layer's number. passing: the current pass over prompts; None once all prompts are read.
     """
 
     def __init__(self, number: int, parts: _Parts) -> None:
         super().__init__()
         self.number, self.parts = number, parts
         self.passing: _Pass | None = None
-        # Of each prefix: keys and values (H/G, P, D), numbers of its b prompts, (b, 1, 1, P) true beyond their share.
+        # for each prefix: its keys and values (H/G, P, D), the numbers of the b prompts that use it, and (b, 1, 1, P),
+        # true at the positions that a prompt does not share
         self.prefixes: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        self.rest_keys: Tensor | None = None  # (B, H/G, S, D), padded on the right; None where no prompt has a rest
+        self.rest_keys: Tensor | None = None  # (B, H/G, S, D), padded on the right; None if no prompt has a rest
         self.rest_values: Tensor | None = None
-        self.padding: Tensor | None = None  # (B, 1, 1, S), true where a rest has ended; None where all end alike
-        self.length = 0  # T
+        self.padding: Tensor | None = None  # (B, 1, 1, S), true at padding; None if there is none
+        self.length = 0  # T, the length of the answers so far
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values, and return those that the new positions attend to, or the answers'."""
+        """Store the keys and values of a pass. Returns those of the prompts being read, or of the answers so far."""
         if self.passing is not None:
             return self._update_prompts(self.passing, key_states, value_states)
         end = self.length + key_states.shape[2]
@@ -333,7 +344,7 @@ class PromptLayer(DynamicLayer):
         return keys, values
 
     def end_prefill(self) -> None:
-        """Make ready for the answers. Raises NotShared if the model kept no keys here."""
+        """Finish reading the prompts. Raises NotShared if the model stored no keys in this layer."""
         is_rest_missing = self.rest_keys is None and any(self.parts.rests)
         if is_rest_missing or any(len(prefix.keys) <= self.number for prefix in self.parts.users):
             raise NotShared
@@ -346,22 +357,22 @@ class PromptLayer(DynamicLayer):
             self.padding = _beyond(self.parts.rests, self.rest_keys.device)
 
     def view(self) -> tuple[Tensor, Tensor]:
-        """Return the answers' keys and values, (R, H/G, T, D)."""
+        """Return the keys and values of the answers so far, (R, H/G, T, D)."""
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
-        """Return the number of positions before the next token: while prompts are read, each begins at 0."""
+        """Return the number of positions before the next token; 0 while prompts are being read."""
         return 0 if self.passing is not None else max(self.parts.lengths) + self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Have each answer continue the one of that number; a prompt's answers stay its own."""
+        """Reorder the answers for beam search. beam_idx: (R,), the number of the answer that each one continues."""
         for part in self.view():
             part.copy_(part.index_select(0, beam_idx.to(part.device)))
 
 
 def _beyond(lengths: Sequence[int], device: torch.device) -> Tensor | None:
-    """Return (B, 1, 1, longest), true from each length on; None where all are equal."""
+    """Return (B, 1, 1, longest), true at positions beyond each length; None if all lengths are equal."""
     if min(lengths) == max(lengths):
         return None
     return (torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None])[:, None, None].to(device)
@@ -377,15 +388,15 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from the next token of each answer to its prompt and to the answer so far, or causally within prompts.
+    """Compute attention: causally within prompts, or from each answer's next token to its prompt and the answer so far.
 
-    query: (R, H, 1, D); key, value: what `PromptLayer.update` returned. Returns (R, 1, H, D).
-    Raises NotShared for keys that the architecture has changed, and for terms that are added to the scores.
+    query: (R, H, 1, D). key, value: the tensors that `PromptLayer.update` returned. Returns (R, 1, H, D) and None.
+    Raises NotShared if the architecture has changed the keys or adds a term to the scores.
     """
     if not hasattr(key, "attends_to") or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
         raise NotShared
     layer = key.attends_to
-    if not isinstance(layer, PromptLayer):  # prompts; without a mask from their beginning
+    if not isinstance(layer, PromptLayer):  # a pass over prompts; no mask: whole prompts
         mask = None if layer is None else layer.to(query.device)
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
     if query.shape[2] != 1:
@@ -420,12 +431,12 @@ def attend(
 
 
 def _by_prompt(tensor: Tensor, beams: int) -> Tensor:
-    """Put the beams of a prompt together: (R, H/G, G, ...) to (B, H/G, beams * G, ...)."""
+    """Group the beams of each prompt: (R, H/G, G, ...) to (B, H/G, beams * G, ...)."""
     return tensor.unflatten(0, (-1, beams)).transpose(1, 2).flatten(2, 3)
 
 
 def _by_answer(tensor: Tensor, beams: int) -> Tensor:
-    """Undo `_by_prompt`."""
+    """Undo `_by_prompt`: (B, H/G, beams * G, ...) to (R, H/G, G, ...)."""
     return tensor.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
 
 

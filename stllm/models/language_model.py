@@ -1,16 +1,17 @@
-"""The language model: any causal LM of transformers, asked for hidden states and for logits apart.
+"""The language model: any causal LM of transformers. Its decoder and its output head are called separately.
 
-Training needs the last hidden states at visual positions and logits only where a label is; calling the decoder and the
-output head one after the other gives both without keeping every layer's states or a (B, S, vocabulary) tensor.
-LoRA is peft's, injected into the model in place (lora.py).
+Training needs the last hidden states at all visual positions, but logits only at labelled positions. Two separate calls
+give both without storing the states of every layer or a (B, S, vocabulary) tensor. LoRA comes from peft (lora.py).
 
-Attention masks are made without reading a value from the device; such a read makes a GPU wait. transformers checks
-whether a mask hides anything, so that it can leave the mask out. Here the answer is known: a causal model does not see
-padding on the right, and a Q-Former always gets its mask. `masks_without_reads` uses transformers' public interfaces
-for custom attention.
+Attention masks are built without reading a value from the device, because such a read makes a GPU wait. transformers
+reads the mask to check whether it hides anything and can be omitted. Here this is known in advance: a causal model does
+not see padding on the right, and a Q-Former always gets its mask. `masks_without_reads` uses transformers' public
+interfaces for custom attention.
 
-Packed prompts lie in one row, and each attends to itself alone: torch's SDPA is called once for each prompt, so that no
-mask is needed and nothing is computed between prompts. Their lengths are known without a read.
+Packed prompts share one row, and each attends only to itself. torch's SDPA is called once for each group of prompts of
+one length, so no mask between prompts is needed. The lengths are known without a read.
+
+B rows, S positions of a row, D width, H heads, A labelled tokens of a batch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,11 +46,11 @@ PACKING = (None, "auto", "sdpa", "eager")  # values of model.attn_implementation
 
 @contextmanager
 def masks_without_reads(model: PreTrainedModel, kind: str = WITHOUT_READS) -> Iterator[None]:
-    """Have a model that attends by torch's SDPA make its masks without reads.
+    """Make a model that uses torch's SDPA build its attention masks without reading values from the device.
 
-    kind: WITHOUT_READS: a causal model's rows must be padded on the right, and its states at padded positions are then
-    meaningless. PACKED: see `last_hidden_states`. Models whose attention code knows only transformers' own kinds are
-    not changed.
+    kind: WITHOUT_READS needs rows padded on the right; the states of a causal model at padded positions are then
+    meaningless. PACKED: see `last_hidden_states`. Models that support only transformers' own attention functions are
+    left unchanged.
     """
     config = model.config
     if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
@@ -63,13 +64,13 @@ def masks_without_reads(model: PreTrainedModel, kind: str = WITHOUT_READS) -> It
 
 
 def _mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **options: Any) -> Tensor | None:
-    """Arguments and result of `sdpa_mask`: causal attention needs no padding mask, any other gets the whole mask."""
+    """Replace `sdpa_mask`: causal attention gets no padding mask, other attention always gets its mask."""
     options |= {"allow_is_causal_skip": allow_is_causal_skip, "allow_is_bidirectional_skip": False}
     return sdpa_mask(attention_mask=None if allow_is_causal_skip else attention_mask, **options)
 
 
 def _packed_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None, **options: Any) -> Tensor | None:
-    """The mask of the longest prompt, kv_length positions, whose beginning serves the others; None if causal is all."""
+    """Return the mask of the longest prompt; shorter prompts use its first rows and columns. None: plain causal."""
     return sdpa_mask(q_length=kv_length, kv_length=kv_length, attention_mask=None, **options)
 
 
@@ -84,14 +85,15 @@ def attend(
     packed_lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by torch's SDPA, within each of the packed prompts if there are any.
+    """Compute attention with torch's SDPA, separately within each prompt if the row is packed.
 
-    query: (1, H, S, D). attention_mask: of the longest prompt. Returns (1, S, H, D).
+    query: (1, H, S, head width). attention_mask: that of the longest prompt. packed_lengths: the number of positions of
+    each prompt; None: not packed. Returns (1, S, H, head width) and None in place of the attention weights.
     """
     if packed_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     outputs, start = [], 0
-    for length, group in groupby(packed_lengths):  # neighbours of one length in one call
+    for length, group in groupby(packed_lengths):  # adjacent prompts of one length share a call
         count = len(list(group))
         end = start + count * length
         queries, keys, values = (
@@ -101,7 +103,7 @@ def attend(
         output, _ = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **kwargs)
         outputs.append(output.flatten(0, 1))  # (count * length, H, D)
         start = end
-    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None  # a copy of one would cost memory
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None  # torch.cat would copy it
 
 
 def _attend_packed(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -117,12 +119,12 @@ AttentionInterface.register(WITHOUT_READS, sdpa_attention_forward)
 AttentionMaskInterface.register(WITHOUT_READS, _mask)
 AttentionInterface.register(PACKED, _attend_packed)
 AttentionMaskInterface.register(PACKED, _packed_mask)
-# gradient checkpointing calls a layer again in the backward pass, when the name is "sdpa" again
+# gradient checkpointing calls a layer again in the backward pass, when the implementation's name is "sdpa" again
 AttentionInterface.register("sdpa", attend)
 
 
 def packing_fault(config: PretrainedConfig) -> str | None:
-    """Return why prompts of this language model cannot be packed, None where they can."""
+    """Return why prompts of this language model cannot be packed. None: they can."""
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -135,9 +137,10 @@ def packing_fault(config: PretrainedConfig) -> str | None:
 
 
 def _masks_between(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """Return masks of packed prompts for eager attention, (1, 1, S, S), by kind of layer where a model has several.
+    """Return the mask of packed prompts for eager attention, (1, 1, S, S), or one for each type of layer.
 
-    position_ids: (1, S). A masked score gets the lowest number of the type added, as in transformers.
+    position_ids: (1, S), from 0 in each prompt. The mask is added to the scores: 0 where a position may attend, the
+    lowest number of the type elsewhere, as in transformers.
     """
     prompt = (position_ids[0] == 0).cumsum(0)
     distance = position_ids[0, :, None] - position_ids[0]  # within a prompt
@@ -151,7 +154,7 @@ def _masks_between(config: PretrainedConfig, position_ids: Tensor, dtype: torch.
 
 
 def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | None = None) -> PreTrainedModel:
-    """Build the causal LM of that configuration, without its weights. lora: as in `STLLMConfig`."""
+    """Build the causal LM of a configuration, without loading weights. lora: as in `STLLMConfig`."""
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if lora is not None:
         from stllm.models.lora import inject_lora
@@ -167,11 +170,11 @@ def set_attention(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Have a language model attend by that implementation of transformers; None, auto: the default.
+    """Set the attention implementation of a language model by transformers' name for it (None or auto: the default).
 
-    device, dtype: where and in which precision it computes, by default where and in which it is; in training it may be
-    placed later, and its weights are float32 where autocast computes in half precision.
-    Raises UserError where it cannot be had.
+    device, dtype: where, and in which precision, the model will compute (default: those of its weights now). Training
+    passes them, because it may move the model later, and autocast may compute in half precision with float32 weights.
+    Raises UserError if the implementation cannot be used here.
     """
     if name in (None, "auto"):
         return
@@ -193,11 +196,11 @@ def set_attention(
 
 
 def use_liger(model: PreTrainedModel, settings: Mapping[str, bool] | None = None, *, whole: bool = True) -> None:
-    """Have a language model compute with Liger's kernels, in place: norms, MLPs, rotary embedding and `language_loss`.
+    """Make a language model use Liger's kernels, in place: norms, MLPs, rotary embedding and `language_loss`.
 
-    The rotary embedding is replaced for all models of that architecture in this process, as Liger does.
-    settings: arguments of Liger's function for the architecture; by default it uses all kernels that it has for it.
-    whole: False where the output head's weight is divided among processes; the loss is then torch's.
+    Liger replaces the rotary embedding for all models of this architecture in the process.
+    settings: arguments of Liger's function for the architecture (default: all of its kernels).
+    whole: False if the output head's weight is sharded over processes. The loss is then computed by torch.
     Raises UserError for an architecture that Liger does not know, and for settings that it refuses.
     """
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -232,10 +235,11 @@ def last_hidden_states(
     attention_mask: Tensor | None = None,
     packed: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the states after the final norm, (B, S, D).
+    """Return the hidden states after the final norm, (B, S, D).
 
-    attention_mask: (B, S), padded on the right; or packed: of `processors.sequences.pad_sequences`, for a model without
-    a `packing_fault` that attends by torch's SDPA or eagerly.
+    inputs_embeds: (B, S, D). attention_mask: (B, S), padded on the right. packed: from
+    `processors.sequences.pad_sequences`, instead of attention_mask; the model must use torch's SDPA or eager attention
+    and have no `packing_fault`.
     """
     decoder = model.get_decoder()
     if packed is None:
@@ -254,7 +258,7 @@ def last_hidden_states(
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Return logits (..., vocabulary) of hidden states (..., D), scaled where the architecture scales them."""
+    """Return the logits (..., vocabulary) of hidden states (..., D), with the architecture's scaling, if any."""
     config = model.config
     logits = model.get_output_embeddings()(hidden)
     if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
@@ -269,12 +273,13 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def language_loss(
     model: PreTrainedModel, hidden: Tensor, labels: Tensor, positions: Tensor, num_items: Tensor | int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the next-token cross entropy in float32: a sum over labelled tokens, divided by `num_items`.
+    """Return the next-token cross entropy in float32, and the logits (A, vocabulary) that it was computed from.
 
-    hidden: (B, S, D); labels: (B, S). positions: (A,) in (B*S), of the states from which a labelled token is predicted.
-    num_items: labelled tokens of the whole optimizer step (default: of this batch), all processes' and micro-batches',
-        so that the loss does not depend on how they are divided among them.
-    Returns the loss and the logits (A, vocabulary), which are computed nowhere else; no logits from Liger's fused loss.
+    hidden: (B, S, D). labels: (B, S). positions: (A,), counted over the flattened B*S positions: the states that
+        predict a labelled token.
+    num_items: the divisor of the summed loss (default: A). Training passes the number of labelled tokens of the whole
+        optimizer step, over all processes and micro-batches, so that the loss does not depend on how it is split.
+    With Liger's fused loss, None is returned in place of the logits.
     """
     states = hidden.flatten(0, 1).index_select(0, positions)  # (A, D)
     targets = labels.flatten().index_select(0, positions + 1)
@@ -282,6 +287,6 @@ def language_loss(
     if len(positions) and (fused_loss := getattr(model, "fused_loss", None)) is not None:
         return fused_loss(states, model.get_output_embeddings().weight, targets) / share, None
     logits = logits_of(model, states)
-    if not len(positions):  # every answer was cut off: no loss, but a graph that distributed training can reduce
+    if not len(positions):  # every answer was cut off: a zero loss, with a graph for the distributed backward pass
         return logits.float().sum(), logits
     return F.cross_entropy(logits.float(), targets, reduction="sum") / share, logits

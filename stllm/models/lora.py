@@ -1,7 +1,7 @@
-"""LoRA on the language model (peft): injected, saved in a folder together with the other trained parts, loaded, merged.
+"""LoRA on the language model, with peft: injecting, saving, loading and merging an adapter.
 
-An adapter folder holds peft's own two files, which `PeftModel.from_pretrained(language_model, folder)` loads, and
-`trained.safetensors`: the projection, the video input and every other part that was trained. Source: LoRA (arXiv
+An adapter folder holds peft's two files, which `PeftModel.from_pretrained(language_model, folder)` can load, and
+`trained.safetensors` with the other parts that were trained (the projection, the video input, ...). Source: LoRA (arXiv
 2106.09685), `peft`.
 """
 
@@ -24,7 +24,10 @@ LORA = "lora_"
 
 
 def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel:
-    """Adapt the layers in place. lora: {r, alpha, dropout, target_modules}. Raises UserError for layers not there."""
+    """Add LoRA to a model's layers, in place. lora: {r, alpha, dropout, target_modules}.
+
+    Raises UserError if the model has no layers of these names, or if peft refuses the settings.
+    """
     try:
         adapted: Any = inject_adapter_in_model(lora_config(lora), model)
     except ValueError as error:
@@ -39,13 +42,13 @@ def inject_lora(model: PreTrainedModel, lora: dict[str, Any]) -> PreTrainedModel
             f"{', '.join(sorted(names))}: name some of these"
         ) from error
     for name, parameter in adapted.named_parameters():
-        if LORA in name:  # peft has started them; transformers' own start would undo that
+        if LORA in name:  # peft has initialized it; transformers must not do so again
             parameter._is_hf_initialized = True
     return cast(PreTrainedModel, adapted)
 
 
 def lora_config(lora: dict[str, Any], base_model: str | None = None) -> LoraConfig:
-    """Return peft's configuration of ours. base_model: the folder or hub name of the adapter's language model."""
+    """Return peft's LoraConfig for `STLLMConfig.lora`. base_model: the language model's folder or hub name."""
     return LoraConfig(
         r=lora["r"],
         lora_alpha=lora["alpha"],
@@ -57,7 +60,7 @@ def lora_config(lora: dict[str, Any], base_model: str | None = None) -> LoraConf
 
 
 def save_adapter(model: Any, folder: str | Path, *, base_model: str | None = None) -> None:
-    """Write the adapter of an `STLLM` with LoRA, and the other weights that trained. base_model: see `lora_config`."""
+    """Save an `STLLM`'s LoRA adapter and its other trainable weights. base_model: see `lora_config`."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     lora_config(model.config.lora, base_model).save_pretrained(str(target))
@@ -68,9 +71,9 @@ def save_adapter(model: Any, folder: str | Path, *, base_model: str | None = Non
 
 
 def load_adapter(model: Any, folder: str | Path) -> None:
-    """Put a saved adapter into an `STLLM` of the same sizes; LoRA is injected where the model has none.
+    """Load a saved adapter into an `STLLM` of the same sizes. LoRA is injected first if the model has none.
 
-    Raises UserError when the folder is no adapter, or one of another model.
+    Raises UserError if the folder holds no adapter, or the adapter of another model.
     """
     source = Path(folder)
     check_regular(source, "a LoRA adapter")
@@ -98,13 +101,13 @@ def load_adapter(model: Any, folder: str | Path) -> None:
         with torch.no_grad():
             for name, tensor in others.items():
                 own[name].copy_(tensor)
-    except RuntimeError as error:  # of another shape
+    except RuntimeError as error:  # a tensor has another shape
         cause = str(error).splitlines()[-1].strip()
         raise UserError(f"{source} was trained on a model of other sizes ({cause}): name its own model") from None
 
 
 def merge_lora(model: Any) -> None:
-    """Add the adapter to the weights it adapts, which leaves a plain model. In place, on an `STLLM`.
+    """Add an `STLLM`'s LoRA adapter to the weights that it adapts, in place. The model then has no LoRA layers.
 
     Raises UserError for a quantized language model.
     """

@@ -1,7 +1,8 @@
-"""Precomputed features: the output of a model's frozen first parts for a clip, which is computed once and stored.
+"""Precomputed features: outputs of the frozen parts of a model, computed once for each clip and stored.
 
-Stages: "vit", the frozen encoder's patch tokens; "qformer", a frozen Q-Former's query tokens where it reads no text.
-B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width.
+Two stages can be stored: "vit" is the patch tokens of a frozen encoder; "qformer" is the query tokens of a frozen
+Q-Former that reads no text.
+B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, S image size.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from stllm.models.vision import build_vision_encoder
 
 
 def fault(config: STLLMConfig, stage: str) -> str | None:
-    """Say why a stage's output cannot replace the pixels in training, and what to do; None when it can."""
+    """Return why a stage's output cannot replace the pixels in training, with what to do. None: it can."""
     with torch.device("meta"):
         encoder = build_vision_encoder(config)
     moving = "so that its output changes at every step"
@@ -41,13 +42,13 @@ def fault(config: STLLMConfig, stage: str) -> str | None:
 
 @torch.inference_mode()
 def encode(model: STLLM, pixel_values: Tensor, stage: str) -> Tensor:
-    """Compute a stage's output: (B, T, 1+P, C), or (B, T, K, Q) of stage "qformer". pixel_values: (B, T, 3, S, S)."""
+    """Compute features: (B, T, 1+P, C), or (B, T, K, Q) for stage "qformer". pixel_values: (B, T, 3, S, S)."""
     features = model.vision_features(pixel_values)
     return features if stage == "vit" else model.qformer(features)
 
 
 def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, int]:
-    """Return the shape of one clip's features: (T, 1+P, C), or (T, K, Q) of stage "qformer"."""
+    """Return the shape of one clip's features: (T, 1+P, C), or (T, K, Q) for stage "qformer"."""
     if stage == "vit":
         return num_frames, 1 + config.num_patches, config.vision_config["embed_dim"]
     return num_frames, config.num_query_tokens, config.qformer_config.hidden_size
@@ -55,10 +56,10 @@ def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, i
 
 @torch.no_grad()
 def weights_digest(model: STLLM, stage: str) -> str:
-    """Return a digest of all that a stage's output depends on: 16 hex digits, in seconds for a billion weights.
+    """Return a digest (16 hex digits) of the weights and settings that a stage's output depends on.
 
-    It is the same for weights in float32 and in bfloat16, because their values are compared as bfloat16. In float16
-    they are rounded differently, unless the file's own type is float16.
+    Weights are hashed as bfloat16, so a model loaded in float32 and in bfloat16 has one digest. A model loaded in
+    float16 has another one, unless its file is float16. A billion weights take seconds.
     """
     config, encoder = model.config, model.vision_encoder
     parts: dict[str, nn.Module] = {"backbone": encoder.backbone, "ln_vision": encoder.ln_vision}

@@ -1,4 +1,4 @@
-"""Frames to query tokens: transformers' Q-Former, with the question's text (InstructBLIP) or without (BLIP-2).
+"""Turns frames into query tokens with transformers' Q-Former, which reads the question (InstructBLIP) or not (BLIP-2).
 
 Sources: BLIP-2 (arXiv 2301.12597), InstructBLIP (arXiv 2305.06500), `transformers.InstructBlipQFormerModel`.
 B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, L text tokens.
@@ -12,14 +12,14 @@ from stllm.models.language_model import masks_without_reads
 
 
 class FrameQFormer(nn.Module):
-    """K learned queries read each frame; with `text_input` they read the question as well."""
+    """K learned queries that attend to each frame and, with `text_input`, to the question."""
 
     def __init__(self, *, config: InstructBlipQFormerConfig, num_query_tokens: int, text_input: bool) -> None:
         super().__init__()
         self.text_input = text_input
         self.query_tokens = nn.Parameter(torch.zeros(1, num_query_tokens, config.hidden_size))
         self.bert = InstructBlipQFormerModel(config)
-        if not text_input:  # drop what only text passes through: BLIP-2's checkpoints lack it, half of the Q-Former
+        if not text_input:  # drop the layers for text, half of the Q-Former, which BLIP-2's checkpoints lack
             embeddings: nn.Module = self.bert.embeddings
             embeddings.word_embeddings = embeddings.position_embeddings = None  # type: ignore[assignment]
             for layer in self.bert.encoder.layer:
@@ -28,9 +28,9 @@ class FrameQFormer(nn.Module):
     def forward(
         self, features: Tensor, text_ids: Tensor | None = None, text_attention_mask: Tensor | None = None
     ) -> Tensor:
-        """features: (B, T, 1+P, C); text_ids, text_attention_mask: (B, L), the same for all frames of a clip.
+        """features: (B, T, 1+P, C). text_ids, text_attention_mask: (B, L), the question, used for all frames of a clip.
 
-        Returns (B, T, K, Q). Raises ValueError when the text that this Q-Former reads is missing.
+        Returns (B, T, K, Q). Raises ValueError when the Q-Former reads text but none is given.
         """
         num_clips, num_frames = features.shape[:2]
         frames = features.flatten(0, 1)  # (B*T, 1+P, C)
@@ -48,12 +48,12 @@ class FrameQFormer(nn.Module):
                 attention_mask=mask,
                 query_embeds=queries,
                 encoder_hidden_states=frames,
-            ).last_hidden_state[:, : queries.shape[1]]  # (B*T, K, Q): what follows the queries is the text's
+            ).last_hidden_state[:, : queries.shape[1]]  # (B*T, K, Q), without the states of the text
         return out.unflatten(0, (num_clips, num_frames))
 
 
 class PatchMerger(nn.Module):
-    """Drop the class token and join every 4 neighbouring patch tokens into one (`has_qformer: False`)."""
+    """Replaces the Q-Former when `has_qformer` is False: joins every 4 neighbouring patches, drops the class token."""
 
     def forward(self, features: Tensor) -> Tensor:
         """features: (B, T, 1+P, C). Returns (B, T, P/4, 4*C)."""

@@ -1,4 +1,4 @@
-"""The `model` section of a configuration: published key names to fields of `STLLMConfig`, and back."""
+"""Translates the `model` section of a YAML, with its published key names, into fields of `STLLMConfig` and back."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]
 
-PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later ones over earlier ones
+PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later files override earlier ones
 GROUPS = ("vision_config", "qformer_config", "text_config", "mask_rate", "lora")  # of several keys each
-PUBLISHED = {"num_query_tokens": "num_query_token", "freeze_llm": "freeze_LLM"}  # other fields have their key's name
+PUBLISHED = {"num_query_tokens": "num_query_token", "freeze_llm": "freeze_LLM"}  # other keys are named as their field
 RENAMED = {PUBLISHED.get(name, name): name for name in STLLMConfig.__annotations__ if name not in GROUPS}
 VISION_RENAMED = {"vit_model": "encoder", "image_size": "image_size", "drop_path_rate": "drop_path_rate"}
 
 
 def settings_to_fields(settings: Mapping[str, Any]) -> Fields:
-    """Return the `model` section's settings as fields of `STLLMConfig`; a key that is None or absent sets nothing."""
+    """Return the settings of the `model` section as fields of `STLLMConfig`. Keys that are None are left out."""
     given = _set(settings)
     fields: Fields = {ours: given[theirs] for theirs, ours in RENAMED.items() if theirs in given}
     qformer = _set(given.get("qformer"))
@@ -53,7 +53,7 @@ def _set(values: Mapping[str, Any] | None) -> Fields:
 
 
 def published_settings(config: STLLMConfig) -> Fields:
-    """Return a configuration under the published key names that `settings_to_fields` reads, without sizes and LoRA."""
+    """Return a configuration as `model` settings, under the published key names. Sizes and LoRA are left out."""
     settings: Fields = {theirs: config.vision_config[ours] for theirs, ours in VISION_RENAMED.items()}
     settings |= {theirs: getattr(config, ours) for theirs, ours in RENAMED.items()}
     return settings | {f"mask_rate_{name}": value for name, value in config.mask_rate.items()}
@@ -70,7 +70,10 @@ def model_section(cfg: "DictConfig | Mapping[str, Any]") -> Fields:
 
 
 def quantization_of(settings: Mapping[str, Any]) -> str | None:
-    """Return the bits of the language model that the `model` section asks for, 4bit or 8bit. Raises UserError."""
+    """Return the quantization set in the `model` section: 4bit, 8bit or None.
+
+    Raises UserError if `quantization` contradicts `low_resource`.
+    """
     asked = settings.get("quantization")
     if not settings.get("low_resource"):
         return asked
@@ -82,15 +85,15 @@ def quantization_of(settings: Mapping[str, Any]) -> str | None:
 
 
 def piece_paths(settings: Mapping[str, Any]) -> list[str]:
-    """List the weights that the section names, in reading order; a file named twice is read once."""
+    """List the weight files named in the `model` section, in reading order. A file that is named twice appears once."""
     named = [settings[name] for name in PIECES if settings.get(name)]
     return [path for place, path in enumerate(named) if path not in named[place + 1 :]]
 
 
 def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str] = ()) -> Fields:
-    """Return what the user's YAML and options set in the model section, checked, without the defaults below them.
+    """Return only the `model` settings that the user's YAML and options set, without the shipped defaults.
 
-    The shipped defaults of a `model_type` that the user names count as set. Raises UserError as `load_config` does.
+    If the user sets `model_type`, the defaults of that type are included. Raises UserError as `load_config` does.
     """
     if cfg_path is None and not options:
         return {}
@@ -111,7 +114,7 @@ def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str]
             if key not in model:
                 continue
             resolved = model[key]
-            # `llm` is free-form, so all of it was set; of `vision` and `qformer`, the named sizes
+            # `llm` has no defaults, so all of it was set by the user; of `vision` and `qformer`, only the named keys
             part = {name: resolved[name] for name in value} if isinstance(value, dict) and key != "llm" else None
             explicit[key] = resolved if part is None else {**explicit.get(key, {}), **part}
     return explicit

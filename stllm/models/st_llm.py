@@ -1,8 +1,9 @@
-"""ST-LLM, composed: video -> vision -> qformer -> projection -> video_inputs -> masking -> language model.
+"""The ST-LLM model: video -> vision -> qformer -> projection -> video_inputs -> masking -> language model.
 
 Source: "ST-LLM: Large Language Models Are Effective Temporal Learners", arXiv 2404.00308, section 3.
-B clips, T frames, P patches, C encoder width, K tokens a frame, D language-model width, N visual tokens of a clip,
-V of the batch, L positions of the Q-Former's text, S positions of a prompt with its visual tokens.
+B clips, T frames, P patches, C encoder width, Q Q-Former width, K tokens a frame, D language-model width, N visual
+tokens of a clip, V visual tokens of the batch, L positions of the Q-Former's text, S positions of a prompt including
+its visual tokens.
 """
 
 import copy
@@ -35,10 +36,11 @@ INIT_STD = 0.02
 
 @dataclass
 class STLLMOutput(ModelOutput):
-    """loss = loss_lm + loss_mvm (scalars); logits: (labelled tokens, vocabulary), or (B, S, vocabulary) without labels;
-    with Liger's fused loss there are none.
+    """The losses and logits of one forward pass.
 
-    kept_visual_tokens: visual tokens a clip that entered the language model after masking.
+    loss: the sum of loss_lm and loss_mvm; all three are scalars. logits: (labelled tokens, vocabulary) with labels,
+    (B, S, vocabulary) without; None with Liger's fused loss. kept_visual_tokens: the number of visual tokens of one
+    clip that entered the language model after masking.
     """
 
     loss: Tensor | None = None
@@ -50,7 +52,7 @@ class STLLMOutput(ModelOutput):
 
 @models.register("st_llm_hf", "st_llm")
 class STLLM(PreTrainedModel):
-    """The whole model. Saving, loading, sharding, device maps and quantisation are transformers'."""
+    """The whole model. It inherits saving, loading, sharding, device maps and quantisation from transformers."""
 
     config_class = STLLMConfig
     base_model_prefix = ""
@@ -60,7 +62,7 @@ class STLLM(PreTrainedModel):
     _supports_flash_attn = True
     _no_split_modules = ["EvaBlock", "SpatialLayer", "TemporalLayer", "InstructBlipQFormerLayer"]  # noqa: RUF012
 
-    precise_weights: Mapping[str, Any] = {}  # of quantized layers: source and entry by key
+    precise_weights: Mapping[str, Any] = {}  # key of a quantized layer's weight -> its original (source, entry)
 
     def __init__(self, config: STLLMConfig) -> None:
         super().__init__(config)
@@ -79,28 +81,28 @@ class STLLM(PreTrainedModel):
         self.video_input: Any = build_video_input(config)
         self.mvm_decoder = MVMDecoder(width) if config.mvm_decode else nn.Identity()
         self.language_model: Any = lm.build_language_model(config.text_config, lora=config.lora)
-        self.post_init()  # adds its children's own to _no_split_modules
+        self.post_init()  # adds the children's _no_split_modules to this model's
         present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))  # FSDP refuses the absent
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))  # FSDP refuses others
         for part in self.frozen_parts():
             part.requires_grad_(False)
         if config.lora is not None:
             for name, parameter in self.language_model.named_parameters():
                 parameter.requires_grad_("lora_" in name)
 
-    # ---- the way of a video -------------------------------------------------------------------------------------
+    # ---- from a video to a loss or an answer --------------------------------------------------------------------
 
     def encode_video(self, pixel_values: Tensor) -> Tensor:
-        """Compute the part that does not depend on the question, so that it can be kept for all of a video's questions.
+        """Encode videos as far as that does not depend on the question, so that all questions can reuse the result.
 
-        pixel_values: (B, T, 3, H, W), bytes or normalised. Returns (B, T, 1+P, C) when the Q-Former reads text, else
-        the finished frame tokens (B, T, K, D).
+        pixel_values: (B, T, 3, H, W), bytes or normalised. Returns the encoder's features (B, T, 1+P, C) when the
+        Q-Former reads text, otherwise the frame tokens (B, T, K, D).
         """
         features = self.vision_features(pixel_values)
         return features if self.config.qformer_text_input else self.projection(self.qformer(features))
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
-        """Encode the frames: (B, T, 1+P, C). pixel_values: (B, T, 3, H, W), bytes or normalised."""
+        """Return the encoder's features, (B, T, 1+P, C). pixel_values: (B, T, 3, H, W), bytes or normalised."""
         return self.vision_encoder(pixel_values)
 
     def frame_tokens(
@@ -108,17 +110,18 @@ class STLLM(PreTrainedModel):
     ) -> Tensor:
         """Return the frames' tokens in the language model's width, (B, T, K, D).
 
-        encoded: what `encode_video` returned; qformer_*: (B, L) the question for a Q-Former that reads text.
+        encoded: the result of `encode_video`. qformer_input_ids, qformer_attention_mask: (B, L), the question; used
+        only by a Q-Former that reads text.
         """
         if not self.config.qformer_text_input:
             return encoded
         return self.projection(self._query_features(encoded, qformer_input_ids, qformer_attention_mask))
 
     def embed(self, input_ids: Tensor, visual_positions: Tensor, visual_tokens: Tensor | None = None) -> Tensor:
-        """Embed prompts, (B, S, D), with the visual tokens in their places.
+        """Embed prompts and put the visual tokens in their places. Returns (B, S, D).
 
-        input_ids: (B, S), see `processors.sequences.pad_sequences`. visual_tokens: (V, D), row after row.
-        visual_positions: (V,), their positions in (B*S).
+        input_ids: (B, S), see `processors.sequences.pad_sequences`. visual_tokens: (V, D), in the order of the rows.
+        visual_positions: (V,), the position of each visual token, counted over the flattened B*S positions.
         """
         embeds = self.get_input_embeddings()(input_ids.clamp(min=0))  # the placeholder's id is negative
         if visual_tokens is None:
@@ -143,17 +146,17 @@ class STLLM(PreTrainedModel):
         teacher: Mapping[str, Any] | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> STLLMOutput:
-        """One training (or scoring) pass; no value is read from the device.
+        """Run one training or scoring pass. It never copies a value from the device to the CPU, so a GPU never waits.
 
         input_ids, attention_mask, visual_positions, labels, label_positions, kept, teacher: a batch padded on the
-            right, or packed, which has `packed` in place of attention_mask; see
-            `processors.sequences.training_sequences`. Visual tokens that are not `kept` are dropped (dynamic masking),
-            and the MVM loss is added unless the configuration has it off (`use_mvm`).
-        pixel_values: (B, T, 3, H, W), bytes or normalised; or, precomputed, what the frozen encoder made of them,
-            vision_features (B, T, 1+P, C), or a Q-Former that reads no text, query_features (B, T, K, Q). None of them:
-            text alone.
-        num_items_in_batch: what the language loss is divided by; the labelled tokens of this batch by default.
-        Raises UserError for a video input whose number of tokens is not the one that the prompts have places for.
+            right, from `processors.sequences.training_sequences`. A packed batch has `packed` instead of
+            attention_mask. If `kept` is given, the other visual tokens are dropped (dynamic masking), and the MVM loss
+            is added unless the configuration disables it (`use_mvm`).
+        pixel_values: (B, T, 3, H, W), bytes or normalised. Instead, precomputed features can be given: vision_features
+            (B, T, 1+P, C) of a frozen encoder, or query_features (B, T, K, Q) of a frozen Q-Former that reads no text.
+            Without any of the three, the batch is text only.
+        num_items_in_batch: the divisor of the language loss (default: the number of labelled tokens in this batch).
+        Raises UserError if the video input returns another number of tokens than the prompts have places for.
         """
         if pixel_values is not None:
             vision_features = self.vision_features(pixel_values)
@@ -180,7 +183,7 @@ class STLLM(PreTrainedModel):
         else:
             loss_lm, logits = lm.language_loss(self.language_model, hidden, labels, label_positions, num_items_in_batch)
         if visual is not None and kept is not None and teacher is not None and self.config.use_mvm:
-            # paper section 3.3: the student's states of the kept tokens towards those that a full clip gives
+            # paper section 3.3: pull the kept tokens' states (student) towards their states in the full clip (teacher)
             student_hidden = hidden.flatten(0, 1).index_select(0, visual_positions)  # (V, D)
             teacher_hidden = self.teacher_hidden_states(visual.detach(), **teacher).index_select(0, kept)  # (V, D)
             loss_mvm = mvm_loss(self.mvm_decoder(student_hidden), teacher_hidden)
@@ -193,7 +196,7 @@ class STLLM(PreTrainedModel):
         )
 
     def _query_features(self, features: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        """vision features (B, T, 1+P, C) through the Q-Former, with the question where it reads one: (B, T, K, Q)."""
+        """Run features (B, T, 1+P, C) through the Q-Former, with the question if it reads text: (B, T, K, Q)."""
         features = features.to(self.vision_encoder.ln_vision.weight.dtype)
         return self.qformer(features, text_ids, text_mask) if self.config.has_qformer else self.qformer(features)
 
@@ -206,7 +209,10 @@ class STLLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         packed: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Return the last hidden states (B*N, D) of all visual tokens (B*N, D), without a gradient."""
+        """Return the last hidden states of all visual tokens, (B*N, D), without gradients.
+
+        visual: (B*N, D), all visual tokens. The other arguments describe the unmasked prompts, as in `forward`.
+        """
         embeds = self.embed(input_ids, visual_positions, visual)
         hidden = lm.last_hidden_states(self.language_model, embeds, attention_mask, packed)
         return hidden.flatten(0, 1).index_select(0, visual_positions)
@@ -231,10 +237,10 @@ class STLLM(PreTrainedModel):
         embeds = self.embed(input_ids, visual_positions, visual_tokens)
         return generate(self.language_model, embeds, attention_mask, prefixes=prefixes, **generation)
 
-    # ---- what transformers asks of a model ----------------------------------------------------------------------
+    # ---- methods that transformers expects ----------------------------------------------------------------------
 
     def get_input_embeddings(self) -> nn.Module:
-        """The language model's token embedding."""
+        """Return the language model's token embedding."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -242,7 +248,7 @@ class STLLM(PreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The language model's output head."""
+        """Return the language model's output head."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -250,7 +256,7 @@ class STLLM(PreTrainedModel):
         self.language_model.set_output_embeddings(new_embeddings)
 
     def keep_embedding(self) -> None:
-        """Drop all of the language model but its token embedding: another process runs the rest."""
+        """Remove the language model except its token embedding, for when another process runs the language model."""
         embedding = self.get_input_embeddings()
         for part in list(self.language_model.modules()):
             for name, child in list(part.named_children()):
@@ -260,14 +266,14 @@ class STLLM(PreTrainedModel):
     def save_pretrained(  # type: ignore[override]  # by keywords
         self, save_directory: Any, *, state_dict: Any = None, **options: Any
     ) -> None:
-        """Save as transformers does, with a model card (README.md) where there is none.
+        """Save as transformers does, with a model card (README.md) if there is none.
 
-        Quantized weights are saved as they were read.
+        Quantized layers are saved with their original weights, in full precision.
         """
         if self.precise_weights and state_dict is None:
             from stllm.models.quantization import precise_state
 
-            kind = self.get_input_embeddings().weight.dtype  # that of frozen weights
+            kind = self.get_input_embeddings().weight.dtype  # the type of all frozen weights
             read = {key: source.weights.read(entry.key) for key, (source, entry) in self.precise_weights.items()}
             state_dict = precise_state(self) | {key: weight.to(kind) for key, weight in read.items()}
         super().save_pretrained(save_directory, state_dict=state_dict, **options)
@@ -282,14 +288,14 @@ class STLLM(PreTrainedModel):
         super().train(mode)
         for part in self.frozen_parts():
             part.eval()
-        if self.language_model in self.frozen_parts():  # gradients pass through it: checkpointing is for it, too
+        if self.language_model in self.frozen_parts():  # gradients pass through it, so it is checkpointed as well
             for layer in self.language_model.modules():
                 if isinstance(layer, GradientCheckpointingLayer) and not getattr(layer, "dropout", 0):
-                    layer.training = mode  # its own flag alone; what is in it stays in evaluation mode
+                    layer.training = mode  # only this flag: the modules inside stay in evaluation mode
         return self
 
     def frozen_parts(self) -> list[nn.Module]:
-        """The modules that the configuration freezes. The temporal adapter and LoRA train all the same."""
+        """Return the modules that the configuration freezes. The temporal adapter and LoRA are never frozen."""
         frozen: list[nn.Module] = []
         if self.config.freeze_vit:
             frozen += [self.vision_encoder.backbone, self.vision_encoder.ln_vision]
@@ -300,7 +306,10 @@ class STLLM(PreTrainedModel):
         return frozen
 
     def copied_weights(self) -> dict[str, str]:
-        """Weights that start as others: those of the adapter's spatial layers as those of the encoder's last blocks."""
+        """Return weights that start as copies, as key -> key of the original.
+
+        The spatial layers of the temporal adapter start as copies of the encoder's last blocks.
+        """
         encoder = self.vision_encoder
         if encoder.adapter is None:
             return {}
@@ -321,10 +330,10 @@ class STLLM(PreTrainedModel):
 
 @torch.no_grad()
 def initialize_parts(model: STLLM) -> None:
-    """Start the parts that transformers doesn't know: timm's encoder, the adapter, the queries, the bottleneck.
+    """Initialize the parts that transformers doesn't know: timm's encoder, the adapter, the queries, the bottleneck.
 
-    transformers' `init` functions leave alone what was loaded from a file, so this serves a model built from nothing,
-    one built on some pretrained parts, and the buffers that no file carries. Source of the values: paper section 3.
+    transformers' `init` functions do not change weights that were loaded from a file. This function can therefore be
+    called on a new model and on one with some pretrained parts. Source of the values: paper section 3.
     """
     for module in model.modules():
         if isinstance(module, EvaAttention):
@@ -344,11 +353,11 @@ def initialize_parts(model: STLLM) -> None:
         elif isinstance(module, ResidualInput):
             init.zeros_(module.up_proj.weight)
     copied = model.copied_weights() if isinstance(model, STLLM) else {}
-    for key, block in copied.items():  # when the backbone has its values
+    for key, block in copied.items():  # after the backbone was initialized
         init.copy_(model.get_parameter(key), model.get_parameter(block))
 
 
 def config_of(model: STLLM) -> STLLMConfig:
-    """Return the model's configuration under its own type, which transformers' annotations don't keep."""
+    """Return `model.config`, typed as STLLMConfig; transformers annotates it as a PretrainedConfig."""
     assert isinstance(model.config, STLLMConfig)
     return model.config

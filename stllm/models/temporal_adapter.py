@@ -1,8 +1,9 @@
-"""The branching temporal adapter: a side branch that lets the frozen image encoder see time.
+"""The branching temporal adapter: a side branch that adds temporal attention to a frozen image encoder.
 
-Temporal attention (each patch over its frames), then spatial attention (each frame), beside the encoder's last
-blocks; the branch reads those blocks' outputs and is averaged with the last one. Sources: ST-LLM (arXiv 2404.00308)
-section 3.4, BT-Adapter (arXiv 2309.15785); attention and MLP are timm's.
+The branch has one temporal and one spatial layer for each of the encoder's last blocks. The temporal layer attends over
+the frames of each patch position, the spatial layer over the patches of each frame. Each layer pair reads the output of
+its block; the result is averaged with the encoder's output. Sources: ST-LLM (arXiv 2404.00308) section 3.4, BT-Adapter
+(arXiv 2309.15785); attention and MLP are timm's.
 
 B clips, T frames, P patches, C width.
 """
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from stllm.common.errors import UserError
 
-MAX_DROP_PATH = 0.1  # rates rise linearly from 0: 0, 0.05, 0.1 for the published three layers
+MAX_DROP_PATH = 0.1  # of the last layer; the rates rise linearly from 0: 0, 0.05, 0.1 for the published three layers
 
 
 class TemporalLayer(nn.Module):
-    """Self-attention of each patch position over its T frames, through a linear layer that starts at zero."""
+    """Self-attention of each patch position over the T frames, followed by a linear layer that starts at zero."""
 
     def __init__(self, *, embed_dim: int, num_heads: int, drop_path: float) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class TemporalLayer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """patches: (B, T, P, C), same shape out."""
+        """patches: (B, T, P, C). Returns the same shape."""
         num_clips, num_frames, num_patches, width = patches.shape
         x = patches.transpose(1, 2).reshape(num_clips * num_patches, num_frames, width)  # (B*P, T, C)
         update = self.temporal_fc(self.attn(self.norm1(x)))
@@ -39,7 +40,10 @@ class TemporalLayer(nn.Module):
 
 
 class SpatialLayer(nn.Module):
-    """A ViT block over each frame with the clip's one class token in front, whose update is averaged over T."""
+    """A ViT block over the patches of each frame and the clip's class token.
+
+    All frames share one class token; its T attention updates are averaged.
+    """
 
     def __init__(self, *, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class SpatialLayer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, class_token: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """class_token: (B, 1, C); patches: (B, T, P, C); same shapes out."""
+        """class_token: (B, 1, C). patches: (B, T, P, C). Returns both in the same shapes."""
         num_clips, num_frames, num_patches, width = patches.shape
         per_frame = class_token[:, None].expand(-1, num_frames, -1, -1)
         frames = torch.cat([per_frame, patches], dim=2).flatten(0, 1)  # (B*T, 1+P, C)
@@ -65,7 +69,7 @@ class SpatialLayer(nn.Module):
 class TemporalAdapter(nn.Module):
     """The branch beside the last `depth` blocks of the encoder.
 
-    max_frames: entries of the learned time embedding; longer clips are refused.
+    max_frames: entries of the learned time embedding, the largest number of frames that a clip may have.
     """
 
     def __init__(self, *, embed_dim: int, num_heads: int, mlp_ratio: float, depth: int, max_frames: int) -> None:
@@ -84,11 +88,11 @@ class TemporalAdapter(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor], pos_embed: Tensor, num_frames: int) -> Tensor:
-        """Join the branch to the encoder's output.
+        """Compute the branch and average it with the encoder's output.
 
-        features: `depth` outputs of the encoder's last blocks, each (B*T, 1+P, C).
+        features: the outputs of the encoder's last `depth` blocks, each (B*T, 1+P, C).
         pos_embed: (1, 1+P, C), the encoder's position embedding, class token first.
-        Returns (B*T, 1+P, C). Raises UserError for more frames than the time embedding has.
+        num_frames: T. Returns (B*T, 1+P, C). Raises UserError for more than `max_frames` frames.
         """
         if num_frames > self.max_frames:
             raise UserError(

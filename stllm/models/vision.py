@@ -1,7 +1,7 @@
-"""The image encoder: timm's EVA-ViT-g, frame by frame and in chunks, with or without the temporal adapter.
+"""The image encoder: timm's EVA-ViT-g on chunks of frames, with or without the temporal adapter.
 
-timm loads the published encoder's keys one to one (`timm.models.eva.Eva`, EVA-CLIP, arXiv 2211.07636); the final norm
-is replaced by `ln_vision` (BLIP-2), which runs in float32 whatever the model's precision.
+The published encoder's keys are those of `timm.models.eva.Eva` (EVA-CLIP, arXiv 2211.07636). Its final norm is replaced
+by `ln_vision` (BLIP-2), which always computes in float32.
 
 B clips, T frames, P patches, C width.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from stllm.common.errors import UserError
 from stllm.common.registry import vision_encoders
 
-CHUNK_SIZES = {"cpu": 8}  # chosen here: what more frames at once write does not fit into a CPU's caches
-CHUNK_SIZE = 16  # elsewhere
+CHUNK_SIZES = {"cpu": 8}  # chosen here: the activations of more frames do not fit into a CPU's caches
+CHUNK_SIZE = 16  # on all other devices
 
 if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its name is looked up
     from timm.models.eva import Eva
@@ -49,9 +49,9 @@ class Float32LayerNorm(nn.LayerNorm):
 
 
 class VisionEncoder(nn.Module):
-    """Frames to patch tokens: backbone, then the adapter where there is one, then `ln_vision`.
+    """Turns frames into patch tokens: the backbone, the temporal adapter if there is one, then `ln_vision`.
 
-    chunk_size: frames encoded at once, so that activation memory does not grow with T; None for what suits the device.
+    chunk_size: frames encoded at once, which keeps activation memory independent of T (None: 8 on a CPU, 16 elsewhere).
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class VisionEncoder(nn.Module):
         self.adapter = adapter
         self.ln_vision = Float32LayerNorm(backbone.embed_dim, eps=ln_eps)
         self.chunk_size = chunk_size
-        self.gradient_checkpointing = False  # transformers sets it; passed on to timm's blocks
+        self.gradient_checkpointing = False  # set by transformers, and passed on to timm's blocks
 
     def forward(self, video: Tensor) -> Tensor:
         """video: (B, T, 3, H, W), bytes or normalised. Returns (B, T, 1+P, C)."""
         return self.ln_vision(self.encode(video)).unflatten(0, video.shape[:2])
 
     def encode(self, video: Tensor) -> Tensor:
-        """The tokens before `ln_vision`: (B*T, 1+P, C)."""
+        """Return the tokens before `ln_vision`, (B*T, 1+P, C). video: (B, T, 3, H, W), bytes or normalised."""
         dtype, frames = self.ln_vision.weight.dtype, video.flatten(0, 1)  # (B*T, 3, H, W)
         self.backbone.set_grad_checkpointing(self.gradient_checkpointing and self.backbone.training)
         size = self.chunk_size or CHUNK_SIZES.get(frames.device.type, CHUNK_SIZE)
@@ -87,7 +87,7 @@ class VisionEncoder(nn.Module):
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """Normalise bytes (..., 3, H, W) as CLIP does, into float32. What is not bytes has been normalised already."""
+    """Normalise bytes (..., 3, H, W) as CLIP does, to float32. Pixels of another type count as already normalised."""
     if pixels.dtype != torch.uint8:
         return pixels
     values = pixels.float().div_(255)
@@ -97,10 +97,11 @@ def normalised(pixels: Tensor) -> Tensor:
 
 
 def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Position embeddings (1, 1+P, C) in which neighbours are alike from the first step on; zero for the class token.
+    """Return initial position embeddings, (1, 1+P, C), in which neighbouring patches are similar.
 
-    A quarter of the width each: sine and cosine of the row and of the column, at wave lengths from 2 pi to 200 pi
-    patches; what a width leaves over is zero. A fresh encoder need not find out first where its patches lie.
+    They save a new encoder from learning first where its patches are. The sine and the cosine of the row and of the
+    column take a quarter of the width each, at wave lengths from 2 pi to 200 pi patches. The class token's embedding
+    and the remainder of the width are zero.
     """
     rates = POSITION_BASE ** -(torch.arange(width // 4) / (width // 4))  # (C/4,)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
@@ -146,11 +147,11 @@ def _build(*, vision: dict[str, Any], chunk_size: int | None, with_adapter: bool
 
 @vision_encoders.register("eva_clip_g")
 def eva_clip_g(*, vision: dict[str, Any], chunk_size: int | None) -> VisionEncoder:
-    """EVA-ViT-g/14 as it is, each frame by itself. vision: see configuration.VISION_DEFAULTS."""
+    """Build EVA-ViT-g/14, which encodes each frame separately. vision: see configuration.VISION_DEFAULTS."""
     return _build(vision=vision, chunk_size=chunk_size, with_adapter=False)
 
 
 @vision_encoders.register("eva_btadapter_g")
 def eva_btadapter_g(*, vision: dict[str, Any], chunk_size: int | None) -> VisionEncoder:
-    """EVA-ViT-g/14 with the branching temporal adapter beside its last blocks."""
+    """Build EVA-ViT-g/14 with the branching temporal adapter. vision: see configuration.VISION_DEFAULTS."""
     return _build(vision=vision, chunk_size=chunk_size, with_adapter=True)

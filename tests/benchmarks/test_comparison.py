@@ -1,4 +1,4 @@
-"""Ratios against committed ones: what compares, what got better, what does not compare."""
+"""Comparison with committed results: which ratios are compared, and which are better."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def result(*rows: tuple[str, float, Any, float], **changed: Any) -> dict[str, An
     return {**found, **changed}
 
 
-def test_each_ratio_is_compared_and_its_direction_heeded() -> None:
+def test_ratios_are_compared_in_the_direction_that_is_better() -> None:
     then = result(("ours", 1, 2.0, 0.5), ("ours", 2, 4.0, 0.5))
     now = result(("ours", 2, 5.0, 0.6), ("ours", 1, 2.04, 0.4))
     found = {(change.row, change.column): change for change in changes(now, then, MEASUREMENT)}
@@ -31,7 +31,7 @@ def test_each_ratio_is_compared_and_its_direction_heeded() -> None:
     assert found["ours, workers 1", "speed-up"].better is None  # two per cent is no change
 
 
-def test_what_is_no_figure_or_was_not_there_is_left_out() -> None:
+def test_values_without_a_committed_number_are_left_out() -> None:
     then = result(("baseline", 0, 1, 1.0), ("ours", 0, "-", 0.5))
     now = result(("baseline", 0, 1.0, 1.0), ("ours", 0, 2.0, 0.5), ("new", 0, 3.0, 0.5))
     assert [(change.row, change.column) for change in changes(now, then, MEASUREMENT)] == [
@@ -40,7 +40,7 @@ def test_what_is_no_figure_or_was_not_there_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("changed", [{"sizes": {"size": [2, 4]}}, {"baseline": "another"}])
-def test_other_sizes_do_not_compare(changed: dict[str, Any]) -> None:
+def test_results_of_other_sizes_are_not_compared(changed: dict[str, Any]) -> None:
     row = ("ours", 1, 2.0, 0.5)
     assert changes(result(row), result(row), MEASUREMENT)
     assert changes(result(row), result(row, **changed), MEASUREMENT) == []
@@ -55,5 +55,5 @@ def test_committed_results_have_the_columns_that_are_compared(path: Path) -> Non
     assert len({label(row, measurement) for row in found["rows"]}) == len(found["rows"])
 
 
-def test_a_file_that_was_never_committed_compares_with_nothing() -> None:
+def test_a_result_that_was_never_committed_is_not_compared() -> None:
     assert committed(RESULTS / "no_such.json") is None

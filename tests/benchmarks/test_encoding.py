@@ -1,4 +1,4 @@
-"""What the encoder stands against: eager attention frame by frame, and as many products, however they are timed."""
+"""`benchmarks.encoding`: its baseline, and the peak speed of matrix products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ from stllm.models.configuration import VISION_DEFAULTS
 
 
 @pytest.mark.parametrize(("device", "calls", "expected"), [("cpu", 2, 960 / 9), ("meta", 9, 960 / 2)])
-def test_the_peak_counts_every_product(
+def test_the_peak_speed_includes_every_product(
     device: str, calls: int, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One at a time on the CPU; elsewhere all of a shape in one go. `meta` stands for a GPU; each timing takes 1 s."""
+    """On a CPU products are timed singly, on a GPU (here: `meta`) all of a shape together. Each timing takes 1 s."""
     shapes = [(3, 4, 2, 5), (6, 4, 5, 3)]  # 3 * 2 * 40 + 6 * 2 * 60 FLOP
     made = []
 

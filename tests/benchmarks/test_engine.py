@@ -1,4 +1,4 @@
-"""`python -m benchmarks.engine`: equal ids pass, another language model or other ids do not."""
+"""`python -m benchmarks.engine`: fails if the engine gives other ids or serves another language model."""
 
 import json
 from pathlib import Path

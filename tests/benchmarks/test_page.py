@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: what it runs, the page it writes, and what it says of failures and changes."""
+"""`python -m benchmarks`: the measurements it runs, the page it writes, and its messages about failures and changes."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 
 
 def reported_names(path: Path) -> list[str]:
-    """The first argument of every call of `report` in a module."""
+    """Return the first argument of each call of `report` in a module."""
     calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
     return [
         ast.literal_eval(call.args[0]) for call in calls if isinstance(call.func, ast.Name) and call.func.id == "report"
@@ -39,7 +39,7 @@ def test_every_measurement_is_a_module_that_writes_under_its_own_name(name: str)
     assert reported_names(PACKAGE / f"{name}.py") == [name]
 
 
-def test_the_page_has_tables_charts_and_what_is_missing(folder: Path) -> None:
+def test_the_page_has_tables_charts_and_a_list_of_missing_results(folder: Path) -> None:
     assert write_page(folder, {}, quick=True) == ""
     page = (folder / "README.md").read_text(encoding="utf-8")
     assert "python -m benchmarks --quick" in page and "Against the last" not in page
@@ -56,7 +56,7 @@ def test_the_page_has_tables_charts_and_what_is_missing(folder: Path) -> None:
     assert (folder / "masking.svg").read_bytes() == chart  # a commit shows what changed, and nothing else
 
 
-def test_the_page_says_what_changed(folder: Path) -> None:
+def test_the_page_lists_changes(folder: Path) -> None:
     then = json.loads((folder / "reuse.json").read_text())
     then["rows"][1]["speed-up"] = 10.0
     other = {**json.loads((folder / "masking.json").read_text()), "sizes": {"dropped": 0.3}}
@@ -75,7 +75,7 @@ def test_the_page_says_what_changed(folder: Path) -> None:
     assert "not compared: masking" in compared
 
 
-def test_the_command_runs_what_is_asked_and_names_what_failed(
+def test_the_command_runs_the_given_measurements_and_names_failed_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""The measurement of 4 and 8 bits, on a tiny model in the same layout."""
+"""`benchmarks.quantization` on a tiny model."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.models.checkpoints.conftest import GOLDEN
 
 
 @pytest.mark.slow  # a new process
-def test_a_row_is_an_answer_by_the_command(tmp_path: Path) -> None:
+def test_a_row_is_measured_with_stllm_chat(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     main(["--bits", "4bit", "--folder", str(GOLDEN / "minigpt4_plain_all"), "--output-dir", str(tmp_path)])
     result = json.loads((tmp_path / "quantization.json").read_text())

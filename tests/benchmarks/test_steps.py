@@ -1,4 +1,4 @@
-"""Steps of several procedures, in the small: that what is compared is the same, and that a difference would be seen."""
+"""`benchmarks.steps` at a small size: compared procedures give equal results, and a difference would be noticed."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ TINY = Case(width=256, depth=2, vocabulary=300, batch=2, frames=2, text_tokens=2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ours_and_the_plain_procedure_compute_the_same_and_masking_alone_does_not(dtype: str) -> None:
+def test_ours_and_plain_give_the_same_gradients_and_masking_without_mvm_others(dtype: str) -> None:
     case = replace(TINY, dtype=dtype)
     model, batch = new_model(case, CPU), new_batch(case, CPU)
     assert {p.dtype for p in model.parameters()} == {batch["whole"]["query_features"].dtype} == {getattr(torch, dtype)}
@@ -48,7 +48,7 @@ def test_the_published_size_needs_a_gpu(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_published_sizes_results_have_a_name_and_sizes_of_their_own(
+def test_results_of_the_published_size_have_another_name_and_other_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = Case(width=128, depth=1, vocabulary=31, frames=1, text_tokens=12, answer_tokens=4, dtype="bfloat16")

@@ -18,7 +18,7 @@ RECIPES = sorted(path.stem for path in (CONFIGS / "train").glob("*.yaml"))
 
 
 def full_size(cfg: Any) -> STLLM:
-    """The model of a configuration on the meta device; configurations that ask for the same model share it."""
+    """Return the model of a configuration on the meta device. Equal models are built once and shared."""
     return _built(decide_config([], model_section(cfg), default_llm=True).to_json_string())
 
 

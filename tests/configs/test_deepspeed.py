@@ -1,4 +1,4 @@
-"""configs/deepspeed: valid JSON, documented keys alone, and everything that the Trainer knows left to it."""
+"""configs/deepspeed: only documented keys, and `auto` for every value that the Trainer can fill in."""
 
 import json
 from pathlib import Path
@@ -29,12 +29,12 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_all_four_are_there() -> None:
+def test_there_are_four_deepspeed_configurations() -> None:
     assert [path.stem for path in FILES] == ["zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_keys_are_documented_and_sizes_left_to_the_trainer(path: Path) -> None:
+def test_keys_are_documented_and_batch_sizes_are_auto(path: Path) -> None:
     found = read(path)
     assert set(found) == {*SIZES, *KEYS}
     assert all(found[key] == "auto" for key in SIZES)

@@ -1,4 +1,4 @@
-"""configs/eval: each finds its data by the environment, stands on the shipped settings, and says what it needs."""
+"""configs/eval: paths come from the environment, settings are the shipped ones, headers say what is needed."""
 
 from pathlib import Path
 
@@ -40,7 +40,9 @@ def test_a_suite_changes_no_published_setting(suite: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_it_loads_and_changes_no_published_setting(benchmark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_configuration_changes_no_published_setting(
+    benchmark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = "MVBENCH_ROOT" if benchmark == "mvbench" else "VCGBENCH_ROOT"
     variable = root if benchmark in ("mvbench", "vcgbench") else f"{benchmark.upper()}_ANNO"
     monkeypatch.setenv(variable, "/data/there")
@@ -55,7 +57,7 @@ def test_it_loads_and_changes_no_published_setting(benchmark: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
-def test_its_header_says_what_it_needs_and_how_it_is_started(benchmark: str) -> None:
+def test_the_header_has_needs_launch_and_override_lines(benchmark: str) -> None:
     text = (FOLDER / f"{benchmark}.yaml").read_text()
     header = text.split("\nmodel:")[0].splitlines()
     assert all(line.startswith("#") for line in header)

@@ -1,4 +1,4 @@
-"""The recipes under configs/train: the published values, key by key; full-size models; no typo passes."""
+"""configs/train: recipes have the published values, build at full size, and refuse misspelled keys."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ from tests.helpers.videos import write_video
 from tests.models.checkpoints.conftest import FOREIGN, HEADS
 
 ADAPTER, LLM, SMALL = "temporal adapter", "language model", {"projection", "video input", "mvm decoder"}
-TRAINED = {  # the parts that learn something
+TRAINED = {  # recipe -> its trainable parts
     "instructblip_avp": {ADAPTER, "projection", LLM},
     "minigpt4_avp": {ADAPTER, "projection", LLM},
     "instructblip_avp_frozen_llm": {ADAPTER, "projection"},
@@ -48,7 +48,7 @@ TRAINED = {  # the parts that learn something
     "published": {*SMALL, LLM},
 }
 BASES = [f"base/{path.stem}" for path in sorted((CONFIGS / "train" / "base").glob("*.yaml"))]
-OWN = "own"  # a data set of the user's own: any spelling of its name is right
+OWN = "own"  # a data set of the user's own, whose name is free
 
 # The published configurations, key by key (facts of the published repository, not read from our YAMLs).
 MODEL = {
@@ -103,7 +103,7 @@ QA = {**ADAPTED, "video_input": "all", "use_mask": True, "mvm_decode": True}
 CONVERSATION = {"vit_model": "eva_clip_g", "video_input": "residual", "residual_size": 16}
 CONVERSATION |= {"use_mask": True, "mvm_decode": True}
 VIDEO, FLAT = "video/{}/train.json", "video/conversation/{}_flat.json"
-FILES = {  # of both lists of corpora: the annotation files
+FILES = {  # corpus -> annotation file, for both lists of corpora
     "caption_videochat": VIDEO.format("caption/videochat"),
     "caption_videochatgpt": FLAT.format("videochatgpt/train_full"),
     "caption_webvid": VIDEO.format("caption/webvid"),
@@ -115,7 +115,7 @@ FILES = {  # of both lists of corpora: the annotation files
     "reasoning_clevrer_mc": VIDEO.format("reasoning/clevrer_mc"),
     "vqa_webvid_qa": VIDEO.format("vqa/webvid_qa"),
 }
-MEDIA = {  # of each corpus: the folder of its media
+MEDIA = {  # corpus -> folder of its media
     **dict.fromkeys(("caption_videochat", "caption_webvid", "conversation_videochat1", "vqa_webvid_qa"), "webvid"),
     **dict.fromkeys(("reasoning_clevrer_qa", "reasoning_clevrer_mc"), "clevrer"),
     "caption_videochatgpt": "activitynet",
@@ -138,7 +138,7 @@ TABLE: dict[str, tuple[str, dict[str, Any], set[str], int, int]] = {
 
 @pytest.fixture
 def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """ANNO_ROOT and MEDIA_ROOT are folders of their own, the weights are not named by the environment."""
+    """Set ANNO_ROOT and MEDIA_ROOT to new folders and unset the variables of weights. Returns the parent folder."""
     monkeypatch.setenv("ANNO_ROOT", str(tmp_path / "anno"))
     monkeypatch.setenv("MEDIA_ROOT", str(tmp_path / "media"))
     for name in ("VICUNA", "QFORMER_CKPT", "VIT_CKPT", "VICUNA_V0", "BLIP2_CKPT", "MINIGPT4_CKPT"):
@@ -182,7 +182,9 @@ def test_a_published_recipe_equals_the_published_configuration(name: str, roots:
 
 
 def write_corpora(corpora: set[str], roots: Path) -> int:
-    """Records of one pair and a video of each corpus at the published places; returns the number of records.
+    """Write, for each corpus, a record with one question and its video, at the published paths.
+
+    Returns the number of records.
 
     The two flat files are made by `stllm doctor --flatten` from one record of one pair and one of two.
     """
@@ -207,7 +209,7 @@ def write_corpora(corpora: set[str], roots: Path) -> int:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_doctor_finds_a_published_recipe_s_corpora(
+def test_the_doctor_reads_the_corpora_of_a_published_recipe(
     name: str, roots: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpora = TABLE[name][2]
@@ -230,7 +232,7 @@ def test_the_doctor_finds_a_published_recipe_s_corpora(
 def test_a_published_recipe_trains_from_the_base_weights(
     name: str, roots: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two epochs on one process, 8 frames, with the published files at a tiny size; flat files are trained on, too."""
+    """Trains two epochs with 8 frames in one process, on tiny versions of the published files, also the flat ones."""
     family = name.partition("_")[0]
     llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(FOREIGN / f"vicuna_for_{family}"))
     llm.save_pretrained(roots / "vicuna")
@@ -259,7 +261,7 @@ def test_a_published_recipe_trains_from_the_base_weights(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the recipes, with the published text among them."""
+    """Return a copy of the recipes that includes the published configuration as published.yaml."""
     copied = tmp_path_factory.mktemp("recipes") / "configs"
     shutil.copytree(CONFIGS, copied)
     (copied / "train" / "published.yaml").write_text(PUBLISHED, encoding="utf-8")
@@ -278,13 +280,13 @@ def test_a_recipe_builds_at_full_size(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "published"])
-def test_a_recipe_gives_training_arguments(name: str, folder: Path, tmp_path: Path) -> None:
+def test_a_recipe_gives_valid_training_arguments(name: str, folder: Path, tmp_path: Path) -> None:
     run = OmegaConf.to_container(load_config(folder / f"{name}.yaml").run)
     assert isinstance(run, dict)
     ours = {f.name for f in dataclasses.fields(RunSettings)}
     said = {str(key): value for key, value in run.items() if key not in ours and value is not None}
     zero = said.pop("deepspeed", None)  # it would need the package
-    # bf16 passes on a CPU that is asked for
+    # bf16 is accepted if a CPU is requested
     arguments = TrainingArguments(**{**said, "output_dir": str(tmp_path), "use_cpu": True})
     assert arguments.bf16 and arguments.lr_scheduler_type == "cosine" and arguments.get_warmup_steps(1000) == 30
     assert (arguments.fsdp_plugin_args is not None) == (name == "fsdp")
@@ -298,7 +300,7 @@ def test_the_data_sets_of_a_recipe_are_known(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_header_of_a_recipe_says_how(name: str) -> None:
+def test_the_header_of_a_recipe_has_needs_launch_and_override_lines(name: str) -> None:
     text = (CONFIGS / "train" / f"{name}.yaml").read_text(encoding="utf-8")
     header = text[: text.index("\nbase:")]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -313,7 +315,7 @@ def test_the_header_of_a_recipe_says_how(name: str) -> None:
 
 @pytest.mark.parametrize(("stage", "frozen"), [("instructblip_avp", False), ("instructblip_avp_frozen_llm", True)])
 def test_an_avp_stage_s_weights_can_start_the_qa_stage(stage: str, frozen: bool, tmp_path: Path) -> None:
-    """At a tiny size: what the one recipe leaves is what the other names; the MVM decoder alone starts fresh."""
+    """At a tiny size, the QA recipe loads the output of the AVP recipe; only the MVM decoder is initialized."""
     tiny = ["model.model_type=tiny", "model.vit_model=eva_btadapter_g", "model.vit_ckpt=null"]
     nothing = ["model.llama_model=null", "model.q_former_model=null", "model.ckpt=null"]
     avp, _ = build_audited(load_config(CONFIGS / "train" / f"{stage}.yaml", [*tiny, *nothing]), device="cpu")
@@ -327,7 +329,7 @@ def test_an_avp_stage_s_weights_can_start_the_qa_stage(stage: str, frozen: bool,
     assert all(torch.equal(weights[key], tensor) for key, tensor in avp.state_dict().items())
 
 
-def test_a_whole_misspelled_section_is_caught(folder: Path) -> None:
+def test_a_misspelled_section_is_refused(folder: Path) -> None:
     for section in ("base", "model", "datasets", "run"):
         raw = _raw(folder / "instructblip_qa.yaml")
         raw[section + "s"] = raw.pop(section, {})
@@ -336,7 +338,7 @@ def test_a_whole_misspelled_section_is_caught(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [*RECIPES, "published", *BASES])
 def test_every_misspelled_key_is_refused_and_the_nearest_named(name: str, folder: Path) -> None:
-    """One letter doubled, in every key of every file."""
+    """In each key of each file, one letter is doubled."""
     raw = _raw(folder / f"{name}.yaml")
     for key, path in {path[-1]: path for path in _key_paths(raw)}.items():
         middle = len(key) // 2
@@ -347,8 +349,8 @@ def test_every_misspelled_key_is_refused_and_the_nearest_named(name: str, folder
 
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
-def test_no_misspelling_passes(folder: Path, data: st.DataObject) -> None:
-    """A letter more, less or other, anywhere in any key."""
+def test_random_misspellings_are_refused(folder: Path, data: st.DataObject) -> None:
+    """One letter is added, removed or replaced, at any place of any key."""
     name = data.draw(st.sampled_from(RECIPES))
     raw = _raw(folder / f"{name}.yaml")
     path = data.draw(st.sampled_from(list(_key_paths(raw))))
@@ -366,7 +368,7 @@ def _raw(path: Path) -> dict[str, Any]:
 
 
 def _key_paths(raw: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The keys below the sections, each as its way from the top; below published keys without an effect are none."""
+    """Yield the path of each key below the sections, except below published keys without an effect."""
     for key, value in raw.items():
         path = (*prefix, key)
         if len(path) > 1 and key != OWN and path[0] != "preprocess":
@@ -385,7 +387,7 @@ def _renamed(raw: Mapping[str, Any], path: tuple[str, ...], name: str) -> dict[s
 
 
 def _refused(folder: Path, raw: Mapping[str, Any]) -> str:
-    """The sentence with which a configuration, beside the recipes, is refused."""
+    """Return the error for a configuration written beside the recipes."""
     path = folder / "typo.yaml"
     path.write_text(yaml.safe_dump(dict(raw)), encoding="utf-8")
     with pytest.raises(UserError) as caught:

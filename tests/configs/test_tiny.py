@@ -1,4 +1,4 @@
-"""configs/tiny: its recipes load, and each stage of the pipeline takes up what the one before has left."""
+"""configs/tiny: recipes load, and each stage of the pipeline starts from the output of the stage before."""
 
 import re
 from pathlib import Path
@@ -26,23 +26,23 @@ LEARNED = {  # the parts that a stage changes
     "3_masking": {"qformer", "projection", "language_model"},
     "4_long": {"qformer", "projection", "language_model"},
 }
-BEFORE = {"1_images": "0_vision", "4_long": "2_videos"}  # where a stage begins, if not with the one before it
+BEFORE = {"1_images": "0_vision", "4_long": "2_videos"}  # stages that do not start from the stage before
 
 
 @pytest.mark.parametrize("path", [*TINY.glob("*.yaml"), *(TINY / "stages").glob("*.yaml")], ids=lambda path: path.stem)
-def test_a_recipe_loads_and_its_header_says_how(path: Path) -> None:
+def test_a_recipe_loads_and_its_header_has_needs_launch_and_override_lines(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     named = path.relative_to(CONFIGS.parent)
     assert "\n# Needs: " in text and re.search(rf"^# Launch: .*stllm train --cfg-path {named}\b", text, re.M)
     override = re.search(r"^# Override: --options (.*?)(?:   \(.*\))?$", text, re.M)
     assert override is not None
     config = load_config(path, override[1].split())
-    assert config.model.system == ""  # no recipe trains with a sentence before the question, so none is asked with one
+    assert config.model.system == ""  # recipes train without a system sentence, so none is used in questions
 
 
 @pytest.mark.slow
-def test_each_stage_begins_with_what_the_one_before_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps each, on a world of a few clips: what a stage freezes stays as it was, what it trains does not."""
+def test_each_stage_starts_from_the_output_of_the_stage_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage trains two steps on a few clips: frozen parts stay the same, trained parts change."""
     world, output = tmp_path / "world", tmp_path / "output"
     write_world(world, num_train=24, num_test=8, seed=3, long=True)
     monkeypatch.setenv("TOY_ROOT", str(world))

@@ -1,4 +1,4 @@
-"""docs/training.md says what is so: its examples can be read, its table is what is computed."""
+"""docs/training.md: its example records can be read, and its memory table equals the computed values."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ LAUNCHERS = (
 )  # variables that no recipe reads
 
 
-def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
+def test_the_example_records_can_be_read(tmp_path: Path) -> None:
     example = re.search(r"^```json\n(.*?)^```$", TEXT, re.M | re.S)
     assert example is not None
     path = tmp_path / "train.jsonl"
@@ -42,14 +42,14 @@ def test_the_records_of_one_s_own_can_be_read(tmp_path: Path) -> None:
     assert "QA" in json.loads(next(line[1:] for line in header.splitlines() if '{"video"' in line))
 
 
-def test_what_the_environment_names_is_read_by_a_recipe() -> None:
+def test_every_environment_variable_is_read_by_a_recipe() -> None:
     recipes = [path for folder in ("train", "eval") for path in (CONFIGS / folder).rglob("*.yaml")]
     read = "".join(path.read_text(encoding="utf-8") for path in recipes)
     named = set(re.findall(r"`\$?([A-Z][A-Z0-9_]+)(?:`|/)", TEXT)) - {"RECIPE", *LAUNCHERS}
     assert named == set(re.findall(r"oc\.env:([A-Z0-9_]+)", read)) - {"CKPT", "OUTPUT_DIR"}  # said in the headers
 
 
-def test_the_table_is_what_is_computed() -> None:
+def test_the_memory_table_equals_the_computed_values() -> None:
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) B \(([\d.]+) B\) \| (.+) \|$", TEXT, re.M)
     columns = [("DDP", 1), ("DDP", 8), ("ZeRO-2", 8), ("ZeRO-3", 8), ("FSDP", 8), ("ZeRO-2 offload", 8)]
     for name, total, trained, figures in rows:
@@ -67,7 +67,7 @@ def test_the_table_is_what_is_computed() -> None:
 
 
 class FlashAttention(torch.autograd.Function):
-    """Stands for the fused attention kernels: they keep q, k, v and the output, never the weights."""
+    """Stands in for the fused attention kernels, which keep q, k, v and the output, but not the attention weights."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class FlashAttention(torch.autograd.Function):
 
 
 def test_the_computed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of instructblip_qa, in bfloat16: what autograd keeps of adapter and Q-Former, and one hidden state a layer."""
+    """For instructblip_qa in bfloat16: what autograd keeps of adapter and Q-Former, and a hidden state a layer."""
     cfg = load_config(CONFIGS / "train" / "instructblip_qa.yaml")
     model: Any = copy.deepcopy(full_size(cfg))
     model.to(torch.bfloat16).train()
@@ -106,7 +106,7 @@ def test_the_computed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without the module's parameters."""
+    """Return the bytes that a forward pass keeps for the backward pass, without the module's parameters."""
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

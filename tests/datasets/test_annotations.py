@@ -1,4 +1,4 @@
-"""Annotation files: every format, and what is wrong with a file or a record."""
+"""Annotation files: all formats, and faults of files and of records."""
 
 import json
 import math
@@ -19,7 +19,7 @@ GOOD = {"video": "a.mp4", "QA": QA}
 
 
 def read(folder: Path, content: Any, name: str = "train.json", **options: Any) -> JsonRecords:
-    """The records of a file with that content: text as it is, anything else as JSON."""
+    """Return the records of a file with this content. Content that is not text is written as JSON."""
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     return JsonRecords(path, **options)
@@ -53,7 +53,9 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 
 @settings(deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1), ascii=st.booleans(), indent=st.sampled_from([None, 1]), lines=st.booleans())
-def test_any_text_comes_back(tmp_path_factory, texts: list[str], ascii: bool, indent: int | None, lines: bool) -> None:
+def test_any_text_is_read_unchanged(
+    tmp_path_factory, texts: list[str], ascii: bool, indent: int | None, lines: bool
+) -> None:
     items = [{"video": text, "QA": [{"q": text, "a": text}]} for text in texts]
     written = [json.dumps(item, ensure_ascii=ascii) for item in items]
     content = "\n".join(written) if lines else json.dumps(items, ensure_ascii=ascii, indent=indent)
@@ -107,14 +109,14 @@ def test_half_a_surrogate_pair_does_not_reach_the_tokenizer(tmp_path: Path) -> N
         ('[{"video": "a", "n": ' + "1" * 5000 + "}]", "found a value that cannot be read"),
     ],
 )
-def test_faults_of_a_whole_file(tmp_path: Path, content: Any, message: str) -> None:
+def test_faults_of_a_whole_file_are_reported(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(UserError) as error:
         read(tmp_path, content)
     assert message in str(error.value) and str(tmp_path / "train.json") in str(error.value)
     assert "\n" not in str(error.value) and not isinstance(error.value, AnnotationError)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such annotation file"):
         JsonRecords(tmp_path / "none.json")
     with pytest.raises(UserError, match="found a folder"):
@@ -147,16 +149,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({**GOOD, "end": True}, "found end True", "bounds"),
     ],
 )
-def test_faults_of_one_record(tmp_path: Path, fields: dict[str, Any], message: str, cause: str) -> None:
+def test_faults_of_one_record_are_reported(tmp_path: Path, fields: dict[str, Any], message: str, cause: str) -> None:
     records = read(tmp_path, [GOOD, fields])
-    assert records[0].turns  # the others are as good as ever
+    assert records[0].turns  # the other records are usable
     with pytest.raises(AnnotationError) as error:
         records[1]
     assert str(error.value).startswith(f"{tmp_path / 'train.json'}, record 2: ")
     assert message in str(error.value) and error.value.cause == cause
 
 
-def test_one_kind_of_media_is_picked_out(tmp_path: Path) -> None:
+def test_records_can_be_filtered_by_kind_of_media(tmp_path: Path) -> None:
     mixed = [GOOD, {"image": "a.jpg", "QA": QA}, {"QA": QA}, {"image": "b.jpg", "QA": QA}]
     images = read(tmp_path, mixed, kind="image")
     assert [images[i].media for i in (0, 2)] == ["a.jpg", "b.jpg"] and images[2].where.endswith("record 4")

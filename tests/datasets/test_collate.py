@@ -1,4 +1,4 @@
-"""Samples to model arguments: prompts, media, masks; equal for any number of workers and processes."""
+"""The collator: prompts, media and masks of a batch, equal for any number of workers and processes."""
 
 from dataclasses import replace
 from functools import partial
@@ -72,14 +72,14 @@ def test_stored_features_are_stacked(name: str, shape: tuple[int, ...]) -> None:
     assert batch["teacher"]["visual_positions"].shape == (2 * 3 * K,)
 
 
-def test_text_alone_has_no_media() -> None:
+def test_text_only_samples_have_no_media() -> None:
     batch = collator(mask_rate=RATES)([sample(media=None, pixel_values=None)])
     positions = {"visual_positions", "label_positions"}
     assert set(batch) == {"input_ids", "attention_mask", "labels", "names", "failures"} | positions
     assert not (batch["input_ids"] == VISUAL_TOKEN_ID).any() and not len(batch["visual_positions"])
 
 
-def test_an_image_is_named_so_and_never_masked() -> None:
+def test_an_image_is_called_image_in_the_prompt_and_never_masked() -> None:
     prompts = processor("minigpt4")
     images = [sample(num_frames=1, media="image")]
     batch = collator("minigpt4", mask_rate=RATES)(images)
@@ -90,7 +90,7 @@ def test_an_image_is_named_so_and_never_masked() -> None:
 
 
 def draw(keys: list[SampleKey], num_frames: int = 8, seed: int = 0) -> Tensor:
-    """(B, N) bool, True = dropped, read off a batch."""
+    """Return the mask of a batch, (B, N) bool, True where a visual token is dropped."""
     samples = [replace(sample(num_frames=num_frames), key=key) for key in keys]
     kept = collator(seed=seed, mask_rate=RATES)(samples)["kept"]
     return torch.ones(len(keys), num_frames * K).bool().flatten().index_fill(0, kept, False).view(len(keys), -1)
@@ -126,7 +126,7 @@ def test_masks_fit_every_video_input(name: str, num_frames: int) -> None:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory) -> Mixture:
-    """Two data sets of real videos, some of which are not there, with random frames and crops."""
+    """Return a mixture of two data sets of videos, some of them missing, with random frames and crops."""
     folder: Path = tmp_path_factory.mktemp("videos")
     write_numbered_videos(folder, range(6))
     records = [numbered_record(number) for number in range(9)]
@@ -159,7 +159,7 @@ def tensors(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in ("names", "failures")}
 
 
-def test_workers_change_nothing(mixture: Mixture) -> None:
+def test_the_number_of_workers_changes_nothing(mixture: Mixture) -> None:
     alone, with_workers = batches(mixture, batch_size=4), batches(mixture, batch_size=4, num_workers=2)
     assert any(batch["failures"] for batch in alone)
     for first, second in zip(alone, with_workers, strict=True):
@@ -173,7 +173,7 @@ def test_spawned_workers_change_nothing(mixture: Mixture) -> None:
         check_equal(first, second)
 
 
-def test_processes_share_the_batches_of_one(mixture: Mixture) -> None:
+def test_processes_divide_the_batches_of_a_single_process(mixture: Mixture) -> None:
     whole = batches(mixture, batch_size=4)
     parts = [batches(mixture, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     for batch, *halves in zip(whole, *parts, strict=True):

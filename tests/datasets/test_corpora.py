@@ -1,4 +1,4 @@
-"""The `datasets` section to data sets: the shipped list, the user's own, roots, overrides and what is wrong."""
+"""The `datasets` section: shipped corpora, the user's own data, roots, overrides and errors."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def message(folder: Path, text: str, *options: str) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two shipped corpora as they are laid out, and one of one's own."""
+    """Write two shipped corpora at their usual paths, and a data set of the user's own."""
     write_numbered_videos(tmp_path / "media" / "webvid", range(2))
     write_numbered_videos(tmp_path / "own", range(1))
     for name in ("caption/videochat/train.json", "conversation/videochat1/train_flat.json"):
@@ -146,7 +146,7 @@ def test_qa_sampling_comes_from_the_run(data: Path, sampling: str, expected: int
     assert len(build_corpora(cfg, image_size=32)[0].corpus) == expected
 
 
-def test_features_stand_for_the_media(data: Path) -> None:
+def test_features_replace_the_media(data: Path) -> None:
     settings = {"digest": "abc", "num_frames": 2, "image_size": 32, "sampling": "middle"}
     writer = FeatureWriter(data / "f" / "caption_videochat", stage="vit", settings=settings)
     writer.add("0.mp4", torch.zeros(2, 5, 8))
@@ -160,7 +160,7 @@ def test_features_stand_for_the_media(data: Path) -> None:
     assert "made with sampling 'middle', expected 'uniform'" in other
 
 
-def test_unknown_names(data: Path) -> None:
+def test_unknown_names_are_refused(data: Path) -> None:
     assert "unknown data set 'caption_videochatt'; did you mean 'caption_videochat'?" in message(
         data, "  caption_videochatt: {num_frames: 4}"
     )
@@ -170,7 +170,7 @@ def test_unknown_names(data: Path) -> None:
     assert unknown in message(data, "  mine: {anno_path: own/mine.jsonl, type: videos}")
 
 
-def test_values_that_only_show_when_built(data: Path) -> None:
+def test_invalid_values_are_reported_when_a_data_set_is_built(data: Path) -> None:
     own = "  mine: {anno_path: own/mine.jsonl}"
     assert message(data, own, "datasets.mine.sampling=random").startswith("data set mine: unknown sampling 'random'")
     assert message(data, own, "datasets.mine.reader=opencv").startswith("data set mine: unknown reader 'opencv'")
@@ -187,6 +187,6 @@ def test_all_missing_files_are_named_at_once(data: Path) -> None:
         "set datasets.anno_root and datasets.media_root",
     ):
         assert part in found
-    # what is wrong with a file as a whole is told before any training, too
+    # faults of a whole file are reported before training, too
     (data / "own" / "mine.jsonl").write_text("{")
     assert "line 1, column 2: not valid JSON" in message(data, "  mine: {anno_path: own/mine.jsonl}")

@@ -1,4 +1,4 @@
-"""Stored features: written in whole shards, gone on with, read back equal, refused when they are others."""
+"""Stored features: written in complete shards, resumed, read back equal, and refused if they do not fit."""
 
 import json
 from pathlib import Path
@@ -39,14 +39,14 @@ def test_features_come_back_as_they_were_written(tmp_path: Path) -> None:
         store.load("b.mp4")
 
 
-def test_keys_tell_the_medium_and_its_part() -> None:
+def test_feature_keys_identify_the_medium_and_its_part() -> None:
     record = Record((), "/media/webvid/a/b.mp4", "video", "here", bounds=(0.1, float("inf")))
     assert feature_key(record, "/media/webvid") == feature_key(record, "/media/webvid/") == "a/b.mp4[0.1,inf]"
     assert feature_key(record, "/media/web") == "/media/webvid/a/b.mp4[0.1,inf]"
     assert clip_key("b.mp4", None) == "b.mp4" and clip_key("b.mp4", (1.0, 2.5)) == "b.mp4[1.0,2.5]"
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_extraction_resumes(tmp_path: Path) -> None:
     def writer(rank: int = 0) -> FeatureWriter:
         return FeatureWriter(tmp_path, stage="vit", settings=SETTINGS, shard_bytes=1, rank=rank)
 
@@ -69,7 +69,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert [store.load(str(number)).equal(features(number)) for number in range(3)] == [True] * 3
 
 
-def test_other_settings_are_refused(tmp_path: Path) -> None:
+def test_features_with_other_settings_are_refused(tmp_path: Path) -> None:
     FeatureWriter(tmp_path, stage="vit", settings=SETTINGS).finish()
     with pytest.raises(UserError, match="made with num_frames 4, expected 8: name another folder"):
         FeatureWriter(tmp_path, stage="vit", settings={**SETTINGS, "num_frames": 8})
@@ -79,7 +79,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         FeatureStore(tmp_path, expected={"digest": "abd"})
 
 
-def test_damaged_folders(tmp_path: Path) -> None:
+def test_damaged_feature_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found no features \(no index.json\); write them with `stllm extract`"):
         FeatureStore(tmp_path)
     whole = {"stage": "vit", "settings": {}, "complete": True, "shards": {}}

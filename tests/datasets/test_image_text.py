@@ -1,4 +1,4 @@
-"""Image-text shards: what is paired, random access, damage, indexes, remote shards and the cache's bound."""
+"""Image-text shards: pairs, random access, damaged files, indexes, remote shards and the limit of the cache."""
 
 import io
 import json
@@ -40,7 +40,7 @@ SIZE = 16
 
 @pytest.fixture
 def pipes() -> Iterator[None]:
-    """What --allow-pipe does."""
+    """Allow pipes, as --allow-pipe does."""
     allow_pipes(True)
     yield
     allow_pipes(False)
@@ -52,7 +52,7 @@ def fresh_warnings() -> None:
 
 
 def picture(number: int, suffix: str = "png") -> bytes:
-    """An image of one grey level, which tells its number."""
+    """Return an image whose grey level encodes its number."""
     data = io.BytesIO()
     Image.new("RGB", (24, 18), (number * 4,) * 3).save(data, {"jpg": "jpeg"}.get(suffix, suffix))
     return data.getvalue()
@@ -80,7 +80,7 @@ def pairs(first: int, count: int, suffix: str = "png") -> list[tuple[str, bytes]
 
 @pytest.fixture
 def shards(tmp_path) -> str:
-    """Three shards of 5, 1 and 4 pairs, numbered through."""
+    """Write three shards of 5, 1 and 4 pairs. Pairs are numbered from 0 to 9."""
     for shard, (first, count) in enumerate([(0, 5), (5, 1), (6, 4)]):
         write_tar(tmp_path / "data" / f"{shard:05d}.tar", pairs(first, count))
     return str(tmp_path / "data" / "{00000..00002}.tar")
@@ -96,7 +96,7 @@ def load(data: ImageTextCorpus, index: int, epoch: int = 0):
 
 
 def grey(sample) -> int:
-    """The number that the image tells."""
+    """Return the number that the image of a sample encodes."""
     return round(float(sample.pixel_values.float().mean()) / 4)
 
 
@@ -169,7 +169,7 @@ def test_the_instruction_and_the_crop_are_drawn_by_the_generator(tmp_path, shard
     assert len({sample.pixel_values.numpy().tobytes() for sample in epochs}) == 20
 
 
-def test_an_entry_of_the_configuration(tmp_path, shards) -> None:
+def test_a_configuration_entry_makes_an_image_text_corpus(tmp_path, shards) -> None:
     entry = DatasetSettings(shards=shards, instruction="Look.", max_samples=7, cache_dir=str(tmp_path / "cache"))
     data = datasets.get("image_text").from_settings("pairs", entry, transform=EvalTransform(SIZE))
     assert (len(data), data.media, data.name) == (7, "image", "pairs")
@@ -187,7 +187,7 @@ def noise() -> bytes:
 
 
 class AsDataset(Dataset):
-    """A corpus as a torch data set, so that workers read it; read once before they are made."""
+    """A corpus as a torch data set for data workers. It is read once before the workers start."""
 
     def __init__(self, data: ImageTextCorpus) -> None:
         self.data = data
@@ -202,7 +202,7 @@ class AsDataset(Dataset):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_any_worker_gives_the_same(tmp_path, shards, num_workers) -> None:
+def test_every_worker_gives_the_same_samples(tmp_path, shards, num_workers) -> None:
     data = corpus(tmp_path, shards, transform=TrainTransform(SIZE), instruction=["a", "b", "c"])
     order = [7, 2, 9, 0, 5, 1, 8, 3, 6, 4]
     loaded = DataLoader(AsDataset(data), batch_size=None, sampler=order, num_workers=num_workers)
@@ -234,7 +234,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("members", "error", "words", "cause"), BAD)
-def test_a_bad_pair_is_said_and_the_next_one_is_read(tmp_path, members, error, words, cause) -> None:
+def test_a_bad_pair_is_reported_and_the_next_one_is_read(tmp_path, members, error, words, cause) -> None:
     data = corpus(tmp_path, str(write_tar(tmp_path / "x.tar", [*members, *pairs(7, 1)])))
     assert len(data) == 2
     with pytest.raises(error, match=words) as caught:
@@ -255,7 +255,7 @@ def test_a_bad_pair_is_replaced_as_a_whole(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 300, 1000, 3000, 20 * 512])
-def test_a_cut_tar_gives_its_whole_samples_and_one_warning(tmp_path, caplog, missing) -> None:
+def test_an_incomplete_tar_gives_its_complete_samples_and_one_warning(tmp_path, caplog, missing) -> None:
     path = write_tar(tmp_path / "cut.tar", pairs(0, 10, "jpg"))
     with path.open("r+b") as file:
         whole = file.seek(0, os.SEEK_END) // 1024 * 1024
@@ -286,7 +286,7 @@ def test_a_damaged_header_in_the_middle_is_noticed(tmp_path, caplog) -> None:
         (b"\x1f\x8b\x08" + bytes(99), "decompress it"),
     ],
 )
-def test_what_is_no_tar_is_a_warning_beside_others_and_an_error_alone(tmp_path, caplog, content, words) -> None:
+def test_a_file_that_is_no_tar_is_a_warning_among_others_and_an_error_alone(tmp_path, caplog, content, words) -> None:
     bad = tmp_path / "bad.tar"
     bad.write_bytes(content)
     good = write_tar(tmp_path / "good.tar", pairs(0, 2))
@@ -328,7 +328,7 @@ def test_equal_names_in_two_folders_do_not_share_an_index(tmp_path) -> None:
     assert [grey(load(data, index)) for index in range(5)] == [0, 1, 20, 21, 22]
 
 
-def test_a_tar_that_changes_under_the_run_never_gives_a_wrong_pair(tmp_path) -> None:
+def test_a_tar_that_changes_during_a_run_never_gives_a_wrong_pair(tmp_path) -> None:
     path = write_tar(tmp_path / "x.tar", pairs(0, 3))
     data = corpus(tmp_path, str(path))
     load(data, 0)
@@ -359,7 +359,7 @@ def test_names_are_expanded(tmp_path, pipes) -> None:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files and notes what was asked for."""
+    """Serves files and records the requests."""
 
     asked: list[str]
 
@@ -373,7 +373,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """(URL, requests so far) of an http server over `tmp_path / "data"` that only this machine reaches."""
+    """Return the URL of a local http server for `tmp_path / "data"`, and the list of its requests."""
     for variable in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     asked: list[str] = []
@@ -395,7 +395,7 @@ def test_remote_shards_are_fetched_once(tmp_path, shards, server) -> None:
     assert sorted(asked) == [f"/0000{number}.tar" for number in range(3)]
 
 
-def test_the_cache_keeps_within_its_bound(tmp_path, shards, server, caplog) -> None:
+def test_the_cache_stays_below_its_limit(tmp_path, shards, server, caplog) -> None:
     url, asked = server
     total = sum(path.stat().st_size for path in (tmp_path / "data").glob("*.tar"))
     data = corpus(tmp_path, f"{url}/{{00000..00002}}.tar", cache_gb=(total - 1) / 2**30)
@@ -406,7 +406,7 @@ def test_the_cache_keeps_within_its_bound(tmp_path, shards, server, caplog) -> N
     assert 3 < len(asked) < 9
 
 
-def test_making_room_leaves_the_user_s_own_tars(tmp_path, shards, server) -> None:
+def test_the_cache_never_deletes_local_tars(tmp_path, shards, server) -> None:
     url, _ = server
     names = [f"{url}/00000.tar", f"{url}/00001.tar", str(tmp_path / "data" / "00002.tar")]
     data = corpus(tmp_path, names, cache_dir=tmp_path / "data", cache_gb=1e-9)
@@ -414,12 +414,12 @@ def test_making_room_leaves_the_user_s_own_tars(tmp_path, shards, server) -> Non
     assert {"00000.tar", "00001.tar", "00002.tar"} < {path.name for path in (tmp_path / "data").glob("*.tar")}
 
 
-def test_a_name_in_another_encoding(tmp_path, shards) -> None:
+def test_a_name_in_another_encoding_is_read(tmp_path, shards) -> None:
     os.rename(tmp_path / "data" / "00001.tar", os.fsencode(tmp_path / "data") + b"/l\xe9.tar")
     assert len(corpus(tmp_path, str(tmp_path / "data" / "*.tar"))) == 10
 
 
-def test_a_pipe_and_an_object_store(tmp_path, shards, pipes, monkeypatch) -> None:
+def test_a_pipe_and_an_object_store_are_read(tmp_path, shards, pipes, monkeypatch) -> None:
     path = tmp_path / "data" / "00002.tar"
     assert grey(load(corpus(tmp_path, f"pipe:cat {path}"), 1)) == 7
     tool = tmp_path / "bin" / "aws"
@@ -433,7 +433,7 @@ def test_a_pipe_and_an_object_store(tmp_path, shards, pipes, monkeypatch) -> Non
 @pytest.mark.parametrize(
     "shard", ["{url}/no.tar", "pipe:printf half; exit 3", "pipe:no-program", "hf://datasets/../../x.tar"]
 )
-def test_what_cannot_be_fetched_is_one_sentence_and_leaves_nothing(tmp_path, shards, server, pipes, shard) -> None:
+def test_a_failed_download_gives_one_sentence_and_leaves_no_file(tmp_path, shards, server, pipes, shard) -> None:
     with pytest.raises(MediaError, match="the shard cannot be fetched") as caught:
         corpus(tmp_path, shard.replace("{url}", server[0]))
     assert "curl'" not in str(caught.value)
@@ -448,7 +448,7 @@ def test_a_missing_program_is_named(tmp_path, monkeypatch) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([".png", ".txt", ".json", ".cls"]), max_size=8), st.integers(0, 9))
-def test_no_pair_is_mixed(tmp_path_factory, suffixes, split) -> None:
+def test_image_and_text_of_different_pairs_are_never_mixed(tmp_path_factory, suffixes, split) -> None:
     folder = tmp_path_factory.mktemp("pairs")
     members: list[tuple[str, bytes]] = []
     for number, suffix in enumerate(suffixes):

@@ -1,4 +1,4 @@
-"""Instruction data: which pair, which frames, which crop, and clips that always have T frames."""
+"""Instruction data: the choice of question, frames and crop, and clips of always T frames."""
 
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def test_an_instruction_is_drawn_for_those_without(folder: Path) -> None:
     assert load(corpus_of(folder / "a.json", records), 0).turns == (Turn("", "A code."),)
 
 
-def test_frames_are_those_that_the_rule_says(folder: Path) -> None:
+def test_frames_are_chosen_by_the_sampling_rule(folder: Path) -> None:
     record = numbered_record(1)
     assert codes(load(corpus_of(folder / "a.json", [record], sampling="middle"))) == [
         100 + index for index in middle(4, total_frames=FRAMES)
@@ -92,7 +92,7 @@ def test_short_clips_are_padded_with_their_last_frame(folder: Path, sampling: st
     assert codes(load(corpus_of(folder / "a.json", [record], sampling=sampling, num_frames=5))) == expected
 
 
-def test_raw_frame_folders(folder: Path) -> None:
+def test_raw_frame_folders_are_read_at_5_frames_a_second(folder: Path) -> None:
     record = {**numbered_record(0), "video": "raw", "num_frames": 20, "start": 1, "end": 2}
     assert codes(load(corpus_of(folder / "a.json", [record], sampling="middle"))) == [6, 7, 8, 9]  # 5 frames a second
     faster = corpus_of(folder / "a.json", [record], sampling="middle", fps=10.0)
@@ -110,14 +110,14 @@ def test_images_are_one_frame_and_no_videos(folder: Path) -> None:
         load(corpus_of(folder / "a.json", [{"image": "0.mp4", "QA": qa}]))
 
 
-def test_text_alone(folder: Path) -> None:
+def test_text_only_records_give_text_only_samples(folder: Path) -> None:
     corpus = corpus_of(folder / "a.json", [{"QA": [{"q": "What is 1 + 1?", "a": "2"}]}], kind="text")
     sample = load(corpus)
     assert corpus.media is None and sample.media is None and sample.pixel_values is None
     assert sample.turns == (Turn("What is 1 + 1?", "2"),) and sample.name.endswith("record 1")
 
 
-def test_one_crop_a_clip_drawn_from_the_generator_alone(folder: Path) -> None:
+def test_a_clip_has_one_crop_drawn_only_from_the_generator(folder: Path) -> None:
     corpus = corpus_of(folder / "a.json", [numbered_record(0)], transform=TrainTransform(32), sampling="middle")
     first, other = load(corpus, seed=1).pixel_values, load(corpus, seed=2).pixel_values
     torch.manual_seed(7)

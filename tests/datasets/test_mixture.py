@@ -1,4 +1,4 @@
-"""Which samples make which batch: a function of seed, epoch, sizes, ratios and the global batch alone."""
+"""The order of samples depends only on seed, epoch, sizes, ratios and the global batch size."""
 
 import time
 from collections import Counter
@@ -20,7 +20,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 class Counted:
-    """A data set of `size` samples, each of which says what was drawn for it."""
+    """A data set of `size` samples. Each sample holds the random number drawn for it."""
 
     media: str | None = "video"
 
@@ -105,11 +105,11 @@ def test_without_ratios_batches_are_in_proportion_to_the_sizes() -> None:
         ([None, None, 0.2], [9, 7, 4]),  # of 0.5, 0.4 (their shares of all samples) and 0.2
     ],
 )
-def test_ratios_share_out_the_same_number_of_batches(ratios: list[float | None], expected: list[int]) -> None:
+def test_batches_are_divided_among_data_sets_by_ratio(ratios: list[float | None], expected: list[int]) -> None:
     assert batches_of([100, 80, 20], ratios, 10) == expected
 
 
-def test_a_data_set_of_high_ratio_is_gone_through_again_in_another_order() -> None:
+def test_a_data_set_with_a_high_ratio_is_repeated_in_another_order() -> None:
     batches = epoch_of(mixture([40, 10], [1, 4]), batch_size=5)
     small = [key for batch in batches for key in batch if key.corpus == 1]
     rounds = {r: [key.index for key in small if key.round == r] for r in range(4)}
@@ -131,7 +131,7 @@ def test_batches_by_ratio_are_within_one_of_the_exact_share(sizes, ratios, batch
         assert all(abs(n - total * w / sum(weights)) < 1 for n, w in zip(counts, weights, strict=True))
 
 
-def test_mixtures_that_cannot_be_made() -> None:
+def test_invalid_mixtures_are_refused() -> None:
     with pytest.raises(UserError, match="no data set is named"):
         mixture([])
     with pytest.raises(UserError, match="data set corpus 1 has no samples"):
@@ -144,15 +144,15 @@ def names(samples: list[Sample]) -> list[str]:
     return [sample.name for sample in samples]
 
 
-def test_workers_change_nothing() -> None:
+def test_the_number_of_workers_changes_nothing() -> None:
     mixed = mixture([13, 6])
     sampler = MixtureSampler(mixed, batch_size=4)
     alone = list(DataLoader(mixed, batch_sampler=sampler, collate_fn=names))
     assert alone == list(DataLoader(mixed, batch_sampler=sampler, collate_fn=names, num_workers=2))
-    assert len({name for batch in alone for name in batch}) == 24  # every draw is one of its own
+    assert len({name for batch in alone for name in batch}) == 24  # every draw differs
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped_without_loading_what_it_skips() -> None:
+def test_a_resumed_epoch_continues_without_loading_skipped_samples() -> None:
     mixed = mixture([13, 6])
     loader = DataLoader(mixed, batch_sampler=MixtureSampler(mixed, batch_size=4), collate_fn=names)
     whole = list(loader)

@@ -1,4 +1,4 @@
-"""What cannot be read is replaced as a whole, counted, and too much of it stops the run."""
+"""Unreadable samples are replaced as a whole and counted; too many of them stop the run."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def corpus(folder: Path) -> InstructionCorpus:
-    """Six good videos, each in two halves, among faults of every kind."""
+    """Write records of six good videos, each in two halves, and of faulty files of every kind."""
     halves = [{"start": 0, "end": 1}, {"start": 1, "end": 2}]
     good = [numbered_record(number, **half) for number in range(NUM_GOOD) for half in halves]
     bad = [
@@ -44,7 +44,7 @@ def corpus(folder: Path) -> InstructionCorpus:
 
 
 def check_pairing(sample: Sample) -> None:
-    """Pixels, question, answer, instruction and bounds are of one record."""
+    """Assert that pixels, question, answer, instruction and bounds belong to one record."""
     assert sample.pixel_values is not None
     codes = codes_of(sample.pixel_values)
     number = codes[0] // 100
@@ -89,7 +89,7 @@ def test_the_replacement_depends_on_the_key_alone(corpus: InstructionCorpus) -> 
     assert len({load(key._replace(epoch=epoch)).name for epoch in range(10)}) > 3
 
 
-def test_tries_end(folder: Path) -> None:
+def test_the_number_of_replacements_is_limited(folder: Path) -> None:
     broken = corpus_of(folder / "broken.json", [numbered_record(number) for number in range(10, 14)])
     with pytest.raises(UserError) as error:
         Mixture([MixturePart(broken)], seed=0, max_tries=3)[SampleKey(0, 0, 0, 0)]
@@ -105,7 +105,7 @@ def failure(number: int, cause: str = "missing") -> Failure:
     return Failure("a", cause, f"{number}.mp4", f"{number}.mp4: there is no such file")
 
 
-def test_each_file_is_warned_of_once_and_counted_always(caplog) -> None:
+def test_each_bad_file_gives_one_warning_and_is_always_counted(caplog) -> None:
     bad = BadSampleLog(max_bad_fraction=0.1, epoch_size=1000)
     with caplog.at_level(logging.WARNING):
         for number in (1, 2, 1, 1):
@@ -137,7 +137,7 @@ def test_too_many_bad_samples_stop_the_run(num_bad: int, num_seen: int, epoch_si
         assert f"4.mp4 and {num_bad - 5} more" in message and "5.mp4" not in message
 
 
-def test_the_count_is_resumed(caplog) -> None:
+def test_the_count_of_bad_samples_is_resumed(caplog) -> None:
     bad = BadSampleLog(max_bad_fraction=0.5, epoch_size=10)
     for number in range(3):
         bad.add(failure(number))

@@ -1,4 +1,4 @@
-"""The experiment on time: recipes that differ in the variant alone, runs that go on, figures and claims by hand."""
+"""The temporal experiment: its recipes, resumed and failed runs, and figures and claims computed by hand."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ NAMES = {"object_existence": "Object Existence", "moving_direction": "Moving Dir
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of a toy world that the experiment itself looks at, and a checkpoint beside it."""
+    """Write those files of a toy world that the experiment reads, and a checkpoint beside it."""
     root = tmp_path / "world"
     files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/packed.json": []}
     for slug in (*SLUGS, NOT_TRAINED):
@@ -64,7 +64,7 @@ def plan_of(world: Path, **changes: Any) -> Plan:
 
 
 class Stub:
-    """Leaves what the commands would. failing: variants whose training fails; calls: the words of each."""
+    """Replaces the commands and writes their files. failing: variants whose training fails. calls: all arguments."""
 
     def __init__(self) -> None:
         self.failing: tuple[str, ...] = ()
@@ -124,13 +124,13 @@ def test_recipes_differ_in_the_variant_alone(world: Path) -> None:
     assert masking["all+mask"] == (True, False) and masking["all+mask+mvm"] == (True, True)
 
 
-def test_what_the_recipe_does_not_train_is_not_asked(world: Path) -> None:
+def test_tasks_that_the_recipe_does_not_train_are_not_tested(world: Path) -> None:
     assert plan_of(world).slugs == sorted(SLUGS)
     whole = plan_of(world, base=CONFIGS / "tiny" / "stages" / "2_videos.yaml")
     assert whole.slugs == sorted((*SLUGS, NOT_TRAINED))
 
 
-def test_tokens_that_enter_the_language_model(world: Path) -> None:
+def test_number_of_visual_tokens_of_each_variant(world: Path) -> None:
     plan = plan_of(world)
     tokens = {variant.name: (plan.tokens(variant, 8), plan.tokens(variant, 16)) for variant in VARIANTS}
     assert tokens["mean"] == (6, 6) and tokens["all"] == tokens["all+mask"] == (48, 96)
@@ -153,7 +153,7 @@ def test_a_world_without_long_clips_has_no_long_set(world: Path) -> None:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def test_all_is_run_once_and_masked_runs_go_on_from_it(
+def test_all_is_run_once_and_masked_runs_continue_it(
     world: Path, stub: Stub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(world) == 0
@@ -174,7 +174,7 @@ def test_a_failed_run_is_listed_and_tried_again(world: Path, stub: Stub, capsys:
     assert start(world) == 1
     page = (world.parent / "results" / "temporal.md").read_text()
     assert "6 runs, 6 failed" in page and "- all, seed 1: stllm train ended with 1: error: no space left" in page
-    assert "- all+mask, seed 0: `all`, which it goes on from, failed: stllm train ended with 1" in page
+    assert "- all+mask, seed 0: `all`, which this run continues, failed: stllm train ended with 1" in page
     stub.failing = ()
     stub.calls.clear()
     assert start(world) == 0
@@ -192,7 +192,7 @@ def test_a_failed_run_is_listed_and_tried_again(world: Path, stub: Stub, capsys:
         (("--ckpt", "nowhere"), "nowhere holds no trained model"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
+def test_runs_with_other_settings_are_refused(
     world: Path, stub: Stub, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], said: str
 ) -> None:
     assert start(world, "--seeds", "1") == 0
@@ -200,16 +200,16 @@ def test_what_cannot_be_compared_is_refused(
     assert said in capsys.readouterr().err
 
 
-def test_a_command_that_fails_tells_its_last_words(tmp_path: Path) -> None:
+def test_the_last_line_of_a_failed_command_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"stllm train ended with 1: error: .*missing\.yaml: no such file"):
         asyncio.run(command(["train", "--cfg-path", "missing.yaml"], tmp_path / "log.txt"))
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_experiment_ends_its_commands_and_begins_no_other(
+def test_an_interrupted_experiment_ends_its_commands_and_starts_no_others(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: signal.Signals
 ) -> None:
-    """Two commands at once that end a moment after SIGTERM, as training does once its checkpoint is written."""
+    """Two commands run and end shortly after SIGTERM, as training does after writing a checkpoint."""
     script = world.parent / "python"
     script.write_text(
         "#!/bin/sh\n"
@@ -237,7 +237,7 @@ def test_an_interrupted_experiment_ends_its_commands_and_begins_no_other(
     assert [len((world.parent / file).read_text().split()) for file in ("begun", "stopped")] == [2, 2]
 
 
-def test_seconds_are_of_the_steps_after_the_switch(world: Path, tmp_path: Path) -> None:
+def test_seconds_a_step_count_only_steps_after_the_switch(world: Path, tmp_path: Path) -> None:
     plan = plan_of(world)  # the switch is at 40, lines are of 2 steps
     lines = [
         {"step": n, "samples_per_second": 8.0 if n <= 42 else 16.0, "kept_visual_tokens": n} for n in range(2, 81, 2)
@@ -287,7 +287,7 @@ def test_claims_are_judged_by_the_means(world: Path) -> None:
     holds = {claim["claim"]: claim["holds"] for claim in found}
     assert holds == {
         "`mean`: at most 60 % on temporal tasks": True,
-        "`all` knows more of time than `mean`": True,
+        "`all`: above `mean` on temporal tasks": True,
         "`all+mask+mvm`: at most 2 points below `all`, all tasks": True,
         "`all+mask+mvm`: at most 0.7 × the seconds a step": True,
         "`residual`: at most 3 points below `all` on clips of 64 frames": True,
@@ -301,16 +301,16 @@ def test_claims_are_judged_by_the_means(world: Path) -> None:
     assert len(claims(report["variants"], has_long=False)) == 4
 
 
-def test_the_page_shows_spread_chance_and_what_was_done(world: Path) -> None:
+def test_the_page_shows_spread_chance_and_setting(world: Path) -> None:
     report = summary(plan_of(world), RESULTS, jobs=2)
     page = markdown(report)
     assert "Runs are missing: 7 of 12 are there." in page
     assert "95.0 (90.0–100.0)" in page and "0.62 (0.50–0.75)" in page
     assert re.search(r"\| chance +\| +\| +25\.0 \| +33\.3 \|", page)  # 25 and 25; 50, 25 and 25
-    assert "share the first 40 steps with `all` of their seed" in page and "masking from step 41 on" in page
+    assert "continue `all` of the same seed after 40 steps" in page and "mask from step 41 on" in page
     assert "train: seed 5" in page and str(world) not in page + json.dumps(report)
     unmasked = summary(plan_of(world, mask_after=0.0), RESULTS, jobs=2)
-    assert "masked from their first step on" in markdown(unmasked)
+    assert "mask from their first step on" in markdown(unmasked)
 
 
 def test_the_chart_has_a_bar_a_variant_and_the_spread(world: Path) -> None:
@@ -329,8 +329,8 @@ def test_the_chart_has_a_bar_a_variant_and_the_spread(world: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_experiment_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps a run on a world of a few clips: a masked run starts where `all` was and is the shorter for it."""
+def test_the_experiment_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run trains four steps on a few clips. A masked run continues `all`, so it has fewer steps to train."""
     from stllm.toy.world import write_world
 
     world, few = tmp_path / "world", ["run.per_device_train_batch_size=2", "run.dataloader_num_workers=0"]

@@ -1,4 +1,4 @@
-"""A small benchmark of multiple choice without files, and answerers that need no model."""
+"""A small multiple-choice benchmark without files, and replacements for a model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ OPTIONS = ("up", "down", "left", "right")
 
 
 def choice_item(number: int, task: str = "Moving Direction", options: Sequence[str] = OPTIONS) -> Item:
-    """An item whose answer goes through its options with the number."""
+    """Return an item. Its number determines which option is the answer."""
     return Item(
         id=f"{task.lower().replace(' ', '_')}/{number}",
         task=task,
@@ -28,12 +28,12 @@ def choice_item(number: int, task: str = "Moving Direction", options: Sequence[s
 
 
 def choice_benchmark(items: Sequence[Item], excluded: Mapping[str, str] | None = None, num_excluded: int = 0) -> Loaded:
-    """MVBench of those items."""
+    """Return an MVBench with these items."""
     return Loaded(MVBench(), items, excluded or {}, num_excluded)
 
 
 def lines_of(loaded: Loaded, answer: Callable[[Item], str | None]) -> list[Record]:
-    """A line an item, as the engine gives it. answer: the model's text; None for a video that cannot be read."""
+    """Return a line for each item, as the evaluation writes it. answer: the model's text; None: unreadable video."""
     lines = []
     for item in loaded.items:
         text = answer(item)
@@ -47,35 +47,35 @@ def lines_of(loaded: Loaded, answer: Callable[[Item], str | None]) -> list[Recor
 
 
 def letter_of(item: Item, text: str) -> str:
-    """What a model says that chooses this option."""
+    """Return the text of a model that chooses this option."""
     return f"{ascii_uppercase[item.candidates.index(text)]}) {text}"
 
 
 class Asking(Benchmark):
-    """A benchmark that asks its items plainly."""
+    """A benchmark that asks the questions of its items unchanged."""
 
     name, title, ground_truth = "asking", "Asking", "nothing"
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Is never read."""
+        """Not used."""
         raise NotImplementedError
 
     def ask(self, item: Item, template: PromptTemplate, system: str | None) -> tuple[Request, ...]:
-        """The questions as they are."""
+        """Return the questions unchanged."""
         return tuple(Request((Turn(question),), media=item.media) for question in item.questions)
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """Whether the first reply is the answer."""
+        """Check whether the first reply equals the answer."""
         return {"right": predictions[0] == item.answer}
 
 
 def asking(items: Sequence[Item]) -> Loaded:
-    """A benchmark of those items."""
+    """Return an `Asking` benchmark of these items."""
     return Loaded(Asking(), items)
 
 
 class Judged(Asking):
-    """A benchmark that a judge decides."""
+    """A benchmark that a judge scores."""
 
     judged = True
 
@@ -83,10 +83,10 @@ class Judged(Asking):
         self.name = name
 
     def score(self, item: Item, predictions: Sequence[str]) -> Record:
-        """The predictions alone."""
+        """Return only the predictions."""
         return {"prediction": predictions[0] if len(predictions) == 1 else list(predictions)}
 
 
 def judged_benchmark(items: Sequence[Item], name: str = "vcgbench") -> Loaded:
-    """A benchmark of those items that a judge decides."""
+    """Return a `Judged` benchmark of these items."""
     return Loaded(Judged(name), items)

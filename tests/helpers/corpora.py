@@ -1,4 +1,4 @@
-"""Annotated videos for tests: every frame carries the number of its video and its own."""
+"""Annotated videos for tests. Each frame carries the number of its video and its own number."""
 
 import json
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ FPS = 10
 
 
 def write_numbered_videos(folder: Path, numbers: Iterable[int]) -> None:
-    """`<number>.mp4`, frame f of which carries number * 100 + f."""
+    """Write `<number>.mp4`, whose frame f carries number * 100 + f."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
         codes = (frame_code(number * 100 + frame) for frame in range(FRAMES))
@@ -25,13 +25,13 @@ def write_numbered_videos(folder: Path, numbers: Iterable[int]) -> None:
 
 
 def numbered_record(number: int, **fields: Any) -> dict[str, Any]:
-    """A record whose two questions and answers name its video."""
+    """Return a record whose two questions and answers name its video."""
     pairs = [{"i": f"video {number}", "q": f"pair {pair}?", "a": f"{number} {pair}"} for pair in range(2)]
     return {"video": f"{number}.mp4", "QA": pairs, **fields}
 
 
 def corpus_of(path: Path, records: list[dict[str, Any]], **options: Any) -> InstructionCorpus:
-    """An instruction data set of those records, written to `path`, with media beside it and centre crops."""
+    """Write these records to `path`, and return their instruction data set, with media beside it and centre crops."""
     path.write_text(json.dumps(records), encoding="utf-8")
     read = JsonRecords(path, media_dir=path.parent, kind=options.pop("kind", None))
     defaults = {"name": "numbered", "num_frames": 4, "transform": EvalTransform(32)}
@@ -39,5 +39,5 @@ def corpus_of(path: Path, records: list[dict[str, Any]], **options: Any) -> Inst
 
 
 def codes_of(pixel_values: Tensor) -> list[int]:
-    """The numbers in a prepared clip's frames, (T, 3, S, S)."""
+    """Return the numbers in the frames of a prepared clip, (T, 3, S, S)."""
     return [read_code(frame.permute(1, 2, 0).numpy()) for frame in pixel_values]

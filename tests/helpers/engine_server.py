@@ -1,4 +1,4 @@
-"""A small engine for tests: vLLM's `/v1/completions` with `prompt_embeds`, answered by transformers' `generate`."""
+"""A stand-in for vLLM: `/v1/completions` with `prompt_embeds`, answered by transformers' `generate`."""
 
 import asyncio
 import base64
@@ -24,7 +24,7 @@ PAUSE = 0.005  # seconds between two tokens of a stream
 
 @dataclass
 class FakeEngine:
-    """A served language model.
+    """A stand-in for an engine that serves a language model.
 
     replies: to requests for completions, in their order; None for a real one, as after the last. seconds: that each
     answer takes longer. takes_embeddings: as with `--enable-prompt-embeds`.
@@ -88,7 +88,7 @@ class FakeEngine:
         return JSONResponse({"id": "1", "object": "text_completion", "model": self.name, "choices": [choice]})
 
     def generate(self, embeds: Tensor, body: dict[str, Any]) -> tuple[list[int], Tensor]:
-        """The new ids, and the log probabilities of each step, (A, vocabulary)."""
+        """Return the new ids, and the log probabilities of each step, (A, vocabulary)."""
         model: Any = self.model
         samples = {"do_sample": True, "temperature": body["temperature"]} if body.get("temperature") else {}
         made = model.generate(
@@ -121,13 +121,13 @@ class FakeEngine:
 
 
 def refusal(status: int, message: str, param: str | None = None) -> Response:
-    """A reply as vLLM words it."""
+    """Return an error in vLLM's words."""
     return JSONResponse({"error": {"message": message, "param": param, "code": status}}, status_code=status)
 
 
 @contextmanager
 def engine_server(engine: FakeEngine) -> Iterator[str]:
-    """The engine's address while it runs."""
+    """Run the engine within the block. Yields its address."""
     routes = [
         Route("/version", engine.version),
         Route("/server_info", engine.server_info),

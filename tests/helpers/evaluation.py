@@ -1,4 +1,4 @@
-"""Tiny evaluations for tests: a VideoQA set of real videos, and the command on a golden checkpoint."""
+"""Tiny evaluations for tests: a VideoQA data set with videos, and the command with a golden checkpoint."""
 
 import json
 import os
@@ -18,7 +18,7 @@ QUICK = ("--num-frames", "5", "--num-beams", "1", "--max-new-tokens", "6", "--de
 
 
 def write_set(folder: Path, *, num_videos: int = 4, num_questions: int = 3) -> Path:
-    """`test_qa.json` in the form of MSVD-QA beside `videos`, every question about each. Returns the folder."""
+    """Write `test_qa.json` as in MSVD-QA, with every question about each video, and `videos`. Returns their folder."""
     (folder / "videos").mkdir(parents=True)
     for number in range(num_videos):
         write_video(folder / "videos" / f"vid{number}.mp4", num_frames=8 + 7 * number, size=(64, 48))
@@ -33,18 +33,18 @@ def write_set(folder: Path, *, num_videos: int = 4, num_questions: int = 3) -> P
 
 
 def arguments(data: Path, output: Path, *more: str | Path) -> list[str]:
-    """The command's words without `stllm`."""
+    """Return the arguments of the command, without `stllm`."""
     files = ("--anno-path", data / "test_qa.json", "--video-dir", data / "videos", "--output-dir", output)
     return ["evaluate", "msvd", "--ckpt-path", str(CHECKPOINT), *map(str, (*files, *QUICK, *more))]
 
 
 def evaluate(data: Path, output: Path, *more: str | Path) -> int:
-    """Runs the command in this process; returns its exit code."""
+    """Run the command in this process. Returns its exit code."""
     return main(arguments(data, output, *more))
 
 
 def start(data: Path, output: Path, *more: str | Path, processes: int = 1) -> "subprocess.Popen[str]":
-    """Starts the command as a user would; several processes through torchrun."""
+    """Start the command in a new process; several processes with torchrun."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -60,7 +60,7 @@ def start(data: Path, output: Path, *more: str | Path, processes: int = 1) -> "s
 
 
 def lines(output: Path, name: str = "msvd") -> list[dict[str, Any]]:
-    """The records of a finished run, without what no two runs share: seconds."""
+    """Return the records of a finished run without `seconds`, which differ between runs."""
     found = [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
     for record in found:
         del record["seconds"]
@@ -68,6 +68,6 @@ def lines(output: Path, name: str = "msvd") -> list[dict[str, Any]]:
 
 
 def copy_run(source: Path, target: Path) -> Path:
-    """The files of a run in another folder."""
+    """Copy the files of a run to another folder."""
     shutil.copytree(source, target)
     return target

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     convert = interpreter._implicit_cvt
 
     def converted(value: Any) -> Any:
-        """A kernel's argument as the interpreter's scalar."""
+        """Convert a kernel's argument to the interpreter's scalar."""
         if not isinstance(value, float):
             return convert(value)
         return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)

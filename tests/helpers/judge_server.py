@@ -1,4 +1,4 @@
-"""A judge's endpoint for tests: an HTTP server in a thread whose replies a test chooses, misbehaving in many ways."""
+"""A judge endpoint for tests: an HTTP server in a thread. Tests choose its replies, also faulty ones."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _QUOTED = re.compile(r'^(?P<name>[A-Z][^:\n]*): (?P<text>".*")$', re.MULTILINE)
 
 @dataclass
 class Answer:
-    """What goes over the wire. delay: seconds before it; drip: seconds between its bytes."""
+    """A reply. delay: seconds before it. drip: seconds between its bytes."""
 
     body: bytes
     status: int = 200
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass
 class FakeJudge:
-    """The server's address, and the requests that it got, in order. behave: (request, its number) -> Answer."""
+    """The address of the server, and its requests in order. behave: (request, its number) -> Answer."""
 
     behave: Callable[[dict[str, Any], int], Answer]
     url: str = ""
@@ -37,12 +37,12 @@ class FakeJudge:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def user_texts(self) -> list[str]:
-        """The user's message of each request."""
+        """Return the user's message of each request."""
         return [request["messages"][-1]["content"] for request in self.requests]
 
 
 def says(text: Any, model: str | None = MODEL, **message: Any) -> Answer:
-    """A chat completion."""
+    """Return a chat completion with this text."""
     finish = message.pop("finish_reason", "stop")
     choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
@@ -50,18 +50,18 @@ def says(text: Any, model: str | None = MODEL, **message: Any) -> Answer:
 
 
 def fails(status: int, message: str = "broken", headers: dict[str, str] | None = None, **error: Any) -> Answer:
-    """An error as OpenAI words it."""
+    """Return an error in OpenAI's words."""
     return Answer(json.dumps({"error": {"message": message, **error}}).encode(), status, headers or {})
 
 
 def texts_of(request: dict[str, Any]) -> dict[str, str]:
-    """The texts of an item in a request made by our own instructions, by the words before them."""
+    """Return the texts of an item in a request with our own instructions, by the words that precede them."""
     user = request["messages"][-1]["content"]
     return {match["name"]: json.loads(match["text"]) for match in _QUOTED.finditer(user)}
 
 
 def fair(request: dict[str, Any], number: int = 0) -> Answer:
-    """An honest judge: 5 for the correct answer's own words, 1 for others, 0 for none; fooled by no demand."""
+    """An honest judge: 5 for the words of the correct answer, 1 for others, 0 for none. Demands are ignored."""
     texts = texts_of(request)
     predictions = [text for name, text in texts.items() if name.startswith("Predicted")]
     same = all(text == texts["Correct answer"] for text in predictions)
@@ -73,7 +73,7 @@ THINKING = "<think>\nI need to reply like the example {example}. Now, the predic
 
 
 def judge_by_name(request: dict[str, Any], number: int) -> Answer:
-    """A judge as users meet them, chosen by the model's name. The verdict of each reply is `no`, 0, if it has one."""
+    """A judge with a common habit or fault, chosen by the model's name. The verdict of its replies is `no`, 0."""
     qa = "'pred'" in json.dumps(request["messages"])
     example = "{'pred': 'yes', 'score': 4}" if qa else "{'score': 3}"
     verdict = "{'pred': 'no', 'score': 0}" if qa else "{'score': 0}"
@@ -125,7 +125,7 @@ def judge_by_name(request: dict[str, Any], number: int) -> Answer:
 
 @contextmanager
 def judge_server(behave: Callable[[dict[str, Any], int], Answer] = fair) -> Iterator[FakeJudge]:
-    """Serves until the block ends; `url` is the base URL."""
+    """Run the server within the block. `url` is the base URL."""
     judge = FakeJudge(behave)
 
     class Handler(BaseHTTPRequestHandler):
@@ -158,7 +158,7 @@ def judge_server(behave: Callable[[dict[str, Any], int], Answer] = fair) -> Iter
                 time.sleep(answer.drip)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Silence."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

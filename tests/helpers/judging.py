@@ -13,7 +13,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def questions(num_items: int = 6, pred: str = "cat") -> list[dict[str, Any]]:
-    """VideoQA predictions, every third one wrong."""
+    """Return VideoQA predictions, of which every third is wrong."""
     return [
         {"id": number, "question": f"what {number}?", "answer": "cat", "pred": pred if number % 3 else "dog"}
         for number in range(num_items)
@@ -21,7 +21,7 @@ def questions(num_items: int = 6, pred: str = "cat") -> list[dict[str, Any]]:
 
 
 def vcgbench_lines() -> list[dict[str, Any]]:
-    """Lines of `stllm evaluate vcgbench`: general, temporal and consistency, and one video that was not there."""
+    """Return lines of `stllm evaluate vcgbench`: general, temporal and consistency, and one with a missing video."""
     known = {"video_name": "v", "answer": "a cat", "error": None}
     return [
         {"id": "generic-0", "task": "generic", "question": "q?", "prediction": "a cat", **known},
@@ -39,7 +39,7 @@ def vcgbench_lines() -> list[dict[str, Any]]:
 
 
 def judge(axis: str, folder: Path, *options: str, url: str | None = None, model: str = "m") -> int:
-    """Runs the command on `pred.json` in the folder; without a URL it adds nothing that asks."""
+    """Run the command on `pred.json` in the folder. Without a URL it gets no predictions and no judge."""
     asking = [] if url is None else ["--pred-path", str(folder / "pred.json"), "--base-url", url, "--model", model]
     return main(["judge", axis, "--output-dir", str(folder / "out"), *asking, *options])
 
@@ -49,6 +49,6 @@ def results(folder: Path, axis: str = "qa") -> dict[str, Any]:
 
 
 def ledger(folder: Path, axis: str = "qa") -> list[dict[str, Any]]:
-    """The lines about items."""
+    """Return the lines of the ledger about items."""
     lines = (folder / "out" / f"{axis}.ledger.jsonl").read_text().splitlines()
     return [fields for fields in map(json.loads, lines) if "run" not in fields]

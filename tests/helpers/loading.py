@@ -1,6 +1,6 @@
-"""Load a recipe's model as `stllm train` does, and print what it takes: `torchrun ... -m tests.helpers.loading RECIPE`.
+"""Load a recipe's model as `stllm train` does, and print its memory: `torchrun ... -m tests.helpers.loading RECIPE`.
 
-Prints a line of JSON for each process: the growth of its memory at its highest, and the bytes of the whole weights.
+Prints a line of JSON for each process: the peak growth of its memory, and the bytes of all weights.
 """
 
 import json
@@ -27,7 +27,7 @@ def _memory(name: str) -> int:
 
 
 def main(recipe: str, how: str, *options: str) -> None:
-    """how: divided, as `run.fsdp` and `run.deepspeed` of the recipe and the options have it; or whole."""
+    """Load the model of a recipe. how: `divided`, as its `run.fsdp` and `run.deepspeed` say, or `whole`."""
     cfg = load_config(recipe, list(options))
     settings: Any = OmegaConf.to_container(cfg.run, resolve=True)
     args = training_arguments(settings)
@@ -35,7 +35,7 @@ def main(recipe: str, how: str, *options: str) -> None:
     dist.barrier()  # the communication's own memory is there before
     seed_everything(0)
     before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     model, _ = build_audited(
         cfg,
         device=torch.device("cpu"),

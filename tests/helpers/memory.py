@@ -1,4 +1,4 @@
-"""The peaks of memory of this process and of those that it started, read from /proc."""
+"""Peak memory of this process and of its children, from /proc."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ STATUS = Path("/proc/self/status")
 
 @contextmanager
 def peak_below(mebibytes: int) -> Iterator[None]:
-    """Asserts that the process's memory does not grow by more, even for a moment."""
+    """Assert that the memory of this process does not grow by more within the block, not even briefly."""
 
     def read(name: str) -> int:
         return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
@@ -22,7 +22,7 @@ def peak_below(mebibytes: int) -> Iterator[None]:
 
 
 def peak_of_children() -> float:
-    """Mebibytes that the processes below this one took at most, each by itself: the largest of them."""
+    """Return the largest peak memory of a single child process, in MiB."""
     peaks = [0.0]
     for process in descendants(os.getpid()):
         with suppress(OSError, StopIteration):
@@ -32,7 +32,7 @@ def peak_of_children() -> float:
 
 
 def descendants(process: int) -> list[int]:
-    """The processes that this one has started, and those that they have."""
+    """Return the children of this process, and their children."""
     found = []
     with suppress(OSError):
         for task in Path(f"/proc/{process}/task").iterdir():

@@ -1,4 +1,4 @@
-"""Counts what makes a GPU wait, on a CPU."""
+"""Counts, on a CPU, the operations that would make a GPU wait."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class DeviceReads(TorchDispatchMode):
-    """Collects the operations whose result or size is a value on the device: a GPU waits at each of them."""
+    """Collects the operations that read a value from the device. A GPU would wait at each of them."""
 
     READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique")
 

@@ -1,4 +1,4 @@
-"""`stllm serve` in a thread, on a tiny model, for the official client to talk to."""
+"""`stllm serve` in a thread, with a tiny model, for tests with the official client."""
 
 import base64
 import socket
@@ -22,13 +22,13 @@ MODEL = "tiny"
 
 
 def serving(server: Server) -> AbstractContextManager[str]:
-    """The server's address, http://127.0.0.1:PORT, while it runs."""
+    """Run the server within the block. Yields its address, http://127.0.0.1:PORT."""
     return running(build_app(server, ["127.0.0.1"]))
 
 
 @contextmanager
 def running(app: Any, **options: Any) -> Iterator[str]:
-    """The application's address while it runs in a thread. options: of uvicorn."""
+    """Run an application in a thread within the block. Yields its address. options: of uvicorn."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, http=TimedProtocol, log_level="warning", timeout_graceful_shutdown=5, **options)
@@ -45,12 +45,12 @@ def running(app: Any, **options: Any) -> Iterator[str]:
 
 
 def client_of(address: str) -> openai.OpenAI:
-    """The official client; it does not try again."""
+    """Return the official client, without retries."""
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def connected(address: str) -> socket.socket:
-    """A connection to the server, for what no client sends."""
+    """Open a connection to the server, to send what no client sends."""
     return socket.create_connection(("127.0.0.1", urlsplit(address).port or 0), timeout=10)
 
 
@@ -59,14 +59,14 @@ def data_url(path: Path, kind: str = "video/mp4") -> str:
 
 
 def user(text: str, url: str | None = None, kind: str = "video_url") -> Any:
-    """A user's message, about the video or image of that URL."""
+    """Return a user's message about the video or image of a URL."""
     if url is None:
         return {"role": "user", "content": text}
     return {"role": "user", "content": [{"type": kind, kind: {"url": url}}, {"type": "text", "text": text}]}
 
 
 def wait_until(fulfilled: Callable[[], bool], seconds: float = 60) -> None:
-    """Waits for it; fails when it does not come."""
+    """Wait until the condition is true. Fails after a time limit."""
     end = time.monotonic() + seconds
     while not fulfilled():
         assert time.monotonic() < end, "it did not come to be"
@@ -74,7 +74,7 @@ def wait_until(fulfilled: Callable[[], bool], seconds: float = 60) -> None:
 
 
 class Endless:
-    """Makes a model's answers as long as they may be, and counts its steps. seconds: what each step takes."""
+    """Makes a model's answers as long as allowed, and counts its steps. seconds: the duration of each step."""
 
     def __init__(self, chat: Chat, seconds: float = 0.02) -> None:
         self.steps = 0

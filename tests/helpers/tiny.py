@@ -1,4 +1,4 @@
-"""Tiny models and batches for tests: every size a few units, every code path there."""
+"""Tiny models and batches for tests. All sizes are a few units, but every code path is used."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ LLAMA = {
 
 
 def tiny_config(**changes: Any) -> STLLMConfig:
-    """A configuration of a few thousand parameters. encoder=... changes the vision encoder."""
+    """Return a configuration of a few thousand parameters. encoder: the vision encoder."""
     encoder = changes.pop("encoder", "eva_clip_g")
     values: dict[str, Any] = {
         "vision_config": {**VISION, "encoder": encoder},
@@ -44,7 +44,7 @@ def tiny_config(**changes: Any) -> STLLMConfig:
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> STLLM:
-    """A tiny model in evaluation mode. What starts at zero gets random values, so that no path is silent."""
+    """Return a tiny model in evaluation mode. Weights that start at zero get random values, so that they matter."""
     torch.manual_seed(seed)
     model = STLLM(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def tiny_batch(
     shorter: int = 0,
     packing: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of `STLLM.forward`: the visual block at position 2, nine ids after it, a label on the last three.
+    """Return arguments of `STLLM.forward`: visual tokens at position 2, then nine ids, of which three are labelled.
 
     model: for which video input and Q-Former; None: all, with text. mask: seed with which half the tokens are dropped.
     shorter: ids that the last prompt lacks.

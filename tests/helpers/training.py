@@ -1,4 +1,4 @@
-"""A tiny run for tests: a recipe on a small toy world, and the commands that train it alone or in several processes."""
+"""A tiny run for tests: a recipe on a small toy world, and commands to train it in one or several processes."""
 
 import json
 import os
@@ -47,7 +47,7 @@ VIDEOS = ("vqa/toy_direction", "reasoning/toy_state", "caption/toy_caption")
 def write_recipe(
     path: Path, toy: Path, *, model: dict[str, Any] | None = None, datasets: dict[str, Any] | None = None, **run: Any
 ) -> Path:
-    """A YAML that trains on the toy world in `toy`, its output beside it in `run`."""
+    """Write a YAML that trains on the toy world in `toy`, with its output in the folder `run` beside it."""
     language = {"llama_model": str(toy / "language_model"), "qformer_tokenizer": str(toy / "qformer_tokenizer")}
     entries: dict[str, Any] = {"anno_root": str(toy / "vc2"), "media_root": str(toy / "vc2")}
     if datasets is None:
@@ -63,7 +63,7 @@ def write_recipe(
 
 
 def command(recipe: Path, *options: str, processes: int = 1) -> list[str]:
-    """The command line that trains; several processes, and FSDP, through torchrun."""
+    """Return the command line that trains; for several processes and FSDP with torchrun."""
     launch = [sys.executable]
     if processes > 1 or "run.fsdp=True" in options:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -71,7 +71,7 @@ def command(recipe: Path, *options: str, processes: int = 1) -> list[str]:
 
 
 def train(recipe: Path, *options: str, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end and checks its exit code."""
+    """Run the command to its end and check its exit code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command(recipe, *options, processes=processes), capture_output=True, text=True, cwd=ROOT, env=environment
@@ -81,10 +81,10 @@ def train(recipe: Path, *options: str, processes: int = 1, code: int = 0) -> sub
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
+    """Return the lines of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def losses(folder: Path, names: Sequence[str] = ("loss", "loss_lm", "loss_mvm")) -> list[list[float]]:
-    """The losses of each line."""
+    """Return the losses of each line."""
     return [[line[name] for name in names] for line in read_log(folder)]

@@ -1,4 +1,4 @@
-"""The toy world for tests: the benchmarks' twins, written once a test run, and readers of written folders."""
+"""The toy versions of the benchmarks, written once for all tests, and functions to read written folders."""
 
 import json
 import tempfile
@@ -17,7 +17,7 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []  # each is removed when th
 
 @cache
 def twins(count: int = 2) -> Path:
-    """The folder with mvbench, vcgbench, msvd, msrvtt, activitynet and tgif in it; not to be written into.
+    """Return the folder with mvbench, vcgbench, msvd, msrvtt, activitynet and tgif. Tests must not write into it.
 
     count: items of each task of MVBench, and clips of each part of the others. 2: 54 clips, about a second.
     """
@@ -28,10 +28,10 @@ def twins(count: int = 2) -> Path:
 
 
 def read(path: Path) -> Any:
-    """The content of a JSON file."""
+    """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def files(root: Path) -> dict[str, bytes]:
-    """The bytes of all files below a folder, by their path in it."""
+    """Return path -> bytes of all files below a folder."""
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}

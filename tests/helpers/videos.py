@@ -1,4 +1,4 @@
-"""Test videos, rendered with PyAV: every frame carries its number in its pixels, so that frame accuracy shows."""
+"""Test videos, rendered with PyAV. Each frame carries its number in its pixels, so that tests can recognise it."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ def importable(package: str) -> bool:
 
 
 def frame_code(index: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
-    """A picture that carries `index` (below 65536): (H, W, 3) uint8 for a size of (width, height)."""
+    """Return a picture that carries `index` (below 65536), (H, W, 3) uint8. size: (width, height)."""
     width, height = size
     bits = np.array([index >> bit & 1 for bit in range(NUM_BITS)], np.uint8).reshape(GRID, GRID)
     rows = np.arange(height) * GRID // height
@@ -36,7 +36,7 @@ def frame_code(index: int, size: tuple[int, int] = (64, 64)) -> np.ndarray:
 
 
 def read_code(frame: np.ndarray) -> int:
-    """The number in a frame that has been through an encoder, (H, W, 3) uint8; any size."""
+    """Return the number in a decoded frame of any size, (H, W, 3) uint8."""
     height, width = frame.shape[:2]
     rows = (np.arange(GRID) * 2 + 1) * height // (2 * GRID)
     columns = (np.arange(GRID) * 2 + 1) * width // (2 * GRID)
@@ -61,7 +61,7 @@ def write_video(
     mirrored: bool = False,
     container_options: dict[str, str] | None = None,
 ) -> Path:
-    """Writes a video; its format is told by the extension.
+    """Write a video. The extension determines its format.
 
     size: (width, height). frames: (H, W, 3) uint8 RGB; default: `frame_code` of 0, 1, ...
     times: presentation times in milliseconds, for a variable frame rate; start: the number of the first one without.
@@ -91,7 +91,7 @@ def write_video(
 
 
 def copy_packets(source: Path, path: Path, *, first_keyframe: int = 0) -> Path:
-    """The same packets in another container, from one of its keyframes on: what cutting without decoding does."""
+    """Copy the packets to another container, from a keyframe on, as tools do that cut without decoding."""
     with av.open(str(source)) as reading, av.open(str(path), "w") as writing:
         stream = reading.streams.video[0]
         copy = writing.add_stream_from_template(stream)
@@ -105,7 +105,7 @@ def copy_packets(source: Path, path: Path, *, first_keyframe: int = 0) -> Path:
 
 
 def write_audio(path: Path) -> Path:
-    """A file with sound and no picture."""
+    """Write a file with sound but without pictures."""
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("aac", rate=44100)
         for _ in range(10):
@@ -117,7 +117,7 @@ def write_audio(path: Path) -> Path:
 
 
 class Work:
-    """Counts what all videos' sources do from now on: seeks, and frames that they give."""
+    """Counts the seeks and the decoded frames of all videos from now on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_seeks = self.num_decoded = 0

@@ -1,4 +1,4 @@
-"""Media from the field, made after public reports (`cases/`): what `stllm chat` gives, and which pictures it sees."""
+"""Media files like those in public bug reports (`cases/`): what `stllm chat` answers, and which frames it reads."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def loaded() -> Chat:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, loaded: Chat) -> None:
-    """The model is loaded once for all tests."""
+    """Load the model once for all tests."""
     monkeypatch.setattr(engine, "load_chat", lambda *_, **__: loaded)
 
 
@@ -46,7 +46,7 @@ def times_of(path: str | Path, *argv: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def number(frame: np.ndarray) -> int:
-    """The number that a case's frame shows: 12 bits in two rows of six fields, white for one."""
+    """Return the number that a frame of a case shows: 12 bits in two rows of six fields, white for one."""
     height, width = frame.shape[:2]
     fields = frame[[height // 8, 3 * height // 8]][:, (2 * np.arange(6) + 1) * width // 12].mean(axis=2)
     return sum(1 << bit for bit, field in enumerate(fields.reshape(-1)) if field > 127)
@@ -57,7 +57,7 @@ def numbers(reader: Reader, indices: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["numbered.avi", "pts_is_dts.mkv", "text_after_mp4.mp4"])
-def test_all_numbered_frames_come_in_order_and_singly(quick, name: str, capsys) -> None:
+def test_every_numbered_frame_is_read_once_and_in_order(quick, name: str, capsys) -> None:
     with open_media(CASES / name) as reader:
         everything = list(range(NUM_FRAMES))
         assert reader.info.num_frames == NUM_FRAMES and numbers(reader, everything) == everything
@@ -69,7 +69,7 @@ def test_all_numbered_frames_come_in_order_and_singly(quick, name: str, capsys) 
     assert part == pytest.approx([1 + index / 25 for index in uniform(8, total_frames=5)], abs=1e-3)
 
 
-def test_a_part_goes_by_the_frames_own_times(quick, capsys) -> None:
+def test_a_part_is_chosen_by_the_times_of_its_frames(quick, capsys) -> None:
     times = times_of(CASES / "gap.mp4", "--start", "9", "--end", "10", capsys=capsys)
     assert times == pytest.approx([9.7 + index / 30 for index in uniform(8, total_frames=9)], abs=1e-3)
     last = times_of(CASES / "gap.mp4", "--start", "9.95", capsys=capsys)
@@ -111,7 +111,7 @@ def test_an_animated_png_is_read_as_a_gif(quick, capsys) -> None:
     assert len(times_of(CASES / "moving.png", capsys=capsys)) == 8
 
 
-def test_dark_raw_frames_are_no_text(quick, capsys) -> None:
+def test_dark_raw_frames_are_not_taken_for_text(quick, capsys) -> None:
     with open_media(CASES / "raw.y4m") as reader:
         assert (reader.info.num_frames, reader.info.fps, next(reader.frames([1])).max()) == (2, 10, 0)
     assert times_of(CASES / "raw.y4m", "--end", "0.1", capsys=capsys) == [0]
@@ -164,7 +164,7 @@ def test_a_temperature_may_be_a_whole_number(loaded: Chat) -> None:
     assert loaded.ask(CASES / "gap.mp4", "What?", temperature=2, max_new_tokens=2).visual_tokens == 48
 
 
-def test_frames_are_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_frames_of_a_file_are_counted_only_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pyav_reader, "_counted", {})
     video = tmp_path / "numbered.avi"
     video.write_bytes((CASES / "numbered.avi").read_bytes())
@@ -199,8 +199,8 @@ def test_pictures_that_pillow_reads_are_images(suffix: str, tmp_path: Path) -> N
     np.testing.assert_allclose(frame[[8, 56], 8], [[200] * 3, [0] * 3], atol=4)
 
 
-def test_animated_pictures_begin_with_their_first_frame(tmp_path: Path) -> None:
-    """A png may hold a still for programs without animation, which is not part of it."""
+def test_animated_pictures_start_with_their_first_frame(tmp_path: Path) -> None:
+    """A png may begin with a picture for programs without animation, which is not part of the animation."""
     first, *rest = (Image.new("RGB", (16, 16), (value, 0, 0)) for value in (10, 60, 120, 240))
     kinds: dict[str, dict[str, Any]] = {
         "png": {"default_image": True},

@@ -1,4 +1,4 @@
-"""Clips: opened, sampled and prepared frame by frame."""
+"""Clips: opening a medium, sampling its frames and preparing them."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_a_clip_holds_the_frames_sampled(video: Path) -> None:
     assert clip.info.kind == "video" and clip.path == str(video)
 
 
-def test_clips_are_what_the_transform_makes_of_each_frame(video: Path) -> None:
+def test_each_frame_of_a_clip_is_transformed(video: Path) -> None:
     clip = load_clip(Media(str(video), num_frames=3), TRANSFORM)
     with open_media(video) as reader:
         expected = torch.stack([TRANSFORM(frame) for frame in reader.frames(clip.indices)])
@@ -49,7 +49,7 @@ def test_a_bound_limits_the_clip(video: Path) -> None:
     assert clip_codes(clip) == segment(4, total_frames=100, fps=25, bounds=(2.0, 3.0))
 
 
-def test_random_sampling_takes_its_generator(video: Path) -> None:
+def test_random_sampling_uses_the_given_generator(video: Path) -> None:
     first, again, other = (
         load_clip(Media(str(video), num_frames=4, sampling="rand"), TRANSFORM, generator=np.random.default_rng(seed))
         for seed in (0, 0, 1)
@@ -58,7 +58,7 @@ def test_random_sampling_takes_its_generator(video: Path) -> None:
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "segment"])
-def test_a_bound_outside_the_video_has_its_sentence(video: Path, sampling: str) -> None:
+def test_bounds_outside_the_video_give_one_sentence(video: Path, sampling: str) -> None:
     with pytest.raises(MediaError, match=r"video.mp4: the bound \[9, 12\] s lies outside the video, which lasts 4"):
         load_clip(Media(str(video), num_frames=4, sampling=sampling, start=9, end=12, own_times=False), TRANSFORM)
 
@@ -93,7 +93,7 @@ def test_an_image_is_one_frame(tmp_path: Path) -> None:
     assert (clip.indices, clip.times) == ([0], [0.0])
 
 
-def test_one_frame_fills_a_padded_clip(tmp_path: Path) -> None:
+def test_a_clip_of_one_frame_is_padded_with_it(tmp_path: Path) -> None:
     video = write_video(tmp_path / "one.mp4", num_frames=1)
     assert load_clip(Media(str(video), num_frames=8, sampling="middle"), TRANSFORM).frames.shape[0] == 8
     assert load_clip(Media(str(video), num_frames=8), TRANSFORM).frames.shape[0] == 1

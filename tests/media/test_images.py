@@ -35,7 +35,7 @@ def test_animations_play_at_25_frames_a_second(tmp_path: Path, suffix: str) -> N
         assert reader.times([0, 5]) == [0.0, 0.2]
 
 
-def test_one_picture_is_an_animation(tmp_path: Path) -> None:
+def test_a_gif_of_one_picture_is_an_animation(tmp_path: Path) -> None:
     with GifReader(write_gif(tmp_path / "a.gif", 1)) as reader:
         assert reader.info.num_frames == 1
         assert [frame.shape for frame in reader.frames([0])] == [(64, 64, 3)]
@@ -64,7 +64,7 @@ def test_folders_count_from_one(tmp_path: Path) -> None:
                 list(reader.frames([outside]))
 
 
-def test_folder_rates(tmp_path: Path) -> None:
+def test_the_frame_rate_of_a_folder_depends_on_its_names(tmp_path: Path) -> None:
     raw = write_folder(tmp_path / "raw", 2, name="{:06d}.png")
     assert FrameFolderReader(raw).info.fps == 5.0
     assert FrameFolderReader(raw, fps=12).info.fps == 12
@@ -147,7 +147,7 @@ def test_deep_grey_keeps_its_range(tmp_path: Path) -> None:
     np.testing.assert_allclose(frame[..., 1], ramp / 257, atol=1)
 
 
-def test_cut_pictures_are_refused(tmp_path: Path) -> None:
+def test_incomplete_pictures_are_refused(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for suffix in ("png", "jpg", "webp", "bmp"):
         path = tmp_path / f"a.{suffix}"
@@ -157,7 +157,7 @@ def test_cut_pictures_are_refused(tmp_path: Path) -> None:
             ImageReader(path)
 
 
-def test_a_cut_gif_is_refused_or_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incomplete_gif_is_refused_or_gives_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = write_gif(tmp_path / "a.gif", 40).read_bytes()
     for percent in range(40, 80, 3):
         path = tmp_path / f"{percent}.gif"
@@ -175,7 +175,7 @@ def test_a_cut_gif_is_refused_or_noted(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("text", ["P6 ", "P5\n12 ", "P1 1 1 ", "Pf ", "P7\nWIDTH "])
-def test_a_text_that_begins_as_a_picture_does_is_not_shown(tmp_path: Path, text: str) -> None:
+def test_text_that_begins_like_a_picture_is_not_shown_in_messages(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"
     path.write_text(f"{text}hunter2hunter2")
     with pytest.raises(MediaError, match=r"damaged or cut image \(.+\)") as caught:

@@ -1,4 +1,4 @@
-"""Opening media: told by content, and one clear sentence for each bad file."""
+"""Opening media: they are recognised by content, and each bad file gives one sentence."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ from tests.helpers.videos import copy_packets, frame_code, read_code, write_audi
 FASTSTART = {"movflags": "faststart"}  # the index first, so that a cut file still opens
 
 
-def test_content_decides_and_not_the_extension(tmp_path: Path) -> None:
+def test_files_are_recognised_by_content_and_not_by_extension(tmp_path: Path) -> None:
     video = write_video(tmp_path / "video.mp4")
     image = Image.fromarray(frame_code(5))
     image.save(tmp_path / "image.png")
@@ -55,7 +55,7 @@ def test_readers_are_found_by_name(tmp_path: Path) -> None:
         open_media(tmp_path / "video.mp4", fps=0)
 
 
-def test_indices_outside_are_refused(tmp_path: Path) -> None:
+def test_indices_outside_the_medium_are_refused(tmp_path: Path) -> None:
     with open_media(write_video(tmp_path / "video.mp4", num_frames=10)) as reader:
         for outside in (-1, 10):
             with pytest.raises(MediaError, match=f"frame {outside} was asked for, but the video has frames 0 to 9"):
@@ -100,7 +100,9 @@ def nothing_decodable(path: Path) -> None:
         (nothing_decodable, "0 frames of its h264 video could be read"),
     ],
 )
-def test_each_bad_file_has_its_sentence(tmp_path: Path, make: Callable[[Path], object], words: str) -> None:
+def test_each_kind_of_bad_file_gives_its_own_sentence(
+    tmp_path: Path, make: Callable[[Path], object], words: str
+) -> None:
     path = tmp_path / "bad.mp4"
     make(path)
     for reader in ("auto", "decord"):
@@ -115,8 +117,8 @@ def test_each_bad_file_has_its_sentence(tmp_path: Path, make: Callable[[Path], o
     ids=["hls", "concat"],
 )
 @pytest.mark.parametrize("extension", [".m3u8", ".mp4", ""])
-def test_a_file_that_names_another_does_not_show_it(tmp_path: Path, lines: str, extension: str) -> None:
-    """Whoever may upload a file must not see others by it. The bytes at the end make the list no text."""
+def test_a_file_that_names_another_file_does_not_show_it(tmp_path: Path, lines: str, extension: str) -> None:
+    """An uploaded file must not give access to other files. The bytes at the end make the list a binary file."""
     other = write_video(tmp_path / "other.mp4")
     path = tmp_path / f"upload{extension}"
     for name in (other.name, str(other), f"file://{other}"):
@@ -147,7 +149,7 @@ def test_a_forbidden_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv", "avi", "webm"])
-def test_a_cut_file_says_how_much_could_be_read(tmp_path: Path, suffix: str) -> None:
+def test_an_incomplete_file_reports_how_much_could_be_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"cut.{suffix}"
     codec = {"avi": "mpeg4", "webm": "libvpx-vp9"}.get(suffix, "libx264")
     options = FASTSTART if suffix in ("mp4", "mov") else None

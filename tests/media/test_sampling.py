@@ -1,4 +1,4 @@
-"""Frame indices: equal to the published system's, and sane whatever the numbers."""
+"""Frame sampling: indices equal those of the published code, and are valid for any numbers."""
 
 import json
 import math
@@ -81,7 +81,7 @@ def test_indices_ascend_within_the_video(rule, num_frames, total_frames, fps, fi
     start=st.floats(-10, 200),
     length=st.floats(0.01, 500) | st.just(math.inf),
 )
-def test_a_bound_is_kept_or_refused(rule, num_frames, total_frames, fps, start, length):
+def test_bounds_are_respected_or_refused(rule, num_frames, total_frames, fps, start, length):
     end = start + length
     try:
         indices = sample_indices(
@@ -112,12 +112,12 @@ def test_random_indices_stay_in_their_intervals(num_frames, total_frames, seed):
             assert start <= index < max(start + 1, end - 1)
 
 
-def test_random_indices_depend_on_the_generator_alone():
+def test_random_indices_depend_only_on_the_generator():
     first, again, other = (rand(8, total_frames=1000, generator=np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_one_frame_serves_every_rule():
+def test_every_rule_works_on_a_video_of_one_frame():
     for rule in ("rand", "middle", "uniform", "segment", "fps2"):
         indices = sample_indices(rule, num_frames=4, total_frames=1, fps=25, generator=random.Random(0), first_index=1)
         assert set(indices) == {1}
@@ -155,7 +155,7 @@ def test_bounded_is_half_open():
         ({"bounds": (1.01, 1.02)}, "holds no frame"),
     ],
 )
-def test_nonsense_is_refused(arguments, words):
+def test_invalid_arguments_are_refused(arguments, words):
     defaults = {"rule": "uniform", "num_frames": 8, "total_frames": 100, "fps": 25.0}
     with pytest.raises(UserError, match=words):
         sample_indices(**{**defaults, **arguments})

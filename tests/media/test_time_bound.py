@@ -1,4 +1,4 @@
-"""Media that take too long: train, extract, evaluate and doctor go on without them, and stop when the storage hangs."""
+"""Media that take too long: train, extract, evaluate and doctor skip them, and stop if the storage hangs."""
 
 import json
 import os
@@ -27,7 +27,7 @@ GIVEN_UP = "its reading was given up after 1 s: check the file and its storage, 
 
 
 def write_slow_gif(path: Path) -> Path:
-    """300 frames of 3,000 x 3,000 pixels in 2 MB: each takes about a tenth of a second to decode, at any rate 0.02."""
+    """Write 300 frames of 3,000 x 3,000 pixels in 2 MB. Each takes 0.02 to 0.1 seconds to decode."""
     frame = BytesIO()
     Image.new("1", (3000, 3000)).save(frame, "GIF")
     data = frame.getvalue()
@@ -38,7 +38,7 @@ def write_slow_gif(path: Path) -> Path:
 
 @pytest.fixture
 def hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a reader whose read() never returns for files that are called hang* or vid*."""
+    """Register a reader that never returns for files called hang* or vid*. Returns its name."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     kept_open = os.open(pipe, os.O_RDWR)  # so that a reader waits for data, not for a writer
@@ -80,7 +80,7 @@ def recipe_of(names: list[str], media: Path, toy: Path, **entry: Any) -> Path:
 
 
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_training_goes_on_without_a_slow_medium_and_counts_it(
+def test_training_skips_and_counts_a_slow_medium(
     media: Path, toy: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow = write_slow_gif(media / "slow.gif")
@@ -101,7 +101,7 @@ def test_a_file_whose_reading_never_returns_is_a_bad_sample(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_many_readings_that_hang_stop_the_run(
+def test_many_hanging_readings_stop_the_run(
     media: Path, toy: Path, hanging: str, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(1, 4):
@@ -118,7 +118,7 @@ def test_many_readings_that_hang_stop_the_run(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_many_readings_that_hang_stop_an_evaluation(
+def test_many_hanging_readings_stop_an_evaluation(
     tmp_path: Path, hanging: str, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_set(tmp_path / "set", num_videos=9, num_questions=1)
@@ -129,7 +129,7 @@ def test_many_readings_that_hang_stop_an_evaluation(
     assert [json.loads(line)["error"] is None for line in lines] == [False] * 7  # what was found out is kept
 
 
-def test_extraction_leaves_it_out(media: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extraction_leaves_out_a_slow_medium(media: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = write_slow_gif(media / "slow.gif")
     recipe = recipe_of(["good_0.mp4", "good_1.mp4", "slow.gif"], media, toy)
     words = ["extract", "--cfg-path", str(recipe), "--output", str(media.parent / "features"), "--num-workers", "1"]
@@ -155,7 +155,7 @@ def test_evaluation_records_a_failure_and_its_decoding_ends(tmp_path: Path, monk
     assert not shown  # the frames between were not decoded
 
 
-def test_the_doctor_names_it(media: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_names_a_slow_medium(media: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_slow_gif(media / "slow.gif")
     recipe = recipe_of(["good_0.mp4", "slow.gif"], media, toy)
     words = ["doctor", "--cfg-path", str(recipe), "--json", "--num-workers", "0", "--decode", "all"]
@@ -166,7 +166,7 @@ def test_the_doctor_names_it(media: Path, toy: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("value", ["-1", ".nan", "soon"])
-def test_a_limit_that_is_none_is_refused(
+def test_an_invalid_time_limit_is_refused(
     media: Path, toy: Path, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_of(["good_0.mp4"], media, toy)
@@ -174,14 +174,14 @@ def test_a_limit_that_is_none_is_refused(
     assert "run.media_seconds" in capsys.readouterr().err
 
 
-def test_what_takes_no_time_is_read_without_a_limit_too() -> None:
+def test_a_limit_of_zero_means_no_limit() -> None:
     found = [time_bound.read_within(seconds, threading.current_thread, medium="it", setting="x") for seconds in (0, 9)]
     assert found[0] is threading.current_thread() and found[1] is not found[0]
     with pytest.raises(ZeroDivisionError):
         time_bound.read_within(9, lambda: 1 / 0, medium="it", setting="x")
 
 
-def test_fetching_for_many_samples_does_not_count() -> None:
+def test_fetching_a_shard_does_not_count_towards_the_limit() -> None:
     def read() -> int:
         with time_bound.unbounded():
             time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""Frame accuracy of container videos: every frame carries its number, whatever codec, container and access order."""
+"""Videos: frames are correct for every codec, container and order of access. Each frame carries its number."""
 
 import gc
 import io
@@ -20,7 +20,7 @@ from stllm.media.video import BY_ROTATION, UPRIGHT, PyAvReader, num_threads, tur
 from tests.helpers.videos import Work, copy_packets, frame_code, read_code, write_video
 
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"}
-X265_ALONE = "frame-threads=1:pools=none:log-level=none"  # its output depends on the number of threads, thus of cores
+X265_ALONE = "frame-threads=1:pools=none:log-level=none"  # its output depends on the number of threads
 X265 = {"x265-params": f"keyint=12:min-keyint=12:{X265_ALONE}"}
 VARIABLE = [index * 40 + index * index % 7 * 5 for index in range(60)]
 
@@ -59,7 +59,7 @@ def codes(reader: PyAvReader, indices: list[int]) -> list[int]:
     return [read_code(frame) for frame in reader.frames(indices)]
 
 
-def test_every_order_of_access_gives_the_frames_asked_for(video: Path) -> None:
+def test_frames_are_correct_in_every_order_of_access(video: Path) -> None:
     with PyAvReader(video) as reader:
         assert reader.info.num_frames == 60
         assert (reader.info.width, reader.info.height) == (64, 64)
@@ -115,7 +115,7 @@ def test_seeking_decodes_a_part_of_the_file(tmp_path: Path, monkeypatch: pytest.
         assert work.num_decoded < 8 * 20
 
 
-def test_near_frames_are_reached_by_decoding_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_frames_are_reached_without_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video, work = write_video(tmp_path / "short.mp4", num_frames=60, gop=4), Work(monkeypatch)
     with PyAvReader(video) as reader:
         assert codes(reader, list(range(0, 60, 3))) == list(range(0, 60, 3))
@@ -131,8 +131,8 @@ def test_frames_are_decoded_as_they_are_taken(tmp_path: Path, monkeypatch: pytes
         assert read_code(next(frames)) == 295
 
 
-def test_frames_are_let_go_at_once(tmp_path: Path) -> None:
-    """A full picture that waits for the garbage collector costs memory in proportion to the frames taken."""
+def test_frames_are_freed_at_once(tmp_path: Path) -> None:
+    """Frames that wait for the garbage collector would need memory in proportion to their number."""
     video = write_video(tmp_path / "turned.mp4", num_frames=200, gop=10, rotation=90)
     gc.collect()
     gc.disable()
@@ -163,11 +163,11 @@ def test_writing_into_a_frame_does_not_reach_its_repeat(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4", "libx265"])
-def test_an_index_that_calls_every_frame_a_keyframe_misleads_nobody(tmp_path: Path, codec: str) -> None:
+def test_frames_are_correct_if_every_frame_is_marked_as_keyframe(tmp_path: Path, codec: str) -> None:
     options = X265 if codec == "libx265" else None
     video = write_video(tmp_path / "video.mp4", num_frames=60, codec=codec, options=options)
     data = video.read_bytes()
-    assert data.count(b"stss") == 1  # the table of keyframes; without it all frames count as such
+    assert data.count(b"stss") == 1  # the table of keyframes; without it all frames are taken for keyframes
     video.write_bytes(data.replace(b"stss", b"free"))
     with PyAvReader(video) as reader:
         shuffled = np.random.default_rng(1).permutation(60)[:20].tolist()
@@ -175,7 +175,7 @@ def test_an_index_that_calls_every_frame_a_keyframe_misleads_nobody(tmp_path: Pa
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
-def test_a_video_is_cut_where_it_is_shorter_than_its_headers_say(tmp_path: Path, suffix: str) -> None:
+def test_a_video_shorter_than_its_headers_state_is_reported_as_incomplete(tmp_path: Path, suffix: str) -> None:
     options = {"movflags": "faststart"} if suffix == "mp4" else {}
     video = write_video(tmp_path / f"video.{suffix}", num_frames=50, container_options=options)
     whole = video.read_bytes()
@@ -232,7 +232,7 @@ REORDERING: dict[str, dict[str, Any]] = {
 
 
 def write_disordered(path: Path, source: Path, *, first: int = 0, delay: float = 0) -> Path:
-    """The packets of `source` in another container; from packet `first` on, shown `delay` s after they are decoded."""
+    """Copy packets to another container. From packet `first` on, they are shown `delay` s after they are decoded."""
     with av.open(str(source)) as reading, av.open(str(path), "w") as writing:
         stream = reading.streams.video[0]
         copy = writing.add_stream_from_template(stream)
@@ -253,10 +253,10 @@ def write_disordered(path: Path, source: Path, *, first: int = 0, delay: float =
         *((codec, suffix) for codec in ("mpeg4", "mpeg2") for suffix in ("mkv", "mp4", "avi")),
     ],
 )
-def test_times_that_are_those_of_decoding_do_not_order_frames(
+def test_frames_are_counted_if_their_times_are_decoding_times(
     tmp_path: Path, codec: str, suffix: str, first: int
 ) -> None:
-    """From the first frame on or from a later one: the whole index is checked."""
+    """This may start at any frame, so the whole index is checked."""
     source = write_video(tmp_path / "source.mp4", num_frames=60, **REORDERING[codec])
     path = write_disordered(tmp_path / f"video.{suffix}", source, first=first)
     with PyAvReader(path) as reader:
@@ -269,14 +269,14 @@ def test_times_that_are_those_of_decoding_do_not_order_frames(
 
 
 @pytest.mark.parametrize("codec", REORDERING)
-def test_true_times_that_turn_into_those_of_decoding_do_not_order_frames(tmp_path: Path, codec: str) -> None:
-    """As two files joined: no time is doubled or missing, and the first part's times reorder frames as they should."""
+def test_frames_are_counted_if_their_times_become_decoding_times(tmp_path: Path, codec: str) -> None:
+    """This is the case in two joined files: no time occurs twice or is missing, and the first part is correct."""
     source = write_video(tmp_path / "source.mp4", num_frames=60, **REORDERING[codec])
     with av.open(str(source)) as container:
         packets: list[Any] = [packet for packet in container.demux(video=0) if packet.size]
         stored = [packet.pts * packet.time_base for packet in packets]
         delay = float(stored[0] - packets[0].dts * packets[0].time_base)
-    # a place where all stored so far is shown before all that follow
+    # all frames stored up to here are shown before those that follow
     first = next(at for at in range(30, 60) if max(stored[:at]) < min(stored[at:]))
     for index in range(first - 2, 60, 2):  # a new file each time: a reader that has read more may have noticed more
         path = write_disordered(tmp_path / f"{index}.mkv", source, first=first, delay=delay)
@@ -287,7 +287,7 @@ def test_true_times_that_turn_into_those_of_decoding_do_not_order_frames(tmp_pat
 HEVC_STREAMS = {
     "closed": "open-gop=0:keyint=12:min-keyint=12",
     "no_b_frames": "bframes=0:keyint=12",
-    "long_pyramid": "bframes=8:keyint=250",  # the order counts past what a slice header holds of it
+    "long_pyramid": "bframes=8:keyint=250",  # the counter of the order overflows its field in the slice header
     "temporal_layers": "temporal-layers=3:keyint=30",
     "leading_pictures": "open-gop=0:radl=2:keyint=16:min-keyint=16",
 }
@@ -295,7 +295,7 @@ HEVC_STREAMS = {
 
 @pytest.mark.parametrize("name", HEVC_STREAMS)
 def test_true_times_of_hevc_are_trusted(tmp_path: Path, name: str) -> None:
-    """Their frames are sought, not counted by decoding the whole file."""
+    """Their frames are found by seeking, without decoding the whole file."""
     options = {"x265-params": f"{HEVC_STREAMS[name]}:{X265_ALONE}"}
     source = write_video(tmp_path / "video.mp4", num_frames=300, codec="libx265", options=options)
     for path in (source, copy_packets(source, tmp_path / "video.ts")):
@@ -304,7 +304,7 @@ def test_true_times_of_hevc_are_trusted(tmp_path: Path, name: str) -> None:
             assert codes(reader, [280, 3, 150, 151]) == [280, 3, 150, 151]
 
 
-def test_frames_keep_their_numbers_behind_a_damaged_header(tmp_path: Path) -> None:
+def test_frames_keep_their_numbers_after_a_damaged_header(tmp_path: Path) -> None:
     source = write_video(tmp_path / "source.mp4", num_frames=60, codec="libx265", options=X265)
     with av.open(str(source)) as reading, av.open(str(tmp_path / "damaged.mkv"), "w") as writing:
         copy = writing.add_stream_from_template(reading.streams.video[0])
@@ -320,7 +320,7 @@ def test_frames_keep_their_numbers_behind_a_damaged_header(tmp_path: Path) -> No
 
 
 def matrix() -> dict[str, dict[str, Any]]:
-    """Codecs x containers x (plain, variable rate, edit list, rotated)."""
+    """Return videos of all codecs and containers: plain, with variable rate, with an edit list, and rotated."""
     codecs: dict[str, dict[str, Any]] = {
         **REORDERING,
         "h264_plain": {"b_frames": 0},
@@ -350,13 +350,13 @@ def matrix() -> dict[str, dict[str, Any]]:
         for suffix, names in containers.items()
         for name in names
         for kind, options in (edited if suffix in ("mp4", "mov") else kinds).items()
-        if not (name == "mpeg2" and kind == "_variable")  # its encoder knows no such rate
+        if not (name == "mpeg2" and kind == "_variable")  # its encoder does not support this rate
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", matrix())
-def test_random_access_gives_what_reading_through_gives(tmp_path: Path, name: str) -> None:
+def test_random_access_equals_sequential_reading(tmp_path: Path, name: str) -> None:
     options = matrix()[name]
     try:
         av.Codec(options.get("codec", "libx264"), "w")
@@ -379,8 +379,8 @@ def test_random_access_gives_what_reading_through_gives(tmp_path: Path, name: st
         assert reader.times(range(len(shown))) == pytest.approx(expected, abs=0.041 if "variable" in name else 1e-3)
 
 
-def test_hidden_vp8_frames_are_no_frames(tmp_path: Path) -> None:
-    """Behind each frame its copy, which is not shown: bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)."""
+def test_hidden_vp8_frames_are_not_counted(tmp_path: Path) -> None:
+    """After each frame follows a hidden copy: bit 4 of a VP8 frame's tag is show_frame (RFC 6386, 9.1)."""
     options = VIDEOS["vp8.webm"]
     source = write_video(tmp_path / "source.webm", num_frames=20, gop=1, **options)
     with av.open(str(source)) as reading, av.open(str(tmp_path / "hidden.webm"), "w") as writing:
@@ -444,7 +444,7 @@ ORIENTATION = 0x0112  # EXIF's tag; 1 upright, 3 upside down, 6 and 8 a quarter 
 
 
 def camera_video(path: Path, orientation: int) -> Path:
-    """Motion JPEG as cameras write it: each picture with its own EXIF."""
+    """Write Motion JPEG as cameras do, with EXIF data in each picture."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     with av.open(str(path), "w") as container:
@@ -472,7 +472,7 @@ def test_a_cameras_motion_jpeg_is_shown_upright(tmp_path: Path, orientation: int
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_the_rotation_alone_says_the_same_as_the_matrix(tmp_path: Path, rotation: int) -> None:
+def test_rotation_and_display_matrix_agree(tmp_path: Path, rotation: int) -> None:
     video = write_video(tmp_path / "video.mp4", num_frames=3, rotation=rotation)
     with av.open(str(video)) as container:
         frame = next(container.decode(video=0))

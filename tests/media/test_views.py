@@ -1,4 +1,4 @@
-"""Views of a clip: order and content changed after sampling."""
+"""Views of a clip: changes of order and content after sampling."""
 
 from pathlib import Path
 

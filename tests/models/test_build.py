@@ -1,4 +1,4 @@
-"""From a configuration to a model: weights from pieces or from nothing."""
+"""Building a model from a configuration, with loaded or random weights."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from tests.helpers.tiny import tiny_batch
 from tests.models.checkpoints.conftest import GOLDEN
 
 
-def test_a_tiny_model_is_built_from_nothing() -> None:
+def test_a_tiny_model_is_built_without_weights() -> None:
     options = [
         "model.video_input=residual",
         "model.vit_model=eva_btadapter_g",
@@ -34,7 +34,7 @@ def test_a_tiny_model_is_built_from_nothing() -> None:
     assert torch.isfinite(output.loss)
 
 
-def test_two_seeds_two_models_one_seed_one() -> None:
+def test_the_seed_determines_the_weights() -> None:
     cfg = load_config(model_type="tiny")
     weights = []
     for seed in (0, 0, 1):

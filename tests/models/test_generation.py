@@ -1,4 +1,4 @@
-"""Prompts that are read once give the ids of transformers' own `generate`, and their keys and values stay in place."""
+"""Generation: prompts are read once, prefixes are shared, and the ids are those of transformers' `generate`."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ LENGTHS = (17, 5, 23, 1)
 
 
 def new_model(model_type: str, sizes: dict[str, Any]) -> Any:
-    """Large random weights, so that answers vary; float64 where experts allow it, so that rounding does not decide."""
+    """Return a model with scaled-up weights, so that answers vary, and in float64 if possible, against rounding."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SMALL, **sizes})
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -60,7 +60,7 @@ def new_model(model_type: str, sizes: dict[str, Any]) -> Any:
 
 
 def prompts(model: Any, lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, S, D) and their mask (B, S), padded on the left."""
+    """Return random embeddings (B, S, D), padded on the left, and their attention mask (B, S)."""
     width = model.get_input_embeddings().weight.shape[1]
     mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
     return torch.randn(len(lengths), max(lengths), width, dtype=model.dtype), mask
@@ -87,8 +87,8 @@ def test_ids_are_those_of_plain_generate(model_type: str, sizes: dict[str, Any],
     assert model.config._attn_implementation != generation.SHARED
 
 
-def test_prompts_read_together_or_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those read together are padded on the right."""
+def test_prompts_read_in_a_batch_give_the_same_ids_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of a batch are padded on the right."""
     model = new_model("llama", {})
     embeds, mask = prompts(model)
     plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(3))
@@ -97,7 +97,7 @@ def test_prompts_read_together_or_one_by_one(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(generate(model, embeds, mask, **settings(3)), plain)
 
 
-def test_a_prompt_is_read_once_and_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_is_read_once_and_its_keys_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     model = new_model("llama", {})
     embeds, mask = prompts(model, (17, 9))
     read: list[tuple[int, ...]] = []
@@ -136,11 +136,11 @@ def test_an_architecture_that_changes_its_keys_falls_back(monkeypatch: pytest.Mo
     assert model.config._attn_implementation == "sdpa"
 
 
-# ---- prompts that begin alike ---------------------------------------------------------------------------------------
+# ---- prompts with a common beginning --------------------------------------------------------------------------------
 
 
 def alike(model: Any, *, common: int = 12, rests: tuple[int, ...] = (5, 1, 9, 3)) -> tuple[Tensor, Tensor]:
-    """Two pairs of prompts, padded on the left, of which each begins alike for `common` positions."""
+    """Return two pairs of prompts, padded on the left. The prompts of a pair share their first `common` positions."""
     embeds, mask = prompts(model, tuple(common + rest for rest in rests))
     for first in (0, 2):
         begins = [embeds.shape[1] - common - rest for rest in rests[first : first + 2]]
@@ -149,7 +149,7 @@ def alike(model: Any, *, common: int = 12, rests: tuple[int, ...] = (5, 1, 9, 3)
 
 
 def watched_positions(model: Any) -> list[int]:
-    """The number of positions of each pass of the decoder over embeddings, as they come."""
+    """Return a list to which each forward pass over embeddings appends its number of positions."""
     read: list[int] = []
 
     def watch(_: object, __: object, named: dict[str, Any]) -> None:
@@ -164,10 +164,8 @@ def watched_positions(model: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("model_type", "sizes"), [(name, sizes) for name, sizes in SHARED.items() if name != "deepseek_v3"]
 )
-def test_prompts_that_begin_alike_share_what_they_begin_with(
-    model_type: str, sizes: dict[str, Any], num_beams: int
-) -> None:
-    """In one batch, with the prefixes of another call, and with those of the same prompts."""
+def test_prompts_share_their_common_beginning(model_type: str, sizes: dict[str, Any], num_beams: int) -> None:
+    """Prefixes are shared within a batch, with another call, and with a call with the same prompts."""
     model = new_model(model_type, sizes)
     embeds, mask = alike(model)
     plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(num_beams, 12))
@@ -182,13 +180,13 @@ def test_prompts_that_begin_alike_share_what_they_begin_with(
     assert [len(prefix.embeds) for prefix in kept].count(16) == 1
 
 
-def test_only_what_differs_is_read() -> None:
+def test_only_the_differing_rest_of_a_prompt_is_read() -> None:
     model = new_model("llama", {})
     embeds, mask = alike(model)
     kept: list[Prefix] = []
     read = watched_positions(model)
     generate(model, embeds[:1], mask[:1], prefixes=[kept], **settings(1, 1))
-    assert read == [16, 1]  # `generate` begins with the last token
+    assert read == [16, 1]  # `generate` reads the last token
     assert [len(prefix.embeds) for prefix in kept] == [16]
     width = SMALL["hidden_size"]
     per_token = (width + 3 * 2 * 2 * (width // 4)) * 8  # bytes: embedding; keys and values of 3 layers, 2 heads of 4
@@ -205,7 +203,7 @@ def test_only_what_differs_is_read() -> None:
     assert read == [2, 4]
 
 
-def test_a_growing_prompt_replaces_its_beginning() -> None:
+def test_a_longer_prompt_replaces_its_shorter_prefix() -> None:
     model = new_model("llama", {})
     embeds, mask = prompts(model, (40,))
     kept: list[Prefix] = []
@@ -218,7 +216,7 @@ def test_a_growing_prompt_replaces_its_beginning() -> None:
     assert lengths == [[19], [19], [30], [30]]  # 4 and 9 more positions are read again
 
 
-def test_a_beginning_that_is_too_short_is_not_shared() -> None:
+def test_a_short_common_beginning_is_not_shared() -> None:
     model = new_model("llama", {})
     embeds, mask = alike(model, common=4, rests=(15, 20, 30, 16))
     plain = model.generate(inputs_embeds=embeds, attention_mask=mask, **settings(1, 8))
@@ -231,7 +229,7 @@ def test_a_beginning_that_is_too_short_is_not_shared() -> None:
     ("model_type", "sizes"),
     [("mistral", {"sliding_window": 8}), ("bloom", {}), ("deepseek_v3", ARCHITECTURES["deepseek_v3"])],
 )
-def test_architectures_that_fall_back_keep_nothing(model_type: str, sizes: dict[str, Any]) -> None:
+def test_architectures_that_fall_back_keep_no_prefixes(model_type: str, sizes: dict[str, Any]) -> None:
     model = new_model(model_type, sizes)
     embeds, mask = alike(model)
     kept: list[Prefix] = []
@@ -240,7 +238,7 @@ def test_architectures_that_fall_back_keep_nothing(model_type: str, sizes: dict[
     assert kept == []
 
 
-def test_positions_that_depend_on_the_length_are_not_shared() -> None:
+def test_keys_that_depend_on_the_prompt_length_are_not_shared() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     model = new_model("llama", {"rope_parameters": rope, "max_position_embeddings": 16})
     embeds, mask = alike(model)
@@ -249,7 +247,7 @@ def test_positions_that_depend_on_the_length_are_not_shared() -> None:
     assert kept == []
 
 
-def test_other_weights_are_another_state() -> None:
+def test_changed_weights_change_the_state() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     model: Any = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), new_model("llama", {}))

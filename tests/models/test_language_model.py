@@ -1,4 +1,4 @@
-"""Hidden states, then logits where they are wanted: the same numbers as the whole model, for every architecture."""
+"""Separate calls of decoder and output head give the numbers of the whole model, for every architecture."""
 
 from typing import Any
 
@@ -94,7 +94,7 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     labels[:, :4] = -100
     whole = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
     hidden = last_hidden_states(model, embeds, mask)
-    real = mask.bool()  # states at padding are used nowhere
+    real = mask.bool()  # states at padded positions are not used
     assert torch.allclose(logits_of(model, hidden)[real], whole.logits[real], atol=1e-5)
     positions = (labels[:, 1:] != -100).nonzero() @ torch.tensor([9, 1])
     loss, logits = language_loss(model, hidden, labels, positions)
@@ -112,7 +112,7 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     ],
 )
 def test_packed_prompts_have_the_states_and_gradients_of_padded_ones(name: str, changes: dict[str, Any]) -> None:
-    """Prompts of very different lengths, of which no more positions are asked than the longest has."""
+    """The prompts have very different lengths. Positions must not exceed the length of the longest prompt."""
     lengths = [9, 1, 3, 3, 5, 1]
     model = build(name, {**changes, "max_position_embeddings": max(lengths)})
     packed = pad_sequences([[5] * length for length in lengths], pad_id=0, packing=True)["packed"]
@@ -151,7 +151,7 @@ def test_architectures_that_cannot_keep_packed_prompts_apart_are_named(name: str
     assert words in (packing_fault(AutoConfig.for_model(name)) or "")
 
 
-def test_an_attention_that_does_not_know_the_lengths_refuses() -> None:
+def test_an_attention_without_packed_lengths_is_refused() -> None:
     model = build("nemotron")
     assert packing_fault(model.config) is None
     packed = pad_sequences([[5, 5], [5]], pad_id=0, packing=True)["packed"]
@@ -161,7 +161,7 @@ def test_an_attention_that_does_not_know_the_lengths_refuses() -> None:
         last_hidden_states(model, torch.randn(1, 3, 32), packed=packed)
 
 
-def test_no_label_gives_a_loss_of_nothing_that_still_has_a_graph() -> None:
+def test_a_batch_without_labels_gives_a_zero_loss_with_a_graph() -> None:
     model = build("llama")
     hidden = last_hidden_states(model, torch.randn(1, 5, 32), torch.ones(1, 5, dtype=torch.long))
     loss, _ = language_loss(model, hidden, torch.full((1, 5), -100), torch.empty(0, dtype=torch.long))
@@ -169,7 +169,7 @@ def test_no_label_gives_a_loss_of_nothing_that_still_has_a_graph() -> None:
     loss.backward()
 
 
-def test_lora_starts_as_the_plain_model_and_only_it_is_added() -> None:
+def test_lora_starts_without_effect_and_adds_only_its_weights() -> None:
     lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
     plain, adapted = build("llama"), build("llama", lora=lora)
     source = {name.replace(".base_layer", ""): value for name, value in adapted.state_dict().items()}
@@ -181,7 +181,7 @@ def test_lora_starts_as_the_plain_model_and_only_it_is_added() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "auto", "sdpa", "eager"])
-def test_an_attention_is_chosen(name: str | None) -> None:
+def test_an_attention_implementation_is_set(name: str | None) -> None:
     model = build_language_model(AutoConfig.for_model("llama", **SMALL))
     set_attention(model, name)
     assert model.config._attn_implementation == (name if name == "eager" else "sdpa")
@@ -195,13 +195,13 @@ def test_an_attention_is_chosen(name: str | None) -> None:
         ("falcon_mamba", "sdpa", "has only eager: take auto|cannot have it"),
     ],
 )
-def test_an_attention_that_cannot_be_had_is_refused(architecture: str, name: str, words: str) -> None:
+def test_an_unavailable_attention_implementation_is_refused(architecture: str, name: str, words: str) -> None:
     model = build_language_model(AutoConfig.for_model(architecture, **SMALL))
     with pytest.raises(UserError, match=f"model.attn_implementation is {name}.*({words})"):
         set_attention(model, name)
 
 
-def test_flash_attention_comes_from_its_package_and_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_needs_its_package_and_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_language_model(AutoConfig.for_model("llama", **SMALL))
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(language_model, "is_flash_attn_2_available", lambda: False)

@@ -28,7 +28,7 @@ LORA = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "gate_p
 
 
 class FakeNorm(nn.Module):
-    """An RMSNorm of another class with the same numbers."""
+    """An RMSNorm of another class with the same output."""
 
     def __init__(self, norm: LlamaRMSNorm) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FakeNorm(nn.Module):
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PreTrainedModel, dict[str, Any]]]:
-    """Put a stand-in for Liger in its place; returns the models that it is asked to patch, with the settings."""
+    """Replace Liger by a stand-in. Returns a list of the models to patch, with the settings."""
     calls: list[tuple[PreTrainedModel, dict[str, Any]]] = []
 
     def apply(model: PreTrainedModel, **settings: Any) -> None:
@@ -91,7 +91,7 @@ def loss_and_gradients(model: PreTrainedModel) -> tuple[Tensor, Tensor | None, l
 @pytest.mark.parametrize(
     ("name", "fuses"), [("llama", True), ("gemma2", True), ("granite", False)], ids=lambda value: str(value)
 )
-def test_the_loss_is_fused_where_it_is_the_same(patched: list[Any], name: str, fuses: bool, lora: Any) -> None:
+def test_the_loss_is_fused_if_its_value_is_the_same(patched: list[Any], name: str, fuses: bool, lora: Any) -> None:
     model = build(name, lora=lora)
     model.resize_token_embeddings(66, mean_resizing=False)
     expected, logits, gradients = loss_and_gradients(model)
@@ -106,15 +106,15 @@ def test_the_loss_is_fused_where_it_is_the_same(patched: list[Any], name: str, f
 
 
 @pytest.mark.parametrize("why", ["switch", "sharded", "adapted"])
-def test_the_loss_stays_torchs(patched: list[Any], why: str) -> None:
-    """Where the user says so, and where the head's own weight is not what computes the logits."""
+def test_the_loss_is_computed_by_torch(patched: list[Any], why: str) -> None:
+    """This is so if it is configured, and if the logits are not the product with the head's weight alone."""
     model = build("llama", lora={**LORA, "target_modules": ["lm_head"]} if why == "adapted" else None)
     use_liger(model, {"fused_linear_cross_entropy": why != "switch"}, whole=why != "sharded")
     assert loss_and_gradients(model)[1] is not None
     assert not patched[0][1]["fused_linear_cross_entropy"]
 
 
-def test_what_liger_cannot_do_is_refused(patched: list[Any]) -> None:
+def test_settings_that_liger_does_not_support_are_refused(patched: list[Any]) -> None:
     with pytest.raises(UserError, match=r"run\.use_liger_kernel is True, but Liger has no kernels for a opt language"):
         use_liger(build("opt"))
     with pytest.raises(UserError, match="cross_entropy must be False, found True"):
@@ -123,10 +123,10 @@ def test_what_liger_cannot_do_is_refused(patched: list[Any]) -> None:
         use_liger(build("granite"), {"rope": True})
 
 
-def test_training_patches_the_inner_model(
+def test_training_patches_the_language_model(
     patched: list[Any], toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its losses are the plain run's, and a plain run's folder continues with it; the outer model is left alone."""
+    """Losses equal those without Liger, a run without Liger can continue with it, and `STLLM` itself is not patched."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=3, save_steps=1)
     train = ["train", "--cfg-path", str(recipe), "--options"]
@@ -146,7 +146,7 @@ def test_training_patches_the_inner_model(
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("model.lora_r=4",)], ids=["plain", "lora"])
 def test_the_real_kernels_train_alike(toy: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    """Norms, MLPs, rotary embedding and loss of Liger, interpreted: in float32, as Triton interprets no bfloat16."""
+    """Liger's norms, MLPs, rotary embedding and loss run in Triton's interpreter, which has no bfloat16."""
     pytest.importorskip("liger_kernel")
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=3, per_device_train_batch_size=2)
     for name in ("plain", "liger"):

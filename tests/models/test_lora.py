@@ -1,4 +1,4 @@
-"""LoRA: an adapter put on its base again gives the trained model; merged, it gives the same without LoRA."""
+"""LoRA: a saved adapter restores the trained model, and merging it does not change the output."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ LORA = {"r": 2, "alpha": 4, "dropout": 0.05, "target_modules": ["q_proj", "v_pro
 
 
 def trained(**changes) -> STLLM:
-    """A model whose adapter and projection have moved away from their start."""
+    """Return a model with LoRA whose adapter and projection are changed, as after training."""
     model = tiny_model(lora=LORA, video_input="residual", **changes).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     model(**tiny_batch(model)).loss.backward()
@@ -31,7 +31,7 @@ def loss(model: STLLM) -> float:
         return float(model(**tiny_batch(model, seed=5)).loss)
 
 
-def test_save_load_merge(tmp_path: Path) -> None:
+def test_a_saved_adapter_loads_and_merges_with_equal_output(tmp_path: Path) -> None:
     model = trained()
     save_adapter(model, tmp_path)
     again = tiny_model(lora=None, video_input="residual")
@@ -93,7 +93,7 @@ def test_folders_of_old_versions_without_pefts_prefix_are_read(tmp_path: Path) -
     assert loss(again) == loss(model)
 
 
-def test_an_adapter_that_is_not_whole(tmp_path: Path) -> None:
+def test_an_incomplete_adapter_is_refused(tmp_path: Path) -> None:
     model = trained()
     save_adapter(model, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -102,12 +102,12 @@ def test_an_adapter_that_is_not_whole(tmp_path: Path) -> None:
         load_adapter(model, tmp_path)
 
 
-def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is no LoRA adapter of a run: it lacks adapter_model\.safetensors"):
         load_adapter(tiny_model(), tmp_path)
 
 
-def test_an_adapter_of_another_model(tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     save_adapter(trained(), tmp_path)
     with pytest.raises(UserError, match="was trained on a model of other sizes"):
         load_adapter(
@@ -128,7 +128,7 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
         load_adapter(tiny_model(video_input="all"), tmp_path)
 
 
-def test_layers_that_are_not_there() -> None:
+def test_lora_on_missing_layers_is_refused() -> None:
     with pytest.raises(UserError, match=r"names query, but the language model's linear layers are .*q_proj"):
         STLLM(tiny_config(lora={**LORA, "target_modules": ["query"]}))
     experts = {"model_type": "qwen3_moe", **ARCHITECTURES["qwen3_moe"]}

@@ -24,7 +24,7 @@ def test_each_row_drops_the_same_number(batch: int, num_tokens: int, seed: int) 
 
 
 @given(num_tokens=st.integers(1, 200), rate=st.floats(0, 0.7), bucket=st.integers(1, 64))
-def test_a_bucket_rounds_what_is_kept(num_tokens: int, rate: float, bucket: int) -> None:
+def test_a_bucket_rounds_the_number_of_kept_tokens(num_tokens: int, rate: float, bucket: int) -> None:
     kept = num_tokens - int(draw_dropped(1, num_tokens, rate=rate, bucket=bucket).sum())
     exact = num_tokens - int(rate * num_tokens)
     assert kept % bucket == 0 or kept == num_tokens

@@ -1,4 +1,4 @@
-"""What is stored of a clip: the model's own tensors, and a digest of the weights that they depend on."""
+"""Precomputed features: they equal the model's, and have a digest of the weights that they depend on."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.helpers.tiny import tiny_batch, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("stage", ["vit", "qformer"])
-def test_stored_tensors_are_the_models_own(stage: str) -> None:
+def test_stored_features_equal_the_models(stage: str) -> None:
     model = tiny_model(qformer_text_input=False)
     pixels = tiny_batch(num_clips=2, num_frames=3)["pixel_values"]
     features = precomputed.encode(model, pixels, stage)
@@ -26,7 +26,7 @@ def changed(model: nn.Module, name: str) -> nn.Module:
     return model
 
 
-def test_the_digest_is_of_what_the_stage_depends_on() -> None:
+def test_the_digest_changes_only_with_what_the_stage_depends_on() -> None:
     digests = {stage: precomputed.weights_digest(tiny_model(), stage) for stage in ("vit", "qformer")}
     assert len({*digests.values()}) == 2
     assert precomputed.weights_digest(tiny_model().bfloat16(), "vit") == digests["vit"]
@@ -45,8 +45,8 @@ def test_the_digest_is_of_what_the_stage_depends_on() -> None:
     assert precomputed.weights_digest(others, "vit") != digests["vit"]
 
 
-def test_an_encoder_under_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registered one with an adapter is refused; one that computes something else has a digest of its own."""
+def test_a_registered_encoder_has_its_own_digest_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder with an adapter is refused. An encoder that computes something else has another digest."""
     entries = vision_encoders._entries
     with_adapter, plain = vision_encoders.get("eva_btadapter_g"), vision_encoders.get("eva_clip_g")
     monkeypatch.setattr(vision_encoders, "_entries", {**entries, "mine": with_adapter, "other": plain})

@@ -1,4 +1,4 @@
-"""4 and 8 bits: which layers, the same answers, QLoRA through the commands, and a sentence for what can't be."""
+"""Quantization to 4 and 8 bits: which layers, equal answers, QLoRA with the commands, and errors."""
 
 import json
 import os
@@ -46,14 +46,14 @@ def bitsandbytes() -> None:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes, as far as its settings need it."""
+    """Install a stand-in for bitsandbytes that suffices to make its settings."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_that_cannot_and_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsuitable_device_and_a_missing_package_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="4bit loading works on CUDA GPUs and on CPUs, not on mps: use --device cpu"):
         quantization_config("4bit", torch.float16, torch.device("mps"))
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -76,7 +76,7 @@ def test_only_the_language_models_layers_are_quantised(pretended: None) -> None:
     assert parts - set(config.llm_int8_skip_modules) == {"language_model"}
 
 
-def test_the_published_switch_means_8bit_and_may_not_contradict() -> None:
+def test_low_resource_means_8bit_and_must_not_contradict_quantization() -> None:
     assert quantization_of({}) is None
     assert quantization_of({"low_resource": False, "quantization": "4bit"}) == "4bit"
     assert quantization_of({"low_resource": True, "quantization": "8bit"}) == "8bit"
@@ -84,7 +84,7 @@ def test_the_published_switch_means_8bit_and_may_not_contradict() -> None:
         quantization_of({"low_resource": True, "quantization": "4bit"})
 
 
-def test_the_settings_reach_the_loader_and_a_launchers_process_keeps_its_device(
+def test_quantization_settings_reach_the_loader_and_each_process_keeps_its_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -116,7 +116,9 @@ def test_the_settings_reach_the_loader_and_a_launchers_process_keeps_its_device(
     assert [arguments["device"] for arguments in asked[2:]] == ["cuda:1", "auto"]
 
 
-def test_the_option_is_the_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_option_quantization_equals_the_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[list[str]] = []
 
     def load_chat(*_: Any, options: list[str], **__: Any) -> None:
@@ -165,7 +167,7 @@ def test_weights_are_quantised_as_bitsandbytes_does(
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("folder", [FOLDER, GOLDEN / "minigpt4_plain_all"])  # ours, the released layout
-def test_what_is_quantised_is_smaller_and_saved_as_it_was(
+def test_a_quantised_model_is_smaller_and_saved_unquantised(
     folder: Path, bits: str, bitsandbytes: None, tmp_path: Path
 ) -> None:
     whole = load_model(folder, device="cpu", dtype="bfloat16")
@@ -190,7 +192,7 @@ def test_what_is_quantised_is_smaller_and_saved_as_it_was(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_gpt2s_transposed_layers(bits: str, bitsandbytes: None, tmp_path: Path) -> None:
+def test_gpt2s_transposed_layers_are_quantised(bits: str, bitsandbytes: None, tmp_path: Path) -> None:
     text = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 128}
     model = tiny_model(text_config=text)
     model.save_pretrained(tmp_path)
@@ -207,7 +209,7 @@ def test_an_evaluation_records_the_bits(bitsandbytes: None, toy: Path, tmp_path:
     assert main([*run, "--quantization", "4bit"]) == 0
     kept = yaml.safe_load((tmp_path / "mvbench.config.yaml").read_text())
     assert kept["model"]["quantization"] == "4bit"
-    assert main(run) == 1  # its lines are of another setting
+    assert main(run) == 1  # its predictions have another setting
 
 
 # ---- folders that are stored quantized ------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ STORED: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("settings", STORED)
-def test_a_language_model_stored_quantised_is_read_in_full_and_trains(
+def test_a_stored_quantised_language_model_is_dequantised_and_trains(
     settings: dict[str, Any], bitsandbytes: None, toy: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "stored"
@@ -251,7 +253,7 @@ def test_a_language_model_stored_quantised_is_read_in_full_and_trains(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_whole_model_stored_quantised_answers_and_converts(bits: str, bitsandbytes: None, tmp_path: Path) -> None:
+def test_a_stored_quantised_whole_model_answers_and_converts(bits: str, bitsandbytes: None, tmp_path: Path) -> None:
     folder, plain = tmp_path / "stored", tmp_path / "plain"
     shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     settings = BitsAndBytesConfig(**{f"load_in_{bits}": True})
@@ -286,7 +288,7 @@ def test_gptq_and_awq_are_refused(method: str, toy: Path, tmp_path: Path, capsys
     assert expected in capsys.readouterr().err
 
 
-def test_a_stored_folder_without_its_scales_is_named(tmp_path: Path) -> None:
+def test_a_quantised_folder_without_its_scales_is_named(tmp_path: Path) -> None:
     config = {"model_type": "llama", "quantization_config": {"load_in_8bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"model.layers.0.mlp.up_proj.SCB": torch.ones(4)}, tmp_path / "model.safetensors")
@@ -297,7 +299,7 @@ def test_a_stored_folder_without_its_scales_is_named(tmp_path: Path) -> None:
 # ---- QLoRA ----------------------------------------------------------------------------------------------------------
 
 
-def test_qlora_learns_resumes_and_leaves_a_whole_model(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
+def test_qlora_trains_resumes_and_saves_a_whole_model(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=QLORA)
     assert main(["train", "--cfg-path", str(recipe)]) == 0
     run, first = tmp_path / "run", losses(tmp_path / "run")
@@ -311,7 +313,7 @@ def test_qlora_learns_resumes_and_leaves_a_whole_model(bitsandbytes: None, toy: 
     assert main(["train", "--cfg-path", str(recipe), "--quantization", "4bit"]) == 0
     assert losses(run) == first
 
-    # the output is a whole model with its base as it was, which merges and converts like any other
+    # the output is a whole model with unquantized weights, which can be merged and converted like any other
     weights, base = load_file(run / "model.safetensors"), load_file(toy / "language_model" / "model.safetensors")
     for name in ("mlp.gate_proj", "self_attn.q_proj.base_layer"):
         key = f"model.layers.0.{name}.weight"
@@ -326,7 +328,7 @@ def test_qlora_learns_resumes_and_leaves_a_whole_model(bitsandbytes: None, toy: 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("lora_r", [0, 2])
-def test_the_gradient_is_that_of_the_quantised_model(bits: str, lora_r: int, bitsandbytes: None) -> None:
+def test_gradients_are_those_of_the_quantised_model(bits: str, lora_r: int, bitsandbytes: None) -> None:
     settings = {
         "ckpt": str(GOLDEN / "minigpt4_plain_all"),
         "image_size": 28,
@@ -356,7 +358,7 @@ def test_the_gradient_is_that_of_the_quantised_model(bits: str, lora_r: int, bit
     assert float(torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0)) > 0.99
 
 
-def test_two_processes_train_as_one(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
     alone = write_recipe(tmp_path / "recipe.yaml", toy, model=QLORA, max_steps=3)
     main(["train", "--cfg-path", str(alone)])
     options = (f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2")
@@ -365,7 +367,7 @@ def test_two_processes_train_as_one(bitsandbytes: None, toy: Path, tmp_path: Pat
         assert two == pytest.approx(one, rel=1e-3)
 
 
-def test_what_training_refuses(
+def test_quantisation_settings_that_training_refuses(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy)
@@ -411,13 +413,13 @@ def test_every_process_loads_onto_its_own_gpu(rank: str, bitsandbytes: None, mon
     assert asked == [torch.device("cuda", int(rank))] * 2
 
 
-def test_commands_without_a_language_model_know_no_bits(
+def test_commands_without_a_language_model_have_no_quantisation_option(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["extract", "--cfg-path", "a.yaml", "--output", "b"], ["convert", "a", "--to", "b"]):
         assert main([*command, "--quantization", "4bit"]) == 2
         assert "--quantization" in capsys.readouterr().err
-    # as a setting of the recipe it does not concern them
+    # the setting of a recipe has no effect on them
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={"quantization": "4bit", "freeze_vit": True})
     extract = ["extract", "--cfg-path", str(recipe), "--output", str(tmp_path / "features"), "--stage", "vit"]
     assert main([*extract, "--device", "cpu"]) == 0

@@ -1,4 +1,4 @@
-"""The published sizes: EVA-ViT-g and the BERT-base Q-Former run on this machine; run with `pytest -m slow`."""
+"""EVA-ViT-g and the Q-Former at their published sizes run on this machine (`pytest -m slow`)."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.helpers.tiny import LLAMA, tiny_config
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["eva_clip_g", "eva_btadapter_g"])
 def test_vit_g_and_qformer_run_on_four_frames(encoder: str) -> None:
-    """About 1.2 billion parameters in bfloat16: 2.5 GB, under a minute on two cores."""
+    """They have about 1.2 billion parameters in bfloat16, need 2.5 GB, and take less than a minute on two cores."""
     config = tiny_config(vision_config={"encoder": encoder}, qformer_config={}, num_query_tokens=32, text_config=LLAMA)
     with torch.device("meta"):
         model = STLLM(config)

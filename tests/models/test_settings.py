@@ -1,4 +1,4 @@
-"""The `model` section: published keys to fields and back, and what the user set in it."""
+"""The `model` section: translation of its keys to fields and back, and the settings that the user made."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stllm.models.settings import explicit_settings, published_settings, setting
 from tests.helpers.tiny import tiny_config
 
 
-def test_every_field_survives_the_way_through_the_published_names() -> None:
+def test_every_field_survives_translation_to_published_names_and_back() -> None:
     config = tiny_config(
         encoder="eva_btadapter_g",
         video_input="residual",
@@ -45,7 +45,7 @@ def test_lora_and_sizes_are_grouped() -> None:
     assert settings_to_fields({"lora_r": 0}) == {"lora": None}
 
 
-def test_only_what_the_user_said_counts_as_said(tmp_path: Path) -> None:
+def test_only_settings_of_the_user_are_explicit(tmp_path: Path) -> None:
     assert explicit_settings() == {}
     assert explicit_settings(options=["model.video_input=mean"]) == {"video_input": "mean"}
     cfg = tmp_path / "user.yaml"
@@ -54,11 +54,11 @@ def test_only_what_the_user_said_counts_as_said(tmp_path: Path) -> None:
         "vision": {"depth": 7, "num_heads": 2},
         "residual_size": 5,
     }
-    cfg.write_text("model: {model_type: minigpt4_vicuna0_btadapter}")  # naming a model says what it is
+    cfg.write_text("model: {model_type: minigpt4_vicuna0_btadapter}")  # model_type sets its defaults
     said = explicit_settings(cfg)
     assert said["vit_model"] == "eva_btadapter_g" and said["qformer_text_input"] is False
     assert "image_size" not in said
-    top = tmp_path / "top.yaml"  # what its base says was said too
+    top = tmp_path / "top.yaml"  # settings of the base file count, too
     top.write_text("base: user.yaml\nmodel: {residual_size: 3}")
     assert explicit_settings(top) == {**said, "residual_size": 3}
 

@@ -1,4 +1,4 @@
-"""The composition: one conformance test over everything registered, and the equalities that make it lean."""
+"""`STLLM`: a conformance test of all registered parts, and the equalities that its shortcuts rely on."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ COMBINATIONS = [
 
 
 def train_without_dropout(model: STLLM) -> STLLM:
-    """Training mode, but nothing is dropped at random."""
+    """Return the model in training mode with all dropout set to 0."""
     model.train()
     for module in model.modules():
         if "Drop" in type(module).__name__:
@@ -44,7 +44,7 @@ def train_without_dropout(model: STLLM) -> STLLM:
 
 @pytest.mark.parametrize("changes", COMBINATIONS, ids=lambda c: "-".join(str(v) for v in c.values()))
 def test_conformance(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Finite loss, a gradient for every trainable parameter and for no other, save -> load equality."""
+    """Checks a finite loss, gradients for exactly the trainable parameters, and equality after saving and loading."""
     model = train_without_dropout(tiny_model(**changes))
     batch = tiny_batch(model)
     output = model(**tiny_batch(model, mask=3 if "use_mask" in changes else None))
@@ -80,7 +80,7 @@ def test_gradient_checkpointing_changes_nothing(encoder: str) -> None:
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
 
-def test_teacher_prefix_equals_the_full_pass() -> None:
+def test_the_shortened_teacher_pass_equals_the_full_pass() -> None:
     model = tiny_model(**TRAINING)
     whole, teacher = tiny_batch(), tiny_batch(mask=0)["teacher"]
     text = {name: whole[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
@@ -120,7 +120,7 @@ def test_masking_alone_is_the_language_loss_on_the_kept_tokens() -> None:
 
 
 def test_without_a_mask_all_tokens_enter() -> None:
-    """The collator draws masks, in training and of clips alone."""
+    """The model itself draws no mask: the collator does, for training clips only."""
     model = tiny_model(**TRAINING).train()
     for num_frames in (1, 6):
         output = model(**tiny_batch(num_frames=num_frames))
@@ -133,7 +133,7 @@ def test_the_loss_depends_on_which_tokens_are_dropped() -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_text_alone_trains_the_language_model() -> None:
+def test_text_only_batches_train_the_language_model() -> None:
     model = tiny_model().train()
     output = model(**pad_sequences([[3, 4, 5], [6, 7]], labels=[[-100, 4, 5], [-100, 7]], pad_id=0))
     assert output.kept_visual_tokens is None
@@ -152,7 +152,7 @@ def test_precomputed_features_equal_pixels() -> None:
 
 
 def both_and_each(rows: list[list[int]], answers: list[int]) -> list[dict[str, Any]]:
-    """Batches of both prompts and of each, the last ids of each labelled."""
+    """Return a batch of two prompts and a batch of each, whose last ids are labelled."""
     labels = [[-100] * (len(row) - count) + row[-count:] for row, count in zip(rows, answers, strict=True)]
     media = {name: tensor for name, tensor in tiny_batch().items() if name.startswith(("pixel", "qformer"))}
     return [
@@ -162,16 +162,16 @@ def both_and_each(rows: list[list[int]], answers: list[int]) -> list[dict[str, A
     ]
 
 
-def test_the_loss_does_not_depend_on_how_a_step_is_divided() -> None:
-    """Answers of different lengths: the rows' losses, each over all labelled tokens, add up to the batch's."""
+def test_the_loss_does_not_depend_on_micro_batches() -> None:
+    """Answers differ in length. The losses of the rows, each divided by all labelled tokens, add up to the batch's."""
     model = tiny_model()
     whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8], [5, VISUAL_TOKEN_ID, 9, 10, 11]], answers=[3, 1])
     divided = sum(model(**row, num_items_in_batch=4).loss for row in rows)
     torch.testing.assert_close(divided, model(**whole).loss)
 
 
-def test_a_batch_is_its_rows() -> None:
-    """Right padding, different texts, one loss a row: nothing leaks between samples."""
+def test_rows_of_a_batch_do_not_affect_each_other() -> None:
+    """The rows have different texts and padding; the loss of each row is the same alone and in the batch."""
     model = tiny_model()
     whole, *rows = both_and_each([[5, VISUAL_TOKEN_ID, 6, 7, 8, 9, 10, 11], [VISUAL_TOKEN_ID, 12, 13]], answers=[3, 2])
     assert torch.allclose(model(**whole).logits, torch.cat([model(**row).logits for row in rows]), atol=1e-5)
@@ -189,7 +189,7 @@ def test_frozen_parts_stay_in_evaluation_mode() -> None:
     assert trainable == {"vision_encoder", "projection"}
 
 
-def test_lora_trains_alone_in_the_language_model(tmp_path: Path) -> None:
+def test_only_lora_trains_in_the_language_model(tmp_path: Path) -> None:
     lora = {"r": 2, "alpha": 4, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]}
     model = tiny_model(lora=lora).train()
     names = {name for name, p in model.language_model.named_parameters() if p.requires_grad}
@@ -240,7 +240,7 @@ OTHER_MODELS = [
         *(({"text_config": other}, {"mask": 0}) for other in OTHER_MODELS),
     ],
 )
-def test_packed_samples_teach_what_padded_ones_do(
+def test_packed_samples_give_the_gradients_of_padded_ones(
     changes: dict[str, Any], sizes: dict[str, int], checkpointing: bool
 ) -> None:
     model = train_without_dropout(tiny_model(**{**TRAINING, **changes}))
@@ -264,7 +264,7 @@ def test_packed_samples_teach_what_padded_ones_do(
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_packed_text_teaches_what_padded_text_does() -> None:
+def test_packed_text_gives_the_gradients_of_padded_text() -> None:
     model = tiny_model()
     rows = [[3, 4, 5], list(range(3, 43)), [6, 7]]
     labels = [[-100, *row[1:]] for row in rows]
@@ -276,7 +276,7 @@ def test_packed_text_teaches_what_padded_text_does() -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_checkpointing_recomputes_only_what_gradients_pass(frozen: bool) -> None:
+def test_checkpointing_recomputes_only_layers_with_gradients(frozen: bool) -> None:
     model = tiny_model(encoder="eva_clip_g", freeze_vit=frozen, freeze_llm=frozen).train()
     batch = tiny_batch(model, mask=0)
     parts = {
@@ -329,12 +329,12 @@ def test_batched_generation_equals_one_at_a_time(num_beams: int) -> None:
     ("image_size", "has_qformer", "sentence"),
     [(30, True, "no multiple of patch_size 14"), (42, False, "has 9 patches; without a Q-Former every 4")],
 )
-def test_images_divide_into_patches(image_size: int, has_qformer: bool, sentence: str) -> None:
+def test_an_image_size_must_be_a_multiple_of_the_patch_size(image_size: int, has_qformer: bool, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         tiny_config(has_qformer=has_qformer, vision_config={**VISION, "image_size": image_size})
 
 
-def test_a_fresh_lora_changes_nothing_yet() -> None:
+def test_new_lora_weights_have_no_effect() -> None:
     model = STLLM(tiny_config(lora={"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}))
     started = {name: p.any().item() for name, p in model.named_parameters() if "lora_" in name}
     assert started == {name: "lora_A" in name for name in started}

@@ -1,4 +1,4 @@
-"""The three video inputs: token counts, order in time, and the golden local-frame indices."""
+"""Video inputs: numbers of tokens, order of frames, and the published indices of local frames."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_an_image_enters_as_its_own_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", video_inputs.names())
 def test_frames_that_are_not_kept_are_absent(name: str) -> None:
-    """What they hold does not matter, and the local frames are chosen among all."""
+    """Their content does not matter, and local frames are chosen from all frames."""
     video_input = video_inputs.get(name)(**SIZES)
     frames, others = torch.randn(2, 1, 8, 5, 8)
     others[:, [0, 2, 7]] = frames[:, [0, 2, 7]]
@@ -66,12 +66,12 @@ def test_only_mean_is_blind_to_order() -> None:
         assert same == (name == "mean"), name
 
 
-def test_all_is_frame_major() -> None:
+def test_all_orders_tokens_by_frame() -> None:
     frames = torch.arange(2 * 3 * 5.0).view(1, 2, 3, 5)
     assert torch.equal(video_inputs.get("all")(**SIZES)(frames)[0, 3], frames[0, 1, 0])
 
 
-def test_residual_without_its_bottleneck_is_the_local_frames() -> None:
+def test_residual_with_a_zero_bottleneck_gives_the_local_frames() -> None:
     residual = video_inputs.get("residual")(**SIZES)
     torch.nn.init.zeros_(residual.up_proj.weight)
     torch.nn.init.zeros_(residual.up_proj.bias)

@@ -1,4 +1,4 @@
-"""The encoder: chunks, clips, time."""
+"""The image encoder: chunks of frames, the temporal adapter, normalisation."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ VIDEO = torch.randn(2, 6, 3, 28, 28, generator=torch.Generator().manual_seed(1))
 
 @pytest.mark.parametrize("encoder", ["eva_clip_g", "eva_btadapter_g"])
 @pytest.mark.parametrize("chunk_size", [1, 5, 64, None])
-def test_chunked_equals_whole(encoder: str, chunk_size: int | None) -> None:
+def test_encoding_in_chunks_equals_encoding_at_once(encoder: str, chunk_size: int | None) -> None:
     vision = tiny_model(encoder=encoder).vision_encoder
     vision.chunk_size = 12
     whole = vision(VIDEO)
@@ -21,20 +21,20 @@ def test_chunked_equals_whole(encoder: str, chunk_size: int | None) -> None:
     assert torch.allclose(vision(VIDEO), whole, atol=1e-6)
 
 
-def test_without_the_adapter_each_frame_is_by_itself() -> None:
+def test_without_the_adapter_frames_are_encoded_independently() -> None:
     vision = tiny_model(encoder="eva_clip_g").vision_encoder
     assert torch.allclose(vision(VIDEO[:, :1]), vision(VIDEO)[:, :1], atol=1e-6)
 
 
-def test_with_the_adapter_a_frame_sees_the_others_and_their_order() -> None:
+def test_with_the_adapter_a_frame_depends_on_the_others_and_their_order() -> None:
     vision = tiny_model(encoder="eva_btadapter_g").vision_encoder
     alone, together = vision(VIDEO[:, :1]), vision(VIDEO)[:, :1]
     assert not torch.allclose(alone, together, atol=1e-3)
     assert not torch.allclose(vision(VIDEO.flip(1)).flip(1), vision(VIDEO), atol=1e-3)
 
 
-def test_a_fresh_adapter_leaves_time_out() -> None:
-    """temporal_fc starts at zero, spatial layers as copies of the backbone's last blocks."""
+def test_a_new_adapter_ignores_the_order_of_frames() -> None:
+    """Its temporal_fc starts at zero, and its spatial layers start as copies of the backbone's last blocks."""
     from stllm.models.st_llm import STLLM
     from tests.helpers.tiny import tiny_config
 
@@ -62,8 +62,8 @@ def test_layer_norm_runs_in_float32() -> None:
     assert torch.equal(half, expected.bfloat16())
 
 
-def test_a_fresh_encoder_knows_which_patches_are_neighbours() -> None:
-    """Patches' first embeddings: all different, the nearer the more alike, across as down; any width is filled."""
+def test_initial_position_embeddings_of_neighbours_are_similar() -> None:
+    """All embeddings differ, and nearer patches have more similar ones, in both directions and for any width."""
     grid = sine_cosine_positions((4, 6), 98)
     assert grid.shape == (1, 25, 98) and not grid[0, 0].any() and not grid[..., 96:].any()
     patches = grid[0, 1:].unflatten(0, (4, 6))

@@ -1,4 +1,4 @@
-"""`stllm extract`: every clip once, gone on with, divided; training on features is training on the same pixels."""
+"""`stllm extract`: each clip once, resumed, divided among processes; features train like the pixels."""
 
 import json
 import os
@@ -31,7 +31,7 @@ VIDEOS = {"media_dir": "media", "num_frames": 4, **SAME_FRAMES}
 
 
 def datasets(toy: Path) -> dict[str, Any]:
-    """Videos, images and image-text shards, read as features are made."""
+    """Return data sets of videos, images and image-text shards, read in the way that features are made."""
     return {
         "videos": {"anno_path": "video/vqa/toy_direction/train.json", **VIDEOS, **FEW},
         "pictures": {"anno_path": "image/vqa/toy_picture/train.json", "media_dir": "media", "crop": "center", **FEW},
@@ -49,7 +49,7 @@ def train(recipe: Path, *options: str, code: int = 0) -> None:
 
 
 def failure(capsys: pytest.CaptureFixture[str]) -> str:
-    """The sentence with which the last command refused."""
+    """Return the error of the last command."""
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
 
@@ -86,7 +86,7 @@ def test_training_on_features_is_training_on_the_same_pixels(toy: Path, tmp_path
 
 @pytest.fixture
 def planted(toy: Path, tmp_path: Path) -> Path:
-    """A recipe whose nine records show five clips: one twice, one in two parts, one gone, one without an answer."""
+    """Write a recipe of nine records of five clips: one twice, one in two parts, one missing, one without an answer."""
     clips = [f"toy_direction_{number:05d}.mp4" for number in range(4)]
     pair = [{"i": "", "q": "where?", "a": "left"}]
     records: list[dict[str, Any]] = [{"video": clip, "QA": pair} for clip in [*clips[:3], *clips[:2], "gone.mp4"]]
@@ -102,7 +102,7 @@ def planted(toy: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many clips each call encodes; a shard a clip."""
+    """Return a list to which each call appends its number of clips. Each shard holds one clip."""
     real, counts = precomputed.encode, []
 
     def counting(model: Any, pixel_values: Tensor, stage: str) -> Tensor:
@@ -114,7 +114,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
-def test_each_clip_once_and_bad_ones_left_out(
+def test_each_clip_is_extracted_once_and_bad_ones_are_left_out(
     planted: Path, tmp_path: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "features"
@@ -130,7 +130,7 @@ def test_each_clip_once_and_bad_ones_left_out(
     assert len(store) == 5
     halves = [store.load(f"toy_direction_00003.mp4[{part}]") for part in ("0.0,0.5", "0.5,inf")]
     assert not halves[0].equal(halves[1])
-    # training counts as missing what could not be read, and goes on
+    # training counts unreadable clips as missing and continues
     train(planted, f"datasets.features_root={output}", "run.per_device_train_batch_size=8")
     assert read_log(tmp_path / "run")[-1]["skipped_samples"] > 0
 
@@ -147,7 +147,7 @@ def test_two_extractions_into_one_folder_do_not_mix(
     extract(planted, tmp_path / "features", "vit")
 
 
-def test_an_interrupted_extraction_goes_on(
+def test_an_interrupted_extraction_continues(
     planted: Path, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting, output = precomputed.encode, tmp_path / "features"
@@ -166,13 +166,15 @@ def test_an_interrupted_extraction_goes_on(
     extract(planted, output)
     assert encoded == [1, 1, 3]
     assert not list((output / "mine").glob(".*"))
-    (output / "mine" / shards(output / "mine")[1]).unlink()  # it may as well never have been written
+    (output / "mine" / shards(output / "mine")[1]).unlink()  # as if it had never been written
     extract(planted, output)
     extract(planted, output)  # nothing is left to do
     assert encoded == [1, 1, 3, 1] and len(FeatureStore(output / "mine")) == 5
 
 
-def test_too_many_bad_clips_fail(planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_bad_clips_fail_the_extraction(
+    planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "features"
     extract(planted, output, "vit", "--options", "run.max_bad_fraction=0.1", code=1)
     found = failure(capsys)
@@ -206,7 +208,7 @@ def test_two_processes_share_the_clips(toy: Path, tmp_path: Path) -> None:
     assert abs(counts[0] - counts[1]) <= 1
 
 
-def test_what_cannot_be_extracted(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsuitable_recipes_are_refused(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={**FROZEN["qformer"], "qformer_text_input": True})
     cases = {
         ("vit", "model.freeze_vit=False"): "the vision encoder trains (model.freeze_vit: False)",
@@ -238,7 +240,7 @@ def test_what_cannot_be_extracted(toy: Path, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "features").exists()
 
 
-def test_no_room_and_no_memory(
+def test_a_full_disk_and_too_little_memory_are_reported(
     planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

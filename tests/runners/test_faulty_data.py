@@ -36,7 +36,7 @@ def record(video: str, answer: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def recipe(toy: Path, tmp_path: Path) -> Path:
-    """Every frame of `good_<n>.mp4` shows the number n, and the answer says it; between them stand the faults."""
+    """Write a recipe with faulty records among good ones. Each frame of `good_<n>.mp4` shows n, and the answer is n."""
     media = tmp_path / "media"
     media.mkdir()
     for number in range(NUM_GOOD):
@@ -60,7 +60,7 @@ def recipe(toy: Path, tmp_path: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", toy, datasets={"mine": entry}, **settings)
 
 
-def test_faults_are_named_skipped_and_counted_and_no_pair_is_torn(
+def test_faults_are_named_skipped_and_counted_and_pairs_stay_together(
     recipe: Path, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--cfg-path", str(recipe), "--json", "--num-workers", "0"]) == 1
@@ -88,12 +88,12 @@ def test_faults_are_named_skipped_and_counted_and_no_pair_is_torn(
     assert {shown for shown, _ in pairs} == {*range(NUM_GOOD), 50}  # what lies outside can be read, too
     errors = capsys.readouterr().err
     skipped = read_log(recipe.parent / "run")[-1]["skipped_samples"]
-    assert skipped >= 3 * 9  # nine records that cannot be read, in each epoch; a replacement may meet them again
+    assert skipped >= 3 * 9  # nine unreadable records in each epoch; a replacement may be one of them, too
     for name in ("gone.mp4", "text.mp4", "cut.mp4", "empty.mp4", "picture.jpg"):
         assert len(re.findall(rf"left out: \S*{name}", errors)) == 1, name
 
 
-def test_too_many_of_them_stop_the_run_with_their_names(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_faults_stop_the_run_and_are_named(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--cfg-path", str(recipe), "--options", "run.max_bad_fraction=0.1"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "samples could not be read (" in error and ".mp4" in error and "run.max_bad_fraction (0.1)" in error

@@ -1,4 +1,4 @@
-"""A run that is killed and started again, and one that is asked to stop: the log is that of an uninterrupted run."""
+"""Runs that are killed and resumed, or stopped by a signal: their log equals that of an uninterrupted run."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def start(recipe: Path, *options: str, processes: int = 1) -> subprocess.Popen[s
 
 
 def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
-    """Until the log has a line of that step, or the process has ended."""
+    """Wait until the log has a line of this step, or the process has ended."""
     while process.poll() is None:
         log = folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -49,7 +49,7 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> No
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun has started, each in a session of its own."""
+    """Return the processes that torchrun has started, each in its own session."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
@@ -75,7 +75,9 @@ def kill(process: subprocess.Popen[str], *, processes: int) -> None:
     ],
     ids=["alone", "workers-and-accumulation", "ddp", "fsdp", "validation", "validation-ddp"],
 )
-def test_three_kills_change_nothing(processes: int, options: list[str], toy: Path, tmp_path: Path) -> None:
+def test_a_run_killed_three_times_gives_the_same_log(
+    processes: int, options: list[str], toy: Path, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, **SETTINGS)
     options = [option.format(mvbench=twins() / "mvbench") for option in options]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -99,7 +101,7 @@ def test_three_kills_change_nothing(processes: int, options: list[str], toy: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_of_the_very_step(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_a_checkpoint_of_the_current_step(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, **{**SETTINGS, "save_steps": 100, "logging_steps": 1})
     process = start(recipe)
     folder = tmp_path / "run"
@@ -118,7 +120,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_very_step(number: signal.Signals, t
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_with_a_sentence(toy: Path, tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_others_with_one_sentence(toy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=10000, save_steps=3, logging_steps=1)
     process = start(recipe, "run.per_device_train_batch_size=2", processes=2)
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The runner's small parts: arguments, parameter groups, the meter, signals."""
+"""Parts of the runner: training arguments, parameter groups, the meter, signals."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.helpers.training import write_recipe
 RUN = {"output_dir": "out", "task": "video_text_it", "max_tries": 3, "use_cpu": True}
 
 
-def test_arguments_leave_out_our_own_keys_and_keep_the_rest() -> None:
+def test_training_arguments_leave_out_our_own_keys() -> None:
     args = training_arguments({**RUN, "learning_rate": 2e-5, "dataloader_num_workers": 2}, dtype="bf16", seed=7)
     assert (args.learning_rate, args.seed, args.bf16, args.fp16) == (2e-5, 7, True, False)
     assert args.dataloader_persistent_workers
@@ -49,13 +49,13 @@ def test_fsdp_and_bf16_need_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"lr_scheduler_type": "cosin"}, r"the run section can't be used: .*cosin"),
     ],
 )
-def test_arguments_that_cannot_be_used(run, words, monkeypatch) -> None:
+def test_invalid_training_arguments_are_refused(run, words, monkeypatch) -> None:
     monkeypatch.setattr("stllm.runners.arguments.find_spec", lambda name: None)
     with pytest.raises(UserError, match=words):
         training_arguments({**RUN, **run})
 
 
-def test_the_projection_learns_at_its_own_rate() -> None:
+def test_the_projection_has_its_own_learning_rate() -> None:
     model = nn.ModuleDict({"projection": nn.Linear(2, 2), "rest": nn.Linear(2, 2), "frozen": nn.Linear(2, 2)})
     model["frozen"].requires_grad_(False)
     decayed = {"projection.weight", "rest.weight", "frozen.weight"}
@@ -66,7 +66,7 @@ def test_the_projection_learns_at_its_own_rate() -> None:
     assert [group["lr"] for group in plain] == [1e-3, 1e-3]
 
 
-def test_the_meter_means_over_steps_and_over_the_batches_that_have_a_figure() -> None:
+def test_the_meter_averages_over_steps_and_over_batches_with_a_value() -> None:
     meter = StepMeter(torch.device("cpu"))
     for number in (1, 2, 3):
         loss = torch.tensor(float(number), requires_grad=True)
@@ -80,7 +80,7 @@ def test_the_meter_means_over_steps_and_over_the_batches_that_have_a_figure() ->
     assert (found["loss"], found["loss_lm"], found["loss_mvm"], found["kept_visual_tokens"]) == (1.5, None, None, None)
 
 
-def test_the_meter_counts_what_a_second_brings() -> None:
+def test_the_meter_counts_samples_and_tokens_a_second() -> None:
     meter = StepMeter(torch.device("cpu"), peak=1e6)
     meter.count(samples=4, clips=2, tokens=torch.tensor(50), flops=10**6, waited=0.0)
     meter.count(samples=4, clips=0, tokens=torch.tensor(30), waited=1.5)
@@ -95,7 +95,7 @@ def test_the_meter_counts_what_a_second_brings() -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_padding_is_counted_whether_it_is_there_or_saved(packing: bool) -> None:
+def test_padding_is_counted_in_padded_and_packed_batches(packing: bool) -> None:
     batch = tiny_batch(mask=0, num_clips=4, shorter=5, packing=packing)  # of 23 positions each, the last has 18
     assert padding_of(batch) == (3 * 23 + 18, 5) and padding_of(batch["teacher"]) == (4 * 26, 0)
     meter = StepMeter(torch.device("cpu"))
@@ -115,7 +115,7 @@ def test_padding_is_counted_whether_it_is_there_or_saved(packing: bool) -> None:
         },
     ],
 )
-def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+def test_flops_equal_those_that_torch_counts(changes: dict[str, Any]) -> None:
     model = tiny_model(freeze_vit=True, freeze_qformer=True, **changes).train()
     batch = tiny_batch(model, mask=0)
     count = FlopCounter(model)
@@ -150,7 +150,7 @@ def test_steps_are_profiled(toy: Path, tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
-def test_the_first_signal_asks_and_the_second_stops() -> None:
+def test_the_first_signal_stops_after_the_step_and_the_second_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stopping_at_signals() as stop:
         assert stop == []

@@ -25,7 +25,7 @@ RESIDUAL = {"video_input": "residual", "residual_size": 2}
 
 
 def one_and_two(folder: Path, toy: Path, *options: str, launcher: str = "run", **recipe: Any) -> tuple[Path, Path, str]:
-    """The folders of the same run by one process and by two, and what the two wrote on stderr."""
+    """Train one recipe with one process and with two. Returns both folders, and the stderr of the two."""
     path = write_recipe(folder / "recipe.yaml", toy, **recipe)
     one, two = folder / "one", folder / "two"
     words = ["train", "--cfg-path", str(path), "--options", f"run.output_dir={one}", *options]
@@ -37,8 +37,8 @@ def one_and_two(folder: Path, toy: Path, *options: str, launcher: str = "run", *
     return one, two, result.stderr
 
 
-def test_masking_without_mvm(toy: Path, tmp_path: Path) -> None:
-    """The MVM decoder gets no gradient. torch.distributed.launch adds --local-rank before the command."""
+def test_masking_without_mvm_trains_in_two_processes(toy: Path, tmp_path: Path) -> None:
+    """The MVM decoder then gets no gradient. torch.distributed.launch adds --local-rank before the command."""
     one, two, _ = one_and_two(tmp_path, toy, model={"use_mvm": False}, max_steps=4, launcher="launch")
     log = read_log(one)
     assert all(line["loss_mvm"] is None and line["kept_visual_tokens"] < 8 for line in log)
@@ -65,10 +65,10 @@ def test_masking_without_mvm(toy: Path, tmp_path: Path) -> None:
         ({"mvm_decode": False}, TEXT, True),
     ],
 )
-def test_parts_without_a_gradient(
+def test_parts_without_a_gradient_train_in_two_processes(
     toy: Path, tmp_path: Path, model: dict[str, Any], datasets: dict[str, Any] | None, idle: bool
 ) -> None:
-    """Two processes learn what one does, and look for idle weights only where there can be some."""
+    """Two processes give the losses of one, and search for unused parameters only if there can be some."""
     if datasets is TEXT:
         (tmp_path / "text.json").write_text('[{"QA": [{"q": "what is red?", "a": "the ball"}]}]')
         datasets = {**TEXT, "text": {**TEXT["text"], "anno_path": str(tmp_path / "text.json")}}
@@ -81,8 +81,8 @@ def test_parts_without_a_gradient(
 
 
 @pytest.mark.slow
-def test_processes_draw_their_own_dropout(toy: Path, tmp_path: Path) -> None:
-    """Two processes with the same sample: equal dropout would give the loss of one process."""
+def test_processes_draw_different_dropout(toy: Path, tmp_path: Path) -> None:
+    """Both processes have the same sample; with equal dropout the loss would be that of one process."""
     clip = next((toy / "vc2" / "media").glob("*.mp4")).name
     (tmp_path / "one.json").write_text(f'[{{"video": "{clip}", "QA": [{{"q": "what is red?", "a": "the ball"}}]}}]')
     entry = {**IMAGES["videos"], "anno_path": str(tmp_path / "one.json"), "crop": "center", "sampling": "middle"}

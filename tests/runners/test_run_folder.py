@@ -1,4 +1,4 @@
-"""The run's folder: whole checkpoints or none, continuing or refusing, the log rewound."""
+"""The run folder: complete checkpoints, resuming or refusing to, and cutting the log back to the checkpoint."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ def write_checkpoint(folder: RunFolder, step: int, *, limit: int | None = None, 
         (target / STATE).write_text("{}")
 
 
-def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_is_complete_or_absent(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     write_checkpoint(folder, 9)
     write_checkpoint(folder, 10)
@@ -46,30 +46,30 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-5" / "weights").read_text() == "5"
 
 
-def test_rotation_keeps_the_newest(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for step in (1, 2, 10, 3):
         write_checkpoint(folder, step, limit=2)
     assert [path.name for path in folder.checkpoints()] == ["checkpoint-3", "checkpoint-10"]
 
 
-def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     write_checkpoint(folder, 4)
     write_checkpoint(folder, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
-def test_what_is_half_written_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / ".checkpoint.partial" / "checkpoint-8").mkdir(parents=True)
     assert RunFolder(tmp_path).last_checkpoint() is None
 
 
-def test_a_run_continues_with_its_own_configuration_alone(tmp_path: Path) -> None:
+def test_a_run_continues_only_with_its_own_configuration(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(cfg(learning_rate=0.1, logging_steps=1))
-    folder.begin(cfg(learning_rate=0.2))  # nothing was learned yet: it begins anew
+    folder.begin(cfg(learning_rate=0.2))  # without a checkpoint the run starts again
     write_checkpoint(folder, 1)
     folder.begin(cfg(learning_rate=0.2, logging_steps=5, dataloader_num_workers=2))
     with pytest.raises(UserError, match=r"another configuration: run\.learning_rate was 0\.2 and is now 0\.3;"):
@@ -79,7 +79,7 @@ def test_a_run_continues_with_its_own_configuration_alone(tmp_path: Path) -> Non
     assert OmegaConf.load(folder.config_path).run.learning_rate == 0.2
 
 
-def test_a_model_that_no_run_made_is_not_written_over(tmp_path: Path) -> None:
+def test_a_model_that_no_run_wrote_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds a model that no run made there"):
         RunFolder(tmp_path).begin(cfg())

@@ -1,4 +1,4 @@
-"""The keys of `run` as a user types them: a mistake gives one sentence; each key works, is noted or is refused."""
+"""The keys of `run`: each works, gives a note or is refused, and a mistake gives one sentence."""
 
 import dataclasses
 import logging
@@ -50,7 +50,7 @@ def recipe(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str, command: tuple[str, ...] = ()) -> str:
-    """The one sentence with which training refuses, before it writes anything."""
+    """Return the error of a training command, which must not have written anything."""
     capsys.readouterr()
     argv = ["train", "--cfg-path", str(recipe), *command, *(["--options", *options] if options else [])]
     assert main(argv) == 1
@@ -61,7 +61,7 @@ def refusal(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str, com
 
 
 def test_every_argument_of_transformers_is_in_one_table() -> None:
-    """A field that a new transformers adds must be put into a table: it works, it is noted, or it is refused."""
+    """A field that a new transformers adds must be put into a table: it works, gives a note or is refused."""
     names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     assert names - HONOURED - UNUSED.keys() - REFUSED.keys() == set()
     assert not HONOURED & UNUSED.keys() and not HONOURED & REFUSED.keys() and not UNUSED.keys() & REFUSED.keys()
@@ -167,7 +167,7 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_gives_one_sentence(
+def test_an_invalid_key_gives_one_sentence(
     recipe: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -217,7 +217,7 @@ def test_an_absent_device_is_refused_by_every_command(
 def test_a_gpu_by_number_is_the_one_that_trains(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, str]
 ) -> None:
-    """CUDA_VISIBLE_DEVICES is obeyed: the number counts among the GPUs that it leaves visible."""
+    """The number counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible."""
     chosen: list[Any] = []
 
     class Reached(Exception):
@@ -246,7 +246,7 @@ def test_a_gpu_by_number_is_the_one_that_trains(
 def trainer_of(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., STLLMTrainer]:
-    """The trainer that `stllm train` builds with these options, as it is when its first epoch would begin."""
+    """Return the trainer of `stllm train` with these options, in its state before the first epoch."""
 
     def build(*options: str) -> STLLMTrainer:
         built: list[STLLMTrainer] = []
@@ -283,7 +283,7 @@ def test_an_attention_that_needs_a_gpu_is_refused_on_the_cpu(
     assert line == f"error: model.attn_implementation is {name}, but {needs}"
 
 
-def test_honoured_keys_have_their_effect(
+def test_supported_keys_have_their_effect(
     trainer_of: Callable[..., STLLMTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verbosity = transformers_logging.get_verbosity()
@@ -337,7 +337,7 @@ def test_honoured_keys_have_their_effect(
 def test_keys_of_saving_and_logging_have_their_effect(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that saves the model alone, each epoch, and logs there; it cannot be continued, and says so."""
+    """The run saves only the model, each epoch, and logs then. Resuming it gives an error."""
     folder = tmp_path / "run"
     options = [
         f"run.output_dir={folder}",
@@ -355,7 +355,7 @@ def test_keys_of_saving_and_logging_have_their_effect(
     assert f"{checkpoint} holds the model alone (run.save_only_model)" in capsys.readouterr().err
 
 
-def test_keys_without_an_effect_are_noted(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_without_an_effect_give_a_note(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
     """None of them reaches transformers, whatever its value."""
     caplog.set_level(logging.INFO)
     names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init} & UNUSED.keys()
@@ -366,7 +366,7 @@ def test_keys_without_an_effect_are_noted(recipe: Path, caplog: pytest.LogCaptur
     assert not names & run.keys()
 
 
-def test_a_null_key_has_its_default(recipe: Path) -> None:
+def test_a_null_key_gives_its_default(recipe: Path) -> None:
     keys = [*run_keys(), *RENAMED, *SWITCHES]
     cfg = load_config(recipe, [f"run.{key}=null" for key in keys if key not in UNUSED and RENAMED.get(key) not in keys])
     defaults = {f.name: f.default for f in dataclasses.fields(RunSettings) if "unused" not in f.metadata}
@@ -376,13 +376,13 @@ def test_a_null_key_has_its_default(recipe: Path) -> None:
     assert cfg.datasets.toy_state == {}
 
 
-def test_a_switch_that_is_off_in_words(recipe: Path) -> None:
+def test_the_words_for_off_turn_a_switch_off(recipe: Path) -> None:
     options = ["run.adafactor='off'", "run.deepspeed=false", "run.report_to=false", "run.warmup_ratio='0.25'"]
     run = load_config(recipe, options).run
     assert not {"optim", "deepspeed", "report_to"} & run.keys() and run.warmup_steps == 0.25
 
 
-def test_mappings_without_their_switch_are_noted(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_without_their_switch_give_a_note(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     kwargs = "run.gradient_checkpointing_kwargs={use_reentrant: true}"
     note = "--options: run.gradient_checkpointing_kwargs has no effect without run.activation_checkpointing"
@@ -394,11 +394,11 @@ def test_mappings_without_their_switch_are_noted(recipe: Path, caplog: pytest.Lo
 
 
 def times(folder: Path) -> dict[Path, int]:
-    """When each file was last written; not the lock, which older versions of filelock write anew."""
+    """Return when each file was last written, without locks, which older versions of filelock write again."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if not path.name.endswith(".lock")}
 
 
-def test_a_run_that_must_begin_anew_does_so_in_a_new_folder_alone(
+def test_a_run_that_must_not_resume_needs_a_new_folder(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -418,7 +418,7 @@ def test_a_run_that_must_begin_anew_does_so_in_a_new_folder_alone(
 def test_a_proxy_that_cannot_be_used_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, proxy: str
 ) -> None:
-    """httpx, under the hub's client and the judge's, raises when a client is built."""
+    """httpx, which the clients of the hub and the judge use, raises when a client is created."""
     monkeypatch.setenv("ALL_PROXY", proxy)
     predictions = tmp_path / "predictions.jsonl"
     predictions.write_text('{"id": "1", "question": "?", "answer": "a", "prediction": "a"}\n')

@@ -1,4 +1,4 @@
-"""FSDP 2 and ZeRO-3 in processes on CPUs: what each holds while it loads, in which types, and who continues a run."""
+"""FSDP 2 and ZeRO-3 on CPUs: the memory of each process while loading, the types of weights, and resuming."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="Dee
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", [FSDP, pytest.param(ZERO3, marks=needs_deepspeed)])
 def test_no_process_holds_a_whole_model_while_it_loads(toy: Path, tmp_path: Path, sharding: str) -> None:
-    """A language model of 200 million weights in bfloat16, which train in float32: 780 MiB."""
+    """The language model has 200 million weights, stored in bfloat16 and trained in float32 (780 MiB)."""
     own, wide = toy / "language_model", tmp_path / "language_model"
     config = AutoConfig.from_pretrained(own, **WIDE, num_key_value_heads=8, head_dim=128, dtype=torch.bfloat16)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(wide)
@@ -48,8 +48,8 @@ def test_no_process_holds_a_whole_model_while_it_loads(toy: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_what_is_frozen_is_in_half_and_other_numbers_of_processes_continue(toy: Path, tmp_path: Path) -> None:
-    """LoRA in bfloat16: two processes learn what one does; what two have begun, three and one continue."""
+def test_frozen_weights_are_in_half_precision_and_any_number_of_processes_continues(toy: Path, tmp_path: Path) -> None:
+    """With LoRA in bfloat16, two processes give the losses of one, and three and one can continue a run of two."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=LORA, bf16=True, max_steps=5, save_steps=2)
 
     def run(name: str, processes: int, *options: str) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""`stllm train` as a user types it: what a run leaves behind, and one sentence for each mistake."""
+"""`stllm train`: the files that a run writes, resuming, several processes, and one sentence for each mistake."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def run(recipe: Path, *options: str, code: int = 0) -> None:
 
 
 def failure(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> str:
-    """The sentence with which training refuses."""
+    """Return the error of a training command."""
     capsys.readouterr()
     run(recipe, *options, code=1)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -54,13 +54,13 @@ def failure(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> 
 
 @pytest.fixture(scope="module")
 def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run's folder; its recipe lies beside it."""
+    """Return the folder of a finished run. Its recipe is beside it."""
     recipe = write_recipe(tmp_path_factory.mktemp("trained") / "recipe.yaml", toy, max_steps=8)
     run(recipe)
     return recipe.parent / "run"
 
 
-def test_what_a_run_leaves_behind(trained: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_that_a_run_writes(trained: Path, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = read_log(trained)
     assert [line["step"] for line in log] == list(range(1, 9))
     assert all(set(line) == FIELDS for line in log)
@@ -76,7 +76,7 @@ def test_what_a_run_leaves_behind(trained: Path, toy: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_run_is_the_same_run(
+def test_a_compiled_run_gives_the_same_losses(
     trained: Path,
     toy: Path,
     tmp_path: Path,
@@ -84,7 +84,7 @@ def test_a_compiled_run_is_the_same_run(
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
 ) -> None:
-    """Equal losses, weights under their own names, few compilations, and each continues the other's checkpoints."""
+    """Losses and names of weights are equal, compilations are few, and both can continue each other's checkpoints."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=8)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch._dynamo.reset()
@@ -106,7 +106,7 @@ def test_a_compiled_run_is_the_same_run(
     assert losses(tmp_path / "run") == [pytest.approx(line, rel=1e-3) for line in losses(trained)]
 
 
-def test_the_configuration_it_writes_is_one(trained: Path, tmp_path: Path) -> None:
+def test_the_configuration_that_a_run_writes_can_be_loaded(trained: Path, tmp_path: Path) -> None:
     run(
         trained / "config.yaml",
         f"run.output_dir={tmp_path / 'again'}",
@@ -117,7 +117,7 @@ def test_the_configuration_it_writes_is_one(trained: Path, tmp_path: Path) -> No
     assert read_log(tmp_path / "again")[0]["loss"] == first["loss"]
 
 
-def test_a_finished_run_is_left_as_it_is(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_not_changed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (trained / "log.jsonl").read_bytes()
     run(trained.parent / "recipe.yaml")
     assert "this run is finished" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_a_finished_run_is_left_as_it_is(trained: Path, capsys: pytest.CaptureFi
 
 
 def unfinished(trained: Path, folder: Path, step: int) -> Path:
-    """A copy of the run as it was killed after that checkpoint, and its recipe."""
+    """Return a copy of a run in the state after this checkpoint, as if killed, and its recipe."""
     shutil.copytree(trained, folder / "run")
     for path in [folder / "run" / name for name in ("config.json", "model.safetensors")]:
         path.unlink()
@@ -154,15 +154,15 @@ def test_a_run_that_was_killed_continues_exactly(trained: Path, tmp_path: Path, 
         ("gpt_neox", {"freeze_LLM": True, "lora_r": 2, "lora_target_modules": ["query_key_value"]}),
     ],
 )
-def test_language_models_with_other_names_on_disk(
+def test_language_models_with_other_weight_names_on_disk_train(
     name: str, settings: dict[str, Any], toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained, asked and continued; a checkpoint that lacks a weight is refused. transformers renames these weights."""
+    """transformers renames these weights. The models train, answer and resume; a missing weight is refused."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "language_model")
     base = tmp_path / "language_model"
     config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], "vocab_size": len(tokenizer)})
     config.max_position_embeddings = 256
-    torch.manual_seed(1)  # six steps of LoRA change the loss by some 0.005, and not of every start does it fall
+    torch.manual_seed(1)  # six steps of LoRA change the loss by about 0.005, and it does not fall for every seed
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
     (tmp_path / "whole").mkdir()
@@ -204,7 +204,7 @@ def test_language_models_with_other_names_on_disk(
         assert read_log(tmp_path / "next" / "run")[0]["loss_lm"] < read_log(whole)[0]["loss_lm"]
 
 
-def test_a_run_continues_with_its_own_settings_alone(
+def test_a_run_continues_only_with_its_own_settings(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = unfinished(trained, tmp_path, 3)
@@ -214,8 +214,8 @@ def test_a_run_continues_with_its_own_settings_alone(
     assert "is no checkpoint of a run" in failure(capsys, recipe, f"run.resume_from_checkpoint={tmp_path}")
 
 
-def test_two_processes_learn_what_one_does(trained: Path, tmp_path: Path) -> None:
-    """One process with batches of 4 and two with batches of 2: the same batches, frames, masks and losses."""
+def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> None:
+    """One process with batches of 4 and two with batches of 2 have the same batches, frames, masks and losses."""
     recipe = trained.parent / "recipe.yaml"
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2"]
     train(recipe, *options, processes=2)
@@ -225,8 +225,8 @@ def test_two_processes_learn_what_one_does(trained: Path, tmp_path: Path) -> Non
     assert kept[0] == kept[1]
 
 
-def test_packed_batches_teach_what_padded_ones_do(trained: Path, tmp_path: Path) -> None:
-    """From the beginning, in two processes, and in a run that was padded until it was killed."""
+def test_packed_batches_give_the_losses_of_padded_ones(trained: Path, tmp_path: Path) -> None:
+    """Tested from the start, in two processes, and in a run that was padded before it was killed."""
     assert yaml.safe_load((trained / "config.yaml").read_text())["run"]["packing"] is False
     (tmp_path / "killed").mkdir()
     killed = unfinished(trained, tmp_path / "killed", 3)
@@ -256,7 +256,7 @@ def test_packed_batches_teach_what_padded_ones_do(trained: Path, tmp_path: Path)
         ("llama", "run.torch_compile_backend=aot_eager", "run.torch_compile is set"),
     ],
 )
-def test_what_cannot_be_packed_is_refused(
+def test_packing_is_refused_for_unsupported_models(
     name: str, option: str, words: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(toy / "language_model")
@@ -271,7 +271,7 @@ def test_what_cannot_be_packed_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_fsdp_learns_what_one_process_does(trained: Path, tmp_path: Path, packing: bool) -> None:
+def test_fsdp_gives_the_losses_of_one_process(trained: Path, tmp_path: Path, packing: bool) -> None:
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2", "run.fsdp=true"]
     options.append(f"run.packing={packing}")
     train(trained.parent / "recipe.yaml", *options, processes=2)
@@ -283,8 +283,8 @@ def test_fsdp_learns_what_one_process_does(trained: Path, tmp_path: Path, packin
         torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=0)
 
 
-def test_accumulated_batches_are_one_large_step(toy: Path, tmp_path: Path) -> None:
-    """The loss of a step is that of its samples, however many micro-batches they come in; one data set, no mask."""
+def test_accumulated_batches_give_the_loss_of_one_large_batch(toy: Path, tmp_path: Path) -> None:
+    """The number of micro-batches does not change the loss of a step (with one data set and without masking)."""
     datasets = {"d": {"anno_path": "video/vqa/toy_direction/train.json", "media_dir": "media", "num_frames": 4}}
     first = {}
     for size, count in ((4, 1), (2, 2)):
@@ -341,8 +341,8 @@ def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict
         assert STLLM.from_pretrained(merged).config.lora is None
 
 
-def test_a_stage_starts_from_the_stage_before(trained: Path, toy: Path, tmp_path: Path) -> None:
-    """As AVP and QA: the second begins with the first one's weights, other inputs and a fresh adapter."""
+def test_a_stage_starts_from_the_weights_of_the_stage_before(trained: Path, toy: Path, tmp_path: Path) -> None:
+    """As with AVP and QA, the second stage has the weights of the first, another video input and a new adapter."""
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=2)
     content = yaml.safe_load(recipe.read_text())
     kept = {"qformer_tokenizer", "use_mask", "mvm_decode", "freeze_vit", "freeze_qformer", "freeze_LLM"}
@@ -358,7 +358,7 @@ def test_a_stage_starts_from_the_stage_before(trained: Path, toy: Path, tmp_path
     assert read_log(tmp_path / "run")[0]["loss_lm"] < read_log(trained)[0]["loss_lm"] - 0.5
 
 
-def test_a_loss_that_is_no_number_stops_with_the_batch_named(
+def test_a_loss_that_is_nan_stops_the_run_and_names_the_batch(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, save_steps=2)
@@ -376,7 +376,7 @@ def test_a_loss_that_is_no_number_stops_with_the_batch_named(
     assert "checkpoint-2 is kept" in found
 
 
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_mistakes_are_reported_before_anything_is_written(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy)
@@ -396,7 +396,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_running_out_of_memory_says_what_to_lower(
+def test_running_out_of_memory_names_the_settings_to_lower(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: STLLM, **inputs: Any) -> Any:
@@ -427,10 +427,10 @@ def test_bad_samples_are_replaced_counted_and_limited(
     assert "gone.mp4" in found
 
 
-def test_a_record_too_long_for_the_model_is_skipped_whole_and_counted(
+def test_a_record_too_long_for_the_model_is_skipped_and_counted(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Questions of 9,000 tokens, a conversation that is too long in sum, and text alone; a long answer is cut."""
+    """Tests questions of 9,000 tokens, a conversation too long in total, and text only. A long answer is cut."""
     records = json.loads((toy / "vc2/video/vqa/toy_direction/train.json").read_text())[:1] * 4
     pair = {"i": "", "q": "what moves?", "a": "a square"}
     long = {"video": "never_looked_for.mp4", "QA": [{**pair, "q": "why " * 3000}]}
@@ -463,7 +463,7 @@ def test_a_record_too_long_for_the_model_is_skipped_whole_and_counted(
     assert "data set single: 3 samples drawn one after another could not be used, the last one is " in found
 
 
-def test_more_visual_tokens_than_positions_are_named_before_any_weight_is_read(
+def test_more_visual_tokens_than_positions_are_refused_before_weights_are_read(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", toy)

@@ -1,4 +1,4 @@
-"""Validation while `stllm train` runs: what is held out, equal figures however the run is divided, the best model."""
+"""Validation in `stllm train`: held-out data, equal figures for any number of processes, the best checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "sav
 
 
 def recipe_of(folder: Path, toy: Path, **run: Any) -> Path:
-    """A recipe of three data sets, one of them held out and one in part."""
+    """Write a recipe of three data sets, of which one is held out and one partly held out."""
     entries: dict[str, Any] = {"toy_direction": {"anno_path": "video/vqa/toy_direction/train.json"}}
     entries |= {name: {"anno_path": FOLDERS[name], **HELD_OUT[name]} for name in HELD_OUT}
     entries = {name: {"media_dir": "media", "num_frames": 4, **entry} for name, entry in entries.items()}
@@ -47,13 +47,13 @@ def learned(log: list[dict[str, Any]]) -> list[float]:
 
 @pytest.fixture(scope="module")
 def validated(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of a finished run."""
+    """Return the recipe of a finished run."""
     recipe = recipe_of(tmp_path_factory.mktemp("validated"), toy, eval_benchmark=str(twins() / "mvbench"))
     run(recipe)
     return recipe
 
 
-def test_the_log_has_the_losses_and_scores(validated: Path) -> None:
+def test_the_log_has_validation_losses_and_scores(validated: Path) -> None:
     lines = scores(read_log(validated.parent / "run"))
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
@@ -62,13 +62,13 @@ def test_the_log_has_the_losses_and_scores(validated: Path) -> None:
         assert 0 <= line["eval_mvbench"] <= 100 and "eval_mvbench_State Change" in line
 
 
-def test_training_is_the_same_without(validated: Path, toy: Path, tmp_path: Path) -> None:
-    """The held-out samples are left out all the same."""
+def test_validation_does_not_change_training(validated: Path, toy: Path, tmp_path: Path) -> None:
+    """Held-out samples are left out in both runs."""
     log = run(recipe_of(tmp_path, toy, eval_strategy="no"))
     assert learned(log) == learned(read_log(validated.parent / "run")) and not scores(log)
 
 
-def test_a_run_that_was_killed_goes_on_with_its_validation(validated: Path, toy: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_with_its_validation(validated: Path, toy: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, toy, eval_benchmark=str(twins() / "mvbench"))
     shutil.copytree(validated.parent / "run", tmp_path / "run")
     for name in ("config.json", "model.safetensors"):
@@ -80,7 +80,7 @@ def test_a_run_that_was_killed_goes_on_with_its_validation(validated: Path, toy:
         assert found == pytest.approx(line, abs=1e-6)
 
 
-def test_two_processes_score_as_one(validated: Path, toy: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_scores_of_one(validated: Path, toy: Path, tmp_path: Path) -> None:
     options = (
         "run.per_device_train_batch_size=2",
         "run.per_device_eval_batch_size=3",
@@ -93,7 +93,7 @@ def test_two_processes_score_as_one(validated: Path, toy: Path, tmp_path: Path) 
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_best_checkpoint_is_kept_and_is_the_result(toy: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_and_becomes_the_result(toy: Path, tmp_path: Path) -> None:
     options = {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 3.0, "max_steps": 6}
     log = scores(run(recipe_of(tmp_path, toy, **options)))
     best = min(log, key=lambda line: line["eval_loss"])["step"]
@@ -103,7 +103,7 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(toy: Path, tmp_path: Path
     assert all(bool((found[name] == weight).all()) for name, weight in expected.items())
 
 
-def test_all_parts_of_a_video_are_on_one_side(toy: Path, tmp_path: Path) -> None:
+def test_all_parts_of_a_video_are_held_out_together(toy: Path, tmp_path: Path) -> None:
     cfg = load_config(recipe_of(tmp_path, toy))
     OmegaConf.set_struct(cfg, False)
     cfg.datasets.toy_state.qa_sampling = "all"
@@ -145,14 +145,14 @@ def test_every_held_out_sample_counts_once(sizes: tuple[int, ...], batch_size: i
         (["run.eval_steps=0"], "'run.eval_steps' must be above 0"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(
+def test_data_that_cannot_be_scored_is_refused(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
 ) -> None:
     run(recipe_of(tmp_path, toy), *options, code=1)
     assert words in capsys.readouterr().err
 
 
-def test_the_fraction_is_of_the_media(toy: Path, tmp_path: Path) -> None:
+def test_the_held_out_fraction_counts_media(toy: Path, tmp_path: Path) -> None:
     cfg = load_config(recipe_of(tmp_path, toy))
     held = build_corpora(cfg, image_size=32, train=False, split="val")
     counts = {source.corpus.name: (source.indices, len(source.corpus)) for source in held}

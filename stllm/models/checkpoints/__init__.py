@@ -1,1 +1,1 @@
-"""Weights on disk: one key table a format, audited loading, conversion, inspection, verification."""
+"""Weights on disk: known formats, loading with an audit, conversion, inspection and verification."""

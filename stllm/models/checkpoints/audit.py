@@ -1,6 +1,6 @@
-"""`AuditReport`: the fate of every weight, part by part.
+"""`AuditReport`: what happened to each weight when a checkpoint was loaded, by part of the model.
 
-A weight that the model needs and that is missing or has a wrong shape is an error that names the key, never a warning.
+A weight that the model needs must be there and have the right shape. If not, an error names its key.
 """
 
 import re
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A part of the model. prefix: of our keys; hint: a pattern that its foreign keys match.
+    """A part of the model. prefix: of our keys. hint: a pattern to recognise its keys in other formats.
 
-    given_by: the setting that names its weights; switch: or else the setting that leaves the part out.
+    given_by: the setting that names the file of its weights. switch: a setting that leaves the part out. Messages
+    mention them when weights are missing.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Part(NamedTuple):
 VISION_KEYS = r"visual_encoder|vision_model|^(?:blocks|norm|fc_norm|head|cls_token|mask_token|pos_embed|patch_embed)\b"
 LANGUAGE_KEYS = r"language_model|embed_tokens|rotary|layers\.|lm_head|^model\."
 BY_CKPT = "model.ckpt (or an InstructBLIP file as model.q_former_model)"
-PARTS = (  # the first that fits counts
+PARTS = (  # a key belongs to the first part that fits
     Part("temporal adapter", "vision_encoder.adapter.", r"BTAdapter", switch="model.vit_model=eva_clip_g"),
     Part("ln_vision", "vision_encoder.ln_vision.", r"(?!)", "model.q_former_model"),
     Part("qformer", "qformer.", r"Qformer|qformer", "model.q_former_model"),
@@ -52,7 +53,7 @@ def part_of(key: str) -> str:
 
 
 def part_of_theirs(key: str) -> str:
-    """Guess the part of a key of a foreign format."""
+    """Guess the part that a key of another format belongs to."""
     return next((part.name for part in PARTS if re.search(part.hint, key)), OTHER)
 
 
@@ -60,8 +61,8 @@ def part_of_theirs(key: str) -> str:
 class AuditReport:
     """The audit of one loading.
 
-    source: what was loaded. parts: part -> state, one of `STATES` -> keys; of wrong_shape `key: found (...), expected
-    (...)`. notes: other facts to report (resized, grown, ...).
+    source: name of the checkpoint. parts: part -> state (one of `STATES`) -> keys. Entries of the state wrong_shape are
+    `key: found (...), expected (...)`. notes: other facts to report, such as resized position embeddings.
     """
 
     source: str
@@ -69,7 +70,7 @@ class AuditReport:
     notes: list[str] = field(default_factory=list)
 
     def add(self, state: str, part: str, entry: str) -> None:
-        """Enter a key under one of `STATES`."""
+        """Record a key. state: one of `STATES`."""
         self.parts.setdefault(part, {name: [] for name in STATES})[state].append(entry)
 
     def keys(self, state: str) -> list[str]:
@@ -77,9 +78,9 @@ class AuditReport:
         return [entry for _, audit in self._ordered() for entry in audit[state]]
 
     def raise_for_problems(self) -> None:
-        """Raise UserError naming what is missing or has a wrong shape."""
+        """Raise UserError if weights are missing or have a wrong shape; it names them."""
         wrong, missing = self.keys("wrong_shape"), self.keys("missing")
-        # a part without any weights also leaves its sizes unknown, which makes others look wrong
+        # without a part's weights its sizes are guessed, so other parts can seem to have wrong shapes
         part_missing = any(audit["missing"] and not audit["loaded"] for audit in self.parts.values())
         if wrong and not part_missing:
             raise UserError(
@@ -98,7 +99,7 @@ class AuditReport:
         raise UserError(f"{self.source}: {lacking}; {advice}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the number of loaded weights, and the names of all others."""
+        """Return the report for JSON: by part, the number of loaded weights and the names of all others."""
         parts = {
             part: {"loaded": len(audit["loaded"]), **{state: audit[state] for state in STATES[1:]}}
             for part, audit in self._ordered()
@@ -106,7 +107,7 @@ class AuditReport:
         return {"source": self.source, "parts": parts, "notes": self.notes}
 
     def table(self) -> "Table":
-        """Return the counts as a table for the terminal."""
+        """Return the number of weights by part and state, as a table for the terminal."""
         from rich.box import SIMPLE
         from rich.table import Table
 
@@ -121,7 +122,7 @@ class AuditReport:
         return table
 
     def details(self) -> list[str]:
-        """Return a line for each kind of exception, and the notes."""
+        """Return a line for each part and state other than loaded, with the keys, and then the notes."""
         lines = [
             f"{part}, {state.replace('_', ' ')}: {named(audit[state])}"
             for part, audit in self._ordered()
@@ -136,7 +137,7 @@ class AuditReport:
 
 
 def named(keys: list[str]) -> str:
-    """Name the first keys, and the number of the others."""
+    """Join the first `MAX_NAMED` keys for a message, followed by the number of the others."""
     more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
     return ", ".join(keys[:MAX_NAMED]) + more
 

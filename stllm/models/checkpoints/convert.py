@@ -1,11 +1,10 @@
-"""`stllm convert SOURCE... --to DIR`: weights of any known layout to ours, and to the released layout.
+"""`stllm convert SOURCE... --to DIR`: converts weights of any known format to ours, or to the released format.
 
-Everything is written into a temporary folder beside the target, which is renamed at the end: a target is complete or
-does not exist. A complete target holds a record of the command, so the same command recognises that its work is done.
+Everything is written into a temporary folder beside the target, which is renamed at the end. So a target is either
+complete or does not exist. It holds a record of the command, by which the same command recognises that it is done.
 
-The released layout is sharded .bin files with an index, config.json, and a meta.json in the golden folders' form.
-meta.json holds what weights don't show (head counts, mean or all frames, ...), so that the folder loads again with
-nothing else named.
+The released format consists of sharded .bin files with an index, config.json and meta.json. meta.json holds what cannot
+be inferred from the weights (number of heads, video input, ...), so the folder can be loaded without other settings.
 """
 
 import hashlib
@@ -37,9 +36,9 @@ from stllm.models.st_llm import STLLM, config_of
 from stllm.processors.prompts import QFORMER_FOLDER
 
 FORMATS = ("stllm", "released", "language-model")
-RECORD = ".conversion"  # in the target: a digest of the command, and the sizes of the files that it wrote
+RECORD = ".conversion"  # file in the target: a digest of the command, and the sizes of the files that it wrote
 SHARD_BYTES = 5 << 30
-# transformers' generic fields that LLaMA's config.json has, too
+# fields of any transformers configuration that LLaMA's config.json has, too
 KEPT_GENERIC = {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
@@ -56,17 +55,18 @@ def convert(
 ) -> AuditReport | None:
     """Combine the sources (later ones override earlier ones) and write them to the new folder `to`.
 
-    dtype: auto keeps the type that most of the weights have. adapter: a LoRA adapter's folder, added on top of them.
-    merge: adds LoRA to the weights that it adapts. Returns None when `to` holds the result of the same conversion.
-    Raises UserError for anything missing or contradictory, for a target that is not empty, and for a full disk; the
-    target is then as it was.
+    cfg_path, options: settings that the sources do not determine. format: one of `FORMATS`. dtype: the stored type;
+    auto keeps the type of most weights. adapter: the folder of a LoRA adapter to add. merge: adds LoRA to the weights
+    that it adapts. Returns the audit, or None if `to` already holds the result of the same conversion.
+    Raises UserError for anything missing or contradictory, for a target that is not empty, and for a full disk. The
+    target is then unchanged.
     """
     assert format in FORMATS
     target = user_path(to)
     try:
         record = loads((target / RECORD).read_text(encoding="utf-8"))
         done, written = str(record["command"]), dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or none that a conversion wrote
+    except (OSError, ValueError, KeyError, TypeError):  # no conversion was written here
         done, written = "", {}
         check_new(target, "--to")
     opened = open_model(sources, cfg_path, options=options)
@@ -86,7 +86,7 @@ def convert(
     if merge:
         if model.config.lora is None:
             raise UserError(f"{' + '.join(map(str, sources))} has no LoRA to merge: leave out --merge-lora")
-        merge_lora(model)  # the other layouts have no place for LoRA: they always merge it
+        merge_lora(model)  # only needed for our format: the other formats always merge LoRA
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(target, needed) as folder:
         if format == "language-model":  # what transformers' AutoModelForCausalLM and `vllm serve` load
@@ -105,7 +105,7 @@ def convert(
 
 
 def _files(place: Path) -> dict[Path, os.stat_result]:
-    """The files of a checkpoint folder (or the file itself), with their sizes and times."""
+    """Return the files of a checkpoint folder, or the file itself, with their sizes and times."""
     paths = [place, *place.glob("*"), *place.glob(f"{QFORMER_FOLDER}/*")]
     return {path: path.stat() for path in paths if path.is_file()}
 
@@ -115,7 +115,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
-    """Return the floating-point type of most of the weights."""
+    """Return the floating-point type that most of the weights are stored in."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in (spec for source in sources for spec in source.weights.specs.values()):
         if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -124,9 +124,9 @@ def stored_dtype(sources: Sequence[Source]) -> torch.dtype:
 
 
 def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write everything but the tokenizers. LoRA is merged into the weights, in place: the layout has no keys for it.
+    """Write a model in the released format, without the tokenizers. LoRA is merged into the model first, in place.
 
-    Raises UserError for a language model that the layout has no place for.
+    shard_bytes: the largest size of a weight file. Raises UserError if the format has no place for the language model.
     """
     state = released_state(model)
     split = split_torch_state_dict_into_shards(
@@ -136,7 +136,7 @@ def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES)
     for name, keys in tqdm(files, desc="writing weights", unit="file", disable=None, delay=1, leave=False):
         torch.save({key: state[key] for key in keys}, folder / name)
     index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-    # config.json as old libraries read it: LLaMA's own fields, not transformers' generic ones
+    # config.json as old libraries expect it: only LLaMA's fields, without those of any transformers configuration
     generic = set(PretrainedConfig().to_dict()) - KEPT_GENERIC
     text = {key: value for key, value in model.config.text_config.to_dict().items() if key not in generic}
     if "rope_theta" in (text.get("rope_parameters") or {}):
@@ -149,7 +149,10 @@ def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES)
 
 
 def released_state(model: STLLM) -> dict[str, Tensor]:
-    """Return the model's weights under the released names. Raises UserError."""
+    """Return the model's weights under the released names. LoRA is merged into the model first, in place.
+
+    Raises UserError if the released format has no place for a weight.
+    """
     kind = model.config.text_config.model_type
     if kind != "llama":
         raise UserError(f"the released layout takes LLaMA models only, but this one's is {kind}: use --format stllm")
@@ -162,12 +165,12 @@ def released_state(model: STLLM) -> dict[str, Tensor]:
             state[RELEASED.to_theirs(key)] = tensor.detach().cpu()
         except UnknownKeyError as error:
             raise UserError(f"the released layout has no place for {key}: use --format stllm") from error
-    state["model.stllm_model.embed_tokens.weight"] = state["model.embed_tokens.weight"]  # as published
+    state["model.stllm_model.embed_tokens.weight"] = state["model.embed_tokens.weight"]  # published twice
     return state
 
 
 def meta_of(config: STLLMConfig) -> dict[str, Any]:
-    """Return what weights do not show: the configuration by its published names, and the sizes."""
+    """Return the content of meta.json: the settings by their published names, and the sizes."""
     vision = {key: config.vision_config[key] for key in VISION_DEFAULTS if key not in VISION_RENAMED.values()}
     vision = {"img_size": config.vision_config["image_size"], **vision}
     sizes: dict[str, Any] = {"vision": vision, "llm": "config.json", "bottleneck": config.residual_bottleneck}

@@ -1,11 +1,12 @@
-"""The known formats: the names of weights in each, and the detection of a checkpoint's format.
+"""The known checkpoint formats: how to recognise them, and how their keys (the names of weights) map to ours.
 
-A key table is declared once and read in both directions; ours are on the right: vision_encoder.{backbone,adapter,
-ln_vision}, qformer.{query_tokens,bert}, projection, video_input, mvm_decoder, language_model. A key that no table entry
-covers raises an error; nothing is dropped silently. Source: the key lists of the published checkpoints.
+Each format has a table of pairs (their prefix, our prefix), which is used in both directions. Our prefixes are
+vision_encoder.{backbone,adapter,ln_vision}, qformer.{query_tokens,bert}, projection, video_input, mvm_decoder and
+language_model. A key that the table does not cover is an error, so no weight is dropped silently. Source: the key lists
+of the published checkpoints.
 
-`open_source` returns a `Source`: format, key table, shapes, and the tensors on demand. A path that does not exist here
-and looks like `org/name` is fetched from the hub. Only that and a URL use the network.
+`open_source` returns a `Source`: the format, its table, the shapes, and the tensors on demand. A name such as
+`org/name`, if there is no such file here, is downloaded from the hub. Only this and URLs use the network.
 """
 
 import re
@@ -50,17 +51,16 @@ class Format(Enum):
 
 
 class UnknownKeyError(KeyError):
-    """A key that the table neither renames nor ignores."""
+    """A key that a `KeyTable` neither renames nor ignores."""
 
 
 @dataclass(frozen=True)
 class KeyTable:
-    """One format's names.
+    """Translates the keys of one format ("theirs") into ours, and back.
 
-    prefixes: (theirs, ours); the first that fits is replaced, so a prefix comes before any shorter one that it begins
-    with.
-    inner: their prefix -> (theirs, ours), replaced anywhere after it.
-    ignored: regular expressions of keys that are known and not ours, matched from the start.
+    prefixes: pairs (theirs, ours). The first prefix that fits is replaced, so longer prefixes come first.
+    inner: their prefix -> pairs (theirs, ours) that are replaced anywhere in the rest of the key.
+    ignored: patterns of keys that our model does not need, matched from the start of the key.
     """
 
     prefixes: Pairs
@@ -68,15 +68,15 @@ class KeyTable:
     ignored: tuple[str, ...] = ()
 
     def ignores(self, key: str) -> bool:
-        """Check whether their key is known and not ours."""
+        """Check whether our model does not need a key of this format."""
         return any(re.match(pattern, key) for pattern in self.ignored)
 
     def ignoring(self, *patterns: str) -> "KeyTable":
-        """Return the same table with more keys that are known and not ours."""
+        """Return a copy of this table that ignores keys of these patterns, too."""
         return replace(self, ignored=(*patterns, *self.ignored))
 
     def to_ours(self, key: str) -> str | None:
-        """Return our name for their key; None when it is ignored. Raises UnknownKeyError."""
+        """Return our key for a key of this format, or None if it is ignored. Raises UnknownKeyError."""
         if self.ignores(key):
             return None
         for theirs, ours in self.prefixes:
@@ -88,7 +88,7 @@ class KeyTable:
         raise UnknownKeyError(key)
 
     def to_theirs(self, key: str) -> str:
-        """Return their name for our key. Raises UnknownKeyError when the format has no place for it."""
+        """Return this format's key for our key. Raises UnknownKeyError if the format has no place for it."""
         for theirs, ours in sorted(self.prefixes, key=lambda pair: -len(pair[1])):
             if key.startswith(ours):
                 rest = key[len(ours) :]
@@ -108,7 +108,7 @@ OLD_BUFFERS = (r".*rotary_emb\.inv_freq$",)  # saved by old libraries
 
 
 def _lavis_parts(prefix: str) -> Pairs:
-    """Name the parts that have the same names in every file of the LAVIS line, under some prefix."""
+    """Return the pairs of parts that LAVIS-based checkpoints share. prefix: what precedes their keys."""
     return (
         (f"{prefix}ln_vision.", "vision_encoder.ln_vision."),
         (f"{prefix}Qformer.bert.", "qformer.bert."),
@@ -142,12 +142,12 @@ RELEASED = KeyTable(
     ),
 )
 
-# `eva_vit_g.pth` has one block more than BLIP-2 uses, which `open_source` adds to what is ignored
+# `eva_vit_g.pth` has one block more than BLIP-2 uses; `open_source` adds that block to the ignored keys
 EVA = KeyTable(
     prefixes=tuple(
         (key, f"vision_encoder.backbone.{key}") for key in ("cls_token", "pos_embed", "patch_embed.", "blocks.")
     ),
-    ignored=(r"(?:norm|fc_norm|head)\.", r"mask_token$", r"rel_pos_bias\."),  # of its pre-training; ln_vision follows
+    ignored=(r"(?:norm|fc_norm|head)\.", r"mask_token$", r"rel_pos_bias\."),  # only used in pre-training
 )
 
 
@@ -190,14 +190,14 @@ TRANSFORMERS_BLIP = KeyTable(
     ignored=(r".*\.position_ids$", *OLD_BUFFERS),
 )
 
-# an encoder-decoder reads the projected tokens in its encoder: neither it nor the projection into it is ours
+# an encoder-decoder language model (T5) and the projection into it are of no use here
 FOREIGN_LANGUAGE_MODEL = (r"language_model\.", r"language_projection\.")
 
 CAUSAL_LM = KeyTable(prefixes=(("", "language_model."),), ignored=OLD_BUFFERS)
 
 
 class SourceTensor(NamedTuple):
-    """One of our tensors in a source: their key and its shape."""
+    """One of our weights in a source. key: its name in the source. shape: its shape."""
 
     key: str
     shape: tuple[int, ...]
@@ -207,8 +207,9 @@ class SourceTensor(NamedTuple):
 class Source:
     """A file or folder of weights in one format.
 
-    config, meta: its config.json and meta.json, {} if it has none. entries: our keys and where they are found.
-    ignored_keys: their keys that are known and not ours. unknown_keys: those that the table does not cover.
+    config, meta: the contents of its config.json and meta.json, {} without such a file. entries: our key -> its key and
+    shape in this source. ignored_keys: keys of the source that our model does not need. unknown_keys: keys that the
+    table does not cover.
     """
 
     path: Path
@@ -235,7 +236,7 @@ class Source:
 
     @property
     def is_whole_model(self) -> bool:
-        """Check whether it holds every part, so that nothing else needs to be named."""
+        """True if this source holds all parts of a model, so that no other weights are needed."""
         if self.format is Format.TRANSFORMERS_BLIP:
             return not self.table.ignores(LANGUAGE_MODEL)
         return self.format in (Format.STLLM, Format.RELEASED)
@@ -244,8 +245,8 @@ class Source:
 def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     """Open weights of any known format. Only names and shapes are read.
 
-    depth: blocks of the vision encoder that are used, where the configuration specifies it.
-    Raises UserError: nothing there, no checkpoint, a shard missing, a file damaged.
+    path: a file, a folder, a hub name or a URL. depth: the number of encoder blocks to use, if configured.
+    Raises UserError if there is nothing, if it is no checkpoint, if a shard is missing, or if a file is damaged.
     """
     place = locate(path)
     check_regular(place, "weights")
@@ -311,7 +312,10 @@ def _without_config(path: Path, weights: Weights, depth: int | None) -> Source:
 
 
 def locate(path: str | Path) -> Path:
-    """Find the file or folder of that name: here, at a URL, or on the hub. Raises UserError."""
+    """Return the file or folder of a path, a URL or a hub name, downloading it if needed.
+
+    Raises UserError if it cannot be found or downloaded.
+    """
     place = user_path(path)
     if place.exists():
         return place
@@ -335,7 +339,7 @@ def locate(path: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # a missing repository, no network, no permission: many kinds
+    except Exception as error:  # the hub raises many types: a missing repository, no network, no permission
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{name} is neither a file or folder here nor could it be fetched from the hub ({cause}): check the path, "
@@ -381,9 +385,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; {} when the file does not exist. Raises UserError when it is damaged.
+    """Read a JSON object. Returns {} if the file does not exist. Raises UserError if it is damaged.
 
-    transformers writes infinity as {"__float__": "Infinity"}; it is read as the number.
+    transformers writes infinity as {"__float__": "Infinity"}, which is read as a float.
     """
     if not path.is_file():
         return {}

@@ -1,8 +1,9 @@
-"""The configuration of a model, inferred from its files and the settings. Only headers of weight files are read.
+"""Infers a model's configuration from its files and the settings. Only the headers of weight files are read.
 
-Sources, weakest first: published defaults, the shapes and keys of weights, the folder's own config.json and meta.json,
-the user's settings. Where two of them contradict each other, a sentence names what was found, what was expected and
-what to do. Other problems (a weight missing or of another shape) are left to the audit. All keys of weights are ours.
+Each of these sources overrides those before it: the published defaults, the shapes and keys of the weights, config.json
+and meta.json beside the weights, and the user's settings. If two sources contradict each other, an error says what was
+found, what was expected and what to do. The audit (audit.py) reports weights that are missing or have another shape.
+All keys in this file are our names, not those of the format.
 """
 
 import logging
@@ -32,9 +33,10 @@ LN_VISION = "vision_encoder.ln_vision.weight"
 TEXT_KEY = f"{BERT}embeddings.word_embeddings.weight"
 LAYERS = f"{BERT}encoder.layer."
 CROSS_ATTENTION = re.compile(rf"{re.escape(LAYERS)}(\d+)\.crossattention")
-RESIDUAL_INDEX = "model.stllm_model.residual_index"  # (R,): not a weight of ours, but its length shows R
-NESTED = ("vision_config", "qformer_config", "mask_rate")  # merged key by key
-# group, size, our key, axis; the first key that is there counts: a Q-Former's file shows the encoder's width, too
+RESIDUAL_INDEX = "model.stllm_model.residual_index"  # (R,): not used, but its length is `residual_size`
+NESTED = ("vision_config", "qformer_config", "mask_rate")  # fields that are merged key by key
+# field group, size, our key, axis. The first key that exists determines a size: embed_dim is also known from ln_vision,
+# which a Q-Former's file holds.
 SIZES = (
     ("vision_config", "embed_dim", f"{BACKBONE}patch_embed.proj.weight", 0),
     ("vision_config", "embed_dim", LN_VISION, 0),
@@ -48,18 +50,18 @@ SIZES = (
     ("", "num_query_tokens", "qformer.query_tokens", 1),
     ("", "residual_bottleneck", "video_input.down_proj.weight", 0),
 )
-# group, number of layers, what comes before a layer's number
+# field group, number of layers, prefix of a layer's number
 DEPTHS = (
     ("vision_config", "depth", f"{BACKBONE}blocks."),
     ("vision_config", "adapter_depth", f"{ADAPTER}spatial."),
     ("qformer_config", "num_hidden_layers", LAYERS),
 )
-# group, width, head count, default width, width of a published head (EVA-ViT-g's 1408 / 16, every BERT's), name
+# field group, width, number of heads, default width, width of one head as published (EVA-ViT-g: 1408 / 16), part
 HEADS = (
     ("vision_config", "embed_dim", "num_heads", VISION_DEFAULTS["embed_dim"], 88, "vision encoder"),
     ("qformer_config", "hidden_size", "num_attention_heads", QFORMER_DEFAULTS["hidden_size"], 64, "Q-Former"),
 )
-# what settings may contradict; image_size may differ: position embeddings are interpolated
+# sizes in which settings and weights must agree; image_size is not among them: position embeddings are interpolated
 COMPARED = (
     *((group, name) for group, name, *_ in (*SIZES, *DEPTHS)),
     ("qformer_config", "cross_attention_frequency"),
@@ -76,7 +78,10 @@ NOT_THE_MODELS = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint of which only headers were read: its sources, the user's settings, the inferred configuration."""
+    """A checkpoint whose weights are not read yet: its sources, the user's settings, and the inferred configuration.
+
+    path: the last of the paths that were opened.
+    """
 
     path: Path
     sources: list[Source]
@@ -87,7 +92,7 @@ class Opened:
 def open_model(
     paths: str | Path | Sequence[str | Path], cfg_path: str | Path | None = None, *, options: Sequence[str] = ()
 ) -> Opened:
-    """Open a checkpoint, or pieces of one, and infer its configuration. Raises UserError."""
+    """Open a checkpoint, or files that together make one, and infer its configuration. Raises UserError."""
     settings = explicit_settings(cfg_path, options)
     places = [locate(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     sources = open_sources(settings, *places)
@@ -95,9 +100,9 @@ def open_model(
 
 
 def open_sources(settings: Mapping[str, Any], *paths: str | Path) -> list[Source]:
-    """Open these weights, and before them the pieces that the settings name, unless one is a whole model.
+    """Open weights. If none of them is a whole model, the files named in the settings are opened as well, before them.
 
-    The published encoder need not be named if the published code has left it in torch's cache. Raises UserError.
+    The vision encoder need not be named if torch's cache holds the published one. Raises UserError.
     """
     depth = (settings.get("vision") or {}).get("depth")
     sources = [open_source(path, depth=depth) for path in paths]
@@ -120,8 +125,8 @@ def open_sources(settings: Mapping[str, Any], *paths: str | Path) -> list[Source
 def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, default_llm: bool = False) -> STLLMConfig:
     """Infer the configuration for these weights (later sources override earlier ones) and settings.
 
-    default_llm: if nothing names a language model, take the published 7B shape instead of raising an error.
-    Raises UserError for fields that nothing determines, and for contradictions.
+    default_llm: if no language model is named, assume the published 7B sizes instead of raising an error.
+    Raises UserError if a field cannot be determined, and for contradictions.
     """
     name = names_of(sources) or "the configuration"
     asked = settings_to_fields(settings)
@@ -151,10 +156,10 @@ def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, def
         fields["text_config"] = asked_llm or {"model_type": "llama"}
     takes_text = fields.get("qformer_text_input", True) and fields.get("has_qformer", True)
     fields.setdefault("template", "instructblip" if takes_text else "minigpt4")
-    if templates.get(fields["template"]).bos_is_eos:  # the InstructBLIP family, which adds [PAD]
+    if templates.get(fields["template"]).bos_is_eos:  # the InstructBLIP family adds [PAD] to the vocabulary
         text = fields["text_config"] = dict(fields["text_config"])
         owners = [source for source in sources if "text_config" in _own_fields(source)]
-        if not sources and asked_llm is None:  # the published Vicuna, nothing on disk
+        if not sources and asked_llm is None:  # the published Vicuna's sizes, without a file
             text["vocab_size"] = text.get("vocab_size", 32000) + 1
         elif owners and owners[-1].format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP):
             contained = int(text.get("vocab_size", 32000))
@@ -170,7 +175,7 @@ def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, def
 
 
 def merge_fields(below: Fields, above: Fields) -> Fields:
-    """Merge `above` over `below`, the nested groups key by key."""
+    """Return `below` updated with `above`. The groups in `NESTED` are merged key by key."""
     merged = {**below, **above}
     for group in NESTED:
         if below.get(group) and above.get(group):
@@ -179,7 +184,7 @@ def merge_fields(below: Fields, above: Fields) -> Fields:
 
 
 def merged_shapes(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
-    """Return our keys and their shapes over all sources; later ones override earlier ones."""
+    """Return the shape of each of our keys in all sources. Later sources override earlier ones."""
     return {key: entry.shape for source in sources for key, entry in source.entries.items()}
 
 
@@ -189,7 +194,7 @@ def names_of(sources: Sequence[Source]) -> str:
 
 
 def assumptions(sources: Sequence[Source], settings: Mapping[str, Any], config: STLLMConfig) -> list[str]:
-    """List the published defaults that were taken because neither weights nor settings say otherwise."""
+    """List the published defaults that were assumed because neither weights nor settings determine the value."""
     if not sources or any(source.format is Format.STLLM for source in sources):
         return []
     known = merge_fields(_inferred(sources), settings_to_fields(settings))
@@ -207,13 +212,13 @@ def _inferred(sources: Sequence[Source]) -> Fields:
 
 
 def _own_fields(source: Source) -> Fields:
-    """Read what a source's own config.json and meta.json say, as fields of `STLLMConfig`."""
+    """Return the fields of `STLLMConfig` that a source's config.json and meta.json determine."""
     config, fields = source.config, Fields()
     if source.format is Format.STLLM:
         fields = {key: value for key, value in config.items() if key in STLLMConfig.__annotations__}
         vision = fields.get("vision_config") or {}
         if vision.get("encoder", VISION_DEFAULTS["encoder"]) == VISION_DEFAULTS["encoder"]:
-            # it has no adapter, so its adapter sizes settle nothing
+            # without an adapter, the saved adapter sizes are only defaults
             absent = ("adapter_depth", "max_frames")
             fields["vision_config"] = {key: value for key, value in vision.items() if key not in absent}
     elif source.format is Format.RELEASED:
@@ -232,7 +237,7 @@ def _own_fields(source: Source) -> Fields:
         fields |= settings_to_fields(settings)
     elif source.format is Format.TRANSFORMERS_BLIP:
         vision, qformer = config.get("vision_config") or {}, config.get("qformer_config") or {}
-        # transformers leaves out what equals its own defaults
+        # transformers does not save values that equal its defaults
         heads = {"num_heads": vision.get("num_attention_heads", 16), "ln_eps": vision.get("layer_norm_eps", 1e-6)}
         every = {key: qformer[key] for key in ("cross_attention_frequency",) if key in qformer}
         own_qformer = {"num_attention_heads": qformer.get("num_attention_heads", 12), **every}
@@ -251,7 +256,7 @@ def _text_config(config: Mapping[str, Any]) -> Fields:
 
 
 def sizes_from_weights(shapes: Shapes) -> Fields:
-    """Infer the fields of `STLLMConfig` that these weights determine: sizes from shapes, parts from keys."""
+    """Infer fields of `STLLMConfig` from weights: sizes from shapes, and the parts of the model from keys."""
     fields: Fields = {"vision_config": {}, "qformer_config": {}}
     for group, name, key, axis in SIZES:
         if key in shapes:
@@ -267,7 +272,7 @@ def sizes_from_weights(shapes: Shapes) -> Fields:
         if f"{BACKBONE}blocks.0.mlp.fc1.weight" in shapes:
             hidden, width = shapes[f"{BACKBONE}blocks.0.mlp.fc1.weight"]
             usual = float(VISION_DEFAULTS["mlp_ratio"])
-            # the ratio only has to give this width again once it is multiplied and cut off
+            # many ratios give this width, because int() cuts off the product
             vision["mlp_ratio"] = usual if int(width * usual) == hidden else (hidden + 0.5) / width
     if f"{ADAPTER}class_token" in shapes:
         vision["encoder"] = "eva_btadapter_g"
@@ -278,7 +283,7 @@ def sizes_from_weights(shapes: Shapes) -> Fields:
             every = crossing[1] - crossing[0] if len(crossing) > 1 else max(qformer["num_hidden_layers"], 1)
             qformer["cross_attention_frequency"] = every
     elif "patch_size" in vision and shapes.get("projection.weight", (0, 0))[1] == 4 * vision["embed_dim"]:
-        # the projection takes four neighbouring patches at once: the model without a Q-Former
+        # a projection of four merged patches: a model without a Q-Former
         fields |= {"has_qformer": False, "qformer_text_input": False}
     if "residual_bottleneck" in fields:
         fields["video_input"] = "residual"
@@ -288,7 +293,10 @@ def sizes_from_weights(shapes: Shapes) -> Fields:
 
 
 def with_head_counts(fields: Fields, source: str) -> Fields:
-    """Fill in head counts that nothing names, for the published widths only. Raises UserError for any other width."""
+    """Add missing numbers of attention heads, which are known for published widths only.
+
+    source: names the weights in messages. Raises UserError for any other width, and if heads do not divide the width.
+    """
     filled = dict(fields)
     for group, width_key, heads_key, default_width, head_width, part in HEADS:
         published = GROUP_KEYS[group] + heads_key
@@ -310,11 +318,11 @@ def with_head_counts(fields: Fields, source: str) -> Fields:
 
 
 def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any], asked: Fields | None) -> None:
-    """Compare the language model's size (7B or 13B) in the weights, config.json, `llama_model` and `llm`."""
+    """Raise UserError if weights, config.json, `llama_model` and `llm` disagree on the language model's size."""
     facts: list[tuple[str, Any]] = []
     for source in sources:
         text = source.config.get("text_config") or source.config
-        if "word_embed_proj_dim" not in text:  # OPT's: embeddings may be narrower than the model
+        if "word_embed_proj_dim" not in text:  # OPT's embeddings may be narrower than the model
             for key, entry in source.entries.items():
                 if key.startswith("language_model.") and key.endswith((".embed_tokens.weight", ".wte.weight")):
                     facts.append((f"the weights in {source.path}", entry.shape[1]))
@@ -351,7 +359,10 @@ def check_language_models(sources: Sequence[Source], settings: Mapping[str, Any]
 
 
 def check_family(name: str, shapes: Shapes, config: STLLMConfig, *, whole: bool) -> None:
-    """Compare the families, InstructBLIP and MiniGPT-4, by whether the saved Q-Former reads text."""
+    """Raise UserError if weights and configuration are of different families, InstructBLIP and MiniGPT-4.
+
+    The family is recognised by whether the Q-Former reads text. whole: the weights include a whole model.
+    """
     has_qformer = any(key.startswith(f"{BERT}encoder.") for key in shapes)
     reads, asked = TEXT_KEY in shapes, config.qformer_text_input
     if has_qformer and config.has_qformer and reads != asked and (asked or whole):
@@ -363,7 +374,10 @@ def check_family(name: str, shapes: Shapes, config: STLLMConfig, *, whole: bool)
 
 
 def check_adapter(name: str, sources: Sequence[Source], *, needed: bool, may_be_fresh: bool) -> None:
-    """Compare the weights with the settings: QA weights have the temporal adapter, conversation weights have none."""
+    """Raise UserError if only one of weights and configuration has the temporal adapter, which QA models have.
+
+    needed: the configuration has an adapter. may_be_fresh: the adapter may be initialized instead of loaded.
+    """
     keys = [key for source in sources for key in source.entries]
     saved = any(key.startswith(ADAPTER) for key in keys)
     if saved and not needed:
@@ -380,14 +394,15 @@ def check_adapter(name: str, sources: Sequence[Source], *, needed: bool, may_be_
 
 
 def check_vocabulary(name: str, rows: int | None, config: STLLMConfig, tokens: int | None) -> None:
-    """Compare token embeddings with the family's vocabulary (32000, and 32001 with `[PAD]`).
+    """Raise UserError if the size of the vocabulary is not that of the family (32000, or 32001 with `[PAD]`).
 
-    rows: of the embeddings in the weights. tokens: of the family, by the tokenizer beside the weights.
+    rows: the number of token embeddings in the weights. tokens: the size of the tokenizer beside the weights, with the
+    `[PAD]` that the family adds. None: unknown.
     """
     adds_pad = config.adds_pad
     expected = config.text_config.vocab_size
     found = expected if rows is None else rows
-    # a vocabulary may be padded to a round number; one more than the MiniGPT-4 family has is the other family's
+    # more embeddings than tokens are fine (padding), but exactly one more means InstructBLIP's vocabulary
     if tokens is not None and (found < tokens or (not adds_pad and found == tokens + 1)):
         expected = tokens
     if found == expected:
@@ -405,9 +420,9 @@ def check_vocabulary(name: str, rows: int | None, config: STLLMConfig, tokens: i
 
 
 def family_tokens(folder: Path, *, adds_pad: bool, config: PretrainedConfig | None = None) -> int | None:
-    """Count the folder's tokens, including `[PAD]` where the family adds it; None when there is no tokenizer.
+    """Return the size of the tokenizer in a folder, or None if there is none. adds_pad: count `[PAD]`, if not in it.
 
-    config: of the language model, where the folder's own config.json does not name a known one.
+    config: the language model's configuration, needed if config.json in the folder is not that of a language model.
     """
     if not folder.is_dir() or not any(folder.glob("tokenizer*")):
         return None

@@ -1,8 +1,8 @@
-"""`stllm inspect PATH`: describe a checkpoint or a configuration from names and shapes. No weight is read.
+"""`stllm inspect PATH`: describes a checkpoint or a configuration, using only the names and shapes of weights.
 
-It shows format, family, sizes, the parameters of each part, the memory that they need by type, and the audit against a
-configuration. For a configuration with a `run`, it also shows what training keeps in memory, computed from parameter
-counts: weights, gradients and AdamW's states. Not counted: activations, autocast's copies, fragmentation.
+It shows the format, the family, sizes, the number of parameters of each part, the memory that the weights need in each
+type, and the audit against a configuration. For a configuration with a `run` section, it also computes the memory that
+training needs for weights, gradients and AdamW's states. Activations, autocast's copies and fragmentation come on top.
 """
 
 from collections import Counter
@@ -29,13 +29,16 @@ from stllm.models.settings import explicit_settings, model_section, piece_paths
 from stllm.models.st_llm import STLLM
 
 BYTES_4BIT = 0.5 + 4 / 64  # half a byte, and one float32 scale for each block of 64
-NUM_GPUS = (1, 8)  # of one machine
+NUM_GPUS = (1, 8)  # numbers of GPUs of one machine to compute the training memory for
 
 
 def inspect_path(
     path: str | Path, cfg_path: str | Path | None = None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Any], AuditReport | None]:
-    """Describe a checkpoint. A part of a model is not audited when no configuration is given."""
+    """Describe a checkpoint. Returns the description for JSON, and the audit.
+
+    The audit is None for a part of a model without a configuration. Raises UserError for an unusable checkpoint.
+    """
     settings = explicit_settings(cfg_path, options)
     place = locate(path)
     if not settings:
@@ -51,7 +54,10 @@ def inspect_path(
 def inspect_config(
     cfg_path: str | Path | None, options: Sequence[str] = ()
 ) -> tuple[dict[str, Any], AuditReport | None]:
-    """Describe the model of a configuration, with those of the weights it names that exist here."""
+    """Describe the model of a configuration. Returns the description for JSON, and the audit.
+
+    Weights that the configuration names are used if they exist here; if one is absent, the audit is None.
+    """
     from stllm.common.config import load_config
 
     cfg = load_config(cfg_path, options)
@@ -124,7 +130,7 @@ def _stored(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def parameters_by_part(model: STLLM) -> dict[str, dict[str, int]]:
-    """Count total and trainable parameters of each part; tied weights count once."""
+    """Count the total and the trainable parameters of each part. Tied weights count once."""
     counts = {part: {"total": 0, "trainable": 0} for part in PART_NAMES}
     for name, parameter in model.named_parameters():
         part = counts[part_of(name)]
@@ -134,7 +140,10 @@ def parameters_by_part(model: STLLM) -> dict[str, dict[str, int]]:
 
 
 def memory_by_dtype(model: STLLM) -> dict[str, int]:
-    """Count the bytes of the weights. 8bit, 4bit: the language model's linear layers; all others take 2 bytes each."""
+    """Compute the size of the weights in bytes, for each type.
+
+    With 8bit and 4bit only the language model's linear layers are quantized; other weights take 2 bytes each.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     layers = [one for one in model.language_model.modules() if isinstance(one, nn.Linear) and one is not head]
@@ -148,10 +157,11 @@ def memory_by_dtype(model: STLLM) -> dict[str, int]:
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a model: frozen ones, trained ones, and those that a device holds whole when the rest is sharded.
+    """Numbers of parameters of a model, to compute the memory of training.
 
-    largest: of the module with the most parameters of its own (ZeRO-3 gathers modules one by one). gathered: of the
-    largest layer plus everything that is in no layer (FSDP holds both at once).
+    frozen, trained: all frozen and all trained parameters. largest: parameters of the module that directly holds the
+    most, because ZeRO-3 gathers one module at a time. gathered: parameters of the largest layer plus all that belong to
+    no layer, because FSDP gathers both at the same time.
     """
 
     frozen: int
@@ -161,12 +171,12 @@ class ParameterCounts(NamedTuple):
 
     @property
     def all(self) -> int:
-        """Frozen and trained ones."""
+        """The number of frozen and trained parameters together."""
         return self.frozen + self.trained
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Count a model that names its layers in `_no_split_modules`, as transformers' do; tied weights count once."""
+    """Count the parameters of a transformers model (its `_no_split_modules` names its layers). Tied ones count once."""
     layer_names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in layer_names]
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -183,18 +193,20 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
 def training_memory(
     counts: ParameterCounts, *, half: bool, num_gpus: Sequence[int] = NUM_GPUS
 ) -> dict[str, dict[str, dict[int, int]]]:
-    """Compute bytes by strategy: `gpu` -> number of GPUs -> of each GPU; `host` -> number of GPUs -> of the machine.
+    """Compute the memory of training in bytes, by strategy (DDP, ZeRO-2, ...).
 
-    half: bf16 or fp16 with float32 masters; otherwise everything is in float32, and DeepSpeed is left out.
-    A GPU holds some bytes whole, and its share of others that are sharded. The machine holds what is offloaded, or what
-    loading takes if that is more: under ZeRO-2 every process fills a whole model. ZeRO: DeepSpeed's own estimates
-    (`estimate_zero{2,3}_model_states_mem_needs`), with frozen weights apart; FSDP 2 gathers in half precision.
+    Each strategy has `gpu`: number of GPUs -> bytes of each GPU, and `host`: number of GPUs -> bytes of main memory.
+    half: bf16 or fp16 with float32 master weights. Otherwise all is in float32, and DeepSpeed is left out.
+    A GPU holds some parts whole, and its share of the sharded parts. Main memory holds what is offloaded, or what
+    loading needs if that is more, because under ZeRO-2 every process loads a whole model. ZeRO: DeepSpeed's own
+    estimates (`estimate_zero{2,3}_model_states_mem_needs`), separately for frozen weights. FSDP 2 gathers in half
+    precision.
     """
     weight = 2 if half else 4
     states = 16 * counts.trained  # float32 weights, gradients and AdamW's two moments
     zero3, fsdp = 2 * counts.all + states, weight * counts.frozen + states
     module, layers = 2 * 2 * counts.largest, 2 * weight * counts.gathered  # weights and their gradients
-    # whole on each GPU, sharded, offloaded, loaded by each process
+    # bytes whole on each GPU, sharded over the GPUs, offloaded, and loaded by each process
     strategies = {
         "DDP": (weight * counts.frozen + states, 0, 0, 0),
         "ZeRO-2": (2 * counts.all, states + 2 * counts.trained, 0, 2 * counts.all),  # gradients in half precision, too
@@ -212,6 +224,6 @@ def training_memory(
         for name, (whole, sharded, offloaded, loaded) in strategies.items()
         if half or not name.startswith("ZeRO")
     }
-    for gpus in num_gpus:  # with several GPUs DDP has buckets for the gradients
+    for gpus in num_gpus:  # DDP on several GPUs copies the gradients into buckets
         memory["DDP"]["gpu"][gpus] += 4 * counts.trained if gpus > 1 else 0
     return memory

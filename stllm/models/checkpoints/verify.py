@@ -1,7 +1,7 @@
-"""`stllm verify DIR...`: recompute a golden folder and show the largest difference of every tensor.
+"""`stllm verify DIR...`: recomputes a golden folder and shows the largest difference of every tensor.
 
-The golden numbers come from the published system at a tiny size. They are recomputed in float32 on the CPU, with the
-same loading and prompts as everywhere else.
+A golden folder holds tiny weights and the results that the published code computed with them. They are recomputed here
+in float32 on the CPU, with the package's usual loading and prompts.
 """
 
 import math
@@ -24,15 +24,19 @@ from stllm.processors.prompts import PromptProcessor
 from stllm.processors.sequences import pad_sequences, training_sequences
 from stllm.processors.templates import BOS, VISUAL, Turn
 
-PLACEHOLDER = "<ImageHere>"  # the visual tokens in meta.json's instructions
-MARK = "\x00"  # stands for the question while a template is taken apart
+PLACEHOLDER = "<ImageHere>"  # marks the visual tokens in meta.json's instructions
+MARK = "\x00"  # replaces the question, to find out what the template puts before and after it
 
 Comparison = tuple[str, Any, Any]  # name, found, expected
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. difference: the largest. kind: tensor (absolute), gradient (relative to its largest), equal."""
+    """The result of one comparison.
+
+    difference: the largest difference of any element. kind: tensor (absolute difference), gradient (relative to the
+    largest expected gradient), or equal (0 if equal, otherwise infinite).
+    """
 
     name: str
     kind: str
@@ -41,14 +45,18 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Check whether it is within tolerance; a difference that is no number is not."""
+        """True if the difference is within tolerance. A NaN is not."""
         return self.difference <= self.tolerance
 
 
 def verify_folder(
     folder: str | Path, *, checkpoint: str | Path | None = None, atol: float = 1e-4, rtol: float = 1e-3
 ) -> list[Row]:
-    """Make every comparison that the golden folder allows. checkpoint: other weights to use instead of the folder's."""
+    """Compare everything that a golden folder holds with what this package computes.
+
+    checkpoint: weights to use instead of the folder's. atol: tolerance of tensors. rtol: tolerance of gradients,
+    relative to the largest. Raises UserError if the folder is no golden folder.
+    """
     place = locate(folder)
     meta = read_json(place / "meta.json")
     if not (place / "expected.safetensors").is_file() or "instructions" not in meta:
@@ -62,7 +70,7 @@ def verify_folder(
 
 
 def _row(name: str, found: Any, expected: Any, atol: float, rtol: float) -> Row:
-    """Compare floating-point tensors by their largest difference, infinite for another shape; all else for equality."""
+    """Compare floating-point tensors by their largest difference (infinite for another shape), others for equality."""
     if not isinstance(expected, Tensor) or not expected.is_floating_point():
         found, expected = (one.tolist() if isinstance(one, Tensor) else one for one in (found, expected))
         return Row(name, "equal", 0.0 if found == expected else math.inf, 0.0)
@@ -77,7 +85,7 @@ def _row(name: str, found: Any, expected: Any, atol: float, rtol: float) -> Row:
 def _recomputed(
     model: STLLM, processor: PromptProcessor, meta: Mapping[str, Any], expected: Mapping[str, Tensor]
 ) -> list[Comparison]:
-    """Compute all that the published system has computed: encoder, training with its gradients, generation."""
+    """Compute what the published code computed: encoder outputs, training losses and gradients, and generated ids."""
     video, mask = expected["video"], expected.get("mask")
     before, after = _instruction(processor, MARK).split(MARK)
     for text in meta["instructions"]:
@@ -123,12 +131,12 @@ def _recomputed(
             teacher_embeds = model.embed(teacher["input_ids"], teacher["visual_positions"], flat)
             found.append(("teacher_inputs_embeds", teacher_embeds, expected["teacher_inputs_embeds"]))
             found.append(("teacher_attention_mask", teacher["attention_mask"], expected["teacher_attention_mask"]))
-            # stopping at the last visual token leaves its states as they are
+            # the teacher stops at the last visual token, which must not change the states
             prefix, whole = (model.teacher_hidden_states(flat, **one) for one in (batch["teacher"], teacher))
             found.append(("teacher (prefix only)", prefix, whole))
     output = model(pixel_values=video, **batch, **texts)
     for name in ("loss", "loss_lm", "loss_mvm"):
-        loss = getattr(output, name)  # None without masking: no such loss
+        loss = getattr(output, name)  # None without masking, which has no MVM loss
         found.append((name, torch.zeros(()) if loss is None else loss.detach(), expected[name]))
     labelled = expected["labels"][:, 1:] != -100
     found.append(("logits (labels only)", output.logits.detach(), expected["logits"][:, :-1][labelled]))
@@ -144,7 +152,7 @@ def _recomputed(
 def _generated(
     model: STLLM, processor: PromptProcessor, question: str, visual: Tensor, expected: Mapping[str, Tensor]
 ) -> list[Comparison]:
-    """Compute a question's prompt, and the tokens that greedy search and beam search generate from it."""
+    """Compute the prompt of a question, and the ids that greedy search and beam search generate from it."""
     prompt = processor.prompt_ids([Turn(question)], system="")
     names = ("prompt_ids",) if "prompt_ids" in expected else ("prompt_ids_before", "prompt_ids_after")
     published = [token for name in names for token in expected[name][0].tolist()]
@@ -173,6 +181,6 @@ def _generated(
 
 
 def _instruction(processor: PromptProcessor, question: str) -> str:
-    """The question as the published template renders it."""
+    """Return the prompt of a question about a video, in the form of meta.json's instructions."""
     pieces = processor.template.render(Turn(question), first=True, media="video")
     return "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)

@@ -1,16 +1,15 @@
-"""Weights read one by one with bounded memory, from weight files and from language models of any architecture.
+"""Reads weights one at a time, so that loading needs little memory besides the model.
 
-Pages of a mapping that were touched count as memory of the process until the mapping is closed. So a file is mapped
-again after every `MAPPED_BYTES` or thirty-second part of it. Readers get copies, so the file may be replaced
-afterwards.
+A file is memory-mapped. Pages that were read count as memory of the process until the mapping is closed, so the file is
+mapped anew after every `MAPPED_BYTES`, or after a thirty-second of the file if that is more. Weights are copied out, so
+the file may be replaced afterwards.
 
 transformers renames and merges the weights of many architectures while it loads them (the experts of mixtures,
 GPT-NeoX's head, GPT-2's missing prefix), and undoes that when it saves. `convert_language_model` applies the same
-conversions to one weight at a time, so that such models are streamed like any other. Source:
-`transformers.core_model_loading`.
+conversions to one weight at a time. Source: `transformers.core_model_loading`.
 
-Folders that transformers has saved in 4 or 8 bits (bitsandbytes) are streamed, too: each weight is dequantized when it
-is read. Source: `bitsandbytes.functional.QuantState`, and the sources of stllm/models/quantization.py.
+In folders that transformers has saved in 4 or 8 bits (bitsandbytes), each weight is dequantized when it is read.
+Source: `bitsandbytes.functional.QuantState`, and the sources of stllm/models/quantization.py.
 """
 
 import math
@@ -41,7 +40,7 @@ from stllm.common.jsonl import loads
 from stllm.models.configuration import CONFIG_ERRORS
 
 MAPPED_BYTES = 64 << 20
-CONTAINERS = ("model", "state_dict", "module")  # where training scripts put the weights
+CONTAINERS = ("model", "state_dict", "module")  # keys under which training scripts save the state dict
 QUANT_STATE = re.compile(r"(?P<key>.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
 BITSANDBYTES = "bitsandbytes"
 REFUSED_METHODS = ("gptq", "awq")
@@ -49,28 +48,28 @@ LORA = re.compile(r"\.(?:base_layer|lora_[AB]\.default)(?=\.)")  # what peft put
 
 
 class Weights(ABC):
-    """Named tensors that can be copied out one by one. specs: their shapes and types, as tensors on the meta device."""
+    """Named tensors that can be read one at a time. specs: their shapes and types, as tensors on the meta device."""
 
     specs: dict[str, Tensor]
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """The tensors in the files, as `specs`."""
+        """The tensors as stored in the files, before renaming and conversion, in the form of `specs`."""
         return self.specs
 
     @abstractmethod
     def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
-        """Copy a tensor, or its rows from `first` on, into one of their shape, on any device and of any type."""
+        """Copy a tensor, or as many of its rows from `first` on, into `destination`, of any device and type."""
 
     def read(self, key: str) -> Tensor:
-        """Return a copy of the tensor, in its own type, in main memory."""
+        """Return a copy of a tensor in main memory, in its stored type."""
         tensor = torch.empty_like(self.specs[key], device="cpu")
         self.copy_to(key, tensor)
         return tensor
 
 
 class WeightFiles(Weights):
-    """Files as one set of weights, in reading order. At most one of them is open at a time.
+    """The weights of several files together. Later files override earlier ones; at most one is open at a time.
 
     Raises UserError for a file that is damaged or holds no weights.
     """
@@ -78,7 +77,7 @@ class WeightFiles(Weights):
     def __init__(self, paths: Iterable[Path]) -> None:
         self.specs = {}
         self._home: dict[str, Path] = {}
-        self._budget: dict[Path, float] = {}  # bytes to touch before the file is mapped anew
+        self._budget: dict[Path, float] = {}  # bytes to read before the file is mapped anew
         self._open: Path | None = None
         self._views: Mapping[str, Any] = {}
         self._touched = 0
@@ -91,7 +90,7 @@ class WeightFiles(Weights):
                     self.specs[key] = torch.empty(shape, dtype=dtype, device="meta")
             except UserError:
                 raise
-            except Exception as error:  # torch and safetensors raise many kinds; the sentence keeps the cause
+            except Exception as error:  # torch and safetensors raise exceptions of many types
                 if out_of_memory(error):
                     raise
                 raise UserError(_unreadable(path, error)) from error
@@ -99,7 +98,7 @@ class WeightFiles(Weights):
             self._budget[path] = max(MAPPED_BYTES, path.stat().st_size // 32) if _mappable(path) else math.inf
 
     def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
-        """Copy in slices that fit the budget, so that the largest tensor costs no more than the smallest."""
+        """See `Weights.copy_to`. A large tensor is copied in slices, so that its whole mapping is never in memory."""
         spec, budget = self.specs[key], self._budget[self._home[key]]
         if destination.shape == spec.shape and (not spec.dim() or spec.nbytes <= budget):
             destination.copy_(self._view(key, spec.nbytes)[...])
@@ -111,10 +110,10 @@ class WeightFiles(Weights):
             part.copy_(self._view(key, spec[found].nbytes)[found])
 
     def _view(self, key: str, size: int) -> Any:
-        """The tensor to be sliced, `size` bytes of which will be touched."""
+        """Return a view of a mapped tensor, to read `size` bytes of it."""
         path = self._home[key]
         if path != self._open or self._touched + size > self._budget[path]:
-            self._views = {}  # the old mapping goes before the new one comes
+            self._views = {}  # close the old mapping first
             self._views = open_views(path)
             self._open, self._touched = path, 0
         self._touched += size
@@ -130,7 +129,10 @@ def _mappable(path: Path) -> bool:
 
 
 def open_views(path: Path) -> Mapping[str, Any]:
-    """Map a weight file. Its tensors are read when they are sliced. A file older than torch 1.6 is read whole."""
+    """Memory-map a weight file. A tensor is read when it is sliced. A file older than torch 1.6 is read whole.
+
+    Raises UserError if it holds no weights, and what torch or safetensors raise if it is damaged.
+    """
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -150,7 +152,7 @@ def open_views(path: Path) -> Mapping[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    """Describe the fault of a file that torch or safetensors can't read."""
+    """Return a message about a file that torch or safetensors can't read."""
     if isinstance(error, pickle.UnpicklingError):
         return (
             f"{path} holds Python objects beside its tensors, which are never loaded because they could run code: save "
@@ -177,9 +179,10 @@ Make = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 
 
 class DerivedWeights(Weights):
-    """Weights that are other weights under new names, or made of several of them.
+    """Weights derived from other weights: renamed, or computed from one or several of them.
 
-    renamed: our key -> their key. made: pairs of their keys and a function from these tensors to ours by key.
+    renamed: new key -> original key. made: pairs of original keys and a function from their tensors to new tensors by
+    key.
     """
 
     def __init__(
@@ -193,7 +196,7 @@ class DerivedWeights(Weights):
             results = make([weights.specs[key] for key in sources])
             specs |= results
             self._origins |= dict.fromkeys(results, (sources, make))
-        place = {key: number for number, key in enumerate(weights.specs)}  # files are read through once, in order
+        place = {key: number for number, key in enumerate(weights.specs)}  # in the order of the files
         self.specs = dict(sorted(specs.items(), key=lambda item: place[self._origins[item[0]][0][0]]))
 
     @property
@@ -210,9 +213,9 @@ class DerivedWeights(Weights):
 
 
 def split_biases(folder: Path, weights: Weights) -> Weights:
-    """Give the weights of transformers' BLIP models the names of EVA-ViT: `qkv.bias` becomes `q_bias` and `v_bias`.
+    """Split the encoder's `qkv.bias` in transformers' BLIP models into EVA-ViT's `q_bias` and `v_bias`.
 
-    EVA-ViT's keys have no bias: reading raises UserError when this one's is not zero.
+    EVA-ViT has no bias for the attention keys, so reading raises UserError if that part of `qkv.bias` is not zero.
     """
 
     def split(fused: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -231,15 +234,15 @@ def split_biases(folder: Path, weights: Weights) -> Weights:
 
 
 def quantization_method(settings: Mapping[str, Any]) -> str:
-    """Return the method of a quantization_config; old folders of bitsandbytes' don't name it."""
+    """Return the method of a quantization_config. Old versions of bitsandbytes did not save it."""
     return str(settings.get("quant_method", BITSANDBYTES))
 
 
 def dequantize(folder: Path, weights: Weights, config: Mapping[str, Any]) -> Weights:
-    """Return all weights in full: those that bitsandbytes quantized in the type that they had before.
+    """Return weights that bitsandbytes has quantized, dequantized to the type that they had before.
 
-    Those of other methods stay as they are, see `convert_language_model`. config: the folder's config.json.
-    Raises UserError for GPTQ and AWQ, and for a folder that is not complete.
+    Weights of other methods are returned unchanged; `convert_language_model` dequantizes them. config: the content of
+    the folder's config.json. Raises UserError for GPTQ and AWQ, and for a folder that is not complete.
     """
     method = quantization_method(config["quantization_config"])
     if method in REFUSED_METHODS:
@@ -270,12 +273,15 @@ def dequantize(folder: Path, weights: Weights, config: Mapping[str, Any]) -> Wei
 
 
 def _from_4bit(key: str, state: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Look up two weights for each byte, and multiply each block by its largest absolute value."""
+    """Dequantize: look up two weights for each byte, and multiply each block by its largest absolute value.
+
+    tensors: the bytes, the largest values, the 16 levels, and if the largest values are quantized, theirs.
+    """
     shape, dtype = state["shape"], getattr(torch, state["dtype"])
     if tensors[0].is_meta:
         return {key: torch.empty(shape, dtype=dtype, device="meta")}
     packed, absmax, levels, *nested = tensors[:-1]
-    if nested:  # the largest values are quantized in turn
+    if nested:  # the largest values are quantized, too
         scales = nested[0].repeat_interleave(state["nested_blocksize"])[: len(absmax)]
         absmax = nested[1][absmax.int()] * scales + state["nested_offset"]
     pairs = torch.cartesian_prod(levels, levels)  # (256, 2): the upper half of a byte is the first weight
@@ -285,13 +291,13 @@ def _from_4bit(key: str, state: Mapping[str, Any], tensors: Sequence[Tensor]) ->
 
 
 def _from_8bit(key: str, dtype: torch.dtype, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Multiply each row by its largest absolute value."""
+    """Dequantize: multiply each row of 8-bit weights by its largest absolute value / 127."""
     weight, largest = tensors[:2]
     return {key: (weight * largest[:, None] / 127).to(dtype)}
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Read a language model's config.json. Raises UserError when transformers does not know it as a causal LM."""
+    """Read a language model's config.json. Raises UserError unless it is a causal LM that transformers knows."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (*CONFIG_ERRORS, OSError) as error:
@@ -307,12 +313,12 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def convert_language_model(folder: Path, weights: Weights, config: PretrainedConfig, *, prefix: str) -> Weights:
-    """Return the folder's weights. Those of the language model get their names in memory.
+    """Rename and merge the stored weights of a language model, as transformers does when it loads them.
 
-    prefix: of the language model's keys; empty for a language model's own folder. Other keys stay as they are. Keys
-        that fit no weight of the model keep their names, without those that transformers ignores as well (buffers of
-        old versions, heads that only training uses).
-    Raises UserError when transformers can't build the language model or can't convert these weights.
+    prefix: the beginning of the language model's keys; empty if the folder holds only a language model. Other keys are
+        unchanged. Keys that fit no weight of the model are kept, except those that transformers ignores, too (buffers
+        of old versions, heads used only in training).
+    Raises UserError if transformers can't build the language model or can't convert these weights.
     """
     try:
         with torch.device("meta"):
@@ -335,7 +341,7 @@ def convert_language_model(folder: Path, weights: Weights, config: PretrainedCon
 
 
 def _converted(weights: Weights, model: PreTrainedModel, prefix: str) -> Weights:
-    """Apply transformers' conversions of this model, which may be on the meta device."""
+    """Apply transformers' conversions for this model, which may be on the meta device."""
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
@@ -343,11 +349,11 @@ def _converted(weights: Weights, model: PreTrainedModel, prefix: str) -> Weights
     wanted, base = model.state_dict(), model.base_model_prefix
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$.")
     renamed = {key: key for key in weights.specs if not key.startswith(prefix)}
-    merged: dict[str, list[tuple[str, str]]] = {}  # the first name of those made together -> (pattern, their key)
+    merged: dict[str, list[tuple[str, str]]] = {}  # new name -> (pattern, stored key) of all that make it
     for key in sorted((key for key in weights.specs if key.startswith(prefix)), key=dot_natural_key):
         plain = key[len(prefix) :]
         name, pattern = rename_source_key(plain, renamings, converters, base, wanted)
-        if LORA.sub("", name) not in wanted:  # it has the name in memory already, or is not the model's
+        if LORA.sub("", name) not in wanted:  # already renamed, or not the model's
             name, pattern = rename_source_key(plain, [], [], base, wanted)
         if pattern is not None:
             merged.setdefault(name, []).append((pattern, key))
@@ -355,7 +361,7 @@ def _converted(weights: Weights, model: PreTrainedModel, prefix: str) -> Weights
             renamed.setdefault(prefix + name, key)
 
     def convert(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        converter: Any = deepcopy(by_pattern[merged[name][0][0]])  # typed for futures only, but takes tensors as well
+        converter: Any = deepcopy(by_pattern[merged[name][0][0]])  # its annotations name futures only; tensors work
         for (pattern, key), tensor in zip(merged[name], tensors, strict=True):
             converter.add_tensor(name, key, pattern, tensor)
         made = converter.convert(name, model=model, config=model.config)
@@ -366,7 +372,7 @@ def _converted(weights: Weights, model: PreTrainedModel, prefix: str) -> Weights
 
 
 class QuantizedWeights(Weights):
-    """A quantized language model's weights. transformers dequantizes them at the first use. Each can be copied once."""
+    """Weights of a quantized language model that transformers dequantizes at the first use. Each can be read once."""
 
     def __init__(self, folder: Path, specs: dict[str, Tensor]) -> None:
         self.specs = specs
@@ -376,7 +382,7 @@ class QuantizedWeights(Weights):
     def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
         if self._state is None:
             self._state = self._load()
-        _copy_rows(self._state.pop(key), destination, first)  # its memory goes when it was copied
+        _copy_rows(self._state.pop(key), destination, first)  # frees its memory
 
     def _load(self) -> dict[str, Tensor]:
         try:

@@ -1,4 +1,4 @@
-"""Golden folders, copies of them to be damaged, and the language models of `foreign/`."""
+"""Fixtures: weights of golden folders, copies of these folders to change, and small language models of `foreign/`."""
 
 import json
 import shutil
@@ -19,12 +19,12 @@ FOLDERS = (
     "minigpt4_bta_mean",
     "minigpt4_plain_all",
 )
-# what no foreign file tells at this size
+# what cannot be inferred from the foreign files, because their sizes are not the published ones
 HEADS = ["model.vision.num_heads=4", "model.qformer.num_attention_heads=4"]
 
 
 def golden_weights(name: str) -> dict[str, torch.Tensor]:
-    """A golden folder's weights under their released names."""
+    """Return the weights of a golden folder under their released names."""
     weights: dict[str, torch.Tensor] = {}
     for file in sorted((GOLDEN / name).glob("*.bin")):
         weights |= torch.load(file, weights_only=True)
@@ -33,7 +33,7 @@ def golden_weights(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`foreign/vicuna_for_<family>` with its weights: those of a golden model of the family, without [PAD]."""
+    """Return `foreign/vicuna_for_<family>` with the weights of that family's golden model, without [PAD]."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -53,7 +53,7 @@ def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def golden_copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A golden folder's copy to be changed, as tmp_path/<name>, the BERT vocabulary where meta.json expects it."""
+    """Copy a golden folder to tmp_path/<name>, with the BERT vocabulary where meta.json expects it."""
 
     def copy(name: str) -> Path:
         folder = tmp_path / name
@@ -66,7 +66,7 @@ def golden_copy(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Applies `change` to all weights of a released folder, which then lie in one shard."""
+    """Apply `change` to all weights of a released folder, and save them in one shard."""
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.bin")):
         weights |= torch.load(file, weights_only=True)
@@ -76,7 +76,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
 
 
 def change_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Applies `change` to a JSON file."""
+    """Apply `change` to the content of a JSON file."""
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))

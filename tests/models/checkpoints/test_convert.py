@@ -1,4 +1,4 @@
-"""`stllm convert`: whole targets or none, both layouts, LoRA merged, sentences for what can't be done."""
+"""`stllm convert`: both formats, merging LoRA, complete targets only, and errors."""
 
 import errno
 import json
@@ -66,7 +66,7 @@ def test_the_prompts_are_the_same_after_conversion(tmp_path: Path) -> None:
         assert (tmp_path / place / "qformer_tokenizer").is_dir()
 
 
-def test_pieces_become_one_checkpoint(
+def test_separate_weight_files_become_one_checkpoint(
     vicuna: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pieces = [FOREIGN / "eva_vit_g.pth", FOREIGN / "instruct_blip_vicuna7b_trimmed.pth", vicuna("instructblip")]
@@ -79,7 +79,7 @@ def test_pieces_become_one_checkpoint(
     assert processor.vocab_size == model.config.text_config.vocab_size == 513
 
 
-def test_the_configuration_may_name_the_pieces(vicuna: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_configuration_may_name_the_separate_weight_files(vicuna: Callable[[str], Path], tmp_path: Path) -> None:
     cfg = tmp_path / "model.yaml"
     cfg.write_text(f"""
 model:
@@ -113,7 +113,7 @@ def test_lora_is_merged_into_the_released_layout() -> None:
     assert not any("lora" in name or "base_layer" in name for name in state)
 
 
-def test_the_released_layout_takes_llama_alone(tmp_path: Path) -> None:
+def test_the_released_format_refuses_other_models_than_llama(tmp_path: Path) -> None:
     opt = {"model_type": "opt", "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     with pytest.raises(UserError, match="LLaMA models only, but this one's is opt"):
         save_released(tiny_model(text_config={**opt, "ffn_dim": 64, "word_embed_proj_dim": 48}), tmp_path)
@@ -122,7 +122,7 @@ def test_the_released_layout_takes_llama_alone(tmp_path: Path) -> None:
 def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "ours"
     target.mkdir()
-    convert([GOLDEN / NAME], target)  # an empty folder is taken
+    convert([GOLDEN / NAME], target)  # an empty folder is accepted
     before = sorted(path.name for path in target.iterdir())
     with pytest.raises(UserError, match="holds files already, expected a new or an empty folder"):
         convert([GOLDEN / NAME], target, format="released")
@@ -131,8 +131,8 @@ def test_a_target_that_is_not_empty_is_refused(tmp_path: Path) -> None:
         convert([GOLDEN / NAME], target / "config.json")
 
 
-def test_the_same_command_again_finds_it_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As after a kill between the last rename and the end of the process."""
+def test_repeating_a_finished_conversion_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """This is the situation after a kill between the last rename and the end of the process."""
     shutil.copytree(GOLDEN / NAME, tmp_path / "source")
     shutil.copytree(FOREIGN / "bert", tmp_path / "foreign" / "bert")
     target = tmp_path / "source" / "ours"
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_small_a_disk_is_told_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_small_a_disk_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = convert_module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"GiB are needed, 0\.00 GiB are free"):
@@ -178,7 +178,7 @@ def test_too_small_a_disk_is_told_before_writing(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_failure_leaves_nothing_behind_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_saving_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: object, folder: Path) -> None:
         raise RuntimeError("of another kind")
 
@@ -188,7 +188,7 @@ def test_another_failure_leaves_nothing_behind_either(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_language_model_alone_loads_in_transformers_and_answers_the_same(tmp_path: Path) -> None:
+def test_an_exported_language_model_loads_in_transformers_and_gives_the_same_answers(tmp_path: Path) -> None:
     model, processor = load_pretrained(GOLDEN / NAME, device="cpu")
     model.config.lora = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
     inject_lora(model.language_model, model.config.lora)

@@ -1,4 +1,4 @@
-"""Published pieces give the same frame tokens as the whole; transformers' BLIP models give their own numbers."""
+"""Other checkpoints: separate weight files give the tokens of the whole model, BLIP models those of transformers."""
 
 import shutil
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def pieces_settings(family: str, vicuna: Path) -> dict[str, Any]:
 
 
 def eva_file(name: str, path: Path) -> Path:
-    """A golden folder's encoder in the layout of eva_vit_g.pth: bare keys, one block more, a classifier."""
+    """Write a golden folder's encoder in eva_vit_g.pth's format: keys without prefix, one more block, a classifier."""
     prefix = "model.stllm_model.visual_encoder."
     weights = {key.removeprefix(prefix): value for key, value in golden_weights(name).items() if key.startswith(prefix)}
     weights |= {key.replace("blocks.3.", "blocks.4."): value for key, value in weights.items() if "blocks.3." in key}
@@ -55,7 +55,9 @@ def eva_file(name: str, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", list(PIECES))
-def test_pieces_give_the_golden_frame_tokens(family: str, vicuna: Callable[[str], Path], tmp_path: Path) -> None:
+def test_separate_weight_files_give_the_golden_frame_tokens(
+    family: str, vicuna: Callable[[str], Path], tmp_path: Path
+) -> None:
     golden = GOLDEN / PIECES[family][0]
     settings, tolerance = pieces_settings(family, vicuna(family)), HALF
     texts = {}
@@ -83,7 +85,7 @@ def test_pieces_give_the_golden_frame_tokens(family: str, vicuna: Callable[[str]
         assert "t5_proj.weight" in ignored
 
 
-def test_the_added_pad_row_is_the_mean(vicuna: Callable[[str], Path]) -> None:
+def test_the_embedding_of_an_added_pad_token_is_the_mean(vicuna: Callable[[str], Path]) -> None:
     model, report = build_audited(pieces_settings("instructblip", vicuna("instructblip")), device="cpu")
     weights: list[Any] = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     for weight in weights:
@@ -92,8 +94,8 @@ def test_the_added_pad_row_is_the_mean(vicuna: Callable[[str], Path]) -> None:
     assert sum("grows from 512 to 513 rows" in note for note in report.notes) == 2
 
 
-def test_pieces_may_stand_on_the_command_line_of_convert(vicuna: Callable[[str], Path], tmp_path: Path) -> None:
-    """Without a configuration but the head counts: sizes come from the pieces themselves."""
+def test_convert_takes_separate_weight_files_as_arguments(vicuna: Callable[[str], Path], tmp_path: Path) -> None:
+    """Only the head counts are configured: all sizes are inferred from the files."""
     paths = [FOREIGN / "eva_vit_g.pth", FOREIGN / "instruct_blip_vicuna7b_trimmed.pth", vicuna("instructblip")]
     settings = {"vision": {"num_heads": 4}, "qformer": {"num_attention_heads": 4}}
     sources = open_sources(settings, *paths)
@@ -102,7 +104,7 @@ def test_pieces_may_stand_on_the_command_line_of_convert(vicuna: Callable[[str],
     assemble(config, sources, device="cpu")
 
 
-def test_a_forgotten_piece_is_named(vicuna: Callable[[str], Path]) -> None:
+def test_a_missing_weight_file_is_named(vicuna: Callable[[str], Path]) -> None:
     settings = pieces_settings("instructblip", vicuna("instructblip"))
     for key, words in (("vit_ckpt", "model.vit_ckpt"), ("q_former_model", "model.q_former_model")):
         with pytest.raises(UserError, match=rf"missing that the configuration needs: .*{words}"):
@@ -111,10 +113,10 @@ def test_a_forgotten_piece_is_named(vicuna: Callable[[str], Path]) -> None:
         build_audited({**settings, "llama_model": None}, device="cpu")
 
 
-def test_the_published_encoder_is_taken_from_the_cache_and_never_fetched_unasked(
+def test_the_published_encoder_is_read_from_the_cache_and_not_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Published YAMLs don't name it; the published code has left it in torch's cache."""
+    """Published YAMLs do not name the encoder; the published code has downloaded it into torch's cache."""
     torch.save({"Qformer.bert.x": torch.ones(1), "ln_vision.weight": torch.ones(1408)}, tmp_path / "qformer.pth")
     settings = {"q_former_model": str(tmp_path / "qformer.pth")}
 
@@ -132,7 +134,7 @@ def test_the_published_encoder_is_taken_from_the_cache_and_never_fetched_unasked
     assert [source.path.name for source in open_sources(settings)] == ["eva_vit_g.pth", "qformer.pth"]
 
 
-def test_a_projection_may_start_fresh_only_where_no_file_has_one(vicuna: Callable[[str], Path]) -> None:
+def test_a_projection_is_initialized_only_if_no_file_has_one(vicuna: Callable[[str], Path]) -> None:
     settings = {**pieces_settings("minigpt4", vicuna("minigpt4")), "ckpt": None}
     _, report = build_audited(settings, device="cpu")
     assert report.keys("fresh") == ["projection.weight", "projection.bias"]
@@ -192,7 +194,7 @@ TEXT = {
 
 
 def blip_model(kind: str, text: str) -> PreTrainedModel:
-    """A tiny model of transformers with weights large enough to matter, its k biases zero."""
+    """Return a tiny BLIP model of transformers with scaled-up weights. The biases of its attention keys are zero."""
     torch.manual_seed(0)
     config_class, model_class = {
         "instructblip": (InstructBlipConfig, InstructBlipForConditionalGeneration),
@@ -211,7 +213,7 @@ def blip_model(kind: str, text: str) -> PreTrainedModel:
 
 
 def their_tokens(model: PreTrainedModel, frames: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """Projected query tokens (T, K, D), as `InstructBlipForConditionalGeneration.forward` makes them."""
+    """Return projected query tokens (T, K, D), computed as in `InstructBlipForConditionalGeneration.forward`."""
     parts: Any = model.model if hasattr(model, "model") and hasattr(model.model, "vision_model") else model
     features = parts.vision_model(pixel_values=frames).last_hidden_state
     queries = parts.query_tokens.expand(len(frames), -1, -1)
@@ -224,7 +226,7 @@ def their_tokens(model: PreTrainedModel, frames: torch.Tensor, ids: torch.Tensor
 
 
 @pytest.mark.parametrize(("kind", "text"), [("instructblip", "llama"), ("blip-2", "opt")])
-def test_transformers_blip_gives_its_own_numbers(kind: str, text: str, tmp_path: Path) -> None:
+def test_blip_models_give_the_same_query_tokens_as_in_transformers(kind: str, text: str, tmp_path: Path) -> None:
     theirs = blip_model(kind, text)
     theirs.save_pretrained(tmp_path)
     ours = load_model(tmp_path, device="cpu")

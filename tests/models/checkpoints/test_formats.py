@@ -1,4 +1,4 @@
-"""Formats: detection by itself, complete shards, the hub and its failures; key tables in both directions."""
+"""Formats: recognising them, missing shards, the hub and its errors, and key tables in both directions."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def test_a_language_model_is_recognised(vicuna: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize("with_index", [False, True])
-def test_a_missing_shard_is_told(golden_copy: Callable[[str], Path], with_index: bool) -> None:
+def test_a_missing_shard_is_reported(golden_copy: Callable[[str], Path], with_index: bool) -> None:
     folder = golden_copy("minigpt4_plain_all")
     lost = "pytorch_model-00002-of-00002.bin"
     if with_index:
@@ -62,7 +62,7 @@ def test_a_missing_shard_is_told(golden_copy: Callable[[str], Path], with_index:
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": {"a": 5}}])
-def test_an_index_that_names_no_files(index: dict[str, object], tmp_path: Path) -> None:
+def test_an_index_without_files_is_refused(index: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"index\.json holds no weight_map, expected each tensor's file"):
         weight_files(tmp_path)
@@ -74,20 +74,20 @@ def test_safetensors_shards_are_found(tmp_path: Path) -> None:
     assert [path.name[:11] for path in weight_files(tmp_path)] == ["model-00001", "model-00002"]
 
 
-def test_the_trainers_own_file_is_no_weight_file(tmp_path: Path) -> None:
+def test_training_args_bin_is_not_a_weight_file(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "training_args.bin")
     with pytest.raises(UserError, match="holds no weights"):
         weight_files(tmp_path)
 
 
-def test_a_dead_link_is_named(tmp_path: Path) -> None:
+def test_a_dead_link_to_a_weight_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "gone")
     with pytest.raises(UserError, match=r"model\.safetensors is a link to .*gone, which does not exist"):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("make", ["empty", "two", "unknown", "orphan", "bad json"])
-def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: str) -> None:
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, make: str) -> None:
     expected = "holds no weights"
     if make == "two":
         for name in ("a.pth", "b.pth"):
@@ -106,32 +106,32 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: str) -> None:
         open_source(tmp_path)
 
 
-def test_an_adapter_without_its_model_is_told(tmp_path: Path) -> None:
+def test_a_lora_adapter_without_its_model_is_refused(tmp_path: Path) -> None:
     weights = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)}
     torch.save(weights, tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match=r"a LoRA adapter without the model under it: .*convert MODEL --adapter"):
         open_source(tmp_path)
 
 
-def test_a_shard_by_itself_is_told() -> None:
+def test_a_single_shard_is_refused() -> None:
     shard = next((GOLDEN / FOLDERS[0]).glob("*-00001-of-00002.bin"))
     with pytest.raises(UserError, match=rf"is one of 2 shards: name their folder, {shard.parent}$"):
         open_source(shard)
 
 
-def test_another_kind_of_model_is_told(tmp_path: Path) -> None:
+def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8}))
     torch.save({"shared.weight": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="holds a t5 model, expected a causal language model"):
         open_source(tmp_path)
 
 
-def test_a_path_that_is_not_there_is_told() -> None:
+def test_a_missing_path_is_reported() -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         locate("/nowhere/at/all")
 
 
-def test_the_hub_is_asked_for_names_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_hub_names_are_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
 
     asked = []
@@ -145,7 +145,7 @@ def test_the_hub_is_asked_for_names_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert asked == ["org/name"]
 
 
-def test_a_failure_of_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_hub_gives_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def fail(name: str, allow_patterns: list[str]) -> str:
@@ -166,7 +166,7 @@ INVERTIBLE = [
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_released_keys_survive_the_way_to_ours_and_back(name: str) -> None:
+def test_released_keys_survive_translation_to_ours_and_back(name: str) -> None:
     keys = golden_weights(name)
     ours = {key: formats.RELEASED.to_ours(key) for key in keys}
     kept = {key: value for key, value in ours.items() if value is not None}
@@ -215,7 +215,7 @@ def test_eva_leaves_out_one_block_and_the_classifier() -> None:
     assert "vision_encoder.backbone.blocks.3.norm1.weight" in source.entries
 
 
-def test_a_source_s_entries_are_its_tensors_under_our_names() -> None:
+def test_entries_of_a_source_are_its_tensors_under_our_names() -> None:
     weights = golden_weights("minigpt4_plain_all")
     source = open_source(GOLDEN / "minigpt4_plain_all")
     ours = {key: source.weights.read(source.entries[key].key) for key in ("projection.weight", LM_NORM)}

@@ -1,4 +1,4 @@
-"""Checkpoints and configurations that do not belong together: each has its own sentence, and an exit code of 1."""
+"""Checkpoints and configurations that contradict each other: each case gives its own sentence and exit code 1."""
 
 import json
 from collections.abc import Callable
@@ -45,13 +45,13 @@ def test_a_wrong_shape_is_named(golden_copy: Copy) -> None:
     refuses(r"1 weight is of another size .*ln_vision\.bias: found \(33,\), expected \(32,\)", folder)
 
 
-def test_7b_weights_with_a_13b_config_json(golden_copy: Copy) -> None:
+def test_7b_weights_with_a_13b_config_json_are_refused(golden_copy: Copy) -> None:
     folder = golden_copy(PLAIN)
     change_json(folder / "config.json", lambda config: config.update(hidden_size=5120))
     refuses(r"hidden size 48 by the weights in .*, but 5120 \(13B\) by .*config\.json: use weights", folder)
 
 
-def test_7b_weights_with_a_13b_language_model_named(
+def test_7b_weights_with_a_13b_language_model_are_refused(
     vicuna: Callable[[str], Path], tmp_path: Path, golden_copy: Copy
 ) -> None:
     other = tmp_path / "vicuna-13b"
@@ -75,8 +75,8 @@ def test_7b_weights_with_a_13b_language_model_named(
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "intermediate_size"])
-def test_a_whole_checkpoint_beside_a_language_model_of_another_size(key: str, tmp_path: Path) -> None:
-    """Of the same width, which is compared on its own."""
+def test_a_whole_checkpoint_with_a_language_model_of_another_size_is_refused(key: str, tmp_path: Path) -> None:
+    """The width is the same, because another test compares it."""
     sizes = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 96}
     config = {"model_type": "llama", **sizes, key: 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -87,7 +87,7 @@ def test_a_whole_checkpoint_beside_a_language_model_of_another_size(key: str, tm
         build_audited({"llama_model": str(tmp_path), "ckpt": str(GOLDEN / PLAIN)}, device="cpu")
 
 
-def test_a_whole_checkpoint_s_language_model_is_noted_as_the_one_that_is_used(vicuna: Callable[[str], Path]) -> None:
+def test_a_note_says_that_the_checkpoint_s_language_model_is_used(vicuna: Callable[[str], Path]) -> None:
     language = vicuna("minigpt4")
     note = f"the language model's weights are those of {GOLDEN / PLAIN}: none is from {language}"
     _, report = build_audited({"llama_model": str(language), "ckpt": str(GOLDEN / PLAIN)}, device="cpu")
@@ -99,13 +99,13 @@ def test_a_whole_checkpoint_s_language_model_is_noted_as_the_one_that_is_used(vi
 @pytest.mark.parametrize(
     ("layers", "words"), [(2, r"layers\.2: found, but .* fewer layers"), (4, r"missing .*layers\.3\.")]
 )
-def test_another_number_of_layers_in_config_json(golden_copy: Copy, layers: int, words: str) -> None:
+def test_another_number_of_layers_in_config_json_is_refused(golden_copy: Copy, layers: int, words: str) -> None:
     folder = golden_copy(PLAIN)
     change_json(folder / "config.json", lambda config: config.update(num_hidden_layers=layers))
     refuses(words, folder)
 
 
-def test_a_plain_vocabulary_in_an_instructblip_checkpoint(golden_copy: Copy) -> None:
+def test_an_instructblip_checkpoint_without_pad_is_refused(golden_copy: Copy) -> None:
     folder = golden_copy(CONVERSATION)
 
     def cut(weights: dict[str, torch.Tensor]) -> None:
@@ -119,7 +119,7 @@ def test_a_plain_vocabulary_in_an_instructblip_checkpoint(golden_copy: Copy) -> 
     refuses(words, folder)  # config.json agrees with the weights; the tokenizer does not
 
 
-def test_a_padded_vocabulary_in_a_minigpt4_checkpoint(golden_copy: Copy) -> None:
+def test_a_minigpt4_checkpoint_with_pad_is_refused(golden_copy: Copy) -> None:
     folder = golden_copy(PLAIN)
 
     def grow(weights: dict[str, torch.Tensor]) -> None:
@@ -139,13 +139,13 @@ def test_the_vocabulary_of_config_json_is_compared(golden_copy: Copy) -> None:
     refuses("vocabulary of 512 tokens, but .*expect 32000", folder)
 
 
-def test_a_qa_checkpoint_with_a_conversation_configuration(tmp_path: Path) -> None:
+def test_a_qa_checkpoint_with_a_conversation_configuration_is_refused(tmp_path: Path) -> None:
     cfg = tmp_path / "conversation.yaml"
     cfg.write_text("model: {model_type: instructblip_vicuna0, vit_model: eva_clip_g}")
     refuses(r"is a QA checkpoint .*eva_clip_g.*: set model\.vit_model=eva_btadapter_g", GOLDEN / QA, cfg=cfg)
 
 
-def test_a_conversation_checkpoint_with_a_qa_configuration(tmp_path: Path) -> None:
+def test_a_conversation_checkpoint_with_a_qa_configuration_is_refused(tmp_path: Path) -> None:
     cfg = tmp_path / "qa.yaml"
     cfg.write_text("model: {model_type: instructblip_vicuna0_btadapter}")
     refuses(r"is a conversation checkpoint .*set model\.vit_model=eva_clip_g", GOLDEN / CONVERSATION, cfg=cfg)
@@ -154,7 +154,7 @@ def test_a_conversation_checkpoint_with_a_qa_configuration(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "text", "family"), [(CONVERSATION, False, "InstructBLIP"), (PLAIN, True, "MiniGPT-4")]
 )
-def test_the_other_family(name: str, text: bool, family: str) -> None:
+def test_weights_of_the_other_family_are_refused(name: str, text: bool, family: str) -> None:
     option = f"model.qformer_text_input={text}"
     refuses(rf"is of the {family} family .*set model\.qformer_text_input={not text}", GOLDEN / name, option)
 
@@ -175,19 +175,19 @@ def test_the_other_family(name: str, text: bool, family: str) -> None:
         ("model.visoin.depth=3", "unknown key 'model.visoin'; did you mean 'vision'"),
     ],
 )
-def test_settings_against_what_the_weights_settle(option: str, words: str) -> None:
+def test_settings_that_contradict_the_weights_are_refused(option: str, words: str) -> None:
     refuses(words, GOLDEN / PLAIN, option)
 
 
-def test_no_tokenizer_is_told(golden_copy: Copy) -> None:
+def test_a_missing_tokenizer_is_reported(golden_copy: Copy) -> None:
     folder = golden_copy(PLAIN)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    load_model(folder, device="cpu")  # the model alone needs none
+    load_model(folder, device="cpu")  # loading only the model needs no tokenizer
     refuses("has no tokenizer: name the language model's folder with model.llama_model", folder)
 
 
-def test_no_language_model_configuration_is_told(golden_copy: Copy) -> None:
+def test_a_missing_language_model_configuration_is_reported(golden_copy: Copy) -> None:
     folder = golden_copy(PLAIN)
     (folder / "config.json").unlink()
     refuses("no language model is named", folder)
@@ -208,7 +208,7 @@ LLM = (
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_the_commands_say_it_in_one_sentence(
+def test_the_commands_print_the_error_as_one_sentence(
     command: str, golden_copy: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = golden_copy(PLAIN)

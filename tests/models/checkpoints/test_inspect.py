@@ -1,4 +1,4 @@
-"""`stllm inspect`: the published size without a weight, golden folders, single files, failed audits, training."""
+"""`stllm inspect`: the published size without weights, golden folders, single files, failed audits, training memory."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_the_published_size_is_built_without_memory(tmp_path: Path) -> None:
     assert wide["sizes"]["language_model"]["hidden_size"] == 5120
 
 
-def test_weights_that_are_not_here_do_not_stop_it(tmp_path: Path) -> None:
+def test_missing_weight_files_do_not_stop_inspect(tmp_path: Path) -> None:
     cfg = tmp_path / "model.yaml"
     cfg.write_text("model: {model_type: minigpt4_vicuna0, llama_model: somewhere/vicuna}")
     found, _ = inspect_config(cfg)
@@ -61,7 +61,7 @@ def test_a_checkpoint_is_described(name: str, capsys: pytest.CaptureFixture[str]
     assert "memory of the weights" in out and "language model, ignored: " in out
 
 
-def test_what_had_to_be_assumed_is_said(golden_copy: Callable[[str], Path]) -> None:
+def test_assumed_settings_are_listed(golden_copy: Callable[[str], Path]) -> None:
     folder = golden_copy("minigpt4_plain_all")
     (folder / "meta.json").unlink()
     found, _ = inspect_path(folder, options=["model.vision.num_heads=4", "model.qformer.num_attention_heads=4"])
@@ -74,7 +74,7 @@ def test_a_single_file_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     assert "EVA-ViT-g" in out and "depth 4" in out and "float16" in out
 
 
-def test_an_audit_that_fails_is_shown_and_told(
+def test_a_failed_audit_is_shown_and_gives_an_exit_code(
     golden_copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = golden_copy("minigpt4_plain_all")
@@ -91,7 +91,7 @@ def test_an_audit_that_fails_is_shown_and_told(
     assert err.startswith("error: ") and "language_model.model.norm.weight" in err
 
 
-def test_counts_are_those_of_the_model() -> None:
+def test_parameter_counts_equal_those_of_the_model() -> None:
     model = tiny_model(mvm_decode=True, video_input="residual", freeze_llm=True)
     parts = parameters_by_part(model)
     assert sum(part["total"] for part in parts.values()) == sum(p.numel() for p in model.parameters())
@@ -119,7 +119,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(10, 4)  # 40
         self.layers = nn.Sequential(Layer(), Layer())  # 20 each
         self.head = nn.Linear(4, 10, bias=False)
-        self.head.weight = self.embedding.weight  # tied: counted once
+        self.head.weight = self.embedding.weight  # a tied weight counts once
         self.layers[0].requires_grad_(False)
 
 
@@ -135,16 +135,16 @@ def test_parameters_are_counted() -> None:
 @pytest.mark.parametrize(
     ("strategy", "one", "eight", "host_one", "host_eight"),
     [
-        # frozen 2 a parameter; trained 4 + 4 + 8, and 4 of DDP's buckets
+        # bytes a parameter: frozen 2; trained 4 + 4 + 8, and 4 in DDP's buckets
         ("DDP", 200 + 640, 200 + 640 + 160, 0, 0),
-        # 2 a parameter; 2 + 4 + 4 + 8 of what trains, shared out; loading 2 a parameter and process
+        # 2 a parameter; trained: 2 + 4 + 4 + 8, sharded; loading: 2 a parameter in each process
         ("ZeRO-2", 280 + 720, 280 + 90, 280, 2240),
         ("ZeRO-2 offload", 280, 280, 640, 2240),
-        # 2 a parameter and 16 of what trains, shared out; 4 of the largest module
-        # each process loads its own share
+        # 2 a parameter, and 16 a trained one, sharded; 4 a parameter of the largest module
+        # each process loads only its share
         ("ZeRO-3", 28 + 280 + 640, 28 + 35 + 80, 0, 0),
         ("ZeRO-3 offload", 28, 28, 280 + 640, 920),
-        # frozen 2, trained 16, shared out; 4 of what is gathered
+        # frozen 2, trained 16, sharded; 4 a gathered parameter
         ("FSDP", 80 + 200 + 640, 80 + 25 + 80, 0, 0),
         ("FSDP offload", 80, 80, 200 + 640, 840),
     ],
@@ -154,7 +154,7 @@ def test_bytes_of_each_strategy(strategy: str, one: int, eight: int, host_one: i
     assert figures == {"gpu": {1: one, 8: eight}, "host": {1: host_one, 8: host_eight}}
 
 
-def test_float32_is_without_deepspeed() -> None:
+def test_no_deepspeed_memory_is_computed_for_float32() -> None:
     figures = training_memory(COUNTS, half=False, num_gpus=[2])
     assert figures == {
         "DDP": {"gpu": {2: 400 + 800}, "host": {2: 0}},
@@ -163,7 +163,7 @@ def test_float32_is_without_deepspeed() -> None:
     }
 
 
-def test_inspect_tells_it_for_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_computes_the_training_memory_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = tmp_path / "train.yaml"
     cfg.write_text("model: {model_type: instructblip_vicuna0_btadapter, freeze_LLM: False}\nrun: {bf16: True}")
     assert main(["inspect", "--cfg-path", str(cfg), "--json"]) == 0
@@ -189,7 +189,9 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert ("ZeRO-3" in out) == (told != "float32")
 
 
-def test_a_model_without_a_run_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_training_memory_is_computed_without_a_run_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = tmp_path / "model.yaml"
     cfg.write_text("model: {model_type: tiny}")
     assert main(["inspect", "--cfg-path", str(cfg), "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Loading: every layout in any type, nothing left on the meta device; any language model; device maps."""
+"""Loading: every format in every type, any language model, device maps, and no weight left on the meta device."""
 
 import json
 from collections.abc import Callable
@@ -51,11 +51,11 @@ def test_a_released_folder_is_loaded_whole(dtype: str) -> None:
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     weights = golden_weights(NAME)
     assert torch.equal(model.projection.weight, weights["model.stllm_model.llama_proj.weight"].to(kind))
-    assert not any(p.requires_grad for p in model.vision_encoder.backbone.parameters())  # frozen by its configuration
+    assert not any(p.requires_grad for p in model.vision_encoder.backbone.parameters())  # its configuration freezes it
     assert model.projection.weight.requires_grad
 
 
-def test_buffers_that_no_file_has_are_as_in_a_plain_model() -> None:
+def test_buffers_that_no_file_holds_are_initialized() -> None:
     model = load_model(GOLDEN / NAME, device="cpu", dtype="bfloat16")
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -69,7 +69,7 @@ def test_buffers_that_no_file_has_are_as_in_a_plain_model() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": LORA}, {"has_qformer": False}, {"encoder": "eva_btadapter_g"}])
-def test_ours_loads_equal_here_and_through_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_our_format_loads_the_same_here_and_through_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(**changes)
     model.save_pretrained(tmp_path)
     streamed = load_model(tmp_path, device="cpu")
@@ -82,13 +82,13 @@ def test_ours_loads_equal_here_and_through_transformers(changes: dict[str, Any],
         assert torch.equal(streamed(**batch).loss, model(**batch).loss)
 
 
-# what transformers calls otherwise on disk, or keeps in several tensors there
+# weights with another name on disk, or stored there in several tensors
 RENAMED = {"gpt_neox", "mixtral", "phimoe", "granitemoe", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "jamba"}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_language_model_is_read_back(name: str, tmp_path: Path) -> None:
-    """By chat, by a run that continues, by transformers, and as `model.llama_model`; with both kinds of names."""
+    """Read by chat, a resumed run, transformers and as `model.llama_model`; with names as on disk and as in memory."""
     text, vision = {"model_type": name, **ARCHITECTURES[name]}, {**VISION, "depth": 1}
     model = tiny_model(text_config=text, vision_config=vision, has_qformer=False)
     model.save_pretrained(tmp_path)
@@ -114,7 +114,7 @@ def test_every_language_model_is_read_back(name: str, tmp_path: Path) -> None:
 
 
 def test_a_quantized_language_model_is_dequantized(tmp_path: Path) -> None:
-    """GPT-OSS as published: experts in MXFP4, blocks of 32 four-bit numbers with a power of two for each."""
+    """GPT-OSS as published has experts in MXFP4: blocks of 32 four-bit numbers that share a power of two."""
     try:
         torch.accelerator.current_accelerator()  # transformers asks
     except RuntimeError as error:
@@ -133,7 +133,7 @@ def test_a_quantized_language_model_is_dequantized(tmp_path: Path) -> None:
     source, key = open_source(tmp_path), "model.layers.1.mlp.experts.gate_up_proj"
     read = source.weights.read(key)
     assert (read.float().abs() * 2**3).unique().tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    with pytest.raises(KeyError):  # what was copied is let go
+    with pytest.raises(KeyError):  # copied weights are freed
         source.weights.read(key)
 
 
@@ -152,7 +152,7 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
         restore(model, tmp_path)
 
 
-def test_what_transformers_cannot_build_is_a_sentence(tmp_path: Path) -> None:
+def test_a_model_that_transformers_cannot_build_gives_one_sentence(tmp_path: Path) -> None:
     tiny_model(has_qformer=False).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -169,7 +169,7 @@ def test_sharded_safetensors_and_the_device_map_load_equal(tmp_path: Path) -> No
     assert_same(load_model(tmp_path, device="cpu"), model)
 
 
-def test_a_released_folder_goes_through_a_device_map_too() -> None:
+def test_a_released_folder_loads_with_a_device_map() -> None:
     placed = load_model(GOLDEN / "minigpt4_plain_all", device="cpu", device_map={"": "cpu"})
     assert_same(placed, load_model(GOLDEN / "minigpt4_plain_all", device="cpu"))
 
@@ -189,7 +189,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert_same(loaded, model)
 
 
-def test_the_users_choices_go_over_the_checkpoints() -> None:
+def test_settings_of_the_user_override_the_checkpoint() -> None:
     options = ["model.video_input=mean", "model.max_txt_len=9", "model.vit_chunk_size=2", "model.freeze_LLM=True"]
     model, processor = load_pretrained(GOLDEN / "minigpt4_plain_all", options=options, device="cpu")
     assert (model.config.video_input, model.config.vit_chunk_size, processor.max_txt_len) == ("mean", 2, 9)
@@ -208,7 +208,9 @@ def test_a_checkpoint_without_meta_json_needs_its_head_counts(golden_copy: Calla
     assert_same(model, load_model(GOLDEN / "instructblip_residual_mvm", device="cpu"))
 
 
-def test_a_configuration_file_says_what_the_weights_do_not(golden_copy: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_configuration_file_adds_what_the_weights_do_not_determine(
+    golden_copy: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = golden_copy("minigpt4_bta_mean")
     (folder / "meta.json").unlink()
     cfg = tmp_path / "model.yaml"
@@ -243,7 +245,7 @@ def test_lora_weights_are_not_dropped_silently(tmp_path: Path) -> None:
 
 
 def test_a_missing_prefix_of_a_language_model_is_added(tmp_path: Path) -> None:
-    """GPT-2 of old: no `transformer.` prefix on disk, tied embeddings."""
+    """Old GPT-2 checkpoints have tied embeddings, and no `transformer.` prefix on disk."""
     torch.manual_seed(0)
     gpt2 = AutoModelForCausalLM.from_config(
         GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=80, n_positions=64)
@@ -278,7 +280,7 @@ def test_conversion_keeps_the_stored_type(tmp_path: Path) -> None:
     assert open_model(tmp_path / "b").sources[0].weights.specs["projection.weight"].dtype == torch.bfloat16
 
 
-def test_memory_that_runs_out_while_loading_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_while_loading_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise MemoryError
 

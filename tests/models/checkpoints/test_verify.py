@@ -1,4 +1,4 @@
-"""All golden folders, through the command and after conversion."""
+"""`stllm verify`: all golden folders, before and after conversion."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_every_golden_number_is_recomputed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["instructblip_residual_mvm", "minigpt4_bta_all_mvm"])
-def test_the_numbers_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+def test_golden_numbers_survive_conversion_and_back(name: str, tmp_path: Path) -> None:
     convert([GOLDEN / name], tmp_path / "ours")
     convert([tmp_path / "ours"], tmp_path / "released", format="released")
     convert([tmp_path / "released"], tmp_path / "again")
@@ -35,7 +35,7 @@ def test_the_numbers_survive_a_round_trip(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "ours/config.json").read_bytes() == (tmp_path / "again/config.json").read_bytes()
 
 
-def test_the_command_names_what_is_beyond_tolerance(
+def test_the_command_names_tensors_beyond_tolerance(
     golden_copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = golden_copy("minigpt4_plain_all")
@@ -54,6 +54,6 @@ def test_the_command_names_what_is_beyond_tolerance(
     assert "frame_tokens" in out
 
 
-def test_another_folder_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_golden_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no golden folder"):
         verify_folder(tmp_path)

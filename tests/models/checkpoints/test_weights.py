@@ -1,4 +1,4 @@
-"""Weight files: shapes without reading, copies in slices, every kind of file, every kind of damage."""
+"""Weight files: shapes without reading weights, copies in slices, all types of files, and damaged files."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def save(tensors: dict[str, torch.Tensor], path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["bin", "nested", "legacy", "safetensors"])
 @pytest.mark.parametrize("mapped_bytes", [16, 1 << 20])
-def test_tensors_are_copied_whatever_the_slices(
+def test_tensors_are_copied_equal_in_slices_of_any_size(
     tensors: dict[str, torch.Tensor], tmp_path: Path, kind: str, mapped_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAPPED_BYTES", mapped_bytes)
@@ -62,7 +62,7 @@ def test_the_file_may_be_replaced_after_reading(tensors: dict[str, torch.Tensor]
     assert torch.equal(read, tensors["a"])
 
 
-def test_several_files_are_one(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_several_files_are_read_as_one_set_of_weights(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save({"a": tensors["a"]}, tmp_path / "1.bin", "bin")
     save({"half": tensors["half"]}, tmp_path / "2.safetensors", "safetensors")
     weights = WeightFiles([tmp_path / "1.bin", tmp_path / "2.safetensors"])
@@ -71,7 +71,7 @@ def test_several_files_are_one(tensors: dict[str, torch.Tensor], tmp_path: Path)
 
 
 def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mapping is dropped before more than MAPPED_BYTES of it were touched."""
+    """The mapping is closed before more than MAPPED_BYTES of it were read."""
     monkeypatch.setattr(module, "MAPPED_BYTES", 1 << 16)
     torch.save({str(i): torch.zeros(1 << 14) for i in range(8)}, tmp_path / "weights.bin")  # 64 KiB each
     weights = WeightFiles([tmp_path / "weights.bin"])
@@ -91,7 +91,7 @@ def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.999])
-def test_a_truncated_file_is_told(tensors: dict[str, torch.Tensor], tmp_path: Path, name: str, kept: float) -> None:
+def test_a_truncated_file_is_reported(tensors: dict[str, torch.Tensor], tmp_path: Path, name: str, kept: float) -> None:
     path = tmp_path / name
     save(tensors, path, "safetensors" if name.endswith("safetensors") else "bin")
     os.truncate(path, int(path.stat().st_size * kept))
@@ -111,7 +111,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n"
     ],
 )
 @pytest.mark.parametrize("name", ["weights.bin", "weights.safetensors"])
-def test_another_file_is_told(tmp_path: Path, content: bytes, words: str, name: str) -> None:
+def test_a_file_without_weights_is_refused(tmp_path: Path, content: bytes, words: str, name: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
         WeightFiles([tmp_path / name])
@@ -131,7 +131,7 @@ def test_python_objects_are_never_loaded(tmp_path: Path, content: dict[str, Any]
 
 
 def test_a_fused_bias_is_split(tmp_path: Path) -> None:
-    """Its k part must be zero, see test_foreign.py as well."""
+    """The part for the attention keys must be zero, see also test_foreign.py."""
     fused = torch.cat([torch.full((4,), 1.0), torch.zeros(4), torch.full((4,), 3.0)])
     save_file({"layers.7.qkv.bias": fused, "layers.7.qkv.weight": torch.ones(12, 4)}, tmp_path / "w.safetensors")
     weights = split_biases(tmp_path, WeightFiles([tmp_path / "w.safetensors"]))
