@@ -14,12 +14,12 @@ from stllm.common.registry import datasets
 from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import Record, bounds_of, fields_beside, turns_of
 from stllm.datasets.instruction import InstructionCorpus
-from stllm.datasets.shards import Entry, ShardIndex, Shards, sample_key
+from stllm.datasets.shards import SampleSpan, ShardIndex, Shards, sample_key
 from stllm.media.info import MediaError
 from stllm.media.time_bound import now_reading
 from stllm.processors.transforms import ClipTransform
 
-NUM_ANSWERS = Entry._fields.index("num_answers")
+NUM_ANSWERS = SampleSpan._fields.index("num_answers")
 
 
 class ShardRecords:

@@ -29,7 +29,7 @@ from stllm.datasets.features import FeatureStore, FeatureWriter
 from stllm.datasets.image_text import ImageTextCorpus
 from stllm.datasets.mixture import Mixture, MixturePart
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
-from stllm.datasets.shards import Entry, allow_pipes, expand_shards, scan
+from stllm.datasets.shards import SampleSpan, allow_pipes, expand_shards, scan
 from stllm.media import info as media_info
 from stllm.media.info import MediaError
 from stllm.processors.templates import Turn
@@ -259,7 +259,7 @@ def test_an_incomplete_tar_gives_its_complete_samples_and_one_warning(tmp_path, 
     path = write_tar(tmp_path / "cut.tar", pairs(0, 10, "jpg"))
     with path.open("r+b") as file:
         whole = file.seek(0, os.SEEK_END) // 1024 * 1024
-        end = Entry(*scan(path, "x")[0][-1].tolist())
+        end = SampleSpan(*scan(path, "x")[0][-1].tolist())
         file.truncate(min(whole, (sum(end.caption) + 511) // 512 * 512 + 512) - missing)
     with caplog.at_level(logging.WARNING):
         data, again = corpus(tmp_path, str(path)), corpus(tmp_path, str(path))
@@ -459,7 +459,7 @@ def test_image_and_text_of_different_pairs_are_never_mixed(tmp_path_factory, suf
     assert fault == "" if members else True
     content = (folder / "x.tar").read_bytes()
     for row in rows.tolist():
-        (image, image_size), (caption, caption_size) = row[:2], Entry(*row).caption
+        (image, image_size), (caption, caption_size) = row[:2], SampleSpan(*row).caption
         if image >= 0 and caption >= 0:
             number = int("".join(filter(str.isdigit, content[caption : caption + caption_size].decode())))
             assert content[image : image + image_size] == picture(number)
