@@ -41,9 +41,9 @@ train() { # stage, further options
     local options=("run.output_dir=$TINY_OUTPUT/$1" "${@:2}")
     if [[ $size == quick ]]; then
         case $1 in
-        1_alignment) options+=(run.max_steps=1500) ;;
-        2_images) options+=(run.max_steps=300) ;;
-        3_videos) options+=(run.max_steps=700) ;;
+        1_alignment) options+=(run.max_steps=2500) ;;
+        2_images) options+=(run.max_steps=700) ;;
+        3_videos) options+=(run.max_steps=900) ;;
         esac
     fi
     distributed train --cfg-path "configs/tiny/stages/$1.yaml" --options "${options[@]}"

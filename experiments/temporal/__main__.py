@@ -80,7 +80,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--world", type=Path, required=True, metavar="DIR", help="of stllm toy, best with --long")
     parser.add_argument("--test-world", type=Path, metavar="DIR", help="asked about (default: --world's test clips)")
     parser.add_argument(
-        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 1: every run begins there"
+        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 2: every run begins there"
     )
     parser.add_argument("--quick", action="store_true", help=f"rough figures: {QUICK}, where not said otherwise")
     parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"(default: {NUM_SEEDS})")

@@ -225,7 +225,7 @@ def _done(report: Mapping[str, Any]) -> str:
     return (
         "## What was done\n\n"
         f"Each run: {setting['steps']} steps of {setting['batch']} clips (learning rate {setting['learning rate']}), "
-        f"from the same checkpoint of stage 1, by `{setting['recipe']}` but for the keys of the variant; "
+        f"from the same checkpoint of stage 2, by `{setting['recipe']}` but for the keys of the variant; "
         f"runs of a seed see the same clips in the same order, {setting['frames']} frames of each. {rare} `residual` "
         f"has {setting['residual_size']} local frames and the mean of all; local frames only is `all` given "
         f"{setting['residual_size']} frames of each clip. `all+mask` drops tokens and has the language "

@@ -4,7 +4,7 @@ video|image/<kind>/<set>/train.json    one record a medium: every question openl
                          asked.json    one record a question, for multi_turn: openly and then as choice, where the
                                        answer just given teaches the model to find its letter; as choice only; and
                                        for each of a clip's things its place, frame by frame
-                         choices.json  one record a question: as choice, with MVBench's long instruction
+                         choices.json  of clips, one record a question: as choice, with MVBench's long instruction
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,10 @@ def training_records(folder: str, example: Example, medium: Fields, *, paths: bo
     talks += [(asked.openly(), choice) for asked, choice in zip(example.asked, short, strict=True)]
     if paths:
         talks += [(follow_turn(thing, times_of(example)),) for thing in example.scene.things]
-    instructed = [(f"{folder}/choices.json", record(medium, [choice])) for choice in choices]
-    return [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in talks), *instructed]
+    records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in talks)]
+    if "video" in medium:
+        records += [(f"{folder}/choices.json", record(medium, [choice])) for choice in choices]
+    return records
 
 
 def record(medium: Fields, turns: Sequence[Turn]) -> Fields:

@@ -44,7 +44,7 @@ PAIRS = replace(PICTURES, corpus="images")  # of the shards: drawn apart from th
 TESTED = tuple(task for task in TASKS if task.benchmark)
 
 # Bytes, rounded up: a frame of a clip, a picture of SIZE, the texts about one, the language model and tokenizers
-FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 12_000, 4_000_000
+FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 16_000, 4_000_000
 
 NUM_TEXTS = 40  # examples of each task for the vocabularies: they contain every word
 LLM_TOKENS = 1024  # at most

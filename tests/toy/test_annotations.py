@@ -54,7 +54,8 @@ def test_each_question_is_asked_in_several_ways() -> None:
         *([asked.openly(), choice] for asked, choice in zip(example.asked, short, strict=True)),
         *([follow_turn(thing, times_of(example))] for thing in example.scene.things),
     ]
-    bare = training_records("set", example, {}, paths=False)
+    bare = training_records("set", example, {"image": "a.png"}, paths=False)
+    assert {name for name, _ in bare} == {"set/train.json", "set/asked.json"}
     assert not any("Tell the " in turn["q"] for _, fields in bare for turn in fields["QA"])
 
 
