@@ -80,7 +80,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--world", type=Path, required=True, metavar="DIR", help="toy world, from `stllm toy --long`")
     parser.add_argument("--test-world", type=Path, metavar="DIR", help="toy world to test on (default: --world)")
     parser.add_argument(
-        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 1, where every run starts"
+        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 2, where every run starts"
     )
     parser.add_argument("--quick", action="store_true", help=f"rough figures: defaults become {QUICK}")
     parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"number of seeds (default: {NUM_SEEDS})")

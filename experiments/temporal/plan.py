@@ -17,7 +17,7 @@ from stllm.toy.tasks import RARE, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = 4  # checkpoints in the part of a run without masking
-LONG_PATH = f"video/{RARE.corpus}/packed.json"
+LONG_PATH = f"video/{RARE.corpus}/asked.json"
 
 
 @dataclass(frozen=True)

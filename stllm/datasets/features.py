@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -162,9 +163,8 @@ class FeatureStore:
         shard = self.folder / self._shards[self._shard_of[place]]
         now_reading(shard)
         try:
-            with safe_open(shard, framework="pt") as file:
-                features: Tensor = file.get_tensor(key)
-                return features
+            features: Tensor = _opened(shard, shard.stat().st_mtime_ns).get_tensor(key)
+            return features
         except FileNotFoundError:
             raise MediaError(f"{shard}: the shard is gone; run `stllm extract` again", cause="missing") from None
         except (OSError, SafetensorError) as error:
@@ -176,6 +176,15 @@ class FeatureStore:
             sample.vision_features = self.load(key)
         else:
             sample.query_features = self.load(key)
+
+
+@lru_cache(maxsize=64)
+def _opened(shard: Path, changed: int) -> Any:
+    """An open shard. Its header lists every clip: reading it for each clip took 16 ms with 20,000 clips.
+
+    changed: the time of the file's last change, so that a replaced shard is opened anew.
+    """
+    return safe_open(shard, framework="pt")
 
 
 def _digest(key: str) -> np.uint64:

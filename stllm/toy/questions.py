@@ -32,16 +32,11 @@ PLACES = {place: (x, y) for y, row in zip(THIRDS, ROWS, strict=True) for x, plac
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, its answer, and the options in the order in which they are shown.
-
-    only: 0 or 1 when only the first or the second conversation about a clip may have the question, because the answer
-    would give away another one.
-    """
+    """A question, its answer, and the options in the order in which they are shown."""
 
     question: str
     answer: str
     options: tuple[str, ...]
-    only: int | None = None
 
     def openly(self) -> Turn:
         """The question without options."""
@@ -78,28 +73,10 @@ class Example:
         """Every question openly and as multiple choice, then the turns of `told`."""
         return (*(turn for asked in self.asked for turn in (asked.openly(), asked.as_choice())), *self.told)
 
-    def conversations(self, generator: Generator, *, choices: bool = True) -> list[tuple[Turn, ...]]:
-        """Conversations in which no answer gives away a later one: two, or one where both would be the same.
 
-        choices: if True, a question that is open in one conversation is a choice in the other; if False, all are open.
-        """
-        ordered = shuffled(generator, self.asked)
-        ways = [
-            shuffled(generator, (asked.openly(), asked.as_choice())) if choices else [asked.openly()] * 2
-            for asked in ordered
-        ]
-        talks = (
-            tuple(way[number] for asked, way in zip(ordered, ways, strict=True) if asked.only in (None, number))
-            for number in (0, 1)
-        )
-        return list(dict.fromkeys((*talk, *self.told) for talk in talks))
-
-
-def ask(
-    generator: Generator, question: str, answer: str, candidates: Iterable[str], *, only: int | None = None
-) -> Asked:
+def ask(generator: Generator, question: str, answer: str, candidates: Iterable[str]) -> Asked:
     """A question with its options shuffled."""
-    return Asked(question, answer, tuple(shuffled(generator, candidates)), only)
+    return Asked(question, answer, tuple(shuffled(generator, candidates)))
 
 
 def ask_among(generator: Generator, question: str, answer: str, candidates: Iterable[str]) -> Asked:
@@ -155,13 +132,13 @@ def blink_question(generator: Generator, thing: Thing) -> Asked:
 def sequence_questions(generator: Generator, name: str, kinds: Sequence[str]) -> list[Asked]:
     """Ask what a thing does first, last, and after something else, shuffled. kinds: its actions in their order."""
 
-    def question(when: str, kind: str, only: int) -> Asked:
-        return ask(generator, f"What does the {name} do {when}?", ACTIONS[kind], ACTIONS.values(), only=only)
+    def question(when: str, kind: str) -> Asked:
+        return ask(generator, f"What does the {name} do {when}?", ACTIONS[kind], ACTIONS.values())
 
-    asked = [question("first", kinds[0], 0), question("last", kinds[-1], len(kinds) < 3)]
+    asked = [question("first", kinds[0]), question("last", kinds[-1])]
     if len(kinds) > 2:  # of two actions, the one that is not named would be the answer
         number = int(generator.integers(len(kinds) - 1))
-        asked.append(question(f"after it {ACTIONS[kinds[number]]}", kinds[number + 1], 1))
+        asked.append(question(f"after it {ACTIONS[kinds[number]]}", kinds[number + 1]))
     return shuffled(generator, asked)
 
 
@@ -184,9 +161,9 @@ def background_questions(generator: Generator, scene: Scene) -> list[Asked]:
     pairs = ((before, after), (after, before), tuple(others), tuple(others[::-1]))
     changes = [f"{first} to {second}" for first, second in pairs]
     return [
-        ask(generator, "How does the background change?", changes[0], changes, only=0),
+        ask(generator, "How does the background change?", changes[0], changes),
         *(
-            ask(generator, f"What is the background like {when}?", pattern, [before, after, *others], only=1)
+            ask(generator, f"What is the background like {when}?", pattern, [before, after, *others])
             for when, pattern in ((BEGINNING, before), (END, after))
         ),
     ]

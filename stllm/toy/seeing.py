@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from stllm.common.errors import UserError
 from stllm.common.registry import tasks
@@ -40,8 +39,8 @@ PICTURE_SHARE = 0.5  # of the frames; the others are of clips
 LEAST_RADIUS = 6.0  # units: a patch this close to a thing's middle counts as showing it
 NUM_COLORS = 1 + len(COLORS)  # 0: no thing
 NUM_SHAPES = 1 + len(SHAPES)
-NUM_PATTERNS, NUM_PLACES = len(PATTERNS), 8
-WORDS = (6, 16)  # random words read by a Q-Former that reads text: the fewest, and one more than the most
+NUM_PATTERNS, NUM_PLACES = len(PATTERNS), 3  # x, y and radius
+PLACE_UNITS, RADIUS_UNITS = 8.0, 4.0  # of a place and of a radius, so that both vary alike
 NOTHING = 0.1  # weight of patches that show no thing, which are most of them
 TAUGHT = ("vision_encoder.", "qformer.")
 
@@ -50,11 +49,11 @@ TAUGHT = ("vision_encoder.", "qformer.")
 
 
 class Seen(NamedTuple):
-    """Labels of frames. Places are (x, y) in eighths of the picture's side.
+    """Labels of frames.
 
-    Of patches: colors and shapes (B, P), numbers of their tables from 1 on, 0 for nothing; places (B, P, 2) of the
-    thing's middle, from the picture's. Of slots, one a shape, since no scene has two of one: slot_colors (B, H),
-    slot_places (B, H, 2), whole eighths. patterns: (B,), of the background.
+    Of patches: colors and shapes (B, P), numbers of their tables from 1 on, 0 for nothing; places (B, P, 3), x and y of
+    the thing's middle, from the picture's, in PLACE_UNITS, and its radius in RADIUS_UNITS. Of slots, one a shape, since
+    no scene has two of one: slot_colors (B, H), slot_places (B, H, 3). patterns: (B,), of the background.
     """
 
     colors: Tensor
@@ -67,23 +66,19 @@ class Seen(NamedTuple):
 
 @dataclass(kw_only=True)
 class SeenFrame(Sample):
-    """One frame: pixel_values (1, 3, S, S), and its labels, without B.
-
-    words: (L,), random, so that the Q-Former learns to see whatever the words.
-    """
+    """One frame: pixel_values (1, 3, S, S), and its labels, without B."""
 
     seen: Seen
-    words: Tensor
 
 
 class SeenFrames:
-    """A data set without files. size, patch: pixels a side. vocab_size: of the words."""
+    """A data set without files. size, patch: pixels a side."""
 
     name = "toy_seeing"
     media: str | None = "image"
 
-    def __init__(self, *, size: int, patch: int, vocab_size: int) -> None:
-        self.size, self.grid, self.vocab_size = size, size // patch, vocab_size
+    def __init__(self, *, size: int, patch: int) -> None:
+        self.size, self.grid = size, size // patch
         self.transform = EvalTransform(size)
 
     def __len__(self) -> int:
@@ -103,18 +98,14 @@ class SeenFrames:
             self.media,
             pixel_values=self.transform(frame)[None],
             seen=labels(scene, time, self.grid),
-            words=torch.as_tensor(generator.integers(self.vocab_size, size=generator.integers(*WORDS))),
         )
 
 
 def collate(frames: Sequence[SeenFrame]) -> dict[str, Any]:
     """Arguments of `SeeingModel.forward` for a batch of frames, and names and failures; a DataLoader's `collate_fn`."""
-    words = [frame.words for frame in frames]
     seen = Seen(*(torch.stack(part) for part in zip(*(frame.seen for frame in frames), strict=True)))
     return {
         **stacked(frames),  # pixel_values: (B, 1, 3, S, S)
-        "qformer_input_ids": pad_sequence(words, batch_first=True),
-        "qformer_attention_mask": pad_sequence([torch.ones_like(row) for row in words], batch_first=True),
         "seen": seen._asdict(),
         "labels": seen.patterns,
         "names": [frame.name for frame in frames],
@@ -127,21 +118,22 @@ def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
     middles = (np.arange(grid) + 0.5) * (UNITS / grid)
     across, down = np.meshgrid(middles, middles)
     colors, shapes = np.zeros((grid, grid), int), np.zeros((grid, grid), int)
-    places = np.zeros((grid, grid, 2), np.float32)
-    slot_colors, slot_places = np.zeros(len(SHAPES), int), np.zeros((len(SHAPES), 2), int)
+    places = np.zeros((grid, grid, NUM_PLACES), np.float32)
+    slot_colors, slot_places = np.zeros(len(SHAPES), int), np.zeros((len(SHAPES), NUM_PLACES), np.float32)
     for thing in scene.things:
         track = follow(thing, time)
         if track.opacity[0] <= 0.5:
             continue
         color = 1 + int(nearest_colors(track.color)[0])
         slot = list(SHAPES).index(thing.shape)
-        place = np.array([track.x[0], track.y[0]]) * (NUM_PLACES / UNITS)
-        covered = np.hypot(across - track.x[0], down - track.y[0]) < max(track.radius[0], LEAST_RADIUS)
-        colors[covered], shapes[covered], places[covered] = color, 1 + slot, place - NUM_PLACES / 2
-        slot_colors[slot], slot_places[slot] = color, place.astype(int).clip(0, NUM_PLACES - 1)
+        x, y, radius = track.x[0], track.y[0], track.radius[0]
+        place = (x - UNITS / 2) / PLACE_UNITS, (y - UNITS / 2) / PLACE_UNITS, radius / RADIUS_UNITS
+        covered = np.hypot(across - x, down - y) < max(radius, LEAST_RADIUS)
+        colors[covered], shapes[covered], places[covered] = color, 1 + slot, place
+        slot_colors[slot], slot_places[slot] = color, place
     background = scene.background if scene.cut is None or time[0] < scene.cut.time else scene.cut.background
     pattern = np.array(list(PATTERNS).index(background.pattern))
-    parts = (colors.ravel(), shapes.ravel(), places.reshape(-1, 2), slot_colors, slot_places, pattern)
+    parts = (colors.ravel(), shapes.ravel(), places.reshape(-1, NUM_PLACES), slot_colors, slot_places, pattern)
     return Seen(*map(torch.as_tensor, parts))
 
 
@@ -156,8 +148,8 @@ class SeeingHeads(nn.Module):
 
     def __init__(self, *, width: int, query_width: int) -> None:
         super().__init__()
-        self.patch = nn.Linear(width, NUM_COLORS + NUM_SHAPES + 2)
-        self.slots = nn.ModuleList(_normed(query_width, NUM_COLORS + 2 * NUM_PLACES) for _ in SHAPES)
+        self.patch = nn.Linear(width, NUM_COLORS + NUM_SHAPES + NUM_PLACES)
+        self.slots = nn.ModuleList(_normed(query_width, NUM_COLORS + NUM_PLACES) for _ in SHAPES)
         self.patterns = nn.ModuleList([nn.Linear(width, NUM_PATTERNS), _normed(query_width, NUM_PATTERNS)])
 
     def forward(self, features: Tensor, queries: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -165,19 +157,17 @@ class SeeingHeads(nn.Module):
 
         features: (B, 1+P, C); queries: (B, K, Q). Both results are scalars.
         """
-        colors, shapes, places = self.patch(features[:, 1:]).split([NUM_COLORS, NUM_SHAPES, 2], dim=-1)
+        colors, shapes, places = self.patch(features[:, 1:]).split([NUM_COLORS, NUM_SHAPES, NUM_PLACES], dim=-1)
         there = seen.colors > 0  # (B, P)
         named = F.cross_entropy(colors.transpose(1, 2), seen.colors, reduction="none")
         named = named + F.cross_entropy(shapes.transpose(1, 2), seen.shapes, reduction="none")
         loss = _mean(named, there + NOTHING * ~there)
         loss = loss + _mean(F.mse_loss(places, seen.places, reduction="none").mean(-1), there)
         found = torch.stack([slot(queries[:, number]) for number, slot in enumerate(self.slots)], dim=1)  # (B, H, ...)
-        slot_colors, *slot_places = found.split([NUM_COLORS, NUM_PLACES, NUM_PLACES], dim=-1)
+        slot_colors, slot_places = found.split([NUM_COLORS, NUM_PLACES], dim=-1)
         known = seen.slot_colors > 0  # (B, H)
         loss = loss + F.cross_entropy(slot_colors.transpose(1, 2), seen.slot_colors) * len(self.slots) / 2
-        for axis, scores in enumerate(slot_places):
-            placed = F.cross_entropy(scores.transpose(1, 2), seen.slot_places[..., axis], reduction="none")
-            loss = loss + _mean(placed, known) / 2
+        loss = loss + _mean(F.mse_loss(slot_places, seen.slot_places, reduction="none").mean(-1), known)
         of_patches, of_queries = self.patterns
         for patterns in (of_patches(features[:, 0]), of_queries(queries[:, len(self.slots)])):
             loss = loss + F.cross_entropy(patterns, seen.patterns) / 4
@@ -197,19 +187,17 @@ class SeeingModel(nn.Module):
         self,
         *,
         pixel_values: Tensor,
-        qformer_input_ids: Tensor,
-        qformer_attention_mask: Tensor,
         seen: Mapping[str, Tensor],
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
         """loss and accuracy, the share of frames whose things all have their right colors: scalars.
 
-        pixel_values: (B, 1, 3, S, S), bytes; qformer_*: (B, L), for a Q-Former that reads text. seen: the parts of
-        `Seen`. labels: (B,), one a frame. num_items_in_batch: frames of the whole step, of which these are a share.
+        pixel_values: (B, 1, 3, S, S), bytes. seen: the parts of `Seen`. labels: (B,), one a frame.
+        num_items_in_batch: frames of the whole step, of which these are a share.
         """
         features = self.vision_encoder(pixel_values)  # (B, 1, 1+P, C)
-        queries = self.qformer(features, qformer_input_ids, qformer_attention_mask)  # (B, 1, K, Q)
+        queries = self.qformer(features)  # (B, 1, K, Q)
         loss, accuracy = self.heads(features[:, 0], queries[:, 0], Seen(**seen))
         share = 1 if num_items_in_batch is None else len(labels) / num_items_in_batch
         return {"loss": loss * share, "accuracy": accuracy}
@@ -247,6 +235,11 @@ class ToySeeingTask:
                 f"run.task toy_seeing needs a Q-Former of more than {len(SHAPES)} queries, one a shape and one for the "
                 f"background: set model.has_qformer=True and model.num_query_token={len(SHAPES) + 1} or more"
             )
+        if config.qformer_text_input:
+            raise UserError(
+                "run.task toy_seeing asks no questions, which this Q-Former would read: set "
+                "model.qformer_text_input=False"
+            )
         if config.freeze_vit or config.freeze_qformer:
             raise UserError(
                 "run.task toy_seeing teaches the vision encoder and the Q-Former, but one of them is frozen: set "
@@ -259,7 +252,6 @@ class ToySeeingTask:
         frames = SeenFrames(
             size=config.vision_config["image_size"],
             patch=config.vision_config["patch_size"],
-            vocab_size=config.qformer_config.vocab_size,
         )
         return cls(cfg, Mixture([MixturePart(frames)], seed=seed, max_tries=cfg.run.max_tries))
 

@@ -31,20 +31,7 @@ from stllm.common.distributed import mapping, one_a_core
 from stllm.common.errors import UserError
 from stllm.common.files import check_new, new_folder, user_path
 from stllm.common.registry import templates
-from stllm.toy.annotations import (
-    PICTURE_REQUEST,
-    STORY_REQUEST,
-    TELLING,
-    Fields,
-    Records,
-    clip_records,
-    look_up,
-    picture_records,
-    seen_in_words,
-    tell,
-    text_records,
-    training_records,
-)
+from stllm.toy.annotations import Fields, Records, follow_turn, times_of, training_records
 from stllm.toy.benchmarks import benchmark_bytes, mvbench_item, num_benchmark_clips, write_benchmarks
 from stllm.toy.media import annotation_files, encoder, png_bytes, write_shard, write_video
 from stllm.toy.questions import picture_caption
@@ -53,12 +40,11 @@ from stllm.toy.tasks import FPS, NUM_FRAMES, NUM_LONG_FRAMES, PICTURES, RARE, SI
 ABOUT = "toy_world.json"  # its presence marks a folder as a toy world
 PER_SHARD = 500
 SMALL, MAX_WORKERS = 500, 16  # clips that one process draws faster than several; processes by default
-TEXTS = 4  # for each training clip
 PAIRS = replace(PICTURES, corpus="images")  # of the shards: drawn apart from the instruction set's
 TESTED = tuple(task for task in TASKS if task.benchmark)
 
 # Bytes, rounded up: a frame of a clip, a picture of SIZE, the texts about one, the language model and tokenizers
-FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 26_000, 5_000_000
+FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 16_000, 4_000_000
 
 NUM_TEXTS = 40  # examples of each task for the vocabularies: they contain every word
 LLM_TOKENS = 1024  # at most
@@ -68,7 +54,7 @@ LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "initializer_range": 0.14,  # sharp attention from the start: at 0.07 what is looked up is found much later
     "max_position_embeddings": 2048,
@@ -120,7 +106,7 @@ def write_world(
     Return the number of clips of each training set and of each test.
 
     num_train, num_test: clips in all, divided among the tasks, at least one of each. There are as many training
-    pictures and image-text pairs, and TEXTS times as many texts. num_frames: of a clip of the usual length.
+    pictures and image-text pairs. num_frames: of a clip of the usual length.
     size: pixels a side. long: add rare events in clips of 64 frames. benchmarks: items of each benchmark's tasks;
     0: no twins. overwrite: replace another world there once this one is complete. num_workers: processes that draw,
     0: only this one. The world does not depend on it.
@@ -137,12 +123,11 @@ def write_world(
     world = World(seed, num_frames, size)
     tasks, tested = ((*TASKS, RARE), (*TESTED, RARE)) if long else (TASKS, TESTED)
     train, test = shares(num_train, tasks), shares(num_test, tested)
-    texts = shares(TEXTS * num_train, TELLING)
     num_clips = sum(train) + sum(test)
     frames = num_clips * (max(num_frames, NUM_LONG_FRAMES / 4) if long else num_frames)
     media = (frames * FRAME_BYTES + 2 * num_train * PICTURE_BYTES) * (size / SIZE) ** 2
     needed = round(media) + num_train * TEXT_BYTES + LANGUAGE_BYTES + benchmark_bytes(benchmarks, num_frames)
-    total = num_clips + 2 * num_train + sum(texts) + num_benchmark_clips(benchmarks)
+    total = num_clips + 2 * num_train + num_benchmark_clips(benchmarks)
     encoder(".mp4")  # logs here, and once, that there is no H.264
     with (
         new_folder(target, needed) as folder,
@@ -158,7 +143,6 @@ def write_world(
             *((partial(_training_clip, folder, world, task), count) for task, count in zip(tasks, train, strict=True)),
             *((partial(_test_clip, folder, world, task), count) for task, count in zip(tested, test, strict=True)),
             (partial(_training_picture, folder, world), num_train),
-            *((partial(text_records, world, task), count) for task, count in zip(TELLING, texts, strict=True)),
         ]
         with annotation_files(folder) as append:
             for make, count in parts:
@@ -187,9 +171,8 @@ def _training_clip(root: Path, world: World, task: ToyTask, index: int) -> Recor
     example, frames, bounds = world.clip(task, "train", index)
     medium: Fields = {"video": f"{Path(task.corpus).name}_{index:05d}.mp4", **bounds}
     write_video(root / "vc2" / "media" / medium["video"], frames, FPS)
-    records = training_records(f"vc2/video/{task.corpus}", world.seed, index, example, medium)
     # a few frames of a rare event do not show what happens in it
-    return records if task == RARE else [*records, *clip_records(example, medium)]
+    return training_records(f"vc2/video/{task.corpus}", example, medium, paths=task != RARE)
 
 
 def _test_clip(root: Path, world: World, task: ToyTask, index: int) -> Records:
@@ -205,8 +188,7 @@ def _training_picture(root: Path, world: World, index: int) -> Records:
     path = root / "vc2" / "media" / medium["image"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png_bytes(frame))
-    records = training_records(f"vc2/image/{PICTURES.corpus}", world.seed, index, example, medium)
-    return [*records, *picture_records(example, medium)]
+    return training_records(f"vc2/image/{PICTURES.corpus}", example, medium, paths=False)
 
 
 def _pair(world: World, index: int) -> tuple[str, bytes, str]:
@@ -226,13 +208,9 @@ def world_texts() -> Iterator[str]:
         for index in range(NUM_TEXTS):
             generator = np.random.default_rng([number, index])
             example = task.make(generator)
-            turns = example.turns
-            if task in TELLING:
-                turns = (*turns, *tell(example, generator), *look_up(example, generator))
-            for turn in turns:
+            paths = (follow_turn(thing, times_of(example)) for thing in example.scene.things)
+            for turn in (*example.turns, *paths):
                 yield from (turn.instruction, turn.question, turn.answer or "")
-            yield seen_in_words(example.scene)
-    yield from (STORY_REQUEST, PICTURE_REQUEST)
     for name in templates.names():
         template = templates.get(name)
         yield from (template.system, template.followup, *template.opening, *template.text_opening)

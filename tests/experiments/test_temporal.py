@@ -33,7 +33,7 @@ NAMES = {"object_existence": "Object Existence", "moving_direction": "Moving Dir
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write those files of a toy world that the experiment reads, and a checkpoint beside it."""
     root = tmp_path / "world"
-    files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/packed.json": []}
+    files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/asked.json": []}
     for slug in (*SLUGS, NOT_TRAINED):
         options = ["yes", "no"] if slug == "object_existence" else ["a", "b", "c", "d"]
         files[f"mvbench/json/{slug}.json"] = [{"candidates": options}] * 3
@@ -126,7 +126,7 @@ def test_recipes_differ_in_the_variant_alone(world: Path) -> None:
 
 def test_tasks_that_the_recipe_does_not_train_are_not_tested(world: Path) -> None:
     assert plan_of(world).slugs == sorted(SLUGS)
-    whole = plan_of(world, base=CONFIGS / "tiny" / "stages" / "2_videos.yaml")
+    whole = plan_of(world, base=CONFIGS / "tiny" / "stages" / "3_videos.yaml")
     assert whole.slugs == sorted((*SLUGS, NOT_TRAINED))
 
 
@@ -145,7 +145,7 @@ def test_masking_begins_at_a_checkpoint(world: Path, steps: int, share: float) -
 
 
 def test_a_world_without_long_clips_has_no_long_set(world: Path) -> None:
-    (world / "vc2/video/reasoning/toy_rare/packed.json").unlink()
+    (world / "vc2/video/reasoning/toy_rare/asked.json").unlink()
     plan = plan_of(world)
     assert not plan.has_long and "toy_rare" not in recipe(plan, ALL, 0)["datasets"]
 
@@ -337,10 +337,10 @@ def test_the_experiment_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     write_world(world, num_train=22, num_test=8, seed=3, long=True)
     monkeypatch.setenv("TOY_ROOT", str(world))
     monkeypatch.setenv("TINY_OUTPUT", str(tmp_path))
-    for stage in ("0_vision", "0_letters", "0_language", "1_images"):
+    for stage in ("1_alignment", "2_images"):
         options = [*few, "run.max_steps=1", f"run.output_dir={tmp_path / stage}"]
         train(CONFIGS / "tiny" / "stages" / f"{stage}.yaml", *options)
-    words = ["--world", str(world), "--ckpt", str(tmp_path / "1_images"), "--steps", "4", "--seeds", "1"]
+    words = ["--world", str(world), "--ckpt", str(tmp_path / "2_images"), "--steps", "4", "--seeds", "1"]
     words += ["--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "results"), "--device", "cpu"]
     assert main([*words, "--options", *few]) == 0
     report = json.loads((tmp_path / "results" / "temporal.json").read_text())

@@ -385,7 +385,7 @@ def test_quantisation_settings_that_training_refuses(
 
 
 def test_a_stage_without_a_language_model_trains_the_same(bitsandbytes: None, toy: Path, tmp_path: Path) -> None:
-    model = {"num_query_token": 8, "image_size": 64}
+    model = {"num_query_token": 8, "image_size": 64, "qformer_text_input": False}
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, model=model, datasets={}, task="toy_seeing", max_steps=2)
     assert main(["train", "--cfg-path", str(recipe)]) == 0
     first = losses(tmp_path / "run", ["loss"])

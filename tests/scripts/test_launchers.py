@@ -5,12 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAUNCHERS = ("train.sh", "train_multinode.sh", "train_slurm.sh", "evaluate.sh")
-TINY_VIDEOS = OmegaConf.load(SCRIPTS.parent / "configs" / "tiny" / "stages" / "2_videos.yaml").datasets
-SHORT_CLIPS = {name for name, entry in TINY_VIDEOS.items() if "num_frames" in entry}
 NODES = {"NNODES": "2", "NODE_RANK": "1", "RDZV_ENDPOINT": "first:29500"}
 
 
@@ -141,31 +138,30 @@ def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
     return [command.split("\ntimeout")[0].splitlines() for command in text.split("-m\nstllm\n")[1:]]
 
 
-def feature_readers(command: list[str]) -> set[str]:
-    """The data sets that a training command points to features."""
-    return {option.split(".")[1] for option in command if ".features_dir=" in option}
-
-
 def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
     env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
-    later = ["3_masking", "4_long"]
-    for arguments, first_steps, extra in (((), None, later), (("--quick",), "run.max_steps=1500", [])):
+    later = ["2_images", "3_videos", "4_long"]
+    for arguments, quick in ((), False), (("--quick",), True):
         commands = tiny_commands(env, *arguments)
         worlds = [command for command in commands if command[0] == "toy"]
         assert [world[2] for world in worlds] == [env["TOY_ROOT"], f"{env['TOY_ROOT']}-unseen"]
         assert worlds[0][worlds[0].index("--seed") + 1] != worlds[1][worlds[1].index("--seed") + 1]
-        stages = [Path(command[2]).stem for command in commands if command[0] == "train"]
-        assert stages == ["0_vision", "0_letters", "0_language", "1_images", "2_videos", *extra]
-        encoded = [command[2] for command in commands if command[0] == "extract"]
-        assert encoded == (["configs/tiny/stages/base/clips.yaml"] if extra else [])
-        reads = [feature_readers(command) for command in commands if command[0] == "train"]
-        assert reads == [set()] * 4 + [SHORT_CLIPS if extra else set()] * (1 + len(extra))
-        outputs = [option for command in commands for option in command if option.startswith("run.output_dir=")]
-        assert outputs == [f"run.output_dir={env['TINY_OUTPUT']}/{stage}" for stage in stages]
-        steps = [option for option in commands[2] if option.startswith("run.max_steps=")]
-        assert steps == ([first_steps] if first_steps else [])
+        stages = [(command[0], Path(command[2]).stem) for command in commands if command[0] in ("extract", "train")]
+        after = later[:2] if quick else later
+        pairs = [(verb, stage) for stage in after for verb in ("extract", "train")]
+        assert stages == [("train", "1_alignment"), *pairs]
+        for command in commands:
+            stage = Path(command[2]).stem
+            if command[0] == "extract":  # once for all stages: their encoder and Q-Former are the same
+                assert command[3:] == ["--stage", "qformer", "--output", f"{env['TINY_OUTPUT']}/features"]
+            elif command[0] == "train":
+                options = dict(option.split("=") for option in command[4:])
+                assert options.pop("run.output_dir") == f"{env['TINY_OUTPUT']}/{stage}"
+                features = f"{env['TINY_OUTPUT']}/features" if stage in later else None
+                assert options.pop("datasets.features_root", None) == features
+                assert bool(options) == quick and set(options) <= {"run.max_steps"}
         tested = [(Path(command[3]).name, command[9]) for command in commands if command[0] == "evaluate"]
-        assert tested == [*((stage, "8") for stage in ["2_videos", *extra]), *([("4_long", "64")] if extra else [])]
+        assert tested == [(after[-1], "8"), *([] if quick else [("4_long", "64")])]
     for folder in ("world", "world-unseen"):  # what is there is taken
         (tmp_path / folder).mkdir(parents=True)
     assert tiny_commands(env)[0][0] == "train"

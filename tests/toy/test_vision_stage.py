@@ -14,11 +14,11 @@ from stllm.common.config import load_config
 from stllm.datasets.mixture import Mixture, MixturePart
 from stllm.datasets.samples import SampleKey
 from stllm.toy.seeing import SeeingHeads, Seen, SeenFrame, SeenFrames, ToySeeingTask, collate
-from stllm.toy.world import world_texts, write_language_model, write_qformer_tokenizer
+from stllm.toy.world import world_texts, write_language_model
 from tests.configs.recipes import CONFIGS
 from tests.helpers.training import losses, read_log, train
 
-VISION = CONFIGS / "tiny" / "stages" / "0_vision.yaml"
+VISION = CONFIGS / "tiny" / "stages" / "1_alignment.yaml"
 FEW = ("run.max_steps=4", "run.save_steps=2", "run.logging_steps=1", "run.per_device_train_batch_size=4")
 
 
@@ -26,13 +26,11 @@ FEW = ("run.max_steps=4", "run.save_steps=2", "run.logging_steps=1", "run.per_de
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stage's configuration with the toy world's language, and no world."""
     root = tmp_path_factory.mktemp("language")
-    texts = list(world_texts())
-    write_language_model(root / "language_model", texts, seed=0)
-    write_qformer_tokenizer(root / "qformer_tokenizer", texts)
+    write_language_model(root / "language_model", world_texts(), seed=0)
     path = root / "stage.yaml"
     path.write_text(
         f"base: {VISION}\n"
-        f"model: {{llama_model: {root}/language_model, qformer_tokenizer: {root}/qformer_tokenizer}}\n"
+        f"model: {{llama_model: {root}/language_model}}\n"
         "run: {dataloader_num_workers: 0, use_cpu: True}\n"
     )
     return path
@@ -51,7 +49,7 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch_of(count: int, *, seed: int = 0) -> dict[str, Any]:
     """A batch of the recipe's frames, without names and failures."""
-    mixture = Mixture([MixturePart(SeenFrames(size=64, patch=8, vocab_size=513))], seed=seed, max_tries=1)
+    mixture = Mixture([MixturePart(SeenFrames(size=64, patch=8))], seed=seed, max_tries=1)
     frames = [mixture[SampleKey(0, 0, 0, number)] for number in range(count)]
     batch = collate(cast(list[SeenFrame], frames))
     return {key: value for key, value in batch.items() if key not in ("names", "failures")}
@@ -117,6 +115,7 @@ def test_mistakes(recipe: Path, trained: Path, tmp_path: Path, capsys: pytest.Ca
         (["model.num_query_token=4"], "needs a Q-Former of more than 4 queries"),
         (["model.has_qformer=False"], "needs a Q-Former of more than 4 queries"),
         (["model.freeze_vit=True"], "one of them is frozen"),
+        (["model.qformer_text_input=True"], "set model.qformer_text_input=False"),
         (["datasets.toy_direction.media=video"], "found datasets.toy_direction, leave it out"),
     ):
         assert run(recipe, tmp_path / "new", *options) == 1
