@@ -30,7 +30,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Replace what is in docs/ by pages and files under their paths in the repository."""
-    for file in files.documentation_pages() + files.static_pages() + files.media_files():
+    for file in [*files.documentation_pages(), *files.static_pages(), *files.media_files()]:
         if file.abs_src_path is not None and Path(file.abs_src_path).is_relative_to(config.docs_dir):
             files.remove(file)
     pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]

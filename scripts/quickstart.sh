@@ -13,7 +13,7 @@ usage() {
     cat <<'END'
 usage: bash scripts/quickstart.sh [--train]
   --train      write the toy world, train a tiny model on it for a quarter of an hour (two cores), and ask that one:
-               it answers in the right words, and hardly sees yet
+               a first look at how the tiny pipeline learns
 environment:
   PYTHON       the interpreter (default: the active environment's python, or python3)
   TORCH_INDEX  where torch is installed from; without a GPU, the index of CPU builds that pytorch.org names for your
