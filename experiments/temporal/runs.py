@@ -132,7 +132,7 @@ async def command(words: Sequence[str], log: Path) -> None:
 def training_figures(plan: Plan, model: Path) -> Result:
     """Return the seconds of a step (the median over the log's lines) and the mean number of visual tokens of a clip.
 
-    Only steps with masking count, and the same steps of runs without it. The first line after masking begins is left out,
+    Only steps with masking count, and the same steps of runs without it. The first line of them is left out,
     because masked runs start there. model: the folder of `stllm train`.
     """
     text = (model / "log.jsonl").read_text(encoding="utf-8")
