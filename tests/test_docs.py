@@ -152,8 +152,8 @@ def test_the_notebook_is_ten_cells_without_outputs() -> None:
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[dev]'")
-    nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[dev]'")
+    nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[docs]'")
+    nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[docs]'")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -165,7 +165,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_the_site_has_every_page_and_needs_no_network(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="pip install -e '.[dev]'")
+    pytest.importorskip("mkdocs", reason="pip install -e '.[docs]'")
     build = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr  # a link that leads nowhere is an error

@@ -78,7 +78,7 @@ def test_a_missing_package_names_its_extra(name: str) -> None:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a wheel and a source distribution of the files that git has, or would take."""
-    pytest.importorskip("build", reason="pip install -e '.[dev]'")
+    pytest.importorskip("build", reason="pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp("built")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0"):
