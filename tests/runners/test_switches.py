@@ -89,7 +89,7 @@ def test_a_switch_trains_the_tiny_recipe(
     if distance is not None:
         assert learned == [pytest.approx(line, rel=distance) for line in found]
     else:
-        assert learned != found and all(0 < loss < 10 for line in learned for loss in line)
+        assert learned != found and all(0 < loss < 20 for line in learned for loss in line)
     assert (tmp_path / "run" / "model.safetensors").is_file()
     if name == "profile":
         assert list((tmp_path / "run" / "profile").iterdir())
