@@ -208,7 +208,7 @@ def test_a_too_long_question_fails_only_its_item(data: Path, tmp_path: Path) -> 
     ("error", "message"),
     [
         (MemoryError(), "not enough memory for 2 questions at once: lower --batch-size"),
-        (KeyboardInterrupt(), "interrupted: what was answered is kept, and the same command goes on"),
+        (KeyboardInterrupt(), "interrupted: answers so far are kept, and the same command resumes"),
     ],
 )
 def test_a_failure_of_the_model_keeps_earlier_answers(

@@ -94,7 +94,7 @@ def test_options_of_a_single_benchmark_are_refused_for_a_suite(
     assert main(["evaluate", "suite"]) == 2
     assert "suite needs --cfg-path FILE" in capsys.readouterr().err
     assert suite(tmp_path, "--tasks", "a") == 2
-    assert "--tasks is of one benchmark" in capsys.readouterr().err
+    assert "--tasks applies to a single benchmark" in capsys.readouterr().err
 
 
 def test_probes_run_only_for_suitable_benchmarks(tmp_path: Path) -> None:

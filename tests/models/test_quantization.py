@@ -129,7 +129,7 @@ def test_the_option_quantization_equals_the_setting(
     assert main(["chat", "--quantization", "4bit", "--options", "model.num_frames=4"]) == 1
     assert seen == [["model.num_frames=4", "model.quantization=4bit"]]
     assert main(["chat", "--quantization", "4bit", "--engine", "http://127.0.0.1:9"]) == 2
-    assert "leave it out with --engine" in capsys.readouterr().err
+    assert "does not apply to a language model behind --engine" in capsys.readouterr().err
     assert main(["serve", "--quantization", "2bit"]) == 2
 
 
