@@ -8,8 +8,8 @@ so `pipe:` is refused unless the command line allows it; no key of a YAML can.
 Training asks for samples in any order, and a sample must be the same in every process that reads it. A stream from the
 network allows neither. So a remote shard is fetched once and is then a local file like any other. One scan of a tar's
 headers, kept in a small file, makes every sample reachable. Members are grouped as in webdataset: neighbours whose
-names are equal up to the first dot are one sample. A clip is read in place, whatever its size. An index is a safetensors
-file, mapped into memory: opening one costs microseconds, so hundreds of shards can be open.
+names are equal up to the first dot are one sample. A clip is read in place, whatever its size. An index is a
+safetensors file, mapped into memory: opening one costs microseconds, so hundreds of shards can be open.
 
 Letters: N samples in a shard, V clips in it.
 """
