@@ -3,6 +3,7 @@
 The public functions are imported at their first use (PEP 562), so that `import stllm` is fast.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from stllm.models.checkpoints.load import load_model
 
 __version__ = "0.1.0"
+
+# torch reads this at its first tensor: on Linux, large tensors on a CPU are then in huge pages, which are faster
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __all__ = ["__version__", "build_model", "load_chat", "load_model"]
 

@@ -6,7 +6,6 @@ tokens of a clip, V visual tokens of the batch, L positions of the Q-Former's te
 its visual tokens.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,9 +278,9 @@ class STLLM(PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **options)
         card = Path(save_directory) / "README.md"
         if options.get("is_main_process", True) and not card.exists():
-            with torch.device("meta"):  # these weights may be quantized, or divided among processes
-                whole = type(self)(copy.deepcopy(config_of(self)))
-            card.write_text(model_card(config_of(whole), whole.num_parameters()), encoding="utf-8")
+            saved = self.state_dict() if state_dict is None else state_dict  # whole, unlike quantized or divided weights
+            count = sum(saved.get(name, weight).numel() for name, weight in self.named_parameters())
+            card.write_text(model_card(config_of(self), count), encoding="utf-8")
 
     def train(self, mode: bool = True) -> "STLLM":
         """Set training mode for the parts that train; frozen parts stay in evaluation mode (no dropout)."""
