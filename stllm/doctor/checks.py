@@ -24,7 +24,9 @@ from stllm.datasets.faults import Fault, Finding, Medium, Pairs, check_bounds, c
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
 from stllm.datasets.samples import TOO_LONG, LengthCheck, Sample, SampleKey
-from stllm.datasets.shards import ABSENT, Content, ShardClips, ShardReader
+from stllm.datasets.shards.index import ABSENT, open_index
+from stllm.datasets.shards.reader import Content, ShardClips, ShardReader
+from stllm.datasets.shards.sources import ShardCache
 from stllm.media import info as media_info
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError
@@ -248,9 +250,9 @@ def check_shard(
     kind: of its media, "image" or "video". media_seconds: time limit for reading a sample; 0: none.
     """
     suffixes = {"image": "jpg, png or webp", "video": "mp4, webm, mkv, avi or mov"}[kind]
-    reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
+    reader = ShardReader(ShardCache(cache_dir, cache_gb))
     try:
-        index = reader.index(shard)
+        index = open_index(shard, reader.cache)
     except UserError as error:
         return [Fault("missing", shard, shard, str(error).removeprefix(f"{shard}: "))]
     faults = [Fault("unreadable", shard, shard, index.fault.removeprefix(f"{shard}: "))] if index.fault else []

@@ -26,7 +26,7 @@ from stllm.datasets.annotations import flatten
 from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key
 from stllm.datasets.samples import LengthCheck
-from stllm.datasets.shards import allow_pipes, expand_shards
+from stllm.datasets.shards.sources import allow_pipes, expand_shards
 from stllm.doctor.checks import (
     Use,
     at_least_words,
