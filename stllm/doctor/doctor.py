@@ -154,7 +154,7 @@ def examine(args: argparse.Namespace) -> Report:
                 report.data_sets[name] = len(shards)
             check_one = partial(
                 check_shard,
-                kind=SHARDS[settings.type],
+                kind=None if args.format == "shards" else SHARDS[settings.type],
                 decode=args.decode,
                 cache_dir=settings.cache_dir,
                 cache_gb=settings.cache_gb,

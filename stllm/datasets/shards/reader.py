@@ -212,6 +212,12 @@ class ShardClips:
 
     def __call__(self, name: str) -> Member:
         """The clip of that name. Raises MediaError when there is none, or more than one."""
+        shard, offset, size = self.place(name)
+        now_reading(shard)
+        return self.reader.clip(shard, offset, size)
+
+    def place(self, name: str) -> tuple[str, int, int]:
+        """The shard, offset and bytes of the clip of that name, as `ShardReader.clip` takes them. Raises as a call."""
         found = np.searchsorted(self._clips[:, 2], [digest(name), digest(name) + 1])
         places = range(*found.tolist())
         if not places:
@@ -224,6 +230,4 @@ class ShardClips:
             first, second = (self.names[self._shard[place]] for place in places[:2])
             raise MediaError(f"{name}: found it in {first} and in {second}, expected it once: rename one")
         offset, size, _ = self._clips[places[0]].tolist()
-        shard = self.names[self._shard[places[0]]]
-        now_reading(shard)
-        return self.reader.clip(shard, offset, size)
+        return self.names[self._shard[places[0]]], offset, size
