@@ -22,7 +22,7 @@ def add_options(parser: Parser) -> None:
         "--format",
         choices=DOCTOR_FORMATS,
         help="format of --anno-path. vc2: training data in VideoChat2-IT's format, captions, or JSONL. videoqa: any of "
-        "the VideoQA benchmarks. shards: image-text shards",
+        "the VideoQA benchmarks. shards: tars of images or clips with their texts",
     )
     parser.add_argument(
         "--overlap",

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from stllm.common.config import load_config
     from stllm.common.device import seed_everything
     from stllm.common.registry import runners, tasks
-    from stllm.datasets.shards import allow_pipes
+    from stllm.datasets.shards.sources import allow_pipes
     from stllm.runners.arguments import training_arguments
     from stllm.runners.train import stopping_at_signals
 

@@ -19,7 +19,7 @@ from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.samples import LengthCheck, Sample, SampleKey
-from stllm.datasets.shards import Content, Shards, sample_key
+from stllm.datasets.shards.reader import Content, Shards, sample_key
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError
 from stllm.media.time_bound import now_reading

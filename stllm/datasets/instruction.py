@@ -17,7 +17,7 @@ from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import JsonRecords, Record, Records
 from stllm.datasets.features import FeatureStore, feature_key
 from stllm.datasets.samples import LengthCheck, Sample, SampleKey
-from stllm.datasets.shards import ShardClips
+from stllm.datasets.shards.reader import ShardClips
 from stllm.media.clip import Media, MediaError, load_clip
 from stllm.processors.transforms import ClipTransform
 

@@ -14,7 +14,8 @@ from stllm.common.registry import datasets
 from stllm.common.schema import DatasetSettings, texts
 from stllm.datasets.annotations import Record, bounds_of, fields_beside, turns_of
 from stllm.datasets.instruction import InstructionCorpus
-from stllm.datasets.shards import SampleSpan, ShardIndex, Shards, sample_key
+from stllm.datasets.shards.index import SampleSpan, ShardIndex
+from stllm.datasets.shards.reader import Shards, sample_key
 from stllm.media.info import MediaError
 from stllm.media.time_bound import now_reading
 from stllm.processors.transforms import ClipTransform

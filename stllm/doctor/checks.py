@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from stllm.common.errors import UserError
 from stllm.common.files import user_path
 from stllm.common.schema import DatasetSettings, texts
@@ -24,7 +26,9 @@ from stllm.datasets.faults import Fault, Finding, Medium, Pairs, check_bounds, c
 from stllm.datasets.features import FeatureStore
 from stllm.datasets.image_text import caption_of
 from stllm.datasets.samples import TOO_LONG, LengthCheck, Sample, SampleKey
-from stllm.datasets.shards import ABSENT, Content, ShardClips, ShardReader
+from stllm.datasets.shards.index import ABSENT, SampleSpan, open_index
+from stllm.datasets.shards.reader import Content, ShardClips, ShardReader
+from stllm.datasets.shards.sources import ShardCache
 from stllm.media import info as media_info
 from stllm.media.images import decode_image
 from stllm.media.info import MediaError
@@ -33,6 +37,7 @@ from stllm.media.sampling import Bounds, sample_indices
 from stllm.media.time_bound import keep_reading, read_within
 
 MEDIA_KEYS = ("video", "image")
+SUFFIXES = {"image": "jpg, png or webp", "video": "mp4, webm, mkv, avi or mov"}  # in shards
 VICUNA_POSITIONS = 2048  # positions of the published language model, Vicuna 7B
 SECONDS_OPTION = "--media-seconds"
 SLACK = 1.0  # seconds by which an annotated end may exceed the video's end, because annotations are rounded
@@ -241,21 +246,31 @@ def _notes() -> Iterator[list[str]]:
 
 
 def check_shard(
-    shard: str, *, kind: str, decode: str, cache_dir: str | Path | None, cache_gb: float | None, media_seconds: float
+    shard: str,
+    *,
+    kind: str | None,
+    decode: str,
+    cache_dir: str | Path | None,
+    cache_gb: float | None,
+    media_seconds: float,
 ) -> list[Fault]:
     """Check one shard. decode: "none" checks only headers, "first" also the first sample, "all" all samples.
 
-    kind: of its media, "image" or "video". media_seconds: time limit for reading a sample; 0: none.
+    kind: of its media, "image" or "video"; None: of most of them. media_seconds: time limit for reading a sample; 0:
+    none.
     """
-    suffixes = {"image": "jpg, png or webp", "video": "mp4, webm, mkv, avi or mov"}[kind]
-    reader = ShardReader(cache_dir=cache_dir, cache_gb=cache_gb)
+    reader = ShardReader(ShardCache(cache_dir, cache_gb))
     try:
-        index = reader.index(shard)
+        index = open_index(shard, reader.cache)
     except UserError as error:
         return [Fault("missing", shard, shard, str(error).removeprefix(f"{shard}: "))]
     faults = [Fault("unreadable", shard, shard, index.fault.removeprefix(f"{shard}: "))] if index.fault else []
+    if kind is None:  # beside clips, there may be thumbnails
+        offsets = (index.rows[:][:, SampleSpan._fields.index(name)] for name in SUFFIXES)
+        num_images, num_videos = (np.count_nonzero(of_kind != ABSENT) for of_kind in offsets)
+        kind = "video" if num_videos and num_videos >= num_images else "image"
     if not index.num_samples and not index.fault:
-        sentence = f"found no {kind} or caption in it; expected {suffixes} with txt or json of the same name"
+        sentence = f"found no {kind} or caption in it; expected {SUFFIXES[kind]} with txt or json of the same name"
         faults.append(Fault("incomplete", shard, shard, sentence))
 
     def read(sample: int) -> Content:
@@ -287,10 +302,12 @@ def check_shard(
         except MediaError as error:
             faults.append(Fault("unreadable", where, kind, str(error)))
             continue
+        if not content.text and not content.json:  # reported above
+            continue
         try:
             if kind == "video":
                 turns_of(fields_beside(content.text, content.json, content.name), content.name)
-            elif content.text or content.json:
+            else:
                 caption_of(content, content.name)
         except AnnotationError as error:
             faults.append(Fault("empty answer", where, content.name, str(error).removeprefix(f"{content.name}: ")))

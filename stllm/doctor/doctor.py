@@ -26,7 +26,7 @@ from stllm.datasets.annotations import flatten
 from stllm.datasets.faults import KINDS, Fault, Medium
 from stllm.datasets.features import clip_key
 from stllm.datasets.samples import LengthCheck
-from stllm.datasets.shards import allow_pipes, expand_shards
+from stllm.datasets.shards.sources import allow_pipes, expand_shards
 from stllm.doctor.checks import (
     Use,
     at_least_words,
@@ -154,7 +154,7 @@ def examine(args: argparse.Namespace) -> Report:
                 report.data_sets[name] = len(shards)
             check_one = partial(
                 check_shard,
-                kind=SHARDS[settings.type],
+                kind=None if args.format == "shards" else SHARDS[settings.type],
                 decode=args.decode,
                 cache_dir=settings.cache_dir,
                 cache_gb=settings.cache_gb,

@@ -43,7 +43,7 @@ from stllm.datasets.features import (
     distinct_clips,
 )
 from stllm.datasets.samples import BadSampleLog
-from stllm.datasets.shards import allow_pipes
+from stllm.datasets.shards.sources import allow_pipes
 from stllm.models import precomputed
 from stllm.models.build import build_encoder, config_from_settings
 from stllm.models.settings import model_section

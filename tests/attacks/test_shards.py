@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stllm.cli import main
-from stllm.datasets import shards as tar_shards
+from stllm.datasets.shards import sources
 from tests.datasets.test_image_text import picture, write_tar
 from tests.helpers.training import write_recipe
 
@@ -106,7 +106,7 @@ def test_a_silent_server_of_shards_times_out(scheme, tmp_path, monkeypatch, caps
     for name in ("sleep", "sh"):
         (tmp_path / name).symlink_to(f"/bin/{name}")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(tar_shards, "FIRST_SECONDS", 0.3)
+    monkeypatch.setattr(sources, "FIRST_SECONDS", 0.3)
     url = f"{scheme}://datasets/owner/name/x.tar"
     assert doctor(tmp_path, url) == 1
     captured = capsys.readouterr()

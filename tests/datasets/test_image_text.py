@@ -23,13 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 from stllm.common.errors import UserError
 from stllm.common.registry import datasets
 from stllm.common.schema import DatasetSettings
-from stllm.datasets import shards as image_text_shards
 from stllm.datasets.annotations import AnnotationError
 from stllm.datasets.features import FeatureStore, FeatureWriter
 from stllm.datasets.image_text import ImageTextCorpus
 from stllm.datasets.mixture import Mixture, MixturePart
 from stllm.datasets.samples import SampleKey, Stream, keyed_numpy
-from stllm.datasets.shards import SampleSpan, allow_pipes, expand_shards, scan
+from stllm.datasets.shards import reader as shard_reader
+from stllm.datasets.shards.index import SampleSpan, scan
+from stllm.datasets.shards.sources import allow_pipes, expand_shards
 from stllm.media import info as media_info
 from stllm.media.info import MediaError
 from stllm.processors.templates import Turn
@@ -213,7 +214,7 @@ def test_every_worker_gives_the_same_samples(tmp_path, shards, num_workers) -> N
 
 
 def test_a_corpus_can_be_sent_to_another_process_and_keeps_few_files_open(tmp_path, shards, monkeypatch) -> None:
-    monkeypatch.setattr(image_text_shards, "MAX_OPEN", 1)
+    monkeypatch.setattr(shard_reader, "MAX_OPEN", 1)
     data = corpus(tmp_path, shards)
     assert [grey(load(data, index)) for index in (0, 9, 1)] == [0, 9, 1]
     assert len(data.reader._open) == 1
@@ -309,7 +310,7 @@ def test_the_index_is_kept_and_made_again_when_the_tar_changes(tmp_path, monkeyp
         scans.append(tar)
         return scan(tar, name)
 
-    monkeypatch.setattr("stllm.datasets.shards.scan", counted)
+    monkeypatch.setattr("stllm.datasets.shards.index.scan", counted)
     assert [len(corpus(tmp_path, str(path))) for _ in range(3)] == [3, 3, 3]
     assert scans == [path]
     write_tar(path, pairs(10, 4))

@@ -384,6 +384,23 @@ def test_faults_of_shards_are_found(tmp_path, capsys, monkeypatch) -> None:
     }
 
 
+def test_shards_of_clips_are_checked_as_clips(tmp_path, video, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    mp4, png = video.read_bytes(), picture(tmp_path / "x.png").read_bytes()
+    good = [("a.mp4", mp4), ("a.txt", b"red"), ("b.mp4", mp4), ("b.json", b'{"caption": "red"}'), ("b.png", png)]
+    write_shard(tmp_path / "0.tar", good)
+    argv = ("--format", "shards", "--decode", "all", "--anno-path", tmp_path / "*.tar")
+    assert doctor(capsys, *argv, code=0)["num_shards"] == 1
+    bad = [("c.mp4", mp4), ("d.txt", b"text"), ("e.mp4", mp4[: len(mp4) // 2]), ("e.txt", b"text")]
+    write_shard(tmp_path / "1.tar", [*good, *bad, ("f.mp4", mp4), ("f.json", b"{}")])
+    assert named(doctor(capsys, *argv)) == {
+        ("incomplete", "caption"): 1,
+        ("incomplete", "video"): 1,
+        ("unreadable", "video"): 1,
+        ("empty answer", "f.mp4"): 1,
+    }
+
+
 def test_a_configuration_with_several_data_sets(planted, video, capsys) -> None:
     root = planted.parent
     write_shard(root / "0.tar", [("a.png", b"")])

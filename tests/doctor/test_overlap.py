@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,31 @@ def test_without_imagehash_names_and_content_are_compared(
     assert "frames were not compared, as imagehash is not installed: pip install 'stllm[overlap]'" in captured.out
     assert "name: " in captured.out and "content: " in captured.out and "frames: " not in captured.out
     assert "found 3 test clips in the training data, between 8 test clips and 5 training clips" in captured.err
+
+
+@pytest.mark.parametrize("kind", ["instruction", "video_text"])
+def test_training_clips_in_tars_are_compared(training: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each clip in a tar is found by the signs by which the same clip on disk is found, also by another process."""
+    pytest.importorskip("imagehash", reason="pip install 'stllm[overlap]'")
+    assert doctor(training, "--json") == 1
+    on_disk = json.loads(capsys.readouterr().out)
+    root = training.parent
+    with tarfile.open(root / "clips.tar", "w") as tar:
+        for clip in sorted((root / "media").iterdir()):
+            tar.add(clip, clip.name)
+            if kind == "video_text":
+                (root / "text").write_text("something moves")
+                tar.add(root / "text", f"{clip.stem}.txt")
+    shutil.rmtree(root / "media")
+    entry = {"shards": str(root / "clips.tar"), "cache_dir": str(root / "cache")}
+    entry |= {"type": kind} if kind == "video_text" else {"anno_path": str(root / "train.json")}
+    training.write_text(yaml.safe_dump({"datasets": {"mine": entry}}))
+    assert doctor(training, "--json", "--num-workers", "1") == 1
+    in_tars = json.loads(capsys.readouterr().out)
+    assert signs(in_tars) == signs(on_disk)
+    assert signs(in_tars)[str(VIDEOS / "0_neg.mp4")]["content"] == ["copy.mp4"]
+    missing = [] if kind == "video_text" else ["absent.mp4"]
+    assert [name in note for name, note in zip(missing, in_tars["notes"], strict=True)] == [True] * len(missing)
 
 
 def test_no_overlap(training: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
