@@ -1,6 +1,7 @@
 """Command line of `stllm train`."""
 
 import argparse
+from importlib import import_module
 from typing import Any
 
 from stllm.commands.options import Command, Parser, add_allow_pipe, add_quantization, path
@@ -21,11 +22,14 @@ def run(args: argparse.Namespace) -> int:
 
     from stllm.common.config import load_config
     from stllm.common.device import seed_everything
+    from stllm.common.distributed import end_process_group
     from stllm.common.registry import runners, tasks
     from stllm.datasets.shards.sources import allow_pipes
     from stllm.runners.arguments import training_arguments
     from stllm.runners.train import stopping_at_signals
 
+    if dist.is_available():  # before the process group exists: the default arguments in this module would keep it alive
+        import_module("torch.distributed.nn")
     allow_pipes(args.allow_pipe)
     cfg = load_config(args.cfg_path, args.options)
     if not cfg.run:
@@ -51,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
             "(model.lora_r), FSDP or DeepSpeed; the checkpoints written so far are whole"
         ) from error
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        end_process_group()
 
 
 COMMAND = Command(

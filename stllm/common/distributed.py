@@ -8,6 +8,7 @@ once a second whether the parent still exists.
 Rank and world size do not need torch: the process group is asked only if torch is already imported.
 """
 
+import gc
 import multiprocessing.queues
 import os
 import signal
@@ -91,8 +92,20 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        end_process_group()
+
+
+def end_process_group() -> None:
+    """Destroy torch's process group if there is one. Its threads end only when nothing refers to it any more.
+
+    A thread that is still alive can abort the interpreter at its exit. The garbage is collected first, because cycles
+    of references keep a Trainer, its DDP and their process group alive.
+    """
+    from torch import distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def wait_for_all() -> None:

@@ -278,7 +278,7 @@ class STLLM(PreTrainedModel):
         super().save_pretrained(save_directory, state_dict=state_dict, **options)
         card = Path(save_directory) / "README.md"
         if options.get("is_main_process", True) and not card.exists():
-            saved = self.state_dict() if state_dict is None else state_dict  # whole, unlike quantized or divided weights
+            saved = self.state_dict() if state_dict is None else state_dict  # unquantized, whole
             count = sum(saved.get(name, weight).numel() for name, weight in self.named_parameters())
             card.write_text(model_card(config_of(self), count), encoding="utf-8")
 
