@@ -26,7 +26,7 @@ from experiments.temporal.plan import ROOT, VARIANTS, Plan, tested
 from experiments.temporal.report import summary, write_report
 from experiments.temporal.runs import Result, run_all
 from stllm.commands.options import path, whole
-from stllm.common.config import flat, load_config, told_changes
+from stllm.common.config import describe_changes, flat, load_config
 from stllm.common.errors import UserError
 from stllm.evaluation.results import write_json
 from stllm.evaluation.runs import content_digest
@@ -132,7 +132,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     file = plan.work / "experiment.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        if changes := told_changes(flat(before), flat(json.loads(json.dumps(now)))):
+        if changes := describe_changes(flat(before), flat(json.loads(json.dumps(now)))):
             raise UserError(f"{plan.work} holds runs of another experiment: {changes}; name another --work")
     else:
         plan.work.mkdir(parents=True, exist_ok=True)

@@ -445,7 +445,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def told_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Describe the differences: "a.b was 1 and is now 2 (and 1 more: c)", or "". A missing key counts as None."""
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if not changed:

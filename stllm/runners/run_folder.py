@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers.trainer_pt_utils import safe_globals
 
-from stllm.common.config import flat, save_config, told_changes
+from stllm.common.config import describe_changes, flat, save_config
 from stllm.common.distributed import gathered, is_main, wait_for_all
 from stllm.common.errors import UserError, sentence
 from stllm.common.files import locked, write_text
@@ -82,7 +82,7 @@ class RunFolder:
         elif self.config_path.is_file():
             both = [flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(self.config_path), cfg)]
             free = {key for key in {**both[0], **both[1]} if FREE.fullmatch(key) or key.removeprefix("run.") in UNUSED}
-            if changes := told_changes(*({key: one[key] for key in one.keys() - free} for one in both)):
+            if changes := describe_changes(*({key: one[key] for key in one.keys() - free} for one in both)):
                 raise UserError(
                     f"{self.path} holds a run with another configuration: {changes}; set it back to continue, or name "
                     "another run.output_dir to begin anew"
