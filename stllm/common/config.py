@@ -361,7 +361,7 @@ def _model_type(given: Sequence[Layer], fallback: str | None) -> str:
 
 
 def source_of(layers: Sequence[Layer], dotted: str) -> Layer:
-    """Return the highest layer that sets the key, or a layer named "the defaults"."""
+    """Return the layer of highest priority that sets a key, or a layer named "the defaults"."""
     for layer in reversed(layers):
         found: Any = layer.values
         for part in dotted.replace("[", ".").replace("]", "").split("."):

@@ -87,7 +87,7 @@ _MEMORY_WORDS = (
 
 
 def sentence(error: Exception) -> str:
-    """Return the text to print for an exception. An unforeseen kind is called unexpected: it is a defect of stllm."""
+    """Return the sentence to print for an exception. If its type is not known here, the sentence says "unexpected"."""
     text = _sentence(error)
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 

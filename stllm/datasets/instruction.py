@@ -153,7 +153,7 @@ class InstructionCorpus:
         return torch.cat([clip.frames, clip.frames[-1:].expand(missing, -1, -1, -1)]) if missing else clip.frames
 
     def _place(self, index: int) -> tuple[int, int | None]:
-        """Return the index of a sample's record, and that of its answered pair. The pair is None if it is not fixed."""
+        """Return the index of a sample's record, and that of its answered pair; None: a random pair, or all pairs."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: sample {index} of {len(self)}")
         if self._ends is None:

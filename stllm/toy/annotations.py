@@ -38,8 +38,8 @@ def training_records(folder: str, example: Example, medium: Fields, *, paths: bo
     whole = (f"{folder}/train.json", record(medium, example.turns))
     choices = [asked.as_choice() for asked in example.asked]
     short = [replace(choice, instruction="") for choice in choices]
-    talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.told, *short)]
-    talks += [(asked.openly(), choice) for asked, choice in zip(example.asked, short, strict=True)]
+    talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.open_turns, *short)]
+    talks += [(asked.without_options(), choice) for asked, choice in zip(example.asked, short, strict=True)]
     if paths:
         talks += [(follow_turn(thing, times_of(example)),) for thing in example.scene.things]
     records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in talks)]

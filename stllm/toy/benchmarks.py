@@ -94,8 +94,8 @@ LONGEST = 1.5  # length of the longest clips / usual length
 class Question(NamedTuple):
     """A question about a clip, without options.
 
-    file: the video. number: number of the question among those about the clip. text: the question. type: type in
-    ActivityNet-QA.
+    file: the video. number: number of the question among those about the clip. text: the question. type: number of the
+    question type in ActivityNet-QA.
     """
 
     file: Path

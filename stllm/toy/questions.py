@@ -38,7 +38,7 @@ class Asked:
     answer: str
     options: tuple[str, ...]
 
-    def openly(self) -> Turn:
+    def without_options(self) -> Turn:
         """Return the question without options."""
         return Turn(self.question, self.answer)
 
@@ -57,21 +57,24 @@ class Example:
     """One clip or picture with questions and answers.
 
     story: description of the scene. asked: questions with options, each about another fact; a test uses the first one.
-    told: turns without options, such as a caption. length: length of the clip / usual length.
+    open_turns: turns without options, such as a caption. length: length of the clip / usual length.
     bounds: start and end of the part that the questions are about, from 0 to 1 of the clip.
     """
 
     scene: Scene
     story: str
     asked: tuple[Asked, ...] = ()
-    told: tuple[Turn, ...] = ()
+    open_turns: tuple[Turn, ...] = ()
     length: float = 1.0
     bounds: tuple[float, float] | None = None
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """Each question without options and then as multiple choice, followed by the turns of `told`."""
-        return (*(turn for asked in self.asked for turn in (asked.openly(), asked.as_choice())), *self.told)
+        """Each question without options and then as multiple choice, followed by the turns of `open_turns`."""
+        return (
+            *(turn for asked in self.asked for turn in (asked.without_options(), asked.as_choice())),
+            *self.open_turns,
+        )
 
 
 def ask(generator: Generator, question: str, answer: str, candidates: Iterable[str]) -> Asked:

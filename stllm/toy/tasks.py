@@ -280,7 +280,7 @@ def mixed(generator: Generator) -> Example:
         asked += deeds[name][1](thing)
     asked += background_questions(generator, scene) if changes else []
     text = story(generator, scene)
-    return Example(scene, text, tuple(asked), told=(Turn("What happens in the video?", text),))
+    return Example(scene, text, tuple(asked), open_turns=(Turn("What happens in the video?", text),))
 
 
 def picture(generator: Generator) -> Example:
@@ -290,7 +290,7 @@ def picture(generator: Generator) -> Example:
     scene = a_scene(generator, *things)
     asked = tuple(picture_questions(generator, things, scene.background.pattern))
     text = picture_caption(scene)
-    return Example(scene, text, asked, told=(Turn("", text, pick(generator, IMAGE_INSTRUCTIONS)),))
+    return Example(scene, text, asked, open_turns=(Turn("", text, pick(generator, IMAGE_INSTRUCTIONS)),))
 
 
 def caption(generator: Generator) -> Example:
@@ -310,7 +310,7 @@ def caption(generator: Generator) -> Example:
     thing = a_thing(generator, *pick(generator, kinds), color=color)
     scene = a_scene(generator, thing, *bystanders(generator, thing, other_than=(after,)))
     text = story(generator, scene)
-    return Example(scene, text, told=(Turn("", text, pick(generator, CAPTION_INSTRUCTIONS)),))
+    return Example(scene, text, open_turns=(Turn("", text, pick(generator, CAPTION_INSTRUCTIONS)),))
 
 
 def conversation(generator: Generator) -> Example:
@@ -324,7 +324,7 @@ def conversation(generator: Generator) -> Example:
         Turn("In which direction does it move?", towards),
         Turn("Which color does it have at the end?", after),
     )
-    return Example(scene, f"A {thing.name} {deed(thing.events)}.", told=turns)
+    return Example(scene, f"A {thing.name} {deed(thing.events)}.", open_turns=turns)
 
 
 TASKS = (
