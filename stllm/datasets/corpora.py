@@ -100,7 +100,7 @@ def held_out(corpus: Corpus, fraction: float) -> np.ndarray:
     if len(order) < 2:
         raise UserError(
             f"data set {corpus.name}: val_fraction is {fraction}, but there is only one medium: leave val_fraction "
-            "out, or make an entry of its own with split: val"
+            "out, or add another entry with split: val"
         )
     chosen = set(order[: max(1, round(fraction * len(order)))])
     return np.array([name in chosen for name in names], dtype=bool)

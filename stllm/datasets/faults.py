@@ -28,7 +28,7 @@ KINDS = {
     "empty file": "media of 0 bytes",
     "unreadable": "media that cannot be opened or decoded, or are cut short",
     "wrong medium": "an image where a video is expected, or the reverse",
-    "outside": "media outside the media folder, which nobody else will find there",
+    "outside": "media outside the media folder, which other users of the annotation file will not find",
     "bounds": "start and end that are no part of the video",
     "too long": "records that exceed the language model's positions; training skips them",
     "empty answer": "nothing to learn, or nothing to score against",

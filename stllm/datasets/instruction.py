@@ -145,8 +145,8 @@ class InstructionCorpus:
         if (clip.info.kind == "image") != (self.media == "image"):
             found, wanted = ("an image", "a video") if clip.info.kind == "image" else ("a video", "an image")
             raise MediaError(
-                f"{record.media}: found {found} where {self.name} has {wanted}: name images and videos in entries of "
-                "their own",
+                f"{record.media}: found {found}, expected {wanted}, as in the rest of {self.name}: use separate "
+                "entries for images and videos",
                 cause="unreadable",
             )
         missing = self.num_frames - len(clip.frames)

@@ -210,7 +210,7 @@ class PyAvReader(Reader):
             )
         if self.source.is_damaged and not self._warned:
             self._warned = True
-            warn_once(str(self.path), f"damaged data up to frame {index}; pictures are shown as far as mended")
+            warn_once(str(self.path), f"damaged data up to frame {index}; the decoder repaired what it could")
         return frame
 
     def _find(self, stamp: int) -> "VideoFrame | None":
