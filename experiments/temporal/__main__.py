@@ -1,10 +1,10 @@
-"""Tests the paper's claim on the toy world: a model that reads all tokens learns temporal order, pooling cannot.
+"""Tests a claim of the paper on the toy world: a model that reads all tokens learns temporal order; pooling does not.
 
 Each variant of the video input is trained with several seeds, from the same checkpoint, on the same clips and for the
 same number of steps. It is then evaluated on the toy version of MVBench. The same command resumes an interrupted
 experiment and repeats failed runs.
 
-    python -m experiments.temporal --world TOY_ROOT --ckpt STAGE1_CHECKPOINT [--quick]
+    python -m experiments.temporal --world TOY_ROOT --ckpt STAGE2_CHECKPOINT [--quick]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from experiments.temporal.plan import ROOT, VARIANTS, Plan, tested
 from experiments.temporal.report import summary, write_report
 from experiments.temporal.runs import Result, run_all
 from stllm.commands.options import path, whole
-from stllm.common.config import flat, load_config, told_changes
+from stllm.common.config import describe_changes, flat, load_config
 from stllm.common.errors import UserError
 from stllm.evaluation.results import write_json
 from stllm.evaluation.runs import content_digest
@@ -36,7 +36,7 @@ NUM_SEEDS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, and write table and chart. Returns 0 if all runs succeeded, 1 if not, 130 if interrupted."""
+    """Run the missing runs, and write the report. Returns 0 if all succeeded, 1 if not, 130 if interrupted."""
     args = _arguments(argv)
     try:
         plan = _plan(args)
@@ -77,31 +77,46 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.temporal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    quick = " ".join(f"--{name} {value}" for name, value in QUICK.items())
     parser.add_argument("--world", type=Path, required=True, metavar="DIR", help="toy world, from `stllm toy --long`")
     parser.add_argument("--test-world", type=Path, metavar="DIR", help="toy world to test on (default: --world)")
     parser.add_argument(
-        "--ckpt", dest="checkpoint", type=Path, required=True, metavar="DIR", help="of stage 2, where every run starts"
+        "--ckpt",
+        dest="checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="checkpoint of stage 2, from which runs start",
     )
-    parser.add_argument("--quick", action="store_true", help=f"rough figures: defaults become {QUICK}")
+    parser.add_argument("--quick", action="store_true", help=f"rough figures: changes defaults to {quick}")
     parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"number of seeds (default: {NUM_SEEDS})")
-    parser.add_argument("--steps", type=whole(1), metavar="N", help="steps of each run (default: --base's)")
-    parser.add_argument("--mask-after", type=float, default=0.5, metavar="SHARE", help="of the steps (default: 0.5)")
-    parser.add_argument("--residual-size", type=whole(1), default=4, metavar="R", help="local frames (default: 4)")
-    parser.add_argument("--long-frames", type=whole(2), default=16, metavar="T", help="of 64-frame clips (default: 16)")
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="questions of each task (default: all)")
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="steps of each run (default: as in --base)")
+    parser.add_argument(
+        "--mask-after", type=float, default=0.5, metavar="SHARE", help="share of steps without masking (default: 0.5)"
+    )
+    parser.add_argument(
+        "--residual-size", type=whole(1), default=4, metavar="R", help="local frames of residual (default: 4)"
+    )
+    parser.add_argument(
+        "--long-frames", type=whole(2), default=16, metavar="T", help="frames of a 64-frame clip (default: 16)"
+    )
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="questions per task (default: all)")
     parser.add_argument(
         "--jobs", type=whole(1), default=2, metavar="N", help="runs at the same time, each with one thread (default: 2)"
     )
-    parser.add_argument("--base", type=Path, default=ROOT / "configs" / "tiny" / "temporal.yaml")
+    base = ROOT / "configs" / "tiny" / "temporal.yaml"
+    parser.add_argument("--base", type=Path, default=base, metavar="YAML", help="recipe (default: tiny/temporal.yaml)")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override --base, in all runs")
-    parser.add_argument("--work", type=path, metavar="DIR", help="of the runs (default: output/temporal, or _quick)")
-    parser.add_argument("--output-dir", type=Path, default=RESULTS, help="folder of table and chart")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--work", type=path, metavar="DIR", help="folder of the runs (default: output/temporal; --quick: _quick)"
+    )
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="folder of table and chart")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     return parser.parse_args(argv)
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    """Return the plan, and write the settings that all runs share to experiment.json in its folder.
+    """Make the plan, and write its settings to experiment.json in the folder of the runs.
 
     Raises UserError for unusable arguments, and if the folder holds runs with other settings.
     """
@@ -132,7 +147,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     file = plan.work / "experiment.json"
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        if changes := told_changes(flat(before), flat(json.loads(json.dumps(now)))):
+        if changes := describe_changes(flat(before), flat(json.loads(json.dumps(now)))):
             raise UserError(f"{plan.work} holds runs of another experiment: {changes}; name another --work")
     else:
         plan.work.mkdir(parents=True, exist_ok=True)

@@ -55,10 +55,11 @@ VARIANTS = (  # masked variants last, because they wait for `all` of the same se
 class Plan:
     """The settings that all runs share.
 
-    world, test_world: toy worlds to train on and to test on. checkpoint: where every run starts. base: the recipe that
-    each run's recipe extends. work: the folder of the runs. steps: of each run. mask_after: the share of steps before
-    masking. residual_size: local frames of `residual`. long_frames: frames sampled from a 64-frame clip. limit:
-    questions of each task (None: all). options: `key=value`, which override each recipe.
+    world, test_world: toy worlds to train on and to test on. checkpoint: the checkpoint that every run starts from.
+    base: the recipe that each run's recipe extends. work: folder of the runs. steps: steps of each run.
+    mask_after: share of the steps before masking begins. residual_size: local frames of `residual`.
+    long_frames: frames sampled from a 64-frame clip. limit: questions per task (None: all).
+    options: `key=value`, which override each recipe.
     """
 
     world: Path
@@ -81,7 +82,7 @@ class Plan:
 
     @property
     def switch(self) -> int:
-        """The step whose checkpoint of `all` the masked variants of the same seed continue; 0: they run alone."""
+        """The step of the checkpoint of `all` from which masked variants continue; 0: they start like the others."""
         return max(1, round(self.mask_after * self.steps / self.every)) * self.every if self.mask_after else 0
 
     @property
@@ -96,7 +97,7 @@ class Plan:
 
     @cached_property
     def video_frames(self) -> dict[str, int]:
-        """Data set -> frames sampled from each clip. It includes the 64-frame clips if the world has them."""
+        """The frames sampled from each clip, by data set, including the 64-frame clips if the world has them."""
         sets = {str(name): entry for name, entry in self.settings.datasets.items() if isinstance(entry, DictConfig)}
         long = [name for name, entry in sets.items() if RARE.corpus in str(entry.get("anno_path"))]
         if self.has_long and not long:

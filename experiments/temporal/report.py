@@ -48,7 +48,7 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def summary(plan: Plan, results: Sequence[Result], *, jobs: int) -> dict[str, Any]:
-    """Return the content of temporal.json. results: of all runs so far, including failed ones (with `error`)."""
+    """Return the content of temporal.json. results: results of all runs so far; failed runs have the key `error`."""
     done = [result for result in results if "error" not in result]
     asked = tested(plan)
     known = [task.name for task in TASKS if task.name in asked]
@@ -117,7 +117,7 @@ def _spread(values: Sequence[float | None]) -> Spread:
 
 
 def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
-    """Return each claim, whether it holds for the means over seeds (None: not measured), and the compared figures."""
+    """Check each claim for the means over seeds. Returns dicts of `claim`, `holds` (None: not measured), `figures`."""
     found: list[dict[str, Any]] = []
     for text, key, names, holds, words in CLAIMS:
         if key == LONG and not has_long:
@@ -157,7 +157,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     words = {True: "yes", False: "no", None: "not measured"}
     held = [(claim["claim"], words[claim["holds"]], claim["figures"]) for claim in report["claims"]]
     failed = [f"- {run['variant']}, seed {run['seed']}: {run['error']}" for run in report["failed"]]
-    told = {
+    about_of = {
         name: ", ".join(f"{key} {value}" for key, value in values.items())
         for name, values in (*report["worlds"].items(), ("versions", report["versions"]))
     }
@@ -178,9 +178,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             _done(report),
             *(["## Failed\n", *failed, ""] if failed else []),
             "## Origin\n",
-            f"Toy worlds: {'; '.join(f'{name}: {told[name]}' for name in report['worlds'])}. Trained at commit "
+            f"Toy worlds: {'; '.join(f'{name}: {about_of[name]}' for name in report['worlds'])}. Trained at commit "
             f"{', '.join(report['commits']) or MISSING}, reported at {report['reported at']}. Machine: "
-            f"{about['accelerator'] or about['processor']}, {about['cores']} cores; {told['versions']}.\n",
+            f"{about['accelerator'] or about['processor']}, {about['cores']} cores; {about_of['versions']}.\n",
         ]
     )
 

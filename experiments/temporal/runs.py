@@ -1,7 +1,7 @@
-"""Runs the experiment: `stllm train` and `stllm evaluate` for each variant and seed.
+"""The runs of the experiment: `stllm train` and `stllm evaluate` for each variant and seed.
 
-WORK/<variant>-<seed> holds recipe.yaml, model (from `stllm train`), evaluation, *.txt (the output of the commands), and
-at the end result.json.
+The folder WORK/<variant>-<seed> holds recipe.yaml, model (written by `stllm train`), evaluation (by `stllm evaluate`),
+the output of both commands (*.txt) and, when the run has ended, result.json.
 """
 
 import asyncio
@@ -130,10 +130,10 @@ async def command(words: Sequence[str], log: Path) -> None:
 
 
 def training_figures(plan: Plan, model: Path) -> Result:
-    """Return the seconds of a step (the median over the log's lines) and the mean number of visual tokens of a clip.
+    """Return the seconds per step (median over log lines) and the mean number of visual tokens per clip.
 
-    Only steps with masking count, and the same steps of runs without it. The first line of them is left out,
-    because masked runs start there. model: the folder of `stllm train`.
+    For comparison, all variants use the steps in which masked runs mask, except for the first log line after a masked
+    run's start. model: output folder of `stllm train`.
     """
     text = (model / "log.jsonl").read_text(encoding="utf-8")
     lines = [line for line in map(json.loads, text.splitlines()) if line["step"] > plan.switch + plan.logging_steps]

@@ -361,7 +361,7 @@ def _model_type(given: Sequence[Layer], fallback: str | None) -> str:
 
 
 def source_of(layers: Sequence[Layer], dotted: str) -> Layer:
-    """Return the highest layer that sets the key, or a layer named "the defaults"."""
+    """Return the layer of highest priority that sets a key, or a layer named "the defaults"."""
     for layer in reversed(layers):
         found: Any = layer.values
         for part in dotted.replace("[", ".").replace("]", "").split("."):
@@ -445,7 +445,7 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def told_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Describe the differences: "a.b was 1 and is now 2 (and 1 more: c)", or "". A missing key counts as None."""
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if not changed:

@@ -70,8 +70,8 @@ _SYSTEM: dict[tuple[int | str, ...], str] = {
         "then run again"
     ),
     (errno.EACCES, errno.EPERM, errno.EROFS): "no permission{}: give this user access, or name another path",
-    (errno.EEXIST, errno.ENOTDIR): ("a file stands where a folder is needed{}: name another path, or move the file"),
-    (errno.EISDIR,): "a folder stands where a file is needed{}: name another path, or move the folder",
+    (errno.EEXIST, errno.ENOTDIR): ("found a file where a folder is needed{}: name another path, or move the file"),
+    (errno.EISDIR,): "found a folder where a file is needed{}: name another path, or move the folder",
     (errno.ENOENT,): "there is no such file or folder{}: make its folder, name another path, or see what removes it",
     (errno.ENAMETOOLONG,): "the name of a file or folder is too long{}: name another path",
     (errno.ELOOP,): "links that lead to each other in a circle{}: name the file itself",
@@ -87,7 +87,7 @@ _MEMORY_WORDS = (
 
 
 def sentence(error: Exception) -> str:
-    """Return the text to print for an exception. An unforeseen kind is called unexpected: it is a defect of stllm."""
+    """Return the sentence to print for an exception. If its type is not known here, the sentence says "unexpected"."""
     text = _sentence(error)
     return text if len(text) <= MOST else f"{text[: MOST // 2]} ... {text[-MOST // 2 :]}"
 

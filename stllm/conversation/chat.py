@@ -26,11 +26,11 @@ from stllm.conversation.decoding import Decoding, NaNWatch, NoNumbersError
 from stllm.conversation.requests import (
     Answer,
     ClipReader,
+    EncodedClip,
     FeatureCache,
     Media,
     Prepared,
     Request,
-    Seen,
     Stamp,
     Together,
     num_positions,
@@ -157,7 +157,7 @@ class Chat:
 
     # ---- seeing -----------------------------------------------------------------------------------------------------
 
-    def see(self, media: Media, clip: Clip | None = None, stamp: Stamp | None = None) -> Seen:
+    def see(self, media: Media, clip: Clip | None = None, stamp: Stamp | None = None) -> EncodedClip:
         """Return the encoding of a video from the cache, or read and encode it. Raises MediaError.
 
         clip: the clip, if the video was already read. stamp: the medium's stamp from before that reading, in case the
@@ -176,28 +176,28 @@ class Chat:
         self._known[stamp] = (clip.digest, clip.info.kind, clip.times)
         while len(self._known) > MAX_KNOWN_FILES:
             self._known.pop(next(iter(self._known)), None)
-        return Seen(encoded, clip.info.kind, clip.times, seconds, clip.digest)
+        return EncodedClip(encoded, clip.info.kind, clip.times, seconds, clip.digest)
 
-    def recall(self, media: Media) -> Seen | None:
+    def recall(self, media: Media) -> EncodedClip | None:
         """Return the cached encoding of a medium if its file has not changed, else None. The file is not read."""
         digest, kind, times = self._known.get(self.stamp(media), ("", "", []))
         encoded = self.cache.get(digest)
-        return None if encoded is None else Seen(encoded, kind, times, digest=digest)
+        return None if encoded is None else EncodedClip(encoded, kind, times, digest=digest)
 
     def stamp(self, media: Media) -> Stamp:
         """Return a key that differs when the file has changed, or when another part of it is to be read."""
         return replace(media, num_frames=media.num_frames or self.num_frames).stamp()
 
     @torch.inference_mode()
-    def encode(self, clip: Clip, *, read_seconds: float = 0.0) -> Seen:
+    def encode(self, clip: Clip, *, read_seconds: float = 0.0) -> EncodedClip:
         """Encode a clip without caching the result. read_seconds: the time that reading took."""
         start = time.perf_counter()
         encoded = self.model.encode_video(clip.frames[None].to(self.model.device))
         seconds = {"read": read_seconds, "encode": time.perf_counter() - start}
-        return Seen(encoded, clip.info.kind, clip.times, seconds)
+        return EncodedClip(encoded, clip.info.kind, clip.times, seconds)
 
     @torch.inference_mode()
-    def prepare(self, request: Request, decoding: Decoding | None = None, seen: Seen | None = None) -> Prepared:
+    def prepare(self, request: Request, decoding: Decoding | None = None, seen: EncodedClip | None = None) -> Prepared:
         """Compute the prompt's token ids and visual tokens, shortened by the context rule if too long.
 
         decoding: the settings that the answer will be generated with. seen: the request's encoded medium, if any.
@@ -234,7 +234,7 @@ class Chat:
         encode = seen.seconds["encode"] + time.perf_counter() - start
         return replace(prepared, seconds={**seen.seconds, "encode": encode})
 
-    def frame_tokens(self, request: Request, seen: Seen) -> Tensor:
+    def frame_tokens(self, request: Request, seen: EncodedClip) -> Tensor:
         """Compute the tokens of each frame, (1, T, K, D); they depend on the question if the Q-Former reads text.
 
         Concurrent calls from several threads go through the Q-Former in one batch.

@@ -26,11 +26,11 @@ from stllm.common.schema import PUBLISHED
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import (
     ClipReader,
+    EncodedClip,
     Media,
     Prepared,
     Request,
     RequestError,
-    Seen,
     has_position_table,
     num_positions,
 )
@@ -98,7 +98,7 @@ def measure_evidence(
     decoding: Decoding | None = None,
     max_segments: int = MAX_SEGMENTS,
     max_positions: int | None = None,
-    seen: Seen | None = None,
+    seen: EncodedClip | None = None,
     stop: Event | None = None,
 ) -> Evidence:
     """Measure how much each segment of the request's video mattered to an answer, by leaving it out.

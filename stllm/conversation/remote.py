@@ -53,7 +53,7 @@ BROKEN_OFF = ("abort", "error")  # finish_reason of an incomplete answer when th
 TICK = 0.1  # seconds between two checks whether the caller still waits
 
 
-class _Http(openai.DefaultAsyncHttpxClient):
+class _EngineHttp(openai.DefaultAsyncHttpxClient):
     """HTTP client for openai's client that reads at most about `MAX_REPLY` bytes of a reply (truncated JSON fails)."""
 
     async def send(self, request: httpx.Request, *, stream: bool = False, **options: Any) -> httpx.Response:
@@ -95,7 +95,7 @@ class RemoteLanguageModel:
             base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1",
             api_key=key,
             max_retries=NUM_RETRIES if num_retries is None else num_retries,
-            http_client=_Http(timeout=openai.Timeout(seconds, connect=10.0)),
+            http_client=_EngineHttp(timeout=openai.Timeout(seconds, connect=10.0)),
         )
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(self.max_in_flight)

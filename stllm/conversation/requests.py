@@ -30,7 +30,17 @@ from stllm.processors.sequences import VISUAL_TOKEN_ID
 from stllm.processors.templates import VISUAL, Turn
 from stllm.processors.transforms import FrameTransform
 
-__all__ = ["Answer", "ClipReader", "FeatureCache", "Media", "Prepared", "Request", "RequestError", "Seen", "Stamp"]
+__all__ = [
+    "Answer",
+    "ClipReader",
+    "EncodedClip",
+    "FeatureCache",
+    "Media",
+    "Prepared",
+    "Request",
+    "RequestError",
+    "Stamp",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,7 +100,7 @@ class ClipReader:
 
 
 @dataclass(frozen=True)
-class Seen:
+class EncodedClip:
     """An encoded clip.
 
     encoded: (1, T, 1+P, C) if the Q-Former reads the question, else (1, T, K, D). kind: as in `MediaInfo`.
@@ -220,7 +230,7 @@ class Together(Generic[T, R]):
 
 
 @dataclass(frozen=True)
-class Cut:
+class CutTokens:
     """Numbers of visual and of text tokens that the context rule cut from the beginning of a prompt."""
 
     visual: int = 0
@@ -250,7 +260,7 @@ class Prepared:
     visual: Tensor | None = None
     times: list[float] = field(default_factory=list)
     seconds: Mapping[str, float] = field(default_factory=lambda: dict(NO_TIME))
-    cut: Cut = Cut()
+    cut: CutTokens = CutTokens()
     digest: str | None = None
 
     @property
@@ -299,7 +309,7 @@ class Prepared:
             self,
             ids=self.ids[before : front + 1] + self.ids[front + 1 + after :],
             visual=None if self.visual is None else self.visual[visual:],
-            cut=Cut(visual=visual, text=before + after),
+            cut=CutTokens(visual=visual, text=before + after),
         )
 
 
@@ -330,4 +340,4 @@ class Answer:
     frame_times: list[float]
     visual_tokens: int
     seconds: dict[str, float]
-    cut: Cut = Cut()
+    cut: CutTokens = CutTokens()

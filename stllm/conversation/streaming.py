@@ -67,7 +67,7 @@ class Batches:
         Setting `stop`, or closing the generator, ends the answer. Other answers of the same batch continue.
         """
         row = _Row(prepared, decoding, stop, self._is_whole, streams=True)
-        text, ids = _Text(self._processor), []
+        text, ids = _TextDecoder(self._processor), []
         try:
             self._begin([row])
             for token in self._tokens(row):
@@ -280,7 +280,7 @@ class _StopRows(StoppingCriteria):
         return torch.tensor(stopped, device=input_ids.device).repeat_interleave(beams)
 
 
-class _Text(TextStreamer):
+class _TextDecoder(TextStreamer):
     """Decoder from token ids to pieces of text, as transformers' TextStreamer, but for `take` instead of printing."""
 
     def __init__(self, processor: PromptProcessor) -> None:

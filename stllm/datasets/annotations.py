@@ -1,9 +1,12 @@
-"""Annotation files of training: VideoChat2-IT's JSON, pairs of a medium and its caption, JSONL of one's own.
+"""Training annotation files: VideoChat2-IT's JSON, captions, and the user's own JSONL.
 
-A file is a JSON list of records, or one record a line; a record is {"video" or "image": path, "QA": [{"i": instruction,
-"q": question, "a": answer}]} with optional "start" and "end" in seconds and "num_frames", or {"video" or "image": path,
-"caption": text}. Keys beyond these are left alone. Files reach millions of records: the file's bytes stay as they are,
-with the records' offsets beside them, and a record becomes an object when it is asked for.
+A file is a JSON list of records, or has one record per line. A record has one of two forms:
+
+    {"video" or "image": path, "QA": [{"i": instruction, "q": question, "a": answer}]}
+    {"video" or "image": path, "caption": text}
+
+"start" and "end" in seconds are optional. Other keys are ignored. A file may have millions of records, so memory holds
+its bytes and the offset of each record, and a record is parsed when it is read.
 """
 
 import json
@@ -31,7 +34,7 @@ MEDIA = ("video", "image")
 KINDS = (*MEDIA, "text")
 TEXT = KINDS.index("text")
 EXPECTED = "a JSON list, or one record a line, of {video or image, QA: [{i, q, a}]} or {video or image, caption}"
-# Fields by which the files of benchmarks and of other projects are recognised.
+# Fields that identify files of benchmarks and of other projects.
 FOREIGN = {
     "candidates": "an MVBench task",
     "Q": "a VcgBench ground truth",
@@ -48,7 +51,7 @@ _PLACEHOLDER = re.compile(r"<(?:video|image)>")
 
 
 class AnnotationError(UserError):
-    """A record that cannot be used: names the file and record first. cause: "annotation" or "bounds"."""
+    """A record cannot be used. The message begins with file and record. cause: one of `samples.CAUSES`."""
 
     def __init__(self, message: str, *, cause: str = "annotation") -> None:
         super().__init__(message)
@@ -57,11 +60,11 @@ class AnnotationError(UserError):
 
 @dataclass(frozen=True)
 class Record:
-    """One medium and what is asked about it.
+    """One record: a medium with its questions and answers.
 
-    turns: instruction, question and answer of each pair. media: absolute path; None for text alone.
-    kind: "video" or "image". where: file and place in it, for messages. bounds: start and end in seconds, `math.inf`
-    for an open end. member: the medium, where it lies in a tar. key: of its features, where `media` is not unique.
+    turns: instruction, question and answer of each pair. media: path of the medium; None for a text-only record.
+    kind: "video" or "image". where: file and record, for messages. bounds: start and end in seconds, `math.inf` for an
+    open end. member: the medium's place in a tar, if it is in one. key: name of its features, if `media` is not unique.
     """
 
     turns: tuple[Turn, ...]
@@ -74,10 +77,10 @@ class Record:
 
 
 class Records(Protocol):
-    """An annotation file that was read: records by index, held compactly.
+    """The records of a data set, by index.
 
-    kind: "video", "image" or "text", the same for all. media_dir: what their media are relative to.
-    num_pairs: (records,) answered pairs of each.
+    kind: "video", "image" or "text", the same for all records. media_dir: folder that the media names are relative to.
+    num_pairs: (records,) number of answered pairs of each record.
     """
 
     kind: str
@@ -87,20 +90,20 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """The record. Raises AnnotationError when it cannot be used."""
+        """Return a record. Raises AnnotationError if it cannot be used."""
         ...
 
 
 class JsonRecords:
-    """The records of one annotation file, held as the file's bytes and offsets into them.
+    """The records of one annotation file.
 
-    media_dir: what the records' media are relative to. clips: finds them in tars instead, by the names in the records.
-    kind: "video", "image" or "text" (records without a medium); records of another kind are left out. None: whatever
-        the file holds, which must be one kind.
-    num_pairs: (records,) answered pairs of each record, 0 where it cannot be used for lack of any.
+    media_dir: folder that the media names are relative to. clips: finds the media in tars instead, by their names.
+    kind: "video", "image" or "text" (records without a medium); records of another kind are skipped. None: the kind
+        that the file holds, which must be a single one.
+    num_pairs: (records,) number of answered pairs of each record.
 
-    Raises UserError for what concerns the whole file: missing, no JSON (with line and column), no list, a record that
-    is no mapping or of another benchmark, no record, no question and answer anywhere, videos and images mixed.
+    Raises UserError for a file that is missing, is not JSON (with line and column), has a record that is not a mapping
+    or is of a benchmark, has no record or no answer, or mixes videos and images.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class JsonRecords:
     ) -> None:
         self.path, self.media_dir, self.clips = user_path(path), str(media_dir), clips
         self._data, text = read_file(self.path)
-        spans, num_pairs, kinds = array("q"), array("i"), array("b")  # a few bytes a record, however many there are
+        spans, num_pairs, kinds = array("q"), array("i"), array("b")  # only a few bytes per record
         num_asking = 0
         first: Fields = {}
         for start, end, fields in json_values(self.path, text):
@@ -151,12 +154,12 @@ class JsonRecords:
                 "two entries, one with media: video and one with media: image"
             )
         self.kind = kind or media[0]
-        # A record without a medium stays among those with one: it is a fault to report.
+        # A record without a medium is kept among those with one, so that it is reported as a fault.
         chosen = (of_file == KINDS.index(self.kind)) | (of_file == TEXT)
         if not chosen.any():
             raise UserError(f"{self.path}: found no {kind} record among {len(kinds)}: name another file or medium")
         ends = np.array(spans)  # start, end, start, end, ... in characters
-        if not text.isascii():  # the same in bytes of UTF-8
+        if not text.isascii():  # convert to offsets in bytes of UTF-8
             lengths = (len(text[start:end].encode()) for start, end in pairwise([0, *spans]))
             ends = np.fromiter(lengths, np.int64, len(spans)).cumsum()
         self._numbers = np.flatnonzero(chosen)  # of the records in the file
@@ -166,10 +169,10 @@ class JsonRecords:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> Record:
-        """The record; a pair without an answer keeps its place, with None as its answer.
+        """Parse a record. A pair without an answer is kept, with the answer None.
 
-        Raises AnnotationError when the record names no medium, has no pair, no answer, a question that is no text, or
-        an impossible bound.
+        Raises AnnotationError if the record names no medium, has no pair or no answer, has a question that is not text,
+        or an impossible bound.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -194,10 +197,10 @@ class JsonRecords:
 def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
     """Write a training file that has one record for each question-and-answer pair.
 
-    The other keys (medium, start, end, ...) are copied into every record; a record with an empty QA list is left out.
-    Returns the numbers of records read, left out and written.
-    Raises UserError for a target that is there already, and for a source that cannot be read or has a record without
-    QA; the target is then not written.
+    The other keys (medium, start, end, ...) are copied into every record. Records with an empty QA list are skipped.
+    Returns the numbers of records read, skipped and written.
+    Raises UserError if the target exists, if the source cannot be read, or if one of its records has no QA; the target
+    is then not written.
     """
     path, new = user_path(source), user_path(target)
     if new.exists():
@@ -224,11 +227,14 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
 
 
 def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
-    """The file's bytes, and the same as text. Raises UserError."""
+    """Read a file, and return its bytes and its text. Raises UserError if it cannot be read or is not UTF-8.
+
+    expected: the format in words, for messages.
+    """
     check_regular(path, expected)
     try:
         data = path.read_bytes()
-        # A byte order mark would be one character and three bytes; it is no part of the JSON.
+        # a byte order mark is not part of the JSON
         data = data.removeprefix(b"\xef\xbb\xbf")
         if data.startswith(LFS_POINTER):
             raise UserError(f"{path}: {LFS_SENTENCE}")
@@ -244,7 +250,10 @@ def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
 
 
 def json_values(path: Path, text: str, expected: str = EXPECTED) -> Iterator[tuple[int, int, Any]]:
-    """(start, end, value) of each record of a JSON list, or of values one after another."""
+    """Yield (start, end, value) of each record of a JSON list, or of JSON values that follow each other.
+
+    start, end: offsets in characters. Raises UserError, with line and column, for text that is not valid JSON.
+    """
     position = _skip(text, 0)
     listed = text.startswith("[", position)
     try:
@@ -272,7 +281,7 @@ def json_values(path: Path, text: str, expected: str = EXPECTED) -> Iterator[tup
 
 def _skip(text: str, position: int) -> int:
     space = _SPACE.match(text, position)
-    assert space is not None  # it matches nothing, too
+    assert space is not None  # the pattern also matches an empty text
     return space.end()
 
 
@@ -283,10 +292,10 @@ SPEAKERS = {"human": "q", "user": "q", "gpt": "a", "assistant": "a"}
 
 
 def fields_beside(text: bytes | None, data: bytes | None, where: str) -> Fields:
-    """The record of a clip from the txt and the json beside it, either of which may be absent (None).
+    """Build a clip's record from the txt (`text`) and the json (`data`) beside it; None if the file is absent.
 
-    A json's pairs are QA, LLaVA's `conversations`, or `question` and `answer`. Without pairs the txt is the caption, or
-    else the json's `caption`. Raises AnnotationError, beginning with `where`, when there is none of these.
+    The json's pairs are `QA`, LLaVA's `conversations`, or `question` and `answer`. If it has no pairs, the caption is
+    the txt, or else the json's `caption`. where: the clip, for messages. Raises AnnotationError if none exists.
     """
     try:
         fields = {} if data is None else loads(data)
@@ -310,12 +319,15 @@ def fields_beside(text: bytes | None, data: bytes | None, where: str) -> Fields:
 
 
 def num_answers(fields: Fields) -> int:
-    """The answered pairs of a record."""
+    """Count the answered pairs of a record."""
     return sum(text_of(answer) is not None for _, _, answer in _raw_pairs(fields))
 
 
 def _pairs_of(conversation: Any, where: str) -> list[Fields]:
-    """The pairs of LLaVA's conversation, without its <video> and <image>. Raises AnnotationError."""
+    """Convert LLaVA's conversation to pairs, without the placeholders <video> and <image>.
+
+    Raises AnnotationError if its turns do not alternate between human and model.
+    """
     pairs: list[Fields] = []
     for number, turn in enumerate(conversation if isinstance(conversation, list) else [conversation]):
         speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
@@ -337,7 +349,7 @@ def _pairs_of(conversation: Any, where: str) -> list[Fields]:
 
 
 def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
-    """(instruction, question, answer) of each pair as they stand; a caption answers an empty question."""
+    """List (instruction, question, answer) of each pair, unchecked. A caption is the answer to an empty question."""
     pairs = fields.get("QA")
     if isinstance(pairs, list):
         return [(pair.get("i"), pair.get("q"), pair.get("a")) for pair in pairs if isinstance(pair, dict)]
@@ -346,10 +358,10 @@ def _raw_pairs(fields: Fields) -> list[tuple[Any, Any, Any]]:
 
 
 def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
-    """The record's pairs; the answer is None where it is missing.
+    """Return the pairs of a record as turns. A missing answer is None.
 
-    Raises AnnotationError when all answers are missing, and for a question or an instruction that is a list or a
-    mapping, or a text that is too long.
+    Raises AnnotationError if all answers are missing, if a question or an instruction is a list or a mapping, or if a
+    text is too long.
     """
     pairs = _raw_pairs(fields) if "QA" in fields or "caption" in fields else []
     if not pairs:
@@ -375,7 +387,7 @@ def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
 
 
 def question_fault(instruction: Any, question: Any) -> str:
-    """A sentence about an instruction (i) or a question (q) that is a list or a mapping; "" for others."""
+    """Describe the fault of an instruction (i) or a question (q) that is a list or a mapping; "" if there is none."""
     for key, value in (("i", instruction), ("q", question)):
         if isinstance(value, (list, dict)):
             return f"found {key} {value!r:.60}, expected a text: correct it, or leave the record out"
@@ -383,17 +395,17 @@ def question_fault(instruction: Any, question: Any) -> str:
 
 
 def text_of(value: Any) -> str | None:
-    """A text as it stands unless it is blank, a number as text; None for anything else."""
+    """Return a text that is not blank, or a number as text. Return None for any other value."""
     if (isinstance(value, str) and value.strip()) or isinstance(value, (int, float)):
-        # Half a surrogate pair, which JSON can spell, is no text to a tokenizer.
+        # JSON can spell half a surrogate pair, which a tokenizer does not accept.
         return str(value).encode("utf-8", "replace").decode()
     return None
 
 
 def bounds_of(fields: Fields, where: str, *, negative_start: bool = False) -> Bounds | None:
-    """A record's start and end in seconds, `math.inf` for an open end; None without either.
+    """Return a record's start and end in seconds, `math.inf` for an open end; None if it has neither.
 
-    negative_start: accept one, as MVBench does. Raises AnnotationError.
+    negative_start: accept a negative start, as MVBench does. Raises AnnotationError for bounds that are no interval.
     """
     found = {"start": 0.0, "end": math.inf}
     for key in found:

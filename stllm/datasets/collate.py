@@ -1,7 +1,7 @@
-"""A collator from samples to the model's arguments: it tokenizes and joins prompts, stacks media and draws masks.
+"""The collator, which turns samples into the model's arguments: it tokenizes prompts, stacks media and draws masks.
 
-Masks are drawn here, keyed by epoch and sample, so that they do not depend on how many processes or workers there are.
-Letters: B samples, T frames, S image size, P patches, C encoder width, K tokens a frame, Q Q-Former width, N visual
+The masks depend on the seed, the epoch and the sample, and not on the number of processes or workers.
+Letters: B samples, T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width, N visual
 tokens of a clip.
 """
 
@@ -21,12 +21,12 @@ MEDIA_FIELDS = ("pixel_values", "vision_features", "query_features")
 
 
 class Collator:
-    """A DataLoader's `collate_fn`: samples of one data set to the arguments of `STLLM.forward`.
+    """The `collate_fn` of a DataLoader: converts samples of one data set to the arguments of `STLLM.forward`.
 
-    num_tokens: T to N, as the model's video input counts them (`video_inputs.num_visual_tokens`).
+    num_tokens: computes N from T for the model's video input (`video_inputs.num_visual_tokens`).
     mask_rate: mean, std, min and max of the share of visual tokens that a clip drops (paper section 3.3); None: no
-        token is dropped. A single image is never masked. mask_bucket: see `masking.draw_dropped`.
-    packing: the prompts become one row without padding; see `sequences.pad_sequences`.
+        token is dropped. Images are never masked. mask_bucket: see `masking.draw_dropped`.
+    packing: concatenate the prompts into one row without padding; see `sequences.pad_sequences`.
     """
 
     def __init__(
@@ -43,20 +43,20 @@ class Collator:
         self.mask_rate, self.mask_bucket, self.packing = mask_rate, mask_bucket, packing
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The arguments by name: the output of `training_sequences` for the prompts; pixel_values (B, T, 3, S, S),
-        vision_features (B, T, 1+P, C) or query_features (B, T, K, Q), none of them for text alone; qformer_* where the
-        Q-Former reads text.
+        """Return the arguments by name.
 
-        Besides, for whoever trains: names, the samples' own, and failures, what could not be read in their place.
+        They are the output of `training_sequences`; the media as pixel_values (B, T, 3, S, S), vision_features
+        (B, T, 1+P, C) or query_features (B, T, K, Q), unless the samples are text-only; and qformer_* if the Q-Former
+        reads text. Two further keys are for the training loop: `names` of the samples, and their `failures`.
         """
         batch: dict[str, Any] = stacked(samples)
         num_visual = dropped = None
         if samples[0].media is not None:
-            # Visual tokens come before every turn, so they can answer to the first one alone.
+            # The Q-Former reads only the first turn: the visual tokens come before all turns.
             batch |= self.processor.qformer_inputs([self.processor.template.text(s.turns[0]) for s in samples])
             num_visual = self.num_tokens(samples[0].num_frames)
             if self.mask_rate is not None and samples[0].num_frames > 1:
-                # One rate for the global batch, so that all its rows drop equally many: (B, N) bool, True = dropped.
+                # One rate for the global batch, so that all rows drop the same number: (B, N) bool, True = dropped.
                 place = samples[0].key[:2]  # epoch and batch
                 rate = draw_mask_rate(**self.mask_rate, generator=keyed_torch(self.seed, Stream.MASK_RATE, *place))
                 rows = [(s.key.corpus, s.key.index, s.key.round) for s in samples]
@@ -74,7 +74,7 @@ class Collator:
 
 
 def stacked(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """The media of samples that all have the same kind, stacked; empty for text alone."""
+    """Stack the media of samples that have the same kind of medium. The result is empty for text-only samples."""
     result = {}
     for name in MEDIA_FIELDS:
         tensors = [tensor for sample in samples if (tensor := getattr(sample, name)) is not None]

@@ -1,4 +1,4 @@
-"""The `datasets` section to data sets: known ones by name (configs/datasets/), the user's own by their files."""
+"""Build the data sets of the `datasets` section: shipped ones by name (configs/datasets/), the user's own by files."""
 
 import hashlib
 import os
@@ -34,14 +34,15 @@ def build_corpora(
     split: str | None = None,
     feature_settings: Mapping[str, Any] | None = None,
 ) -> list[MixturePart]:
-    """The data sets that a checked configuration lists, with their weights, for a `Mixture`.
+    """Build the data sets that a checked configuration lists, with their weights, for a `Mixture`.
 
-    image_size: pixels a side that frames are prepared to. train: crops as the entries say; else centre crops, and the
-        middle frame of an interval where training takes a random one.
-    split: "train", without what is held out; "val", only that (an empty list where nothing is); None: all samples.
-    feature_settings: what precomputed features (`features_dir`) must have been made with, beside size and frames.
-    Raises UserError: no data set, an unknown name without a file of its own, files that are missing (all in one
-    sentence), whatever is wrong with a file as a whole.
+    image_size: height and width of the prepared frames, in pixels.
+    train: True uses the crop of each entry. False uses centre crops, and the middle frame of an interval where training
+        draws a random frame.
+    split: "train" excludes the held-out samples; "val" gives only these (the list may be empty); None gives all.
+    feature_settings: settings that precomputed features (`features_dir`) must have, beside image size and frames.
+    Raises UserError if no data set is listed, for an unknown name without files, for missing files (all are listed),
+    and for a file that cannot be used.
     """
     entries = resolved_settings(cfg, train=train)
     if split is not None:
@@ -63,8 +64,8 @@ def build_corpora(
     transforms = {"random": TrainTransform(image_size), "center": EvalTransform(image_size)}
     expected = {"image_size": image_size, **(feature_settings or {})}
     sources = []
-    # Millions of records take a while to look through.
-    hidden = None if is_main() else True  # None: no bar where nobody looks
+    # Reading millions of records takes a while.
+    hidden = None if is_main() else True  # None: tqdm shows no bar if the output is not a terminal
     for name, settings in tqdm(entries.items(), desc="data sets", delay=1, leave=False, disable=hidden):
         transform = transforms[settings.crop if train else "center"]
         corpus = datasets.get(settings.type).from_settings(name, settings, transform=transform)
@@ -79,10 +80,10 @@ def build_corpora(
 
 
 def held_out(corpus: Corpus, fraction: float) -> np.ndarray:
-    """Choose the samples that are held out, (n,) bool: all those of that fraction of the media, of one at least.
+    """Choose the held-out samples, (n,) bool: all samples of that fraction of the media, and of at least one medium.
 
-    The choice depends on the media's names alone, so that it is the same in every run. In text alone each sample is
-    chosen by its number. Raises UserError for a data set of a single medium.
+    The choice depends only on the names of the media, so every run makes the same one. Text-only samples are chosen by
+    their index. Raises UserError for a data set with a single medium.
     """
 
     def medium(index: int) -> str:
@@ -91,22 +92,25 @@ def held_out(corpus: Corpus, fraction: float) -> np.ndarray:
         try:
             key = corpus.key_of(index)
         except (MediaError, AnnotationError):
-            return str(index)  # a sample that cannot be used
-        return key.rpartition("[")[0] if key.endswith("]") else key  # all parts of a video
+            return str(index)  # this sample cannot be used
+        return key.rpartition("[")[0] if key.endswith("]") else key  # the same name for all parts of a video
 
     names = [medium(index) for index in range(len(corpus))]
     order = sorted(set(names), key=lambda name: hashlib.blake2b(f"{corpus.name} {name}".encode()).digest())
     if len(order) < 2:
         raise UserError(
             f"data set {corpus.name}: val_fraction is {fraction}, but there is only one medium: leave val_fraction "
-            "out, or make an entry of its own with split: val"
+            "out, or add another entry with split: val"
         )
     chosen = set(order[: max(1, round(fraction * len(order)))])
     return np.array([name in chosen for name in names], dtype=bool)
 
 
 def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, DatasetSettings]:
-    """Each entry over the shipped one of its name, with paths joined to the roots. Raises UserError."""
+    """Merge each entry over the shipped entry of its name, and join its paths to the roots.
+
+    Raises UserError if no data set is listed, for an unknown name without files, and for a wrong sampling or reader.
+    """
     section = cast(dict[str, Any], OmegaConf.to_container(cfg.datasets, resolve=True))
     roots = {root: section.pop(root, None) for root in ROOTS}
     known = shipped_entries()
@@ -132,7 +136,7 @@ def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, Datas
             settings.sampling = "middle"
         media_root = settings.media_root or roots["media_root"]
         settings.anno_path = _joined(settings.anno_root or roots["anno_root"], settings.anno_path)
-        beside = os.path.dirname(settings.anno_path or "")  # where one's own media are when nothing says otherwise
+        beside = os.path.dirname(settings.anno_path or "")  # default media folder: that of the annotation file
         settings.media_dir = _joined(media_root, settings.media_dir) or media_root or beside
         settings.shards = [_joined(media_root, shard) for shard in texts(settings.shards)]
         if roots["features_root"] is not None and settings.features_dir is None:
@@ -142,7 +146,7 @@ def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, Datas
 
 @cache
 def shipped_entries() -> dict[str, dict[str, Any]]:
-    """The known data sets' entries by name."""
+    """Read the entries of the shipped data sets, by name."""
     entries: dict[str, dict[str, Any]] = {}
     for path in sorted(SHIPPED.glob("*.yaml")):
         entries.update(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path))))
@@ -150,7 +154,7 @@ def shipped_entries() -> dict[str, dict[str, Any]]:
 
 
 def _joined(root: str | None, path: str | None) -> str | None:
-    """The path below the root; as it is where it is absolute, a URL, or there is no root."""
+    """Join a path to the root. An absolute path and a URL stay unchanged, as does any path without a root."""
     if path is None or "://" in path or path.startswith("pipe:"):
         return path
     return os.path.join(os.path.expanduser(root or ""), os.path.expanduser(path))

@@ -1,4 +1,4 @@
-"""Records of an annotation file, read to its end, and the faults that show without opening any medium.
+"""Reading all records of an annotation file, and finding the faults that need no opened media.
 
 One broken record does not hide those after it. `stllm doctor` lists all faults; `stllm evaluate` stops at the first one
 that concerns a whole file and keeps the others as errors of their items.
@@ -18,8 +18,8 @@ from stllm.datasets.annotations import FOREIGN, AnnotationError, Fields, bounds_
 from stllm.media.sampling import Bounds
 
 TRAINING = "training data"
-MARKS = {"QA": TRAINING, "caption": TRAINING, **FOREIGN}  # the fields that tell formats apart
-# Each kind of fault, with what it does to a run.
+MARKS = {"QA": TRAINING, "caption": TRAINING, **FOREIGN}  # a field -> the format that it identifies
+# Kinds of faults, with a description that `stllm doctor` prints.
 KINDS = {
     "annotation": "the file or record cannot be read; training skips the record or stops",
     "refused": "a benchmark's ground truth or media folder that cannot be used as a whole",
@@ -28,7 +28,7 @@ KINDS = {
     "empty file": "media of 0 bytes",
     "unreadable": "media that cannot be opened or decoded, or are cut short",
     "wrong medium": "an image where a video is expected, or the reverse",
-    "outside": "media outside the media folder, which nobody else will find there",
+    "outside": "media outside the media folder, which other users of the annotation file will not find",
     "bounds": "start and end that are no part of the video",
     "too long": "records that exceed the language model's positions; training skips them",
     "empty answer": "nothing to learn, or nothing to score against",
@@ -44,10 +44,10 @@ Pairs = tuple[tuple[str, str], ...]  # question, answer
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
+    """A fault in an annotation file or in a medium.
 
-    kind: of KINDS. where: file and record. subject: the medium, or the field. sentence: what was found, what was
-    expected, what to do. note: True if it does not stop an evaluation; the doctor lists it and exits with 0.
+    kind: one of KINDS. where: file and record. subject: the medium or the field. sentence: what was found, what was
+    expected, what to do. note: True if an evaluation runs despite it; the doctor lists it and exits with 0.
     """
 
     kind: str
@@ -66,10 +66,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class Medium:
-    """A record's medium, and what is asked about it.
+    """The medium of a record, with its questions and answers.
 
-    name: as the record names it. expects: "video", "image", "frames", or "text" alone. num_frames, fps: of a frame
-    folder. pairs: questions and answers.
+    where: file and record. name: the medium's name in the record. expects: the kind of medium: "video", "image",
+    "frames", or "text" for a record without one. num_frames, fps: those of a frame folder. pairs: (question, answer).
     """
 
     where: str
@@ -87,10 +87,10 @@ Finding = Fault | Medium
 def records_of(
     path: Path, expected: str, own: Sequence[str], *, tables: bool = False
 ) -> Iterator[tuple[str, "Fields | Fault"]]:
-    """Yield (file and record, its fields) of every record, with a fault in place of a broken one.
+    """Yield the place (file and record) and the fields of every record, or a fault if the record is broken.
 
     expected: the format in words. own: its characteristic fields. If the first record has none of these fields but has
-    those of another format, the file gives one fault and no record. tables: read .csv and .tsv files, too.
+    those of another format, the file gives one fault and no record. tables: also read .csv and .tsv files.
     """
     number = 0
     try:
@@ -118,7 +118,10 @@ def records_of(
 
 
 def _values(path: Path, expected: str, tables: bool) -> Iterator[tuple[str, Any]]:
-    """Yield (file and record, value). JSONL goes on after a broken line. Raises UserError where reading must stop."""
+    """Yield the place (file and record) and the value of every record.
+
+    Reading of JSONL continues after a broken line. Raises UserError if the rest of the file cannot be read.
+    """
     text, suffix = read_file(path, expected)[1], path.suffix.lower()
     if tables and suffix in (".csv", ".tsv"):
         # TGIF-QA's files are called csv but are separated by tabs.
@@ -147,7 +150,7 @@ def _values(path: Path, expected: str, tables: bool) -> Iterator[tuple[str, Any]
 
 
 def pairs_of(question: Any, answer: Any) -> Pairs:
-    """The pair of a question and its answer; no pair if either is empty."""
+    """Return the pair of a question and its answer, or () if either is empty."""
     asked, answered = text_of(question), text_of(answer)
     return ((asked, answered),) if asked and answered else ()
 
@@ -162,7 +165,7 @@ def check_item(
 ) -> Iterator[Finding]:
     """Yield the faults of a benchmark's record, and its medium.
 
-    questions, answer: the fields that hold them. media: the fields that may name the medium.
+    questions, answer: names of the fields with the questions and the answer. media: fields that may name the medium.
     """
     yield from check_texts(fields, where, {**dict.fromkeys(questions, "empty question"), answer: "empty answer"})
     if name := (yield from check_name(fields, where, media)):
@@ -171,7 +174,7 @@ def check_item(
 
 
 def check_texts(fields: Fields, where: str, needed: dict[str, str]) -> Iterator[Fault]:
-    """Yield faults of fields that must hold text. needed: field -> kind of the fault when it is empty."""
+    """Yield the faults of fields that must hold text. needed: name of a field -> kind of fault if it is empty."""
     for field, kind in needed.items():
         if field not in fields:
             yield Fault("incomplete", where, field, f"the field is missing (found {', '.join(fields)}): add it")
@@ -180,7 +183,7 @@ def check_texts(fields: Fields, where: str, needed: dict[str, str]) -> Iterator[
 
 
 def check_name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[Finding, None, str | None]:
-    """Yield a fault when no field names the medium. Return the name, or None."""
+    """Return the medium's name from the first of `keys` that has one. Yield a fault and return None if none has."""
     name = next((name for key in keys if (name := text_of(fields.get(key))) is not None), None)
     if name is None:
         yield Fault("incomplete", where, keys[0], f"no medium is named; expected a text in {' or '.join(keys)}: add it")
@@ -190,7 +193,7 @@ def check_name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[F
 def check_bounds(
     fields: Fields, where: str, *, negative_start: bool = False
 ) -> Generator[Finding, None, Bounds | None]:
-    """Yield the faults of start and end. Return the bounds, or None."""
+    """Return the record's bounds in seconds, or None. Yield a fault if `start` or `end` is wrong."""
     try:
         return bounds_of(fields, where, negative_start=negative_start)
     except AnnotationError as error:
@@ -199,6 +202,6 @@ def check_bounds(
 
 
 def shortened(value: Any) -> str:
-    """The value as Python writes it, up to 60 characters."""
+    """Return the `repr` of a value, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,10 +1,9 @@
-"""Precomputed features of a data set: written in safetensors shards once, read in place of the media in training.
+"""Precomputed features of a data set, which training reads in place of the media.
 
-A folder holds `features-<rank>-<number>.safetensors`, one tensor a clip under the clip's key, and `index.json`, which
-says what the features are and lists the keys. `distinct_clips` and `ClipDataset` give what is to be extracted: each
-medium and part of it once, decoded in batches.
-Letters: B clips of a batch, T frames, S the model's image size, P patches, C encoder width, K tokens a frame,
-Q Q-Former width.
+A folder holds shards `features-<rank>-<number>.safetensors`, with one tensor per clip under the clip's key, and
+`index.json`, which describes the features and lists the keys. `distinct_clips` lists the clips to extract, each once,
+and `ClipDataset` decodes them in batches.
+Letters: B clips of a batch, T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width.
 """
 
 import hashlib
@@ -32,28 +31,29 @@ from stllm.media.info import MediaError
 from stllm.media.sampling import Bounds
 from stllm.media.time_bound import now_reading
 
-STAGES = ("vit", "qformer")  # (T, 1+P, C) of the frozen encoder; (T, K, Q) of a Q-Former that reads no text
+# vit: (T, 1+P, C), the output of the frozen encoder; qformer: (T, K, Q), that of a Q-Former that reads no text
+STAGES = ("vit", "qformer")
 INDEX = "index.json"
 SHARD_BYTES = 2**30
 
 
 def feature_key(record: Record, media_dir: str | Path) -> str:
-    """The key of a record's features: its medium (or its own key) relative to the media folder, and its bounds."""
-    assert record.media is not None  # text alone has no features
+    """Return the key of a record's features: its medium (or `record.key`) relative to the media folder, and bounds."""
+    assert record.media is not None  # a text-only record has no features
     folder = os.path.join(media_dir, "")
     return clip_key((record.key or record.media).removeprefix(folder), record.bounds)
 
 
 def clip_key(media: str, bounds: Bounds | None) -> str:
-    """`some/video.mp4`, or `some/video.mp4[2,7.5]` for a bounded part."""
+    """Return `some/video.mp4`, or `some/video.mp4[2,7.5]` for a part of a video. bounds: in seconds."""
     return media if bounds is None else f"{media}[{bounds[0]!r},{bounds[1]!r}]"
 
 
 @runtime_checkable
 class FeatureSource(Corpus, Protocol):
-    """A data set of the mixture whose media can be precomputed.
+    """A data set whose features can be precomputed.
 
-    features: what is read in place of the media, if anything. frame_settings: which frames make a clip's features.
+    features: the features that replace the media, if any. frame_settings: the settings that choose a clip's frames.
     """
 
     features: "FeatureStore | None"
@@ -62,17 +62,17 @@ class FeatureSource(Corpus, Protocol):
     def frame_settings(self) -> dict[str, Any]: ...
 
     def key_of(self, index: int) -> str:
-        """The key of the features of a sample's medium. Raises MediaError or AnnotationError."""
+        """Return the key under which a sample's features are stored. Raises MediaError or AnnotationError."""
         ...
 
 
 class FeatureWriter:
-    """A writer of features, shard by shard. Each shard is written whole or not at all, so an interrupted run goes on.
+    """A writer of features in shards. No shard is written in part, so an interrupted extraction can continue.
 
     stage: "vit" or "qformer". settings: what the features depend on (a digest of the weights, frames, sampling, image
-        size, dtype), as plain JSON. rank: of this process; each writes shards of its own, and begins before any of
-        them writes.
-    Raises UserError when the folder holds features made with other settings.
+        size, dtype), as plain JSON. rank: rank of this process. Each process writes its own shards; all writers must be
+        made before the first one writes. shard_bytes: size at which a shard is written.
+    Raises UserError if the folder holds features with other settings.
     """
 
     def __init__(
@@ -94,28 +94,28 @@ class FeatureWriter:
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
         if rank == 0:
-            for partial in self.folder.glob(".features-*.partial"):  # of a process that was killed while it wrote
+            for partial in self.folder.glob(".features-*.partial"):  # left by a process that was killed
                 partial.unlink()
             write_text(self.folder / INDEX, json.dumps({**self.header, "complete": False}))
 
     def __contains__(self, key: str) -> bool:
-        """Check whether these features are there already, written or waiting to be."""
+        """Check whether the features of this key exist, in a shard or waiting to be written."""
         return key in self._done or key in self._waiting
 
     @property
     def num_clips(self) -> int:
-        """The number of clips whose features are there already, written by any process or waiting to be."""
+        """The number of clips with features, in the shards found at the start or made by this process."""
         return len(self._done) + len(self._waiting)
 
     def add(self, key: str, features: Tensor) -> None:
-        """features: (T, 1+P, C) or (T, K, Q), of any dtype, which is kept. Writes a shard when enough are waiting."""
+        """Add the features of a clip, (T, 1+P, C) or (T, K, Q). Their dtype is kept. Full shards are written."""
         self._waiting[key] = features.detach().cpu().contiguous()
         self._waiting_bytes += features.nbytes
         if self._waiting_bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting as a shard."""
+        """Write the waiting features as a shard."""
         if not self._waiting:
             return
         taken = [int(path.stem.rsplit("-", 1)[1]) for path in self.folder.glob(f"features-{self.rank:05d}-*")]
@@ -126,16 +126,16 @@ class FeatureWriter:
         self._waiting, self._waiting_bytes = {}, 0
 
     def finish(self) -> None:
-        """Write the index over all shards of all ranks. Call it on one process, when every one has flushed."""
+        """Write the index of the shards of all ranks. Call it on one process, after all processes called `flush`."""
         self.flush()
         write_text(self.folder / INDEX, json.dumps({**self.header, "complete": True, "shards": _shards(self.folder)}))
 
 
 class FeatureStore:
-    """A finished folder of features, to be read.
+    """A reader of a folder of features.
 
-    expected: what the settings must say, as far as they are given here. stage, settings: what the folder holds.
-    Raises UserError for a folder without features, unfinished ones, and settings other than expected.
+    expected: settings that the features must have. stage, settings: those of the folder.
+    Raises UserError if the folder has no features, is incomplete, or has other settings.
     """
 
     def __init__(self, folder: str | Path, *, expected: Mapping[str, Any] | None = None) -> None:
@@ -146,7 +146,7 @@ class FeatureStore:
         if not index["complete"]:
             raise UserError(f"{self.folder}: the features are not complete: run the same `stllm extract` again")
         self._shards = list(index["shards"])
-        # Sorted digests, not a dict of millions of texts, which every worker would come to copy.
+        # Sorted digests: a dict of millions of texts would be copied into every worker.
         digests = np.array([_digest(key) for keys in index["shards"].values() for key in keys], np.uint64)
         shards = np.repeat(np.arange(len(self._shards)), [len(keys) for keys in index["shards"].values()])
         order = digests.argsort()
@@ -156,7 +156,10 @@ class FeatureStore:
         return len(self._digests)
 
     def load(self, key: str) -> Tensor:
-        """The features of a clip, (T, 1+P, C) or (T, K, Q), as they were written. Raises MediaError."""
+        """Read the features of a clip, (T, 1+P, C) or (T, K, Q), in the dtype in which they were written.
+
+        Raises MediaError if the folder has none for this key, or if the shard is damaged or missing.
+        """
         place = int(np.searchsorted(self._digests, _digest(key)))
         if place == len(self) or self._digests[place] != _digest(key):
             raise MediaError(f"{self.folder}: found no features of {key}; run `stllm extract` again", cause="missing")
@@ -171,7 +174,7 @@ class FeatureStore:
             raise MediaError(f"{shard}: the shard is damaged ({error}); delete it and extract again") from error
 
     def fill(self, sample: Sample, key: str) -> None:
-        """Put the features of a clip into the field that the model reads. Raises MediaError."""
+        """Set `vision_features` or `query_features` of a sample, depending on the stage. Raises MediaError."""
         if self.stage == "vit":
             sample.vision_features = self.load(key)
         else:
@@ -180,9 +183,9 @@ class FeatureStore:
 
 @lru_cache(maxsize=64)
 def _opened(shard: Path, changed: int) -> Any:
-    """An open shard. Its header lists every clip: reading it for each clip took 16 ms with 20,000 clips.
+    """Open a shard and keep it open: its header lists every clip, and reading it took 16 ms with 20,000 clips.
 
-    changed: the time of the file's last change, so that a replaced shard is opened anew.
+    changed: modification time of the file, so that a replaced shard is opened again.
     """
     return safe_open(shard, framework="pt")
 
@@ -192,7 +195,7 @@ def _digest(key: str) -> np.uint64:
 
 
 def _read_index(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The index of a folder. Raises UserError when there is none, and for settings other than expected."""
+    """Read the index of a folder. Raises UserError if it is missing or damaged, or has settings other than expected."""
     check_regular(folder, "a folder of features")
     try:
         index: dict[str, Any] = loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -215,7 +218,7 @@ def _read_index(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:
-    """The keys in each finished shard."""
+    """List the keys of each shard in a folder. Raises UserError for a damaged shard."""
     keys = {}
     shard = folder
     try:
@@ -228,7 +231,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
 
 
 class DistinctClip(NamedTuple):
-    """The number of its data set, a sample that shows it, and what its features are stored under."""
+    """A clip to extract. corpus: number of its data set; sample: index of a sample that shows it; key: feature key."""
 
     corpus: int
     sample: int
@@ -236,7 +239,7 @@ class DistinctClip(NamedTuple):
 
 
 class ClipBatch(NamedTuple):
-    """Clips of one data set and their frames, (B, T, 3, S, S), None without a clip; and what could not be read."""
+    """Clips of one data set. pixel_values: (B, T, 3, S, S), or None if no clip could be read. failures: the others."""
 
     clips: list[DistinctClip]
     pixel_values: Tensor | None
@@ -244,9 +247,10 @@ class ClipBatch(NamedTuple):
 
 
 def distinct_clips(corpus: FeatureSource, number: int, *, done: FeatureWriter) -> Iterator[DistinctClip | None]:
-    """For each sample the clip that it shows, where it is a new one; else None. done: what need not be made again.
+    """Yield for each sample its clip if it is a new one, else None.
 
-    A sample whose record cannot be used shows none: training counts it.
+    A sample whose record cannot be used also gives None; training will count it.
+    number: number of the data set. done: the writer whose clips are skipped.
     """
     seen: set[str] = set()
     for sample in range(len(corpus)):
@@ -261,9 +265,10 @@ def distinct_clips(corpus: FeatureSource, number: int, *, done: FeatureWriter) -
 
 
 class ClipDataset(Dataset[ClipBatch]):
-    """Batches of clips by number; every batch is of one data set, so that its clips have equal shapes.
+    """Batches of decoded clips. The clips of a batch come from one data set, so they have equal shapes.
 
-    corpora: prepared as for evaluation, nothing random in them. media_seconds: the limit on reading a clip; 0: none.
+    corpora: data sets without random choices, as for evaluation. media_seconds: time limit in seconds for reading one
+    clip; 0: no limit.
     """
 
     def __init__(
@@ -279,7 +284,7 @@ class ClipDataset(Dataset[ClipBatch]):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> ClipBatch:
-        """A decoded batch; clips that cannot be read are listed in `failures`."""
+        """Decode a batch. Clips that cannot be read are listed in `failures`."""
         read, frames, failures = [], [], []
         for clip in self.batches[number]:
             corpus = self.corpora[clip.corpus]

@@ -1,7 +1,7 @@
-"""Image-text pairs in webdataset shards, as one data set of the mixture: the first stage's millions of captions.
+"""The data set type `image_text`: image-text pairs in webdataset shards, such as the captions of the first stage.
 
-Source: the shards of the published configurations (cc_sbu, laion, cc_sbu_align): tars of jpg or png with a txt, or a
-json with `caption`. Letters: S the model's image size.
+A shard is a tar of images (jpg, png), each with a txt, or with a json that has a `caption`. Source: the shards of the
+published configurations (cc_sbu, laion, cc_sbu_align). Letters: S image size.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,15 @@ from stllm.processors.transforms import ClipTransform
 @datasets.register("image_text")
 @dataclass(kw_only=True, eq=False)
 class ImageTextCorpus:
-    """Image-text shards: one caption an image, answering a drawn instruction or nothing.
+    """A data set of image-text shards, with one caption per image.
 
     shards, cache_dir, cache_gb: see `Shards`. transform: prepares the image.
-    instruction: texts to draw from, such as "Describe this image in detail."; none: the caption alone is learned.
-    max_samples: the first ones only.
-    features: precomputed, read in place of the images; root: the folder that their keys are relative to.
+    instruction: texts such as "Describe this image in detail.", of which each sample draws one. If there are none, the
+        prompt has no instruction.
+    max_samples: use only this many samples from the beginning.
+    features: precomputed features that replace the images. root: the folder that their keys are relative to.
 
-    Raises what `Shards` raises, and UserError when no shard holds a sample.
+    Raises the errors of `Shards`, and UserError if no shard holds a sample.
     """
 
     name: str
@@ -61,7 +62,7 @@ class ImageTextCorpus:
 
     @classmethod
     def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "ImageTextCorpus":
-        """The data set of an entry."""
+        """Build the data set from the settings of its entry. Raises UserError if the entry has no shards."""
         if not settings.shards:
             raise UserError(f"data set {name}: no shards are given; name its tar files, such as {{00000..01255}}.tar")
         return cls(
@@ -79,9 +80,9 @@ class ImageTextCorpus:
         return self._num_samples
 
     def load(self, key: SampleKey, generator: np.random.Generator, check: LengthCheck | None = None) -> Sample:
-        """The sample `key.index`, pixel_values (1, 3, S, S); see `samples.Corpus`.
+        """Prepare the sample `key.index`, with pixel_values (1, 3, S, S); see `samples.Corpus`.
 
-        Raises MediaError for an image that is missing or cannot be decoded, AnnotationError for a missing or empty
+        Raises MediaError for an image that is missing or cannot be decoded, and AnnotationError for a missing or empty
         caption.
         """
         instruction = self.instruction[int(generator.integers(len(self.instruction)))] if self.instruction else ""
@@ -109,11 +110,11 @@ class ImageTextCorpus:
 
     @property
     def frame_settings(self) -> dict[str, Any]:
-        """Empty: there is nothing to choose in an image. See `FeatureSource`."""
+        """Empty, since an image has no frames to choose. See `FeatureSource`."""
         return {}
 
     def key_of(self, index: int) -> str:
-        """The key of the features of a sample's image. Raises MediaError."""
+        """Return the key under which a sample's features are stored. Raises MediaError."""
         shard, number = self._place(index)
         return sample_key(shard, number, self.reader.name(shard, number), self.root)
 
@@ -124,16 +125,16 @@ class ImageTextCorpus:
 
 
 def caption_of(content: Content, name: str) -> str:
-    """The caption of a sample. Raises AnnotationError, beginning with `name`, when there is none."""
+    """Return the caption of a sample. Raises AnnotationError if it has none. name: the sample, for the message."""
     caption, is_json = (content.json, True) if content.text is None else (content.text, False)
     if caption is None:
         raise AnnotationError(f"{name}: the image has no caption beside it; expected a txt or json of the same name")
     try:
         text = caption.decode("utf-8")
-        said = loads(text).get("caption") if is_json else text
+        found = loads(text).get("caption") if is_json else text
     except (ValueError, AttributeError, RecursionError) as error:  # no UTF-8, no JSON, no object
         expected = 'a JSON object with "caption"' if is_json else "UTF-8 text"
         raise AnnotationError(f"{name}: the caption cannot be read ({error}); expected {expected}") from error
-    if not isinstance(said, str) or not said.strip():
-        raise AnnotationError(f"{name}: found the caption {said!r:.60}; expected text: correct or remove it")
-    return said.strip().encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON, is no text
+    if not isinstance(found, str) or not found.strip():
+        raise AnnotationError(f"{name}: found the caption {found!r:.60}; expected text: correct or remove it")
+    return found.strip().encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair, which is not text

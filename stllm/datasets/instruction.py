@@ -1,6 +1,6 @@
-"""Instruction data: a medium with questions and answers, from an annotation file to prepared samples.
+"""The data set type `instruction`: videos, images or text with questions and answers, from an annotation file.
 
-Letters: T frames, S the model's image size.
+Letters: T frames, S image size.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,16 @@ from stllm.processors.transforms import ClipTransform
 @datasets.register("instruction")
 @dataclass(kw_only=True, eq=False)
 class InstructionCorpus:
-    """Videos or images with questions and answers, or text alone.
+    """A data set of videos or images with questions and answers, or of text only.
 
-    num_frames, sampling: every clip's T and which frames (sampling.py); a shorter clip is padded with its last frame.
-    transform: prepares the frames, one crop for a whole clip.
-    qa_sampling: "one" pair of a record an epoch at random (as published), or "all", each a sample of its own.
-    multi_turn: all pairs of a record are one conversation instead, with the first pair's instruction.
-    instruction: texts to draw from for pairs without an instruction, such as captions.
-    fps: of raw-frame folders. max_samples: the first ones only.
-    features: precomputed, read in place of the media.
+    num_frames: T of every clip; a shorter clip is padded with its last frame. sampling: choice of frames, see
+        sampling.py.
+    transform: prepares the frames, with one crop for all frames of a clip.
+    qa_sampling: "one": a random pair per record and epoch (as published); "all": one sample per pair.
+    multi_turn: make all pairs of a record one conversation instead, with the instruction of the first pair.
+    instruction: texts of which a pair without an instruction, such as a caption, draws one.
+    fps: frames per second of frame folders. max_samples: use only this many samples from the beginning.
+    features: precomputed features that replace the media.
     """
 
     name: str
@@ -53,7 +54,7 @@ class InstructionCorpus:
         self.media: str | None = None if self.records.kind == "text" else self.records.kind
         if self.media != "video":
             self.num_frames = 1
-        # The sample after each record's last; a record that cannot be used is one sample, so that it is counted.
+        # One past the last sample of each record. A record that cannot be used is one sample, so that it is counted.
         each_pair = self.qa_sampling == "all" and not self.multi_turn
         self._ends = np.cumsum(np.maximum(self.records.num_pairs, 1)) if each_pair else None
         num_samples = len(self.records) if self._ends is None else int(self._ends[-1])
@@ -61,7 +62,7 @@ class InstructionCorpus:
 
     @classmethod
     def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "InstructionCorpus":
-        """The data set of an entry with absolute paths. Raises UserError for an annotation file that cannot be used."""
+        """Build the data set from the settings of its entry. Raises UserError for an unusable annotation file."""
         if settings.anno_path is None:
             raise UserError(f"data set {name}: no anno_path is given; name its annotation file")
         clips = ShardClips.of(name, settings) if settings.shards else None
@@ -73,7 +74,7 @@ class InstructionCorpus:
     def of_records(
         cls, name: str, records: Records, settings: DatasetSettings, *, transform: ClipTransform
     ) -> "InstructionCorpus":
-        """The data set of these records, the other settings as in the entry."""
+        """Build the data set from records and the settings of its entry."""
         return cls(
             name=name,
             records=records,
@@ -92,7 +93,7 @@ class InstructionCorpus:
         return self._num_samples
 
     def load(self, key: SampleKey, generator: np.random.Generator, check: LengthCheck | None = None) -> Sample:
-        """The sample `key.index`; see `samples.Corpus`."""
+        """Prepare the sample `key.index`; see `samples.Corpus`."""
         number, pair = self._place(key.index)
         record = self.records[number]
         turns = [turn for turn in record.turns if turn.answer is not None]
@@ -116,16 +117,16 @@ class InstructionCorpus:
 
     @property
     def frame_settings(self) -> dict[str, Any]:
-        """Number and rule of frames: the middle ones where training takes random ones. See `FeatureSource`."""
+        """The number and choice of frames; "middle" in place of training's "rand". See `FeatureSource`."""
         sampling = "middle" if self.sampling == "rand" else self.sampling
         return {"num_frames": self.num_frames, "sampling": sampling} if self.media == "video" else {}
 
     def key_of(self, index: int) -> str:
-        """The key of the features of a sample's medium. Raises AnnotationError."""
+        """Return the key under which a sample's features are stored. Raises AnnotationError."""
         return feature_key(self.records[self._place(index)[0]], self.records.media_dir)
 
     def load_pixels(self, record: Record, generator: np.random.Generator) -> Tensor:
-        """A record's frames, (T, 3, S, S), prepared; T is always `num_frames` (1 for an image). Raises MediaError."""
+        """Read and prepare a record's frames, (T, 3, S, S); T is `num_frames`, or 1 for an image. Raises MediaError."""
         assert record.media is not None
         crops = torch.Generator().manual_seed(int(generator.integers(2**63)))
         start, end = record.bounds or (None, None)
@@ -144,15 +145,15 @@ class InstructionCorpus:
         if (clip.info.kind == "image") != (self.media == "image"):
             found, wanted = ("an image", "a video") if clip.info.kind == "image" else ("a video", "an image")
             raise MediaError(
-                f"{record.media}: found {found} where {self.name} has {wanted}: name images and videos in entries of "
-                "their own",
+                f"{record.media}: found {found}, expected {wanted}, as in the rest of {self.name}: use separate "
+                "entries for images and videos",
                 cause="unreadable",
             )
         missing = self.num_frames - len(clip.frames)
         return torch.cat([clip.frames, clip.frames[-1:].expand(missing, -1, -1, -1)]) if missing else clip.frames
 
     def _place(self, index: int) -> tuple[int, int | None]:
-        """The record of a sample, and which of its answered pairs it is; None: any, or all."""
+        """Return the index of a sample's record, and that of its answered pair; None: a random pair, or all pairs."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: sample {index} of {len(self)}")
         if self._ends is None:

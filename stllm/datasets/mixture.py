@@ -1,8 +1,9 @@
-"""The data sets of a run as one: which samples make which batch, and each of them loaded.
+"""The mixture of a run's data sets, and the samplers that choose the samples of each batch.
 
-Every batch, over all processes, comes from one data set, so that all ranks see the same kind of media at a step. The
-order is a function of seed, epoch, sizes, ratios and the global batch alone: worker count, process count and a resume
-change nothing. Letters: G samples of a global micro-batch, n samples of a data set.
+A global batch (the samples of one micro-batch over all processes) comes from one data set, so all ranks read the same
+kind of media at a step. The order depends only on the seed, epoch, sizes, ratios and the global batch size. It does not
+depend on the number of workers and processes, or on a resume.
+Letters: G samples of a global batch, n samples of a data set.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,9 +31,9 @@ from stllm.media.info import MediaError
 
 
 class MixturePart(NamedTuple):
-    """A data set and its weight in the mixture; ratio None: its share of all samples.
+    """A data set in the mixture.
 
-    indices: the samples of it that are used; None: all.
+    ratio: its weight; None: its share of all samples. indices: indices of the samples to use; None: all.
     """
 
     corpus: Corpus
@@ -42,14 +43,14 @@ class MixturePart(NamedTuple):
 
 @dataclass(eq=False)
 class Mixture(Dataset[Sample]):
-    """Samples by `SampleKey`. A sample that cannot be used is replaced as a whole by another one of its data set.
+    """The samples of several data sets, by `SampleKey`.
 
-    Media, question, answer and bounds are replaced together, so that a question never meets another video. The
-    published code replaced the video alone and retried without end.
+    A sample that cannot be used is replaced by another one of its data set: medium, question and answer together. The
+    published code replaced only the video, and retried without end.
 
-    max_tries: samples tried in place of one that cannot be used. check: refuses samples that are too long.
-    media_seconds: the limit on reading one medium; 0: none.
-    Raises UserError for no data set, or an empty one.
+    max_tries: number of other samples to try in place of an unusable one. check: rejects samples that are too long.
+    media_seconds: time limit in seconds for reading one medium; 0: no limit.
+    Raises UserError if there is no data set, or if one is empty.
     """
 
     sources: Sequence[MixturePart]
@@ -73,10 +74,10 @@ class Mixture(Dataset[Sample]):
         return sum(self.sizes)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """The sample of that key, or the one in its place; `failures` lists what could not be used before it.
+        """Load the sample of a key, or its replacement. `failures` of the result lists the unusable samples before it.
 
-        The replacement depends on the key and the seed alone. Raises UserError, naming data set and last file, when
-        `max_tries` replacements could not be used either, and when the storage hangs (time_bound.py).
+        The replacement depends only on the key and the seed. Raises UserError, with the data set and the last file, if
+        `max_tries` replacements cannot be used either, or if reading hangs (time_bound.py).
         """
         corpus, size = self.corpora[key.corpus], self.sizes[key.corpus]
         indices = self.sources[key.corpus].indices
@@ -91,7 +92,7 @@ class Mixture(Dataset[Sample]):
             except (MediaError, AnnotationError) as error:
                 failures.append(failure_of(corpus.name, error))
             generator = keyed_numpy(self.seed, Stream.REPLACEMENT, *parts, attempt)
-            if size > 1:  # any other one
+            if size > 1:  # draw any other sample
                 drawn = int(generator.integers(size - 1))
                 key = key._replace(index=drawn + (drawn >= key.index))
         verb = "used" if any(failure.cause == TOO_LONG for failure in failures) else "read"
@@ -102,12 +103,13 @@ class Mixture(Dataset[Sample]):
 
 
 class MixtureSampler:
-    """This rank's rows of every global batch: lists of `SampleKey`, for a DataLoader's `batch_sampler`.
+    """The `batch_sampler` of a training DataLoader: yields this rank's part of every global batch, as `SampleKey`s.
 
-    batch_size: samples of one process; G = batch_size * world_size. Rank r takes rows [r, r + 1) * batch_size of each
-    global batch, so that one process with batches of 4 and two with batches of 2 see the same.
-    A data set is gone through in a random order, and then again in another (`SampleKey.round`): in proportion to the
-    sizes it ends within its second round, which fills up the last batch.
+    batch_size: samples per process; G = batch_size * world_size. Rank r takes the rows from r * batch_size to
+    (r + 1) * batch_size of each global batch. One process with batches of 4 and two with batches of 2 thus train on the
+    same global batches.
+    A data set is passed in random order. After its last sample it starts again in another order (`SampleKey.round`),
+    which also fills the last batch.
     """
 
     def __init__(self, mixture: Mixture, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -119,16 +121,16 @@ class MixtureSampler:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration gives, from 0."""
+        """Set the epoch of the next iteration, counted from 0."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches an epoch, the same on every rank."""
+        """The number of batches per epoch, equal on all ranks."""
         return sum(self.counts)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, done = self.epoch, [0] * len(self.sizes)
-        orders: dict[int, tuple[int, np.ndarray]] = {}  # of each data set: the round, and its permutation
+        orders: dict[int, tuple[int, np.ndarray]] = {}  # data set -> its round, and the permutation of that round
         for number, corpus in enumerate(batch_order(self.counts, self.seed, epoch).tolist()):
             first = done[corpus] * self.global_batch + self.rank * self.batch_size
             done[corpus] += 1
@@ -143,10 +145,10 @@ class MixtureSampler:
 
 
 class HeldOutSampler:
-    """This rank's rows of every sample once, data set by data set, for a DataLoader's `batch_sampler`.
+    """The `batch_sampler` of a validation DataLoader: every sample once, one data set after the other.
 
-    Every rank has equally many batches, as sharded models need. Where a rank has no rows left, its batch is one sample
-    of `SampleKey.round` 1, which does not count.
+    All ranks have the same number of batches, as sharded models need. A rank without samples left yields a batch of one
+    sample with `SampleKey.round` 1, which is not counted in the loss.
     """
 
     def __init__(self, sizes: Sequence[int], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -165,10 +167,11 @@ class HeldOutSampler:
 
 
 def batches_of(sizes: Sequence[int], ratios: Sequence[float | None], global_batch: int) -> list[int]:
-    """Global batches an epoch of each data set.
+    """Compute the number of global batches per epoch of each data set.
 
-    Without ratios: as many as hold all its samples, ceil(n / G). With any: as many in all as without, shared out by
-    ratio (largest remainder); a data set without one counts by its share of all samples, and each gets one at least.
+    Without ratios, each data set has ceil(n / G) batches. With ratios, the same total is divided by ratio (largest
+    remainder method). A data set without a ratio has its share of all samples as ratio. Each data set with a positive
+    ratio gets at least one batch. Raises UserError if all ratios are 0.
     """
     whole = [-(-size // global_batch) for size in sizes]
     if all(ratio is None for ratio in ratios):
@@ -188,7 +191,7 @@ def batches_of(sizes: Sequence[int], ratios: Sequence[float | None], global_batc
 
 
 def batch_order(counts: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The data set of each global batch of an epoch, (batches,)."""
+    """Draw the order of an epoch: the number of the data set of each global batch, (batches,)."""
     order = np.repeat(np.arange(len(counts)), counts)
     keyed_numpy(seed, Stream.ORDER, epoch).shuffle(order)
     return order

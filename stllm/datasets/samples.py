@@ -1,9 +1,9 @@
-"""Samples, which data sets give to the mixture and the collator; the keys of everything random; samples that are bad.
+"""Samples of the data sets, the keys of all random draws, and the count of bad samples.
 
-Randomness is never taken from a process or worker: each draw has its own generator, made from the seed, the epoch and
-the sample, so that any worker count, process count or resumed run draws the same.
+Each random draw has its own generator, made from the seed, the epoch and the sample. The draws are therefore the same
+for any number of workers and processes, and in a resumed run.
 
-Letters: T frames, S the model's image size, P patches, C encoder width, K tokens a frame, Q Q-Former width.
+Letters: T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width.
 """
 
 import logging
@@ -28,27 +28,27 @@ log = logging.getLogger(__name__)
 
 TOO_LONG = "too long"
 CAUSES = ("missing", "unreadable", "bounds", "annotation", TOO_LONG)
-NUM_NAMED = 5  # files that a message names
-MIN_TRIED = 100  # a share of fewer samples says little: one bad file among the first three is no reason to stop
+NUM_NAMED = 5  # files that a message lists
+MIN_TRIED = 100  # the share of bad samples is taken of at least this many: one bad file among three is not 33 %
 
 
 class SampleKey(NamedTuple):
-    """A sample and its place in the run.
+    """The key of a sample: its data set, its index, and its place in the run.
 
-    epoch: of the run. batch: number of the global batch within the epoch. corpus: number of the data set in the
-    mixture. index: of the sample in it. round: how many times the data set has been gone through in this epoch.
+    batch: number of the global batch within the epoch. corpus: number of the data set in the mixture. index: index of
+    the sample in the data set. round: number of complete passes over the data set earlier in this epoch.
     """
 
     epoch: int
     batch: int
     corpus: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a key for
+    index: int  # type: ignore[assignment]  # hides tuple.index, which keys do not need
     round: int = 0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that could not be used. cause: one of `CAUSES`; subject: the file."""
+    """A sample that could not be used. cause: one of `CAUSES`; subject: the file; sentence: the error message."""
 
     corpus: str
     cause: str
@@ -58,11 +58,12 @@ class Failure:
 
 @dataclass
 class Sample:
-    """One prepared sample: what is seen, what is asked and answered.
+    """One prepared sample: a medium with questions and answers, or only text.
 
-    media: "video", "image", or None for text alone. pixel_values: (T, 3, S, S) uint8; or one of vision_features
-    (T, 1+P, C) and query_features (T, K, Q), both precomputed. name: file and record, for messages.
-    failures: what was tried in this sample's place and could not be read.
+    name: file and record, for messages. media: "video", "image", or None for a text-only sample.
+    A sample with a medium has one of three tensors: pixel_values (T, 3, S, S) uint8, or precomputed vision_features
+    (T, 1+P, C) or query_features (T, K, Q).
+    failures: samples tried before this one that could not be used.
     """
 
     key: SampleKey
@@ -76,19 +77,19 @@ class Sample:
 
     @property
     def num_frames(self) -> int:
-        """T of the medium that was read; 0 for text alone."""
+        """The number of frames T; 0 for a text-only sample."""
         media = (self.pixel_values, self.vision_features, self.query_features)
         return next((len(tensor) for tensor in media if tensor is not None), 0)
 
 
-# Raises AnnotationError when a sample is too long for the model. The number is T of the medium, 0 for text alone.
+# Called with a sample and its number of frames (0: text-only). Raises AnnotationError if it is too long for the model.
 LengthCheck = Callable[[Sample, int], None]
 
 
 class Corpus(Protocol):
-    """One data set of the mixture: samples by index, each prepared whole (media, question, answer, bounds together).
+    """A data set of the mixture, which prepares its samples by index.
 
-    media: what every sample shows: "video", "image" or None (text alone).
+    media: the kind of medium of all samples: "video", "image", or None for text only.
     """
 
     name: str
@@ -97,32 +98,32 @@ class Corpus(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, key: SampleKey, generator: np.random.Generator, check: LengthCheck | None = None) -> Sample:
-        """The sample `key.index`. generator: for whatever is random in it (frames, crop, choice of a QA pair).
+        """Prepare the sample `key.index`.
 
-        check: called with the sample's text before its medium is read. Data sets do not know the model.
-        Raises MediaError or AnnotationError when the sample cannot be read as annotated, and what `check` raises.
+        generator: for the random choices: frames, crop, QA pair. check: called with the sample's text before its
+        medium is read. Raises MediaError or AnnotationError if the sample cannot be read, and any error of `check`.
         """
         ...
 
 
 class Stream(IntEnum):
-    """Kinds of random draws: the first part of every key, so that no two kinds share a generator."""
+    """Kinds of random draws. Each is the first part of its generator's key, so no two kinds share a generator."""
 
-    ORDER = 1  # which data set each batch comes from
+    ORDER = 1  # the data set of each batch
     PERMUTATION = 2  # the order of a data set's samples
     SAMPLE = 3  # frames, crop, choice of a QA pair
-    REPLACEMENT = 4  # the sample in place of an unreadable one
+    REPLACEMENT = 4  # the sample that replaces an unreadable one
     MASK_RATE = 5  # the share of visual tokens that a batch drops
-    MASK = 6  # which of a sample's visual tokens are dropped
+    MASK = 6  # the dropped visual tokens of a sample
 
 
 def keyed_numpy(seed: int, *parts: int) -> np.random.Generator:
-    """numpy's generator for these numbers (a `Stream` first) and no other."""
+    """Make a numpy generator that depends only on the seed and `parts`. parts: a `Stream`, then further numbers."""
     return np.random.default_rng([seed, *parts])
 
 
 def keyed_torch(seed: int, *parts: int) -> torch.Generator:
-    """torch's generator (CPU) for these numbers (a `Stream` first) and no other."""
+    """Make a torch CPU generator that depends only on the seed and `parts`. parts: a `Stream`, then further numbers."""
     state = np.random.SeedSequence([seed, *parts]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
@@ -139,7 +140,10 @@ def load_within(
     *,
     setting: str = "run.media_seconds",
 ) -> Sample:
-    """`corpus.load` with a limit on reading a medium; see `time_bound.read_within`. setting: the limit's name."""
+    """Call `corpus.load` with a time limit for reading the medium; see `time_bound.read_within`.
+
+    setting: name of the limit, for the error message.
+    """
     if corpus.media is None:
         return corpus.load(key, generator, check)
     medium = f"data set {corpus.name}, sample {key.index}"
@@ -147,39 +151,39 @@ def load_within(
 
 
 def failure_of(corpus: str, error: MediaError | AnnotationError) -> Failure:
-    """The error of a data set's sample, to be counted."""
+    """Convert the error of a sample to a `Failure`."""
     sentence = str(error)
     # Both kinds of error begin with the file (and its record) and a colon.
     return Failure(corpus, error.cause, subject=sentence.split(": ", 1)[0], sentence=sentence)
 
 
 class BadSampleLog:
-    """A count of samples that could not be used. It warns of each file once and stops the run when there are too many.
+    """A counter of samples that could not be used. It warns once about each file.
 
-    max_bad_fraction: the share of all samples tried above which `check` raises. epoch_size: samples an epoch.
-    total: samples that could not be used; by_cause: the same by cause.
+    max_bad_fraction: `check` raises if a larger share of the tried samples is bad. epoch_size: samples per epoch.
+    by_cause: the number of bad samples for each cause.
     """
 
     def __init__(self, *, max_bad_fraction: float, epoch_size: int) -> None:
         self.max_bad_fraction = max_bad_fraction
         self.epoch_size = epoch_size
         self.by_cause: Counter[str] = Counter()
-        self._subjects: dict[str, None] = {}  # in the order they were met
+        self._subjects: dict[str, None] = {}  # a dict keeps the order
 
     @property
     def total(self) -> int:
-        """Samples that could not be used; a file that was met twice counts twice."""
+        """The number of bad samples; a file that was tried twice counts twice."""
         return self.by_cause.total()
 
     def add(self, failure: Failure) -> None:
-        """Count one; its file is named in a warning the first time."""
+        """Count a bad sample, and warn if its file is new."""
         self.by_cause[failure.cause] += 1
         if failure.subject not in self._subjects:
             self._subjects[failure.subject] = None
             log.warning("data set %s, left out: %s", failure.corpus, failure.sentence)
 
     def check(self, num_seen: int) -> None:
-        """Raise UserError, naming files, when too many samples were bad. num_seen: samples trained on so far."""
+        """Raise UserError if too many samples were bad; it lists files. num_seen: samples trained on so far."""
         tried = num_seen + self.total
         if self.total <= self.max_bad_fraction * max(tried, min(MIN_TRIED, self.epoch_size)):
             return
@@ -193,10 +197,10 @@ class BadSampleLog:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts from which a resumed run goes on, as plain JSON."""
+        """Return the counts, as plain JSON, so that a resumed run can continue from them."""
         return {"by_cause": dict(self.by_cause), "subjects": list(self._subjects)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Restore the counts that `state_dict` returned."""
         self.by_cause = Counter(state["by_cause"])
         self._subjects = dict.fromkeys(state["subjects"])

@@ -1,7 +1,8 @@
-"""Clips in webdataset shards with captions or questions beside them, as one data set of the mixture.
+"""The data set type `video_text`: clips in webdataset shards, with captions or questions beside them.
 
-Tars as webdataset and video2dataset write them: `key.mp4`, and of the same key a txt with a caption, or a json with a
-caption, or with questions and answers (see `annotations.fields_beside`). Letters: N samples in all shards.
+A shard is a tar as webdataset and video2dataset write it. Beside each `key.mp4` is a `key.txt` with a caption, or a
+`key.json` with a caption or with questions and answers (see `annotations.fields_beside`).
+Letters: N samples in all shards.
 """
 
 from collections.abc import Sequence
@@ -24,12 +25,12 @@ NUM_ANSWERS = SampleSpan._fields.index("num_answers")
 
 
 class ShardRecords:
-    """One record a sample of the shards; see `annotations.Records`.
+    """The records of clips in shards; see `annotations.Records`.
 
-    name: of the data set, for messages. shards, cache_dir, cache_gb: see `Shards`. media_dir: the folder that the keys
-    of features are relative to. num_pairs: (N,) answered pairs of each record.
+    name: name of the data set, for messages. shards, cache_dir, cache_gb: see `Shards`. media_dir: folder that the keys
+    of features are relative to. num_pairs: (N,) number of answered pairs of each record.
 
-    Raises what `Shards` raises, and UserError when no shard holds a clip.
+    Raises the errors of `Shards`, and UserError if no shard holds a clip.
     """
 
     kind = "video"
@@ -54,7 +55,7 @@ class ShardRecords:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Record:
-        """The record. Raises AnnotationError for a text that is missing or wrong, MediaError for a missing clip."""
+        """Read a record. Raises AnnotationError for a missing or wrong text, and MediaError for a missing clip."""
         shard, number = self.samples.place(index)
         now_reading(shard)
         content = self.samples.reader.read(shard, number, self.kind)
@@ -72,11 +73,11 @@ class ShardRecords:
 
 @datasets.register("video_text")
 class VideoTextCorpus(InstructionCorpus):
-    """The data set type `video_text`: clips in shards, sampled and asked about as other videos."""
+    """A data set of clips in shards. Frames and questions are chosen as for other videos."""
 
     @classmethod
     def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> InstructionCorpus:
-        """The data set of an entry. Raises what `ShardRecords` raises."""
+        """Build the data set from the settings of its entry. Raises the errors of `ShardRecords`."""
         records = ShardRecords(
             name,
             texts(settings.shards),
@@ -88,5 +89,5 @@ class VideoTextCorpus(InstructionCorpus):
 
 
 def _columns(index: ShardIndex) -> tuple[np.ndarray, int]:
-    """The answers of each sample, and the number of clips."""
+    """Return the number of answers of each sample, and the number of clips."""
     return index.rows[:][:, NUM_ANSWERS], len(index.clips[:])

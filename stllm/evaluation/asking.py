@@ -19,7 +19,7 @@ from stllm.common.distributed import end_with_parent
 from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
-from stllm.conversation.requests import Answer, ClipReader, EngineError, Media, Prepared, RequestError, Seen
+from stllm.conversation.requests import Answer, ClipReader, EncodedClip, EngineError, Media, Prepared, RequestError
 from stllm.evaluation.benchmarks.base import Item, Loaded, Record
 from stllm.media.clip import Clip
 from stllm.media.time_bound import StorageError, read_within
@@ -135,7 +135,7 @@ class Asker:
             del seen, clip  # free their memory before waiting for the next clip
         yield from self._answer_queue() if self.chat.engine is None else self._exchange(0)
 
-    def _ask(self, item: Item, seen: Seen) -> Iterator[Record]:
+    def _ask(self, item: Item, seen: EncodedClip) -> Iterator[Record]:
         """Put an item's questions into the queue. If the queue is full, answer it and yield the records."""
         try:
             requests = self.loaded.requests(item, self.chat.processor.template)

@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from stllm.common.config import flat, told_changes
+from stllm.common.config import describe_changes, flat
 from stllm.common.device import resolve_device, resolve_dtype
 from stllm.common.distributed import is_main, one_a_core, rank, wait_for_all, world_size
 from stllm.common.errors import UserError
@@ -289,7 +289,7 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
     except Exception as error:  # of yaml, OmegaConf and the file system
         raise UserError(f"{path} cannot be read ({error}): {another}") from error
     made = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
-    if changes := told_changes(decisive(made), decisive(settings)):
+    if changes := describe_changes(decisive(made), decisive(settings)):
         raise UserError(f"{records} was made with another setting: {changes}; set it back to continue, or {another}")
 
 

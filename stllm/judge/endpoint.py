@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible endpoint: several items at a time, one chat completion per item.
 
 openai's client retries requests (429, 5xx, timeouts, broken connections), with growing pauses or those that the server
-requests. `_Http` adds a time limit for the whole reply, and decides which failures are retried. If a judge refuses a
-system message, `max_tokens` or the temperature, later requests omit it. Refused requests count towards --max-retries.
+requests. `_JudgeHttp` adds a time limit for the whole reply, and decides which failures are retried. If a judge refuses
+a system message, `max_tokens` or the temperature, later requests omit it. Refused requests count towards --max-retries.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class Endpoint:
             )
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"the environment variable {name} holds characters that no key has: copy the key anew")
-        http = _Http(self.address, timeout)
+        http = _JudgeHttp(self.address, timeout)
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, http_client=http)
         self._settings = settings
         self._refused: set[str] = set()  # keys of REFUSALS that this judge does not accept
@@ -188,7 +188,7 @@ class Endpoint:
                 return JudgeReply(error=too_few, attempts=attempts)
 
 
-class _Http(openai.DefaultAsyncHttpxClient):
+class _JudgeHttp(openai.DefaultAsyncHttpxClient):
     """HTTP client for openai's client. It decides about retries by the header `x-should-retry` of a response.
 
     `outcome` in the extensions of each response is a JudgeReply or a _Failure.

@@ -1,13 +1,14 @@
-"""Container videos decoded by other libraries than PyAV, for those who ask for one by name.
+"""Readers of container videos with other decoders than PyAV (decord, torchcodec), which users can choose by name.
 
-PyAV reads the file first, so that indices, times and errors are its own, and takes over wherever the library would give
-other frames. PyAV is the default because its reader gave the right frame in every file tried. The libraries, tried on
-files whose frames carry their own number, do not:
+PyAV is the default: on test files whose frames show their own number, its reader returned every frame correctly. The
+other libraries returned wrong frames for some files. So PyAV opens each file first, determines indices and times, and
+decodes the file itself if the library would return other frames.
 
-decord 0.6 silently gives wrong frames after a seek when a picture is stored after a keyframe but shown before it (open
-GOPs: HEVC by default, any avi with B-frames) and in MPEG-TS, knows no mirrored display matrix and no AV1; it is also
-unmaintained and has no Arm wheel. torchcodec 0.17 gives wrong frames in MPEG-TS, MPEG program streams and where times
-do not order the frames, and shows neither mirroring nor transparency. On other files both give the same bytes.
+decord 0.6 silently returns wrong frames after a seek in open GOPs, in which a picture is stored after a keyframe but
+shown before it (HEVC by default, avi with B-frames), and in MPEG-TS. It ignores mirroring and cannot read AV1. It is
+unmaintained and has no Arm wheel. torchcodec 0.17 returns wrong frames in MPEG-TS, in MPEG program streams, and if
+times do not order the frames. It ignores mirroring and transparency. For other files, both return the same bytes as
+PyAV.
 """
 
 from abc import abstractmethod
@@ -27,10 +28,10 @@ SAME_TIME = 1e-6  # seconds
 
 
 class LibraryReader(PyAvReader):
-    """A container video decoded by another library, or by PyAV where that cannot be used; one note a file says why.
+    """A reader with another library than PyAV. If that cannot be used for a file, PyAV decodes it, with one note why.
 
-    library: its name. formats: FFmpeg's names of the formats in which it gives wrong frames. open_gops: whether it
-    gives wrong frames there. Raises MediaError when the file holds no video that can be decoded.
+    library: name of the library. formats: FFmpeg's names of the formats in which the library returns wrong frames.
+    open_gops: True if it returns wrong frames in open GOPs. Raises MediaError if the file has no decodable video.
     """
 
     library: str
@@ -52,7 +53,7 @@ class LibraryReader(PyAvReader):
                 self._video = self._open(self.path.open() if isinstance(self.path, Member) else str(self.path))
                 if len(self._video) != self.info.num_frames:
                     doubt = f"{self.library} sees {len(self._video)} frames where there are {self.info.num_frames}"
-            except Exception as error:  # ImportError, or whatever the library makes of the file
+            except Exception as error:  # ImportError, or any error of the library
                 if isinstance(error, UserError):
                     raise
                 doubt = f"{self.library} cannot open it ({_first_line(error)})"
@@ -66,7 +67,7 @@ class LibraryReader(PyAvReader):
         for done, index in enumerate(indices):
             try:
                 frame = None if self._video is None else self._frame(index)
-            except Exception as error:  # decord raises its own, IndexError, StopIteration, ...
+            except Exception as error:  # decord raises its own type, IndexError, StopIteration, ...
                 frame = None
                 self._use_pyav(f"{self.library} failed at frame {index} ({_first_line(error)})")
             if frame is None:
@@ -80,11 +81,11 @@ class LibraryReader(PyAvReader):
 
     @abstractmethod
     def _open(self, file: Any) -> Any:
-        """The library's own reader of a path, or of an open file. Raises whatever the library raises."""
+        """Open a path or an open file with the library. Raises the library's errors."""
 
     @abstractmethod
     def _frame(self, index: int) -> Frame:
-        """A frame as shown. Raises whatever the library raises."""
+        """Decode a frame, upright, (H, W, 3) uint8 RGB. Raises the library's errors."""
 
     def _use_pyav(self, why: str) -> None:
         self._video = None
@@ -93,7 +94,7 @@ class LibraryReader(PyAvReader):
 
 @readers.register("decord")
 class DecordReader(LibraryReader):
-    """A container video decoded by decord."""
+    """A reader of container videos with decord."""
 
     library = "decord"
     formats = ("mpegts",)
@@ -113,9 +114,9 @@ class DecordReader(LibraryReader):
 
 @readers.register("torchcodec")
 class TorchCodecReader(LibraryReader):
-    """A container video decoded by torchcodec on the CPU. Each frame's time is compared with PyAV's.
+    """A reader of container videos with torchcodec on the CPU. The time of each frame is compared with PyAV's.
 
-    Raises UserError when torchcodec, or FFmpeg's libraries that it needs, cannot be loaded.
+    Raises UserError if torchcodec, or FFmpeg's libraries that it needs, cannot be loaded.
     """
 
     library = "torchcodec"
@@ -125,7 +126,7 @@ class TorchCodecReader(LibraryReader):
 
     @staticmethod
     def check_installed() -> None:
-        """Raise UserError when torchcodec cannot be loaded."""
+        """Raise UserError if torchcodec cannot be loaded."""
         _torchcodec()
 
     def _open(self, file: Any) -> Any:
@@ -145,9 +146,9 @@ class TorchCodecReader(LibraryReader):
 
 @readers.register("torchcodec_cuda")
 class TorchCodecCudaReader(TorchCodecReader):
-    """A container video decoded by torchcodec on the GPU (NVDEC), whose colours may differ from the CPU's by rounding.
+    """A reader of container videos with torchcodec on the GPU (NVDEC). Colours may differ from the CPU's by rounding.
 
-    Without a GPU, and in the data loader's workers, where CUDA cannot begin, PyAV reads the file instead.
+    Without a GPU, PyAV reads the file instead. So it does in data loader workers, where CUDA cannot be initialised.
     """
 
     device = "cuda"
@@ -155,7 +156,7 @@ class TorchCodecCudaReader(TorchCodecReader):
 
 @cache
 def _torchcodec() -> Any:
-    """The module torchcodec.decoders. Raises UserError when it cannot be loaded."""
+    """Import torchcodec.decoders. Raises UserError if it cannot be loaded."""
     try:
         from torchcodec import decoders
     except (ImportError, OSError, RuntimeError) as error:

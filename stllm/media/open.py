@@ -1,7 +1,7 @@
-"""Opening media: one function for videos, gifs, images and frame folders, whichever library reads them.
+"""Opening of videos, gifs, images and frame folders with one function.
 
-The registry `readers` names the libraries that decode container videos (`pyav`, `decord`, `torchcodec`); pictures are
-always read with Pillow. A file is judged by its content, so a wrong extension does no harm.
+Container videos are decoded by a library of the registry `readers` (`pyav`, `decord`, `torchcodec`); pictures are
+always read with Pillow. The kind of a file is detected from its content, not from its extension.
 """
 
 import os
@@ -17,23 +17,23 @@ from stllm.media.video import PyAvReader
 
 __all__ = ["DecordReader", "MediaError", "PyAvReader", "Reader", "open_media"]
 
-AUTO = "pyav"  # exact on every file tried; the others are not (see libraries.py)
+AUTO = "pyav"  # the only library that returned correct frames for all test files (see libraries.py)
 
 
 def open_media(path: str | Path | Member, *, reader: str = "auto", fps: float | None = None) -> Reader:
-    """A reader for whatever lies at `path`; close it, or use it in a `with`.
+    """Open a video, gif, image or frame folder. Close the returned reader, or use it in a `with`.
 
-    reader: which library decodes container videos: "auto" (pyav), or a name of the registry.
-    fps: how fast a frame folder (default 3; 5 for six-digit names) or an animated picture (default 25) plays; not used
-        for videos, which hold their frames' times, and images.
-    Raises MediaError when nothing there can be read, UserError for an unknown reader.
+    reader: library for container videos: "auto" (pyav), or a name in the registry.
+    fps: frames per second of a frame folder (default 3; 5 for six-digit names) or an animated picture (default 25).
+        Videos have their own times, and images have none.
+    Raises MediaError if the path cannot be read as a medium, and UserError for an unknown reader.
     """
     now_reading(path)
     path = path if isinstance(path, Member) else user_path(path)
     video_reader = readers.get(AUTO if reader == "auto" else reader)
     if fps is not None and not 0 < fps < float("inf"):
         raise MediaError(f"{path}: fps is {fps}; expected a positive number of frames a second")
-    if not isinstance(path, Member) and os.path.isdir(path):  # unlike Path.is_dir, of a name that is too long, too
+    if not isinstance(path, Member) and os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         return FrameFolderReader(path, fps=fps)
     if kind_of(read_head(path)) == "picture":
         return open_picture(path, fps=GIF_FPS if fps is None else fps)

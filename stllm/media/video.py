@@ -1,10 +1,10 @@
-"""Frame-accurate reading of container videos: index i is the i-th frame shown, whatever the file.
+"""Frame-accurate reading of container videos: index i is the i-th frame in the order of display, for every file.
 
-`PyAvReader` reads the timeline first (timeline.py). Each frame is then reached by decoding on, or from the keyframe
-before it, and is recognised by its presentation time. Where a seek fails (a broken index, a false keyframe), the reader
-decodes from an earlier keyframe and at last from the start of the file. A decoder gives frames in the order of showing,
-so every pass is compared with the timeline. Where times do not order the frames, the video is decoded once to count its
-frames, and each is then found by decoding from the start.
+`PyAvReader` first reads the timeline: the presentation times ("stamps") of all frames (timeline.py). It reaches a frame
+by decoding further, or from the keyframe before it, and recognises it by its stamp. If a seek fails (a broken index, a
+false keyframe), it decodes from an earlier keyframe, and finally from the start of the file. A decoder returns frames
+in the order of display, so every pass of the decoder is compared with the timeline. If the stamps do not order the
+frames, the video is decoded once to count its frames, and each frame is then found by decoding from the start.
 
 Source: ISO/IEC 14496-12, the matrix of the track header: a picture point (x, y) is shown at (a x + c y, b x + d y).
 """
@@ -44,36 +44,36 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-MAX_COUNTED = 4_000_000  # frames in all counted timelines that are kept, 16 bytes each
-SEEK_COST = 8  # frames: a flushed decoder has to fill its threads and its reorder buffer again
+MAX_COUNTED = 4_000_000  # total number of frames in the stored counted timelines, 16 bytes each
+SEEK_COST = 8  # a seek costs as much as decoding this many frames, since it empties threads and reorder buffer
 NUM_CHECKED = 3  # frames decoded at opening, to check that the timeline matches the decoder
-MAX_REORDERED = 16  # frames by which the order of storing and that of showing differ: the buffer of H.264 and HEVC
+MAX_REORDERED = 16  # frames by which storage order and display order may differ: the buffer of H.264 and HEVC
 MAX_THREADS = 4  # more threads hold more frames in memory and speed up little; a data loader opens many readers
 COVER_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC
-# Formats that hold their video themselves. Playlists (hls, dash, concat) would open other files by name.
+# Formats that contain their video. Playlists (hls, dash, concat) are excluded: they open other files by name.
 FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,obu,flv,live_flv,asf,ogg,rm,mxf,dv,wtv,nut,gxf,yuv4mpegpipe,"
     "swf,wav,mp3,aac,flac,ac3"
 )
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave transparency out
-SKIPPABLE = ("h264", "hevc")  # decoders that can leave out frames to which no other frame refers (a quarter faster)
-Turn = tuple[bool, bool, bool]  # how to show a picture: (transpose, then flip left-right, then flip top-bottom)
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders ignore transparency
+SKIPPABLE = ("h264", "hevc")  # decoders that can skip frames to which no other frame refers (a quarter faster)
+Turn = tuple[bool, bool, bool]  # steps to show a picture: transpose, then flip left-right, then flip top-bottom
 UPRIGHT: Turn = (False, False, False)
-# By quarter turns counterclockwise:
+# number of quarter turns counterclockwise -> turn
 BY_ROTATION: dict[int, Turn] = {1: (True, False, True), 2: (False, True, True), 3: (True, True, False)}
 MIRRORING = frozenset(turn for turn in np.ndindex(2, 2, 2) if sum(turn) % 2)  # an odd number of reflections
-_counted: dict[tuple[str, int, int, int], Timeline] = {}  # the oldest first; each data worker has its own
+_counted: dict[tuple[str, int, int, int], Timeline] = {}  # counted timelines, the oldest first; one dict per process
 
 
 class _Disordered(Exception):
-    """The frames are shown in another order than that of their times."""
+    """The frames are displayed in another order than that of their stamps."""
 
 
 @readers.register("pyav")
 class PyAvReader(Reader):
-    """A container video (mp4, webm, avi, mov, mkv).
+    """A reader of container videos (mp4, webm, avi, mov, mkv) with PyAV.
 
-    Raises MediaError when the file holds no video that can be decoded.
+    Raises MediaError if the file has no decodable video.
     """
 
     def __init__(self, path: str | Path | Member) -> None:
@@ -81,25 +81,25 @@ class PyAvReader(Reader):
         self.source = VideoSource(self.path)
         self._warned = self._is_ordered = False
         self._pass: Iterator[tuple[int, VideoFrame]] = iter(())
-        self._wanted: Collection[int] | None = None  # stamps that the running pass does not leave out; None: all
-        self._last: int | None = None  # stamp of the frame that the running pass gave last; None: no pass runs
-        self._next: int | None = 0  # index of the frame that the running pass should give next; None: of any keyframe
+        self._wanted: Collection[int] | None = None  # stamps that the current pass does not skip; None: all
+        self._last: int | None = None  # stamp of the last frame of the current pass; None: there is no pass
+        self._next: int | None = 0  # index of the frame that the pass should return next; None: any keyframe
         try:
             self.timeline, start = self._read_timeline()
             first = start[0]
-            self.turn = turn_of(first)  # the whole stream's
+            self.turn = turn_of(first)  # the same for the whole stream
             self.transparent = is_transparent(first)
             height, width = to_rgb(first, self.turn).shape[:2]
             fps = average_fps(self.timeline, self.source.stream)
             self.info = MediaInfo("video", self.timeline.num_promised, fps, width, height)
-            missing = self.info.num_frames - self.timeline.num_readable  # of a file that was cut
+            missing = self.info.num_frames - self.timeline.num_readable  # more than 0 if the file is cut short
             later = self.timeline.seconds[-1] + np.arange(1, missing + 1) / fps
             self.seconds = np.concatenate([self.timeline.seconds, later])
         except BaseException:
             self.close()
             raise
         self._seekable = not self.timeline.counted and len(self.timeline.keys) > 1
-        if not self.timeline.counted:  # the pass that gave the first frames goes on
+        if not self.timeline.counted:  # continue the pass that returned the first frames
             given = chain(start, (frame for _, frame in self._pass))
             self._pass = ((frame.pts, frame) for frame in given if frame.pts is not None)
             self._last = int(self.timeline.stamps[0]) - 1
@@ -110,7 +110,7 @@ class PyAvReader(Reader):
         for index, repeats in groupby(indices):
             picture = to_rgb(self._frame_at(index, wanted), self.turn)
             for _ in range(len(list(repeats)) - 1):
-                yield picture.copy()  # callers may write into theirs
+                yield picture.copy()  # callers may change their array
             yield picture
 
     def close(self) -> None:
@@ -118,12 +118,12 @@ class PyAvReader(Reader):
         self.source.close()
 
     def _stop(self) -> None:
-        """Give up the running pass and its frames; the next frame begins another one."""
+        """End the current pass of the decoder and release its frames."""
         self._pass = iter(())
         self._last = None
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raise MediaError for indices outside the video, or past where a cut file ends."""
+        """Raise MediaError for indices outside the video, or after the end of a file that is cut short."""
         super().check(indices)
         for index in indices:
             if index >= self.timeline.num_readable:
@@ -134,7 +134,7 @@ class PyAvReader(Reader):
                 )
 
     def _read_timeline(self) -> "tuple[Timeline, list[VideoFrame]]":
-        """The timeline, checked against the first frames that the decoder gives, and those frames."""
+        """Read the timeline and the first frames, and check that they agree."""
         source = self.source
         timeline = _counted.get(_identity(self.path))
         counted = timeline is not None
@@ -165,12 +165,12 @@ class PyAvReader(Reader):
         return [frame for _, frame in islice(self._pass, NUM_CHECKED)]
 
     def _decoded_stamps(self) -> list[int | None]:
-        """The stamp of every frame, in the order in which decoding the whole video gives them."""
+        """Decode the whole video, and return the stamp of every frame in the order of the decoder."""
         self.source.wanted = None
         return [frame.pts for _, frame in self.source.decode(None, counted=True)]
 
     def _count(self, stamps: list[int | None]) -> Timeline:
-        """The timeline made from those stamps. It is kept, so that a process counts the frames of a file only once."""
+        """Make a timeline from stamps in decoding order. It is stored: a process counts a file's frames only once."""
         timeline = counted_timeline(self.source.stream, stamps)
         if timeline.num_readable <= MAX_COUNTED:
             _counted[_identity(self.path)] = timeline
@@ -179,10 +179,10 @@ class PyAvReader(Reader):
         return timeline
 
     def _frame_at(self, index: int, wanted: Collection[int]) -> "VideoFrame":
-        """Frame `index` as it was stored, or as the decoder repairs it where the file is damaged."""
+        """Decode frame `index`; if the file is damaged, the decoder may repair it. wanted: stamps not to skip."""
         stamp, disordered, frame = int(self.timeline.stamps[index]), False, None
         if self._wanted is not wanted:
-            if self._wanted is not None:  # the running pass may have left out what this caller wants
+            if self._wanted is not None:  # the current pass may have skipped a frame that is wanted now
                 self._last = None
             self._wanted = wanted
             self.source.wanted = None if self.timeline.counted else wanted
@@ -210,18 +210,18 @@ class PyAvReader(Reader):
             )
         if self.source.is_damaged and not self._warned:
             self._warned = True
-            warn_once(str(self.path), f"damaged data up to frame {index}; pictures are shown as far as mended")
+            warn_once(str(self.path), f"damaged data up to frame {index}; the decoder repaired what it could")
         return frame
 
     def _find(self, stamp: int) -> "VideoFrame | None":
-        """The frame with that stamp, found in the cheapest way that works; None when none does."""
+        """Find the frame with a stamp in the cheapest way that works; return None if none works."""
         keys, counted = self.timeline.keys, self.timeline.counted
-        nearest = max(0, int(np.searchsorted(keys, stamp, side="right")) - 1)  # the last keyframe shown no later
+        nearest = max(0, int(np.searchsorted(keys, stamp, side="right")) - 1)  # the last keyframe not after the frame
         if self._last is not None and self._last < stamp:
             distance = self.timeline.index_at(int(keys[nearest])) - self.timeline.index_at(self._last)
             if (not self._seekable or distance <= SEEK_COST) and (frame := self._reach(stamp)) is not None:
                 return frame
-        starts: list[int | None] = [None]  # the start of the file; before it, the nearest keyframes
+        starts: list[int | None] = [None]  # where to decode from, in order: the nearest keyframes, the file's start
         if self._seekable:
             starts = [*(int(keys[at]) for at in (nearest, nearest - 1) if at > 0), None]
         for key in starts:
@@ -229,13 +229,13 @@ class PyAvReader(Reader):
             self._next = 0 if key is None else None  # a seek may land on an earlier keyframe
             frame = self._reach(stamp)
             if frame is not None:
-                # A frame that only decoding from the start gives: the index lies, and one lie is enough.
+                # If only decoding from the start finds the frame, the file's index is wrong: do not seek again.
                 self._seekable = self._seekable and (key is not None or nearest == 0)
                 return frame
         return None
 
     def _reach(self, stamp: int) -> "VideoFrame | None":
-        """Decode up to the frame with that stamp; None when it does not come, or comes damaged."""
+        """Decode up to the frame with a stamp; return None if the frame is missing or damaged."""
         self._last = None
         while (item := next(self._pass, None)) is not None:
             found, frame = item
@@ -250,9 +250,9 @@ class PyAvReader(Reader):
         return None
 
     def _check_order(self, found: int) -> None:
-        """Compare the frame with that stamp with the timeline. Raises _Disordered when one before it comes after it.
+        """Check that the stamp `found` follows the last one. Raises _Disordered if the stamps do not order the frames.
 
-        A frame that was neither given nor left out is late or lost: the frames that follow are looked at for it.
+        A frame that was neither returned nor skipped is late or lost. It is searched for in the next frames.
         """
         timeline, expected = self.timeline, self._next
         if self._is_ordered or timeline.counted:
@@ -282,14 +282,14 @@ def _identity(path: Place) -> tuple[str, int, int, int]:
 
 
 class VideoSource:
-    """A container file and its main video stream. Keep neither: `decode` may open them anew.
+    """A container file and its main video stream. Do not keep references to these: `decode` may reopen them.
 
-    is_damaged: the decoder refused a packet.
-    wanted: stamps that must come; others may be left out from now on. None: all must.
-    skipped: stamps of frames that the running pass may have left out.
-    strict: from the next pass on, the decoder refuses damaged data instead of mending it by guesses. Open GOPs look
-        damaged after a seek, and some encoders write streams that are never clean: the caller decides.
-    Raises MediaError when the file cannot be opened or holds no video.
+    is_damaged: True after the decoder rejected a packet.
+    wanted: stamps of frames that `decode` must return; others may be skipped. None: all.
+    skipped: stamps of frames that the current pass may have skipped.
+    strict: from the next pass on, the decoder rejects damaged data and does not repair it by guessing. The caller
+        decides: open GOPs look damaged after a seek, and some encoders never write clean streams.
+    Raises MediaError if the file cannot be opened or has no video.
     """
 
     def __init__(self, path: Place) -> None:
@@ -302,31 +302,31 @@ class VideoSource:
 
     @property
     def is_cut(self) -> bool:
-        """Check whether the file is shorter than its headers say."""
+        """True if the file is shorter than its headers require."""
         return promised_bytes(self.path, self._head) > self.path.stat().st_size
 
     def close(self) -> None:
         self.container.close()
 
     def reopen(self) -> None:
-        """Return to the first packet; a changed `strict` takes effect."""
+        """Open the file again, at its first packet. A changed `strict` takes effect."""
         self.close()
         self._open()
 
     def _open(self) -> None:
-        """Open the container and its main video stream; cover pictures are skipped. Raises MediaError."""
+        """Open the container and its main video stream, which is not a cover picture. Raises MediaError."""
         import av
         from av.error import FFmpegError
 
-        # A log message of a decoding thread would wait for Python's lock, which this thread holds while it waits for
-        # the decoding threads to end. PyAV logs nothing by default, but torchvision 0.21 switches logging on.
+        # Logging can deadlock: a decoding thread would wait for Python's lock to write its message, while this thread
+        # holds the lock and waits for the decoding threads. torchvision 0.21 enables PyAV's logging; disable it.
         av.logging.set_level(None)
         path, limits = self.path, decoder_options()
         if kind_of(self._head) == "text":
             found = " ".join(self._head[:200].decode("utf-8", "replace").split())[:40]
             raise MediaError(f"{path}: found text ({found!r}), expected {EXPECTED}: download it again")
         try:
-            # An absolute path has no protocol; nothing but this file may be opened.
+            # An absolute path contains no protocol. Only this file may be opened.
             options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS, **limits}
             file: Any = path.open() if isinstance(path, Member) else str(path.absolute())
             container = av.open(file, metadata_errors="replace", options=options)
@@ -334,7 +334,7 @@ class VideoSource:
             found = explain_unreadable(path, self._head)
             raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error
         stream = cast("VideoStream | None", container.streams.best("video"))
-        disposition: Any = stream and stream.disposition  # an enum or a number, as PyAV's versions have it
+        disposition: Any = stream and stream.disposition  # an enum or a number, depending on PyAV's version
         if stream is None or getattr(disposition, "value", disposition) & COVER_PICTURE:
             kinds = sorted({other.type for other in container.streams if other.type != "video"})
             container.close()
@@ -354,23 +354,23 @@ class VideoSource:
             self.decoder.options = limits
 
     def decode(self, key: int | None, *, counted: bool = False) -> Iterator[tuple[int, "VideoFrame"]]:
-        """(stamp, frame) pairs from the keyframe with the stamp `key` on; None: from the start of the file.
+        """Yield (stamp, frame) pairs, starting at the keyframe with the stamp `key`; None: at the start of the file.
 
-        counted: stamps are 0, 1, ... instead of presentation times (with key None only).
-        Gives nothing when the seek lands anywhere but on a keyframe at or before `key`, and ends early where the file
-        does: whoever waits for a frame sees that it did not come.
+        counted: number the frames 0, 1, ... in place of their stamps (only with key None).
+        Nothing is yielded if the seek does not find a keyframe at or before `key`. Damaged data may end the iteration
+        early, so the caller must check which frames it got.
         """
         from av.error import FFmpegError
 
         self.skipped = set()
         try:
-            if key is None:  # no seek is sure to find the first packet; opening the file again is
+            if key is None:  # reopen the file, because a seek does not always find the first packet
                 self.reopen()
             else:
                 self.container.seek(key, stream=self.stream, backward=True)
                 self.decoder.flush_buffers()
-            first_packet = key is not None  # the landing has to be checked
-            landing: int | None = None
+            first_packet = key is not None  # True: check the packet that the seek found
+            landing: int | None = None  # stamp of that packet until its frame is decoded
             latest, count = -(1 << 63), 0
             by_dts = self.container.format.name in DECODING_TIMES
             context = self.stream.codec_context
@@ -378,7 +378,7 @@ class VideoSource:
             for packet in packets(self.container, self.stream):
                 keep_reading()
                 if by_dts:
-                    packet.pts = packet.dts  # as in the timeline: the guessed presentation times change after a seek
+                    packet.pts = packet.dts  # as in the timeline: FFmpeg guesses other times after a seek
                 stamp = packet.pts
                 if first_packet:
                     first_packet = False
@@ -386,8 +386,8 @@ class VideoSource:
                         return
                     latest = landing = stamp
                 if can_skip:
-                    # A frame is left out only if a later one is stored before it. Where times are those of decoding,
-                    # none is, so the order in which the frames come contradicts the times.
+                    # Skip a frame only if a later one is stored before it. If stamps are decoding times, no frame is
+                    # skipped, so `_check_order` can find that they do not order the frames.
                     context.skip_frame = "DEFAULT"
                     wanted = self.wanted
                     if wanted is not None and stamp is not None and stamp < latest and stamp not in wanted:
@@ -403,9 +403,9 @@ class VideoSource:
                     shown = count if counted else frame.pts
                     count += 1
                     if shown is None or (landing is not None and shown < landing):
-                        continue  # a leading picture of an open GOP: what it refers to was not decoded
+                        continue  # a leading picture of an open GOP: the frames that it refers to were not decoded
                     if landing is not None and (shown > landing or not frame.key_frame):
-                        return  # the index says keyframe, the decoder does not
+                        return  # a keyframe by the index, but not by the decoder
                     landing = None
                     yield shown, frame
         except FFmpegError:
@@ -413,18 +413,18 @@ class VideoSource:
 
 
 def num_threads() -> int:
-    """Threads of a decoder: one in a data worker, as there is a worker a core, and each thread decodes ahead."""
+    """Return the number of threads of a decoder. It is 1 in data workers, of which there is one per core."""
     return 1 if multiprocessing.parent_process() is not None else min(MAX_THREADS, os.cpu_count() or 1)
 
 
 def turn_of(frame: "VideoFrame") -> Turn:
-    """The turn to show this frame: the quarter turn and mirroring closest to its display matrix."""
-    # Asked of a thumbnail, which carries the matrix too: `side_data` makes a reference cycle, and a full frame in it
-    # would stay in memory until the garbage collector comes by.
+    """Return the turn to display a frame: the rotation and mirroring closest to its display matrix."""
+    # Read the matrix from a thumbnail, which has it too: `side_data` makes a reference cycle, and the full frame would
+    # stay in memory until the next garbage collection.
     thumbnail = frame.reformat(width=16, height=16)
     try:
         data = cast(Any, thumbnail.side_data.get("DISPLAYMATRIX"))
-    except ValueError:  # PyAV refuses all side data beside a kind that it does not know: EXIF in a camera's MJPEG
+    except ValueError:  # PyAV rejects all side data if one kind is unknown to it, such as EXIF in a camera's MJPEG
         return BY_ROTATION.get(round(thumbnail.rotation / 90) % 4, UPRIGHT)
     if data is None:
         return UPRIGHT
@@ -435,14 +435,14 @@ def turn_of(frame: "VideoFrame") -> Turn:
 
 
 def is_transparent(frame: "VideoFrame") -> bool:
-    """Check whether the frame's format has transparency; a palette may have it."""
+    """Check whether the frame's pixel format can have transparency; a palette can."""
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
 def to_rgb(frame: "VideoFrame", turn: Turn) -> Frame:
-    """The decoded frame as shown, (H, W, 3) uint8 RGB, transparent parts over white as in pictures.
+    """Convert a decoded frame to (H, W, 3) uint8 RGB, upright, with transparent parts over white.
 
-    Non-square pixels stay as stored, as in the published system.
+    Non-square pixels are not rescaled, as in the published system.
     """
     if is_transparent(frame):
         from PIL import Image

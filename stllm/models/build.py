@@ -1,5 +1,6 @@
-"""From a configuration to a model: the weights that its `model` section names are loaded, later ones override earlier
-ones. Weights that no file has start fresh only in the parts that training may start fresh.
+"""Building the model of a configuration, with the weights of the files in its `model` section.
+
+Later files override earlier ones. Only some parts may be initialised randomly if no file has their weights.
 """
 
 import logging
@@ -22,17 +23,17 @@ log = logging.getLogger(__name__)
 
 
 def config_from_settings(settings: Mapping[str, Any]) -> STLLMConfig:
-    """Infer the configuration from the section and the weights that it names. Raises UserError."""
+    """Infer the model's configuration from the section `model` and its files. Raises UserError for contradictions."""
     return decide_config(open_sources(settings), settings)
 
 
 def build_model(cfg: DictConfig | Mapping[str, Any], *, device: str = "auto", dtype: str = "auto") -> STLLM:
-    """Build the model of a configuration, with weights from the files that it names, in evaluation mode.
+    """Build the model of a configuration in evaluation mode, with the weights of its files.
 
-    cfg: what `load_config` returns, or its `model` section.
-    These parts may start fresh: the temporal adapter, the global-local module, the MVM decoder, LoRA; the projection
-    when no named file is of a kind that has one; what `model.fresh` names; everything when no file is named. Raises
-    UserError for anything else.
+    cfg: the result of `load_config`, or its `model` section.
+    Some parts are initialised randomly if no file has their weights: the temporal adapter, the global-local module, the
+    MVM decoder, LoRA, and the parts in `model.fresh`; also the projection, if the files are of kinds without one; and
+    all parts, if there are no files. Raises UserError for any other missing weights, and for a wrong configuration.
     """
     model, report = build_audited(cfg, device=device, dtype=dtype)
     for line in report.details():
@@ -50,16 +51,16 @@ def build_audited(
     language_model: str = "whole",
     division: Division | None = None,
 ) -> tuple[STLLM, AuditReport]:
-    """Build as `build_model` does, and return the audit too; the attention is not chosen yet.
+    """Build the model as `build_model` does, and return it with its audit. The attention kernels are not set.
 
-    trained_dtype and those after it: as in `assemble`.
+    trained_dtype, language_model, division: as in `assemble`.
     """
     settings = model_section(cfg)
     sources = open_sources(settings)
     config = decide_config(sources, settings)
     quantization = quantization_of(settings) if language_model == "whole" else None
     if quantization == "8bit" and device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" not in os.environ:
-        device = f"cuda:{settings.get('device_8bit', 0)}"  # published; a launcher's processes each have their own
+        device = f"cuda:{settings.get('device_8bit', 0)}"  # as published; under torchrun each process has its own GPU
     model, report = assemble(
         config,
         sources,
@@ -73,13 +74,13 @@ def build_audited(
         division=division,
     )
     if settings.get("use_grad_checkpoint") and language_model == "whole":
-        # newer releases of transformers have renamed it, and warn at the old name
+        # newer releases of transformers renamed this method, and warn about the old name
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model, report
 
 
 def build_encoder(cfg: DictConfig | Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> STLLM:
-    """Build as `build_model` does, without the language model: enough to encode clips."""
+    """Build the model as `build_model` does, without its language model, to encode clips."""
     model, report = build_audited(cfg, device=device, dtype=dtype, language_model="none")
     encoder = ("vision encoder", "ln_vision", "qformer")
     if fresh := [part for part, audit in report.parts.items() if audit["fresh"] and part in encoder]:

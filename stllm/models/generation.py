@@ -145,7 +145,7 @@ def positions_at_once(device: torch.device) -> int:
     return PREFILL_POSITIONS.get(device.type, PREFILL_POSITIONS_ELSEWHERE)
 
 
-def new_cache(model: PreTrainedModel, parts: "_Parts") -> Cache:
+def new_cache(model: PreTrainedModel, parts: "_PromptParts") -> Cache:
     """Return an empty cache for these prompts."""
     return Cache(layers=[PromptLayer(number, parts) for number in range(len(DynamicCache(config=model.config).layers))])
 
@@ -164,7 +164,7 @@ def has_reusable_keys(model: PreTrainedModel) -> bool:
 
 
 @dataclass
-class _Parts:
+class _PromptParts:
     """B prompts, each split into a beginning that it shares with a prefix, and a rest.
 
     lengths: positions of each prompt. common: positions of each prompt that its prefix covers (0: it has no prefix).
@@ -181,13 +181,13 @@ class _Parts:
         return [length - common for length, common in zip(self.lengths, self.common, strict=True)]
 
 
-def _share(prompts: Sequence[Tensor], kept: Sequence[Sequence[Prefix]] | None, *, share: bool) -> _Parts:
+def _share(prompts: Sequence[Tensor], kept: Sequence[Sequence[Prefix]] | None, *, share: bool) -> _PromptParts:
     """Find for each prompt (S, D) the prefix with the longest common beginning.
 
     Candidates are kept prefixes and earlier prompts of this batch. A prompt that shares too little becomes a new
     prefix, without keys yet, if prefixes are kept or other prompts share it.
     """
-    parts = _Parts([len(prompt) for prompt in prompts], [0] * len(prompts), {})
+    parts = _PromptParts([len(prompt) for prompt in prompts], [0] * len(prompts), {})
     for row, prompt in enumerate(prompts if share else ()):
         found = {prefix: prefix.common(prompt) for prefix in (*(kept[row] if kept else ()), *parts.users)}
         best = max(found, key=found.__getitem__, default=None)
@@ -203,7 +203,7 @@ def _share(prompts: Sequence[Tensor], kept: Sequence[Sequence[Prefix]] | None, *
     return parts
 
 
-def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor], parts: _Parts, cache: Cache) -> None:
+def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor], parts: _PromptParts, cache: Cache) -> None:
     """Fill the cache: first with the prompts that have no prefix or are a new one, then with the rests of the others.
 
     Whole prompts of similar length are read in one batch, padded on the right. Causal attention does not see this
@@ -245,7 +245,7 @@ def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor], parts: _Parts, c
         layer.end_prefill()
 
 
-def _keep(prompts: Sequence[Tensor], parts: _Parts, cache: Cache, prefixes: Sequence[list[Prefix]]) -> None:
+def _keep(prompts: Sequence[Tensor], parts: _PromptParts, cache: Cache, prefixes: Sequence[list[Prefix]]) -> None:
     """Move the prefix of each prompt to the end of the prompt's list.
 
     If the rest is longer than LEAST_SHARE of the prompt, a new prefix of the whole prompt is added instead.
@@ -292,7 +292,7 @@ class PromptLayer(DynamicLayer):
     number: the layer's number. passing: the current pass over prompts; None once all prompts are read.
     """
 
-    def __init__(self, number: int, parts: _Parts) -> None:
+    def __init__(self, number: int, parts: _PromptParts) -> None:
         super().__init__()
         self.number, self.parts = number, parts
         self.passing: _Pass | None = None

@@ -1,1 +1,1 @@
-"""How it is learned: the training loop, on transformers' Trainer and accelerate."""
+"""The training loop, on transformers' Trainer and accelerate, and the extraction of features."""

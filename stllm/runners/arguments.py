@@ -1,6 +1,6 @@
-"""transformers' TrainingArguments from section `run`, checked before any weight is loaded.
+"""Conversion of the section `run` to transformers' TrainingArguments, before any weight is loaded.
 
-Everything that transformers would refuse later is tried here.
+Values that transformers would reject later are found here.
 """
 
 import copy
@@ -32,19 +32,20 @@ from stllm.common.jsonl import loads
 from stllm.common.run_section import REFUSED
 from stllm.common.schema import RunSettings
 
-# What users cannot choose; run_section.py says why.
+# arguments that users cannot change; run_section.py gives the reasons
 FIXED = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "average_tokens_across_devices": True}
-# They group the parameters themselves, layer by layer; ours are grouped by learning rate and weight decay.
+# These optimizers need one parameter group per layer; ours are grouped by learning rate and weight decay.
 OTHER_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
 
 
 def training_arguments(
     run: Mapping[str, Any], *, device: str = "auto", dtype: str = "auto", seed: int | None = None
 ) -> TrainingArguments:
-    """Return the checked `run` section as TrainingArguments. device, dtype, seed: the command line's, over the section.
+    """Convert the checked `run` section to TrainingArguments.
 
-    Raises UserError for a device that is absent, for what transformers or our training refuses, and for a package that
-    is named and not installed.
+    device, dtype, seed: options of the command line, which override the section.
+    Raises UserError for a device that does not exist, for values that transformers or our training rejects, and for
+    packages that are not installed.
     """
     ours = {f.name for f in fields(RunSettings)}
     values = {key: value for key, value in run.items() if key not in ours and value is not None}
@@ -54,7 +55,7 @@ def training_arguments(
         raise UserError(f"run.profile_steps must be the first and the last step, such as [10, 12], found {list(span)}")
     _check_values(values)
     values |= FIXED
-    if (name := DTYPE_ALIASES.get(dtype, dtype)) != "auto":  # --dtype over bf16 and fp16 of the section
+    if (name := DTYPE_ALIASES.get(dtype, dtype)) != "auto":  # --dtype overrides bf16 and fp16 of the section
         values |= {"bf16": name == "bfloat16", "fp16": name == "float16"}
     if seed is not None:
         values["seed"] = seed
@@ -68,7 +69,7 @@ def training_arguments(
     for key in {"adam_beta1", "adam_beta2"} & values.keys():
         values[key] = float(values[key])  # torch refuses 0 beside 0.999
     if "LOCAL_RANK" not in os.environ:
-        values.pop("ddp_backend", None)  # accelerate would look for the other processes
+        values.pop("ddp_backend", None)  # with it, accelerate would wait for other processes
     values.setdefault("report_to", "none")
     values.setdefault("disable_tqdm", False)
     if size := values.get("per_device_train_batch_size"):
@@ -90,7 +91,8 @@ def training_arguments(
         raise UserError("run.use_liger_kernel needs a GPU, and this run is on the CPU: leave it out")
     if args.fp16 and place.type == "cpu":
         raise UserError("run.fp16 needs a GPU, and this run is on the CPU: use run.bf16=True, or neither")
-    unset_hf_deepspeed_config()  # until the model is built, see sharding.py: transformers' own way would be in between
+    # unset until the model is built: otherwise transformers would divide the model itself; see sharding.py
+    unset_hf_deepspeed_config()
     gather = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     if args.deepspeed and args.hf_deepspeed_config.is_zero3() and not args.hf_deepspeed_config.is_true(gather):
         raise UserError(f"run.deepspeed: under ZeRO-3 {gather} must be true: else the trained model cannot be written")
@@ -102,12 +104,12 @@ def training_arguments(
 
 
 def half_precision(args: TrainingArguments) -> torch.dtype | None:
-    """The type that is computed in, where it is not float32."""
+    """Return the dtype of the computation if it is bfloat16 or float16, else None (float32)."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raise UserError for values that training refuses, and for files and packages that are not there."""
+    """Raise UserError for values that training rejects, and for missing files and packages."""
     for key, (accepted, reason) in REFUSED.items():
         if key in values and values[key] != accepted and not (accepted is None and values[key] == ""):
             raise UserError(
@@ -138,17 +140,17 @@ def _check_values(values: Mapping[str, Any]) -> None:
     for tracker in [named] if isinstance(named, str) else named:
         if tracker not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
             raise UserError(unknown_name("run.report_to", str(tracker), (*INTEGRATION_TO_CALLBACK, "all", "none")))
-        # transformers does not list flyte among those available
+        # transformers never lists flyte as available
         if tracker not in (*get_available_reporting_integrations(), "all", "none", "flyte"):
             raise UserError(f"run.report_to names {tracker}, which is not installed: `pip install {tracker}`")
     if values.get("use_liger_kernel") and not is_liger_kernel_available():
         raise UserError(
-            "run.use_liger_kernel is True, but Liger is not installed: `pip install liger-kernel`, or leave it out"
+            "run.use_liger_kernel is True, but Liger is not installed: `pip install 'stllm[liger]'`, or leave it out"
         )
     if values.get("deepspeed") and find_spec("deepspeed") is None:
         raise UserError(
-            "run.deepspeed is set, but DeepSpeed is not installed: `pip install deepspeed`, or train without it "
-            "(--options run.deepspeed=null)"
+            "run.deepspeed is set, but DeepSpeed is not installed: `pip install 'stllm[deepspeed]'`, or train without "
+            "it (--options run.deepspeed=null)"
         )
     for key in ("deepspeed", "fsdp_config"):
         if isinstance(path := values.get(key), str):
@@ -164,7 +166,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 def _try_optimizer(args: TrainingArguments) -> None:
-    """Build optimizer and schedule for one parameter, so that what is missing or wrong is found before training."""
+    """Build the optimizer and the schedule for one parameter, so that errors appear before training."""
     if args.optim_args and not all(part.count("=") == 1 for part in args.optim_args.split(",")):
         raise UserError(f"run.optim_args must be key=value pairs with commas between them, found {args.optim_args!r}")
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)

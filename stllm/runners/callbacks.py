@@ -1,4 +1,4 @@
-"""Callbacks of a training: the bar of its progress, checkpoints at signals, and torch's profiler."""
+"""Callbacks of the Trainer: the progress bar, checkpoints at signals, and torch's profiler."""
 
 import logging
 from collections.abc import Mapping
@@ -17,24 +17,24 @@ SHOWN = ("eval_loss", "eval_mvbench", "loss", "loss_lm", "loss_mvm", "accuracy",
 
 
 class Progress(TrainerCallback):
-    """A bar of optimizer steps with the losses and the samples a second; a line where the output is no terminal."""
+    """A progress bar with losses and samples per second; log lines instead if the output is not a terminal."""
 
     bar: Any = None  # on the main process
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Show a bar of all steps, begun where the run is continued."""
+        """Show a bar of all steps. A continued run begins at its last step."""
         if state.is_world_process_zero:
-            hidden = args.disable_tqdm or None  # None: no bar where the output is no terminal
+            hidden = args.disable_tqdm or None  # None: tqdm shows no bar if the output is not a terminal
             done, total = state.global_step, state.max_steps
             self.bar = tqdm(total=total, initial=done, desc="training", unit="step", disable=hidden)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         if self.bar is not None and not self.bar.disable:
             self.bar.update(state.global_step - self.bar.n)
 
     def show(self, step: int, max_steps: int, figures: Mapping[str, Any]) -> None:
-        """Show the figures of a line of the log."""
+        """Show the figures of a log line, in the bar or as text."""
         words = {name.replace("_", " "): f"{figures[name]:.4g}" for name in SHOWN if figures.get(name) is not None}
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix(words)
@@ -43,15 +43,15 @@ class Progress(TrainerCallback):
             log.info("step %d of %d: %s", step, max_steps, text)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar standing."""
+        """Close the bar; it stays visible."""
         if self.bar is not None:
             self.bar.close()
 
 
 class Flow(TrainerCallback):
-    """A checkpoint and the end when a signal asked for it, and a line of the log at each checkpoint.
+    """Control of saving and logging: stop with a checkpoint after a signal, and write a log line at each checkpoint.
 
-    A run that continues from a checkpoint thus begins with a new line, and logs what an uninterrupted one does.
+    A run that continues from a checkpoint thus logs the same figures as an uninterrupted run.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -67,14 +67,14 @@ class Flow(TrainerCallback):
 
 
 class Profiler(TrainerCallback):
-    """Writes a trace of the steps `first` to `last` into a folder, for chrome://tracing or Perfetto, one a process."""
+    """Recording of a trace of the steps `first` to `last`, for chrome://tracing or Perfetto: one file per process."""
 
     def __init__(self, first: int, last: int, folder: Path) -> None:
         self.first, self.last, self.folder = first, last, folder
         self.running: profile | None = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin before the first step."""
+        """Start recording before the first step."""
         if state.global_step + 1 == self.first:
             self.running = profile(record_shapes=True, profile_memory=True)
             self.running.start()

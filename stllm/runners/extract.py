@@ -1,7 +1,7 @@
-"""`stllm extract`: what the frozen encoder, or a frozen Q-Former without text, makes of every clip, into shards once.
+"""`stllm extract`: write the features of all clips of the data sets to shards, for training to read (features.py).
 
-configuration -> data sets and frozen part -> distinct clips, divided among the processes -> a folder a data set, which
-training reads in place of the media (`datasets.features_root`, features.py)
+The features are the output of the frozen vision encoder, or of a frozen Q-Former that reads no text. The clips are
+divided among the processes. Each data set has its own folder below --output, the `datasets.features_root` of training.
 """
 
 import argparse
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command. Exit code 0 when every clip that can be read is there."""
+    """Run the command. The exit code is 0 if all readable clips have features."""
     allow_pipes(args.allow_pipe)
     cfg = load_config(args.cfg_path, args.options)
-    cfg.datasets.pop("features_root", None)  # the features that data sets may name are about to be made
+    cfg.datasets.pop("features_root", None)  # read the media, not earlier features
     for name, entry in cfg.datasets.items():
         if name not in ROOTS:
             entry.pop("features_dir", None)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     corpora = [corpus for corpus in every if corpus.media is not None and isinstance(corpus, FeatureSource)]
     if not corpora:
         raise UserError("there is nothing to encode: no data set of the configuration has videos or images")
-    # as training does, so that even weights that no file gives are the same ones there
+    # the same seed as in training, so that randomly initialised weights are also the same
     seed_everything(cfg.run.get("seed", 42) if args.seed is None else args.seed)
     with process_group(), ExitStack() as locks:
         for corpus in corpora if is_main() else ():
@@ -114,15 +114,17 @@ def extract(
     num_workers: int,
     media_seconds: float,
 ) -> None:
-    """Write the features of `corpora` to `output`/<data set>, as far as they are not there yet. A collective call.
+    """Write the features of `corpora` to `output`/<data set>, except for clips that have features already.
 
-    settings: what the features depend on beside weights and frames. max_bad_fraction: the share of unreadable clips
-        above which the run fails. Raises UserError for other features in a folder, for a disk without room, and when
-        too many clips could not be read.
+    All processes must call this together.
+    settings: settings that the features depend on, besides weights and frames. max_bad_fraction: the run fails if a
+        larger share of the clips is unreadable. media_seconds: time limit for reading one clip; 0: no limit.
+    Raises UserError if a folder holds features of other settings, if the disk has not enough space, and if too many
+    clips are unreadable.
     """
     settings = {**settings, "digest": precomputed.weights_digest(model, stage)}
-    hidden = None if is_main() else True  # of a bar; None: none where the output is no terminal
-    writers, pending, needed = [], [], 0  # clips of all processes, and bytes
+    hidden = None if is_main() else True  # None: tqdm shows no bar if the output is not a terminal
+    writers, pending, needed = [], [], 0  # pending: clips of all processes; needed: bytes
     for number, corpus in enumerate(corpora):
         own = {**settings, **corpus.frame_settings}
         writer = FeatureWriter(output / corpus.name, stage=stage, settings=own, rank=rank(), shard_bytes=SHARD_BYTES)
@@ -140,7 +142,7 @@ def extract(
             f"{free / 2**30:.1f} GiB are free: name another disk with --output, or take fewer frames (num_frames)"
         )
     num_done = sum(writer.num_clips for writer in writers)
-    wait_for_all()  # nobody writes until everyone has seen what is there
+    wait_for_all()  # no process may write before all have listed the existing features
     share = pending[rank() :: world_size()]
     bad = BadSampleLog(max_bad_fraction=max_bad_fraction, epoch_size=num_done + len(pending))
     started = time.perf_counter()
@@ -168,9 +170,9 @@ def extract(
                 bad.check(num_read)
                 progress.update(len(clips) + len(failures))
     finally:
-        for writer in writers:  # whatever happened: what was computed is kept
+        for writer in writers:  # keep the computed features, even after an error
             writer.flush()
-    states = gathered([bad.state_dict()])  # waits for all processes, too
+    states = gathered([bad.state_dict()])  # this also waits for all processes
     if not is_main():
         return
     causes: Counter[str] = sum((Counter(state["by_cause"]) for state in states), Counter())

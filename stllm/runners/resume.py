@@ -1,4 +1,4 @@
-"""The checkpoint that a run continues from: which one, and whether it has everything, before any weight is loaded."""
+"""Finding the checkpoint that a run continues from, and checking that it is complete before weights are loaded."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,8 +13,8 @@ from stllm.common.files import check_regular
 from stllm.common.jsonl import loads
 from stllm.runners.run_folder import STATE, RunFolder, damage
 
-RUN_STATE = "run_state.json"  # ours, beside transformers' trainer_state.json
-# how a run divides its model -> files of its checkpoints alone; how it is asked for
+RUN_STATE = "run_state.json"  # our own state, beside transformers' trainer_state.json
+# method of dividing the model -> files that only its checkpoints have, and the setting that enables it
 SHARDED = {
     "FSDP": ("pytorch_model_fsdp*", "run.fsdp=True under torchrun (--nproc_per_node=1 is enough)"),
     "DeepSpeed": ("global_step*", "run.deepspeed"),
@@ -22,14 +22,14 @@ SHARDED = {
 
 
 def continues(args: TrainingArguments) -> bool:
-    """False when run.resume_from_checkpoint is False: the run must start anew."""
+    """Check whether the run may continue from a checkpoint: run.resume_from_checkpoint is not False."""
     return str(args.resume_from_checkpoint).lower() != "false"
 
 
 def find_checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
-    """Return the checkpoint to continue from, the one that the user names or the run's last; None to start anew.
+    """Return the checkpoint to continue from: the one in the settings, or the run's last one. None: start anew.
 
-    Raises UserError for a folder that is no checkpoint, and for a run that would start anew in the folder of another.
+    Raises UserError if the named folder is not a checkpoint, and if a new run would overwrite an earlier one.
     """
     named = str(args.resume_from_checkpoint or "").lower()
     if not continues(args):
@@ -52,11 +52,11 @@ def find_checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
 def read_state(
     checkpoint: Path, args: TrainingArguments, folder: RunFolder, *, only_model: bool
 ) -> tuple[dict[str, Any], int]:
-    """Return our own state of a checkpoint, and its step.
+    """Read our own state (RUN_STATE) of a checkpoint, and its step.
 
-    only_model: continue with the weights and the step alone, so that the other files need not be there.
-    Raises UserError when the batches would be others, for a damaged checkpoint, for one that lacks a file, and for one
-    of a run that divided its model in another way.
+    only_model: continue only with the weights and the step, so the other files are not needed.
+    Raises UserError if the global batch size differs, if the checkpoint is damaged or lacks a file, and if its run
+    divided the model among processes in another way.
     """
     check_regular(checkpoint, "a checkpoint")
     fault = damage(checkpoint, only_model=only_model)
@@ -82,7 +82,7 @@ def read_state(
 
 
 def _sharding(args: TrainingArguments) -> str | None:
-    """How this run divides its model; `accelerate launch` says it in the environment."""
+    """Return how this run divides its model: a key of SHARDED, or None. `accelerate launch` sets it by environment."""
     for name, asked in {"FSDP": args.fsdp, "DeepSpeed": args.deepspeed}.items():
         if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
             return name
@@ -90,7 +90,7 @@ def _sharding(args: TrainingArguments) -> str | None:
 
 
 def _check_sharding(checkpoint: Path, args: TrainingArguments, state: Mapping[str, Any], *, only_model: bool) -> None:
-    """Raises UserError when the checkpoint's files are those of a run that divided its model in another way."""
+    """Raise UserError if the checkpoint is of a run that divided its model in another way."""
     now = _sharding(args)
     made = next((name for name, (files, _) in SHARDED.items() if any(checkpoint.glob(files))), None)
     if made == now:
@@ -103,7 +103,7 @@ def _check_sharding(checkpoint: Path, args: TrainingArguments, state: Mapping[st
             )
         return
     if state.get("model_only") and made is None:
-        return  # refused by `_check_whole`
+        return  # `_check_whole` rejects it
     if only_model and now is None and (checkpoint / "model.safetensors").is_file():
         return
     was, now = (f"divided by {name}" if name else "whole in each process" for name in (made, now))
@@ -113,7 +113,7 @@ def _check_sharding(checkpoint: Path, args: TrainingArguments, state: Mapping[st
 
 
 def _check_whole(checkpoint: Path, args: TrainingArguments, folder: RunFolder, state: Mapping[str, Any]) -> None:
-    """Raises UserError when the checkpoint lacks a file of the state that a run continues with."""
+    """Raise UserError if the checkpoint lacks a file of the optimizer, the schedule or the random state."""
     only_model = "run.resume_only_model=True continues with its weights, but with a new optimizer state"
     if state.get("model_only"):
         raise UserError(
@@ -121,10 +121,11 @@ def _check_whole(checkpoint: Path, args: TrainingArguments, folder: RunFolder, s
             f"another run.output_dir, and the checkpoint as model.ckpt to start from its weights; {only_model}"
         )
     sharding, processes = _sharding(args), args.world_size
-    names = ["scheduler.pt"] if sharding else ["optimizer.pt", "scheduler.pt"]  # optimizer files of their own
+    # FSDP and DeepSpeed have other optimizer files
+    names = ["scheduler.pt"] if sharding else ["optimizer.pt", "scheduler.pt"]
     if args.fp16 and sharding != "DeepSpeed":
         names.append("scaler.pt")
-    if state.get("num_processes", processes) == processes:  # else there is no random state for each of these
+    if state.get("num_processes", processes) == processes:  # with another number, random states are not restored
         names += ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
     if lacking := [name for name in names if not (checkpoint / name).is_file()]:
         raise UserError(folder.refusal(checkpoint, f"{lacking[0]} is missing ({only_model})"))
@@ -132,10 +133,10 @@ def _check_whole(checkpoint: Path, args: TrainingArguments, folder: RunFolder, s
 
 @contextmanager
 def reading(folder: RunFolder, checkpoint: str | Path, files: str) -> Iterator[None]:
-    """Raises UserError, naming the files and the last whole checkpoint, for whatever their contents raise."""
+    """Convert errors of the block, which reads `files`, to UserError; it names the last complete checkpoint."""
     try:
         yield
-    except Exception as error:  # of torch, json and transformers: many kinds
+    except Exception as error:  # torch, json and transformers raise many types
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         fault = f"{files} cannot be used ({reason(error)})"

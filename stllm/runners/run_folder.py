@@ -1,7 +1,6 @@
-"""A run's output folder: its configuration, its checkpoints and its log, so that a run continues or refuses.
+"""The output folder of a training run: its configuration, checkpoints and log.
 
-Checkpoints are written beside their place and renamed when they are complete; nothing that bears a checkpoint's name
-is ever half there.
+A checkpoint is written to a temporary folder and renamed when it is complete, so no `checkpoint-<step>` is incomplete.
 """
 
 import json
@@ -18,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers.trainer_pt_utils import safe_globals
 
-from stllm.common.config import flat, save_config, told_changes
+from stllm.common.config import describe_changes, flat, save_config
 from stllm.common.distributed import gathered, is_main, wait_for_all
 from stllm.common.errors import UserError, sentence
 from stllm.common.files import locked, write_text
@@ -30,10 +29,10 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LOCK = ".train.lock"
-LOCK_SECONDS = 6  # data workers of a killed training hold it, too, until they end
+LOCK_SECONDS = 6  # data workers of a killed training also hold the lock until they end
 STATES = re.compile(r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth")  # transformers' names
 STATE = "trainer_state.json"  # transformers writes it last
-# what may differ when a run is continued: none of it changes what is learned
+# settings that may change when a run continues: they do not affect the trained weights
 FREE = re.compile(
     r"run\.(output_dir|resume_from_checkpoint|resume_only_model|logging_\w+|save_\w+|report_to|run_name|project|dataloader_\w+|ddp_\w+|disable_tqdm"
     r"|max_bad_fraction|media_seconds|packing|profile_steps|eval_\w+|per_device_eval_batch_size|local_rank|use_cpu|per_device_train_batch_size|hub_\w+|push_to_hub)"
@@ -56,9 +55,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within, no other training may use this folder. A collective call; the main process holds the lock.
+        """Lock the folder against other trainings during the block. All processes must call this together.
 
-        Raises UserError, on every process, when another training holds it.
+        The main process holds the lock. Raises UserError on every process if another training holds it.
         """
         busy = f"{self.path}: another training uses this folder: wait until it ends, or name another run.output_dir"
         with ExitStack() as stack:
@@ -73,9 +72,9 @@ class RunFolder:
             yield
 
     def begin(self, cfg: DictConfig) -> None:
-        """Make the folder and write `config.yaml`, or check that the run in it is this one.
+        """Create the folder and write `config.yaml`, or check that the existing run has the same configuration.
 
-        Raises UserError, naming the first setting that differs, when the folder holds another run.
+        Raises UserError, with the settings that differ, if the folder holds another run.
         """
         if self.last_checkpoint() is None and not self.is_finished():
             if is_main():
@@ -83,7 +82,7 @@ class RunFolder:
         elif self.config_path.is_file():
             both = [flat(OmegaConf.to_container(one)) for one in (OmegaConf.load(self.config_path), cfg)]
             free = {key for key in {**both[0], **both[1]} if FREE.fullmatch(key) or key.removeprefix("run.") in UNUSED}
-            if changes := told_changes(*({key: one[key] for key in one.keys() - free} for one in both)):
+            if changes := describe_changes(*({key: one[key] for key in one.keys() - free} for one in both)):
                 raise UserError(
                     f"{self.path} holds a run with another configuration: {changes}; set it back to continue, or name "
                     "another run.output_dir to begin anew"
@@ -93,18 +92,21 @@ class RunFolder:
             raise UserError(f"{made}: name another folder with run.output_dir")
 
     def last_checkpoint(self) -> Path | None:
-        """Return the complete checkpoint of the most steps, None when there is none."""
+        """Return the complete checkpoint with the most steps; None if there is none."""
         return next(reversed(self.checkpoints()), None)
 
     def checkpoints(self) -> list[Path]:
-        """List the complete checkpoints, by their steps."""
+        """List the complete checkpoints, sorted by step."""
         if not self.path.is_dir():
             return []
         found = [(int(match[1]), entry) for entry in self.path.iterdir() if (match := CHECKPOINT.fullmatch(entry.name))]
         return [entry for _, entry in sorted(found) if (entry / STATE).is_file()]
 
     def refusal(self, checkpoint: Path, fault: str) -> str:
-        """Word that `checkpoint` cannot be continued from, and from which other one the run can."""
+        """Write the message that a run cannot continue from `checkpoint`, with another checkpoint to use.
+
+        fault: what is wrong with the checkpoint.
+        """
         whole = [one for one in self.checkpoints() if one.resolve() != checkpoint.resolve() and damage(one) is None]
         if whole:
             advice = f"the last whole checkpoint is {whole[-1]}: remove {checkpoint.name} to continue from it"
@@ -113,15 +115,15 @@ class RunFolder:
         return f"{checkpoint} cannot be continued from: {fault}; {advice}"
 
     def is_finished(self) -> bool:
-        """Check whether the trained model is here: its config.json is moved in last."""
+        """Check whether the folder holds the trained model. Its config.json is the last file that is written."""
         return (self.path / "config.json").is_file()
 
     def rewind_log(self, step: int) -> None:
-        """Drop the log's lines of steps after `step`: they are about to be made again."""
+        """Remove the log lines after `step`, since the continued run will write them again."""
         if not self.log_path.is_file():
             return
         lines = self.log_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # a process that was killed while it wrote leaves half a line
+        # a killed process may leave an incomplete last line
         kept = [line for line in lines if line.endswith("}\n") and loads(line)["step"] <= step]
         write_text(self.log_path, "".join(kept))
 
@@ -134,11 +136,11 @@ class RunFolder:
 
     @contextmanager
     def new_checkpoint(self, step: int, *, limit: int | None, keep: int | None = None) -> Iterator[Path]:
-        """A folder in which the block writes `checkpoint-<step>`; it is moved into place when all processes are done.
+        """Yield a temporary folder, where the block writes `checkpoint-<step>`. It is moved into place afterwards.
 
-        limit: checkpoints to keep; older ones go once the new one is there, but for that of the step `keep`.
-        A collective call.
-        Raises UserError, on every process, when one of them could not write; the checkpoints before stay whole.
+        All processes must call this together; the move waits for all of them.
+        limit: number of checkpoints to keep; older ones are then removed. keep: step of a checkpoint that always stays.
+        Raises UserError on every process if one of them could not write; earlier checkpoints stay complete.
         """
         if is_main():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -171,7 +173,7 @@ class RunFolder:
         wait_for_all()
 
     def place_final(self, folder: Path) -> None:
-        """Move a complete model's files from `folder` into the run's own, config.json last. On the main process."""
+        """Move the files of the trained model from `folder` to this folder, config.json last. Main process only."""
         _flush(folder)
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "config.json"):
             _remove(self.path / entry.name)
@@ -180,9 +182,9 @@ class RunFolder:
 
 
 def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
-    """Name the first file of a checkpoint that is not what it should be; None when there is none.
+    """Describe the fault of the first damaged file of a checkpoint; None if no file is damaged.
 
-    Files of tensors are mapped, not read. only_model: without the files in `STATES`.
+    Tensors are not read, only their headers. only_model: skip the files in `STATES`.
     """
     for path in sorted(checkpoint.iterdir()):
         is_state = STATES.fullmatch(path.name) is not None
@@ -199,7 +201,7 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
                 WeightFiles([path])
         except UserError as error:
             return str(error)
-        except Exception as error:  # of json, torch and the file system: many kinds
+        except Exception as error:  # json, torch and the file system raise many types
             return f"{path.name} is damaged or cut off ({type(error).__name__})"
         if not isinstance(content, dict):
             return f"{path.name} is damaged (found {type(content).__name__}, expected named values)"
@@ -207,7 +209,7 @@ def damage(checkpoint: Path, *, only_model: bool = False) -> str | None:
 
 
 def _flush(folder: Path) -> None:
-    """Have the system write the files to the disk: a power cut afterwards loses none."""
+    """Flush the files to the disk, so that a power failure does not lose them."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -217,7 +219,7 @@ def _flush(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder if it is one, hidden first, so that one half deleted is never taken for whole."""
+    """Remove a folder, if `path` is one. It is renamed first, so that no incomplete checkpoint remains."""
     if path.is_dir() and not path.is_symlink():
         hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Dividing a model among processes while its weights are read, so that none of them holds the whole model.
+"""Dividing a model among processes while its weights are read, so that no process holds the whole model.
 
-FSDP 2 makes each weight a `DTensor` before it is read, and each process reads its own rows of it. DeepSpeed's ZeRO-3
-divides weights that are there, as `deepspeed.zero.Init` does: each weight is divided as soon as it was read.
+FSDP 2 makes each weight a `DTensor` before it is read, and each process reads its own rows. DeepSpeed's ZeRO-3 can only
+divide existing weights, as `deepspeed.zero.Init` does: each weight is divided right after it was read.
 Sources: torch.distributed.fsdp.fully_shard; ZeRO (arXiv 1910.02054), deepspeed.runtime.zero.partition_parameters.
 """
 
@@ -23,10 +23,10 @@ from stllm.runners.arguments import half_precision
 
 
 def division_of(args: TrainingArguments) -> Division | None:
-    """Return how the weights are divided while they are read; None where each process reads all of them.
+    """Return the method that divides the weights while they are read; None if each process reads all weights.
 
-    FSDP 1 divides whole models. So does FSDP's own activation checkpointing, which must be there before and renames
-    weights. ZeRO-1 and ZeRO-2 keep the weights whole.
+    FSDP 1 can only divide a loaded model. The same holds for FSDP's own activation checkpointing, which renames
+    weights. ZeRO-1 and ZeRO-2 do not divide the weights.
     """
     plugin: dict[str, Any] = args.fsdp_plugin_args or {}
     if args.fsdp and plugin.get("fsdp_version") == 2 and not plugin.get("activation_checkpointing"):
@@ -35,7 +35,7 @@ def division_of(args: TrainingArguments) -> Division | None:
 
 
 class FSDP2:
-    """FSDP 2, in the units that `run.fsdp_config` names. accelerate leaves a model alone that is divided already."""
+    """FSDP 2, with the units of `run.fsdp_config`. accelerate does not change a model that is already divided."""
 
     def __init__(self, args: TrainingArguments) -> None:
         self.args = args
@@ -56,10 +56,11 @@ class FSDP2:
             if is_unit is not None and is_unit(module):
                 fully_shard(module, **options)
         fully_shard(model, **{**options, "reshard_after_forward": False})
-        self.args.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"  # accelerate no longer finds the units' classes
+        # sharding renamed the classes of the units, so accelerate would not find them
+        self.args.fsdp_plugin_args["auto_wrap_policy"] = "NO_WRAP"
 
     def read(self, old: Tensor, copy: CopyRows) -> Tensor:
-        """See `Division`. FSDP divides by rows; the last processes may have fewer, or none."""
+        """See `Division`. FSDP divides by rows; the last ranks may have fewer rows, or none."""
         new: Any = torch.empty_like(old, device=self.device, requires_grad=False)
         if not isinstance(old, DTensor):
             copy(new)
@@ -70,15 +71,15 @@ class FSDP2:
 
 
 class ZeRO3:
-    """DeepSpeed's ZeRO-3. The first process reads each weight, and DeepSpeed sends it to the others, who keep a part.
+    """DeepSpeed's ZeRO-3. Rank 0 reads each weight, DeepSpeed sends it to all processes, and each keeps a part.
 
-    A weight is whole in every process while that happens. Buffers stay whole.
+    During this each process holds the one whole weight. Buffers are not divided.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
         self.device, self.config = args.device, args.hf_deepspeed_config.config
-        self.space = torch.empty(0)  # for one whole weight; new memory for each would leave gaps behind
-        self.divided: Any = None  # a weight
+        self.space = torch.empty(0)  # memory for one whole weight, reused, since new memory for each would fragment
+        self.divided: Any = None  # the first divided weight, which can divide others
 
     def begin(self, model: nn.Module) -> None:
         """See `Division`."""
@@ -106,6 +107,6 @@ class ZeRO3:
         if self.divided is not None:
             self.divided.convert_to_zero_parameters(param_list=weights)
         elif weights:
-            deepspeed.init_distributed()  # takes over torch's group
+            deepspeed.init_distributed()  # uses torch's process group
             deepspeed.zero.Init(module=nn.ParameterList(weights), config_dict_or_path=self.config)
             self.divided = weights[0]

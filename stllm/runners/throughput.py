@@ -1,4 +1,4 @@
-"""What a training run achieves between two lines of its log: losses, samples and tokens a second, use of the device."""
+"""The figures of a training log: losses, samples and tokens per second, memory, and use of the device."""
 
 import resource
 import sys
@@ -13,29 +13,28 @@ from torch import distributed as dist
 from stllm.common.distributed import is_distributed
 from stllm.models.st_llm import STLLM, config_of
 
-MEASURED = ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy")  # of each micro-batch, where it has them
-# sums over micro-batches and processes
+MEASURED = ("loss", "loss_lm", "loss_mvm", "kept_visual_tokens", "accuracy")  # averaged; a micro-batch may lack some
+# summed over micro-batches and processes
 COUNTED = ("samples", "clips", "tokens", "positions", "padding", "flops", "waited")
-# Dense FLOP/s in bfloat16 (NVIDIA's data sheets), by a part of the device's name; the first that fits
+# dense FLOP/s in bfloat16 (NVIDIA's data sheets), by a part of the device's name; the first match counts
 PEAKS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the FLOP/s that the device reaches at most in bfloat16; None where they are not known."""
+    """Return the peak FLOP/s of a device in bfloat16; None if it is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 class StepMeter:
-    """Sums over the micro-batches since the last line of the log.
+    """Sums of figures over the micro-batches since the last log line.
 
-    device: where the losses are. peak: FLOP/s that one process's device reaches at most; None: not known.
-    step: of the last line.
+    device: device of the losses. peak: peak FLOP/s of one process's device; None: unknown. step: step of the last line.
     """
 
     def __init__(self, device: torch.device, peak: float | None = None) -> None:
         self.device, self.peak, self.step = device, peak, 0
-        # in float64: float32 sums of long windows would show; not on Apple's GPU, which lacks it
+        # float32 sums over many steps would be inexact; Apple's GPU has no float64
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self._begin()
 
@@ -46,32 +45,33 @@ class StepMeter:
         self.started = time.perf_counter()
 
     def add(self, figures: Mapping[str, Any]) -> None:
-        """Add one micro-batch of this process. figures: those in MEASURED, scalars; None or absent where it has none.
+        """Add the scalar figures of one micro-batch of this process, without waiting for the device.
 
-        Nothing here waits for the device.
+        figures: values of the names in MEASURED; a value may be None or absent.
         """
         values = [figures.get(name) for name in MEASURED]
         known = [
             value.detach().to(self.sums)
             if isinstance(value, Tensor)
-            else torch.full((), value or 0, dtype=self.dtype, device=self.device)  # a copy of a number would wait
+            else torch.full((), value or 0, dtype=self.dtype, device=self.device)  # copying a number would wait
             for value in values
         ]
         self.sums += torch.stack(known)
         self.counts = [count + (value is not None) for count, value in zip(self.counts, values, strict=True)]
 
     def count(self, **counts: Any) -> None:
-        """Add to the sums in COUNTED; numbers, or tensors on the device. waited: seconds until a batch was ready."""
+        """Add to the sums in COUNTED. Values are numbers or tensors. waited: seconds spent waiting for a batch."""
         for name, value in counts.items():
             self.totals[name] = self.totals[name] + value
 
     def read(self, step: int) -> dict[str, float | None]:
-        """Return the figures up to this step, the same on every process, and begin anew. A collective call.
+        """Return the figures since the last log line, equal on all processes, and reset the sums.
 
-        Losses are means over the optimizer steps, loss = loss_lm + loss_mvm; the others are means over micro-batches.
-        A figure that no micro-batch had is None. padding: its share of the positions of padded batches, teachers'
-        included; packing saves it. data_wait: the share of the time in which no batch was ready.
-        mfu: model FLOPs as a share of what the devices reach at most; None where that is not known.
+        All processes must call this together. Losses are means over optimizer steps, with loss = loss_lm + loss_mvm;
+        the other averages are over micro-batches. A figure that no micro-batch had is None.
+        padding: share of padding among all positions, the teacher's included; packing saves it.
+        data_wait: share of the time spent waiting for a batch.
+        mfu: model FLOPs as a share of the devices' peak; None if the peak is unknown.
         """
         numbers = [float(count) for count in (*self.counts, *self.totals.values())]
         totals = torch.cat([self.sums, torch.tensor(numbers, dtype=self.dtype, device=self.device)])
@@ -90,7 +90,7 @@ class StepMeter:
         figures["padding"] = total["padding"] / total["positions"] if total["positions"] else None
         figures["data_wait"] = total["waited"] / world / seconds
         figures["mfu"] = None if self.peak is None else total["flops"] / seconds / self.peak / world
-        if self.device.type == "cuda":  # MiB that torch allocated, elsewhere that this process took
+        if self.device.type == "cuda":  # MiB allocated by torch; on other devices, MiB used by the process
             figures["peak_memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -101,9 +101,9 @@ class StepMeter:
 
 
 def padding_of(prompts: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return a batch's tokens and what padding it has, or would have without packing. Nothing is read from the device.
+    """Count the tokens of a batch, and the padding that it has or would have without packing.
 
-    prompts: of `processors.sequences.pad_sequences`.
+    Nothing is copied from the device. prompts: output of `processors.sequences.pad_sequences`.
     """
     if "packed" in prompts:
         lengths = prompts["packed"]["lengths"]
@@ -114,18 +114,18 @@ def padding_of(prompts: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _row_lengths(prompts: Mapping[str, Any]) -> list[int]:
-    """The positions that attend to each other, of each row or packed prompt."""
+    """Return the length of each row, or of each prompt of a packed row. Its positions attend to each other."""
     rows, length = prompts["input_ids"].shape
     return prompts["packed"]["lengths"] if "packed" in prompts else [length] * rows
 
 
 class FlopCounter:
-    """Counts the FLOPs of training passes from the shapes of their batches.
+    """A counter of the FLOPs of training passes, computed from the shapes of their batches.
 
-    Two for each weight of a linear layer and each position forward; as many again where a gradient passes through the
-    layer, and where its weight trains; and those of attention over all positions (PaLM, arXiv 2204.02311, appendix B).
-    Padding counts; what checkpointing computes again does not. The Q-Former counts with its queries alone.
-    model: which may be divided among processes.
+    A linear layer needs 2 FLOPs per weight and position in the forward pass, 2 more if a gradient passes through it,
+    and 2 more if its weight is trained. Attention over all positions is added (PaLM, arXiv 2204.02311, appendix B).
+    Padding is counted; recomputation by activation checkpointing is not. Of the Q-Former, only the queries are counted.
+    model: the model, which may be divided among processes.
     """
 
     def __init__(self, model: STLLM) -> None:
@@ -136,9 +136,9 @@ class FlopCounter:
         parts: dict[str, nn.Module] = {name: getattr(model, name) for name in ("vision_encoder", "qformer")}
         parts["frames"] = nn.ModuleList([model.projection, model.video_input])
         parts["decoder"] = model.language_model.get_decoder()
-        reached = False  # whether a gradient comes back to this part
-        self.forward: dict[str, int] = {}  # FLOPs a position
-        self.passes: dict[str, float] = {}  # all of a training pass, over the forward ones
+        reached = False  # True if a gradient passes back to this part
+        self.forward: dict[str, int] = {}  # FLOPs per position in the forward pass
+        self.passes: dict[str, float] = {}  # FLOPs of the whole training pass / FLOPs of the forward pass
         for name, part in parts.items():
             layers = [module for module in part.modules() if isinstance(module, nn.Linear)]
             sizes = [layer.in_features * layer.out_features for layer in layers]
@@ -147,7 +147,7 @@ class FlopCounter:
             self.forward[name] = 2 * sum(sizes)
             self.passes[name] = 1 + reached + trained / max(sum(sizes), 1)
         text, vision = config.text_config, config.vision_config
-        self.attention = {  # FLOPs a position and a position that it attends to
+        self.attention = {  # FLOPs per pair of positions that attend to each other
             "vision_encoder": 4 * vision["depth"] * vision["embed_dim"],
             "decoder": 4 * text.num_hidden_layers * text.hidden_size,
         }
@@ -155,7 +155,7 @@ class FlopCounter:
         self.head = 2 * head.in_features * head.out_features * (2 + head.weight.requires_grad)
 
     def __call__(self, batch: Mapping[str, Any]) -> int:
-        """Return the FLOPs of one pass. batch: arguments of `STLLM.forward`; nothing is read from the device."""
+        """Return the FLOPs of one pass. Nothing is copied from the device. batch: arguments of `STLLM.forward`."""
         media = next(
             (batch[name] for name in ("pixel_values", "vision_features", "query_features") if name in batch), None
         )

@@ -1,6 +1,7 @@
-"""`stllm train`: a configuration to a trained model, alone or under torchrun; the same command continues a run.
+"""`stllm train`: train the model of a configuration, with one process or several (torchrun).
 
-configuration -> task (data sets, prompts, model) -> trainer -> checkpoints, log, the model in the output folder
+The configuration gives a task (data sets, prompts, model). The trainer trains its model, and writes checkpoints, the
+log and the trained model to the output folder. The same command continues an interrupted run.
 """
 
 import logging
@@ -41,9 +42,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def stopping_at_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM within the block, for the trainer to finish its step and write a checkpoint.
+    """Collect SIGINT and SIGTERM in the yielded list, so that the trainer can finish its step and write a checkpoint.
 
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread nothing is changed.
+    A second SIGINT raises KeyboardInterrupt at once. In a thread other than the main one, signals are not handled.
     """
     received: list[int] = []
 
@@ -51,7 +52,7 @@ def stopping_at_signals() -> Iterator[list[int]]:
         if not received:
             received.append(number)
             log.info("%s: finishing this step, then a checkpoint is written", signal.Signals(number).name)
-        elif number == signal.SIGINT:  # a launcher may well send SIGTERM twice
+        elif number == signal.SIGINT:  # only SIGINT: a launcher may send SIGTERM twice
             raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -66,11 +67,11 @@ def stopping_at_signals() -> Iterator[list[int]]:
 
 @runners.register("trainer", "runner_base")
 def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[int]) -> int:
-    """Train the task's model on transformers' Trainer. Raises UserError; returns the exit code.
+    """Train the model of a task with transformers' Trainer, and return the exit code. Raises UserError.
 
     stop: the signals received so far, see `stopping_at_signals`.
     """
-    disable_progress_bar()  # of transformers, at every checkpoint
+    disable_progress_bar()  # transformers shows one at every checkpoint
     validation = None if args.eval_strategy == "no" else open_validation(task, args, cfg)
     folder = RunFolder(str(args.output_dir))
     with folder.locked():
@@ -96,7 +97,7 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
             if not isinstance(model, STLLM):
                 raise UserError(f"run.use_liger_kernel: run.task {cfg.run.task} trains no language model: leave it out")
             use_liger(model.language_model, args.liger_kernel_config, whole=not args.fsdp and not args.deepspeed)
-            args.use_liger_kernel = False  # done: the Trainer looks for kernels of the outer model
+            args.use_liger_kernel = False  # applied above; the Trainer would look for kernels of the whole model
         if args.torch_compile:
             compile_blocks(model, args)
         if args.ddp_find_unused_parameters is None and args.world_size > 1 and not args.fsdp and not args.deepspeed:
@@ -133,17 +134,17 @@ def train(task: Any, args: TrainingArguments, cfg: DictConfig, stop: Sequence[in
             step = trainer.state.global_step
             again = "the same command" if continues(args) else "the same command without run.resume_from_checkpoint"
             log.info("stopped at step %d; checkpoint-%d is written: %s continues from it", step, step, again)
-            return 128 + (stop[0] if stop else signal.SIGINT)  # as shells have it; the signal may be another process's
+            return 128 + (stop[0] if stop else signal.SIGINT)  # as in shells; another process may have got the signal
         _finish(task, trainer, folder)
         return 0
 
 
 def _build_model(task: Any, args: TrainingArguments) -> nn.Module:
-    """Build the task's model in the types and at the place that this way of training takes.
+    """Build the model of a task, with the dtypes and on the device that the method of training needs.
 
-    What is frozen is in half precision; what trains stays in float32 and is computed on in half (autocast, or FSDP
-    casts). FSDP 1, and that of torch before 2.9, shards units of one type: everything there is float32 until it
-    computes. DeepSpeed keeps its own masters.
+    Frozen weights are in half precision. Trained weights stay in float32, and autocast or FSDP computes in half
+    precision. FSDP 1, and FSDP of torch before 2.9, can only shard units of one dtype, so all weights are float32.
+    DeepSpeed keeps its own float32 copies of the trained weights.
     """
     division, half = division_of(args), half_precision(args)
     if args.fsdp and (division is None or is_torch_version("<", "2.9")):
@@ -158,26 +159,26 @@ def _build_model(task: Any, args: TrainingArguments) -> nn.Module:
 
 
 def compile_blocks(model: nn.Module, args: TrainingArguments) -> None:
-    """Compile each block of the vision encoder and of the language model, in place and under its own name.
+    """Compile each block of the vision encoder and of the language model in place. Module names do not change.
 
-    Blocks of one kind share their compiled code: one for passes with gradients and one for those without, again for
-    lengths that vary. The code between them depends on the batch (masking, placeholders); compiling the whole model
-    would begin anew at each kind of batch.
+    Blocks of one kind share compiled code. It is compiled for passes with and without gradients, and again for varying
+    lengths. The whole model is not compiled: the code between the blocks depends on the batch (masking, placeholders),
+    so each kind of batch would be compiled again.
     """
     names = getattr(model, "_no_split_modules", STLLM._no_split_modules)
     parts = [getattr(model, name) for name in ("vision_encoder", "language_model") if hasattr(model, name)]
     for block in (block for part in parts or [model] for block in part.modules()):
         if type(block).__name__ in names:
             block.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-    args.torch_compile_backend = None  # accelerate would compile the whole model
+    args.torch_compile_backend = None  # otherwise accelerate compiles the whole model
 
 
 def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> bool:
-    """Check for batches that give some trained weights no gradient, so that DDP must look for such weights.
+    """Check whether some batches give a trained weight no gradient, so that DDP must search for such weights.
 
-    Examples are images, which skip the residual's layers, and an MVM decoder where nothing is masked. One sample of
-    each kind (a video of so many frames, an image, text alone) goes forward and backward. All processes must call this
-    together.
+    Examples are images, which skip the layers of the residual video input, and an MVM decoder if no token is masked.
+    The check runs a forward and backward pass for one sample of each kind: each number of frames, images, text only.
+    All processes must call this together.
     """
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     collate, kinds, idle = task.collator(), set(), False
@@ -198,7 +199,7 @@ def some_parts_idle(task: Any, model: nn.Module, args: TrainingArguments) -> boo
 
 
 def _finish(task: Any, trainer: STLLMTrainer, folder: RunFolder) -> None:
-    """The trained model in our format in the output folder, as the task leaves it. A collective call."""
+    """Write the trained model to the output folder, in our format. All processes must call this together."""
     partial = folder.path / ".model.partial"
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,7 @@
-"""transformers' Trainer, with what ST-LLM needs of it: keyed batches, a loss of two parts, exact continuation, guards.
+"""A subclass of transformers' Trainer, with reproducible batches, a loss of two parts and exact continuation.
 
-The loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision are transformers' and accelerate's.
+It stops a run at a NaN loss or gradient, and at too many unreadable samples. transformers and accelerate provide the
+loop, the optimizers, DDP, FSDP, DeepSpeed and mixed precision.
 """
 
 import json
@@ -45,23 +46,24 @@ PROJECTION = "projection."
 
 
 class KeyedLoader(DataLoader[Any]):
-    """A DataLoader that tells its batch sampler which epoch it is."""
+    """A DataLoader that passes the epoch to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the beginning of each epoch."""
+        """Set the epoch. The Trainer calls this at the beginning of each epoch."""
         assert isinstance(self.batch_sampler, MixtureSampler)
         self.batch_sampler.set_epoch(epoch)
 
 
 class STLLMTrainer(Trainer):
-    """Trains `model` on batches of `dataset` in the order of `sampler`.
+    """A trainer of `model` on batches of `dataset`, in the order of `sampler`.
 
-    model: returns loss_lm (and loss_mvm), or a loss without parts; accuracy, too, where it has one.
-    collator: list of samples -> model arguments, and `names` and `failures`. processor: its tokenizers are saved beside
-    the model, None: there are none. folder: where checkpoints and log go.
-    bad_samples: counts what could not be read and stops the run when it is too much. stop: the signals received.
-    validation: what is scored when `args.eval_strategy` says.
-    resume_only_model: continue with a checkpoint's weights and step; optimizer and random state begin anew.
+    model: returns loss_lm (and loss_mvm), or only `loss`; and accuracy, if it has one.
+    collator: converts a list of samples to the model's arguments, `names` and `failures`.
+    processor: prompt processor whose tokenizers are saved with the model; None: no tokenizers.
+    folder: output folder. bad_samples: counter of unreadable samples, which stops the run if there are too many.
+    stop: the signals received so far. validation: evaluated as often as `args.eval_strategy` requires.
+    projection_lr: learning rate of the projection; None: args.learning_rate.
+    resume_only_model: continue with a checkpoint's weights and step, but with a new optimizer and random state.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class STLLMTrainer(Trainer):
         projection_lr: float | None = None,
         resume_only_model: bool = False,
     ) -> None:
-        # transformers asks for an eval_dataset; `evaluate` is our own
+        # transformers requires an eval_dataset, though `evaluate` is overridden
         held_out: Any = validation
         super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator, eval_dataset=held_out)
         self.validation = validation
@@ -90,10 +92,10 @@ class STLLMTrainer(Trainer):
         self.resume_only_model = resume_only_model
         self.meter = StepMeter(args.device, peak_flops(args.device) if args.bf16 or args.fp16 else None)
         self.flops = FlopCounter(model) if isinstance(model, STLLM) else None
-        self.stopping = False  # as agreed on by all processes
-        self.learned: list[tuple[Tensor, list[str]]] = []  # of this step's micro-batches: is the loss finite; samples
+        self.stopping = False  # equal on all processes
+        self.learned: list[tuple[Tensor, list[str]]] = []  # per micro-batch of this step: loss is finite, sample names
         self.new_failures: list[Any] = []
-        self.shards: list[list[nn.Parameter]] = []  # of the optimizer's groups, where FSDP has divided the model
+        self.shards: list[list[nn.Parameter]] = []  # parameters of the optimizer's groups, if FSDP divided the model
         self._save_to: Path | None = None
         self.progress = Progress()
         for callback in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
@@ -102,7 +104,7 @@ class STLLMTrainer(Trainer):
         self.add_callback(Flow(self))
 
     def create_accelerator_and_postprocess(self) -> None:
-        """On CPUs accelerate makes DDP of FSDP without a word, though gloo can shard: there it is told otherwise."""
+        """Create the accelerator. On CPUs accelerate would replace FSDP by DDP, although gloo can shard."""
         if self.args.fsdp and self.args.device.type == "cpu":
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
@@ -110,7 +112,7 @@ class STLLMTrainer(Trainer):
     # ---- batches ------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """This process's rows of every batch; the sampler has divided them, accelerate must not again."""
+        """Make the loader of this process's samples. The sampler divides the batches, so accelerate must not."""
         args = self.args
         workers = args.dataloader_num_workers
         return KeyedLoader(
@@ -123,18 +125,18 @@ class STLLMTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor if workers else None,
             multiprocessing_context=args.dataloader_multiprocessing_context if workers else None,
             worker_init_fn=end_with_parent,
-            generator=torch.Generator().manual_seed(args.seed),  # the global one is left to the model
+            generator=torch.Generator().manual_seed(args.seed),  # leave the global generator to the model
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of a step; the time that they let wait is logged."""
+        """Return the micro-batches of a step, and count the time spent waiting for them."""
         begun = time.perf_counter()
         samples = super().get_batch_samples(*args, **kwargs)
         self.meter.count(waited=time.perf_counter() - begun)
         return samples
 
     def _prepare_input(self, data: Any) -> Any:
-        """Copy a batch to the device, and don't wait for it; the model casts."""
+        """Copy a batch to the device without waiting for it. The model converts dtypes."""
         return send_to_device(data, self.args.device, non_blocking=True)
 
     def compute_loss(
@@ -144,11 +146,14 @@ class STLLMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The micro-batch's share of the step's loss: answers' tokens over all of the step's, MVM over its batches."""
+        """Compute the share of a micro-batch in the loss of its step.
+
+        loss_lm is a mean over all answer tokens of the step; loss_mvm is a mean over its micro-batches.
+        """
         batch = {key: value for key, value in inputs.items() if key not in ("names", "failures")}
         self.new_failures += inputs["failures"]
         outputs = model(**batch, num_items_in_batch=num_items_in_batch)
-        world = self.accelerator.num_processes  # gradients are averaged over processes, and the sum is wanted
+        world = self.accelerator.num_processes  # DDP averages gradients over processes, but the sum is needed
         loss_lm, loss_mvm = outputs.get("loss_lm"), outputs.get("loss_mvm")
         loss = (outputs["loss"] if loss_lm is None else loss_lm) * (1 if num_items_in_batch is None else world)
         figures = {**outputs, "loss_lm": None if loss_lm is None else loss}
@@ -168,12 +173,13 @@ class STLLMTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Have all processes refuse a step that can't be learned from, and see a signal that any of them received.
+        """Return the gradient norm. Stop all processes at a NaN or infinite loss or gradient.
 
-        Called once a step, before the optimizer's; nothing else in a step waits for the device. Raises UserError.
+        Also share the signals that any process received. This is called once per step, before the optimizer's step;
+        nothing else in a step waits for the device. Raises UserError.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if isinstance(norm, DTensor):  # of FSDP
+        if isinstance(norm, DTensor):  # FSDP
             norm = norm.full_tensor()
         losses, names = zip(*self.learned, strict=True)
         self.learned = []
@@ -204,7 +210,7 @@ class STLLMTrainer(Trainer):
     # ---- learning rates -----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """transformers' choice of optimizer, with the projection's own learning rate."""
+        """Create the optimizer that transformers chooses, with a separate learning rate of the projection."""
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             groups = parameter_groups(
@@ -214,14 +220,17 @@ class STLLMTrainer(Trainer):
                 learning_rate=self.args.learning_rate,
                 projection_lr=self.projection_lr,
             )
-            if isinstance(trained, FSDPModule):  # divided while it was loaded
+            if isinstance(trained, FSDPModule):  # divided while its weights were read
                 self.shards = [list(group["params"]) for group in groups]
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """accelerate has just prepared the optimizer; with FSDP it goes by addresses, and empty shards have none."""
+        """Create the schedule, and restore the optimizer's parameters under FSDP.
+
+        accelerate, which has just prepared the optimizer, matches parameters by address; empty shards have none.
+        """
         if self.shards:
             prepared: Any = self.optimizer
             for group, weights in zip(prepared.param_groups, self.shards, strict=True):
@@ -231,9 +240,9 @@ class STLLMTrainer(Trainer):
     # ---- the log ------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Write a line of log.jsonl; all processes come here together.
+        """Write a line of log.jsonl. All processes must call this together.
 
-        Raises UserError on all of them when too many samples could not be read.
+        Raises UserError on all processes if too many samples could not be read.
         """
         if "loss" in logs:
             for failure in gathered(self.new_failures):
@@ -255,21 +264,24 @@ class STLLMTrainer(Trainer):
 
     @property
     def global_batch(self) -> int:
-        """Samples of one micro-batch, over all processes."""
+        """The number of samples of one micro-batch over all processes."""
         return self.args.per_device_train_batch_size * self.accelerator.num_processes
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Score the held-out samples and the benchmark, and log the figures; see validation.py. A collective call."""
+        """Evaluate the held-out samples and the benchmark, and log the figures; see validation.py.
+
+        All processes must call this together.
+        """
         assert self.validation is not None
         begun = time.perf_counter()
         model: Any = self.model_wrapped
         model.eval()
-        # generation meets every length and a cache, and would compile for many of them
+        # generation has many sequence lengths, and would be compiled for each
         eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
         with torch.no_grad(), self.compute_loss_context_manager(), eager:
             figures = self.validation.losses(model, self.args.device)
             figures |= self.validation.scores(self.accelerator.unwrap_model(model))
-        self.meter.started += time.perf_counter() - begun  # it is not the training's time
+        self.meter.started += time.perf_counter() - begun  # do not count it as time of training
         if self.is_world_process_zero():
             self.folder.append_log({"step": self.state.global_step, "epoch": self.state.epoch, **figures})
             self.progress.show(self.state.global_step, self.state.max_steps, figures)
@@ -280,7 +292,7 @@ class STLLMTrainer(Trainer):
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write transformers' checkpoint and our own state, all of it or nothing. The log has a line of this step."""
+        """Write transformers' checkpoint and our own state. An incomplete checkpoint is removed."""
         step = self.state.global_step
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         with self.folder.new_checkpoint(step, limit=self.args.save_total_limit, keep=best) as partial:
@@ -304,7 +316,7 @@ class STLLMTrainer(Trainer):
     def resume(self, state: Mapping[str, Any], step: int) -> None:
         """Restore our own state of a checkpoint, before `train(resume_from_checkpoint=...)` restores the rest.
 
-        state, step: of `read_state`.
+        state, step: as returned by `read_state`.
         """
         self.bad_samples.load_state_dict(state["bad_samples"])
         self.meter.step = step
@@ -317,10 +329,10 @@ class STLLMTrainer(Trainer):
             with self._reading(checkpoint, "optimizer.pt or scheduler.pt"):
                 super()._load_optimizer_and_scheduler(checkpoint)
             return
-        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # under accelerate's, if it is there
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate may have wrapped it
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch: the optimizer has made no step yet
-            for _ in range(self.meter.step):  # of the checkpoint
+            warnings.simplefilter("ignore")  # torch warns that the optimizer made no step yet
+            for _ in range(self.meter.step):  # the step of the checkpoint
                 schedule.step()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -334,9 +346,9 @@ class STLLMTrainer(Trainer):
                 super()._load_scaler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The checkpoint's weights, all of them. Raises UserError naming those that it lacks.
+        """Load the weights of a checkpoint. Raises UserError, with their names, if weights are missing.
 
-        FSDP reads its own file, which has the names in memory; the model in our format has those of `save_pretrained`.
+        FSDP's own file has the names of the module in memory. A model in our format has those of `save_pretrained`.
         """
         quantized = getattr(self.model, "hf_quantizer", None) is not None  # its tensors are not the model's parameters
         if isinstance(self.model, STLLM) and not self.is_fsdp_enabled and not quantized:
@@ -345,7 +357,7 @@ class STLLMTrainer(Trainer):
             return
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:  # torch's, for weights that are missing or of another size
+        except RuntimeError as error:  # torch raises it for weights that are missing or have another size
             if out_of_memory(error):
                 raise
             raise UserError(f"{resume_from_checkpoint} can't be continued from ({reason(error)})") from error
@@ -367,16 +379,16 @@ class STLLMTrainer(Trainer):
         return super()._get_output_dir(trial) if self._save_to is None else str(self._save_to)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The model in our format, tokenizers beside it."""
+        """Write the model in our format, and its tokenizers."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.folder.path)
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says it all
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml has the same settings
             if self.prompts is not None:
                 self.prompts.save_pretrained(folder)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """The FLOPs of a micro-batch's pass."""
+        """Count the FLOPs of the pass of a micro-batch."""
         flops = 0 if self.flops is None else self.flops(inputs)
         self.meter.count(flops=flops)
         return flops
@@ -390,9 +402,10 @@ def parameter_groups(
     learning_rate: float,
     projection_lr: float | None,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer: what trains, by learning rate and by whether it decays; none is empty.
+    """Group the trained parameters by learning rate and weight decay, for a torch optimizer. No group is empty.
 
     decayed: names of the parameters with weight decay (transformers' rule: no biases, no norms).
+    projection_lr: learning rate of the projection; None: `learning_rate`.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

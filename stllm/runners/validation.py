@@ -1,6 +1,6 @@
-"""Validation while a run trains: the loss of held-out samples, and a small benchmark asked.
+"""Validation during training: the loss of held-out samples, and the score of a small benchmark.
 
-Nothing here changes what is learned: no mask is drawn, nothing random of the training is touched.
+It does not affect the training: no masks are drawn, and the training's random generators are not used.
 """
 
 from collections.abc import Sequence
@@ -33,21 +33,22 @@ BENCHMARK = "mvbench"
 
 @dataclass(frozen=True)
 class HeldOutCollator:
-    """Batches as the model takes them, and beside them the data set's number and whether the batch counts."""
+    """A collator that adds the number of the data set, and whether the batch is counted in the loss."""
 
     collator: Collator
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The collator's output, `corpus` and `counts`."""
+        """Return the collator's output with two further keys: `corpus` (int) and `counts` (bool)."""
         key = samples[0].key
         return {**self.collator(samples), "corpus": key.corpus, "counts": key.round == 0}
 
 
 @dataclass(kw_only=True)
 class Validation:
-    """What is scored whenever `run.eval_strategy` says. mixture: held-out samples; loaded: the benchmark; or None.
+    """The validation of a run. mixture: held-out samples, or None. loaded: the benchmark, or None.
 
-    collator: without masks. batch_size: of one process; num_workers: that read.
+    collator: a collator without masks. batch_size: samples per process. num_workers: data workers per process.
+    media_seconds: time limit for reading one medium; 0: no limit.
     """
 
     mixture: Mixture | None
@@ -59,9 +60,9 @@ class Validation:
     media_seconds: float
 
     def losses(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Return `eval_loss`, the mean over all answers' tokens, and that of each data set. A collective call.
+        """Return `eval_loss`, the mean loss over all answer tokens, and the mean of each data set.
 
-        model: in evaluation mode, wrapped as it is trained.
+        All processes must call this together. model: the wrapped model of the training, in evaluation mode.
         """
         if self.mixture is None:
             return {}
@@ -73,9 +74,9 @@ class Validation:
             collate_fn=HeldOutCollator(self.collator),
             num_workers=self.num_workers,
             worker_init_fn=end_with_parent,
-            generator=torch.Generator().manual_seed(0),  # the global one is left to the training
+            generator=torch.Generator().manual_seed(0),  # leave the global generator to the training
         )
-        sums = torch.zeros(len(self.mixture.corpora), 2, device=device)  # of each: loss of all tokens, their number
+        sums = torch.zeros(len(self.mixture.corpora), 2, device=device)  # per data set: sum of the losses, tokens
         for batch in loader:
             corpus, counts = batch.pop("corpus"), batch.pop("counts")
             del batch["names"], batch["failures"]
@@ -93,7 +94,10 @@ class Validation:
         }
 
     def scores(self, model: STLLM) -> dict[str, float]:
-        """Return `eval_mvbench`, percent right by the strict rule, and that of each task. A collective call."""
+        """Return `eval_mvbench`, the percentage of correct answers by the strict rule, and that of each task.
+
+        All processes must call this together.
+        """
         if self.loaded is None:
             return {}
         chat = Chat(model=model, processor=self.processor, cache_bytes=0)
@@ -112,10 +116,11 @@ class Validation:
 
 
 def open_validation(task: Any, args: TrainingArguments, cfg: DictConfig) -> Validation:
-    """Return what `run.eval_strategy` asks for, before any weight is read.
+    """Prepare the validation of a run, before any weight is read.
 
-    task: the run's; `held_out` are its held-out samples, and it has a `collator` of whole sequences.
-    Raises UserError for nothing to score, a metric that is not there, and a model that is divided among processes.
+    task: the run's task, with the mixture `held_out` and the method `collator`.
+    Raises UserError if there is nothing to evaluate, if run.metric_for_best_model is unknown, and if a benchmark is to
+    be evaluated with a model that is divided among processes.
     """
     if not hasattr(task, "held_out"):
         raise UserError(f"run.task {cfg.run.task} has no validation: leave out run.eval_strategy")

@@ -1,1 +1,1 @@
-"""`stllm toy`: a synthetic world with its benchmarks, and what the tiny model learns from it."""
+"""`stllm toy`: a synthetic world with benchmarks, on which the tiny model is trained."""

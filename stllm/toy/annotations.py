@@ -1,10 +1,12 @@
 """Training annotations of the toy world in VideoChat2-IT's layout: questions about clips and pictures.
 
-video|image/<kind>/<set>/train.json    one record a medium: every question openly, then as choice; for qa_sampling
-                         asked.json    one record a question, for multi_turn: openly and then as choice, where the
-                                       answer just given teaches the model to find its letter; as choice only; and
-                                       for each of a clip's things its place, frame by frame
-                         choices.json  of clips, one record a question: as choice, with MVBench's long instruction
+Each folder video|image/<kind>/<set> has these files:
+
+train.json    one record per medium, for qa_sampling: each question without options, then as multiple choice
+asked.json    one record per question, for multi_turn: without options and then as multiple choice, so that the model
+              learns to find the letter of its answer; as multiple choice only; and for each thing in a clip, its place
+              in each frame
+choices.json  (clips only) one record per question, as multiple choice with MVBench's long instruction
 """
 
 from collections.abc import Sequence
@@ -19,24 +21,25 @@ from stllm.toy.scenes import COLOR_NAMES, UNITS, Thing, follow, frame_times, nea
 
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
-FOLLOW_REQUEST = "Tell the {}."  # a shape: no scene has two of one
-FRAMES = 8  # in words
-GROWN = 1.25  # of its radius: from there on texts say that a thing grows
+FOLLOW_REQUEST = "Tell the {}."  # with a shape: no two things in a scene have the same shape
+FRAMES = 8  # number of times at which a text describes a thing
+GROWN = 1.25  # a text says that a thing grows if its radius is larger than usual by this factor
 
 Fields = dict[str, Any]
-Records = list[tuple[str, Fields]]  # annotation files, and a record for each
+Records = list[tuple[str, Fields]]  # (annotation file, record)
 
 
 def training_records(folder: str, example: Example, medium: Fields, *, paths: bool = True) -> Records:
-    """Records of a clip or a picture of a set.
+    """Make the training records of a clip or a picture.
 
-    folder: of the set. medium: its file, and bounds. paths: whether the places of its things are asked for.
+    folder: folder of the training set. medium: the medium's file and bounds, as fields of a record. paths: also ask
+    for the places of the things over time.
     """
     whole = (f"{folder}/train.json", record(medium, example.turns))
     choices = [asked.as_choice() for asked in example.asked]
     short = [replace(choice, instruction="") for choice in choices]
-    talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.told, *short)]
-    talks += [(asked.openly(), choice) for asked, choice in zip(example.asked, short, strict=True)]
+    talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.open_turns, *short)]
+    talks += [(asked.without_options(), choice) for asked, choice in zip(example.asked, short, strict=True)]
     if paths:
         talks += [(follow_turn(thing, times_of(example)),) for thing in example.scene.things]
     records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in talks)]
@@ -46,23 +49,23 @@ def training_records(folder: str, example: Example, medium: Fields, *, paths: bo
 
 
 def record(medium: Fields, turns: Sequence[Turn]) -> Fields:
-    """A record of VideoChat2-IT."""
+    """Make a record in VideoChat2-IT's format. medium: the medium's file and bounds, as fields of the record."""
     return {**medium, "QA": [{"i": turn.instruction, "q": turn.question, "a": turn.answer} for turn in turns]}
 
 
 def times_of(example: Example) -> list[float]:
-    """Times of FRAMES frames of its clip, or of the part that the questions are about; parts of the whole clip."""
+    """Return FRAMES times in the clip, or in the part that the questions are about, from 0 to 1 of the clip."""
     begin, end = example.bounds or (0.0, 1.0)
     return [begin + (end - begin) * float(time) for time in frame_times(FRAMES)]
 
 
 def follow_turn(thing: Thing, times: Sequence[float]) -> Turn:
-    """The thing at each of these times: "red left top, red center top, nothing, ..."."""
+    """Make a question about a thing over time; the answer is "red left top, red center top, nothing, ..."."""
     return Turn(FOLLOW_REQUEST.format(thing.shape), ", ".join(_seen(thing, times)) + ".")
 
 
 def _seen(thing: Thing, times: Sequence[float]) -> list[str]:
-    """The color, column and row of a thing at each time, and whether it is larger than usual; or "nothing"."""
+    """Describe a thing at each time: color, column, row, and "grows" if it is larger than usual; or "nothing"."""
 
     def parts(places: np.ndarray, names: Sequence[str]) -> list[str]:
         return [names[part] for part in (places / UNITS * len(names)).astype(int).clip(0, len(names) - 1)]

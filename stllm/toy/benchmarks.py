@@ -1,4 +1,4 @@
-"""Twins of the benchmarks: toy clips in the official folders, file names and fields.
+"""Toy versions ("twins") of the benchmarks: toy clips, with the official folders, file names and fields.
 
     mvbench/json/<task>.json, mvbench/video/<MVBench's own folders>
     vcgbench/{generic,temporal,consistency}_qa.json
@@ -10,9 +10,10 @@
     vinoground/vinoground_{textscore,videoscore}.json, vinoground.csv, vinoground_videos, vinoground_videos_concated
     tomato/data/<task>.json, tomato/videos/<demonstration type>
 
-Media of the others are in <benchmark>/videos. The questions are those of the toy tasks, about scenes that are never
-used in training. As in the originals, a few videos of MVBench are only in its fallback folders, those of `nturgbd` and
-of TVBench's Action Antonym are missing, and a separate file of answers has a different order from that of questions.
+Media of the other benchmarks are in <benchmark>/videos. The questions are those of the toy tasks, about scenes that are
+never used in training. Three details are as in the originals: a few videos of MVBench are only in its fallback folders;
+the videos of `nturgbd` and of TVBench's Action Antonym are missing; and files of answers have another order than files
+of questions.
 """
 
 import json
@@ -33,7 +34,7 @@ from stllm.toy.questions import DIRECTION_QUESTIONS, Example
 from stllm.toy.tasks import FPS, TASKS, ToyTask, World
 
 TOY_TASKS = {task.make.__name__: task for task in TASKS}
-# Which toy task stands for each of MVBench's; those with bounds are all of one kind.
+# MVBench's task -> the toy task that replaces it; the tasks with bounds all have the same toy task
 STAND_INS = {
     "Action Sequence": "action_sequence",
     "Action Prediction": "action_sequence",
@@ -58,14 +59,15 @@ STAND_INS = {
     "Object Count": "moving_count",
     "Egocentric Sequence": "moving_direction",
 }
-ABSENT = ("nturgbd", "action_antonym")  # folders of clips that may not be redistributed
-IN_FALLBACK = ("Action Prediction", "Object Interaction", "Moving Count", "Counterfactual Inference")  # their last item
+ABSENT = ("nturgbd", "action_antonym")  # media folders without files: the original clips may not be redistributed
+# tasks whose last item has its video in a fallback folder
+IN_FALLBACK = ("Action Prediction", "Object Interaction", "Moving Count", "Counterfactual Inference")
 VCGBENCH_PARTS = {"generic": "conversation", "temporal": "state_change", "consistency": "moving_direction"}
-OPEN_TASKS = ("conversation", "state_change", "moving_direction", "object_existence")  # asked without options
-# ActivityNet-QA's types of question: motion 0, temporal 2, yes/no 3, color 4, object 5
+OPEN_TASKS = ("conversation", "state_change", "moving_direction", "object_existence")  # questions without options
+# ActivityNet-QA's question types: motion 0, temporal 2, yes/no 3, color 4, object 5
 TYPES = {"conversation": (5, 0, 4), "state_change": (2,), "moving_direction": (0,), "object_existence": (3,)}
 
-# TempCompass: the toy task of each dimension, and its fine aspect, if it has any
+# TempCompass: dimension -> its toy task, and its fine-grained aspect, if it has one
 OF_DIMENSION = {
     "action": ("action_count", "fine-grained action"),
     "direction": ("moving_direction", "object motion"),
@@ -74,7 +76,7 @@ OF_DIMENSION = {
     "attribute_change": ("state_change", "color & light change"),
 }
 MATCHING = (("description is a more suitable match for", "Option"), ("sentence better captures", "Sentence"))
-OF_TOMATO = {  # the toy task of each task, and its kind of motion
+OF_TOMATO = {  # TOMATO's task -> its toy task, and its type of motion
     "count": ("action_count", "complex"),
     "direction": ("moving_direction", "translation"),
     "rotation": ("action_sequence", "rotation"),
@@ -83,14 +85,18 @@ OF_TOMATO = {  # the toy task of each task, and its kind of motion
     "visual_cues": ("scene_transition", "complex"),
 }
 DEMONSTRATIONS = ("human", "object", "simulated")
-BLACK_FRAMES = 8  # between two clips that are shown one after the other
+BLACK_FRAMES = 8  # between the two clips of a concatenated video
 
-FRAME_BYTES = 4000  # of a clip, rounded up: gifs and frame folders are larger than videos
-LONGEST = 1.5  # of a toy task's clips, in clips of the usual length
+FRAME_BYTES = 4000  # size of one frame, rounded up: gifs and frame folders are larger than videos
+LONGEST = 1.5  # length of the longest clips / usual length
 
 
 class Question(NamedTuple):
-    """A question about a clip, without options. file: the video; number: of the question; type: ActivityNet-QA's."""
+    """A question about a clip, without options.
+
+    file: the video. number: number of the question among those about the clip. text: the question. type: number of the
+    question type in ActivityNet-QA.
+    """
 
     file: Path
     number: int
@@ -100,20 +106,20 @@ class Question(NamedTuple):
 
 
 def mvbench_item(video: str, example: Example, bounds: dict[str, float]) -> dict[str, Any]:
-    """An item of an annotation file of MVBench: the clip's first question."""
+    """Make an item of an MVBench annotation file from the clip's first question. bounds: start and end in seconds."""
     asked = example.asked[0]
     options = list(asked.options)
     return {"video": video, "question": asked.question, "candidates": options, "answer": asked.answer, **bounds}
 
 
 def num_benchmark_clips(count: int) -> int:
-    """The number of clips that `write_benchmarks` draws."""
+    """Compute the number of clips that `write_benchmarks` draws."""
     twins = (MVBENCH_TASKS, VCGBENCH_PARTS, TVBENCH.tasks, OF_DIMENSION, OF_TOMATO)
     return count * (sum(map(len, twins)) + 5)  # and four sets of VideoQA, and Vinoground
 
 
 def benchmark_bytes(count: int, num_frames: int) -> int:
-    """Bytes that the twins take, rounded up. num_frames: of a clip of the usual length."""
+    """Estimate the size of all twins in bytes, rounded up. num_frames: frames of a clip of the usual length."""
     clips = num_benchmark_clips(count) + 6 * count  # Vinoground shows a clip six times
     return round(clips * num_frames * LONGEST * FRAME_BYTES)
 
@@ -121,13 +127,13 @@ def benchmark_bytes(count: int, num_frames: int) -> int:
 def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[], Any] = lambda: None) -> None:
     """Write all twins below `root`.
 
-    count: items of each task of MVBench, and clips of each part of the other benchmarks. done: called after each clip.
+    count: items per task of MVBench, and clips per part of the other benchmarks. done: called after each clip.
     """
 
     def clips(
         benchmark: str, name: str, tasks: Sequence[str], extensions: Sequence[str]
     ) -> Iterator[tuple[Path, str, Example]]:
-        """Write clips, with toy tasks and extensions in turn; yield file, task and example. name: a pattern."""
+        """Write clips, and yield file, task and example. Toy tasks and extensions alternate. name: a file pattern."""
         for index in range(count):
             task = tasks[index % len(tasks)]
             example, frames, _ = world.clip(_apart(task, f"{benchmark}/{name}"), "test", index)
@@ -137,7 +143,7 @@ def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[],
             yield file, task, example
 
     def split(benchmark: str, rows: Sequence[tuple[str, str, Question]]) -> None:
-        """Write questions and answers as two files. rows: the video's name, the question's id, the question."""
+        """Write questions and answers to two files. rows: name of the video, id of the question, the question."""
         for video, key, row in rows:
             append(f"{benchmark}/test_q.json", {"video_name": video, "question": row.text, "question_id": key})
         for _, key, row in reversed(rows):
@@ -239,7 +245,7 @@ def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[],
 
 
 def _tempcompass(example: Example, index: int) -> dict[str, list[dict[str, str]]]:
-    """The clip's first question in TempCompass's four ways."""
+    """Convert the clip's first question to TempCompass's four types of questions."""
     one = example.asked[0]
     wrong = next(option for option in one.options if option != one.answer)
     lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, one.options, strict=False)]
@@ -248,7 +254,7 @@ def _tempcompass(example: Example, index: int) -> dict[str, list[dict[str, str]]
     words, label = MATCHING[index % len(MATCHING)]
     marks = ("1", "2") if label == "Option" else ("A", "B")
     matches = [f"{label} {mark}: {claim}" for mark, claim in zip(marks, claims, strict=True)]
-    told = [f"Information {letter}: {{'answer': {option!r}}}" for letter, option in zip("ABCDEFG", one.options)]  # noqa: B905
+    facts = [f"Information {letter}: {{'answer': {option!r}}}" for letter, option in zip("ABCDEFG", one.options)]  # noqa: B905
     return {
         "multi-choice": [{"question": "\n".join([one.question, *lines]), "answer": right}],
         "yes_no": [
@@ -258,12 +264,12 @@ def _tempcompass(example: Example, index: int) -> dict[str, list[dict[str, str]]
         "caption_matching": [
             {"question": "\n".join([f"Which {words} the video?", *matches]), "answer": matches[1 - index % 2]}
         ],
-        "captioning": [{"question": "\n".join(["Caption the video.", *told, "Generated Caption:"]), "answer": right}],
+        "captioning": [{"question": "\n".join(["Caption the video.", *facts, "Generated Caption:"]), "answer": right}],
     }
 
 
 def _vinoground(folder: Path, index: int, example: Example, clip: np.ndarray) -> Iterator[tuple[str, dict[str, str]]]:
-    """Write a pair of clips, one the other backwards, and both in one file; yield part and record of each question."""
+    """Write a clip, its reversal, and both in one file. Yield the benchmark's part and the record of each question."""
     thing = example.scene.things[0]
     after = next(str(event.value) for event in thing.events if event.kind == "turn")
     captions = [
@@ -287,10 +293,10 @@ def _questions(clips: Iterable[tuple[Path, str, Example]]) -> list[Question]:
     return [
         Question(file, number, turn.question, turn.answer, kind)
         for file, task, example in clips
-        for number, (turn, kind) in enumerate(zip(example.turns, TYPES[task], strict=False))  # a choice has options
+        for number, (turn, kind) in enumerate(zip(example.turns, TYPES[task], strict=False))  # turns without options
     ]
 
 
 def _apart(toy: str, name: str) -> ToyTask:
-    """A toy task whose clips are drawn apart from those of all other tasks of that kind."""
+    """Return a copy of a toy task that draws other clips. toy: name of the task. name: name of the copy."""
     return replace(TOY_TASKS[toy], corpus=f"benchmarks/{name}/{toy}")

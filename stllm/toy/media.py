@@ -20,18 +20,18 @@ from PIL import Image
 log = logging.getLogger(__name__)
 
 Encoder = tuple[str, dict[str, str]]
-Append = Callable[[str, Mapping[str, Any]], None]  # an annotation file, and a record for its end
+Append = Callable[[str, Mapping[str, Any]], None]  # appends a record to an annotation file
 
-# Qualities at which shapes of a few pixels keep their colors
+# settings with which shapes of a few pixels keep their colors
 H264: Encoder = ("libx264", {"preset": "veryfast", "crf": "18"})
 MPEG4: Encoder = ("mpeg4", {"qmin": "2", "qmax": "2"})
 VP9: Encoder = ("libvpx-vp9", {"crf": "20", "b": "0"})
 ENCODERS: dict[str, Encoder] = {".mp4": H264, ".mov": H264, ".mkv": H264, ".avi": MPEG4, ".webm": VP9}
-GIF_DELAY = 40  # milliseconds a frame: 25 a second
+GIF_DELAY = 40  # milliseconds per frame: 25 frames per second
 
 
 def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
-    """Write a clip, (T, H, W, 3) uint8 RGB, in the format of the extension: a key of ENCODERS, or .gif (25 fps)."""
+    """Write a clip, (T, H, W, 3) uint8 RGB. The extension, a key of ENCODERS or .gif (25 fps), selects the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
         first, *others = map(Image.fromarray, clip)
@@ -49,7 +49,7 @@ def write_video(path: Path, clip: np.ndarray, fps: int) -> None:
 
 
 def write_frames(folder: Path, clip: np.ndarray) -> None:
-    """Write a clip, (T, H, W, 3) uint8 RGB, as a folder of pictures: 00001.jpg and on."""
+    """Write a clip, (T, H, W, 3) uint8 RGB, as a folder of pictures 00001.jpg, 00002.jpg, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(clip, start=1):
         Image.fromarray(picture).save(folder / f"{number:05d}.jpg", quality=95)
@@ -57,7 +57,10 @@ def write_frames(folder: Path, clip: np.ndarray) -> None:
 
 @contextmanager
 def annotation_files(root: Path) -> Iterator[Append]:
-    """Yield a function that appends a record to an annotation file below `root`: a JSON list, one record a line."""
+    """Yield a function that appends a record to an annotation file below `root`.
+
+    The files are JSON lists with one record per line. They are complete when the block ends.
+    """
     files: dict[str, TextIO] = {}
 
     def append(name: str, record: Mapping[str, Any]) -> None:
@@ -75,26 +78,26 @@ def annotation_files(root: Path) -> Iterator[Append]:
 
 
 def png_bytes(picture: np.ndarray) -> bytes:
-    """A picture, (H, W, 3) uint8 RGB, as the bytes of a PNG file."""
+    """Encode a picture, (H, W, 3) uint8 RGB, as PNG."""
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG")
     return stream.getvalue()
 
 
 def write_shard(path: Path, pairs: Iterable[tuple[str, bytes, str]]) -> None:
-    """Write (name, PNG, text) as one webdataset shard: `<name>.png` and `<name>.txt` each."""
+    """Write a webdataset shard from (name, PNG, text): a `<name>.png` and a `<name>.txt` for each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, picture, text in pairs:
             for ending, content in (("png", picture), ("txt", text.encode())):
-                entry = tarfile.TarInfo(f"{name}.{ending}")  # without time and owner: the same bytes every time
+                entry = tarfile.TarInfo(f"{name}.{ending}")  # no time and owner, so that the bytes are reproducible
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
 
 
 @cache
 def encoder(extension: str) -> Encoder:
-    """Codec and options for files of that extension. Without H.264 in PyAV: MPEG-4, which is logged once."""
+    """Return codec and options for an extension. If PyAV has no H.264 encoder, use MPEG-4 and log it once."""
     codec, options = ENCODERS[extension]
     if codec != H264[0]:
         return codec, options
@@ -106,7 +109,7 @@ def encoder(extension: str) -> Encoder:
             extension,
         )
         return MPEG4
-    # With AVX-512, x264 gives one of several files for the same clip, seen with PyAV 18.1
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    # With AVX-512, x264 may encode the same clip to different bytes (observed with PyAV 18.1).
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only
     has_avx512 = cpuinfo.is_file() and "avx512" in cpuinfo.read_text(errors="replace")
     return codec, options | ({"x264-params": "asm=AVX2"} if has_avx512 else {})

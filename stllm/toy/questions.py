@@ -1,7 +1,7 @@
-"""Questions of the toy world: a question with its answer and options, asked openly and as multiple choice.
+"""Questions of the toy world: a question with its answer and options, asked with and without the options.
 
-The wording of a choice is MVBench's. The options of a question differ in their first word: a small model finds a letter
-by the word that follows it.
+Multiple-choice prompts have MVBench's wording. The options of a question differ in their first word, because a small
+model finds a letter by the word after it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,12 +16,12 @@ from stllm.toy.scenes import COLORS, DIRECTIONS, PATTERNS, SHAPES, UNITS, Event,
 T = TypeVar("T")
 Generator = np.random.Generator
 
-NUM_OPTIONS = 4  # of a choice among many
+NUM_OPTIONS = 4  # if there are more candidates
 DIRECTION_QUESTIONS = ("In which direction does the {} move?", "What direction is the {} moving?")
 ACTIONS = {"jump": "jumps", "grow": "grows", "vanish": "vanishes", "step aside": "steps aside"}
-MOVING, BLINKING, THINGS = ("0", "1", "2", "3"), ("1", "2", "3"), ("1", "2", "3", "4")  # counts that are options
+MOVING, BLINKING, THINGS = ("0", "1", "2", "3"), ("1", "2", "3"), ("1", "2", "3", "4")  # options of counting questions
 BEGINNING, END = "at the beginning of the video", "at the end of the video"
-THIRDS = (13, 32, 51)  # the middles of a picture's thirds, in units
+THIRDS = (13, 32, 51)  # centers of a picture's thirds, in units
 ROWS = (
     ("in the upper left", "at the top", "in the upper right"),
     ("on the left", "in the middle", "on the right"),
@@ -32,18 +32,18 @@ PLACES = {place: (x, y) for y, row in zip(THIRDS, ROWS, strict=True) for x, plac
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, its answer, and the options in the order in which they are shown."""
+    """A question, its answer, and its options in the order of the prompt."""
 
     question: str
     answer: str
     options: tuple[str, ...]
 
-    def openly(self) -> Turn:
-        """The question without options."""
+    def without_options(self) -> Turn:
+        """Return the question without options."""
         return Turn(self.question, self.answer)
 
     def as_choice(self) -> Turn:
-        """The question with options, in MVBench's prompt to the last newline: a small model needs the same tokens."""
+        """Return the question with its options. The prompt has exactly MVBench's tokens, which a small model needs."""
         letter = chr(ord("A") + self.options.index(self.answer))
         return Turn(
             f"{question_block(self.question, self.options)}\n{REQUEST}\n",
@@ -56,53 +56,56 @@ class Asked:
 class Example:
     """One clip or picture with questions and answers.
 
-    story: the contents in words. asked: questions with options, never the same fact twice; a test asks the first one.
-    told: turns without options, after them. length: of the clip, in clips of the usual length.
-    bounds: the part of the clip that the questions are about, from 0 to 1.
+    story: description of the scene. asked: questions with options, each about another fact; a test uses the first one.
+    open_turns: turns without options, such as a caption. length: length of the clip / usual length.
+    bounds: start and end of the part that the questions are about, from 0 to 1 of the clip.
     """
 
     scene: Scene
     story: str
     asked: tuple[Asked, ...] = ()
-    told: tuple[Turn, ...] = ()
+    open_turns: tuple[Turn, ...] = ()
     length: float = 1.0
     bounds: tuple[float, float] | None = None
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """Every question openly and as multiple choice, then the turns of `told`."""
-        return (*(turn for asked in self.asked for turn in (asked.openly(), asked.as_choice())), *self.told)
+        """Each question without options and then as multiple choice, followed by the turns of `open_turns`."""
+        return (
+            *(turn for asked in self.asked for turn in (asked.without_options(), asked.as_choice())),
+            *self.open_turns,
+        )
 
 
 def ask(generator: Generator, question: str, answer: str, candidates: Iterable[str]) -> Asked:
-    """A question with its options shuffled."""
+    """Make a question with all candidates as options, shuffled."""
     return Asked(question, answer, tuple(shuffled(generator, candidates)))
 
 
 def ask_among(generator: Generator, question: str, answer: str, candidates: Iterable[str]) -> Asked:
-    """A question with some of the wrong options, `NUM_OPTIONS` in all."""
+    """Make a question with the answer and some of the other candidates, `NUM_OPTIONS` options in total."""
     wrong = shuffled(generator, [candidate for candidate in candidates if candidate != answer])
     return ask(generator, question, answer, [answer, *wrong[: NUM_OPTIONS - 1]])
 
 
 def ask_whether(generator: Generator, question: str, answer: bool) -> Asked:
-    """A question whose answer is yes or no."""
+    """Make a question whose answer is yes or no."""
     return ask(generator, question, "yes" if answer else "no", ("yes", "no"))
 
 
 def pick(generator: Generator, choices: Iterable[T]) -> T:
-    """One of the choices, each as likely."""
+    """Draw one of the choices, all equally likely."""
     listed = list(choices)
     return listed[int(generator.integers(len(listed)))]
 
 
 def shuffled(generator: Generator, choices: Iterable[T]) -> list[T]:
-    """All of the choices in random order."""
+    """Return the choices in random order."""
     listed = list(choices)
     return [listed[number] for number in generator.permutation(len(listed))]
 
 
-# ---- of clips -------------------------------------------------------------------------------------------------------
+# ---- about clips ----------------------------------------------------------------------------------------------------
 
 
 def direction_question(generator: Generator, thing: Thing) -> Asked:
@@ -119,7 +122,7 @@ def moving_question(generator: Generator, things: Sequence[Thing]) -> Asked:
 
 
 def whether_question(generator: Generator, thing: Thing, kind: str) -> Asked:
-    """Ask whether a thing moves, or whether it blinks."""
+    """Ask whether a thing moves or blinks. kind: "move" or "blink"."""
     return ask_whether(generator, f"Does the {thing.name} {kind}?", any(event.kind == kind for event in thing.events))
 
 
@@ -130,20 +133,23 @@ def blink_question(generator: Generator, thing: Thing) -> Asked:
 
 
 def sequence_questions(generator: Generator, name: str, kinds: Sequence[str]) -> list[Asked]:
-    """Ask what a thing does first, last, and after something else, shuffled. kinds: its actions in their order."""
+    """Ask what a thing does first, last, and after another action; the questions are shuffled.
+
+    kinds: the actions of the thing, in order.
+    """
 
     def question(when: str, kind: str) -> Asked:
         return ask(generator, f"What does the {name} do {when}?", ACTIONS[kind], ACTIONS.values())
 
     asked = [question("first", kinds[0]), question("last", kinds[-1])]
-    if len(kinds) > 2:  # of two actions, the one that is not named would be the answer
+    if len(kinds) > 2:  # with two actions, the answer would always be the other one
         number = int(generator.integers(len(kinds) - 1))
         asked.append(question(f"after it {ACTIONS[kinds[number]]}", kinds[number + 1]))
     return shuffled(generator, asked)
 
 
 def color_questions(generator: Generator, thing: Thing) -> list[Asked]:
-    """Ask for a thing's color at the beginning and at the end, shuffled. Both questions have both colors as options."""
+    """Ask for a thing's color at the beginning and at the end. Both questions have both colors as options."""
     (after,) = (event.value for event in thing.events if event.kind == "turn")
     others = shuffled(generator, [color for color in COLORS if color not in (thing.color, after)])[:2]
     options = [thing.color, after, *others]
@@ -154,7 +160,7 @@ def color_questions(generator: Generator, thing: Thing) -> list[Asked]:
 
 
 def background_questions(generator: Generator, scene: Scene) -> list[Asked]:
-    """Ask how the background changes (the reversed change is an option), and how it is before and after."""
+    """Ask how the background changes, with the reversed change as an option, and how it is before and after."""
     assert scene.cut is not None
     before, after = scene.background.pattern, scene.cut.background.pattern
     others = shuffled(generator, [pattern for pattern in PATTERNS if pattern not in (before, after)])[:2]
@@ -170,7 +176,7 @@ def background_questions(generator: Generator, scene: Scene) -> list[Asked]:
 
 
 def story(generator: Generator, scene: Scene) -> str:
-    """A text about what happens: a sentence for each thing and one for a change of background, in random order."""
+    """Describe a scene: a sentence for each thing, and one for a change of background, in random order."""
     sentences = [f"A {thing.name} {deed(thing.events)}." for thing in scene.things]
     if scene.cut is not None:
         sentences.append(f"The background changes from {scene.background.pattern} to {scene.cut.background.pattern}.")
@@ -178,7 +184,7 @@ def story(generator: Generator, scene: Scene) -> str:
 
 
 def deed(events: Sequence[Event]) -> str:
-    """A thing's actions in words: "jumps, then it grows"."""
+    """Describe the actions of a thing, such as "jumps, then it grows"."""
     blinks = sum(event.kind == "blink" for event in events)
     deeds = {
         **ACTIONS,
@@ -187,16 +193,16 @@ def deed(events: Sequence[Event]) -> str:
         "appear": "appears",
         "disappear": "disappears",
     }
-    said = [f"{event.kind}s {event.value}" if event.value else deeds[event.kind] for event in events]  # moves, turns
+    words = [f"{event.kind}s {event.value}" if event.value else deeds[event.kind] for event in events]  # moves, turns
     between = ", then it " if any(event.kind in ACTIONS for event in events) else " and "
-    return between.join(dict.fromkeys(said)) or "stands still"  # all blinks are one deed
+    return between.join(dict.fromkeys(words)) or "stands still"  # several blinks give one text
 
 
-# ---- of pictures ----------------------------------------------------------------------------------------------------
+# ---- about pictures -------------------------------------------------------------------------------------------------
 
 
 def picture_questions(generator: Generator, things: Sequence[Thing], pattern: str) -> list[Asked]:
-    """Questions that one frame answers, shuffled. pattern: of the background."""
+    """Make questions that a single frame answers, in random order. pattern: pattern of the background."""
     thing = pick(generator, things)
     asked = [ask_among(generator, f"What color is the {thing.shape}?", thing.color, COLORS)]
     thing = pick(generator, things)
@@ -204,7 +210,7 @@ def picture_questions(generator: Generator, things: Sequence[Thing], pattern: st
     asked.append(ask(generator, f"Which shape is {thing.color}?", f"the {thing.shape}", shapes))
     thing = pick(generator, things)
     asked.append(ask_among(generator, f"Where is the {thing.name}?", place_of(thing), PLACES))
-    thing = pick(generator, things)  # the other things come first among the wrong answers
+    thing = pick(generator, things)  # wrong options: first the other things in the picture, then absent ones
     present = [f"a {other.name}" for other in things if other is not thing]
     absent = shuffled(generator, [f"a {color} {shape}" for color in COLORS for shape in SHAPES])
     wrong = [*present, *(name for name in absent if name not in (*present, f"a {thing.name}"))]
@@ -216,7 +222,7 @@ def picture_questions(generator: Generator, things: Sequence[Thing], pattern: st
     if len(things) > 1:
         first, second = shuffled(generator, things)[:2]
         right, down = first.x - second.x, first.y - second.y
-        across = abs(right) >= abs(down)  # along the axis on which they are further apart
+        across = abs(right) >= abs(down)  # use the axis on which they are further apart
         sides = ("left of", "right of") if across else ("above", "below")
         question = f"Is the {first.name} {sides[0]} or {sides[1]} the {second.name}?"
         asked.append(ask(generator, question, sides[(right if across else down) > 0], sides))
@@ -224,21 +230,21 @@ def picture_questions(generator: Generator, things: Sequence[Thing], pattern: st
 
 
 def picture_caption(scene: Scene) -> str:
-    """One sentence that names everything in a picture, and where it is."""
+    """Describe a picture: its things with their places, and its background."""
     named = [f"a {thing.name} {place_of(thing)}" for thing in scene.things]
     text = " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
     return f"{text[0].upper()}{text[1:]}. The background is {scene.background.pattern}."
 
 
 def place_of(thing: Thing) -> str:
-    """The place in words: the third of the picture, across and down, that the thing is in."""
+    """Describe the place of a thing by the third of the picture, horizontally and vertically."""
     return ROWS[thing.y * 3 // UNITS][thing.x * 3 // UNITS]
 
 
 def existence_questions(generator: Generator, things: Sequence[Thing]) -> list[Asked]:
-    """Ask about a thing that is there and about a thing that is not, shuffled.
+    """Ask whether a present and an absent thing are there, in random order.
 
-    The absent one has a color that nothing has, or one thing's color and another one's shape.
+    The absent thing has a color that no thing has, or the color of one thing and the shape of another.
     """
     present = pick(generator, things).name
     nowhere = [color for color in COLORS if color not in {thing.color for thing in things}]

@@ -1,7 +1,7 @@
-"""Scenes of the toy world: the contents of a clip and its events, as data, and their frames, drawn with numpy.
+"""Scenes of the toy world: things, events and background of a clip as data, and their frames, drawn with numpy.
 
-A new color, shape or background is one entry of a table; a new kind of event is one case of `follow`.
-T frames, S pixels a side.
+To add a color, shape or background, add an entry to a table. To add a kind of event, add a case to `follow`.
+Letters: T frames, S height and width in pixels.
 """
 
 import hashlib
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-UNITS = 64  # places and sizes are whole 64ths of the picture's side, from its upper left corner
-STEP = 28.0  # units: how far a thing moves
-HOP = 16.0  # units: how far it jumps or steps aside
-SWELLING = 0.8  # how much of its radius it gains
-TEXTURE = 22.0  # levels of 255: half the contrast of a background's pattern
-GRAIN, FLICKER = 7.0, 4.0  # levels of 255: noise of the whole clip, noise of each frame
+UNITS = 64  # side of a picture in units; places and sizes are in units, from the upper left corner
+STEP = 28.0  # distance of a move, in units
+HOP = 16.0  # distance of a jump or a step aside, in units
+SWELLING = 0.8  # a growing thing gains this share of its radius
+TEXTURE = 22.0  # amplitude of a background's pattern, in levels of 255
+GRAIN, FLICKER = 7.0, 4.0  # standard deviation of the noise of a clip and of each frame, in levels of 255
 
 COLORS = {
     "red": (220, 45, 45),
@@ -31,9 +31,9 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 @dataclass(frozen=True)
 class Event:
-    """An action of a thing between two times, which are parts of the clip from 0 to 1. kind: a case of `follow`.
+    """An action of a thing. kind: a case of `follow`. start, end: times, from 0 to 1 of the clip.
 
-    value: the direction of a move, the new color of a turn. extent: the distance, in STEPs or HOPs.
+    value: direction of a move, or new color of a turn. extent: distance, in STEPs or HOPs.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Thing:
-    """A colored shape at (x, y), the middle of its path if it moves."""
+    """A colored shape. x, y, radius: place and size in units; if it moves, (x, y) is the middle of its path."""
 
     color: str
     shape: str
@@ -56,15 +56,15 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """Its name in texts: "red circle"."""
+        """The thing's name in texts, such as "red circle"."""
         return f"{self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Background:
-    """pattern: a key of PATTERNS; shade: its middle level of 255; angle: of the pattern, in degrees.
+    """A background. pattern: a key of PATTERNS. shade: mean level of 255. angle: rotation of the pattern in degrees.
 
-    tint: what is added to red, green and blue, in levels.
+    tint: levels that are added to red, green and blue.
     """
 
     pattern: str
@@ -75,7 +75,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Cut:
-    """A change of background. time: a part of the clip."""
+    """A change of background. time: from 0 to 1 of the clip."""
 
     time: float
     background: Background
@@ -83,20 +83,20 @@ class Cut:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything in a clip except for its noise. Later things cover earlier ones."""
+    """The contents of a clip without its noise. Later things cover earlier ones."""
 
     things: tuple[Thing, ...]
     background: Background
     cut: Cut | None = None
 
     def digest(self) -> int:
-        """A number that depends on the whole scene and on nothing else, the same on every machine."""
+        """Return a hash of the scene that is the same on every machine."""
         return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:8], "big")
 
 
 @dataclass
 class Track:
-    """A thing over the frames: x, y, radius (units) and opacity, each (T,); color (T, 3), levels of 255."""
+    """A thing over time: x, y and radius in units, and opacity, each (T,); color (T, 3), in levels of 255."""
 
     x: np.ndarray
     y: np.ndarray
@@ -106,12 +106,12 @@ class Track:
 
 
 def frame_times(num_frames: int) -> np.ndarray:
-    """Times of a clip's frames, (T,), parts of the clip."""
+    """Return the times of a clip's frames, (T,), from 0 to 1 of the clip."""
     return (np.arange(num_frames) + 0.5) / num_frames
 
 
 def follow(thing: Thing, times: np.ndarray) -> Track:
-    """Place and look of the thing at each time. times: (T,), parts of the clip."""
+    """Compute the place, size and color of a thing at each time. times: (T,), from 0 to 1 of the clip."""
     count = len(times)
     track = Track(
         x=np.full(count, float(thing.x)),
@@ -122,7 +122,7 @@ def follow(thing: Thing, times: np.ndarray) -> Track:
     )
     for event in thing.events:
         progress = np.clip((times - event.start) / (event.end - event.start), 0, 1)  # 0 before the event, 1 after it
-        swing = np.sin(np.pi * progress)  # there and back
+        swing = np.sin(np.pi * progress)  # 0 at both ends of the event, 1 in the middle
         during = (progress > 0) & (progress < 1)
         match event.kind:
             case "move":
@@ -154,14 +154,14 @@ def follow(thing: Thing, times: np.ndarray) -> Track:
 
 
 def nearest_colors(levels: np.ndarray) -> np.ndarray:
-    """Numbers of COLOR_NAMES, (T,). levels: (T, 3), of 255."""
+    """Return the index in COLOR_NAMES of the nearest color, (T,). levels: (T, 3), of 255."""
     distances: np.ndarray = np.abs(levels[:, None] - LEVELS).sum(-1)  # (T, colors)
     return distances.argmin(-1)
 
 
 Function = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-# x, y: radii from the middle. Below 1 lies inside the shape, 1 at its edge.
+# Functions of x and y, in radii from the center. The value is below 1 inside the shape, and 1 at its edge.
 SHAPES: dict[str, Function] = {
     "circle": np.hypot,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) / 0.85,
@@ -169,7 +169,7 @@ SHAPES: dict[str, Function] = {
     "cross": lambda x, y: np.maximum(np.minimum(np.abs(x), np.abs(y)) / 0.33, np.maximum(np.abs(x), np.abs(y))),
 }
 
-# x along the pattern, y across it, in parts of the picture. From -1, dark, to 1.
+# Functions of x and y along the pattern's axes, as a share of the picture. The value is from -1 (dark) to 1.
 PATTERNS: dict[str, Function] = {
     "plain": lambda x, y: 0 * (x + y),
     "striped": lambda x, y: np.sin(30 * (x + 0 * y)),
@@ -180,8 +180,8 @@ PATTERNS: dict[str, Function] = {
 
 
 def render(scene: Scene, *, times: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """The frames at these times, (T, S, S, 3) uint8 RGB. times: (T,), parts of the clip. generator: draws the noise."""
-    axis = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)  # the pixels' places in units
+    """Draw the frames at these times, (T, S, S, 3) uint8 RGB. times: (T,), from 0 to 1. generator: for the noise."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)  # centers of the pixels in units
     clip = generator.standard_normal((len(times), size, size, 3), np.float32) * np.float32(FLICKER)
     grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)
     canvas = np.empty_like(clip)
@@ -190,7 +190,7 @@ def render(scene: Scene, *, times: np.ndarray, size: int, generator: np.random.G
         canvas[times >= scene.cut.time] = _background(scene.cut.background, axis)
     for thing in scene.things:
         track = follow(thing, times)
-        # only pixels that the thing ever reaches, and two more for soft edges; a triangle's tip is 1.1 radii away
+        # Draw only pixels that the thing reaches, and two more for soft edges. A triangle's tip is 1.1 radii away.
         reach = 1.1 * track.radius + 2 * (axis[1] - axis[0])
         rows, columns = (
             slice(*map(int, np.searchsorted(axis, ((middle - reach).min(), (middle + reach).max()))))
@@ -212,7 +212,7 @@ def render(scene: Scene, *, times: np.ndarray, size: int, generator: np.random.G
 
 
 def _background(background: Background, axis: np.ndarray) -> np.ndarray:
-    """(S, S, 3), levels of 255."""
+    """Draw a background, (S, S, 3), in levels of 255. axis: centers of the pixels in units, (S,)."""
     angle = np.float32(np.deg2rad(background.angle))
     across, down = axis[None, :] / UNITS - 0.5, axis[:, None] / UNITS - 0.5
     x = across * np.cos(angle) + down * np.sin(angle)

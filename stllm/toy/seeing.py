@@ -1,11 +1,11 @@
-"""The vision stage of the tiny model (`run.task: toy_seeing`): encoder and Q-Former learn from single frames.
+"""The vision stage of the tiny model (`run.task: toy_seeing`): it trains the vision encoder and the Q-Former.
 
-The published encoder and Q-Former were trained by EVA-CLIP and BLIP-2. Fresh ones learn almost nothing through a
-language model in the time that a laptop has. Here they are trained with auxiliary heads that are discarded. Every frame
-is drawn by its key when it is requested, so that none is used twice. The run's folder holds the two parts, which
-`model.ckpt` then names on top of a language model.
+The published encoder and Q-Former were trained by EVA-CLIP and BLIP-2. Randomly initialised ones learn almost nothing
+through a language model within the hours of a laptop. Here they learn from single frames, with auxiliary heads that are
+discarded. Each frame is drawn when it is requested, so no frame is used twice. The output folder holds the weights of
+the two parts. A later stage reads them with `model.ckpt`, together with a language model.
 
-B frames, P patches, C encoder width, K queries, Q their width, H shapes.
+Letters: B frames, P patches, C encoder width, K queries, Q query width, H shapes, S height and width in pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,26 +34,27 @@ from stllm.toy.questions import Generator, pick
 from stllm.toy.scenes import COLORS, PATTERNS, SHAPES, UNITS, Scene, follow, nearest_colors, render
 from stllm.toy.tasks import PICTURES, RARE, TASKS, split_of
 
-EPOCH = 100_000  # frames; the next epoch's are others
-PICTURE_SHARE = 0.5  # of the frames; the others are of clips
-LEAST_RADIUS = 6.0  # units: a patch this close to a thing's middle counts as showing it
+EPOCH = 100_000  # frames; each epoch has other frames
+PICTURE_SHARE = 0.5  # share of frames from pictures; the others are from clips
+LEAST_RADIUS = 6.0  # units: a patch shows a thing if the patch's center is this close to the thing's center
 NUM_COLORS = 1 + len(COLORS)  # 0: no thing
 NUM_SHAPES = 1 + len(SHAPES)
 NUM_PATTERNS, NUM_PLACES = len(PATTERNS), 3  # x, y and radius
-PLACE_UNITS, RADIUS_UNITS = 8.0, 4.0  # of a place and of a radius, so that both vary alike
-NOTHING = 0.1  # weight of patches that show no thing, which are most of them
-TAUGHT = ("vision_encoder.", "qformer.")
+PLACE_UNITS, RADIUS_UNITS = 8.0, 4.0  # scales of places and radii in the loss, so that both have similar variance
+NOTHING = 0.1  # weight of patches without a thing, which are the majority
+TAUGHT = ("vision_encoder.", "qformer.")  # beginnings of the keys of the trained weights
 
 
 # ---- frames ---------------------------------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
-    """Labels of frames.
+class FrameLabels(NamedTuple):
+    """Labels of a batch of frames.
 
-    Of patches: colors and shapes (B, P), numbers of their tables from 1 on, 0 for nothing; places (B, P, 3), x and y of
-    the thing's middle, from the picture's, in PLACE_UNITS, and its radius in RADIUS_UNITS. Of slots, one a shape, since
-    no scene has two of one: slot_colors (B, H), slot_places (B, H, 3). patterns: (B,), of the background.
+    Labels of patches: colors and shapes (B, P), as index in their table plus 1, 0 for no thing; places (B, P, 3): x and
+    y of the thing's center from the picture's center, in PLACE_UNITS, and its radius in RADIUS_UNITS.
+    Labels of shapes (a scene has at most one thing of each shape): slot_colors (B, H) and slot_places (B, H, 3).
+    patterns: (B,), index of the background's pattern.
     """
 
     colors: Tensor
@@ -65,14 +66,14 @@ class Seen(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class SeenFrame(Sample):
-    """One frame: pixel_values (1, 3, S, S), and its labels, without B."""
+class ToyFrame(Sample):
+    """A frame with pixel_values (1, 3, S, S). truth: its labels, without the dimension B."""
 
-    seen: Seen
+    truth: FrameLabels
 
 
-class SeenFrames:
-    """A data set without files. size, patch: pixels a side."""
+class ToyFrames:
+    """A data set of frames that are drawn on request. size, patch: side of a frame and of a patch in pixels."""
 
     name = "toy_seeing"
     media: str | None = "image"
@@ -84,37 +85,37 @@ class SeenFrames:
     def __len__(self) -> int:
         return EPOCH
 
-    def load(self, key: SampleKey, generator: Generator, check: LengthCheck | None = None) -> SeenFrame:
-        """A frame drawn with the generator; the key only names it. It has no text to check."""
+    def load(self, key: SampleKey, generator: Generator, check: LengthCheck | None = None) -> ToyFrame:
+        """Draw a frame with the generator. The key is used only in its name; `check` is not used."""
         task = PICTURES if generator.random() < PICTURE_SHARE else pick(generator, (*TASKS, RARE))
         while split_of(scene := task.make(generator).scene) != "train":
             pass
         time = generator.random(1)
         frame = render(scene, times=time, size=self.size, generator=generator)[0]
-        return SeenFrame(
+        return ToyFrame(
             key,
             f"frame {key.index} of epoch {key.epoch}",
             (),
             self.media,
             pixel_values=self.transform(frame)[None],
-            seen=labels(scene, time, self.grid),
+            truth=labels(scene, time, self.grid),
         )
 
 
-def collate(frames: Sequence[SeenFrame]) -> dict[str, Any]:
-    """Arguments of `SeeingModel.forward` for a batch of frames, and names and failures; a DataLoader's `collate_fn`."""
-    seen = Seen(*(torch.stack(part) for part in zip(*(frame.seen for frame in frames), strict=True)))
+def collate(frames: Sequence[ToyFrame]) -> dict[str, Any]:
+    """Convert frames to the arguments of `SeeingModel.forward`, `names` and `failures`, as a `collate_fn`."""
+    truth = FrameLabels(*(torch.stack(part) for part in zip(*(frame.truth for frame in frames), strict=True)))
     return {
         **stacked(frames),  # pixel_values: (B, 1, 3, S, S)
-        "seen": seen._asdict(),
-        "labels": seen.patterns,
+        "truth": truth._asdict(),
+        "labels": truth.patterns,
         "names": [frame.name for frame in frames],
         "failures": [failure for frame in frames for failure in frame.failures],
     }
 
 
-def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
-    """Labels of the frame at a time, (1,), a part of the clip; without B."""
+def labels(scene: Scene, time: np.ndarray, grid: int) -> FrameLabels:
+    """Compute the labels of one frame, without the dimension B. time: (1,), from 0 to 1. grid: patches per side."""
     middles = (np.arange(grid) + 0.5) * (UNITS / grid)
     across, down = np.meshgrid(middles, middles)
     colors, shapes = np.zeros((grid, grid), int), np.zeros((grid, grid), int)
@@ -134,7 +135,7 @@ def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
     background = scene.background if scene.cut is None or time[0] < scene.cut.time else scene.cut.background
     pattern = np.array(list(PATTERNS).index(background.pattern))
     parts = (colors.ravel(), shapes.ravel(), places.reshape(-1, NUM_PLACES), slot_colors, slot_places, pattern)
-    return Seen(*map(torch.as_tensor, parts))
+    return FrameLabels(*map(torch.as_tensor, parts))
 
 
 # ---- heads ----------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def labels(scene: Scene, time: np.ndarray, grid: int) -> Seen:
 class SeeingHeads(nn.Module):
     """Linear layers that predict the labels from the encoder's patches and the Q-Former's queries.
 
-    Of the queries, the first predict one shape each and the next one the background.
+    The first H queries predict one shape each; the next query predicts the background.
     """
 
     def __init__(self, *, width: int, query_width: int) -> None:
@@ -152,30 +153,30 @@ class SeeingHeads(nn.Module):
         self.slots = nn.ModuleList(_normed(query_width, NUM_COLORS + NUM_PLACES) for _ in SHAPES)
         self.patterns = nn.ModuleList([nn.Linear(width, NUM_PATTERNS), _normed(query_width, NUM_PATTERNS)])
 
-    def forward(self, features: Tensor, queries: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
-        """The loss, and the share of frames whose things all have their right colors.
+    def forward(self, features: Tensor, queries: Tensor, truth: FrameLabels) -> tuple[Tensor, Tensor]:
+        """Return the loss and the accuracy: the share of frames in which all colors are correct. Both are scalars.
 
-        features: (B, 1+P, C); queries: (B, K, Q). Both results are scalars.
+        features: (B, 1+P, C). queries: (B, K, Q).
         """
         colors, shapes, places = self.patch(features[:, 1:]).split([NUM_COLORS, NUM_SHAPES, NUM_PLACES], dim=-1)
-        there = seen.colors > 0  # (B, P)
-        named = F.cross_entropy(colors.transpose(1, 2), seen.colors, reduction="none")
-        named = named + F.cross_entropy(shapes.transpose(1, 2), seen.shapes, reduction="none")
+        there = truth.colors > 0  # (B, P)
+        named = F.cross_entropy(colors.transpose(1, 2), truth.colors, reduction="none")
+        named = named + F.cross_entropy(shapes.transpose(1, 2), truth.shapes, reduction="none")
         loss = _mean(named, there + NOTHING * ~there)
-        loss = loss + _mean(F.mse_loss(places, seen.places, reduction="none").mean(-1), there)
+        loss = loss + _mean(F.mse_loss(places, truth.places, reduction="none").mean(-1), there)
         found = torch.stack([slot(queries[:, number]) for number, slot in enumerate(self.slots)], dim=1)  # (B, H, ...)
         slot_colors, slot_places = found.split([NUM_COLORS, NUM_PLACES], dim=-1)
-        known = seen.slot_colors > 0  # (B, H)
-        loss = loss + F.cross_entropy(slot_colors.transpose(1, 2), seen.slot_colors) * len(self.slots) / 2
-        loss = loss + _mean(F.mse_loss(slot_places, seen.slot_places, reduction="none").mean(-1), known)
+        known = truth.slot_colors > 0  # (B, H)
+        loss = loss + F.cross_entropy(slot_colors.transpose(1, 2), truth.slot_colors) * len(self.slots) / 2
+        loss = loss + _mean(F.mse_loss(slot_places, truth.slot_places, reduction="none").mean(-1), known)
         of_patches, of_queries = self.patterns
         for patterns in (of_patches(features[:, 0]), of_queries(queries[:, len(self.slots)])):
-            loss = loss + F.cross_entropy(patterns, seen.patterns) / 4
-        return loss, (slot_colors.argmax(-1) == seen.slot_colors).all(1).float().mean()
+            loss = loss + F.cross_entropy(patterns, truth.patterns) / 4
+        return loss, (slot_colors.argmax(-1) == truth.slot_colors).all(1).float().mean()
 
 
 class SeeingModel(nn.Module):
-    """The vision encoder and Q-Former of an ST-LLM under their own names, and heads. model: has the two parts."""
+    """The vision encoder and the Q-Former of `model`, with heads. The parts keep their names in the checkpoint."""
 
     def __init__(self, model: STLLM) -> None:
         super().__init__()
@@ -187,18 +188,18 @@ class SeeingModel(nn.Module):
         self,
         *,
         pixel_values: Tensor,
-        seen: Mapping[str, Tensor],
+        truth: Mapping[str, Tensor],
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """loss and accuracy, the share of frames whose things all have their right colors: scalars.
+        """Return `loss` and `accuracy`, the share of frames in which all colors are correct, as scalars.
 
-        pixel_values: (B, 1, 3, S, S), bytes. seen: the parts of `Seen`. labels: (B,), one a frame.
-        num_items_in_batch: frames of the whole step, of which these are a share.
+        pixel_values: (B, 1, 3, S, S) uint8. truth: the fields of `FrameLabels`. labels: (B,), by which the Trainer
+        counts the frames. num_items_in_batch: frames of the whole step; the loss is the share of these frames in it.
         """
         features = self.vision_encoder(pixel_values)  # (B, 1, 1+P, C)
         queries = self.qformer(features)  # (B, 1, K, Q)
-        loss, accuracy = self.heads(features[:, 0], queries[:, 0], Seen(**seen))
+        loss, accuracy = self.heads(features[:, 0], queries[:, 0], FrameLabels(**truth))
         share = 1 if num_items_in_batch is None else len(labels) / num_items_in_batch
         return {"loss": loss * share, "accuracy": accuracy}
 
@@ -208,7 +209,7 @@ def _normed(width: int, count: int) -> nn.Sequential:
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The weighted mean; 0 where no weight is, as in a batch of empty frames."""
+    """Return the weighted mean; 0 if all weights are 0, as for a batch of empty frames."""
     return (values * weights).sum() / weights.sum().clamp(min=1)
 
 
@@ -218,17 +219,17 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
 @tasks.register("toy_seeing")
 @dataclass
 class ToySeeingTask:
-    """Training on single frames, drawn as they are asked for."""
+    """The training task of the vision stage."""
 
     cfg: DictConfig
     mixture: Mixture
 
     runner = "trainer"
-    processor = None  # nothing is asked, so there are no prompts
+    processor = None  # the task has no prompts
 
     @classmethod
     def from_config(cls, cfg: DictConfig, *, seed: int) -> "ToySeeingTask":
-        """The task of a checked configuration. Raises UserError for a model or settings that it cannot train with."""
+        """Build the task of a checked configuration. Raises UserError for a model or settings that do not fit it."""
         config = config_from_settings(model_section(cfg))
         if not config.has_qformer or config.num_query_tokens <= len(SHAPES):
             raise UserError(
@@ -249,7 +250,7 @@ class ToySeeingTask:
             raise UserError("run.task toy_seeing has no activation checkpointing: leave out run.gradient_checkpointing")
         if listed := [name for name in cfg.datasets if name not in ROOTS]:
             raise UserError(f"run.task toy_seeing draws its frames itself: found datasets.{listed[0]}, leave it out")
-        frames = SeenFrames(
+        frames = ToyFrames(
             size=config.vision_config["image_size"],
             patch=config.vision_config["patch_size"],
         )
@@ -258,23 +259,26 @@ class ToySeeingTask:
     def build_model(
         self, *, device: torch.device | str, dtype: torch.dtype, trained_dtype: torch.dtype | None, division: Any = None
     ) -> SeeingModel:
-        """The two parts with fresh heads; all of it trains. division: not used, so small a model is divided later."""
+        """Build the two parts with new heads. All weights are trained.
+
+        division: not used: such a small model is divided among processes after it is built.
+        """
         model, _ = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
         return SeeingModel(model).to(device=device, dtype=trained_dtype or dtype)
 
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
-        """The frames of each batch; batch_size: of one process."""
+        """Return the sampler of the batches. batch_size: frames per process."""
         return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def collator(self) -> Any:
-        """Frames to model arguments."""
+        """Return the `collate_fn` of the task."""
         return collate
 
     def export(self, model: nn.Module, folder: Path, *, sharded: bool) -> None:
-        """Keep in the trained model's folder only the two parts, without heads, and their configuration."""
+        """Remove the heads from the model in `folder`, and write the configuration."""
         assert isinstance(model, SeeingModel)
         path = folder / "model.safetensors"
-        # copies: the file that they come from is written over
+        # clone: the file that the tensors come from is overwritten
         learned = {name: value.clone() for name, value in load_file(path).items() if name.startswith(TAUGHT)}
         save_file(learned, path, metadata={"format": "pt"})
         model.config.save_pretrained(folder)

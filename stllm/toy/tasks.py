@@ -1,10 +1,10 @@
-"""Tasks of the toy world: each is one small function from a random generator to a scene with questions and answers.
+"""Tasks of the toy world. A task is a function from a random generator to a scene with questions and answers.
 
-A new task is one function and one line of `TASKS`. The benchmark's names and media folders are MVBench's, so that its
-reader finds every file. Scenes about time are drawn so that, as far as possible, neither their middle frame nor the
-unordered set of their frames gives the answer away. Training asks more questions about the same clip.
+To add a task, add a function and a line in `TASKS`. The names and media folders of the test are MVBench's, so that its
+reader finds every file. For questions about time, the middle frame does not give the answer away, and neither does the
+unordered set of frames, as far as possible. Training has more questions per clip than the test.
 
-`World` draws by number: a seed, a task's name and a number determine a clip. The scene's digest decides whether it
+`World` draws clips: the seed, the task's name and an index determine a clip. The hash of the scene decides whether it
 belongs to training or test. So no test shows a scene from training, for any seeds and numbers of clips.
 """
 
@@ -55,25 +55,25 @@ from stllm.toy.scenes import (
 
 CAPTION_INSTRUCTIONS = ("Describe the video.", "What happens in the video?", "Give a caption of this video.")
 IMAGE_INSTRUCTIONS = ("Describe the image.", "What is in the image?", "Give a caption of this image.")
-NEAR = 0.6  # STEPs or HOPs: how far things move that share a picture
-LONG = 8.0  # clips of the usual length: 64 frames, which is the most there is, even where the usual ones have 8
-QUARTERS = ((20, 20), (44, 20), (20, 44), (44, 44))  # of several things, one in each quarter
-CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # out of the way of what happens in the middle
-SLOTS = 16  # parts into which a clip is divided for blinks, as many as a clip of the usual length has frames
-HIDDEN = 6  # slots in which something that blinks cannot be seen, however often it blinks
+NEAR = 0.6  # distance of moves and jumps, in STEPs or HOPs, if several things share a picture
+LONG = 8.0  # length of rare-event clips / usual length; they have 64 frames, the maximum, if others have 8 or more
+QUARTERS = ((20, 20), (44, 20), (20, 44), (44, 44))  # places of several things, one in each quarter
+CORNERS = ((13, 13), (51, 13), (13, 51), (51, 51))  # places of bystanders, away from the middle
+SLOTS = 16  # parts into which a clip is divided for blinks: one per frame of a clip of the usual length
+HIDDEN = 6  # total number of slots in which a blinking thing is invisible, for any number of blinks
 
 NUM_FRAMES, NUM_LONG_FRAMES = 16, 64
-FPS = 4  # 16 frames last 4 seconds: one frame a second is MVBench's least
-SIZE = 64  # pixels a side
-TEST_SHARE = 4  # every fourth scene is one for testing
+FPS = 4  # 16 frames last 4 seconds, from which MVBench's rule of one frame per second takes its minimum of 4
+SIZE = 64  # height and width in pixels
+TEST_SHARE = 4  # one scene in four is for testing
 
 
 @dataclass(frozen=True)
 class ToyTask:
-    """A kind of clip.
+    """A task. make: draws an example.
 
-    corpus: folder of its training set, as VideoChat2-IT names them. benchmark: its name in MVBench, "" if there is no
-    test; media_dir: MVBench's folder for its media.
+    corpus: folder of its training set, named as in VideoChat2-IT. benchmark: name of its test in MVBench, "" if it has
+    no test. media_dir: MVBench's folder of the media.
     """
 
     corpus: str
@@ -86,26 +86,26 @@ class ToyTask:
 
 
 def a_scene(generator: Generator, *things: Thing, cut: Cut | None = None) -> Scene:
-    """The things before some background."""
+    """Return a scene of these things, with a random background."""
     return Scene(things, a_background(generator, pick(generator, PATTERNS)), cut)
 
 
 def a_background(generator: Generator, pattern: str) -> Background:
-    """A background of that pattern, dark enough for every color to be seen."""
+    """Draw a background with a pattern, dark enough for all colors to be visible."""
     shade, angle = int(generator.integers(45, 135)), int(generator.integers(180))
     red, green, blue = (int(level) for level in generator.integers(-14, 15, 3))
     return Background(pattern, shade, angle, (red, green, blue))
 
 
 def a_thing(generator: Generator, *events: Event, color: str | None = None) -> Thing:
-    """The thing that a clip is about, near the middle of the picture."""
+    """Draw the main thing of a clip, near the middle of the picture. color: None for a random one."""
     x, y = (int(place) for place in generator.integers(28, 37, 2))
     color = color or pick(generator, COLORS)
     return Thing(color, pick(generator, SHAPES), x, y, int(generator.integers(7, 11)), events)
 
 
 def bystanders(generator: Generator, thing: Thing, *, other_than: Sequence[str] = ()) -> tuple[Thing, ...]:
-    """Nothing, or one small thing of another color and shape in a corner. other_than: excluded colors."""
+    """Draw at most one small thing in a corner, with another color and shape. other_than: excluded colors."""
     if generator.integers(2):
         return ()
     color = pick(generator, [color for color in COLORS if color not in (thing.color, *other_than)])
@@ -121,51 +121,48 @@ def several(
     radii: tuple[int, int] = (5, 8),
     colors: Sequence[str] = tuple(COLORS),
 ) -> tuple[Thing, ...]:
-    """One thing for each of the events, at different places, in different colors and shapes.
-
-    radii: the smallest, and the one after the largest.
-    """
+    """Draw one thing for each tuple of events. All places, colors and shapes differ. radii: range, without its end."""
     hues, shapes, chosen = shuffled(generator, colors), shuffled(generator, SHAPES), shuffled(generator, places)
     things = []
-    for color, shape, (x, y), does in zip(hues, shapes, chosen, events, strict=False):  # as many as events
+    for color, shape, (x, y), does in zip(hues, shapes, chosen, events, strict=False):  # one for each of `events`
         right, down = (int(way) for way in generator.integers(-3, 4, 2))
         things.append(Thing(color, shape, x + right, y + down, int(generator.integers(*radii)), does))
     return tuple(things)
 
 
 def a_moment(generator: Generator) -> float:
-    """A time near the middle of a clip, as likely before the middle as after it.
+    """Draw a time near the middle of a clip, with equal probability before and after the middle.
 
-    It is never the middle itself: the middle frame begins there, and must be as likely before as after the time.
+    It is never the exact middle: the middle frame begins there, and must be before or after with equal probability.
     """
     return pick(generator, (5, 6, 7, 9, 10, 11)) / SLOTS
 
 
 def turning(generator: Generator, color: str) -> Event:
-    """The change to another color near the middle of the clip."""
+    """Draw a change to the color, near the middle of the clip."""
     middle = a_moment(generator)
     return Event("turn", middle - 1.5 / 32, middle + 1.5 / 32, color)
 
 
 def blinks(generator: Generator, count: int) -> tuple[Event, ...]:
-    """Blinks of at least two slots each.
+    """Draw `count` blinks, each at least two slots long.
 
-    The total time in which the thing is hidden does not depend on the count, nor does its presence in the middle frame.
+    Neither the total invisible time nor the visibility in the middle frame depends on the count.
     """
     in_the_middle = generator.integers(SLOTS) < HIDDEN
     while True:
         hidden = 2 + generator.multinomial(HIDDEN - 2 * count, [1 / count] * count)
-        least = [1, *([2] * (count - 1)), 1]  # slots in which it is seen: before, between, after
+        least = [1, *([2] * (count - 1)), 1]  # minimum of visible slots before, between and after the blinks
         seen = least + generator.multinomial(SLOTS - HIDDEN - sum(least), [1 / (count + 1)] * (count + 1))
         ends = [int(slot) for slot in (seen[:-1] + hidden).cumsum()]
         spans = [(end - int(length), end) for end, length in zip(ends, hidden, strict=True)]
         if in_the_middle == any(start <= SLOTS // 2 < end for start, end in spans):
-            aside = 1 / 512 - 1 / 64  # from a slot's beginning: no frame of a clip of 8, 16, 32 or 64 lies there
+            aside = 1 / 512 - 1 / 64  # offset at which no frame of a clip of 8, 16, 32 or 64 frames is
             return tuple(Event("blink", start / SLOTS + aside, end / SLOTS + aside) for start, end in spans)
 
 
 def some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ...]:
-    """Several things of which that many move, each in its own quarter."""
+    """Draw `total` things, each in its own quarter, of which `count` move."""
     moves = [(Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),) for _ in range(count)]
     still: list[tuple[Event, ...]] = [()] * (total - count)
     return several(generator, [*moves, *still], radii=(4, 8))
@@ -175,7 +172,7 @@ def some_moving(generator: Generator, count: int, total: int) -> tuple[Thing, ..
 
 
 def moving_direction(generator: Generator) -> Example:
-    """Ask where a thing moves, alone or among others. The middle of its path does not give the answer away."""
+    """Ask for the direction of one to three moving things. The middle frame does not give the answer away."""
     count = int(generator.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
     start, end = int(generator.integers(0, 6)) / 32, int(generator.integers(27, 33)) / 32
     moves = [Event("move", start, end, pick(generator, DIRECTIONS), NEAR if count > 1 else 1.0) for _ in range(count)]
@@ -194,7 +191,7 @@ def moving_count(generator: Generator) -> Example:
 
 
 def action_sequence(generator: Generator) -> Example:
-    """Ask what it does first, last, or after something else, within the bounds. Another action lies outside them."""
+    """Ask what a thing does first, last, or after another action, within bounds. One action is outside the bounds."""
     count = int(generator.integers(3, 5))
     kinds = shuffled(generator, ACTIONS)[:count]
     events = [Event(kind, number / count, (number + 1) / count) for number, kind in enumerate(kinds)]
@@ -208,7 +205,7 @@ def action_sequence(generator: Generator) -> Example:
 
 
 def action_count(generator: Generator) -> Example:
-    """Ask how often it blinks."""
+    """Ask how often a thing blinks."""
     thing = a_thing(generator, *blinks(generator, int(generator.integers(1, 4))))
     scene = a_scene(generator, thing, *bystanders(generator, thing))
     whether = whether_question(generator, pick(generator, scene.things), "blink")
@@ -216,7 +213,7 @@ def action_count(generator: Generator) -> Example:
 
 
 def state_change(generator: Generator) -> Example:
-    """Ask for its color at the beginning, or at the end. Both are among the options."""
+    """Ask for a thing's color at the beginning or at the end. Both colors are options."""
     before, after = shuffled(generator, COLORS)[:2]
     thing = a_thing(generator, turning(generator, after), color=before)
     scene = a_scene(generator, thing, *bystanders(generator, thing, other_than=(after,)))
@@ -232,18 +229,18 @@ def scene_transition(generator: Generator) -> Example:
 
 
 def object_existence(generator: Generator) -> Example:
-    """Ask whether it is there. One frame is enough: the control of the other tasks."""
+    """Ask whether a thing is present. A single frame gives the answer, so this is the control task."""
     things = some_moving(generator, int(generator.integers(2)), int(generator.integers(2, 4)))
     scene = a_scene(generator, *things)
     return Example(scene, story(generator, scene), tuple(existence_questions(generator, things)))
 
 
 def rare_event(generator: Generator) -> Example:
-    """Ask what flashes, in two or three of 64 frames: a few frames can miss it, and an average barely has it."""
+    """Ask which thing flashes, in 2 or 3 of 64 frames. A few frames can miss it, and an average barely shows it."""
     first, frames = int(generator.integers(3, 58)), int(generator.integers(2, 4))
     flash = Event("flash", first / 64, (first + frames) / 64)
     x, y = (int(place) for place in generator.integers(26, 39, 2))
-    color, shape = pick(generator, COLORS), pick(generator, SHAPES)  # whatever else is there
+    color, shape = pick(generator, COLORS), pick(generator, SHAPES)  # independent of the other things
     flashing = Thing(color, shape, x, y, int(generator.integers(16, 23)), (flash,))
     scene = a_scene(generator, *some_moving(generator, int(generator.integers(2)), 2), flashing)
     asked = (
@@ -254,12 +251,12 @@ def rare_event(generator: Generator) -> Example:
 
 
 def mixed(generator: Generator) -> Example:
-    """Several things with different actions, and sometimes a change of background: many questions about one clip."""
+    """Ask many questions about a clip of several things with different actions, and sometimes another background."""
     names = shuffled(generator, ("move", "move", "turn", "blink", "act", "stand"))[: int(generator.integers(2, 5))]
     *_, after = colors = shuffled(generator, COLORS)
     kinds = shuffled(generator, ACTIONS)[:3]
     acts = tuple(Event(kind, number / 3, (number + 1) / 3, extent=NEAR) for number, kind in enumerate(kinds))
-    # the events of a thing, and what is asked about it
+    # kind of thing -> functions that draw its events and the questions about it
     deeds: dict[str, tuple[Callable[[], tuple[Event, ...]], Callable[[Thing], list[Asked]]]] = {
         "move": (
             lambda: (Event("move", 0.0, 1.0, pick(generator, DIRECTIONS), NEAR),),
@@ -283,21 +280,21 @@ def mixed(generator: Generator) -> Example:
         asked += deeds[name][1](thing)
     asked += background_questions(generator, scene) if changes else []
     text = story(generator, scene)
-    return Example(scene, text, tuple(asked), told=(Turn("What happens in the video?", text),))
+    return Example(scene, text, tuple(asked), open_turns=(Turn("What happens in the video?", text),))
 
 
 def picture(generator: Generator) -> Example:
-    """A single picture: many questions about it, and its caption."""
+    """Ask many questions about a single picture, and for its caption."""
     still: tuple[()] = ()
     things = several(generator, [still] * int(generator.integers(1, 5)), places=tuple(PLACES.values()), radii=(5, 10))
     scene = a_scene(generator, *things)
     asked = tuple(picture_questions(generator, things, scene.background.pattern))
     text = picture_caption(scene)
-    return Example(scene, text, asked, told=(Turn("", text, pick(generator, IMAGE_INSTRUCTIONS)),))
+    return Example(scene, text, asked, open_turns=(Turn("", text, pick(generator, IMAGE_INSTRUCTIONS)),))
 
 
 def caption(generator: Generator) -> Example:
-    """One sentence for each thing about what happens to it."""
+    """Ask for a caption, with one sentence for each thing."""
     color, after = shuffled(generator, COLORS)[:2]
     first, then = shuffled(generator, ACTIONS)[:2]
     moment = a_moment(generator)
@@ -313,11 +310,11 @@ def caption(generator: Generator) -> Example:
     thing = a_thing(generator, *pick(generator, kinds), color=color)
     scene = a_scene(generator, thing, *bystanders(generator, thing, other_than=(after,)))
     text = story(generator, scene)
-    return Example(scene, text, told=(Turn("", text, pick(generator, CAPTION_INSTRUCTIONS)),))
+    return Example(scene, text, open_turns=(Turn("", text, pick(generator, CAPTION_INSTRUCTIONS)),))
 
 
 def conversation(generator: Generator) -> Example:
-    """Three questions in one conversation, each answer short."""
+    """Make a conversation of three questions with short answers."""
     before, after = shuffled(generator, COLORS)[:2]
     towards = pick(generator, DIRECTIONS)
     thing = a_thing(generator, Event("move", 0.0, 1.0, towards), turning(generator, after), color=before)
@@ -327,7 +324,7 @@ def conversation(generator: Generator) -> Example:
         Turn("In which direction does it move?", towards),
         Turn("Which color does it have at the end?", after),
     )
-    return Example(scene, f"A {thing.name} {deed(thing.events)}.", told=turns)
+    return Example(scene, f"A {thing.name} {deed(thing.events)}.", open_turns=turns)
 
 
 TASKS = (
@@ -351,14 +348,14 @@ PICTURES = ToyTask("vqa/toy_picture", picture)
 
 @dataclass(frozen=True)
 class World:
-    """Examples and their frames by number. num_frames: of a clip of the usual length; size: pixels a side."""
+    """Examples and their frames by index. num_frames: frames of a clip of the usual length. size: side in pixels."""
 
     seed: int
     num_frames: int
     size: int = SIZE
 
     def draw(self, task: ToyTask, split: str, index: int) -> tuple[Example, np.random.Generator]:
-        """Example `index` of a task's "train" or "test" part, and the generator of its noise."""
+        """Draw example `index` of a task, and return it with the generator of its noise. split: "train" or "test"."""
         generator = keyed_numpy(self.seed, zlib.crc32(f"{split}/{task.corpus}".encode()), index)
         while True:
             example = task.make(generator)
@@ -368,9 +365,9 @@ class World:
     def clip(
         self, task: ToyTask, split: str, index: int, fps: float = FPS
     ) -> tuple[Example, np.ndarray, dict[str, float]]:
-        """An example, its frames, (T, S, S, 3) uint8 RGB, and its bounds in seconds, if it has any, as start and end.
+        """Return an example, its frames, (T, S, S, 3) uint8 RGB, and its bounds as {"start", "end"} in seconds, or {}.
 
-        fps: at which the frames will be played.
+        split: "train" or "test". fps: frames per second at which the clip will be played.
         """
         example, generator = self.draw(task, split, index)
         count = min(round(example.length * self.num_frames), NUM_LONG_FRAMES)
@@ -381,11 +378,11 @@ class World:
         return example, frames, {"start": start, "end": end}
 
     def picture(self, task: ToyTask, index: int) -> tuple[Example, np.ndarray]:
-        """A training example of one frame, and the frame."""
+        """Return a training example of one frame, and its frame, (S, S, 3) uint8 RGB."""
         example, generator = self.draw(task, "train", index)
         return example, render(example.scene, times=frame_times(1), size=self.size, generator=generator)[0]
 
 
 def split_of(scene: Scene) -> str:
-    """The part that a scene belongs to, "train" or "test"."""
+    """Return the split that a scene belongs to: "train" or "test"."""
     return "train" if scene.digest() % TEST_SHARE else "test"

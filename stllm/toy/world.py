@@ -1,15 +1,15 @@
-"""`stllm toy --output DIR`: a small rendered world to train and test on, in the layouts of the real data sets.
+"""`stllm toy --output DIR`: write a small rendered world for training and tests, in the layouts of the real data sets.
 
 DIR/vc2                                  VideoChat2-IT, see annotations.py; media in DIR/vc2/media
-DIR/mvbench/json/<task>.json             MVBench, media in DIR/mvbench/video/<MVBench's own folder>
+DIR/mvbench/json/<task>.json             MVBench; media in DIR/mvbench/video/<MVBench's own folder>
 DIR/images/{00000..}.tar                 image-text shards of the first stage
-DIR/language_model, DIR/qformer_tokenizer    the tiny counterparts of Vicuna and bert-base-uncased
-DIR/toy_world.json                       the settings it was made with
-DIR/benchmarks/{mvbench,vcgbench,...}    --benchmarks: a twin of every benchmark, see benchmarks.py
+DIR/language_model, DIR/qformer_tokenizer    tiny replacements of Vicuna and bert-base-uncased
+DIR/toy_world.json                       the settings of the world
+DIR/benchmarks/{mvbench,vcgbench,...}    with --benchmarks: a toy version of every benchmark, see benchmarks.py
 
-Clips have --num-frames frames (those with bounds half as many again, 64 at most). --long adds a set and a test of
-64-frame clips (rare events), so that one model can learn both lengths from one world; with --num-frames 64, all clips
-are long.
+Clips have --num-frames frames; clips with bounds have 1.5 times as many, at most 64. --long adds a training set and a
+test of 64-frame clips with rare events, so that a model can learn both lengths from one world. With --num-frames 64,
+all clips have 64 frames.
 """
 
 import argparse
@@ -39,16 +39,17 @@ from stllm.toy.tasks import FPS, NUM_FRAMES, NUM_LONG_FRAMES, PICTURES, RARE, SI
 
 ABOUT = "toy_world.json"  # its presence marks a folder as a toy world
 PER_SHARD = 500
-SMALL, MAX_WORKERS = 500, 16  # clips that one process draws faster than several; processes by default
-PAIRS = replace(PICTURES, corpus="images")  # of the shards: drawn apart from the instruction set's
+SMALL = 500  # for fewer clips, one process is faster than several
+MAX_WORKERS = 16  # processes by default
+PAIRS = replace(PICTURES, corpus="images")  # the shards have other pictures than the instruction data
 TESTED = tuple(task for task in TASKS if task.benchmark)
 
-# Bytes, rounded up: a frame of a clip, a picture of SIZE, the texts about one, the language model and tokenizers
+# sizes in bytes, rounded up: a frame of a clip, a picture of SIZE, its texts, the language model with tokenizers
 FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 16_000, 4_000_000
 
-NUM_TEXTS = 40  # examples of each task for the vocabularies: they contain every word
-LLM_TOKENS = 1024  # at most
-QFORMER_TOKENS = 512  # exactly, without [DEC]; BERT's vocabulary is filled up in the same way
+NUM_TEXTS = 40  # examples of each task from which the vocabularies are made; they contain every word
+LLM_TOKENS = 1024  # maximum
+QFORMER_TOKENS = 512  # exact number without [DEC]; as in BERT's vocabulary, unused tokens fill it
 QFORMER_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -56,7 +57,7 @@ LLAMA: dict[str, Any] = {
     "intermediate_size": 384,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "initializer_range": 0.14,  # sharp attention from the start: at 0.07 what is looked up is found much later
+    "initializer_range": 0.14,  # with 0.07, attention starts less sharp, and the model learns much later
     "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -64,9 +65,9 @@ LLAMA: dict[str, Any] = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the world, and print what is in it and how to train on it."""
+    """Run the command: write the world, and print its size and the command that trains on it."""
     target = user_path(args.output)
-    small = args.num_workers is None and args.num_train + args.num_test < SMALL  # drawn before processes have started
+    small = args.num_workers is None and args.num_train + args.num_test < SMALL  # starting processes would take longer
     train, test = write_world(
         target,
         num_train=args.num_train,
@@ -101,16 +102,17 @@ def write_world(
     overwrite: bool = False,
     num_workers: int = 0,
 ) -> tuple[list[int], list[int]]:
-    """Write the whole world into the new folder `target`. When interrupted, write nothing.
+    """Write the world to the folder `target`. An interrupted call writes nothing.
 
     Return the number of clips of each training set and of each test.
 
-    num_train, num_test: clips in all, divided among the tasks, at least one of each. There are as many training
-    pictures and image-text pairs. num_frames: of a clip of the usual length.
-    size: pixels a side. long: add rare events in clips of 64 frames. benchmarks: items of each benchmark's tasks;
-    0: no twins. overwrite: replace another world there once this one is complete. num_workers: processes that draw,
-    0: only this one. The world does not depend on it.
-    Raises UserError for a target that is not empty and for a full disk; the target is then as it was.
+    num_train, num_test: total number of clips, divided among the tasks, at least one for each. num_train is also the
+    number of training pictures and of image-text pairs.
+    num_frames: frames of a clip of the usual length. size: height and width in pixels.
+    long: add rare events in clips of 64 frames. benchmarks: items per task of the toy benchmarks; 0: none.
+    overwrite: replace an existing world when the new one is complete.
+    num_workers: number of drawing processes; 0: only this process. The result does not depend on it.
+    Raises UserError for a target that is not empty and for a full disk; the target is then unchanged.
     """
     target = target.resolve()
     if not (target / ABOUT).is_file():
@@ -128,7 +130,7 @@ def write_world(
     media = (frames * FRAME_BYTES + 2 * num_train * PICTURE_BYTES) * (size / SIZE) ** 2
     needed = round(media) + num_train * TEXT_BYTES + LANGUAGE_BYTES + benchmark_bytes(benchmarks, num_frames)
     total = num_clips + 2 * num_train + num_benchmark_clips(benchmarks)
-    encoder(".mp4")  # logs here, and once, that there is no H.264
+    encoder(".mp4")  # log a missing H.264 encoder here, once, and not in each worker
     with (
         new_folder(target, needed) as folder,
         tqdm(desc="toy world", total=total, disable=None, delay=1, leave=False) as bar,
@@ -160,18 +162,18 @@ def write_world(
 
 
 def shares(total: int, tasks: tuple[ToyTask, ...]) -> list[int]:
-    """The number of clips of each task: as even as can be, and at least one."""
+    """Divide a number of clips among the tasks as evenly as possible, at least one for each."""
     return [max(1, (total + number) // len(tasks)) for number in reversed(range(len(tasks)))]
 
 
-# ---- drawn in any process: each writes its medium and returns annotation files with a record for each ----------------
+# ---- run in worker processes: each writes one medium and returns (annotation file, record) pairs ---------------------
 
 
 def _training_clip(root: Path, world: World, task: ToyTask, index: int) -> Records:
     example, frames, bounds = world.clip(task, "train", index)
     medium: Fields = {"video": f"{Path(task.corpus).name}_{index:05d}.mp4", **bounds}
     write_video(root / "vc2" / "media" / medium["video"], frames, FPS)
-    # a few frames of a rare event do not show what happens in it
+    # a few frames may miss a rare event, so do not ask for the places of its things
     return training_records(f"vc2/video/{task.corpus}", example, medium, paths=task != RARE)
 
 
@@ -196,14 +198,14 @@ def _pair(world: World, index: int) -> tuple[str, bytes, str]:
     return f"{index:06d}", png_bytes(frame), picture_caption(example.scene)
 
 
-# ---- the language: a tiny LLaMA with random weights, and two tokenizers with the world's words -----------------------
+# ---- a tiny LLaMA with random weights, and two tokenizers with the words of the world --------------------------------
 
-# They replace Vicuna and bert-base-uncased, in the same layouts, so that a tiny model runs through the same code. Both
-# tokenizers are the same for every world. The Q-Former's has a fixed size, so that a configuration can name it.
+# They replace Vicuna and bert-base-uncased, in the same layouts, so that a tiny model uses the same code. Both
+# tokenizers are the same for every world. The Q-Former's vocabulary has a fixed size, which configurations contain.
 
 
 def world_texts() -> Iterator[str]:
-    """Texts of the toy world and around it: questions, options, answers, prompts."""
+    """Yield the texts for the tokenizers: questions with options, answers, and prompts of all templates."""
     for number, task in enumerate((*TASKS, RARE, PICTURES)):
         for index in range(NUM_TEXTS):
             generator = np.random.default_rng([number, index])
@@ -219,17 +221,19 @@ def world_texts() -> Iterator[str]:
 def write_language_model(folder: Path, texts: Iterable[str], seed: int) -> None:
     """Write a LLaMA of about a million parameters and its tokenizer: config.json, model.safetensors, tokenizer.json.
 
-    seed: of the weights.
+    texts: texts for the vocabulary. seed: seed of the weights.
     """
     import torch
     from safetensors.torch import save_file
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=True)  # every text has tokens; a space leads, as LLaMA's
+    # bytes, so that every text has tokens; a space is added in front, as in LLaMA's tokenizer
+    bytes_of_text = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer = Tokenizer(models.BPE())
-    # A word is the same token at the beginning of a line, and "Assistant: ", with which training's prompts end, is the
-    # same as in the benchmarks' longer ones: otherwise what was learned in training is not found again in a benchmark.
+    # A word at the beginning of a line gets its usual token. "Assistant: " at the end of training's prompts gets the
+    # same tokens as in the benchmarks' longer prompts. Otherwise the model would not apply in a benchmark what it
+    # learned.
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(Regex(r" *\n *"), "\n "), normalizers.Replace(Regex(r" +\z"), "")]
     )
@@ -259,7 +263,7 @@ def write_language_model(folder: Path, texts: Iterable[str], seed: int) -> None:
 
 
 def write_qformer_tokenizer(folder: Path, texts: Iterable[str]) -> None:
-    """Write a BERT vocabulary, vocab.txt, and its settings: whole words of the world, letters for others."""
+    """Write a BERT tokenizer with vocab.txt. Words of the world are single tokens; others are divided into letters."""
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
     from transformers import BertTokenizer

@@ -37,7 +37,7 @@ def build_page(service: Service, about: str, examples: Examples) -> gr.Blocks:
         title="ST-LLM", analytics_enabled=False, fill_width=True, delete_cache=(CLEAN_EVERY, limits.keep_seconds)
     ) as page:
         gr.HTML(f'<div class="head"><h1>ST-LLM</h1><p>Chat about a video. {about}</p></div>')
-        _Parts(service, examples).connect(Handlers(service), examples)
+        _PageParts(service, examples).connect(Handlers(service), examples)
         add_endpoints(service)
     page.max_threads = service.jobs.places + OTHER_THREADS
     page.state_session_capacity = SESSIONS
@@ -52,7 +52,7 @@ def theme() -> gr.themes.Base:
     )
 
 
-class _Parts:
+class _PageParts:
     """The page's components: on the left the medium; on the right the chat, the frames, evidence and the probe."""
 
     def __init__(self, service: Service, examples: Examples) -> None:

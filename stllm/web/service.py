@@ -20,7 +20,7 @@ from stllm.common.errors import UserError
 from stllm.conversation.chat import Chat
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import Evidence, measure_evidence
-from stllm.conversation.requests import Media, Prepared, Request, Seen
+from stllm.conversation.requests import EncodedClip, Media, Prepared, Request
 from stllm.media.clip import Clip
 from stllm.media.views import FORWARD, VIEWS
 from stllm.processors.templates import Turn
@@ -61,7 +61,7 @@ class JobProgress:
 
 
 Steps = Generator[JobProgress | Stage, None, None]
-Look = tuple[JobProgress, Film, Callable[[str], Seen]]  # the function returns the encoding of a view
+Look = tuple[JobProgress, Film, Callable[[str], EncodedClip]]  # the function returns the encoding of a view
 
 
 class Service:
@@ -195,7 +195,7 @@ class Service:
         seen = {view: kept for view, medium in in_views.items() if (kept := self.chat.recall(medium)) is not None}
         clip: Clip | None = None
 
-        def see(view: str) -> Seen:
+        def see(view: str) -> EncodedClip:
             if view not in seen:
                 assert clip is not None
                 seen[view] = self.chat.see(in_views[view], clip.viewed(view), stamps[view])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from stllm.common.config import flat, load_config, model_types, save_config, told_changes
+from stllm.common.config import describe_changes, flat, load_config, model_types, save_config
 from stllm.common.errors import UserError
 from stllm.common.registry import Registry
 from stllm.common.schema import ModelSettings, RunSettings
@@ -404,8 +404,8 @@ def test_nested_settings_have_dotted_keys() -> None:
 
 
 def test_the_first_change_is_described_and_others_are_listed() -> None:
-    assert told_changes({"a": 1}, {"a": 1}) == ""
-    assert told_changes({"a": 1}, {"a": "1"}) == "a was 1 and is now '1'"
-    assert told_changes({"b": 1, "a": 0}, {"c": 2, "a": 0}) == "b was 1 and is now None (and 1 more: c)"
-    many = told_changes({}, {f"k{number}": number for number in range(9)})
+    assert describe_changes({"a": 1}, {"a": 1}) == ""
+    assert describe_changes({"a": 1}, {"a": "1"}) == "a was 1 and is now '1'"
+    assert describe_changes({"b": 1, "a": 0}, {"c": 2, "a": 0}) == "b was 1 and is now None (and 1 more: c)"
+    many = describe_changes({}, {f"k{number}": number for number in range(9)})
     assert many == "k0 was None and is now 0 (and 8 more: k1, k2, k3, k4, k5)"

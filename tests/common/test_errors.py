@@ -23,12 +23,12 @@ from stllm.common.errors import UserError, sentence
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 568"), "no space left"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the disk: free"),
         (PermissionError(errno.EACCES, "Permission denied", "/locked/x"), "no permission (/locked/x): give"),
-        (FileExistsError(errno.EEXIST, "File exists", "a"), "a file stands where a folder is needed (a): name another"),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "a file stands where a folder is needed (a/b)"),
+        (FileExistsError(errno.EEXIST, "File exists", "a"), "found a file where a folder is needed (a): name another"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), "found a file where a folder is needed (a/b)"),
         (OSError(errno.EFBIG, "File too large", "a"), "a file would be larger than is allowed here (a): raise the"),
         (RuntimeError("I/O error: File too large (os error 27)"), "a file would be larger than is allowed here: raise"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/proc/x"), "there is no such file or folder (/proc/x): make"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "a folder stands where a file is needed (a): name"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "found a folder where a file is needed (a): name"),
         (
             UserError(
                 'Caught UserError in DataLoader worker process 0.\nTraceback:\n  File "x.py", line 1\n'

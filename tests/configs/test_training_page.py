@@ -96,7 +96,7 @@ def test_the_computed_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     layers: Any = model.qformer.bert.encoder
     cross: dict[str, Any] = {"encoder_hidden_states": features.requires_grad_(), "query_length": queries}
     kept = kept_bytes(layers, lambda: layers(read, **cross).last_hidden_state)
-    assert f"the Q-Former {kept / 2**30:.1f} GiB," in TEXT
+    assert f"The Q-Former keeps {kept / 2**30:.1f} GiB," in TEXT
 
     text = model.config.get_text_config()
     positions = frames * model.config.tokens_per_frame + cfg.model.max_txt_len

@@ -17,7 +17,7 @@ from stllm.common.schema import CONTEXTS, EvaluationSettings
 from stllm.conversation.chat import Chat, Media, Request
 from stllm.conversation.decoding import Decoding
 from stllm.conversation.evidence import measure_evidence
-from stllm.conversation.requests import Cut
+from stllm.conversation.requests import CutTokens
 from stllm.models.st_llm import STLLM
 from stllm.processors.sequences import VISUAL_TOKEN_ID
 from stllm.processors.templates import Turn
@@ -93,7 +93,7 @@ def test_the_published_rule_keeps_the_last_tokens(chats: dict[str, Chat], clip: 
     prepared = chat.prepare(asked, Decoding.published(chat.processor.template))
     assert prepared.length == 1700
     text = 0 if family == "instructblip" else prepared_front(chat, asked)
-    assert prepared.cut == Cut(visual=whole.shape[1] - 1700 - text, text=text)
+    assert prepared.cut == CutTokens(visual=whole.shape[1] - 1700 - text, text=text)
     assert prepared.num_visual == FRAMES * QUERIES - prepared.cut.visual
     batch = chat.batch([prepared], side="left")
     found = chat.model.embed(batch["input_ids"], batch["visual_positions"], batch["visual_tokens"])
@@ -188,7 +188,7 @@ def test_a_question_that_does_not_fit_is_refused(chats: dict[str, Chat], clip: P
         chat.ask(clip, question, num_frames=4, max_new_tokens=8)
     with pytest.raises(UserError, match=r"and the \d+ tokens of the question are never cut: .* \(--context all\)"):
         chat.ask(None, question, max_new_tokens=8)
-    assert chat.ask(clip, question, num_frames=4, max_new_tokens=1, num_beams=1, context="all").cut == Cut()
+    assert chat.ask(clip, question, num_frames=4, max_new_tokens=1, num_beams=1, context="all").cut == CutTokens()
 
 
 def test_a_model_with_fewer_positions_limits_the_prompt(clip: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -200,7 +200,7 @@ def test_a_model_with_fewer_positions_limits_the_prompt(clip: Path, caplog: pyte
         chat.ask(clip, "what " * 600)
     everything = replace(SHORT, context="all")
     uncut = chat.prepare(asked, everything)
-    assert uncut.length > 460 + 120 and uncut.cut == Cut()
+    assert uncut.length > 460 + 120 and uncut.cut == CutTokens()
     assert chat.prepare(asked, everything).length == uncut.length
     assert caplog.text.count("the language model was trained for 512 positions") == 1
 

@@ -45,7 +45,7 @@ def test_fsdp_and_bf16_need_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"output_dir": None}, r"run\.output_dir is not set"),
         ({"report_to": "wandb"}, r"names wandb, which is not installed: `pip install wandb`"),
-        ({"deepspeed": "zero2.json"}, r"DeepSpeed is not installed"),
+        ({"deepspeed": "zero2.json"}, r"DeepSpeed is not installed: `pip install 'stllm\[deepspeed\]'`"),
         ({"lr_scheduler_type": "cosin"}, r"the run section can't be used: .*cosin"),
     ],
 )

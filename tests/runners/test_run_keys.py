@@ -113,7 +113,10 @@ def test_every_argument_of_transformers_is_in_one_table() -> None:
         (("report_to=5",), "'run.report_to' must be text or a list, found 5"),
         (("torch_compile_mode=abc",), "unknown run.torch_compile_mode 'abc': known are default, "),
         (("torch_compile_backend=abc",), "unknown run.torch_compile_backend 'abc': known are "),
-        (("use_liger_kernel=true",), "run.use_liger_kernel is True, but Liger is not installed: `pip install liger-"),
+        (
+            ("use_liger_kernel=true",),
+            "run.use_liger_kernel is True, but Liger is not installed: `pip install 'stllm[liger]'",
+        ),
         (
             ("liger_kernel_config={rop: true}",),
             "unknown key of run.liger_kernel_config 'rop': known are cross_entropy, ",

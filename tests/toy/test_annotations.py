@@ -51,7 +51,7 @@ def test_each_question_is_asked_in_several_ways() -> None:
     assert found["set/asked.json"] == [
         [Turn("What happens in the video?", example.story)],
         *([choice] for choice in short),
-        *([asked.openly(), choice] for asked, choice in zip(example.asked, short, strict=True)),
+        *([asked.without_options(), choice] for asked, choice in zip(example.asked, short, strict=True)),
         *([follow_turn(thing, times_of(example))] for thing in example.scene.things),
     ]
     bare = training_records("set", example, {"image": "a.png"}, paths=False)

@@ -5,7 +5,7 @@ import torch
 
 from stllm.datasets.samples import SampleKey
 from stllm.toy.scenes import COLORS, PATTERNS, SHAPES, Background, Cut, Event, Scene, Thing
-from stllm.toy.seeing import NUM_COLORS, Seen, SeenFrame, SeenFrames, collate, labels
+from stllm.toy.seeing import NUM_COLORS, FrameLabels, ToyFrame, ToyFrames, collate, labels
 from stllm.toy.tasks import split_of
 
 PLAIN, STRIPED = Background("plain", 90, 0), Background("striped", 90, 0)
@@ -15,9 +15,9 @@ THINGS = (
 )
 
 
-def drawn(count: int, *, seed: int) -> list[SeenFrame]:
+def drawn(count: int, *, seed: int) -> list[ToyFrame]:
     """Frames of a patch size of 8 pixels."""
-    source, generator = SeenFrames(size=64, patch=8), np.random.default_rng(seed)
+    source, generator = ToyFrames(size=64, patch=8), np.random.default_rng(seed)
     return [source.load(SampleKey(0, 0, 0, number), generator) for number in range(count)]
 
 
@@ -40,12 +40,12 @@ def test_labels_follow_the_scene_through_time() -> None:
 
 def test_frames_show_what_their_labels_say() -> None:
     batch = collate(drawn(24, seed=5))
-    seen = Seen(**batch["seen"])
-    assert batch["pixel_values"].shape == (24, 1, 3, 64, 64) and seen.colors.shape == (24, 64)
+    truth = FrameLabels(**batch["truth"])
+    assert batch["pixel_values"].shape == (24, 1, 3, 64, 64) and truth.colors.shape == (24, 64)
     frames = batch["pixel_values"][:, 0].permute(0, 2, 3, 1).float()  # (B, S, S, 3)
     levels = torch.tensor(list(COLORS.values()))
     right = total = 0
-    for frame, colors, places in zip(frames, seen.slot_colors, seen.slot_places, strict=True):
+    for frame, colors, places in zip(frames, truth.slot_colors, truth.slot_places, strict=True):
         for color, (across, down, _) in zip(colors.tolist(), places.tolist(), strict=True):
             if color:
                 x, y = round(32 + 8 * across), round(32 + 8 * down)
@@ -53,7 +53,7 @@ def test_frames_show_what_their_labels_say() -> None:
                 nearest = torch.cdist(around, levels.float()).argmin(1)
                 total, right = total + 1, right + bool((nearest == color - 1).sum() >= 8)
     assert total > 24 and right > 0.9 * total  # the others are covered, or change just then
-    assert int(seen.colors.max()) < NUM_COLORS and bool(((seen.colors > 0) == (seen.shapes > 0)).all())
+    assert int(truth.colors.max()) < NUM_COLORS and bool(((truth.colors > 0) == (truth.shapes > 0)).all())
 
 
 def test_the_seed_decides() -> None:
@@ -65,9 +65,9 @@ def test_the_seed_decides() -> None:
 def test_scenes_of_the_test_are_never_seen(monkeypatch) -> None:
     scenes: list[Scene] = []
 
-    def noted(scene: Scene, *_: object) -> Seen:
+    def noted(scene: Scene, *_: object) -> FrameLabels:
         scenes.append(scene)
-        return Seen(*[torch.zeros(1)] * 6)
+        return FrameLabels(*[torch.zeros(1)] * 6)
 
     monkeypatch.setattr("stllm.toy.seeing.labels", noted)
     drawn(30, seed=0)

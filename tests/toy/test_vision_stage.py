@@ -13,7 +13,7 @@ from stllm.cli import main
 from stllm.common.config import load_config
 from stllm.datasets.mixture import Mixture, MixturePart
 from stllm.datasets.samples import SampleKey
-from stllm.toy.seeing import SeeingHeads, Seen, SeenFrame, SeenFrames, ToySeeingTask, collate
+from stllm.toy.seeing import FrameLabels, SeeingHeads, ToyFrame, ToyFrames, ToySeeingTask, collate
 from stllm.toy.world import world_texts, write_language_model
 from tests.configs.recipes import CONFIGS
 from tests.helpers.training import losses, read_log, train
@@ -49,9 +49,9 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch_of(count: int, *, seed: int = 0) -> dict[str, Any]:
     """A batch of the recipe's frames, without names and failures."""
-    mixture = Mixture([MixturePart(SeenFrames(size=64, patch=8))], seed=seed, max_tries=1)
+    mixture = Mixture([MixturePart(ToyFrames(size=64, patch=8))], seed=seed, max_tries=1)
     frames = [mixture[SampleKey(0, 0, 0, number)] for number in range(count)]
-    batch = collate(cast(list[SeenFrame], frames))
+    batch = collate(cast(list[ToyFrame], frames))
     return {key: value for key, value in batch.items() if key not in ("names", "failures")}
 
 
@@ -101,8 +101,8 @@ def test_micro_batches_are_shares_of_the_steps_loss(recipe: Path) -> None:
 
 
 def test_frames_with_nothing_in_them_can_be_learned_from() -> None:
-    heads, seen = SeeingHeads(width=8, query_width=8), Seen(**batch_of(2)["seen"])
-    empty = Seen(*(torch.zeros_like(part) for part in seen))
+    heads, truth = SeeingHeads(width=8, query_width=8), FrameLabels(**batch_of(2)["truth"])
+    empty = FrameLabels(*(torch.zeros_like(part) for part in truth))
     features, queries = torch.randn(2, 65, 8, requires_grad=True), torch.randn(2, 6, 8)
     loss, accuracy = heads(features, queries, empty)
     loss.backward()

@@ -1,12 +1,11 @@
-"""Loading: from a checkpoint of any known format to a model and its prompts, audited.
+"""Loading a checkpoint of any known format as a model and its prompt processor.
 
     model, processor = load_pretrained("path/to/checkpoint")
 
-First, a plan is made from names and shapes: which tensor of which file goes where. Then the model is built on the meta
-device, weights that no file has are initialised where they may start fresh, and the others are filled weight by weight,
-straight to their device and type, so that memory never holds two copies. Under FSDP 2 and ZeRO-3 the weights are
-divided among the processes meanwhile (`Division`). With a device map, transformers' `from_pretrained` puts the weights
-in place.
+The model is built on the meta device. A plan then assigns a tensor of a file to each weight, by name and shape. Weights
+that no file has are initialised randomly, if they may be. The other weights are read one by one, directly to their
+device and dtype, so memory never holds two copies. Under FSDP 2 and ZeRO-3, reading also divides the weights among the
+processes (`Division`). With a device map, transformers' `from_pretrained` places the weights.
 """
 
 import logging
@@ -47,23 +46,23 @@ from stllm.processors.prompts import PromptProcessor
 
 log = logging.getLogger(__name__)
 
-CopyRows = Callable[..., None]  # (tensor, first=0): fills a tensor with a weight's rows, from the row `first` on
+CopyRows = Callable[..., None]  # (tensor, first=0): copies a weight's rows, starting at row `first`, into a tensor
 
 
 class Division(Protocol):
-    """Divides a model's weights among processes while they are read; see runners/sharding.py."""
+    """A method to divide a model's weights among processes while they are read; see runners/sharding.py."""
 
     def begin(self, model: nn.Module) -> None:
-        """Divide the model. Weights that a file has are on the meta device yet, the others are in main memory."""
+        """Divide the model before reading. Weights of files are on the meta device; the others are in main memory."""
 
     def read(self, old: Tensor, copy: CopyRows) -> Tensor:
-        """Return this process's part of a weight that `copy` reads. old: its place in the model that was begun."""
+        """Read this process's part of a weight with `copy`, and return it. old: the weight in the divided model."""
 
 
 LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
 POS_EMBED = f"{BACKBONE}pos_embed"
-FRESH_PARTS = ("temporal adapter", "video input", "mvm decoder")  # what training may start without
-# model.fresh: what training may start without when the user asks for it
+FRESH_PARTS = ("temporal adapter", "video input", "mvm decoder")  # training may always initialise these randomly
+# name in model.fresh -> parts that training then may initialise randomly
 ASKED_FRESH = {
     "vision_encoder": ("vision encoder", "ln_vision"),
     "qformer": ("qformer",),
@@ -84,12 +83,11 @@ def load_model(
 ) -> STLLM:
     """Load the model of a checkpoint of any known format, in evaluation mode.
 
-    path: a folder, a file, or a hub name. cfg_path, options: settings that the checkpoint lacks, or replacements for
-    its own.
-    dtype: auto is the type that suits the device. quantization: 8bit or 4bit, for the language model, see
-    models/quantization.py; None: as the settings say.
-    device_map: accelerate's, e.g. "auto", to spread the model over several devices.
-    Raises UserError for anything missing, damaged or contradictory.
+    path: a folder, a file, or a hub name. cfg_path, options: a YAML and overrides; they override the checkpoint's
+    settings. device, dtype: see common/device.py.
+    quantization: "8bit" or "4bit", for the language model (models/quantization.py); None: as configured.
+    device_map: accelerate's device map, e.g. "auto", to place the model on several devices.
+    Raises UserError for weights or settings that are missing, damaged or contradictory.
     """
     opened = open_model(path, cfg_path, options=options)
     return load_opened(opened, device=device, dtype=dtype, quantization=quantization, device_map=device_map)[0]
@@ -104,23 +102,23 @@ def load_pretrained(
     dtype: str = "auto",
     language_model: str = "whole",
 ) -> tuple[STLLM, PromptProcessor]:
-    """Load the model and the processor that writes its prompts; arguments as for `load_model` and `assemble`."""
+    """Load the model and its prompt processor; arguments and errors as for `load_model` and `assemble`."""
     opened = open_model(path, cfg_path, options=options)
-    processor = processor_of(opened)  # first: a missing tokenizer should not cost the loading of 16 GiB
+    processor = processor_of(opened)  # first, so that a missing tokenizer is found before 16 GiB are loaded
     return load_opened(opened, device=device, dtype=dtype, language_model=language_model)[0], processor
 
 
 def processor_of(opened: Opened) -> PromptProcessor:
-    """Build the prompt processor of an opened checkpoint from its tokenizers and template. Raises UserError."""
+    """Build the prompt processor of an opened checkpoint. Raises UserError if a tokenizer is missing or unsuitable."""
     sources, settings = opened.sources, opened.settings
-    # the tokenizer goes with the language model: that of the last source that has one
+    # use the tokenizer of the last source that has one, as for the language model's weights
     with_tokenizer = [one.path for one in sources if one.path.is_dir() and any(one.path.glob("tokenizer*"))]
     if not with_tokenizer and not settings.get("llama_model"):
         raise UserError(f"{opened.path} has no tokenizer: name the language model's folder with model.llama_model")
     folder = with_tokenizer[-1] if with_tokenizer else locate(settings["llama_model"])
     qformer_tokenizer = settings.get("qformer_tokenizer")
     for source in sources if not qformer_tokenizer else ():
-        # the Q-Former's vocabulary that a released folder's meta.json names, relative to the folder's parent
+        # meta.json of a released folder names the Q-Former's vocabulary, relative to the folder's parent
         beside = ((source.meta.get("sizes") or {}).get("qformer") or {}).get("bert_vocab")
         if beside and (vocabulary := source.path.absolute().parent / beside).exists():
             qformer_tokenizer = str(vocabulary)
@@ -138,7 +136,10 @@ def load_opened(
     device_map: Any = None,
     language_model: str = "whole",
 ) -> tuple[STLLM, AuditReport]:
-    """Load the model of an opened checkpoint, and return its audit; arguments as for `load_model` and `assemble`."""
+    """Load the model of an opened checkpoint, and return it with its audit.
+
+    Arguments and errors as for `load_model` and `assemble`.
+    """
     quantization = quantization or quantization_of(opened.settings)
     model, report = assemble(
         opened.config,
@@ -172,15 +173,17 @@ def assemble(
     device_map: Any = None,
     division: Division | None = None,
 ) -> tuple[STLLM, AuditReport]:
-    """Build the model, fill it, and return it in evaluation mode with its audit.
+    """Build the model, load its weights, and return it in evaluation mode with its audit.
 
-    training: allow fresh parts, see `build_model`. fresh: further ones, names of `ASKED_FRESH`.
-    trained_dtype: the type of the trained weights, where it differs from the others' (float32 masters).
-    language_model: the part of it that is read and held, whole, embedding (its token embedding) or none; it is audited
-        all the same.
-    quantization: as in `load_model`. device_map: as there; a foreign format then passes through main memory.
+    sources: the opened files; later ones override earlier ones.
+    training: allow randomly initialised parts, see `build_model`. fresh: names in `ASKED_FRESH` of further such parts.
+    trained_dtype: dtype of the trained weights, such as float32, if it differs from that of the frozen weights.
+    language_model: part of the language model to load: "whole", "embedding" (its token embedding) or "none". The audit
+        covers all of it.
+    quantization, device_map: as in `load_model`. With a device map, weights of other formats are first loaded to main
+        memory.
     division: divides the weights among processes while they are read.
-    Raises UserError: what the configuration needs is missing or of another size, a contradiction, no memory.
+    Raises UserError if weights are missing, have another size or contradict the configuration, or if memory runs out.
     """
     place = resolve_device(device) if isinstance(device, str) else device
     kind = resolve_dtype(dtype, place) if isinstance(dtype, str) else dtype
@@ -190,7 +193,7 @@ def assemble(
         from stllm.models.quantization import quantization_config, quantize_layers, quantized_layers
 
         bits = quantization_config(quantization, kind, place)
-    arguments: dict[str, Any] = {}  # of transformers' `from_pretrained`, where that puts the weights in place
+    arguments: dict[str, Any] = {}  # arguments of transformers' `from_pretrained`, if it places the weights
     if device_map:
         arguments = {"config": config, "dtype": kind, "device_map": device_map}
         if bits is not None:
@@ -202,7 +205,7 @@ def assemble(
             )
             model, info = loaded
             report = AuditReport(source=str(own.path))
-            for state in ("missing", "unexpected"):  # a wrong shape is an error of transformers
+            for state in ("missing", "unexpected"):  # for a wrong shape, transformers raises an error
                 for key in info[f"{state}_keys"]:
                     report.add(state, part_of(key), key)
             report.raise_for_problems()
@@ -245,7 +248,7 @@ def assemble(
 
 
 def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
-    """Build the model without memory for its weights. Raises UserError for sizes that don't fit each other."""
+    """Build the model on the meta device. Raises UserError for sizes that do not fit each other."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -262,18 +265,20 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
 
 
 @dataclass
-class Plan:
-    """The origin of each of the model's tensors, in the order of the files. `report` names the fate of all others."""
+class WeightPlan:
+    """The tensor of a file for each weight of the model, in the order of the files. report: the audit of all keys."""
 
     report: AuditReport
     origins: dict[str, tuple[Source, SourceTensor]] = field(default_factory=dict)
 
 
-def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()) -> Plan:
-    """Match the model with the sources' weights, of which later ones override earlier ones.
+def make_plan(
+    model: STLLM, sources: Sequence[Source], *, training: bool = False, fresh: Sequence[str] = ()
+) -> WeightPlan:
+    """Assign a tensor of the sources to each weight of the model, by name and shape. Tensors are not read.
 
-    training, fresh: as in `assemble`. Nothing is read. Raises UserError for weights of another kind than the
-    configuration's.
+    sources, training, fresh: as in `assemble`. Raises UserError if the temporal adapter or the vocabulary of the
+    sources does not fit the configuration.
     """
     config = config_of(model)
     wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
@@ -281,14 +286,14 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
         from stllm.models.quantization import precise_state
 
         wanted = precise_state(model)
-    plan = Plan(AuditReport(source=names_of(sources) or "the model"))
+    plan = WeightPlan(AuditReport(source=names_of(sources) or "the model"))
     report, origins = plan.report, plan.origins
     check_adapter(report.source, sources, needed=any(key.startswith(ADAPTER) for key in wanted), may_be_fresh=training)
     plain = {key.replace(".base_layer.", "."): key for key in wanted}  # LoRA wraps the layers that it adapts
     for source in sources:
         for key, entry in source.entries.items():
             if (own := plain.get(key, key)) in wanted:
-                origins.pop(own, None)  # of a source below: the order is that of the file which counts
+                origins.pop(own, None)  # remove that of an earlier source, so that the order is the later file's
                 origins[own] = (source, entry)
             elif key not in wanted:
                 report.add("unexpected", part_of(key), entry.key)
@@ -297,14 +302,14 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
         for key in source.unknown_keys:
             report.add("unexpected", part_of_theirs(key) if source.is_whole_model else OTHER, key)
 
-    # layers beyond the last one of the model, as `language_model.model.layers.32`
+    # layers of the sources beyond the model's last one, such as `language_model.model.layers.32`
     kept = {match[0] for key in wanted if (match := LAYER.match(key))}
     found = {match[0] for source in sources for key in source.entries if (match := LAYER.match(key))}
     stacks = {layer.rpartition(".")[0] for layer in kept}
     for layer in sorted(layer for layer in found - kept if layer.rpartition(".")[0] in stacks):
         report.add("wrong_shape", part_of(layer), f"{layer}: found, but the configuration has fewer layers")
 
-    # of two tied weights only the one that the other is tied to is filled, whichever the file has
+    # of two tied weights, only the one that the other is tied to is filled, whichever of them the file has
     tied = model.all_tied_weights_keys
     for target, origin in tied.items():
         if target in origins:
@@ -312,13 +317,13 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
 
     owners = {source.path: None for key, (source, _) in origins.items() if part_of(key) == "language model"}
     for source in sources:
-        if source.format is Format.CAUSAL_LM and source.path not in owners:  # a whole checkpoint has them all
+        if source.format is Format.CAUSAL_LM and source.path not in owners:  # a whole checkpoint overrides them all
             taken = " + ".join(map(str, owners))
             report.notes.append(f"the language model's weights are those of {taken}: none is from {source.path}")
 
     embedding = model.get_input_embeddings().weight
     key = next(name for name, parameter in model.named_parameters() if parameter is embedding)
-    if key in origins and not _grows(key, origins[key][0]):  # rows that grow are counted in `decide_config`
+    if key in origins and not _grows(key, origins[key][0]):  # `decide_config` checks embeddings that grow
         source, entry = origins[key]
         tokens = family_tokens(source.path, adds_pad=config.adds_pad, config=config.text_config)
         check_vocabulary(str(source.path), entry.shape[0], config, tokens)
@@ -330,10 +335,10 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
             report.notes.append(f"{entry.key} of {source.path} is for a language model of another width: left out")
             del origins[key]
 
-    may_be_fresh = set(asked)  # parts
+    may_be_fresh = set(asked)  # names of parts
     is_whole = any(source.is_whole_model for source in sources)
     if not config.has_qformer and not is_whole:
-        may_be_fresh.add("ln_vision")  # it lies in the Q-Former's file: as published, it starts as the identity
+        may_be_fresh.add("ln_vision")  # the Q-Former's file has it; without that, it starts as the identity (published)
     if training:
         may_be_fresh.update(FRESH_PARTS if sources else (*PART_NAMES, OTHER))
         if not is_whole and not any("projection.weight" in source.entries for source in sources):
@@ -349,8 +354,8 @@ def make_plan(model: STLLM, sources: Sequence[Source], *, training: bool = False
     return plan
 
 
-def _check_shape(plan: Plan, key: str, expected: tuple[int, ...], config: STLLMConfig) -> None:
-    """Record a weight as loaded, or as one of a wrong shape where `fill` can't make it fit."""
+def _check_shape(plan: WeightPlan, key: str, expected: tuple[int, ...], config: STLLMConfig) -> None:
+    """Record a weight in the audit as loaded, or as "wrong_shape" if `fill` cannot adapt it to the shape `expected`."""
     source, entry = plan.origins[key]
     found, notes = entry.shape, plan.report.notes
     if found == expected:
@@ -372,15 +377,16 @@ def _check_shape(plan: Plan, key: str, expected: tuple[int, ...], config: STLLMC
 
 
 def _grows(key: str, source: Source) -> bool:
-    """Check whether [PAD] may be added: to embeddings and head of a language model that was never ST-LLM's."""
+    """Check whether rows for [PAD] may be added to a weight: embeddings and head of an original language model."""
     is_plain = source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
     return is_plain and key.startswith("language_model.") and key.endswith((".weight", ".bias"))
 
 
-def fill(model: STLLM, plan: Plan, device: torch.device, division: Division | None = None) -> None:
-    """Initialise what no file has, copy every planned weight into place, quantized where its layer is, and tie weights.
+def fill(model: STLLM, plan: WeightPlan, device: torch.device, division: Division | None = None) -> None:
+    """Initialise the weights that no file has, read all others as planned, and tie weights.
 
-    division: as in `assemble`. What no file has is whole, in main memory, until it is divided.
+    Weights of quantized layers are quantized. division: as in `assemble`; the initialised weights are whole, in main
+    memory, until they are divided.
     """
     total = sum(model.get_parameter_or_buffer(key).nbytes for key in plan.origins)
     layers: dict[str, nn.Module] = {}
@@ -392,21 +398,21 @@ def fill(model: STLLM, plan: Plan, device: torch.device, division: Division | No
     tied = set(model.all_tied_weights_keys)
     for key, old in [*model.named_parameters(), *model.named_buffers()]:
         if key in plan.origins:
-            old._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark: leave it as it is
+            old._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers then does not initialise it
         elif old.is_meta and key not in tied:
             _set_tensor(model, key, torch.empty_like(old, device="cpu" if division else device), loaded=False)
-    model.initialize_weights()  # of what is not marked as loaded: fresh parts and computed buffers
+    model.initialize_weights()  # all weights without that mark, and computed buffers
     if any("lora_" in key for key in plan.report.keys("fresh")):
         from peft.tuners.lora import LoraLayer
 
-        for module in model.modules():  # peft's own start, no update at first; transformers would draw them like others
+        for module in model.modules():  # peft's initialisation (no update at first) in place of transformers'
             if isinstance(module, LoraLayer):
                 for adapter in module.active_adapters:
                     module.reset_lora_parameters(adapter, init_lora_weights=True)
     if division is not None:
         model.tie_weights()  # so that tied weights are divided as one
         division.begin(model)
-    # disable=None: no bar where nobody looks; delay: none for what is quick
+    # no bar if the output is not a terminal (disable=None), or if loading takes less than a second (delay)
     with tqdm(
         desc="loading weights", total=total, unit="B", unit_scale=True, disable=None, delay=1, leave=False
     ) as bar:
@@ -429,7 +435,10 @@ def fill(model: STLLM, plan: Plan, device: torch.device, division: Division | No
 
 @torch.no_grad()
 def restore(model: STLLM, folder: Path) -> None:
-    """Copy a checkpoint in our format into the same model, in place. Raises UserError for weights that don't fit."""
+    """Load the weights of a checkpoint in our format into a model, in place.
+
+    Raises UserError for weights that are missing or of another size.
+    """
     plan = make_plan(model, [open_source(folder)])
     if lacking := [*plan.report.keys("missing"), *plan.report.keys("wrong_shape")]:
         raise UserError(
@@ -443,18 +452,18 @@ def restore(model: STLLM, folder: Path) -> None:
 
 
 def _copy(source: Source, entry: SourceTensor, key: str, shape: tuple[int, ...], new: Tensor, first: int = 0) -> None:
-    """Copy the rows of one weight, from `first` on, into a tensor of so many rows.
+    """Copy rows of a weight, starting at row `first`, into the tensor `new`, which determines their number.
 
-    shape: of the whole weight in the model, which may differ from the file's; see `_check_shape`.
+    shape: shape of the whole weight in the model, which may differ from the file's; see `_check_shape`.
     """
     if entry.shape == shape:
         source.weights.copy_to(entry.key, new, first)
         return
     tensor = source.weights.read(entry.key)
-    if key == POS_EMBED:  # (1, 1+P, C): the class token is kept; without antialiasing, as published
+    if key == POS_EMBED:  # (1, 1+P, C): the class token is copied; no antialiasing, as published
         side = math.isqrt(shape[1] - 1)
         new.copy_(resample_abs_pos_embed(tensor.float(), [side, side], num_prefix_tokens=1, antialias=False))
-    else:  # the vocabulary grew: what is added is the mean of what was there
+    else:  # the vocabulary grew: the added rows are the mean of the others
         present = tensor[first : first + len(new)]
         new[: len(present)].copy_(present)
         new[len(present) :] = tensor.float().mean(dim=0).to(new.dtype)
