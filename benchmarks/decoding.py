@@ -1,4 +1,4 @@
-"""Sampling and decoding alone: 16 frames of a video, by our readers and by the plain libraries, on the same files.
+"""Sampling and decoding only: 16 frames of a video, by our readers and by the plain libraries, on the same files.
 
 Plain: as a script would do it with PyAV (decode on, keep the frames wanted), decord (get_batch) or torchcodec
 (get_frames_at). Ours: what training does before the transform (open, check, sample, seek, decode). One decoding thread
@@ -35,7 +35,7 @@ FILES = (  # size, frames (25 a second), frames from one keyframe to the next
 
 
 def chosen(total: int) -> list[int]:
-    """The indices that training's middle rule takes."""
+    """Return the indices that the sampling rule `middle` of training chooses."""
     return sample_indices("middle", num_frames=NUM_FRAMES, total_frames=total, fps=25.0)
 
 

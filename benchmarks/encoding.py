@@ -63,7 +63,10 @@ def _repeat(layer: torch.nn.Linear, x: Tensor, calls: int) -> None:
 
 
 def attention_flops(sizes: dict, frames: int, tokens: int) -> float:
-    """Return the FLOP of all attention blocks, apart from their linear layers. tokens: of each frame."""
+    """Return the FLOP of all attention blocks, apart from their linear layers.
+
+    tokens: number of tokens of each frame.
+    """
     return 4.0 * frames * sizes["depth"] * tokens * tokens * sizes["embed_dim"]
 
 

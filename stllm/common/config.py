@@ -54,7 +54,10 @@ SHOWN = 6  # changed keys that a message lists
 
 @dataclass
 class Layer:
-    """One source of settings. name: for messages. folder: base of its relative paths. values: as read, by section."""
+    """One source of settings.
+
+    name: its name in error messages. folder: base of its relative paths. values: by section.
+    """
 
     name: str
     folder: Path

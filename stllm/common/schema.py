@@ -315,9 +315,9 @@ def checked_values(
     structured: bool = False,
     finite: bool = False,
 ) -> dict[str, Any]:
-    """Convert values to the types of their keys, and check them. Raises UserError for the first wrong value.
+    """Convert values to the types of their keys, and check them. Raises UserError for the first invalid value.
 
-    kinds: types by key. about: limits by key, see `_key`. prefix: dotted name of the section, for messages.
+    kinds: types by key. about: limits by key, see `_key`. prefix: dotted name of the section, used in error messages.
     structured: apply OmegaConf's rules for dataclasses: null only where the type allows it; an int becomes a float if
     the type is float. finite: reject infinite numbers and NaN.
     """

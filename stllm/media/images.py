@@ -200,7 +200,7 @@ def read_image(path: Place) -> Frame:
 def decode_image(file: Place | bytes, name: object) -> Frame:
     """Decode an image file, or its bytes, to (H, W, 3) uint8, rotated by its EXIF orientation.
 
-    name: names the image in messages. Raises MediaError if it is damaged.
+    name: the image's name in error messages. Raises MediaError if it is damaged.
     """
     from PIL import ImageOps
 

@@ -82,7 +82,8 @@ class MediaInfo:
 class Member:
     """A file inside another one, such as a clip in a tar. Readers take it in place of a path; nothing is copied.
 
-    name: for messages, such as "00000.tar/a.mp4". descriptor: of the outer file, which may be closed or removed later.
+    name: the name in error messages, such as "00000.tar/a.mp4". descriptor: descriptor of the outer file, which may be
+    closed or removed later.
     start, size: bytes.
     """
 

@@ -47,9 +47,9 @@ _hanging: list[_Reading] = []
 def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: str) -> T:
     """Return the result of `read()`, with a time limit in seconds (0: no limit).
 
-    medium: the file, for messages; `now_reading` can name another one later. setting: the name of the limit's setting,
-    for messages. Raises what `read` raises, MediaError if it takes too long, and StorageError if `MAX_HANGING` readings
-    hang.
+    medium: the file that error messages name; `now_reading` can name another one later. setting: the setting of the
+    limit, also named in messages. Raises what `read` raises, MediaError if it takes too long, and StorageError if
+    `MAX_HANGING` readings hang.
     """
     if not seconds:
         return read()

@@ -210,7 +210,7 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:
     """Load the Q-Former's BERT tokenizer, with `[DEC]` added as BOS, which truncates on the left. Raises UserError.
 
-    folder: of the checkpoint. named: as `qformer_tokenizer` of `from_pretrained`.
+    folder: the checkpoint's folder. named: the argument `qformer_tokenizer` of `from_pretrained`.
     """
     own = folder / QFORMER_FOLDER
     source = str(named) if named is not None else str(own) if own.is_dir() else DEFAULT_QFORMER_TOKENIZER

@@ -40,7 +40,8 @@ class Server:
     """A model with its queue, and the handlers of the endpoints.
 
     name: the model's name for clients. media_root: folder whose files clients may name; None: clients may name no file.
-    folder: for media that clients send; None for the system's temporary folder. jobs: the queue; None for a new one.
+    folder: folder for media that clients send; None for the system's temporary folder. jobs: the queue; None for a new
+    one.
     """
 
     def __init__(
@@ -232,7 +233,7 @@ def answer_steps(
 ) -> Generator[str | Finished | Stage, None, None]:
     """Yield pieces of the answer's text and at the end `Finished`; before a step, yield the `Stage` it needs.
 
-    path: of the request's medium, None without one. stop: set when the client has left. Raises ApiError.
+    path: path of the request's medium; None without one. stop: set when the client has left. Raises ApiError.
     """
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
     request = ModelRequest(asked.turns, media, asked.system)

@@ -196,7 +196,10 @@ class Job(Generic[T]):
             self._leave(End())
 
     def _go_on(self, stage: Stage | None, begun: Event) -> None:
-        """Run the job up to its next stage or its end. stage: of this thread. begun: set to show that it has begun."""
+        """Run the job up to its next stage or its end.
+
+        stage: the stage of this thread. begun: set to show that it has begun.
+        """
         begun.set()
         assert self._steps is not None
         try:

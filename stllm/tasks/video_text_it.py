@@ -60,7 +60,7 @@ class VideoTextTask:
 
     @classmethod
     def from_config(cls, cfg: DictConfig, *, seed: int) -> "VideoTextTask":
-        """Build the task from a checked configuration. seed: of the order of samples and of masking.
+        """Build the task from a checked configuration. seed: seed for the order of samples and for masking.
 
         Raises UserError for missing data, weights or tokenizers; for precomputed features that are missing or cannot
         replace pixels with this model; for a data set whose visual tokens leave no positions for text; and for settings

@@ -127,7 +127,8 @@ def benchmark_bytes(count: int, num_frames: int) -> int:
 def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[], Any] = lambda: None) -> None:
     """Write all twins below `root`.
 
-    count: items per task of MVBench, and clips per part of the other benchmarks. done: called after each clip.
+    count: items per task of MVBench, and clips per part of the other benchmarks. done: function that is called after
+    each clip.
     """
 
     def clips(

@@ -36,7 +36,8 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what gz
 class SampleSpan(NamedTuple):
     """One sample of a shard: where the data of its members begin, and how many bytes they are.
 
-    An offset is -1 when there is no such member. num_answers: of the texts beside a clip; 0 for an image.
+    An offset is -1 when there is no such member. num_answers: number of answers in the texts beside a clip; 0 for an
+    image.
     """
 
     image: int
@@ -121,7 +122,7 @@ def open_index(shard: str, cache: ShardCache) -> ShardIndex:
 def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
     """`ShardIndex.rows` and `ShardIndex.clips` of a tar, and a sentence about its damage ("" when it is whole).
 
-    name: of the shard, for messages. A tar that is damaged gives the samples before the damage, a file that is no tar
+    name: the shard's name in error messages. A damaged tar gives the samples before the damage, a file that is no tar
     gives none. Raises UserError when the tar may not be read.
     """
     from webdataset.tariterators import base_plus_ext

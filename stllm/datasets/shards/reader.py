@@ -22,7 +22,7 @@ MAX_IMAGE_BYTES = 256 << 20
 
 
 class Content(NamedTuple):
-    """The parts of one sample in a shard; None for a missing part. name: of its first member.
+    """The parts of one sample in a shard; None for a missing part. name: name of its first member.
 
     image: only where it was asked for; else video: a clip, read in place.
     """
@@ -131,16 +131,18 @@ class ShardReader:
 def sample_key(shard: str, number: int, name: str, root: str | None) -> str:
     """The key of a sample's features, relative to that folder.
 
-    Its number distinguishes equal names, and its name changes when a shard is made anew with other samples.
+    Its number distinguishes equal names, and its name changes when a shard is rewritten with other samples.
     """
     return f"{shard.removeprefix(os.path.join(root or '', ''))}/{number}/{name}"
 
 
 class Shards:
-    """The samples of many shards, numbered through.
+    """The samples of many shards, with one numbering (0, 1, ...) over all shards.
 
-    owner: the data set's name, for messages. names: see `expand_shards`. cache_dir, cache_gb: see `ShardCache`.
-    columns: called with each shard's index; its results are kept in `kept`, in the order of the shards.
+    owner: the data set's name, used in error messages. names: see `expand_shards`. cache_dir, cache_gb: see
+    `ShardCache`.
+    columns: function that takes a shard's table of contents (`ShardIndex`) and returns what the caller needs of it. The
+    attribute `kept` holds its results in the order of the shards.
 
     The first use of a shard reads its headers, which takes seconds. A damaged shard gives the samples before the
     damage, with a warning. Raises UserError when a shard is missing, MediaError when one cannot be fetched.
@@ -188,7 +190,7 @@ class Shards:
 
 
 class ShardClips:
-    """Finds the clips of shards by their names. shards: with `ShardIndex.clips` in `kept`."""
+    """Finds the clips of shards by their names. shards: their `kept` must hold `ShardIndex.clips`."""
 
     def __init__(self, shards: Shards) -> None:
         self.names, self.reader = shards.names, shards.reader
@@ -199,7 +201,7 @@ class ShardClips:
 
     @classmethod
     def of(cls, owner: str, settings: DatasetSettings) -> "ShardClips":
-        """The clips in the shards of an entry. owner: for messages."""
+        """Open the clips in the shards of a data set. owner: the data set's name, used in error messages."""
         return cls(
             Shards(
                 owner,

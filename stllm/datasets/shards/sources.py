@@ -55,10 +55,10 @@ def allow_pipes(allowed: bool) -> None:
 
 
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
-    """The shards that names, URLs, braces (`{00000..01255}.tar`) and globs stand for, in order.
+    """Expand names, URLs, braces (`{00000..01255}.tar`) and globs to a list of shards, in order.
 
     Raises UserError for a glob that finds nothing, broken braces, more than `MAX_SHARDS` names, a shard that is named
-    twice, a scheme that has no program here, and for `pipe:` where it is not allowed.
+    twice, a URL scheme that is not in `PROGRAMS`, and `pipe:` without `--allow-pipe`.
     """
     found: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
