@@ -45,7 +45,7 @@ def products(sizes: dict, rows: int) -> list[tuple[int, int, int, int]]:
 def matmul_peak(
     shapes: list[tuple[int, int, int, int]], device: torch.device, dtype: torch.dtype, repeats: int = 5
 ) -> float:
-    """Return the FLOP/s of matrix products computed one after another. shapes: from `products`."""
+    """Return the FLOP/s of matrix products computed one after another. shapes: result of `products`."""
     flops = time = 0.0
     for count, rows, inner, columns in shapes:
         x = torch.randn(rows, inner, device=device, dtype=dtype)

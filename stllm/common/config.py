@@ -425,7 +425,7 @@ def _make_paths_absolute(cfg: DictConfig, layers: Sequence[Layer]) -> None:
 
 
 def check_entry(name: str, entry: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """Convert and check the values of one data set's entry. Null values are left out, so that the defaults apply.
+    """Convert and check the settings of one data set. Null values are left out, so that the defaults apply.
 
     where: returns the name of the layer that sets a dotted key. Raises UserError for a value of a wrong type or out of
     range.

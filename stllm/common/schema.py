@@ -147,7 +147,7 @@ class ModelSettings:
     # registered name of the prompt template: instructblip or minigpt4; unset: instructblip if qformer_text_input
     template: str | None = _key(None, choices=registry.templates)
     system: str | None = None  # system message before the question
-    max_txt_len: int = _key(512, low=1)  # most tokens of an answer in training, and of the text for the Q-Former
+    max_txt_len: int = _key(512, low=1)  # maximum tokens of an answer in training, and of the text for the Q-Former
     end_sym: str = _key("###", filled=True)  # text that marks the end of an answer
 
     # Weights
@@ -199,7 +199,10 @@ class RunSettings:
 
 @dataclass
 class DatasetSettings:
-    """Keys of one data set's entry. For a shipped data set, unset keys (None) take its shipped values."""
+    """The settings of one data set in section `datasets`.
+
+    Unset keys (None) of a shipped data set take its own defaults.
+    """
 
     type: str = "instruction"  # registered name of the data set class: instruction, image_text or video_text
     media: str | None = _key(None, choices=("video", "image", "text"))  # unset: the kind named in the annotation file

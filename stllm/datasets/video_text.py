@@ -80,7 +80,7 @@ class VideoTextCorpus(InstructionCorpus):
 
     @classmethod
     def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> InstructionCorpus:
-        """Build the data set from the settings of its entry. Raises the errors of `ShardRecords`."""
+        """Build the data set from its settings in the YAML. Raises the errors of `ShardRecords`."""
         records = ShardRecords(
             name,
             texts(settings.shards),

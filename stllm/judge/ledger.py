@@ -50,7 +50,7 @@ class JudgeRun:
 
     @property
     def limit(self) -> float:
-        """Return the most tokens of a reply; infinity for an endpoint without --max-tokens."""
+        """Return the maximum number of tokens of a reply; infinity for an endpoint without --max-tokens."""
         return self.max_tokens or (MAX_NEW_TOKENS if self.base_url is None else math.inf)
 
 

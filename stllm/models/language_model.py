@@ -237,7 +237,7 @@ def last_hidden_states(
 ) -> Tensor:
     """Return the hidden states after the final norm, (B, S, D).
 
-    inputs_embeds: (B, S, D). attention_mask: (B, S), padded on the right. packed: from
+    inputs_embeds: (B, S, D). attention_mask: (B, S), padded on the right. packed: result of
     `processors.sequences.pad_sequences`, instead of attention_mask; the model must use torch's SDPA or eager attention
     and have no `packing_fault`.
     """

@@ -27,8 +27,9 @@ DEFAULT_QFORMER_TOKENIZER = "bert-base-uncased"
 class PromptProcessor:
     """Tokenizers of the language model and the Q-Former, with the prompt template.
 
-    qformer_tokenizer: None if the Q-Former reads no text. max_txt_len: most tokens of an answer in training, and of the
-        text for the Q-Former. max_qformer_len: number of the Q-Former's positions, which also limits its text.
+    qformer_tokenizer: None if the Q-Former reads no text. max_txt_len: maximum number of tokens of an answer in
+        training, and of the text for the Q-Former. max_qformer_len: number of the Q-Former's positions, which also
+        limits its text.
     end_sym: text that ends a generated answer. system: system message of chat; None for the template's, "" for none.
     Letters: B prompts, L tokens of the longest text for the Q-Former.
     """

@@ -201,7 +201,8 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
 
 
 def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Path | None, limits: Limits) -> Path:
-    """Return the file of a request's medium. url: from the request. medium: the data URL from `split_medium`, if any.
+    """Return the file of a request's medium. url: the URL in the request. medium: the data URL from `split_medium`, if
+    any.
 
     folder: folder for the content of a data URL. root: folder that `file:` URLs and paths may refer to; None: they are
     refused. Raises ApiError, and MediaError for a file that is too large.

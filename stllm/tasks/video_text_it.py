@@ -152,7 +152,7 @@ class VideoTextTask:
         return model
 
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
-        """Return the sampler, which determines the order of batches. batch_size: per process."""
+        """Return the sampler, which determines the order of batches. batch_size: samples per process."""
         return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def collator(self, *, masks: bool = True) -> Collator:

@@ -75,7 +75,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Cut:
-    """A change of background. time: from 0 to 1 of the clip."""
+    """A change of background. time: position in the clip, from 0 to 1."""
 
     time: float
     background: Background

@@ -102,7 +102,7 @@ def scheme_of(shard: str) -> str:
 
 
 def _expanded(pattern: str) -> list[str]:
-    """The names that `::`, `${NAME}` (of WDS_NAME) and braces stand for, as in webdataset."""
+    """Expand `::`, `${NAME}` (the environment variable WDS_NAME) and braces to names, as webdataset does."""
     from webdataset.shardlists import envsubst
 
     names: list[str] = []
@@ -120,7 +120,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _num_names(pattern: str) -> float:
-    """The number of names that the braces of a pattern stand for, counted without making them; see `braceexpand`."""
+    """Count the names that braces in a pattern expand to, without making the names; see `braceexpand`."""
     # What is known where each brace opened: names of its group's earlier alternatives, names of the alternative so far,
     # the group's beginning.
     outer: list[tuple[float, float, int]] = []
