@@ -438,7 +438,7 @@ def turn_of(frame: "VideoFrame") -> Turn:
 
 
 def is_transparent(frame: "VideoFrame") -> bool:
-    """Check whether the frame's pixel format can have transparency; a palette can."""
+    """Check whether the frame's pixel format can have transparency; one with a palette can."""
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 

@@ -70,7 +70,9 @@ def _mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **option
 
 
 def _packed_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None, **options: Any) -> Tensor | None:
-    """Return the mask of the longest prompt; shorter prompts use its first rows and columns. None: plain causal."""
+    """Return the mask of the longest prompt, or None for plain causal attention. Shorter prompts use its first rows and
+    columns.
+    """
     return sdpa_mask(q_length=kv_length, kv_length=kv_length, attention_mask=None, **options)
 
 

@@ -174,7 +174,7 @@ class ApiRoute:
     """ASGI application of one endpoint. Exceptions become OpenAI's error objects.
 
     respond: the handler. It gets the request, and a stack that is closed after the response, even if sending fails.
-    hosts: as for `check_host`.
+    hosts: allowed names in the Host header; None: any name.
     """
 
     respond: Callable[[Request, ExitStack], Awaitable[Response]]
@@ -195,7 +195,7 @@ class ApiRoute:
 
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
-    """Build the application. hosts: as for `check_host`."""
+    """Build the application. hosts: allowed names in the Host header; None: any name."""
 
     async def unknown(request: Request, error: Exception) -> Response:
         """Answer a request for an unknown path or method."""

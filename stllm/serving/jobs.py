@@ -95,7 +95,7 @@ class Jobs:
     def has_place(self, client: str | None) -> bool:
         """Check whether the queue has a place for a request of this client. client: its address, None if unknown.
 
-        A client without another request in the queue may also use the reserved places.
+        A few places are reserved for clients without another request in the queue.
         """
         inside = list(self._inside)  # a copy, since other threads change the set
         is_new = client is not None and all(job.client != client for job in inside)
