@@ -40,13 +40,13 @@ def chosen(total: int) -> list[int]:
 
 
 def ours(path: Path, reader: str) -> np.ndarray:
-    """(T, H, W, 3) uint8."""
+    """Decode the chosen frames with our reader: (T, H, W, 3) uint8."""
     with open_media(path, reader=reader) as medium:
         return np.stack(list(medium.frames(chosen(medium.info.num_frames))))
 
 
 def plain_pyav(path: Path) -> np.ndarray:
-    """(T, H, W, 3) uint8, with PyAV's defaults."""
+    """Decode the chosen frames with PyAV's defaults: (T, H, W, 3) uint8."""
     import av
 
     with av.open(str(path)) as container:
@@ -66,7 +66,7 @@ def plain_decord(path: Path) -> np.ndarray:
 
 
 def plain_torchcodec(path: Path) -> np.ndarray:
-    """(T, H, W, 3) uint8, with torchcodec's defaults: one thread, exact seeking."""
+    """Decode the chosen frames with torchcodec's defaults (one thread, exact seeking): (T, H, W, 3) uint8."""
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(str(path), dimension_order="NHWC")

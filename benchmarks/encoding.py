@@ -71,7 +71,7 @@ def attention_flops(sizes: dict, frames: int, tokens: int) -> float:
 
 
 def operators(encoder: VisionEncoder, video: Tensor) -> dict[str, float]:
-    """Return the shares of time of the operators that take most of it, without what they call."""
+    """Return each slow operator's share of the time, without the time of the operators that it calls."""
     with profile() as run:
         encoder(video)
     kind = "self_cpu_time_total" if video.device.type == "cpu" else "self_device_time_total"

@@ -317,10 +317,11 @@ def check_shard(
 
 
 def check_clips(settings: DatasetSettings, names: dict[str, str], *, decode: str, media_seconds: float) -> list[Fault]:
-    """Check the clips in `settings.shards` that an annotation file names. names: each clip's, with its first record.
+    """Check the clips in `settings.shards` that an annotation file names. names: name of each clip, with its first
+    record.
 
-    decode: "none" of them (they must be there once), the "first" frame of each, or "all". media_seconds: the limit on
-    reading one; 0: no limit.
+    decode: "none" of them (they must be there once), the "first" frame of each, or "all". media_seconds: time
+    limit for reading a clip; 0: no limit.
     """
     clips = ShardClips.of(str(settings.anno_path), settings)
 
@@ -344,8 +345,8 @@ def check_clips(settings: DatasetSettings, names: dict[str, str], *, decode: str
 def check_features(folder: str, keys: list[tuple[str, str]], *, decode: str, media_seconds: float) -> list[Fault]:
     """Check a folder of precomputed features. keys: (key, record) of each clip that it must have.
 
-    decode: "none" does not read tensors; other values read all, which are small. media_seconds: time limit for one; 0:
-    none.
+    decode: "none" does not read tensors; other values read all, which are small. media_seconds: time limit for one
+    file; 0: no limit.
     """
     try:
         store = FeatureStore(folder)

@@ -151,7 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Mapping[str, Any]) -> str:
-    """Return the report as Markdown. name: of the run's files. content: of the results file."""
+    """Return the report as Markdown. name: name of the run's files. content: content of the results file."""
     judged = loaded.benchmark.judged
     parts = [f"# {name}\n"]
     if judged:

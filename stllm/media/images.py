@@ -210,7 +210,10 @@ def decode_image(file: Place | bytes, name: object) -> Frame:
 
 @contextmanager
 def _damage(path: object, so_far: str = "") -> Iterator[None]:
-    """Turn the errors that Pillow raises on damaged files into a MediaError. so_far: for the message, what was read."""
+    """Turn the errors that Pillow raises on damaged files into a MediaError.
+
+    so_far: what was read before, for the message.
+    """
     from PIL import Image as images
     from PIL import UnidentifiedImageError
 

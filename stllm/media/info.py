@@ -98,11 +98,11 @@ class Member:
         os.close(self._descriptor)
 
     def absolute(self) -> "Member":
-        """Itself, as `Path.absolute` of an absolute path."""
+        """Return itself, like `Path.absolute` for an absolute path."""
         return self
 
     def open(self, mode: str = "rb") -> RawIOBase:
-        """A file of the member's bytes, for reading."""
+        """Return a readable file object with the member's bytes."""
         return _MemberFile(self)
 
     def stat(self) -> SimpleNamespace:
@@ -110,7 +110,7 @@ class Member:
         return SimpleNamespace(st_size=self.size, st_ino=self.start, st_mtime_ns=os.fstat(self._descriptor).st_mtime_ns)
 
     def read(self, size: int, at: int) -> bytes:
-        """At most `size` bytes from there on."""
+        """Return at most `size` bytes from this offset on."""
         return os.pread(self._descriptor, max(0, min(size, self.size - at)), self.start + at)
 
 
@@ -139,7 +139,7 @@ Place = Path | Member  # where a medium's bytes are
 
 
 def place_of(path: str | Path | Member) -> Place:
-    """The place as it is, a text as a path."""
+    """Return a text as a path, and any other place unchanged."""
     return path if isinstance(path, Member) else Path(path)
 
 
@@ -202,7 +202,10 @@ class Reader(Protocol):
         ...
 
     def times(self, indices: Sequence[int]) -> list[float]:
-        """Return the seconds from the first frame to each of these. Raises MediaError for an index out of range."""
+        """Return the seconds from the first frame to each of these frames.
+
+        Raises MediaError for an index out of range.
+        """
         self.check(indices)
         return [float(self.seconds[index - self.info.first_index]) for index in indices]
 

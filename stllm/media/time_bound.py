@@ -97,7 +97,7 @@ def keep_reading() -> None:
 
 @contextmanager
 def unbounded() -> Iterator[None]:
-    """Do not count the time in this block. For steps that fetch more than one medium."""
+    """Do not count the time of this block toward the limit, for example because it downloads more than one medium."""
     thread: Any = threading.current_thread()  # may be another type of thread, on which the mark has no effect
     thread.unbounded = True
     try:

@@ -154,7 +154,7 @@ class PromptProcessor:
     def qformer_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return qformer_input_ids and qformer_attention_mask, (B, L); {} if the Q-Former reads no text.
 
-        Too long texts lose tokens at their beginning.
+        A text that is too long loses its first tokens.
         """
         if self.qformer_tokenizer is None:
             return {}
