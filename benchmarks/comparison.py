@@ -56,7 +56,7 @@ def changes(now: Result, then: Result, measurement: Measurement) -> list[Change]
 
 
 def comparable(now: Result, then: Result) -> bool:
-    """Check whether two results have the same sizes and the same baseline."""
+    """Check whether two results are of the same model and data sizes, with ratios to the same baseline."""
     return all(json.dumps(now[key]) == json.dumps(then[key]) for key in ("sizes", "baseline"))
 
 

@@ -1,4 +1,4 @@
-"""Sampling and decoding alone: 16 frames of a video, by our readers and by the plain libraries, on the same files.
+"""Sampling and decoding only: 16 frames of a video, by our readers and by the plain libraries, on the same files.
 
 Plain: as a script would do it with PyAV (decode on, keep the frames wanted), decord (get_batch) or torchcodec
 (get_frames_at). Ours: what training does before the transform (open, check, sample, seek, decode). One decoding thread
@@ -35,18 +35,18 @@ FILES = (  # size, frames (25 a second), frames from one keyframe to the next
 
 
 def chosen(total: int) -> list[int]:
-    """The indices that training's middle rule takes."""
+    """Return the indices that the sampling rule `middle` of training chooses."""
     return sample_indices("middle", num_frames=NUM_FRAMES, total_frames=total, fps=25.0)
 
 
 def ours(path: Path, reader: str) -> np.ndarray:
-    """(T, H, W, 3) uint8."""
+    """Decode the chosen frames with our reader: (T, H, W, 3) uint8."""
     with open_media(path, reader=reader) as medium:
         return np.stack(list(medium.frames(chosen(medium.info.num_frames))))
 
 
 def plain_pyav(path: Path) -> np.ndarray:
-    """(T, H, W, 3) uint8, with PyAV's defaults."""
+    """Decode the chosen frames with PyAV's defaults: (T, H, W, 3) uint8."""
     import av
 
     with av.open(str(path)) as container:
@@ -66,7 +66,7 @@ def plain_decord(path: Path) -> np.ndarray:
 
 
 def plain_torchcodec(path: Path) -> np.ndarray:
-    """(T, H, W, 3) uint8, with torchcodec's defaults: one thread, exact seeking."""
+    """Decode the chosen frames with torchcodec's defaults (one thread, exact seeking): (T, H, W, 3) uint8."""
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(str(path), dimension_order="NHWC")

@@ -45,7 +45,7 @@ def products(sizes: dict, rows: int) -> list[tuple[int, int, int, int]]:
 def matmul_peak(
     shapes: list[tuple[int, int, int, int]], device: torch.device, dtype: torch.dtype, repeats: int = 5
 ) -> float:
-    """Return the FLOP/s of matrix products computed one after another. shapes: from `products`."""
+    """Return the FLOP/s of matrix products computed one after another. shapes: result of `products`."""
     flops = time = 0.0
     for count, rows, inner, columns in shapes:
         x = torch.randn(rows, inner, device=device, dtype=dtype)
@@ -63,12 +63,15 @@ def _repeat(layer: torch.nn.Linear, x: Tensor, calls: int) -> None:
 
 
 def attention_flops(sizes: dict, frames: int, tokens: int) -> float:
-    """Return the FLOP of all attention blocks, apart from their linear layers. tokens: of each frame."""
+    """Return the FLOP of all attention blocks, apart from their linear layers.
+
+    tokens: number of tokens of each frame.
+    """
     return 4.0 * frames * sizes["depth"] * tokens * tokens * sizes["embed_dim"]
 
 
 def operators(encoder: VisionEncoder, video: Tensor) -> dict[str, float]:
-    """Return the shares of time of the operators that take most of it, without what they call."""
+    """Return each slow operator's share of the time, without the time of the operators that it calls."""
     with profile() as run:
         encoder(video)
     kind = "self_cpu_time_total" if video.device.type == "cpu" else "self_device_time_total"

@@ -91,7 +91,7 @@ def write_released(
 def measure(folder: str, loader: str, dtype: str) -> dict[str, float]:
     """Load a checkpoint in this process. Returns sizes in bytes and seconds.
 
-    peak: by how much the resident memory grew at its peak. peak_ratio: peak divided by the size of the weights.
+    peak: the largest growth of the resident memory. peak_ratio: peak divided by the size of the weights.
     """
     from stllm.models.checkpoints.load import load_model
     from stllm.models.st_llm import STLLM

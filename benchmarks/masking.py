@@ -1,9 +1,9 @@
 """Masking: time and memory of training steps with masking (paper section 3.3), for several numbers of frames.
 
-Half of the visual tokens are dropped, by masking alone and by masking with MVM, whose teacher pass reads all tokens.
-The baseline is a step on all tokens. The vocabulary is chosen so that logits take the same share of the work as in the
-published model. Memory is measured as in training_step.py. --published: the published language model in bfloat16, on a
-GPU.
+Half of the visual tokens are dropped, by masking without MVM and by masking with MVM, whose teacher pass reads all
+tokens. The baseline is a step on all tokens. The vocabulary is chosen so that logits take the same share of the work as
+in the published model. Memory is measured as in training_step.py. --published: the published language model in
+bfloat16, on a GPU.
 
     python -m benchmarks.masking [--quick | --published]
 """
@@ -36,7 +36,10 @@ LABELS = {"masked": "masked", "ours": "masked with MVM"}
 
 
 def measured(case: Case, model: STLLM) -> dict[str, Any]:
-    """Measure steps with the number of frames of `case`. Returns a row of the table. model: of the sizes of `case`."""
+    """Measure steps with the number of frames of `case`.
+
+    Returns a row of the table. model: a model with the sizes of `case`.
+    """
     batch = new_batch(case, model.device)
     time = step_seconds(model, batch, "unmasked", *LABELS)
     memory = {name: step_bytes(case, model, batch, name) / MIB for name in time}

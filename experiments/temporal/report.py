@@ -135,7 +135,7 @@ def claims(variants: Mapping[str, Any], has_long: bool) -> list[dict[str, Any]]:
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write temporal.json, temporal.md and temporal.svg, each completely or not at all. report: from `summary`."""
+    """Write temporal.json, temporal.md and temporal.svg, each completely or not at all. report: result of `summary`."""
     from matplotlib import rc_context
 
     write_json(folder / "temporal.json", report)
@@ -145,7 +145,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """Return temporal.md: the tables, the claims, the setting and the failures. report: from `summary`."""
+    """Return temporal.md: the tables, the claims, the setting and the failures. report: result of `summary`."""
     runs, about = report["runs"], report["machine"]
     seeds = ", ".join(map(str, runs["seeds"])) or MISSING
     total = len(VARIANTS) * max(1, len(runs["seeds"]))

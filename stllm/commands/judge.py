@@ -66,9 +66,9 @@ def add_options(parser: Parser) -> None:
     )
     words = "YAML or JSON file with other instructions for the judge, such as the official ones"
     parser.add_argument("--prompts", type=path, metavar="FILE", help=words)
-    words = "recompute the scores from the ledger without asking the judge"
+    words = "recompute the scores from the stored verdicts (AXIS.ledger.jsonl) without asking the judge"
     parser.add_argument("--offline", action="store_true", help=words)
-    words = "compare the ledger in --output-dir with this ledger, or the one in this folder"
+    words = "compare the verdicts in --output-dir with those in LEDGER, another AXIS.ledger.jsonl or its folder"
     parser.add_argument("--compare", type=path, metavar="LEDGER", help=words)
     words = "test the judge on N random items, each with answers known to be right or wrong"
     parser.add_argument("--self-check", type=whole(1), metavar="N", help=words)

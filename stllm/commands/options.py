@@ -112,7 +112,8 @@ def add_context(parser: Container, default: str = PUBLISHED) -> None:
     parser.add_argument(
         "--context",
         choices=CONTEXTS,
-        help="rule for long prompts. published: keep the last 2,000 tokens, visual ones and --max-new-tokens included. "
+        help="rule for long prompts. published: the prompt (visual tokens included) and --max-new-tokens add up to at "
+        "most 2,000 tokens; a longer prompt loses its first tokens. "
         f"all: keep all tokens, even if they exceed the model's trained positions (default: {default})",
     )
 
@@ -120,8 +121,8 @@ def add_context(parser: Container, default: str = PUBLISHED) -> None:
 def add_engine(parser: Container) -> None:
     """Add `--engine` to a command that answers questions."""
     words = (
-        "URL of vLLM, or of another server that accepts prompt embeddings, with the checkpoint's language model. "
-        "Videos are encoded here, and the server generates the answers, with one beam (default: no server)"
+        "URL of a vLLM server (or another that accepts prompt embeddings) that runs the checkpoint's language model. "
+        "This process encodes the videos; the server generates the answers, without beam search (default: no server)"
     )
     parser.add_argument("--engine", metavar="URL", help=words)
 

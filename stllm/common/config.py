@@ -54,7 +54,10 @@ SHOWN = 6  # changed keys that a message lists
 
 @dataclass
 class Layer:
-    """One source of settings. name: for messages. folder: base of its relative paths. values: as read, by section."""
+    """One source of settings.
+
+    name: its name in error messages. folder: base of its relative paths. values: by section.
+    """
 
     name: str
     folder: Path
@@ -95,7 +98,7 @@ def load_evaluation(
     command_line: Mapping[str, Any] | None = None,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> EvaluationSettings:
-    """Return the settings of one evaluation; arguments and errors as for `load_config`.
+    """Return the settings of one evaluation; arguments and errors as in `load_config`.
 
     The YAML need not name a model: its architecture is read from the checkpoint later.
     """
@@ -245,7 +248,10 @@ def _check_layer(layer: Layer) -> None:
 
 
 def _check_keys(values: dict[str, Any], schema: type, prefix: str, source: str) -> None:
-    """Check a section's keys against its dataclass; remove keys that have no effect. source: the layer's name."""
+    """Check a section's keys against its dataclass; remove keys without effect.
+
+    source: the YAML or option that sets them.
+    """
     fields = {f.name: f for f in dataclasses.fields(schema)}
     annotations = typing.get_type_hints(schema)
     for key, value in list(values.items()):
@@ -422,10 +428,10 @@ def _make_paths_absolute(cfg: DictConfig, layers: Sequence[Layer]) -> None:
 
 
 def check_entry(name: str, entry: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """Convert and check the values of one data set's entry. Null values are left out, so that the defaults apply.
+    """Convert and check the settings of one data set. Null values are left out, so that the defaults apply.
 
-    where: returns the name of the layer that sets a dotted key. Raises UserError for a value of a wrong type or out of
-    range.
+    where: returns the name of the YAML or option that sets a dotted key. Raises UserError for a value of a wrong type
+    or out of range.
     """
     checked = checked_values(entry, *keys_of(DatasetSettings), f"datasets.{name}", where)
     return {key: value for key, value in checked.items() if value is not None}

@@ -56,7 +56,8 @@ def is_main() -> bool:
 def _of_group(function: str, variable: str, alone: int) -> int:
     """Return a number from the process group, or from torchrun's environment if there is no group yet.
 
-    function: of torch.distributed. variable: of the environment. alone: the value without either.
+    function: name of a function of torch.distributed. variable: name of an environment variable. alone: the value if
+    there is neither a group nor the variable.
     """
     dist = getattr(sys.modules.get("torch"), "distributed", None)
     if dist is not None and dist.is_available() and dist.is_initialized():

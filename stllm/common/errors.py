@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """An error that the user can correct: a wrong name, file, value or device."""
+    """An error that the user can correct: an invalid name, file, value or device."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -149,8 +149,8 @@ DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repos
 def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
     """Return a layer's `run` section with current names, and without keys that have no effect.
 
-    given: the keys and values. source: the layer's name. Raises UserError for an unknown key, and if an argument is
-    given by its old and its new name.
+    given: the keys and values. source: the YAML or option that sets them. Raises UserError for an unknown key, and if
+    an argument is given by its old and its new name.
     """
     known = run_keys()
     result: dict[str, Any] = {}
@@ -193,7 +193,8 @@ def run_keys() -> dict[str, Any]:
 def check_run(run: Mapping[str, Any], where: Where) -> dict[str, Any]:
     """Convert and check the values of the merged and resolved `run`, and add the defaults of RunSettings.
 
-    A null value is left out, so that its default applies. where: returns the name of the layer that sets a dotted key.
+    A null value is left out, so that its default applies. where: returns the name of the YAML or option that sets a
+    dotted key.
     Raises UserError for a value of a wrong type, out of range or not among the allowed ones.
     """
     kinds, values = run_keys(), dict(run)

@@ -147,7 +147,7 @@ class ModelSettings:
     # registered name of the prompt template: instructblip or minigpt4; unset: instructblip if qformer_text_input
     template: str | None = _key(None, choices=registry.templates)
     system: str | None = None  # system message before the question
-    max_txt_len: int = _key(512, low=1)  # most tokens of an answer in training, and of the text for the Q-Former
+    max_txt_len: int = _key(512, low=1)  # maximum tokens of an answer in training, and of the text for the Q-Former
     end_sym: str = _key("###", filled=True)  # text that marks the end of an answer
 
     # Weights
@@ -199,7 +199,10 @@ class RunSettings:
 
 @dataclass
 class DatasetSettings:
-    """Keys of one data set's entry. For a shipped data set, unset keys (None) take its shipped values."""
+    """The settings of one data set in section `datasets`.
+
+    Unset keys (None) of a shipped data set take its own defaults.
+    """
 
     type: str = "instruction"  # registered name of the data set class: instruction, image_text or video_text
     media: str | None = _key(None, choices=("video", "image", "text"))  # unset: the kind named in the annotation file
@@ -315,9 +318,9 @@ def checked_values(
     structured: bool = False,
     finite: bool = False,
 ) -> dict[str, Any]:
-    """Convert values to the types of their keys, and check them. Raises UserError for the first wrong value.
+    """Convert values to the types of their keys, and check them. Raises UserError for the first invalid value.
 
-    kinds: types by key. about: limits by key, see `_key`. prefix: dotted name of the section, for messages.
+    kinds: types by key. about: limits by key, see `_key`. prefix: dotted name of the section, used in error messages.
     structured: apply OmegaConf's rules for dataclasses: null only where the type allows it; an int becomes a float if
     the type is float. finite: reject infinite numbers and NaN.
     """

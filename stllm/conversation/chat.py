@@ -331,7 +331,7 @@ class Chat:
     ) -> dict[str, Any]:
         """Collate prompts on the model's device: the tensors of `pad_sequences` and visual_tokens, (V, D) or None.
 
-        answer: token ids that are appended to each prompt and have labels. side: of the padding.
+        answer: token ids that are appended to each prompt and have labels. side: side to pad on.
         """
         rows = [[*one.ids, *(answer or ())] for one in prepared]
         batch: dict[str, Any] = pad_sequences(

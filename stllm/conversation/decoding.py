@@ -120,7 +120,7 @@ class Decoding:
 
 
 class NoNumbersError(UserError):
-    """An error for values of the model that are NaN or infinite. what: which values. dtype: their type."""
+    """An error for values of the model that are NaN or infinite. what: name of the values. dtype: their type."""
 
     def __init__(self, what: str, dtype: torch.dtype) -> None:
         kind = str(dtype).removeprefix("torch.")

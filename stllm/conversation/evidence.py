@@ -56,7 +56,7 @@ AnyChat: TypeAlias = Any  # a `Chat`; chat.py imports this file, so this file mu
 class Evidence:
     """The evidence for one answer.
 
-    log_probability: of the answer and its end mark given the whole video, in nats.
+    log_probability: log probability of the answer and its end mark given the whole video, in nats.
     times: times of the T frames in seconds. segments: (first, end) frame indices of each segment, end excluded.
     scores: one per segment in nats: log_probability minus that without the segment. Above 0, the segment made the
         answer more likely.
@@ -105,7 +105,8 @@ def measure_evidence(
 
     answer: None for the model's own, generated with `decoding`. For an empty answer, only the end mark is measured.
     decoding: its context rule may cut the prompt; segments are then left out of the shortened prompt.
-    max_segments: of a video with at most this many frames, each frame is a segment; otherwise several neighbours are.
+    max_segments: maximum number of segments. With at most this many frames, each frame is a segment; with more,
+    neighbouring frames form one segment.
     max_positions: token positions of one pass; None for a default of the device. The scores do not depend on it.
     seen: the request's encoded video, if known. stop: an event that ends the measurement.
     Raises UserError for a request without a video of at least two frames, or if stopped; and whatever `Chat.prepare`

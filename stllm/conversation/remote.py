@@ -75,8 +75,10 @@ class _EngineHttp(openai.DefaultAsyncHttpxClient):
 class RemoteLanguageModel:
     """Client of one engine. Methods may be called from any thread. Close the client when it is no longer needed.
 
-    url: with or without a final `/v1`; it may contain a user name and a password. max_in_flight: requests at once.
-    seconds: time limit for one answer. Attribute address: the URL without user name and password, for messages.
+    url: the server's URL, with or without a final `/v1`; it may contain a user name and a password. max_in_flight:
+    maximum number of simultaneous requests.
+    seconds: time limit for one answer. Attribute address: the URL without user name and password, used in error
+    messages.
     Raises UserError for an invalid URL, or a key with invalid characters.
     """
 

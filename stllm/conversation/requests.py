@@ -104,7 +104,8 @@ class EncodedClip:
     """An encoded clip.
 
     encoded: (1, T, 1+P, C) if the Q-Former reads the question, else (1, T, K, D). kind: as in `MediaInfo`.
-    times: of the frames, in seconds. seconds: spent on each stage. digest: key in the `FeatureCache`; "" if not cached.
+    times: the frames' times in seconds. seconds: time spent on each stage. digest: key in the `FeatureCache`; "" if not
+    cached.
     """
 
     encoded: Tensor
@@ -251,8 +252,8 @@ class Prepared:
     """A request with its prompt, ready to be answered.
 
     ids: token ids of the prompt; one placeholder id stands for all visual tokens. visual: the visual tokens, (N, D);
-    None without media. times: of the frames, in seconds. seconds: spent on each stage. cut: tokens that the context
-    rule removed. digest: the video's key in the cache; None without media.
+    None without media. times: the frames' times in seconds. seconds: time spent on each stage. cut: tokens that the
+    context rule removed. digest: the video's key in the cache; None without media.
     """
 
     request: Request
@@ -329,7 +330,7 @@ def num_positions(text_config: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. video: path or None. frame_times: of the frames, in seconds. seconds: spent on each stage.
+    """An answer. video: path or None. frame_times: the frames' times in seconds. seconds: time spent on each stage.
 
     visual_tokens: number of visual tokens that entered the language model. cut: tokens that the context rule removed.
     """

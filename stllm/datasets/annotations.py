@@ -63,8 +63,9 @@ class Record:
     """One record: a medium with its questions and answers.
 
     turns: instruction, question and answer of each pair. media: path of the medium; None for a text-only record.
-    kind: "video" or "image". where: file and record, for messages. bounds: start and end in seconds, `math.inf` for an
-    open end. member: the medium's place in a tar, if it is in one. key: name of its features, if `media` is not unique.
+    kind: "video" or "image". where: file and record, as error messages name them. bounds: start and end in seconds,
+    `math.inf` for an open end. member: the medium's place in a tar, if it is in one. key: name of its features, if
+    `media` is not unique.
     """
 
     turns: tuple[Turn, ...]
@@ -229,7 +230,7 @@ def flatten(source: str | Path, target: str | Path) -> tuple[int, int, int]:
 def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
     """Read a file, and return its bytes and its text. Raises UserError if it cannot be read or is not UTF-8.
 
-    expected: the format in words, for messages.
+    expected: description of the format, used in error messages.
     """
     check_regular(path, expected)
     try:
@@ -295,7 +296,8 @@ def fields_beside(text: bytes | None, data: bytes | None, where: str) -> Fields:
     """Build a clip's record from the txt (`text`) and the json (`data`) beside it; None if the file is absent.
 
     The json's pairs are `QA`, LLaVA's `conversations`, or `question` and `answer`. If it has no pairs, the caption is
-    the txt, or else the json's `caption`. where: the clip, for messages. Raises AnnotationError if none exists.
+    the txt, or else the json's `caption`. where: the clip, named in error messages. Raises AnnotationError if none
+    exists.
     """
     try:
         fields = {} if data is None else loads(data)

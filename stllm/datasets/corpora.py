@@ -107,9 +107,10 @@ def held_out(corpus: Corpus, fraction: float) -> np.ndarray:
 
 
 def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, DatasetSettings]:
-    """Merge each entry over the shipped entry of its name, and join its paths to the roots.
+    """Return each data set's settings: the shipped defaults of its name, overridden by the user's.
 
-    Raises UserError if no data set is listed, for an unknown name without files, and for a wrong sampling or reader.
+    Relative paths are joined to the root folders of the section (`ROOTS`). Raises UserError if no data set is listed,
+    for an unknown name without files, for an unknown sampling rule, and for a reader that is unknown or not installed.
     """
     section = cast(dict[str, Any], OmegaConf.to_container(cfg.datasets, resolve=True))
     roots = {root: section.pop(root, None) for root in ROOTS}

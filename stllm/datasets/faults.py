@@ -193,7 +193,7 @@ def check_name(fields: Fields, where: str, keys: tuple[str, ...]) -> Generator[F
 def check_bounds(
     fields: Fields, where: str, *, negative_start: bool = False
 ) -> Generator[Finding, None, Bounds | None]:
-    """Return the record's bounds in seconds, or None. Yield a fault if `start` or `end` is wrong."""
+    """Return the record's bounds in seconds, or None. Yield a fault if `start` or `end` is invalid."""
     try:
         return bounds_of(fields, where, negative_start=negative_start)
     except AnnotationError as error:

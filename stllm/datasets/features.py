@@ -45,7 +45,7 @@ def feature_key(record: Record, media_dir: str | Path) -> str:
 
 
 def clip_key(media: str, bounds: Bounds | None) -> str:
-    """Return `some/video.mp4`, or `some/video.mp4[2,7.5]` for a part of a video. bounds: in seconds."""
+    """Return `some/video.mp4`, or `some/video.mp4[2,7.5]` for a part of a video. bounds: start and end in seconds."""
     return media if bounds is None else f"{media}[{bounds[0]!r},{bounds[1]!r}]"
 
 

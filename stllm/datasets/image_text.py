@@ -62,7 +62,7 @@ class ImageTextCorpus:
 
     @classmethod
     def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "ImageTextCorpus":
-        """Build the data set from the settings of its entry. Raises UserError if the entry has no shards."""
+        """Build the data set from its settings in the YAML. Raises UserError if they name no shards."""
         if not settings.shards:
             raise UserError(f"data set {name}: no shards are given; name its tar files, such as {{00000..01255}}.tar")
         return cls(

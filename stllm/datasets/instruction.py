@@ -62,7 +62,7 @@ class InstructionCorpus:
 
     @classmethod
     def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> "InstructionCorpus":
-        """Build the data set from the settings of its entry. Raises UserError for an unusable annotation file."""
+        """Build the data set from its settings in the YAML. Raises UserError for an unusable annotation file."""
         if settings.anno_path is None:
             raise UserError(f"data set {name}: no anno_path is given; name its annotation file")
         clips = ShardClips.of(name, settings) if settings.shards else None
@@ -74,7 +74,7 @@ class InstructionCorpus:
     def of_records(
         cls, name: str, records: Records, settings: DatasetSettings, *, transform: ClipTransform
     ) -> "InstructionCorpus":
-        """Build the data set from records and the settings of its entry."""
+        """Build the data set from records and its settings in the YAML."""
         return cls(
             name=name,
             records=records,

@@ -60,7 +60,7 @@ class Failure:
 class Sample:
     """One prepared sample: a medium with questions and answers, or only text.
 
-    name: file and record, for messages. media: "video", "image", or None for a text-only sample.
+    name: file and record, as error messages name them. media: "video", "image", or None for a text-only sample.
     A sample with a medium has one of three tensors: pixel_values (T, 3, S, S) uint8, or precomputed vision_features
     (T, 1+P, C) or query_features (T, K, Q).
     failures: samples tried before this one that could not be used.
@@ -100,8 +100,9 @@ class Corpus(Protocol):
     def load(self, key: SampleKey, generator: np.random.Generator, check: LengthCheck | None = None) -> Sample:
         """Prepare the sample `key.index`.
 
-        generator: for the random choices: frames, crop, QA pair. check: called with the sample's text before its
-        medium is read. Raises MediaError or AnnotationError if the sample cannot be read, and any error of `check`.
+        generator: makes the random choices (frames, crop, QA pair). check: function that is called with the sample's
+        text before its medium is read. Raises MediaError or AnnotationError if the sample cannot be read, and any error
+        of `check`.
         """
         ...
 
@@ -118,12 +119,15 @@ class Stream(IntEnum):
 
 
 def keyed_numpy(seed: int, *parts: int) -> np.random.Generator:
-    """Make a numpy generator that depends only on the seed and `parts`. parts: a `Stream`, then further numbers."""
+    """Make a numpy generator from the seed and `parts`.
+
+    parts: the kind of draw (`Stream`), then the epoch, sample and so on.
+    """
     return np.random.default_rng([seed, *parts])
 
 
 def keyed_torch(seed: int, *parts: int) -> torch.Generator:
-    """Make a torch CPU generator that depends only on the seed and `parts`. parts: a `Stream`, then further numbers."""
+    """Make a torch CPU generator from the seed and `parts`. parts: as in `keyed_numpy`."""
     state = np.random.SeedSequence([seed, *parts]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 

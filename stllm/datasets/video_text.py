@@ -27,8 +27,8 @@ NUM_ANSWERS = SampleSpan._fields.index("num_answers")
 class ShardRecords:
     """The records of clips in shards; see `annotations.Records`.
 
-    name: name of the data set, for messages. shards, cache_dir, cache_gb: see `Shards`. media_dir: folder that the keys
-    of features are relative to. num_pairs: (N,) number of answered pairs of each record.
+    name: the data set's name, used in error messages. shards, cache_dir, cache_gb: see `Shards`. media_dir: folder that
+    the keys of features are relative to. num_pairs: (N,) number of answered pairs of each record.
 
     Raises the errors of `Shards`, and UserError if no shard holds a clip.
     """
@@ -55,7 +55,10 @@ class ShardRecords:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Record:
-        """Read a record. Raises AnnotationError for a missing or wrong text, and MediaError for a missing clip."""
+        """Read a record.
+
+        Raises AnnotationError if its text is missing or invalid, MediaError if its clip is missing.
+        """
         shard, number = self.samples.place(index)
         now_reading(shard)
         content = self.samples.reader.read(shard, number, self.kind)
@@ -77,7 +80,7 @@ class VideoTextCorpus(InstructionCorpus):
 
     @classmethod
     def from_settings(cls, name: str, settings: DatasetSettings, *, transform: ClipTransform) -> InstructionCorpus:
-        """Build the data set from the settings of its entry. Raises the errors of `ShardRecords`."""
+        """Build the data set from its settings in the YAML. Raises the errors of `ShardRecords`."""
         records = ShardRecords(
             name,
             texts(settings.shards),

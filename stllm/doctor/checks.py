@@ -49,7 +49,7 @@ SLACK = 1.0  # seconds by which an annotated end may exceed the video's end, bec
 def training_findings(settings: DatasetSettings, check: LengthCheck) -> Iterator[Finding]:
     """Yield the faults and media of an annotation file (VideoChat2-IT, captions or JSONL).
 
-    settings: of the data set, with `anno_path`. If they set `media`, records of another kind are skipped.
+    settings: the data set's settings, with `anno_path`. If they set `media`, records of another kind are skipped.
     check: check of the samples' lengths, the model's or `at_least_words`.
     """
     file = user_path(settings.anno_path or "")
@@ -153,7 +153,8 @@ def at_least_words(sample: Sample, num_frames: int) -> None:
 class Use:
     """A medium and what the records that use it expect.
 
-    path: of the medium. expects: "video", "image" or "frames". where: the first record. num_records: number of records.
+    path: path of the medium. expects: "video", "image" or "frames". where: the first record. num_records: number of
+    records.
     fps, num_frames: as for the record. clips: (start and end, record) of each part. rule: a benchmark's sampling rule
     (sampling.py); "" for training data.
     """
@@ -176,7 +177,7 @@ class Use:
 def check_use(use: Use, decode: str, media_seconds: float = 0) -> list[Fault]:
     """Check an existing medium. decode: "none" checks only its size, "first" its first frame, "all" all frames.
 
-    media_seconds: time limit for reading; 0: none. Raises StorageError.
+    media_seconds: time limit for reading; 0: no limit. Raises StorageError.
     """
     with _notes() as notes:
         try:
@@ -256,8 +257,8 @@ def check_shard(
 ) -> list[Fault]:
     """Check one shard. decode: "none" checks only headers, "first" also the first sample, "all" all samples.
 
-    kind: of its media, "image" or "video"; None: of most of them. media_seconds: time limit for reading a sample; 0:
-    none.
+    kind: the kind of media to check, "image" or "video"; None: the kind of most of them. media_seconds: time limit for
+    reading a sample; 0: no limit.
     """
     reader = ShardReader(ShardCache(cache_dir, cache_gb))
     try:
@@ -316,10 +317,11 @@ def check_shard(
 
 
 def check_clips(settings: DatasetSettings, names: dict[str, str], *, decode: str, media_seconds: float) -> list[Fault]:
-    """Check the clips in `settings.shards` that an annotation file names. names: each clip's, with its first record.
+    """Check the clips in `settings.shards` that an annotation file names. names: name of each clip, with its first
+    record.
 
-    decode: "none" of them (they must be there once), the "first" frame of each, or "all". media_seconds: the limit on
-    reading one; 0: none.
+    decode: "none" of them (they must be there once), the "first" frame of each, or "all". media_seconds: time
+    limit for reading a clip; 0: no limit.
     """
     clips = ShardClips.of(str(settings.anno_path), settings)
 
@@ -343,8 +345,8 @@ def check_clips(settings: DatasetSettings, names: dict[str, str], *, decode: str
 def check_features(folder: str, keys: list[tuple[str, str]], *, decode: str, media_seconds: float) -> list[Fault]:
     """Check a folder of precomputed features. keys: (key, record) of each clip that it must have.
 
-    decode: "none" does not read tensors; other values read all, which are small. media_seconds: time limit for one; 0:
-    none.
+    decode: "none" does not read tensors; other values read all, which are small. media_seconds: time limit for one
+    file; 0: no limit.
     """
     try:
         store = FeatureStore(folder)

@@ -52,7 +52,8 @@ Task = Callable[[], list[Fault]]
 class Report:
     """The result of a check: how much was read, and the faults.
 
-    decode: as in the options. data_sets: name -> number of records, or of shards. notes: what was not checked, and why.
+    decode: the option --decode. data_sets: name -> number of records, or of shards. notes: what was not checked, and
+    why.
     """
 
     decode: str
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(args: argparse.Namespace) -> Report:
-    """Check all records, then all media. args: the command's options. Raises UserError for a wrong configuration."""
+    """Check all records, then all media. args: the command's options. Raises UserError for an invalid configuration."""
     report, survey = Report(decode=args.decode), Survey()
     seconds = args.media_seconds
     if seconds is None:  # decoding all frames of a film takes longer

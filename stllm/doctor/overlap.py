@@ -232,9 +232,11 @@ def _by_frames(train: dict[Clip, InTar | None], test: dict[Clip, Found], args: a
 
 
 def frame_hashes(clip: tuple[Clip, InTar | None], media_seconds: float = 0) -> "np.ndarray | str":
-    """Hash frames spread over a clip. Return the hashes, (T, 8) uint8, without single-coloured frames; or an error.
+    """Hash frames spread over a clip, except single-coloured ones. Return the hashes, (T, 8) uint8, or an error
+    message.
 
-    clip: and how to open it in a tar; None: it is a file. media_seconds: time limit for reading; 0: none.
+    clip: the clip, and the function that opens it in a tar (None if it is a file on disk). media_seconds: time limit
+    for reading it; 0: no limit.
     """
     import imagehash
     from PIL import Image

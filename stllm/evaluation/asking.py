@@ -63,7 +63,7 @@ def share(items: Sequence[Item], rank: int, num_ranks: int) -> list[Item]:
 def read_clip(reader: ClipReader, media_seconds: float, media: Media) -> tuple[Clip | str, float]:
     """Read one clip. Return the clip or an error sentence, and the seconds that reading took.
 
-    media_seconds: the time limit; 0: none. Raises StorageError.
+    media_seconds: the time limit; 0: no limit. Raises StorageError.
     """
     start = time.perf_counter()
     found: Clip | str
@@ -80,7 +80,7 @@ class Asker:
     """Asks a model the items of a benchmark.
 
     batch_size: questions answered at once. num_workers: processes that read clips; 0: this one.
-    media_seconds: time limit for reading one medium; 0: none.
+    media_seconds: time limit for reading one medium; 0: no limit.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Asker:
 
 
 def failed(item: Item, error: str, seconds: float = 0.0) -> Record:
-    """Return the record of an item that could not be asked. error: the reason. seconds: spent on reading."""
+    """Return the record of an item that could not be asked. error: the reason. seconds: time spent on reading."""
     assert error, item.id
     spent = {"read": round(seconds, 4), "encode": 0.0, "answer": 0.0}
     return {**head(item), "prediction": None, "frames": {"count": 0, "times": []}, "seconds": spent, "error": error}

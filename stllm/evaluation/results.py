@@ -35,8 +35,8 @@ SHOWN_FAILURES = 3  # failures that the command prints
 class Outcome:
     """The records of a finished run, and how they were made.
 
-    records: one per item, including failed ones, in any order. settings: of the run. digests: hashes of configuration,
-    prompts and checkpoint. seconds: total time spent on items, over all processes and interrupted runs.
+    records: one per item, including failed ones, in any order. settings: the run's settings. digests: hashes of
+    configuration, prompts and checkpoint. seconds: total time spent on items, over all processes and interrupted runs.
     """
 
     records: Sequence[Record]
@@ -81,8 +81,8 @@ def write(folder: Path, name: str, loaded: Loaded, outcome: Outcome) -> dict[str
 def write_probe(path: Path, loaded: Loaded, outcomes: Mapping[str, Outcome | None], probe: Any) -> str:
     """Write a probe's scores, report and chart, each atomically, and return its verdict for printing.
 
-    path: `<name>.<option>`, to which .json, .md and .png are added. outcomes: of each variant, the unchanged benchmark
-    first. probe: the probe's module (see evaluation/probes).
+    path: `<name>.<option>`, to which .json, .md and .png are added. outcomes: the outcome of each variant, the
+    unchanged benchmark first. probe: the probe's module (see evaluation/probes).
     """
     found = {variant: outcome for variant, outcome in outcomes.items() if outcome is not None}
     scored = loaded.benchmark.scored
@@ -151,7 +151,7 @@ def versions() -> dict[str, str]:
 
 
 def run_report(name: str, loaded: Loaded, records: Sequence[Record], content: Mapping[str, Any]) -> str:
-    """Return the report as Markdown. name: of the run's files. content: of the results file."""
+    """Return the report as Markdown. name: name of the run's files. content: content of the results file."""
     judged = loaded.benchmark.judged
     parts = [f"# {name}\n"]
     if judged:
@@ -212,7 +212,7 @@ def _open_answers(loaded: Loaded, records: Sequence[Record]) -> list[str]:
 def _accuracies(loaded: Loaded, records: Sequence[Record], scores: Mapping[str, Any]) -> list[str]:
     """Return the report's sections with averages, intervals, accuracies per task and group, and published figures.
 
-    records: those that are scored. scores: of the results file.
+    records: those that are scored. scores: the `scores` of the results file.
     """
     name, title, over = loaded.name, loaded.benchmark.title, loaded.benchmark.mean_over
     total, published, asked = tally(records), BY_TASK.get(loaded.name, {}), by_task(records)
@@ -309,7 +309,8 @@ def run_bars(loaded: Loaded, scores: Mapping[str, Any]) -> Bars:
 def summary(path: Path, loaded: Loaded, outcome: Outcome, content: Mapping[str, Any], seconds: float) -> str:
     """Return the text to print after a run.
 
-    path: of the result files without extension. content: of the results file. seconds: duration of the command.
+    path: path of the result files without extension. content: content of the results file. seconds: duration of the
+    command.
     """
     counted, lines = content["counts"], []
     for rule in RULES if content["scores"] else ():

@@ -220,7 +220,7 @@ def interval(
 ) -> Interval | None:
     """Return the 95 % interval of a mean, scaled from 0..1 to 0..high; None without values.
 
-    values: from 0 to 1. clusters: each value's cluster, such as its video; values of a cluster may be dependent.
+    values: scores from 0 to 1. clusters: each value's cluster, such as its video; values of a cluster may be dependent.
     strata: each value's stratum, such as its task; the mean is then the mean of the strata's means.
     If all values are 0 or 1, all clusters have one value and there is one stratum, the result is Wilson's interval.
     Otherwise it is the mean plus or minus 1.96 clustered standard errors. If that error is 0, because all clusters

@@ -72,7 +72,8 @@ class Endpoint:
 
     settings: fields of every request: `model`, `temperature` and optionally `max_tokens`. base_url: None for OpenAI.
     api_key_env: environment variable with the key. By default, OPENAI_API_KEY is sent to OpenAI only, and no key to
-    other servers. timeout: seconds for a whole reply. Attribute address: the URL without password, for messages.
+    other servers. timeout: seconds for a whole reply. Attribute address: the URL without password, used in error
+    messages.
     Raises UserError for an invalid URL, and for a key that is missing or malformed.
     """
 
@@ -107,7 +108,7 @@ class Endpoint:
     ) -> str | None:
         """Have all items judged, `concurrency` at a time. Return the reason for stopping early, or None.
 
-        max_attempts: most requests per item. done: called after each item.
+        max_attempts: maximum number of requests per item. done: function that is called after each item.
         """
         axis = ledger.run.axis
         waiting = iter(items)  # shared by the workers; each takes the next item

@@ -47,8 +47,8 @@ Messages = list[dict[str, str]]  # messages of a chat completion: {"role": ..., 
 class JudgeItem:
     """One item to judge: a question and its prediction, or a list of two of each for the axis consistency.
 
-    key: unique in the file and the same in every run. name: of its official item file, `<key>_<k>`. form: key of its
-    instructions; "" for those of the axis. video: the video's name; "" if unknown.
+    key: unique in the file and the same in every run. name: name of its official item file, `<key>_<k>`. form: key of
+    its instructions; "" for those of the axis. video: the video's name; "" if unknown.
     """
 
     key: str
@@ -187,7 +187,7 @@ class PromptSet:
     """Instructions for judges: for each axis a system and a user message with {fields} for an item's texts.
 
     version: name of this wording. quote: "json" to insert texts as JSON strings, "none" to insert them unchanged.
-    prompts: axis -> {"system": ..., "user": ...}. source: the file's name, for messages.
+    prompts: axis -> {"system": ..., "user": ...}. source: the file's name, used in error messages.
     """
 
     version: str
@@ -229,9 +229,10 @@ def without_system(messages: Messages) -> Messages:
 
 
 def load_prompts(path: str | None, axis: str = QA) -> PromptSet:
-    """Read instructions from a YAML or JSON file. path: None for stllm's own file for the axis.
+    """Read the judge's instructions from a YAML or JSON file. axis: what is scored, such as "correctness".
 
-    Raises UserError for an unreadable file, an unknown axis, or instructions that do not show all of an item's texts.
+    path: the file; None: stllm's own instructions for the axis. Raises UserError for an unreadable file, an unknown
+    axis, or instructions that leave out a text of the item (its question, answer or prediction).
     """
     source = path or "the instructions of stllm"
     if path is None:

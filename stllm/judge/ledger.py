@@ -50,7 +50,7 @@ class JudgeRun:
 
     @property
     def limit(self) -> float:
-        """Return the most tokens of a reply; infinity for an endpoint without --max-tokens."""
+        """Return the maximum number of tokens of a reply; infinity for an endpoint without --max-tokens."""
         return self.max_tokens or (MAX_NEW_TOKENS if self.base_url is None else math.inf)
 
 
@@ -138,7 +138,10 @@ class Ledger:
         return self._run
 
     def check(self, run: JudgeRun, items: Sequence[JudgeItem] | None) -> None:
-        """Raise UserError if settings or items (None: not compared) differ from the ledger's, naming the difference."""
+        """Raise UserError, which names the difference, if this run's settings or items differ from those in this file.
+
+        run: the judge and its settings. items: None to compare only the settings.
+        """
         earlier = self._run or run
         for name, words in COMPARED.items():
             before, now = getattr(earlier, name), getattr(run, name)
@@ -195,7 +198,7 @@ class Ledger:
 def continued(path: Path, run: JudgeRun, items: Sequence[JudgeItem]) -> Iterator[Ledger]:
     """Open a ledger for appending during the block. Only one process at a time can do this.
 
-    Raises UserError if the ledger has scores with other items or settings. A ledger without a score is started anew.
+    Raises UserError if the ledger has scores with other items or settings. If it has no score yet, it is replaced.
     """
     busy = f"{path}: another process writes to it: wait until it ends, or name another --output-dir"
     with locked(path.with_name(f".{path.name}.lock"), busy):

@@ -67,9 +67,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def score(ledger: Ledger, keys: Iterable[str] | None = None) -> Results:
     """Compute the content of the results file of one axis.
 
-    keys: of all items to be judged; None for those in the ledger. In the result, `accuracy` is in percent, and None for
-    axes without yes or no. Means are None if nothing was scored. `intervals` are 95 % intervals, clustered by video if
-    the predictions name it.
+    keys: keys of all items to be judged; None: those of the items in the ledger. In the result, `accuracy` is in
+    percent, and None for axes without yes or no. Means are None if nothing was scored. `intervals` are 95 % intervals,
+    clustered by video if the predictions name it.
     """
     run = ledger.run
     verdicts: list[Verdict] = []

@@ -36,7 +36,7 @@ class Media:
         frames.
     own_times: compare start and end with the times at which the frames are shown. False: convert start and end into
         frame numbers by the average frame rate, as training and the benchmarks do; the rule `segment` always does.
-    member: where the medium lies, if it is not a file on disk; `path` is then its name in messages.
+    member: where the medium lies, if it is not a file on disk; `path` is then its name in error messages.
     """
 
     path: str
@@ -83,7 +83,7 @@ class Clip:
     """The prepared frames of a medium.
 
     frames: (T, 3, S, S) uint8. indices: their numbers in the file, see `MediaInfo.first_index`. times: seconds from the
-    file's first frame to each of them. info: of the file. path: of the file.
+    file's first frame to each of them. info: what the reader knows about the file. path: path of the file.
     """
 
     frames: Tensor
@@ -117,7 +117,7 @@ def load_clip(
     """Open a medium, sample its frames and prepare them. Only one full-size frame is in memory at a time.
 
     transform: (H, W, 3) uint8 -> (3, S, S) uint8, such as `processors.transforms.EvalTransform`.
-    num_frames: used if `media.num_frames` is None. generator: for the sampling rule `rand`.
+    num_frames: used if `media.num_frames` is None. generator: random generator for the sampling rule `rand`.
     Raises MediaError, which names the path, if the file cannot be read or if start and end lie outside the video.
     """
     with open_media(media.member or media.path, reader=media.reader, fps=media.fps) as medium:

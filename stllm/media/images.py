@@ -200,7 +200,7 @@ def read_image(path: Place) -> Frame:
 def decode_image(file: Place | bytes, name: object) -> Frame:
     """Decode an image file, or its bytes, to (H, W, 3) uint8, rotated by its EXIF orientation.
 
-    name: names the image in messages. Raises MediaError if it is damaged.
+    name: the image's name in error messages. Raises MediaError if it is damaged.
     """
     from PIL import ImageOps
 
@@ -210,7 +210,10 @@ def decode_image(file: Place | bytes, name: object) -> Frame:
 
 @contextmanager
 def _damage(path: object, so_far: str = "") -> Iterator[None]:
-    """Turn the errors that Pillow raises on damaged files into a MediaError. so_far: for the message, what was read."""
+    """Turn the errors that Pillow raises on damaged files into a MediaError.
+
+    so_far: what was read before, for the message.
+    """
     from PIL import Image as images
     from PIL import UnidentifiedImageError
 

@@ -82,7 +82,8 @@ class MediaInfo:
 class Member:
     """A file inside another one, such as a clip in a tar. Readers take it in place of a path; nothing is copied.
 
-    name: for messages, such as "00000.tar/a.mp4". descriptor: of the outer file, which may be closed or removed later.
+    name: the name in error messages, such as "00000.tar/a.mp4". descriptor: descriptor of the outer file, which may be
+    closed or removed later.
     start, size: bytes.
     """
 
@@ -97,11 +98,11 @@ class Member:
         os.close(self._descriptor)
 
     def absolute(self) -> "Member":
-        """Itself, as `Path.absolute` of an absolute path."""
+        """Return itself, like `Path.absolute` for an absolute path."""
         return self
 
     def open(self, mode: str = "rb") -> RawIOBase:
-        """A file of the member's bytes, for reading."""
+        """Return a readable file object with the member's bytes."""
         return _MemberFile(self)
 
     def stat(self) -> SimpleNamespace:
@@ -109,7 +110,7 @@ class Member:
         return SimpleNamespace(st_size=self.size, st_ino=self.start, st_mtime_ns=os.fstat(self._descriptor).st_mtime_ns)
 
     def read(self, size: int, at: int) -> bytes:
-        """At most `size` bytes from there on."""
+        """Return at most `size` bytes from this offset on."""
         return os.pread(self._descriptor, max(0, min(size, self.size - at)), self.start + at)
 
 
@@ -138,7 +139,7 @@ Place = Path | Member  # where a medium's bytes are
 
 
 def place_of(path: str | Path | Member) -> Place:
-    """The place as it is, a text as a path."""
+    """Return a text as a path, and any other place unchanged."""
     return path if isinstance(path, Member) else Path(path)
 
 
@@ -201,7 +202,10 @@ class Reader(Protocol):
         ...
 
     def times(self, indices: Sequence[int]) -> list[float]:
-        """Return the seconds from the first frame to each of these. Raises MediaError for an index out of range."""
+        """Return the seconds from the first frame to each of these frames.
+
+        Raises MediaError for an index out of range.
+        """
         self.check(indices)
         return [float(self.seconds[index - self.info.first_index]) for index in indices]
 

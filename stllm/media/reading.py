@@ -75,8 +75,8 @@ class ReadingPool:
     def read(self, task: Callable[[], R], path: Path, stop: Event) -> R:
         """Run a task in the next free process and return its result. Task and result must be picklable.
 
-        path: the file, for messages. stop: ends the reading when it is set. Raises what the task raises, MediaError if
-        the task takes too long or its process dies, and NobodyWaits if the reading was ended.
+        path: the file, named in error messages. stop: ends the reading when it is set. Raises what the task raises,
+        MediaError if the task takes too long or its process dies, and NobodyWaits if the reading was ended.
         """
         process = None
         while process is None:
@@ -138,8 +138,8 @@ class _ReadingProcess:
     def start(self, check: Callable[[], None]) -> Connection:
         """Start the process if needed, and return the connection to it.
 
-        check: called repeatedly while the process starts; an exception of it ends the waiting. Raises EOFError if the
-        process does not start.
+        check: function that is called repeatedly while the process starts; its exception ends the waiting. Raises
+        EOFError if the process does not start.
         """
         if self._connection is not None and self._connection.poll():  # data without a task: the process has ended
             self.end()

@@ -119,7 +119,7 @@ def bounded(bounds: Bounds, *, total_frames: int, fps: float) -> tuple[int, int]
 def within(bounds: Bounds, *, seconds: np.ndarray, duration: float) -> tuple[int, int]:
     """Return (first, count) of the frames that are shown within [start, end) seconds. first counts from 0.
 
-    seconds: (N,), the time at which each frame is shown, ascending. duration: of the video in seconds.
+    seconds: (N,), the time at which each frame is shown, ascending. duration: the video's duration in seconds.
     Raises BoundsError if the part is empty, lies outside the video or holds no frame. It then names parts with frames.
     """
     start, end = _check_bounds(bounds, max(duration, float(seconds[-1])))
@@ -148,7 +148,8 @@ def sample_indices(
 ) -> list[int]:
     """Return the indices of the frames that a rule chooses, ascending.
 
-    rule: `rand`, `middle`, `fps<x>` (such as `fps0.5`), `uniform` or `segment`.
+    rule: `rand`, `middle`, `fps<x>` (such as `fps0.5`), `uniform` or `segment`: see the functions `rand`, `middle`,
+        `at_rate`, `uniform` and `segment`.
     num_frames: the number of frames. For `fps<x>` it is the maximum (0 or below: all); for `segment` 0 means one frame
         a second.
     bounds: the part to sample from, (start, end) in seconds. `segment` rounds by its own rule, the others by `bounded`.

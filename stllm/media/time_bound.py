@@ -47,9 +47,9 @@ _hanging: list[_Reading] = []
 def read_within(seconds: float, read: Callable[[], T], *, medium: str, setting: str) -> T:
     """Return the result of `read()`, with a time limit in seconds (0: no limit).
 
-    medium: the file, for messages; `now_reading` can name another one later. setting: the name of the limit's setting,
-    for messages. Raises what `read` raises, MediaError if it takes too long, and StorageError if `MAX_HANGING` readings
-    hang.
+    medium: the file that error messages name; `now_reading` can name another one later. setting: the setting of the
+    limit, also named in messages. Raises what `read` raises, MediaError if it takes too long, and StorageError if
+    `MAX_HANGING` readings hang.
     """
     if not seconds:
         return read()
@@ -97,7 +97,7 @@ def keep_reading() -> None:
 
 @contextmanager
 def unbounded() -> Iterator[None]:
-    """Do not count the time in this block. For steps that fetch more than one medium."""
+    """Do not count the time of this block toward the limit, for example because it downloads more than one medium."""
     thread: Any = threading.current_thread()  # may be another type of thread, on which the mark has no effect
     thread.unbounded = True
     try:

@@ -66,7 +66,7 @@ _counted: dict[tuple[str, int, int, int], Timeline] = {}  # counted timelines, t
 
 
 class _Disordered(Exception):
-    """The frames are displayed in another order than that of their stamps."""
+    """The frames are displayed in another order than that of their presentation times."""
 
 
 @readers.register("pyav")
@@ -165,12 +165,12 @@ class PyAvReader(Reader):
         return [frame for _, frame in islice(self._pass, NUM_CHECKED)]
 
     def _decoded_stamps(self) -> list[int | None]:
-        """Decode the whole video, and return the stamp of every frame in the order of the decoder."""
+        """Decode the whole video, and return the presentation time (pts) of each frame in the order of the decoder."""
         self.source.wanted = None
         return [frame.pts for _, frame in self.source.decode(None, counted=True)]
 
     def _count(self, stamps: list[int | None]) -> Timeline:
-        """Make a timeline from stamps in decoding order. It is stored: a process counts a file's frames only once."""
+        """Make a timeline from presentation times in decoding order, and store it: frames are counted only once."""
         timeline = counted_timeline(self.source.stream, stamps)
         if timeline.num_readable <= MAX_COUNTED:
             _counted[_identity(self.path)] = timeline
@@ -179,7 +179,10 @@ class PyAvReader(Reader):
         return timeline
 
     def _frame_at(self, index: int, wanted: Collection[int]) -> "VideoFrame":
-        """Decode frame `index`; if the file is damaged, the decoder may repair it. wanted: stamps not to skip."""
+        """Decode frame `index`; if the file is damaged, the decoder may repair it.
+
+        wanted: stamps of frames not to skip.
+        """
         stamp, disordered, frame = int(self.timeline.stamps[index]), False, None
         if self._wanted is not wanted:
             if self._wanted is not None:  # the current pass may have skipped a frame that is wanted now
@@ -435,7 +438,7 @@ def turn_of(frame: "VideoFrame") -> Turn:
 
 
 def is_transparent(frame: "VideoFrame") -> bool:
-    """Check whether the frame's pixel format can have transparency; a palette can."""
+    """Check whether the frame's pixel format can have transparency; one with a palette can."""
     return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 

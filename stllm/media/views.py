@@ -39,7 +39,7 @@ def view_order(view: str, num_frames: int) -> list[int]:
 
 
 def view_frames(view: str, frames: Tensor) -> Tensor:
-    """Return the frames in a view, (T, 3, S, S) uint8. frames: (T, 3, S, S) uint8, as sampled."""
+    """Reorder, repeat or blank sampled frames, as the view says. frames and result: (T, 3, S, S) uint8."""
     if view == BLANK:
         return frames.new_tensor(MEAN_COLOUR)[:, None, None].expand_as(frames)
     return frames if view == FORWARD else frames[view_order(view, len(frames))]

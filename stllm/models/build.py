@@ -33,7 +33,7 @@ def build_model(cfg: DictConfig | Mapping[str, Any], *, device: str = "auto", dt
     cfg: the result of `load_config`, or its `model` section.
     Some parts are initialised randomly if no file has their weights: the temporal adapter, the global-local module, the
     MVM decoder, LoRA, and the parts in `model.fresh`; also the projection, if the files are of kinds without one; and
-    all parts, if there are no files. Raises UserError for any other missing weights, and for a wrong configuration.
+    all parts, if there are no files. Raises UserError for any other missing weights, and for an invalid configuration.
     """
     model, report = build_audited(cfg, device=device, dtype=dtype)
     for line in report.details():

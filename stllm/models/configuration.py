@@ -57,8 +57,9 @@ class STLLMConfig(PretrainedConfig):
     qformer_config: an `InstructBlipQFormerConfig` or its dictionary; unused if `has_qformer` is False.
     qformer_text_input: the Q-Former reads the question, too.
     text_config: the configuration of the causal language model (any of transformers'), or its dictionary.
-    video_input: the registered name of the video input. residual_size, residual_bottleneck: of the input `residual`,
-        the number of local frames, and the width of its bottleneck (0: a quarter of the language model's width).
+    video_input: the registered name of the video input. residual_size, residual_bottleneck: sizes of the input
+        `residual`, the number of local frames, and the width of its bottleneck (0: a quarter of the language model's
+        width).
     num_frames: frames sampled from a video unless the user sets another number (None: 64 for residual, otherwise 16, as
         published).
     use_mask: visual tokens are dropped in training. mask_rate: mean, std, min and max of the dropped share (paper

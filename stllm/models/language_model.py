@@ -70,7 +70,9 @@ def _mask(*, attention_mask: Tensor | None, allow_is_causal_skip: bool, **option
 
 
 def _packed_mask(*, q_length: int, kv_length: int, attention_mask: Tensor | None, **options: Any) -> Tensor | None:
-    """Return the mask of the longest prompt; shorter prompts use its first rows and columns. None: plain causal."""
+    """Return the mask of the longest prompt, or None for plain causal attention. Shorter prompts use its first rows and
+    columns.
+    """
     return sdpa_mask(q_length=kv_length, kv_length=kv_length, attention_mask=None, **options)
 
 
@@ -237,7 +239,7 @@ def last_hidden_states(
 ) -> Tensor:
     """Return the hidden states after the final norm, (B, S, D).
 
-    inputs_embeds: (B, S, D). attention_mask: (B, S), padded on the right. packed: from
+    inputs_embeds: (B, S, D). attention_mask: (B, S), padded on the right. packed: result of
     `processors.sequences.pad_sequences`, instead of attention_mask; the model must use torch's SDPA or eager attention
     and have no `packing_fault`.
     """

@@ -42,13 +42,13 @@ def fault(config: STLLMConfig, stage: str) -> str | None:
 
 @torch.inference_mode()
 def encode(model: STLLM, pixel_values: Tensor, stage: str) -> Tensor:
-    """Compute features: (B, T, 1+P, C), or (B, T, K, Q) for stage "qformer". pixel_values: (B, T, 3, S, S)."""
+    """Compute features: (B, T, 1+P, C) for stage "vit", (B, T, K, Q) for "qformer". pixel_values: (B, T, 3, S, S)."""
     features = model.vision_features(pixel_values)
     return features if stage == "vit" else model.qformer(features)
 
 
 def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, int]:
-    """Return the shape of one clip's features: (T, 1+P, C), or (T, K, Q) for stage "qformer"."""
+    """Return the shape of one clip's features: (T, 1+P, C) for stage "vit", (T, K, Q) for "qformer"."""
     if stage == "vit":
         return num_frames, 1 + config.num_patches, config.vision_config["embed_dim"]
     return num_frames, config.num_query_tokens, config.qformer_config.hidden_size

@@ -27,8 +27,9 @@ DEFAULT_QFORMER_TOKENIZER = "bert-base-uncased"
 class PromptProcessor:
     """Tokenizers of the language model and the Q-Former, with the prompt template.
 
-    qformer_tokenizer: None if the Q-Former reads no text. max_txt_len: most tokens of an answer in training, and of the
-        text for the Q-Former. max_qformer_len: number of the Q-Former's positions, which also limits its text.
+    qformer_tokenizer: None if the Q-Former reads no text. max_txt_len: maximum number of tokens of an answer in
+        training, and of the text for the Q-Former. max_qformer_len: number of the Q-Former's positions, which also
+        limits its text.
     end_sym: text that ends a generated answer. system: system message of chat; None for the template's, "" for none.
     Letters: B prompts, L tokens of the longest text for the Q-Former.
     """
@@ -153,7 +154,7 @@ class PromptProcessor:
     def qformer_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Return qformer_input_ids and qformer_attention_mask, (B, L); {} if the Q-Former reads no text.
 
-        Too long texts lose tokens at their beginning.
+        A text that is too long loses its first tokens.
         """
         if self.qformer_tokenizer is None:
             return {}
@@ -210,7 +211,7 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:
     """Load the Q-Former's BERT tokenizer, with `[DEC]` added as BOS, which truncates on the left. Raises UserError.
 
-    folder: of the checkpoint. named: as `qformer_tokenizer` of `from_pretrained`.
+    folder: the checkpoint's folder. named: the argument `qformer_tokenizer` of `from_pretrained`.
     """
     own = folder / QFORMER_FOLDER
     source = str(named) if named is not None else str(own) if own.is_dir() else DEFAULT_QFORMER_TOKENIZER

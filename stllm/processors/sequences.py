@@ -31,7 +31,7 @@ def pad_sequences(
     """Expand placeholders of visual tokens, and pad the rows to one length or pack them into one row.
 
     rows: token ids; one `VISUAL_TOKEN_ID` marks the visual tokens and is repeated `num_visual` times. num_visual: one
-    number per row; None for a row without media. labels: as long as the rows. side: of the padding; "left" for
+    number per row; None for a row without media. labels: as long as the rows. side: side to pad on; "left" for
     generation.
     Returns input_ids and attention_mask (B, S); visual_positions (V,). With labels, also labels (B, S) and
     label_positions, the positions whose next token has a label. With packing, `packed` replaces attention_mask: it has

@@ -27,7 +27,7 @@ def continues(args: TrainingArguments) -> bool:
 
 
 def find_checkpoint(args: TrainingArguments, folder: RunFolder) -> Path | None:
-    """Return the checkpoint to continue from: the one in the settings, or the run's last one. None: start anew.
+    """Return the checkpoint to continue from: the one in the settings, or the run's last one. None: start a new run.
 
     Raises UserError if the named folder is not a checkpoint, and if a new run would overwrite an earlier one.
     """

@@ -45,9 +45,10 @@ class HeldOutCollator:
 
 @dataclass(kw_only=True)
 class Validation:
-    """The validation of a run. mixture: held-out samples, or None. loaded: the benchmark, or None.
+    """The validation of a run. mixture: held-out samples, or None. loaded: the benchmark with its items, or None.
 
-    collator: a collator without masks. batch_size: samples per process. num_workers: data workers per process.
+    collator: a collator that masks no visual tokens. batch_size: samples per process. num_workers: data workers per
+    process.
     media_seconds: time limit for reading one medium; 0: no limit.
     """
 

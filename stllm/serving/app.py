@@ -40,7 +40,8 @@ class Server:
     """A model with its queue, and the handlers of the endpoints.
 
     name: the model's name for clients. media_root: folder whose files clients may name; None: clients may name no file.
-    folder: for media that clients send; None for the system's temporary folder. jobs: the queue; None for a new one.
+    folder: folder for media that clients send; None for the system's temporary folder. jobs: the queue; None for a new
+    one.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class ApiRoute:
     """ASGI application of one endpoint. Exceptions become OpenAI's error objects.
 
     respond: the handler. It gets the request, and a stack that is closed after the response, even if sending fails.
-    hosts: as for `check_host`.
+    hosts: allowed names in the Host header; None: any name.
     """
 
     respond: Callable[[Request, ExitStack], Awaitable[Response]]
@@ -194,7 +195,7 @@ class ApiRoute:
 
 
 def build_app(server: Server, hosts: list[str] | None = None) -> Starlette:
-    """Build the application. hosts: as for `check_host`."""
+    """Build the application. hosts: allowed names in the Host header; None: any name."""
 
     async def unknown(request: Request, error: Exception) -> Response:
         """Answer a request for an unknown path or method."""
@@ -232,7 +233,7 @@ def answer_steps(
 ) -> Generator[str | Finished | Stage, None, None]:
     """Yield pieces of the answer's text and at the end `Finished`; before a step, yield the `Stage` it needs.
 
-    path: of the request's medium, None without one. stop: set when the client has left. Raises ApiError.
+    path: path of the request's medium; None without one. stop: set when the client has left. Raises ApiError.
     """
     media = None if path is None else Media(str(path), num_frames=asked.num_frames)
     request = ModelRequest(asked.turns, media, asked.system)

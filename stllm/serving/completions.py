@@ -98,7 +98,7 @@ class _Body(BaseModel):
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A parsed request. url: of its video or image, None without one. num_frames: None for the model's default."""
+    """A parsed request. url: URL of its video or image; None without one. num_frames: None for the model's default."""
 
     turns: tuple[Turn, ...]
     system: str | None

@@ -95,7 +95,7 @@ class Jobs:
     def has_place(self, client: str | None) -> bool:
         """Check whether the queue has a place for a request of this client. client: its address, None if unknown.
 
-        A client without another request in the queue may also use the reserved places.
+        A few places are reserved for clients without another request in the queue.
         """
         inside = list(self._inside)  # a copy, since other threads change the set
         is_new = client is not None and all(job.client != client for job in inside)
@@ -196,7 +196,10 @@ class Job(Generic[T]):
             self._leave(End())
 
     def _go_on(self, stage: Stage | None, begun: Event) -> None:
-        """Run the job up to its next stage or its end. stage: of this thread. begun: set to show that it has begun."""
+        """Run the job up to its next stage or its end.
+
+        stage: the stage of this thread. begun: set to show that it has begun.
+        """
         begun.set()
         assert self._steps is not None
         try:

@@ -31,7 +31,7 @@ PIECE = 4 << 20  # base64 characters decoded at once, a multiple of 4; other thr
 
 
 class ApiError(Exception):
-    """An error for the client. status: HTTP status. code: OpenAI's error code. param: the wrong field, if any."""
+    """An error for the client. status: HTTP status. code: OpenAI's error code. param: the invalid field, if any."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -47,9 +47,10 @@ class ApiError(Exception):
 class Limits:
     """Limits of one request.
 
-    media_bytes, media_seconds: of a video or image. media_pixels: of a frame. text_characters: of all messages
-    together. frames, new_tokens: the most that a request may ask for. waiting: requests in the queue beside the one
-    being answered. body_seconds: for receiving the request. read_seconds: for decoding its video or image.
+    media_bytes, media_seconds: size and duration of a video or image. media_pixels: pixels of a frame. text_characters:
+    length of all messages together. frames, new_tokens: the most that a request may ask for. waiting: requests in the
+    queue beside the one being answered. body_seconds: time for receiving the request. read_seconds: time for decoding
+    its video or image.
     """
 
     media_bytes: int = 100 * MEBIBYTE
@@ -109,8 +110,8 @@ class Limits:
 class PageLimits(Limits):
     """Limits of the web page. Those of Limits apply to one question.
 
-    folder_bytes, folder_files: of all uploads together. keep_seconds: an upload is deleted so long after the last
-    question about it. upload_seconds: for receiving an upload.
+    folder_bytes, folder_files: size and number of all uploads together. keep_seconds: time from the last question about
+    an upload to its deletion. upload_seconds: time for receiving an upload.
     """
 
     media_bytes: int = 256 * MEBIBYTE
@@ -200,9 +201,10 @@ def split_medium(body: bytearray, limits: Limits) -> tuple[bytes, memoryview | N
 
 
 def fetch_medium(url: str, medium: memoryview | None, *, folder: Path, root: Path | None, limits: Limits) -> Path:
-    """Return the file of a request's medium. url: from the request. medium: the data URL from `split_medium`, if any.
+    """Return the file of a request's medium. url: the URL in the request. medium: the data URL from `split_medium`, if
+    any.
 
-    folder: for the content of a data URL. root: folder that `file:` URLs and paths may refer to; None: they are
+    folder: folder for the content of a data URL. root: folder that `file:` URLs and paths may refer to; None: they are
     refused. Raises ApiError, and MediaError for a file that is too large.
     """
     if medium is not None and url != CUT_OUT:

@@ -45,8 +45,8 @@ LATEST_SECONDS = 8.0  # time limit for the shutdown; a step that still runs then
 class Host:
     """A loaded model and what an application needs to serve it.
 
-    checkpoint: the model's path. folder: for uploads. url: http://HOST:PORT. local: True if only this machine can
-    connect.
+    checkpoint: the model's path. folder: folder for uploads. url: http://HOST:PORT. local: True if only this machine
+    can connect.
     """
 
     chat: Chat
@@ -66,7 +66,7 @@ def serve(
     the process at once. Raises UserError.
 
     args: parsed options for a checkpoint and an address. build: function that returns the application, and the line to
-    print when it is ready. prefix: of the name of the folder for uploads.
+    print when it is ready. prefix: first part of the name of the folder for uploads.
     """
     checkpoint = chosen_checkpoint(args)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

@@ -60,7 +60,7 @@ class VideoTextTask:
 
     @classmethod
     def from_config(cls, cfg: DictConfig, *, seed: int) -> "VideoTextTask":
-        """Build the task from a checked configuration. seed: of the order of samples and of masking.
+        """Build the task from a checked configuration. seed: seed for the order of samples and for masking.
 
         Raises UserError for missing data, weights or tokenizers; for precomputed features that are missing or cannot
         replace pixels with this model; for a data set whose visual tokens leave no positions for text; and for settings
@@ -152,7 +152,7 @@ class VideoTextTask:
         return model
 
     def sampler(self, *, batch_size: int, rank: int, world_size: int) -> MixtureSampler:
-        """Return the sampler, which determines the order of batches. batch_size: per process."""
+        """Return the sampler, which determines the order of batches. batch_size: samples per process."""
         return MixtureSampler(self.mixture, batch_size=batch_size, rank=rank, world_size=world_size)
 
     def collator(self, *, masks: bool = True) -> Collator:

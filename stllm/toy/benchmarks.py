@@ -1,4 +1,4 @@
-"""Toy versions ("twins") of the benchmarks: toy clips, with the official folders, file names and fields.
+"""Toy versions of the benchmarks: toy clips, with the official folders, file names and fields.
 
     mvbench/json/<task>.json, mvbench/video/<MVBench's own folders>
     vcgbench/{generic,temporal,consistency}_qa.json
@@ -119,15 +119,19 @@ def num_benchmark_clips(count: int) -> int:
 
 
 def benchmark_bytes(count: int, num_frames: int) -> int:
-    """Estimate the size of all twins in bytes, rounded up. num_frames: frames of a clip of the usual length."""
+    """Estimate the size of all toy benchmarks in bytes, rounded up.
+
+    num_frames: frames of a clip of the usual length.
+    """
     clips = num_benchmark_clips(count) + 6 * count  # Vinoground shows a clip six times
     return round(clips * num_frames * LONGEST * FRAME_BYTES)
 
 
 def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[], Any] = lambda: None) -> None:
-    """Write all twins below `root`.
+    """Write all toy benchmarks below `root`.
 
-    count: items per task of MVBench, and clips per part of the other benchmarks. done: called after each clip.
+    count: items per task of MVBench, and clips per part of the other benchmarks. done: function that is called after
+    each clip.
     """
 
     def clips(

@@ -75,7 +75,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Cut:
-    """A change of background. time: from 0 to 1 of the clip."""
+    """A change of background. time: position in the clip, from 0 to 1."""
 
     time: float
     background: Background
@@ -180,7 +180,7 @@ PATTERNS: dict[str, Function] = {
 
 
 def render(scene: Scene, *, times: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw the frames at these times, (T, S, S, 3) uint8 RGB. times: (T,), from 0 to 1. generator: for the noise."""
+    """Draw the frames at these times, (T, S, S, 3) uint8 RGB. times: (T,), from 0 to 1. generator: makes the noise."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) * (UNITS / size)  # centers of the pixels in units
     clip = generator.standard_normal((len(times), size, size, 3), np.float32) * np.float32(FLICKER)
     grain = generator.standard_normal((size, size, 3), np.float32) * np.float32(GRAIN)

@@ -261,7 +261,7 @@ class ToySeeingTask:
     ) -> SeeingModel:
         """Build the two parts with new heads. All weights are trained.
 
-        division: not used: such a small model is divided among processes after it is built.
+        division: ignored, because such a small model is divided among processes after it is built.
         """
         model, _ = build_audited(self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype)
         return SeeingModel(model).to(device=device, dtype=trained_dtype or dtype)

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         f"written to {target}: {sum(train)} training clips of {len(train)} sets, {sum(test)} test clips of {len(test)}"
     )
     if args.benchmarks:
-        print(f"twins of the benchmarks, {args.benchmarks} items a task: {target / 'benchmarks'}")
+        print(f"toy benchmarks, {args.benchmarks} items a task: {target / 'benchmarks'}")
     print(f"train on it: TOY_ROOT={shlex.quote(str(target))} stllm train --cfg-path configs/tiny/train.yaml")
     return 0
 

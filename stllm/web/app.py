@@ -90,7 +90,10 @@ def describe(chat: Chat, checkpoint: Path) -> str:
 
 
 class Guard:
-    """ASGI middleware in front of gradio's application. folder: of uploads. examples: other files clients may name."""
+    """ASGI middleware in front of gradio's application.
+
+    folder: folder of uploads. examples: other files clients may name.
+    """
 
     def __init__(self, app: ASGIApp, limits: PageLimits, folder: Path, examples: Collection[Path] = ()) -> None:
         self.app = app

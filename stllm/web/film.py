@@ -40,7 +40,8 @@ MEANING = {
 class Film:
     """Pictures of the frames that the model sees.
 
-    media: the medium and the number of frames. pictures: one per frame, as data URLs. times: of the frames, in seconds.
+    media: the medium and the number of frames. pictures: one per frame, as data URLs. times: the frames' times in
+    seconds.
     """
 
     media: Media

@@ -26,8 +26,8 @@ STEPS = {"read": ("Reading", "frames"), "encode": ("Encoding", "visual tokens"),
 class Talk:
     """One conversation about one medium. A new medium or the clear button starts another conversation.
 
-    path: of the medium; None without one. film: pictures of its frames. evidence: for the last answer. stopped: True
-    after the stop button was pressed.
+    path: path of the medium; None without one. film: pictures of its frames. evidence: evidence for the last answer.
+    stopped: True after the stop button was pressed.
     """
 
     path: str | None = None

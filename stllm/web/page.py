@@ -177,7 +177,7 @@ class _PageParts:
         )
 
     def _one_at_a_time(self, handler: Callable[..., Iterator[Shown]]) -> Callable[..., Iterator[dict[Any, Any]]]:
-        """Wrap a handler so that a tab runs one at a time. A question asked while a video is read waits for it."""
+        """Wrap a handler so that a browser tab runs one handler at a time: a question waits until the video is read."""
 
         def run(session: Session, *values: Any) -> Iterator[dict[Any, Any]]:
             while not session.lock.acquire(timeout=TICK):

@@ -31,7 +31,10 @@ from stllm.web.film import Film, read_film
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a job. seconds: its duration, None while it runs. count: of frames or tokens, None until known."""
+    """A step of a job.
+
+    seconds: its duration, None while it runs. count: number of frames or tokens, None until known.
+    """
 
     seconds: float | None = None
     count: int | None = None
@@ -42,8 +45,8 @@ class Step:
 class JobProgress:
     """The progress of a job: its steps "read" (frames), "encode" (visual tokens), "answer" (tokens), and the results.
 
-    text: of the answer so far. details: about a complete answer, for the API. note: sentence on other work than the
-    steps. film: pictures of the frames. answers: view -> answer of the temporal probe.
+    text: the answer so far. details: facts about a complete answer, for the API. note: sentence about work that is not
+    one of the steps. film: pictures of the frames. answers: view -> answer of the temporal probe.
     """
 
     steps: Mapping[str, Step] = field(default_factory=dict)
@@ -67,7 +70,7 @@ Look = tuple[JobProgress, Film, Callable[[str], EncodedClip]]  # the function re
 class Service:
     """The model of the page and its queue; methods return jobs.
 
-    folder: of uploads. examples: other files that may be read. jobs: the queue; None for a new one.
+    folder: folder of uploads. examples: other files that may be read. jobs: the queue; None for a new one.
     """
 
     def __init__(
@@ -97,8 +100,8 @@ class Service:
     ) -> Steps:
         """Answer the last turn; the prompt contains the earlier ones. With one beam, the answer is streamed.
 
-        known: pictures from an earlier reading. controls: number of frames, beams, temperature, most tokens of the
-        answer. Raises UserError.
+        known: the frames' pictures, if the page has them from an earlier job; None: they are made. controls: number of
+        frames, number of beams, temperature, and the answer's maximum number of tokens. Raises UserError.
         """
         turns, num_frames, decoding = self._checked(turns, controls)
         progress, film, see = yield from self._look(path, num_frames, known, stop)

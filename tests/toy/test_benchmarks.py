@@ -197,7 +197,7 @@ def test_the_command_writes_them_beside_the_world(tmp_path: Path, capsys: pytest
     argv = ["toy", "--output", str(tmp_path / "world"), "--num-train", "6", "--num-test", "4", "--seed", "7"]
     assert main([*argv, "--benchmarks", "1"]) == 0
     folder = tmp_path / "world" / "benchmarks"
-    assert f"twins of the benchmarks, 1 items a task: {folder}" in capsys.readouterr().out
+    assert f"toy benchmarks, 1 items a task: {folder}" in capsys.readouterr().out
     names = {path.name for path in folder.iterdir()}
     videoqa = {"msvd", "msrvtt", "activitynet", "tgif"}
     assert names == {"mvbench", "vcgbench", "tvbench", "tempcompass", "vinoground", "tomato"} | videoqa

@@ -36,7 +36,8 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what gz
 class SampleSpan(NamedTuple):
     """One sample of a shard: where the data of its members begin, and how many bytes they are.
 
-    An offset is -1 when there is no such member. num_answers: of the texts beside a clip; 0 for an image.
+    An offset is -1 when there is no such member. num_answers: number of answers in the texts beside a clip; 0 for an
+    image.
     """
 
     image: int
@@ -51,7 +52,7 @@ class SampleSpan(NamedTuple):
 
     @property
     def caption(self) -> tuple[int, int]:
-        """The place of an image's caption: of its text, or else of its JSON."""
+        """The place of an image's caption: its text file, or else its JSON file."""
         return (self.json, self.json_bytes) if self.text == ABSENT else (self.text, self.text_bytes)
 
 
@@ -70,7 +71,7 @@ class ShardIndex(NamedTuple):
     fault: str
 
     def entry(self, sample: int) -> SampleSpan:
-        """The places of one sample."""
+        """Return the places of the members of one sample."""
         return SampleSpan(*map(int, self.rows[sample : sample + 1][0]))
 
 
@@ -87,13 +88,13 @@ class _Header(tarfile.TarInfo):
 
 
 def digest(name: str) -> int:
-    """A number of 63 bits for a member's name; a leading ./ does not count."""
+    """Return a number of 63 bits for a member's name; a leading ./ is ignored."""
     data = os.fsencode(os.path.normpath(name))
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 def open_index(shard: str, cache: ShardCache) -> ShardIndex:
-    """The index of a shard. It is made if it does not exist yet, or the tar's size or time has changed since.
+    """Return the index of a shard. It is built if it does not exist, or if the tar's size or time has changed since.
 
     A remote shard is fetched to be indexed; the index stays valid whether or not its tar is in the cache.
     Raises MediaError when the shard cannot be fetched, UserError when it is not there. See `scan` for damage.
@@ -119,9 +120,9 @@ def open_index(shard: str, cache: ShardCache) -> ShardIndex:
 
 
 def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """`ShardIndex.rows` and `ShardIndex.clips` of a tar, and a sentence about its damage ("" when it is whole).
+    """Return `ShardIndex.rows` and `ShardIndex.clips` of a tar, and a sentence about its damage ("" if it is intact).
 
-    name: of the shard, for messages. A tar that is damaged gives the samples before the damage, a file that is no tar
+    name: the shard's name in error messages. A damaged tar gives the samples before the damage, a file that is no tar
     gives none. Raises UserError when the tar may not be read.
     """
     from webdataset.tariterators import base_plus_ext
@@ -181,7 +182,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def _count_answers(file: BinaryIO, text: tuple[int, int], data: tuple[int, int]) -> int:
-    """The answers in the texts beside a clip, given their places; 0 where they cannot be read."""
+    """Count the answers in the texts beside a clip, given the places of the texts; 0 if they cannot be read."""
     content: bytes | None = None
     if data[0] != ABSENT:
         if data[1] > MAX_CAPTION_BYTES:
@@ -195,6 +196,6 @@ def _count_answers(file: BinaryIO, text: tuple[int, int], data: tuple[int, int])
 
 
 def _stamp(tar: Path) -> str:
-    """A text that changes when the tar does."""
+    """Return a text that changes when the tar changes."""
     status = tar.stat()
     return f"{status.st_size} {status.st_mtime_ns}"

@@ -22,9 +22,10 @@ MAX_IMAGE_BYTES = 256 << 20
 
 
 class Content(NamedTuple):
-    """The parts of one sample in a shard; None for a missing part. name: of its first member.
+    """The parts of one sample in a shard; None for a missing part. name: name of its first member.
 
-    image: only where it was asked for; else video: a clip, read in place.
+    image: the image's bytes, if the kind "image" was requested. video: a clip that is read inside the tar, if the
+    kind "video" was requested.
     """
 
     name: str
@@ -35,14 +36,17 @@ class Content(NamedTuple):
 
 
 class ShardReader:
-    """The samples of tar shards by number. Usable after a fork and picklable; every process has its own files."""
+    """Reads the samples of tar shards by number.
+
+    Usable after a fork and picklable; each process opens the files itself.
+    """
 
     def __init__(self, cache: ShardCache) -> None:
         self.cache = cache
         self._open: OrderedDict[str, tuple[int, ShardIndex]] = OrderedDict()
 
     def read(self, shard: str, sample: int, kind: str = "image") -> Content:
-        """Sample number `sample` of a shard, with its medium of that kind: "image" or "video".
+        """Read sample number `sample` of a shard, with its medium of this kind: "image" or "video".
 
         Raises MediaError when the sample is not where the index says, and for a member that is too large to read.
         """
@@ -73,13 +77,16 @@ class ShardReader:
         return Content(name, image, video, text, data)
 
     def clip(self, shard: str, offset: int, size: int) -> Member:
-        """A video in a shard, to be read in place. Raises MediaError as `read` does."""
+        """Return a video in a shard, which is read inside the tar. Raises MediaError as `read` does."""
         file, _ = self._opened(shard)
         name, _ = self._member(shard, file, offset, size, whole=False)
         return Member(f"{shard}/{name}", file, offset, size)
 
     def name(self, shard: str, sample: int) -> str:
-        """The `name` that `read` would give for an image; only headers are read. Raises MediaError as `read` does."""
+        """Return the `name` that `read` would return for an image; only headers are read.
+
+        Raises MediaError as `read` does.
+        """
         file, index = self._opened(shard)
         entry = index.entry(sample)
         place = (entry.image, entry.image_bytes) if entry.image != ABSENT else entry.caption
@@ -115,7 +122,10 @@ class ShardReader:
         return file, index
 
     def _member(self, shard: str, file: int, offset: int, size: int, *, whole: bool = True) -> tuple[str, bytes]:
-        """Name and data of a member, whose header must still match the index. whole: False to read the header alone."""
+        """Return a member's name and data.
+
+        Its header must still match the index. whole: False to read only the header.
+        """
         num_bytes = BLOCK + size * whole
         data = os.pread(file, num_bytes, offset - BLOCK)
         try:
@@ -129,18 +139,20 @@ class ShardReader:
 
 
 def sample_key(shard: str, number: int, name: str, root: str | None) -> str:
-    """The key of a sample's features, relative to that folder.
+    """Return the key of a sample's features, relative to the folder `root`.
 
-    Its number distinguishes equal names, and its name changes when a shard is made anew with other samples.
+    Its number distinguishes equal names, and its name changes when a shard is rewritten with other samples.
     """
     return f"{shard.removeprefix(os.path.join(root or '', ''))}/{number}/{name}"
 
 
 class Shards:
-    """The samples of many shards, numbered through.
+    """The samples of many shards, with one numbering (0, 1, ...) over all shards.
 
-    owner: the data set's name, for messages. names: see `expand_shards`. cache_dir, cache_gb: see `ShardCache`.
-    columns: called with each shard's index; its results are kept in `kept`, in the order of the shards.
+    owner: the data set's name, used in error messages. names: see `expand_shards`. cache_dir, cache_gb: see
+    `ShardCache`.
+    columns: function that takes a shard's table of contents (`ShardIndex`) and returns what the caller needs of it. The
+    attribute `kept` holds its results in the order of the shards.
 
     The first use of a shard reads its headers, which takes seconds. A damaged shard gives the samples before the
     damage, with a warning. Raises UserError when a shard is missing, MediaError when one cannot be fetched.
@@ -180,7 +192,7 @@ class Shards:
         return int(self._ends[-1])
 
     def place(self, index: int) -> tuple[str, int]:
-        """The shard that holds a sample, and its number there. Raises IndexError."""
+        """Return the shard that holds a sample, and the sample's number in this shard. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         position = int(np.searchsorted(self._ends, index, side="right"))
@@ -188,7 +200,7 @@ class Shards:
 
 
 class ShardClips:
-    """Finds the clips of shards by their names. shards: with `ShardIndex.clips` in `kept`."""
+    """Finds the clips of shards by their names. shards: their `kept` must hold `ShardIndex.clips`."""
 
     def __init__(self, shards: Shards) -> None:
         self.names, self.reader = shards.names, shards.reader
@@ -199,7 +211,7 @@ class ShardClips:
 
     @classmethod
     def of(cls, owner: str, settings: DatasetSettings) -> "ShardClips":
-        """The clips in the shards of an entry. owner: for messages."""
+        """Open the clips in the shards of a data set. owner: the data set's name, used in error messages."""
         return cls(
             Shards(
                 owner,
@@ -211,13 +223,16 @@ class ShardClips:
         )
 
     def __call__(self, name: str) -> Member:
-        """The clip of that name. Raises MediaError when there is none, or more than one."""
+        """Return the clip of this name. Raises MediaError if there is none, or more than one."""
         shard, offset, size = self.place(name)
         now_reading(shard)
         return self.reader.clip(shard, offset, size)
 
     def place(self, name: str) -> tuple[str, int, int]:
-        """The shard, offset and bytes of the clip of that name, as `ShardReader.clip` takes them. Raises as a call."""
+        """Return shard, offset and size of the clip of this name, the arguments of `ShardReader.clip`.
+
+        Raises MediaError.
+        """
         found = np.searchsorted(self._clips[:, 2], [digest(name), digest(name) + 1])
         places = range(*found.tolist())
         if not places:

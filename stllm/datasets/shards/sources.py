@@ -55,10 +55,10 @@ def allow_pipes(allowed: bool) -> None:
 
 
 def expand_shards(shards: str | Sequence[str]) -> list[str]:
-    """The shards that names, URLs, braces (`{00000..01255}.tar`) and globs stand for, in order.
+    """Expand names, URLs, braces (`{00000..01255}.tar`) and globs to a list of shards, in order.
 
     Raises UserError for a glob that finds nothing, broken braces, more than `MAX_SHARDS` names, a shard that is named
-    twice, a scheme that has no program here, and for `pipe:` where it is not allowed.
+    twice, a URL scheme that is not in `PROGRAMS`, and `pipe:` without `--allow-pipe`.
     """
     found: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -96,13 +96,13 @@ def expand_shards(shards: str | Sequence[str]) -> list[str]:
 
 
 def scheme_of(shard: str) -> str:
-    """The scheme of a URL in lower case; "pipe" for `pipe:CMD`; "" for a path."""
+    """Return the scheme of a URL in lower case; "pipe" for `pipe:CMD`; "" for a path."""
     found = _SCHEME.match(shard)
     return found[1].lower() if found else ""
 
 
 def _expanded(pattern: str) -> list[str]:
-    """The names that `::`, `${NAME}` (of WDS_NAME) and braces stand for, as in webdataset."""
+    """Expand `::`, `${NAME}` (the environment variable WDS_NAME) and braces to names, as webdataset does."""
     from webdataset.shardlists import envsubst
 
     names: list[str] = []
@@ -120,7 +120,7 @@ def _expanded(pattern: str) -> list[str]:
 
 
 def _num_names(pattern: str) -> float:
-    """The number of names that the braces of a pattern stand for, counted without making them; see `braceexpand`."""
+    """Count the names that braces in a pattern expand to, without making the names; see `braceexpand`."""
     # What is known where each brace opened: names of its group's earlier alternatives, names of the alternative so far,
     # the group's beginning.
     outer: list[tuple[float, float, int]] = []
@@ -139,7 +139,7 @@ def _num_names(pattern: str) -> float:
 
 
 def _range_size(group: str) -> float:
-    """The number of names in `1..20`, `1..20..2` or `a..z`; 0 for anything else."""
+    """Return the number of names in `1..20`, `1..20..2` or `a..z`; 0 for anything else."""
     if numbers := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group):
         if max(map(len, filter(None, numbers.groups()))) > 18:
             return inf
@@ -161,7 +161,7 @@ def _too_many(what: str, count: float) -> UserError:
 
 
 def _fetch(shard: str, path: Path) -> None:
-    """Copy a remote shard to `path`, whole or not at all. Raises MediaError when it cannot be fetched."""
+    """Download a remote shard to `path`, completely or not at all. Raises MediaError if the download fails."""
     scheme, url = scheme_of(shard), shard.strip()
     command = ["sh", "-c", url.partition(":")[2]] if scheme == PIPE else PROGRAMS[scheme](url)
     advice = "check the URL and the network"
@@ -207,7 +207,7 @@ def _curl(url: str) -> list[str]:
 
 
 def _hub(url: str) -> list[str]:
-    """curl's command for hf://datasets/OWNER/NAME[@REVISION]/FILE; it reads the token's header from its stdin."""
+    """Return curl's command for hf://datasets/OWNER/NAME[@REVISION]/FILE. Its stdin must hold the token's header."""
     from huggingface_hub import hf_hub_url
 
     found = _HUB.fullmatch(url)
@@ -254,7 +254,10 @@ class ShardCache:
         self.max_gb = max_gb
 
     def tar(self, shard: str) -> Path:
-        """The shard as a local file. Raises UserError when it is not there, MediaError when it cannot be fetched."""
+        """Return the shard as a local file.
+
+        Raises UserError if it does not exist, MediaError if it cannot be downloaded.
+        """
         from filelock import FileLock
 
         if not scheme_of(shard):
@@ -272,7 +275,7 @@ class ShardCache:
         return path
 
     def path(self, shard: str, suffix: str) -> Path:
-        """A file in the cache for a shard: its name for the reader, and a digest to distinguish equal names."""
+        """Return the path of a shard's file in the cache. A digest in it distinguishes shards of equal names."""
         place = shard if scheme_of(shard) else os.path.abspath(shard)
         digest = hashlib.blake2b(os.fsencode(place), digest_size=8).hexdigest()
         readable = re.sub(r"[^\w.-]+", "_", Path(place).name.removesuffix(".tar"))[-40:]

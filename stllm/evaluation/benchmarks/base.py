@@ -121,7 +121,7 @@ class Benchmark(ABC):
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return the scores for the results file, table and chart, in the form of `accuracies`; {} if a judge decides.
 
-        records: as for `scored`."""
+        records: as in `scored`."""
         return {} if self.judged else accuracies(self.scored(records), self.mean_over)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:

@@ -62,7 +62,8 @@ class MediaFolders:
     def entry(self, item: Item, findings: Iterable[Finding], search: Search, *, needs_bounds: bool = False) -> Entry:
         """Search for the record's medium. Return its entry; the item has the medium, or the error that prevents it.
 
-        findings: of the check of the record. needs_bounds: start and end are required, unless the medium is a segment.
+        findings: what the check of the record found. needs_bounds: start and end are required, unless the medium is a
+        segment.
         """
         found = list(findings)
         faults = [finding for finding in found if isinstance(finding, Fault)]
@@ -140,7 +141,7 @@ def open_requests(item: Item, system: str | None) -> tuple[Request, ...]:
 
 
 def read_mapping(path: Path, expected: str) -> dict[str, Any]:
-    """Return the JSON object in a file. expected: description of its form, for messages.
+    """Return the JSON object in a file. expected: description of its format, used in error messages.
 
     Raises UserError if the file is missing, not JSON or not an object, or if a key occurs twice in one of its objects.
     """

@@ -52,8 +52,8 @@ ANSWER_MARK = "###Assistant: "
 class MVBenchTask:
     """One task of MVBench. Folders are relative to the media root.
 
-    name: in tables. folder: the official folder of its media. fallbacks: folders of videos that were added later or
-    converted. segments: folders of videos that are already cut to start and end.
+    name: the name in tables. folder: the official folder of its media. fallbacks: folders of videos that were added
+    later or converted. segments: folders of videos that are already cut to start and end.
     bounded: items have start and end. fps: frames per second, if its media are folders of numbered images.
     """
 

@@ -140,7 +140,10 @@ benchmarks.register(TempCompass.name)(TempCompass())
 
 
 def official_match(item: Item, said: str) -> bool | None:
-    """Return whether a reply is correct by the official rules; None if they cannot interpret it. said: the reply."""
+    """Return whether a reply is correct by the official rules; None if they cannot interpret it.
+
+    said: the model's reply.
+    """
     answer = item.answer
     if item.task == MULTI_CHOICE:
         if said == answer:

@@ -148,7 +148,7 @@ def probe_scores(runs: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
 def _verdict(where: str, compared: Mapping[str, Mapping[str, Any]]) -> str:
     """Return sentences on whether the model uses the order of frames, more than one frame, and frames at all.
 
-    where: the name of a group of tasks. compared: for each view, its comparison with forward in this group.
+    where: the name of a group of tasks. compared: each view's comparison with forward in this group.
     """
     if not compared[REVERSED]["items"]:
         return "Nothing can be said: no item was answered in every view."

@@ -160,7 +160,7 @@ def _group(
 
 
 def report(names: Sequence[str], results: Mapping[str, Any]) -> str:
-    """Return the report as Markdown. names: of the two runs. results: the content of the JSON file."""
+    """Return the report as Markdown. names: names of the two runs. results: the content of the JSON file."""
     parts = [f"# {names[1]} against {names[0]}\n"]
     digits, unit = (1, " %") if results["high"] == 100 else (2, "")
     for rule in RULES:

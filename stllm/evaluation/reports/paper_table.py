@@ -26,7 +26,8 @@ EXPECTED = "a results file of `stllm evaluate` or `stllm judge` (NAME.results.js
 
 @dataclass(frozen=True)
 class Figure:
-    """A result for one column. official: by the benchmark's script. own: by the strict rule, or not truncated.
+    """A result for one column. official: the score by the benchmark's script. own: the score by the strict rule, or
+    without truncation.
 
     note: its source. part: description of the part of the benchmark that was asked, such as "first 5 a task"; "" for
     all of it.

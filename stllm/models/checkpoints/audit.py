@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A part of the model. prefix: of our keys. hint: a pattern to recognise its keys in other formats.
+    """A part of the model. prefix: beginning of our keys. hint: a pattern to recognise its keys in other formats.
 
     given_by: the setting that names the file of its weights. switch: a setting that leaves the part out. Messages
     mention them when weights are missing.

@@ -108,7 +108,10 @@ OLD_BUFFERS = (r".*rotary_emb\.inv_freq$",)  # saved by old libraries
 
 
 def _lavis_parts(prefix: str) -> Pairs:
-    """Return the pairs of parts that LAVIS-based checkpoints share. prefix: what precedes their keys."""
+    """Return (their prefix, our prefix) of each model part that all LAVIS-based checkpoints contain.
+
+    prefix: the text before the part's name in their keys.
+    """
     return (
         (f"{prefix}ln_vision.", "vision_encoder.ln_vision."),
         (f"{prefix}Qformer.bert.", "qformer.bert."),

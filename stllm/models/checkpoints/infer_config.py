@@ -189,7 +189,7 @@ def merged_shapes(sources: Sequence[Source]) -> dict[str, tuple[int, ...]]:
 
 
 def names_of(sources: Sequence[Source]) -> str:
-    """Return the sources' paths, for messages."""
+    """Return the sources' paths as one text for error messages."""
     return " + ".join(str(source.path) for source in sources)
 
 
@@ -295,7 +295,8 @@ def sizes_from_weights(shapes: Shapes) -> Fields:
 def with_head_counts(fields: Fields, source: str) -> Fields:
     """Add missing numbers of attention heads, which are known for published widths only.
 
-    source: names the weights in messages. Raises UserError for any other width, and if heads do not divide the width.
+    source: the weights' name in error messages. Raises UserError for any other width, and if heads do not divide the
+    width.
     """
     filled = dict(fields)
     for group, width_key, heads_key, default_width, head_width, part in HEADS:
