@@ -7,6 +7,9 @@ asked.json    one record per question, for multi_turn: without options and then 
               learns to find the letter of its answer; as multiple choice only; and for each thing in a clip, its place
               in each frame
 choices.json  (clips only) one record per question, as multiple choice with MVBench's long instruction
+
+text/toy_words/train.json has no media: one record per question, without options and then as multiple choice. From these
+a language model learns quickly to find the letter of an answer, because it can read the answer in the turn before.
 """
 
 from collections.abc import Sequence
@@ -22,6 +25,7 @@ from stllm.toy.scenes import COLOR_NAMES, UNITS, Thing, follow, frame_times, nea
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
 FOLLOW_REQUEST = "Tell the {}."  # with a shape: no two things in a scene have the same shape
+WORDS = "vc2/text/toy_words/train.json"
 FRAMES = 8  # number of times at which a text describes a thing
 GROWN = 1.25  # a text says that a thing grows if its radius is larger than usual by this factor
 
@@ -38,11 +42,13 @@ def training_records(folder: str, example: Example, medium: Fields, *, paths: bo
     whole = (f"{folder}/train.json", record(medium, example.turns))
     choices = [asked.as_choice() for asked in example.asked]
     short = [replace(choice, instruction="") for choice in choices]
+    pairs = [(asked.without_options(), choice) for asked, choice in zip(example.asked, short, strict=True)]
     talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.open_turns, *short)]
-    talks += [(asked.without_options(), choice) for asked, choice in zip(example.asked, short, strict=True)]
+    talks += pairs
     if paths:
         talks += [(follow_turn(thing, times_of(example)),) for thing in example.scene.things]
     records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in talks)]
+    records += [(WORDS, record({}, pair)) for pair in pairs]
     if "video" in medium:
         records += [(f"{folder}/choices.json", record(medium, [choice])) for choice in choices]
     return records
