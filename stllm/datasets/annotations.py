@@ -241,7 +241,7 @@ def read_file(path: Path, expected: str = EXPECTED) -> tuple[bytes, str]:
             raise UserError(f"{path}: {LFS_SENTENCE}")
         return data, data.decode()
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such annotation file; expected {expected}: check the path") from None
+        raise UserError(f"{path}: there is no such file; expected {expected}: check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path}: found a folder, expected {expected}: name the file in it") from None
     except UnicodeDecodeError as error:

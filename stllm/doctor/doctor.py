@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     sys.stdout.flush()  # keeps the order if stdout and stderr go to the same place
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts(faults).items())
-    print(f"found {len(faults)} faults in {report.size}: {kinds}", file=sys.stderr)
+    print(f"found {len(faults)} {'fault' if len(faults) == 1 else 'faults'} in {report.size}: {kinds}", file=sys.stderr)
     return 1
 
 

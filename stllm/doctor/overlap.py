@@ -95,8 +95,8 @@ def overlap(args: argparse.Namespace) -> dict[str, Any]:
         found = _training_clips(name, corpus, notes)
         train |= tqdm(found, desc=name, unit=" records", disable=None, delay=1, leave=False)
     if not train:
-        why = f"; {notes[0]}" if notes else ""
-        raise UserError(f"{args.overlap}: found no video in its data sets{why}: name the training configuration")
+        why = notes[0] if notes else "name the training configuration"
+        raise UserError(f"{args.overlap}: found no video in its data sets: {why}")
     in_tars = {path: member for (path, _), member in train.items() if member is not None}
     asked = {"anno_path": args.anno_path, "answers_path": args.answers_path, "video_dir": args.video_dir}
     loaded = load_benchmark(args.benchmark, EvaluationSettings(**asked, sampling="segment", num_frames=1))

@@ -5,6 +5,7 @@ It builds data sets, prompts and model from a configuration. The runner does the
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -133,8 +134,10 @@ class VideoTextTask:
         model, report = build_audited(
             self.cfg, device=device, dtype=dtype, trained_dtype=trained_dtype, division=division
         )
-        counts = {part: len(audit["fresh"]) for part, audit in report.parts.items()}
-        if fresh := [f"{part} ({count} weights)" for part, count in counts.items() if count]:
+        counts = Counter(
+            "LoRA" if "lora_" in key else part for part, audit in report.parts.items() for key in audit["fresh"]
+        )
+        if fresh := [f"{part} ({count} weights)" for part, count in counts.items()]:
             log.info("from random weights, as no file gives them: %s", ", ".join(fresh))
         for note in report.notes:
             log.info(note)

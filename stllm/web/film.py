@@ -141,10 +141,15 @@ def verdict(answers: Mapping[str, str]) -> str:
 
 
 def _curve(evidence: "Evidence") -> str:
-    """Return the SVG of the evidence, one unit wide per frame. Segments above the line made the answer more likely."""
+    """Return the SVG of the evidence, one unit wide per frame. Segments above the line made the answer more likely.
+
+    A difference that does not count takes at most a quarter of the height, so that it does not look important.
+    """
     count = len(evidence.times)
     low, high = min(0.0, *evidence.scores), max(0.0, *evidence.scores)
-    unit = (HEIGHT - 2 * MARGIN) / ((high - low) or 1.0)
+    room = max(0.0, 4 * evidence.bound - (high - low)) / 2
+    low, high = low - room, high + room
+    unit = (HEIGHT - 2 * MARGIN) / (high - low)
     level = [MARGIN + (high - score) * unit for score in evidence.scores]
     zero = MARGIN + high * unit
     spans = list(zip(evidence.segments, evidence.scores, level, strict=True))

@@ -117,7 +117,7 @@ def test_faults_of_a_whole_file_are_reported(tmp_path: Path, content: Any, messa
 
 
 def test_unreadable_files_are_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such annotation file"):
+    with pytest.raises(UserError, match="there is no such file"):
         JsonRecords(tmp_path / "none.json")
     with pytest.raises(UserError, match="found a folder"):
         JsonRecords(tmp_path)

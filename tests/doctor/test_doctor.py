@@ -507,7 +507,7 @@ def test_flatten_writes_one_record_per_pair(tmp_path, video, capsys) -> None:
         ("", ": found no question-and-answer pair in 0 records"),
         ('[{"video": "a.mp4", "QA": [{"q": "", "a": "b"}]}', ", line 1, column "),
         ("\xff", ": not UTF-8 text"),
-        (None, ": there is no such annotation file"),
+        (None, ": there is no such file"),
     ],
 )
 def test_flatten_refuses_files_without_pairs(tmp_path, capsys, content, sentence) -> None:

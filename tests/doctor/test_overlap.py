@@ -128,7 +128,7 @@ def test_nothing_to_compare_is_reported(training: Path, capsys: pytest.CaptureFi
     (training.parent / "train.json").write_text("[")
     assert doctor(training) == 1
     error = capsys.readouterr().err
-    assert "found no video in its data sets; mine: " in error and "train.json" in error
+    assert "found no video in its data sets: mine: " in error and "train.json" in error
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,9 @@ def test_accumulated_batches_give_the_loss_of_one_large_batch(toy: Path, tmp_pat
         ({"lora_r": 2, "freeze_LLM": True}, True),
     ],
 )
-def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict[str, Any], packing: bool) -> None:
+def test_images_and_videos_train_together(
+    toy: Path, tmp_path: Path, model: dict[str, Any], packing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     datasets = {
         "videos": {"anno_path": "video/vqa/toy_direction/train.json", "media_dir": "media", "num_frames": 4},
         "images": {"anno_path": "image/vqa/toy_picture/train.json", "media_dir": "media", "media": "image"},
@@ -330,6 +332,8 @@ def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict
         tmp_path / "recipe.yaml", toy, model=model, datasets=datasets, num_train_epochs=1, max_steps=-1
     )
     run(recipe, "run.bf16=True", "model.use_grad_checkpoint=True", f"run.packing={packing}")
+    (fresh,) = [line for line in capsys.readouterr().err.splitlines() if "from random weights" in line]
+    assert ("LoRA (16 weights)" in fresh) == ("lora_r" in model)
     log = read_log(tmp_path / "run")
     kinds = {(line["loss_mvm"] is None, line["kept_visual_tokens"]) for line in log}
     assert {(True, 2.0)} < kinds  # an image: its K tokens, unmasked
@@ -342,10 +346,13 @@ def test_images_and_videos_train_together(toy: Path, tmp_path: Path, model: dict
 
 
 def test_a_stage_starts_from_the_weights_of_the_stage_before(trained: Path, toy: Path, tmp_path: Path) -> None:
-    """As with AVP and QA, the second stage has the weights of the first, another video input and a new adapter."""
+    """As with AVP and QA, the second stage has the first one's weights, another video input and a new adapter.
+
+    It does not name the Q-Former's tokenizer: the first stage's folder has it.
+    """
     recipe = write_recipe(tmp_path / "recipe.yaml", toy, max_steps=2)
     content = yaml.safe_load(recipe.read_text())
-    kept = {"qformer_tokenizer", "use_mask", "mvm_decode", "freeze_vit", "freeze_qformer", "freeze_LLM"}
+    kept = {"use_mask", "mvm_decode", "freeze_vit", "freeze_qformer", "freeze_LLM"}
     content["model"] = {key: value for key, value in content["model"].items() if key in kept}
     content["model"] |= {
         "ckpt": str(trained),

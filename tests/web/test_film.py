@@ -71,6 +71,8 @@ def test_differences_within_the_bound_are_ignored() -> None:
     small = replace(EVIDENCE, scores=[0.009, -0.009, 0.0])
     html = film_html(FILM, small)
     assert "difference of at most 0.01 nats" in html and "most important" not in html
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)">', html)]
+    assert heights == pytest.approx([0.225 * (HEIGHT - 2 * MARGIN)] * 2 + [0], abs=0.01)  # 0.009 of four bounds
     assert "The most important part is" in film_html(FILM, replace(EVIDENCE, scores=[0.011, 0.0, 0.0]))
     against = film_html(FILM, replace(EVIDENCE, scores=[0.001, -2.0, 0.0]))
     assert "No part of the video makes this answer more likely: " in against and "film-peak" not in against

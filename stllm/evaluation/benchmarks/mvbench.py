@@ -138,9 +138,10 @@ class MVBench(Benchmark):
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         """Read the configured tasks; see `_files` for the values of `path` and `video_dir`."""
         found, media_dir = self._files(path, settings.video_dir)
-        if not found:
+        if not found or not path.exists():
+            what = "no JSON file" if path.exists() else "no such file or folder"
             sentence = (
-                f"found no JSON file, expected {self.title}'s folder with json and video in it (such as "
+                f"found {what}, expected {self.title}'s folder with json and video in it (such as "
                 f"json/{self.tasks[0].file}): name that folder"
             )
             yield Fault("annotation", str(path), "folder", sentence)

@@ -179,10 +179,10 @@ def report(names: Sequence[str], results: Mapping[str, Any]) -> str:
             more = f", and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
             parts.append(f"{kind}: {', '.join(ids[:SHOWN]) or MISSING}{more}\n")
     parts.append(
-        "Over all items, failed ones wrong. Points: the second run less the first, with the interval of the paired "
-        "difference (clustered by video where one has several questions, else Agresti and Min). p: McNemar's exact "
-        "test (of scores, the sign test), two-sided, each item by itself. gained, lost: items that the second run, or "
-        "the first, answers better.\n"
+        "All items are counted; failed ones are wrong. points: the second run minus the first, with the interval of "
+        "the paired difference (clustered by video if one has several questions, else Agresti and Min). p: McNemar's "
+        "exact two-sided test, which treats items as independent (the sign test for scores). gained: items that the "
+        "second run answers better. lost: items that the first run answers better.\n"
     )
     return "\n".join(parts)
 

@@ -345,8 +345,8 @@ def locate(path: str | Path) -> Path:
     except Exception as error:  # the hub raises many types: a missing repository, no network, no permission
         cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name} is neither a file or folder here nor could it be fetched from the hub ({cause}): check the path, "
-            "or download it to a folder and name that"
+            f"{name}: there is no such file or folder, and the hub did not give a checkpoint of this name ({cause}): "
+            "check the path, or download the checkpoint to a folder and name that"
         ) from error
 
 

@@ -42,7 +42,7 @@ from stllm.models.configuration import CONFIG_ERRORS, STLLMConfig
 from stllm.models.language_model import set_attention
 from stllm.models.settings import quantization_of
 from stllm.models.st_llm import STLLM, config_of
-from stllm.processors.prompts import PromptProcessor
+from stllm.processors.prompts import DEFAULT_QFORMER_TOKENIZER, QFORMER_FOLDER, PromptProcessor
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,10 @@ def processor_of(opened: Opened) -> PromptProcessor:
         raise UserError(f"{opened.path} has no tokenizer: name the language model's folder with model.llama_model")
     folder = with_tokenizer[-1] if with_tokenizer else locate(settings["llama_model"])
     qformer_tokenizer = settings.get("qformer_tokenizer")
+    # a recipe always names a tokenizer, by default the released one; a checkpoint's own replaces this default
+    own = [one.path / QFORMER_FOLDER for one in sources if (one.path / QFORMER_FOLDER).is_dir()]
+    if own and qformer_tokenizer in (None, DEFAULT_QFORMER_TOKENIZER):
+        qformer_tokenizer = str(own[-1])
     for source in sources if not qformer_tokenizer else ():
         # meta.json of a released folder names the Q-Former's vocabulary, relative to the folder's parent
         beside = ((source.meta.get("sizes") or {}).get("qformer") or {}).get("bert_vocab")

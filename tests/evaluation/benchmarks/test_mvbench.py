@@ -186,8 +186,8 @@ def test_wrong_folders_are_refused(tmp_path) -> None:
         read(tmp_path)
     with pytest.raises(UserError, match="no ground truth was named"):
         load_benchmark("mvbench", EvaluationSettings())
-    with pytest.raises(UserError, match=r"gone\.json: there is no such annotation file"):
-        read(tmp_path / "gone.json", video_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"gone: found no such file or folder, expected MVBench's folder"):
+        read(tmp_path / "gone", video_dir=str(tmp_path))
     root = put(tmp_path, {"object_shuffle": [item("a.mp4")]})
     other = put(tmp_path / "other", {"test_qa": [{"question": "q", "answer": "a", "video_id": 1}]}) / "json"
     with pytest.raises(UserError, match="it looks like a VideoQA"):  # before its media are looked for

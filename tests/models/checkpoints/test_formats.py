@@ -152,7 +152,7 @@ def test_a_failure_of_the_hub_gives_one_sentence(monkeypatch: pytest.MonkeyPatch
         raise OSError("no network\nlong\ntext")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"org/name is neither a file or folder here nor .*\(no network\)"):
+    with pytest.raises(UserError, match=r"org/name: there is no such file or folder, .*\(no network\)"):
         locate("org/name")
 
 
