@@ -32,7 +32,7 @@ export TOY_ROOT=${TOY_ROOT:-toy_world/$size} TINY_OUTPUT=${TINY_OUTPUT:-output/t
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # as many processes as cores are faster than as many threads
 unseen=$TOY_ROOT-unseen
 features=$TINY_OUTPUT/features # of frozen parts: each picture and clip is encoded once
-clips=16000 tests=350
+clips=22000 tests=350
 [[ $size == full ]] || { clips=4000 && tests=140; }
 
 stllm() { "${PYTHON:-python}" -m stllm "$@"; }
