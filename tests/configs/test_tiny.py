@@ -40,7 +40,7 @@ def test_each_stage_starts_from_the_output_of_the_stage_before(tmp_path: Path, m
     before: dict[str, Tensor] = {}
     for stage in STAGES:
         recipe, options = str(TINY / "stages" / f"{stage}.yaml"), [*FEW, f"run.output_dir={output / stage}"]
-        if stage != "1_alignment":  # from features: the encoder and the Q-Former stay as they are from here on
+        if stage in STAGES[2:]:  # from features of the frozen encoder and Q-Former
             words = ["--cfg-path", recipe, "--stage", "qformer", "--output", str(output / "features")]
             assert main(["extract", "--device", "cpu", *words]) == 0
             options.append(f"datasets.features_root={output / 'features'}")
@@ -53,7 +53,7 @@ def test_each_stage_starts_from_the_output_of_the_stage_before(tmp_path: Path, m
             assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
         else:
             changed = {key.split(".")[0] for key, tensor in before.items() if not torch.equal(tensor, after[key])}
-            assert changed == {"projection", "language_model"}
+            assert "language_model" in changed and changed <= {"projection", "language_model"}  # text needs no projection
         before = after
     assert any(key.startswith("video_input.") for key in before)
     assert sum(tensor.nbytes for tensor in before.values()) < 12e6  # what is shipped
