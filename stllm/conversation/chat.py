@@ -2,8 +2,8 @@
 
 Steps: read -> encode -> prepare (prompt and visual tokens) -> complete; `Chat.answer` runs all of them.
 A video is read and encoded once. The encoder's output is cached under a hash of the frames, so a further question only
-runs the parts that depend on it. Letters: S prompt tokens, N visual tokens of a prompt, V those of a batch, T frames,
-K tokens of a frame, D width of the language model, A new tokens.
+runs the parts that depend on it. Letters in shapes: S prompt tokens, N visual tokens of a prompt, V those of a batch, T
+frames, K tokens of a frame, D width of the language model, A new tokens.
 """
 
 import argparse

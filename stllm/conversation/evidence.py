@@ -3,8 +3,8 @@
 `measure_evidence` leaves out one segment of the frames at a time and measures the answer's log probability again. The
 segment's tokens are removed from the sequence, as in the dynamic masking of training. Frames are not encoded again: if
 the encoder has a temporal adapter, the tokens of other frames still contain information from the segment.
-Letters: B prompts, S positions of a row, T frames, K tokens of a frame, N visual tokens, A tokens of the answer, D
-width of the language model.
+Letters in shapes: B prompts, S positions of a row, T frames, K tokens of a frame, N visual tokens, A tokens of the
+answer, D width of the language model.
 """
 
 import textwrap

@@ -3,7 +3,7 @@
 This process reads and encodes videos and embeds prompts. It sends the embeddings to `POST /v1/completions` as
 `prompt_embeds` (base64 of `torch.save`), and receives token ids (vLLM's documentation, "Prompt Embedding Inputs"). The
 engine schedules the requests. openai's client sends many at a time from one background thread, and retries those with
-a temporary failure. Letters: S tokens of a prompt, D width of the language model.
+a temporary failure. Letters in shapes: S tokens of a prompt, D width of the language model.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
 """Data classes for the stages of a question: request, clip, encoded clip, prepared prompt, answer. And a cache.
 
 Processes that read media import this file, so it imports no model.
-Letters: T frames, P patches, C vision width, K tokens per frame, N visual tokens, D width of the language model.
+Letters in shapes: T frames, P patches, C vision width, K tokens per frame, N visual tokens, D width of the language
+model.
 
 The context rule decides how much of a long prompt enters the language model:
 published: the last tokens of the prompt, visual and text; with the new tokens they are at most 2,000. The published

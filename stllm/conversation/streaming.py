@@ -4,7 +4,7 @@ A generation starts at once if none is running. Questions that arrive while it r
 their settings are equal. After a generation of several questions, the next one is delayed briefly, because clients
 often ask again right after an answer. transformers' continuous batching is not used: as of 5.24 it takes token ids, not
 embeddings. Each caller receives its own answer, at once or token by token, and may leave while the other answers are
-still being generated. Letters: B questions, A new tokens.
+still being generated. Letters in shapes: B questions, A new tokens.
 """
 
 import math

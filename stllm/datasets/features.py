@@ -3,7 +3,8 @@
 A folder holds shards `features-<rank>-<number>.safetensors`, with one tensor per clip under the clip's key, and
 `index.json`, which describes the features and lists the keys. `distinct_clips` lists the clips to extract, each once,
 and `ClipDataset` decodes them in batches.
-Letters: B clips of a batch, T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width.
+Letters in shapes: B clips of a batch, T frames, S image size, P patches, C encoder width, K tokens per frame, Q
+Q-Former width.
 """
 
 import hashlib

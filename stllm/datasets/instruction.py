@@ -1,6 +1,6 @@
 """The data set type `instruction`: videos, images or text with questions and answers, from an annotation file.
 
-Letters: T frames, S image size.
+Letters in shapes: T frames, S image size.
 """
 
 from collections.abc import Sequence

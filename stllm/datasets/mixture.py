@@ -3,7 +3,7 @@
 A global batch (the samples of one micro-batch over all processes) comes from one data set, so all ranks read the same
 kind of media at a step. The order depends only on the seed, epoch, sizes, ratios and the global batch size. It does not
 depend on the number of workers and processes, or on a resume.
-Letters: G samples of a global batch, n samples of a data set.
+Letters in formulas: G samples of a global batch, n samples of a data set.
 """
 
 from collections.abc import Iterator, Sequence

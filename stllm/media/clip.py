@@ -1,6 +1,6 @@
 """`Media`, a file on disk and what to read of it, and `Clip`, its frames, sampled and prepared for a model.
 
-T frames, S the model's image size, H and W the height and width of a frame in the file.
+Letters in shapes: T frames, S the model's image size, H and W the height and width of a frame in the file.
 """
 
 import hashlib

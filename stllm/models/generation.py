@@ -10,8 +10,8 @@ Prompts with a common beginning share one copy of its keys and values: within a 
 on as a `Prefix`. Prompts are compared by their embeddings, so anything that changes a prompt (template, system
 sentence, frames, context rule, Q-Former) prevents the reuse.
 
-B prompts, R answers (B times the beams), S positions of a prompt, P positions of a prefix, T positions of an answer,
-H heads, G query heads for each of the H/G key heads, D width of a head or of an embedding.
+Letters in shapes: B prompts, R answers (B times the beams), S positions of a prompt, P positions of a prefix, T
+positions of an answer, H heads, G query heads for each of the H/G key heads, D width of a head or of an embedding.
 """
 
 from collections.abc import Hashable, Iterator, Sequence

@@ -11,7 +11,7 @@ interfaces for custom attention.
 Packed prompts share one row, and each attends only to itself. torch's SDPA is called once for each group of prompts of
 one length, so no mask between prompts is needed. The lengths are known without a read.
 
-B rows, S positions of a row, D width, H heads, A labelled tokens of a batch.
+Letters in shapes: B rows, S positions of a row, D width, H heads, A labelled tokens of a batch.
 """
 
 from collections.abc import Iterator, Mapping

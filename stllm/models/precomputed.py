@@ -2,7 +2,7 @@
 
 Two stages can be stored: "vit" is the patch tokens of a frozen encoder; "qformer" is the query tokens of a frozen
 Q-Former that reads no text.
-B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, S image size.
+Letters in shapes: B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, S image size.
 """
 
 import hashlib

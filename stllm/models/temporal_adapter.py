@@ -5,7 +5,7 @@ the frames of each patch position, the spatial layer over the patches of each fr
 its block; the result is averaged with the encoder's output. Sources: ST-LLM (arXiv 2404.00308) section 3.4, BT-Adapter
 (arXiv 2309.15785); attention and MLP are timm's.
 
-B clips, T frames, P patches, C width.
+Letters in shapes: B clips, T frames, P patches, C width.
 """
 
 from collections.abc import Sequence

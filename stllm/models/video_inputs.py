@@ -3,7 +3,8 @@
 mean: the frames are averaged. all: every token enters. residual: some local frames enter, each with the mean of all
 frames added. Source: paper section 3.2 (joint spatial-temporal tokens) and 3.5 (global-local module for long videos).
 
-B clips, T frames, K tokens a frame, D language-model width, R local frames. A single image always gives its K tokens.
+Letters in shapes: B clips, T frames, K tokens a frame, D language-model width, R local frames. A single image always
+gives its K tokens.
 kept: the frames to use, as ascending positions (None: all). The other frames are left out, as if they were masked.
 """
 

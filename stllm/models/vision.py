@@ -3,7 +3,7 @@
 The published encoder's keys are those of `timm.models.eva.Eva` (EVA-CLIP, arXiv 2211.07636). Its final norm is replaced
 by `ln_vision` (BLIP-2), which always computes in float32.
 
-B clips, T frames, P patches, C width.
+Letters in shapes: B clips, T frames, P patches, C width.
 """
 
 from functools import partial

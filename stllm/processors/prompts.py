@@ -31,7 +31,7 @@ class PromptProcessor:
         training, and of the text for the Q-Former. max_qformer_len: number of the Q-Former's positions, which also
         limits its text.
     end_sym: text that ends a generated answer. system: system message of chat; None for the template's, "" for none.
-    Letters: B prompts, L tokens of the longest text for the Q-Former.
+    Letters in shapes: B prompts, L tokens of the longest text for the Q-Former.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Collation of prompts: expand placeholders, pad or pack rows, and compute the positions of visual tokens and labels.
 
 All positions are computed here on the CPU, so that the model never waits for values from its device.
-Letters: B prompts, S positions of a row, N visual tokens of a clip, V visual tokens of the batch. Positions are indices
-into the flattened (B*S) or (B*N). Packed prompts are concatenated to a single row without padding: B is 1, and S is the
-number of all tokens.
+Letters in shapes: B prompts, S positions of a row, N visual tokens of a clip, V visual tokens of the batch. Positions
+are indices into the flattened (B*S) or (B*N). Packed prompts are concatenated to a single row without padding: B is 1,
+and S is the number of all tokens.
 """
 
 from collections.abc import Sequence

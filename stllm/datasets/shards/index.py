@@ -3,7 +3,7 @@
 Members are grouped as in webdataset: neighbours whose names are equal up to the first dot are one sample. An index is a
 safetensors file, mapped into memory: opening one costs microseconds, so hundreds of shards can be open.
 
-Letters: N samples in a shard, V clips in it.
+Letters in shapes: N samples in a shard, V clips in it.
 """
 
 import hashlib
