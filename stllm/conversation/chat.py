@@ -120,7 +120,10 @@ class Chat:
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
 
     def evidence(self, path: str | Path, question: str, answer: str | None = None, **options: Any) -> "Evidence":
-        """Measure how much each part of a video mattered to an answer (None: the model's). Options as for `ask`."""
+        """Measure how much each part of a video mattered to an answer (None: the model's own answer).
+
+        Options as for `ask`.
+        """
         from stllm.conversation.evidence import measure_evidence
 
         conversation = self.conversation(path, **options)

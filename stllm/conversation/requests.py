@@ -276,7 +276,7 @@ class Prepared:
         return len(self.ids) if self.visual is None else len(self.ids) - 1 + len(self.visual)
 
     def fitted(self, *, context: str, max_new_tokens: int, text_config: Any, num_question: int) -> "Prepared":
-        """Return the prompt without as many of its first tokens as the context rule cuts.
+        """Return the prompt without the first tokens, as many as the context rule cuts.
 
         text_config: the language model's configuration. num_question: number of ids of the last question, which are
         never cut. Raises RequestError if the rule cannot shorten the prompt enough.

@@ -244,14 +244,17 @@ class _Row:
 
 
 class _Teller(BaseStreamer):
-    """Streamer for `generate` that passes each row its next token, or its error; transformers' take one row only."""
+    """Streamer for `generate` that passes each row its next token or an error. transformers' streamers take one row."""
 
     def __init__(self, rows: Sequence[_Row], watch: NaNWatch) -> None:
         self.rows, self.watch = rows, watch
         self.has_told = False
 
     def put(self, value: Tensor) -> None:
-        """Pass on the tokens of one step, (B,). The first call has the prompts' ids: none, as prompts are embedded."""
+        """Pass on the tokens of one step, (B,).
+
+        The first call is for the prompts' ids. It has none, because the prompts are passed as embeddings.
+        """
         if value.numel():
             self.has_told = True
             for row, token, is_bad in zip(self.rows, value.tolist(), self.watch.found(len(value)), strict=True):
@@ -281,7 +284,7 @@ class _StopRows(StoppingCriteria):
 
 
 class _TextDecoder(TextStreamer):
-    """Decoder from token ids to pieces of text, as transformers' TextStreamer, but for `take` instead of printing."""
+    """Decoder from token ids to pieces of text. `take` returns what transformers' TextStreamer would print."""
 
     def __init__(self, processor: PromptProcessor) -> None:
         super().__init__(processor.tokenizer, skip_special_tokens=True)

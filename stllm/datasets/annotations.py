@@ -163,7 +163,7 @@ class JsonRecords:
         if not text.isascii():  # convert to offsets in bytes of UTF-8
             lengths = (len(text[start:end].encode()) for start, end in pairwise([0, *spans]))
             ends = np.fromiter(lengths, np.int64, len(spans)).cumsum()
-        self._numbers = np.flatnonzero(chosen)  # of the records in the file
+        self._numbers = np.flatnonzero(chosen)  # numbers of the chosen records in the file
         self._starts, self._ends, self.num_pairs = ends[::2][chosen], ends[1::2][chosen], np.array(num_pairs)[chosen]
 
     def __len__(self) -> int:

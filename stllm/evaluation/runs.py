@@ -286,7 +286,7 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
         raise UserError(f"{records} has records, but the file of their settings, {path.name}, is missing: {another}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of yaml, OmegaConf and the file system
+    except Exception as error:  # yaml, OmegaConf and the file system raise many types
         raise UserError(f"{path} cannot be read ({error}): {another}") from error
     made = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
     if changes := describe_changes(decisive(made), decisive(settings)):

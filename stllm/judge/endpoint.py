@@ -29,7 +29,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 NUM_REASKS = 2  # further requests for an item if a reply has no score
 MAX_FAILED_IN_A_ROW = 10  # after so many failed items, asking stops
-NUM_CHARACTERS = 120  # of a server's text that a message quotes
+NUM_CHARACTERS = 120  # characters of a server's text that a message quotes
 ADVICE = {
     401: "it does not accept the key: name the environment variable that holds the right one with --api-key-env",
     403: "the key may not use this model or endpoint: use another key (--api-key-env), --model or --base-url",

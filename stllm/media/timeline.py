@@ -84,8 +84,8 @@ def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Pac
 def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut: bool) -> Timeline | None:
     """Return the timeline according to the packets, or None if their times are not plausible.
 
-    They are not if a time is missing or occurs twice, if decoding times (dts) do not ascend, or if the codec reorders
-    frames in a container that holds only decoding times.
+    They are not plausible if a time is missing or occurs twice, if decoding times (dts) do not ascend, or if the codec
+    reorders frames in a container that holds only decoding times.
 
     cut: the file is incomplete. The missing frames then count in num_promised. The last packets are not used, because a
     lost B-frame might belong between them.

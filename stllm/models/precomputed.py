@@ -58,7 +58,7 @@ def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, i
 def weights_digest(model: STLLM, stage: str) -> str:
     """Return a digest (16 hex digits) of the weights and settings that a stage's output depends on.
 
-    Weights are hashed as bfloat16, so a model loaded in float32 and in bfloat16 has one digest. A model loaded in
+    Weights are hashed as bfloat16, so a model has the same digest in float32 and in bfloat16. A model loaded in
     float16 has another one, unless its file is float16. A billion weights take seconds.
     """
     config, encoder = model.config, model.vision_encoder
@@ -79,7 +79,7 @@ def weights_digest(model: STLLM, stage: str) -> str:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """A weight that FSDP or ZeRO-3 may have divided among processes; then this is a collective call."""
+    """Return a whole weight. If FSDP or ZeRO-3 has divided it among processes, all of them must call this together."""
     if isinstance(weight, DTensor):
         return weight.full_tensor()
     if not hasattr(weight, "ds_id"):

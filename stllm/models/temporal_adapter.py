@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stllm.common.errors import UserError
 
-MAX_DROP_PATH = 0.1  # of the last layer; the rates rise linearly from 0: 0, 0.05, 0.1 for the published three layers
+MAX_DROP_PATH = 0.1  # rate of the last layer; rates rise linearly from 0: 0, 0.05, 0.1 for the published three
 
 
 class TemporalLayer(nn.Module):

@@ -36,7 +36,7 @@ def pad_sequences(
     Returns input_ids and attention_mask (B, S); visual_positions (V,). With labels, also labels (B, S) and
     label_positions, the positions whose next token has a label. With packing, `packed` replaces attention_mask: it has
     the prompts' lengths (a list) and position_ids (1, S), which restart at 0 for each prompt.
-    Raises ValueError unless a row has one placeholder if it has visual tokens, and none otherwise.
+    Raises ValueError unless each row with visual tokens has exactly one placeholder, and each other row has none.
     """
     counts = [None] * len(rows) if num_visual is None else num_visual
     ids, repeats = [], []

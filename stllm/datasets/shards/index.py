@@ -25,12 +25,12 @@ from stllm.media.find import EXTENSIONS
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 VIDEO_SUFFIXES = tuple(extension[1:] for extension in EXTENSIONS)
 TEXT, JSON = "txt", "json"
-MAX_CAPTION_BYTES = 1 << 20  # of a txt or json; a model reads some thousand tokens
-MAX_HEADER = 1 << 20  # bytes of a member's name and other fields, which tarfile reads whole
-BLOCK = tarfile.BLOCKSIZE  # of a header; a member's data follow its header at once
-ABSENT = -1  # the offset of a member that is not there
-FORMAT = "2"  # of the index; an index in another format is made anew
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what gzip, bzip2, xz and zstd files begin with
+MAX_CAPTION_BYTES = 1 << 20  # limit for a txt or json; a model reads only some thousand tokens
+MAX_HEADER = 1 << 20  # limit in bytes for a member's name and other fields, because tarfile reads them whole
+BLOCK = tarfile.BLOCKSIZE  # bytes of a header; a member's data follow it directly
+ABSENT = -1  # the offset if a sample has no such member
+FORMAT = "2"  # version of the index's format; an index of another version is built again
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd files
 
 
 class SampleSpan(NamedTuple):
@@ -155,7 +155,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
         for _, neighbours in groupby(members, key=lambda member: member[0]):
             files: dict[str, tuple[int, int]] = {}
             for _, suffix, place in neighbours:
-                files.setdefault(suffix, place)  # a second image or caption of one name could be another pair's
+                files.setdefault(suffix, place)  # the first file counts: a second one may belong to another sample
             image, video = (
                 next((files[suffix] for suffix in suffixes if suffix in files), (ABSENT, 0))
                 for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
@@ -164,7 +164,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
             count = 0 if video[0] == ABSENT else _count_answers(file, text, data)
             rows.append(SampleSpan(*image, *video, *text, *data, count))
     if not is_whole and rows and (rows[-1].caption[0] == ABSENT or rows[-1].image == rows[-1].video == ABSENT):
-        rows.pop()  # its other half is behind the cut
+        rows.pop()  # the rest of this sample is missing
     samples, videos = np.array(rows, np.int64).reshape(-1, 9), np.array(clips, np.int64).reshape(-1, 3)
     if is_whole:
         return samples, videos, ""

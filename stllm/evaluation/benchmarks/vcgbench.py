@@ -25,7 +25,7 @@ OWN = ("Q", "Q1")  # fields that only this format has
 
 
 class VcgBench(Benchmark):
-    """VcgBench, with the tasks whose files exist."""
+    """The benchmark VcgBench. Its tasks are those whose files exist in the folder."""
 
     name, title = "vcgbench", "VcgBench"
     judged = True

@@ -150,7 +150,7 @@ def _group(
 ) -> dict[str, Any]:
     """Compare the runs over some items: the result of `paired`, and the mean of each run with its interval.
 
-    members: indices of the items in `lines` and in both runs' `values`. high: the best value after scaling.
+    members: indices of the items in `lines` and in both runs' `values`. high: the highest possible score (100 or 5).
     """
     chosen = [[run[place] for place in members] for run in values]
     videos = [str(lines[place].get("video") or lines[place]["id"]) for place in members]

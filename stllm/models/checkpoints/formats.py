@@ -249,7 +249,7 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     """Open weights of any known format. Only names and shapes are read.
 
     path: a file, a folder, a hub name or a URL. depth: the number of encoder blocks to use, if configured.
-    Raises UserError if there is nothing, if it is no checkpoint, if a shard is missing, or if a file is damaged.
+    Raises UserError if nothing is at the path, if it is no checkpoint, if a shard is missing, or if a file is damaged.
     """
     place = locate(path)
     check_regular(place, "weights")

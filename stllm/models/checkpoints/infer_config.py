@@ -67,9 +67,9 @@ COMPARED = (
     ("qformer_config", "cross_attention_frequency"),
     ("", "has_qformer"),
 )
-GROUP_KEYS = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # in a YAML
+GROUP_KEYS = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # prefixes of the keys in a YAML
 LLM_SIZES = {4096: " (7B)", 5120: " (13B)"}
-FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # by whether the Q-Former reads text
+FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # the Q-Former reads text -> family
 NOT_THE_MODELS = (
     *("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version"),
     "quantization_config",  # a quantized language model is dequantized when it is read

@@ -313,7 +313,7 @@ def make_plan(
     for layer in sorted(layer for layer in found - kept if layer.rpartition(".")[0] in stacks):
         report.add("wrong_shape", part_of(layer), f"{layer}: found, but the configuration has fewer layers")
 
-    # of two tied weights, only the one that the other is tied to is filled, whichever of them the file has
+    # of two tied weights, only one is filled: the one that transformers ties the other to; the file may have either
     tied = model.all_tied_weights_keys
     for target, origin in tied.items():
         if target in origins:
