@@ -184,7 +184,7 @@ def yaml_layer(path: str | Path) -> Layer:
 
 
 def _num_values(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """Count the values in a YAML node after OmegaConf has expanded its aliases. known: counts by node id."""
+    """Count the values in a YAML node after OmegaConf has expanded its aliases. known: node id -> count."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:

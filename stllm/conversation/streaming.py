@@ -104,14 +104,14 @@ class Batches:
             yield from news
 
     def _is_whole(self, ids: list[int], decoding: Decoding) -> bool:
-        """Check whether the answer is complete with the last of these ids."""
+        """Check whether an answer is complete: it ends with EOS or the end mark, or has the maximum length."""
         mark = self._processor.end_sym
         # Tokens have at least one character, except for a few special ones; so these last ids cover the whole mark.
         tail = self._processor.tokenizer.decode(ids[-len(mark) - 2 :])
         return ids[-1] == self._processor.eos_token_id or mark in tail or len(ids) == decoding.max_new_tokens
 
     def _leave(self, row: "_Row") -> None:
-        """Remove a question whose caller leaves. Wait until the model no longer generates for it."""
+        """Remove a question whose caller no longer waits, and wait until the model has stopped generating for it."""
         row.left = True
         self._forget(row)
         if row.is_alone or not row.is_done:
@@ -185,7 +185,7 @@ class Batches:
 
 
 class _Row:
-    """A question in the queue or in a batch: one row of it, or one row per beam.
+    """A question in the queue or in a batch. In a batch it takes one row, or with beam search one row per beam.
 
     news: queue from which the caller reads lists of token ids, then None or an error. is_whole: function that checks
     whether token ids are a complete answer. streams: True to put each token into `news` at once.
@@ -238,7 +238,7 @@ class _Row:
         self.news.put(error)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Finish, and set `ended`: the generation adds no more tokens."""
+        """Call `finish`, and set the event `ended`: this generation adds no more tokens to the answer."""
         self.finish(error)
         self.ended.set()
 
@@ -333,7 +333,7 @@ class AnswerStream:
 
 
 def clean_pieces(pieces: Generator[str, None, T], end_sym: str) -> Generator[str, None, T]:
-    """Yield the cleaned answer from pieces of generated text, and return the return value of `pieces`."""
+    """Yield the cleaned answer from pieces of generated text. Returns what the generator `pieces` returns."""
     answer = AnswerStream(end_sym)
     with closing(pieces):
         while True:

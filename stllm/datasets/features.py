@@ -248,10 +248,10 @@ class ClipBatch(NamedTuple):
 
 
 def distinct_clips(corpus: FeatureSource, number: int, *, done: FeatureWriter) -> Iterator[DistinctClip | None]:
-    """Yield for each sample its clip if it is a new one, else None.
+    """Yield for each sample its clip, or None if an earlier sample has the same clip.
 
-    A sample whose record cannot be used also gives None; training will count it.
-    number: number of the data set. done: the writer whose clips are skipped.
+    A sample whose record cannot be used also gives None; training will count it. number: number of the data set. done:
+    the writer of features; clips whose features it already has also give None.
     """
     seen: set[str] = set()
     for sample in range(len(corpus)):

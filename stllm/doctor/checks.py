@@ -228,7 +228,7 @@ def _look(use: Use, decode: str) -> list[Fault]:
 
 @contextmanager
 def _notes() -> Iterator[list[str]]:
-    """Collect in a list what readers log as a warning in the block, such as damage that the decoder can repair."""
+    """Collect the warnings that readers log within the block, such as damage that the decoder can repair, in a list."""
     notes: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(str(record.args[1]))  # type: ignore[method-assign, index]

@@ -29,7 +29,7 @@ BATCHES_SORTED = 4  # batches of questions that are collected before they are so
 
 
 class QueuedQuestion(NamedTuple):
-    """A question in the queue. number: its index in the item. answers: the item's answers so far, by number."""
+    """A question in the queue. number: its index in the item. answers: question number -> answer, for its item."""
 
     item: Item
     number: int

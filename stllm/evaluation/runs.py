@@ -302,7 +302,7 @@ def content_digest(content: Any) -> str:
 
 
 def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
-    """Return for each of the item's questions the prompt's `pieces`, and the text for the `qformer`."""
+    """Return, for each question of the item, a dictionary with the prompt's `pieces` and the text for the `qformer`."""
     template = processor.template
     prompts = []
     for request in loaded.requests(item, template):

@@ -106,7 +106,7 @@ class Member:
         return _MemberFile(self)
 
     def stat(self) -> SimpleNamespace:
-        """st_size, and st_ino and st_mtime_ns, which together identify the content."""
+        """Return the size (st_size), and values that together identify the content (st_ino, st_mtime_ns)."""
         return SimpleNamespace(st_size=self.size, st_ino=self.start, st_mtime_ns=os.fstat(self._descriptor).st_mtime_ns)
 
     def read(self, size: int, at: int) -> bytes:

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class NobodyWaits(UserError):
-    """A reading was ended because its caller has left or the pool was closed."""
+    """Raised if a reading was ended because its caller no longer waits or the pool was closed."""
 
 
 class ReadingPool:

@@ -24,7 +24,7 @@ Generator = np.random.Generator | random.Random
 
 
 class BoundsError(UserError):
-    """The part between two bounds in seconds is empty, lies outside the video or holds none of its frames."""
+    """Raised if the part between two bounds in seconds is empty, lies outside the video or holds none of its frames."""
 
 
 def rand(num_frames: int, *, total_frames: int, generator: Generator) -> list[int]:

@@ -45,7 +45,7 @@ class Timeline:
 
     @property
     def num_readable(self) -> int:
-        """N, the number of frames that the file holds."""
+        """The number of frames that the file holds, N."""
         return len(self.stamps)
 
     def index_at(self, stamp: int) -> int:
@@ -53,7 +53,7 @@ class Timeline:
         return int(self.stamps.searchsorted(stamp))
 
     def begins_with(self, stamps: Sequence[int | None]) -> bool:
-        """Check whether these stamps, at least one, are the first of the timeline."""
+        """Check whether the timeline begins with these stamps (at least one)."""
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":

@@ -126,7 +126,7 @@ AttentionInterface.register("sdpa", attend)
 
 
 def packing_fault(config: PretrainedConfig) -> str | None:
-    """Return why prompts of this language model cannot be packed. None: they can."""
+    """Return the reason if prompts of this language model cannot be packed, else None."""
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
     kinds = set(getattr(config, "layer_types", None) or ())

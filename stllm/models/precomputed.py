@@ -18,7 +18,7 @@ from stllm.models.vision import build_vision_encoder
 
 
 def fault(config: STLLMConfig, stage: str) -> str | None:
-    """Return why a stage's output cannot replace the pixels in training, with what to do. None: it can."""
+    """Return the reason why a stage's output cannot replace the pixels in training, and what to do. None: it can."""
     with torch.device("meta"):
         encoder = build_vision_encoder(config)
     moving = "so that its output changes at every step"

@@ -91,7 +91,7 @@ def piece_paths(settings: Mapping[str, Any]) -> list[str]:
 
 
 def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str] = ()) -> Fields:
-    """Return only the `model` settings that the user's YAML and options set, without the shipped defaults.
+    """Return only those `model` settings that the user's YAML and options set, without the shipped defaults.
 
     If the user sets `model_type`, the defaults of that type are included. Raises UserError as `load_config` does.
     """

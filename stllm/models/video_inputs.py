@@ -82,8 +82,8 @@ class ResidualInput(nn.Module):
     def forward(self, frame_tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """frame_tokens: (B, T, K, D). Returns (B, R*K, D), or (B, K, D) for a single image.
 
-        The local frames are chosen from all T frames. Frames that are not kept are then removed from them and from the
-        mean.
+        The local frames are chosen from all T frames. A frame that is not in `kept` is then left out, both as a local
+        frame and in the mean.
         """
         if frame_tokens.shape[1] == 1:
             return frame_tokens[:, 0]

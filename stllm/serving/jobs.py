@@ -45,7 +45,7 @@ Work = Callable[[Event], Generator[T | Stage, None, object]]  # a job's generato
 
 
 class BusyError(UserError):
-    """The queue has no free place. The client may try again later."""
+    """Raised if the queue has no free place. The client may try again later."""
 
 
 @dataclass(frozen=True)

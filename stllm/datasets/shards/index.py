@@ -52,7 +52,7 @@ class SampleSpan(NamedTuple):
 
     @property
     def caption(self) -> tuple[int, int]:
-        """The place of an image's caption: its text file, or else its JSON file."""
+        """The offset and the size of an image's caption: those of its text file, or else of its JSON file."""
         return (self.json, self.json_bytes) if self.text == ABSENT else (self.text, self.text_bytes)
 
 
@@ -71,7 +71,7 @@ class ShardIndex(NamedTuple):
     fault: str
 
     def entry(self, sample: int) -> SampleSpan:
-        """Return the places of the members of one sample."""
+        """Return the offsets and sizes of the members of one sample."""
         return SampleSpan(*map(int, self.rows[sample : sample + 1][0]))
 
 
@@ -88,7 +88,7 @@ class _Header(tarfile.TarInfo):
 
 
 def digest(name: str) -> int:
-    """Return a number of 63 bits for a member's name; a leading ./ is ignored."""
+    """Hash a member's name to an integer of 63 bits; a leading ./ is ignored."""
     data = os.fsencode(os.path.normpath(name))
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 

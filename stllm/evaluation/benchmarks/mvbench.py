@@ -115,7 +115,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class MVBench(Benchmark):
-    """MVBench, or another benchmark in its format. own_tasks: other JSON files are accepted as tasks of the user."""
+    """MVBench, or a benchmark in the same format. own_tasks: other JSON files are accepted as the user's tasks."""
 
     name: str = "mvbench"
     title: str = "MVBench"

@@ -67,7 +67,7 @@ def compare(first: str | Path, second: str | Path, output: str | Path | None = N
 
 
 def _read(path: Path) -> list[Record]:
-    """Return the records from which a run is scored. Raises UserError."""
+    """Read a file of records, and return those that a run's scores are computed from. Raises UserError."""
     check_regular(path, EXPECTED)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, expected {EXPECTED}")

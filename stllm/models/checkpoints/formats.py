@@ -287,7 +287,7 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
 
 
 def _without_config(path: Path, weights: Weights, depth: int | None) -> Source:
-    """Recognise a file, or a folder without a config.json, by its key names."""
+    """Recognise the format of a file, or of a folder without a config.json, by the names of its weights."""
     keys = weights.specs
     if any(key.startswith("model.stllm_model.") for key in keys):
         return Source(path, Format.RELEASED, RELEASED, weights)

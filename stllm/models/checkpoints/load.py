@@ -381,7 +381,10 @@ def _check_shape(plan: WeightPlan, key: str, expected: tuple[int, ...], config: 
 
 
 def _grows(key: str, source: Source) -> bool:
-    """Check whether rows for [PAD] may be added to a weight: embeddings and head of an original language model."""
+    """Check whether rows for [PAD] may be added to a weight.
+
+    They may be added to the token embeddings and the output head of an original language model.
+    """
     is_plain = source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
     return is_plain and key.startswith("language_model.") and key.endswith((".weight", ".bias"))
 
