@@ -267,7 +267,7 @@ class MVBench(Benchmark):
         return files, media
 
     def _official_name(self, file: Path) -> str:
-        """Return "; did you mean ...?" with the nearest official file name, or "" if the name is official or unlike."""
+        """Return "; did you mean ...?" with the nearest official file name; "" if it is official or none is near."""
         return did_you_mean(file.name, [task.file for task in self.tasks]) if task_of(file, self.tasks) is None else ""
 
     def _entry(self, file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:

@@ -270,7 +270,10 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
 
 @dataclass
 class WeightPlan:
-    """The tensor of a file for each weight of the model, in the order of the files. report: the audit of all keys."""
+    """A plan that assigns to each weight of the model a tensor of a file. report: the audit of all keys.
+
+    The weights are in the order in which the files are read.
+    """
 
     report: AuditReport
     origins: dict[str, tuple[Source, SourceTensor]] = field(default_factory=dict)
@@ -297,7 +300,7 @@ def make_plan(
     for source in sources:
         for key, entry in source.entries.items():
             if (own := plain.get(key, key)) in wanted:
-                origins.pop(own, None)  # remove that of an earlier source, so that the order is the later file's
+                origins.pop(own, None)  # remove an earlier source's tensor, so that the order is that of the later file
                 origins[own] = (source, entry)
             elif key not in wanted:
                 report.add("unexpected", part_of(key), entry.key)
