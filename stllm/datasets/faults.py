@@ -1,4 +1,4 @@
-"""Reading all records of an annotation file, and finding the faults that need no opened media.
+"""Reading all records of an annotation file, and finding those faults for which no medium must be opened.
 
 One broken record does not hide those after it. `stllm doctor` lists all faults; `stllm evaluate` stops at the first one
 that concerns a whole file and keeps the others as errors of their items.

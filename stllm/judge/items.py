@@ -72,7 +72,7 @@ class JudgeItem:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The items of a file for one axis. unanswered: key of an item that cannot be judged -> the reason."""
+    """The items of a file for one axis (such as correctness). unanswered: key of an unusable item -> the reason."""
 
     items: tuple[JudgeItem, ...]
     unanswered: dict[str, str]

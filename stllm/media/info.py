@@ -98,7 +98,7 @@ class Member:
         os.close(self._descriptor)
 
     def absolute(self) -> "Member":
-        """Return itself, like `Path.absolute` for an absolute path."""
+        """Return this member unchanged, so that code for a `Path` also works for a member."""
         return self
 
     def open(self, mode: str = "rb") -> RawIOBase:

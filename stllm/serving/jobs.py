@@ -172,7 +172,10 @@ class Jobs:
 
 
 class Job(Generic[T]):
-    """A request with a place in the queue. resources: stack closed at its end. client: its address, None if unknown."""
+    """A request with a place in the queue.
+
+    resources: an `ExitStack` that is closed when the job ends. client: the client's address, None if unknown.
+    """
 
     def __init__(self, jobs: Jobs, tell: Callable[[T | End], None], client: str | None = None) -> None:
         self.resources = ExitStack()

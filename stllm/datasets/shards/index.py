@@ -59,8 +59,8 @@ class SampleSpan(NamedTuple):
 class ShardIndex(NamedTuple):
     """The samples of one shard.
 
-    rows: (N, 9) int64, a `SampleSpan` each. clips: (V, 3) int64: the offset, the bytes and `digest` of the name of each
-        video. Both are arrays, or slices of a mapped file.
+    rows: (N, 9) int64, one `SampleSpan` per sample. clips: (V, 3) int64: for each video, the offset and the size of its
+    data in bytes, and the `digest` of its name. Both are arrays, or slices of a mapped file.
     num_samples: N. size: bytes of the tar. fault: a sentence when the tar is damaged, else "".
     """
 

@@ -114,7 +114,7 @@ class Benchmark(ABC):
         return self.judged
 
     def scored(self, records: Sequence[Record]) -> list[Record]:
-        """Return the records from which scores are computed. A subclass may merge records, such as pairs into one.
+        """Return the records from which scores are computed. A benchmark may merge several records into one.
 
         records: all records, including failed ones (with `error`)."""
         return list(records)

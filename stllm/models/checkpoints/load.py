@@ -56,7 +56,10 @@ class Division(Protocol):
         """Divide the model before reading. Weights of files are on the meta device; the others are in main memory."""
 
     def read(self, old: Tensor, copy: CopyRows) -> Tensor:
-        """Read this process's part of a weight with `copy`, and return it. old: the weight in the divided model."""
+        """Read the part of a weight that this process keeps, and return it.
+
+        copy: function that reads rows of the weight. old: the weight in the divided model.
+        """
 
 
 LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
