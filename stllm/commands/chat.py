@@ -190,8 +190,8 @@ def _interactive(conversation: "Conversation", args: argparse.Namespace, *, exam
     """Answer lines from stdin until /quit or the end of input, and return the exit code.
 
     A failed or interrupted line leaves the conversation unchanged, and the next line is read. At a terminal the exit
-    code is 0; otherwise it is 1 if a line failed. examples: answer the example questions first, at a terminal, or if
-    stdin has no line.
+    code is 0; otherwise it is 1 if a line failed.
+    examples: also answer the example questions: at a terminal before the first line, otherwise only if stdin is empty.
     """
     person = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):

@@ -54,7 +54,7 @@ def add_options(parser: Parser) -> None:
     asked = parser.add_argument_group("questions, frames and decoding (default: as published for the benchmark)")
     asked.add_argument("--tasks", type=names, metavar="A,B", help="ask only these tasks of the benchmark")
     asked.add_argument("--limit", type=whole(1), metavar="N", help="ask only the first N items of each task")
-    frames = "frames per video; 0: one per second, from 4 to 16, as published for mvbench"
+    frames = "frames per video; 0: one per second, but at least 4 and at most 16, as published for mvbench"
     asked.add_argument("--num-frames", type=whole(0), metavar="N", help=frames)
     beams = "number of beams in beam search; 1: greedy decoding"
     asked.add_argument("--num-beams", type=whole(1), metavar="N", help=beams)
@@ -190,7 +190,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="evaluates a model on a benchmark, also under torchrun; the same command resumes an interrupted run",
+    help="evaluates a model on a benchmark, in one or several processes (torchrun); "
+    "the same command resumes an interrupted run",
     example="stllm evaluate mvbench --ckpt-path DIR --anno-path MVBench --output-dir output/eval",
     add_options=add_options,
     run=run,

@@ -55,7 +55,7 @@ def names(text: str) -> list[str]:
 
 
 def whole(low: int, high: int = 2**32 - 1) -> Callable[[str], int]:
-    """Return an argparse type for whole numbers from `low` to `high`; the default is the largest possible seed."""
+    """Return an argparse type for whole numbers from `low` to `high` (default: the largest possible seed)."""
 
     def parse(text: str) -> int:
         is_number = text.isascii() and text.isdigit() and len(text) < 20
@@ -97,18 +97,18 @@ def gpu_number(text: str) -> str:
 
 
 def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
-    """Add `--ckpt-path`. otherwise: text about the default if --cfg-path names no checkpoint either."""
+    """Add `--ckpt-path`. otherwise: help text that names the default if --cfg-path names no checkpoint either."""
     words = f"weights: a folder, file or hub name, in any known format (default: model.ckpt of --cfg-path{otherwise})"
     parser.add_argument("--ckpt-path", type=path, metavar="DIR", help=words)
 
 
 def add_config(parser: Parser, default: str = "inferred from the checkpoint") -> None:
-    """Add `--cfg-path`. default: text about the configuration without this option."""
+    """Add `--cfg-path`. default: help text that describes the configuration without this option."""
     parser.add_argument("--cfg-path", type=path, metavar="YAML", help=f"the model's configuration (default: {default})")
 
 
 def add_context(parser: Container, default: str = PUBLISHED) -> None:
-    """Add `--context`. default: text about the rule without this option."""
+    """Add `--context`. default: help text that names the rule without this option."""
     parser.add_argument(
         "--context",
         choices=CONTEXTS,
@@ -184,6 +184,6 @@ def add_workers(
 
 
 def add_media_seconds(parser: Container, default: str = f"{MEDIA_SECONDS:g}") -> None:
-    """Add `--media-seconds`. default: text about the limit without this option."""
-    words = "time limit for reading one video or image, which then counts as unreadable; 0: no limit"
+    """Add `--media-seconds`. default: help text that names the limit without this option."""
+    words = "time limit for reading one video or image; beyond it, the file counts as unreadable; 0: no limit"
     parser.add_argument("--media-seconds", type=number(0), metavar="SECONDS", help=f"{words} (default: {default})")

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 COMMAND = Command(
-    help="trains a model as a YAML describes, also under torchrun; the same command resumes an interrupted run",
+    help="trains the model that a YAML describes, in one or several processes (torchrun); "
+    "the same command resumes an interrupted run",
     example="torchrun --nproc_per_node=8 -m stllm train --cfg-path configs/train/instructblip_qa.yaml",
     add_options=add_options,
     run=run,

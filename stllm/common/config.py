@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 SECTIONS = ("model", "datasets", "run", "evaluation", "suite")
 OPTIONS = "--options"  # name of the layer of overrides
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one OmegaConf uses; SafeLoader rejects `[Which?]`
-MAX_VALUES = 100_000  # in one YAML; a few lines of aliases can expand to more values than fit in memory
+MAX_VALUES = 100_000  # limit for one YAML; a few lines of aliases can expand to more values than fit in memory
 BASE = "base"  # top-level key of a YAML: the file whose settings it overrides
 UNUSED_SECTIONS = {"preprocess": "images are prepared by model.image_size alone"}  # found in published YAMLs
 RUN_PATHS = ("deepspeed", "fsdp_config", "resume_from_checkpoint")  # output_dir is relative to the working directory
@@ -56,7 +56,7 @@ SHOWN = 6  # changed keys that a message lists
 class Layer:
     """One source of settings.
 
-    name: its name in error messages. folder: base of its relative paths. values: by section.
+    name: its name in error messages. folder: where its relative paths start. values: section -> settings.
     """
 
     name: str
@@ -184,7 +184,7 @@ def yaml_layer(path: str | Path) -> Layer:
 
 
 def _num_values(node: yaml.Node | None, known: dict[int, int]) -> int:
-    """Count the values in a YAML node after OmegaConf has expanded its aliases. known: counts by node id."""
+    """Count the values in a YAML node after OmegaConf has expanded its aliases. known: node id -> count."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in known:
@@ -200,7 +200,7 @@ def _mapping(value: Any, source: str, what: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error message: our own messages are one sentence."""
+    """Return the first line of a library's error message, because our own messages have only one sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -380,7 +380,7 @@ def source_of(layers: Sequence[Layer], dotted: str) -> Layer:
 
 
 def _resolved(cfg: Any, layers: Sequence[Layer]) -> DictConfig:
-    """Resolve every `${...}` in the configuration. Raises UserError if one cannot be resolved, or for `???`."""
+    """Resolve every `${...}` in the configuration. Raises UserError if this fails, or if a value is `???`."""
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
@@ -430,8 +430,8 @@ def _make_paths_absolute(cfg: DictConfig, layers: Sequence[Layer]) -> None:
 def check_entry(name: str, entry: Mapping[str, Any], where: Where) -> dict[str, Any]:
     """Convert and check the settings of one data set. Null values are left out, so that the defaults apply.
 
-    where: returns the name of the YAML or option that sets a dotted key. Raises UserError for a value of a wrong type
-    or out of range.
+    where: function that returns the name of the YAML or option that sets a dotted key.
+    Raises UserError for a value of a wrong type or out of range.
     """
     checked = checked_values(entry, *keys_of(DatasetSettings), f"datasets.{name}", where)
     return {key: value for key, value in checked.items() if value is not None}

@@ -27,7 +27,7 @@ from stllm.common.errors import UserError
 from stllm.common.logging import escape_output
 
 PATIENCE = timedelta(days=30)  # timeout of the group; one process may have much longer clips than the others
-SECONDS = 1.0  # between two checks of the parent
+SECONDS = 1.0  # seconds between two checks of the parent
 CHUNK = 8  # tasks passed to a process at once
 MAX_WORKERS = 8  # unless more are requested
 
@@ -214,7 +214,10 @@ class Map(Protocol):
 
 
 def one_a_core(asked: int | None, most: int = MAX_WORKERS) -> int:
-    """Return `asked`, or if it is None the number of CPU cores per rank of this machine, from 1 to `most`."""
+    """Return the number of worker processes: `asked`, or if it is None one per CPU core, but at most `most`.
+
+    The cores are divided by the number of ranks on this machine; the result is at least 1.
+    """
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(cores, most)) if asked is None else asked
 

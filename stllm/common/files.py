@@ -17,7 +17,7 @@ from stllm.common.errors import DISK_FULL, UserError
 
 log = logging.getLogger(__name__)
 
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # of a network file system without a lock service
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)  # errors of a network file system without a lock service
 OLD = ".old.partial"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of a Git LFS pointer
 LFS_SENTENCE = "found a Git LFS pointer, expected the file itself: fetch it with `git lfs pull`"

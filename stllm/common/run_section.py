@@ -143,7 +143,7 @@ SWITCHED_BY = {
     "gradient_checkpointing_kwargs": ("activation_checkpointing", "gradient_checkpointing"),
     "liger_kernel_config": ("use_liger_kernel",),
 }
-DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # of this repository
+DEEPSPEED = Path(__file__).parents[2] / "configs" / "deepspeed"  # configurations in this repository
 
 
 def translate_run(given: dict[str, Any], source: str) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def run_keys() -> dict[str, Any]:
 def check_run(run: Mapping[str, Any], where: Where) -> dict[str, Any]:
     """Convert and check the values of the merged and resolved `run`, and add the defaults of RunSettings.
 
-    A null value is left out, so that its default applies. where: returns the name of the YAML or option that sets a
-    dotted key.
+    A null value is left out, so that its default applies. where: function that returns the name of the YAML or option
+    that sets a dotted key.
     Raises UserError for a value of a wrong type, out of range or not among the allowed ones.
     """
     kinds, values = run_keys(), dict(run)

@@ -37,7 +37,7 @@ CONTEXTS = PUBLISHED, ALL = "published", "all"  # rules for long prompts, see co
 def _key(default: Any, **about: Any) -> Any:
     """Return a dataclass field with limits for its values, which `value_fault` checks.
 
-    choices: the allowed names; a registry imports its modules only for a value other than the default.
+    choices: the allowed names, or a registry with them, which imports its modules only if the value is not the default.
     low, high: inclusive limits of a number. filled: True for a text that must not be empty. texts: True for a text or a
     list of texts. path: True for a file or folder, which may be relative to its YAML.
     unused: the reason why a published key has no effect; the key is accepted with a note.
@@ -53,7 +53,10 @@ _LAUNCHER = "the launcher (torchrun) and --device decide"
 
 @dataclass
 class VisionSettings:
-    """Sizes of the image encoder and its temporal adapter. Unset sizes are EVA-ViT-g's, in brackets."""
+    """Sizes of the image encoder and its temporal adapter.
+
+    The comment on each size gives its default in brackets, that of EVA-ViT-g.
+    """
 
     patch_size: int | None = None  # height and width of a patch in pixels (14)
     embed_dim: int | None = None  # width C (1408)
@@ -67,7 +70,7 @@ class VisionSettings:
 
 @dataclass
 class QFormerSettings:
-    """Sizes of the Q-Former. Unset sizes are BERT-base's, in brackets."""
+    """Sizes of the Q-Former. The comment on each size gives its default in brackets, that of BERT-base."""
 
     hidden_size: int | None = None  # width (768)
     num_hidden_layers: int | None = None  # layers (12)
@@ -283,7 +286,7 @@ def benchmark_names() -> list[str]:
 
 
 def texts(value: Any) -> tuple[Any, ...]:
-    """Return the value of a key that takes a text or a list of texts as a tuple; () for None."""
+    """Convert the value of a key to a tuple of texts. The value is a text, a list of texts, or None (no texts)."""
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
@@ -302,7 +305,7 @@ JSON_FILES = ("run.deepspeed", "run.fsdp_config")  # keys whose value is a mappi
 
 
 def keys_of(schema: type) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
-    """Return the types of a dataclass's fields, and the limits of their values (`_key`)."""
+    """Return two dictionaries for a dataclass: field -> type, and field -> limits of its value (see `_key`)."""
     about: dict[str, Mapping[str, Any]] = {
         f.name: {**f.metadata, "default": f.default} for f in dataclasses.fields(schema)
     }

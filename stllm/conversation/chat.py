@@ -2,8 +2,8 @@
 
 Steps: read -> encode -> prepare (prompt and visual tokens) -> complete; `Chat.answer` runs all of them.
 A video is read and encoded once. The encoder's output is cached under a hash of the frames, so a further question only
-runs the parts that depend on it. Letters: S prompt tokens, N visual tokens of a prompt, V those of a batch, T frames,
-K tokens of a frame, D width of the language model, A new tokens.
+runs the parts that depend on it. Letters in shapes: S prompt tokens, N visual tokens of a prompt, V those of a batch, T
+frames, K tokens of a frame, D width of the language model, A new tokens.
 """
 
 import argparse
@@ -120,7 +120,10 @@ class Chat:
         return Conversation(chat=self, media=media, decoding=self.decoding.with_options(**options))
 
     def evidence(self, path: str | Path, question: str, answer: str | None = None, **options: Any) -> "Evidence":
-        """Measure how much each part of a video mattered to an answer (None: the model's). Options as for `ask`."""
+        """Measure how much each part of a video mattered to an answer (None: the model's own answer).
+
+        Options as for `ask`.
+        """
         from stllm.conversation.evidence import measure_evidence
 
         conversation = self.conversation(path, **options)

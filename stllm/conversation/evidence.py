@@ -3,8 +3,8 @@
 `measure_evidence` leaves out one segment of the frames at a time and measures the answer's log probability again. The
 segment's tokens are removed from the sequence, as in the dynamic masking of training. Frames are not encoded again: if
 the encoder has a temporal adapter, the tokens of other frames still contain information from the segment.
-Letters: B prompts, S positions of a row, T frames, K tokens of a frame, N visual tokens, A tokens of the answer, D
-width of the language model.
+Letters in shapes: B prompts, S positions of a row, T frames, K tokens of a frame, N visual tokens, A tokens of the
+answer, D width of the language model.
 """
 
 import textwrap
@@ -58,8 +58,8 @@ class Evidence:
 
     log_probability: log probability of the answer and its end mark given the whole video, in nats.
     times: times of the T frames in seconds. segments: (first, end) frame indices of each segment, end excluded.
-    scores: one per segment in nats: log_probability minus that without the segment. Above 0, the segment made the
-        answer more likely.
+    scores: one per segment in nats: log_probability minus the log probability without the segment. Above 0, the
+        segment made the answer more likely.
     bound: nats; smaller differences are ignored, see `smallest_difference`.
     cut: indices of segments that the language model did not read, because the context rule cut all their tokens.
     """
@@ -107,7 +107,8 @@ def measure_evidence(
     decoding: its context rule may cut the prompt; segments are then left out of the shortened prompt.
     max_segments: maximum number of segments. With at most this many frames, each frame is a segment; with more,
     neighbouring frames form one segment.
-    max_positions: token positions of one pass; None for a default of the device. The scores do not depend on it.
+    max_positions: the most token positions in one forward pass; None for a default of the device. The scores do not
+    depend on it.
     seen: the request's encoded video, if known. stop: an event that ends the measurement.
     Raises UserError for a request without a video of at least two frames, or if stopped; and whatever `Chat.prepare`
     raises.
@@ -212,8 +213,9 @@ def split_frames(num_frames: int, max_segments: int) -> list[tuple[int, int]]:
 
 
 def without(video_input: Any, frames: Tensor, segment: tuple[int, int], prepared: Prepared) -> tuple[Tensor, bool]:
-    """Return the prompt's visual tokens without a segment, (N, D), and whether the prompt had none of its tokens.
+    """Return the prompt's visual tokens without those of a segment, (N, D).
 
+    Also return True if the context rule had already cut all tokens of the segment.
     frames: tokens of all frames, (1, T, K, D). segment: (first, end) frame indices. prepared: the prompt, without the
     first `cut.visual` visual tokens, which the context rule cut.
     """
@@ -233,7 +235,7 @@ def without(video_input: Any, frames: Tensor, segment: tuple[int, int], prepared
 def filmstrip(media: Media, num_frames: int, *, size: int = SIZE) -> np.ndarray:
     """Read the frames that the model sees, cropped as for the model: (T, size, size, 3) uint8. Raises MediaError.
 
-    num_frames: number of frames if `media` has none.
+    num_frames: the number of frames to read if `media.num_frames` is None.
     """
     return ClipReader(EvalTransform(size), num_frames)(media).frames.permute(0, 2, 3, 1).numpy()
 

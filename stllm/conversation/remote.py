@@ -3,7 +3,7 @@
 This process reads and encodes videos and embeds prompts. It sends the embeddings to `POST /v1/completions` as
 `prompt_embeds` (base64 of `torch.save`), and receives token ids (vLLM's documentation, "Prompt Embedding Inputs"). The
 engine schedules the requests. openai's client sends many at a time from one background thread, and retries those with
-a temporary failure. Letters: S tokens of a prompt, D width of the language model.
+a temporary failure. Letters in shapes: S tokens of a prompt, D width of the language model.
 """
 
 import asyncio
@@ -286,7 +286,7 @@ class RemoteLanguageModel:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _open(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for a request made at the start. Close the client if the request fails or is interrupted."""
+        """Wait for one of the first requests, to the engine. If it fails or is interrupted, close the client."""
         try:
             return self._run(work).result()
         except BaseException:
@@ -296,7 +296,7 @@ class RemoteLanguageModel:
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
     async def _choice(self, body: dict[str, Any], take: Callable[[Any], T]) -> T:
-        """Request a completion, and return `take(choice)`. An answer that is broken off is requested again."""
+        """Request a completion, and return `take(its choice)`. An incomplete answer is requested again."""
 
         def whole(reply: Any) -> T | None:
             choice = reply["choices"][0]

@@ -1,7 +1,8 @@
 """Data classes for the stages of a question: request, clip, encoded clip, prepared prompt, answer. And a cache.
 
 Processes that read media import this file, so it imports no model.
-Letters: T frames, P patches, C vision width, K tokens per frame, N visual tokens, D width of the language model.
+Letters in shapes: T frames, P patches, C vision width, K tokens per frame, N visual tokens, D width of the language
+model.
 
 The context rule decides how much of a long prompt enters the language model:
 published: the last tokens of the prompt, visual and text; with the new tokens they are at most 2,000. The published
@@ -275,7 +276,7 @@ class Prepared:
         return len(self.ids) if self.visual is None else len(self.ids) - 1 + len(self.visual)
 
     def fitted(self, *, context: str, max_new_tokens: int, text_config: Any, num_question: int) -> "Prepared":
-        """Return the prompt without as many of its first tokens as the context rule cuts.
+        """Return the prompt without the first tokens, as many as the context rule cuts.
 
         text_config: the language model's configuration. num_question: number of ids of the last question, which are
         never cut. Raises RequestError if the rule cannot shorten the prompt enough.

@@ -4,7 +4,7 @@ A generation starts at once if none is running. Questions that arrive while it r
 their settings are equal. After a generation of several questions, the next one is delayed briefly, because clients
 often ask again right after an answer. transformers' continuous batching is not used: as of 5.24 it takes token ids, not
 embeddings. Each caller receives its own answer, at once or token by token, and may leave while the other answers are
-still being generated. Letters: B questions, A new tokens.
+still being generated. Letters in shapes: B questions, A new tokens.
 """
 
 import math
@@ -104,14 +104,14 @@ class Batches:
             yield from news
 
     def _is_whole(self, ids: list[int], decoding: Decoding) -> bool:
-        """Check whether the answer is complete with the last of these ids."""
+        """Check whether an answer is complete: it ends with EOS or the end mark, or has the maximum length."""
         mark = self._processor.end_sym
         # Tokens have at least one character, except for a few special ones; so these last ids cover the whole mark.
         tail = self._processor.tokenizer.decode(ids[-len(mark) - 2 :])
         return ids[-1] == self._processor.eos_token_id or mark in tail or len(ids) == decoding.max_new_tokens
 
     def _leave(self, row: "_Row") -> None:
-        """Remove a question whose caller leaves. Wait until the model no longer generates for it."""
+        """Remove a question whose caller no longer waits, and wait until the model has stopped generating for it."""
         row.left = True
         self._forget(row)
         if row.is_alone or not row.is_done:
@@ -185,7 +185,7 @@ class Batches:
 
 
 class _Row:
-    """A question in the queue or in a batch: one row of it, or one row per beam.
+    """A question in the queue or in a batch. In a batch it takes one row, or with beam search one row per beam.
 
     news: queue from which the caller reads lists of token ids, then None or an error. is_whole: function that checks
     whether token ids are a complete answer. streams: True to put each token into `news` at once.
@@ -238,20 +238,23 @@ class _Row:
         self.news.put(error)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Finish, and set `ended`: the generation adds no more tokens."""
+        """Call `finish`, and set the event `ended`: this generation adds no more tokens to the answer."""
         self.finish(error)
         self.ended.set()
 
 
 class _Teller(BaseStreamer):
-    """Streamer for `generate` that passes each row its next token, or its error; transformers' take one row only."""
+    """Streamer for `generate` that passes each row its next token or an error. transformers' streamers take one row."""
 
     def __init__(self, rows: Sequence[_Row], watch: NaNWatch) -> None:
         self.rows, self.watch = rows, watch
         self.has_told = False
 
     def put(self, value: Tensor) -> None:
-        """Pass on the tokens of one step, (B,). The first call has the prompts' ids: none, as prompts are embedded."""
+        """Pass on the tokens of one step, (B,).
+
+        The first call is for the prompts' ids. It has none, because the prompts are passed as embeddings.
+        """
         if value.numel():
             self.has_told = True
             for row, token, is_bad in zip(self.rows, value.tolist(), self.watch.found(len(value)), strict=True):
@@ -281,7 +284,7 @@ class _StopRows(StoppingCriteria):
 
 
 class _TextDecoder(TextStreamer):
-    """Decoder from token ids to pieces of text, as transformers' TextStreamer, but for `take` instead of printing."""
+    """Decoder from token ids to pieces of text. `take` returns what transformers' TextStreamer would print."""
 
     def __init__(self, processor: PromptProcessor) -> None:
         super().__init__(processor.tokenizer, skip_special_tokens=True)
@@ -330,7 +333,7 @@ class AnswerStream:
 
 
 def clean_pieces(pieces: Generator[str, None, T], end_sym: str) -> Generator[str, None, T]:
-    """Yield the cleaned answer from pieces of generated text, and return the return value of `pieces`."""
+    """Yield the cleaned answer from pieces of generated text. Returns what the generator `pieces` returns."""
     answer = AnswerStream(end_sym)
     with closing(pieces):
         while True:

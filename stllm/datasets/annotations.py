@@ -51,7 +51,7 @@ _PLACEHOLDER = re.compile(r"<(?:video|image)>")
 
 
 class AnnotationError(UserError):
-    """A record cannot be used. The message begins with file and record. cause: one of `samples.CAUSES`."""
+    """Raised if a record cannot be used. The message begins with file and record. cause: one of `samples.CAUSES`."""
 
     def __init__(self, message: str, *, cause: str = "annotation") -> None:
         super().__init__(message)
@@ -163,7 +163,7 @@ class JsonRecords:
         if not text.isascii():  # convert to offsets in bytes of UTF-8
             lengths = (len(text[start:end].encode()) for start, end in pairwise([0, *spans]))
             ends = np.fromiter(lengths, np.int64, len(spans)).cumsum()
-        self._numbers = np.flatnonzero(chosen)  # of the records in the file
+        self._numbers = np.flatnonzero(chosen)  # numbers of the chosen records in the file
         self._starts, self._ends, self.num_pairs = ends[::2][chosen], ends[1::2][chosen], np.array(num_pairs)[chosen]
 
     def __len__(self) -> int:
@@ -389,7 +389,7 @@ def turns_of(fields: Fields, where: str) -> tuple[Turn, ...]:
 
 
 def question_fault(instruction: Any, question: Any) -> str:
-    """Describe the fault of an instruction (i) or a question (q) that is a list or a mapping; "" if there is none."""
+    """Return an error sentence if an instruction (i) or a question (q) is a list or a mapping, else ""."""
     for key, value in (("i", instruction), ("q", question)):
         if isinstance(value, (list, dict)):
             return f"found {key} {value!r:.60}, expected a text: correct it, or leave the record out"

@@ -1,8 +1,8 @@
 """The collator, which turns samples into the model's arguments: it tokenizes prompts, stacks media and draws masks.
 
 The masks depend on the seed, the epoch and the sample, and not on the number of processes or workers.
-Letters: B samples, T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width, N visual
-tokens of a clip.
+Letters in shapes: B samples, T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width,
+N visual tokens of a clip.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -80,7 +80,7 @@ def build_corpora(
 
 
 def held_out(corpus: Corpus, fraction: float) -> np.ndarray:
-    """Choose the held-out samples, (n,) bool: all samples of that fraction of the media, and of at least one medium.
+    """Choose the held-out samples: all samples of a fraction of the media (at least one medium). Returns (n,) bool.
 
     The choice depends only on the names of the media, so every run makes the same one. Text-only samples are chosen by
     their index. Raises UserError for a data set with a single medium.

@@ -1,4 +1,4 @@
-"""Reading all records of an annotation file, and finding the faults that need no opened media.
+"""Reading all records of an annotation file, and finding those faults for which no medium must be opened.
 
 One broken record does not hide those after it. `stllm doctor` lists all faults; `stllm evaluate` stops at the first one
 that concerns a whole file and keeps the others as errors of their items.
@@ -87,10 +87,11 @@ Finding = Fault | Medium
 def records_of(
     path: Path, expected: str, own: Sequence[str], *, tables: bool = False
 ) -> Iterator[tuple[str, "Fields | Fault"]]:
-    """Yield the place (file and record) and the fields of every record, or a fault if the record is broken.
+    """Yield for every record its place (file and record number) and its fields, or a `Fault` if the record is broken.
 
-    expected: the format in words. own: its characteristic fields. If the first record has none of these fields but has
-    those of another format, the file gives one fault and no record. tables: also read .csv and .tsv files.
+    expected: the expected format in words. own: fields by which this format is recognised. If the first record has
+    none of them but a field of another format, the whole file is of the wrong format: one fault is yielded, and no
+    records. tables: also read .csv and .tsv files.
     """
     number = 0
     try:

@@ -3,7 +3,8 @@
 A folder holds shards `features-<rank>-<number>.safetensors`, with one tensor per clip under the clip's key, and
 `index.json`, which describes the features and lists the keys. `distinct_clips` lists the clips to extract, each once,
 and `ClipDataset` decodes them in batches.
-Letters: B clips of a batch, T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width.
+Letters in shapes: B clips of a batch, T frames, S image size, P patches, C encoder width, K tokens per frame, Q
+Q-Former width.
 """
 
 import hashlib
@@ -247,10 +248,10 @@ class ClipBatch(NamedTuple):
 
 
 def distinct_clips(corpus: FeatureSource, number: int, *, done: FeatureWriter) -> Iterator[DistinctClip | None]:
-    """Yield for each sample its clip if it is a new one, else None.
+    """Yield for each sample its clip, or None if an earlier sample has the same clip.
 
-    A sample whose record cannot be used also gives None; training will count it.
-    number: number of the data set. done: the writer whose clips are skipped.
+    A sample whose record cannot be used also gives None; training will count it. number: number of the data set. done:
+    the writer of features; clips whose features it already has also give None.
     """
     seen: set[str] = set()
     for sample in range(len(corpus)):

@@ -1,7 +1,7 @@
 """The data set type `image_text`: image-text pairs in webdataset shards, such as the captions of the first stage.
 
-A shard is a tar of images (jpg, png), each with a txt, or with a json that has a `caption`. Source: the shards of the
-published configurations (cc_sbu, laion, cc_sbu_align). Letters: S image size.
+A shard is a tar of images (jpg, png), each with a txt, or with a json that has a `caption`. This is the layout of the
+shards that the published configurations name (cc_sbu, laion, cc_sbu_align). Letters in shapes: S image size.
 """
 
 from collections.abc import Sequence

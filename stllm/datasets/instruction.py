@@ -1,6 +1,6 @@
 """The data set type `instruction`: videos, images or text with questions and answers, from an annotation file.
 
-Letters: T frames, S image size.
+Letters in shapes: T frames, S image size.
 """
 
 from collections.abc import Sequence
@@ -153,7 +153,10 @@ class InstructionCorpus:
         return torch.cat([clip.frames, clip.frames[-1:].expand(missing, -1, -1, -1)]) if missing else clip.frames
 
     def _place(self, index: int) -> tuple[int, int | None]:
-        """Return the index of a sample's record, and that of its answered pair; None: a random pair, or all pairs."""
+        """Return the index of a sample's record, and the index of its pair in the record.
+
+        The second is None if the sample is not one fixed pair, but a random one or all of the record.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: sample {index} of {len(self)}")
         if self._ends is None:

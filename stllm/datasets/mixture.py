@@ -3,7 +3,7 @@
 A global batch (the samples of one micro-batch over all processes) comes from one data set, so all ranks read the same
 kind of media at a step. The order depends only on the seed, epoch, sizes, ratios and the global batch size. It does not
 depend on the number of workers and processes, or on a resume.
-Letters: G samples of a global batch, n samples of a data set.
+Letters in formulas: G samples of a global batch, n samples of a data set.
 """
 
 from collections.abc import Iterator, Sequence
@@ -74,7 +74,7 @@ class Mixture(Dataset[Sample]):
         return sum(self.sizes)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """Load the sample of a key, or its replacement. `failures` of the result lists the unusable samples before it.
+        """Load the sample of a key, or a replacement. In the result, `failures` lists the unusable samples tried first.
 
         The replacement depends only on the key and the seed. Raises UserError, with the data set and the last file, if
         `max_tries` replacements cannot be used either, or if reading hangs (time_bound.py).
@@ -125,7 +125,7 @@ class MixtureSampler:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """The number of batches per epoch, equal on all ranks."""
+        """Return the number of batches per epoch, which is equal on all ranks."""
         return sum(self.counts)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:

@@ -3,7 +3,7 @@
 Each random draw has its own generator, made from the seed, the epoch and the sample. The draws are therefore the same
 for any number of workers and processes, and in a resumed run.
 
-Letters: T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width.
+Letters in shapes: T frames, S image size, P patches, C encoder width, K tokens per frame, Q Q-Former width.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
 A shard is a tar as webdataset and video2dataset write it. Beside each `key.mp4` is a `key.txt` with a caption, or a
 `key.json` with a caption or with questions and answers (see `annotations.fields_beside`).
-Letters: N samples in all shards.
+Letters in shapes: N samples in all shards.
 """
 
 from collections.abc import Sequence

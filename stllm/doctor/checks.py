@@ -37,7 +37,7 @@ from stllm.media.sampling import Bounds, sample_indices
 from stllm.media.time_bound import keep_reading, read_within
 
 MEDIA_KEYS = ("video", "image")
-SUFFIXES = {"image": "jpg, png or webp", "video": "mp4, webm, mkv, avi or mov"}  # in shards
+SUFFIXES = {"image": "jpg, png or webp", "video": "mp4, webm, mkv, avi or mov"}  # extensions in shards, for messages
 VICUNA_POSITIONS = 2048  # positions of the published language model, Vicuna 7B
 SECONDS_OPTION = "--media-seconds"
 SLACK = 1.0  # seconds by which an annotated end may exceed the video's end, because annotations are rounded
@@ -228,7 +228,7 @@ def _look(use: Use, decode: str) -> list[Fault]:
 
 @contextmanager
 def _notes() -> Iterator[list[str]]:
-    """Collect in a list what readers log as a warning in the block, such as damage that the decoder can repair."""
+    """Collect the warnings that readers log within the block, such as damage that the decoder can repair, in a list."""
     notes: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: notes.append(str(record.args[1]))  # type: ignore[method-assign, index]
@@ -317,11 +317,11 @@ def check_shard(
 
 
 def check_clips(settings: DatasetSettings, names: dict[str, str], *, decode: str, media_seconds: float) -> list[Fault]:
-    """Check the clips in `settings.shards` that an annotation file names. names: name of each clip, with its first
-    record.
+    """Check the clips in `settings.shards` that an annotation file names.
 
-    decode: "none" of them (they must be there once), the "first" frame of each, or "all". media_seconds: time
-    limit for reading a clip; 0: no limit.
+    names: name of each clip -> the first record that uses it. decode: "none" checks only that the shards have each clip
+    exactly once, "first" also reads its first frame, "all" reads all its frames. media_seconds: time limit for reading
+    a clip; 0: no limit.
     """
     clips = ShardClips.of(str(settings.anno_path), settings)
 
@@ -345,8 +345,8 @@ def check_clips(settings: DatasetSettings, names: dict[str, str], *, decode: str
 def check_features(folder: str, keys: list[tuple[str, str]], *, decode: str, media_seconds: float) -> list[Fault]:
     """Check a folder of precomputed features. keys: (key, record) of each clip that it must have.
 
-    decode: "none" does not read tensors; other values read all, which are small. media_seconds: time limit for one
-    file; 0: no limit.
+    decode: "none" reads no tensors; "first" and "all" read all of them, because they are small. media_seconds: time
+    limit for one file; 0: no limit.
     """
     try:
         store = FeatureStore(folder)

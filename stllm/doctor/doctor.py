@@ -41,7 +41,7 @@ from stllm.evaluation.benchmarks.videoqa import ANY
 from stllm.media.find import MediaFinder
 
 MAX_LISTED = 20  # faults listed per kind, without --all
-MAX_WORKERS = 8  # without --num-workers
+MAX_WORKERS = 8  # the most processes if --num-workers is not given
 SHARDS = {"image_text": "image", "video_text": "video"}  # type of a data set -> media in its shards
 SHORT = 3  # words; two different answers to one question are a contradiction only if they are this short
 
@@ -187,7 +187,7 @@ def examine(args: argparse.Namespace) -> Report:
         if settings.features_dir is not None:
             tasks.append(partial(check_features, settings.features_dir, keys, **limits))
         if in_tars:
-            expand_shards(settings.shards)  # what is wrong with the list itself ends the command
+            expand_shards(settings.shards)  # an invalid list of shards ends the command
             report.num_media += len(in_tars)
             tasks.append(partial(check_clips, settings, in_tars, **limits))
     report.faults += survey.missing()

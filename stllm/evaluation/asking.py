@@ -29,7 +29,7 @@ BATCHES_SORTED = 4  # batches of questions that are collected before they are so
 
 
 class QueuedQuestion(NamedTuple):
-    """A question in the queue. number: its index in the item. answers: the item's answers so far, by number."""
+    """A question in the queue. number: its index in the item. answers: question number -> answer, for its item."""
 
     item: Item
     number: int
@@ -96,7 +96,7 @@ class Asker:
         self.chat, self.loaded, self.decoding = chat, loaded, decoding
         self.batch_size, self.num_workers, self.media_seconds = batch_size, num_workers, media_seconds
         self._queue: list[QueuedQuestion] = []
-        self._in_flight: dict[Future[list[int]], tuple[QueuedQuestion, float]] = {}  # with the time of sending
+        self._in_flight: dict[Future[list[int]], tuple[QueuedQuestion, float]] = {}  # answer -> question, time sent
         self._refused: set[str] = set()  # ids of items for which the engine refused a question
 
     def records(self, items: Sequence[Item]) -> Iterator[Record]:

@@ -102,5 +102,5 @@ BY_OTHERS = (
 
 
 def cell(method: str, column: str) -> float | None:
-    """Return a method's published figure in a column of METHODS; None if it was not reported."""
+    """Return a method's published figure in one column of the paper's table; None if it was not reported."""
     return METHODS[method][COLUMNS.index(column)]

@@ -286,7 +286,7 @@ def check_same(path: Path, settings: Mapping[str, Any], records: Path) -> None:
         raise UserError(f"{records} has records, but the file of their settings, {path.name}, is missing: {another}")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of yaml, OmegaConf and the file system
+    except Exception as error:  # yaml, OmegaConf and the file system raise many types
         raise UserError(f"{path} cannot be read ({error}): {another}") from error
     made = {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
     if changes := describe_changes(decisive(made), decisive(settings)):
@@ -302,7 +302,7 @@ def content_digest(content: Any) -> str:
 
 
 def item_prompts(loaded: Loaded, item: Item, processor: PromptProcessor) -> list[dict[str, Any]]:
-    """Return for each of the item's questions the prompt's `pieces`, and the text for the `qformer`."""
+    """Return, for each question of the item, a dictionary with the prompt's `pieces` and the text for the `qformer`."""
     template = processor.template
     prompts = []
     for request in loaded.requests(item, template):

@@ -29,7 +29,7 @@ _LETTER_AND_TEXT = re.compile(r"\(*\s*([A-Za-z])\s+(.*)", re.DOTALL)
 
 
 def official_match(prediction: str, gold: str) -> bool:
-    """Check by MVBench's official rule: one of the first words is part of the other, ignoring case and the full stop.
+    """Check by MVBench's official rule: the first word of one text is part of that of the other, ignoring case and ".".
 
     prediction: the text. gold: the result of `gold_option`. An empty prediction is always correct by this rule.
     """
@@ -138,13 +138,14 @@ def by_group(records: Iterable[Record]) -> dict[str, dict[str, list[Record]]]:
 
 
 def accuracies(records: Sequence[Record], mean_over: str = ITEMS) -> dict[str, Any]:
-    """Compute scores in percent: {"strict": ..., "official": ..., "chance": ..., "differing": ids of `differing`}.
+    """Compute the scores of a run in percent. The result has four keys: "strict", "official", "chance", "differing".
 
-    Each rule has `average`, `tasks` and `groups` over all items, where failed ones count as wrong, with 95 % intervals
-    (`interval`, `task_intervals`); `average_answered` and `tasks_answered` over answered items; and `parsed`, the
-    percentage of answers that the rule could interpret. Values without items are None. `chance`: expected percentage
-    correct by guessing.
-    mean_over: the average is over ITEMS or TASKS, or it is the score of the task with this name.
+    strict, official: the scores by these rules. `average`, `tasks` and `groups` cover all items, and failed items count
+        as wrong; `interval` and `task_intervals` are their 95 % intervals. `average_answered` and `tasks_answered`
+        cover the answered items only. `parsed` is the percentage of answers that the rule could interpret. A score over
+        no items is None.
+    chance: the expected percentage correct by guessing. differing: ids of the items that are correct by one rule only.
+    mean_over: see `Benchmark`.
     """
     tasks, groups, total = by_task(records), by_group(records), tally(records)
     of_task = {name: tally(lines) for name, lines in tasks.items()}

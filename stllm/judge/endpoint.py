@@ -29,7 +29,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
 NUM_REASKS = 2  # further requests for an item if a reply has no score
 MAX_FAILED_IN_A_ROW = 10  # after so many failed items, asking stops
-NUM_CHARACTERS = 120  # of a server's text that a message quotes
+NUM_CHARACTERS = 120  # characters of a server's text that a message quotes
 ADVICE = {
     401: "it does not accept the key: name the environment variable that holds the right one with --api-key-env",
     403: "the key may not use this model or endpoint: use another key (--api-key-env), --model or --base-url",
@@ -153,7 +153,7 @@ class Endpoint:
         return None
 
     async def _reply(self, messages: Messages, max_attempts: int) -> JudgeReply:
-        """Return the judge's reply, after at most this many requests. Raises UserError if no item can be judged."""
+        """Request a reply from the judge, at most `max_attempts` times. Raises UserError if no item can be judged."""
         attempts = 0
         while True:
             body = {**self._settings, "messages": without_system(messages) if SYSTEM in self._refused else messages}
@@ -224,7 +224,7 @@ class _JudgeHttp(openai.DefaultAsyncHttpxClient):
         return response
 
     def _failure(self, response: httpx.Response) -> _Failure:
-        """Return the failure that an error status means."""
+        """Return the kind of failure that a response with an error status stands for."""
         status, body = response.status_code, _json(response.content)
         error = body.get("error", body) if isinstance(body, dict) else None
         message, code = (error.get("message"), error.get("code")) if isinstance(error, dict) else (None, None)

@@ -72,7 +72,7 @@ class JudgeItem:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The items of a file for one axis. unanswered: key of an item that cannot be judged -> the reason."""
+    """The items of a file for one axis (such as correctness). unanswered: key of an unusable item -> the reason."""
 
     items: tuple[JudgeItem, ...]
     unanswered: dict[str, str]
@@ -161,7 +161,9 @@ def _first(fields: Fields, keys: tuple[str, ...]) -> str:
 
 
 def _texts(fields: Fields, *names: str) -> list[str | None]:
-    """Return the texts of the first of these fields: one value, a list, or two fields with 1 and 2 added to the name.
+    """Return the texts of the first of these fields that the record has.
+
+    A field has one value or a list of values, or it is split into two fields whose names end in 1 and 2.
 
     Numbers become texts, unpaired surrogates are replaced, and values of other types become None.
     """

@@ -91,7 +91,7 @@ class LedgerEntry(JudgeItem):
 
     @cached_property
     def outcome(self) -> Verdict | str:
-        """Parse the reply again. Return its verdict, or the reason why there is none."""
+        """The verdict in the stored reply, which is parsed again, or the reason why there is none."""
         if self.reply is None:
             return self.error or "there is no reply"
         try:

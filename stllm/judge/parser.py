@@ -318,7 +318,10 @@ def _worded_scores(text: str, patterns: tuple[str, ...]) -> set[float]:
 
 
 def _labelled_decisions(text: str) -> set[str]:
-    """Return each yes or no after a label, but not "Prediction: no" beside "Answer: no": that quotes the item."""
+    """Return each yes or no after a label.
+
+    "Prediction: no" is left out if the reply also has "Answer: no", because the judge then quotes the item.
+    """
     found = [(match[1].lower(), match[2].lower()) for match in _DECIDED.finditer(_MARKUP.sub("", text))]
     restated = _RESTATED.search(_MARKUP.sub("", text))
     return {decision for label, decision in found if label != "prediction" or not restated}

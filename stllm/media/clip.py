@@ -1,6 +1,6 @@
 """`Media`, a file on disk and what to read of it, and `Clip`, its frames, sampled and prepared for a model.
 
-T frames, S the model's image size, H and W the height and width of a frame in the file.
+Letters in shapes: T frames, S the model's image size, H and W the height and width of a frame in the file.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Media:
         frames.
     own_times: compare start and end with the times at which the frames are shown. False: convert start and end into
         frame numbers by the average frame rate, as training and the benchmarks do; the rule `segment` always does.
-    member: where the medium lies, if it is not a file on disk; `path` is then its name in error messages.
+    member: the place of the medium inside another file, such as a tar; `path` is then only its name in error messages.
     """
 
     path: str
@@ -69,7 +69,7 @@ class Media:
             medium.times(_sample(self, medium, 1))
 
     def stamp(self) -> Stamp:
-        """Return a key that changes when the files change; made of their names, sizes and modification times."""
+        """Return a key that changes when the files change. It contains their names, sizes and modification times."""
         path, marks = user_path(self.path), []
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             with suppress(OSError, ValueError):  # missing, a dead link, or not a path: reading it reports the fault

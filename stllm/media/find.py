@@ -105,7 +105,7 @@ class MediaFinder:
     def segments(self, name: str, bounds: Bounds | None, folder: str) -> list[str]:
         """Return the files in a folder that hold one part of a video, cut out beforehand.
 
-        name: the video, with or without extension. bounds: the part in seconds. None: returns an empty list.
+        name: the video's name, with or without extension. bounds: the part in seconds; None gives an empty list.
         """
         stem, extension = os.path.splitext(name)
         stem = stem if extension.lower() in EXTENSIONS else name

@@ -84,7 +84,7 @@ def open_image(file: Place | BytesIO) -> "Image":
 def open_picture(path: Place, *, fps: float = GIF_FPS) -> Reader:
     """Return a reader for an image or an animated picture. Raises MediaError if the file is neither, or damaged.
 
-    fps: the assumed frame rate of an animated picture.
+    fps: the frame rate to use for an animated picture instead of the delays in the file.
     """
     with _damage(path), open_image(path) as image:
         animated = image.format == "GIF" or (image.format in ANIMATED and getattr(image, "is_animated", False))
@@ -110,7 +110,7 @@ class ImageReader(Reader):
 class GifReader(Reader):
     """Reads an animated picture (gif, or animated webp, png or avif). Frames are returned as they appear on a screen.
 
-    fps: the assumed frame rate. Raises MediaError if the file is damaged.
+    fps: the frame rate to use instead of the delays in the file. Raises MediaError if the file is damaged.
     """
 
     def __init__(self, path: str | Path | Member, *, fps: float = GIF_FPS) -> None:

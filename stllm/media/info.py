@@ -84,7 +84,7 @@ class Member:
 
     name: the name in error messages, such as "00000.tar/a.mp4". descriptor: descriptor of the outer file, which may be
     closed or removed later.
-    start, size: bytes.
+    start: offset of its first byte in the outer file. size: its number of bytes.
     """
 
     def __init__(self, name: str, descriptor: int, start: int, size: int) -> None:
@@ -98,7 +98,7 @@ class Member:
         os.close(self._descriptor)
 
     def absolute(self) -> "Member":
-        """Return itself, like `Path.absolute` for an absolute path."""
+        """Return this member unchanged, so that code for a `Path` also works for a member."""
         return self
 
     def open(self, mode: str = "rb") -> RawIOBase:
@@ -106,7 +106,7 @@ class Member:
         return _MemberFile(self)
 
     def stat(self) -> SimpleNamespace:
-        """st_size, and st_ino and st_mtime_ns, which together identify the content."""
+        """Return the size (st_size), and values that together identify the content (st_ino, st_mtime_ns)."""
         return SimpleNamespace(st_size=self.size, st_ino=self.start, st_mtime_ns=os.fstat(self._descriptor).st_mtime_ns)
 
     def read(self, size: int, at: int) -> bytes:
@@ -139,7 +139,7 @@ Place = Path | Member  # where a medium's bytes are
 
 
 def place_of(path: str | Path | Member) -> Place:
-    """Return a text as a path, and any other place unchanged."""
+    """Convert a text to a `Path`. A `Path` or a `Member` is returned unchanged."""
     return path if isinstance(path, Member) else Path(path)
 
 
@@ -262,7 +262,10 @@ def read_head(path: Place) -> bytes:
 
 
 def kind_of(head: bytes) -> str:
-    """Return the kind of a file by its first bytes: picture (also animated), text, or container (anything else)."""
+    """Guess the kind of a file from its first bytes.
+
+    The kind is "picture" (a still or animated picture), "text", or for anything else "container" (a video container).
+    """
     if (
         head.startswith(SIGNATURES)
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
@@ -282,7 +285,7 @@ def kind_of(head: bytes) -> str:
 
 
 def explain_unreadable(path: Place, head: bytes) -> str:
-    """Return, for a message, what a file is that no decoder could open as a video. head: its first bytes."""
+    """Describe, for an error message, a file that no decoder could open as a video. head: its first bytes."""
     if head[4:8] in FIRST_BOXES and not {name for name, _ in _sections(path, head)} & {b"moov", b"moof"}:
         return "an mp4 without its index (no moov box): the recording or download ended early"
     size, promised = path.stat().st_size, promised_bytes(path, head)

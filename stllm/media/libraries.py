@@ -28,7 +28,7 @@ SAME_TIME = 1e-6  # seconds
 
 
 class LibraryReader(PyAvReader):
-    """A reader with another library than PyAV. If that cannot be used for a file, PyAV decodes it, with one note why.
+    """A reader with another library than PyAV. If the library cannot read a file correctly, PyAV reads it, with a note.
 
     library: name of the library. formats: FFmpeg's names of the formats in which the library returns wrong frames.
     open_gops: True if it returns wrong frames in open GOPs. Raises MediaError if the file has no decodable video.

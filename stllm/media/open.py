@@ -24,7 +24,8 @@ def open_media(path: str | Path | Member, *, reader: str = "auto", fps: float | 
     """Open a video, gif, image or frame folder. Close the returned reader, or use it in a `with`.
 
     reader: library for container videos: "auto" (pyav), or a name in the registry.
-    fps: frames per second of a frame folder (default 3; 5 for six-digit names) or an animated picture (default 25).
+    fps: frames per second of a frame folder (default 3; 5 for six-digit names) or an animated picture (default 25,
+    whatever delays the file contains).
         Videos have their own times, and images have none.
     Raises MediaError if the path cannot be read as a medium, and UserError for an unknown reader.
     """

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class NobodyWaits(UserError):
-    """A reading was ended because its caller has left or the pool was closed."""
+    """Raised if a reading was ended because its caller no longer waits or the pool was closed."""
 
 
 class ReadingPool:
@@ -194,7 +194,7 @@ class _Forks:
         return Connection(ours.detach())
 
     def end(self) -> None:
-        """Kill this process and those that it has forked. `connect` then starts a new one."""
+        """Kill the forking process; the processes forked from it end, too. The next `connect` starts a new one."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

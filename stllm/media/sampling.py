@@ -24,7 +24,7 @@ Generator = np.random.Generator | random.Random
 
 
 class BoundsError(UserError):
-    """The part between two bounds in seconds is empty, lies outside the video or holds none of its frames."""
+    """Raised if the part between two bounds in seconds is empty, lies outside the video or holds none of its frames."""
 
 
 def rand(num_frames: int, *, total_frames: int, generator: Generator) -> list[int]:
@@ -76,7 +76,7 @@ def segment(
 
     num_frames: 0 means one frame a second of the part's length, at least 4 and at most 16 (the published setting).
     bounds: (start, end) in seconds; an end past the video's is cut to it.
-    first_index: 1 for frame folders, whose files count from 1: the indices are then file numbers, else 0.
+    first_index: the index of the first frame: 1 for frame folders, whose indices are the file numbers; otherwise 0.
     Raises UserError for a bound that is empty or lies outside the video.
     """
     _check_total(total_frames)
@@ -120,7 +120,8 @@ def within(bounds: Bounds, *, seconds: np.ndarray, duration: float) -> tuple[int
     """Return (first, count) of the frames that are shown within [start, end) seconds. first counts from 0.
 
     seconds: (N,), the time at which each frame is shown, ascending. duration: the video's duration in seconds.
-    Raises BoundsError if the part is empty, lies outside the video or holds no frame. It then names parts with frames.
+    Raises BoundsError if the part is empty, lies outside the video or holds no frame. Its message names parts that have
+    frames.
     """
     start, end = _check_bounds(bounds, max(duration, float(seconds[-1])))
     first, stop = (int(place) for place in np.searchsorted(seconds, (start, end)))

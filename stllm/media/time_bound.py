@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class StorageError(UserError):
-    """The storage seems to hang: `MAX_HANGING` readings took too long and have not ended."""
+    """Raised if the storage seems to hang: `MAX_HANGING` readings took too long and have not ended."""
 
 
 class _GivenUp(BaseException):

@@ -45,7 +45,7 @@ class Timeline:
 
     @property
     def num_readable(self) -> int:
-        """N, the number of frames that the file holds."""
+        """The number of frames that the file holds, N."""
         return len(self.stamps)
 
     def index_at(self, stamp: int) -> int:
@@ -53,7 +53,7 @@ class Timeline:
         return int(self.stamps.searchsorted(stamp))
 
     def begins_with(self, stamps: Sequence[int | None]) -> bool:
-        """Check whether these stamps, at least one, are the first of the timeline."""
+        """Check whether the timeline begins with these stamps (at least one)."""
         return len(stamps) > 0 and list(stamps) == self.stamps[: len(stamps)].tolist()
 
     def starting_at(self, stamp: int) -> "Timeline":
@@ -84,8 +84,8 @@ def packets(container: "InputContainer", stream: "VideoStream") -> "Iterator[Pac
 def demuxed_timeline(container: "InputContainer", stream: "VideoStream", *, cut: bool) -> Timeline | None:
     """Return the timeline according to the packets, or None if their times are not plausible.
 
-    They are not if a time is missing or occurs twice, if decoding times (dts) do not ascend, or if the codec reorders
-    frames in a container that holds only decoding times.
+    They are not plausible if a time is missing or occurs twice, if decoding times (dts) do not ascend, or if the codec
+    reorders frames in a container that holds only decoding times.
 
     cut: the file is incomplete. The missing frames then count in num_promised. The last packets are not used, because a
     lost B-frame might belong between them.

@@ -66,7 +66,7 @@ _counted: dict[tuple[str, int, int, int], Timeline] = {}  # counted timelines, t
 
 
 class _Disordered(Exception):
-    """The frames are displayed in another order than that of their presentation times."""
+    """Raised if the frames are displayed in another order than that of their presentation times."""
 
 
 @readers.register("pyav")
@@ -253,9 +253,10 @@ class PyAvReader(Reader):
         return None
 
     def _check_order(self, found: int) -> None:
-        """Check that the stamp `found` follows the last one. Raises _Disordered if the stamps do not order the frames.
+        """Check that the decoder returned the frame that follows its last one in the timeline.
 
-        A frame that was neither returned nor skipped is late or lost. It is searched for in the next frames.
+        found: the stamp of the returned frame. If frames between the two were not skipped on purpose, they are late or
+        lost: the check looks for them in the next frames. Raises _Disordered if the stamps do not order the frames.
         """
         timeline, expected = self.timeline, self._next
         if self._is_ordered or timeline.counted:
@@ -421,7 +422,7 @@ def num_threads() -> int:
 
 
 def turn_of(frame: "VideoFrame") -> Turn:
-    """Return the turn to display a frame: the rotation and mirroring closest to its display matrix."""
+    """Return how to turn a frame for display: the rotation and mirroring closest to its display matrix."""
     # Read the matrix from a thumbnail, which has it too: `side_data` makes a reference cycle, and the full frame would
     # stay in memory until the next garbage collection.
     thumbnail = frame.reformat(width=16, height=16)

@@ -12,7 +12,7 @@ from torch import Tensor
 from stllm.common.errors import UserError, unknown_name
 
 FORWARD, REVERSED, SHUFFLED, SINGLE, BLANK = VIEWS = ("forward", "reversed", "shuffled", "single", "blank")
-MEAN_COLOUR = (123, 117, 104)  # of CLIP's training images; near zero when normalised
+MEAN_COLOUR = (123, 117, 104)  # mean of CLIP's training images; near zero when normalised
 SHUFFLE_KEY = "shuffled frames"  # seed of the permutation, together with the number of frames
 
 

@@ -28,12 +28,12 @@ def config_from_settings(settings: Mapping[str, Any]) -> STLLMConfig:
 
 
 def build_model(cfg: DictConfig | Mapping[str, Any], *, device: str = "auto", dtype: str = "auto") -> STLLM:
-    """Build the model of a configuration in evaluation mode, with the weights of its files.
+    """Build the configured model, load the weights that the configuration names, and return it in evaluation mode.
 
     cfg: the result of `load_config`, or its `model` section.
     Some parts are initialised randomly if no file has their weights: the temporal adapter, the global-local module, the
-    MVM decoder, LoRA, and the parts in `model.fresh`; also the projection, if the files are of kinds without one; and
-    all parts, if there are no files. Raises UserError for any other missing weights, and for an invalid configuration.
+    MVM decoder, LoRA, the parts in `model.fresh`, and the projection if every file holds only part of a model. If no
+    file is named, all parts are. Raises UserError for any other missing weights, and for an invalid configuration.
     """
     model, report = build_audited(cfg, device=device, dtype=dtype)
     for line in report.details():

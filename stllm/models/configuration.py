@@ -26,7 +26,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "drop_path_rate": 0.0,
     "adapter_depth": 3,  # layers of the temporal adapter, one for each of the encoder's last blocks
     "max_frames": 64,  # entries of the adapter's time embedding
-    "ln_eps": 1e-5,  # of ln_vision; InstructBLIP's transformers checkpoints keep 1e-6
+    "ln_eps": 1e-5,  # epsilon of ln_vision; transformers' InstructBLIP checkpoints have 1e-6
 }
 QFORMER_DEFAULTS: dict[str, Any] = {
     "vocab_size": 30523,  # bert-base-uncased and the added [DEC]
@@ -63,7 +63,8 @@ class STLLMConfig(PretrainedConfig):
     num_frames: frames sampled from a video unless the user sets another number (None: 64 for residual, otherwise 16, as
         published).
     use_mask: visual tokens are dropped in training. mask_rate: mean, std, min and max of the dropped share (paper
-        section 3.3). use_mvm: adds the loss of masked video modelling. mvm_decode: its states pass through a decoder.
+        section 3.3). use_mvm: adds the loss of masked video modelling. mvm_decode: for this loss, the hidden states
+        pass through a decoder.
     lora: {r, alpha, dropout, target_modules}, or None.
     vit_chunk_size: frames encoded at once (None: depends on the device).
     template, system, max_txt_len, end_sym: the form of the prompts for these weights (processors/templates.py).

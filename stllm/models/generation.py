@@ -10,8 +10,8 @@ Prompts with a common beginning share one copy of its keys and values: within a 
 on as a `Prefix`. Prompts are compared by their embeddings, so anything that changes a prompt (template, system
 sentence, frames, context rule, Q-Former) prevents the reuse.
 
-B prompts, R answers (B times the beams), S positions of a prompt, P positions of a prefix, T positions of an answer,
-H heads, G query heads for each of the H/G key heads, D width of a head or of an embedding.
+Letters in shapes: B prompts, R answers (B times the beams), S positions of a prompt, P positions of a prefix, T
+positions of an answer, H heads, G query heads for each of the H/G key heads, D width of a head or of an embedding.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
@@ -40,7 +40,7 @@ CHANGING_POSITIONS = ("dynamic", "longrope")  # rotary positions that depend on 
 
 
 class NotShared(Exception):
-    """The architecture's attention cannot be split into prompt and answer, so `model.generate` is used instead."""
+    """Raised if an architecture's attention cannot be split into prompt and answer. `model.generate` is used then."""
 
 
 @dataclass(eq=False)
@@ -60,7 +60,7 @@ class Prefix:
         return sum(tensor.nbytes for tensor in (self.embeds, *self.keys, *self.values))
 
     def common(self, prompt: Tensor) -> int:
-        """Return the number of leading positions in which a prompt (S, D) equals this prefix."""
+        """Return the number of positions at the beginning of a prompt (S, D) that are equal to those of this prefix."""
         length = min(len(self.embeds), len(prompt))
         if not length or not torch.equal(self.embeds[0], prompt[0]):
             return 0
@@ -182,10 +182,11 @@ class _PromptParts:
 
 
 def _share(prompts: Sequence[Tensor], kept: Sequence[Sequence[Prefix]] | None, *, share: bool) -> _PromptParts:
-    """Find for each prompt (S, D) the prefix with the longest common beginning.
+    """Find for each prompt (S, D) the prefix with which it has the longest common beginning.
 
-    Candidates are kept prefixes and earlier prompts of this batch. A prompt that shares too little becomes a new
-    prefix, without keys yet, if prefixes are kept or other prompts share it.
+    Candidates are the kept prefixes and the earlier prompts of this batch. If the common beginning is too short, the
+    prompt becomes a new prefix itself. Its keys are computed later. It is dropped if no other prompt of the batch uses
+    it and prefixes are not kept.
     """
     parts = _PromptParts([len(prompt) for prompt in prompts], [0] * len(prompts), {})
     for row, prompt in enumerate(prompts if share else ()):
@@ -246,9 +247,9 @@ def _prefill(model: PreTrainedModel, prompts: Sequence[Tensor], parts: _PromptPa
 
 
 def _keep(prompts: Sequence[Tensor], parts: _PromptParts, cache: Cache, prefixes: Sequence[list[Prefix]]) -> None:
-    """Move the prefix of each prompt to the end of the prompt's list.
+    """Keep prefixes for later calls: move the one that a prompt used to the end of the prompt's list.
 
-    If the rest is longer than LEAST_SHARE of the prompt, a new prefix of the whole prompt is added instead.
+    If more than LEAST_SHARE of the prompt was not in it, a new prefix for the whole prompt is added instead.
     """
     layers: list[PromptLayer] = cache.layers  # type: ignore[assignment]
     for prefix, rows in parts.users.items():

@@ -11,7 +11,7 @@ interfaces for custom attention.
 Packed prompts share one row, and each attends only to itself. torch's SDPA is called once for each group of prompts of
 one length, so no mask between prompts is needed. The lengths are known without a read.
 
-B rows, S positions of a row, D width, H heads, A labelled tokens of a batch.
+Letters in shapes: B rows, S positions of a row, D width, H heads, A labelled tokens of a batch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -126,7 +126,7 @@ AttentionInterface.register("sdpa", attend)
 
 
 def packing_fault(config: PretrainedConfig) -> str | None:
-    """Return why prompts of this language model cannot be packed. None: they can."""
+    """Return the reason if prompts of this language model cannot be packed, else None."""
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     layers = {type(layer) for layer in DynamicCache(config=config).layers}
     kinds = set(getattr(config, "layer_types", None) or ())

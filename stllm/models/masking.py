@@ -3,7 +3,7 @@
 Masked tokens are removed from the sequence, which makes training faster. The MVM loss pulls the hidden states of the
 kept tokens towards the states that they have in an unmasked pass. Source: paper section 3.3.
 
-B clips, N visual tokens of a clip, V kept tokens of the batch, D width.
+Letters in shapes: B clips, N visual tokens of a clip, V kept tokens of the batch, D width.
 """
 
 import torch

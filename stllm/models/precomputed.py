@@ -2,7 +2,7 @@
 
 Two stages can be stored: "vit" is the patch tokens of a frozen encoder; "qformer" is the query tokens of a frozen
 Q-Former that reads no text.
-B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, S image size.
+Letters in shapes: B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, S image size.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from stllm.models.vision import build_vision_encoder
 
 
 def fault(config: STLLMConfig, stage: str) -> str | None:
-    """Return why a stage's output cannot replace the pixels in training, with what to do. None: it can."""
+    """Return the reason why a stage's output cannot replace the pixels in training, and what to do. None: it can."""
     with torch.device("meta"):
         encoder = build_vision_encoder(config)
     moving = "so that its output changes at every step"
@@ -58,7 +58,7 @@ def shape(config: STLLMConfig, stage: str, num_frames: int) -> tuple[int, int, i
 def weights_digest(model: STLLM, stage: str) -> str:
     """Return a digest (16 hex digits) of the weights and settings that a stage's output depends on.
 
-    Weights are hashed as bfloat16, so a model loaded in float32 and in bfloat16 has one digest. A model loaded in
+    Weights are hashed as bfloat16, so a model has the same digest in float32 and in bfloat16. A model loaded in
     float16 has another one, unless its file is float16. A billion weights take seconds.
     """
     config, encoder = model.config, model.vision_encoder
@@ -79,7 +79,7 @@ def weights_digest(model: STLLM, stage: str) -> str:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """A weight that FSDP or ZeRO-3 may have divided among processes; then this is a collective call."""
+    """Return a whole weight. If FSDP or ZeRO-3 has divided it among processes, all of them must call this together."""
     if isinstance(weight, DTensor):
         return weight.full_tensor()
     if not hasattr(weight, "ds_id"):

@@ -1,7 +1,7 @@
 """Turns frames into query tokens with transformers' Q-Former, which reads the question (InstructBLIP) or not (BLIP-2).
 
 Sources: BLIP-2 (arXiv 2301.12597), InstructBLIP (arXiv 2305.06500), `transformers.InstructBlipQFormerModel`.
-B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, L text tokens.
+Letters in shapes: B clips, T frames, P patches, C encoder width, K queries, Q Q-Former width, L text tokens.
 """
 
 import torch

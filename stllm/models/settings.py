@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Fields = dict[str, Any]
 
 PIECES = ("vit_ckpt", "q_former_model", "llama_model", "ckpt")  # later files override earlier ones
-GROUPS = ("vision_config", "qformer_config", "text_config", "mask_rate", "lora")  # of several keys each
+GROUPS = ("vision_config", "qformer_config", "text_config", "mask_rate", "lora")  # fields that hold several keys
 PUBLISHED = {"num_query_tokens": "num_query_token", "freeze_llm": "freeze_LLM"}  # other keys are named as their field
 RENAMED = {PUBLISHED.get(name, name): name for name in STLLMConfig.__annotations__ if name not in GROUPS}
 VISION_RENAMED = {"vit_model": "encoder", "image_size": "image_size", "drop_path_rate": "drop_path_rate"}
@@ -91,7 +91,7 @@ def piece_paths(settings: Mapping[str, Any]) -> list[str]:
 
 
 def explicit_settings(cfg_path: str | Path | None = None, options: Sequence[str] = ()) -> Fields:
-    """Return only the `model` settings that the user's YAML and options set, without the shipped defaults.
+    """Return only those `model` settings that the user's YAML and options set, without the shipped defaults.
 
     If the user sets `model_type`, the defaults of that type are included. Raises UserError as `load_config` does.
     """

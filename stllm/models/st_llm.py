@@ -1,9 +1,9 @@
 """The ST-LLM model: video -> vision -> qformer -> projection -> video_inputs -> masking -> language model.
 
 Source: "ST-LLM: Large Language Models Are Effective Temporal Learners", arXiv 2404.00308, section 3.
-B clips, T frames, P patches, C encoder width, Q Q-Former width, K tokens a frame, D language-model width, N visual
-tokens of a clip, V visual tokens of the batch, L positions of the Q-Former's text, S positions of a prompt including
-its visual tokens.
+Letters in shapes: B clips, T frames, P patches, C encoder width, Q Q-Former width, K tokens a frame, D language-model
+width, N visual tokens of a clip, V visual tokens of the batch, L positions of the Q-Former's text, S positions of a
+prompt including its visual tokens.
 """
 
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ the frames of each patch position, the spatial layer over the patches of each fr
 its block; the result is averaged with the encoder's output. Sources: ST-LLM (arXiv 2404.00308) section 3.4, BT-Adapter
 (arXiv 2309.15785); attention and MLP are timm's.
 
-B clips, T frames, P patches, C width.
+Letters in shapes: B clips, T frames, P patches, C width.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stllm.common.errors import UserError
 
-MAX_DROP_PATH = 0.1  # of the last layer; the rates rise linearly from 0: 0, 0.05, 0.1 for the published three layers
+MAX_DROP_PATH = 0.1  # rate of the last layer; rates rise linearly from 0: 0, 0.05, 0.1 for the published three
 
 
 class TemporalLayer(nn.Module):

@@ -3,7 +3,8 @@
 mean: the frames are averaged. all: every token enters. residual: some local frames enter, each with the mean of all
 frames added. Source: paper section 3.2 (joint spatial-temporal tokens) and 3.5 (global-local module for long videos).
 
-B clips, T frames, K tokens a frame, D language-model width, R local frames. A single image always gives its K tokens.
+Letters in shapes: B clips, T frames, K tokens a frame, D language-model width, R local frames. A single image always
+gives its K tokens.
 kept: the frames to use, as ascending positions (None: all). The other frames are left out, as if they were masked.
 """
 
@@ -81,8 +82,8 @@ class ResidualInput(nn.Module):
     def forward(self, frame_tokens: Tensor, kept: Sequence[int] | None = None) -> Tensor:
         """frame_tokens: (B, T, K, D). Returns (B, R*K, D), or (B, K, D) for a single image.
 
-        The local frames are chosen from all T frames. Frames that are not kept are then removed from them and from the
-        mean.
+        The local frames are chosen from all T frames. A frame that is not in `kept` is then left out, both as a local
+        frame and in the mean.
         """
         if frame_tokens.shape[1] == 1:
             return frame_tokens[:, 0]

@@ -3,7 +3,7 @@
 The published encoder's keys are those of `timm.models.eva.Eva` (EVA-CLIP, arXiv 2211.07636). Its final norm is replaced
 by `ln_vision` (BLIP-2), which always computes in float32.
 
-B clips, T frames, P patches, C width.
+Letters in shapes: B clips, T frames, P patches, C width.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from stllm.common.errors import UserError
 from stllm.common.registry import vision_encoders
 
 CHUNK_SIZES = {"cpu": 8}  # chosen here: the activations of more frames do not fit into a CPU's caches
-CHUNK_SIZE = 16  # on all other devices
+CHUNK_SIZE = 16  # frames encoded at once on all other devices
 
 if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its name is looked up
     from timm.models.eva import Eva
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # timm is imported when an encoder is built, not when its nam
     from stllm.models.temporal_adapter import TemporalAdapter
 
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of each colour, for values from 0 to 1 (CLIP)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's mean of each colour channel, for values from 0 to 1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 POSITION_SCALE = 0.3  # about the size of a fresh patch embedding
 POSITION_BASE = 100.0
@@ -99,9 +99,9 @@ def normalised(pixels: Tensor) -> Tensor:
 def sine_cosine_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Return initial position embeddings, (1, 1+P, C), in which neighbouring patches are similar.
 
-    They save a new encoder from learning first where its patches are. The sine and the cosine of the row and of the
-    column take a quarter of the width each, at wave lengths from 2 pi to 200 pi patches. The class token's embedding
-    and the remainder of the width are zero.
+    With them, a new encoder need not learn the places of the patches first. The sine and the cosine of the row and of
+    the column take a quarter of the width each, at wave lengths from 2 pi to 200 pi patches. The class token's
+    embedding and the remainder of the width are zero.
     """
     rates = POSITION_BASE ** -(torch.arange(width // 4) / (width // 4))  # (C/4,)
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")

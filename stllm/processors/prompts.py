@@ -31,7 +31,7 @@ class PromptProcessor:
         training, and of the text for the Q-Former. max_qformer_len: number of the Q-Former's positions, which also
         limits its text.
     end_sym: text that ends a generated answer. system: system message of chat; None for the template's, "" for none.
-    Letters: B prompts, L tokens of the longest text for the Q-Former.
+    Letters in shapes: B prompts, L tokens of the longest text for the Q-Former.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class PromptProcessor:
         return self.clean(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
 
     def clean(self, text: str) -> str:
-        """Cut a generated text at the end mark, and up to the last `Assistant:`, and strip it, as published."""
+        """Return the part of a generated text before the end mark and after the last `Assistant:`, as published."""
         return text.split(self.end_sym)[0].split("Assistant:")[-1].strip()
 
     def stopping(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
 
 
 def load_qformer_tokenizer(folder: Path, named: str | Path | None) -> PreTrainedTokenizerBase:
-    """Load the Q-Former's BERT tokenizer, with `[DEC]` added as BOS, which truncates on the left. Raises UserError.
+    """Load the Q-Former's BERT tokenizer. `[DEC]` is added as BOS; long texts lose their beginning. Raises UserError.
 
     folder: the checkpoint's folder. named: the argument `qformer_tokenizer` of `from_pretrained`.
     """

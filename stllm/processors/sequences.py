@@ -1,9 +1,9 @@
 """Collation of prompts: expand placeholders, pad or pack rows, and compute the positions of visual tokens and labels.
 
 All positions are computed here on the CPU, so that the model never waits for values from its device.
-Letters: B prompts, S positions of a row, N visual tokens of a clip, V visual tokens of the batch. Positions are indices
-into the flattened (B*S) or (B*N). Packed prompts are concatenated to a single row without padding: B is 1, and S is the
-number of all tokens.
+Letters in shapes: B prompts, S positions of a row, N visual tokens of a clip, V visual tokens of the batch. Positions
+are indices into the flattened (B*S) or (B*N). Packed prompts are concatenated to a single row without padding: B is 1,
+and S is the number of all tokens.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def pad_sequences(
     Returns input_ids and attention_mask (B, S); visual_positions (V,). With labels, also labels (B, S) and
     label_positions, the positions whose next token has a label. With packing, `packed` replaces attention_mask: it has
     the prompts' lengths (a list) and position_ids (1, S), which restart at 0 for each prompt.
-    Raises ValueError unless a row has one placeholder if it has visual tokens, and none otherwise.
+    Raises ValueError unless each row with visual tokens has exactly one placeholder, and each other row has none.
     """
     counts = [None] * len(rows) if num_visual is None else num_visual
     ids, repeats = [], []

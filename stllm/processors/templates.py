@@ -16,7 +16,7 @@ BOS = "<bos>"  # piece of a prompt that stands for the beginning-of-sequence tok
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; None before it is known. instruction: text of training data before the question."""
+    """A question and its answer. answer: None if it is not known yet. instruction: training data's text before it."""
 
     question: str
     answer: str | None = None

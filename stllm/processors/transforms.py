@@ -4,7 +4,7 @@ Source: the published preparation (224 pixels, bicubic with antialiasing, CLIP's
 crops of 50 to 100 % of the area in training). Resized uint8 values differ from PIL's by at most 1. Frames stay uint8,
 which needs a quarter of the memory of float32; the model normalises them on its device.
 
-Letters: H, W height and width of a frame in pixels, S the model's image size.
+Letters in shapes: H, W height and width of a frame in pixels, S the model's image size.
 """
 
 import math

@@ -69,7 +69,7 @@ def training_arguments(
     for key in {"adam_beta1", "adam_beta2"} & values.keys():
         values[key] = float(values[key])  # torch refuses 0 beside 0.999
     if "LOCAL_RANK" not in os.environ:
-        values.pop("ddp_backend", None)  # with it, accelerate would wait for other processes
+        values.pop("ddp_backend", None)  # otherwise accelerate would wait for other processes
     values.setdefault("report_to", "none")
     values.setdefault("disable_tqdm", False)
     if size := values.get("per_device_train_batch_size"):

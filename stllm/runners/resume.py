@@ -82,7 +82,10 @@ def read_state(
 
 
 def _sharding(args: TrainingArguments) -> str | None:
-    """Return how this run divides its model: a key of SHARDED, or None. `accelerate launch` sets it by environment."""
+    """Return how this run divides its model: a key of SHARDED, or None.
+
+    The method is set in the arguments, or by `accelerate launch` in environment variables.
+    """
     for name, asked in {"FSDP": args.fsdp, "DeepSpeed": args.deepspeed}.items():
         if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
             return name

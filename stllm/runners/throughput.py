@@ -101,7 +101,7 @@ class StepMeter:
 
 
 def padding_of(prompts: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Count the tokens of a batch, and the padding that it has or would have without packing.
+    """Count the tokens of a batch, and its padding tokens (for packed prompts, those that packing has saved).
 
     Nothing is copied from the device. prompts: output of `processors.sequences.pad_sequences`.
     """

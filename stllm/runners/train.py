@@ -150,7 +150,7 @@ def _build_model(task: Any, args: TrainingArguments) -> nn.Module:
     if args.fsdp and (division is None or is_torch_version("<", "2.9")):
         half = None
     return task.build_model(
-        # what is divided or moved later begins in main memory
+        # a model that is divided or moved later is first built in main memory
         device=torch.device("cpu") if (args.fsdp or args.deepspeed) and division is None else args.device,
         dtype=half or torch.float32,
         trained_dtype=torch.float32 if half and not args.deepspeed else None,

@@ -229,7 +229,7 @@ class STLLMTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the schedule, and restore the optimizer's parameters under FSDP.
 
-        accelerate, which has just prepared the optimizer, matches parameters by address; empty shards have none.
+        accelerate has just prepared the optimizer. It matches parameters by memory address, and empty shards have none.
         """
         if self.shards:
             prepared: Any = self.optimizer

@@ -95,8 +95,9 @@ class Validation:
         }
 
     def scores(self, model: STLLM) -> dict[str, float]:
-        """Return `eval_mvbench`, the percentage of correct answers by the strict rule, and that of each task.
+        """Return the percentage of correct answers: `eval_mvbench` over all items, and one figure per task.
 
+        Answers count by the strict rule (evaluation/scores.py).
         All processes must call this together.
         """
         if self.loaded is None:

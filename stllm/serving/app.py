@@ -30,7 +30,7 @@ from stllm.serving.limits import ApiError, Bodies, Limits, fetch_medium, split_m
 
 HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # the Host header: a name and a port
 BODIES = 8  # request bodies of the largest size that may arrive at once, or more smaller ones; our choice
-GONE = Response(status_code=499)  # for a client that has disconnected
+GONE = Response(status_code=499)  # sent if the client has disconnected
 RETRY_SECONDS = 2  # value of Retry-After if the queue is full
 
 Step = str | Finished

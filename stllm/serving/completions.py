@@ -21,7 +21,7 @@ from stllm.serving.jobs import BusyError, explain
 from stllm.serving.limits import ApiError, Limits
 
 NEED_LESS = "send a smaller num_frames or max_tokens, or shorter messages"
-MAX_MESSAGES, MAX_PARTS = 1000, 100  # in a request, in a message; our choice
+MAX_MESSAGES, MAX_PARTS = 1000, 100  # messages in a request, parts in a message; our choice
 PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # ignored fields
 NEUTRAL: dict[str, Any] = {  # fields that are accepted only with this value, or null
     "n": 1,

@@ -34,7 +34,7 @@ TICK = 0.5  # seconds without a result after which `iterate` yields None, so tha
 
 
 class Stage(Enum):
-    """The kind of thread that runs the next steps of a job."""
+    """A stage of a job. A job yields the stage that comes next, because each stage runs in threads of its own."""
 
     READING = "reading"
     MODEL = "model"  # one thread
@@ -45,12 +45,12 @@ Work = Callable[[Event], Generator[T | Stage, None, object]]  # a job's generato
 
 
 class BusyError(UserError):
-    """The queue has no free place. The client may try again later."""
+    """Raised if the queue has no free place. The client may try again later."""
 
 
 @dataclass(frozen=True)
 class End:
-    """The last item of a job. error: the exception that ended it, if any."""
+    """A marker that follows the last result of a job. error: the exception that ended the job, if any."""
 
     error: BaseException | None = None
 
@@ -116,7 +116,8 @@ class Jobs:
     def admit(self, tell: "Callable[[T | End], None]", client: str | None = None) -> "Job[T]":
         """Take a place for a request, and return its job. Raises BusyError if no place is free.
 
-        tell: function that receives the job's items; any thread may call it. client: the client's address.
+        tell: function that receives the job's results and then an `End`; any thread may call it. client: the client's
+        address.
         """
         with self._lock:
             self.check_room(client)
@@ -125,7 +126,7 @@ class Jobs:
             return job
 
     def iterate(self, work: Work[T]) -> Generator[T | None, None, None]:
-        """Run a job, and yield its items; yield None after each half second without one. Raises the job's exception.
+        """Run a job, and yield its results; yield None after each half second without one. Raises the job's exception.
 
         Closing the iterator cancels the job without waiting for its end. Raises BusyError if no place is free.
         """
@@ -171,7 +172,10 @@ class Jobs:
 
 
 class Job(Generic[T]):
-    """A request with a place in the queue. resources: stack closed at its end. client: its address, None if unknown."""
+    """A request with a place in the queue.
+
+    resources: an `ExitStack` that is closed when the job ends. client: the client's address, None if unknown.
+    """
 
     def __init__(self, jobs: Jobs, tell: Callable[[T | End], None], client: str | None = None) -> None:
         self.resources = ExitStack()

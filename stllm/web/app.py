@@ -34,7 +34,7 @@ SHUT = re.compile(
     re.IGNORECASE,
 )
 MAX_MESSAGE = MEBIBYTE  # bytes of a request that is not an upload
-MESSAGES = 64  # such requests of the largest size that may arrive at once; our choice
+MESSAGES = 64  # number of such requests, of the largest size, that may arrive at once; our choice
 FULL = "the server holds as many uploads as it may: try again later"
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 

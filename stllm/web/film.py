@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # read_film runs in a process without a model
 
 SIDE = 144  # height and width of a picture in pixels
 MAX_ANSWER = 160  # characters of the answer that are shown below the curve
-HEIGHT, MARGIN = 100, 8  # of the curve, in SVG units
+HEIGHT, MARGIN = 100, 8  # height and margin of the curve, in SVG units
 MEANING = {
     FORWARD: "the frames as they are",
     REVERSED: "last frame first",

@@ -104,7 +104,7 @@ class Handlers:
             if progress is None or not (progress.details or progress.text.strip()):  # failed, or stopped without text
                 return {**_conversation(talk), "question": text}
             talk.turns.append(Turn(text, self.service.chat.processor.clean(progress.text)))
-            talk.evidence = None  # it was for the previous answer
+            talk.evidence = None  # it explained the previous answer
             return {**_conversation(talk), "film": film_html(talk.film)}
 
         yield from self._shown(

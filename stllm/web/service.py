@@ -238,7 +238,10 @@ class Service:
         return len(self.chat.processor.tokenizer.encode(text, add_special_tokens=False))
 
     def _owned(self, path: str) -> Path:
-        """Return the file of a path, and postpone its removal. Raises UserError unless it is an upload or example."""
+        """Return the path as an absolute one, after checking that it is an upload or an example (else UserError).
+
+        An upload is also marked as used, so that it is removed later.
+        """
         file = Path(path).resolve()
         if file in self.examples:
             return file

@@ -3,7 +3,7 @@
 Members are grouped as in webdataset: neighbours whose names are equal up to the first dot are one sample. An index is a
 safetensors file, mapped into memory: opening one costs microseconds, so hundreds of shards can be open.
 
-Letters: N samples in a shard, V clips in it.
+Letters in shapes: N samples in a shard, V clips in it.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from stllm.media.find import EXTENSIONS
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 VIDEO_SUFFIXES = tuple(extension[1:] for extension in EXTENSIONS)
 TEXT, JSON = "txt", "json"
-MAX_CAPTION_BYTES = 1 << 20  # of a txt or json; a model reads some thousand tokens
-MAX_HEADER = 1 << 20  # bytes of a member's name and other fields, which tarfile reads whole
-BLOCK = tarfile.BLOCKSIZE  # of a header; a member's data follow its header at once
-ABSENT = -1  # the offset of a member that is not there
-FORMAT = "2"  # of the index; an index in another format is made anew
-_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what gzip, bzip2, xz and zstd files begin with
+MAX_CAPTION_BYTES = 1 << 20  # limit for a txt or json; a model reads only some thousand tokens
+MAX_HEADER = 1 << 20  # limit in bytes for a member's name and other fields, because tarfile reads them whole
+BLOCK = tarfile.BLOCKSIZE  # bytes of a header; a member's data follow it directly
+ABSENT = -1  # the offset if a sample has no such member
+FORMAT = "2"  # version of the index's format; an index of another version is built again
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd files
 
 
 class SampleSpan(NamedTuple):
@@ -52,15 +52,15 @@ class SampleSpan(NamedTuple):
 
     @property
     def caption(self) -> tuple[int, int]:
-        """The place of an image's caption: its text file, or else its JSON file."""
+        """The offset and the size of an image's caption: those of its text file, or else of its JSON file."""
         return (self.json, self.json_bytes) if self.text == ABSENT else (self.text, self.text_bytes)
 
 
 class ShardIndex(NamedTuple):
     """The samples of one shard.
 
-    rows: (N, 9) int64, a `SampleSpan` each. clips: (V, 3) int64: the offset, the bytes and `digest` of the name of each
-        video. Both are arrays, or slices of a mapped file.
+    rows: (N, 9) int64, one `SampleSpan` per sample. clips: (V, 3) int64: for each video, the offset and the size of its
+    data in bytes, and the `digest` of its name. Both are arrays, or slices of a mapped file.
     num_samples: N. size: bytes of the tar. fault: a sentence when the tar is damaged, else "".
     """
 
@@ -71,7 +71,7 @@ class ShardIndex(NamedTuple):
     fault: str
 
     def entry(self, sample: int) -> SampleSpan:
-        """Return the places of the members of one sample."""
+        """Return the offsets and sizes of the members of one sample."""
         return SampleSpan(*map(int, self.rows[sample : sample + 1][0]))
 
 
@@ -88,7 +88,7 @@ class _Header(tarfile.TarInfo):
 
 
 def digest(name: str) -> int:
-    """Return a number of 63 bits for a member's name; a leading ./ is ignored."""
+    """Hash a member's name to an integer of 63 bits; a leading ./ is ignored."""
     data = os.fsencode(os.path.normpath(name))
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
@@ -155,7 +155,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
         for _, neighbours in groupby(members, key=lambda member: member[0]):
             files: dict[str, tuple[int, int]] = {}
             for _, suffix, place in neighbours:
-                files.setdefault(suffix, place)  # a second image or caption of one name could be another pair's
+                files.setdefault(suffix, place)  # the first file counts: a second one may belong to another sample
             image, video = (
                 next((files[suffix] for suffix in suffixes if suffix in files), (ABSENT, 0))
                 for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
@@ -164,7 +164,7 @@ def scan(tar: Path, name: str) -> tuple[np.ndarray, np.ndarray, str]:
             count = 0 if video[0] == ABSENT else _count_answers(file, text, data)
             rows.append(SampleSpan(*image, *video, *text, *data, count))
     if not is_whole and rows and (rows[-1].caption[0] == ABSENT or rows[-1].image == rows[-1].video == ABSENT):
-        rows.pop()  # its other half is behind the cut
+        rows.pop()  # the rest of this sample is missing
     samples, videos = np.array(rows, np.int64).reshape(-1, 9), np.array(clips, np.int64).reshape(-1, 3)
     if is_whole:
         return samples, videos, ""

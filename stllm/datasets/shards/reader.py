@@ -141,7 +141,8 @@ class ShardReader:
 def sample_key(shard: str, number: int, name: str, root: str | None) -> str:
     """Return the key of a sample's features, relative to the folder `root`.
 
-    Its number distinguishes equal names, and its name changes when a shard is rewritten with other samples.
+    The number in the key distinguishes samples of one name. The name in it differs if the shard is rewritten with other
+    samples.
     """
     return f"{shard.removeprefix(os.path.join(root or '', ''))}/{number}/{name}"
 
@@ -200,7 +201,7 @@ class Shards:
 
 
 class ShardClips:
-    """Finds the clips of shards by their names. shards: their `kept` must hold `ShardIndex.clips`."""
+    """Finds the clips of shards by their names. shards: shards whose `columns` returns `ShardIndex.clips`."""
 
     def __init__(self, shards: Shards) -> None:
         self.names, self.reader = shards.names, shards.reader

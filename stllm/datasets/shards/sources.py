@@ -34,7 +34,7 @@ from stllm.media.info import MediaError
 
 MAX_SHARDS = 100_000  # the largest set of the published recipes has 10,489
 FIRST_SECONDS = 15.0  # until the first byte arrives; without a network some programs try again for minutes
-STALL_SECONDS = 60.0  # from one byte to the next
+STALL_SECONDS = 60.0  # limit for the time from one byte to the next
 GIB = 2**30
 
 PIPE = "pipe"
@@ -244,8 +244,8 @@ PROGRAMS: dict[str, Callable[[str], list[str]]] = {
 class ShardCache:
     """A folder with fetched shards, and with the indexes of local shards, too.
 
-    folder: default: stllm/shards in the user's cache. max_gb: the most GiB that fetched shards may take; the least
-    recently used ones make room. None: no bound.
+    folder: default: stllm/shards in the user's cache. max_gb: the most GiB that fetched shards may take; beyond
+    that, the least recently used ones are removed. None: no limit.
     """
 
     def __init__(self, folder: str | Path | None = None, max_gb: float | None = None) -> None:
@@ -282,7 +282,7 @@ class ShardCache:
         return self.folder / f"{readable}-{digest}{suffix}"
 
     def _make_room(self, newest: Path) -> None:
-        """Remove the least recently used shards, but not the newest, until the cache is within its bound."""
+        """Remove the least recently used shards, but not the newest, until the cache is within its size limit."""
         if self.max_gb is None:
             return
         fetched = [(path.stat(), path) for path in self.folder.glob("*.tar") if _FETCHED.search(path.name)]

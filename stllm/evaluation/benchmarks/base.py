@@ -23,7 +23,7 @@ from stllm.processors.templates import PromptTemplate
 
 @dataclass(frozen=True)
 class Item:
-    """One question about a medium and its correct answer. (For consistency, an item has two questions.)
+    """One question about a medium and its correct answer. (In VcgBench's task consistency, an item has two questions.)
 
     id: unique in the benchmark and the same in every run. task: task or part of the benchmark; "" if it has none.
     video: the medium's name in the ground truth. media: the medium's path, part and frames; None if the item cannot be
@@ -70,7 +70,8 @@ class Benchmark(ABC):
     judged: `stllm judge` scores the predictions, so records have no `correct` and a run has no scores.
     finds_media: the media are found relative to the ground truth; if False, --video-dir must name their folder.
     rotates: options are a list that `--permute` can rotate; if False, they are part of the question's text.
-    mean_over: the average is over ITEMS or TASKS, or it is the score of the task with this name.
+    mean_over: ITEMS if the average is the mean over all items, TASKS if it is the mean of the tasks' scores, or the
+    name of the task whose score is the average.
     rules: sentences for the report that explain how the official and the strict rule decide.
     """
 
@@ -113,7 +114,7 @@ class Benchmark(ABC):
         return self.judged
 
     def scored(self, records: Sequence[Record]) -> list[Record]:
-        """Return the records from which scores are computed. A subclass may merge records, such as pairs into one.
+        """Return the records from which scores are computed. A benchmark may merge several records into one.
 
         records: all records, including failed ones (with `error`)."""
         return list(records)
@@ -125,9 +126,11 @@ class Benchmark(ABC):
         return {} if self.judged else accuracies(self.scored(records), self.mean_over)
 
     def official(self, items: Sequence[Item], records: Sequence[Record]) -> Mapping[str, Any]:
-        """Return the contents of files in the official scripts' format, by default none.
+        """Return the contents of the result files in the official scripts' format. By default there are none.
 
-        {"": ...} is written to `<name>.json`, {"generic": ...} to `<name>.generic.json`."""
+        Each key becomes part of a file's name: the content under "generic" is written to `<name>.generic.json`, the
+        content under "" to `<name>.json`.
+        """
         return {}
 
     def notes(self, entries: Sequence[Entry], settings: EvaluationSettings) -> Iterator[str]:

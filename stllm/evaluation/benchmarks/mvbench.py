@@ -115,7 +115,7 @@ TASKS = (
 
 @dataclass(frozen=True)
 class MVBench(Benchmark):
-    """MVBench, or another benchmark in its format. own_tasks: other JSON files are accepted as tasks of the user."""
+    """MVBench, or a benchmark in the same format. own_tasks: other JSON files are accepted as the user's tasks."""
 
     name: str = "mvbench"
     title: str = "MVBench"
@@ -267,7 +267,7 @@ class MVBench(Benchmark):
         return files, media
 
     def _official_name(self, file: Path) -> str:
-        """Return "; did you mean ...?" with the nearest official file name, or "" if the name is official or unlike."""
+        """Return "; did you mean ...?" with the nearest official file name; "" if it is official or none is near."""
         return did_you_mean(file.name, [task.file for task in self.tasks]) if task_of(file, self.tasks) is None else ""
 
     def _entry(self, file: Path, id: str, where: str, fields: Fields, media: MediaFolders) -> Entry:

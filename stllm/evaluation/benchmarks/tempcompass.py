@@ -43,7 +43,7 @@ _OPTION = re.compile(r"(?P<label>(?:\w+ )?(?:[A-Z]|\d))(?:\.|:) (?P<text>.+)")  
 
 
 class TempCompass(Benchmark):
-    """TempCompass. Each question format whose file exists is a task."""
+    """The benchmark TempCompass. Each question format is a task, if its file exists in the folder."""
 
     name, title = "tempcompass", "TempCompass"
     ground_truth = "its folder, which holds questions and videos"

@@ -44,7 +44,7 @@ PROMPT = (
 
 
 class Tomato(Benchmark):
-    """TOMATO, with the tasks whose files exist."""
+    """The benchmark TOMATO. Its tasks are those whose files exist in the folder."""
 
     name, title = "tomato", "TOMATO"
     ground_truth = "its folder, which holds data and videos"

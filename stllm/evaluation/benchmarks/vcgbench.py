@@ -25,7 +25,7 @@ OWN = ("Q", "Q1")  # fields that only this format has
 
 
 class VcgBench(Benchmark):
-    """VcgBench, with the tasks whose files exist."""
+    """The benchmark VcgBench. Its tasks are those whose files exist in the folder."""
 
     name, title = "vcgbench", "VcgBench"
     judged = True
@@ -82,7 +82,7 @@ benchmarks.register(VcgBench.name)(VcgBench())
 
 
 def _keys(item: Item) -> tuple[str, ...]:
-    """Return the official names of the fields with an item's predictions."""
+    """Return the names that the official files give to the fields with an item's predictions."""
     return ("pred1", "pred2") if item.task == CONSISTENCY else ("pred",)
 
 

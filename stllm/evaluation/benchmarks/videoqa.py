@@ -120,7 +120,7 @@ def _type_of(fields: Mapping[str, Any]) -> Record:
 
 
 def _answered(questions: list[Numbered], path: Path, answers_path: Path) -> Generator[Fault, None, list[Numbered]]:
-    """Yield the faults of a file of answers, and return the questions that have an answer, with that answer."""
+    """Add the answers of a file to the questions. Yield its faults, and return the questions that got an answer."""
     answers = {id: fields for id, _, fields in (yield from _numbered(answers_path, None))}
     without = [id for id, _, _ in questions if id not in answers]
     for id in without:

@@ -1,10 +1,11 @@
 """Vinoground: pairs of clips and captions that differ only in the order of events. Source: arXiv 2410.02763.
 
-    vinoground_{textscore,videoscore}.json, vinoground.csv, and the clips named in them
+Files: vinoground_textscore.json, vinoground_videoscore.json, vinoground.csv, and the clips that they name.
 
-For the text score, the model chooses the caption that fits a clip. For the video score, it sees both clips one after
-the other in one file, and chooses the clip that fits a caption. Each has two questions per pair of clips; a pair is
-correct if both answers are. A group is correct if all four answers are.
+A group is two clips with their two captions. It has four questions: two for the text score and two for the video score.
+For the text score, a question shows one clip and asks which caption fits it. For the video score, a question shows both
+clips, one after the other in one file, and asks which of them fits a caption. Text and video score are the shares of
+groups with both answers correct. The group score is the share of groups with all four answers correct.
 """
 
 import csv
@@ -35,7 +36,7 @@ LETTERS = ("A", "B")
 
 
 class Vinoground(Benchmark):
-    """Vinoground. The tasks are the text score and the video score; the average is the group score."""
+    """The benchmark Vinoground. Its tasks are the text score and the video score; its average is the group score."""
 
     name, title = "vinoground", "Vinoground"
     ground_truth = f"the folder that holds {' and '.join(FILES.values())}"

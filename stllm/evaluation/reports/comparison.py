@@ -67,7 +67,7 @@ def compare(first: str | Path, second: str | Path, output: str | Path | None = N
 
 
 def _read(path: Path) -> list[Record]:
-    """Return the records from which a run is scored. Raises UserError."""
+    """Read a file of records, and return those that a run's scores are computed from. Raises UserError."""
     check_regular(path, EXPECTED)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file, expected {EXPECTED}")
@@ -150,7 +150,7 @@ def _group(
 ) -> dict[str, Any]:
     """Compare the runs over some items: the result of `paired`, and the mean of each run with its interval.
 
-    members: indices of the items in `lines` and in both runs' `values`. high: the best value after scaling.
+    members: indices of the items in `lines` and in both runs' `values`. high: the highest possible score (100 or 5).
     """
     chosen = [[run[place] for place in members] for run in values]
     videos = [str(lines[place].get("video") or lines[place]["id"]) for place in members]

@@ -26,11 +26,11 @@ EXPECTED = "a results file of `stllm evaluate` or `stllm judge` (NAME.results.js
 
 @dataclass(frozen=True)
 class Figure:
-    """A result for one column. official: the score by the benchmark's script. own: the score by the strict rule, or
-    without truncation.
+    """A result for one column of the table.
 
-    note: its source. part: description of the part of the benchmark that was asked, such as "first 5 a task"; "" for
-    all of it.
+    official: the score as the benchmark's script computes it. own: the score by the strict rule, or for a judge's
+    scores their mean without truncation. note: its source. part: description of the part of the benchmark that was
+    asked, such as "first 5 a task"; "" for all of it.
     """
 
     official: float | None

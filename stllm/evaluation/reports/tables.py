@@ -36,7 +36,7 @@ def score(value: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, texts: int = 1) -> str:
-    """Return a Markdown table that ends in a newline. texts: the first so many columns are left-aligned."""
+    """Return a Markdown table that ends in a newline. texts: how many columns, from the left, are left-aligned."""
     # a cell must be one line, and a bar in it must be escaped
     lines = [[" ".join(str(entry).split()).replace("|", "\\|") for entry in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]

@@ -53,7 +53,7 @@ def part_of(key: str) -> str:
 
 
 def part_of_theirs(key: str) -> str:
-    """Guess the part that a key of another format belongs to."""
+    """Guess the part that a key belongs to which is not in our format."""
     return next((part.name for part in PARTS if re.search(part.hint, key)), OTHER)
 
 

@@ -1,7 +1,7 @@
 """`stllm convert SOURCE... --to DIR`: converts weights of any known format to ours, or to the released format.
 
 Everything is written into a temporary folder beside the target, which is renamed at the end. So a target is either
-complete or does not exist. It holds a record of the command, by which the same command recognises that it is done.
+complete or does not exist. It holds a record of the command, so that the same command does not convert again.
 
 The released format consists of sharded .bin files with an index, config.json and meta.json. meta.json holds what cannot
 be inferred from the weights (number of heads, video input, ...), so the folder can be loaded without other settings.
@@ -89,7 +89,7 @@ def convert(
         merge_lora(model)  # only needed for our format: the other formats always merge LoRA
     needed = sum(tensor.nbytes for tensor in model.state_dict().values())
     with new_folder(target, needed) as folder:
-        if format == "language-model":  # what transformers' AutoModelForCausalLM and `vllm serve` load
+        if format == "language-model":  # the layout that transformers' AutoModelForCausalLM and `vllm serve` load
             merge_lora(model)
             model.language_model.save_pretrained(folder)
             processor.tokenizer.save_pretrained(folder)
@@ -149,7 +149,7 @@ def save_released(model: STLLM, folder: Path, *, shard_bytes: int = SHARD_BYTES)
 
 
 def released_state(model: STLLM) -> dict[str, Tensor]:
-    """Return the model's weights under the released names. LoRA is merged into the model first, in place.
+    """Return the model's weights under their names in the released format. LoRA is first merged into `model`, in place.
 
     Raises UserError if the released format has no place for a weight.
     """

@@ -249,7 +249,7 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
     """Open weights of any known format. Only names and shapes are read.
 
     path: a file, a folder, a hub name or a URL. depth: the number of encoder blocks to use, if configured.
-    Raises UserError if there is nothing, if it is no checkpoint, if a shard is missing, or if a file is damaged.
+    Raises UserError if nothing is at the path, if it is no checkpoint, if a shard is missing, or if a file is damaged.
     """
     place = locate(path)
     check_regular(place, "weights")
@@ -287,7 +287,7 @@ def open_source(path: str | Path, *, depth: int | None = None) -> Source:
 
 
 def _without_config(path: Path, weights: Weights, depth: int | None) -> Source:
-    """Recognise a file, or a folder without a config.json, by its key names."""
+    """Recognise the format of a file, or of a folder without a config.json, by the names of its weights."""
     keys = weights.specs
     if any(key.startswith("model.stllm_model.") for key in keys):
         return Source(path, Format.RELEASED, RELEASED, weights)

@@ -67,9 +67,9 @@ COMPARED = (
     ("qformer_config", "cross_attention_frequency"),
     ("", "has_qformer"),
 )
-GROUP_KEYS = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # in a YAML
+GROUP_KEYS = {"vision_config": "vision.", "qformer_config": "qformer.", "": ""}  # prefixes of the keys in a YAML
 LLM_SIZES = {4096: " (7B)", 5120: " (13B)"}
-FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # by whether the Q-Former reads text
+FAMILIES = {True: "InstructBLIP", False: "MiniGPT-4"}  # the Q-Former reads text -> family
 NOT_THE_MODELS = (
     *("architectures", "_name_or_path", "torch_dtype", "dtype", "transformers_version"),
     "quantization_config",  # a quantized language model is dequantized when it is read
@@ -175,7 +175,7 @@ def decide_config(sources: Sequence[Source], settings: Mapping[str, Any], *, def
 
 
 def merge_fields(below: Fields, above: Fields) -> Fields:
-    """Return `below` updated with `above`. The groups in `NESTED` are merged key by key."""
+    """Return the fields of `below`, overridden by those of `above`. The groups in `NESTED` are merged key by key."""
     merged = {**below, **above}
     for group in NESTED:
         if below.get(group) and above.get(group):
@@ -421,9 +421,10 @@ def check_vocabulary(name: str, rows: int | None, config: STLLMConfig, tokens: i
 
 
 def family_tokens(folder: Path, *, adds_pad: bool, config: PretrainedConfig | None = None) -> int | None:
-    """Return the size of the tokenizer in a folder, or None if there is none. adds_pad: count `[PAD]`, if not in it.
+    """Return the size of the tokenizer in a folder, or None if there is none.
 
-    config: the language model's configuration, needed if config.json in the folder is not that of a language model.
+    adds_pad: add one for `[PAD]` if the tokenizer lacks it. config: the language model's configuration, needed if
+    config.json in the folder is not that of a language model.
     """
     if not folder.is_dir() or not any(folder.glob("tokenizer*")):
         return None

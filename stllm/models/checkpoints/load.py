@@ -56,7 +56,10 @@ class Division(Protocol):
         """Divide the model before reading. Weights of files are on the meta device; the others are in main memory."""
 
     def read(self, old: Tensor, copy: CopyRows) -> Tensor:
-        """Read this process's part of a weight with `copy`, and return it. old: the weight in the divided model."""
+        """Read the part of a weight that this process keeps, and return it.
+
+        copy: function that reads rows of the weight. old: the weight in the divided model.
+        """
 
 
 LAYER = re.compile(r"[a-z_.]+\.\d+(?=\.)")  # the outermost numbered module of a key
@@ -270,7 +273,10 @@ def meta_model(config: STLLMConfig, dtype: torch.dtype) -> STLLM:
 
 @dataclass
 class WeightPlan:
-    """The tensor of a file for each weight of the model, in the order of the files. report: the audit of all keys."""
+    """A plan that assigns to each weight of the model a tensor of a file. report: the audit of all keys.
+
+    The weights are in the order in which the files are read.
+    """
 
     report: AuditReport
     origins: dict[str, tuple[Source, SourceTensor]] = field(default_factory=dict)
@@ -297,7 +303,7 @@ def make_plan(
     for source in sources:
         for key, entry in source.entries.items():
             if (own := plain.get(key, key)) in wanted:
-                origins.pop(own, None)  # remove that of an earlier source, so that the order is the later file's
+                origins.pop(own, None)  # remove an earlier source's tensor, so that the order is that of the later file
                 origins[own] = (source, entry)
             elif key not in wanted:
                 report.add("unexpected", part_of(key), entry.key)
@@ -313,7 +319,7 @@ def make_plan(
     for layer in sorted(layer for layer in found - kept if layer.rpartition(".")[0] in stacks):
         report.add("wrong_shape", part_of(layer), f"{layer}: found, but the configuration has fewer layers")
 
-    # of two tied weights, only the one that the other is tied to is filled, whichever of them the file has
+    # of two tied weights, only one is filled: the one that transformers ties the other to; the file may have either
     tied = model.all_tied_weights_keys
     for target, origin in tied.items():
         if target in origins:
@@ -381,7 +387,10 @@ def _check_shape(plan: WeightPlan, key: str, expected: tuple[int, ...], config: 
 
 
 def _grows(key: str, source: Source) -> bool:
-    """Check whether rows for [PAD] may be added to a weight: embeddings and head of an original language model."""
+    """Check whether rows for [PAD] may be added to a weight.
+
+    They may be added to the token embeddings and the output head of an original language model.
+    """
     is_plain = source.format in (Format.CAUSAL_LM, Format.TRANSFORMERS_BLIP)
     return is_plain and key.startswith("language_model.") and key.endswith((".weight", ".bias"))
 

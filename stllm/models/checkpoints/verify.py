@@ -181,6 +181,6 @@ def _generated(
 
 
 def _instruction(processor: PromptProcessor, question: str) -> str:
-    """Return the prompt of a question about a video, in the form of meta.json's instructions."""
+    """Return the prompt of a question about a video, as in meta.json: `PLACEHOLDER` for the video, no BOS."""
     pieces = processor.template.render(Turn(question), first=True, media="video")
     return "".join({VISUAL: PLACEHOLDER, BOS: ""}.get(piece, piece) for piece in pieces)

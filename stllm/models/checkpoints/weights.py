@@ -59,7 +59,10 @@ class Weights(ABC):
 
     @abstractmethod
     def copy_to(self, key: str, destination: Tensor, first: int = 0) -> None:
-        """Copy a tensor, or as many of its rows from `first` on, into `destination`, of any device and type."""
+        """Copy rows of a tensor, starting at row `first`, into `destination`, which determines their number.
+
+        destination: a tensor on any device and of any type.
+        """
 
     def read(self, key: str) -> Tensor:
         """Return a copy of a tensor in main memory, in its stored type."""
@@ -181,8 +184,8 @@ Make = Callable[[Sequence[Tensor]], dict[str, Tensor]]
 class DerivedWeights(Weights):
     """Weights derived from other weights: renamed, or computed from one or several of them.
 
-    renamed: new key -> original key. made: pairs of original keys and a function from their tensors to new tensors by
-    key.
+    renamed: new key -> original key. made: pairs (original keys, function). The function gets
+    their tensors, and returns a dictionary: new key -> new tensor.
     """
 
     def __init__(
@@ -275,7 +278,8 @@ def dequantize(folder: Path, weights: Weights, config: Mapping[str, Any]) -> Wei
 def _from_4bit(key: str, state: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     """Dequantize: look up two weights for each byte, and multiply each block by its largest absolute value.
 
-    tensors: the bytes, the largest values, the 16 levels, and if the largest values are quantized, theirs.
+    tensors: the bytes; the blocks' largest absolute values; the 16 levels; and, if the largest absolute values are
+    quantized, too, the tensors to dequantize these.
     """
     shape, dtype = state["shape"], getattr(torch, state["dtype"])
     if tensors[0].is_meta:
