@@ -106,8 +106,9 @@ class ModelSettings:
     has_qformer: bool = True  # False: instead, every 4 neighbouring patch tokens are concatenated and projected
     q_former_model: str | None = _key(None, path=True)  # Q-Former weights: a .pth in InstructBLIP's or BLIP-2's layout
     qformer_text_input: bool = False  # the Q-Former reads the question too (InstructBLIP family)
-    # the Q-Former's tokenizer: a folder or a hub name. A checkpoint's own (qformer_tokenizer/) replaces the default
-    qformer_tokenizer: str = _key("bert-base-uncased", path=True)
+    # the Q-Former's tokenizer: a folder, a vocab.txt or a hub name; unset: the checkpoint's own (qformer_tokenizer/), or
+    # else bert-base-uncased
+    qformer_tokenizer: str | None = _key(None, path=True)
     num_query_token: int | None = _key(None, low=1)  # query tokens per frame, K; unset: as in the weights, or 32
     freeze_qformer: bool = True  # Q-Former and query tokens are not trained
     qformer: QFormerSettings = field(default_factory=QFormerSettings)  # sizes that differ from BERT-base's
