@@ -88,6 +88,11 @@ def test_a_named_qformer_tokenizer_replaces_the_checkpoints_own(clip: Path, caps
     assert "its tokenizer was not found as 'bert-base-uncased' (" in capsys.readouterr().err
 
 
+def test_too_many_beams_are_refused(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat("--video", clip, "--question", "What?", "--num-beams", "100000") == 2
+    assert "--num-beams: found '100000', expected a whole number from 1 to 64" in capsys.readouterr().err
+
+
 def test_the_configuration_may_name_the_checkpoint(clip: Path, capsys, monkeypatch) -> None:
     argv = ["chat", "--video", str(clip), "--question", "What?", "--max-new-tokens", "2"]
     assert main([*argv, "--options", f"model.ckpt={CHECKPOINT}"]) == 0
