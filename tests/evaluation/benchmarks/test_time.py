@@ -417,7 +417,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "no file": (
         "vinoground",
-        lambda root: [file.unlink() for file in root.rglob("*score.json")],
+        lambda root: list(map(Path.unlink, root.rglob("*score.json"))),
         "found none of Vinoground's files (vinoground_textscore.json, vinoground_videoscore.json): name the folder",
     ),
     "a list": (
