@@ -1,7 +1,7 @@
 """Encoding: EVA-ViT-g at its published size on 8 frames, ours against one frame at a time with eager attention.
 
 The result also compares the speed with the peak of the machine, which is measured in the same run: the matrix products
-of the encoder's linear layers, with nothing between them. Beside the table are the operators that take most of the time
+of the encoder's linear layers, with nothing between them. Below the table are the operators that take most of the time
 in bfloat16, with their shares of it.
 
     python -m benchmarks.encoding [--quick]
@@ -23,6 +23,17 @@ from stllm.models.vision import VisionEncoder
 
 NUM_FRAMES = 8
 NUM_OPERATORS = 6  # that are named
+IN_WORDS = {  # torch's name of an operator -> what it does in the encoder
+    "aten::addmm": "linear layers",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention without its linear layers",
+    "aten::_scaled_dot_product_flash_attention": "attention without its linear layers",
+    "aten::_scaled_dot_product_efficient_attention": "attention without its linear layers",
+    "aten::_scaled_dot_product_cudnn_attention": "attention without its linear layers",
+    "aten::copy_": "copies and conversions of tensors",
+    "aten::gelu": "GELU",
+    "aten::add": "additions",
+    "aten::native_layer_norm": "layer norm",
+}
 
 
 def build(sizes: dict, device: torch.device, dtype: torch.dtype) -> VisionEncoder:
@@ -71,13 +82,17 @@ def attention_flops(sizes: dict, frames: int, tokens: int) -> float:
 
 
 def operators(encoder: VisionEncoder, video: Tensor) -> dict[str, float]:
-    """Return each slow operator's share of the time, without the time of the operators that it calls."""
+    """Return each slow operator's share of the time, without the time of the operators that it calls.
+
+    The keys name the operator in words, with torch's name in brackets.
+    """
     with profile() as run:
         encoder(video)
     kind = "self_cpu_time_total" if video.device.type == "cpu" else "self_device_time_total"
     times = {event.key: float(getattr(event, kind)) for event in run.key_averages()}
     most = sorted(times, key=times.__getitem__, reverse=True)[:NUM_OPERATORS]
-    return {name: round(times[name] / sum(times.values()), 3) for name in most}
+    words = {name: f"{IN_WORDS[name]} ({name})" if name in IN_WORDS else name for name in most}
+    return {words[name]: round(times[name] / sum(times.values()), 3) for name in most}
 
 
 def eager_one_by_one(encoder: VisionEncoder, video: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class Measurement:
 MEASUREMENTS: Mapping[str, Measurement] = {
     "startup": Measurement("How long does a command take to start?", ("",), less=("× the interpreter alone",)),
     "encoding": Measurement(
-        "How fast is the image encoder at its published size? The peak is the speed of its matrix products alone.",
+        "How fast is the image encoder at its published size? The peak is the speed of its matrix products alone. "
+        "Also: the share of the time in bfloat16 that each of the slowest operators takes (in brackets torch's name).",
         ("",),
         more=("speed-up", "share of peak"),
     ),

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllm.commands.options import Command, Parser, add_model, number, path, whole
+from stllm.commands.options import Command, Parser, add_beams, add_model, number, path, whole
 from stllm.common.errors import UserError, sentence, unknown_name
 from stllm.common.logging import working
 
@@ -42,8 +42,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--reader", metavar="NAME", help=f"video decoder: {decoders}")
     parser.add_argument("--start", type=number(0), metavar="SECONDS", help="use the video only from this time on")
     parser.add_argument("--end", type=number(0), metavar="SECONDS", help="use the video only up to this time")
-    beams = "number of beams in beam search; 1: greedy decoding (default: 5)"
-    parser.add_argument("--num-beams", type=whole(1), metavar="N", help=beams)
+    add_beams(parser, " (default: 5)")
     longest = "maximum length of the answer in tokens (default: 300)"
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help=longest)
     sampling = "temperature of sampling; 0: no sampling (default: 0)"

@@ -14,6 +14,7 @@ from typing import Any
 from stllm.commands.options import (
     Command,
     Parser,
+    add_beams,
     add_checkpoint,
     add_config,
     add_context,
@@ -56,8 +57,7 @@ def add_options(parser: Parser) -> None:
     asked.add_argument("--limit", type=whole(1), metavar="N", help="ask only the first N items of each task")
     frames = "frames per video; 0: one per second, but at least 4 and at most 16, as published for mvbench"
     asked.add_argument("--num-frames", type=whole(0), metavar="N", help=frames)
-    beams = "number of beams in beam search; 1: greedy decoding"
-    asked.add_argument("--num-beams", type=whole(1), metavar="N", help=beams)
+    add_beams(asked, "")
     asked.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="maximum length of an answer in tokens")
     add_context(asked, "published; all for benchmarks of multiple choice")
     probes = parser.add_argument_group("diagnostics of multiple-choice benchmarks, written to separate files")

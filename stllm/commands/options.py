@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stllm.common.device import DEVICE_PATTERN
-from stllm.common.schema import CONTEXTS, MEDIA_SECONDS, PUBLISHED, QUANTIZATIONS
+from stllm.common.schema import CONTEXTS, MAX_BEAMS, MEDIA_SECONDS, PUBLISHED, QUANTIZATIONS
 
 Parser = argparse.ArgumentParser
 Container = argparse._ActionsContainer  # a parser, or an argument group of a parser
@@ -105,6 +105,12 @@ def add_checkpoint(parser: Parser, otherwise: str = "") -> None:
 def add_config(parser: Parser, default: str = "inferred from the checkpoint") -> None:
     """Add `--cfg-path`. default: help text that describes the configuration without this option."""
     parser.add_argument("--cfg-path", type=path, metavar="YAML", help=f"the model's configuration (default: {default})")
+
+
+def add_beams(parser: Container, default: str) -> None:
+    """Add `--num-beams`. default: its default, in words."""
+    words = f"number of beams in beam search, at most {MAX_BEAMS} (a limit chosen here); 1: greedy decoding{default}"
+    parser.add_argument("--num-beams", type=whole(1, MAX_BEAMS), metavar="N", help=words)
 
 
 def add_context(parser: Container, default: str = PUBLISHED) -> None:

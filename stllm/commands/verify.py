@@ -14,7 +14,7 @@ def add_options(parser: Parser) -> None:
         nargs="+",
         type=path,
         metavar="DIR",
-        help="a folder with weights and the expected tensors in expected.safetensors",
+        help="a golden folder: weights, and the tensors expected from them in expected.safetensors and meta.json",
     )
     parser.add_argument(
         "--atol",
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 COMMAND = Command(
     help="recomputes a model's tensors in float32 on the CPU, and compares them with expected ones in its folder",
-    example="stllm verify golden/instructblip_residual_mvm",
+    example="stllm verify tests/golden/instructblip_residual_mvm",
     add_options=add_options,
     run=run,
     needs="stllm.models.checkpoints.verify",

@@ -423,7 +423,7 @@ def _make_paths_absolute(cfg: DictConfig, layers: Sequence[Layer]) -> None:
         marked = value in (".", "..") or value.startswith(("./", "../"))
         if value and not os.path.isabs(path) and (marked or os.path.exists(beside)):
             path = beside
-        optional = key.startswith("model.") and not value and key != "model.qformer_tokenizer"
+        optional = key.startswith("model.") and not value
         OmegaConf.update(cfg, key, None if optional else path)
 
 

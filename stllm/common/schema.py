@@ -31,6 +31,7 @@ MEDIA_SECONDS = 300.0  # our choice: ten times as long as reading a long film fr
 ROOTS = ("anno_root", "media_root", "features_root")  # keys of `datasets` that are not data sets but folders
 PRESETS = Path(__file__).parent.parent / "configs" / "evaluation"
 QUANTIZATIONS = ("4bit", "8bit")
+MAX_BEAMS = 64  # our choice; 5 are published, and each beam needs memory for its keys and values
 CONTEXTS = PUBLISHED, ALL = "published", "all"  # rules for long prompts, see conversation/requests.py
 
 
@@ -109,8 +110,9 @@ class ModelSettings:
     has_qformer: bool = True  # False: instead, every 4 neighbouring patch tokens are concatenated and projected
     q_former_model: str | None = _key(None, path=True)  # Q-Former weights: a .pth in InstructBLIP's or BLIP-2's layout
     qformer_text_input: bool = False  # the Q-Former reads the question too (InstructBLIP family)
-    # the Q-Former's tokenizer: a folder or a hub name. A checkpoint's own (qformer_tokenizer/) replaces the default
-    qformer_tokenizer: str = _key("bert-base-uncased", path=True)
+    # the Q-Former's tokenizer: a folder, a vocab.txt or a hub name; unset: the checkpoint's own (qformer_tokenizer/),
+    # or else bert-base-uncased
+    qformer_tokenizer: str | None = _key(None, path=True)
     num_query_token: int | None = _key(None, low=1)  # query tokens per frame, K; unset: as in the weights, or 32
     freeze_qformer: bool = True  # Q-Former and query tokens are not trained
     qformer: QFormerSettings = field(default_factory=QFormerSettings)  # sizes that differ from BERT-base's
@@ -268,7 +270,7 @@ class EvaluationSettings:
 
     # Prompt and decoding
     system: Any = "template"  # system message: "template" for the model family's, "" for none, or a text
-    num_beams: int | None = _key(None, low=1)
+    num_beams: int | None = _key(None, low=1, high=MAX_BEAMS)
     max_new_tokens: int | None = _key(None, low=1)
     repetition_penalty: float | None = None
     context: str = _key(PUBLISHED, choices=CONTEXTS)

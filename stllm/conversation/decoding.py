@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from stllm.common.errors import UserError, unknown_name
-from stllm.common.schema import CONTEXTS, PUBLISHED
+from stllm.common.schema import CONTEXTS, MAX_BEAMS, PUBLISHED
 from stllm.conversation.requests import PUBLISHED_LENGTH
 from stllm.processors.templates import PromptTemplate
 
@@ -39,10 +39,13 @@ class Decoding:
 
     def __post_init__(self) -> None:
         """Raise UserError for a number out of range, an unknown rule, or no room for a prompt beside the new tokens."""
-        if self.num_beams < 1 or self.max_new_tokens < 1:
+        if not 1 <= self.num_beams <= MAX_BEAMS:
             raise UserError(
-                f"num_beams is {self.num_beams} and max_new_tokens {self.max_new_tokens}: both must be at least 1"
+                f"num_beams is {self.num_beams}: expected 1 to {MAX_BEAMS}, a limit chosen here because each beam "
+                "needs memory"
             )
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: it must be at least 1")
         if self.context not in CONTEXTS:
             raise UserError(unknown_name("context", self.context, CONTEXTS))
         if self.context == PUBLISHED and self.max_new_tokens >= PUBLISHED_LENGTH:

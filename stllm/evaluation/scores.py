@@ -3,7 +3,8 @@
 Answers are matched by two rules. "official" is the benchmark's own; the one in this file is MVBench's (arXiv
 2311.17005, cases in tests/golden/sampling.json). "strict" counts an empty answer as wrong. Statistics: Wilson's
 interval; errors clustered by video, since questions about one video are not independent (Miller, arXiv 2411.00640);
-McNemar's exact test; the adjusted Wald interval of matched proportions (Agresti and Min, 2005); Pearson's chi-square.
+McNemar's exact test, and its form for clusters, a randomization test; the adjusted Wald interval of matched proportions
+(Agresti and Min, 2005); Pearson's chi-square.
 """
 
 import math
@@ -261,18 +262,19 @@ def paired(
 
     Returns `items`: their number. `lost`, `gained`: numbers of items with a lower or higher value in the second run.
     `difference`: the second mean minus the first, and its 95 % `interval`, both scaled from 1 to `high`; None without
-    items. `p`: two-sided p-value of McNemar's exact test (of scores, the sign test), which treats items as independent.
+    items. `p`: two-sided p-value of `sign_flip_p` for the clusters' gained minus lost items; if no cluster has several
+    items, this is McNemar's exact test (of scores, the sign test).
     clusters: each item's cluster, such as its video. The interval is that of Agresti and Min if all values are 0 or 1
     and no cluster has several items, or if all clusters agree. Otherwise it is the mean difference plus or minus 1.96
     clustered standard errors.
     """
     changes = [float(after) - float(before) for before, after in zip(first, second, strict=True)]
     items, lost, gained = len(changes), sum(change < 0 for change in changes), sum(change > 0 for change in changes)
-    difference = interval = None
+    names, difference, interval = clusters or [str(number) for number in range(items)], None, None
     if items:
         mean = math.fsum(changes) / items
         sums: dict[str, float] = {}
-        for name, change in zip(clusters or map(str, range(items)), changes, strict=True):
+        for name, change in zip(names, changes, strict=True):
             sums[name] = sums.get(name, 0.0) + (change - mean) / items
         error = math.sqrt(math.fsum(value**2 for value in sums.values()))
         centre, spread = mean, Z95 * error
@@ -281,9 +283,28 @@ def paired(
             spread = Z95 * math.sqrt((gained + lost + 1) / (items + 2) - centre**2) / math.sqrt(items + 2)
         difference = high * mean
         interval = (high * max(-1.0, centre - spread), high * min(1.0, centre + spread))
-    changed = lost + gained
-    p = min(1.0, 2 * sum(math.comb(changed, k) for k in range(min(lost, gained) + 1)) / 2**changed)
-    return {"items": items, "lost": lost, "gained": gained, "difference": difference, "interval": interval, "p": p}
+    nets: dict[str, int] = {}  # each cluster's gained minus lost items
+    for name, change in zip(names, changes, strict=True):
+        nets[name] = nets.get(name, 0) + (change > 0) - (change < 0)
+    found = {"items": items, "lost": lost, "gained": gained, "difference": difference, "interval": interval}
+    return {**found, "p": sign_flip_p(list(nets.values()))}
+
+
+def sign_flip_p(values: Sequence[int]) -> float:
+    """Return the exact probability that the sum of the values is at least as far from 0 if each sign is random.
+
+    This is the two-sided p-value of a randomization test that exchanges the two runs for whole clusters. Values of -1
+    and 1 give McNemar's exact test. values: of each cluster, such as its number of gained minus lost items.
+    """
+    import numpy as np
+
+    total = sum(map(abs, values))
+    chances = np.zeros(2 * total + 1)  # of the sums from -total to total
+    chances[total] = 1.0
+    for value in filter(None, values):
+        chances = (np.roll(chances, value) + np.roll(chances, -value)) / 2
+    far = np.abs(np.arange(-total, total + 1)) >= abs(sum(values))
+    return min(1.0, float(chances[far].sum()))
 
 
 def chi_square(observed: Sequence[float], expected: Sequence[float]) -> float:

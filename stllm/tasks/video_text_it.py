@@ -95,7 +95,7 @@ class VideoTextTask:
                 "batch: torch would compile the layers anew until it gives up; leave out run.packing or "
                 "run.torch_compile"
             )
-        processor = processor_of(opened)
+        processor = processor_of(opened, download=True)
         limit, image_size = PositionLimit.of(config, processor), config.vision_config["image_size"]
         mixed = partial(Mixture, seed=seed, max_tries=run.max_tries, check=limit, media_seconds=run.media_seconds)
         mixture, held_out = mixed(build_corpora(cfg, image_size=image_size, split="train")), None

@@ -4,8 +4,9 @@ A handler yields dictionaries of the parts of the page to update: chat: messages
 status, film, probe: HTML. busy: whether a job is running, which determines the enabled buttons.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from threading import Event, Lock
 from time import perf_counter
@@ -145,7 +146,9 @@ class Handlers:
         *before, last = talk.turns
         turns = [*before, Turn(last.question)]
         yield from self._shown(
-            session, lambda path, stop: self.service.evidence(path, talk.film, turns, controls, last.answer, stop)
+            session,
+            lambda path, stop: self.service.evidence(path, talk.film, turns, controls, last.answer, stop),
+            steps=("read", "encode"),  # it measures the answer that is there
         )
 
     def _shown(
@@ -156,21 +159,24 @@ class Handlers:
         pending: str = "",
         probed: str = "",
         ready: str = "",
+        steps: Collection[str] = tuple(STEPS),
         close: Callable[[JobProgress | None], Shown] = lambda _: {},
     ) -> Iterator[Shown]:
         """Run a job about the tab's medium, and yield its progress. If a new conversation starts, show that and end.
 
         pending: the question to be answered. probed: the temporal probe's question. ready: a note to show at the end.
+        steps: the steps to show.
         close: function that returns further parts to update at the end; it gets the last progress, or None after a
         failure.
         """
         talk, progress = session.talk, JobProgress()
+        status = partial(progress_html, steps=steps)
         if (path := talk.path) is None:
-            yield {"status": progress_html(progress, error=NO_VIDEO)}
+            yield {"status": status(progress, error=NO_VIDEO)}
             return
         talk.stopped = False
         start = {"question": "", **_pending(talk, pending, "")} if pending else {"probe": ""} if probed else {}
-        yield {"busy": True, "status": progress_html(progress), **start}
+        yield {"busy": True, "status": status(progress), **start}
         try:
             for news in self.service.jobs.iterate(lambda stop: job(path, stop)):
                 if session.talk is not talk:  # show the new one again, as earlier updates may have arrived after it
@@ -180,7 +186,7 @@ class Handlers:
                     ready = "Stopped."
                     break
                 progress = news or progress
-                yield {"status": progress_html(progress), **_pending(talk, pending, progress.text)}
+                yield {"status": status(progress), **_pending(talk, pending, progress.text)}
                 film, evidence = talk.film, talk.evidence
                 if progress.film is not None and progress.film != film:
                     talk.film, talk.evidence = progress.film, None  # the old curve is for other frames
@@ -190,9 +196,9 @@ class Handlers:
                 if news is not None and probed and talk.film:
                     yield {"probe": probe_html(talk.film, probed, progress.answers)}
         except Exception as error:
-            yield {"busy": False, "status": progress_html(progress, error=self.service.explain(error)), **close(None)}
+            yield {"busy": False, "status": status(progress, error=self.service.explain(error)), **close(None)}
             return
-        yield {"busy": False, "status": progress_html(progress, note=ready, over=True), **close(progress)}
+        yield {"busy": False, "status": status(progress, note=ready, over=True), **close(progress)}
 
 
 def _conversation(talk: Talk) -> Shown:
@@ -221,10 +227,21 @@ def messages(turns: list[Turn]) -> list[dict[str, str]]:
     ]
 
 
-def progress_html(progress: JobProgress, *, error: str | None = None, note: str = "", over: bool = False) -> str:
-    """Return the HTML of a job's three steps, and below them an error or a note. over: True if the job has ended."""
+def progress_html(
+    progress: JobProgress,
+    *,
+    error: str | None = None,
+    note: str = "",
+    over: bool = False,
+    steps: Collection[str] = tuple(STEPS),
+) -> str:
+    """Return the HTML of a job's steps, and below them an error or a note.
+
+    over: True if the job has ended. steps: names of the steps to show.
+    """
     drawn = ""
-    for name, (title, unit) in STEPS.items():
+    for name in steps:
+        title, unit = STEPS[name]
         step = progress.steps.get(name)
         if step is None:
             drawn += f'<div class="stage"><b>{title}</b><span>–</span></div>'

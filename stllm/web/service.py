@@ -131,16 +131,24 @@ class Service:
         turns, num_frames, decoding = self._checked([Turn(question)], controls)
         progress, film, see = yield from self._look(path, num_frames, known, stop, VIEWS)
         _check_is_video(film, "the temporal probe")
+        seconds, num_visual, num_tokens = {"encode": 0.0, "answer": 0.0}, 0, 0  # of all views
         for number, view in enumerate(VIEWS, start=1):
             progress = replace(progress, note=f"Temporal probe: {number} of {len(VIEWS)}, frames {view}")
             yield progress
             yield Stage.MODEL
             prepared = self.chat.prepare(Request(turns, replace(film.media, view=view)), decoding, see(view))
             yield Stage.ANSWER
-            answer = self.chat.complete([prepared], decoding, stop)[0].text
+            num_visual += prepared.num_visual
+            seconds["encode"] += prepared.seconds["encode"]
+            progress = progress.at("encode", seconds["encode"], num_visual).at("answer", count=num_tokens)
+            yield progress
+            answer = self.chat.complete([prepared], decoding, stop)[0]
             if stop.is_set():
                 return
-            progress = replace(progress, note="", answers={**progress.answers, view: answer})
+            num_tokens += self._num_tokens(answer.text)
+            seconds["answer"] += answer.seconds["answer"]
+            progress = replace(progress, note="", answers={**progress.answers, view: answer.text})
+            progress = progress.at("answer", seconds["answer"], num_tokens)
         yield progress
 
     def evidence(

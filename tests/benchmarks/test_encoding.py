@@ -1,6 +1,7 @@
 """`benchmarks.encoding`: its baseline, and the peak speed of matrix products."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ def test_the_peak_speed_includes_every_product(
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: made.append(x.shape))
     assert encoding.matmul_peak(shapes, torch.device(device), torch.float32) == pytest.approx(expected)
     assert len(made) == calls
+
+
+def test_the_slowest_operators_are_named_in_words() -> None:
+    sizes = {**VISION_DEFAULTS, "image_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    found = encoding.operators(encoding.build(sizes, torch.device("cpu"), torch.float32), torch.randn(1, 3, 3, 28, 28))
+    assert "linear layers (aten::addmm)" in found and len(found) == encoding.NUM_OPERATORS
+    assert 0 < sum(found.values()) <= 1.01
+    page = (Path(encoding.__file__).parent / "results" / "README.md").read_text(encoding="utf-8")
+    assert page.count("(aten::") == page.count("aten::") == encoding.NUM_OPERATORS
 
 
 def test_the_baseline_computes_the_same_without_fused_attention() -> None:

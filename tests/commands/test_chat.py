@@ -5,8 +5,10 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from stllm.cli import main
 from stllm.conversation import chat as engine
@@ -64,6 +66,31 @@ def test_a_streamed_answer_equals_that_of_one_beam(quick, clip: Path, capsys) ->
     streamed = capsys.readouterr().out
     assert chat("--video", clip, "--question", "What happens?", "--num-beams", "1") == 0
     assert capsys.readouterr().out == streamed
+
+
+def test_a_named_qformer_tokenizer_replaces_the_checkpoints_own(clip: Path, capsys, monkeypatch) -> None:
+    """Also if it is the published one, which the checkpoint would have without a tokenizer of its own."""
+    from_pretrained = AutoTokenizer.from_pretrained
+    asked = []
+
+    def offline(source: str | Path, **options: Any) -> Any:
+        asked.append(str(source))
+        if source == "bert-base-uncased":
+            raise OSError("the hub cannot be reached")
+        return from_pretrained(source, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    argv = ["chat", "--ckpt-path", str(engine.FOLDER), "--video", str(clip), "--question", "What?", "--num-beams", "1"]
+    assert main(argv) == 0
+    assert str(engine.FOLDER / "qformer_tokenizer") in asked and "bert-base-uncased" not in asked
+    capsys.readouterr()
+    assert main([*argv, "--options", "model.qformer_tokenizer=bert-base-uncased"]) == 1
+    assert "its tokenizer was not found as 'bert-base-uncased' (" in capsys.readouterr().err
+
+
+def test_too_many_beams_are_refused(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat("--video", clip, "--question", "What?", "--num-beams", "100000") == 2
+    assert "--num-beams: found '100000', expected a whole number from 1 to 64" in capsys.readouterr().err
 
 
 def test_the_configuration_may_name_the_checkpoint(clip: Path, capsys, monkeypatch) -> None:

@@ -57,6 +57,7 @@ def test_paths_are_relative_to_the_yaml_but_output_to_the_working_directory(tmp_
     [
         ("evaluation: {num_beam: 3}", "unknown key 'evaluation.num_beam'; did you mean 'num_beams'?"),
         ("evaluation: {num_beams: many}", "'evaluation.num_beams' must be a whole number, found 'many'"),
+        ("evaluation: {num_beams: 65}", "'evaluation.num_beams' must be from 1 to 64, found 65"),
         ("evaluation: {batch_size: 0}", "'evaluation.batch_size' must be at least 1, found 0"),
         ("evaluation: {tasks: state_change}", "'evaluation.tasks' must be a list, found 'state_change'"),
         ("evaluation: 3", "'evaluation' must be a mapping of keys, found 3"),

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from stllm.cli import main
 from stllm.common.config import load_config, yaml_layers
@@ -244,12 +244,23 @@ def test_a_published_recipe_trains_from_the_base_weights(
     for variable, file in files.items():
         monkeypatch.setenv(variable, str(FOREIGN / file))
     num_records = write_corpora(TABLE[name][2], roots)
-    tiny = [*HEADS, "model.image_size=28", "model.num_query_token=4", f"model.qformer_tokenizer={FOREIGN / 'bert'}"]
+    asked: list[bool] = []
+    from_pretrained = AutoTokenizer.from_pretrained
+
+    def from_hub(source: str | Path, **options: Any) -> Any:
+        if source == "bert-base-uncased":
+            asked.append(options["local_files_only"])
+            source = FOREIGN / "bert"
+        return from_pretrained(source, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_hub)
+    tiny = [*HEADS, "model.image_size=28", "model.num_query_token=4"]
     alone = ["run.deepspeed=null", "run.per_device_train_batch_size=1", "run.dataloader_num_workers=0"]
     options = [*tiny, *alone, "run.logging_steps=1", f"run.output_dir={roots / 'run'}", "run.bf16=False"]
     options += [f"datasets.{corpus}.num_frames=8" for corpus in TABLE[name][2]]
     argv = ["train", "--cfg-path", str(CONFIGS / "train" / f"{name}.yaml"), "--device", "cpu", "--options", *options]
     assert main(argv) == 0
+    assert asked == ([False] if family == "instructblip" else [])  # the published tokenizer, which may be downloaded
     losses = [line["loss"] for line in read_log(roots / "run")]
     assert len(losses) == 2 * num_records and all(0 < loss < 20 for loss in losses)
     fresh = re.search(r"note: from random weights, as no file gives them: (.*)", capsys.readouterr().err)

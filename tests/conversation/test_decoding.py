@@ -29,7 +29,8 @@ def test_streaming_several_beams_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_beams": 0}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
+    "wrong",
+    [{"num_beams": 0}, {"num_beams": 65}, {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}],
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"must be at least 1|expected"):

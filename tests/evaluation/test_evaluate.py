@@ -291,6 +291,11 @@ def test_errors_are_reported_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_too_many_beams_are_wrong_usage(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(data, tmp_path / "out", "--num-beams", "65") == 2
+    assert "--num-beams: found '65', expected a whole number from 1 to 64" in capsys.readouterr().err
+
+
 def test_an_unknown_benchmark_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "mvbensh"]) == 2
     assert "invalid choice: 'mvbensh'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from itertools import product
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -20,6 +21,7 @@ from stllm.evaluation.scores import (
     official_match,
     paired,
     share,
+    sign_flip_p,
     strict_match,
 )
 
@@ -142,6 +144,25 @@ def test_the_exact_p_value() -> None:
     assert pairs(20, lost=8, gained=2)["p"] == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert pairs(20, lost=3, gained=3)["p"] == pairs(20, lost=0, gained=0)["p"] == 1.0
     assert 0 < pairs(4000, lost=1500, gained=1000)["p"] < 1e-20  # larger than any float on the way
+
+
+def test_the_exact_p_value_by_cluster() -> None:
+    """Computed by hand: clusters with +2, +1 and -1 have the sums -4, -2, -2, 0, 0, 2, 2, 4 under all signs."""
+    first, second = [False, False, False, True], [True, True, True, False]
+    assert paired(first, second)["p"] == pytest.approx(2 * (1 + 4) / 16)  # McNemar's
+    assert paired(first, second, ["a", "a", "b", "c"])["p"] == pytest.approx(6 / 8)
+    assert paired(first, second, ["a", "a", "b", "b"])["p"] == 1.0  # one cluster changed
+    assert paired(first, second, ["a"] * 4)["p"] == 1.0
+    assert sign_flip_p([5]) == sign_flip_p([0]) == sign_flip_p([]) == 1
+
+
+@given(nets=st.lists(st.integers(-4, 4), max_size=8))
+def test_the_p_value_by_cluster_equals_an_enumeration(nets: list[int]) -> None:
+    sums = [
+        abs(sum(sign * net for sign, net in zip(signs, nets, strict=True)))
+        for signs in product((1, -1), repeat=len(nets))
+    ]
+    assert sign_flip_p(nets) == pytest.approx(sum(one >= abs(sum(nets)) for one in sums) / len(sums))
 
 
 def test_paired_difference_and_interval() -> None:

@@ -144,9 +144,13 @@ def test_a_conversation_about_a_video(tabs: Any, chat: Chat, place: Path) -> Non
     page.click("#evidence")
     page.wait_for_selector(".film-curve")
     assert page.locator(".film-curve rect").count() == 6 and page.locator(".film-peak").count() == 1
+    page.wait_for_selector("#send")
+    assert "Answering" not in page.inner_text("#status")
     page.click("#temporal")
     page.wait_for_selector(".probe-words")
     assert page.locator(".probe-card").count() == 5
+    page.wait_for_selector("#send")
+    assert re.search(r"Answering\s*[\d.]+ s · \d+ tokens", page.inner_text("#status"))
     assert page.locator(".film-curve").count() == 1  # of the same frames
     assert same(messages(page), [FIRST, answers[0], SECOND, answers[1]])
 

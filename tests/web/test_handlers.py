@@ -1,5 +1,6 @@
 """The page's handlers: answers equal the chat's, tabs are separate, and every failure is shown as a sentence."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,7 @@ def test_evidence_equals_the_chats(handlers: Handlers, folder: Path) -> None:
     found = session.talk.evidence
     assert found is not None and found.scores == pytest.approx(expected.scores)
     assert last(shown, "film").count("<rect") == 6 and "film-curve" in last(shown, "film")
+    assert all("Answering" not in one["status"] for one in shown if "status" in one)  # no answer is generated
     said(handlers, session, FIRST)
     assert session.talk.evidence is None  # it was about another answer
 
@@ -178,6 +180,10 @@ def test_the_probe_asks_in_every_view(handlers: Handlers, folder: Path) -> None:
     assert [html.count(f"<b>{view}") for view in VIEWS] == [1] * 5 and len(set(expected)) > 1
     assert all(f"<p>{answer}</p>" in html for answer in expected)
     assert session.talk.turns == []
+    tokens = sum(handlers.service._num_tokens(answer) for answer in expected)
+    done = last(shown, "status")
+    assert re.search(rf'stage done"><b>Answering</b><span>[\d.]+ s · {tokens} tokens<', done) and "–" not in done
+    assert f"{5 * 24} visual tokens" in done
 
 
 @pytest.mark.parametrize("view", ["evidence", "probe"])

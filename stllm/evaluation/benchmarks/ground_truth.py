@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -116,6 +116,32 @@ class MediaFolders:
 
     def _place(self, folder: str) -> str:
         return os.path.join(self.root, folder) if folder else self.root
+
+
+def find_files(path: Path, title: str, names: Mapping[str, str], places: Sequence[str]) -> dict[str, Path]:
+    """Return task -> file for each task whose file exists. Raises UserError if none does.
+
+    path: a folder of the benchmark, or one of the files. title: the benchmark's name in the message. names: task ->
+    name of its file. places: folders to search, relative to `path`; "" for itself.
+    """
+    found = {task: file for task, name in names.items() if (file := find_file(path, name, places))}
+    if not found:
+        listed = ", ".join(os.path.join(places[0], name) for name in names.values())
+        raise UserError(f"{path}: found none of {title}'s files ({listed}): name the folder that holds them")
+    return found
+
+
+def find_file(path: Path, name: str, places: Sequence[str]) -> Path | None:
+    """Return the file of this name, or None; arguments as for `find_files`."""
+    if path.is_file():
+        return path if path.name == name else None
+    return next((file for place in places if (file := path / place / name).is_file()), None)
+
+
+def root_of(files: Mapping[str, Path], folder: str) -> Path:
+    """Return a benchmark's folder. files: result of `find_files`. folder: the subfolder in which a release has them."""
+    place = next(iter(files.values())).parent
+    return place.parent if place.name == folder else place
 
 
 def chosen_tasks(known: Sequence[str], settings: EvaluationSettings) -> list[str]:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stllm.common.errors import UserError
 from stllm.common.registry import benchmarks
 from stllm.common.schema import EvaluationSettings
 from stllm.conversation.requests import Request
@@ -23,8 +22,10 @@ from stllm.evaluation.benchmarks.ground_truth import (
     MediaFolders,
     Search,
     chosen_tasks,
+    find_files,
     open_requests,
     read_mapping,
+    root_of,
 )
 from stllm.evaluation.scores import chosen_option
 from stllm.processors.templates import PromptTemplate
@@ -38,7 +39,7 @@ SUFFIXES = {
 }
 DIMENSIONS = ("action", "direction", "speed", "order", "attribute_change")
 EXPECTED = "TempCompass's {id: {dimension: [{question, answer}]}}"
-META = "meta_info.json"
+QUESTIONS, META = "questions", "meta_info.json"
 _OPTION = re.compile(r"(?P<label>(?:\w+ )?(?:[A-Z]|\d))(?:\.|:) (?P<text>.+)")  # "A. ...", "Option 1: ..."
 
 
@@ -57,13 +58,9 @@ class TempCompass(Benchmark):
     )
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the configured tasks. path: the benchmark's folder, or its folder `questions`."""
-        folder = path / "questions" if (path / "questions").is_dir() else path
-        root = folder.parent if folder.name == "questions" else folder
-        files = {part: folder / f"{part}.json" for part in SUFFIXES if (folder / f"{part}.json").is_file()}
-        if not files:
-            names = ", ".join(f"questions/{part}.json" for part in SUFFIXES)
-            raise UserError(f"{path}: found none of TempCompass's files ({names}): name the folder that holds them")
+        """Read the configured tasks. path: the benchmark's folder, its folder `questions`, or a file there."""
+        files = find_files(path, self.title, {part: f"{part}.json" for part in SUFFIXES}, (QUESTIONS, ""))
+        root = root_of(files, QUESTIONS)
         meta = read_mapping(root / META, "{id: {eval_dim}}") if (root / META).is_file() else {}
         tasks = chosen_tasks(list(files), settings)
         # the judge compares a caption with the first multiple-choice question about the same clip and dimension

@@ -21,14 +21,17 @@ from stllm.evaluation.benchmarks.ground_truth import (
     MediaFolders,
     Search,
     chosen_tasks,
+    find_files,
     open_requests,
     read_mapping,
+    root_of,
 )
 from stllm.evaluation.scores import chosen_option
 from stllm.processors.templates import PromptTemplate
 
 TASKS = ("count", "direction", "rotation", "shape&trend", "velocity&frequency", "visual_cues")
 EXPECTED = "TOMATO's {id: {question, options, answer, key, demonstration_type, motion_type}}"
+DATA = "data"  # folder of the tasks' files
 GROUPS = ("motion_type", "demonstration_type")
 PROMPT = (
     "You will be provided with {n} separate frames uniformly sampled from a video, the frames are provided in "
@@ -56,16 +59,11 @@ class Tomato(Benchmark):
     )
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
-        """Read the configured tasks. path: the benchmark's folder, or its folder `data`."""
-        folder = path / "data" if (path / "data").is_dir() else path
-        root = folder.parent if folder.name == "data" else folder
-        files = {task: folder / f"{task}.json" for task in TASKS if (folder / f"{task}.json").is_file()}
-        if not files:
-            listed = ", ".join(f"data/{task}.json" for task in TASKS)
-            raise UserError(f"{path}: found none of TOMATO's files ({listed}): name the folder that holds them")
+        """Read the configured tasks. path: the benchmark's folder, its folder `data`, or a file there."""
+        files = find_files(path, self.title, {task: f"{task}.json" for task in TASKS}, (DATA, ""))
         if settings.num_frames == 0:
             raise UserError("tomato: num_frames is 0, but its prompt names their number: give --num-frames 1 or more")
-        media = MediaFolders(settings.video_dir or root / "videos", settings)
+        media = MediaFolders(settings.video_dir or root_of(files, DATA) / "videos", settings)
         for task in chosen_tasks(list(files), settings):
             for id, fields in read_mapping(files[task], EXPECTED).items():
                 where = f"{files[task]}, {id}"
@@ -90,7 +88,7 @@ class Tomato(Benchmark):
                 )
                 findings = list(check_item({**fields, "answer": answer or number, "video": item.video}, where))
                 if not 2 <= len(texts) <= len(ascii_uppercase) or not all(texts):
-                    sentence = f"found {shortened(options)}, expected a list of 3 to 7 texts: correct it"
+                    sentence = f"found {shortened(options)}, expected a list of 2 to 26 texts: correct it"
                     findings.insert(0, Fault("candidates", where, "options", sentence))
                 elif not answer:
                     sentence = f"found {shortened(number)}, expected a number from 0 to {len(texts) - 1}: correct it"

@@ -22,7 +22,14 @@ from stllm.conversation.requests import Request
 from stllm.datasets.annotations import read_file, text_of
 from stllm.datasets.faults import Fault, check_item, records_of, shortened
 from stllm.evaluation.benchmarks.base import Benchmark, Entry, Item, Record
-from stllm.evaluation.benchmarks.ground_truth import MediaFolders, Search, chosen_tasks, open_requests
+from stllm.evaluation.benchmarks.ground_truth import (
+    MediaFolders,
+    Search,
+    chosen_tasks,
+    find_file,
+    find_files,
+    open_requests,
+)
 from stllm.evaluation.scores import RULES, chosen_option
 from stllm.processors.templates import PromptTemplate
 
@@ -51,10 +58,8 @@ class Vinoground(Benchmark):
 
     def load(self, path: Path, settings: EvaluationSettings) -> Iterator[Entry | Fault]:
         """Read the configured tasks and the table of categories. path: the benchmark's folder, or a task's file."""
-        files = {part: found for part, name in FILES.items() if (found := _file(path, name))}
-        if not files:
-            raise UserError(f"{path}: found none of {', '.join(FILES.values())}: name the folder that holds them")
-        categories = _categories(_file(path, CATEGORIES))
+        files = find_files(path, self.title, FILES, PLACES)
+        categories = _categories(find_file(path, CATEGORIES, PLACES))
         media = MediaFolders(settings.video_dir or (path if path.is_dir() else path.parent), settings)
         for part in chosen_tasks(list(files), settings):
             records: dict[str, tuple[str, Item]] = {}
@@ -133,13 +138,6 @@ class Vinoground(Benchmark):
 
 
 benchmarks.register(Vinoground.name)(Vinoground())
-
-
-def _file(path: Path, name: str) -> Path | None:
-    """Return the path of the benchmark's file `name`, or None. path: a folder of the release, or a file."""
-    if path.is_file():
-        return path if path.name == name else None
-    return next((file for place in PLACES if (file := path / place / name).is_file()), None)
 
 
 def _categories(path: Path | None) -> dict[str, dict[str, tuple[str, ...]]]:

@@ -211,8 +211,9 @@ def report(name: str, scores: Mapping[str, Any]) -> str:
     parts += [
         "## Against the forward view\n",
         f"Over the {scores['compared']} items answered in every view. Points of strict accuracy with a 95% interval "
-        "(clustered by video where one has several questions, else Agresti and Min); p: exact McNemar test, two-sided, "
-        "of each line by itself; lost and gained: items right in one of the two views alone.\n",
+        "(clustered by video where one has several questions, else Agresti and Min); p: exact and two-sided, of each "
+        "line by itself, from flipping the direction of all changes of a video (McNemar's test where a video has one "
+        "question); lost and gained: items right in one of the two views alone.\n",
         table(header, rows, texts=2) if rows else f"{MISSING}\n",
     ]
     return "\n".join(parts)

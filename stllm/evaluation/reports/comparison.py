@@ -180,8 +180,9 @@ def report(names: Sequence[str], results: Mapping[str, Any]) -> str:
             parts.append(f"{kind}: {', '.join(ids[:SHOWN]) or MISSING}{more}\n")
     parts.append(
         "All items are counted; failed ones are wrong. points: the second run minus the first, with the interval of "
-        "the paired difference (clustered by video if one has several questions, else Agresti and Min). p: McNemar's "
-        "exact two-sided test, which treats items as independent (the sign test for scores). gained: items that the "
+        "the paired difference (clustered by video if one has several questions, else Agresti and Min). p: exact, "
+        "two-sided, by video: if the runs were equally good, all changes of a video could as well be in the opposite "
+        "direction (with one question a video, McNemar's test; for scores, the sign test). gained: items that the "
         "second run answers better. lost: items that the first run answers better.\n"
     )
     return "\n".join(parts)

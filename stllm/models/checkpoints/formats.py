@@ -9,6 +9,7 @@ of the published checkpoints.
 `org/name`, if there is no such file here, is downloaded from the hub. Only this and URLs use the network.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -364,6 +365,13 @@ def weight_files(folder: Path) -> list[Path]:
             if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
                 raise UserError(f"{index} holds no weight_map, expected each tensor's file: copy or download it again")
             names = sorted(set(found.values()))
+            for name in names:
+                inside = os.path.normpath(name)  # links stay: the hub's cache has links to files outside the folder
+                if os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir:
+                    raise UserError(
+                        f"{index}: its weight_map names {name!r}, a file outside this folder, and only files in it are "
+                        "read: copy or download the checkpoint again"
+                    )
         elif total:
             names = [f"{stem}-{number:05d}-of-{total:05d}.{ending}" for number in range(1, total + 1)]
         elif whole.is_file():

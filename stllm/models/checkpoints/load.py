@@ -111,8 +111,11 @@ def load_pretrained(
     return load_opened(opened, device=device, dtype=dtype, language_model=language_model)[0], processor
 
 
-def processor_of(opened: Opened) -> PromptProcessor:
-    """Build the prompt processor of an opened checkpoint. Raises UserError if a tokenizer is missing or unsuitable."""
+def processor_of(opened: Opened, *, download: bool = False) -> PromptProcessor:
+    """Build the prompt processor of an opened checkpoint. Raises UserError if a tokenizer is missing or unsuitable.
+
+    download: if neither the settings nor the checkpoint have a tokenizer for the Q-Former, download the published one.
+    """
     sources, settings = opened.sources, opened.settings
     # use the tokenizer of the last source that has one, as for the language model's weights
     with_tokenizer = [one.path for one in sources if one.path.is_dir() and any(one.path.glob("tokenizer*"))]
@@ -120,15 +123,16 @@ def processor_of(opened: Opened) -> PromptProcessor:
         raise UserError(f"{opened.path} has no tokenizer: name the language model's folder with model.llama_model")
     folder = with_tokenizer[-1] if with_tokenizer else locate(settings["llama_model"])
     qformer_tokenizer = settings.get("qformer_tokenizer")
-    # a recipe always names a tokenizer, by default the released one; a checkpoint's own replaces this default
     own = [one.path / QFORMER_FOLDER for one in sources if (one.path / QFORMER_FOLDER).is_dir()]
-    if own and qformer_tokenizer in (None, DEFAULT_QFORMER_TOKENIZER):
+    if own and not qformer_tokenizer:
         qformer_tokenizer = str(own[-1])
     for source in sources if not qformer_tokenizer else ():
         # meta.json of a released folder names the Q-Former's vocabulary, relative to the folder's parent
         beside = ((source.meta.get("sizes") or {}).get("qformer") or {}).get("bert_vocab")
         if beside and (vocabulary := source.path.absolute().parent / beside).exists():
             qformer_tokenizer = str(vocabulary)
+    if download and not qformer_tokenizer:
+        qformer_tokenizer = DEFAULT_QFORMER_TOKENIZER
     processor = PromptProcessor.from_pretrained(folder, config=opened.config, qformer_tokenizer=qformer_tokenizer)
     check_vocabulary(str(opened.path), None, opened.config, processor.vocab_size)
     return processor

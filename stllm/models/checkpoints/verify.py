@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stllm.common.errors import UserError
+from stllm.common.files import user_path
 from stllm.models import language_model as lm
-from stllm.models.checkpoints.formats import RELEASED, locate, read_json
+from stllm.models.checkpoints.formats import RELEASED, read_json
 from stllm.models.checkpoints.load import load_pretrained
+from stllm.models.checkpoints.weights import WeightFiles
 from stllm.models.st_llm import STLLM
 from stllm.models.video_inputs import residual_frame_indices
 from stllm.processors.prompts import PromptProcessor
@@ -57,13 +58,23 @@ def verify_folder(
     checkpoint: weights to use instead of the folder's. atol: tolerance of tensors. rtol: tolerance of gradients,
     relative to the largest. Raises UserError if the folder is no golden folder.
     """
-    place = locate(folder)
-    meta = read_json(place / "meta.json")
-    if not (place / "expected.safetensors").is_file() or "instructions" not in meta:
+    place = user_path(folder)  # a name on the hub is not looked up
+    tensors, about = place / "expected.safetensors", place / "meta.json"
+    fault = meta = None
+    if not place.is_dir():
+        fault = "found a file" if place.exists() else "there is no such folder"
+    elif lacking := [file.name for file in (tensors, about) if not file.is_file()]:
+        fault = f"found a folder without {' and '.join(lacking)}"
+    elif "instructions" not in (meta := read_json(about)):
+        fault = "found a meta.json without instructions"
+    if meta is None or fault is not None:
         raise UserError(
-            f"{folder} is no golden folder: expected expected.safetensors and meta.json with instructions in it"
+            f"{folder}: {fault}, expected a folder of golden tensors (expected.safetensors and meta.json beside "
+            "weights), such as tests/golden/minigpt4_plain_all in the repository: name one, or look at other weights "
+            "with `stllm inspect`"
         )
-    expected = load_file(place / "expected.safetensors")
+    weights = WeightFiles([tensors])
+    expected = {name: weights.read(name) for name in weights.specs}
     model, processor = load_pretrained(checkpoint or place, device="cpu", dtype="float32")
     comparisons = _recomputed(model.requires_grad_(True), processor, meta, expected)
     return [_row(*comparison, atol, rtol) for comparison in comparisons]

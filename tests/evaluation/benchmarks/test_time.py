@@ -355,6 +355,20 @@ def test_prompts_have_no_system_message_and_the_published_wording(name: str) -> 
             assert turn.question == item.questions[0] + endings.get(item.task, "")
 
 
+PLACES = {
+    "tempcompass": ("", "questions", "questions/yes_no.json"),
+    "tomato": ("", "data", "data/count.json"),
+    "vinoground": ("", "vinoground_textscore.json"),
+}
+
+
+@pytest.mark.parametrize(("name", "place"), [(name, place) for name, places in PLACES.items() for place in places])
+def test_the_ground_truth_may_be_a_folder_or_a_file(name: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The media are found from each place."""
+    assert main(["doctor", "--anno-path", str(twins() / name / place), "--format", name, "--num-workers", "0"]) == 0
+    assert "nothing found in" in capsys.readouterr().out
+
+
 # ---- bad files ------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +414,11 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "tempcompass",
         lambda root: shutil.rmtree(root / "questions"),
         "found none of TempCompass's files",
+    ),
+    "no file": (
+        "vinoground",
+        lambda root: list(map(Path.unlink, root.rglob("*score.json"))),
+        "found none of Vinoground's files (vinoground_textscore.json, vinoground_videoscore.json): name the folder",
     ),
     "a list": (
         "tempcompass",
@@ -474,7 +493,14 @@ RECORDED: dict[str, tuple[str, str, Callable[[Any], Any], str, str]] = {
         "data/count.json",
         lambda c: c["0"].update(options=[]),
         "count/0",
-        "expected a list of 3 to 7 texts",
+        "expected a list of 2 to 26 texts",
+    ),
+    "more options than letters": (
+        "tomato",
+        "data/count.json",
+        lambda c: c["0"].update(options=[str(number) for number in range(27)]),
+        "count/0",
+        "expected a list of 2 to 26 texts",
     ),
     "another letter": (
         "vinoground",

@@ -1,6 +1,7 @@
 """`stllm table --compare`: figures computed by hand, and runs that cannot be compared."""
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def test_gained_and_lost_items_and_their_p_value(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_questions_about_one_video_are_a_cluster(tmp_path: Path) -> None:
+def test_questions_about_one_video_are_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All changes are in one of two videos, so the clustered error is larger than that of independent items."""
     paths = [
         write(tmp_path / name, wrong)
@@ -65,6 +66,11 @@ def test_questions_about_one_video_are_a_cluster(tmp_path: Path) -> None:
     error = 100 * (2 * 2.0**2) ** 0.5 / 8  # each video's sum of (difference - 1/2) is 2 or -2
     assert found["difference"] == 50.0
     assert found["interval"] == pytest.approx([50 - 1.959964 * error, 100.0], abs=1e-6)
+    assert (found["gained"], found["lost"], found["p"]) == (4, 0, 1.0)  # McNemar's p of independent items is 1/8
+    capsys.readouterr()
+    assert main(["table", "--compare", *map(str, paths)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| all items +\| +8 \|.*\| +1 \| +4 \| +0 \|", said) and "p: exact, two-sided, by video" in said
 
 
 def test_other_questions_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from stllm.cli import main
 from stllm.common.errors import UserError
 from stllm.models.checkpoints import formats
 from stllm.models.checkpoints.formats import Format, KeyTable, UnknownKeyError, locate, open_source, weight_files
@@ -66,6 +68,24 @@ def test_an_index_without_files_is_refused(index: dict[str, object], tmp_path: P
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"index\.json holds no weight_map, expected each tensor's file"):
         weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["../other", "sub/../../other", "absolute"])
+def test_an_index_that_names_files_outside_its_folder_is_refused(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    save_file({"llama_proj.weight": torch.zeros(2, 2)}, tmp_path / "other" / "model.safetensors")
+    name = f"{tmp_path / 'other' if place == 'absolute' else place}/model.safetensors"
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"llama_proj.weight": name}}))
+    assert main(["inspect", str(tmp_path / "model")]) == 1
+    assert f"{index}: its weight_map names {name!r}, a file outside this folder" in capsys.readouterr().err
+    inside = tmp_path / "model" / "sub" / "model.safetensors"  # a link, as in the hub's cache
+    inside.symlink_to(tmp_path / "other" / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": {"llama_proj.weight": "sub/model.safetensors"}}))
+    assert main(["inspect", str(tmp_path / "model")]) == 0
 
 
 def test_safetensors_shards_are_found(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stllm.cli import main
-from stllm.common.errors import UserError
 from stllm.models.checkpoints.convert import convert
 from stllm.models.checkpoints.verify import verify_folder
 from tests.models.checkpoints.conftest import FOLDERS, GOLDEN
@@ -54,6 +53,30 @@ def test_the_command_names_tensors_beyond_tolerance(
     assert "frame_tokens" in out
 
 
-def test_a_folder_that_is_not_golden_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no golden folder"):
-        verify_folder(tmp_path)
+def test_a_folder_that_is_not_golden_is_refused(
+    golden_copy: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(name: str | Path) -> str:
+        assert main(["verify", str(name)]) == 1
+        return capsys.readouterr().err
+
+    advice = "expected a folder of golden tensors (expected.safetensors and meta.json beside weights), such as "
+    advice += "tests/golden/minigpt4_plain_all in the repository: name one, or look at other weights with `stllm "
+    for name in (tmp_path / "absent", "nobody/nothing"):  # the hub is not asked
+        assert refused(name) == f"error: {name}: there is no such folder, {advice}inspect`\n"
+    folder = golden_copy("minigpt4_plain_all")
+    assert f"error: {folder / 'meta.json'}: found a file, {advice}" in refused(folder / "meta.json")
+    (folder / "meta.json").write_text("{}")
+    assert f"{folder}: found a meta.json without instructions, {advice}" in refused(folder)
+    (folder / "meta.json").unlink()
+    assert f"{folder}: found a folder without meta.json, {advice}" in refused(folder)
+    assert f"found a folder without expected.safetensors and meta.json, {advice}" in refused(tmp_path)
+
+
+def test_a_damaged_file_of_golden_tensors_is_refused(
+    golden_copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = golden_copy("minigpt4_plain_all")
+    (folder / "expected.safetensors").write_bytes((folder / "expected.safetensors").read_bytes()[:1000])
+    assert main(["verify", str(folder)]) == 1
+    assert "expected.safetensors can't be read as weights (1000 bytes" in capsys.readouterr().err
