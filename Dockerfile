@@ -5,7 +5,7 @@
 #       docker run --rm --gpus all -p 8000:8000 -v "$PWD/weights:/weights" stllm serve --ckpt-path /weights --host 0.0.0.0
 ARG BASE=python:3.12-slim
 FROM ${BASE}
-# where torch is installed from; empty: PyPI, whose torch brings CUDA 13, for which a driver of version 580 or newer is needed
+# where torch is installed from; empty: PyPI, whose torch needs a GPU driver for CUDA 13 (580 or newer)
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 RUN command -v python3 || (apt-get update && apt-get install --yes --no-install-recommends python3 python3-venv \
