@@ -59,6 +59,9 @@ def test_container_and_workflow_follow_the_project() -> None:
     assert set(named) == set(re.findall(r"^ARG (\w+)=", dockerfile, re.MULTILINE))
     copied = re.findall(r"^COPY (\S+) ", dockerfile, re.MULTILINE)
     assert copied and not [name for name in copied if not (ROOT / name).exists()]
+    kept = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"stllm", "pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], *copied} <= {".", *kept}
+    assert not [name for name in kept if not (ROOT / name).exists()]
     (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["bash .ci/run"]
     pythons = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if "Python :: 3." in line]

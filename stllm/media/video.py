@@ -333,7 +333,9 @@ class VideoSource:
             # An absolute path contains no protocol. Only this file may be opened.
             options = {"protocol_whitelist": "file,crypto,data", "format_whitelist": FORMATS, **limits}
             file: Any = path.open() if isinstance(path, Member) else str(path.absolute())
-            container = av.open(file, metadata_errors="replace", options=options)
+            # From version 19 on, PyAV reads metadata that is not UTF-8 without this argument, which it no longer takes.
+            metadata: Any = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+            container = av.open(file, options=options, **metadata)
         except (FFmpegError, ValueError) as error:
             found = explain_unreadable(path, self._head)
             raise MediaError(f"{path}: found {found}; expected {EXPECTED}: copy or download it again") from error

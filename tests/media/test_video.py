@@ -410,6 +410,15 @@ def test_reading_switches_off_logging_that_can_block_the_decoding_threads(tmp_pa
     assert av.logging.get_level() is None
 
 
+def test_metadata_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mp4", num_frames=8)
+    written = path.read_bytes()
+    assert written.count(b"Lavf") == 1  # the encoder's name
+    path.write_bytes(written.replace(b"Lavf", b"L\xe9vf"))
+    with PyAvReader(path) as reader:
+        assert codes(reader, [5]) == [5]
+
+
 def test_one_frame_is_a_video(tmp_path: Path) -> None:
     with PyAvReader(write_video(tmp_path / "one.mp4", num_frames=1)) as reader:
         assert reader.info.num_frames == 1
