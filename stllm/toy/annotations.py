@@ -3,13 +3,12 @@
 Each folder video|image/<kind>/<set> has these files:
 
 train.json    one record per medium, for qa_sampling: each question without options, then as multiple choice
+open.json     one record per question without options, and one per thing about its color and its place over time. A
+              model learns from these first what is in a medium: the sequences are short, and their answers have no
+              letters
 asked.json    one record per question, for multi_turn: without options and then as multiple choice, so that the model
-              learns to find the letter of its answer; as multiple choice only; and for each thing in a clip, its place
-              in each frame
+              learns to find the letter of its answer; and as multiple choice only; also the records of things
 choices.json  (clips only) one record per question, as multiple choice with MVBench's long instruction
-
-text/toy_words/train.json has no media: one record per question, without options and then as multiple choice. From these
-a language model learns quickly to find the letter of an answer, because it can read the answer in the turn before.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ from stllm.toy.scenes import COLOR_NAMES, UNITS, Thing, follow, frame_times, nea
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
 FOLLOW_REQUEST = "Tell the {}."  # with a shape: no two things in a scene have the same shape
-WORDS = "vc2/text/toy_words/train.json"
 FRAMES = 8  # number of times at which a text describes a thing
 GROWN = 1.25  # a text says that a thing grows if its radius is larger than usual by this factor
 
@@ -33,11 +31,11 @@ Fields = dict[str, Any]
 Records = list[tuple[str, Fields]]  # (annotation file, record)
 
 
-def training_records(folder: str, example: Example, medium: Fields, *, paths: bool = True) -> Records:
+def training_records(folder: str, example: Example, medium: Fields, times: Sequence[float]) -> Records:
     """Make the training records of a clip or a picture.
 
-    folder: folder of the training set. medium: the medium's file and bounds, as fields of a record. paths: also ask
-    for the places of the things over time.
+    folder: folder of the training set. medium: the medium's file and bounds, as fields of a record. times: times at
+    which the things are described, from 0 to 1 of the clip; none: do not ask for this.
     """
     whole = (f"{folder}/train.json", record(medium, example.turns))
     choices = [asked.as_choice() for asked in example.asked]
@@ -45,10 +43,10 @@ def training_records(folder: str, example: Example, medium: Fields, *, paths: bo
     pairs = [(asked.without_options(), choice) for asked, choice in zip(example.asked, short, strict=True)]
     talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.open_turns, *short)]
     talks += pairs
-    if paths:
-        talks += [(follow_turn(thing, times_of(example)),) for thing in example.scene.things]
-    records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in talks)]
-    records += [(WORDS, record({}, pair)) for pair in pairs]
+    things = [(follow_turn(thing, times),) for thing in example.scene.things if times]
+    opening = [(turn,) for turn in (*example.open_turns, *(asked.without_options() for asked in example.asked))]
+    records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in (*talks, *things))]
+    records += [(f"{folder}/open.json", record(medium, turns)) for turns in (*opening, *things)]
     if "video" in medium:
         records += [(f"{folder}/choices.json", record(medium, [choice])) for choice in choices]
     return records

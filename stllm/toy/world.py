@@ -173,8 +173,8 @@ def _training_clip(root: Path, world: World, task: ToyTask, index: int) -> Recor
     example, frames, bounds = world.clip(task, "train", index)
     medium: Fields = {"video": f"{Path(task.corpus).name}_{index:05d}.mp4", **bounds}
     write_video(root / "vc2" / "media" / medium["video"], frames, FPS)
-    # a few frames may miss a rare event, so do not ask for the places of its things
-    return training_records(f"vc2/video/{task.corpus}", example, medium, paths=task != RARE)
+    times = times_of(example) if task != RARE else []  # a few frames may miss a rare event
+    return training_records(f"vc2/video/{task.corpus}", example, medium, times)
 
 
 def _test_clip(root: Path, world: World, task: ToyTask, index: int) -> Records:
@@ -190,7 +190,7 @@ def _training_picture(root: Path, world: World, index: int) -> Records:
     path = root / "vc2" / "media" / medium["image"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png_bytes(frame))
-    return training_records(f"vc2/image/{PICTURES.corpus}", example, medium, paths=False)
+    return training_records(f"vc2/image/{PICTURES.corpus}", example, medium, [0.5])
 
 
 def _pair(world: World, index: int) -> tuple[str, bytes, str]:

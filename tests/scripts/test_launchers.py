@@ -140,7 +140,7 @@ def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
 
 def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
     env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
-    later = ["3_images", "4_videos"]  # from features
+    later = ["2_images", "3_videos", "4_choices"]  # from features
     for arguments, quick in ((), False), (("--quick",), True):
         commands = tiny_commands(env, *arguments)
         worlds = [command for command in commands if command[0] == "toy"]
@@ -148,7 +148,7 @@ def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp
         assert worlds[0][worlds[0].index("--seed") + 1] != worlds[1][worlds[1].index("--seed") + 1]
         stages = [(command[0], Path(command[2]).stem) for command in commands if command[0] in ("extract", "train")]
         pairs = [(verb, stage) for stage in later for verb in ("extract", "train")]
-        assert stages == [("train", "1_alignment"), ("train", "2_language"), *pairs]
+        assert stages == [("train", "1_alignment"), *pairs]
         for command in commands:
             stage = Path(command[2]).stem
             if command[0] == "extract":  # once for all stages: their encoder and Q-Former are the same
@@ -160,7 +160,7 @@ def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp
                 assert options.pop("datasets.features_root", None) == features
                 assert bool(options) == quick and set(options) <= {"run.max_steps"}
         tested = [(Path(command[3]).name, command[9]) for command in commands if command[0] == "evaluate"]
-        assert tested == [("4_videos", "8"), *([] if quick else [("4_videos", "64")])]
+        assert tested == [("4_choices", "8"), *([] if quick else [("4_choices", "64")])]
     for folder in ("world", "world-unseen"):  # what is there is taken
         (tmp_path / folder).mkdir(parents=True)
     assert tiny_commands(env)[0][0] == "train"

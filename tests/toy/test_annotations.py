@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stllm.processors.templates import Turn
-from stllm.toy.annotations import FRAMES, WORDS, follow_turn, times_of, training_records
+from stllm.toy.annotations import FRAMES, follow_turn, times_of, training_records
 from stllm.toy.scenes import Event, Thing
 from stllm.toy.tasks import TASKS, World, mixed
 
@@ -37,28 +37,28 @@ def test_times_are_those_of_the_part_that_is_meant() -> None:
 
 
 def test_each_question_is_asked_in_several_ways() -> None:
-    """As choice only, openly and then as choice, and as choice after MVBench's instruction; each thing is followed."""
+    """Openly, as choice only, openly and then as choice, and as choice after MVBench's instruction; things are told."""
     task = next(task for task in TASKS if task.make is mixed)
     example, _ = WORLD.draw(task, "train", 0)
     found: dict[str, list[list[Turn]]] = {}
-    for name, fields in training_records("set", example, {"video": "a.mp4"}):
-        assert fields.get("video") == (None if name == WORDS else "a.mp4")
+    for name, fields in training_records("set", example, {"video": "a.mp4"}, times_of(example)):
+        assert fields["video"] == "a.mp4"
         found.setdefault(name, []).append([Turn(turn["q"], turn["a"], turn["i"]) for turn in fields["QA"]])
     choices = [asked.as_choice() for asked in example.asked]
     short = [replace(choice, instruction="") for choice in choices]
     assert found["set/train.json"] == [list(example.turns)]
     assert found["set/choices.json"] == [[choice] for choice in choices] and choices[0].instruction
+    story = [Turn("What happens in the video?", example.story)]
+    things = [[follow_turn(thing, times_of(example))] for thing in example.scene.things]
+    assert found["set/open.json"] == [story, *([asked.without_options()] for asked in example.asked), *things]
     assert found["set/asked.json"] == [
-        [Turn("What happens in the video?", example.story)],
+        story,
         *([choice] for choice in short),
         *([asked.without_options(), choice] for asked, choice in zip(example.asked, short, strict=True)),
-        *([follow_turn(thing, times_of(example))] for thing in example.scene.things),
+        *things,
     ]
-    assert found[WORDS] == [
-        list(turns) for turns in zip((one.without_options() for one in example.asked), short, strict=True)
-    ]
-    bare = training_records("set", example, {"image": "a.png"}, paths=False)
-    assert {name for name, _ in bare} == {"set/train.json", "set/asked.json", WORDS}
+    bare = training_records("set", example, {"image": "a.png"}, [])
+    assert {name for name, _ in bare} == {"set/train.json", "set/open.json", "set/asked.json"}
     assert not any("Tell the " in turn["q"] for _, fields in bare for turn in fields["QA"])
 
 
