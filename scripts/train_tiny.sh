@@ -2,8 +2,7 @@
 # The published pipeline in small, from nothing to a model that answers: the toy world; alignment of the vision encoder and
 # the Q-Former; image instruction; video instruction; multiple choice with long videos; and MVBench's twin at the end, on a
 # world that was never seen. The same command continues where it was stopped.
-# The full variant has not been run from beginning to end; its steps are estimates. --quick took 17 min 30 s on two
-# cores. Its model knows colors and backgrounds, but picks the letter of a multiple choice by chance.
+# These recipes have not been run from beginning to end yet; their numbers of steps are estimates.
 # Needs: stllm installed (README); no GPU; 1 GB of disk for the full variant.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
