@@ -3,9 +3,9 @@
 Each folder video|image/<kind>/<set> has these files:
 
 train.json    one record per medium, for qa_sampling: each question without options, then as multiple choice
-open.json     one record per question without options, and one per thing about its color and its place over time. A
-              model learns from these first what is in a medium: the sequences are short, and their answers have no
-              letters
+open.json     one record per question without options, and one per thing about its color and its place over time;
+              about a picture also one per shape that is absent. A model learns from these first what is in a medium:
+              the sequences are short, and their answers have no letters
 asked.json    one record per question, for multi_turn: without options and then as multiple choice, so that the model
               learns to find the letter of its answer; and as multiple choice only; also the records of things
 choices.json  (clips only) one record per question, as multiple choice with MVBench's long instruction
@@ -19,7 +19,7 @@ import numpy as np
 
 from stllm.processors.templates import Turn
 from stllm.toy.questions import ACTIONS, Example
-from stllm.toy.scenes import COLOR_NAMES, UNITS, Thing, follow, frame_times, nearest_colors
+from stllm.toy.scenes import COLOR_NAMES, SHAPES, UNITS, Thing, follow, frame_times, nearest_colors
 
 COLUMNS = ("far left", "left", "center", "right", "far right")
 ROWS = ("top", "upper", "middle", "lower", "bottom")
@@ -44,6 +44,9 @@ def training_records(folder: str, example: Example, medium: Fields, times: Seque
     talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.open_turns, *short)]
     talks += pairs
     things = [(follow_turn(thing, times),) for thing in example.scene.things if times]
+    if "image" in medium and times:  # half of the shapes are absent from a picture, so that a model must look for each
+        absent = set(SHAPES) - {thing.shape for thing in example.scene.things}
+        things += [(Turn(FOLLOW_REQUEST.format(shape), "nothing."),) for shape in sorted(absent)]
     opening = [(turn,) for turn in (*example.open_turns, *(asked.without_options() for asked in example.asked))]
     records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in (*talks, *things))]
     records += [(f"{folder}/open.json", record(medium, turns)) for turns in (*opening, *things)]

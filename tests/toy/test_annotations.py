@@ -11,8 +11,8 @@ import pytest
 
 from stllm.processors.templates import Turn
 from stllm.toy.annotations import FRAMES, follow_turn, times_of, training_records
-from stllm.toy.scenes import Event, Thing
-from stllm.toy.tasks import TASKS, World, mixed
+from stllm.toy.scenes import SHAPES, Event, Thing
+from stllm.toy.tasks import PICTURES, TASKS, World, mixed
 
 WORLD = World(1, 16, 64)
 
@@ -57,6 +57,14 @@ def test_each_question_is_asked_in_several_ways() -> None:
         *([asked.without_options(), choice] for asked, choice in zip(example.asked, short, strict=True)),
         *things,
     ]
+    picture, _ = WORLD.draw(PICTURES, "train", 0)
+    told = {
+        fields["QA"][0]["q"]: fields["QA"][0]["a"]
+        for name, fields in training_records("set", picture, {"image": "a.png"}, [0.5])
+        if name == "set/open.json" and fields["QA"][0]["q"].startswith("Tell the ")
+    }
+    present = {f"Tell the {thing.shape}." for thing in picture.scene.things}
+    assert len(told) == len(SHAPES) and {ask for ask, answer in told.items() if answer != "nothing."} == present
     bare = training_records("set", example, {"image": "a.png"}, [])
     assert {name for name, _ in bare} == {"set/train.json", "set/open.json", "set/asked.json"}
     assert not any("Tell the " in turn["q"] for _, fields in bare for turn in fields["QA"])
