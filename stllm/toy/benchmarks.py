@@ -147,7 +147,7 @@ def write_benchmarks(root: Path, world: World, *, count: int, done: Callable[[],
             yield file, task, example
 
     def split(benchmark: str, rows: Sequence[tuple[str, str, Question]]) -> None:
-        """Write questions and answers to two files. rows: name of the video, id of the question, the question."""
+        """Write questions to one file and answers to another. rows: (name of the video, question id, question)."""
         for video, key, row in rows:
             append(f"{benchmark}/test_q.json", {"video_name": video, "question": row.text, "question_id": key})
         for _, key, row in reversed(rows):

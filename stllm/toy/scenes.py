@@ -45,7 +45,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Thing:
-    """A colored shape. x, y, radius: place and size in units; if it moves, (x, y) is the middle of its path."""
+    """A colored shape.
+
+    x, y, radius: its center and size, in 64ths of the picture's side. If it moves, (x, y) is the middle of its path.
+    """
 
     color: str
     shape: str
@@ -96,7 +99,10 @@ class Scene:
 
 @dataclass
 class Track:
-    """A thing over time: x, y and radius in units, and opacity, each (T,); color (T, 3), in levels of 255."""
+    """A thing at each of T times.
+
+    x, y, radius: (T,), in 64ths of the picture's side. opacity: (T,), from 0 to 1. color: (T, 3), RGB from 0 to 255.
+    """
 
     x: np.ndarray
     y: np.ndarray

@@ -365,8 +365,9 @@ class World:
     def clip(
         self, task: ToyTask, split: str, index: int, fps: float = FPS
     ) -> tuple[Example, np.ndarray, dict[str, float]]:
-        """Return an example, its frames, (T, S, S, 3) uint8 RGB, and its bounds as {"start", "end"} in seconds, or {}.
+        """Draw clip `index` of a task: its example, its frames (T, S, S, 3) as uint8 RGB, and its bounds.
 
+        The bounds are the part that the questions are about, {"start": ..., "end": ...} in seconds; {} for all of it.
         split: "train" or "test". fps: frames per second at which the clip will be played.
         """
         example, generator = self.draw(task, split, index)
