@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The published pipeline in small, from nothing to a model that answers: the toy world; alignment of the vision encoder and
-# the Q-Former; image instruction; video instruction; multiple choice with long videos; and MVBench's twin at the end, on a
-# world that was never seen. The same command continues where it was stopped.
+# the Q-Former; open questions about images; multiple choice about images; video instruction with long videos; and
+# MVBench's twin at the end, on a world that was never seen. The same command continues where it was stopped.
 # These recipes have not been run from beginning to end yet; their numbers of steps are estimates.
 # Needs: stllm installed (README); no GPU; 1 GB of disk for the full variant.
 # Launch:   bash scripts/train_tiny.sh --quick
@@ -44,8 +44,8 @@ train() { # stage, further options
         case $1 in
         1_alignment) options+=(run.max_steps=2500) ;;
         2_images) options+=(run.max_steps=800) ;;
-        3_videos) options+=(run.max_steps=900) ;;
-        4_choices) options+=(run.max_steps=900) ;;
+        3_choices) options+=(run.max_steps=900) ;;
+        4_videos) options+=(run.max_steps=900) ;;
         esac
     fi
     distributed train --cfg-path "configs/tiny/stages/$1.yaml" --options "${options[@]}"
@@ -58,7 +58,7 @@ fi
 [[ -d $unseen ]] || stllm toy --output "$unseen" --num-train 1 --num-test "$tests" --seed 2 --long
 echo "== 1_alignment"
 train 1_alignment
-for stage in 2_images 3_videos 4_choices; do
+for stage in 2_images 3_choices 4_videos; do
     echo "== $stage"
     distributed extract --cfg-path "configs/tiny/stages/$stage.yaml" --stage qformer --output "$features"
     train "$stage" "datasets.features_root=$features"

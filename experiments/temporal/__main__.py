@@ -4,7 +4,7 @@ Each variant of the video input is trained with several seeds, from the same che
 same number of steps. It is then evaluated on the toy version of MVBench. The same command resumes an interrupted
 experiment and repeats failed runs.
 
-    python -m experiments.temporal --world TOY_ROOT --ckpt STAGE2_CHECKPOINT [--quick]
+    python -m experiments.temporal --world TOY_ROOT --ckpt STAGE3_CHECKPOINT [--quick]
 """
 
 import argparse
@@ -86,7 +86,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="checkpoint of stage 2, from which runs start",
+        help="checkpoint of stage 3, from which runs start",
     )
     parser.add_argument("--quick", action="store_true", help=f"rough figures: changes defaults to {quick}")
     parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"number of seeds (default: {NUM_SEEDS})")

@@ -15,7 +15,7 @@ from stllm.toy.world import write_world
 from tests.configs.recipes import CONFIGS
 
 TINY = CONFIGS / "tiny"
-STAGES = ("1_alignment", "2_images", "3_videos", "4_choices")
+STAGES = ("1_alignment", "2_images", "3_choices", "4_videos")
 FEW = ["run.max_steps=2", "run.per_device_train_batch_size=2", "run.dataloader_num_workers=0", "run.logging_steps=1"]
 
 
@@ -58,4 +58,4 @@ def test_each_stage_starts_from_the_output_of_the_stage_before(tmp_path: Path, m
     assert any(key.startswith("video_input.") for key in before)
     assert sum(tensor.nbytes for tensor in before.values()) < 12e6  # what is shipped
     mvbench = ["--anno-path", str(world / "mvbench"), "--output-dir", str(tmp_path / "result"), "--limit", "1"]
-    assert main(["evaluate", "mvbench", "--device", "cpu", "--ckpt-path", str(output / "4_choices"), *mvbench]) == 0
+    assert main(["evaluate", "mvbench", "--device", "cpu", "--ckpt-path", str(output / "4_videos"), *mvbench]) == 0

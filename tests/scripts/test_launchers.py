@@ -140,7 +140,7 @@ def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
 
 def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
     env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
-    later = ["2_images", "3_videos", "4_choices"]  # from features
+    later = ["2_images", "3_choices", "4_videos"]  # from features
     for arguments, quick in ((), False), (("--quick",), True):
         commands = tiny_commands(env, *arguments)
         worlds = [command for command in commands if command[0] == "toy"]
@@ -160,7 +160,7 @@ def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp
                 assert options.pop("datasets.features_root", None) == features
                 assert bool(options) == quick and set(options) <= {"run.max_steps"}
         tested = [(Path(command[3]).name, command[9]) for command in commands if command[0] == "evaluate"]
-        assert tested == [("4_choices", "8"), *([] if quick else [("4_choices", "64")])]
+        assert tested == [("4_videos", "8"), *([] if quick else [("4_videos", "64")])]
     for folder in ("world", "world-unseen"):  # what is there is taken
         (tmp_path / folder).mkdir(parents=True)
     assert tiny_commands(env)[0][0] == "train"
