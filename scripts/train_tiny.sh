@@ -3,7 +3,7 @@
 # the Q-Former; open questions about images; multiple choice about images; video instruction with long videos; and
 # MVBench's twin at the end, on a world that was never seen. The same command continues where it was stopped.
 # These recipes have not been run from beginning to end yet; their numbers of steps are estimates.
-# Needs: stllm installed (README); no GPU; 1 GB of disk for the full variant.
+# Needs: stllm installed (README); no GPU; 2 GB of disk for the full variant.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
 set -euo pipefail

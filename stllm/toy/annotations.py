@@ -7,7 +7,7 @@ open.json     one record per question without options, and one per thing about i
               about a picture also one per shape that is absent. A model learns from these first what is in a medium:
               the sequences are short, and their answers have no letters
 asked.json    one record per question, for multi_turn: without options and then as multiple choice, so that the model
-              learns to find the letter of its answer; and as multiple choice only; also the records of things
+              learns to find the letter of its answer; as multiple choice only; and the records about things
 choices.json  (clips only) one record per question, as multiple choice with MVBench's long instruction
 """
 
