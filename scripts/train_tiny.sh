@@ -3,7 +3,7 @@
 # the Q-Former; open questions about images; multiple choice about images; video instruction with long videos; and
 # MVBench's twin at the end, on a world that was never seen. The same command continues where it was stopped.
 # These recipes have not been run from beginning to end yet; their numbers of steps are estimates.
-# Needs: stllm installed (README); no GPU; 2 GB of disk for the full variant.
+# Needs: stllm installed (README); no GPU; 3 GB of disk for the full variant.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
 set -euo pipefail
@@ -42,10 +42,10 @@ train() { # stage, further options
     local options=("run.output_dir=$TINY_OUTPUT/$1" "${@:2}")
     if [[ $size == quick ]]; then
         case $1 in
-        1_alignment) options+=(run.max_steps=2500) ;;
-        2_images) options+=(run.max_steps=800) ;;
-        3_choices) options+=(run.max_steps=900) ;;
-        4_videos) options+=(run.max_steps=900) ;;
+        1_alignment) options+=(run.max_steps=2000) ;;
+        2_images) options+=(run.max_steps=900) ;;
+        3_choices) options+=(run.max_steps=1200) ;;
+        4_videos) options+=(run.max_steps=1200) ;;
         esac
     fi
     distributed train --cfg-path "configs/tiny/stages/$1.yaml" --options "${options[@]}"

@@ -17,7 +17,7 @@ from stllm.toy.tasks import RARE, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = 4  # checkpoints in the part of a run without masking
-LONG_PATH = f"video/{RARE.corpus}/asked.json"
+LONG_PATH = f"video/{RARE.corpus}/choices.json"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def recipe(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
         name: {"num_frames": plan.frames(variant, number)} for name, number in plan.video_frames.items()
     }
     for name in set(datasets).difference(map(str, plan.settings.datasets)):
-        datasets[name] |= {"anno_path": LONG_PATH, "crop": "center", "multi_turn": True, "sample_ratio": 1}
+        datasets[name] |= {"anno_path": LONG_PATH, "crop": "center", "sample_ratio": 1}
     return {
         "base": str(plan.base.resolve()),
         "model": {

@@ -184,7 +184,8 @@ class RunSettings:
     max_tries: int = _key(10, low=1)  # other samples to try in place of an unreadable one before the run fails
     max_bad_fraction: float = _key(0.1, low=0, high=1)  # a larger share of unreadable samples stops the run
     media_seconds: float = _key(MEDIA_SECONDS, low=0)  # time limit in seconds for reading one medium; 0: no limit
-    qa_sampling: str = _key("one", choices=("one", "all"))  # QA pairs used per record and epoch: a random one, or all
+    # QA pairs used per record and epoch: a random one, all as separate samples, or all together, sharing the medium
+    qa_sampling: str = _key("one", choices=("one", "all", "together"))
     # masking rounds a clip's number of kept visual tokens to a multiple of this, so that compiled kernels see few
     # different lengths
     mask_bucket: int = _key(1, low=1)
@@ -240,8 +241,10 @@ class DatasetSettings:
     reader: str = "auto"  # video decoder: auto, pyav, decord, torchcodec or torchcodec_cuda
 
     # Questions and answers
-    qa_sampling: str | None = _key(None, choices=("one", "all"))  # unset: run.qa_sampling
-    multi_turn: bool = False  # True: a record's QA pairs form one conversation; False: one sample per pair
+    qa_sampling: str | None = _key(None, choices=("one", "all", "together"))  # unset: run.qa_sampling
+    multi_turn: bool = False  # True: a record's QA pairs form one conversation; False: see qa_sampling
+    # multiple choice: also train the last token of each option to predict whether it is the answer ("yes" or "no")
+    judge_options: bool = False
 
     # LAVIS's keys without an effect here
     vis_processor: Any = field(default=None, metadata={"unused": _PROCESSORS})

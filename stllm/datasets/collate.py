@@ -15,7 +15,7 @@ from torch import Tensor
 from stllm.datasets.samples import Sample, Stream, keyed_torch
 from stllm.models.masking import draw_dropped, draw_mask_rate
 from stllm.processors.prompts import PromptProcessor
-from stllm.processors.sequences import training_sequences
+from stllm.processors.sequences import share_medium, training_sequences
 
 MEDIA_FIELDS = ("pixel_values", "vision_features", "query_features")
 
@@ -63,14 +63,27 @@ class Collator:
                 keyed = [keyed_torch(self.seed, Stream.MASK, *place, *row) for row in rows]
                 draw = partial(draw_dropped, 1, num_visual, rate=rate, bucket=self.mask_bucket)
                 dropped = torch.cat([draw(generator=row) for row in keyed])
-        ids, labels = zip(*(self.processor.training_ids(s.turns, media=s.media) for s in samples), strict=True)
-        pad_id = self.processor.pad_token_id
+        ids, labels, questions = zip(*(self._row(sample) for sample in samples), strict=True)
         batch |= training_sequences(
-            ids, labels, pad_id=pad_id, num_visual=num_visual, dropped=dropped, packing=self.packing
+            ids,
+            labels,
+            pad_id=self.processor.pad_token_id,
+            num_visual=num_visual,
+            dropped=dropped,
+            packing=self.packing,
+            questions=questions if samples[0].together else None,
         )
         batch["names"] = [sample.name for sample in samples]
         batch["failures"] = [failure for sample in samples for failure in sample.failures]
         return batch
+
+    def _row(self, sample: Sample) -> tuple[list[int], list[int], list[int]]:
+        """Return a sample's token ids, their labels, and the question that each belongs to (1 in a conversation)."""
+        train = partial(self.processor.training_ids, media=sample.media, judge_options=sample.judge_options)
+        if sample.together:
+            return share_medium([train((turn,)) for turn in sample.turns])
+        ids, labels = train(sample.turns)
+        return ids, labels, [1] * len(ids)
 
 
 def stacked(samples: Sequence[Sample]) -> dict[str, Tensor]:

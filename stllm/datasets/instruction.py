@@ -30,8 +30,11 @@ class InstructionCorpus:
     num_frames: T of every clip; a shorter clip is padded with its last frame. sampling: choice of frames, see
         sampling.py.
     transform: prepares the frames, with one crop for all frames of a clip.
-    qa_sampling: "one": a random pair per record and epoch (as published); "all": one sample per pair.
-    multi_turn: make all pairs of a record one conversation instead, with the instruction of the first pair.
+    qa_sampling: "one": a random pair per record and epoch (as published); "all": one sample per pair;
+        "together": one sample per record, in which each pair sees the medium but no other pair.
+    multi_turn: make all pairs of a record one conversation instead. The pairs of such a conversation, as those that
+        are trained together, have the instruction of the first pair.
+    judge_options: train also to tell for each option whether it is the answer; see `PromptProcessor.training_ids`.
     instruction: texts of which a pair without an instruction, such as a caption, draws one.
     fps: frames per second of frame folders. max_samples: use only this many samples from the beginning.
     features: precomputed features that replace the media.
@@ -44,6 +47,7 @@ class InstructionCorpus:
     sampling: str = "rand"
     qa_sampling: str = "one"
     multi_turn: bool = False
+    judge_options: bool = False
     instruction: Sequence[str] = ()
     reader: str = "auto"
     fps: float | None = None
@@ -56,6 +60,7 @@ class InstructionCorpus:
             self.num_frames = 1
         # One past the last sample of each record. A record that cannot be used is one sample, so that it is counted.
         each_pair = self.qa_sampling == "all" and not self.multi_turn
+        self.together = self.qa_sampling == "together" and not self.multi_turn
         self._ends = np.cumsum(np.maximum(self.records.num_pairs, 1)) if each_pair else None
         num_samples = len(self.records) if self._ends is None else int(self._ends[-1])
         self._num_samples = num_samples if self.max_samples is None else min(self.max_samples, num_samples)
@@ -83,6 +88,7 @@ class InstructionCorpus:
             sampling=settings.sampling,
             qa_sampling=settings.qa_sampling or "one",
             multi_turn=settings.multi_turn,
+            judge_options=settings.judge_options,
             instruction=texts(settings.instruction),
             reader=settings.reader,
             fps=settings.fps,
@@ -97,14 +103,16 @@ class InstructionCorpus:
         number, pair = self._place(key.index)
         record = self.records[number]
         turns = [turn for turn in record.turns if turn.answer is not None]
-        if not self.multi_turn:
+        if not self.multi_turn and not self.together:
             turns = [turns[int(generator.integers(len(turns))) if pair is None else pair]]
         first = turns[0]
         if not first.instruction and self.instruction:
             first = replace(first, instruction=self.instruction[int(generator.integers(len(self.instruction)))])
-        later = (replace(turn, instruction="") for turn in turns[1:])
+        later = (replace(turn, instruction=first.instruction if self.together else "") for turn in turns[1:])
         name = record.where if record.media in (None, record.where) else f"{record.media} ({record.where})"
-        sample = Sample(key, name, (first, *later), self.media)
+        sample = Sample(
+            key, name, (first, *later), self.media, together=self.together, judge_options=self.judge_options
+        )
         if check is not None:
             check(sample, 0 if self.media is None else self.num_frames)
         if record.media is None:

@@ -63,6 +63,8 @@ class Sample:
     name: file and record, as error messages name them. media: "video", "image", or None for a text-only sample.
     A sample with a medium has one of three tensors: pixel_values (T, 3, S, S) uint8, or precomputed vision_features
     (T, 1+P, C) or query_features (T, K, Q).
+    together: the turns are separate questions that share the medium, instead of one conversation.
+    judge_options: the model is also trained to tell for each option whether it is the answer.
     failures: samples tried before this one that could not be used.
     """
 
@@ -73,6 +75,8 @@ class Sample:
     pixel_values: Tensor | None = None
     vision_features: Tensor | None = None
     query_features: Tensor | None = None
+    together: bool = False
+    judge_options: bool = False
     failures: list[Failure] = field(default_factory=list)
 
     @property

@@ -120,6 +120,8 @@ def _too_long(
         return
     longest = max(texts(settings.instruction), key=len, default="")  # training draws one of them, so check the longest
     turns = [turn if turn.instruction else replace(turn, instruction=longest) for turn in turns]
+    if settings.qa_sampling == "together":
+        turns = [replace(turn, instruction=turns[0].instruction) for turn in turns]
     later = [replace(turn, instruction="") for turn in turns[1:]]
     samples = [(turns[0], *later)] if settings.multi_turn else [(turn,) for turn in turns]
     num_frames = {"video": settings.num_frames, "image": 1}.get(media or "", 0)

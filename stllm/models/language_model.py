@@ -9,7 +9,8 @@ not see padding on the right, and a Q-Former always gets its mask. `masks_withou
 interfaces for custom attention.
 
 Packed prompts share one row, and each attends only to itself. torch's SDPA is called once for each group of prompts of
-one length, so no mask between prompts is needed. The lengths are known without a read.
+one length, so no mask between prompts is needed. The lengths are known without a read. Questions that share a medium
+(`processors.sequences.share_medium`) do need a mask, which is made on the device.
 
 Letters in shapes: B rows, S positions of a row, D width, H heads, A labelled tokens of a batch.
 """
@@ -138,21 +139,26 @@ def packing_fault(config: PretrainedConfig) -> str | None:
     return None
 
 
-def _masks_between(config: PretrainedConfig, position_ids: Tensor, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """Return the mask of packed prompts for eager attention, (1, 1, S, S), or one for each type of layer.
+def _masks_between(
+    config: PretrainedConfig, packed: Mapping[str, Any], dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """Return the mask of packed prompts, (B, 1, S, S), or one for each type of layer. packed: see `last_hidden_states`.
 
-    position_ids: (1, S), from 0 in each prompt. The mask is added to the scores: 0 where a position may attend, the
-    lowest number of the type elsewhere, as in transformers.
+    A position attends to earlier ones of its own prompt or question, and to what all questions share. The mask is added
+    to the scores: 0 where a position may attend, the lowest number of the type elsewhere, as in transformers.
     """
-    prompt = (position_ids[0] == 0).cumsum(0)
-    distance = position_ids[0, :, None] - position_ids[0]  # within a prompt
-    earlier = (prompt[:, None] == prompt) & (distance >= 0)
+    positions: Tensor = packed["position_ids"]
+    prompts = packed.get("questions", (positions == 0).cumsum(1))  # (B, S)
+    order = torch.arange(positions.shape[1], device=positions.device)
+    own, shared = prompts[:, :, None] == prompts[:, None], prompts[:, None] == 0
+    earlier = (order[:, None] >= order) & (own | shared)
+    distance = positions[:, :, None] - positions[:, None]  # within a prompt
     masks = {}
     for window in {getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers}:
         seen = earlier if window is None else earlier & (distance < window)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-        masks["full_attention" if window is None else "sliding_attention"] = mask[None, None]
-    return masks if len(masks) > 1 else mask[None, None]
+        masks["full_attention" if window is None else "sliding_attention"] = mask[:, None]
+    return masks if len(masks) > 1 else mask[:, None]
 
 
 def build_language_model(config: PretrainedConfig, *, lora: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -240,8 +246,8 @@ def last_hidden_states(
     """Return the hidden states after the final norm, (B, S, D).
 
     inputs_embeds: (B, S, D). attention_mask: (B, S), padded on the right. packed: result of
-    `processors.sequences.pad_sequences`, instead of attention_mask; the model must use torch's SDPA or eager attention
-    and have no `packing_fault`.
+    `processors.sequences.pad_sequences`, used instead of attention_mask; the model must use torch's SDPA or eager
+    attention and have no `packing_fault`.
     """
     decoder = model.get_decoder()
     if packed is None:
@@ -249,14 +255,14 @@ def last_hidden_states(
             return decoder(
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state
-    options: dict[str, Any] = {"position_ids": packed["position_ids"]}
-    if decoder.config._attn_implementation == "sdpa":
+    options: dict[str, Any] = {"position_ids": packed["position_ids"], "use_cache": False}
+    if "lengths" in packed and decoder.config._attn_implementation == "sdpa":
         longest = torch.ones(1, max(packed["lengths"]), dtype=torch.long, device=inputs_embeds.device)
         options |= {"attention_mask": longest, "packed_lengths": packed["lengths"]}
-    else:
-        options["attention_mask"] = _masks_between(decoder.config, packed["position_ids"], inputs_embeds.dtype)
-    with masks_without_reads(decoder, PACKED):
-        return decoder(inputs_embeds=inputs_embeds, use_cache=False, **options).last_hidden_state
+        with masks_without_reads(decoder, PACKED):
+            return decoder(inputs_embeds=inputs_embeds, **options).last_hidden_state
+    options["attention_mask"] = _masks_between(decoder.config, packed, inputs_embeds.dtype)
+    return decoder(inputs_embeds=inputs_embeds, **options).last_hidden_state
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -149,8 +149,9 @@ class STLLM(PreTrainedModel):
 
         input_ids, attention_mask, visual_positions, labels, label_positions, kept, teacher: a batch padded on the
             right, from `processors.sequences.training_sequences`. A packed batch has `packed` instead of
-            attention_mask. If `kept` is given, the other visual tokens are dropped (dynamic masking), and the MVM loss
-            is added unless the configuration disables it (`use_mvm`).
+            attention_mask; one of questions that share their media has both. If `kept` is given, the other visual
+            tokens are dropped (dynamic masking), and the MVM loss is added unless the configuration disables it
+            (`use_mvm`).
         pixel_values: (B, T, 3, H, W), bytes or normalised. Instead, precomputed features can be given: vision_features
             (B, T, 1+P, C) of a frozen encoder, or query_features (B, T, K, Q) of a frozen Q-Former that reads no text.
             Without any of the three, the batch is text only.

@@ -4,12 +4,16 @@ The texts before and after the visual tokens are tokenized separately, each with
 the published code.
 """
 
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from cachetools import LRUCache, cachedmethod
 from torch import Tensor
 from transformers import AutoTokenizer, BertTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -22,6 +26,10 @@ from stllm.processors.templates import BOS, VISUAL, PromptTemplate, Turn
 QFORMER_FOLDER = "qformer_tokenizer"  # beside the weights, as in transformers' InstructBLIP
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
 DEFAULT_QFORMER_TOKENIZER = "bert-base-uncased"
+OPTION = re.compile(r"^\(([A-Z])\) .*\S", re.MULTILINE)
+LETTER = re.compile(r"\(([A-Z])\)")
+NUM_CACHED = 16384  # texts whose token ids are kept
+ENCODING = Lock()  # of all caches of token ids; a lock of one processor could not be sent to a worker process
 
 
 class PromptProcessor:
@@ -60,6 +68,7 @@ class PromptProcessor:
         else:
             bos = self.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             pads = [tokenizer.get_vocab().get("$$"), tokenizer.unk_token_id, tokenizer.pad_token_id, self.eos_token_id]
+        self._encoded: LRUCache[Any, tuple[int, ...]] = LRUCache(NUM_CACHED)  # prompts repeat most of their pieces
         self.bos_token_id: int = bos
         self.pad_token_id: int = next(token for token in pads if token is not None)
 
@@ -116,29 +125,55 @@ class PromptProcessor:
         return self._conversation(turns, media, self.system if system is None else system, longest_answer=None)[0]
 
     def training_ids(
-        self, turns: Sequence[Turn], *, media: str | None = "video", system: str = ""
+        self, turns: Sequence[Turn], *, media: str | None = "video", system: str = "", judge_options: bool = False
     ) -> tuple[list[int], list[int]]:
         """Return (token ids, labels) of a conversation for training; labels are -100 except for answers and end marks.
 
-        Answers are cut to `max_txt_len` tokens, as published.
+        Answers are cut to `max_txt_len` tokens, as published. judge_options: see `_judgements`.
         """
-        return self._conversation(turns, media, system, longest_answer=self.max_txt_len)
+        return self._conversation(turns, media, system, longest_answer=self.max_txt_len, judge_options=judge_options)
 
     def _conversation(
-        self, turns: Sequence[Turn], media: str | None, system: str, *, longest_answer: int | None
+        self,
+        turns: Sequence[Turn],
+        media: str | None,
+        system: str,
+        *,
+        longest_answer: int | None,
+        judge_options: bool = False,
     ) -> tuple[list[int], list[int]]:
         ids: list[int] = []
         labels: list[int] = []
         for number, turn in enumerate(turns):
-            prompt = self.piece_ids(self.template.render(turn, first=number == 0, media=media, system=system))
+            pieces = self.template.render(turn, first=number == 0, media=media, system=system)
+            prompt = self.piece_ids(pieces)
             answer: list[int] = []
             if turn.answer is not None and self.template.ends_with_eos:
                 answer = [*self._encode(turn.answer)[:longest_answer], self.eos_token_id]
             elif turn.answer is not None:
-                answer = self._encode(turn.answer + self.end_sym)[:longest_answer]
+                answer = [*self._encode(turn.answer + self.end_sym)[:longest_answer]]
             ids += prompt + answer
-            labels += [IGNORE_INDEX] * len(prompt) + answer
+            labels += self._judgements(pieces, turn.answer) if judge_options else [IGNORE_INDEX] * len(prompt)
+            labels += answer
         return ids, labels
+
+    def _judgements(self, pieces: Sequence[str], answer: str | None) -> list[int]:
+        """Return labels of a prompt by which the last token of each option predicts "yes" or "no": is it the answer?
+
+        An option is a line such as "(A) left", and the answer names its letter, as in "Best option:(A) left". All
+        other labels are -100. So is everything if the answer names no letter.
+        """
+        right = next(iter(LETTER.findall(answer or "")), None)
+        labels: list[int] = []
+        for piece in pieces:
+            ids = self.piece_ids([piece])
+            judged = [IGNORE_INDEX] * len(ids)
+            for option in OPTION.finditer(piece) if right else ():
+                before = self.piece_ids([piece[: option.end()]])
+                if ids[: len(before)] == before and len(before) < len(ids):  # a token ends where the line ends
+                    judged[len(before)] = self._encode("yes" if option[1] == right else "no")[-1]
+            labels += judged
+        return labels
 
     def piece_ids(self, pieces: Sequence[str]) -> list[int]:
         """Return the token ids of a prompt's pieces, tokenized separately. `VISUAL` and `BOS` become single ids."""
@@ -146,8 +181,9 @@ class PromptProcessor:
         tokens = ([special[piece]] if piece in special else self._encode(piece) for piece in pieces)
         return list(chain.from_iterable(tokens))
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+    @cachedmethod(attrgetter("_encoded"), lock=lambda self: ENCODING)
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     # ---- batches ----------------------------------------------------------------------------------------------------
 

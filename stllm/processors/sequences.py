@@ -1,5 +1,8 @@
 """Collation of prompts: expand placeholders, pad or pack rows, and compute the positions of visual tokens and labels.
 
+Several questions about one medium can share a row (`share_medium`). The row begins with the visual tokens, and each
+question follows as if it were alone: it sees the visual tokens and itself, and its positions continue theirs.
+
 All positions are computed here on the CPU, so that the model never waits for values from its device.
 Letters in shapes: B prompts, S positions of a row, N visual tokens of a clip, V visual tokens of the batch. Positions
 are indices into the flattened (B*S) or (B*N). Packed prompts are concatenated to a single row without padding: B is 1,
@@ -19,6 +22,29 @@ VISUAL_TOKEN_ID = -200  # placeholder of a visual token in input_ids; no vocabul
 IGNORE_INDEX = -100  # label of a position without loss
 
 
+def share_medium(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[int], list[int], list[int]]:
+    """Join prompts about one medium into one row: their common beginning, which ends with the medium, then the rests.
+
+    prompts: pairs of token ids and labels, all with the same beginning up to the placeholder of the visual tokens.
+    Returns ids, labels, and each id's question: 0 for the beginning, which all questions see, then 1, 2, and so on.
+    Prompts without a medium share no beginning.
+    Raises ValueError for prompts with different beginnings.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    questions: list[int] = []
+    for number, (row, targets) in enumerate(prompts, start=1):
+        shared = list(row).index(VISUAL_TOKEN_ID) + 1 if VISUAL_TOKEN_ID in row else 0
+        if number == 1:
+            ids, labels, questions = list(row[:shared]), list(targets[:shared]), [0] * shared
+        if list(row[:shared]) != ids[: questions.count(0)]:
+            raise ValueError("the prompts have different beginnings, expected the same text before the visual tokens")
+        ids += row[shared:]
+        labels += targets[shared:]
+        questions += [number] * (len(row) - shared)
+    return ids, labels, questions
+
+
 def pad_sequences(
     rows: Sequence[Sequence[int]],
     *,
@@ -27,15 +53,17 @@ def pad_sequences(
     labels: Sequence[Sequence[int]] | None = None,
     side: str = "right",
     packing: bool = False,
+    questions: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Expand placeholders of visual tokens, and pad the rows to one length or pack them into one row.
 
     rows: token ids; one `VISUAL_TOKEN_ID` marks the visual tokens and is repeated `num_visual` times. num_visual: one
     number per row; None for a row without media. labels: as long as the rows. side: side to pad on; "left" for
-    generation.
+    generation. questions: the question of each id, from `share_medium`; not with packing.
     Returns input_ids and attention_mask (B, S); visual_positions (V,). With labels, also labels (B, S) and
     label_positions, the positions whose next token has a label. With packing, `packed` replaces attention_mask: it has
-    the prompts' lengths (a list) and position_ids (1, S), which restart at 0 for each prompt.
+    the prompts' lengths (a list) and position_ids (1, S), which restart at 0 for each prompt. With questions, there
+    is also `packed` with questions (B, S), with -1 for padding, and position_ids (B, S).
     Raises ValueError unless each row with visual tokens has exactly one placeholder, and each other row has none.
     """
     counts = [None] * len(rows) if num_visual is None else num_visual
@@ -64,6 +92,12 @@ def pad_sequences(
         }
     else:
         batch["attention_mask"] = joined([torch.ones_like(row) for row in ids], 0)
+    if questions is not None:
+        numbers = expanded([torch.tensor(row, dtype=torch.long) for row in questions])
+        batch["packed"] = {
+            "questions": joined(numbers, -1),
+            "position_ids": joined([_positions_of(row) for row in numbers], 0),
+        }
     batch["visual_positions"] = (batch["input_ids"] == VISUAL_TOKEN_ID).flatten().nonzero()[:, 0]
     if labels is not None:
         targets = expanded([torch.tensor(row, dtype=torch.long) for row in labels])
@@ -71,6 +105,13 @@ def pad_sequences(
         following = joined([F.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in targets], IGNORE_INDEX)
         batch["label_positions"] = (following != IGNORE_INDEX).flatten().nonzero()[:, 0]
     return batch
+
+
+def _positions_of(questions: Tensor) -> Tensor:
+    """Return the positions (S,) of a row's tokens: those of each question continue those of the beginning."""
+    shared = int((questions == 0).sum())
+    lengths = questions[shared:].unique_consecutive(return_counts=True)[1].tolist()
+    return torch.cat([torch.arange(shared), *(shared + torch.arange(length) for length in lengths)])
 
 
 def training_sequences(
@@ -81,20 +122,21 @@ def training_sequences(
     num_visual: int | None,
     dropped: Tensor | None = None,
     packing: bool = False,
+    questions: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of `STLLM.forward` for a batch: the result of `pad_sequences`, and those for masking.
 
     num_visual: N, the same for all rows; None without media. dropped: visual tokens to leave out, (B, N) bool. With it,
     the result also has `kept`, the positions of the other visual tokens in (B*N), and `teacher`, the `pad_sequences` of
     prompts with all visual tokens. The teacher's prompts end after these, since attention is causal: later text cannot
-    change the states of visual tokens.
+    change the states of visual tokens. questions: as in `pad_sequences`.
     """
     join = partial(pad_sequences, pad_id=pad_id, packing=packing)
     if dropped is None:
-        return join(rows, labels=labels, num_visual=[num_visual] * len(rows))
+        return join(rows, labels=labels, num_visual=[num_visual] * len(rows), questions=questions)
     whole = [list(row)[: list(row).index(VISUAL_TOKEN_ID) + 1] for row in rows]
     return {
-        **join(rows, labels=labels, num_visual=(~dropped).sum(dim=1).tolist()),
+        **join(rows, labels=labels, num_visual=(~dropped).sum(dim=1).tolist(), questions=questions),
         "kept": (~dropped).flatten().nonzero()[:, 0],
         "teacher": join(whole, num_visual=[num_visual] * len(rows)),
     }

@@ -105,7 +105,7 @@ def padding_of(prompts: Mapping[str, Any]) -> tuple[Any, Any]:
 
     Nothing is copied from the device. prompts: output of `processors.sequences.pad_sequences`.
     """
-    if "packed" in prompts:
+    if "attention_mask" not in prompts:
         lengths = prompts["packed"]["lengths"]
         tokens, positions = sum(lengths), len(lengths) * max(lengths)
     else:
@@ -116,7 +116,7 @@ def padding_of(prompts: Mapping[str, Any]) -> tuple[Any, Any]:
 def _row_lengths(prompts: Mapping[str, Any]) -> list[int]:
     """Return the length of each row, or of each prompt of a packed row. Its positions attend to each other."""
     rows, length = prompts["input_ids"].shape
-    return prompts["packed"]["lengths"] if "packed" in prompts else [length] * rows
+    return [length] * rows if "attention_mask" in prompts else prompts["packed"]["lengths"]
 
 
 class FlopCounter:

@@ -103,6 +103,8 @@ class VideoTextTask:
             held = build_corpora(cfg, image_size=image_size, train=False, split="val")
             held_out = mixed(held) if held else None
         for corpus in [*mixture.corpora, *(held_out.corpora if held_out is not None else ())]:
+            if getattr(corpus, "together", False) and (fault := _sharing_fault(opened, run.packing)):
+                raise UserError(f"data set {corpus.name} has qa_sampling=together, but {fault}: set it to all or one")
             store = _features_of(corpus)
             if store is not None and (fault := precomputed.fault(config, store.stage)):
                 named = f"data set {corpus.name} is read from precomputed features ({store.folder})"
@@ -192,7 +194,8 @@ class PositionLimit:
 
     def __call__(self, sample: Sample, num_frames: int) -> None:
         """Raise AnnotationError if a sample is too long; see `samples.LengthCheck`."""
-        found, visual = self._num_tokens(sample.turns, sample.media, num_frames)
+        prompts = [(turn,) for turn in sample.turns] if sample.together else [sample.turns]
+        found, visual = max(self._num_tokens(prompt, sample.media, num_frames) for prompt in prompts)
         if found > self.num_positions:
             raise AnnotationError(
                 f"{sample.name}: its prompt and answer have {found} tokens ({visual} of them visual), but the "
@@ -235,6 +238,17 @@ def open_configured(cfg: DictConfig) -> Opened:
     if not named:
         raise UserError("no tokenizer is named: set model.llama_model to a language model's folder, or model.ckpt")
     return Opened(Path(named), sources, settings, config)
+
+
+def _sharing_fault(opened: Opened, packing: bool) -> str | None:
+    """Return the reason if questions cannot share their medium's tokens, else None."""
+    if opened.config.qformer_text_input:
+        return "the Q-Former reads the question, so each question has visual tokens of its own"
+    if packing:
+        return "run.packing is True, which keeps whole samples apart and not the questions of one"
+    if (name := opened.settings.get("attn_implementation")) not in PACKING:
+        return f"model.attn_implementation is {name}, which has no masks for this"
+    return packing_fault(opened.config.text_config)
 
 
 def _features_of(corpus: Corpus) -> FeatureStore | None:

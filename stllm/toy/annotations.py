@@ -2,13 +2,14 @@
 
 Each folder video|image/<kind>/<set> has these files:
 
-train.json    one record per medium, for qa_sampling: each question without options, then as multiple choice
-open.json     one record per question without options, and one per thing about its color and its place over time;
-              about a picture also one per shape that is absent. A model learns from these first what is in a medium:
-              the sequences are short, and their answers have no letters
-asked.json    one record per question, for multi_turn: without options and then as multiple choice, so that the model
-              learns to find the letter of its answer; as multiple choice only; and the records about things
-choices.json  (clips only) one record per question, as multiple choice with MVBench's long instruction
+train.json    one record per medium: each question without options, then as multiple choice
+open.json     one record per medium: its questions without options, and one question per thing about its color and its
+              place over time; about a picture also one per shape that is absent. A model learns from these first what
+              is in a medium: the answers have no letters
+choices.json  one record per question: the question as multiple choice, with its options in several orders; without
+              MVBench's instruction, which a recipe can add (`instruction` of a data set)
+
+The questions of a record in open.json and choices.json are independent of each other (qa_sampling: together).
 """
 
 from collections.abc import Sequence
@@ -37,22 +38,16 @@ def training_records(folder: str, example: Example, medium: Fields, times: Seque
     folder: folder of the training set. medium: the medium's file and bounds, as fields of a record. times: times at
     which the things are described, from 0 to 1 of the clip; none: do not ask for this.
     """
-    whole = (f"{folder}/train.json", record(medium, example.turns))
-    choices = [asked.as_choice() for asked in example.asked]
-    short = [replace(choice, instruction="") for choice in choices]
-    pairs = [(asked.without_options(), choice) for asked, choice in zip(example.asked, short, strict=True)]
-    talks: list[tuple[Turn, ...]] = [(turn,) for turn in (*example.open_turns, *short)]
-    talks += pairs
-    things = [(follow_turn(thing, times),) for thing in example.scene.things if times]
+    things = [follow_turn(thing, times) for thing in example.scene.things if times]
     if "image" in medium and times:  # half of the shapes are absent from a picture, so that a model must look for each
         absent = set(SHAPES) - {thing.shape for thing in example.scene.things}
-        things += [(Turn(FOLLOW_REQUEST.format(shape), "nothing."),) for shape in sorted(absent)]
-    opening = [(turn,) for turn in (*example.open_turns, *(asked.without_options() for asked in example.asked))]
-    records = [whole, *((f"{folder}/asked.json", record(medium, turns)) for turns in (*talks, *things))]
-    records += [(f"{folder}/open.json", record(medium, turns)) for turns in (*opening, *things)]
-    if "video" in medium:
-        records += [(f"{folder}/choices.json", record(medium, [choice])) for choice in choices]
-    return records
+        things += [Turn(FOLLOW_REQUEST.format(shape), "nothing.") for shape in sorted(absent)]
+    questions = [Turn(turn.question or turn.instruction, turn.answer) for turn in example.open_turns]
+    questions += [*(asked.without_options() for asked in example.asked), *things]
+    records = [("train", example.turns), *([("open", questions)] if questions else [])]
+    choices = [[replace(order.as_choice(), instruction="") for order in asked.orders()] for asked in example.asked]
+    records += [("choices", orders) for orders in choices]
+    return [(f"{folder}/{file}.json", record(medium, turns)) for file, turns in records]
 
 
 def record(medium: Fields, turns: Sequence[Turn]) -> Fields:

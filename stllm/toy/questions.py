@@ -5,7 +5,7 @@ model finds a letter by the word after it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -41,6 +41,11 @@ class Asked:
     def without_options(self) -> Turn:
         """Return the question without options."""
         return Turn(self.question, self.answer)
+
+    def orders(self) -> "list[Asked]":
+        """Return the question with its options rotated in each way, so that the answer has each letter once."""
+        rotated = (self.options[count:] + self.options[:count] for count in range(len(self.options)))
+        return [replace(self, options=options) for options in rotated]
 
     def as_choice(self) -> Turn:
         """Return the question with its options. The prompt has exactly MVBench's tokens, which a small model needs."""

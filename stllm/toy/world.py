@@ -45,7 +45,7 @@ PAIRS = replace(PICTURES, corpus="images")  # the shards have other pictures tha
 TESTED = tuple(task for task in TASKS if task.benchmark)
 
 # sizes in bytes, rounded up: a frame of a clip, a picture of SIZE, its texts, the language model with tokenizers
-FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 16_000, 4_000_000
+FRAME_BYTES, PICTURE_BYTES, TEXT_BYTES, LANGUAGE_BYTES = 1500, 12_000, 24_000, 6_000_000
 
 NUM_TEXTS = 40  # examples of each task from which the vocabularies are made; they contain every word
 LLM_TOKENS = 1024  # maximum
@@ -55,7 +55,8 @@ LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
+    "tie_word_embeddings": True,  # so that finding a predicted word among the options is the same task for all words
     "num_attention_heads": 4,
     "initializer_range": 0.14,  # with 0.07, attention starts less sharp, and the model learns much later
     "max_position_embeddings": 2048,
@@ -259,7 +260,8 @@ def write_language_model(folder: Path, texts: Iterable[str], seed: int) -> None:
         config = LlamaConfig(vocab_size=len(wrapped), **LLAMA)
         model = LlamaForCausalLM(config)
     config.save_pretrained(folder)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def write_qformer_tokenizer(folder: Path, texts: Iterable[str]) -> None:

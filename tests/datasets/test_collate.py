@@ -64,6 +64,27 @@ def test_the_q_former_reads_the_first_turn() -> None:
     assert (batch["labels"] == prompts.eos_token_id).sum() == 2  # both answers are learned
 
 
+def test_pairs_that_are_trained_together_are_prompts_of_their_own() -> None:
+    prompts = processor("minigpt4")
+    turns = (Turn("what moves first?", "the circle", "watch."), Turn("and then?", "the square", "watch."))
+    batch = collator("minigpt4")([sample(0, turns=turns, together=True), sample(1, turns=turns[1:], together=True)])
+    for number, turn in enumerate(turns, start=1):
+        ids, labels = prompts.training_ids((turn,))
+        own = (batch["packed"]["questions"][0] == 0) | (batch["packed"]["questions"][0] == number)
+        at, more = ids.index(VISUAL_TOKEN_ID), 3 * K - 1
+        assert batch["input_ids"][0, own].tolist() == ids[:at] + [VISUAL_TOKEN_ID] * more + ids[at:]
+        assert batch["labels"][0, own].tolist() == labels[:at] + [IGNORE_INDEX] * more + labels[at:]
+        assert batch["packed"]["position_ids"][0, own].tolist() == list(range(len(ids) + more))
+    assert len(batch["visual_positions"]) == 2 * 3 * K and (batch["packed"]["questions"][1] == -1).any()
+
+
+def test_options_are_judged_in_data_sets_that_ask_for_it() -> None:
+    turns = (Turn("what moves?\n(A) the circle\n(B) the square\n", "Best option:(A) the circle"),)
+    plain, judged = (collator("minigpt4")([sample(turns=turns, judge_options=judge)]) for judge in (False, True))
+    assert len(judged["label_positions"]) == len(plain["label_positions"]) + 2
+    assert judged["input_ids"].equal(plain["input_ids"])
+
+
 @pytest.mark.parametrize(("name", "shape"), [("vision_features", (3, 5, 8)), ("query_features", (3, 4, 6))])
 def test_stored_features_are_stacked(name: str, shape: tuple[int, ...]) -> None:
     samples = [sample(i, **{"pixel_values": None, name: torch.full(shape, i).half()}) for i in range(2)]

@@ -60,11 +60,19 @@ def test_all_pairs_are_a_sample_each(folder: Path) -> None:
         load(corpus, 5)
 
 
-@pytest.mark.parametrize("qa_sampling", ["one", "all"])
+def test_all_pairs_together_have_the_first_instruction(folder: Path) -> None:
+    corpus = corpus_of(folder / "a.json", [numbered_record(0), numbered_record(1)], qa_sampling="together")
+    assert len(corpus) == 2 and load(corpus).together and not load(corpus).judge_options
+    assert load(corpus_of(folder / "a.json", [numbered_record(0)], judge_options=True)).judge_options
+    assert load(corpus).turns == (Turn("pair 0?", "0 0", "video 0"), Turn("pair 1?", "0 1", "video 0"))
+
+
+@pytest.mark.parametrize("qa_sampling", ["one", "all", "together"])
 def test_all_pairs_as_one_conversation(folder: Path, qa_sampling: str) -> None:
     corpus = corpus_of(folder / "a.json", [numbered_record(0)], multi_turn=True, qa_sampling=qa_sampling)
     assert len(corpus) == 1
     assert load(corpus).turns == (Turn("pair 0?", "0 0", "video 0"), Turn("pair 1?", "0 1"))
+    assert not load(corpus).together
 
 
 def test_an_instruction_is_drawn_for_those_without(folder: Path) -> None:

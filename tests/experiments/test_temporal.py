@@ -33,7 +33,7 @@ NAMES = {"object_existence": "Object Existence", "moving_direction": "Moving Dir
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Write those files of a toy world that the experiment reads, and a checkpoint beside it."""
     root = tmp_path / "world"
-    files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/asked.json": []}
+    files: dict[str, Any] = {"toy_world.json": {"seed": 5}, "vc2/video/reasoning/toy_rare/choices.json": []}
     for slug in (*SLUGS, NOT_TRAINED):
         options = ["yes", "no"] if slug == "object_existence" else ["a", "b", "c", "d"]
         files[f"mvbench/json/{slug}.json"] = [{"candidates": options}] * 3
@@ -145,7 +145,7 @@ def test_masking_begins_at_a_checkpoint(world: Path, steps: int, share: float) -
 
 
 def test_a_world_without_long_clips_has_no_long_set(world: Path) -> None:
-    (world / "vc2/video/reasoning/toy_rare/asked.json").unlink()
+    (world / "vc2/video/reasoning/toy_rare/choices.json").unlink()
     plan = plan_of(world)
     assert not plan.has_long and "toy_rare" not in recipe(plan, ALL, 0)["datasets"]
 

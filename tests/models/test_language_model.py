@@ -16,7 +16,7 @@ from stllm.models.language_model import (
     packing_fault,
     set_attention,
 )
-from stllm.processors.sequences import pad_sequences
+from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, share_medium
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -102,15 +102,36 @@ def test_loss_and_logits_equal_the_whole_model(name: str) -> None:
     assert logits is not None and logits.shape == ((labels[:, 1:] != -100).sum(), 64)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        *((name, {}) for name in ARCHITECTURES if name not in UNPACKABLE),
-        ("qwen3", {"head_dim": 8}),
-        ("mistral", WINDOW),
-        ("qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
-    ],
-)
+PACKABLE = [
+    *((name, {}) for name in ARCHITECTURES if name not in UNPACKABLE),
+    ("qwen3", {"head_dim": 8}),
+    ("mistral", WINDOW),
+    ("qwen2", {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), PACKABLE)
+def test_questions_of_one_medium_have_the_states_of_separate_prompts(name: str, changes: dict[str, Any]) -> None:
+    """Two media of three tokens, with three questions and one. No position exceeds those of the longest prompt."""
+    model = build(name, {**changes, "max_position_embeddings": 8})
+    medium, lengths = [5, VISUAL_TOKEN_ID], [[5, 1, 3], [2]]
+    prompts = [[(medium + [6] * length, [-100] * (2 + length)) for length in row] for row in lengths]
+    ids, _, questions = zip(*map(share_medium, prompts), strict=True)
+    shared = pad_sequences(ids, pad_id=0, num_visual=[2, 2], questions=questions)
+    embeds = torch.randn(2, 12, 32)
+    for attention in ("sdpa", "eager") if model._supports_sdpa else ("eager",):
+        model.set_attn_implementation(attention)
+        states = last_hidden_states(model, embeds, packed=shared["packed"])
+        for row, many in enumerate(lengths):
+            begin = 3
+            for length in many:
+                own = [*range(3), *range(begin, begin + length)]
+                expected = last_hidden_states(model, embeds[row : row + 1, own])[0]
+                torch.testing.assert_close(states[row, own], expected, atol=2e-6, rtol=1e-5)
+                begin += length
+
+
+@pytest.mark.parametrize(("name", "changes"), PACKABLE)
 def test_packed_prompts_have_the_states_and_gradients_of_padded_ones(name: str, changes: dict[str, Any]) -> None:
     """The prompts have very different lengths. Positions must not exceed the length of the longest prompt."""
     lengths = [9, 1, 3, 3, 5, 1]

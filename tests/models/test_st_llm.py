@@ -10,7 +10,8 @@ from stllm.common.errors import UserError
 from stllm.common.registry import video_inputs, vision_encoders
 from stllm.models import language_model as lm
 from stllm.models.st_llm import STLLM
-from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, training_sequences
+from stllm.models.video_inputs import num_visual_tokens
+from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, share_medium, training_sequences
 from tests.helpers.reads import DeviceReads
 from tests.helpers.tiny import LLAMA, VISION, tiny_batch, tiny_config, tiny_model
 
@@ -262,6 +263,34 @@ def test_packed_samples_give_the_gradients_of_padded_ones(
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("video_input", ["all", "residual"])
+def test_questions_that_share_a_medium_give_the_loss_of_separate_prompts(video_input: str, mask: bool) -> None:
+    """The gradients of all weights are equal, too: the MVM loss is the same, as a question comes after the video."""
+    model = train_without_dropout(tiny_model(**{**TRAINING, "qformer_text_input": False, "video_input": video_input}))
+    pixels = torch.rand(1, 3, 3, *[model.config.vision_config["image_size"]] * 2)
+    num_visual = num_visual_tokens(model.config, 3)
+    dropped = torch.arange(num_visual)[None] % 2 == 1 if mask else None
+    prompts = [([2, 5, VISUAL_TOKEN_ID, *ids], [-100] * 4 + ids[1:]) for ids in ([7, 8, 9], [4, 3], [6, 7, 8, 9, 3])]
+    ids, labels, questions = share_medium(prompts)
+    options: dict[str, Any] = {"pad_id": 0, "num_visual": num_visual, "dropped": dropped}
+    together = model(**training_sequences([ids], [labels], **options, questions=[questions]), pixel_values=pixels)
+    together.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    apart = [
+        model(**training_sequences([row], [targets], **options), pixel_values=pixels, num_items_in_batch=7)
+        for row, targets in prompts
+    ]
+    loss = sum(one.loss_lm for one in apart)
+    loss = loss if apart[0].loss_mvm is None else loss + apart[0].loss_mvm
+    loss.backward()
+    assert (together.loss_mvm is not None) == mask
+    torch.testing.assert_close(together.loss, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_packed_text_gives_the_gradients_of_padded_text() -> None:

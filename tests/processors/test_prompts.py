@@ -68,6 +68,29 @@ def test_labels_cover_answer_and_end_mark_only(family: str) -> None:
     assert set(labels[:-5]) == {IGNORE_INDEX}
 
 
+@pytest.mark.parametrize("family", FOLDERS)
+@pytest.mark.parametrize("answer", ["Best option:(B) a red circle", "(B)", "the second", None])
+def test_options_are_judged_at_their_last_tokens(family: str, answer: str | None) -> None:
+    """In the prompt, "no", "yes" and "no" are predicted at the ends of the options, if the answer names a letter."""
+    prompts = processor(family)
+    options = ["(A) left", "(B) a red circle", "(C) 3"]
+    turn = Turn("\n".join(["Question: what moves?", "Options:", *options, "Only give the best option."]), answer)
+    plain_ids, plain = prompts.training_ids([turn])
+    ids, labels = prompts.training_ids([turn], judge_options=True)
+    assert ids == plain_ids and plain == prompts.training_ids([turn], judge_options=False)[1]
+    added = [at for at, (label, before) in enumerate(zip(labels, plain, strict=True)) if label != before]
+    if answer is None or "(" not in answer:
+        assert not added
+        return
+    assert [prompts.tokenizer.decode([labels[at]]).strip() for at in added] == [
+        prompts.tokenizer.decode([prompts.tokenizer.encode(word, add_special_tokens=False)[-1]]).strip()
+        for word in ("no", "yes", "no")
+    ]
+    visual = ids.index(VISUAL_TOKEN_ID)
+    for at, option in zip(added, options, strict=True):
+        assert prompts.tokenizer.decode(ids[visual + 1 : at]).endswith(option)
+
+
 def test_every_turn_of_a_conversation_is_labelled() -> None:
     prompts = processor("instructblip")
     turns = [Turn("what moves", "the red circle"), Turn("and then", "yellow square")]

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from stllm.processors.sequences import IGNORE_INDEX, VISUAL_TOKEN_ID, pad_sequences, training_sequences
+from stllm.processors.sequences import (
+    IGNORE_INDEX,
+    VISUAL_TOKEN_ID,
+    pad_sequences,
+    share_medium,
+    training_sequences,
+)
 
 V = VISUAL_TOKEN_ID
 PAD = 0
@@ -48,6 +54,36 @@ def test_packed_rows_are_concatenated_and_positions_restart() -> None:
     assert batch["labels"].tolist() == [[-100, -100, -100, -100, 6, 8, -100, 7, 9]]
     assert batch["label_positions"].tolist() == [3, 6, 7]  # no sample predicts the next one's beginning
     assert "attention_mask" not in batch
+
+
+def test_questions_of_one_medium_share_its_tokens() -> None:
+    first, second = ([5, V, 6, 7], [-100, -100, -100, 7]), ([5, V, 8], [-100, -100, 8])
+    ids, labels, questions = share_medium([first, second])
+    assert (ids, labels, questions) == ([5, V, 6, 7, 8], [-100, -100, -100, 7, 8], [0, 0, 1, 1, 2])
+    alone = share_medium([second])
+    batch = pad_sequences(
+        [ids, alone[0]],
+        pad_id=PAD,
+        num_visual=[3, 3],
+        labels=[labels, alone[1]],
+        questions=[questions, alone[2]],
+    )
+    assert batch["input_ids"].tolist() == [[5, V, V, V, 6, 7, 8], [5, V, V, V, 8, PAD, PAD]]
+    assert batch["packed"]["questions"].tolist() == [[0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, -1, -1]]
+    assert batch["packed"]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 4], [0, 1, 2, 3, 4, 0, 0]]
+    assert batch["label_positions"].tolist() == [4, 5, 10] and batch["attention_mask"].sum() == 7 + 5
+
+
+def test_questions_without_a_medium_share_nothing() -> None:
+    ids, _, questions = share_medium([([5, 6], [-100, 6]), ([5, 7, 8], [-100, 7, 8])])
+    assert (ids, questions) == ([5, 6, 5, 7, 8], [1, 1, 2, 2, 2])
+    batch = pad_sequences([ids], pad_id=PAD, questions=[questions])
+    assert batch["packed"]["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+
+
+def test_questions_of_one_medium_begin_alike() -> None:
+    with pytest.raises(ValueError, match="different beginnings"):
+        share_medium([([5, V, 6], [-100] * 3), ([9, V, 6], [-100] * 3)])
 
 
 @pytest.mark.parametrize(("row", "count"), [([4, 5], 1), ([V, V], 1), ([4, V], None)])

@@ -269,6 +269,40 @@ def test_packing_is_refused_for_unsupported_models(
     assert not (tmp_path / "run").exists()
 
 
+def test_pairs_that_are_trained_together_give_the_losses_of_separate_ones(toy: Path, tmp_path: Path) -> None:
+    """A record with one pair gives the same loss either way; a second copy of the pair does not change it."""
+    records = json.loads((toy / "vc2" / "video" / "vqa" / "toy_direction" / "train.json").read_text())
+    found = []
+    for name, copies in (("one", 1), ("together", 1), ("together", 2)):
+        anno = tmp_path / f"{name}{copies}.json"
+        anno.write_text(json.dumps([{**record, "QA": record["QA"][:1] * copies} for record in records]))
+        data = {"one": {"anno_path": str(anno), "media_dir": "media", "num_frames": 4}}
+        recipe = write_recipe(
+            tmp_path / "recipe.yaml", toy, model={"qformer_text_input": False}, datasets=data, max_steps=4
+        )
+        run(recipe, f"run.qa_sampling={name}", f"run.output_dir={tmp_path / anno.stem}")
+        found.append(losses(tmp_path / anno.stem))
+    for other in found[1:]:
+        assert other == [pytest.approx(line, abs=1e-5) for line in found[0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["model.qformer_text_input=True"], "the Q-Former reads the question"),
+        (["run.packing=True"], "run.packing is True, which keeps whole samples apart"),
+        (["model.attn_implementation=flex_attention"], "model.attn_implementation is flex_attention"),
+    ],
+)
+def test_pairs_cannot_be_trained_together_with_some_settings(
+    options: list[str], words: str, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", toy, model={"qformer_text_input": False})
+    message = failure(capsys, recipe, "run.qa_sampling=together", *options)
+    assert f"has qa_sampling=together, but {words}" in message and "set it to all or one" in message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_fsdp_gives_the_losses_of_one_process(trained: Path, tmp_path: Path, packing: bool) -> None:
@@ -333,7 +367,7 @@ def test_images_and_videos_train_together(
     )
     run(recipe, "run.bf16=True", "model.use_grad_checkpoint=True", f"run.packing={packing}")
     (fresh,) = [line for line in capsys.readouterr().err.splitlines() if "from random weights" in line]
-    assert ("LoRA (16 weights)" in fresh) == ("lora_r" in model)
+    assert ("LoRA (24 weights)" in fresh) == ("lora_r" in model)
     log = read_log(tmp_path / "run")
     kinds = {(line["loss_mvm"] is None, line["kept_visual_tokens"]) for line in log}
     assert {(True, 2.0)} < kinds  # an image: its K tokens, unmasked
