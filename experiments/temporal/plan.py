@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from stllm.common.config import load_config
 from stllm.common.registry import video_inputs
 from stllm.evaluation.benchmarks.mvbench import MVBenchTask, task_of
+from stllm.processors.templates import SYSTEM
 from stllm.toy.tasks import RARE, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,7 +151,8 @@ def recipe(plan: Plan, variant: Variant, seed: int) -> dict[str, Any]:
         name: {"num_frames": plan.frames(variant, number)} for name, number in plan.video_frames.items()
     }
     for name in set(datasets).difference(map(str, plan.settings.datasets)):
-        datasets[name] |= {"anno_path": LONG_PATH, "crop": "center", "sample_ratio": 1}
+        asked = {"instruction": f"{SYSTEM}\n", "judge_options": True}  # as the base's multiple choice
+        datasets[name] |= {"anno_path": LONG_PATH, "crop": "center", "sample_ratio": 1, **asked}
     return {
         "base": str(plan.base.resolve()),
         "model": {

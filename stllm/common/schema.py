@@ -227,6 +227,7 @@ class DatasetSettings:
     media_dir: str | None = None  # folder that the media names in the annotation file are relative to
     media_root: str | None = None
     features_dir: str | None = None  # precomputed features (stllm extract); they replace the media and fix the frames
+    features_of: str | None = None  # another data set with the same media and frames, whose folder of features is used
     shards: Any = field(
         default=None, metadata={"texts": True}
     )  # tar files as paths or URLs with {braces} or globs; a text or a list. instruction: tars with the file's videos

@@ -141,7 +141,7 @@ def resolved_settings(cfg: DictConfig, *, train: bool = True) -> dict[str, Datas
         settings.media_dir = _joined(media_root, settings.media_dir) or media_root or beside
         settings.shards = [_joined(media_root, shard) for shard in texts(settings.shards)]
         if roots["features_root"] is not None and settings.features_dir is None:
-            settings.features_dir = os.path.join(roots["features_root"], name)
+            settings.features_dir = os.path.join(roots["features_root"], settings.features_of or name)
     return result
 
 

@@ -247,13 +247,15 @@ class ClipBatch(NamedTuple):
     failures: list[Failure]
 
 
-def distinct_clips(corpus: FeatureSource, number: int, *, done: FeatureWriter) -> Iterator[DistinctClip | None]:
+def distinct_clips(
+    corpus: FeatureSource, number: int, *, done: FeatureWriter, seen: set[str]
+) -> Iterator[DistinctClip | None]:
     """Yield for each sample its clip, or None if an earlier sample has the same clip.
 
     A sample whose record cannot be used also gives None; training will count it. number: number of the data set. done:
-    the writer of features; clips whose features it already has also give None.
+    the writer of features; clips whose features it already has also give None. seen: keys of earlier data sets of this
+    writer; those of this data set are added.
     """
-    seen: set[str] = set()
     for sample in range(len(corpus)):
         try:
             key = corpus.key_of(sample)

@@ -74,17 +74,18 @@ def run(args: argparse.Namespace) -> int:
     # the same seed as in training, so that randomly initialised weights are also the same
     seed_everything(cfg.run.get("seed", 42) if args.seed is None else args.seed)
     with process_group(), ExitStack() as locks:
-        for corpus in corpora if is_main() else ():
-            folder = Path(args.output) / corpus.name
+        folders = [cfg.datasets[corpus.name].get("features_of") or corpus.name for corpus in corpora]
+        for name in dict.fromkeys(folders) if is_main() else ():
+            folder = Path(args.output) / name
             busy = f"{folder}: another extraction writes to it: wait until it ends, or name another --output"
-            locks.enter_context(locked(Path(args.output) / f".{corpus.name}.lock", busy))
+            locks.enter_context(locked(Path(args.output) / f".{name}.lock", busy))
         wait_for_all()
         try:
             configured = cfg.run.get("media_seconds", RunSettings.media_seconds)
             extract(
                 build_encoder(cfg, device=device, dtype=dtype),
                 corpora,
-                Path(args.output),
+                [Path(args.output) / name for name in folders],
                 stage=args.stage,
                 settings={"image_size": image_size, "crop": "center", "dtype": str(dtype).removeprefix("torch.")},
                 max_bad_fraction=cfg.run.get("max_bad_fraction", RunSettings.max_bad_fraction),
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def extract(
     model: STLLM,
     corpora: Sequence[FeatureSource],
-    output: Path,
+    folders: Sequence[Path],
     *,
     stage: str,
     settings: dict[str, Any],
@@ -114,9 +115,10 @@ def extract(
     num_workers: int,
     media_seconds: float,
 ) -> None:
-    """Write the features of `corpora` to `output`/<data set>, except for clips that have features already.
+    """Write the features of each data set to its folder, except for clips that have features already.
 
     All processes must call this together.
+    folders: a folder for each of `corpora`, all in one folder. Data sets of the same folder share its features.
     settings: settings that the features depend on, besides weights and frames. max_bad_fraction: the run fails if a
         larger share of the clips is unreadable. media_seconds: time limit for reading one clip; 0: no limit.
     Raises UserError if a folder holds features of other settings, if the disk has not enough space, and if too many
@@ -124,11 +126,21 @@ def extract(
     """
     settings = {**settings, "digest": precomputed.weights_digest(model, stage)}
     hidden = None if is_main() else True  # None: tqdm shows no bar if the output is not a terminal
-    writers, pending, needed = [], [], 0  # pending: clips of all processes; needed: bytes
-    for number, corpus in enumerate(corpora):
+    output = folders[0].parent
+    by_folder: dict[Path, tuple[FeatureWriter, set[str], dict[str, Any]]] = {}  # with its clips and its settings
+    writers, pending, needed = [], [], 0  # a writer for each data set; pending: clips of all processes; needed: bytes
+    for number, (corpus, folder) in enumerate(zip(corpora, folders, strict=True)):
         own = {**settings, **corpus.frame_settings}
-        writer = FeatureWriter(output / corpus.name, stage=stage, settings=own, rank=rank(), shard_bytes=SHARD_BYTES)
-        clips = distinct_clips(corpus, number, done=writer)
+        if folder not in by_folder:
+            writer = FeatureWriter(folder, stage=stage, settings=own, rank=rank(), shard_bytes=SHARD_BYTES)
+            by_folder[folder] = writer, set(), own
+        writer, seen, others = by_folder[folder]
+        if own != others:
+            raise UserError(
+                f"data set {corpus.name} shares the features in {folder}, but its frames are not those of the other "
+                f"data set (found {corpus.frame_settings}): give both the same frames, or leave out features_of"
+            )
+        clips = distinct_clips(corpus, number, done=writer, seen=seen)
         bar = tqdm(clips, total=len(corpus), desc=f"{corpus.name}: records", delay=1, leave=False, disable=hidden)
         new = [clip for clip in bar if clip is not None]
         shape = precomputed.shape(config_of(model), stage, corpus.frame_settings.get("num_frames", 1))
@@ -141,7 +153,7 @@ def extract(
             f"{output}: {len(pending)} clips of stage {stage} take {needed / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free: name another disk with --output, or take fewer frames (num_frames)"
         )
-    num_done = sum(writer.num_clips for writer in writers)
+    num_done = sum(writer.num_clips for writer, *_ in by_folder.values())
     wait_for_all()  # no process may write before all have listed the existing features
     share = pending[rank() :: world_size()]
     bad = BadSampleLog(max_bad_fraction=max_bad_fraction, epoch_size=num_done + len(pending))
@@ -170,7 +182,7 @@ def extract(
                 bad.check(num_read)
                 progress.update(len(clips) + len(failures))
     finally:
-        for writer in writers:  # keep the computed features, even after an error
+        for writer, *_ in by_folder.values():  # keep the computed features, even after an error
             writer.flush()
     states = gathered([bad.state_dict()])  # this also waits for all processes
     if not is_main():
@@ -179,7 +191,7 @@ def extract(
     bad.load_state_dict({"by_cause": causes, "subjects": [name for state in states for name in state["subjects"]]})
     num_read = len(pending) - bad.total
     bad.check(num_done + num_read)
-    for writer in writers:
+    for writer, *_ in by_folder.values():
         writer.finish()
     seconds = time.perf_counter() - started
     left_out = f", {bad.total} could not be read and were left out" if bad.total else ""

@@ -58,6 +58,30 @@ def shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
+def test_data_sets_with_the_same_media_share_their_features(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each clip is encoded once, and both data sets train on the features."""
+    first = {"anno_path": "video/vqa/toy_direction/open.json", **VIDEOS, "max_samples": 2}
+    second = {**first, "anno_path": "video/vqa/toy_direction/train.json", "max_samples": 4, "features_of": "first"}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        toy,
+        model=FROZEN["qformer"],
+        datasets={"first": first, "second": second},
+        max_steps=2,
+    )
+    features = tmp_path / "features"
+    extract(recipe, features, "qformer")
+    assert "4 clips encoded" in capsys.readouterr().out
+    assert {path.name for path in features.iterdir() if path.is_dir()} == {"first"}
+    train(recipe, f"datasets.features_root={features}", "model.pre_encoding=True")
+    assert read_log(tmp_path / "run")[-1]["skipped_samples"] == 0
+    other = ["--options", "datasets.second.num_frames=2"]
+    extract(recipe, tmp_path / "other", "qformer", *other, code=1)
+    assert "data set second shares the features in" in failure(capsys)
+
+
 @pytest.mark.parametrize("stage", ["vit", "qformer"])
 def test_training_on_features_is_training_on_the_same_pixels(toy: Path, tmp_path: Path, stage: str) -> None:
     recipe = write_recipe(
