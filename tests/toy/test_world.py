@@ -115,11 +115,11 @@ def test_a_world_with_rare_events(tmp_path: Path) -> None:
     (item,) = read(tmp_path / "long" / "mvbench" / "json" / "unexpected_action.json")
     clip = pixels(tmp_path / "long" / "mvbench" / "video" / "FunQA_test" / "test" / item["video"])
     assert clip.shape == (64, 64, 64, 3)
-    for form, count in (("train", 1), ("asked", 4)):
+    for form, count in (("train", 1), ("open", 1), ("choices", 2)):
         records = read(tmp_path / "long" / "vc2" / "video" / "reasoning" / "toy_rare" / f"{form}.json")
         assert [record["video"] for record in records] == ["toy_rare_00000.mp4"] * count
         assert not any("Tell the" in turn["q"] for record in records for turn in record["QA"])
-    told = read(tmp_path / "long" / "vc2" / "video" / "reasoning" / "toy_mixed" / "asked.json")
+    told = read(tmp_path / "long" / "vc2" / "video" / "reasoning" / "toy_mixed" / "open.json")
     paths = [turn for record in told for turn in record["QA"] if turn["q"].startswith("Tell the")]
     assert len({turn["q"] for turn in paths}) == len(paths) > 1  # a turn for each thing, a state for each frame of 8
     assert all(len(turn["a"].split(", ")) == 8 for turn in paths)
