@@ -2,7 +2,7 @@
 # The published pipeline in small, from nothing to a model that answers: the toy world; alignment of the vision encoder and
 # the Q-Former; open questions about images; multiple choice about images; video instruction with long videos; and
 # MVBench's twin at the end, on a world that was never seen. The same command continues where it was stopped.
-# These recipes have not been run from beginning to end yet; their numbers of steps are estimates.
+# The result so far is in docs/training.md. The numbers of steps of the quick variant are estimates.
 # Needs: stllm installed (README); no GPU; 3 GB of disk for the full variant.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh

@@ -9,7 +9,7 @@ import torch
 from stllm.common.errors import UserError
 from stllm.common.registry import video_inputs, vision_encoders
 from stllm.models import language_model as lm
-from stllm.models.st_llm import STLLM
+from stllm.models.st_llm import STLLM, config_of
 from stllm.models.video_inputs import num_visual_tokens
 from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, share_medium, training_sequences
 from tests.helpers.reads import DeviceReads
@@ -269,9 +269,10 @@ def test_packed_samples_give_the_gradients_of_padded_ones(
 @pytest.mark.parametrize("video_input", ["all", "residual"])
 def test_questions_that_share_a_medium_give_the_loss_of_separate_prompts(video_input: str, mask: bool) -> None:
     """The gradients of all weights are equal, too: the MVM loss is the same, as a question comes after the video."""
-    model = train_without_dropout(tiny_model(**{**TRAINING, "qformer_text_input": False, "video_input": video_input}))
+    changes: dict[str, Any] = {**TRAINING, "qformer_text_input": False, "video_input": video_input}
+    model = train_without_dropout(tiny_model(**changes))
     pixels = torch.rand(1, 3, 3, *[model.config.vision_config["image_size"]] * 2)
-    num_visual = num_visual_tokens(model.config, 3)
+    num_visual = num_visual_tokens(config_of(model), 3)
     dropped = torch.arange(num_visual)[None] % 2 == 1 if mask else None
     prompts = [([2, 5, VISUAL_TOKEN_ID, *ids], [-100] * 4 + ids[1:]) for ids in ([7, 8, 9], [4, 3], [6, 7, 8, 9, 3])]
     ids, labels, questions = share_medium(prompts)
