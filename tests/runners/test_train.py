@@ -220,7 +220,7 @@ def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> 
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2"]
     train(recipe, *options, processes=2)
     for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert found == pytest.approx(expected, abs=2e-4)
     kept = [[line["kept_visual_tokens"] for line in read_log(folder)] for folder in (tmp_path / "two", trained)]
     assert kept[0] == kept[1]
 
@@ -237,7 +237,7 @@ def test_packed_batches_give_the_losses_of_padded_ones(trained: Path, tmp_path: 
     train(recipe, *options, processes=2)
     for folder in (whole, tmp_path / "killed" / "run", two):
         for found, expected in zip(losses(folder), losses(trained), strict=True):
-            assert found == pytest.approx(expected, abs=1e-5)
+            assert found == pytest.approx(expected, abs=2e-4)
     padded, packed = ([line["padding"] for line in read_log(folder)] for folder in (trained, whole))
     assert packed == padded and max(padded) > 0
     (tmp_path / "again").mkdir()
@@ -283,7 +283,7 @@ def test_pairs_that_are_trained_together_give_the_losses_of_separate_ones(toy: P
         run(recipe, f"run.qa_sampling={name}", f"run.output_dir={tmp_path / anno.stem}")
         found.append(losses(tmp_path / anno.stem))
     for other in found[1:]:
-        assert other == [pytest.approx(line, abs=1e-5) for line in found[0]]
+        assert other == [pytest.approx(line, abs=2e-4) for line in found[0]]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_fsdp_gives_the_losses_of_one_process(trained: Path, tmp_path: Path, pac
     train(trained.parent / "recipe.yaml", *options, processes=2)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file()  # it is not DDP by another name
     for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert found == pytest.approx(expected, abs=2e-4)
     again = STLLM.from_pretrained(tmp_path / "two").state_dict()
     for name, tensor in STLLM.from_pretrained(trained).state_dict().items():
         torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=0)
@@ -336,7 +336,7 @@ def test_accumulated_batches_give_the_loss_of_one_large_batch(toy: Path, tmp_pat
         run(recipe)
         first[size] = read_log(folder / "run")[0]
     for name in ("loss", "grad_norm"):
-        assert first[2][name] == pytest.approx(first[4][name], abs=1e-5)
+        assert first[2][name] == pytest.approx(first[4][name], abs=2e-4)
     assert first[4]["loss_mvm"] is None
 
 
