@@ -75,7 +75,7 @@ def test_parts_without_a_gradient_train_in_two_processes(
     accumulate = "run.gradient_accumulation_steps=2"
     one, two, stderr = one_and_two(tmp_path, toy, accumulate, model=model, datasets=datasets, max_steps=5)
     for found, expected in zip(losses(two, ["loss_lm"]), losses(one, ["loss_lm"]), strict=True):
-        assert found == pytest.approx(expected, abs=2e-4)
+        assert found == pytest.approx(expected, abs=1e-5)
     if not idle:
         assert NOTHING_IDLE not in stderr
 
