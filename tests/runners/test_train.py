@@ -311,7 +311,7 @@ def test_fsdp_gives_the_losses_of_one_process(trained: Path, tmp_path: Path, pac
     train(trained.parent / "recipe.yaml", *options, processes=2)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file()  # it is not DDP by another name
     for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
-        assert found == pytest.approx(expected, abs=1e-5)
+        assert found == pytest.approx(expected, abs=2e-4)
     again = STLLM.from_pretrained(tmp_path / "two").state_dict()
     for name, tensor in STLLM.from_pretrained(trained).state_dict().items():
         torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=0)
