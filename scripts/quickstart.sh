@@ -53,7 +53,7 @@ model=stllm/assets/stllm-tiny
 examples=stllm/assets/examples
 if [[ -n $train ]]; then
     PYTHON=$python step "training" bash scripts/train_tiny.sh --quick
-    model=${TINY_OUTPUT:-output/tiny/quick}/4_videos
+    model=${TINY_OUTPUT:-output/tiny/quick}/4_choices
 elif [[ ! -f $model/config.json ]]; then
     echo "error: stllm is installed, but this copy has no $model: train it with bash scripts/quickstart.sh --train" >&2
     exit 1

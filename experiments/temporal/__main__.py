@@ -4,7 +4,7 @@ Each variant of the video input is trained with several seeds, from the same che
 same number of steps. It is then evaluated on the toy version of MVBench. The same command resumes an interrupted
 experiment and repeats failed runs.
 
-    python -m experiments.temporal --world TOY_ROOT --ckpt STAGE3_CHECKPOINT [--quick]
+    python -m experiments.temporal --world TOY_ROOT --ckpt CHECKPOINT [--quick]
 """
 
 import argparse
@@ -86,7 +86,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="DIR",
-        help="checkpoint of stage 3, from which runs start",
+        help="checkpoint of stages/temporal_base.yaml, from which runs start",
     )
     parser.add_argument("--quick", action="store_true", help=f"rough figures: changes defaults to {quick}")
     parser.add_argument("--seeds", type=whole(1), metavar="N", help=f"number of seeds (default: {NUM_SEEDS})")
@@ -125,7 +125,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         if not (folder / "toy_world.json").is_file():
             raise UserError(f"{folder} is no toy world: make one with stllm toy --output {folder} --long")
     if not (args.checkpoint / "config.json").is_file():
-        advice = "train the stages before with bash scripts/train_tiny.sh"
+        advice = "make it with bash scripts/train_tiny.sh --experiment"
         raise UserError(f"{args.checkpoint} holds no trained model: {advice}")
     if not 0 <= args.mask_after < 1:
         raise UserError(f"--mask-after is {args.mask_after}; expected a share of the steps, from 0 to below 1")

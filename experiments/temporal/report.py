@@ -230,7 +230,7 @@ def _done(report: Mapping[str, Any]) -> str:
     return (
         "## Setting\n\n"
         f"Each run trains {setting['steps']} steps of {setting['batch']} clips (learning rate "
-        f"{setting['learning rate']}), from the same checkpoint of stage 3, with `{setting['recipe']}` and the "
+        f"{setting['learning rate']}), from the same checkpoint, with `{setting['recipe']}` and the "
         "settings of the variant. All runs of a seed train on the same clips in the same order, with "
         f"{setting['frames']} frames of each clip. {rare} `residual` has {setting['residual_size']} local frames and "
         f"the mean of all frames. `local frames only` is `all` with {setting['residual_size']} frames of each clip. "

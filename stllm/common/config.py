@@ -200,7 +200,7 @@ def _mapping(value: Any, source: str, what: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error message, because our own messages have only one sentence."""
+    """Return the first line of a library's error message, so that it fits into a message of one sentence."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -169,7 +169,7 @@ def killed_with_parent() -> None:
 def end_with_launcher() -> None:
     """Make this process end with its launcher, if it is a rank started by torchrun or accelerate.
 
-    A command may outlive the shell that started it in the background. A rank must not outlive its launcher: nobody
+    A command that was started in the background may outlive its shell, but a rank must not outlive its launcher: nobody
     would notice when a rank fails, and the other ranks would wait for it.
     """
     # torchrun makes each rank a session leader; a child of a rank inherits the environment, but is not a leader

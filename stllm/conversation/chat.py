@@ -269,8 +269,9 @@ class Chat:
     ) -> list[Answer]:
         """Answer prepared requests in one batch.
 
-        stop: an event that ends the answers early, with the tokens so far. If given, the requests also share a batch
-        with waiting requests of other threads that have the same settings.
+        stop: an event that ends the answers early, with the tokens so far; with an engine or several beams, without
+        any. If given, and without an engine, the requests also share a batch with waiting requests of other threads
+        that have the same settings.
         """
         if not prepared:
             return []

@@ -196,7 +196,11 @@ class RemoteLanguageModel:
     def complete(
         self, embeds: Sequence[Tensor], decoding: Decoding, stopping: dict[str, Any], stop: Event | None = None
     ) -> list[list[int]]:
-        """Answer several prompts at once. Returns each answer's token ids; empty lists once `stop` is set."""
+        """Answer several prompts at once. Returns each answer's token ids. Raises the errors of `submit`.
+
+        embeds: one (S, D) per prompt. decoding, stopping: see `submit`. Once `stop` is set, all requests are cancelled
+        and every list is empty, even that of a finished answer.
+        """
         futures = [self.submit(one, decoding, stopping) for one in embeds]
         try:
             while wait(futures, timeout=TICK).not_done:

@@ -114,7 +114,7 @@ class ImageTextCorpus:
         return {}
 
     def key_of(self, index: int) -> str:
-        """Return the key under which a sample's features are stored. Raises MediaError."""
+        """Return the key of the features of sample `index`. Raises MediaError if its shard does not hold it."""
         shard, number = self._place(index)
         return sample_key(shard, number, self.reader.name(shard, number), self.root)
 

@@ -121,7 +121,7 @@ class MixtureSampler:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration, counted from 0."""
+        """Set the epoch, counted from 0, whose batches are yielded next."""
         self.epoch = epoch
 
     def __len__(self) -> int:

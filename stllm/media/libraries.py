@@ -148,7 +148,7 @@ class TorchCodecReader(LibraryReader):
 class TorchCodecCudaReader(TorchCodecReader):
     """A reader of container videos with torchcodec on the GPU (NVDEC). Colours may differ from the CPU's by rounding.
 
-    Without a GPU, PyAV reads the file instead. So it does in data loader workers, where CUDA cannot be initialised.
+    Without a GPU, and in data loader workers, where CUDA cannot be initialised, PyAV reads the file instead.
     """
 
     device = "cuda"

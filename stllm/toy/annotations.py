@@ -56,7 +56,10 @@ def record(medium: Fields, turns: Sequence[Turn]) -> Fields:
 
 
 def times_of(example: Example) -> list[float]:
-    """Return FRAMES times in the clip, or in the part that the questions are about, from 0 to 1 of the clip."""
+    """Return `FRAMES` evenly spaced points in time, as fractions of the clip's duration.
+
+    They are in the part that the questions are about (`example.bounds`), or in the whole clip if there are no bounds.
+    """
     begin, end = example.bounds or (0.0, 1.0)
     return [begin + (end - begin) * float(time) for time in frame_times(FRAMES)]
 

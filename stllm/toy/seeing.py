@@ -86,7 +86,7 @@ class ToyFrames:
         return EPOCH
 
     def load(self, key: SampleKey, generator: Generator, check: LengthCheck | None = None) -> ToyFrame:
-        """Draw a frame with the generator. The key is used only in its name; `check` is not used."""
+        """Draw a frame with the generator. `key` only names the frame; `check` is ignored."""
         task = PICTURES if generator.random() < PICTURE_SHARE else pick(generator, (*TASKS, RARE))
         while split_of(scene := task.make(generator).scene) != "train":
             pass

@@ -40,8 +40,8 @@ MEANING = {
 class Film:
     """Pictures of the frames that the model sees.
 
-    media: the medium and the number of frames. pictures: one per frame, as data URLs. times: the frames' times in
-    seconds.
+    media: what was read: the file and the requested number of frames. pictures: one per sampled frame, as data URLs.
+    times: the times of the sampled frames in seconds.
     """
 
     media: Media

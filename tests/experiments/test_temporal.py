@@ -25,7 +25,7 @@ from tests.helpers.training import train
 BASE = CONFIGS / "tiny" / "temporal.yaml"
 STEPS = 80
 SLUGS = ("object_existence", "moving_direction", "unexpected_action")
-NOT_TRAINED = "moving_count"
+NOT_TRAINED = "action_count"
 NAMES = {"object_existence": "Object Existence", "moving_direction": "Moving Direction"}
 
 
@@ -126,7 +126,7 @@ def test_recipes_differ_in_the_variant_alone(world: Path) -> None:
 
 def test_tasks_that_the_recipe_does_not_train_are_not_tested(world: Path) -> None:
     assert plan_of(world).slugs == sorted(SLUGS)
-    whole = plan_of(world, base=CONFIGS / "tiny" / "stages" / "4_videos.yaml")
+    whole = plan_of(world, base=CONFIGS / "tiny" / "stages" / "4_choices.yaml")
     assert whole.slugs == sorted((*SLUGS, NOT_TRAINED))
 
 
@@ -337,10 +337,10 @@ def test_the_experiment_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Mon
     write_world(world, num_train=22, num_test=8, seed=3, long=True)
     monkeypatch.setenv("TOY_ROOT", str(world))
     monkeypatch.setenv("TINY_OUTPUT", str(tmp_path))
-    for stage in ("1_alignment", "2_images", "3_choices"):
+    for stage in ("1_alignment", "2_images", "temporal_base"):
         options = [*few, "run.max_steps=1", f"run.output_dir={tmp_path / stage}"]
         train(CONFIGS / "tiny" / "stages" / f"{stage}.yaml", *options)
-    words = ["--world", str(world), "--ckpt", str(tmp_path / "3_choices"), "--steps", "4", "--seeds", "1"]
+    words = ["--world", str(world), "--ckpt", str(tmp_path / "temporal_base"), "--steps", "4", "--seeds", "1"]
     words += ["--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "results"), "--device", "cpu"]
     assert main([*words, "--options", *few]) == 0
     report = json.loads((tmp_path / "results" / "temporal.json").read_text())

@@ -140,7 +140,7 @@ def tiny_commands(env: dict[str, str], *arguments: str) -> list[list[str]]:
 
 def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp_path: Path) -> None:
     env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
-    later = ["2_images", "3_choices", "4_videos"]  # from features
+    later = ["2_images", "3_videos", "4_choices"]  # from features
     for arguments, quick in ((), False), (("--quick",), True):
         commands = tiny_commands(env, *arguments)
         worlds = [command for command in commands if command[0] == "toy"]
@@ -160,15 +160,29 @@ def test_the_tiny_pipeline_goes_through_all_stages(stand_in: dict[str, str], tmp
                 assert options.pop("datasets.features_root", None) == features
                 assert bool(options) == quick and set(options) <= {"run.max_steps"}
         tested = [(Path(command[3]).name, command[9]) for command in commands if command[0] == "evaluate"]
-        assert tested == [("4_videos", "8"), *([] if quick else [("4_videos", "64")])]
+        assert tested == [("4_choices", "8"), *([] if quick else [("4_choices", "64")])]
     for folder in ("world", "world-unseen"):  # what is there is taken
         (tmp_path / folder).mkdir(parents=True)
     assert tiny_commands(env)[0][0] == "train"
 
 
+def test_the_experiment_starts_from_a_model_that_knows_pictures(stand_in: dict[str, str], tmp_path: Path) -> None:
+    env = {**stand_in, "TOY_ROOT": str(tmp_path / "world"), "TINY_OUTPUT": str(tmp_path / "runs")}
+    trained = [Path(command[2]).stem for command in tiny_commands(env, "--experiment") if command[0] == "train"]
+    assert trained == ["1_alignment", "2_images", "temporal_base"]
+    *_, started = launch("train_tiny.sh", "--experiment", env=env).stdout.split("-m\nexperiments.temporal\n")
+    options = started.splitlines()[:-1]
+    assert dict(zip(options[::2], options[1::2], strict=True)) == {
+        "--world": env["TOY_ROOT"],
+        "--test-world": f"{env['TOY_ROOT']}-unseen",
+        "--ckpt": f"{env['TINY_OUTPUT']}/temporal_base",
+        "--work": f"{env['TINY_OUTPUT']}/temporal",
+    }
+
+
 def test_a_mistake_about_the_tiny_pipeline(stand_in: dict[str, str]) -> None:
     asked = launch("train_tiny.sh", "--help", env=stand_in)
-    assert asked.returncode == 0 and asked.stdout.startswith("usage: bash scripts/train_tiny.sh [--quick]")
+    assert asked.returncode == 0 and asked.stdout.startswith("usage: bash scripts/train_tiny.sh [--quick | --experiment]")
     for arguments in (["--fast"], ["--quick", "more"]):
         wrong = launch("train_tiny.sh", *arguments, env=stand_in)
         assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr == asked.stdout

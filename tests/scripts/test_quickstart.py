@@ -105,10 +105,10 @@ def test_training_comes_before_asking(clone: Path) -> None:
     done = run(clone, "quickstart.sh", "--train", VIRTUAL_ENV="x", TINY_OUTPUT="out")
     assert done.returncode == 0, done.stderr
     assert log(clone)[2] == "trained --quick"
-    model = "out/4_videos"
+    model = "out/4_choices"
     assert f"an answer of {model} about c.mp4" in done.stdout and f"stllm demo --ckpt-path {model}" in done.stdout
     script = (SCRIPTS / "train_tiny.sh").read_text()
-    assert "for stage in 2_images 3_choices 4_videos; do" in script  # the last one that --quick trains
+    assert "stages=(2_images 3_videos 4_choices)\n" in script  # the last one that --quick trains
 
 
 def test_a_copy_without_the_model_says_so(clone: Path) -> None:
