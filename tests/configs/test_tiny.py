@@ -46,7 +46,9 @@ def test_multiple_choice_is_trained_with_the_tokens_of_mvbench(stage: str, toy: 
     trained = [*template.render(choice, first=True, media="video"), str(choice.answer)]
     evaluated = prompt_pieces(question_block(asked.question, asked.options), SYSTEM, template)
     tokenizer = AutoTokenizer.from_pretrained(toy / "language_model")
-    ids, expected = ([token for piece in pieces for token in tokenizer.encode(piece)] for pieces in (trained, evaluated))
+    ids, expected = (
+        [token for piece in pieces for token in tokenizer.encode(piece)] for pieces in (trained, evaluated)
+    )
     assert ids[: len(expected)] == expected
     assert tokenizer.decode(ids[len(expected) :]) == "B) left"
 

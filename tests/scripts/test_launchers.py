@@ -182,7 +182,9 @@ def test_the_experiment_starts_from_a_model_that_knows_pictures(stand_in: dict[s
 
 def test_a_mistake_about_the_tiny_pipeline(stand_in: dict[str, str]) -> None:
     asked = launch("train_tiny.sh", "--help", env=stand_in)
-    assert asked.returncode == 0 and asked.stdout.startswith("usage: bash scripts/train_tiny.sh [--quick | --experiment]")
+    assert asked.returncode == 0 and asked.stdout.startswith(
+        "usage: bash scripts/train_tiny.sh [--quick | --experiment]"
+    )
     for arguments in (["--fast"], ["--quick", "more"]):
         wrong = launch("train_tiny.sh", *arguments, env=stand_in)
         assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr == asked.stdout
