@@ -15,7 +15,7 @@ from torch import Tensor
 from stllm.datasets.samples import Sample, Stream, keyed_torch
 from stllm.models.masking import draw_dropped, draw_mask_rate
 from stllm.processors.prompts import PromptProcessor
-from stllm.processors.sequences import share_medium, training_sequences
+from stllm.processors.sequences import share_beginning, training_sequences
 
 MEDIA_FIELDS = ("pixel_values", "vision_features", "query_features")
 
@@ -81,7 +81,7 @@ class Collator:
         """Return a sample's token ids, their labels, and the question that each belongs to (1 in a conversation)."""
         train = partial(self.processor.training_ids, media=sample.media, judge_options=sample.judge_options)
         if sample.together:
-            return share_medium([train((turn,)) for turn in sample.turns])
+            return share_beginning([train((turn,)) for turn in sample.turns])
         ids, labels = train(sample.turns)
         return ids, labels, [1] * len(ids)
 

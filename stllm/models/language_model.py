@@ -10,7 +10,7 @@ interfaces for custom attention.
 
 Packed prompts share one row, and each attends only to itself. torch's SDPA is called once for each group of prompts of
 one length, so no mask between prompts is needed. The lengths are known without a read. Questions that share a medium
-(`processors.sequences.share_medium`) do need a mask, which is made on the device.
+(`processors.sequences.share_beginning`) do need a mask, which is made on the device.
 
 Letters in shapes: B rows, S positions of a row, D width, H heads, A labelled tokens of a batch.
 """

@@ -1,7 +1,8 @@
 """Collation of prompts: expand placeholders, pad or pack rows, and compute the positions of visual tokens and labels.
 
-Several questions about one medium can share a row (`share_medium`). The row begins with the visual tokens, and each
-question follows as if it were alone: it sees the visual tokens and itself, and its positions continue theirs.
+Several questions about one medium can share a row (`share_beginning`). The row begins with what their prompts have in
+common: the visual tokens, an instruction, of the orders of a question's options even the question. The rest of each
+follows as if it were alone: it sees the beginning and itself, and its positions continue those of the beginning.
 
 All positions are computed here on the CPU, so that the model never waits for values from its device.
 Letters in shapes: B prompts, S positions of a row, N visual tokens of a clip, V visual tokens of the batch. Positions
@@ -11,6 +12,7 @@ and S is the number of all tokens.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,23 +24,22 @@ VISUAL_TOKEN_ID = -200  # placeholder of a visual token in input_ids; no vocabul
 IGNORE_INDEX = -100  # label of a position without loss
 
 
-def share_medium(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[int], list[int], list[int]]:
-    """Join prompts about one medium into one row: their common beginning, which ends with the medium, then the rests.
+def share_beginning(prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[list[int], list[int], list[int]]:
+    """Join prompts about one medium into one row: their longest common beginning once, then the rest of each.
 
-    prompts: pairs of token ids and labels, all with the same beginning up to the placeholder of the visual tokens.
+    prompts: pairs of token ids and labels; all media have the same place. Nothing that is predicted is shared: a rest
+    begins with a token without a label.
     Returns ids, labels, and each id's question: 0 for the beginning, which all questions see, then 1, 2, and so on.
-    Prompts without a medium share no beginning.
-    Raises ValueError for prompts with different beginnings.
+    Raises ValueError if the common beginning ends before the placeholder of the visual tokens.
     """
-    ids: list[int] = []
-    labels: list[int] = []
-    questions: list[int] = []
+    rows = [list(row) for row, _ in prompts]
+    common = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False)))
+    unlabelled = [sum(1 for _ in takewhile(IGNORE_INDEX.__eq__, targets)) for _, targets in prompts]
+    shared = max(0, min(common, *(count - 1 for count in unlabelled)))
+    if any(VISUAL_TOKEN_ID in row[shared:] for row in rows):
+        raise ValueError("the prompts have different beginnings, expected the same text before the visual tokens")
+    ids, labels, questions = rows[0][:shared], [IGNORE_INDEX] * shared, [0] * shared
     for number, (row, targets) in enumerate(prompts, start=1):
-        shared = list(row).index(VISUAL_TOKEN_ID) + 1 if VISUAL_TOKEN_ID in row else 0
-        if number == 1:
-            ids, labels, questions = list(row[:shared]), list(targets[:shared]), [0] * shared
-        if list(row[:shared]) != ids[: questions.count(0)]:
-            raise ValueError("the prompts have different beginnings, expected the same text before the visual tokens")
         ids += row[shared:]
         labels += targets[shared:]
         questions += [number] * (len(row) - shared)
@@ -59,7 +60,7 @@ def pad_sequences(
 
     rows: token ids; one `VISUAL_TOKEN_ID` marks the visual tokens and is repeated `num_visual` times. num_visual: one
     number per row; None for a row without media. labels: as long as the rows. side: side to pad on; "left" for
-    generation. questions: the question of each id, from `share_medium`; not with packing.
+    generation. questions: the question of each id, from `share_beginning`; not with packing.
     Returns input_ids and attention_mask (B, S); visual_positions (V,). With labels, also labels (B, S) and
     label_positions, the positions whose next token has a label. With packing, `packed` replaces attention_mask: it has
     the prompts' lengths (a list) and position_ids (1, S), which restart at 0 for each prompt. With questions, there

@@ -16,7 +16,7 @@ from stllm.models.language_model import (
     packing_fault,
     set_attention,
 )
-from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, share_medium
+from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, share_beginning
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -116,7 +116,7 @@ def test_questions_of_one_medium_have_the_states_of_separate_prompts(name: str, 
     model = build(name, {**changes, "max_position_embeddings": 8})
     medium, lengths = [5, VISUAL_TOKEN_ID], [[5, 1, 3], [2]]
     prompts = [[(medium + [6] * length, [-100] * (2 + length)) for length in row] for row in lengths]
-    ids, _, questions = zip(*map(share_medium, prompts), strict=True)
+    ids, _, questions = zip(*map(share_beginning, prompts), strict=True)
     shared = pad_sequences(ids, pad_id=0, num_visual=[2, 2], questions=questions)
     embeds = torch.randn(2, 12, 32)
     for attention in ("sdpa", "eager") if model._supports_sdpa else ("eager",):

@@ -11,7 +11,7 @@ from stllm.common.registry import video_inputs, vision_encoders
 from stllm.models import language_model as lm
 from stllm.models.st_llm import STLLM, config_of
 from stllm.models.video_inputs import num_visual_tokens
-from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, share_medium, training_sequences
+from stllm.processors.sequences import VISUAL_TOKEN_ID, pad_sequences, share_beginning, training_sequences
 from tests.helpers.reads import DeviceReads
 from tests.helpers.tiny import LLAMA, VISION, tiny_batch, tiny_config, tiny_model
 
@@ -274,8 +274,9 @@ def test_questions_that_share_a_medium_give_the_loss_of_separate_prompts(video_i
     pixels = torch.rand(1, 3, 3, *[model.config.vision_config["image_size"]] * 2)
     num_visual = num_visual_tokens(config_of(model), 3)
     dropped = torch.arange(num_visual)[None] % 2 == 1 if mask else None
-    prompts = [([2, 5, VISUAL_TOKEN_ID, *ids], [-100] * 4 + ids[1:]) for ids in ([7, 8, 9], [4, 3], [6, 7, 8, 9, 3])]
-    ids, labels, questions = share_medium(prompts)
+    texts = ([7, 8, 9], [4, 3], [6, 7, 8, 9, 3])
+    prompts = [([2, 5, VISUAL_TOKEN_ID, 8, *ids], [-100] * 5 + ids[1:]) for ids in texts]  # they share the 8, too
+    ids, labels, questions = share_beginning(prompts)
     options: dict[str, Any] = {"pad_id": 0, "num_visual": num_visual, "dropped": dropped}
     together = model(**training_sequences([ids], [labels], **options, questions=[questions]), pixel_values=pixels)
     together.loss.backward()

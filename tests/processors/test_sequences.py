@@ -7,7 +7,7 @@ from stllm.processors.sequences import (
     IGNORE_INDEX,
     VISUAL_TOKEN_ID,
     pad_sequences,
-    share_medium,
+    share_beginning,
     training_sequences,
 )
 
@@ -56,11 +56,12 @@ def test_packed_rows_are_concatenated_and_positions_restart() -> None:
     assert "attention_mask" not in batch
 
 
-def test_questions_of_one_medium_share_its_tokens() -> None:
-    first, second = ([5, V, 6, 7], [-100, -100, -100, 7]), ([5, V, 8], [-100, -100, 8])
-    ids, labels, questions = share_medium([first, second])
-    assert (ids, labels, questions) == ([5, V, 6, 7, 8], [-100, -100, -100, 7, 8], [0, 0, 1, 1, 2])
-    alone = share_medium([second])
+def test_questions_share_the_beginning_of_their_prompts() -> None:
+    first, second = ([5, V, 4, 6, 7], [-100, -100, -100, -100, 7]), ([5, V, 4, 8, 9], [-100, -100, -100, -100, 9])
+    ids, labels, questions = share_beginning([first, second])
+    assert (ids, labels, questions) == ([5, V, 4, 6, 7, 8, 9], [*[-100] * 4, 7, -100, 9], [0, 0, 0, 1, 1, 2, 2])
+    alone = share_beginning([second])
+    assert alone == ([5, V, 4, 8, 9], [-100, -100, -100, -100, 9], [0, 0, 0, 1, 1])
     batch = pad_sequences(
         [ids, alone[0]],
         pad_id=PAD,
@@ -68,22 +69,30 @@ def test_questions_of_one_medium_share_its_tokens() -> None:
         labels=[labels, alone[1]],
         questions=[questions, alone[2]],
     )
-    assert batch["input_ids"].tolist() == [[5, V, V, V, 6, 7, 8], [5, V, V, V, 8, PAD, PAD]]
-    assert batch["packed"]["questions"].tolist() == [[0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, -1, -1]]
-    assert batch["packed"]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 4], [0, 1, 2, 3, 4, 0, 0]]
-    assert batch["label_positions"].tolist() == [4, 5, 10] and batch["attention_mask"].sum() == 7 + 5
+    assert batch["input_ids"].tolist() == [[5, V, V, V, 4, 6, 7, 8, 9], [5, V, V, V, 4, 8, 9, PAD, PAD]]
+    assert batch["packed"]["questions"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1, 1, -1, -1]]
+    assert batch["packed"]["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 5, 6], [0, 1, 2, 3, 4, 5, 6, 0, 0]]
+    assert batch["label_positions"].tolist() == [5, 7, 14] and batch["attention_mask"].sum() == 9 + 7
 
 
-def test_questions_without_a_medium_share_nothing() -> None:
-    ids, _, questions = share_medium([([5, 6], [-100, 6]), ([5, 7, 8], [-100, 7, 8])])
-    assert (ids, questions) == ([5, 6, 5, 7, 8], [1, 1, 2, 2, 2])
+def test_nothing_that_is_predicted_is_shared() -> None:
+    same = ([V, 4, 5, 6, 7], [-100, -100, -100, 6, 7])
+    ids, labels, questions = share_beginning([same, same])
+    assert (ids, questions) == ([V, 4, 5, 6, 7, 5, 6, 7], [0, 0, 1, 1, 1, 2, 2, 2])
+    assert labels == [-100, -100, -100, 6, 7, -100, 6, 7]
+
+
+def test_questions_without_a_medium_share_their_text() -> None:
+    ids, _, questions = share_beginning([([5, 6], [-100, 6]), ([9, 7, 8], [-100, -100, 8])])
+    assert (ids, questions) == ([5, 6, 9, 7, 8], [1, 1, 2, 2, 2])  # which has no common beginning
     batch = pad_sequences([ids], pad_id=PAD, questions=[questions])
     assert batch["packed"]["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert share_beginning([([5, 7, 6], [-100, -100, 6]), ([5, 8, 6], [-100, -100, 6])])[2] == [0, 1, 1, 2, 2]
 
 
 def test_questions_of_one_medium_begin_alike() -> None:
     with pytest.raises(ValueError, match="different beginnings"):
-        share_medium([([5, V, 6], [-100] * 3), ([9, V, 6], [-100] * 3)])
+        share_beginning([([5, V, 6], [-100] * 3), ([9, V, 6], [-100] * 3)])
 
 
 @pytest.mark.parametrize(("row", "count"), [([4, 5], 1), ([V, V], 1), ([4, V], None)])
