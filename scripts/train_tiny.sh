@@ -2,7 +2,8 @@
 # The published pipeline in small, from nothing to a model that answers: the toy world; alignment of the vision encoder and
 # the Q-Former; open questions about images; about videos; multiple choice, with long videos; and MVBench's twin at the
 # end, on a world that was never seen. The same command continues where it was stopped. With --experiment, the experiment
-# on temporal order follows stage 2 instead. The results are in docs/training.md.
+# on temporal order follows stage 2 instead. The results are in docs/training.md. The numbers of steps of the quick variant
+# are estimates: it has not been run yet.
 # Needs: stllm installed (README); no GPU; 3 GB of disk for the full variant.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
@@ -43,10 +44,10 @@ train() { # stage, further options
     local options=("run.output_dir=$TINY_OUTPUT/$1" "${@:2}")
     if [[ $size == quick ]]; then
         case $1 in
-        1_alignment) options+=(run.max_steps=2000) ;;
-        2_images) options+=(run.max_steps=900) ;;
-        3_videos) options+=(run.max_steps=1200) ;;
-        4_choices) options+=(run.max_steps=1200) ;;
+        1_alignment) options+=(run.max_steps=1800) ;;
+        2_images) options+=(run.max_steps=800) ;;
+        3_videos) options+=(run.max_steps=2200) ;;
+        4_choices) options+=(run.max_steps=1300) ;;
         esac
     fi
     distributed train --cfg-path "configs/tiny/stages/$1.yaml" --options "${options[@]}"

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from stllm.cli import main
 from stllm.conversation import chat as engine
 from stllm.conversation.chat import Chat, Conversation, load_chat
+from tests.helpers.training import write_recipe
 from tests.helpers.videos import write_video
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "minigpt4_plain_all"
@@ -68,8 +69,12 @@ def test_a_streamed_answer_equals_that_of_one_beam(quick, clip: Path, capsys) ->
     assert capsys.readouterr().out == streamed
 
 
-def test_a_named_qformer_tokenizer_replaces_the_checkpoints_own(clip: Path, capsys, monkeypatch) -> None:
+def test_a_named_qformer_tokenizer_replaces_the_checkpoints_own(
+    toy: Path, clip: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     """Also if it is the published one, which the checkpoint would have without a tokenizer of its own."""
+    assert main(["train", "--cfg-path", str(write_recipe(tmp_path / "recipe.yaml", toy, max_steps=1))]) == 0
+    folder = tmp_path / "run"
     from_pretrained = AutoTokenizer.from_pretrained
     asked = []
 
@@ -80,9 +85,9 @@ def test_a_named_qformer_tokenizer_replaces_the_checkpoints_own(clip: Path, caps
         return from_pretrained(source, **options)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
-    argv = ["chat", "--ckpt-path", str(engine.FOLDER), "--video", str(clip), "--question", "What?", "--num-beams", "1"]
-    assert main(argv) == 0
-    assert str(engine.FOLDER / "qformer_tokenizer") in asked and "bert-base-uncased" not in asked
+    argv = ["chat", "--ckpt-path", str(folder), "--video", str(clip), "--question", "What?", "--num-beams", "1"]
+    assert main([*argv, "--max-new-tokens", "4"]) == 0
+    assert str(folder / "qformer_tokenizer") in asked and "bert-base-uncased" not in asked
     capsys.readouterr()
     assert main([*argv, "--options", "model.qformer_tokenizer=bert-base-uncased"]) == 1
     assert "its tokenizer was not found as 'bert-base-uncased' (" in capsys.readouterr().err
