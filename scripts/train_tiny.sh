@@ -3,7 +3,7 @@
 # the Q-Former; open questions about images; about videos; multiple choice, with long videos; and MVBench's twin at the
 # end, on a world that was never seen. The same command continues where it was stopped. With --experiment, the experiment
 # on temporal order follows stage 2 instead. The results are in docs/training.md. The numbers of steps of the quick variant
-# are estimates: it has not been run yet.
+# are estimates.
 # Needs: stllm installed (README); no GPU; 3 GB of disk for the full variant.
 # Launch:   bash scripts/train_tiny.sh --quick
 # Override: TOY_ROOT=world TINY_OUTPUT=output/mine bash scripts/train_tiny.sh
@@ -70,7 +70,7 @@ if [[ $stage == temporal_base ]]; then
     exec "${PYTHON:-python}" -m experiments.temporal --world "$TOY_ROOT" --test-world "$unseen" \
         --ckpt "$TINY_OUTPUT/$stage" --work "$TINY_OUTPUT/temporal"
 fi
-echo "== evaluation, on a world that was never seen"
+echo "== evaluation, on a world that was never seen; Moving Count is not trained"
 evaluate() { # name, tasks, frames
     stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$stage" --anno-path "$unseen/mvbench" --tasks "$2" --num-frames "$3" \
         --output-dir "$TINY_OUTPUT/evaluation/$1"

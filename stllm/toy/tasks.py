@@ -329,7 +329,7 @@ def conversation(generator: Generator) -> Example:
 
 TASKS = (
     ToyTask("vqa/toy_direction", moving_direction, "moving_direction", "clevrer/video_validation"),
-    ToyTask("vqa/toy_moving_count", moving_count),  # no test: two million parameters learn it too slowly
+    ToyTask("vqa/toy_moving_count", moving_count, "moving_count", "clevrer/video_validation"),
     ToyTask("reasoning/toy_sequence", action_sequence, "action_sequence", "star/Charades_v1_480"),
     ToyTask("vqa/toy_action_count", action_count, "action_count", "perception/videos"),
     ToyTask("reasoning/toy_state", state_change, "state_change", "perception/videos"),
