@@ -70,7 +70,7 @@ if [[ $stage == temporal_base ]]; then
     exec "${PYTHON:-python}" -m experiments.temporal --world "$TOY_ROOT" --test-world "$unseen" \
         --ckpt "$TINY_OUTPUT/$stage" --work "$TINY_OUTPUT/temporal"
 fi
-echo "== evaluation, on a world that was never seen; Moving Count is not trained"
+echo "== evaluation, on a world that was never seen"
 evaluate() { # name, tasks, frames
     stllm evaluate mvbench --ckpt-path "$TINY_OUTPUT/$stage" --anno-path "$unseen/mvbench" --tasks "$2" --num-frames "$3" \
         --output-dir "$TINY_OUTPUT/evaluation/$1"

@@ -36,10 +36,10 @@ def test_a_recipe_loads_and_its_header_has_needs_launch_and_override_lines(path:
     assert config.model.system == ""  # recipes train without a system sentence, so none is used in questions
 
 
-@pytest.mark.parametrize("stage", ["3_videos", "4_choices"])
-def test_multiple_choice_is_trained_with_the_tokens_of_mvbench(stage: str, toy: Path) -> None:
+@pytest.mark.parametrize("name", ["stages/3_videos", "stages/4_choices", "stages/temporal_base", "temporal"])
+def test_multiple_choice_is_trained_with_the_tokens_of_mvbench(name: str, toy: Path) -> None:
     """In the template of the recipe, the instruction stands where the benchmark has it, and so does everything else."""
-    config = load_config(TINY / "stages" / f"{stage}.yaml")
+    config = load_config(TINY / f"{name}.yaml")
     instruction = config.datasets.toy_picture_choices.instruction[-1]
     template, asked = templates.get(config.model.template), Asked("Where is it?", "left", ("right", "left", "up"))
     choice = replace(asked.as_choice(), instruction=instruction)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stllm.cli import main
 from stllm.models.checkpoints.load import load_model
 from stllm.models.st_llm import STLLM
-from tests.helpers.training import losses, read_log, train, write_recipe
+from tests.helpers.training import assert_same_losses, losses, read_log, train, write_recipe
 from tests.models.test_language_model import ARCHITECTURES
 
 FIELDS = {
@@ -219,8 +219,7 @@ def test_two_processes_give_the_losses_of_one(trained: Path, tmp_path: Path) -> 
     recipe = trained.parent / "recipe.yaml"
     options = [f"run.output_dir={tmp_path / 'two'}", "run.per_device_train_batch_size=2"]
     train(recipe, *options, processes=2)
-    for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
-        assert found == pytest.approx(expected, abs=2e-4)
+    assert_same_losses(losses(tmp_path / "two"), losses(trained))
     kept = [[line["kept_visual_tokens"] for line in read_log(folder)] for folder in (tmp_path / "two", trained)]
     assert kept[0] == kept[1]
 
@@ -236,8 +235,7 @@ def test_packed_batches_give_the_losses_of_padded_ones(trained: Path, tmp_path: 
     options = [f"run.output_dir={two}", "run.per_device_train_batch_size=2", "run.packing=True"]
     train(recipe, *options, processes=2)
     for folder in (whole, tmp_path / "killed" / "run", two):
-        for found, expected in zip(losses(folder), losses(trained), strict=True):
-            assert found == pytest.approx(expected, abs=2e-4)
+        assert_same_losses(losses(folder), losses(trained))
     padded, packed = ([line["padding"] for line in read_log(folder)] for folder in (trained, whole))
     assert packed == padded and max(padded) > 0
     (tmp_path / "again").mkdir()
@@ -310,8 +308,7 @@ def test_fsdp_gives_the_losses_of_one_process(trained: Path, tmp_path: Path, pac
     options.append(f"run.packing={packing}")
     train(trained.parent / "recipe.yaml", *options, processes=2)
     assert (tmp_path / "two" / "checkpoint-8" / "pytorch_model_fsdp.bin").is_file()  # it is not DDP by another name
-    for found, expected in zip(losses(tmp_path / "two"), losses(trained), strict=True):
-        assert found == pytest.approx(expected, abs=2e-4)
+    assert_same_losses(losses(tmp_path / "two"), losses(trained))
     again = STLLM.from_pretrained(tmp_path / "two").state_dict()
     for name, tensor in STLLM.from_pretrained(trained).state_dict().items():
         torch.testing.assert_close(again[name], tensor, atol=1e-4, rtol=0)
