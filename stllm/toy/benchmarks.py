@@ -48,7 +48,7 @@ STAND_INS = {
     "Action Localization": "action_sequence",
     "Scene Transition": "scene_transition",
     "Action Count": "action_count",
-    "Moving Count": "moving_count",
+    "Moving Count": "action_count",
     "Moving Attribute": "state_change",
     "State Change": "state_change",
     "Fine-grained Pose": "object_existence",
@@ -56,7 +56,7 @@ STAND_INS = {
     "Egocentric Navigation": "moving_direction",
     "Episodic Reasoning": "action_sequence",
     "Counterfactual Inference": "object_existence",
-    "Object Count": "moving_count",
+    "Object Count": "action_count",
     "Egocentric Sequence": "moving_direction",
 }
 ABSENT = ("nturgbd", "action_antonym")  # media folders without files: the original clips may not be redistributed
@@ -71,7 +71,7 @@ TYPES = {"conversation": (5, 0, 4), "state_change": (2,), "moving_direction": (0
 OF_DIMENSION = {
     "action": ("action_count", "fine-grained action"),
     "direction": ("moving_direction", "object motion"),
-    "speed": ("moving_count", "absolute speed"),
+    "speed": ("moving_direction", "absolute speed"),
     "order": ("action_sequence", None),
     "attribute_change": ("state_change", "color & light change"),
 }
@@ -81,7 +81,7 @@ OF_TOMATO = {  # TOMATO's task -> its toy task, and its type of motion
     "direction": ("moving_direction", "translation"),
     "rotation": ("action_sequence", "rotation"),
     "shape&trend": ("state_change", "shape"),
-    "velocity&frequency": ("moving_count", "translation"),
+    "velocity&frequency": ("moving_direction", "translation"),
     "visual_cues": ("scene_transition", "complex"),
 }
 DEMONSTRATIONS = ("human", "object", "simulated")

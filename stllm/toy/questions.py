@@ -19,7 +19,7 @@ Generator = np.random.Generator
 NUM_OPTIONS = 4  # if there are more candidates
 DIRECTION_QUESTIONS = ("In which direction does the {} move?", "What direction is the {} moving?")
 ACTIONS = {"jump": "jumps", "grow": "grows", "vanish": "vanishes", "step aside": "steps aside"}
-MOVING, BLINKING, THINGS = ("0", "1", "2", "3"), ("1", "2", "3"), ("1", "2", "3", "4")  # options of counting questions
+BLINKING, THINGS = ("1", "2", "3"), ("1", "2", "3", "4")  # options of counting questions
 BEGINNING, END = "at the beginning of the video", "at the end of the video"
 THIRDS = (13, 32, 51)  # centers of a picture's thirds, in units
 ROWS = (
@@ -118,12 +118,6 @@ def direction_question(generator: Generator, thing: Thing) -> Asked:
     (way,) = (event.value for event in thing.events if event.kind == "move")
     question = pick(generator, DIRECTION_QUESTIONS).format(thing.name)
     return ask(generator, question, way, DIRECTIONS)
-
-
-def moving_question(generator: Generator, things: Sequence[Thing]) -> Asked:
-    """Ask how many things move."""
-    count = sum(any(event.kind == "move" for event in thing.events) for thing in things)
-    return ask(generator, "How many things move?", str(count), MOVING)
 
 
 def whether_question(generator: Generator, thing: Thing, kind: str) -> Asked:

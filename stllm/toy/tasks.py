@@ -30,7 +30,6 @@ from stllm.toy.questions import (
     deed,
     direction_question,
     existence_questions,
-    moving_question,
     pick,
     picture_caption,
     picture_questions,
@@ -182,14 +181,6 @@ def moving_direction(generator: Generator) -> Example:
     return Example(scene, story(generator, scene), tuple(direction_question(generator, mover) for mover in movers))
 
 
-def moving_count(generator: Generator) -> Example:
-    """Ask how many of several things move."""
-    things = some_moving(generator, int(generator.integers(4)), int(generator.integers(3, 5)))
-    scene = a_scene(generator, *things)
-    whether = (whether_question(generator, thing, "move") for thing in shuffled(generator, things)[:2])
-    return Example(scene, story(generator, scene), (moving_question(generator, things), *whether))
-
-
 def action_sequence(generator: Generator) -> Example:
     """Ask what a thing does first, last, or after another action, within bounds. One action is outside the bounds."""
     count = int(generator.integers(3, 5))
@@ -275,7 +266,7 @@ def mixed(generator: Generator) -> Example:
     before, other = shuffled(generator, PATTERNS)[:2]
     cut = Cut(a_moment(generator), a_background(generator, other)) if changes else None
     scene = replace(a_scene(generator, *things, cut=cut), background=a_background(generator, before))
-    asked = [moving_question(generator, things), *existence_questions(generator, things)]
+    asked = existence_questions(generator, things)
     for name, thing in zip(names, things, strict=True):
         asked += deeds[name][1](thing)
     asked += background_questions(generator, scene) if changes else []
@@ -329,7 +320,6 @@ def conversation(generator: Generator) -> Example:
 
 TASKS = (
     ToyTask("vqa/toy_direction", moving_direction, "moving_direction", "clevrer/video_validation"),
-    ToyTask("vqa/toy_moving_count", moving_count, "moving_count", "clevrer/video_validation"),
     ToyTask("reasoning/toy_sequence", action_sequence, "action_sequence", "star/Charades_v1_480"),
     ToyTask("vqa/toy_action_count", action_count, "action_count", "perception/videos"),
     ToyTask("reasoning/toy_state", state_change, "state_change", "perception/videos"),

@@ -31,7 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["toy", "--output", str(tmp_path / "world"), "--num-train", "6", "--num-test", "4"]) == 0
     captured = capsys.readouterr()
-    assert "10 training clips of 10 sets, 7 test clips of 7" in captured.out
+    assert "9 training clips of 9 sets, 6 test clips of 6" in captured.out
     assert f"TOY_ROOT={tmp_path / 'world'} stllm train" in captured.out
     assert captured.err == ""
 

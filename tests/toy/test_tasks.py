@@ -67,16 +67,13 @@ def test_the_middle_frame_is_as_often_before_a_change_as_after_it() -> None:
 
 
 def test_movers_stand_in_the_middle_frame_where_others_stand() -> None:
-    for name in ("moving_direction", "moving_count"):
+    for name in ("moving_direction", "object_existence"):
         for example in drawn(name, 60):
             for thing in example.scene.things:
                 track = follow(thing, np.array([0.0, 0.5, 1.0]))
                 assert np.hypot(track.x[1] - thing.x, track.y[1] - thing.y) < 3
                 moved = np.hypot(track.x[2] - track.x[0], track.y[2] - track.y[0])
                 assert moved == pytest.approx(0) or moved > 14
-    places = [[(thing.x, thing.y) for thing in example.scene.things] for example in drawn("moving_count")]
-    counts = [int(example.asked[0].answer) for example in drawn("moving_count")]
-    assert abs(np.corrcoef([np.ptp(each) for each in places], counts)[0, 1]) < 0.15
 
 
 @pytest.mark.parametrize(
@@ -159,4 +156,4 @@ def test_every_task_has_a_place_of_its_own() -> None:
     names = [task.corpus for task in (*TASKS, RARE, PICTURES)]
     assert len(set(names)) == len(names)
     tested: list[ToyTask] = [task for task in (*TASKS, RARE) if task.benchmark]
-    assert len({task.benchmark for task in tested}) == len(tested) == 8
+    assert len({task.benchmark for task in tested}) == len(tested) == 7

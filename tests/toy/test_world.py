@@ -96,8 +96,8 @@ def test_pictures_and_shards(root: Path) -> None:
 
 
 def test_shares_are_even_and_nobody_goes_without() -> None:
-    assert shares(16, TESTED) == [3, 3, 2, 2, 2, 2, 2]
-    assert shares(2, TESTED) == [1] * 7
+    assert shares(16, TESTED) == [3, 3, 3, 3, 2, 2]
+    assert shares(2, TESTED) == [1] * 6
     assert sum(shares(1200, TASKS)) == 1200
 
 
