@@ -6,7 +6,8 @@ train.json    one record per medium: each question without options, then as mult
 open.json     one record per medium: its questions without options, and one question per thing about its color and its
               place over time; about a picture also one per shape that is absent. A model learns from these first what
               is in a medium: the answers have no letters
-choices.json  one record per question: the question as multiple choice, with its options in several orders; without
+choices.json  multiple choice, each question with its options in several orders. Questions about a medium with the same
+              options are one record: learned in one step, they show that the question decides, not the options. Without
               MVBench's instruction, which a recipe can add (`instruction` of a data set)
 
 The questions of a record in open.json and choices.json are independent of each other (qa_sampling: together).
@@ -45,8 +46,11 @@ def training_records(folder: str, example: Example, medium: Fields, times: Seque
     questions = [Turn(turn.question or turn.instruction, turn.answer) for turn in example.open_turns]
     questions += [*(asked.without_options() for asked in example.asked), *things]
     records = [("train", example.turns), *([("open", questions)] if questions else [])]
-    choices = [[replace(order.as_choice(), instruction="") for order in asked.orders()] for asked in example.asked]
-    records += [("choices", orders) for orders in choices]
+    choices: dict[frozenset[str], list[Turn]] = {}  # options -> all orders of the questions with these options
+    for asked in example.asked:
+        orders = (replace(order.as_choice(), instruction="") for order in asked.orders())
+        choices.setdefault(frozenset(asked.options), []).extend(orders)
+    records += [("choices", turns) for turns in choices.values()]
     return [(f"{folder}/{file}.json", record(medium, turns)) for file, turns in records]
 
 
