@@ -49,6 +49,8 @@ from stllm.models.build import build_encoder, config_from_settings
 from stllm.models.settings import model_section
 from stllm.models.st_llm import STLLM, config_of
 
+SAVE_SECONDS = 60  # computed features are written at least this often, so a killed process loses little
+
 log = logging.getLogger(__name__)
 
 
@@ -157,7 +159,7 @@ def extract(
     wait_for_all()  # no process may write before all have listed the existing features
     share = pending[rank() :: world_size()]
     bad = BadSampleLog(max_bad_fraction=max_bad_fraction, epoch_size=num_done + len(pending))
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     log.info("%d clips to encode, %d are there", len(pending), num_done)
     loader: DataLoader[ClipBatch] = DataLoader(
         ClipDataset(corpora, share, batch_size=batch_size, media_seconds=media_seconds),
@@ -166,6 +168,11 @@ def extract(
         pin_memory=model.device.type == "cuda",
         worker_init_fn=end_with_parent,
     )
+
+    def flush() -> None:
+        for writer, *_ in by_folder.values():
+            writer.flush()
+
     try:
         of_all = f" (1 of {world_size()} processes)" if world_size() > 1 else ""
         num_read = num_done // world_size()
@@ -178,12 +185,14 @@ def extract(
                     features = precomputed.encode(model, pixel_values, stage)
                     for clip, of_clip in zip(clips, features.cpu(), strict=True):
                         writers[clip.corpus].add(clip.key, of_clip.clone())
+                if time.perf_counter() - saved >= SAVE_SECONDS:
+                    flush()
+                    saved = time.perf_counter()
                 num_read += len(clips)
                 bad.check(num_read)
                 progress.update(len(clips) + len(failures))
     finally:
-        for writer, *_ in by_folder.values():  # keep the computed features, even after an error
-            writer.flush()
+        flush()  # keep the computed features, even after an error
     states = gathered([bad.state_dict()])  # this also waits for all processes
     if not is_main():
         return

@@ -196,6 +196,23 @@ def test_an_interrupted_extraction_continues(
     assert encoded == [1, 1, 3, 1] and len(FeatureStore(output / "mine")) == 5
 
 
+def test_computed_features_are_written_from_time_to_time(
+    planted: Path, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed process loses only what it computed since then."""
+    monkeypatch.setattr(extraction, "SHARD_BYTES", 2**30)
+    monkeypatch.setattr(extraction, "SAVE_SECONDS", 0)
+    counting, folder, written = precomputed.encode, tmp_path / "features" / "mine", []
+
+    def looking(*args: Any) -> Tensor:
+        written.append(len(shards(folder)))
+        return counting(*args)
+
+    monkeypatch.setattr(precomputed, "encode", looking)
+    extract(planted, tmp_path / "features", "vit", "--batch-size", "1")
+    assert written == [0, 1, 2, 3, 4] and len(FeatureStore(folder)) == 5
+
+
 def test_too_many_bad_clips_fail_the_extraction(
     planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
