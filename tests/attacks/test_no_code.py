@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from stllm.cli import main
+from tests.helpers.training import write_recipe
 from tests.judge.test_local import judge, write_judge
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "stllm" / "assets" / "stllm-tiny"
 CLIP = ROOT / "stllm" / "assets" / "examples" / "state_change.mp4"
 REFUSAL = "stllm runs no code from checkpoints"
 LOADERS = ("from_pretrained", "from_config")
@@ -70,9 +70,9 @@ MODEL = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoMode
 
 
 @pytest.mark.parametrize("place", ["", "qformer_tokenizer"])
-def test_code_of_a_custom_tokenizer_is_not_run(place: str, evil, tmp_path, capsys) -> None:
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(TINY, folder)
+def test_code_of_a_custom_tokenizer_is_not_run(place: str, evil, toy, tmp_path, capsys) -> None:
+    assert main(["train", "--cfg-path", str(write_recipe(tmp_path / "recipe.yaml", toy, max_steps=1))]) == 0
+    folder = tmp_path / "run"
     evil(folder / place, "tokenizer_config.json", **TOKENIZER)
     words = ["--device", "cpu", "--ckpt-path", str(folder), "--video", str(CLIP), "--question", "Why?"]
     assert main(["chat", *words]) == 1

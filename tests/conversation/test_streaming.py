@@ -19,6 +19,7 @@ from stllm.conversation.decoding import Decoding
 from stllm.conversation.requests import Media, Prepared, Request
 from stllm.conversation.streaming import AnswerStream, Batches
 from stllm.processors.templates import Turn
+from tests.conversation.test_chat import new_chat
 from tests.helpers.serving import wait_until
 
 
@@ -234,7 +235,8 @@ def test_a_batch_waits_for_clients_that_ask_again_but_not_for_a_single_one(
     assert sizes() == [1, 3, 3]
 
 
-def test_the_qformer_batches_questions_of_several_threads(chat: Chat, monkeypatch) -> None:
+def test_the_qformer_batches_questions_of_several_threads(monkeypatch) -> None:
+    chat = new_chat("instructblip")
     requests = [Request((Turn(question),), Media(str(path))) for path, question in find_examples()[:5]]
     expected = [chat.prepare(request).visual for request in requests]
     sizes, frame_tokens, go = [], chat.model.frame_tokens, Event()
