@@ -305,7 +305,7 @@ def test_pairs_cannot_be_trained_together_with_some_settings(
 @pytest.mark.parametrize("packing", [False, True])
 def test_fsdp_gives_the_losses_of_one_process(trained: Path, tmp_path: Path, packing: bool) -> None:
     recipe, one, two = trained.parent / "recipe.yaml", tmp_path / "one", tmp_path / "two"
-    epsilon = "run.adam_epsilon=1e-3"  # with the default, rounding of a gradient near zero can move a weight by a whole step
+    epsilon = "run.adam_epsilon=1e-3"  # with the default, rounding of a gradient near zero can become a whole step
     train(recipe, f"run.output_dir={one}", epsilon)
     options = [f"run.output_dir={two}", epsilon, "run.per_device_train_batch_size=2", "run.fsdp=true"]
     train(recipe, *options, f"run.packing={packing}", processes=2)
