@@ -31,7 +31,7 @@ from stllm.toy.tasks import FPS, PICTURES, RARE, TASKS, World, action_sequence, 
 from stllm.toy.world import PAIRS, TESTED, shares, write_world
 from tests.helpers.twins import files, read
 
-SMALL: dict[str, Any] = {"num_train": 20, "num_test": 14, "seed": 3}
+SMALL: dict[str, Any] = {"num_train": 2 * len(TASKS), "num_test": 2 * len(TESTED), "seed": 3}
 TRAIN_YAML = Path(__file__).parents[2] / "configs" / "tiny" / "train.yaml"
 
 
