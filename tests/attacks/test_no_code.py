@@ -14,6 +14,7 @@ from tests.helpers.training import write_recipe
 from tests.judge.test_local import judge, write_judge
 
 ROOT = Path(__file__).parents[2]
+TINY = ROOT / "stllm" / "assets" / "stllm-tiny"
 CLIP = ROOT / "stllm" / "assets" / "examples" / "state_change.mp4"
 REFUSAL = "stllm runs no code from checkpoints"
 LOADERS = ("from_pretrained", "from_config")
