@@ -13,7 +13,7 @@ from stllm.common.errors import UserError
 from stllm.common.files import check_regular
 from stllm.media.clip import MediaError
 from stllm.media.open import open_media
-from tests.attacks.test_no_code import CLIP, TINY
+from tests.attacks.test_no_code import CLIP
 from tests.helpers.training import write_recipe
 from tests.judge.test_local import judge, write_judge
 
@@ -41,12 +41,22 @@ def pipe_at(path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint whose Q-Former reads questions."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", "--cfg-path", str(write_recipe(folder / "recipe.yaml", toy, max_steps=1))]) == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "more.bin", "qformer_tokenizer/tokenizer.json"]
 )
-def test_a_pipe_in_a_checkpoint_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_in_a_checkpoint_is_refused(
+    name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "checkpoint"
-    shutil.copytree(TINY, folder)
+    shutil.copytree(trained, folder)
     path = pipe_at(folder / name)
     words = ["--device", "cpu", "--ckpt-path", str(folder), "--video", str(CLIP), "--question", "Why?"]
     assert main(["chat", *words]) == 1
