@@ -162,13 +162,13 @@ def test_language_models_with_other_weight_names_on_disk_train(
     base = tmp_path / "language_model"
     config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], "vocab_size": len(tokenizer)})
     config.max_position_embeddings = 256
-    torch.manual_seed(1)  # six steps of LoRA change the loss by about 0.005, and it does not fall for every seed
+    torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     tokenizer.save_pretrained(base)
     (tmp_path / "whole").mkdir()
     recipe = tmp_path / "whole" / "recipe.yaml"
     model = {"llama_model": str(base), **settings}
-    run(write_recipe(recipe, toy, model=model, max_steps=6))
+    run(write_recipe(recipe, toy, model=model, max_steps=6, learning_rate=2e-2))
     whole = tmp_path / "whole" / "run"
     clip = next((toy / "vc2" / "media").glob("*.mp4"))
     capsys.readouterr()
