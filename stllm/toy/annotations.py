@@ -7,7 +7,7 @@ open.json     one record per medium: its questions without options, and one ques
               place over time; about a picture also one per shape that is absent. A model learns from these first what
               is in a medium: the answers have no letters
 choices.json  multiple choice, each question with its options in several orders. Questions about a medium with the same
-              options are one record: learned in one step, they show that the question decides, not the options. Without
+              options are one record: trained in one step, they show that the question decides, not the options. Without
               MVBench's instruction, which a recipe can add (`instruction` of a data set)
 
 The questions of a record in open.json and choices.json are independent of each other (qa_sampling: together).
